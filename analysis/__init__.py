@@ -1,0 +1,1 @@
+"""Read a run folder: traces to Perfetto, tables and a report. Needs no torch."""

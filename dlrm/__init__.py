@@ -1,0 +1,1 @@
+"""Make Criteo data, train a recommender on it, write a run folder."""

@@ -1,0 +1,1 @@
+"""Criteo TSV to training-ready NPY or Parquet."""

@@ -1,0 +1,52 @@
+"""Who am I in this job: rank, local rank and sizes, whatever started the process."""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# launcher.sh sets the first of each row; the others serve a bare mpiexec or srun.
+NAMES = {
+    "rank": ("RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
+    "local_rank": (
+        "LOCAL_RANK", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "MPI_LOCALRANKID",
+        "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID",
+    ),
+    "world_size": ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
+    "local_world_size": (
+        "LOCAL_WORLD_SIZE", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE", "MPI_LOCALNRANKS",
+        "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    host: str = ""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def nodes(self) -> int:
+        return max(1, self.world_size // max(1, self.local_world_size))
+
+
+def here(environ: Mapping[str, str] = os.environ) -> Ranks:
+    def value(meaning: str, default: int) -> int:
+        return next((int(environ[name]) for name in NAMES[meaning] if environ.get(name)), default)
+
+    world = value("world_size", 1)
+    rank = value("rank", 0)
+    return Ranks(
+        rank=rank,
+        local_rank=value("local_rank", 0 if world == 1 else rank),
+        world_size=world,
+        local_world_size=value("local_world_size", world),
+        host=socket.gethostname(),
+    )

@@ -1,0 +1,101 @@
+"""The house rules: imports go down, rooms stay small, documents point at things that exist."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "dlrm": [
+        ["errors", "ranks"],
+        ["criteo", "config", "trace"],
+        ["dist", "prep", "data"],
+        ["model"],
+        ["auroc", "checkpoint", "mlperf", "loop"],
+        ["train", "bench", "bert4rec"],
+    ],
+    "analysis": [
+        ["errors"],
+        ["events", "intervals"],
+        ["perfetto", "tables", "check", "view"],
+        ["plots"],
+        ["report"],
+        ["__main__"],
+    ],
+}
+MAX_FILE, MAX_FUNCTION, MAX_SHELL = 320, 65, 450
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def floor(package: str, room: str) -> int:
+    for number, rooms in enumerate(FLOORS[package]):
+        if room in rooms:
+            return number
+    raise AssertionError(f"{package}/{room} has no floor: give it one here and in README")
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            raise AssertionError(f"{path}: write absolute imports, so that this test sees them")
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_only_go_down(package: str) -> None:
+    for path in sources(package):
+        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imported(path):
+            parts = name.split(".")
+            assert parts[0] not in set(FLOORS) - {package}, f"{path}: the two packages talk through files"
+            if parts[0] == package and len(parts) > 1 and parts[1] != room:
+                assert floor(package, parts[1]) < floor(package, room), f"{path}: {room} imports {name}"
+            assert parts[0] != package or len(parts) > 1, f"{path}: write from {package}.room import name"
+
+
+def test_analysis_needs_no_torch() -> None:
+    for path in sources("analysis"):
+        assert not {name.split(".")[0] for name in imported(path)} & {"torch", "torchrec", "mpi4py"}, path
+
+
+def test_only_trace_imports_dftracer() -> None:
+    for path in sources("dlrm"):
+        if path.name != "trace.py":
+            assert not any(name.split(".")[0] == "dftracer" for name in imported(path)), path
+
+
+def test_rooms_are_small() -> None:
+    for path in sources("dlrm") + sources("analysis") + sources("tests") + sources("benchmarks"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= MAX_FILE, f"{path}: {len(lines)} lines; split it by idea"
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert length <= MAX_FUNCTION, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+def test_shell_stays_short() -> None:
+    lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.sh"))
+    assert lines <= MAX_SHELL, f"{lines} lines of shell"
+
+
+DOCUMENTS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "patches").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_in_documents(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name}: broken link {target}"
