@@ -1,0 +1,184 @@
+"""How dense and sparse embeddings meet: dot products of all pairs, DCN-v2, projection, or side by side.
+
+Each takes the dense tower's output and torchrec's KeyedTensor of pooled embeddings, whose columns come in
+the order of the sharding, and returns what torchrec's architectures return, columns in the tables' order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.mlp import MLP
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from dlrm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything an interaction needs to know of the model around it."""
+
+    names: Sequence[str]  # features, in the tables' order
+    dims: Sequence[int]  # their widths
+    dense: int  # width of the dense tower's output
+    dcn_layers: int = 3
+    dcn_rank: int = 512
+    branch1: Sequence[int] = ()
+    branch2: Sequence[int] = ()
+    self_interaction: bool = False
+    device: torch.device | None = None
+
+    @property
+    def flat(self) -> int:
+        return self.dense + sum(self.dims)
+
+
+class Tower(nn.Module):
+    """A ReLU MLP under the name that torchrec gives it."""
+
+    def __init__(self, inputs: int, layers: Sequence[int], device: torch.device | None = None) -> None:
+        super().__init__()
+        self.model = MLP(inputs, list(layers), bias=True, activation="relu", device=device)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model(features)
+
+
+class PairDots(torch.autograd.Function):
+    """Dense features, then the dot products of all pairs of embeddings.
+
+    Z Z^T is symmetric, so its gradient is (G + G^T) Z: one product where autograd would make two. The pairs
+    are gathered by flat column numbers in both directions, so nothing is scattered.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, dense: torch.Tensor, sparse: torch.Tensor, take: torch.Tensor, spread: torch.Tensor
+    ) -> torch.Tensor:
+        batch, dim = dense.shape
+        if torch.is_autocast_enabled(dense.device.type):
+            half = torch.get_autocast_dtype(dense.device.type)
+            work, table = dense.to(half), sparse.to(half)
+        else:
+            work, table = dense, sparse
+        z = torch.cat((work, table), dim=1).view(batch, -1, dim)
+        dots = torch.bmm(z, z.mT).view(batch, -1)
+        ctx.save_for_backward(z, spread)
+        ctx.self_interaction = take.numel() == z.size(1) * (z.size(1) + 1) // 2
+        ctx.types = dense.dtype, sparse.dtype
+        return torch.cat((work, dots.index_select(1, take)), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        z, spread = ctx.saved_tensors
+        batch, entries, dim = z.shape
+        both = gradient.index_select(1, spread).view(batch, entries, entries)
+        diagonal = both.diagonal(dim1=1, dim2=2)
+        if ctx.self_interaction:
+            diagonal.mul_(2)
+        else:
+            diagonal.zero_()
+        dense = torch.bmm(both[:, :1], z).view(batch, dim).add_(gradient[:, :dim])
+        sparse = torch.bmm(both[:, 1:], z).view(batch, -1)
+        return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None, None
+
+
+class Dot(nn.Module):
+    """The original DLRM: torchrec's InteractionArch; with `self_interaction` each embedding by itself too."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        wrong = [f"{n} {d}" for n, d in zip(shape.names, shape.dims, strict=True) if d != shape.dense]
+        if wrong:
+            raise UserError(
+                f"dot products need tables as wide as the dense tower's last layer ({shape.dense}), "
+                f"not {', '.join(wrong)}: change --embedding_dim or --dense_arch_layer_sizes, "
+                "or choose --interaction_type dcn"
+            )
+        self.names, self.dim, self.diagonal = list(shape.names), shape.dense, not shape.self_interaction
+        entries = len(self.names) + 1
+        self.out_features = self.dim + entries * (entries - self.diagonal * 2 + 1) // 2
+        self._indices: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
+        values = sparse_features.values()
+        keys = tuple(sparse_features.keys())
+        if keys not in self._indices:
+            self._indices[keys] = self._columns(keys, values.device)
+        return PairDots.apply(dense_features, values, *self._indices[keys])  # type: ignore[return-value]
+
+    def _columns(self, keys: tuple[str, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the pairs stand in Z Z^T when Z's rows come in the order of `keys`; and the way back."""
+        place = torch.tensor([0] + [1 + keys.index(name) for name in self.names])
+        n = len(place)
+        first, second = torch.triu_indices(n, n, offset=int(self.diagonal))
+        row, column = place[first], place[second]
+        spread = torch.zeros(n, n, dtype=torch.int64)
+        spread[row, column] = spread[column, row] = self.dim + torch.arange(len(row))
+        return (row * n + column).to(device), spread.view(-1).to(device)
+
+
+class Flat(nn.Module):
+    """Dense features and all embeddings side by side (NVIDIA's `cat`)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.names = list(shape.names)
+        self.out_features = shape.flat
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
+        if list(sparse_features.keys()) == self.names:
+            columns = [sparse_features.values()]
+        else:
+            columns = [sparse_features.to_dict()[name] for name in self.names]
+        return torch.cat([dense_features, *columns], dim=1)
+
+
+class Cross(Flat):
+    """DCN-v2 with low-rank kernels: torchrec's InteractionDCNArch."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.crossnet = LowRankCrossNet(shape.flat, shape.dcn_layers, shape.dcn_rank).to(shape.device)
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
+        return self.crossnet(super().forward(dense_features, sparse_features))
+
+
+class Projection(Flat):
+    """Dot products of two MLPs' outputs: torchrec's InteractionProjectionArch."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        for option, layers in (("branch1", shape.branch1), ("branch2", shape.branch2)):
+            if not layers or layers[-1] % shape.dense:
+                raise UserError(
+                    f"--interaction_{option}_layer_sizes: the last of {list(layers)} must be a multiple "
+                    f"of the dense tower's last layer, {shape.dense}"
+                )
+        self.dim = shape.dense
+        self.interaction_branch1 = Tower(shape.flat, shape.branch1, shape.device)
+        self.interaction_branch2 = Tower(shape.flat, shape.branch2, shape.device)
+        pairs = (shape.branch1[-1] // self.dim) * (shape.branch2[-1] // self.dim)
+        self.out_features = self.dim + pairs
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
+        flat = super().forward(dense_features, sparse_features)
+        batch = flat.size(0)
+        left = self.interaction_branch1(flat).reshape(batch, -1, self.dim)
+        right = self.interaction_branch2(flat).reshape(batch, self.dim, -1)
+        return torch.cat((dense_features, torch.bmm(left, right).reshape(batch, -1)), dim=1)
+
+
+INTERACTIONS: dict[str, Callable[[Shape], nn.Module]] = {
+    "original": Dot,
+    "dot": Dot,
+    "dcn": Cross,
+    "projection": Projection,
+    "cat": Flat,
+}
