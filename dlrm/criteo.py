@@ -96,3 +96,19 @@ def day_starts(rows: Sequence[int]) -> list[int]:
     for n in rows:
         starts.append(starts[-1] + n)
     return starts
+
+
+DEFAULT_TABLE_SIZE = 100_000
+
+
+def table_sizes(
+    every: int | None, each: Sequence[int] | None, folder: str | os.PathLike[str] | None
+) -> tuple[list[int], bool]:
+    """Rows per table: as asked, else from the dataset's meta.json; and whether ids must be folded into them."""
+    if each is not None:
+        if len(each) != NUM_SPARSE:
+            raise UserError(f"--num_embeddings_per_feature: {len(each)} sizes, {NUM_SPARSE} expected")
+        return list(each), True
+    if every is None and folder is not None and (Path(folder) / META).exists():
+        return [max(size, 1) for size in Meta.load(folder).table_sizes], False
+    return [every or DEFAULT_TABLE_SIZE] * NUM_SPARSE, True

@@ -1,0 +1,243 @@
+"""Options: frozen dataclasses, checked, turned into flags, dumped into the run folder.
+
+MLCommons' dlrm_main.py command lines run unchanged: its flags keep their names and meaning here.
+"""
+
+import argparse
+import json
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from dlrm.errors import UserError
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def at_least(low: float, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name} {value}: must be at least {low:g}")
+
+
+@dataclass(frozen=True)
+class Data:
+    in_memory_binary_criteo_path: str | None = option(None, "folder of day_*_{dense,sparse,labels}.npy")
+    synthetic_multi_hot_criteo_path: str | None = option(None, "folder with day_*_sparse_multi_hot.npz")
+    dataset_name: str = option("criteo_1t", "dataset", ("criteo_1t", "criteo_kaggle"))
+    source: str = option(
+        "auto", "how rows are read; auto: stream, or what the other flags ask for",
+        ("auto", "stream", "memory", "mmap", "parquet", "random"),
+    )  # fmt: skip
+    batch_size: int = option(32, "training batch size per rank")
+    test_batch_size: int | None = option(None, "batch size per rank of validation and test")
+    drop_last_training_batch: bool = option(False, "drop the last batch of an epoch when it is not full")
+    limit_train_batches: int | None = option(None, "train on so many batches per epoch and rank")
+    limit_val_batches: int | None = option(None, "validate on so many batches per rank")
+    limit_test_batches: int | None = option(None, "test on so many batches per rank")
+    mmap_mode: bool = option(False, "map the files instead of reading them (a trace cannot see page faults)")
+    pin_memory: bool = option(False, "copy batches through pinned memory")
+    shuffle_batches: bool = option(False, "shuffle the rows of each training batch")
+    shuffle_training_set: bool = option(False, "shuffle the training rows of each rank, in memory")
+    read_chunk_mb: float = option(8.0, "bytes of one read of the streaming source")
+    prefetch_batches: int = option(4, "batches that the loading thread prepares ahead")
+    multi_hot_sizes: tuple[int, ...] | None = option(None, "ids per feature, made from one id on the fly")
+    multi_hot_distribution_type: str | None = option(
+        None, "distribution of the made ids (uniform when not given)", ("uniform", "pareto")
+    )
+    collect_multi_hot_freqs_stats: bool = option(False, "save how often each id was looked up")
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch_size", "test_batch_size", "prefetch_batches")
+        at_least(0, self, "limit_train_batches", "limit_val_batches", "limit_test_batches")
+        at_least(0.001, self, "read_chunk_mb")
+        if self.in_memory_binary_criteo_path and self.synthetic_multi_hot_criteo_path:
+            raise UserError(
+                "--in_memory_binary_criteo_path and --synthetic_multi_hot_criteo_path exclude each other"
+            )
+        if self.multi_hot_sizes and self.synthetic_multi_hot_criteo_path:
+            raise UserError("--multi_hot_sizes makes ids from one-hot data: not with multi-hot files")
+
+    @property
+    def folder(self) -> str | None:
+        return self.in_memory_binary_criteo_path or self.synthetic_multi_hot_criteo_path
+
+    @property
+    def kind(self) -> str:
+        """The data source that these flags ask for."""
+        asked = {
+            "random": self.folder is None,
+            "multi_hot": self.synthetic_multi_hot_criteo_path is not None,
+            "memory": self.shuffle_training_set,
+            "mmap": self.mmap_mode,
+        }
+        if self.source == "auto" or asked["random"] or asked["multi_hot"]:
+            return next((kind for kind, yes in asked.items() if yes), "stream")
+        return self.source
+
+
+@dataclass(frozen=True)
+class Model:
+    num_embeddings: int | None = option(None, "rows of every table (default: meta.json, else 100000)")
+    num_embeddings_per_feature: tuple[int, ...] | None = option(None, "rows of each table, comma separated")
+    embedding_dim: int = option(64, "width of the embeddings")
+    dense_arch_layer_sizes: tuple[int, ...] = option((512, 256, 64), "layers of the bottom MLP")
+    over_arch_layer_sizes: tuple[int, ...] = option((512, 512, 256, 1), "layers of the top MLP")
+    interaction_type: str = option(
+        "original", "feature interaction; original is the pairwise dot product",
+        ("original", "dot", "dcn", "projection", "cat"),
+    )  # fmt: skip
+    self_interaction: bool = option(False, "dot: each feature also with itself")
+    dcn_num_layers: int = option(3, "layers of the cross network")
+    dcn_low_rank_dim: int = option(512, "rank of the cross network's matrices")
+    interaction_branch1_layer_sizes: tuple[int, ...] = option((2048, 2048), "projection: first branch")
+    interaction_branch2_layer_sizes: tuple[int, ...] = option((2048, 2048), "projection: second branch")
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "num_embeddings", "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim")
+        if self.over_arch_layer_sizes[-1] != 1:
+            raise UserError("--over_arch_layer_sizes must end in 1: the model has one output, the click")
+
+
+@dataclass(frozen=True)
+class Optim:
+    learning_rate: float = option(15.0, "base learning rate")
+    optimizer: str = option("sgd", "optimizer", ("sgd", "adagrad", "rowwise_adagrad", "adam"))
+    adagrad: bool = option(False, "the same as --optimizer adagrad")
+    eps: float = option(1e-8, "epsilon of adagrad and adam")
+    lr_schedule: str = option("mlperf", "how warm-up, hold and decay are joined", ("mlperf", "nvidia"))
+    lr_warmup_steps: int = option(0, "steps of linear warm-up")
+    lr_decay_start: int = option(0, "first step of the polynomial decay")
+    lr_decay_steps: int = option(0, "steps of the decay; 0: none")
+    change_lr: bool = option(False, "change the rate once, within the first epoch")
+    lr_change_point: float = option(0.8, "share of the first epoch after which --change_lr acts")
+    lr_after_change_point: float = option(0.2, "learning rate after that point")
+    grad_clip: float | None = option(None, "largest norm of the dense gradients")
+    amp: str = option("off", "automatic mixed precision of the dense part", ("off", "bf16", "fp16"))
+    loss_scale_policy: str = option("dynamic", "fp16: how the loss is scaled", ("static", "dynamic"))
+    loss_scale: float = option(1024.0, "fp16: the static scale, or the first dynamic one")
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "learning_rate", "eps", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps")
+        if self.lr_decay_steps and self.lr_decay_start < self.lr_warmup_steps:
+            raise UserError("--lr_decay_start must not come before the end of --lr_warmup_steps")
+
+    @property
+    def name(self) -> str:
+        return "adagrad" if self.adagrad else self.optimizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel; * for all others")
+    print_sharding_plan: bool = option(False, "print how each table is sharded")
+
+
+@dataclass(frozen=True)
+class Run:
+    output_dir: str | None = option(
+        None, "run folder: config, metrics, results, traces (default: none written)"
+    )
+    epochs: int = option(1, "passes over the training set")
+    seed: int | None = option(None, "makes a run reproducible")
+    evaluate_on_epoch_end: bool = option(False, "validate after each epoch")
+    evaluate_on_training_end: bool = option(False, "test after the last epoch")
+    validation_freq_within_epoch: int | None = option(None, "validate every so many steps")
+    validation_auroc: float | None = option(None, "stop once validation reaches this AUROC")
+    max_steps: int | None = option(None, "stop after so many steps in all")
+    report_every: int = option(20, "steps between two reports of loss and samples per second")
+    print_lr: bool = option(False, "print the learning rate of every step")
+    print_progress: bool = option(False, "a progress bar on rank 0")
+    allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
+    compile: bool = option(False, "torch.compile the dense part")
+    trace: bool = option(False, "record every I/O call and stage with DFTracer (needs --output_dir)")
+    trace_flush_ms: int = option(1000, "a killed run loses at most this much of its trace")
+    mllog: bool = option(False, "MLPerf :::MLLOG lines, in mlperf.log of the run folder too")
+    tensorboard: bool = option(False, "scalars for TensorBoard in the run folder")
+    timeout: int = option(600, "seconds after which a silent peer counts as lost")
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "epochs", "report_every", "timeout", "validation_freq_within_epoch", "max_steps")
+        if self.trace and not self.output_dir:
+            raise UserError("--trace needs --output_dir: the trace is written there")
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    plan: Plan = field(default_factory=Plan)
+    run: Run = field(default_factory=Run)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def _listed(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> None:
+    of = [arm for arm in typing.get_args(kind) if arm is not type(None)]
+    bare = of[0] if isinstance(kind, types.UnionType) else kind
+    listed = typing.get_origin(bare) is tuple
+    shown = ",".join(map(str, default)) if listed and default else default
+    text = metadata["help"] + ("" if default in (None, False) else f" [{shown}]")
+    text = text.replace("%", "%%")
+    if bare is bool:
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
+        return
+    parse = _listed if listed else bare
+    group.add_argument(
+        f"--{name}", type=parse, default=default, help=text, choices=metadata["choices"],
+        metavar=None if metadata["choices"] else {int: "N", float: "X", str: "S"}.get(parse, "N,N,.."),
+    )  # fmt: skip
+
+
+def parse(
+    kind: type[C],
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    presets: Mapping[str, Callable[[], Mapping[str, Any]]] | None = None,
+) -> C:
+    """Flags -> a config of nested dataclasses. A preset gives defaults, flags on the line win."""
+    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    presets = presets or {}
+    if presets:
+        parser.add_argument("--preset", choices=sorted(presets), help="published settings as defaults")
+    groups = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[arg-type, misc]
+    for title, group_kind in groups.items():
+        group = parser.add_argument_group(title)
+        hints = typing.get_type_hints(group_kind)
+        for each in fields(group_kind):  # type: ignore[arg-type]
+            _add_flag(group, each.name, hints[each.name], each.default, each.metadata)
+    if presets:
+        chooser = _Parser(add_help=False, allow_abbrev=False)
+        chooser.add_argument("--preset", choices=sorted(presets))
+        chosen = chooser.parse_known_args(argv)[0].preset
+        if chosen:
+            parser.set_defaults(**presets[chosen]())
+    values = vars(parser.parse_args(argv))
+    made = {
+        title: group_kind(**{f.name: values[f.name] for f in fields(group_kind)})  # type: ignore[arg-type, operator, misc]
+        for title, group_kind in groups.items()
+    }
+    return kind(**made)
+
+
+def dump(config: Any, path: str | os.PathLike[str], launch: Mapping[str, Any]) -> None:
+    text = json.dumps({**asdict(config), "launch": dict(launch)}, indent=1)
+    Path(path).write_text(text + "\n")

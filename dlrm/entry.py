@@ -1,0 +1,56 @@
+"""How a command starts and ends: one line for what goes wrong, one exit code, no rank left waiting."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from dlrm import ranks, trace
+from dlrm.errors import USAGE, UserError
+from dlrm.ranks import Ranks
+
+
+def complain(here: Ranks, text: str) -> None:
+    where = f"rank {here.rank} on {here.host}: " if here.world_size > 1 else ""
+    print(f"dlrm: {where}{text}", file=sys.stderr, flush=True)
+
+
+def start(main: Callable[[Ranks], None]) -> NoReturn:
+    """Run `main` on this rank and leave the process with its exit code."""
+    here = ranks.here()
+    code = _outcome(main, here)
+    trace.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # threads and collectives that still wait for a peer must not hold this rank
+    sys.exit(0)
+
+
+def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
+    try:
+        main(here)
+        return 0
+    except UserError as error:
+        if not error.shared:
+            complain(here, str(error))
+        elif here.first:
+            complain(Ranks(), str(error))
+        return USAGE
+    except KeyboardInterrupt:
+        complain(here, "interrupted")
+        return 130
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0][:200]
+        if here.world_size > 1 and _is_lost_peer(first_line):
+            complain(here, f"lost contact with another rank ({first_line})")
+        else:
+            traceback.print_exc()
+            complain(here, f"{type(error).__name__}: {first_line}")
+        return 1
+
+
+def _is_lost_peer(message: str) -> bool:
+    signs = ("connection reset", "connection closed", "timed out", "broken pipe", "socket", "connectfullmesh")
+    return any(sign in message.lower() for sign in signs)
