@@ -1,0 +1,79 @@
+"""python -m dlrm.prep: toy (make TSV), run (TSV -> dataset folder), check (a dataset folder)."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dlrm import errors
+from dlrm.prep import options as choices
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m dlrm.prep", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser("toy", help="write Criteo-like TSV that can be learned")
+    toy.add_argument("out", type=Path)
+    toy.add_argument("--days", type=int, default=24)
+    toy.add_argument("--rows", type=int, default=20_000, help="per day")
+    toy.add_argument("--seed", type=int, default=0)
+    toy.add_argument("--one_file", action="store_true", help="one day_0 with all the rows, to be split")
+    add_run(commands.add_parser("run", help="Criteo TSV -> a dataset folder"))
+    return top
+
+
+def add_run(run: argparse.ArgumentParser) -> None:
+    add = run.add_argument
+    add("--input_dir", type=Path, required=True, help="day_0, day_1 ... or train.txt, test.txt; plain or .gz")
+    add("--output_dir", type=Path, required=True)
+    add("--frequency_threshold", type=int, default=0, help="ids seen less often become id 1")
+    add("--frequency_limit", type=int, default=0, help="NVIDIA's recipe: rarer ids 1, gaps 0, log(x + 3)")
+    add("--random_seed", type=int, default=0)
+    add("--workers", type=int, default=1, help="threads in each process")
+    add("--tmp_dir", type=Path, help="for intermediate files, seen by every rank [OUTPUT_DIR/prep.tmp]")
+    add("--compat", choices=choices.COMPAT, default="", help="byte for byte what these wrote")
+    add("--format", choices=choices.FORMATS, default="npy")
+    add("--engine", choices=choices.ENGINES, default="numba")
+    add("--dataset", choices=choices.DATASETS, default="", help="[what is found in the input]")
+    add("--steps", default=",".join(choices.STEPS), help="parse[,contiguous][,shuffle] [all]")
+    add("--max_ind_range", type=int, default=0, help="take raw ids modulo this")
+    add(
+        "--mod_idx", type=int, default=0, help="Parquet: OneFlow's ids, modulo this plus an offset per column"
+    )
+    add("--skip_bad_rows", action="store_true", help="count and report bad lines instead of stopping")
+    add("--no_md5", dest="md5", action="store_false", help="no digests in meta.json")
+    add("--trace_dir", type=Path, help="run folder for a DFTracer trace of this preprocessing")
+    add("--keep_tmp", action="store_true", help="leave the intermediate files")
+    add("--restart", action="store_true", help="forget what an earlier run has left")
+
+
+def run(args: argparse.Namespace) -> None:
+    values: dict[str, Any] = vars(args) | {"steps": tuple(args.steps.split(","))}
+    del values["command"]
+    options = choices.Options(**values).checked()
+    from dlrm.prep.plain import run as run_plain
+
+    run_plain(options)
+
+
+def toy(args: argparse.Namespace) -> None:
+    from dlrm.prep.toy import write_days
+
+    write_days(args.out, args.days, args.rows, args.seed, args.one_file)
+
+
+COMMANDS = {"toy": toy, "run": run}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        COMMANDS[args.command](args)
+    except errors.UserError as error:
+        print(f"dlrm.prep: {error}", file=sys.stderr)
+        return errors.USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What the user may ask of the preprocessing: one frozen record, checked once."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dlrm.errors import UserError
+
+STEPS = ("parse", "contiguous", "shuffle")
+COMPAT = ("torchrec", "mlperf")
+FORMATS = ("npy", "parquet")
+ENGINES = ("numba", "plain", "spark")
+DATASETS = ("criteo_1tb", "criteo_kaggle")
+# what the output's bytes do not depend on
+HOW_ONLY = {"workers", "tmp_dir", "engine", "trace_dir", "progress", "keep_tmp", "md5", "restart", "mpi"}
+
+
+@dataclass(frozen=True)
+class Options:
+    input_dir: Path
+    output_dir: Path
+    frequency_threshold: int = 0
+    frequency_limit: int = 0  # NVIDIA's recipe
+    random_seed: int = 0
+    workers: int = 1
+    tmp_dir: Path | None = None
+    compat: str = ""
+    format: str = "npy"
+    engine: str = "numba"
+    dataset: str = ""
+    steps: tuple[str, ...] = STEPS
+    max_ind_range: int = 0
+    mod_idx: int = 0
+    skip_bad_rows: bool = False
+    md5: bool = True
+    trace_dir: Path | None = None
+    keep_tmp: bool = False
+    restart: bool = False
+
+    @property
+    def lenient(self) -> bool:
+        """Take what torchrec takes (CRLF, extra columns, no last newline) instead of refusing it."""
+        return bool(self.compat)
+
+    @property
+    def tmp(self) -> Path:
+        return self.tmp_dir or self.output_dir / "prep.tmp"
+
+    @property
+    def contiguous(self) -> bool:
+        return "contiguous" in self.steps
+
+    @property
+    def shuffle(self) -> bool:
+        return "shuffle" in self.steps
+
+    @property
+    def min_count(self) -> int:
+        """Ids seen less often than this share one id."""
+        return max(self.frequency_threshold, self.frequency_limit)
+
+    def parameters(self) -> dict[str, Any]:
+        """What decides the output's bytes: goes to meta.json, and a resumed run must have the same."""
+        values = {key: value for key, value in asdict(self).items() if key not in HOW_ONLY}
+        values["input_dir"] = str(self.input_dir.resolve())
+        del values["output_dir"]
+        return values | {"steps": list(self.steps)}
+
+    def checked(self) -> "Options":
+        """Refuse what contradicts itself, before anything is read."""
+        for name, least in (("frequency_threshold", 0), ("frequency_limit", 0), ("random_seed", 0),
+                            ("max_ind_range", 0), ("mod_idx", 0), ("workers", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        if self.random_seed >= 1 << 32:
+            raise UserError(f"--random_seed {self.random_seed}: must be below 2^32")
+        if self.max_ind_range >= 1 << 31:
+            raise UserError(f"--max_ind_range {self.max_ind_range}: must be below 2^31")
+        if self.frequency_limit and (self.frequency_threshold or self.compat):
+            raise UserError(
+                "--frequency_limit is a recipe of its own: drop --frequency_threshold and --compat"
+            )
+        unknown = set(self.steps) - set(STEPS)
+        if unknown or "parse" not in self.steps:
+            raise UserError(f"--steps {','.join(self.steps)}: parse, and then any of contiguous, shuffle")
+        if self.min_count and not self.contiguous:
+            raise UserError("--frequency_threshold and --frequency_limit need the step contiguous")
+        if self.mod_idx and self.format != "parquet":
+            raise UserError("--mod_idx goes with --format parquet")
+        if self.format == "parquet" and self.compat:
+            raise UserError("--compat is about NPY files: drop it, or use --format npy")
+        if not self.input_dir.is_dir():
+            raise UserError(f"--input_dir {self.input_dir}: not a folder")
+        if self.output_dir.resolve() == self.input_dir.resolve():
+            raise UserError(f"--output_dir {self.output_dir}: the same as --input_dir; choose another")
+        return replace(self, steps=tuple(step for step in STEPS if step in self.steps))

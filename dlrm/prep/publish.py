@@ -1,0 +1,87 @@
+"""The output folder: files grow as `.partial`, get their real names together, and meta.json comes last."""
+
+import hashlib
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dlrm.criteo import META, PARTS, Meta
+from dlrm.errors import UserError
+from dlrm.prep.options import Options
+from dlrm.prep.sources import Output, days_of
+
+HEADER_BYTES = 128
+PARTIAL = ".partial"
+DTYPES = {"dense": "<f4", "sparse": "<i4", "labels": "<i4"}
+
+
+def header(shape: tuple[int, int], dtype: str) -> bytes:
+    """The 128 bytes that np.save writes for such an array: rows can follow in any order."""
+    text = str({"descr": dtype, "fortran_order": False, "shape": shape})
+    body = text[:-1] + ", }"  # np.save's spelling
+    room = HEADER_BYTES - 10 - 1
+    if len(body) > room:
+        raise AssertionError(f"header of {shape} is too long")
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", room + 1) + body.ljust(room).encode() + b"\n"
+
+
+def sparse_dtype(output: Output, made: list[Output], options: Options) -> str:
+    """int32, but where torchrec writes int64: before its shuffle, and the day that it only copies."""
+    whole = options.compat != "torchrec" or (options.shuffle and output not in days_of(made)[-1:])
+    return "<i4" if whole else "<i8"
+
+
+def files(made: list[Output], options: Options) -> dict[str, tuple[tuple[int, int], str]]:
+    """Every array of the finished folder: name -> shape, dtype."""
+    return {
+        f"{output.name}_{part}.npy": (
+            (output.rows, columns),
+            sparse_dtype(output, made, options) if part == "sparse" else DTYPES[part],
+        )
+        for output in made
+        for part, columns in PARTS.items()
+    }
+
+
+def unpublish(folder: Path) -> None:
+    """From here on the folder is not a dataset any more, whatever happens next."""
+    (folder / META).unlink(missing_ok=True)
+
+
+def publish(folder: Path, names: list[str], meta: Meta, md5: bool, workers: int) -> None:
+    """Real names, digests, and at last meta.json."""
+    for name in names:
+        partial = folder / (name + PARTIAL)
+        if partial.exists():
+            os.replace(partial, folder / name)
+        elif not (folder / name).exists():
+            raise UserError(f"{folder / name} is gone: start again with --restart")
+    if md5:
+        with ThreadPoolExecutor(workers) as pool:
+            meta.md5.update(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
+    meta.save(folder)
+
+
+def digest(path: Path) -> str:
+    """md5 through readinto, which the tracer sees."""
+    state, block = hashlib.md5(usedforsecurity=False), bytearray(4 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            state.update(memoryview(block)[:count])
+    return state.hexdigest()
+
+
+def rounded(ids: np.ndarray) -> np.ndarray:
+    """What torchrec's shuffle leaves of an integer that went through its float32 array."""
+    with np.errstate(invalid="ignore"):
+        return ids.astype(np.float32).astype(np.int32)
+
+
+def table_sizes(last_ids: list[int], options: Options) -> list[int]:
+    """Largest id + 1; rounding through float32 can carry the largest id upwards."""
+    if options.compat and options.shuffle:
+        last_ids = [max(last, int(np.float32(last))) for last in last_ids]
+    return [last + 1 for last in last_ids]
