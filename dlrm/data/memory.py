@@ -1,0 +1,141 @@
+"""Sources that work from memory: this rank's rows loaded once (`Memory`), or files mapped (`Mapped`).
+
+`Mapped` is fast on a page cache that holds everything, but its page faults are invisible to DFTracer: its
+`bytes_read` holds headers only, like the trace.
+"""
+
+import numpy as np
+
+from dlrm.data.npy import Layout
+from dlrm.data.rows import Rows
+from dlrm.data.stream import Stream, gather
+
+
+class Memory:
+    """Holds the rows of one rank and nothing else, loaded by the calls of `Stream`."""
+
+    random_access = True
+    holds = True
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.rows, self.row_bytes, self.bytes_read = stream.rows, stream.row_bytes, stream.bytes_read
+        self.batch = 0
+        self.runs = np.empty((0, 2), np.int64)  # held rows, ascending
+        self.starts = np.zeros(1, np.int64)  # where each run begins in the arrays
+        self.arrays: Rows | None = None
+
+    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+        runs = runs[np.argsort(runs[:, 0])]
+        if self.arrays is not None and self._has(runs):
+            return
+        self.arrays = None  # the old rows go before the new ones come
+        self.runs, self.starts = runs, np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0])])
+        parts = {
+            name: np.empty((int(self.starts[-1]), part.columns), part.buffer.dtype)
+            for name, part in self.stream.parts.items()
+        }
+        if gaps and len(runs):
+            self._pick(parts)
+        else:
+            for (start, stop), at in zip(runs.tolist(), self.starts.tolist(), strict=False):
+                for name, part in self.stream.parts.items():
+                    part.fill(start, parts[name][at : at + stop - start], self.batch)
+        self.arrays = gather(parts)
+
+    def _pick(self, parts: dict[str, np.ndarray]) -> None:
+        """Scattered rows: read everything from the first to the last, keep ours."""
+        wanted = np.arange(self.starts[-1]) + np.repeat(
+            self.runs[:, 0] - self.starts[:-1], np.diff(self.starts)
+        )
+        low, high = int(wanted[0]), int(wanted[-1]) + 1
+        for start in range(low, high, self.stream.chunk_rows):
+            stop = min(start + self.stream.chunk_rows, high)
+            first, last = np.searchsorted(wanted, [start, stop])
+            for name, part in self.stream.parts.items():
+                part.low = part.high = 0
+                parts[name][first:last] = part.get(start, stop, stop, self.batch)[wanted[first:last] - start]
+
+    def _has(self, runs: np.ndarray) -> bool:
+        numbers = np.searchsorted(self.runs[:, 0], runs[:, 0], side="right") - 1
+        return bool((numbers >= 0).all() and (runs[:, 1] <= self.runs[numbers, 1]).all())
+
+    def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
+        self.hold(np.array([[start, stop]]))
+        assert self.arrays is not None
+        number = int(np.searchsorted(self.runs[:, 0], start, side="right")) - 1
+        at = int(self.starts[number] + start - self.runs[number, 0])
+        return self.arrays.take(slice(at, at + stop - start))
+
+    def take(self, rows: np.ndarray) -> Rows:
+        assert self.arrays is not None, "hold before take"
+        numbers = np.searchsorted(self.runs[:, 0], rows, side="right") - 1
+        return self.arrays.take(self.starts[numbers] + rows - self.runs[numbers, 0])
+
+    def where(self, row: int, part: str) -> str:
+        return self.stream.where(row, part)
+
+    def close(self) -> None:
+        self.arrays = None
+        self.stream.close()
+
+
+class Mapped:
+    """The files as memory maps: nothing is read until it is touched, nothing is held."""
+
+    random_access = True
+    holds = False
+
+    def __init__(self, layout: Layout, stage: str) -> None:
+        self.stream = Stream(layout, stage)
+        self.rows, self.row_bytes, self.bytes_read = (
+            self.stream.rows,
+            self.stream.row_bytes,
+            layout.bytes_read,
+        )
+        self.batch = 0
+        self.maps = {
+            name: [
+                np.memmap(p.path, p.dtype, "r", p.offset, (p.rows, part.columns))
+                if p.rows
+                else np.empty((0, part.columns), p.dtype)
+                for p in part.pieces
+            ]
+            for name, part in self.stream.parts.items()
+        }
+        self.starts = self.stream.parts["dense"].starts
+
+    def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
+        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        if stop > self.starts[number + 1]:  # across two days
+            return self.take(np.arange(start, stop))
+        low = int(self.starts[number])
+        return gather(
+            {
+                name: maps[number][start - low : stop - low].astype(self._dtype(name), copy=False)
+                for name, maps in self.maps.items()
+            }
+        )
+
+    def take(self, rows: np.ndarray) -> Rows:
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        parts = {}
+        for name, maps in self.maps.items():
+            out = np.empty((len(rows), self.stream.parts[name].columns), self._dtype(name))
+            for number in np.unique(numbers):
+                of_day = numbers == number
+                out[of_day] = maps[number][rows[of_day] - self.starts[number]]
+            parts[name] = out
+        return gather(parts)
+
+    def _dtype(self, name: str) -> np.dtype:
+        return self.stream.parts[name].buffer.dtype
+
+    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+        """Nothing to load."""
+
+    def where(self, row: int, part: str) -> str:
+        return self.stream.where(row, part)
+
+    def close(self) -> None:
+        self.maps = {}

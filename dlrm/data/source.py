@@ -1,0 +1,93 @@
+"""One narrow door to every format: `open_source(kind, folder, stage).read(start, stop)`.
+
+Stages: train = all days but the last; val and test = the halves of the last day. A folder of one day (or
+Kaggle's single train file) has no last day to spare: its last seventh is held out instead.
+`scan` checks all files of a folder once; give its result instead of the folder to open several stages,
+which then also count their bytes together.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dlrm.data.memory import Mapped, Memory
+from dlrm.data.npy import Layout
+from dlrm.data.npy import scan as scan_npy
+from dlrm.data.random import Random
+from dlrm.data.rows import STAGES, Source
+from dlrm.data.stream import Stream
+from dlrm.errors import UserError
+
+RANDOM_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class How:
+    """What a source may need to know besides its files."""
+
+    stage: str
+    read_chunk_mb: float = 16
+    rows: int = RANDOM_ROWS
+    table_sizes: Sequence[int] | None = None
+    seed: int = 0
+
+
+def random_source(_folder: Layout, how: How) -> Source:
+    if how.table_sizes is None:
+        raise UserError(
+            "random data needs table sizes: give --num_embeddings or --num_embeddings_per_feature"
+        )
+    return Random(how.stage, how.rows, how.table_sizes, how.seed)
+
+
+def stream_source(layout: Layout, how: How) -> Source:
+    return Stream(layout, how.stage, how.read_chunk_mb)
+
+
+def memory_source(layout: Layout, how: How) -> Source:
+    return Memory(Stream(layout, how.stage, how.read_chunk_mb))
+
+
+def mapped_source(layout: Layout, how: How) -> Source:
+    return Mapped(layout, how.stage)
+
+
+SCANS: dict[str, Callable[[str | os.PathLike[str]], Layout]] = {
+    "random": lambda folder: Layout(os.fspath(folder), {}),
+    "stream": scan_npy,
+    "memory": scan_npy,
+    "mmap": scan_npy,
+}
+KINDS: dict[str, Callable[[Layout, How], Source]] = {
+    "random": random_source,
+    "stream": stream_source,
+    "memory": memory_source,
+    "mmap": mapped_source,
+}
+
+
+def scan(kind: str, folder: str | os.PathLike[str]) -> Layout:
+    """Check every file of the folder; UserError names all that are bad."""
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of data {kind}: one of {', '.join(KINDS)}")
+    return SCANS[kind](folder)
+
+
+def open_source(
+    kind: str,
+    folder: str | os.PathLike[str] | Layout,
+    stage: str,
+    *,
+    read_chunk_mb: float = 16,
+    rows: int = RANDOM_ROWS,
+    table_sizes: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Source:
+    """The rows of one stage. `rows`, `table_sizes` and `seed` are for random data only."""
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage}: one of {', '.join(STAGES)}")
+    layout = folder if isinstance(folder, Layout) else scan(kind, folder)
+    source = KINDS[kind](layout, How(stage, read_chunk_mb, rows, table_sizes, seed))
+    if source.rows < 1:
+        raise UserError(f"{layout.folder}: no rows for {stage}: use a dataset with more rows")
+    return source

@@ -1,0 +1,157 @@
+"""Rows from .npy files by large sequential reads into reusable buffers: bounded memory, each byte once.
+
+FileIO.seek and readinto are used because DFTracer sees them; it sees neither np.load's reads (a FILE* over
+a duplicated descriptor) nor os.preadv nor page faults of a memory map.
+"""
+
+from dataclasses import dataclass
+from io import FileIO
+
+import numpy as np
+
+from dlrm.data.npy import Layout
+from dlrm.data.rows import Rows
+from dlrm.errors import UserError
+from dlrm.trace import span
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rows of a set that lie in one file."""
+
+    path: str
+    dtype: np.dtype
+    offset: int  # byte offset of the first of these rows
+    first: int  # its number in the file
+    rows: int
+
+
+class Part:
+    """One group of columns over all files of a set, with its buffer."""
+
+    def __init__(
+        self, name: str, columns: int, dtype: type, pieces: list[Piece], bytes_read: dict[str, int]
+    ) -> None:
+        self.name, self.columns, self.pieces, self.bytes_read = name, columns, pieces, bytes_read
+        self.starts = np.cumsum([0] + [piece.rows for piece in pieces])
+        self.row_bytes = columns * max(piece.dtype.itemsize for piece in pieces)
+        self.buffer = np.empty((0, columns), dtype)
+        self.low = self.high = 0  # the rows that the buffer holds
+        self._handle: FileIO | None = None
+        self._position = 0
+
+    def get(self, start: int, stop: int, ahead: int, batch: int) -> np.ndarray:
+        """A view of rows [start, stop); what is missing is read on, up to `ahead`."""
+        if not (self.low <= start and stop <= self.high):
+            kept = self.high - start if self.low <= start < self.high else 0
+            high = max(stop, ahead)
+            if high - start > len(self.buffer):
+                old, self.buffer = self.buffer, np.empty((high - start, self.columns), self.buffer.dtype)
+            else:
+                old = self.buffer
+            self.buffer[:kept] = old[start - self.low : start - self.low + kept]
+            self.low = self.high = start  # nothing is held should the read fail
+            self.fill(start + kept, self.buffer[kept : high - start], batch)
+            self.high = high
+        return self.buffer[start - self.low : stop - self.low]
+
+    def fill(self, start: int, out: np.ndarray, batch: int) -> None:
+        """Read the rows from `start` on into `out`."""
+        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        done = 0
+        while done < len(out):
+            piece, inside = self.pieces[number], start + done - int(self.starts[number])
+            rows = min(len(out) - done, piece.rows - inside)
+            self._read(piece, inside, out[done : done + rows], batch)
+            done += rows
+            number += 1
+
+    def _read(self, piece: Piece, inside: int, out: np.ndarray, batch: int) -> None:
+        raw = out if piece.dtype == out.dtype else np.empty(out.shape, piece.dtype)
+        offset = piece.offset + inside * self.columns * piece.dtype.itemsize
+        with span("data", "read", file=piece.path, bytes=raw.nbytes, batch=batch):
+            self._read_bytes(piece.path, offset, memoryview(raw.data).cast("B"))
+        if raw is not out:  # int64 ids, as torchrec's scripts leave the last day
+            limits = np.iinfo(out.dtype)
+            wrong = (raw < limits.min) | (raw > limits.max)
+            if wrong.any():
+                row, column = np.argwhere(wrong)[0]
+                raise UserError(
+                    f"{piece.path}: row {piece.first + inside + row}, column {column}: {raw[row, column]} "
+                    f"does not fit {out.dtype}: make the dataset again"
+                )
+            out[:] = raw
+
+    def _read_bytes(self, path: str, offset: int, view: memoryview) -> None:
+        try:
+            if self._handle is None or self._handle.name != path:
+                self.close()
+                self._handle, self._position = FileIO(path), 0
+            if self._position != offset:
+                self._handle.seek(offset)
+            done = 0
+            while done < len(view):
+                got = self._handle.readinto(view[done:])
+                if not got:
+                    raise UserError(f"{path}: ends at byte {offset + done}: the file was cut while in use")
+                done += got
+                self.bytes_read[path] = self.bytes_read.get(path, 0) + got
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror} at byte {offset}") from error
+        self._position = offset + done
+
+    def where(self, row: int) -> str:
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        piece = self.pieces[number]
+        return f"{piece.path}, row {piece.first + row - int(self.starts[number])}"
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+
+class Stream:
+    """Reads rows in order, at most `chunk_mb` ahead of what was asked for."""
+
+    random_access = False
+    holds = False
+
+    def __init__(self, layout: Layout, stage: str, chunk_mb: float = 16) -> None:
+        self.bytes_read = layout.bytes_read
+        self.batch = 0
+        days = layout.days(stage)
+        self.rows = sum(len(rows) for _, rows in days)
+        self.parts: dict[str, Part] = {}
+        for name, files in layout.parts.items():
+            pieces = [
+                Piece(f.path, f.dtype, f.offset + rows.start * f.row_bytes, rows.start, len(rows))
+                for f, rows in ((files[day], rows) for day, rows in days)
+            ]
+            dtype = np.float32 if name == "dense" else np.int32
+            self.parts[name] = Part(name, files[0].columns, dtype, pieces, self.bytes_read)
+        self.row_bytes = sum(part.row_bytes for part in self.parts.values())
+        self.chunk_rows = max(1, int(chunk_mb * (1 << 20)) // self.row_bytes)
+
+    def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
+        ahead = min(ahead, start + self.chunk_rows, self.rows)
+        return gather({name: part.get(start, stop, ahead, self.batch) for name, part in self.parts.items()})
+
+    def take(self, rows: np.ndarray) -> Rows:
+        raise NotImplementedError("a stream is read in order")
+
+    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+        """Nothing to do: rows are read when they are asked for."""
+
+    def where(self, row: int, part: str) -> str:
+        return self.parts.get(part, self.parts["dense"]).where(row)
+
+    def close(self) -> None:
+        for part in self.parts.values():
+            part.close()
+
+
+def gather(parts: dict[str, np.ndarray]) -> Rows:
+    """Columns by part -> Rows: one sparse array, or one per feature."""
+    sparse = parts["sparse"] if "sparse" in parts else [parts[n] for n in parts if n.isdigit()]
+    return Rows(parts["dense"], sparse, parts["labels"].reshape(-1))
