@@ -104,7 +104,7 @@ DEFAULT_TABLE_SIZE = 100_000
 def table_sizes(
     every: int | None, each: Sequence[int] | None, folder: str | os.PathLike[str] | None
 ) -> tuple[list[int], bool]:
-    """Rows per table: as asked, else from the dataset's meta.json; and whether ids must be folded into them."""
+    """Rows per table: as asked, else from meta.json; and whether ids must be folded into them."""
     if each is not None:
         if len(each) != NUM_SPARSE:
             raise UserError(f"--num_embeddings_per_feature: {len(each)} sizes, {NUM_SPARSE} expected")

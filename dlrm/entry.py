@@ -1,8 +1,10 @@
 """How a command starts and ends: one line for what goes wrong, one exit code, no rank left waiting."""
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -19,6 +21,7 @@ def complain(here: Ranks, text: str) -> None:
 def start(main: Callable[[Ranks], None]) -> NoReturn:
     """Run `main` on this rank and leave the process with its exit code."""
     here = ranks.here()
+    _quieten()
     code = _outcome(main, here)
     trace.stop()
     sys.stdout.flush()
@@ -26,6 +29,14 @@ def start(main: Callable[[Ranks], None]) -> NoReturn:
     if code:
         os._exit(code)  # threads and collectives that still wait for a peer must not hold this rank
     sys.exit(0)
+
+
+def _quieten() -> None:
+    """Libraries' notes to their own developers would bury what a user must read."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("torchrec", "torch.fx", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:

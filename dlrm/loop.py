@@ -15,6 +15,8 @@ from dlrm.errors import UserError
 
 
 class Batches(Sized, Iterable[Any], Protocol):
+    number: int  # of the batch given last, counted over all passes
+
     def set_epoch(self, epoch: int) -> None: ...
 
 
@@ -69,8 +71,9 @@ class Meter:
         self.steps = 0
         return loss / max(rows, 1), int(rows), seconds
 
-    def restart_clock(self) -> None:
-        self._since = time.perf_counter()
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not training."""
+        self._since += seconds
 
 
 def fit(
@@ -78,36 +81,40 @@ def fit(
     batches: Batches,
     progress: Progress,
     limits: Limits,
-    set_lr: Callable[[Progress, int], float],
+    next_lr: Callable[[], float],
     validate: Callable[[], dict[str, Any]],
     report: Report,
     device: torch.device,
 ) -> bool:
     """Train until the epochs are over, `max_steps` are done, or validation is good enough (True)."""
     meter = Meter(device)
+
+    def judge() -> dict[str, Any]:
+        result = validate()
+        meter.leave_out(result["seconds"])
+        return result
+
     while progress.epoch < limits.epochs:
         batches.set_epoch(progress.epoch)
         trace.set_context(epoch=progress.epoch)
         with trace.span("train", "epoch"):
-            for lr in steps(pipeline, batches, progress, meter, set_lr):
+            for lr in steps(pipeline, batches, progress, meter, next_lr):
                 at_end = progress.step == limits.max_steps
                 if meter.steps == limits.report_every or at_end or progress.step == limits.warmup_steps:
                     report_step(meter, progress, lr, report, timed=progress.step > limits.warmup_steps)
-                if limits.validation_freq and progress.step % limits.validation_freq == 0:
-                    if good_enough(validate(), limits.validation_auroc):
-                        return True
-                    meter.restart_clock()
+                due = limits.validation_freq and progress.step % limits.validation_freq == 0
+                if due and good_enough(judge(), limits.validation_auroc):
+                    return True
                 if at_end:
                     return False
             if meter.steps:
                 report_step(meter, progress, lr, report)
         progress.epoch += 1
         if limits.evaluate_on_epoch_end:
-            result = validate()
+            result = judge()
             progress.val_aurocs.append(result["auroc"])
             if good_enough(result, limits.validation_auroc):
                 return True
-            meter.restart_clock()
     return False
 
 
@@ -116,15 +123,16 @@ def steps(
     batches: Batches,
     progress: Progress,
     meter: Meter,
-    set_lr: Callable[[Progress, int], float],
+    next_lr: Callable[[], float],
 ) -> Iterator[float]:
     """One epoch, a step at a time; yields the learning rate used, after the step is counted."""
     iterator = iter(batches)
+    first = batches.number + 1
     try:
-        for batch in range(len(batches)):
+        for batch in range(first, first + len(batches)):
             trace.set_context(step=progress.step)
             with trace.span("train", "step", batch=batch):
-                lr = set_lr(progress, len(batches))
+                lr = next_lr()
                 loss, logits, _ = pipeline.progress(iterator)
                 meter.add(loss, len(logits))
             progress.step += 1

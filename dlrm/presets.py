@@ -24,7 +24,6 @@ def toy() -> Defaults:
         "batch_size": 256,
         "learning_rate": 0.02,
         "optimizer": "adagrad",
-        "epochs": 2,
         "evaluate_on_epoch_end": True,
         "evaluate_on_training_end": True,
         "seed": 0,

@@ -1,29 +1,46 @@
-"""The run folder: what was asked, what happened, step by step. Rank 0 writes it."""
+"""The run folder: what was asked, what happened, step by step; and the same for a person who watches.
+
+Rank 0 writes and speaks; on the other ranks everything here does nothing.
+"""
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 
 class Records:
-    """Writes RUN/metrics.jsonl as it goes and the JSON files; without a folder it keeps nothing."""
+    """RUN/metrics.jsonl as it goes, JSON files whole; without a folder only words on stdout."""
 
     def __init__(self, folder: str | None, first: bool, tensorboard: bool = False) -> None:
-        self._folder = Path(folder) if folder and first else None
+        self.folder = Path(folder) if folder and first else None
+        self._first = first
+        self._bar: Any = None
         self._board: Any = None
-        self._metrics = None
-        if self._folder:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._metrics = open(self._folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._metrics: Any = None
+        self._steps, self._begun = 0, time.time()
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._metrics = open(self.folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(self._folder / "tensorboard"))
+                self._board = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def begin(self, steps: int, bar: bool) -> None:
+        """Training starts: `steps` in all. A bar where a person looks on, plain lines elsewhere."""
+        self._steps, self._begun = steps, time.time()
+        if bar and self._first:
+            self._bar = tqdm(total=steps, unit="step", desc="train", disable=not sys.stderr.isatty())
 
     def report(self, **values: Any) -> None:
-        """One line of metrics.jsonl: step, epoch and whatever was measured."""
+        """One line of metrics.jsonl, one line (or a step of the bar) for people."""
+        if not self._first:
+            return
         if self._metrics:
             self._metrics.write(json.dumps({**values, "time": time.time()}) + "\n")
         if self._board:
@@ -31,17 +48,40 @@ class Records:
             for name, value in values.items():
                 if isinstance(value, int | float) and name not in ("step", "epoch"):
                     self._board.add_scalar(f"{split}/{name}", value, values.get("step", 0))
+        if "split" in values:
+            shown = {k: v for k, v in values.items() if k not in ("split", "step", "epoch") and v is not None}
+            self.say(f"{values['split']}: " + ", ".join(f"{k} {v:.6g}" for k, v in shown.items()))
+        else:
+            self._show_step(values)
+
+    def _show_step(self, values: dict[str, Any]) -> None:
+        text = (
+            f"loss {values['loss']:.5f}, lr {values['lr']:.4g}, {values['samples_per_second']:,.0f} samples/s"
+        )
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix_str(text)
+            self._bar.update(values["step"] - self._bar.n)
+            return
+        done = values["step"] / self._steps if self._steps else 0
+        left = (time.time() - self._begun) * (1 / done - 1) if done else 0
+        self.say(f"epoch {values['epoch']} step {values['step']}/{self._steps}: {text}, {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        if self._first:
+            if self._bar is not None and not self._bar.disable:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
 
     def save(self, name: str, values: Any) -> None:
         """RUN/name as JSON, published whole."""
-        if self._folder:
-            path = self._folder / name
+        if self.folder:
+            path = self.folder / name
             partial = path.with_name(name + ".partial")
             partial.write_text(json.dumps(values, indent=1) + "\n")
             os.replace(partial, path)
 
     def close(self) -> None:
-        if self._metrics:
-            self._metrics.close()
-        if self._board:
-            self._board.close()
+        for each in (self._bar, self._metrics, self._board):
+            if each is not None:
+                each.close()

@@ -15,7 +15,9 @@ FLOORS = {
         ["entry"],
         ["dist", "records", "prep", "data"],
         ["model"],
-        ["auroc", "checkpoint", "mlperf", "loop"],
+        ["auroc", "checkpoint", "mlperf"],
+        ["loop"],
+        ["job"],
         ["train", "bench", "bert4rec"],
     ],
     "analysis": [

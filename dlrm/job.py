@@ -1,0 +1,239 @@
+"""One training job, from resolved options to results.json: data, model, plan, training, evaluation."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+from dlrm import config, criteo, dist, loop, trace
+from dlrm.config import Config
+from dlrm.data.batches import Batches
+from dlrm.data.kjt import ToBatch
+from dlrm.data.prefetch import Prefetcher
+from dlrm.data.rows import Source
+from dlrm.data.source import open_source, scan
+from dlrm.model import optim, plan
+from dlrm.model.dlrm import build, compile_dense
+from dlrm.model.schedule import Schedule, learning_rate, set_lr
+from dlrm.model.tables import table_configs
+from dlrm.ranks import Ranks
+from dlrm.records import Records
+
+RANDOM_BATCHES = 10  # of a set, when the data is random and no limit is given
+
+
+def train(cfg: Config, here: Ranks) -> None:
+    begun = time.perf_counter()
+    with dist.session(here, cfg.run.timeout) as device:
+        dist.mark_clock("start")
+        torch.backends.cuda.matmul.allow_tf32 = cfg.run.allow_tf32
+        records = open_records(cfg, here, device)
+        with dist.together(), trace.span("startup", "data"):
+            sets = open_sets(cfg, here)
+        with dist.together(), trace.span("startup", "build"):
+            module = build_model(cfg, sets.sizes, device)
+        with dist.together(), trace.span("startup", "plan"):
+            model, optimizer = shard(cfg, module, here, device, records)
+        job = Job(cfg, sets, model, optimizer, records, device)
+        startup = time.perf_counter() - begun
+        job.fit()
+        if cfg.run.evaluate_on_training_end:
+            job.evaluate("test")
+        dist.mark_clock("end")
+        job.save_results(startup)
+        sets.close()
+        records.close()
+
+
+def open_records(cfg: Config, here: Ranks, device: torch.device) -> Records:
+    """The run folder, with what was asked for and where it runs."""
+    hosts = dist.everyone(here.host)
+    records = Records(cfg.run.output_dir, here.first, cfg.run.tensorboard)
+    launch = {
+        "world_size": here.world_size,
+        "local_world_size": here.local_world_size,
+        "nodes": len(set(hosts)),
+        "hosts": hosts,
+        "device": str(device.type),
+    }
+    if records.folder:
+        config.dump(cfg, records.folder / "config.json", launch)
+    return records
+
+
+@dataclass
+class Sets:
+    """The rows to train on, to validate and to test with, as this rank's batches."""
+
+    sizes: list[int]  # rows per table
+    sources: list[Source]
+    train: Prefetcher
+    val: Prefetcher
+    test: Prefetcher
+
+    def bytes_read(self) -> dict[str, int]:
+        return {path: count for source in self.sources for path, count in source.bytes_read.items()}
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+
+
+def open_sets(cfg: Config, here: Ranks) -> Sets:
+    data = cfg.data
+    sizes, fold = criteo.table_sizes(
+        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder
+    )
+    to_batch = ToBatch(sizes, fold, data.pin_memory)
+    layout = scan(data.kind, data.folder or "")
+    sources, loaders = [], {}
+    for stage in ("train", "val", "test"):
+        limit = getattr(data, f"limit_{stage}_batches")
+        batch_size = data.batch_size if stage == "train" else data.test_batch_size or data.batch_size
+        if data.kind == "random":
+            limit = RANDOM_BATCHES if limit is None else limit
+        rows = (limit or 1) * batch_size * here.world_size
+        source = open_source(
+            data.kind, layout, stage, read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes,
+            seed=cfg.run.seed or 0,
+        )  # fmt: skip
+        training = stage == "train"
+        batches = Batches(
+            source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,
+            drop_last=training and data.drop_last_training_batch,
+            shuffle_batches=training and data.shuffle_batches,
+            shuffle_set=training and data.shuffle_training_set,
+            seed=cfg.run.seed or 0,
+        )  # fmt: skip
+        sources.append(source)
+        loaders[stage] = Prefetcher(batches, data.prefetch_batches)
+    return Sets(sizes, sources, **loaders)
+
+
+def build_model(cfg: Config, sizes: list[int], device: torch.device) -> nn.Module:
+    """The model on this device, its tables still to be made, their optimizer already attached."""
+    model, run = cfg.model, cfg.run
+    module = build(
+        model.interaction_type,
+        table_configs(sizes, model.embedding_dim),
+        criteo.NUM_DENSE,
+        model.dense_arch_layer_sizes,
+        model.over_arch_layer_sizes,
+        model.dcn_num_layers,
+        model.dcn_low_rank_dim,
+        model.interaction_branch1_layer_sizes,
+        model.interaction_branch2_layer_sizes,
+        model.self_interaction,
+        dense_device=device,
+        seed=run.seed or 0,
+    )
+    if run.compile:
+        compile_dense(module.model)
+    optim.apply_in_backward(
+        module.model.sparse_arch.parameters(), cfg.optim.name, cfg.optim.learning_rate, device, cfg.optim.eps
+    )
+    return module
+
+
+def shard(
+    cfg: Config, module: nn.Module, here: Ranks, device: torch.device, records: Records
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
+    made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes)
+    records.save("plan.json", plan.plan_as_dict(made))
+    if cfg.plan.print_sharding_plan and here.first:
+        print(plan.describe(made), flush=True)
+    model = plan.shard(module, made, device, cfg.run.seed or 0)
+    return model, optim.dense_optimizer(model, cfg.optim.name, cfg.optim.learning_rate, cfg.optim.eps)
+
+
+class Job:
+    """What is being trained, and how far it has come."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        sets: Sets,
+        model: DistributedModelParallel,
+        optimizer: CombinedOptimizer,
+        records: Records,
+        device: torch.device,
+    ) -> None:
+        self.cfg, self.sets, self.model, self.optimizer = cfg, sets, model, optimizer
+        self.records, self.device = records, device
+        self.progress = loop.Progress()
+        self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
+        self.evaluating = 0.0  # seconds
+        # two pipelines: evaluating in the middle of an epoch must not drop the batches in flight
+        self.pipeline = TrainPipelineSparseDist(model, optimizer, device)
+        self.judge = TrainPipelineSparseDist(model, optimizer, device)
+        optimizing = cfg.optim
+        self.schedule = Schedule(
+            "change" if optimizing.change_lr else optimizing.lr_schedule,
+            optimizing.lr_warmup_steps,
+            optimizing.lr_decay_start,
+            optimizing.lr_decay_steps,
+            change_step=int(optimizing.lr_change_point * len(sets.train)),
+            change_to=optimizing.lr_after_change_point,
+        )
+
+    def fit(self) -> None:
+        run = self.cfg.run
+        limits = loop.Limits(
+            epochs=run.epochs,
+            max_steps=run.max_steps,
+            report_every=run.report_every,
+            validation_freq=run.validation_freq_within_epoch,
+            validation_auroc=run.validation_auroc,
+            evaluate_on_epoch_end=run.evaluate_on_epoch_end,
+        )
+        self.records.begin(run.epochs * len(self.sets.train), run.print_progress)
+        loop.fit(
+            self.pipeline, self.sets.train, self.progress, limits, self.next_lr,
+            lambda: self.evaluate("val"), self.records.report, self.device,
+        )  # fmt: skip
+
+    def next_lr(self) -> float:
+        lr = learning_rate(self.progress.step, self.cfg.optim.learning_rate, self.schedule)
+        set_lr(self.optimizer, lr)
+        if self.cfg.run.print_lr:
+            self.records.say(f"lr: {self.progress.step} {lr:.6f}")
+        return lr
+
+    def evaluate(self, split: str) -> dict[str, Any]:
+        result = loop.evaluate(self.judge, self.model, getattr(self.sets, split), split)
+        self.records.report(step=self.progress.step, epoch=self.progress.epoch, **result)
+        self.results[split] = result
+        self.evaluating += result["seconds"]
+        return result
+
+    def save_results(self, startup: float) -> None:
+        """results.json: what came out, and the bytes that each rank's loader says it read."""
+        progress = self.progress
+        val, test = self.results.get("val", {}), self.results.get("test", {})
+        bytes_read = dist.everyone(self.sets.bytes_read())
+        self.records.save(
+            "results.json",
+            {
+                "val_aurocs": progress.val_aurocs,
+                "test_auroc": test.get("auroc"),
+                "val_samples": val.get("samples"),
+                "test_samples": test.get("samples"),
+                "evaluations": self.results,
+                "steps": progress.step,
+                "samples": progress.samples,
+                "samples_per_second": progress.timed_samples / progress.seconds if progress.seconds else None,
+                "bytes_read": {str(rank): files for rank, files in enumerate(bytes_read)},
+                "seconds": {
+                    "startup": startup,
+                    "train": progress.seconds,
+                    "evaluate": self.evaluating,
+                },
+                "world_size": len(bytes_read),
+            },
+        )

@@ -1,0 +1,25 @@
+"""Train a DLRM, evaluate it exactly, write a run folder.
+
+Every command line of MLCommons' torchrec dlrm_main.py runs unchanged. Start it with launcher.sh or
+torchrun, or alone for one rank. Without a dataset it trains on random data.
+"""
+
+import sys
+
+from dlrm import entry, trace
+from dlrm.config import Config, parse
+from dlrm.presets import PRESETS
+from dlrm.ranks import Ranks
+
+
+def main(here: Ranks) -> None:
+    cfg = parse(Config, sys.argv[1:], "python -m dlrm.train", __doc__ or "", PRESETS)
+    if cfg.run.trace and cfg.run.output_dir:
+        trace.start(cfg.run.output_dir, here, "train", cfg.run.trace_flush_ms)
+    with trace.span("startup", "imports"):  # after the trace has begun: reading torch is I/O too
+        from dlrm.job import train
+    train(cfg, here)
+
+
+if __name__ == "__main__":
+    entry.start(main)
