@@ -73,9 +73,9 @@ def tsv(rows: int, rng: np.random.Generator, seed: int) -> bytes:
 
 
 def skewed(rows: int, rng: np.random.Generator) -> np.ndarray:
-    """Ids with P(id) about 1 / (id + 1); -1 where the field is empty."""
+    """Few ids common, most rare, as in a zipf law with a steep head; -1 where the field is empty."""
     ends = np.log(np.array(CARDINALITIES) + 1.0)
-    ids = np.floor(np.exp(rng.random((rows, NUM_SPARSE)) * ends)).astype(np.int64) - 1
+    ids = np.floor(np.exp(rng.random((rows, NUM_SPARSE)) ** 3 * ends)).astype(np.int64) - 1
     ids[rng.random((rows, NUM_SPARSE)) < np.linspace(0.05, 0, NUM_SPARSE)] = -1
     return ids
 
@@ -93,9 +93,9 @@ def hashed(ids: np.ndarray) -> np.ndarray:
 def log_odds(ids: np.ndarray, dense: np.ndarray, seed: int) -> np.ndarray:
     """The truth that the labels are drawn from; it depends on the seed only, not on the day."""
     rng = np.random.default_rng([seed, 0x70E])
-    total = np.full(len(ids), -1.2)
+    total = np.full(len(ids), -2.6)
     for column in TELLING:
-        effects = rng.normal(0, 0.8, CARDINALITIES[column] + 1)
+        effects = rng.normal(0, 1.0, CARDINALITIES[column] + 1)
         total += effects[ids[:, column]]  # -1, the empty field, takes the last one
     slopes = rng.normal(0, 0.35, NUM_DENSE)
     return total + (np.log(dense + 3.0) - 1.8) @ slopes
