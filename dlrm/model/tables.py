@@ -69,13 +69,13 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor
 def initialise(module: nn.Module, seed: int = 0) -> None:
     """Fill this rank's shards: uniform in +-sqrt(1 / rows), as the DLRM paper and torchrec do."""
     for _, table, weight in table_parameters(module):
-        rows = weight.size(0)
         if isinstance(weight, ShardedTensor):
+            rows, width = weight.metadata().size
             for shard in weight.local_shards():
                 first_row, first_column = shard.metadata.shard_offsets
-                _fill(shard.tensor, first_row, first_column, rows, weight.size(1), table, seed)
+                _fill(shard.tensor, first_row, first_column, rows, width, table, seed)
         elif not weight.is_meta:
-            _fill(weight, 0, 0, rows, weight.size(1), table, seed)
+            _fill(weight, 0, 0, weight.size(0), weight.size(1), table, seed)
 
 
 def _fill(
