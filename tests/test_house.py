@@ -21,8 +21,11 @@ FLOORS = {
         ["train", "bench", "bert4rec"],
     ],
     "analysis": [
-        ["errors"],
-        ["events", "intervals"],
+        ["errors", "strings", "lines", "intervals"],
+        ["scan"],
+        ["columns"],
+        ["events"],
+        ["nest", "wire"],
         ["perfetto", "tables", "check", "view"],
         ["plots"],
         ["report"],

@@ -1,0 +1,218 @@
+"""Strings as numbers: each distinct text once, found through a hash table that numba code fills.
+
+Also the three machine instructions that reading text quickly wants: a byte, eight bytes, and where a bit is.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+# Strings whose numbers the code knows: KNOWN.index(text) is the number in every Strings.
+KNOWN = (
+    "", "hhash", "fhash", "offset", "count", "ret", "epoch", "step", "batch", "value", "split", "when",
+    "file", "bytes", "name", "POSIX", "STDIO", "counter", "clock", "dftracer", "data", "read", "train",
+    "barrier", "num_events", "CM", "FH", "HH", "SH", "thread_name", "start", "end", "fname", "size",
+)  # fmt: skip
+ID = {text: number for number, text in enumerate(KNOWN)}
+MAX_STRINGS = 200_000  # beyond this, new values are not kept: memory is bounded
+PAD = 16  # text is read eight bytes at a time: this many bytes must follow its end
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+_ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+_QUOTES, _SLASHES = np.uint64(0x2222222222222222), np.uint64(0x5C5C5C5C5C5C5C5C)
+
+
+def _pointer(typingctx, array):
+    """An array's data as a bare pointer: helpers that take arrays would count references at every call."""
+
+    def codegen(context, builder, signature, args):
+        return context.make_array(signature.args[0])(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), codegen
+
+
+def _load(bits: int):
+    def typer(typingctx, data, index):  # an unaligned read
+        def codegen(context, builder, signature, args):
+            place = builder.gep(args[0], [args[1]])
+            if bits == 64:
+                return builder.load(builder.bitcast(place, ir.IntType(64).as_pointer()), align=1)
+            return builder.zext(builder.load(place), ir.IntType(64))
+
+        return (types.uint64 if bits == 64 else types.int64)(data, types.int64), codegen
+
+    return typer
+
+
+def _trailing_zeros(typingctx, value):
+    def codegen(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), codegen
+
+
+def _bits_of(typingctx, value):
+    """A float64 as the int64 of the same bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.int64(types.float64), codegen
+
+
+# Any: numba supplies the first argument
+byte: Any = intrinsic(_load(8))
+word: Any = intrinsic(_load(64))
+pointer: Any = intrinsic(_pointer)
+trailing_zeros: Any = intrinsic(_trailing_zeros)
+bits_of: Any = intrinsic(_bits_of)
+
+
+class Strings:
+    """Each distinct string once: numbers to text and, through a hash table, text to numbers."""
+
+    def __init__(self) -> None:
+        self.pool = np.zeros(1 << 20, np.uint8)
+        self.starts = np.zeros(1 << 16, np.int64)
+        self.hashes = np.zeros(1 << 16, np.uint64)
+        self.table = np.full(1 << 18, -1, np.int32)
+        self.count = np.zeros(1, np.int64)
+        self._text: list[str] = []
+        for text in KNOWN:
+            self.add(text)
+
+    def add(self, text: str) -> int:
+        raw = text.encode()
+        self.make_room(len(raw))
+        padded = np.frombuffer(bytearray(raw + bytes(PAD)), np.uint8)
+        return int(_add(padded, len(raw), self.arrays))
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.pool, self.starts, self.hashes, self.table, self.count
+
+    def make_room(self, length: int) -> None:
+        """After this, all strings in a line of `length` bytes fit."""
+        n = int(self.count[0])
+        if self.starts[n] + length + PAD > len(self.pool):
+            self.pool = grown(self.pool, int(self.starts[n]) + length + PAD)
+        if n + length // 2 + 2 > len(self.starts):
+            self.starts, self.hashes = grown(self.starts, n + length), grown(self.hashes, n + length)
+        if 2 * (n + length // 2) > len(self.table):
+            self.table = np.full(1 << (4 * (n + length)).bit_length(), -1, np.int32)
+            _rehash(self.hashes, n, self.table)
+
+    def text(self, number: int) -> str:
+        while len(self._text) <= number:
+            a, b = self.starts[len(self._text)], self.starts[len(self._text) + 1]
+            self._text.append(unescape(self.pool[a:b].tobytes()))
+        return self._text[number]
+
+    def __len__(self) -> int:
+        return int(self.count[0])
+
+
+def unescape(raw: bytes) -> str:
+    text = raw.decode(errors="replace")
+    if "\\" not in text:
+        return text
+    try:
+        return str(json.loads(f'"{text}"'))
+    except ValueError:  # dftracer does not escape what a path itself contains
+        return text
+
+
+def grown(array: np.ndarray, need: int) -> np.ndarray:
+    bigger = np.zeros(2 * max(need, len(array)), array.dtype)
+    bigger[: len(array)] = array
+    return bigger
+
+
+@njit(cache=True, nogil=True)
+def _rehash(hashes, n, table):
+    mask = len(table) - 1
+    for number in range(n):
+        slot = np.int64(hashes[number]) & mask
+        while table[slot] >= 0:
+            slot = (slot + 1) & mask
+        table[slot] = number
+
+
+@njit(cache=True, nogil=True)
+def has_room(line, pool, starts, table, count):
+    n = count[0]
+    strings = line // 2
+    return (
+        starts[n] + line + PAD <= len(pool)
+        and 2 * (n + strings) <= len(table)
+        and n + strings + 2 <= len(starts)
+    )
+
+
+@njit(cache=True, nogil=True)
+def _add(text, size, arrays):
+    return intern(pointer(text), 0, size, pointers(arrays), True)
+
+
+@njit(cache=True, nogil=True)
+def pointers(arrays):
+    pool, starts, hashes, table, count = arrays
+    return pointer(pool), pointer(starts), pointer(hashes), pointer(table), pointer(count), len(table) - 1
+
+
+@njit(cache=True, nogil=True)
+def close(text, p, end):
+    """Where the string that runs at p has its closing quote; `end` when it has none before that."""
+    while p < end:
+        w = word(text, p)
+        quote, slash = w ^ _QUOTES, w ^ _SLASHES
+        if (slash - _ONES) & ~slash & _TOPS:
+            while p < end and byte(text, p) != 34:
+                p += 2 if byte(text, p) == 92 else 1
+            break
+        found = (quote - _ONES) & ~quote & _TOPS
+        if found:
+            p += trailing_zeros(found) >> 3
+            break
+        p += 8
+    return min(p, end)
+
+
+@njit(cache=True, nogil=True)
+def intern(text, a, size, strings, keep):
+    """The number of text[a : a + size], a new one if need be; -1 when there is no room for more."""
+    pool, starts, hashes, table, count, mask = strings
+    h = np.uint64(size)
+    for i in range(0, size - 7, 8):
+        h = (h ^ word(text, a + i)) * _PRIME
+        h ^= h >> np.uint64(32)
+    rest = size & 7
+    if rest:
+        w = word(text, a + size - rest) & ((np.uint64(1) << np.uint64(8 * rest)) - np.uint64(1))
+        h = (h ^ w) * _PRIME
+        h ^= h >> np.uint64(32)
+    slot = np.int64(h) & mask
+    while table[slot] >= 0:
+        number = np.int64(table[slot])
+        s = starts[number]
+        if hashes[number] == h and starts[number + 1] - s == size:
+            i = 0
+            while i < size and byte(pool, s + i) == byte(text, a + i):
+                i += 1
+            if i == size:
+                return number
+        slot = (slot + 1) & mask
+    number = count[0]
+    if not keep and number >= MAX_STRINGS:
+        return np.int64(-1)
+    s = starts[number]
+    for i in range(size):
+        pool[s + i] = text[a + i]
+    starts[number + 1] = s + size
+    hashes[number] = h
+    table[slot] = number
+    count[0] = number + 1
+    return number
