@@ -41,13 +41,14 @@ def start(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush_ms: int
         DFTRACER_INC_METADATA="1",
         DFTRACER_INIT="FUNCTION",
         DFTRACER_BIND_SIGNALS="0",
+        DFTRACER_DATA_DIR="all",  # as the argument data_dirs, "all" would be a folder of that name
         DFTRACER_TRACE_INTERVAL_MS=str(flush_ms),
         DFTRACER_WRITE_BUFFER_SIZE=str(BUFFER_BYTES),
     )
     # the C++ module itself: dftracer.python would take over SIGINT, SIGTERM and SIGABRT at import
     import dftracer.dftracer as native
 
-    native.initialize(log_file=str(folder / f"{role}{here.rank:05d}"), data_dirs="all", process_id=-1)
+    native.initialize(log_file=str(folder / f"{role}{here.rank:05d}"), data_dirs=None, process_id=-1)
     _native = native
     identity = {
         "rank": here.rank, "local_rank": here.local_rank, "world_size": here.world_size,
