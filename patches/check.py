@@ -1,0 +1,72 @@
+"""Prove an environment: the stack imports together, and the patched torchrec writes a span to a trace.
+
+usage: python patches/check.py        one line on stdout, or one line on stderr and exit code 1
+"""
+
+import gzip
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import mpi4py
+
+mpi4py.rc.initialize = False  # a login node may load the library but not start MPI
+
+
+def stack() -> str:
+    import fbgemm_gpu  # noqa: F401
+    import torch
+    import torchrec
+    from mpi4py import MPI
+
+    torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2]))
+    library = " ".join(MPI.Get_library_version().split("\n")[0].strip("\x00").split())
+    return (
+        f"torch {torch.__version__}, torchrec {torchrec.__version__}, dftracer {version('dftracer')}, "
+        f"mpi4py {version('mpi4py')} on {library}, {torch.cuda.device_count()} GPU(s)"
+    )
+
+
+def traced_names(folder: str) -> set[str]:
+    """Names of the torchrec spans of one real pipelined training step, read back from the trace file."""
+    import torch
+    from torchrec.distributed.train_pipeline import TrainPipelineBase
+
+    from dlrm import ranks, trace
+
+    class Model(torch.nn.Linear):
+        def forward(self, batch: torch.Tensor):  # a pipeline wants (loss, output)
+            output = super().forward(batch)
+            return output.sum(), output
+
+    trace.start(folder, ranks.here(), role="check")
+    model = Model(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    TrainPipelineBase(model, optimizer, torch.device("cpu")).progress(iter([torch.ones(3, 2)] * 2))
+    trace.stop()
+    names = set()
+    for path in Path(folder, "trace").glob("*.pfw.gz"):
+        lines = gzip.decompress(path.read_bytes()).splitlines()
+        events = [json.loads(line) for line in lines if line.startswith(b"{")]
+        names |= {event["name"] for event in events if event.get("cat") == "torchrec"}
+    return names
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    try:
+        what = stack()
+        with tempfile.TemporaryDirectory() as folder:
+            names = traced_names(folder)
+        missing = {"forward", "backward", "optimizer"} - names
+        if missing:
+            raise RuntimeError(f"torchrec's {sorted(missing)} did not reach the trace: are the patches in?")
+    except Exception as error:
+        sys.exit(f"patches/check.py: {type(error).__name__}: {error}")
+    print(what)
+
+
+if __name__ == "__main__":
+    main()
