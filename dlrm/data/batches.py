@@ -35,7 +35,7 @@ class Batches:
         shuffle_batches: bool = False,
         shuffle_set: bool = False,
         window_mb: float = 256,
-        by_rank: bool = False,
+        by_rank: bool | None = None,
         seed: int = 0,
         limit: int | None = None,
         pin_memory: bool = False,
@@ -46,6 +46,8 @@ class Batches:
         self.to_batch = to_batch or ToBatch(table_sizes, pin_memory=pin_memory)
         self.drop_last, self.shuffle_batches, self.shuffle_set = drop_last, shuffle_batches, shuffle_set
         self.window = 0 if source.random_access else max(1, int(window_mb * (1 << 20)) // source.row_bytes)
+        if by_rank is None:
+            by_rank = shuffle_set or source.contiguous
         self.by_rank, self.seed, self.limit = by_rank or shuffle_set, seed, limit
         self.epoch = 0
         self.number = -1  # of the batch given last, counted over all epochs: ties reads to steps in the trace

@@ -93,7 +93,8 @@ class ToBatch:
         for feature in np.flatnonzero(highest >= limits):
             ids = values[ends[feature] - n * hots[feature] : ends[feature]]
             if self.fold and self.sizes is not None:
-                ids %= np.int32(self.sizes[feature])
+                size = np.int32(self.sizes[feature])
+                ids -= ids // size * size  # the remainder, never negative; numpy's own has no SIMD
                 continue
             worst = int(np.argmax(ids.view(np.uint32) >= limits[feature]))
             part = "sparse" if len(set(hots)) == 1 and hots[0] == 1 else str(feature)

@@ -16,6 +16,7 @@ class Memory:
 
     random_access = True
     holds = True
+    contiguous = False
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -65,7 +66,7 @@ class Memory:
         assert self.arrays is not None
         number = int(np.searchsorted(self.runs[:, 0], start, side="right")) - 1
         at = int(self.starts[number] + start - self.runs[number, 0])
-        return self.arrays.take(slice(at, at + stop - start))
+        return self.arrays.slice(at, at + stop - start)
 
     def take(self, rows: np.ndarray) -> Rows:
         assert self.arrays is not None, "hold before take"
@@ -85,6 +86,7 @@ class Mapped:
 
     random_access = True
     holds = False
+    contiguous = False
 
     def __init__(self, layout: Layout, stage: str) -> None:
         self.stream = Stream(layout, stage)

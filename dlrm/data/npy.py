@@ -9,16 +9,17 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dlrm.criteo import META, NUM_SPARSE, PARTS, Meta, part_name, split_last_day
+from dlrm.criteo import META, PARTS, Meta, part_name, split_last_day
 from dlrm.errors import UserError
 
 DTYPES = {"dense": ("float32",), "sparse": ("int32", "int64"), "labels": ("int32", "int64")}
 MAGIC = b"\x93NUMPY"
-KAGGLE = "train_{}.npy"  # Kaggle's set is one file, without days
 ONE_DAY_HELD_OUT = 7  # a set of one file: its last seventh plays the last day, as Kaggle's seventh day does
 
 
@@ -45,67 +46,82 @@ class Layout:
     bytes_read: dict[str, int] = field(default_factory=dict)
 
     def days(self, stage: str) -> list[tuple[int, range]]:
-        """(day, rows of it) of a stage: all days but the last train, the last one's halves val and test."""
-        rows = [file.rows for file in self.parts["dense"]]
-        last = len(rows) - 1
-        held_out = rows[0] // ONE_DAY_HELD_OUT if last == 0 else rows[last]
-        first = rows[last] - held_out
-        if stage == "train":
-            whole = [(day, range(n)) for day, n in enumerate(rows[:last])]
-            return whole or [(0, range(first))]
-        half = split_last_day(held_out)[stage == "test"]
-        return [(last, range(first + half.start, first + half.stop))]
+        return stage_rows([file.rows for file in self.parts["dense"]], stage)
 
 
-def read_exactly(file: "os.PathLike[str] | str", handle: object, size: int) -> bytes:
-    buffer = bytearray(size)
-    view, done = memoryview(buffer), 0
-    while done < size:
-        got = handle.readinto(view[done:])  # type: ignore[attr-defined]
-        if not got:
-            raise ValueError("ends inside its header")
-        done += got
-    return bytes(buffer)
+def stage_rows(rows: list[int], stage: str) -> list[tuple[int, range]]:
+    """(day, rows of it) of a stage: all days but the last train, the last one's halves val and test."""
+    last = len(rows) - 1
+    held_out = rows[0] // ONE_DAY_HELD_OUT if last == 0 else rows[last]
+    first = rows[last] - held_out
+    if stage == "train":
+        return [(day, range(n)) for day, n in enumerate(rows[:last])] or [(0, range(first))]
+    half = split_last_day(held_out)[stage == "test"]
+    return [(last, range(first + half.start, first + half.stop))]
 
 
-def read_header(handle: object, path: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """(shape, fortran order, dtype, header's length), from the handle's position on."""
-    head = read_exactly(path, handle, 10)
+class Counted(FileIO):
+    """An unbuffered file that counts what is read from it."""
+
+    def __init__(self, path: str, bytes_read: dict[str, int]) -> None:
+        super().__init__(path)
+        self.path, self.bytes_read = path, bytes_read
+
+    def readinto(self, buffer: Any) -> int:
+        got = super().readinto(buffer) or 0
+        self.bytes_read[self.path] = self.bytes_read.get(self.path, 0) + got
+        return got
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(-1 if size is None else size) or b""
+        self.bytes_read[self.path] = self.bytes_read.get(self.path, 0) + len(found)
+        return found
+
+    def exactly(self, size: int) -> bytes:
+        found = b""
+        while len(found) < size:
+            more = self.read(size - len(found))
+            if not more:
+                raise ValueError("ends inside its header")
+            found += more
+        return found
+
+
+def read_header(file: Counted) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, fortran order, dtype, header's length), from the file's position on."""
+    head = file.exactly(10)
     if head[:6] != MAGIC:
         raise ValueError("is not an .npy file")
-    size = int.from_bytes(head[8:10], "little")
-    length = 10 + size
+    size, length = int.from_bytes(head[8:10], "little"), 10
     if head[6] > 1:  # versions 2 and 3 have a length of 4 bytes
-        size |= int.from_bytes(read_exactly(path, handle, 2), "little") << 16
-        length = 12 + size
+        size, length = size | int.from_bytes(file.exactly(2), "little") << 16, 12
     if size > 1 << 16:
         raise ValueError("has a damaged header")
+    text = file.exactly(size).decode("latin-1")
     try:
-        text = ast.literal_eval(read_exactly(path, handle, size).decode("latin-1"))
-        shape, fortran, dtype = text["shape"], text["fortran_order"], np.dtype(text["descr"])
-    except (SyntaxError, KeyError, TypeError) as error:
+        values = ast.literal_eval(text)
+        shape, fortran, dtype = values["shape"], values["fortran_order"], np.dtype(values["descr"])
+        return tuple(int(n) for n in shape), bool(fortran), dtype, length + size
+    except (SyntaxError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"has a damaged header ({error})") from None
-    return tuple(int(n) for n in shape), bool(fortran), dtype, length
 
 
-def open_npy(path: str, part: str, columns: int, bytes_read: dict[str, int]) -> NpyFile:
-    """Check one file against its own header; ValueError says what is wrong."""
-    with open(path, "rb", buffering=0) as handle:
-        shape, fortran, dtype, offset = read_header(handle, path)
-        size = os.fstat(handle.fileno()).st_size
-    bytes_read[path] = bytes_read.get(path, 0) + offset
+def described(file: Counted, at: int, size: int, dtypes: tuple[str, ...], columns: int | None) -> NpyFile:
+    """The array that begins at byte `at` and has `size` bytes; ValueError says what is wrong with it."""
+    file.seek(at)
+    shape, fortran, dtype, length = read_header(file)
     if len(shape) == 1 and columns == 1:
         shape = (shape[0], 1)
-    if len(shape) != 2 or shape[1] != columns:
-        raise ValueError(f"has shape {list(shape)}, expected [rows, {columns}]")
-    if dtype.name not in DTYPES[part] or not dtype.isnative:
-        raise ValueError(f"holds {dtype}, expected {' or '.join(DTYPES[part])}")
+    if len(shape) != 2 or shape[1] != (columns or shape[1]):
+        raise ValueError(f"has shape {list(shape)}, expected [rows, {columns or 'ids per row'}]")
+    if dtype.name not in dtypes or not dtype.isnative:
+        raise ValueError(f"holds {dtype}, expected {' or '.join(dtypes)}")
     if fortran and min(shape) > 1:
         raise ValueError("is in Fortran order, expected C order")
-    wanted = offset + shape[0] * columns * dtype.itemsize
+    wanted = length + shape[0] * shape[1] * dtype.itemsize
     if size != wanted:
         raise ValueError(f"has {size} bytes, but its header promises {wanted} ({shape[0]} rows)")
-    return NpyFile(path, shape[0], columns, dtype, offset)
+    return NpyFile(file.path, shape[0], shape[1], dtype, at + length)
 
 
 Names = Callable[[int, str], str]
@@ -113,7 +129,9 @@ Opener = Callable[[str, str, dict[str, int]], dict[str, NpyFile]]
 
 
 def open_part(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
-    return {part: open_npy(path, part, PARTS[part], bytes_read)}
+    with Counted(path, bytes_read) as file:
+        size = os.fstat(file.fileno()).st_size
+        return {part: described(file, 0, size, DTYPES[part], PARTS[part])}
 
 
 def scan(
@@ -155,13 +173,18 @@ def find_days(root: Path, name: Names, meta: Meta | None) -> tuple[int, Names]:
     names = os.listdir(root)
     pattern = [re.escape(name(0, part)).replace("day_0", r"day_(\d+)") for part in PARTS]
     numbers = [int(m.group(1)) for one in pattern for file in names if (m := re.fullmatch(one, file))]
-    if not numbers and KAGGLE.format("dense") in names:
-        return 1, lambda _day, part: KAGGLE.format(part)
+    if not numbers and kaggle(name, "dense") in names:
+        return 1, lambda _day, part: kaggle(name, part)
     if not numbers:
         raise UserError(
             f"{root} has no files like {name(0, 'dense')}: make them with python -m dlrm.prep run"
         )
     return max(numbers) + 1, name
+
+
+def kaggle(name: Names, part: str) -> str:
+    """Kaggle's set is one file, without days."""
+    return name(0, part).replace("day_0", "train", 1)
 
 
 def disagreements(found: dict[str, NpyFile], rows: int | None) -> list[str]:
@@ -176,15 +199,3 @@ def disagreements(found: dict[str, NpyFile], rows: int | None) -> list[str]:
         return []
     seen = {file.path: file.rows for file in found.values()}
     return [" but ".join(f"{path} has {n} rows" for path, n in seen.items())]
-
-
-def check_multi_hot(parts: dict[str, list[NpyFile]]) -> None:
-    """A feature has the same number of ids per row on every day."""
-    for feature in range(NUM_SPARSE):
-        files = parts[str(feature)]
-        other = next((file for file in files if file.columns != files[0].columns), None)
-        if other:
-            raise UserError(
-                f"{other.path} has {other.columns} ids per row of feature {feature}, {files[0].path} has "
-                f"{files[0].columns}: make all days with the same --multi_hot_sizes"
-            )

@@ -15,9 +15,7 @@ from torchrec.datasets.utils import Batch
 from dlrm.data.batches import Batches
 from dlrm.trace import name_thread, span
 
-PATIENCE = (
-    5.0  # seconds for the thread to end: one stuck in a read of a hung file system must not hold the exit
-)
+PATIENCE = 5.0  # seconds: a thread stuck in a read of a hung file system must not hold up the exit
 
 
 class Prefetcher:

@@ -19,6 +19,7 @@ POOL = 1 << 14
 class Random:
     random_access = True
     holds = False
+    contiguous = False
 
     def __init__(
         self,
@@ -26,36 +27,44 @@ class Random:
         rows: int,
         table_sizes: Sequence[int],
         seed: int = 0,
-        multi_hot_sizes: Sequence[int] | None = None,
     ) -> None:
         if len(table_sizes) != NUM_SPARSE or min(table_sizes) < 1:
             raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
         self.rows, self.batch = rows, 0
-        self.hots = list(multi_hot_sizes) if multi_hot_sizes else None
-        hots = self.hots or [1] * NUM_SPARSE
-        self.sizes = np.repeat(np.array(table_sizes, np.uint64), hots)
+        self.sizes = np.array(table_sizes, np.uint64)
         self.key = [seed % 2**64, STAGES.index(stage)]
         draw = np.random.default_rng(self.key)
         self.dense = draw.standard_normal((POOL, NUM_DENSE), np.float32)
-        self.bits = draw.integers(0, 1 << 32, (POOL, sum(hots)), np.uint32)
+        self.bits = draw.integers(0, 1 << 32, (POOL, NUM_SPARSE), np.uint32)
         self.labels = draw.integers(0, 2, POOL, np.int32)
-        self.row_bytes = 4 * (NUM_DENSE + sum(hots) + 1)
+        self._turn, self._flips = -1, np.zeros(0, np.uint32)
+        self.row_bytes = 4 * (NUM_DENSE + NUM_SPARSE + 1)
         self.bytes_read: dict[str, int] = {}
 
     def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
-        return self.take(np.arange(start, stop))
+        turn, at = divmod(start, POOL)
+        if at + stop - start > POOL:
+            return self.take(np.arange(start, stop))
+        place = slice(at, at + stop - start)
+        return self._rows(place, self.bits[place] ^ self._turned(turn))
 
     def take(self, rows: np.ndarray) -> Rows:
         turns, at = np.divmod(rows, POOL)
         bits = self.bits[at]
         for turn in np.unique(turns):
-            flips = np.random.default_rng([*self.key, 1, int(turn)]).integers(
-                0, 1 << 32, len(self.sizes), np.uint32
-            )
-            bits[turns == turn] ^= flips
+            bits[turns == turn] ^= self._turned(int(turn))
+        return self._rows(at, bits)
+
+    def _turned(self, turn: int) -> np.ndarray:
+        """What this turn through the pool flips, per column."""
+        if turn != self._turn:
+            draw = np.random.default_rng([*self.key, 1, turn])
+            self._turn, self._flips = turn, draw.integers(0, 1 << 32, len(self.sizes), np.uint32)
+        return self._flips
+
+    def _rows(self, at: slice | np.ndarray, bits: np.ndarray) -> Rows:
         ids = ((bits * self.sizes) >> np.uint64(32)).astype(np.int32)
-        sparse = np.split(ids, np.cumsum(self.hots)[:-1], axis=1) if self.hots else ids
-        return Rows(self.dense[at], sparse, self.labels[at])
+        return Rows(self.dense[at], ids, self.labels[at])
 
     def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
         """Nothing to load."""

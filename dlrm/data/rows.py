@@ -1,5 +1,6 @@
 """What every source gives: `Rows`, plain arrays. And the narrow door that every source is."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,12 +13,20 @@ class Rows(NamedTuple):
     sparse: np.ndarray | list[np.ndarray]  # int32 [n, 26], or multi-hot: 26 times int32 [n, k]
     labels: np.ndarray  # int32 [n]
 
-    def take(self, rows: np.ndarray | slice) -> "Rows":
+    def each(self, function: Callable[[np.ndarray], np.ndarray]) -> "Rows":
+        """The function applied to every array."""
         if isinstance(self.sparse, list):
-            sparse: np.ndarray | list[np.ndarray] = [ids[rows] for ids in self.sparse]
+            sparse: np.ndarray | list[np.ndarray] = [function(ids) for ids in self.sparse]
         else:
-            sparse = self.sparse[rows]
-        return Rows(self.dense[rows], sparse, self.labels[rows])
+            sparse = function(self.sparse)
+        return Rows(function(self.dense), sparse, function(self.labels))
+
+    def take(self, rows: np.ndarray) -> "Rows":
+        return self.each(lambda array: array.take(rows, axis=0))  # 4 times faster than array[rows]
+
+    def slice(self, start: int, stop: int) -> "Rows":
+        """A view of consecutive rows."""
+        return self.each(lambda array: array[start:stop])
 
 
 class Source(Protocol):
@@ -26,6 +35,7 @@ class Source(Protocol):
     rows: int
     random_access: bool  # `take` is cheap: shuffling needs no window
     holds: bool  # works from memory: `hold` loads rows
+    contiguous: bool  # reads well only in long runs: give each rank a contiguous share
     row_bytes: int
     bytes_read: dict[str, int]  # absolute path -> bytes that really came from that file so far
     batch: int  # number of the batch being read, for the trace

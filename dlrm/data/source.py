@@ -9,8 +9,10 @@ which then also count their bytes together.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dlrm.data.memory import Mapped, Memory
+from dlrm.data.multihot import scan_multi_hot
 from dlrm.data.npy import Layout
 from dlrm.data.npy import scan as scan_npy
 from dlrm.data.random import Random
@@ -19,6 +21,11 @@ from dlrm.data.stream import Stream
 from dlrm.errors import UserError
 
 RANDOM_ROWS = 1 << 20
+
+
+AnyLayout = (
+    Any  # what a kind's scan gives: Layout or ParquetLayout, both with folder, table_sizes, bytes_read
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class How:
     seed: int = 0
 
 
-def random_source(_folder: Layout, how: How) -> Source:
+def random_source(_layout: AnyLayout, how: How) -> Source:
     if how.table_sizes is None:
         raise UserError(
             "random data needs table sizes: give --num_embeddings or --num_embeddings_per_feature"
@@ -40,33 +47,49 @@ def random_source(_folder: Layout, how: How) -> Source:
     return Random(how.stage, how.rows, how.table_sizes, how.seed)
 
 
-def stream_source(layout: Layout, how: How) -> Source:
+def stream_source(layout: AnyLayout, how: How) -> Source:
     return Stream(layout, how.stage, how.read_chunk_mb)
 
 
-def memory_source(layout: Layout, how: How) -> Source:
+def memory_source(layout: AnyLayout, how: How) -> Source:
     return Memory(Stream(layout, how.stage, how.read_chunk_mb))
 
 
-def mapped_source(layout: Layout, how: How) -> Source:
+def mapped_source(layout: AnyLayout, how: How) -> Source:
     return Mapped(layout, how.stage)
 
 
-SCANS: dict[str, Callable[[str | os.PathLike[str]], Layout]] = {
+def parquet_source(layout: AnyLayout, how: How) -> Source:
+    from dlrm.data.parquet import Parquet  # pyarrow takes half a second to import
+
+    return Parquet(layout, how.stage)
+
+
+def scan_parquet(folder: str | os.PathLike[str]) -> AnyLayout:
+    from dlrm.data.parquet import scan_parquet
+
+    return scan_parquet(folder)
+
+
+SCANS: dict[str, Callable[[str | os.PathLike[str]], AnyLayout]] = {
     "random": lambda folder: Layout(os.fspath(folder), {}),
     "stream": scan_npy,
     "memory": scan_npy,
     "mmap": scan_npy,
+    "multi_hot": scan_multi_hot,
+    "parquet": scan_parquet,
 }
-KINDS: dict[str, Callable[[Layout, How], Source]] = {
+KINDS: dict[str, Callable[[AnyLayout, How], Source]] = {
     "random": random_source,
     "stream": stream_source,
     "memory": memory_source,
     "mmap": mapped_source,
+    "multi_hot": stream_source,
+    "parquet": parquet_source,
 }
 
 
-def scan(kind: str, folder: str | os.PathLike[str]) -> Layout:
+def scan(kind: str, folder: str | os.PathLike[str]) -> AnyLayout:
     """Check every file of the folder; UserError names all that are bad."""
     if kind not in KINDS:
         raise UserError(f"unknown kind of data {kind}: one of {', '.join(KINDS)}")
@@ -75,7 +98,7 @@ def scan(kind: str, folder: str | os.PathLike[str]) -> Layout:
 
 def open_source(
     kind: str,
-    folder: str | os.PathLike[str] | Layout,
+    folder: str | os.PathLike[str] | AnyLayout,
     stage: str,
     *,
     read_chunk_mb: float = 16,
@@ -86,7 +109,7 @@ def open_source(
     """The rows of one stage. `rows`, `table_sizes` and `seed` are for random data only."""
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage}: one of {', '.join(STAGES)}")
-    layout = folder if isinstance(folder, Layout) else scan(kind, folder)
+    layout = scan(kind, folder) if isinstance(folder, str | os.PathLike) else folder
     source = KINDS[kind](layout, How(stage, read_chunk_mb, rows, table_sizes, seed))
     if source.rows < 1:
         raise UserError(f"{layout.folder}: no rows for {stage}: use a dataset with more rows")

@@ -116,6 +116,7 @@ class Stream:
 
     random_access = False
     holds = False
+    contiguous = False
 
     def __init__(self, layout: Layout, stage: str, chunk_mb: float = 16) -> None:
         self.bytes_read = layout.bytes_read

@@ -1,0 +1,115 @@
+"""Several ids per row and feature: read from `day_N_sparse_multi_hot.npz`, or made from one id by tables.
+
+The .npz members 0.npy to 25.npy (int32 [rows, k]) lie uncompressed in the file, so they are read like .npy
+files at an offset. The tables are MLCommons': row i of a feature's table is i followed by k-1 drawn ids, all
+drawn in turn from numpy's legacy generator with seed 0, so that every rank and every tool has the same ones.
+"""
+
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dlrm.criteo import NUM_SPARSE, multi_hot_name, part_name
+from dlrm.data.npy import Counted, Layout, NpyFile, described, open_part, scan
+from dlrm.errors import UserError
+
+DRAWS = 1 << 22  # ids drawn at a time: the stream of draws is the same, the memory is not
+
+
+def scan_multi_hot(folder: str | os.PathLike[str]) -> Layout:
+    """A folder with dense and labels as .npy, sparse as .npz."""
+    layout = scan(
+        folder, lambda d, part: multi_hot_name(d) if part == "sparse" else part_name(d, part), open_any
+    )
+    for feature in range(NUM_SPARSE):
+        files = layout.parts[str(feature)]
+        other = next((file for file in files if file.columns != files[0].columns), None)
+        if other:
+            raise UserError(
+                f"{other.path} has {other.columns} ids per row of feature {feature}, {files[0].path} has "
+                f"{files[0].columns}: make all days with the same --multi_hot_sizes"
+            )
+    return layout
+
+
+def name_any(day: int, part: str) -> str:
+    return multi_hot_name(day) if part == "sparse" else part_name(day, part)
+
+
+def open_any(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
+    return open_npz(path, bytes_read) if part == "sparse" else open_part(path, part, bytes_read)
+
+
+def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
+    """Where the members' rows lie, by feature."""
+    found = {}
+    with Counted(path, bytes_read) as file:
+        try:
+            members = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"is not an .npz file ({error})") from None
+        for feature in range(NUM_SPARSE):
+            name = f"{feature}.npy"
+            if name not in members:
+                raise ValueError(f"has no member {name}")
+            if members[name].compress_type != zipfile.ZIP_STORED:
+                raise ValueError("is compressed: save it with np.savez")
+            file.seek(members[name].header_offset)
+            head = file.exactly(30)  # its lengths may differ from those in the directory
+            extra = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+            at = members[name].header_offset + 30 + extra
+            try:
+                found[str(feature)] = described(file, at, members[name].file_size, ("int32",), None)
+            except ValueError as error:
+                raise ValueError(f"member {name} {error}") from None
+    return found
+
+
+class MultiHot:
+    """One id per feature -> k ids, by table. Call it with ids [26, n]: gives 26 arrays [n, k]."""
+
+    def __init__(self, table_sizes: Sequence[int], ids_per_row: Sequence[int], distribution: str = "uniform"):
+        if distribution not in DISTRIBUTIONS:
+            raise UserError(
+                f"--multi_hot_distribution_type {distribution}: one of {', '.join(DISTRIBUTIONS)} is needed"
+            )
+        if len(ids_per_row) != NUM_SPARSE or min(ids_per_row) < 1:
+            raise UserError(f"--multi_hot_sizes: {NUM_SPARSE} numbers of at least 1 are needed")
+        if len(table_sizes) != NUM_SPARSE or min(table_sizes) < 1:
+            raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
+        state = np.random.RandomState(0)
+        self.tables = [
+            table(state, size, count, DISTRIBUTIONS[distribution])
+            for size, count in zip(table_sizes, ids_per_row, strict=True)
+        ]
+
+    def __call__(self, ids: np.ndarray) -> list[np.ndarray]:
+        return [table.take(column, axis=0) for table, column in zip(self.tables, ids, strict=True)]
+
+
+Draw = Callable[[np.random.RandomState, int, int], np.ndarray]  # state, table size, how many
+
+
+def uniform(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
+    return state.randint(0, size, count)
+
+
+def pareto(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # the tail is beyond int32, and wraps as in the reference
+        return state.pareto(0.25, count).astype(np.int32) % size
+
+
+DISTRIBUTIONS: dict[str, Draw] = {"uniform": uniform, "pareto": pareto}
+
+
+def table(state: np.random.RandomState, size: int, count: int, draw: Draw) -> np.ndarray:
+    ids = np.empty((size, count), np.int32)
+    ids[:, 0] = np.arange(size)
+    if count > 1:
+        step = max(1, DRAWS // (count - 1))
+        for row in range(0, size, step):
+            rows = min(step, size - row)
+            ids[row : row + rows, 1:] = draw(state, size, rows * (count - 1)).reshape(rows, count - 1)
+    return ids
