@@ -9,7 +9,7 @@ set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 root=$PWD
 say() { echo "0_setup_env.sh: $*"; }
-die() { echo "0_setup_env.sh: $*" >&2; exit "${code:-2}"; }
+die() { say "$@" >&2; exit "${code:-2}"; }
 trap 'code=1 die "line $LINENO: $BASH_COMMAND failed; the reason is above"' ERR
 case ${1:-} in
     '' | --dev) dev=${1:-} ;;
@@ -23,11 +23,9 @@ exec 9> .cache/setup.lock
 flock -n 9 || { say "another setup is running, waiting for it"; flock 9; }
 
 # What is wanted? Choices stay as they were made: a login node has no GPU, its compute nodes do.
-venv=${DLRM_VENV:-$root/.venv}
-site=plain
+venv=${DLRM_VENV:-$root/.venv} site=plain
 [[ -d /soft/modulefiles && -d /opt/cray ]] && site=polaris
 was_variant='' was_python='' was_mpi=''
-# shellcheck source=/dev/null
 [[ ! -e $venv/dlrm-io.choices ]] || source "$venv/dlrm-io.choices"
 variant=${DLRM_VARIANT:-$was_variant} mpi=${DLRM_MPI:-$was_mpi}
 python=$(command -v "${PYTHON:-$was_python}" || true)
@@ -38,8 +36,7 @@ fi
 [[ $variant == cpu || $variant == cuda ]] || die "DLRM_VARIANT=$variant: wanted cpu or cuda"
 stamp="$(cat requirements/*.txt patches/*.* 0_setup_env.sh | sha256sum) $root $venv $variant $python $mpi"
 ready() { [[ -e $1 && $(< "$1") == "$stamp" ]]; }
-if [[ -e env.sh && -x $venv/bin/python ]] && ready "$venv/dlrm-io.stamp" \
-    && { [[ -z $dev ]] || ready "$venv/dlrm-io.dev"; }; then
+if [[ -e env.sh && -x $venv/bin/python ]] && ready "$venv/dlrm-io.stamp$dev"; then
     say "nothing to do, $venv is ready ($variant)"
     exit
 fi
@@ -55,28 +52,22 @@ fi
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
 [[ -z ${PYTHON:-} ]] || fits "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 to 3.13"
-for name in "$python" python3 python3.12 python3.11 python3.13 python3.10; do
-    if [[ -n $name ]] && fits "$name"; then python=$(command -v "$name"); break; fi
+for name in "$python" python3 python3.12 python3.11 python3.13 python3.10 ''; do
+    if fits "$name"; then python=$(command -v "$name"); break; fi
 done
-[[ -n $python ]] || die "no Python 3.10 to 3.13 on PATH: load or install one, or name it with PYTHON=..."
-
-make_venv() {
-    rm -rf "$venv"
-    "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null
-}
-packaged_venv() {    # Debian keeps venv in a package of its own, which a fresh machine or container lacks
+[[ -n $name ]] || die "no Python 3.10 to 3.13 on PATH: load or install one, or name it with PYTHON=..."
+make_venv() { rm -rf "$venv"; "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null; }
+venv_package() {    # Debian keeps venv in a package of its own, which a fresh machine or container lacks
     (( EUID == 0 )) && command -v apt-get > /dev/null || return 1
-    say "installing python3-venv with apt-get"
     apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv
 }
 if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1 \
     || [[ ${was_variant:-$variant} != "$variant" || ${was_python:-$python} != "$python" ]]; then
     say "making $venv, $variant variant ($([[ $variant == cpu ]] && echo 3 || echo 9) GB), with $("$python" -V)"
-    make_venv || { packaged_venv && make_venv; } || die "$python cannot make an environment: \
+    make_venv || { venv_package && make_venv; } || die "$python cannot make an environment: \
 install its venv module (Debian: apt-get install python3-venv) or name another Python with PYTHON=..."
 fi
 rm -f "$venv"/dlrm-io.*
-
 say "installing the pinned packages"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --retries 10 --timeout 120 "$@"; }
 PATH=${PATH//"$venv/bin:"/}
@@ -111,6 +102,7 @@ esac
 [[ $mpiexec != "$venv"/* ]] || "$mpiexec" -n 2 true || die "mpich from PyPI does not start here: load the site's MPI and run again"
 
 {
+    echo "# shellcheck shell=bash"
     echo "# Written by 0_setup_env.sh. Your own settings belong in site.sh, which is read last."
     echo "export DLRM_ROOT=${root@Q} VIRTUAL_ENV=${venv@Q} DLRM_MPIEXEC=${line@Q}"
     cat <<'ENV'
@@ -129,17 +121,14 @@ export NCCL_NET_GDR_LEVEL=PHB NCCL_CROSS_NIC=1 NCCL_COLLNET_ENABLE=1 NCCL_NET="A
 export FI_CXI_DISABLE_HOST_REGISTER=1 FI_MR_CACHE_MONITOR=userfaultfd FI_CXI_DEFAULT_CQ_SIZE=131072
 ENV
     cat <<'ENV'
-# shellcheck source=/dev/null
 if [[ -e ${DLRM_SITE:-$DLRM_ROOT/site.sh} ]]; then source "${DLRM_SITE:-$DLRM_ROOT/site.sh}"; fi
 ENV
 } > env.sh.partial
 mv env.sh.partial env.sh
 
 say "proving that it works"
-# shellcheck source=/dev/null
 ( source ./env.sh; python patches/check.py )
 printf 'was_%s=%q\n' variant "$variant" python "$python" mpi "$mpi" > "$venv/dlrm-io.choices"
 stamp="${stamp%" $variant "*} $variant $python $mpi"
-[[ -z $dev ]] || echo "$stamp" > "$venv/dlrm-io.dev"
-echo "$stamp" > "$venv/dlrm-io.stamp"
+echo "$stamp" | tee "$venv/dlrm-io.stamp$dev" > "$venv/dlrm-io.stamp"
 say "done. Next: source env.sh"

@@ -15,23 +15,22 @@ case ${1:-} in
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
 esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=/dev/null
 [[ ! -e $here/env.sh ]] || source "$here/env.sh"
 
 first() {    # first NAME...: the value of the first of these variables that is set
     local name
     for name; do [[ -z ${!name:-} ]] || { echo "${!name}"; return; }; done
 }
-cores() {    # real cores that this process may use; nproc by itself believes OMP_NUM_THREADS
+share() {    # share N: the real cores that this process may use, dealt to N; nproc by itself believes OMP_NUM_THREADS
     local usable real
     usable=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
     real=$(lscpu -p=CORE,SOCKET 2> /dev/null | grep -v '^#' | sort -u | wc -l)
-    echo $(( real > 0 && real < usable ? real : usable ))
+    (( real > 0 && real < usable )) || real=$usable
+    echo $(( real > $1 ? real / $1 : 1 ))
 }
 gpus() {    # this process's devices, one a line
-    local device
-    [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || { tr , '\n' <<< "$CUDA_VISIBLE_DEVICES"; return; }
-    for device in /dev/nvidia[0-9]*; do [[ ! -e $device ]] || echo "${device#/dev/nvidia}"; done | sort -n
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr , '\n' <<< "$CUDA_VISIBLE_DEVICES"
+    else find /dev -maxdepth 1 -name 'nvidia[0-9]*' | sed 's|/dev/nvidia||' | sort -n; fi
 }
 hosts() {    # the job's nodes in its own order
     if [[ -r ${PBS_NODEFILE:-} ]]; then awk '!seen[$0]++' "$PBS_NODEFILE"
@@ -50,20 +49,17 @@ if [[ -z $rank ]]; then    # outside: start the ranks
         lines=$([[ -r ${PBS_NODEFILE:-} ]] && wc -l < "$PBS_NODEFILE" || echo 1)
         (( lines % ${#nodes[@]} == 0 )) || die "$PBS_NODEFILE gives its nodes unequal shares: set NPROC, ranks per node"
         NPROC=$(( lines / ${#nodes[@]} ))
-        (( NPROC > 1 )) || NPROC=$(gpus | grep -c . || true)
+        (( NPROC > 1 )) || NPROC=$(gpus | grep -c .) || NPROC=1
     fi
-    [[ $NPROC =~ ^[0-9]+$ ]] || die "NPROC=$NPROC: wanted the number of ranks per node"
-    (( NPROC = NPROC > 0 ? NPROC : 1, n = NPROC * ${#nodes[@]}, depth = $(cores) / NPROC, depth = depth > 0 ? depth : 1 ))
+    [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC: wanted the number of ranks per node"
+    n=$(( NPROC * ${#nodes[@]} )) depth=$(share "$NPROC")
     export DLRM_THREADS=${DLRM_THREADS:-$depth} DLRM_WORLD_SIZE=$n
-    if [[ -z ${MASTER_ADDR:-} ]]; then
-        MASTER_ADDR=${nodes[0]}
-        [[ ${#nodes[@]} -gt 1 ]] || MASTER_ADDR=127.0.0.1
-    fi
+    [[ ${#nodes[@]} -gt 1 ]] || nodes=(127.0.0.1)
     while [[ -z ${MASTER_PORT:-} ]]; do    # below the range from which the system hands out ports
         port=$(( 20000 + RANDOM % 12000 ))
         (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null || MASTER_PORT=$port
     done
-    export MASTER_ADDR MASTER_PORT
+    export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT
     # mpich reaches the other nodes as PBS wants it, rather than by ssh
     if [[ -r ${PBS_NODEFILE:-} ]] && command -v pbs_tmrsh > /dev/null; then
         export HYDRA_LAUNCHER=${HYDRA_LAUNCHER:-rsh} HYDRA_LAUNCHER_EXEC=${HYDRA_LAUNCHER_EXEC:-pbs_tmrsh}
@@ -95,9 +91,8 @@ if [[ -z ${MASTER_PORT:-} ]]; then
     (( LOCAL_WORLD_SIZE < WORLD_SIZE )) || job=$job.$PPID    # one mpiexec is the parent of all ranks of a node
     MASTER_PORT=$(( 20000 + $(cksum <<< "$job" | cut -d' ' -f1) % 12000 ))
 fi
-threads=$(( $(cores) / LOCAL_WORLD_SIZE ))
 export RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
-export OMP_NUM_THREADS=${DLRM_THREADS:-$(( threads > 0 ? threads : 1 ))} TMPDIR=/tmp
+export OMP_NUM_THREADS=${DLRM_THREADS:-$(share "$LOCAL_WORLD_SIZE")} TMPDIR=/tmp
 mapfile -t devices < <(gpus)
 if (( ${#devices[@]} > 1 )); then
     device=$(( LOCAL_RANK % ${#devices[@]} ))

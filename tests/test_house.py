@@ -15,7 +15,7 @@ FLOORS = {
         ["entry"],
         ["dist", "records", "prep", "data"],
         ["model"],
-        ["auroc", "checkpoint", "mlperf"],
+        ["auroc", "checkpoint", "mlperf", "sets", "advice", "amp"],
         ["loop"],
         ["job"],
         ["train", "bench", "bert4rec"],
@@ -93,7 +93,8 @@ def test_rooms_are_small() -> None:
 
 
 def test_shell_stays_short() -> None:
-    lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob("*.sh"))
+    ours = [path for path in ROOT.glob("*.sh") if path.name not in ("env.sh", "site.sh")]
+    lines = sum(len(path.read_text().splitlines()) for path in ours)
     assert lines <= MAX_SHELL, f"{lines} lines of shell"
 
 
