@@ -21,7 +21,13 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import KernelConfig, PlannerError, TopologyFactory, TrainerConfig
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    PlannerError,
+    PlannerErrorType,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan, ShardingType
 
 from dlrm.errors import UserError
@@ -159,11 +165,13 @@ def _plan(
     except (PlannerError, RuntimeError) as error:
         rows = {name: rows * width * 4 for name, (rows, width) in tables.items()}
         largest = max(rows, key=lambda name: rows[name])
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip() or type(error).__name__).split(". ")[0].splitlines()[0]
+        if not isinstance(error, PlannerError):  # torchrec's enumerator: nothing satisfies the wishes
+            return f"sharding file: on {device.type} torchrec cannot do that: {reason}"
         return (
             f"no sharding plan: {len(rows)} tables of {_size(sum(rows.values()))} (largest {largest}, "
             f"{_size(rows[largest])}) for {ranks.world_size} ranks with {_size(limit)} each: use more ranks, "
-            f"smaller tables or other sharding wishes (planner: {lines[0]})"
+            f"smaller tables or other sharding wishes (planner: {reason})"
         )
 
 
