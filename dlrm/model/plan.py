@@ -24,7 +24,6 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import (
     KernelConfig,
     PlannerError,
-    PlannerErrorType,
     TopologyFactory,
     TrainerConfig,
 )
