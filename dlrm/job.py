@@ -1,7 +1,6 @@
 """One training job, from resolved options to results.json: data, model, plan, training, evaluation."""
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +11,13 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm import config, criteo, dist, loop, trace
 from dlrm.config import Config
-from dlrm.data.batches import Batches
-from dlrm.data.kjt import ToBatch
-from dlrm.data.prefetch import Prefetcher
-from dlrm.data.rows import Source
-from dlrm.data.source import open_source, scan
 from dlrm.model import optim, plan
 from dlrm.model.dlrm import build, compile_dense
 from dlrm.model.schedule import Schedule, learning_rate, set_lr
 from dlrm.model.tables import table_configs
 from dlrm.ranks import Ranks
 from dlrm.records import Records
-
-RANDOM_BATCHES = 10  # of a set, when the data is random and no limit is given
+from dlrm.sets import Sets, open_sets
 
 
 def train(cfg: Config, here: Ranks) -> None:
@@ -38,7 +31,7 @@ def train(cfg: Config, here: Ranks) -> None:
         with dist.together(), trace.span("startup", "build"):
             module = build_model(cfg, sets.sizes, device)
         with dist.together(), trace.span("startup", "plan"):
-            model, optimizer = shard(cfg, module, here, device, records)
+            model, optimizer = shard(cfg, module, here, device, records, sets.poolings)
         job = Job(cfg, sets, model, optimizer, records, device)
         startup = time.perf_counter() - begun
         job.fit()
@@ -64,55 +57,6 @@ def open_records(cfg: Config, here: Ranks, device: torch.device) -> Records:
     if records.folder:
         config.dump(cfg, records.folder / "config.json", launch)
     return records
-
-
-@dataclass
-class Sets:
-    """The rows to train on, to validate and to test with, as this rank's batches."""
-
-    sizes: list[int]  # rows per table
-    sources: list[Source]
-    train: Prefetcher
-    val: Prefetcher
-    test: Prefetcher
-
-    def bytes_read(self) -> dict[str, int]:
-        return {path: count for source in self.sources for path, count in source.bytes_read.items()}
-
-    def close(self) -> None:
-        for source in self.sources:
-            source.close()
-
-
-def open_sets(cfg: Config, here: Ranks) -> Sets:
-    data = cfg.data
-    sizes, fold = criteo.table_sizes(
-        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder
-    )
-    to_batch = ToBatch(sizes, fold, data.pin_memory)
-    layout = scan(data.kind, data.folder or "")
-    sources, loaders = [], {}
-    for stage in ("train", "val", "test"):
-        limit = getattr(data, f"limit_{stage}_batches")
-        batch_size = data.batch_size if stage == "train" else data.test_batch_size or data.batch_size
-        if data.kind == "random":
-            limit = RANDOM_BATCHES if limit is None else limit
-        rows = (limit or 1) * batch_size * here.world_size
-        source = open_source(
-            data.kind, layout, stage, read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes,
-            seed=cfg.run.seed or 0,
-        )  # fmt: skip
-        training = stage == "train"
-        batches = Batches(
-            source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,
-            drop_last=training and data.drop_last_training_batch,
-            shuffle_batches=training and data.shuffle_batches,
-            shuffle_set=training and data.shuffle_training_set,
-            seed=cfg.run.seed or 0,
-        )  # fmt: skip
-        sources.append(source)
-        loaders[stage] = Prefetcher(batches, data.prefetch_batches)
-    return Sets(sizes, sources, **loaders)
 
 
 def build_model(cfg: Config, sizes: list[int], device: torch.device) -> nn.Module:
@@ -141,10 +85,15 @@ def build_model(cfg: Config, sizes: list[int], device: torch.device) -> nn.Modul
 
 
 def shard(
-    cfg: Config, module: nn.Module, here: Ranks, device: torch.device, records: Records
+    cfg: Config,
+    module: nn.Module,
+    here: Ranks,
+    device: torch.device,
+    records: Records,
+    poolings: list[float] | None = None,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
-    made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes)
+    made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings)
     records.save("plan.json", plan.plan_as_dict(made))
     if cfg.plan.print_sharding_plan and here.first:
         print(plan.describe(made), flush=True)

@@ -1,5 +1,6 @@
 """The training and the evaluation loop. Knows neither the command line nor files."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -98,7 +99,8 @@ def fit(
         batches.set_epoch(progress.epoch)
         trace.set_context(epoch=progress.epoch)
         with trace.span("train", "epoch"):
-            for lr in steps(pipeline, batches, progress, meter, next_lr):
+            left = None if limits.max_steps is None else limits.max_steps - progress.step
+            for lr in steps(pipeline, batches, progress, meter, next_lr, left):
                 at_end = progress.step == limits.max_steps
                 if meter.steps == limits.report_every or at_end or progress.step == limits.warmup_steps:
                     report_step(meter, progress, lr, report, timed=progress.step > limits.warmup_steps)
@@ -124,16 +126,20 @@ def steps(
     progress: Progress,
     meter: Meter,
     next_lr: Callable[[], float],
+    limit: int | None = None,
 ) -> Iterator[float]:
     """One epoch, a step at a time; yields the learning rate used, after the step is counted."""
     iterator = iter(batches)
     first = batches.number + 1
+    count = len(batches) if limit is None else min(limit, len(batches))
+    # the pipeline takes batches ahead: not more of them than there will be steps
+    feed = itertools.islice(iterator, count)
     try:
-        for batch in range(first, first + len(batches)):
+        for batch in range(first, first + count):
             trace.set_context(step=progress.step)
             with trace.span("train", "step", batch=batch):
                 lr = next_lr()
-                loss, logits, _ = pipeline.progress(iterator)
+                loss, logits, _ = pipeline.progress(feed)
                 meter.add(loss, len(logits))
             progress.step += 1
             yield lr
