@@ -153,7 +153,8 @@ class Batches:
         numbers = np.concatenate([np.arange(*piece) for piece in pieces])
         if len(pieces) > 1:
             return collect(self.source, pieces), numbers
-        run = cut(self.segments, start, self.deal.ahead(step, self.rank))[0]
+        end = self.deal.batch(self.steps - 1, self.rank)[1]  # with a limit, nothing behind it is read
+        run = cut(self.segments, start, min(self.deal.ahead(step, self.rank), end))[0]
         return self.source.read(*pieces[0], run[1]), numbers
 
 

@@ -8,6 +8,7 @@ makes the last batch of some ranks one row longer.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from dlrm.criteo import rank_rows
 from dlrm.errors import UserError
@@ -29,13 +30,13 @@ class Deal:
                 f"{self.rows} rows are too few for {self.world_size} ranks: use fewer ranks or more rows"
             )
 
-    @property
+    @cached_property
     def full(self) -> int:
         """Steps in which every rank has a whole batch."""
         steps, rest = divmod(self.rows, self.batch_size * self.world_size)
         return steps - (0 < rest < self.world_size and not self.drop_last)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         if self.drop_last:
             return self.full
@@ -53,6 +54,8 @@ class Deal:
             share = self._share(rank)
             if self.drop_last:
                 return share.start + step * self.batch_size
+            if step >= self.steps:
+                return share.stop
             # each later step must keep a row
             return share.start + min(step * self.batch_size, len(share) - (self.steps - step))
         base = min(step, self.full) * self.batch_size * self.world_size

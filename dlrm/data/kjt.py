@@ -32,7 +32,8 @@ class ToBatch:
         if table_sizes is not None and (len(table_sizes) != NUM_SPARSE or min(table_sizes) < 1):
             raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
         self.sizes = None if table_sizes is None else np.array(table_sizes, np.int64)
-        self.fold, self.pin_memory, self.widen = fold, pin_memory, widen
+        self.fold, self.widen = fold, widen
+        self.pin_memory = pin_memory and torch.cuda.is_available()  # there is nothing to pin for
         self.index = {name: number for number, name in enumerate(SPARSE_NAMES)}
         self._frames: dict[tuple[int, tuple[int, ...]], Frame] = {}
 

@@ -1,0 +1,137 @@
+"""Who liked what, when: rating files and made ratings as four columns.
+
+ml-1m reads FOLDER/ratings.dat, ml-20m FOLDER/ratings.csv, text any file of `user item [timestamp]` lines;
+random draws users, items and times; markov makes sequences whose next item has a known best guess.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from dlrm.errors import UserError
+from dlrm.trace import span
+
+
+class Ratings(NamedTuple):
+    user: np.ndarray  # int64
+    item: np.ndarray  # int64
+    rating: np.ndarray  # float32
+    time: np.ndarray  # int64; equal times keep the file's order
+
+
+class Wanted(NamedTuple):
+    """What the made data sets need to know."""
+
+    users: int = 10
+    items: int = 30
+    size: int = 300
+    seed: int = 0
+
+
+def movielens_1m(path: Path, _: Wanted) -> Ratings:
+    return _table(_file(path, "ratings.dat"), b"::", header=False, rated=True)
+
+
+def movielens_20m(path: Path, _: Wanted) -> Ratings:
+    return _table(_file(path, "ratings.csv"), b",", header=True, rated=True)
+
+
+def text(path: Path, _: Wanted) -> Ratings:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the file of `user item [timestamp]` lines")
+    return _table(path, None, header=False, rated=False)
+
+
+def random(_: Path, wanted: Wanted) -> Ratings:
+    """Each of `size` ratings by any user on any item at any time."""
+    generator = np.random.default_rng(wanted.seed)
+    size = wanted.size
+    return Ratings(
+        generator.integers(0, wanted.users, size),
+        generator.integers(0, wanted.items, size),
+        generator.integers(0, 6, size).astype(np.float32),
+        generator.integers(0, 1 << 31, size),
+    )
+
+
+def markov(_: Path, wanted: Wanted) -> Ratings:
+    """Each user walks over the items: from each item on to a fixed other one in MARKOV_SURE of all steps."""
+    generator = np.random.default_rng(wanted.seed)
+    length = max(3, wanted.size // wanted.users)
+    follower = np.roll(generator.permutation(wanted.items), 1)
+    item = np.empty((length, wanted.users), np.int64)
+    item[0] = generator.integers(0, wanted.items, wanted.users)
+    for step in range(1, length):
+        stray = generator.random(wanted.users) >= MARKOV_SURE
+        item[step] = np.where(
+            stray, generator.integers(0, wanted.items, wanted.users), follower[item[step - 1]]
+        )
+    user = np.tile(np.arange(wanted.users), length)
+    return Ratings(
+        user, item.reshape(-1), np.full(user.size, 5, np.float32), np.repeat(np.arange(length), wanted.users)
+    )
+
+
+MARKOV_SURE = 0.8
+SETS: dict[str, Callable[[Path, Wanted], Ratings]] = {
+    "ml-1m": movielens_1m,
+    "ml-20m": movielens_20m,
+    "text": text,
+    "random": random,
+    "markov": markov,
+}
+MADE = ("random", "markov")
+
+
+def read(name: str, path: str | None, wanted: Wanted) -> Ratings:
+    if name not in MADE and path is None:
+        raise UserError(f"--dataset_name {name} needs --dataset_path")
+    with span("prep", "ratings"):
+        return SETS[name](Path(path or "."), wanted)
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name if folder.is_dir() else folder
+    if not path.is_file():
+        raise UserError(f"{path} is missing: --dataset_path is the folder that holds {name}")
+    return path
+
+
+def _table(path: Path, separator: bytes | None, header: bool, rated: bool) -> Ratings:
+    """user, item[, rating][, timestamp] of every line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a readable --dataset_path") from None
+    if separator is None:
+        content = re.sub(rb"[ \t,;]+", b"\t", content)
+    elif separator != b"\t":
+        content = content.replace(separator, b"\t")
+    try:
+        table = pl.read_csv(
+            content,
+            separator="\t",
+            has_header=header,
+            infer_schema_length=10_000,
+            truncate_ragged_lines=False,
+        )
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}; expected user, item[, ...] lines") from None
+    columns = table.get_columns()
+    least = 3 if rated else 2
+    if len(columns) < least or not table.height:
+        raise UserError(f"{path}: {len(columns)} columns, at least {least} expected")
+    bad = [c.name for c in columns[: least + 1] if not c.dtype.is_numeric() or c.null_count()]
+    if bad:
+        raise UserError(f"{path}: column {bad[0]} holds something that is no number; repair the line")
+    after = columns[least] if len(columns) > least else None
+    return Ratings(
+        columns[0].cast(pl.Int64).to_numpy(),
+        columns[1].cast(pl.Int64).to_numpy(),
+        columns[2].cast(pl.Float32).to_numpy() if rated else np.ones(table.height, np.float32),
+        after.cast(pl.Int64).to_numpy() if after is not None else np.arange(table.height),
+    )
