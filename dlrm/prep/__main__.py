@@ -43,6 +43,9 @@ def add_run(run: argparse.ArgumentParser) -> None:
     add("--skip_bad_rows", action="store_true", help="count and report bad lines instead of stopping")
     add("--no_md5", dest="md5", action="store_false", help="no digests in meta.json")
     add("--trace_dir", type=Path, help="run folder for a DFTracer trace of this preprocessing")
+    add("--part_bytes", type=int, default=0, help="cut the input into parts of about this size [by workers]")
+    add("--map_bytes", type=int, default=96 << 20, help="id maps kept in memory; larger ones are streamed")
+    add("--giant", type=int, default=8 << 20, help="ids of a column above which a bitmap numbers them")
     add("--keep_tmp", action="store_true", help="leave the intermediate files")
     add("--restart", action="store_true", help="forget what an earlier run has left")
 
@@ -51,9 +54,9 @@ def run(args: argparse.Namespace) -> None:
     values: dict[str, Any] = vars(args) | {"steps": tuple(args.steps.split(","))}
     del values["command"]
     options = choices.Options(**values).checked()
-    from dlrm.prep.plain import run as run_plain
+    from dlrm.prep.engines import ENGINES
 
-    run_plain(options)
+    ENGINES[options.engine](options)
 
 
 def toy(args: argparse.Namespace) -> None:

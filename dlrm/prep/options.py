@@ -9,10 +9,22 @@ from dlrm.errors import UserError
 STEPS = ("parse", "contiguous", "shuffle")
 COMPAT = ("torchrec", "mlperf")
 FORMATS = ("npy", "parquet")
-ENGINES = ("numba", "plain", "spark")
+ENGINES = ("numba", "plain")
 DATASETS = ("criteo_1tb", "criteo_kaggle")
+MISSING = -(1 << 31)  # an empty count, where NVIDIA's recipe must tell it from 0
 # what the output's bytes do not depend on
-HOW_ONLY = {"workers", "tmp_dir", "engine", "trace_dir", "progress", "keep_tmp", "md5", "restart", "mpi"}
+HOW_ONLY = {
+    "workers",
+    "tmp_dir",
+    "engine",
+    "trace_dir",
+    "keep_tmp",
+    "md5",
+    "restart",
+    "part_bytes",
+    "giant",
+    "map_bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,11 @@ class Options:
     trace_dir: Path | None = None
     keep_tmp: bool = False
     restart: bool = False
+    map_bytes: int = 96 << 20  # id maps kept in memory while rows are placed
+    part_bytes: int = 0
+    giant: int = (
+        8 << 20
+    )  # ids in the lists of a column: above, a bitmap of a gigabyte is smaller than a table
 
     @property
     def lenient(self) -> bool:
@@ -58,6 +75,10 @@ class Options:
     def min_count(self) -> int:
         """Ids seen less often than this share one id."""
         return max(self.frequency_threshold, self.frequency_limit)
+
+    @property
+    def empty_dense(self) -> int:
+        return MISSING if self.frequency_limit else 0
 
     def parameters(self) -> dict[str, Any]:
         """What decides the output's bytes: goes to meta.json, and a resumed run must have the same."""

@@ -8,9 +8,8 @@ import numpy as np
 from dlrm.criteo import NUM_SPARSE, PARTS, Meta
 from dlrm.errors import UserError
 from dlrm.prep import publish, rows, sources
-from dlrm.prep.options import Options
+from dlrm.prep.options import MISSING, Options
 
-MISSING = -(1 << 31)  # an empty count, where the recipe must tell it from 0
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # dense int32, sparse int64, labels int32
 
 
@@ -36,6 +35,7 @@ def run(options: Options) -> Meta:
     meta = Meta(
         rows=[output.rows for output in sources.days_of(made)],
         table_sizes=publish.table_sizes(last_ids, options),
+        dtypes={"dense": "float32", "sparse": publish.raw_dtype(options), "labels": "int32"},
         parameters=options.parameters(),
         made_by="dlrm.prep",
     )
@@ -46,7 +46,7 @@ def run(options: Options) -> Meta:
 
 
 def read(source: sources.Source, options: Options) -> Table:
-    rules = rows.Rules(options.lenient, source.labelled, options.max_ind_range, empty_dense(options))
+    rules = rows.Rules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
     found: list[rows.Row] = []
     opened = gzip.open if source.packed else open
     with opened(source.path, "rb") as file:
@@ -60,10 +60,6 @@ def read(source: sources.Source, options: Options) -> Table:
         raise UserError(f"{source.path} has no rows")
     dense, sparse, labels = zip(*found, strict=True)
     return np.array(dense, np.int32), np.array(sparse, np.int64), np.array(labels, np.int32)
-
-
-def empty_dense(options: Options) -> int:
-    return MISSING if options.frequency_limit else 0
 
 
 def logged(dense: np.ndarray, options: Options) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dlrm.criteo import META, PARTS, Meta
 from dlrm.errors import UserError
+from dlrm.prep.files import File
 from dlrm.prep.options import Options
 from dlrm.prep.sources import Output, days_of
 
@@ -28,10 +29,16 @@ def header(shape: tuple[int, int], dtype: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", room + 1) + body.ljust(room).encode() + b"\n"
 
 
+def raw_dtype(options: Options) -> str:
+    """Raw hashes need more than int32; numbered ids and ids under --max_ind_range do not."""
+    return "int32" if options.contiguous or options.max_ind_range or options.compat else "int64"
+
+
 def sparse_dtype(output: Output, made: list[Output], options: Options) -> str:
-    """int32, but where torchrec writes int64: before its shuffle, and the day that it only copies."""
-    whole = options.compat != "torchrec" or (options.shuffle and output not in days_of(made)[-1:])
-    return "<i4" if whole else "<i8"
+    """int32, but int64 where torchrec writes that: before its shuffle, and the day that it only copies."""
+    if options.compat == "torchrec":
+        return "<i8" if not options.shuffle or output not in days_of(made)[:-1] else "<i4"
+    return {"int32": "<i4", "int64": "<i8"}[raw_dtype(options)]
 
 
 def files(made: list[Output], options: Options) -> dict[str, tuple[tuple[int, int], str]]:
@@ -66,11 +73,11 @@ def publish(folder: Path, names: list[str], meta: Meta, md5: bool, workers: int)
 
 
 def digest(path: Path) -> str:
-    """md5 through readinto, which the tracer sees."""
-    state, block = hashlib.md5(usedforsecurity=False), bytearray(4 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            state.update(memoryview(block)[:count])
+    state, block, at = hashlib.md5(usedforsecurity=False), memoryview(bytearray(1 << 20)), 0
+    with File(path) as file:
+        while count := file.read_into(block, at):
+            state.update(block[:count])
+            at += count
     return state.hexdigest()
 
 

@@ -1,0 +1,43 @@
+"""The ways to do the same thing, by name; all give the same bytes."""
+
+import json
+from collections.abc import Callable
+
+from dlrm import ranks, trace
+from dlrm.prep.options import Options
+
+
+def run_numba(options: Options) -> None:
+    """Compiled kernels, threads, MPI ranks; with --trace_dir also a trace and what it must account for."""
+    from dlrm.prep.files import bytes_read, bytes_written
+    from dlrm.prep.pipeline import run
+    from dlrm.prep.team import Team
+
+    here = ranks.here()
+    if options.trace_dir:
+        trace.start(options.trace_dir, here, role="prep")
+    try:
+        team = Team(here, options.workers)
+        run(options, team)
+        everywhere = team.gather((dict(bytes_read), dict(bytes_written)))
+        if options.trace_dir and team.first:
+            results = {
+                "bytes_read": {str(rank): read for rank, (read, _) in enumerate(everywhere)},
+                "bytes_written": {str(rank): written for rank, (_, written) in enumerate(everywhere)},
+                "world_size": team.size,
+            }
+            (options.trace_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    finally:
+        trace.stop()
+
+
+def run_plain(options: Options) -> None:
+    from dlrm.prep.plain import run
+
+    run(options)
+
+
+ENGINES: dict[str, Callable[[Options], None]] = {
+    "numba": run_numba,
+    "plain": run_plain,
+}

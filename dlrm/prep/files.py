@@ -1,0 +1,125 @@
+"""Reading and writing at offsets, with calls that the tracer sees, counted per file, errors as one line."""
+
+import io
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from dlrm.errors import UserError
+
+bytes_read: dict[str, int] = defaultdict(int)
+bytes_written: dict[str, int] = defaultdict(int)
+_counting = threading.Lock()
+
+
+@contextmanager
+def explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """No permission, no space, no such file: the system's words behind the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+class File:
+    """One open file. Threads may share it, but for `read_into`, which moves its position."""
+
+    def __init__(self, path: Path, mode: str = "r") -> None:
+        self.path = path
+        flags = {"r": os.O_RDONLY, "w": os.O_WRONLY | os.O_CREAT, "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND}
+        with explained(path):
+            self._fd = os.open(path, flags[mode] | os.O_CLOEXEC, 0o666)
+        self._raw = io.FileIO(self._fd, closefd=False) if mode == "r" else None
+        self._read = self._written = 0
+
+    def __enter__(self) -> "File":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            with _counting:
+                if self._read:
+                    bytes_read[os.path.abspath(self.path)] += self._read
+                if self._written:
+                    bytes_written[os.path.abspath(self.path)] += self._written
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def resize(self, size: int) -> None:
+        with explained(self.path):
+            os.ftruncate(self._fd, size)
+
+    def read(self, count: int, offset: int) -> bytes:
+        """Up to `count` bytes; fewer only at the end of the file."""
+        with explained(self.path):
+            data = os.pread(self._fd, count, offset)
+            self._read += len(data)
+            while len(data) < count:
+                more = os.pread(self._fd, count - len(data), offset + len(data))
+                if not more:
+                    break
+                self._read += len(more)
+                data += more
+        return data
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill the buffer from this offset, without a copy; returns how much there was."""
+        assert self._raw is not None
+        done = 0
+        with explained(self.path):
+            self._raw.seek(offset)
+            while done < len(view) and (count := self._raw.readinto(view[done:])):
+                done += count
+        self._read += done
+        return done
+
+    def read_array(self, count: int, offset: int, dtype: Any) -> np.ndarray:
+        """`count` items, or an error: our own intermediate file is cut."""
+        dtype = np.dtype(dtype)
+        data = self.read(count * dtype.itemsize, offset)
+        if len(data) != count * dtype.itemsize:
+            raise UserError(f"{self.path}: shorter than it should be; start again with --restart")
+        return np.frombuffer(data, dtype)
+
+    def write(self, data: Any, offset: int) -> int:
+        """All of it, at this offset; returns the offset behind it."""
+        view = memoryview(data).cast("B")
+        with explained(self.path):
+            while view:
+                count = os.pwrite(self._fd, view, offset)
+                self._written += count
+                offset += count
+                view = view[count:]
+        return offset
+
+    def append(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        with explained(self.path):
+            while view:
+                count = os.write(self._fd, view)
+                self._written += count
+                view = view[count:]
+
+
+def write_whole(path: Path, data: Any) -> None:
+    """A file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with File(partial, "w") as file:
+        file.resize(0)
+        file.write(data, 0)
+    with explained(path):
+        os.replace(partial, path)

@@ -1,0 +1,171 @@
+"""TSV to a finished dataset folder, step by step, in constant memory, on any number of threads and ranks.
+
+count    rows of every piece of input                             -> count_*.json
+permute  where the shuffle puts each row                          -> places.u32
+parse    text to records on their way to their bucket, local ids  -> piece_*.spill, lane_*.ids
+ids      the lanes' ids to the dataset's                          -> lane_*.map
+place    buckets in order                                         -> OUTPUT/*.npy.partial
+publish  real names, md5, meta.json
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from dlrm import trace
+from dlrm.criteo import META, NUM_SPARSE, Meta
+from dlrm.errors import UserError
+from dlrm.prep import lanes, merge, permute, publish, sources, unpack
+from dlrm.prep.files import File, explained
+from dlrm.prep.options import Options
+from dlrm.prep.place import Placer, load_maps, translate_piece
+from dlrm.prep.progress import Progress
+from dlrm.prep.spill import RECORD_BYTES
+from dlrm.prep.team import Team
+from dlrm.prep.work import Work
+
+STEPS = 7
+
+
+def run(options: Options, team: Team) -> None:
+    found = sources.find(options.input_dir, options.dataset)
+    if finished(options, found):
+        if team.first:
+            print(f"{options.output_dir}: complete, made with the same parameters; nothing to do")
+        return
+    progress = Progress(STEPS, team.first)
+    work = Work(options, found, [unpack.text_of(source, options.tmp) for source in found])
+    team.first_does(lambda: prepare(work))
+    if any(source.packed for source in found):
+        size = sum(source.path.stat().st_size for source in found if source.packed)
+        with progress.step("unpack", bytes=size // team.size):
+            team.each(found, lambda source: unpack.unpack(source, options.tmp, progress))
+    else:
+        progress.skip("unpack", "no .gz files")
+    team.first_does(lambda: None if (work.folder / "state.json").exists() else work.cut(team.size))
+    work.read_plan()
+    if not work.path("publish").exists():
+        transform(work, team, progress)
+    with progress.step("publish"):
+        team.first_does(lambda: finish(work, progress))
+    team.first_does(lambda: None if options.keep_tmp else work.remove())
+
+
+def prepare(work: Work) -> None:
+    with explained(work.options.output_dir):
+        work.options.output_dir.mkdir(parents=True, exist_ok=True)
+    work.open()
+    publish.unpublish(work.options.output_dir)
+
+
+def transform(work: Work, team: Team, progress: Progress) -> None:
+    """Everything between the text and the finished, not yet published, files."""
+    options, pieces = work.options, range(len(work.pieces))
+    size = sum(piece.end - piece.begin for piece in work.pieces) // team.size
+    with progress.step("count", bytes=size):
+        team.each(pieces, lambda number: lanes.count_piece(work, number, progress))
+    work.counted()
+    team.first_does(lambda: check_space(work))
+    places = work.path("places", 0, "u32")
+    if work.moved and not places.exists():
+        with progress.step("permute", rows=work.moved), trace.span("prep", "permute", bytes=4 * work.moved):
+            team.first_does(
+                lambda: permute.write_places(places, work.moved, options.random_seed, progress.add)
+            )
+    else:
+        progress.skip("permute", "done before" if work.moved else "nothing to shuffle")
+    with progress.step("parse", bytes=size):
+        team.each(range(len(work.lanes)), lambda lane: lanes.parse_lane(work, lane, progress))
+    team.first_does(lambda: work.check_ranges())
+    sizes = work.vocab_sizes()
+    if options.contiguous:
+        largest_first = sorted(range(NUM_SPARSE), key=lambda column: -int(sizes[:, column].sum()))
+        with progress.step("ids", bytes=4 * int(sizes.sum()) // team.size):
+            team.each(largest_first, lambda column: merge.merge_column(work, sizes, column, progress))
+    else:
+        progress.skip("ids", "raw ids are kept")
+    place(work, team, sizes, progress)
+
+
+def place(work: Work, team: Team, sizes: np.ndarray, progress: Progress) -> None:
+    options, maps = work.options, None
+    if options.contiguous and 4 * int(sizes.sum()) <= options.map_bytes:
+        maps = load_maps(work, sizes)
+    elif options.contiguous:
+        owners = [(lane, number) for lane, numbers in enumerate(work.lanes) for number in numbers]
+        with progress.step("translate", rows=work.rows // team.size):
+            team.each(owners, lambda owner: translate_piece(work, sizes, *owner, progress))
+    team.first_does(lambda: make_files(work))
+    placer = Placer(work, maps, progress)
+    with progress.step("place", rows=work.rows // team.size):
+        team.each(range(work.bucket_count), placer.bucket)
+
+
+def make_files(work: Work) -> None:
+    """Files of the right size with their headers, for buckets to be written anywhere in them."""
+    for name, (shape, dtype) in publish.files(work.made, work.options).items():
+        path = work.options.output_dir / (name + publish.PARTIAL)
+        size = publish.HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
+        if not path.exists() or path.stat().st_size != size:
+            for done in work.folder.glob("bucket_*.done"):
+                done.unlink()
+            with File(path, "w") as file:
+                file.resize(0)
+                file.resize(size)
+                file.write(publish.header(shape, dtype), 0)
+
+
+def check_space(work: Work) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    options = work.options
+    out = sum(
+        publish.HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
+        for shape, dtype in publish.files(work.made, options).values()
+    )
+    spilled = work.rows * RECORD_BYTES + work.moved * 24
+    needs = {options.output_dir: out, work.folder: spilled}
+    if options.output_dir.stat().st_dev == work.folder.stat().st_dev:
+        needs = {options.output_dir: out + spilled}
+    for folder, need in needs.items():
+        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(folder).free
+        if free + there < need:
+            raise UserError(
+                f"{folder}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free: make room, or name another "
+                "--output_dir or --tmp_dir"
+            )
+
+
+def finish(work: Work, progress: Progress) -> None:
+    options = work.options
+    if not work.path("publish").exists():
+        last = work.last_ids()
+        values = {"rows": [output.rows for output in sources.days_of(work.made)], "last": last,
+                  "files": list(publish.files(work.made, options)), "skipped": work.skipped()}  # fmt: skip
+        work.save(work.path("publish"), values)
+    values = work.load(work.path("publish"))
+    for count, example in values["skipped"]:
+        progress.say(f"skipped {count} bad rows, the first: {example}")
+    sparse = publish.raw_dtype(options)
+    meta = Meta(
+        rows=values["rows"],
+        table_sizes=publish.table_sizes(values["last"], options),
+        dtypes={"dense": "float32", "sparse": sparse, "labels": "int32"},
+        parameters=json.loads(json.dumps(work.key()["parameters"] | {"inputs": work.key()["inputs"]})),
+        made_by="dlrm.prep",
+    )
+    publish.publish(options.output_dir, values["files"], meta, options.md5, options.workers)
+
+
+def finished(options: Options, found: list[sources.Source]) -> bool:
+    """Whether the output is complete and was made from the same input with the same parameters."""
+    if options.restart or not (Path(options.output_dir) / META).exists():
+        return False
+    try:
+        meta = Meta.load(options.output_dir)
+    except UserError:
+        return False
+    wanted = json.loads(json.dumps(options.parameters() | {"inputs": [source.stamp() for source in found]}))
+    return meta.parameters == wanted and all((options.output_dir / name).exists() for name in meta.md5)

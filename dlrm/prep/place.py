@@ -1,0 +1,189 @@
+"""The last step: each bucket's records into order in memory, then into the output files as long writes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlrm import trace
+from dlrm.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.prep import publish
+from dlrm.prep.files import File, write_whole
+from dlrm.prep.native import compiled
+from dlrm.prep.options import MISSING, Options
+from dlrm.prep.progress import Progress
+from dlrm.prep.sources import Output
+from dlrm.prep.spill import RECORD_BYTES, WORDS
+from dlrm.prep.work import Work
+
+PART_RECORDS = 1 << 14
+LOG_ROWS = 1 << 13
+FIRST_ID = 1 + NUM_DENSE
+
+
+@compiled
+def place(records, offsets, maps, mapped, shift, missing, dense, sparse, labels):
+    """Each record to its row: counts less the shift, ids through the lane's map."""
+    for k in range(len(records)):
+        record = records[k]
+        row = np.int64(record[0])
+        for column in range(NUM_DENSE):
+            value = np.int32(record[1 + column])
+            dense[row, column] = value if value == missing else np.int32(value - shift)
+        for column in range(NUM_SPARSE):
+            id = record[FIRST_ID + column]
+            sparse[row, column] = maps[offsets[column] + id] if mapped else np.int32(id)
+        labels[row, 0] = np.int32(record[WORDS - 1])
+
+
+@compiled
+def translate(records, offsets, maps):
+    for k in range(len(records)):
+        for column in range(NUM_SPARSE):
+            at = FIRST_ID + column
+            records[k, at] = np.uint32(maps[offsets[column] + records[k, at]])
+
+
+@dataclass
+class Maps:
+    """From the lanes' numbers to the dataset's ids, in memory."""
+
+    offsets: list[np.ndarray]  # per lane
+    values: list[np.ndarray]
+
+
+def load_map(work: Work, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.concatenate([[0], np.cumsum(sizes[lane])])
+    with File(work.path("lane", lane, "map")) as file:
+        return offsets, file.read_array(int(offsets[-1]), 0, np.int32)
+
+
+def load_maps(work: Work, sizes: np.ndarray) -> Maps:
+    found = [load_map(work, sizes, lane) for lane in range(len(work.lanes))]
+    return Maps([offsets for offsets, _ in found], [values for _, values in found])
+
+
+def records_of(file: File, begin: int, count: int, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(position, records) through one buffer."""
+    for at in range(begin, begin + count, len(buffer)):
+        part = buffer[: min(len(buffer), begin + count - at)]
+        got = file.read_into(part.data.cast("B"), at * RECORD_BYTES)
+        if got != part.nbytes:
+            raise publish.UserError(f"{file.path}: shorter than it should be; start again with --restart")
+        yield at, part
+
+
+def translate_piece(work: Work, sizes: np.ndarray, lane: int, number: int, progress: Progress) -> None:
+    """Rewrite a piece's records with the dataset's ids, when the maps are too large to be kept together."""
+    final, spill = work.path("piece", number, "final"), work.path("piece", number, "spill")
+    rows = work.pieces[number].rows
+    if not final.exists() and rows:
+        partial = work.path("piece", number, "rewritten")
+        offsets, values = load_map(work, sizes, lane)
+        buffer = np.empty((PART_RECORDS, WORDS), np.uint32)
+        with (
+            trace.span("prep", "translate", bytes=rows * RECORD_BYTES),
+            File(spill) as source,
+            File(partial, "w") as target,
+        ):
+            target.resize(0)
+            for at, records in records_of(source, 0, rows, buffer):
+                translate(records, offsets, values)
+                target.write(records, at * RECORD_BYTES)
+                progress.add(len(records), 2 * records.nbytes)
+        partial.rename(final)
+    spill.unlink(missing_ok=True)
+
+
+class Placer:
+    """Buckets to output files. The files are shared by all ranks; each bucket writes its own stretch."""
+
+    def __init__(self, work: Work, maps: Maps | None, progress: Progress) -> None:
+        self.work, self.maps, self.progress = work, maps, progress
+        self.lane_of = {piece: lane for lane, pieces in enumerate(work.lanes) for piece in pieces}
+        self.shifts = work.shifts()
+        ending = "spill" if maps is not None or not work.options.contiguous else "final"
+        self.spills = [work.path("piece", number, ending) for number in range(len(work.pieces))]
+        self.runs = []
+        for number, piece in enumerate(work.pieces):
+            runs = (
+                np.fromfile(work.path("piece", number, "runs"), np.int64)
+                if piece.rows
+                else np.zeros(2, np.int64)
+            )
+            self.runs.append((int(runs[0]), runs[1:]))
+
+    def bucket(self, number: int) -> None:
+        done = self.work.path("bucket", number, "done")
+        if done.exists():
+            return
+        begin = number << self.work.bits
+        rows = min(self.work.rows, begin + (1 << self.work.bits)) - begin
+        with trace.span("prep", "place", bytes=rows * RECORD_BYTES):
+            arrays = self._gather(number, rows)
+            self.write(begin, *arrays)
+        write_whole(done, b"")
+        self.progress.add(rows, rows * RECORD_BYTES)
+
+    def _gather(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        dense = np.empty((rows, NUM_DENSE), np.int32)
+        sparse = np.empty((rows, NUM_SPARSE), np.int32)
+        labels = np.empty((rows, 1), np.int32)
+        buffer = np.empty((PART_RECORDS, WORDS), np.uint32)
+        missing = MISSING if self.work.options.frequency_limit else 1 << 40
+        for piece, (first, runs) in enumerate(self.runs):
+            at = number - first
+            if not 0 <= at < len(runs) - 1 or runs[at] == runs[at + 1]:
+                continue
+            lane, shift = self.lane_of[piece], np.int32(self.shifts[self.work.pieces[piece].source])
+            offsets = self.maps.offsets[lane] if self.maps else np.zeros(1, np.int64)
+            values = self.maps.values[lane] if self.maps else np.zeros(1, np.int32)
+            with File(self.spills[piece]) as file:
+                for _, records in records_of(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
+                    place(
+                        records, offsets, values, self.maps is not None, shift, missing, dense, sparse, labels
+                    )
+        return dense, sparse, labels
+
+    def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
+        """Rows begin .. of the whole output, into the files they belong to."""
+        options, kinds = self.work.options, publish.files(self.work.made, self.work.options)
+        moved = max(0, min(len(labels), self.work.moved - begin))
+        if options.compat and moved:
+            sparse[:moved] = publish.rounded(
+                sparse[:moved] if options.contiguous else sparse[:moved].view("u4")
+            )
+            labels[:moved] = publish.rounded(labels[:moved])
+        floats = logged(dense, options)
+        for output, start, stop, at in overlaps(self.work.made, begin, len(labels)):
+            for part, array in (("dense", floats), ("sparse", sparse), ("labels", labels)):
+                name = f"{output.name}_{part}.npy"
+                rows = array[start:stop]
+                if kinds[name][1] == "<i8":
+                    rows = (rows if options.contiguous else rows.view(np.uint32)).astype(np.int64)
+                with File(options.output_dir / (name + publish.PARTIAL), "w") as file:
+                    file.write(rows, publish.HEADER_BYTES + at * rows.itemsize * rows.shape[1])
+
+
+def overlaps(made: list[Output], begin: int, rows: int) -> Iterator[tuple[Output, int, int, int]]:
+    """(output, from, to in these rows, first row in the output)."""
+    start = 0
+    for output in made:
+        low, high = max(begin, start), min(begin + rows, start + output.rows)
+        if low < high:
+            yield output, low - begin, high - begin, low - start
+        start += output.rows
+
+
+def logged(dense: np.ndarray, options: Options) -> np.ndarray:
+    """numpy's own float32 logarithm, in place: every other one differs in the last bit of some values."""
+    floats = dense.view(np.float32)
+    with np.errstate(all="ignore"):
+        for at in range(0, len(dense), LOG_ROWS):
+            counts = dense[at : at + LOG_ROWS]
+            if options.frequency_limit:
+                gap = counts == MISSING
+                floats[at : at + LOG_ROWS] = np.where(gap, np.float32(0), np.log(counts.astype(np.float32)))
+            else:
+                np.log(counts.astype(np.float32), out=floats[at : at + LOG_ROWS])
+    return floats

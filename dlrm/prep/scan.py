@@ -1,0 +1,151 @@
+"""Stream a byte range of a TSV file as blocks of rows; the memory used does not depend on its size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dlrm.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.errors import UserError
+from dlrm.prep import parse
+from dlrm.prep.files import File
+from dlrm.prep.rows import BadRow, Rules, read_line
+
+CHUNK = 1 << 20
+LONGEST_LINE = 64 << 20
+BLOCK_ROWS = 2048
+STRIDE = BLOCK_ROWS + 16  # not a multiple of 4 KiB, which would put all columns into the same cache sets
+
+
+@dataclass
+class Block:
+    """Rows in the file's order. `dense[row]` is 13 counts and the label, `sparse[column, row]` an id."""
+
+    dense: np.ndarray = field(default_factory=lambda: np.empty((BLOCK_ROWS, NUM_DENSE + 1), np.int32))
+    sparse: np.ndarray = field(default_factory=lambda: np.empty((NUM_SPARSE, STRIDE), np.uint32))
+    rows: int = 0
+
+
+@dataclass
+class Piece:
+    """A byte range of a source that begins and ends where lines do."""
+
+    source: int
+    begin: int
+    end: int
+    first_line: int = 0  # lines of the file before it, and rows of the dataset before it: after counting
+    first_row: int = 0
+    rows: int = -1
+
+
+class Scanner:
+    """Blocks of one piece. Odd lines go through `read_line`; what that refuses is an error, or is skipped."""
+
+    def __init__(self, file: File, name: str, piece: Piece, rules: Rules, skip_bad: bool) -> None:
+        self.file, self.name, self.piece, self.rules, self.skip_bad = file, name, piece, rules, skip_bad
+        self.skipped = 0
+        self.first_bad = ""
+        self._lines = 0  # lines of the piece already taken
+        self._text = np.zeros(CHUNK + parse.PAD, np.uint8)
+        self._waiting: list = []
+
+    def blocks(self) -> Iterator[tuple[Block, int]]:
+        """(block, bytes consumed since the last one); the block is reused for the next."""
+        block, kept, at, consumed = Block(), 0, self.piece.begin, 0
+        while at < self.piece.end:
+            room = len(self._text) - parse.PAD - kept
+            if room == 0:
+                self._grow()
+                continue
+            want = min(room, self.piece.end - at)
+            got = self.file.read_into(self._text[kept : kept + want].data, at)
+            if not got:
+                raise UserError(f"{self.name}: ends at byte {at}, {self.piece.end} expected: has it changed?")
+            at += got
+            consumed += got
+            end, begin = kept + got, 0
+            while True:
+                begin, why = self._fill(block, begin, end, at == self.piece.end)
+                if block.rows == BLOCK_ROWS:
+                    yield block, consumed
+                    block.rows, consumed = 0, 0
+                elif why == parse.NEED_MORE:
+                    break
+            kept = end - begin
+            self._text[:kept] = self._text[begin:end].copy()
+        if block.rows:
+            yield block, consumed
+
+    def _grow(self) -> None:
+        if len(self._text) > LONGEST_LINE:
+            raise UserError(f"{self._where()}: a line of more than {LONGEST_LINE >> 20} MB")
+        self._text = np.concatenate([self._text, np.zeros(len(self._text), np.uint8)])
+
+    def _fill(self, block: Block, begin: int, end: int, last: bool) -> tuple[int, int]:
+        """Parse into the block from text[begin:end]; returns where it stopped, and why."""
+        if self._waiting:
+            self._take(block)
+            return begin, parse.BLOCK_FULL
+        base = self._text.ctypes.data
+        before = block.rows
+        block.rows, stopped, why = parse.parse_lines(
+            base + begin, base + end, self.rules.labelled, self.rules.empty_dense,
+            block.dense, block.sparse, block.rows,
+        )  # fmt: skip
+        if self.rules.max_ind_range:
+            parse.reduce_ids(block.sparse, before, block.rows, np.uint32(self.rules.max_ind_range))
+        self._lines += block.rows - before
+        begin = stopped - base
+        if why == parse.ODD_LINE or (why == parse.NEED_MORE and last and begin < end):
+            begin = self._odd(block, begin, end)
+            why = parse.ODD_LINE
+        return begin, why
+
+    def _odd(self, block: Block, begin: int, end: int) -> int:
+        """One line by the slow rules; returns where the next begins."""
+        text = self._text[begin:end].tobytes()
+        line = text[: text.find(b"\n") + 1] or text
+        try:
+            self._waiting = read_line(line, self.rules)
+        except BadRow as error:
+            if not self.skip_bad:
+                raise UserError(f"{self._where()}: {error}") from None
+            self.skipped += 1
+            self.first_bad = self.first_bad or f"{self._where()}: {error}"
+        self._lines += 1
+        self._take(block)
+        return begin + len(line)
+
+    def _take(self, block: Block) -> None:
+        """Rows of an odd line into the block, as many as fit."""
+        while self._waiting and block.rows < BLOCK_ROWS:
+            dense, sparse, label = self._waiting.pop(0)
+            block.dense[block.rows] = [*dense, label]
+            block.sparse[:, block.rows] = sparse
+            block.rows += 1
+
+    def _where(self) -> str:
+        return f"{self.name}:{self.piece.first_line + self._lines + 1}"
+
+
+def count(file: File, piece: Piece, name: str, rules: Rules, skip_bad: bool) -> tuple[int, int]:
+    """(rows, lines) of a piece. Rows are its lines, unless lone CRs end rows too or bad lines are skipped."""
+    lines = returns = pairs = 0
+    last = b""
+    at = piece.begin
+    while at < piece.end:
+        data = file.read(min(CHUNK, piece.end - at), at)
+        if not data:
+            raise UserError(f"{name}: ends at byte {at}, {piece.end} expected: has it changed?")
+        lines += int(np.count_nonzero(np.frombuffer(data, np.uint8) == parse.NEWLINE))
+        if rules.lenient and (b"\r" in data or last == b"\r"):
+            returns += data.count(b"\r")
+            pairs += data.count(b"\r\n") + (last + data[:1] == b"\r\n")
+        last = data[-1:]
+        at += len(data)
+    rows = lines + returns - pairs
+    if last not in (b"\n", b"\r", b"") or (last == b"\r" and not rules.lenient):
+        rows += 1
+    if skip_bad:
+        rows = sum(block.rows for block, _ in Scanner(file, name, piece, rules, skip_bad).blocks())
+    return rows, lines

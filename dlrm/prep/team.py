@@ -1,0 +1,76 @@
+"""Who does what: items dealt to MPI ranks and, within a rank, to threads; one error for all of them."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from dlrm.errors import UserError
+from dlrm.ranks import Ranks
+
+T = TypeVar("T")
+
+
+class Team:
+    """Without MPI a team of one rank. The ranks see each other's files and exchange only small things."""
+
+    def __init__(self, here: Ranks, workers: int) -> None:
+        self.rank, self.size, self.workers = here.rank, here.world_size, workers
+        self._comm: Any = None
+        if self.size > 1:
+            from mpi4py import MPI
+
+            self._comm = MPI.COMM_WORLD
+            if self._comm.size != self.size:
+                raise UserError(
+                    f"{self.size} ranks by the environment, {self._comm.size} by MPI: start them with mpiexec"
+                )
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        return self._comm.allgather(value) if self._comm else [value]
+
+    def agree(self, error: BaseException | None = None) -> None:
+        """All ranks meet; if one has failed, all stop, with the first one's error."""
+        mine = None if error is None else (type(error), str(error))
+        failed = [found for found in self.gather(mine) if found]
+        if error is not None and mine == failed[0]:
+            raise error
+        if failed:
+            kind, text = failed[0]
+            raise UserError(text) if kind is UserError else RuntimeError(f"another rank failed: {text}")
+
+    def first_does(self, work: Callable[[], None]) -> None:
+        """Rank 0 works, the others wait."""
+        error: BaseException | None = None
+        if self.first:
+            try:
+                work()
+            except Exception as found:
+                error = found
+        self.agree(error)
+
+    def each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
+        """Every item once, somewhere; in order, so that the earliest bad one is reported."""
+        mine = list(items[self.rank :: self.size])
+        errors: dict[int, BaseException] = {}
+        stop = threading.Event()
+
+        def one(number: int) -> None:
+            if not stop.is_set():
+                try:
+                    work(mine[number])
+                except Exception as error:
+                    errors[number] = error
+                    stop.set()
+
+        if self.workers == 1:
+            for number in range(len(mine)):
+                one(number)
+        else:
+            with ThreadPoolExecutor(self.workers) as pool:
+                list(pool.map(one, range(len(mine))))
+        self.agree(errors[min(errors)] if errors else None)

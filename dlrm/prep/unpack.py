@@ -1,0 +1,45 @@
+"""gzip input to plain text among the intermediate files, because gzip cannot be read from the middle."""
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+from dlrm import trace
+from dlrm.errors import UserError
+from dlrm.prep.files import File
+from dlrm.prep.progress import Progress
+from dlrm.prep.sources import Source
+
+BLOCK = 1 << 20
+
+
+def text_of(source: Source, folder: Path) -> Path:
+    """The plain text to read for this source."""
+    return folder / f"{source.name}.text" if source.packed else source.path
+
+
+def unpack(source: Source, folder: Path, progress: Progress) -> None:
+    target = text_of(source, folder)
+    if not source.packed or target.exists():
+        return
+    partial, at = target.with_name(target.name + ".partial"), 0
+    packed = source.path.stat().st_size
+    try:
+        with (
+            trace.span("prep", "unpack", bytes=packed),
+            open(source.path, "rb", buffering=0) as raw,
+            gzip.GzipFile(fileobj=raw) as text,
+            File(partial, "w") as out,
+        ):
+            out.resize(0)
+            before = 0
+            while data := text.read(BLOCK):
+                at = out.write(data, at)
+                progress.add(bytes=raw.tell() - before)
+                before = raw.tell()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{source.path}: byte {at} of its text: {error}: truncated or damaged gzip") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or source.path}: {error.strerror or error}") from None
+    os.replace(partial, target)

@@ -1,0 +1,202 @@
+"""The folder of intermediate files: what is cut where, what is done, whether an earlier run can go on.
+
+A part of the work is done when its file exists under its own name; it gets that name when it is whole.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlrm.criteo import NUM_SPARSE
+from dlrm.errors import UserError
+from dlrm.prep.files import File, explained, write_whole
+from dlrm.prep.options import Options
+from dlrm.prep.scan import Piece
+from dlrm.prep.sources import Output, Source, outputs, shuffled_rows
+from dlrm.prep.spill import bucket_bits, buckets
+
+STATE = "state.json"
+SMALLEST, LARGEST = 1 << 20, 512 << 20  # bytes of text in a lane
+PER_WORKER = 4
+MARK = "made by dlrm.prep; can be deleted"
+
+
+class Work:
+    """The plan. A lane is a stretch of input that one worker reads with one vocabulary: pieces of files."""
+
+    def __init__(self, options: Options, found: list[Source], texts: list[Path]) -> None:
+        self.options, self.sources, self.texts = options, found, texts
+        self.folder = options.tmp
+        self.pieces: list[Piece] = []
+        self.lanes: list[list[int]] = []
+        self.made: list[Output] = []
+        self.moved = self.rows = self.bits = 0
+
+    # what is done ------------------------------------------------------------------------------------------
+
+    def path(self, kind: str, number: int = 0, ending: str = "json") -> Path:
+        return self.folder / f"{kind}_{number:05d}.{ending}"
+
+    def load(self, path: Path) -> Any:
+        with explained(path):
+            return json.loads(path.read_text())
+
+    def save(self, path: Path, value: Any) -> None:
+        write_whole(path, json.dumps(value).encode())
+
+    # the plan ----------------------------------------------------------------------------------------------
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "parameters": self.options.parameters(),
+            "inputs": [source.stamp() for source in self.sources],
+        }
+
+    def open(self) -> bool:
+        """Make the folder, or find it; whether an earlier run of the same work is to be continued."""
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / STATE
+        if state.exists():
+            same = not self.options.restart and self._key_of(state) == json.loads(json.dumps(self.key()))
+            if same:
+                return True
+            self._empty()
+        elif any(self.folder.iterdir()) and not (self.folder / "README").exists():
+            raise UserError(f"--tmp_dir {self.folder}: not empty, and not ours; name an empty folder")
+        (self.folder / "README").write_text(MARK + "\n")
+        for stale in self.options.output_dir.glob("*.partial"):
+            stale.unlink()
+        return False
+
+    def _key_of(self, state: Path) -> Any:
+        try:
+            return self.load(state)["key"]
+        except (ValueError, KeyError):
+            return None
+
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_file() and path.name != "README":
+                path.unlink()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def cut(self, ranks: int) -> None:
+        """Lanes of nearly equal size, cut at line ends; a lane holds a piece of each file that it touches."""
+        sizes = [text.stat().st_size for text in self.texts]
+        for source, size in zip(self.sources, sizes, strict=True):
+            if size == 0:
+                raise UserError(f"{source.path}: empty, it has no rows")
+        whole = sum(sizes)
+        target = self.options.part_bytes or min(
+            LARGEST, max(SMALLEST, whole // (ranks * self.options.workers * PER_WORKER))
+        )
+        lanes = max(1, round(whole / target))
+        marks = [whole * lane // lanes for lane in range(1, lanes + 1)]
+        pieces, cut = [], [[] for _ in range(lanes)]
+        before = lane = 0
+        for source, (text, size) in enumerate(zip(self.texts, sizes, strict=True)):
+            at = 0
+            with File(text) as file:
+                while at < size:
+                    while marks[lane] <= before + at:
+                        lane += 1
+                    end = line_end(file, marks[lane] - before, size)
+                    cut[lane].append(len(pieces))
+                    pieces.append([source, at, end])
+                    at = end
+            before += size
+        self.save(
+            self.folder / STATE,
+            {"key": self.key(), "pieces": pieces, "lanes": [numbers for numbers in cut if numbers]},
+        )
+
+    def read_plan(self) -> None:
+        state = self.load(self.folder / STATE)
+        self.pieces = [Piece(*piece) for piece in state["pieces"]]
+        self.lanes = state["lanes"]
+
+    def counted(self) -> None:
+        """Once every piece is counted: where each one's rows begin, and what the output will be."""
+        rows_of = [0] * len(self.sources)
+        lines_of = [0] * len(self.sources)
+        for number, piece in enumerate(self.pieces):
+            rows, lines = self.load(self.path("count", number))
+            piece.first_line, piece.first_row, piece.rows = lines_of[piece.source], self.rows, rows
+            self.rows += rows
+            rows_of[piece.source] += rows
+            lines_of[piece.source] += lines
+        for source, rows in zip(self.sources, rows_of, strict=True):
+            if rows == 0:
+                raise UserError(f"{source.path}: no rows in it")
+        self.made = outputs(self.sources, rows_of, self.options.steps)
+        self.moved = shuffled_rows(self.made, self.options.shuffle)
+        self.bits = bucket_bits(self.rows)
+
+    @property
+    def bucket_count(self) -> int:
+        return buckets(self.rows, self.bits)
+
+    # what parsing leaves ---------------------------------------------------------------------------------
+
+    def vocab_sizes(self) -> np.ndarray:
+        """[lanes, columns]: distinct ids that each lane met."""
+        sizes = [self.load(self.path("lane", lane))["vocab"] for lane in range(len(self.lanes))]
+        return np.array(sizes, np.int64).reshape(len(self.lanes), NUM_SPARSE)
+
+    def lane_infos(self) -> list[dict[str, Any]]:
+        return [self.load(self.path("lane", lane)) for lane in range(len(self.lanes))]
+
+    def dense_ranges(self) -> list[tuple[int, int]]:
+        """Per source: the smallest and the largest count."""
+        low, high = [1 << 40] * len(self.sources), [-(1 << 40)] * len(self.sources)
+        for pieces, info in zip(self.lanes, self.lane_infos(), strict=True):
+            for piece, (least, most) in zip(pieces, info["dense"], strict=True):
+                source = self.pieces[piece].source
+                low[source], high[source] = min(low[source], least), max(high[source], most)
+        return list(zip(low, high, strict=True))
+
+    def check_ranges(self) -> None:
+        """Refuse counts whose logarithm would be no number."""
+        for source, (low, high) in zip(self.sources, self.dense_ranges(), strict=True):
+            if self.options.frequency_limit and low < -2:
+                raise UserError(f"{source.path}: count {low}; the recipe's log(x + 3) needs at least -2")
+            if not self.options.lenient and high - low + 2 >= 1 << 31:
+                raise UserError(
+                    f"{source.path}: counts from {low} to {high}: their difference does not fit 32 bits "
+                    "(torchrec would write NaN; --compat torchrec does)"
+                )
+
+    def shifts(self) -> list[int]:
+        """Per source: what to take from its counts before the logarithm: min - 2, in int32 arithmetic."""
+        if self.options.frequency_limit:
+            return [-3] * len(self.sources)
+        return [int(np.int64(low - 2).astype(np.int32)) for low, _ in self.dense_ranges()]
+
+    def last_ids(self) -> list[int]:
+        """Per column: the largest id."""
+        if self.options.contiguous:
+            kept = [self.load(self.path("column", column))["kept"] for column in range(NUM_SPARSE)]
+            return [1 + count for count in kept]
+        return np.max([info["last"] for info in self.lane_infos()], axis=0).tolist()
+
+    def skipped(self) -> list[list[Any]]:
+        """Per piece with bad rows: how many, and where the first one is."""
+        return [found for info in self.lane_infos() for found in info["skipped"]]
+
+
+def line_end(file: File, at: int, size: int) -> int:
+    """The first line end at or behind this offset (or the file's end)."""
+    at = max(at, 1) - 1
+    while at < size:
+        data = file.read(1 << 16, at)
+        found = data.find(b"\n")
+        if found >= 0:
+            return at + found + 1
+        at += max(len(data), 1)
+    return size
