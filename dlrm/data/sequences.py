@@ -57,15 +57,30 @@ def histories(
         keep[keep] = _often(ratings.user[keep], min_user_count)
         if not keep.any():
             raise UserError("no rating is left: lower --min_rating, --min_user_count or --min_item_count")
-        order = np.lexsort((ratings.time[keep], ratings.user[keep]))
-        known, items = np.unique(ratings.item[keep][order], return_inverse=True)
-        _, counts = np.unique(ratings.user[keep], return_counts=True)
-        return Histories((items + 1).astype(np.int32), np.concatenate([[0], np.cumsum(counts)]), len(known))
+        users, user = _densely(ratings.user[keep])
+        items, item = _densely(ratings.item[keep])
+        order = np.argsort(ratings.time[keep], kind="stable")
+        order = order[np.argsort(user[order], kind="stable")]
+        starts = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=users))])
+        return Histories((item[order] + 1).astype(np.int32), starts, items)
+
+
+def _densely(ids: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many different ids there are, and each one's number in their order."""
+    low, high = int(ids.min()), int(ids.max())
+    if high - low > 8 * len(ids) + (1 << 20):  # too sparse for a table of all ids between
+        known, numbers = np.unique(ids, return_inverse=True)
+        return len(known), numbers
+    there = np.zeros(high - low + 1, bool)
+    there[ids - low] = True
+    numbers = np.cumsum(there, dtype=np.int64) - 1
+    return int(numbers[-1]) + 1, numbers[ids - low]
 
 
 def _often(values: np.ndarray, least: int) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return counts[inverse] >= least
+    """True for the values that stand there at least so many times."""
+    _, numbers = _densely(values)
+    return np.bincount(numbers)[numbers] >= least
 
 
 def windows(data: Histories, max_len: int) -> np.ndarray:
@@ -138,36 +153,40 @@ def to_judge(data: Histories, max_len: int, split: str) -> tuple[np.ndarray, np.
 
 
 def negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np.ndarray:
-    """[users, count] items that the user has never met, distinct, drawn alike or as often as they are liked."""
+    """[users, count] distinct items that the user has never met, drawn alike or as often as they are met."""
     user = np.repeat(np.arange(data.users), np.diff(data.starts))
-    seen = np.unique(user * np.int64(data.vocabulary) + data.items)
-    met = np.bincount(seen // data.vocabulary, minlength=data.users)
-    if data.item_count - met.max() < count:
-        raise UserError(
-            f"--negatives {count}: user {int(met.argmax())} has met {int(met.max())} of {data.item_count} items: "
-            "lower it, or use more items"
-        )
+    seen = np.sort(user * np.int64(data.vocabulary) + data.items)
+    _check_enough(data, seen, count)
+    weights = np.bincount(data.items, minlength=data.vocabulary)[1:-1].astype(float)
+    bounds = np.cumsum(weights if by_popularity else np.ones(data.item_count))
+    generator = np.random.default_rng([seed, 1])
+    found = np.zeros((data.users, count), np.int32)
+    unfilled = np.arange(data.users)
     with span("prep", "negatives"):
-        weights = np.bincount(data.items, minlength=data.vocabulary)[1:-1].astype(float)
-        bounds = np.cumsum(weights if by_popularity else np.ones(data.item_count))
-        generator = np.random.default_rng([seed, 1])
-        drawn = np.zeros((data.users, count), np.int32)
-        open_ = np.arange(data.users)
-        have = np.zeros(data.users, np.int64)
-        taken = seen
-        while len(open_):
-            width = 2 * count
-            fresh = 1 + np.searchsorted(bounds, generator.random((len(open_), width)) * bounds[-1], "right")
-            keys = open_[:, None] * np.int64(data.vocabulary) + fresh
-            good = _first_of_row(fresh) & ~_contains(taken, keys)
-            place = have[open_][:, None] + np.cumsum(good, axis=1) - 1
+        while len(unfilled):
+            chance = generator.random((len(unfilled), 2 * count)) * bounds[-1]
+            pool = np.concatenate([found[unfilled], 1 + np.searchsorted(bounds, chance, "right")], axis=1)
+            met = _contains(seen, unfilled[:, None] * np.int64(data.vocabulary) + pool)
+            good = _first_of_row(pool) & ~met & (pool > 0)
+            place = np.cumsum(good, axis=1) - 1
             good &= place < count
             row, column = np.nonzero(good)
-            drawn[open_[row], place[row, column]] = fresh[row, column]
-            taken = np.union1d(taken, keys[good])
-            have += np.bincount(open_[row], minlength=data.users)
-            open_ = np.flatnonzero(have < count)
-        return drawn
+            found[unfilled[row], place[row, column]] = pool[row, column]
+            unfilled = unfilled[good.sum(axis=1) < count]
+    return found
+
+
+def _check_enough(data: Histories, seen: np.ndarray, count: int) -> None:
+    if data.item_count - np.diff(data.starts).max() >= count:
+        return
+    new = np.ones(len(seen), bool)
+    new[1:] = seen[1:] != seen[:-1]
+    most = np.bincount(seen[new] // data.vocabulary).max()
+    if data.item_count - most < count:
+        raise UserError(
+            f"--negatives {count}: one user has met {most} of {data.item_count} items: "
+            "ask for fewer, or use more items"
+        )
 
 
 def _first_of_row(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,168 @@
+"""BERT4Rec: items of a history, hidden here and there, guessed from both sides (arxiv.org/abs/1904.06690).
+
+The architecture, the initial weights and the parameters' names are those of torchrec's example, so the same
+weights give the same losses; only the work differs: logits are computed where there is something to guess,
+and for the candidates that are ranked, never for the whole vocabulary at every position.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+FEATURE, TABLE = "item", "item_embedding"
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.rate = heads, dropout
+        self.linear_layers = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
+        self.output_linear = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        query, key, value = (
+            linear(x).view(batch, length, self.heads, -1).transpose(1, 2) for linear in self.linear_layers
+        )
+        met = F.scaled_dot_product_attention(query, key, value, mask, self.rate if self.training else 0.0)
+        return self.output_linear(met.transpose(1, 2).reshape(batch, length, width))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.w_1, self.w_2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w_2(self.dropout(F.relu(self.w_1(x))))
+
+
+class Residual(nn.Module):
+    """Norm before, dropout after, and the input added."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.feed_forward = FeedForward(width, 4 * width, dropout)
+        self.input_sublayer, self.output_sublayer = Residual(width, dropout), Residual(width, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        first, second = self.input_sublayer, self.output_sublayer
+        x = x + first.dropout(self.attention(first.norm(x), mask))
+        x = x + second.dropout(self.feed_forward(second.norm(x)))
+        return self.dropout(x)
+
+
+class History(nn.Module):
+    """Item embeddings, sharded by torchrec, plus positions."""
+
+    def __init__(
+        self, vocabulary: int, max_len: int, width: int, dropout: float, table_device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self.positional = nn.Parameter(torch.randn(max_len, width))
+        self.layernorm = nn.LayerNorm([max_len, width])
+        self.dropout = nn.Dropout(dropout)
+        config = EmbeddingConfig(
+            name=TABLE, embedding_dim=width, num_embeddings=vocabulary, feature_names=[FEATURE],
+            weight_init_max=1.0, weight_init_min=-1.0,
+        )  # fmt: skip
+        self.ec = EmbeddingCollection(tables=[config], device=table_device)
+
+    def forward(self, looked_up: torch.Tensor) -> torch.Tensor:
+        max_len, width = self.positional.shape
+        return self.dropout(self.layernorm(looked_up.view(-1, max_len, width) + self.positional))
+
+
+class BERT4Rec(nn.Module):
+    """`tied`: the output layer's weights are the item embeddings, as in the paper; else its own, as in the
+    example. Tied weights come through the same lookup, so one update in backward sees both gradients."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        max_len: int,
+        width: int,
+        heads: int,
+        layers: int,
+        dropout: float = 0.1,
+        tied: bool = False,
+        table_device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_len, self.vocabulary, self.tied = max_len, vocabulary, tied
+        self.history = History(vocabulary, max_len, width, dropout, table_device)
+        self.transformer_blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(layers)])
+        self.out = nn.Linear(width, vocabulary)
+        if tied:
+            self.out.weight = None  # type: ignore[assignment]
+
+    def forward(self, features: KeyedJaggedTensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [rows, max_len, width], and the output layer's weights [vocabulary, width]."""
+        looked_up: dict[str, JaggedTensor] = self.history.ec(features)
+        values = looked_up[FEATURE].values()
+        count = tokens.numel()
+        weights = values[count:] if self.tied else self.out.weight
+        x = self.history(values[:count])
+        mask = (tokens > 0)[:, None, None, :].expand(-1, 1, tokens.size(1), -1)
+        for block in self.transformer_blocks:
+            x = block(x, mask)
+        return x, weights
+
+
+def features_of(tokens: torch.Tensor, vocabulary: int, tied: bool) -> KeyedJaggedTensor:
+    """What to look up: the tokens, and for tied weights then every item once."""
+    values = tokens.reshape(-1)
+    if tied:
+        values = torch.cat([values, torch.arange(vocabulary, dtype=values.dtype)])
+    lengths = torch.ones(len(values), dtype=torch.int32)
+    return KeyedJaggedTensor.from_lengths_sync(keys=[FEATURE], values=values, lengths=lengths)
+
+
+class Train(nn.Module):
+    """(loss, (loss, scores, labels)): of masked items in training, of ranked candidates in evaluation."""
+
+    def __init__(self, model: BERT4Rec) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        hidden, weights = self.model(batch.features, batch.tokens)
+        if batch.candidates is not None:
+            last, ranked = hidden[:, -1], batch.candidates
+            scores = torch.bmm(weights[ranked], last[:, :, None]).squeeze(-1) + self.model.out.bias[ranked]
+            return scores.new_zeros(()), (scores.new_zeros(()), scores.detach(), batch.labels)
+        wanted = batch.labels.reshape(-1)
+        place = wanted.nonzero().squeeze(1)
+        guesses = F.linear(hidden.reshape(-1, hidden.size(-1))[place], weights, self.model.out.bias)
+        # the mean of nothing is not a number: a batch without a masked item has loss 0
+        loss = F.cross_entropy(guesses, wanted[place], reduction="sum") / max(1, len(place))
+        return loss, (loss.detach(), batch.labels[:, -1].detach(), batch.labels.detach())
+
+
+def ranks_of_first(scores: torch.Tensor) -> torch.Tensor:
+    """Place of each row's first candidate, the right one, among all: 0 is the top; ties go against it."""
+    return (scores[:, 1:] >= scores[:, :1]).sum(dim=1)
+
+
+def ranking_sums(places: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
+    """Users, then hits at each k, then the sum of NDCG at each k: sums over ranks are sums over users."""
+    gain = 1 / torch.log2(places.double() + 2)
+    within = [places < k for k in ks]
+    hits = [inside.double().sum() for inside in within]
+    gains = [gain[inside].sum() for inside in within]
+    return torch.stack([torch.tensor(float(len(places)), dtype=torch.float64), *hits, *gains])
