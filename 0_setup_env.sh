@@ -63,7 +63,7 @@ venv_package() {    # Debian keeps venv in a package of its own, which a fresh m
 }
 if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1 \
     || [[ ${was_variant:-$variant} != "$variant" || ${was_python:-$python} != "$python" ]]; then
-    say "making $venv, $variant variant ($([[ $variant == cpu ]] && echo 3 || echo 9) GB), with $("$python" -V)"
+    say "making $venv, $variant variant ($([[ $variant == cpu ]] && echo "3 to 6" || echo 9) GB), with $("$python" -V)"
     make_venv || { venv_package && make_venv; } || die "$python cannot make an environment: \
 install its venv module (Debian: apt-get install python3-venv) or name another Python with PYTHON=..."
 fi

@@ -48,8 +48,8 @@ def traced_names(folder: str) -> set[str]:
     trace.stop()
     names = set()
     for path in Path(folder, "trace").glob("*.pfw.gz"):
-        lines = gzip.decompress(path.read_bytes()).splitlines()
-        events = [json.loads(line) for line in lines if line.startswith(b"{")]
+        lines = gzip.decompress(path.read_bytes()).decode(errors="replace").splitlines()
+        events = [json.loads(line) for line in lines if line.startswith("{")]
         names |= {event["name"] for event in events if event.get("cat") == "torchrec"}
     return names
 

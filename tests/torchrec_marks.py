@@ -54,7 +54,7 @@ def plan(model: torch.nn.Module):
     constraints = {f"t{i}": ParameterConstraints(sharding_types=["table_wise"]) for i in range(TABLES)}
     topology = Topology(world_size=HERE.world_size, compute_device="cpu")
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
-    return planner.collective_plan(model, get_default_sharders(), dist.GroupMember.WORLD)
+    return planner.collective_plan(model, get_default_sharders(), dist.group.WORLD)
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
         for _ in range(STEPS):
             pipeline.progress(batches)
     trace.stop()
-    names = [event.name for event in profile.events() if event.name.startswith(("## ", "["))]
+    names = [event.name for event in profile.events() or () if event.name.startswith(("## ", "["))]
     print(json.dumps({"rank": HERE.rank, "markers": names}), flush=True)
     dist.destroy_process_group()
 
