@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from dlrm.criteo import META, NUM_DENSE, NUM_SPARSE, Meta
 from dlrm.data.npy import Counted, stage_rows
-from dlrm.data.rows import STAGES, Rows
+from dlrm.data.rows import STAGES, Rows, batch_name
 from dlrm.data.shuffle import join
 from dlrm.errors import UserError
 from dlrm.trace import span
@@ -128,6 +128,7 @@ class Parquet:
     contiguous = True  # in step order each of several ranks would read every group
 
     def __init__(self, layout: ParquetLayout, stage: str) -> None:
+        self.batch_name = batch_name(stage)
         self.bytes_read, self.batch = layout.bytes_read, 0
         self.row_bytes = 4 * len(COLUMNS)
         self.groups: list[Group] = []
@@ -160,7 +161,7 @@ class Parquet:
             group = self.groups[number]
             path = group.file.path
             before = self.bytes_read.get(path, 0)
-            with span("data", "read", file=path, batch=self.batch) as reading:
+            with span("data", "read", file=path, **{self.batch_name: self.batch}) as reading:
                 table = self._read(group)
                 reading.update(bytes=self.bytes_read.get(path, 0) - before)
             try:

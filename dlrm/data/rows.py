@@ -8,6 +8,11 @@ import numpy as np
 STAGES = ("train", "val", "test")
 
 
+def batch_name(stage: str) -> str:
+    """What a read calls its batch in the trace: only reads for training lead to training steps."""
+    return "batch" if stage == "train" else "eval_batch"
+
+
 class Rows(NamedTuple):
     dense: np.ndarray  # float32 [n, 13]
     sparse: np.ndarray | list[np.ndarray]  # int32 [n, 26], or multi-hot: 26 times int32 [n, k]

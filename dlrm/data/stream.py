@@ -10,7 +10,7 @@ from io import FileIO
 import numpy as np
 
 from dlrm.data.npy import Layout
-from dlrm.data.rows import Rows
+from dlrm.data.rows import Rows, batch_name
 from dlrm.errors import UserError
 from dlrm.trace import span
 
@@ -30,8 +30,15 @@ class Part:
     """One group of columns over all files of a set, with its buffer."""
 
     def __init__(
-        self, name: str, columns: int, dtype: type, pieces: list[Piece], bytes_read: dict[str, int]
+        self,
+        name: str,
+        columns: int,
+        dtype: type,
+        pieces: list[Piece],
+        bytes_read: dict[str, int],
+        batch_name: str = "batch",
     ) -> None:
+        self.batch_name = batch_name
         self.name, self.columns, self.pieces, self.bytes_read = name, columns, pieces, bytes_read
         self.starts = np.cumsum([0] + [piece.rows for piece in pieces])
         self.row_bytes = columns * max(piece.dtype.itemsize for piece in pieces)
@@ -69,7 +76,7 @@ class Part:
     def _read(self, piece: Piece, inside: int, out: np.ndarray, batch: int) -> None:
         raw = out if piece.dtype == out.dtype else np.empty(out.shape, piece.dtype)
         offset = piece.offset + inside * self.columns * piece.dtype.itemsize
-        with span("data", "read", file=piece.path, bytes=raw.nbytes, batch=batch):
+        with span("data", "read", file=piece.path, bytes=raw.nbytes, **{self.batch_name: batch}):
             self._read_bytes(piece.path, offset, memoryview(raw.data).cast("B"))
         if raw is not out:  # int64 ids, as torchrec's scripts leave the last day
             limits = np.iinfo(out.dtype)
@@ -130,7 +137,7 @@ class Stream:
                 for f, rows in ((files[day], rows) for day, rows in days)
             ]
             dtype = np.float32 if name == "dense" else np.int32
-            self.parts[name] = Part(name, files[0].columns, dtype, pieces, self.bytes_read)
+            self.parts[name] = Part(name, files[0].columns, dtype, pieces, self.bytes_read, batch_name(stage))
         self.row_bytes = sum(part.row_bytes for part in self.parts.values())
         self.chunk_rows = max(1, int(chunk_mb * (1 << 20)) // self.row_bytes)
 
