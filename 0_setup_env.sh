@@ -108,7 +108,7 @@ esac
     echo "export DLRM_ROOT=${root@Q} VIRTUAL_ENV=${venv@Q} DLRM_MPIEXEC=${line@Q}"
     cat <<'ENV'
 case ":$PATH:" in *":$VIRTUAL_ENV/bin:"*) ;; *) export PATH="$VIRTUAL_ENV/bin:$PATH" ;; esac
-export PYTHONNOUSERSITE=1 PYTHONUNBUFFERED=1
+export PYTHONNOUSERSITE=1
 ENV
     [[ $site != polaris ]] || cat <<'ENV'
 # Darshan and DFTracer in one process fight over the same calls.
