@@ -147,6 +147,7 @@ class Run:
     output_dir: str | None = option(
         None, "run folder: config, metrics, results, traces (default: none written)"
     )
+    mode: str = option("train", "test: only test, from a checkpoint", ("train", "test"))
     epochs: int = option(1, "passes over the training set")
     seed: int | None = option(None, "makes a run reproducible")
     evaluate_on_epoch_end: bool = option(False, "validate after each epoch")
@@ -172,12 +173,46 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    checkpoint_dir: str | None = option(None, "where checkpoints go (default: checkpoints in --output_dir)")
+    checkpoint_every_steps: int | None = option(None, "save every so many steps")
+    checkpoint_every_minutes: float | None = option(None, "save every so many minutes")
+    checkpoint_epochs: bool = option(True, "where checkpoints are asked for: also save after each epoch")
+    keep_checkpoints: int = option(3, "how many to keep, the best one besides; 0: all")
+    save_initial_model: bool = option(False, "save before the first step")
+    save_model_after_each_eval: bool = option(False, "save after each validation")
+    resume: str = option(
+        "auto", "auto: go on from the newest good checkpoint of this run folder", ("auto", "never")
+    )
+    load_checkpoint_path: str | None = option(
+        None, "a checkpoint, or a folder of them, to go on from (or to test)"
+    )
+    load_model_only: bool = option(False, "take the weights of --load_checkpoint_path, begin at step 0")
+    stop_before_walltime: float | None = option(None, "save and stop so many seconds before the job's end")
+    walltime: str | None = option(None, "the job's time, [HH:]MM:SS or seconds (default: as PBS says)")
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "checkpoint_every_steps")
+        at_least(0, self, "checkpoint_every_minutes", "keep_checkpoints", "stop_before_walltime")
+        if self.load_model_only and not self.load_checkpoint_path:
+            raise UserError("--load_model_only needs --load_checkpoint_path")
+
+    @property
+    def asked(self) -> bool:
+        return bool(
+            self.checkpoint_dir or self.checkpoint_every_steps or self.checkpoint_every_minutes
+            or self.save_initial_model or self.save_model_after_each_eval
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optim: Optim = field(default_factory=Optim)
     plan: Plan = field(default_factory=Plan)
     run: Run = field(default_factory=Run)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 
 class _Parser(argparse.ArgumentParser):

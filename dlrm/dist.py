@@ -1,5 +1,6 @@
 """Ranks that work together: the process group, agreement on errors, clock marks, one end for all."""
 
+import contextlib
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from dlrm.ranks import Ranks
 
 T = TypeVar("T")
 FAILURE = "dlrm/failure"
+_store: Any = None  # of the session
 WATCH_SECONDS = 1.0
 
 
@@ -50,16 +52,36 @@ def session(here: Ranks, timeout: int) -> Iterator[torch.device]:
         backend, store=dist.PrefixStore("group", store), rank=here.rank, world_size=here.world_size,
         timeout=limit,
     )  # fmt: skip
+    global _store
+    _store = store
     watch = _Watch(store, here)
     try:
         yield device
         dist.barrier()  # nobody leaves while another still works: its store would die with rank 0
     except BaseException as error:
+        if getattr(error, "shared", False):
+            _part(error, here)
         watch.tell(error)
         raise
     finally:
         watch.close()
     dist.destroy_process_group()
+
+
+def side_store() -> Any:
+    """Another connection to the ranks' store, for a thread: a call that waits does not hold up the others."""
+    return _store.clone() if hasattr(_store, "clone") else _store
+
+
+def _part(error: BaseException, here: Ranks) -> None:
+    """All ranks end for the same reason: it is told, and the traces are whole, before the first one leaves
+    (a launcher may kill the others as soon as one is gone)."""
+    if here.first:
+        complain(Ranks(), str(error))
+    error.told = True  # type: ignore[attr-defined]
+    trace.stop()
+    with contextlib.suppress(RuntimeError):
+        dist.barrier()
 
 
 class _Watch(threading.Thread):
@@ -121,6 +143,13 @@ def everyone(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_first(value: T) -> T:
+    """The first rank's value, on all."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def mark_clock(when: str) -> None:

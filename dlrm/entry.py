@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from dlrm import ranks, trace
-from dlrm.errors import USAGE, UserError
+from dlrm.errors import STOPPED, USAGE, Stopped, UserError
 from dlrm.ranks import Ranks
 
 
@@ -44,11 +44,11 @@ def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
         main(here)
         return 0
     except UserError as error:
-        if not error.shared:
-            complain(here, str(error))
-        elif here.first:
-            complain(Ranks(), str(error))
+        _tell(error, here)
         return USAGE
+    except Stopped as error:
+        _tell(error, here)
+        return STOPPED
     except KeyboardInterrupt:
         complain(here, "interrupted")
         return 130
@@ -60,6 +60,15 @@ def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
             traceback.print_exc()
             complain(here, f"{type(error).__name__}: {first_line}")
         return 1
+
+
+def _tell(error: UserError | Stopped, here: Ranks) -> None:
+    if getattr(error, "told", False):
+        return
+    if not error.shared:
+        complain(here, str(error))
+    elif here.first:
+        complain(Ranks(), str(error))
 
 
 def _is_lost_peer(message: str) -> bool:

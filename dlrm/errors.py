@@ -3,7 +3,16 @@
 USAGE = 2
 
 
+STOPPED = 75  # EX_TEMPFAIL: run it again and it goes on
+
+
 class UserError(Exception):
     """Ends the program with exit code 2 and its text as one line on stderr."""
 
     shared = False  # every rank raises the same one: rank 0 alone tells it
+
+
+class Stopped(Exception):
+    """Told to stop, by a signal or the clock, and stopped in good order. Exit code 75."""
+
+    shared = False

@@ -11,12 +11,15 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm import config, criteo, dist, loop, trace
 from dlrm.config import Config
+from dlrm.errors import Stopped
+from dlrm.keeper import Keeper
 from dlrm.model import optim, plan
 from dlrm.model.dlrm import build, compile_dense
 from dlrm.model.schedule import Schedule, learning_rate, set_lr
 from dlrm.model.tables import table_configs
 from dlrm.ranks import Ranks
 from dlrm.records import Records
+from dlrm.resume import resume
 from dlrm.sets import Sets, open_sets
 
 
@@ -33,10 +36,22 @@ def train(cfg: Config, here: Ranks) -> None:
         with dist.together(), trace.span("startup", "plan"):
             model, optimizer = shard(cfg, module, here, device, records, sets.poolings)
         job = Job(cfg, sets, model, optimizer, records, device)
+        keeper = Keeper(job, here)
+        job.hooks = keeper
+        resume(job, here, keeper.root)
         startup = time.perf_counter() - begun
-        job.fit()
-        if cfg.run.evaluate_on_training_end:
-            job.evaluate("test")
+        try:
+            keeper.begin()
+            if cfg.run.mode == "train":
+                job.fit()
+                keeper.finish()
+            if cfg.run.evaluate_on_training_end or cfg.run.mode == "test":
+                job.evaluate("test")
+        except Stopped as stop:
+            keeper.stop(stop)
+            raise
+        finally:
+            keeper.close()
         dist.mark_clock("end")
         job.save_results(startup)
         sets.close()
@@ -116,6 +131,9 @@ class Job:
         self.cfg, self.sets, self.model, self.optimizer = cfg, sets, model, optimizer
         self.records, self.device = records, device
         self.progress = loop.Progress()
+        self.epoch_steps = len(sets.train)
+        self.meter = loop.Meter(device)
+        self.hooks = loop.Hooks()
         self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
         self.evaluating = 0.0  # seconds
         # two pipelines: evaluating in the middle of an epoch must not drop the batches in flight
@@ -141,10 +159,10 @@ class Job:
             validation_auroc=run.validation_auroc,
             evaluate_on_epoch_end=run.evaluate_on_epoch_end,
         )
-        self.records.begin(run.epochs * len(self.sets.train), run.print_progress)
+        self.records.begin(run.epochs * self.epoch_steps, run.print_progress)
         loop.fit(
             self.pipeline, self.sets.train, self.progress, limits, self.next_lr,
-            lambda: self.evaluate("val"), self.records.report, self.device,
+            lambda: self.evaluate("val"), self.records.report, self.meter, self.hooks,
         )  # fmt: skip
 
     def next_lr(self) -> float:
@@ -155,10 +173,13 @@ class Job:
         return lr
 
     def evaluate(self, split: str) -> dict[str, Any]:
-        result = loop.evaluate(self.judge, self.model, getattr(self.sets, split), split)
+        batches, before = getattr(self.sets, split), self.hooks.before_batch
+        result = loop.evaluate(self.judge, self.model, batches, split, before)
         self.records.report(step=self.progress.step, epoch=self.progress.epoch, **result)
         self.results[split] = result
         self.evaluating += result["seconds"]
+        if split == "val":
+            self.hooks.after_validation()
         return result
 
     def save_results(self, startup: float) -> None:

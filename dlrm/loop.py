@@ -20,6 +20,8 @@ class Batches(Sized, Iterable[Any], Protocol):
 
     def set_epoch(self, epoch: int) -> None: ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
 
 Report = Callable[..., None]
 
@@ -30,10 +32,14 @@ class Progress:
 
     step: int = 0  # optimizer steps so far
     epoch: int = 0
+    lr: float = 0.0  # of the last step
     samples: int = 0  # rows trained on, all ranks
     seconds: float = 0.0  # spent training, evaluation and warm-up left out
     timed_samples: int = 0  # rows trained on in those seconds
     val_aurocs: list[float | None] = field(default_factory=list)
+    position: dict[str, Any] | None = None  # in the rows, after the last step; None: the epoch begins
+    judging: str | None = None  # the validation under way: of an epoch, of a step
+    good: bool = False  # validation reached what was wanted
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,19 @@ class Limits:
     validation_freq: int | None = None
     validation_auroc: float | None = None
     evaluate_on_epoch_end: bool = False
+
+
+class Hooks:
+    """What else happens between the parts of a training; this one does nothing."""
+
+    def before_batch(self) -> None:
+        """Every rank comes by here before every batch, of training and of evaluation. May raise."""
+
+    def after_step(self) -> None: ...
+
+    def after_validation(self) -> None: ...
+
+    def after_epoch(self) -> None: ...
 
 
 class Meter:
@@ -76,6 +95,10 @@ class Meter:
         """Time that was not training."""
         self._since += seconds
 
+    def state(self) -> tuple[torch.Tensor, int]:
+        """What has been gathered since the last report: this rank's sums, and the steps."""
+        return self._sums, self.steps
+
 
 def fit(
     pipeline: Any,
@@ -85,38 +108,48 @@ def fit(
     next_lr: Callable[[], float],
     validate: Callable[[], dict[str, Any]],
     report: Report,
-    device: torch.device,
+    meter: Meter,
+    hooks: Hooks,
 ) -> bool:
-    """Train until the epochs are over, `max_steps` are done, or validation is good enough (True)."""
-    meter = Meter(device)
+    """Train until the epochs are over, `max_steps` are done, or validation is good enough (True).
 
-    def judge() -> dict[str, Any]:
+    `progress` may stand anywhere: a training that was stopped goes on.
+    """
+
+    def good_enough(of: str) -> bool:
+        progress.judging = of
         result = validate()
+        progress.judging = None
         meter.leave_out(result["seconds"])
-        return result
+        if of == "epoch":
+            progress.val_aurocs.append(result["auroc"])
+        wanted, reached = limits.validation_auroc, result["auroc"]
+        progress.good = wanted is not None and reached is not None and reached >= wanted
+        return progress.good
 
-    while progress.epoch < limits.epochs:
+    if progress.good or (progress.judging and good_enough(progress.judging)):
+        return True
+    while progress.epoch < limits.epochs and progress.step != limits.max_steps:
         batches.set_epoch(progress.epoch)
         trace.set_context(epoch=progress.epoch)
         with trace.span("train", "epoch"):
             left = None if limits.max_steps is None else limits.max_steps - progress.step
-            for lr in steps(pipeline, batches, progress, meter, next_lr, left):
+            for _ in steps(pipeline, batches, progress, meter, next_lr, hooks, left):
                 at_end = progress.step == limits.max_steps
                 if meter.steps == limits.report_every or at_end or progress.step == limits.warmup_steps:
-                    report_step(meter, progress, lr, report, timed=progress.step > limits.warmup_steps)
+                    report_step(meter, progress, report, timed=progress.step > limits.warmup_steps)
                 due = limits.validation_freq and progress.step % limits.validation_freq == 0
-                if due and good_enough(judge(), limits.validation_auroc):
+                if due and good_enough("step"):
                     return True
                 if at_end:
                     return False
+                hooks.after_step()
             if meter.steps:
-                report_step(meter, progress, lr, report)
-        progress.epoch += 1
-        if limits.evaluate_on_epoch_end:
-            result = judge()
-            progress.val_aurocs.append(result["auroc"])
-            if good_enough(result, limits.validation_auroc):
-                return True
+                report_step(meter, progress, report)
+        progress.epoch, progress.position = progress.epoch + 1, None
+        if limits.evaluate_on_epoch_end and good_enough("epoch"):
+            return True
+        hooks.after_epoch()
     return False
 
 
@@ -126,30 +159,40 @@ def steps(
     progress: Progress,
     meter: Meter,
     next_lr: Callable[[], float],
+    hooks: Hooks,
     limit: int | None = None,
-) -> Iterator[float]:
-    """One epoch, a step at a time; yields the learning rate used, after the step is counted."""
+) -> Iterator[None]:
+    """One epoch, or what is left of it, a step at a time; yields after the step is counted."""
     iterator = iter(batches)
     first = batches.number + 1
     count = len(batches) if limit is None else min(limit, len(batches))
     # the pipeline takes batches ahead: not more of them than there will be steps
-    feed = itertools.islice(iterator, count)
+    positions: dict[int, dict[str, Any]] = {}  # after each batch that was taken and not yet trained
+
+    def take() -> Iterator[Any]:
+        for each in itertools.islice(iterator, count):
+            positions[batches.number] = batches.state_dict()
+            yield each
+
+    feed = take()
     try:
         for batch in range(first, first + count):
+            hooks.before_batch()
             trace.set_context(step=progress.step)
             with trace.span("train", "step", batch=batch):
-                lr = next_lr()
+                progress.lr = next_lr()
                 loss, logits, _ = pipeline.progress(feed)
                 meter.add(loss, len(logits))
             progress.step += 1
-            yield lr
+            progress.position = positions.pop(batch)
+            yield
     finally:
         close = getattr(iterator, "close", None)
         if close:
             close()
 
 
-def report_step(meter: Meter, progress: Progress, lr: float, report: Report, timed: bool = True) -> None:
+def report_step(meter: Meter, progress: Progress, report: Report, timed: bool = True) -> None:
     with trace.span("train", "report"):
         first = progress.step - meter.steps + 1
         loss, rows, seconds = meter.read()
@@ -166,18 +209,20 @@ def report_step(meter: Meter, progress: Progress, lr: float, report: Report, tim
             progress.timed_samples += rows
         speed = rows / seconds
         report(
-            step=progress.step, epoch=progress.epoch, loss=loss, lr=lr, samples=progress.samples,
+            step=progress.step, epoch=progress.epoch, loss=loss, lr=progress.lr, samples=progress.samples,
             samples_per_second=speed,
         )  # fmt: skip
         trace.counter("loss", loss)
         trace.counter("samples_per_second", speed)
 
 
-def good_enough(result: dict[str, Any], wanted: float | None) -> bool:
-    return wanted is not None and result["auroc"] is not None and result["auroc"] >= wanted
-
-
-def evaluate(pipeline: Any, model: torch.nn.Module, batches: Batches, split: str) -> dict[str, Any]:
+def evaluate(
+    pipeline: Any,
+    model: torch.nn.Module,
+    batches: Batches,
+    split: str,
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """AUROC and its company over exactly the rows of the set."""
     started = time.perf_counter()
     was_training = model.training
@@ -186,6 +231,7 @@ def evaluate(pipeline: Any, model: torch.nn.Module, batches: Batches, split: str
     iterator = iter(batches)
     with trace.span("eval", "evaluate", split=split), torch.no_grad():
         for batch in range(len(batches)):
+            before_batch()
             with trace.span("eval", "eval_step", batch=batch):
                 _, logits, labels = pipeline.progress(iterator)
                 predictions.add(logits, labels)

@@ -66,6 +66,10 @@ class Records:
         left = (time.time() - self._begun) * (1 / done - 1) if done else 0
         self.say(f"epoch {values['epoch']} step {values['step']}/{self._steps}: {text}, {left:.0f} s left")
 
+    def warn(self, text: str) -> None:
+        if self._first:
+            print(f"dlrm: {text}", file=sys.stderr, flush=True)
+
     def say(self, text: str) -> None:
         if self._first:
             if self._bar is not None and not self._bar.disable:

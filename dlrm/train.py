@@ -6,13 +6,14 @@ torchrun, or alone for one rank. Without a dataset it trains on random data.
 
 import sys
 
-from dlrm import entry, trace
+from dlrm import entry, signals, trace
 from dlrm.config import Config, parse
 from dlrm.presets import PRESETS
 from dlrm.ranks import Ranks
 
 
 def main(here: Ranks) -> None:
+    signals.listen()
     cfg = parse(Config, sys.argv[1:], "python -m dlrm.train", __doc__ or "", PRESETS)
     if cfg.run.trace and cfg.run.output_dir:
         trace.start(cfg.run.output_dir, here, "train", cfg.run.trace_flush_ms)

@@ -64,5 +64,5 @@ def test_flags_win_over_presets_and_all_presets_are_valid() -> None:
 def test_the_dump_holds_every_option(tmp_path: Path) -> None:
     dump(parsed(), tmp_path / "config.json", {"world_size": 2})
     values = json.loads((tmp_path / "config.json").read_text())
-    assert set(values) == {"data", "model", "optim", "plan", "run", "launch"}
+    assert set(values) == {"data", "model", "optim", "plan", "run", "checkpoint", "launch"}
     assert values["data"]["batch_size"] == 32 and values["launch"] == {"world_size": 2}

@@ -1,0 +1,207 @@
+"""One rank's tensors in one file: the safetensors layout (a JSON header, then raw bytes), and a checksum
+for each block of the file. Written and read with plain calls that a trace shows; nothing is unpickled.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlrm.trace import span
+
+BLOCK = 4 << 20  # bytes under one checksum, also those of one read or write
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a named tensor, in this process's memory."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    offset: tuple[int, ...]  # of this rectangle in it
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A rectangle of a named tensor, in a file: its bytes are `size` elements of `dtype` from `at`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    at: int
+    file: str
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> "Stored":
+        lists = {key: tuple(int(n) for n in values[key]) for key in ("shape", "offset", "size")}
+        stored = cls(str(values["name"]), values["dtype"], at=int(values["at"]), file=values["file"], **lists)
+        if stored.dtype not in DTYPES or len({len(each) for each in lists.values()}) != 1:
+            raise ValueError(f"{stored.name}: not a tensor")
+        inside = all(
+            o >= 0 and n >= 0 and o + n <= whole
+            for o, n, whole in zip(stored.offset, stored.size, stored.shape, strict=True)
+        )
+        if not inside or stored.at < 0 or "/" in stored.file or stored.file.startswith("."):
+            raise ValueError(f"{stored.name}: impossible place")
+        return stored
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Write and fsync; returns what the checkpoint's description says about this file."""
+    header: dict[str, Any] = {}
+    position = 0
+    for number, piece in enumerate(pieces):
+        size = piece.tensor.numel() * piece.tensor.element_size()
+        header[f"{number}:{piece.name}"] = {
+            "dtype": NAMES[piece.tensor.dtype],
+            "shape": list(piece.tensor.shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    output = _Blocks(folder / file)
+    try:
+        output.add(memoryview(len(text).to_bytes(8, "little") + text))
+        for piece in pieces:
+            with span("checkpoint", "write", file=file, bytes=piece.tensor.nbytes, tensor=piece.name):
+                output.add(_bytes_of(piece.tensor))
+        output.finish()
+    finally:
+        output.close()
+    tensors = [
+        asdict(
+            Stored(
+                piece.name,
+                entry["dtype"],
+                piece.shape,
+                piece.offset,
+                tuple(piece.tensor.shape),
+                start + entry["data_offsets"][0],
+                file,
+            )
+        )
+        for piece, entry in zip(pieces, header.values(), strict=True)
+    ]
+    return {"tensors": tensors, "file": {file: {"bytes": output.bytes, "block": BLOCK, "crc32": output.sums}}}
+
+
+class _Blocks:
+    """A file being written, with a running checksum for each block."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.bytes, self.sums, self._sum = 0, [], 0
+
+    def add(self, data: memoryview) -> None:
+        begun = 0
+        while begun < len(data):
+            part = data[begun : begun + BLOCK - self.bytes % BLOCK]
+            written = os.write(self.descriptor, part)  # may be short
+            self._sum = zlib.crc32(part[:written], self._sum)
+            self.bytes += written
+            begun += written
+            if self.bytes % BLOCK == 0:
+                self.sums.append(self._sum)
+                self._sum = 0
+
+    def finish(self) -> None:
+        if self.bytes % BLOCK:
+            self.sums.append(self._sum)
+        os.fsync(self.descriptor)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Corrupt(Exception):
+    """A checkpoint does not hold what it says."""
+
+
+def blocks(path: Path, facts: dict[str, Any], start: int, stop: int) -> Iterator[tuple[int, memoryview]]:
+    """(position, bytes) of the checked blocks that cover [start, stop) of a file, cut to it."""
+    block, size = int(facts["block"]), int(facts["bytes"])
+    if stop > size:
+        raise Corrupt(f"{path}: a tensor ends at {stop}, the file at {size}")
+    buffer = memoryview(bytearray(min(block, size)))
+    with open(path, "rb", buffering=0) as file:
+        for number in range(start // block, -(-stop // block)):
+            begin, end = number * block, min((number + 1) * block, size)
+            _fill(file, begin, buffer[: end - begin], path)
+            if zlib.crc32(buffer[: end - begin]) != facts["crc32"][number]:
+                raise Corrupt(f"{path}: wrong checksum at byte {begin}")
+            low, high = max(start, begin), min(stop, end)
+            yield low, buffer[low - begin : high - begin]
+
+
+def _fill(file: Any, position: int, buffer: memoryview, path: Path) -> None:
+    file.seek(position)
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(buffer[filled:])
+        if not count:
+            raise Corrupt(f"{path}: ends at byte {position + filled}, too early")
+        filled += count
+
+
+def read_into(folder: Path, files: dict[str, Any], stored: Stored, piece: Piece) -> int:
+    """Copy what a stored rectangle and a wanted one have in common; returns the elements copied."""
+    low = [max(a, b) for a, b in zip(stored.offset, piece.offset, strict=True)]
+    high = [
+        min(a + n, b + m)
+        for a, n, b, m in zip(stored.offset, stored.size, piece.offset, piece.tensor.shape, strict=True)
+    ]
+    if any(b <= a for a, b in zip(low, high, strict=True)):
+        return 0
+    dtype = DTYPES[stored.dtype]
+    if dtype != piece.tensor.dtype:
+        raise Corrupt(f"{piece.name}: {stored.dtype} in the checkpoint, {piece.tensor.dtype} in the model")
+    # only the first dimension narrows what is read; the others are cut afterwards
+    rows = (low[0] - stored.offset[0], high[0] - stored.offset[0]) if low else (0, 1)
+    width = 1
+    for n in stored.size[1:]:
+        width *= n
+    row_bytes = width * torch.empty(0, dtype=dtype).element_size()
+    start, stop = stored.at + rows[0] * row_bytes, stored.at + rows[1] * row_bytes
+    target = piece.tensor.detach()
+    inner = tuple(slice(a - b, c - b) for a, b, c in zip(low[1:], piece.offset[1:], high[1:], strict=True))
+    outer = tuple(slice(a - b, c - b) for a, b, c in zip(low[1:], stored.offset[1:], high[1:], strict=True))
+    first = low[0] - piece.offset[0] if low else 0
+    rest, done = bytearray(), 0  # a row may lie across two blocks
+    for _, part in blocks(folder / stored.file, files[stored.file], start, stop):
+        data = rest + part if rest else part
+        whole = len(data) // row_bytes
+        if whole:
+            values = torch.frombuffer(bytearray(data[: whole * row_bytes]), dtype=dtype)
+            values = values.reshape(whole, *stored.size[1:])
+            if low:
+                at = slice(first + done, first + done + whole)
+                target[(at, *inner)] = values[(slice(None), *outer)].to(target.device)
+            else:
+                target.copy_(values[0])
+            done += whole
+        rest = bytearray(data[whole * row_bytes :])
+    count = 1
+    for a, b in zip(low, high, strict=True):
+        count *= b - a
+    return count

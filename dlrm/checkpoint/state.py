@@ -1,0 +1,147 @@
+"""A sharded model and its optimizers as named rectangles, and back, under any world size and plan."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from dlrm.checkpoint.folder import Checkpoint
+from dlrm.checkpoint.shards import Piece, read_into
+from dlrm.errors import UserError
+from dlrm.trace import span
+
+# one and the same thing: in fbgemm's fused optimizers, and in torch's for data-parallel tables
+SAME = {"sum": "momentum1", "exp_avg": "momentum1", "exp_avg_sq": "momentum2"}
+STEP = "step"  # torch's optimizers count steps for themselves, the fused ones elsewhere
+
+
+def _rectangles(name: str, value: Any) -> Iterator[Piece]:
+    """This process's parts of a tensor; `offset` () marks one that every rank holds whole."""
+    if isinstance(value, ShardedTensor):
+        for shard in value.local_shards():
+            place = tuple(shard.metadata.shard_offsets)
+            yield Piece(name, tuple(value.size()), place, shard.tensor)
+    else:
+        yield Piece(name, tuple(value.shape), (0,) * value.dim(), value)
+
+
+def _optimizer_values(optimizer: Any) -> Iterator[tuple[str, Any]]:
+    for parameter, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor | ShardedTensor):  # fused ones say table.momentum1
+                yield f"optim/{_plain(parameter)}/{key.rsplit('.', 1)[-1]}", value
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "")  # a compiled part's weights are the same weights
+
+
+def named(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in model.state_dict().items():
+        yield f"model/{_plain(name)}", value
+    if optimizer is not None:
+        yield from _optimizer_values(optimizer)
+
+
+def pieces(model: nn.Module, optimizer: Any, rank: int) -> list[Piece]:
+    """What this rank writes: its shards; of what every rank has, rank 0 writes the only copy."""
+    return [
+        piece
+        for name, value in named(model, optimizer)
+        for piece in _rectangles(name, value)
+        if isinstance(value, ShardedTensor) or rank == 0
+    ]
+
+
+@torch.no_grad()
+def restore(found: Checkpoint, model: nn.Module, optimizer: Any | None) -> int:
+    """Fill the model (and its optimizers' state) from a checkpoint; returns the bytes read."""
+    stored: dict[str, list[Any]] = {}
+    for each in found.tensors:
+        stored.setdefault(each.name, []).append(each)
+    if optimizer is not None:
+        _awaken(optimizer, stored)
+    read = 0
+    for name, value in named(model, optimizer):
+        shape = tuple(value.size())
+        source = _source(name, shape, stored, found)
+        if source is None:  # a step counter that the fused optimizers do not have
+            value.fill_(float(found.state.get("step", 0)))
+            continue
+        for piece in _rectangles(name, value):
+            read += _fill(found, source, piece)
+    for module in model.modules():  # weights behind a cache: what it holds is old now
+        reset = getattr(module, "reset_cache_states", None)
+        if callable(reset):
+            reset()
+    if hasattr(optimizer, "set_optimizer_step"):
+        optimizer.set_optimizer_step(int(found.state.get("step", 0)))  # type: ignore[union-attr]
+    return read
+
+
+def _source(name: str, shape: tuple[int, ...], stored: dict[str, Any], found: Checkpoint) -> Any:
+    head, _, key = name.rpartition("/")
+    names = [name]
+    if head.startswith("optim/"):
+        names += [f"{head}/{a}" for a in (SAME.get(key), *(k for k, v in SAME.items() if v == key)) if a]
+    for each in names:
+        if each in stored:
+            if stored[each][0].shape == shape:
+                return stored[each]
+            raise UserError(
+                f"{found.path}: {each} is {list(stored[each][0].shape)}, here it is {list(shape)}: give the "
+                "model options that it was made with (or --resume never for a new start)"
+            )
+    if key == STEP and head.startswith("optim/"):
+        return None
+    what = "another optimizer" if head.startswith("optim/") else "another model"
+    raise UserError(
+        f"{found.path}: has no {name}, it was made with {what}: give the options that it was made with "
+        "(or --resume never for a new start)"
+    )
+
+
+def _fill(found: Checkpoint, source: Sequence[Any], piece: Piece) -> int:
+    elements = sum(read_into(found.path, found.files, each, piece) for each in source)
+    if elements != piece.tensor.numel():
+        raise UserError(
+            f"{found.path}: holds {elements} of {piece.tensor.numel()} elements of {piece.name}: "
+            "give another checkpoint"
+        )
+    return elements * piece.tensor.element_size()
+
+
+def _awaken(optimizer: Any, stored: dict[str, Any]) -> None:
+    """Optimizers that make their state in the first step (adam) get a place for the stored one."""
+    for _, part in getattr(optimizer, "_optims", []):
+        for name, parameter in part.params.items():
+            if isinstance(parameter, ShardedTensor) or parameter in part.state:
+                continue
+            prefix = f"optim/{_plain(name)}/"
+            made = {}
+            for key, rectangles in stored.items():
+                if key.startswith(prefix):
+                    shape = rectangles[0].shape
+                    device = parameter.device if shape else "cpu"
+                    made[key.removeprefix(prefix)] = torch.zeros(shape, device=device)
+            if made:
+                part.state[parameter] = made
+
+
+def copies(parts: Sequence[Piece], before: dict[tuple[str, tuple[int, ...]], torch.Tensor]) -> list[Piece]:
+    """The pieces as they are now, in memory of their own, which is used again for the next time."""
+    total = sum(piece.tensor.nbytes for piece in parts)
+    with span("checkpoint", "copy", bytes=total):
+        made = []
+        for piece in parts:
+            key = (piece.name, piece.offset)
+            kept = before.get(key)
+            if kept is None or kept.shape != piece.tensor.shape or kept.dtype != piece.tensor.dtype:
+                kept = before[key] = torch.empty_like(
+                    piece.tensor, device="cpu", memory_format=torch.contiguous_format
+                )
+            kept.copy_(piece.tensor.detach())
+            made.append(Piece(piece.name, piece.shape, piece.offset, kept))
+    return made
