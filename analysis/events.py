@@ -20,7 +20,19 @@ from analysis.lines import Loss, blocks
 from analysis.scan import EVENT, METADATA, Block, scan
 from analysis.strings import ID, PAD, Strings
 
-__all__ = ["COLUMNS", "Process", "Reader", "batches", "files", "load", "processes"]
+__all__ = [
+    "COLUMNS",
+    "Process",
+    "Reader",
+    "batches",
+    "files",
+    "heads",
+    "load",
+    "offsets",
+    "processes",
+    "skew",
+]
+HEAD_BLOCKS = 100  # a barrier at the start that comes later than this is not looked for
 _SALVAGE = re.compile(rb'"name":"(\w\w)".*"args":\{"hhash":"\w*","name":"(.*)","value":"(.*)"\}\}\s*$')
 
 
@@ -153,6 +165,21 @@ def processes(run_dir: str | Path) -> list[Process]:
             pass
         found.append(reader.process)
     return ranked(found)
+
+
+def heads(run_dir: str | Path) -> list[Process]:
+    """Who wrote each trace file, by rank, from its first events; of several hosts up to the first barrier."""
+    strings = Strings()
+    readers = [Reader(path, strings) for path in files(run_dir)]
+    rest = [iter(reader) for reader in readers]
+    for blocks_of in rest:
+        next(blocks_of, None)
+    if len({reader.process.host for reader in readers}) > 1:
+        for reader, blocks_of in zip(readers, rest, strict=True):
+            for number, _ in enumerate(blocks_of):
+                if "start" in reader.process.barriers or number == HEAD_BLOCKS:
+                    break
+    return ranked([reader.process for reader in readers])
 
 
 def ranked(found: list[Process]) -> list[Process]:

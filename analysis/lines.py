@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-BLOCK = 8 << 20
-_CHUNK = 256 << 10
+BLOCK = 4 << 20
+_CHUNK = 64 << 10
 _MAGIC = b"\x1f\x8b\x08"
 
 
@@ -60,9 +60,8 @@ def _inflated(file: BinaryIO, loss: Loss) -> Iterator[bytes]:
         loss.skipped += skipped
         if not data:
             return
-        stream = zlib.decompressobj(31)
+        stream, before = zlib.decompressobj(31), zlib.decompressobj(31)
         while not stream.eof:
-            before = stream.copy()
             try:
                 yield stream.decompress(data, BLOCK)
             except zlib.error:
@@ -73,9 +72,11 @@ def _inflated(file: BinaryIO, loss: Loss) -> Iterator[bytes]:
                 loss.cut = True
                 break
             data = stream.unconsumed_tail or stream.unused_data or file.read(_CHUNK)
-            if not data and not stream.eof:
-                loss.cut = True
-                return
+            if not stream.eof:
+                if not data:
+                    loss.cut = True
+                    return
+                before = stream.copy()  # should the next stretch be damaged
 
 
 def _to_member(data: bytes, file: BinaryIO) -> tuple[bytes, int]:

@@ -18,10 +18,11 @@ from analysis.strings import (
     byte,
     close,
     grown,
-    has_room,
     intern,
+    line_end,
     pointer,
     pointers,
+    room_left,
     unescape,
 )
 
@@ -281,18 +282,17 @@ def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
     p, i, j, wrong = state
     pool, starts, _, table, count = arrays
     keys, kinds, values, places = arg_arrays
-    room = len(keys)
+    args_room = len(keys)
     args = pointer(keys), pointer(kinds), pointer(values), pointer(places)
     strings = pointers(arrays)
+    room = room_left(pool, starts, table, count)
     text = pointer(text)
     space = np.zeros(7, np.int64)
     row = pointer(space)
-    status = _DONE
+    status, known = _DONE, count[0]
     while p < size:
-        end = p
-        while byte(text, end) != 10:
-            end += 1
-        if not has_room(end - p, pool, starts, table, count) or j + (end - p) // 4 + 1 > room:
+        end = line_end(text, p)
+        if end - p > room or j + (end - p) // 4 + 1 > args_room:
             status = _MORE_ROOM
             break
         begin = p
@@ -312,6 +312,9 @@ def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
         elif end - p > 1:
             bad[wrong] = begin
             wrong += 1
+        if count[0] != known:  # rare: a string that is new
+            known = count[0]
+            room = room_left(pool, starts, table, count)
         p = end + 1
     state[:] = p, i, j, wrong
     return status

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 # Strings whose numbers the code knows: KNOWN.index(text) is the number in every Strings.
 KNOWN = (
-    "", "hhash", "fhash", "offset", "count", "ret", "epoch", "step", "batch", "value", "split", "when",
+    "(none)", "hhash", "fhash", "offset", "count", "ret", "epoch", "step", "batch", "value", "split", "when",
     "file", "bytes", "name", "POSIX", "STDIO", "counter", "clock", "dftracer", "data", "read", "train",
     "barrier", "num_events", "CM", "FH", "HH", "SH", "thread_name", "start", "end", "fname", "size",
 )  # fmt: skip
@@ -23,6 +23,7 @@ PAD = 16  # text is read eight bytes at a time: this many bytes must follow its 
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
 _QUOTES, _SLASHES = np.uint64(0x2222222222222222), np.uint64(0x5C5C5C5C5C5C5C5C)
+_NEWLINES = np.uint64(0x0A0A0A0A0A0A0A0A)
 
 
 def _pointer(typingctx, array):
@@ -142,14 +143,20 @@ def _rehash(hashes, n, table):
 
 
 @njit(cache=True, nogil=True)
-def has_room(line, pool, starts, table, count):
+def room_left(pool, starts, table, count):
+    """The length of a line whose strings are sure to fit."""
     n = count[0]
-    strings = line // 2
-    return (
-        starts[n] + line + PAD <= len(pool)
-        and 2 * (n + strings) <= len(table)
-        and n + strings + 2 <= len(starts)
-    )
+    return min(len(pool) - starts[n] - PAD, 2 * (len(starts) - n - 2), 2 * (len(table) // 2 - n))
+
+
+@njit(cache=True, nogil=True)
+def line_end(text, p):
+    while True:
+        w = word(text, p) ^ _NEWLINES
+        found = (w - _ONES) & ~w & _TOPS
+        if found:
+            return p + (trailing_zeros(found) >> 3)
+        p += 8
 
 
 @njit(cache=True, nogil=True)
@@ -200,10 +207,13 @@ def intern(text, a, size, strings, keep):
         s = starts[number]
         if hashes[number] == h and starts[number + 1] - s == size:
             i = 0
-            while i < size and byte(pool, s + i) == byte(text, a + i):
-                i += 1
-            if i == size:
-                return number
+            while i + 8 <= size and word(pool, s + i) == word(text, a + i):
+                i += 8
+            if i + 8 > size:
+                while i < size and byte(pool, s + i) == byte(text, a + i):
+                    i += 1
+                if i == size:
+                    return number
         slot = (slot + 1) & mask
     number = count[0]
     if not keep and number >= MAX_STRINGS:

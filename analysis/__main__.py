@@ -1,0 +1,124 @@
+"""python -m analysis COMMAND RUN: one command each for a picture, a proof and a report of a run."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from analysis.errors import USAGE, AnalysisError
+
+
+def perfetto(options: argparse.Namespace) -> int:
+    from analysis import chrome, perfetto
+
+    convert = {"pftrace": perfetto.convert, "json": chrome.convert}[options.format]
+    summary = convert(
+        options.run, options.output, options.posix, _progress() if sys.stderr.isatty() else None
+    )
+    size = summary.path.stat().st_size
+    for lost in summary.lost:
+        print(f"analysis: lost: {lost}", file=sys.stderr)
+    for host, shift in summary.shifts.items():
+        print(
+            f"analysis: clock of {host}: moved by {shift} us to meet the barrier at the start",
+            file=sys.stderr,
+        )
+    for when, apart in summary.skew.items():
+        print(
+            f"analysis: ranks left the barrier at the {when} within {apart} us, as their clocks say",
+            file=sys.stderr,
+        )
+    if summary.moved:
+        print(
+            f"analysis: {summary.moved} slices overlap others of their thread: on lanes of their own",
+            file=sys.stderr,
+        )
+    if summary.unresolved:
+        print(f"analysis: {summary.unresolved} events name their file only by a hash", file=sys.stderr)
+    print(
+        f"{summary.path} ({summary.events:,} events, {size / 1e6:.1f} MB); "
+        f"to see it: python -m analysis view {summary.path}"
+    )
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    from analysis import check
+
+    rows, processes = check.check(options.run)
+    print(check.text(rows, processes))
+    return 0 if all(row.said == row.traced for row in rows) else 1
+
+
+def view(options: argparse.Namespace) -> int:
+    from analysis import view
+
+    view.serve(options.run, options.file, options.port)
+    return 0
+
+
+def _progress() -> Callable[[Path, int], None]:
+    """One line on the terminal, rewritten; four times a second at most."""
+    begun = last = time.monotonic()
+    total = 0
+
+    def show(path: Path, events: int) -> None:
+        nonlocal last, total
+        total += events
+        now = time.monotonic()
+        if now - last > 0.25:
+            last = now
+            print(
+                f"\r\033[K{total:,} events, {total / (now - begun):,.0f}/s, {path.name}",
+                end="\r",
+                file=sys.stderr,
+            )
+
+    return show
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
+        made.add_argument(
+            "run", metavar="RUN", help="run folder, or any folder of DFTracer traces, or one of them"
+        )
+        made.set_defaults(function=run)
+        return made
+
+    made = command("perfetto", perfetto, "convert the traces for the Perfetto UI")
+    made.add_argument(
+        "-o", dest="output", type=Path, help="file to write (default: in RUN, named after its settings)"
+    )
+    made.add_argument("--posix", action="store_true", help="I/O calls only")
+    made.add_argument(
+        "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
+    )
+    command("check", check, "compare the bytes that the run says it moved with those in the trace")
+    made = command("view", view, "show the trace in a browser, without a network")
+    made.add_argument(
+        "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
+    )
+    made.add_argument("--port", type=int, default=9001, help="port on the loopback interface; 0: any")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        return options.function(options)
+    except AnalysisError as error:
+        print(f"analysis: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

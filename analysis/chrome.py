@@ -1,0 +1,75 @@
+"""The traces of a run -> Chrome's JSON, for tools that know nothing newer. Slow and large; streamed."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from analysis.columns import COLUMNS, frame
+from analysis.events import Process, Reader, heads, offsets, skew
+from analysis.perfetto import published, trace_name
+from analysis.strings import Strings
+from analysis.tracks import Summary, process_name
+
+_TOP = ("rank", "pid", "tid", "cat", "name", "ts", "dur", "args")
+
+
+def convert(
+    run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
+    progress: Callable[[Path, int], None] | None = None,
+) -> Summary:  # fmt: skip
+    processes = heads(run_dir)
+    path = Path(path) if path else Path(run_dir) / (trace_name(run_dir, posix) + ".json")
+    summary = Summary(path)
+    shifts = offsets(processes)
+    summary.shifts = {p.host: shifts[p.path] for p in processes if shifts[p.path]}
+    strings, paths, done = Strings(), {}, []
+    with published(path) as file:
+        file.write(b'{"displayTimeUnit":"ms","traceEvents":[')
+        comma = b"\n"
+        for pid, process in enumerate(processes, 1):
+            reader = Reader(process.path, strings, paths)
+            done.append(reader.process)
+            for block in reader:
+                table = frame(block, strings, paths, process.rank, COLUMNS)
+                for event in _events(table.iter_rows(named=True), pid, shifts[process.path], posix):
+                    file.write(comma + json.dumps(event, separators=(",", ":")).encode())
+                    comma = b",\n"
+                    summary.events += 1
+                if progress:
+                    progress(process.path, len(block))
+            for event in _metadata(process, reader.process, pid):
+                file.write(comma + json.dumps(event, separators=(",", ":")).encode())
+                comma = b",\n"
+            if reader.process.lost:
+                summary.lost.append(reader.process.lost)
+        file.write(b"\n]}\n")
+    summary.skew = skew(done)
+    return summary
+
+
+def _events(rows: Iterator[dict[str, Any]], pid: int, shift: int, posix: bool) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if posix and row["cat"] not in ("POSIX", "STDIO"):
+            continue
+        args = {key: value for key, value in row.items() if key not in _TOP and value is not None}
+        if row["args"]:
+            args.update(json.loads(row["args"]))
+        event = {
+            "name": row["name"], "cat": row["cat"], "pid": pid, "tid": row["tid"],
+            "ts": row["ts"] + shift, "args": args,
+        }  # fmt: skip
+        if row["cat"] == "counter":
+            yield {**event, "ph": "C", "args": {row["name"]: row["value"]}}
+        elif row["cat"] == "clock":
+            yield {**event, "ph": "i", "s": "t"}
+        else:
+            yield {**event, "ph": "X", "dur": row["dur"]}
+
+
+def _metadata(process: Process, seen: Process, pid: int) -> Iterator[dict[str, Any]]:
+    about = {"ph": "M", "pid": pid}
+    yield {**about, "name": "process_name", "args": {"name": process_name(process)}}
+    yield {**about, "name": "process_sort_index", "args": {"sort_index": process.rank}}
+    for tid, name in seen.threads.items():
+        yield {**about, "tid": tid, "name": "thread_name", "args": {"name": name}}

@@ -1,0 +1,120 @@
+"""The traces of a run -> one native Perfetto trace: processes by rank, nested slices, counters, flows.
+
+Streamed block by block, in constant memory; written under a temporary name and renamed when whole.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from analysis import wire
+from analysis.derive import Bandwidth
+from analysis.errors import AnalysisError
+from analysis.events import Reader, heads, offsets, skew
+from analysis.tracks import FileTracks, Output, Shared, Summary, write_bandwidth, write_counter
+
+EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
+_NO_COUNTERS = ("step", "epoch", "time", "split")
+
+
+def convert(
+    run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
+    progress: Callable[[Path, int], None] | None = None,
+) -> Summary:  # fmt: skip
+    """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events."""
+    processes = heads(run_dir)
+    path = Path(path) if path else Path(run_dir) / (trace_name(run_dir, posix) + ".pftrace")
+    summary = Summary(path)
+    shifts = offsets(processes)
+    summary.shifts = {p.host: shifts[p.path] for p in processes if shifts[p.path]}
+    begin = min((p.first + shifts[p.path] for p in processes if p.first), default=0) - EARLIER_US
+    with published(path) as file:
+        shared = Shared(Output(file), summary, posix, begin, Bandwidth(begin))
+        done = []
+        for order, process in enumerate(processes):
+            reader = Reader(process.path, shared.strings, shared.paths)
+            tracks = FileTracks(shared, process, reader, shifts[process.path], order)
+            for block in reader:
+                tracks.add(block)
+                if progress:
+                    progress(process.path, len(block))
+            tracks.finish()
+            done.append(reader.process)
+        write_bandwidth(shared, 0, shared.total)
+        if not posix:
+            _metrics(shared, Path(run_dir) / "metrics.jsonl")
+        shared.out.flush()
+    summary.skew = skew(done)
+    if not summary.events:
+        path.unlink()
+        raise AnalysisError(f"{run_dir}: the traces hold no events" + (" of POSIX calls" if posix else ""))
+    return summary
+
+
+@contextmanager
+def published(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name only when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            file = temporary.open("wb")
+        except OSError as error:
+            raise AnalysisError(
+                f"{path}: cannot write there ({error.strerror}); choose another place with -o"
+            ) from error
+        with file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def trace_name(run_dir: str | Path, posix: bool) -> str:
+    """What the training was, as a file name; the folder's name where there is no config.json."""
+    run = Path(run_dir)
+    suffix = "-posix" if posix else ""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        launch = config["launch"]
+        world, nodes = int(launch["world_size"]), int(launch["nodes"])
+        ppn = int(launch.get("local_world_size") or world // max(1, nodes))
+        gpus = world if launch["device"] == "cuda" else 0
+        return (
+            f"dlrm-n{nodes}-ppn{ppn}-gpu{gpus}-ep{config['run']['epochs']}-bs{config['data']['batch_size']}"
+            f"-ed{config['model']['embedding_dim']}-lr{config['optim']['learning_rate']:g}{suffix}"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        name = run.resolve().name if run.is_dir() else run.name.split(".")[0]
+        return (name or "trace") + suffix
+
+
+def _metrics(shared: Shared, path: Path) -> None:
+    """What metrics.jsonl has and the traces' own counters do not."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows(path):
+        prefix = f"{row['split']} " if "split" in row else ""
+        for key, value in row.items():
+            if key not in _NO_COUNTERS and isinstance(value, int | float) and key not in shared.counted:
+                series.setdefault(prefix + key, []).append((row["time"], float(value)))
+    for name, points in series.items():
+        uuid = shared.new_uuid()
+        shared.out.write(wire.counter_track(uuid, 0, name, ""))
+        times, values = np.array(sorted(points)).T
+        write_counter(shared, uuid, (times * 1e6).astype(np.int64), values)
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a time; a killed run may have half a line at its end."""
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("time"), int | float):
+                yield row

