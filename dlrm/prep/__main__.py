@@ -19,6 +19,9 @@ def parser() -> argparse.ArgumentParser:
     toy.add_argument("--seed", type=int, default=0)
     toy.add_argument("--one_file", action="store_true", help="one day_0 with all the rows, to be split")
     add_run(commands.add_parser("run", help="Criteo TSV -> a dataset folder"))
+    check = commands.add_parser("check", help="verify a finished dataset folder")
+    check.add_argument("folder", type=Path)
+    add_multihot(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
     return top
 
 
@@ -50,6 +53,44 @@ def add_run(run: argparse.ArgumentParser) -> None:
     add("--restart", action="store_true", help="forget what an earlier run has left")
 
 
+def add_multihot(multihot: argparse.ArgumentParser) -> None:
+    add = multihot.add_argument
+    add("--input_dir", "--in_memory_binary_criteo_path", type=Path, required=True, help="a dataset folder")
+    add("--output_dir", "--output_path", type=Path, required=True)
+    add("--multi_hot_sizes", type=numbers, required=True, help="26 numbers, with commas")
+    add("--num_embeddings_per_feature", type=numbers, help="26 numbers [the table sizes of the input]")
+    add("--multi_hot_distribution_type", choices=("uniform", "pareto"), default="uniform")
+    add("--copy_labels_and_dense", action="store_true")
+    add("--workers", type=int, default=1)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def check(args: argparse.Namespace) -> None:
+    from dlrm.prep.check import check as flaws_of
+
+    flaws = flaws_of(args.folder)
+    if flaws:
+        raise errors.UserError("\ndlrm.prep: ".join(flaws))
+    print(f"{args.folder}: complete and consistent")
+
+
+def multihot(args: argparse.Namespace) -> None:
+    from dlrm import criteo, ranks
+    from dlrm.prep.multihot import MultiHot
+    from dlrm.prep.multihot import run as materialise
+    from dlrm.prep.team import Team
+
+    tables = args.num_embeddings_per_feature or tuple(criteo.Meta.load(args.input_dir).table_sizes)
+    options = MultiHot(
+        args.input_dir, args.output_dir, args.multi_hot_sizes, tables,
+        args.multi_hot_distribution_type, args.copy_labels_and_dense,
+    )  # fmt: skip
+    materialise(options.checked(), Team(ranks.here(), args.workers))
+
+
 def run(args: argparse.Namespace) -> None:
     values: dict[str, Any] = vars(args) | {"steps": tuple(args.steps.split(","))}
     del values["command"]
@@ -65,7 +106,7 @@ def toy(args: argparse.Namespace) -> None:
     write_days(args.out, args.days, args.rows, args.seed, args.one_file)
 
 
-COMMANDS = {"toy": toy, "run": run}
+COMMANDS = {"toy": toy, "run": run, "check": check, "multihot": multihot}
 
 
 def main(argv: list[str] | None = None) -> int:

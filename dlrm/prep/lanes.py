@@ -20,7 +20,8 @@ from dlrm.prep.work import Work
 
 
 def rules_of(options: Options, source: Source) -> Rules:
-    return Rules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
+    modulo = options.max_ind_range or options.mod_idx
+    return Rules(options.lenient, source.labelled, modulo, options.empty_dense)
 
 
 def count_piece(work: Work, number: int, progress: Progress) -> None:

@@ -60,7 +60,9 @@ def merge_column(work: Work, sizes: np.ndarray, column: int, progress: Progress)
     lists = Column(work, sizes, column)
     total = int(lists.sizes.sum())
     with trace.span("prep", "ids", bytes=4 * total, column=column):
-        if total > work.options.giant:
+        if work.options.mod_idx:
+            kept = merge_moduli(lists, work.options.mod_idx)
+        elif total > work.options.giant:
             with _one_giant:
                 kept = merge_giant(lists, work.options.min_count, bool(work.options.frequency_limit))
         else:
@@ -98,6 +100,16 @@ def merge_small(lists: Column, least: int, gaps: bool) -> int:
         with lists.writer(lane) as file:
             lists.write(file, at, lane, final[numbers])
     return int(kept.sum())
+
+
+def merge_moduli(lists: Column, modulo: int) -> int:
+    """OneFlow's ids: the hash modulo N, each column in its own range. Returns how many there are."""
+    seen = np.zeros(modulo, bool)
+    for lane, at, ids, _ in lists.parts():
+        seen[ids] = True
+        with lists.writer(lane) as file:
+            lists.write(file, at, lane, ids.view(np.int32) + modulo * lists.column)
+    return int(seen.sum())
 
 
 WORDS = 1 << 27  # 2^32 ids, 32 to a word: its low half marks the kept ids, its high half counts those before

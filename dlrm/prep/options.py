@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dlrm.criteo import NUM_SPARSE
 from dlrm.errors import UserError
 
 STEPS = ("parse", "contiguous", "shuffle")
@@ -106,8 +107,12 @@ class Options:
             raise UserError(f"--steps {','.join(self.steps)}: parse, and then any of contiguous, shuffle")
         if self.min_count and not self.contiguous:
             raise UserError("--frequency_threshold and --frequency_limit need the step contiguous")
-        if self.mod_idx and self.format != "parquet":
-            raise UserError("--mod_idx goes with --format parquet")
+        if self.mod_idx and (self.format != "parquet" or self.min_count or self.max_ind_range):
+            raise UserError("--mod_idx goes with --format parquet, and makes its own ids")
+        if self.mod_idx * NUM_SPARSE >= 1 << 31:
+            raise UserError(f"--mod_idx {self.mod_idx}: {NUM_SPARSE} columns of it must fit int32")
+        if self.engine == "plain" and self.format != "npy":
+            raise UserError("--engine plain writes --format npy only")
         if self.format == "parquet" and self.compat:
             raise UserError("--compat is about NPY files: drop it, or use --format npy")
         if not self.input_dir.is_dir():

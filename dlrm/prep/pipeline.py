@@ -97,8 +97,8 @@ def place(work: Work, team: Team, sizes: np.ndarray, progress: Progress) -> None
         owners = [(lane, number) for lane, numbers in enumerate(work.lanes) for number in numbers]
         with progress.step("translate", rows=work.rows // team.size):
             team.each(owners, lambda owner: translate_piece(work, sizes, *owner, progress))
-    team.first_does(lambda: make_files(work))
-    placer = Placer(work, maps, progress)
+    team.first_does(lambda: MAKE[options.format](work))
+    placer = PLACERS[options.format]()(work, maps, progress)
     with progress.step("place", rows=work.rows // team.size):
         team.each(range(work.bucket_count), placer.bucket)
 
@@ -115,6 +115,31 @@ def make_files(work: Work) -> None:
                 file.resize(0)
                 file.resize(size)
                 file.write(publish.header(shape, dtype), 0)
+
+
+def make_parquet(work: Work) -> None:
+    from dlrm.prep.parquet import make_folders  # pyarrow takes a while to import
+
+    make_folders(work)
+
+
+def parquet_placer() -> type[Placer]:
+    from dlrm.prep.parquet import ParquetPlacer
+
+    return ParquetPlacer
+
+
+def parquet_names(work: Work) -> list[str]:
+    from dlrm.prep.parquet import names, write_sizes
+
+    sizes = work.kept() if work.options.mod_idx else publish.table_sizes(work.last_ids(), work.options)
+    write_sizes(work, sizes)
+    return names(work)
+
+
+MAKE = {"npy": make_files, "parquet": make_parquet}
+PLACERS = {"npy": lambda: Placer, "parquet": parquet_placer}
+NAMES = {"npy": lambda work: list(publish.files(work.made, work.options)), "parquet": parquet_names}
 
 
 def check_space(work: Work) -> None:
@@ -143,7 +168,7 @@ def finish(work: Work, progress: Progress) -> None:
     if not work.path("publish").exists():
         last = work.last_ids()
         values = {"rows": [output.rows for output in sources.days_of(work.made)], "last": last,
-                  "files": list(publish.files(work.made, options)), "skipped": work.skipped()}  # fmt: skip
+                  "files": NAMES[options.format](work), "skipped": work.skipped()}  # fmt: skip
         work.save(work.path("publish"), values)
     values = work.load(work.path("publish"))
     for count, example in values["skipped"]:
@@ -155,6 +180,7 @@ def finish(work: Work, progress: Progress) -> None:
         dtypes={"dense": "float32", "sparse": sparse, "labels": "int32"},
         parameters=json.loads(json.dumps(work.key()["parameters"] | {"inputs": work.key()["inputs"]})),
         made_by="dlrm.prep",
+        format=options.format,
     )
     publish.publish(options.output_dir, values["files"], meta, options.md5, options.workers)
 

@@ -68,7 +68,7 @@ class Work:
         elif any(self.folder.iterdir()) and not (self.folder / "README").exists():
             raise UserError(f"--tmp_dir {self.folder}: not empty, and not ours; name an empty folder")
         (self.folder / "README").write_text(MARK + "\n")
-        for stale in self.options.output_dir.glob("*.partial"):
+        for stale in self.options.output_dir.rglob("*.partial"):
             stale.unlink()
         return False
 
@@ -174,15 +174,22 @@ class Work:
 
     def shifts(self) -> list[int]:
         """Per source: what to take from its counts before the logarithm: min - 2, in int32 arithmetic."""
+        if self.options.mod_idx:
+            return [-1] * len(self.sources)
         if self.options.frequency_limit:
             return [-3] * len(self.sources)
         return [int(np.int64(low - 2).astype(np.int32)) for low, _ in self.dense_ranges()]
 
+    def kept(self) -> list[int]:
+        """Per column: how many ids have a number of their own."""
+        return [self.load(self.path("column", column))["kept"] for column in range(NUM_SPARSE)]
+
     def last_ids(self) -> list[int]:
         """Per column: the largest id."""
         if self.options.contiguous:
-            kept = [self.load(self.path("column", column))["kept"] for column in range(NUM_SPARSE)]
-            return [1 + count for count in kept]
+            if self.options.mod_idx:
+                return [self.options.mod_idx * (column + 1) - 1 for column in range(NUM_SPARSE)]
+            return [1 + count for count in self.kept()]
         return np.max([info["last"] for info in self.lane_infos()], axis=0).tolist()
 
     def skipped(self) -> list[list[Any]]:

@@ -1,0 +1,114 @@
+"""Is this folder what its meta.json says: shapes, dtypes, ranges, ids, digests. One line per flaw."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dlrm.criteo import NUM_SPARSE, PARTS, Meta, part_name
+from dlrm.errors import UserError
+from dlrm.prep.files import File
+from dlrm.prep.publish import PARTIAL, digest
+
+BLOCK_ROWS = 1 << 14
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong, in words; nothing when all is well."""
+    meta = Meta.load(folder)
+    flaws = [f"{path}: left by an unfinished run" for path in sorted(folder.glob(f"*{PARTIAL}"))]
+    if len(meta.table_sizes) != NUM_SPARSE:
+        flaws.append(f"{folder}/meta.json: {len(meta.table_sizes)} table sizes, {NUM_SPARSE} expected")
+    elif meta.format == "npy":
+        flaws += check_arrays(folder, meta)
+    for name, wanted in meta.md5.items():
+        path = folder / name
+        if not path.exists():
+            if not any(line.startswith(f"{path}:") for line in flaws):
+                flaws.append(f"{path}: missing")
+        elif digest(path) != wanted:
+            flaws.append(f"{path}: md5 is not the one in meta.json: changed or damaged")
+    return flaws
+
+
+def check_arrays(folder: Path, meta: Meta) -> Iterator[str]:
+    seen = [np.zeros(size, bool) for size in meta.table_sizes]
+    whole = True
+    for day, rows in enumerate(meta.rows):
+        for part, columns in PARTS.items():
+            path = folder / part_name(day, part)
+            flaw = check_layout(path, (rows, columns), meta, part, last=day == len(meta.rows) - 1)
+            if flaw:
+                whole = False
+                yield f"{path}: {flaw}"
+            else:
+                yield from (f"{path}: {flaw}" for flaw in check_values(path, part, seen))
+    kept = meta.parameters.get("compat", "") == "" and "contiguous" in meta.parameters.get("steps", [])
+    tested = "test_sparse.npy" in meta.md5  # Kaggle's test set has ids of its own
+    if whole and kept and not tested:
+        for column, ids in enumerate(seen):
+            holes = np.flatnonzero(~ids[2:]) + 2
+            if len(holes):
+                yield f"{folder}: column {column}: {len(holes)} ids never occur, the first is {holes[0]}"
+
+
+def layout(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype and length of the header of an .npy file."""
+    with File(path) as file:
+        start = file.read(12, 0)
+        if start[:6] != b"\x93NUMPY" or len(start) < 12:
+            raise ValueError("not an .npy file")
+        wide = start[6] > 1
+        length = int.from_bytes(start[8 : 12 if wide else 10], "little")
+        first = 12 if wide else 10
+        described = ast.literal_eval(file.read(length, first).decode("latin1"))
+        return described["shape"], np.dtype(described["descr"]), first + length
+
+
+def check_layout(path: Path, shape: tuple[int, int], meta: Meta, part: str, last: bool) -> str:
+    if not path.exists():
+        return "missing"
+    try:
+        found, dtype, header = layout(path)
+    except (ValueError, SyntaxError, KeyError, UserError) as error:
+        return f"no readable header: {error}"
+    wanted = np.dtype(meta.dtypes[part])
+    only_copied = last or "shuffle" not in meta.parameters.get("steps", [])
+    if part == "sparse" and meta.parameters.get("compat") == "torchrec" and only_copied:
+        wanted = np.dtype(np.int64)
+    if tuple(found) != shape:
+        return f"shape {tuple(found)}, {shape} expected"
+    if dtype != wanted:
+        return f"{dtype} instead of {wanted}"
+    size = header + shape[0] * shape[1] * dtype.itemsize
+    if path.stat().st_size != size:
+        return f"{path.stat().st_size} bytes, {size} expected: cut short or grown"
+    return ""
+
+
+def check_values(path: Path, part: str, seen: list[np.ndarray]) -> Iterator[str]:
+    """Ranges; and which ids occur is noted in `seen`."""
+    shape, dtype, header = layout(path)
+    rows, columns = shape
+    low, high = np.full(columns, np.inf), np.full(columns, -np.inf)
+    sizes, strange = np.array([len(ids) for ids in seen]), 0
+    with File(path) as file:
+        for row in range(0, rows, BLOCK_ROWS):
+            count = min(BLOCK_ROWS, rows - row)
+            block = file.read_array(count * columns, header + row * columns * dtype.itemsize, dtype)
+            block = block.reshape(count, columns)
+            low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+            if part == "dense":
+                strange += int(np.count_nonzero(~np.isfinite(block)))
+            elif part == "sparse":
+                for column in np.flatnonzero((low >= 0) & (high < sizes)):
+                    seen[column][block[:, column]] = True
+    if strange:
+        yield f"{strange} values are not finite"
+    if part == "sparse":
+        for column in np.flatnonzero((low < 0) | (high >= sizes)):
+            span = f"ids from {low[column]:.0f} to {high[column]:.0f}"
+            yield f"column {column}: {span}, its table has {sizes[column]}"
+    elif part == "labels" and (low[0] < 0 or high[0] > 1):
+        yield f"labels from {low[0]:.0f} to {high[0]:.0f}, 0 and 1 expected"
