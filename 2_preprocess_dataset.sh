@@ -29,8 +29,8 @@ cd "$here"
 source ./env.sh
 [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
 if [[ ${1:-} == --submit ]]; then
-    read -ra options <<< "${DLRM_QSUB:?2_preprocess_dataset.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
-    DATASET_DIR=$from OUTPUT_DIR=$to WORKDIR=$here exec qsub -V "${options[@]}" "$here/2_preprocess_dataset.sh"
+    read -ra resources <<< "${DLRM_QSUB:?2_preprocess_dataset.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
+    DATASET_DIR=$from OUTPUT_DIR=$to WORKDIR=$here exec qsub -V "${resources[@]}" "$here/2_preprocess_dataset.sh"
 fi
 mapfile -t args < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}")
 export NPROC=${NPROC:-$(env -u OMP_NUM_THREADS nproc)}

@@ -26,8 +26,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 here=$(realpath -m -- "${WORKDIR:-$here}")
 [[ -e $here/launcher.sh ]] || die "WORKDIR=$here is not the project's folder: it has no launcher.sh"
 case ${MODEL:-dlrm} in
-    dlrm) program=dlrm.train path_option=--in_memory_binary_criteo_path ;;
-    bert4rec) program=dlrm.bert4rec path_option=--dataset_path ;;
+    dlrm) program=dlrm.train options=(--evaluate_on_epoch_end --evaluate_on_training_end --in_memory_binary_criteo_path) ;;
+    bert4rec) program=dlrm.bert4rec options=(--dataset_path) ;;
     *) die "MODEL=$MODEL: wanted dlrm or bert4rec" ;;
 esac
 [[ -z ${DATASET_DIR:-} || -d $DATASET_DIR ]] || die "DATASET_DIR=$DATASET_DIR is not a folder"
@@ -39,11 +39,11 @@ cd "$here"
 source ./env.sh
 [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
 if [[ ${1:-} == --submit ]]; then
-    read -ra options <<< "${DLRM_QSUB:?3_train.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
-    WORKDIR=$here exec qsub -V "${options[@]}" "$here/3_train.sh"
+    read -ra resources <<< "${DLRM_QSUB:?3_train.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
+    WORKDIR=$here exec qsub -V "${resources[@]}" "$here/3_train.sh"
 fi
 
-options=("$path_option" "${DATASET_DIR:-$here/data/toy/npy}")
+options=("${options[@]}" "${DATASET_DIR:-$here/data/toy/npy}")
 if [[ -z ${DATASET_DIR:-} ]]; then    # the demo walks the same road as real data
     say "no DATASET_DIR: the demo, on toy data"
     toy=$here/data/toy
@@ -57,7 +57,8 @@ if [[ -z ${DATASET_DIR:-} ]]; then    # the demo walks the same road as real dat
 fi
 for name in BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE; do
     [[ -z ${!name:-} ]] || options+=("--${name,,}" "${!name}")
-done
+done    # dot products need the dense tower to end as wide as the tables; ARGS may still say otherwise
+[[ -z ${EMBEDDING_DIM:-} || $program != dlrm.train ]] || options+=(--dense_arch_layer_sizes "512,256,$EMBEDDING_DIM")
 [[ ${TRACE:-yes} == no ]] || options+=(--trace)
 mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}")
 
@@ -89,7 +90,8 @@ while :; do
 done
 if (( code )); then say "training ended with exit code $code"; fi
 
-if [[ ${TRACE:-yes} != no && -z $stopped ]]; then    # a stopped job has seconds left: its traces can wait
+# A stopped job has seconds left: its traces can wait. Code 2 is a mistake in the options: there are none.
+if [[ ${TRACE:-yes} != no && -z $stopped && $code != 2 ]]; then
     for step in "perfetto" "perfetto --posix" "check" "report"; do
         say "analysis $step"
         read -ra words <<< "$step"
