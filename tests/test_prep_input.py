@@ -1,0 +1,260 @@
+"""Bad input: one line that says which file, which line and why. Odd input: read as torchrec reads it."""
+
+import gzip
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlrm.criteo import Meta
+from dlrm.errors import UserError
+from dlrm.prep import parse, rows
+from dlrm.prep.__main__ import main
+from dlrm.prep.files import File
+from dlrm.prep.scan import Piece, Scanner
+from dlrm.prep.toy import tsv, write_days
+
+GOOD = "1\t" + "\t".join(str(i) for i in range(13)) + "\t" + "\t".join(f"{i:08x}" for i in range(26)) + "\n"
+
+
+def field(number: int, value: str) -> str:
+    fields = GOOD[:-1].split("\t")
+    fields[number] = value
+    return "\t".join(fields) + "\n"
+
+
+BAD = {
+    "39 columns": (GOOD.rsplit("\t", 1)[0] + "\n", "39 columns, 40 expected"),
+    "41 columns": (GOOD[:-1] + "\t1\n", "41 columns, 40 expected"),
+    "trailing tab": (GOOD[:-1] + "\t\n", "41 columns"),
+    "not hexadecimal": (field(20, "12g45678"), "C7 is '12g45678', not hexadecimal"),
+    "a decimal point": (field(3, "1.0"), "I3 is '1.0', not an integer"),
+    "a lone minus": (field(1, "-"), "I1 is '-', not an integer"),
+    "too large": (field(2, "2147483648"), "I2 is '2147483648', which does not fit 32 bits"),
+    "too small": (field(2, "-2147483649"), "which does not fit 32 bits"),
+    "a wide id": (field(39, "123456789"), "C26 is '123456789', which is not an id of 32 bits"),
+    "a negative id": (field(39, "-1"), "not an id of 32 bits"),
+    "a label in words": (field(0, "yes"), "the label is 'yes', not an integer"),
+    "CRLF": (GOOD[:-1] + "\r\n", "a carriage return"),
+    "lone CR": (GOOD[:-1] + "\r" + GOOD, "a carriage return"),
+    "blank line": ("\n", "a blank line"),
+    "open quote": (field(5, '"5'), "a quote is left open"),
+    "not UTF-8": (field(5, "\udcff"), "not UTF-8"),
+    "a byte order mark": ("\ufeff" + GOOD, "the label is"),
+    "NUL": (field(5, "\0"), "not an integer"),
+}
+
+
+def write(folder: Path, *texts: str | bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    for day, text in enumerate(texts):
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+        (folder / f"day_{day}").write_bytes(data)
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *flags: str) -> str:
+    """Exit code 2, one line, nothing that looks finished."""
+    assert main(["run", "--input_dir", str(source), "--output_dir", str(out), *flags]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dlrm.prep:")]
+    assert len(lines) == 1
+    assert not (out / "meta.json").exists()
+    assert not list(out.glob("*.npy"))
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line, reason = BAD[name]
+    source = write(tmp_path / "in", GOOD * 3, GOOD * 4 + line + GOOD * 2)
+    said = refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_1:5: " in said
+    assert reason in said
+    write(source, GOOD * 3, GOOD * 6)  # mended: the same command goes on
+    assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out")]) == 0
+    assert Meta.load(tmp_path / "out").rows == [3, 6]
+
+
+def test_no_newline_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in", GOOD * 2 + GOOD[:-1])
+    assert f"{source}/day_0:3: no newline at the end" in refused(capsys, source, tmp_path / "out")
+    assert (
+        main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "o"), "--compat", "torchrec"])
+        == 0
+    )
+    assert Meta.load(tmp_path / "o").rows == [3]
+
+
+def test_missing_empty_and_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in", GOOD, GOOD, GOOD)
+    (source / "day_1").rename(source / "elsewhere")
+    assert f"{source}/day_1 is missing" in refused(capsys, source, tmp_path / "out")
+    (source / "day_1").write_bytes(b"")
+    assert f"{source}/day_1: empty" in refused(capsys, source, tmp_path / "out")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"{empty}: no day_0" in refused(capsys, empty, tmp_path / "out")
+    assert "not a folder" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_numbers_that_float_would_lose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in", field(1, "2147483647") + field(1, "-3"))
+    said = refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_0: counts from -3 to 2147483647" in said
+
+
+def test_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in"
+    write_days(source, 1, 500, 0)
+    text = (source / "day_0").read_bytes()
+    (source / "day_0").unlink()
+    packed = gzip.compress(text)
+    (source / "day_0.gz").write_bytes(packed[: len(packed) // 2])
+    said = refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_0.gz: byte " in said and "truncated" in said
+    (source / "day_0.gz").write_bytes(packed)
+    assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out")]) == 0
+    assert Meta.load(tmp_path / "out").rows == [500]
+
+
+def test_skipping_bad_rows_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in", GOOD * 2 + "x\n" + GOOD, GOOD + "\n" + GOOD + GOOD[:-1])
+    clean = write(tmp_path / "clean", GOOD * 3, GOOD * 2)
+    for name, folder, flags in (("a", source, ["--skip_bad_rows"]), ("b", clean, [])):
+        assert main(["run", "--input_dir", str(folder), "--output_dir", str(tmp_path / name), *flags]) == 0
+    said = capsys.readouterr().err
+    assert f"skipped 1 bad rows, the first: {source}/day_0:3: 1 columns" in said
+    assert f"skipped 2 bad rows, the first: {source}/day_1:2: a blank line" in said
+    for path in (tmp_path / "b").glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
+
+
+def test_no_permission_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in", GOOD)
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in refused(capsys, source, tmp_path / "file" / "out")
+
+
+def test_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
+    source = write(tmp_path / "in", GOOD * 100)
+    said = refused(capsys, source, tmp_path / "out")
+    assert f"{tmp_path}/out: 0.0 GB needed" in said
+
+
+def test_kaggle_with_and_without_labels(tmp_path: Path) -> None:
+    """train.txt becomes seven days; test.txt, which has no labels, keeps its order and shares the ids."""
+    source = tmp_path / "in"
+    source.mkdir()
+    train, test = tsv(703, np.random.default_rng(1), 0), tsv(90, np.random.default_rng(2), 0)
+    (source / "train.txt").write_bytes(train)
+    (source / "test.txt").write_bytes(b"".join(line[2:] for line in test.splitlines(keepends=True)))
+    for engine in ("numba", "plain"):
+        flags = ["--output_dir", str(tmp_path / engine), "--engine", engine, "--part_bytes", "40000"]
+        assert main(["run", "--input_dir", str(source), *flags]) == 0
+    assert Meta.load(tmp_path / "numba").rows == [101] * 3 + [100] * 4
+    assert (np.load(tmp_path / "numba" / "test_labels.npy") == -1).all()
+    for path in (tmp_path / "plain").glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "numba" / path.name).read_bytes(), path.name
+    assert main(["check", str(tmp_path / "numba")]) == 0
+
+
+def test_kaggle_parsed_as_torchrec_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a relative folder: torchrec takes any path with "test" in it for the file without labels."""
+    from torchrec.datasets.scripts.npy_preproc_criteo import main as torchrec_main
+
+    monkeypatch.chdir(tmp_path)
+    source, wanted, got = Path("in"), Path("wanted"), Path("got")
+    source.mkdir()
+    wanted.mkdir()
+    (source / "train.txt").write_bytes(tsv(50, np.random.default_rng(1), 0))
+    (source / "test.txt").write_bytes((GOOD[2:] * 3).encode())
+    torchrec_main(
+        ["--input_dir", str(source), "--output_dir", str(wanted), "--dataset_name", "criteo_kaggle"]
+    )
+    flags = ["--steps", "parse", "--compat", "torchrec"]
+    assert main(["run", "--input_dir", str(source), "--output_dir", str(got), *flags]) == 0
+    assert len(list(wanted.glob("*.npy"))) == 6
+    for path in wanted.glob("*.npy"):
+        assert path.read_bytes() == (got / path.name).read_bytes(), path.name
+
+
+def torchrec_row(line: str) -> tuple[list[int], list[int], int]:
+    """The reference's row code, from its loader: text, csv, int."""
+    import csv
+    import io
+
+    row = next(csv.reader(io.StringIO(line, newline=None), delimiter="\t"))
+    dense = [int(row[i] or "0") for i in range(1, 14)]
+    return dense, [int(row[i] or "0", 16) for i in range(14, 40)], int(row[0] or "0")
+
+
+def corrupted(random_: random.Random, line: str) -> str:
+    """One to three small accidents."""
+    for _ in range(random_.randint(1, 3)):
+        at = random_.randrange(len(line))
+        kind = random_.randrange(5)
+        some = random_.choice("0123456789abcdefABCDEF-+ _.\"'xg\t\r\0٣é")
+        if kind == 0:
+            line = line[:at] + line[at + 1 :]
+        elif kind == 1:
+            line = line[:at] + some + line[at:]
+        elif kind == 2:
+            line = line[:at] + some + line[at + 1 :]
+        elif kind == 3:
+            line = line[:at] + line[at : at + 9] + line[at:]
+        else:
+            line = field(random_.randrange(40), some * random_.randint(1, 12))
+    return line
+
+
+def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
+    """Never a value that differs; what torchrec refuses is refused; what only we refuse has a known reason."""
+    random_ = random.Random(5)
+    good = tsv(400, np.random.default_rng(3), 0).decode().splitlines()
+    path, both, ours_only = tmp_path / "line", 0, 0
+    for _ in range(6000):
+        line = corrupted(random_, random_.choice(good))
+        if "\n" in line or not line:
+            continue
+        path.write_bytes(line.encode() + b"\n")
+        try:
+            wanted = torchrec_row(line + "\n")
+            assert all(abs(value) < 1 << 31 for value in wanted[0] + [wanted[2]])
+        except (ValueError, IndexError, AssertionError, StopIteration):
+            wanted = None
+        with File(path) as file:
+            scanner = Scanner(file, "x", Piece(0, 0, file.size), rows.Rules(), False)
+            try:
+                blocks = [
+                    (b.dense[: b.rows].copy(), b.sparse[:, : b.rows].copy()) for b, _ in scanner.blocks()
+                ]
+            except UserError as error:
+                reasons = ("columns", "carriage return", "quote", "id of 32 bits", "not fit 32 bits")
+                assert wanted is None or any(reason in str(error) for reason in reasons), (line, error)
+                ours_only += wanted is not None
+                continue
+        (dense, sparse) = blocks[0]
+        assert wanted is not None and len(dense) == 1, line
+        assert (dense[0].tolist(), sparse[:, 0].tolist()) == ([*wanted[0], wanted[2]], wanted[1]), line
+        both += 1
+    assert both > 500 and ours_only > 10
+
+
+def test_block_borders(tmp_path: Path) -> None:
+    """Chunks, blocks and odd lines in every relative position give the same rows."""
+    text = (GOOD * 2047 + field(3, " 5 ") + GOOD * 2048 + field(3, "+7") * 3000 + GOOD).encode()
+    path = tmp_path / "text"
+    path.write_bytes(text)
+    with File(path) as file:
+        scanner = Scanner(file, "x", Piece(0, 0, len(text)), rows.Rules(), False)
+        third = np.concatenate([block.dense[: block.rows, 2].copy() for block, _ in scanner.blocks()])
+    assert third.tolist() == [2] * 2047 + [5] + [2] * 2048 + [7] * 3000 + [2]
+    assert parse.PAD >= 16
