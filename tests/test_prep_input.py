@@ -216,7 +216,7 @@ def corrupted(random_: random.Random, line: str) -> str:
 
 
 def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
-    """Never a value that differs; what torchrec refuses is refused; what only we refuse has a known reason."""
+    """Never another value; what torchrec refuses is refused; what only we refuse has a known reason."""
     random_ = random.Random(5)
     good = tsv(400, np.random.default_rng(3), 0).decode().splitlines()
     path, both, ours_only = tmp_path / "line", 0, 0

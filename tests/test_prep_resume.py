@@ -1,0 +1,126 @@
+"""Killed at any moment, the same command goes on where it was and ends with the same bytes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dlrm.prep.__main__ import main
+from dlrm.prep.toy import write_days
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("days")
+    write_days(folder, 3, 30_000, 0)
+    return folder
+
+
+def run(days: Path, out: Path, *flags: str) -> Path:
+    assert main(["run", "--input_dir", str(days), "--output_dir", str(out), *flags]) == 0
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
+
+
+def test_killed_again_and_again(days: Path, tmp_path: Path) -> None:
+    wanted = contents(run(days, tmp_path / "whole"))
+    assert len(wanted) == 9
+    out, random_ = tmp_path / "out", random.Random(1)
+    command = [sys.executable, "-m", "dlrm.prep", "run", "--input_dir", days, "--output_dir", out]
+    command += ["--part_bytes", "300000", "--map_bytes", "1"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    kills = 0
+    for _ in range(40):
+        child = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            # from the first file it writes on, kill it somewhere in its work
+            deadline = time.monotonic() + 60
+            while child.poll() is None and not (out / "prep.tmp").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            child.wait(timeout=0.35 + random_.random() * 0.5)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            kills += 1
+        if child.returncode == 0:
+            break
+        assert not (out / "meta.json").exists()
+    else:
+        subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, check=True, timeout=120)
+    assert kills > 0
+    assert contents(out) == wanted
+    assert not (out / "prep.tmp").exists()
+    assert main(["check", str(out)]) == 0
+
+
+def test_finished_work_is_left_alone(days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run(days, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    run(days, out)
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_other_parameters_start_anew(days: Path, tmp_path: Path) -> None:
+    out = run(days, tmp_path / "out", "--keep_tmp")
+    first = contents(out)
+    run(days, out, "--random_seed", "1")
+    second = contents(out)
+    assert first != second
+    assert second == contents(run(days, tmp_path / "other", "--random_seed", "1"))
+
+
+def test_steps_that_are_done_are_not_done_again(
+    days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its parts on disk and only the end missing, the text is not even read."""
+    out = run(days, tmp_path / "out", "--keep_tmp")
+    wanted = contents(out)
+    kept = {path: path.stat().st_mtime_ns for path in (out / "prep.tmp").glob("piece_*")}
+    assert kept
+    (out / "meta.json").unlink()
+    (out / "prep.tmp" / "publish_00000.json").unlink()
+    for path in out.glob("day_1_*"):
+        path.unlink()
+    run(days, out, "--keep_tmp")
+    assert contents(out) == wanted
+    assert {path: path.stat().st_mtime_ns for path in (out / "prep.tmp").glob("piece_*")} == kept
+
+
+def test_changed_input_starts_anew(days: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "days"
+    write_days(folder, 2, 100, 0)
+    out = run(folder, tmp_path / "out", "--keep_tmp")
+    (out / "meta.json").unlink()
+    write_days(folder, 2, 120, 0)
+    run(folder, out)
+    write_days(folder, 2, 120, 0)
+    assert contents(out) == contents(run(folder, tmp_path / "fresh"))
+
+
+def test_foreign_folder_is_not_touched(
+    days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    flags = ["--output_dir", str(tmp_path / "out"), "--tmp_dir", str(tmp_path / "mine")]
+    assert main(["run", "--input_dir", str(days), *flags]) == 2
+    assert "not empty, and not ours" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
