@@ -27,6 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FLUSH_MS = 1000  # a killed process loses at most what it did in this time
 BUFFER_BYTES = 64 << 10  # DFTracer writes when so much text has gathered: one gzip member each time
 PAD_BYTES = 15 << 10  # DFTracer takes no record of more than 16 KiB
+FEW = 3  # DFTracer deletes the file of a process that logged fewer events
 
 _native: Any = None  # dftracer's C++ module while tracing, else None
 _always: dict[str, int] = {}  # args that every span carries: epoch, step
@@ -93,6 +94,8 @@ def _introduce(flush_ms: int) -> None:
     for key, value in _identity.items():
         _native.log_metadata_event(key=key, value=_plain(str(value)))
     name_thread("main")
+    for _ in range(FEW):
+        _log(_native, "dftracer", "keep", _native.get_time(), 0, {})
     _flusher = _Flusher(_native, flush_ms)
     _flusher.start()
 
