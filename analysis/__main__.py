@@ -58,6 +58,40 @@ def view(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    from analysis import report
+
+    page, text = report.write(options.run, _over(options))
+    print(f"{text}\n\n{page}")
+    return 0
+
+
+def summary(options: argparse.Namespace) -> int:
+    from analysis import report
+
+    print(report.terminal(options.run, _over(options)))
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    from analysis import compare
+
+    page, text = compare.write(options.run, options.other, options.output, _over(options))
+    print(f"{text}\n\n{page}")
+    return 0
+
+
+def _over(options: argparse.Namespace):
+    """Where ranks are read: on this machine's threads, or by a Dask cluster."""
+    from analysis.tables.gather import on_threads
+
+    if options.dask is None:
+        return on_threads
+    from analysis import cluster
+
+    return cluster.on(options.dask)
+
+
 def _progress() -> Callable[[Path, int], None]:
     """One line on the terminal, rewritten; four times a second at most."""
     begun = last = time.monotonic()
@@ -104,6 +138,20 @@ def parser() -> argparse.ArgumentParser:
         "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
     )
     made.add_argument("--port", type=int, default=9001, help="port on the loopback interface; 0: any")
+    for name, run, help in (
+        ("report", report, "report.html, summary.json and tables/*.csv: where the time and the bytes went"),
+        ("summary", summary, "the run in numbers, in the terminal"),
+        ("compare", compare, "two runs side by side: compare.html, and lines in the terminal"),
+    ):
+        made = command(name, run, help)
+        if name == "compare":
+            made.add_argument("other", metavar="OTHER", help="the run to compare it with")
+            made.add_argument(
+                "-o", dest="output", type=Path, help="file to write (default: OTHER/compare.html)"
+            )
+        made.add_argument(
+            "--dask", metavar="WHERE", help="read the ranks on a Dask cluster: `local`, `pbs`, or host:port"
+        )
     return top
 
 

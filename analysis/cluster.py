@@ -1,0 +1,61 @@
+"""The same tables from traces larger than one machine: a Dask cluster reads the ranks, parts come back.
+
+`local` starts two worker processes here; `pbs` asks the scheduler for them as the user's Dask configuration
+says (jobqueue.pbs in ~/.config/dask); host:port is a scheduler that already runs. Workers need this package
+and the trace folder at the same paths.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from analysis.errors import AnalysisError
+from analysis.tables.gather import Job, Map, Part
+
+WORKERS = 2
+
+
+def on(where: str) -> Map:
+    """What gather() calls instead of its threads."""
+    try:
+        import distributed
+    except ImportError as error:
+        raise AnalysisError(f"--dask {where}: pip install -r requirements/dask.txt ({error})") from error
+
+    def over(function: Callable[[Job], Part], work: list[Job]) -> Iterator[Part]:
+        with ExitStack() as stack:
+            cluster = _cluster(where, stack, len(work))
+            client = stack.enter_context(distributed.Client(cluster, timeout=60))
+            yield from _gathered(client, function, work)
+
+    return over
+
+
+def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
+    import distributed
+
+    if where == "local":
+        return stack.enter_context(
+            distributed.LocalCluster(
+                n_workers=min(WORKERS, jobs), threads_per_worker=1, dashboard_address=":0", host="127.0.0.1"
+            )
+        )
+    if where == "pbs":
+        try:
+            from dask_jobqueue import PBSCluster
+
+            cluster = stack.enter_context(PBSCluster())
+        except (ImportError, ValueError, TypeError) as error:  # no queue, cores or memory configured
+            raise AnalysisError(
+                f"--dask pbs: {error}; see jobqueue.pbs in ~/.config/dask/jobqueue.yaml"
+            ) from error
+        cluster.adapt(minimum=1, maximum=jobs)
+        return cluster
+    return where
+
+
+def _gathered(client: Any, function: Callable[[Job], Part], work: list[Job]) -> Iterable[Part]:
+    """In the order of the ranks. The largest first, so that no worker ends up alone with one."""
+    large = sorted(work, key=lambda job: -sum(path.stat().st_size for path in job.files))
+    futures = {job.rank: client.submit(function, job, pure=False) for job in large}
+    return [futures[job.rank].result() for job in work]

@@ -1,0 +1,126 @@
+"""Two runs side by side: what changed, by how much, and each one's figures and findings."""
+
+from html import escape
+from pathlib import Path
+
+from analysis import plots, summary
+from analysis.errors import AnalysisError
+from analysis.facts import Facts, Finding
+from analysis.findings import findings
+from analysis.page import Figures, page
+from analysis.report import findings_html, header_html, replace
+from analysis.run import Run, open_run
+from analysis.tables import answers, progress
+from analysis.tables.gather import Map, on_threads
+
+Side = tuple[Run, Facts, list[Finding]]
+NOISE = 0.02  # a change smaller than this has no colour
+
+
+def side(path: str | Path, over: Map) -> Side:
+    run = open_run(path, over)
+    facts = Facts(run.joined, run.config)
+    return run, facts, findings(facts)
+
+
+def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
+    """name, told of A, told of B, change, verdict: better, worse or nothing."""
+    a = {name: (value, told, better) for name, value, told, better in summary.headline(one[0], one[1])}
+    b = {name: (value, told, better) for name, value, told, better in summary.headline(two[0], two[1])}
+    found = []
+    for name in dict.fromkeys([*a, *b]):
+        if name not in a or name not in b:
+            found.append((name, a.get(name, ("", "-", 0))[1], b.get(name, ("", "-", 0))[1], "", ""))
+            continue
+        (old, told_a, better), (new, told_b, _) = a[name], b[name]
+        change, verdict = "", ""
+        if old:
+            part = new / old - 1
+            change = f"{part:+.1%}" if abs(part) < 10 else f"x {new / old:.3g}"
+            if abs(part) >= NOISE and better:
+                verdict = "better" if part * better > 0 else "worse"
+        found.append((name, told_a, told_b, change, verdict))
+    return found
+
+
+def settings(one: Run, two: Run) -> list[tuple[str, str, str]]:
+    """Options that differ."""
+    a, b = _flat(one.config), _flat(two.config)
+    unlike = sorted(key for key in {**a, **b} if a.get(key) != b.get(key))
+    return [(k, str(a.get(k, "-")), str(b.get(k, "-"))) for k in unlike if not k.endswith("output_dir")]
+
+
+def _flat(config: dict, before: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def text(one: Side, two: Side) -> str:
+    a, b = one[0].name[:22], two[0].name[:22]
+    lines = [f"{'':<32}{a:>24}{b:>24}{'change':>12}"]
+    lines += [f"{n:<32}{x:>24}{y:>24}{c:>12}  {v}" for n, x, y, c, v in rows(one, two)]
+    lines += ["", *(f"{key}: {x} -> {y}" for key, x, y in settings(one[0], two[0]))]
+    for run, _, found in (one, two):
+        lines += ["", f"{run.name}:"] + [f"  {finding.text}" for finding in found or []]
+        lines += [] if found else ["  no findings"]
+    return "\n".join(lines)
+
+
+def _panel(side: Side, figures: Figures) -> list[str]:
+    run, facts, found = side
+    j = run.joined
+    curves, sizes = progress.curves(j, run.metrics), answers.sizes(j, "phase")
+    steps = progress.steps(j)
+    shown = [
+        ("Where each rank's time went", plots.where(facts.breakdown), "Seconds of wall clock."),
+        ("How much I/O is hidden", plots.hidden(facts.phases), "Seconds."),
+        ("Over the run", plots.over_time(progress.timeline(j), curves), "Drag to zoom."),
+        ("Time of each step", plots.step_times(steps, run.begin_us), "On the slowest rank."),
+        ("Distribution of steps", plots.step_histogram(steps), ""),
+        ("Request sizes", plots.request_sizes(sizes), "All phases."),
+        ("Time of an operation", plots.latency(j["latencies"]), "All phases."),
+        ("Start-up", plots.startup(progress.startup(j)), "To the end of the first step."),
+    ]
+    blocks = [header_html(run, facts) + findings_html(found)]
+    for title, spec, caption in shown:
+        blocks.append(f"<h3>{escape(title)}</h3>{figures.html(spec, caption)}" if spec else "")
+    return blocks
+
+
+def html(one: Side, two: Side) -> str:
+    figures = Figures()
+    heads = "".join(f"<th>{escape(name)}</th>" for name in ("", one[0].name, two[0].name, "change"))
+    body = "".join(
+        f"<tr><td>{escape(n)}</td><td class=n>{escape(x)}</td><td class=n>{escape(y)}</td>"
+        f'<td class="n {verdict}">{escape(change)} {verdict}</td></tr>'
+        for n, x, y, change, verdict in rows(one, two)
+    )
+    options = "".join(
+        f"<tr><td>{escape(k)}</td><td>{escape(x)}</td><td>{escape(y)}</td></tr>"
+        for k, x, y in settings(one[0], two[0])
+    )
+    parts = [
+        f"<h1>{escape(one[0].name)} and {escape(two[0].name)}</h1>",
+        f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>",
+        f"<h3>Options that differ</h3><div class=scroll><table><tbody>{options}</tbody></table></div>"
+        if options
+        else "",
+    ]
+    for left, right in zip(_panel(one, figures), _panel(two, figures), strict=True):
+        parts.append(f"<div class=pair><div>{left}</div><div>{right}</div></div>")
+    return page(f"{one[0].name} and {two[0].name}", parts, figures)
+
+
+def write(
+    a: str | Path, b: str | Path, output: Path | None = None, over: Map = on_threads
+) -> tuple[Path, str]:
+    one, two = side(a, over), side(b, over)
+    path = output or two[0].home / "compare.html"
+    try:
+        replace(path, html(one, two))
+    except OSError as error:
+        raise AnalysisError(f"{path}: {error.strerror}; name another file with -o") from error
+    return path, text(one, two)

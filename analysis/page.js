@@ -1,0 +1,224 @@
+// Draws every <figure data-spec> from its JSON. No library: SVG, a tooltip, zoom on the time axis, sortable tables.
+"use strict";
+const NS = "http://www.w3.org/2000/svg", tip = document.getElementById("tip");
+const node = (name, attrs, parent, text) => {
+  const e = document.createElementNS(NS, name);
+  for (const k in attrs) e.setAttribute(k, attrs[k]);
+  if (text !== undefined) e.textContent = text;
+  if (parent) parent.appendChild(e);
+  return e;
+};
+const hover = (e, text) => {
+  e.addEventListener("mousemove", ev => {
+    tip.textContent = typeof text === "function" ? text(ev) : text;
+    tip.style.display = tip.textContent ? "block" : "none";
+    const w = tip.offsetWidth, x = ev.clientX + 14;
+    tip.style.left = (x + w > innerWidth ? ev.clientX - w - 10 : x) + "px";
+    tip.style.top = Math.min(ev.clientY + 14, innerHeight - tip.offsetHeight - 4) + "px";
+  });
+  e.addEventListener("mouseleave", () => { tip.style.display = "none"; });
+};
+const num = v => {
+  if (v === 0) return "0";
+  const a = Math.abs(v);
+  if (a >= 1e6 || a < 1e-3) return v.toExponential(2).replace("e+", "e");
+  return a >= 1000 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
+};
+const ticks = (lo, hi, n) => {
+  const span = hi - lo || 1, raw = span / n, mag = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map(s => s * mag).find(s => s >= raw), found = [];
+  for (let v = Math.ceil(lo / step) * step; v <= hi + step * 1e-6; v += step) found.push(+v.toFixed(12));
+  return found;
+};
+const cut = (text, width) => text.length * 6.6 <= width ? text : "…" + text.slice(-Math.max(1, Math.floor(width / 6.6) - 1));
+const legend = (fig, names) => {
+  const box = document.createElement("div");
+  box.className = "legend";
+  for (const [name, color] of names) {
+    const item = document.createElement("span"), dot = document.createElement("i");
+    dot.style.background = color;
+    item.append(dot, name);
+    box.append(item);
+  }
+  fig.insertBefore(box, fig.querySelector("figcaption"));
+};
+const canvas = (fig, w, h) => {
+  const svg = node("svg", { viewBox: `0 0 ${w} ${h}`, role: "img" });
+  fig.insertBefore(svg, fig.querySelector("figcaption"));
+  return svg;
+};
+const xaxis = (svg, x0, x1, y, lo, hi, unit, n) => {
+  node("line", { x1: x0, x2: x1, y1: y, y2: y, class: "axis" }, svg);
+  for (const t of ticks(lo, hi, n || 8)) {
+    const x = x0 + (t - lo) / (hi - lo || 1) * (x1 - x0);
+    node("line", { x1: x, x2: x, y1: y, y2: y + 4, class: "axis" }, svg);
+    node("text", { x, y: y + 17, "text-anchor": "middle" }, svg, num(t));
+  }
+  node("text", { x: x1, y: y + 31, "text-anchor": "end", class: "soft" }, svg, unit);
+};
+
+const draw = {
+  // rows: [{label, parts: [[name, from, length]]}]: stacked bars and Gantt charts are the same thing
+  rows(fig, s) {
+    const W = fig.clientWidth || 1180, left = s.left || 110, right = 20, bar = s.rows.length > 40 ? 10 : 22;
+    const H = s.rows.length * (bar + 6) + 44, end = Math.max(...s.rows.flatMap(r => r.parts.map(p => p[1] + p[2])), 1e-9);
+    legend(fig, Object.entries(s.colors));
+    const svg = canvas(fig, W, H);
+    s.rows.forEach((row, i) => {
+      const y = i * (bar + 6) + 4;
+      node("text", { x: left - 8, y: y + bar / 2 + 4, "text-anchor": "end" }, svg, cut(row.label, left - 12));
+      const whole = row.parts.reduce((a, p) => a + p[2], 0);
+      for (const [name, from, length] of row.parts) {
+        const x = left + from / end * (W - left - right), w = length / end * (W - left - right);
+        const r = node("rect", { x, y, width: Math.max(w, 0.4), height: bar, fill: s.colors[name] }, svg);
+        hover(r, `${row.label}\n${name}: ${num(length)} ${s.unit} (${(100 * length / whole).toFixed(1)}%)` + (s.gantt ? `\nfrom ${num(from)} ${s.unit}` : ""));
+        const text = s.gantt ? name : (100 * length / whole).toFixed(0) + "%";
+        if (w > text.length * 7 + 8 && bar > 14) {
+          const t = node("text", { x: x + w / 2, y: y + bar / 2 + 4, "text-anchor": "middle", style: `fill:${s.dark && s.dark.includes(name) ? "#fff" : "#1b1f24"};pointer-events:none` }, svg, text);
+        }
+      }
+    });
+    xaxis(svg, left, W - right, H - 38, 0, end, s.unit);
+  },
+  // panels over one time axis: [{label, unit, kind: stack|line|dots, series: [{name, color, x, y, tips}]}]
+  time(fig, s) {
+    const W = fig.clientWidth || 1180, left = 74, right = 20, gap = 26;
+    const heights = s.panels.map(p => p.height || 90), H = heights.reduce((a, h) => a + h + gap, 0) + 40;
+    const all = s.panels.flatMap(p => p.series.flatMap(q => [q.x[0], q.x[q.x.length - 1]])).filter(v => v !== undefined);
+    const full = [Math.min(...all), Math.max(...all)];
+    const names = new Map(s.panels.flatMap(p => p.series.map(q => [q.name, q.color])));
+    legend(fig, names);
+    let svg = null, view = full.slice();
+    const paint = () => {
+      if (svg) svg.remove();
+      svg = canvas(fig, W, H);
+      const id = "c" + Math.random().toString(36).slice(2);
+      const clip = node("clipPath", { id }, node("defs", {}, svg));
+      node("rect", { x: left, y: 0, width: W - left - right, height: H }, clip);
+      const X = v => left + (v - view[0]) / (view[1] - view[0] || 1) * (W - left - right);
+      let top = 16;
+      s.panels.forEach((p, k) => {
+        const h = heights[k], seen = q => q.x.map((v, i) => i).filter(i => q.x[i] >= view[0] - (p.kind === "stack" ? q.width || 0 : 0) && q.x[i] <= view[1]);
+        const values = p.kind === "stack" ? [0, 1] : p.series.flatMap(q => seen(q).map(i => q.y[i])).filter(v => v !== null);
+        let lo = p.zero === false ? Math.min(...values) : 0, hi = Math.max(...values, lo);
+        if (!isFinite(hi) || hi === lo) hi = lo + 1;
+        if (p.zero === false) { const pad = (hi - lo) * 0.08; lo -= pad; hi += pad; }
+        const Y = v => top + h - (v - lo) / (hi - lo) * h;
+        node("text", { x: left, y: top - 5 }, svg, p.label);
+        for (const t of ticks(lo, hi, p.kind === "stack" ? 2 : 3)) {
+          node("line", { x1: left, x2: W - right, y1: Y(t), y2: Y(t), class: "grid" }, svg);
+          node("text", { x: left - 6, y: Y(t) + 4, "text-anchor": "end", class: "soft" }, svg, p.kind === "stack" ? 100 * t + "%" : num(t));
+        }
+        const g = node("g", { "clip-path": `url(#${id})` }, svg);
+        if (p.kind === "stack") {
+          const base = p.series[0].x.map(() => 0), w = p.series[0].width;
+          for (const q of p.series) {
+            let d = "";
+            q.y.forEach((v, i) => {
+              if (v > 0) d += `M${X(q.x[i]).toFixed(1)} ${Y(base[i]).toFixed(1)}H${X(q.x[i] + w).toFixed(1)}V${Y(base[i] + v).toFixed(1)}H${X(q.x[i]).toFixed(1)}Z`;
+              base[i] += v;
+            });
+            node("path", { d, fill: q.color }, g);
+          }
+        } else if (p.kind === "dots") {
+          for (const q of p.series) for (const i of seen(q)) {
+            const c = node("circle", { cx: X(q.x[i]), cy: Y(q.y[i]), r: q.r || 3, fill: q.color, "fill-opacity": 0.75 }, g);
+            hover(c, q.tips ? q.tips[i] : `${q.name}: ${num(q.y[i])} ${p.unit}\nat ${num(q.x[i])} ${s.unit}`);
+          }
+        } else for (const q of p.series) {
+          let d = "";
+          q.x.forEach((v, i) => {
+            if (q.y[i] === null) return;
+            const y = Y(q.y[i]).toFixed(1);
+            d += q.width ? `${d ? "L" : "M"}${X(v).toFixed(1)} ${y}H${X(v + q.width).toFixed(1)}` : `${d ? "L" : "M"}${X(v).toFixed(1)} ${y}`;
+          });
+          node("path", { d, fill: "none", stroke: q.color, "stroke-width": 1.6 }, g);
+          if (!q.width && q.x.length < 80) q.x.forEach((v, i) => node("circle", { cx: X(v), cy: Y(q.y[i]), r: 2.4, fill: q.color }, g));
+        }
+        node("line", { x1: left, x2: W - right, y1: top + h, y2: top + h, class: "axis" }, svg);
+        if (p.kind !== "dots") {
+          const pad = node("rect", { x: left, y: top, width: W - left - right, height: h, fill: "transparent" }, svg);
+          hover(pad, ev => {
+            const box = svg.getBoundingClientRect(), v = view[0] + ((ev.clientX - box.left) / box.width * W - left) / (W - left - right) * (view[1] - view[0]);
+            const lines = p.series.map(q => {
+              let i = q.x.findIndex(x => x > v) - 1;
+              if (i === -2) i = q.x.length - 1;
+              if (i < 0) return "";
+              return `${q.name}: ${p.kind === "stack" ? (100 * q.y[i]).toFixed(1) + "%" : num(q.y[i]) + " " + p.unit}`;
+            });
+            return `${num(v)} ${s.unit}\n` + lines.filter(Boolean).join("\n");
+          });
+        }
+        top += h + gap;
+      });
+      xaxis(svg, left, W - right, top - gap, view[0], view[1], s.unit, 10);
+      let from = null, mark = null;
+      const at = ev => { const b = svg.getBoundingClientRect(); return Math.min(Math.max((ev.clientX - b.left) / b.width * W, left), W - right); };
+      const back = x => view[0] + (x - left) / (W - left - right) * (view[1] - view[0]);
+      svg.addEventListener("mousedown", ev => { from = at(ev); mark = node("rect", { x: from, y: 0, width: 0, height: top - gap, fill: "#0550ae", "fill-opacity": 0.12 }, svg); ev.preventDefault(); });
+      svg.addEventListener("mousemove", ev => { if (mark) { const x = at(ev); mark.setAttribute("x", Math.min(x, from)); mark.setAttribute("width", Math.abs(x - from)); } });
+      svg.addEventListener("mouseup", ev => {
+        if (!mark) return;
+        const x = at(ev), span = [back(Math.min(x, from)), back(Math.max(x, from))];
+        mark.remove(); mark = null;
+        if (Math.abs(x - from) > 5) { view = span; paint(); }
+      });
+      svg.addEventListener("dblclick", () => { view = full.slice(); paint(); });
+    };
+    paint();
+  },
+  // columns: labels and series of equal length, grouped
+  columns(fig, s) {
+    const W = fig.clientWidth || 1180, left = 74, right = 16, plot = 170, H = plot + 74;
+    legend(fig, s.series.map(q => [q.name, q.color]));
+    const svg = canvas(fig, W, H), hi = Math.max(...s.series.flatMap(q => q.y), 1e-9), slot = (W - left - right) / s.labels.length;
+    const log = s.log, Y = v => 14 + plot - (log ? Math.log10(1 + v) / Math.log10(1 + hi) : v / hi) * plot;
+    const marks = log ? [0, ...Array.from({ length: Math.ceil(Math.log10(1 + hi)) + 1 }, (_, i) => 10 ** i).filter(v => v <= hi)] : ticks(0, hi, 4);
+    for (const t of marks) {
+      node("line", { x1: left, x2: W - right, y1: Y(t), y2: Y(t), class: "grid" }, svg);
+      node("text", { x: left - 6, y: Y(t) + 4, "text-anchor": "end", class: "soft" }, svg, num(t));
+    }
+    node("line", { x1: left, x2: W - right, y1: plot + 14, y2: plot + 14, class: "axis" }, svg);
+    const every = Math.ceil(Math.max(...s.labels.map(l => l.length)) * 7.2 / slot);
+    s.labels.forEach((label, i) => {
+      const w = Math.min(60, slot * 0.84 / s.series.length);
+      s.series.forEach((q, k) => {
+        const x = left + i * slot + slot / 2 + (k - s.series.length / 2) * w, y = Y(q.y[i]);
+        const r = node("rect", { x, y, width: Math.max(1, w - 1), height: Math.max(0, plot + 14 - y), fill: q.color }, svg);
+        hover(r, `${label}\n${q.name}: ${num(q.y[i])} ${s.yunit || ""}` + (q.tips ? `\n${q.tips[i]}` : ""));
+      });
+      if (i % every === 0) node("text", { x: left + i * slot + slot / 2, y: plot + 31, "text-anchor": "middle" }, svg, label);
+    });
+    node("text", { x: W - right, y: plot + 50, "text-anchor": "end", class: "soft" }, svg, s.xunit || "");
+    node("text", { x: 4, y: 10, class: "soft" }, svg, (s.yunit || "") + (log ? ", log scale" : ""));
+  },
+  // ranks x time
+  heat(fig, s) {
+    const W = fig.clientWidth || 1180, left = 74, right = 20, cell = Math.max(4, Math.min(22, 400 / s.rows.length));
+    const H = s.rows.length * cell + 44, hi = Math.max(...s.values.flat(), 1e-9), n = s.values[0].length, w = (W - left - right) / n;
+    const svg = canvas(fig, W, H), every = Math.ceil(14 / cell);
+    s.rows.forEach((label, i) => {
+      if (i % every === 0) node("text", { x: left - 8, y: i * cell + cell / 2 + 4, "text-anchor": "end" }, svg, label);
+      s.values[i].forEach((v, k) => {
+        const f = Math.sqrt(v / hi), mix = (a, b) => Math.round(a + (b - a) * f);
+        node("rect", { x: left + k * w, y: i * cell, width: w + 0.4, height: cell - 0.6, fill: `rgb(${mix(240, 9)},${mix(244, 60)},${mix(248, 140)})` }, svg);
+      });
+      const pad = node("rect", { x: left, y: i * cell, width: W - left - right, height: cell, fill: "transparent" }, svg);
+      hover(pad, ev => {
+        const b = svg.getBoundingClientRect(), k = Math.floor(((ev.clientX - b.left) / b.width * W - left) / w);
+        return s.values[i][k] === undefined ? "" : `${label} at ${num(s.from + k * s.width)} s\n${num(s.values[i][k])} ${s.unit}`;
+      });
+    });
+    xaxis(svg, left, W - right, H - 38, s.from, s.from + n * s.width, "s");
+  },
+};
+for (const fig of document.querySelectorAll("figure[data-spec]")) {
+  const spec = JSON.parse(document.getElementById(fig.dataset.spec).textContent);
+  draw[spec.type](fig, spec);
+}
+for (const th of document.querySelectorAll("th")) th.addEventListener("click", () => {
+  const body = th.closest("table").tBodies[0], i = th.cellIndex, up = th.dataset.up = th.dataset.up === "1" ? "0" : "1";
+  const key = tr => { const v = tr.cells[i].dataset.v; return v === undefined ? tr.cells[i].textContent : v === "" ? -Infinity : +v; };
+  const rows = [...body.rows].sort((a, b) => { const x = key(a), y = key(b); return (x < y ? -1 : x > y ? 1 : 0) * (up === "1" ? 1 : -1); });
+  body.append(...rows);
+});

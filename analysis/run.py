@@ -1,0 +1,101 @@
+"""A run folder as read: the joined traces, the JSON files beside them, and notes on what is missing."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from analysis.events import skew
+from analysis.tables.gather import Joined, Map, gather, on_threads
+
+
+@dataclass
+class Run:
+    path: Path
+    joined: Joined
+    config: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    metrics: pl.DataFrame = field(default_factory=pl.DataFrame)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def home(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def begin_us(self) -> int:
+        return int(self.joined["time"]["ts"].min())  # type: ignore[arg-type]
+
+
+def open_run(path: str | Path, over: Map = on_threads) -> Run:
+    folder = Path(path)
+    run = Run(folder, gather(folder, over))
+    run.config = _json(run.home / "config.json", run.notes)
+    run.results = _json(run.home / "results.json", run.notes)
+    run.metrics = _lines(run.home / "metrics.jsonl", run.notes)
+    run.notes += _notes(run.joined, bool(run.config))
+    return run
+
+
+def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError):
+        notes.append(f"{path.name} is not JSON and was left out.")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lines(path: Path, notes: list[str]) -> pl.DataFrame:
+    """A killed run leaves half a last line."""
+    if not path.exists():
+        return pl.DataFrame()
+    rows, bad = [], 0
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            rows.append({k: v for k, v in row.items() if isinstance(v, int | float | str)})
+        except (ValueError, AttributeError):
+            bad += 1
+    if bad:
+        notes.append(f"{path.name}: {bad} lines could not be read.")
+    return pl.DataFrame(rows, infer_schema_length=None, strict=False) if rows else pl.DataFrame()
+
+
+def _notes(joined: Joined, ours: bool) -> list[str]:
+    notes = [process.lost + "." for process in joined.processes if process.lost]
+    shown = notes[:8] + ([f"{len(notes) - 8} more traces are incomplete."] if len(notes) > 8 else [])
+    there = {p.rank for p in joined.processes}
+    world = max((p.world_size for p in joined.processes), default=-1)
+    if lacking := sorted(set(range(world)) - there):
+        names = ", ".join(map(str, lacking[:10])) + ("..." if len(lacking) > 10 else "")
+        shown.append(
+            f"The run had {world} ranks; there is no trace of rank {names}. Sums and means are over the "
+            f"others."
+        )
+    empty = [p.path.name for p in joined.processes if p.events == 0]
+    if empty:
+        shown.append(
+            f"{len(empty)} traces hold no events: {', '.join(empty[:3])}{'...' if len(empty) > 3 else ''}."
+        )
+    if joined.calls == 0:
+        shown.append("No file calls were recorded: bytes and times of I/O are the application's own word.")
+    if not len(joined["steps"]):
+        shown.append("No training steps (category train, name step): what is said of steps is left out.")
+    if world < 0 and not ours:
+        shown.append("These traces do not name their ranks: each process counts as one rank.")
+    apart = skew(joined.processes)
+    if apart and len({p.host for p in joined.processes}) > 1:
+        told = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
+        shown.append(
+            f"The ranks' clocks were apart by {told}; times here are set right by the barrier at the start."
+        )
+    return shown

@@ -1,0 +1,90 @@
+"""What an event means: its kind (io, wait, communication, copy, compute) and, for a call, its operation.
+
+Names are the trainer's own, torchrec's markers, and those that DFTracer's users give by habit. What no
+rule knows has no kind: its time counts as "other", it is never guessed to be work.
+"""
+
+import re
+
+import polars as pl
+
+# When several are open at once on the main thread, the first of these has the time.
+KINDS = ("io", "wait", "communication", "copy", "compute")
+OTHER = "other"
+PHASES = ("startup", "train", "evaluate", "checkpoint", "preprocess", "run")
+CALLS = ("POSIX", "STDIO")  # intercepted calls; what MPI-IO and HDF5 do shows in these, so they are spans
+
+_EXCHANGE = (
+    r"wait\(\)", r"_wait\]", "all2all", "alltoall", r"_dist\b", r"_dist\]", "sparse_data_dist", "all_?gather",
+    "all_?reduce", "reduce_?scatter", "prefetch_embeddings_wait",
+)  # fmt: skip
+_MOVES = r".*(read|open|load|fetch|get_sample|write|save).*"
+_SPANS = [  # category, name, kind; the first that matches wins
+    (r"counter|clock|dftracer", r".*", None),
+    (r"data", r"wait", "wait"),
+    (r"data", r"read", "io"),
+    (r"data", r"assemble", "compute"),
+    (r"checkpoint", r"write|load|read", "io"),
+    (r"checkpoint", r"copy", "copy"),
+    (r"train", r"step", "compute"),
+    (r"train", r"report", "communication"),  # the loss is summed over the ranks
+    (r"eval", r"eval_step|auroc", "compute"),
+    (r"startup", r"process_group", "communication"),
+    (r"prep", r".*", "compute"),
+    (r"startup|train|eval|checkpoint", r".*", None),  # whole phases, not work
+    (r"torchrec", r"wait_for_batch|copy_batch_to_(gpu|device).*|.*h2d.*", "copy"),
+    (r"torchrec", r"next_batch|.*dataloader.*", None),  # data/wait inside says what of it is waiting
+    (r"torchrec", f".*({'|'.join(_EXCHANGE)}).*", "communication"),
+    (r"torchrec", r".*", "compute"),
+    # other people's traces: the categories of dftracer's own AI logging, of DLIO, of MPI-IO and HDF5
+    (r"mpiio|hdf5", r".*(read|write|open|close|sync).*", "io"),
+    (r"comm|communication|nccl|mpi", r".*", "communication"),
+    (r"device|transfer", r".*", "copy"),
+    (r"dataloader|data_loader", r"fetch.*|wait.*|next.*|yield.*", "wait"),
+    (r"reader|data|dataset|data_loader|dataloader|io|storage", _MOVES, "io"),
+    (r"compute|model|ai_framework|framework", r".*", "compute"),
+    (r".*", r"forward|backward|optimizer|compute|train_step|training_step", "compute"),
+]  # fmt: skip
+_RULES = [(re.compile(cat, re.I), re.compile(name, re.I), kind) for cat, name, kind in _SPANS]
+
+_OPS = [
+    (r"(p?read(64|v|v64)?|f?readv?|fread(_unlocked)?|fgets|fgetc|mpi_file_i?read.*|h5dread.*)", "read"),
+    (r"(p?write(64|v|v64)?|fwrite(_unlocked)?|fputs|fputc|fprintf|mpi_file_i?write.*|h5dwrite.*)", "write"),
+    (r"(open(at)?(64)?|creat(64)?|f(d)?open(64)?|freopen(64)?|mpi_file_open|h5fopen|h5fcreate)", "open"),
+    (r"(f?close|mpi_file_close|h5fclose)", "close"),
+    (r"(l?seek(64)?|_?llseek|fseek(o)?(64)?|rewind|ftell(o)?(64)?)", "seek"),
+    (r"(_+[fl]?xstat(at)?(64)?|[fl]?stat(at|fs|vfs|x)?(64)?|f?access(at)?|readlink(at)?)", "stat"),
+    (r"(f(data)?sync|msync|sync|fflush|sync_file_range)", "sync"),
+    (r"(mmap(64)?|munmap|mremap)", "map"),
+]  # fmt: skip
+_CALLS = [(re.compile(pattern, re.I), op) for pattern, op in _OPS]
+DATA_OPS = ("read", "write")
+
+
+def kind_of(cat: str, name: str) -> str | None:
+    """The kind of a span, or None for one that only groups others."""
+    if cat in CALLS:
+        return "io"
+    return next((kind for c, n, kind in _RULES if c.fullmatch(cat) and n.fullmatch(name)), None)
+
+
+def op_of(name: str) -> str:
+    """The operation of an intercepted call; what is none of the usual is "other"."""
+    return next((op for pattern, op in _CALLS if pattern.fullmatch(name)), OTHER)
+
+
+def span_op(cat: str, name: str) -> str | None:
+    """Whether a span of the application says how many bytes it read or wrote."""
+    if kind_of(cat, name) != "io" or cat in CALLS:
+        return None
+    return "write" if re.search(r"writ|save|dump", name, re.I) else "read"
+
+
+def legend(events: pl.DataFrame) -> pl.DataFrame:
+    """cat, name -> kind, op: each distinct pair is looked at once, however many events there are."""
+    pairs = events.select(pl.col("cat", "name").cast(pl.String)).unique().sort("cat", "name")
+    rows = list(pairs.iter_rows())
+    return pairs.with_columns(
+        pl.Series("kind", [kind_of(cat, name) for cat, name in rows], pl.String),
+        pl.Series("op", [op_of(n) if c in CALLS else span_op(c, n) for c, n in rows], pl.String),
+    )

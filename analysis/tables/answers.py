@@ -1,0 +1,126 @@
+"""The joined tables of a run -> the tables that people read: seconds, bytes, a row per thing asked about.
+
+Time as a whole and I/O; progress.py has what goes step by step.
+"""
+
+import polars as pl
+
+from analysis.stages import DATA_OPS, KINDS
+from analysis.tables.calls import with_us
+from analysis.tables.gather import Joined
+from analysis.tables.times import MEASURES
+
+S = 1e6
+WHOLE_PHASES = ("startup", "evaluate", "checkpoint", "preprocess", "other")
+PARTS = ("startup", *reversed(KINDS), "rest", "evaluate", "checkpoint", "preprocess", "other")
+
+
+def in_seconds(*names: str) -> list[pl.Expr]:
+    return [(pl.col(name) / S).alias(name.removesuffix("_us") + "_s") for name in names]
+
+
+def counted(*names: str) -> list[pl.Expr]:
+    return [pl.col(name).sum().cast(pl.Int64) for name in names]
+
+
+SECONDS = pl.col("us").sum().truediv(S).alias("seconds")
+
+
+def phases(j: Joined) -> pl.DataFrame:
+    """Per rank and phase: seconds of wall clock, by kind, and of I/O hidden and bare."""
+    sums = j["time"].group_by("rank", "phase").agg(pl.col("ts").min(), pl.col(*MEASURES).sum())
+    return sums.sort("rank", "ts").select("rank", "phase", *in_seconds(*MEASURES))
+
+
+def epochs(j: Joined) -> pl.DataFrame:
+    """The same for each epoch of the training, all ranks added up."""
+    train = j["time"].filter(pl.col("phase") == "train")
+    return (
+        train.group_by("epoch")
+        .agg(pl.col(*MEASURES).sum())
+        .sort("epoch")
+        .select("epoch", *in_seconds(*MEASURES))
+    )
+
+
+def breakdown(j: Joined) -> pl.DataFrame:
+    """Where each rank's wall time went: the phases that are not training whole, the training by kind."""
+    table = phases(j)
+    kinds = [pl.col(f"{kind}_s").sum().alias(kind) for kind in KINDS] + [
+        pl.col("other_s").sum().alias("rest")
+    ]
+    work = table.filter(pl.col("phase").is_in(["train", "run"])).group_by("rank").agg(kinds)
+    whole = [pl.col("wall_s").filter(pl.col("phase") == phase).sum().alias(phase) for phase in WHOLE_PHASES]
+    found = table.group_by("rank").agg(pl.col("wall_s").sum().alias("wall"), *whole)
+    found = found.join(work, on="rank", how="left").sort("rank")
+    return found.select("rank", "wall", *(pl.col(name).fill_null(0.0) for name in PARTS))
+
+
+def volume(j: Joined, *by: str) -> pl.DataFrame:
+    """Operations, bytes and seconds of reads and writes, and how fast one operation moves its bytes."""
+    data = j["ops"].filter(pl.col("op").is_in(DATA_OPS))
+    if "host" in by:
+        names = {p.rank: p.host or "?" for p in j.processes}
+        host = pl.col("rank").replace_strict(names, default="?", return_dtype=pl.String)
+        data = data.with_columns(host.alias("host"))
+    found = data.group_by(*by, "op").agg(
+        *counted("count", "bytes"), SECONDS, *counted("sequential", "random", "failed")
+    )
+    rate = pl.when(pl.col("seconds") > 0).then(pl.col("bytes") / pl.col("seconds") / 1e6).alias("MB_per_s")
+    mean = (pl.col("bytes") / pl.col("count")).alias("mean_bytes")
+    return found.with_columns(rate, mean).sort("bytes", *by, descending=[True] + [False] * len(by))
+
+
+def operations(j: Joined) -> pl.DataFrame:
+    """Every operation: how often, how long in all, at the median and the 99th percentile."""
+    total = j["ops"].group_by("layer", "op").agg(
+        *counted("count", "bytes", "failed"), SECONDS, pl.col("max_us").max()
+    )  # fmt: skip
+    found = total.join(percentiles(j["latencies"], "layer", "op"), on=["layer", "op"], how="left")
+    return found.sort("seconds", descending=True)
+
+
+def percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
+    """p50, p90, p99 of latencies in us, from counts per bucket: exact below 256 us, else within 1%."""
+    counts = latencies.group_by(*by, "bucket").agg(counted("count")).sort(*by, "bucket")
+    counts = with_us(counts).with_columns(
+        pl.col("count").cum_sum().over(by).alias("upto"), pl.col("count").sum().over(by).alias("all")
+    )
+    return counts.group_by(*by).agg(
+        pl.col("us").filter(pl.col("upto") >= pl.col("all") * q).min().alias(f"p{int(q * 100)}_us")
+        for q in (0.5, 0.9, 0.99)
+    )
+
+
+def sizes(j: Joined, *by: str) -> pl.DataFrame:
+    """Requests by size: `bytes_from` is the power of two that a size begins with; 0 for nothing moved."""
+    low = pl.when(pl.col("bucket") < 0).then(0).otherwise(2 ** pl.col("bucket").cast(pl.Int64).clip(0))
+    found = j["sizes"].group_by(*by, "op", "bucket").agg(*counted("count", "bytes"), SECONDS)
+    return found.with_columns(low.alias("bytes_from")).sort(*by, "op", "bucket")
+
+
+def slowest(j: Joined, n: int = 40) -> pl.DataFrame:
+    at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
+    found = j["slowest"].sort("dur", "ts", descending=[True, False]).head(n)
+    return found.select("rank", "phase", "name", "file", "size", "dur", at, "tid", "ts")
+
+
+def amplification(j: Joined) -> pl.DataFrame:
+    """What the application says it read or wrote of a file, and what the calls moved after start-up."""
+    calls = j["ops"].filter(
+        (pl.col("layer") == "calls") & pl.col("op").is_in(DATA_OPS) & (pl.col("phase") != "startup")
+    )
+    moved = calls.group_by("op", "file").agg(pl.col("bytes").sum().alias("moved"), pl.col("us").sum())
+    asked = j["claims"].group_by("op", "file").agg(pl.col("bytes").sum().alias("asked"))
+    both = moved.join(asked.filter(pl.col("asked") > 0), on=["op", "file"])
+    return both.with_columns((pl.col("moved") / pl.col("asked")).alias("times")).sort(
+        "moved", descending=True
+    )
+
+
+def spans(j: Joined) -> pl.DataFrame:
+    """Every span by name: sums over all ranks, the middle rank's median, the worst rank's 99th percentile."""
+    found = j["spans"].group_by("cat", "name", "kind").agg(
+        *counted("count", "us", "bytes"), pl.col("p50_us").median(), pl.col("p99_us", "max_us").max()
+    )  # fmt: skip
+    return found.sort("us", descending=True)

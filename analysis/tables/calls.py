@@ -1,0 +1,204 @@
+"""What one rank asked of the storage: operations, sizes, latencies, order of access, rates over time.
+
+Rows come in two layers: "calls" are intercepted calls; "spans" is what the application says it read or wrote
+and no call shows, as with a mapped file. A file is in one of them, so the layers can be added up.
+"""
+
+import numpy as np
+import polars as pl
+from numba import njit
+
+from analysis.stages import DATA_OPS
+from analysis.tables.read import Events
+from analysis.tables.times import Windows
+
+SLOWEST = 40
+_NONE, _SEQUENTIAL, _RANDOM = 0, 1, 2
+_OPEN, _SEEK, _DATA, _ELSE = 0, 1, 2, 3
+FINE = 256  # latencies below this many us are counted one by one, above in 128 parts of each octave
+
+
+def latency_bucket(dur: np.ndarray) -> np.ndarray:
+    """Exact below FINE us, then buckets less than 1% wide: percentiles of many ranks can be added up."""
+    bits = np.frexp(np.maximum(dur, 1).astype(np.float64))[1].astype(np.int64)  # bit length
+    shift = np.maximum(bits - 8, 0)
+    return np.where(dur < FINE, dur, shift * 128 + (dur >> shift))
+
+
+def bucket_us(bucket: np.ndarray) -> np.ndarray:
+    """The middle of a bucket of `latency_bucket`, in us."""
+    shift = np.maximum(bucket // 128 - 1, 0)
+    low = np.where(bucket < FINE, bucket, (bucket - shift * 128) << shift)
+    return low + np.where(bucket < FINE, 0, ((1 << shift) - 1) / 2)
+
+
+def with_us(latencies: pl.DataFrame) -> pl.DataFrame:
+    return latencies.with_columns(pl.Series("us", bucket_us(latencies["bucket"].to_numpy()), pl.Float64))
+
+
+def size_bucket(size: np.ndarray) -> np.ndarray:
+    """n for sizes from 2^n to 2^(n+1) - 1; -1 for nothing."""
+    return np.frexp(size.astype(np.float64))[1].astype(np.int64) - 1
+
+
+def io(events: Events, cuts: Windows) -> dict[str, pl.DataFrame]:
+    """Tables ops, extents, claims, sizes, latencies, rates, slowest."""
+    order, extents = follow(events.calls)
+    calls = events.calls.with_columns(pl.Series("order", order, pl.UInt8), pl.lit("calls").alias("layer"))
+    told = events.spans.filter(pl.col("op").is_not_null() & pl.col("bytes").is_not_null())
+    spans = unseen(told, calls).select(
+        *(name for name in calls.columns if name in events.spans.columns),
+        pl.col("bytes").alias("size"),
+        pl.lit(None, pl.Int64).alias("offset"),
+        pl.lit(False).alias("failed"),
+        pl.lit(0, pl.UInt8).alias("order"),
+        pl.lit("spans").alias("layer"),
+    )
+    layers = [frame.select(calls.columns) for frame in (calls, spans) if len(frame)]
+    tables = [_one_layer(_placed(frame, cuts), frame["layer"][0], cuts) for frame in layers]
+    if not tables:
+        tables = [_one_layer(_placed(calls, cuts), "calls", cuts)]
+    rank = pl.lit(events.rank, pl.Int32).alias("rank")
+    joined = {name: pl.concat([t[name] for t in tables]).select(rank, pl.all()) for name in tables[0]}
+    joined["claims"] = claims(told).select(rank, pl.all())
+    joined["extents"] = extents.select(rank, pl.all())
+    return joined
+
+
+def unseen(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
+    """What the application says it read or wrote and no call shows: mapped files, calls not intercepted."""
+    seen = calls.filter(pl.col("size") > 0).select("op", "file").unique()
+    return told.join(seen, on=["op", "file"], how="anti", nulls_equal=True)
+
+
+def claims(told: pl.DataFrame) -> pl.DataFrame:
+    """Bytes per file by the application's own word, to hold against the calls."""
+    return told.group_by("op", "file").agg(
+        pl.len().alias("count"), pl.col("bytes").sum(), pl.col("dur").sum()
+    )
+
+
+def _placed(frame: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
+    return frame.with_columns(pl.Series("piece", cuts.of(frame["ts"].to_numpy()), pl.Int32))
+
+
+def _one_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.DataFrame]:
+    pieces = pl.DataFrame(
+        {"piece": range(len(cuts.phase)), "phase": cuts.phase, "epoch": cuts.epoch},
+        schema={"piece": pl.Int32, "phase": pl.String, "epoch": pl.Int64},
+    )
+    name = pl.lit(layer).alias("layer")
+    ops = (
+        frame.group_by("piece", "cat", "name", "op", "file")
+        .agg(
+            pl.len().alias("count"),
+            pl.when(pl.col("op").cast(pl.String).is_in(DATA_OPS)).then("size").sum().alias("bytes"),
+            pl.col("dur").sum().alias("us"),
+            pl.col("dur").max().alias("max_us"),
+            pl.col("failed").sum(),
+            (pl.col("order") == _SEQUENTIAL).sum().alias("sequential"),
+            (pl.col("order") == _RANDOM).sum().alias("random"),
+        )
+        .join(pieces, on="piece", how="left")
+        .group_by("phase", "epoch", "cat", "name", "op", "file")
+        .agg(pl.col("count", "bytes", "us", "failed", "sequential", "random").sum(), pl.col("max_us").max())
+    )
+    data = frame.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS))
+    sizes = (
+        data.select("piece", "op", "size", "dur",
+                    pl.Series("bucket", size_bucket(data["size"].to_numpy()), pl.Int32))
+        .group_by("piece", "op", "bucket")
+        .agg(pl.len().alias("count"), pl.col("size").sum().alias("bytes"), pl.col("dur").sum().alias("us"))
+        .join(pieces, on="piece", how="left")
+        .group_by("phase", "op", "bucket").agg(pl.col("count", "bytes", "us").sum())
+    )  # fmt: skip
+    latencies = (
+        frame.select("piece", "op", pl.Series("bucket", latency_bucket(frame["dur"].to_numpy()), pl.Int64))
+        .group_by("piece", "op", "bucket").agg(pl.len().alias("count"))
+        .join(pieces, on="piece", how="left")
+        .group_by("phase", "op", "bucket").agg(pl.col("count").sum())
+    )  # fmt: skip
+    slowest = frame.top_k(SLOWEST, by="dur").join(pieces, on="piece", how="left")
+    return {
+        "ops": ops.select(name, pl.all()),
+        "sizes": sizes.select(name, pl.all()),
+        "latencies": latencies.select(name, pl.all()),
+        "rates": rates(data, cuts).select(name, pl.all()),
+        "slowest": slowest.select(
+            name, "phase", "pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size"
+        ),
+    }
+
+
+def rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
+    """Bytes and operations per stretch of time; a long operation's bytes are spread over its time."""
+    width = cuts.bin_us
+    first = int(cuts.starts[0] // width)
+    n = int(cuts.ends[-1] // width) - first + 1
+    found = []
+    for op in DATA_OPS:
+        rows = data.filter(pl.col("op") == op)
+        moved, count = np.zeros(n), np.zeros(n, np.int64)
+        ts, dur, size = (rows[c].to_numpy() for c in ("ts", "dur", "size"))
+        _spread(ts, dur, size, first, width, moved, count)
+        found.append(pl.DataFrame({"bin": np.arange(first, first + n), "bytes": moved, "count": count})
+                     .select(pl.lit(op).alias("op"), pl.lit(width, pl.Int64).alias("width_us"), pl.all())
+                     .filter((pl.col("bytes") > 0) | (pl.col("count") > 0)))  # fmt: skip
+    return pl.concat(found)
+
+
+def follow(calls: pl.DataFrame) -> tuple[np.ndarray, pl.DataFrame]:
+    """For each call whether it began where the last one of its thread on the file ended; and how far into
+    each file the calls reached, which is what a trace knows of a file's size."""
+    group, kind, groups = _groups(calls)
+    order, reach = np.zeros(len(calls), np.uint8), np.zeros(groups, np.int64)
+    offset, size = (calls[name].fill_null(-1).to_numpy() for name in ("offset", "size"))
+    _follow(group, kind, offset, size, np.full(groups, -1), np.full(groups, -1), reach, order)
+    far = calls.select("file", pl.Series("reach", reach[group], pl.Int64))
+    far = far.filter(pl.col("file").is_not_null() & (pl.col("reach") > 0))
+    return order, far.group_by("file").agg(pl.col("reach").max())
+
+
+def _groups(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
+    """A number per (thread, file), and what the call means for the position in the file."""
+    threads = calls["tid"].unique().sort().to_numpy()
+    files = calls["file"].to_physical().fill_null(0).to_numpy().astype(np.int64)
+    group = files * max(1, len(threads)) + np.searchsorted(threads, calls["tid"].to_numpy())
+    named = calls["file"].is_not_null().to_numpy()
+    meaning = {"open": _OPEN, "seek": _SEEK, "read": _DATA, "write": _DATA}
+    kind = (
+        calls["op"].cast(pl.String).replace_strict(meaning, default=_ELSE, return_dtype=pl.UInt8).to_numpy()
+    )
+    return group, np.where(named, kind, _ELSE), int(group.max()) + 1 if len(group) else 0
+
+
+@njit(cache=True, nogil=True)
+def _follow(group, kind, offset, size, position, end, reach, order):
+    for i in range(len(group)):
+        g = group[i]
+        if kind[i] == _OPEN:
+            position[g] = 0
+        elif kind[i] == _SEEK:
+            position[g] = size[i]
+        elif kind[i] == _DATA and size[i] > 0:
+            start = offset[i] if offset[i] >= 0 else position[g]
+            if start >= 0:
+                order[i] = _SEQUENTIAL if end[g] < 0 or start == end[g] else _RANDOM
+                end[g] = start + size[i]
+                reach[g] = max(reach[g], end[g])
+                if offset[i] < 0:
+                    position[g] = end[g]
+
+
+@njit(cache=True, nogil=True)
+def _spread(ts, dur, size, first, width, moved, count):
+    for i in range(len(ts)):
+        a, b = ts[i], ts[i] + dur[i]
+        one, last = a // width - first, b // width - first
+        count[one] += 1
+        if one == last:
+            moved[one] += size[i]
+            continue
+        for k in range(one, last + 1):
+            low, high = max(a, (k + first) * width), min(b, (k + 1 + first) * width)
+            moved[k] += size[i] * (high - low) / dur[i]

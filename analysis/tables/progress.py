@@ -1,0 +1,146 @@
+"""The joined tables of a run, step by step and moment by moment: steps, ranks, start-up, timeline."""
+
+import polars as pl
+
+from analysis.stages import DATA_OPS, KINDS
+from analysis.tables.answers import S, in_seconds
+from analysis.tables.gather import Joined
+from analysis.tables.times import MEASURES
+
+KIND_US = [f"{kind}_us" for kind in (*KINDS, "other")]
+OWN = (pl.col("wall_us") - pl.col("communication_us")).alias("own_us")  # a step without what waits for others
+
+
+def steps(j: Joined) -> pl.DataFrame:
+    """One row per step: how long on the slowest rank and on average, where its time went, who was last."""
+    found = j["steps"].with_columns(OWN).group_by("epoch", "step").agg(
+        pl.col("ts").min(), pl.len().alias("ranks"),
+        pl.col("wall_us").max(), pl.col("wall_us").mean().alias("mean_us"),
+        pl.col("rank").sort_by("own_us", "rank").last().alias("slowest_rank"),
+        pl.col("own_us").max(), pl.col("own_us").mean().alias("own_mean_us"),
+        pl.col(*KIND_US, "io_all_us", "io_bare_us").mean(),
+    )  # fmt: skip
+    return found.sort("ts")
+
+
+def step_ranges(j: Joined, ranges: int = 20) -> pl.DataFrame:
+    """The training in ranges of steps: the same measures as of an epoch."""
+    table = j["steps"].filter(pl.col("step").is_not_null())
+    if not len(table):
+        return table.select("step")
+    low, high = (int(edge) for edge in (table["step"].to_numpy().min(), table["step"].to_numpy().max()))
+    width = max(1, -(-(high - low + 1) // ranges))
+    first = (low + (pl.col("step") - low) // width * width).alias("from_step")
+    found = table.group_by(first).agg(pl.len().alias("steps"), pl.col(*MEASURES).sum()).sort("from_step")
+    return found.select("from_step", "steps", *in_seconds(*MEASURES))
+
+
+def outliers(j: Joined, times: float = 2.0, n: int = 40) -> pl.DataFrame:
+    """Steps longer than `times` the median of their run, and what took the extra time."""
+    usual = j["steps"].select(pl.col("wall_us", *KIND_US).median()).row(0, named=True)
+    late = j["steps"].filter(pl.col("wall_us") > times * (usual["wall_us"] or 0))
+    kind = pl.Series("kind", [name.removesuffix("_us") for name in KIND_US])
+    extra = [late[name].to_numpy() - (usual[name] or 0) for name in KIND_US]
+    most = pl.DataFrame(extra, schema=KIND_US).select(pl.concat_list(KIND_US).list.arg_max()).to_series()
+    late = late.with_columns(
+        kind.gather(most.cast(pl.UInt32)).alias("why"),
+        (pl.col("wall_us") - usual["wall_us"]).cast(pl.Int64).alias("excess_us"),
+    )
+    return late.sort("wall_us", descending=True).head(n)
+
+
+def ranks(j: Joined) -> pl.DataFrame:
+    """Skew: each rank's own work in its steps (all but communication), against the others."""
+    table = j["steps"].with_columns(OWN).group_by("rank").agg(
+        pl.len().alias("steps"),
+        *(pl.col(c).sum() for c in ("wall_us", *KIND_US)),
+        pl.col("own_us").median(),
+    )  # fmt: skip
+    middle = table["own_us"].median()
+    return table.sort("rank").select(
+        "rank", "steps", *in_seconds("wall_us", *KIND_US), (pl.col("own_us") / 1e3).alias("own_ms"),
+        (pl.col("own_us") / middle).alias("of_median"),
+    )  # fmt: skip
+
+
+def startup(j: Joined) -> pl.DataFrame:
+    """From the first event to the end of the first step, in parts; `between` is what no span covers."""
+    rows: list[tuple[int, str, float | None, float]] = []
+    for (rank,), own in j["steps"].sort("ts").group_by("rank", maintain_order=True):
+        first = own.row(0, named=True)
+        begin = int(j["time"].filter(pl.col("rank") == rank)["ts"].to_numpy().min())
+        end = first["ts"] + first["wall_us"]
+        marks = j["marks"].filter(
+            (pl.col("rank") == rank) & (pl.col("cat") == "startup") & (pl.col("ts") < first["ts"])
+        )
+        parts = [(m["name"], m["ts"], m["dur"]) for m in marks.sort("ts").iter_rows(named=True)]
+        parts.append(("first step", first["ts"], first["wall_us"]))
+        rows += [(first["rank"], name, (ts - begin) / S, dur / S) for name, ts, dur in parts]
+        between = end - begin - sum(dur for _, _, dur in parts)
+        rows.append((first["rank"], "between", None, max(0, between) / S))
+    schema = {"rank": pl.Int32, "part": pl.String, "at_s": pl.Float64, "seconds": pl.Float64}
+    return pl.DataFrame(rows, schema=schema, orient="row").sort("rank", "at_s", nulls_last=True)
+
+
+def checkpoints(j: Joined) -> pl.DataFrame:
+    at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
+    rate = pl.when(pl.col("dur") > 0).then(pl.col("bytes") / pl.col("dur")).alias("MB_per_s")
+    found = j["marks"].filter(pl.col("cat") == "checkpoint").sort("ts")
+    return found.select(
+        "rank", "name", "step", at, (pl.col("dur") / S).alias("seconds"), "bytes", rate, "file"
+    )
+
+
+def preprocessing(j: Joined) -> pl.DataFrame:
+    found = j["marks"].filter(pl.col("cat") == "prep").group_by("name").agg(
+        pl.len().alias("count"), pl.col("ts").min(), pl.col("dur").sum(), pl.col("bytes").sum(),
+        (pl.col("ts") + pl.col("dur")).max().alias("end"),
+    )  # fmt: skip
+    elapsed = pl.col("end") - pl.col("ts")
+    return found.sort("ts").select(
+        "name", "count", (elapsed / S).alias("elapsed_s"), (pl.col("dur") / S).alias("work_s"), "bytes",
+        pl.when(elapsed > 0).then(pl.col("bytes") / elapsed).alias("MB_per_s"),
+    )  # fmt: skip
+
+
+def timeline(j: Joined) -> pl.DataFrame:
+    """Per stretch of time: share of the ranks' time by kind, and MB/s read and written, all ranks."""
+    busy = j["busy"]
+    width = int(busy["width_us"].to_numpy().max())
+    table = busy.group_by("bin").agg(pl.col("wall_us", *KIND_US).sum()).filter(pl.col("wall_us") > 0)
+    shares = [(pl.col(k) / pl.col("wall_us")).alias(k.removesuffix("_us")) for k in KIND_US]
+    table = table.select("bin", *shares)
+    for op in DATA_OPS:
+        moved = j["rates"].filter(pl.col("op") == op).group_by("bin")
+        rate = moved.agg((pl.col("bytes").sum() / width).alias(f"{op}_MB_per_s"))  # B/us is MB/s
+        table = table.join(rate, on="bin", how="left")
+    at = ((pl.col("bin") * width - j["time"]["ts"].min()) / S).alias("at_s")
+    return table.fill_null(0.0).sort("bin").select(at, pl.lit(width / S).alias("width_s"), pl.exclude("bin"))
+
+
+def curves(j: Joined, metrics: pl.DataFrame) -> pl.DataFrame:
+    """Loss, samples/s, AUROC on the run's clock: metrics.jsonl, and of the trace's counters what it lacks."""
+    begin = int(j["time"]["ts"].to_numpy().min())
+    lacking = [
+        pl.lit(None, dtype).alias(name)
+        for name, dtype in {"step": pl.Int64, "split": pl.String, "time": pl.Float64}.items()
+        if name not in metrics.columns
+    ]
+    told = metrics.with_columns(lacking) if len(metrics) else pl.DataFrame()
+    rows, have = [], []
+    for name in ("loss", "samples_per_second", "auroc", "lr"):
+        if name in told.columns and told["time"].dtype.is_numeric():
+            found = told.filter(pl.col(name).is_not_null() & pl.col("time").is_not_null())
+            rows.append(
+                found.select(
+                    pl.lit(name).alias("name"), (pl.col("time") - begin / S).alias("at_s"),
+                    pl.col("step").cast(pl.Int64, strict=False),
+                    pl.col(name).cast(pl.Float64, strict=False).alias("value"),
+                    pl.col("split").cast(pl.String),
+                )
+            )  # fmt: skip
+            have.append(name)
+    counted = j["curves"].filter(~pl.col("name").is_in(have) & (pl.col("rank") == pl.col("rank").min()))
+    at = ((pl.col("ts") - begin) / S).alias("at_s")
+    rows.append(counted.select("name", at, "step", "value", pl.lit(None, pl.String).alias("split")))
+    return pl.concat(rows).sort("name", "at_s")

@@ -1,0 +1,99 @@
+"""The trace files of one rank -> two lean tables: intercepted calls, and everything else."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from analysis.columns import frame
+from analysis.events import Process, Reader
+from analysis.scan import Block
+from analysis.stages import CALLS, legend
+from analysis.strings import Strings
+
+_COLUMNS = (
+    "pid", "tid", "cat", "name", "ts", "dur", "file", "offset", "ret", "bytes",
+    "epoch", "step", "batch", "value", "split",
+)  # fmt: skip
+CALL = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed")
+SPAN = (
+    "pid", "tid", "cat", "name", "kind", "op", "ts", "dur", "file", "bytes",
+    "epoch", "step", "batch", "value", "split",
+)  # fmt: skip
+
+
+@dataclass
+class Events:
+    """All events of one rank, times on the run's common clock."""
+
+    rank: int
+    processes: list[Process]
+    calls: pl.DataFrame
+    spans: pl.DataFrame
+    paths: dict[str, str] = field(default_factory=dict)  # file hash -> path, for the ranks that lack it
+
+
+def head(path: Path) -> Process:
+    """Who wrote a trace, from its first block only: rank, host, barrier at the start."""
+    reader = Reader(path, Strings())
+    for _ in reader:
+        if reader.process.rank >= 0:
+            break
+    return reader.process
+
+
+def read_rank(rank: int, files: Iterable[Path], shift: int = 0) -> Events:
+    calls, spans, found = [], [], []
+    strings, paths = Strings(), {}
+    for path in files:
+        reader = Reader(path, strings, paths)
+        found.append(reader.process)
+        for block in reader:
+            one, other = _split(block, reader, shift)
+            calls.append(one)
+            spans.append(other)
+    known = {strings.text(given): strings.text(path) for given, path in paths.items()}
+    return Events(
+        rank,
+        found,
+        _resolved(pl.concat(calls, rechunk=False) if calls else _empty(CALL), known),
+        _resolved(pl.concat(spans) if spans else _empty(SPAN), known),
+        known,
+    )
+
+
+def _resolved(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
+    """A forked process does not write its parent's hashes again, and its file may have been read first."""
+    texts = events["file"].unique().cast(pl.String)
+    if not any(text in known for text in texts):
+        return events
+    return events.with_columns(pl.col("file").cast(pl.String).replace(known).cast(pl.Categorical))
+
+
+def _split(block: Block, reader: Reader, shift: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    events = frame(block, reader.strings, reader.paths, 0, _COLUMNS)
+    meaning = legend(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
+    events = events.join(
+        meaning.with_columns(pl.col("kind", "op").cast(pl.Categorical)),
+        on=["cat", "name"], how="left", maintain_order="left",
+    )  # fmt: skip
+    events = events.with_columns(
+        pl.col("ts") + shift, pl.col("tid").cast(pl.UInt32), pl.col("pid").cast(pl.UInt32)
+    )
+    is_call = pl.col("cat").cast(pl.String).is_in(CALLS)
+    data = pl.col("op").cast(pl.String).is_in(["read", "write"])
+    # STDIO reports items, not bytes, in some calls: what the call returned is what it moved
+    size = pl.when(data).then(pl.coalesce("ret", "bytes", pl.lit(0)).clip(0))
+    size = size.when(pl.col("op") == "seek").then(pl.col("ret"))
+    calls = events.filter(is_call).with_columns(
+        size.alias("size"), (pl.col("ret") < 0).fill_null(False).alias("failed")
+    )
+    return calls.select(CALL), events.filter(~is_call).select(SPAN)
+
+
+def _empty(columns: Iterable[str]) -> pl.DataFrame:
+    types = dict.fromkeys(("cat", "name", "op", "kind", "file", "split"), pl.Categorical)
+    types |= dict.fromkeys(("pid", "tid"), pl.UInt32)
+    types |= {"failed": pl.Boolean, "value": pl.Float64}
+    return pl.DataFrame(schema={name: types.get(name, pl.Int64) for name in columns})

@@ -1,0 +1,207 @@
+"""Where one rank's time went: phases of the run, kinds of the main thread's time, steps; exact, in us.
+
+Only unions of stretches are ever built. How much of a union lies before given moments answers the rest:
+what is in A but not in B is |A or B| - |B|, what is in both is |A| + |B| - |A or B|.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from analysis.intervals import Stretches, difference, union
+from analysis.stages import KINDS
+from analysis.tables.read import Events
+
+MEASURES = (
+    "wall_us", *(f"{kind}_us" for kind in KINDS), "other_us",
+    "io_all_us", "io_behind_compute_us", "io_behind_communication_us", "io_bare_us",
+)  # fmt: skip
+BINS = 600  # stretches of the timeline, at most, of one rank
+KEPT_CATS = ("startup", "eval", "checkpoint", "prep")
+
+
+@dataclass
+class Windows:
+    """The run of one rank cut into phases: pieces without overlap, in order, that cover all of it."""
+
+    phase: list[str]
+    epoch: list[int | None]
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def bin_us(self) -> int:
+        """How long a bin of the timeline is: a power of two, so that coarser ranks' bins hold finer ones."""
+        span = max(1, int(self.ends[-1] - self.starts[0]))
+        return 1 << max(0, math.ceil(math.log2(span / BINS)))
+
+    def of(self, ts: np.ndarray) -> np.ndarray:
+        """The number of the piece that each moment is in."""
+        return np.clip(np.searchsorted(self.starts, ts, side="right") - 1, 0, len(self.starts) - 1)
+
+
+def stretches(spans: pl.DataFrame) -> Stretches:
+    return union(spans["ts"].to_numpy(), (spans["ts"] + spans["dur"]).to_numpy())
+
+
+def covered(of: Stretches, moments: np.ndarray) -> np.ndarray:
+    """How much of a union lies before each moment."""
+    starts, ends = of
+    if not len(starts):
+        return np.zeros(len(moments), np.int64)
+    sums = np.concatenate([[0], np.cumsum(ends - starts)])
+    number = np.searchsorted(starts, moments, side="right")
+    overhang = np.maximum(0, ends[np.maximum(number - 1, 0)] - moments)
+    return sums[number] - np.where(number > 0, overhang, 0)
+
+
+def main_thread(events: Events) -> tuple[int, int]:
+    """pid, tid of the thread that trains: the one with the steps, else the busiest first thread."""
+    spans = events.spans
+    for chosen in (
+        spans.filter((pl.col("cat") == "train") & (pl.col("name") == "step")),
+        spans.filter((pl.col("dur") > 0) & (pl.col("pid") == pl.col("tid"))),
+        spans.filter(pl.col("dur") > 0),
+        events.calls,
+    ):
+        if len(chosen):
+            top = chosen.group_by("pid", "tid").agg(pl.col("dur").sum()).sort("dur", "tid", descending=True)
+            return int(top["pid"][0]), int(top["tid"][0])
+    return events.processes[0].pid, events.processes[0].pid
+
+
+def bounds(events: Events) -> tuple[int, int]:
+    both = [frame for frame in (events.calls, events.spans) if len(frame)]
+    return (
+        min(int(f["ts"].to_numpy().min()) for f in both),
+        max(int((f["ts"] + f["dur"]).to_numpy().max()) for f in both),
+    )
+
+
+def windows(events: Events, main: pl.DataFrame) -> Windows:
+    first, last = bounds(events)
+    of = {
+        cat: main.filter(pl.col("cat") == cat) for cat in ("train", "eval", "checkpoint", "prep", "startup")
+    }
+    pieces: list[tuple[str, int | None, Stretches]] = []
+    taken = stretches(of["checkpoint"])
+    pieces.append(("checkpoint", None, taken))
+
+    def add(phase: str, epoch: int | None, found: Stretches) -> None:
+        nonlocal taken
+        pieces.append((phase, epoch, difference(found, taken)))
+        taken = _or(taken, found)
+
+    add("evaluate", None, stretches(of["eval"]))
+    work = of["train"].filter(pl.col("name").is_in(["epoch", "step"]))
+    for (epoch,), spans in sorted(work.group_by("epoch"), key=lambda item: item[0][0] or 0):
+        # a killed run has steps of an epoch but no span of the epoch itself
+        ends = (spans["ts"] + spans["dur"]).to_numpy()
+        add("train", epoch, (spans["ts"].to_numpy().min(keepdims=True), ends.max(keepdims=True)))
+    begun = [int(f["ts"].to_numpy().min()) for f in (of["eval"], work) if len(f)]
+    if begun or len(of["startup"]):
+        until = min(begun) if begun else last
+        add("startup", None, (np.array([first]), np.array([until])))
+    whole = np.array([first]), np.array([last])
+    known = any(len(found[0]) for _, _, found in pieces)
+    add("preprocess" if len(of["prep"]) else "other" if known else "run", None, whole)
+    return _in_order(pieces, first, last)
+
+
+def _in_order(pieces: list[tuple[str, int | None, Stretches]], first: int, last: int) -> Windows:
+    rows = [(int(a), int(b), phase, epoch) for phase, epoch, (starts, ends) in pieces
+            for a, b in zip(starts, ends, strict=True)] or [(first, last, "run", None)]  # fmt: skip
+    rows.sort()
+    starts, ends, phases, epochs = zip(*rows, strict=True)
+    return Windows(list(phases), list(epochs), np.array(starts), np.array(ends))
+
+
+def _or(one: Stretches, two: Stretches) -> Stretches:
+    return union(np.concatenate([one[0], two[0]]), np.concatenate([one[1], two[1]]))
+
+
+def measure(events: Events, main: pl.DataFrame, moments: np.ndarray) -> dict[str, np.ndarray]:
+    """For each measure, how much of it lies before each moment: differences of two are the answer."""
+    pid, tid = main_thread(events)
+    here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
+    io_spans = events.spans.filter(pl.col("kind") == "io")
+    io_all = _or(stretches(events.calls.select("ts", "dur")), stretches(io_spans))
+    all_io = covered(io_all, moments)
+    sums: dict[str, np.ndarray] = {"wall_us": moments - moments.min()}
+    none = np.zeros(0, np.int64)
+    level, before, both = (none, none), np.zeros(len(moments), np.int64), {}
+    for kind in KINDS:
+        level = _or(level, stretches(main.filter(pl.col("kind") == kind)))
+        if kind == "io":
+            level = _or(level, stretches(events.calls.filter(here).select("ts", "dur")))
+        now = covered(level, moments)
+        sums[f"{kind}_us"] = now - before
+        before = now
+        if kind in ("wait", "copy", "compute"):
+            both[kind] = all_io + now - covered(_or(io_all, level), moments)
+    sums["other_us"] = sums["wall_us"] - before
+    sums["io_all_us"] = all_io
+    sums["io_behind_compute_us"] = both["compute"] - both["copy"]
+    sums["io_behind_communication_us"] = both["copy"] - both["wait"]
+    sums["io_bare_us"] = all_io - both["compute"] + both["wait"]
+    return sums
+
+
+def times(events: Events) -> tuple[dict[str, pl.DataFrame], Windows]:
+    """Tables time (per phase and epoch), steps, busy (timeline), spans (by name), marks, curves."""
+    pid, tid = main_thread(events)
+    main = events.spans.filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
+    cuts = windows(events, main)
+    steps = main.filter((pl.col("cat") == "train") & (pl.col("name") == "step")).sort("ts")
+    begin = steps["ts"].to_numpy()
+    end = begin + steps["dur"].to_numpy()
+    width = cuts.bin_us
+    bins = np.arange(cuts.starts[0] // width, cuts.ends[-1] // width + 2)
+    edges = np.clip(bins * width, cuts.starts[0], cuts.ends[-1])
+    moments = np.concatenate([cuts.starts, cuts.ends, begin, end, edges])
+    sums = measure(events, main, moments)
+    n, m = len(cuts.starts), len(begin)
+    by_piece = {k: v[n : 2 * n] - v[:n] for k, v in sums.items()}
+    by_step = {k: v[2 * n + m : 2 * n + 2 * m] - v[2 * n : 2 * n + m] for k, v in sums.items()}
+    by_bin = {k: np.diff(v[2 * (n + m) :]) for k, v in sums.items()}
+    rank = pl.lit(events.rank, pl.Int32).alias("rank")
+    time = (
+        pl.DataFrame({"phase": cuts.phase, "epoch": cuts.epoch, "ts": cuts.starts, **by_piece},
+                     schema_overrides={"epoch": pl.Int64})
+        .group_by("phase", "epoch", maintain_order=True)
+        .agg(pl.col("ts").min(), pl.col(*MEASURES).sum())
+    )  # fmt: skip
+    tables = {
+        "time": time.select(rank, pl.all()),
+        "steps": steps.select(rank, "epoch", "step", "batch", "ts").with_columns(
+            **{k: pl.Series(v) for k, v in by_step.items()}
+        ),
+        "busy": pl.DataFrame({"bin": bins[:-1], **by_bin}).select(
+            rank, pl.lit(width, pl.Int64).alias("width_us"), pl.all()
+        ),
+        "spans": by_name(events.spans).select(rank, pl.all()),
+        "marks": events.spans.filter(pl.col("cat").cast(pl.String).is_in(KEPT_CATS)).head(20_000)
+        .select(rank, "pid", "tid", "cat", "name", "ts", "dur", "file", "bytes", "epoch", "step", "split"),
+        "curves": events.spans.filter(pl.col("cat") == "counter").head(50_000)
+        .select(rank, "name", "ts", "step", "value"),
+    }  # fmt: skip
+    return tables, cuts
+
+
+def by_name(spans: pl.DataFrame) -> pl.DataFrame:
+    """Every kind of span: how often, how long in sum, at the median, at the 99th percentile."""
+    return (
+        spans.filter(~pl.col("cat").cast(pl.String).is_in(["counter", "clock"]))
+        .group_by("cat", "name", "kind")
+        .agg(
+            pl.len().alias("count"),
+            pl.col("dur").sum().alias("us"),
+            pl.col("dur").quantile(0.5, "nearest").cast(pl.Int64).alias("p50_us"),
+            pl.col("dur").quantile(0.99, "nearest").cast(pl.Int64).alias("p99_us"),
+            pl.col("dur").max().alias("max_us"),
+            pl.col("bytes").sum(),
+        )
+        .sort("us", descending=True)
+    )
