@@ -18,8 +18,9 @@ from dlrm.errors import UserError
 C = TypeVar("C")
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: str | None = None) -> Any:
+    """`bare`: what the flag means without a value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
 def at_least(low: float, config: object, *names: str) -> None:
@@ -122,11 +123,14 @@ class Optim:
     lr_change_point: float = option(0.8, "share of the first epoch after which --change_lr acts")
     lr_after_change_point: float = option(0.2, "learning rate after that point")
     grad_clip: float | None = option(None, "largest norm of the dense gradients")
-    amp: str = option("off", "automatic mixed precision of the dense part", ("off", "bf16", "fp16"))
+    amp: str = option(
+        "off", "mixed precision of the dense part; --amp alone: bf16", ("off", "bf16", "fp16"), "bf16"
+    )
     loss_scale_policy: str = option("dynamic", "fp16: how the loss is scaled", ("static", "dynamic"))
     loss_scale: float = option(1024.0, "fp16: the static scale, or the first dynamic one")
 
     def __post_init__(self) -> None:
+        at_least(1e-30, self, "grad_clip", "loss_scale")
         at_least(0, self, "learning_rate", "eps", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps")
         if self.lr_decay_steps and self.lr_decay_start < self.lr_warmup_steps:
             raise UserError("--lr_decay_start must not come before the end of --lr_warmup_steps")
@@ -164,7 +168,7 @@ class Run:
     trace_flush_ms: int = option(1000, "a killed run loses at most this much of its trace")
     mllog: bool = option(False, "MLPerf :::MLLOG lines, in mlperf.log of the run folder too")
     tensorboard: bool = option(False, "scalars for TensorBoard in the run folder")
-    timeout: int = option(600, "seconds after which a silent peer counts as lost")
+    timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:
         at_least(1, self, "epochs", "report_every", "timeout", "validation_freq_within_epoch", "max_steps")
@@ -220,6 +224,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
+def flags(kind: Any) -> list[Any]:
+    """The fields that a command line can set."""
+    return [each for each in fields(kind) if each.init]
+
+
 def _listed(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part.strip())
 
@@ -235,9 +244,11 @@ def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
         return
     parse = _listed if listed else bare
+    alone = {"nargs": "?", "const": metadata["bare"]} if metadata["bare"] else {}
     group.add_argument(
         f"--{name}", type=parse, default=default, help=text, choices=metadata["choices"],
         metavar=None if metadata["choices"] else {int: "N", float: "X", str: "S"}.get(parse, "N,N,.."),
+        **alone,
     )  # fmt: skip
 
 
@@ -249,15 +260,28 @@ def parse(
     presets: Mapping[str, Callable[[], Mapping[str, Any]]] | None = None,
 ) -> C:
     """Flags -> a config of nested dataclasses. A preset gives defaults, flags on the line win."""
+    try:
+        return _parse(kind, argv, program, description, presets or {})
+    except UserError as error:
+        error.shared = True  # every rank has the same command line
+        raise
+
+
+def _parse(
+    kind: type[C],
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    presets: Mapping[str, Callable[[], Mapping[str, Any]]],
+) -> C:
     parser = _Parser(prog=program, description=description, allow_abbrev=False)
-    presets = presets or {}
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), help="published settings as defaults")
     groups = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[arg-type, misc]
     for title, group_kind in groups.items():
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(group_kind)
-        for each in fields(group_kind):  # type: ignore[arg-type]
+        for each in flags(group_kind):
             _add_flag(group, each.name, hints[each.name], each.default, each.metadata)
     if presets:
         chooser = _Parser(add_help=False, allow_abbrev=False)
@@ -267,7 +291,7 @@ def parse(
             parser.set_defaults(**presets[chosen]())
     values = vars(parser.parse_args(argv))
     made = {
-        title: group_kind(**{f.name: values[f.name] for f in fields(group_kind)})  # type: ignore[arg-type, operator, misc]
+        title: group_kind(**{f.name: values[f.name] for f in flags(group_kind)})  # type: ignore[operator, misc]
         for title, group_kind in groups.items()
     }
     return kind(**made)

@@ -9,7 +9,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm import config, criteo, dist, loop, trace
+from dlrm import amp, config, criteo, dist, loop, trace
 from dlrm.config import Config
 from dlrm.errors import Stopped
 from dlrm.keeper import Keeper
@@ -130,14 +130,14 @@ class Job:
     ) -> None:
         self.cfg, self.sets, self.model, self.optimizer = cfg, sets, model, optimizer
         self.records, self.device = records, device
-        self.progress = loop.Progress()
+        self.progress = loop.Progress(loss_scale=cfg.optim.loss_scale if cfg.optim.amp == "fp16" else 1.0)
         self.epoch_steps = len(sets.train)
         self.meter = loop.Meter(device)
         self.hooks = loop.Hooks()
         self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
         self.evaluating = 0.0  # seconds
         # two pipelines: evaluating in the middle of an epoch must not drop the batches in flight
-        self.pipeline = TrainPipelineSparseDist(model, optimizer, device)
+        self.pipeline = TrainPipelineSparseDist(model, self.careful(), device)
         self.judge = TrainPipelineSparseDist(model, optimizer, device)
         optimizing = cfg.optim
         self.schedule = Schedule(
@@ -148,6 +148,19 @@ class Job:
             change_step=int(optimizing.lr_change_point * len(sets.train)),
             change_to=optimizing.lr_after_change_point,
         )
+
+    def careful(self) -> Any:
+        """The optimizer, with what --amp and --grad_clip put before its step."""
+        optimizing, scale = self.cfg.optim, None
+        if optimizing.amp == "fp16":
+            scale = amp.LossScale(self.progress, optimizing.loss_scale_policy == "dynamic")
+        if optimizing.amp != "off":
+            whole: Any = self.model.module
+            amp.cast(whole.model, self.device, optimizing.amp, scale)
+        if scale is None and optimizing.grad_clip is None:
+            return self.optimizer
+        dense = [weight for name, weight in self.model.named_parameters() if "sparse_arch" not in name]
+        return amp.Careful(self.optimizer, dense, optimizing.grad_clip, scale)
 
     def fit(self) -> None:
         run = self.cfg.run
@@ -196,6 +209,7 @@ class Job:
                 "test_samples": test.get("samples"),
                 "evaluations": self.results,
                 "steps": progress.step,
+                "skipped_steps": progress.skipped_steps,
                 "samples": progress.samples,
                 "samples_per_second": progress.timed_samples / progress.seconds if progress.seconds else None,
                 "bytes_read": {str(rank): files for rank, files in enumerate(bytes_read)},

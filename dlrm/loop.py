@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from dlrm import trace
-from dlrm.auroc import Predictions
 from dlrm.errors import UserError
 
 
@@ -21,6 +20,14 @@ class Batches(Sized, Iterable[Any], Protocol):
     def set_epoch(self, epoch: int) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
+
+
+class Collector(Protocol):
+    """Gathers a model's outputs; `result` is the metrics over those of all ranks."""
+
+    def add(self, scores: torch.Tensor, labels: torch.Tensor) -> None: ...
+
+    def result(self) -> dict[str, Any]: ...
 
 
 Report = Callable[..., None]
@@ -40,6 +47,9 @@ class Progress:
     position: dict[str, Any] | None = None  # in the rows, after the last step; None: the epoch begins
     judging: str | None = None  # the validation under way: of an epoch, of a step
     good: bool = False  # validation reached what was wanted
+    loss_scale: float = 1.0  # of fp16
+    good_steps: int = 0  # since it changed
+    skipped_steps: int = 0  # whose gradients overflowed
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Limits:
     warmup_steps: int = 1  # not timed: allocation, first contact
     validation_freq: int | None = None
     validation_auroc: float | None = None
+    score: str = "auroc"  # the metric that says how good a validation was
     evaluate_on_epoch_end: bool = False
 
 
@@ -122,8 +133,8 @@ def fit(
         progress.judging = None
         meter.leave_out(result["seconds"])
         if of == "epoch":
-            progress.val_aurocs.append(result["auroc"])
-        wanted, reached = limits.validation_auroc, result["auroc"]
+            progress.val_aurocs.append(result[limits.score])
+        wanted, reached = limits.validation_auroc, result[limits.score]
         progress.good = wanted is not None and reached is not None and reached >= wanted
         return progress.good
 
@@ -221,13 +232,13 @@ def evaluate(
     model: torch.nn.Module,
     batches: Batches,
     split: str,
+    predictions: Collector,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """AUROC and its company over exactly the rows of the set."""
+    """The metrics over exactly the rows of the set."""
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    predictions = Predictions()
     iterator = iter(batches)
     with trace.span("eval", "evaluate", split=split), torch.no_grad():
         for batch in range(len(batches)):
