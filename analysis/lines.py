@@ -66,7 +66,7 @@ def _inflated(file: BinaryIO, loss: Loss) -> Iterator[bytes]:
                 yield stream.decompress(data, BLOCK)
             except zlib.error:
                 good, used = _salvage(before, data)
-                yield good
+                yield good + b"\n"  # what follows the damage begins a line
                 data = data[used + 1 :] or file.read(_CHUNK)
                 loss.skipped += 1
                 loss.cut = True

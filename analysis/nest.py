@@ -79,7 +79,7 @@ def _nest(ts, ends, leaf, stack_start, stack_end, stack_node, size, status, walk
             continue
         status[i] = NORMAL
         if k + 1 < size and stack_node[k + 1] < 0 and stack_start[k + 1] == s:
-            if stack_node[k + 1] == _BEFORE_LATE or (k >= 0 and stack_end[k] == s):
+            if stack_node[k + 1] <= _BEFORE_LATE or (k >= 0 and stack_end[k] == s):
                 status[i] = REFUSED
                 continue
             status[i] = LATE

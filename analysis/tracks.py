@@ -129,7 +129,7 @@ class FileTracks:
         self.counters: dict[int, int] = {}
         self.flows = Flows(order + 1)
         self.bandwidth = Bandwidth(process.first + shift)
-        labels = [process.path.name, *([process.role] if process.role else [])]
+        labels = [] if process.role in ("", "train", "worker") else [process.role]
         shared.out.write(wire.process(self.uuid, self.pid, process_name(process), labels, order))
 
     def add(self, block: Block) -> None:
