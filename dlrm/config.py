@@ -167,6 +167,8 @@ class Run:
     trace: bool = option(False, "record every I/O call and stage with DFTracer (needs --output_dir)")
     trace_flush_ms: int = option(1000, "a killed run loses at most this much of its trace")
     mllog: bool = option(False, "MLPerf :::MLLOG lines, in mlperf.log of the run folder too")
+    mllog_submitter: str = option("dlrm-io", "submission_org of the MLPerf log")
+    mllog_platform: str = option("dlrm-io", "submission_platform of the MLPerf log")
     tensorboard: bool = option(False, "scalars for TensorBoard in the run folder")
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 

@@ -1,18 +1,22 @@
 """One training job, from resolved options to results.json: data, model, plan, training, evaluation."""
 
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm import amp, config, criteo, dist, loop, trace
+from dlrm import advice, amp, config, criteo, dist, loop, trace
+from dlrm.auroc import Predictions
 from dlrm.config import Config
 from dlrm.errors import Stopped
 from dlrm.keeper import Keeper
+from dlrm.mlperf import MLLog
 from dlrm.model import optim, plan
 from dlrm.model.dlrm import build, compile_dense
 from dlrm.model.schedule import Schedule, learning_rate, set_lr
@@ -20,22 +24,38 @@ from dlrm.model.tables import table_configs
 from dlrm.ranks import Ranks
 from dlrm.records import Records
 from dlrm.resume import resume
-from dlrm.sets import Sets, open_sets
+from dlrm.sets import open_sets
 
 
 def train(cfg: Config, here: Ranks) -> None:
+    run(cfg, here, make)
+
+
+def make(cfg: Config, here: Ranks, device: torch.device, records: Records) -> "Job":
+    """Everything that a DLRM's training needs."""
+    for line in advice.unused(cfg, device.type):
+        records.warn(line)
+    log = MLLog(cfg.run.mllog and here.first, records.folder)
+    log.begin(cfg, here.world_size)
+    with dist.together(), trace.span("startup", "data"):
+        sets = open_sets(cfg, here)
+    with dist.together(), trace.span("startup", "build"):
+        module = build_model(cfg, sets.sizes, device)
+    with dist.together(), trace.span("startup", "plan"):
+        model, optimizer = shard(cfg, module, here, device, records, sets.poolings)
+    job = Job(cfg, sets, model, optimizer, records, device)
+    job.log = log
+    return job
+
+
+def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records], "Job"]) -> None:
+    """Train what `make` makes: the same course for every model."""
     begun = time.perf_counter()
     with dist.session(here, cfg.run.timeout) as device:
         dist.mark_clock("start")
         torch.backends.cuda.matmul.allow_tf32 = cfg.run.allow_tf32
         records = open_records(cfg, here, device)
-        with dist.together(), trace.span("startup", "data"):
-            sets = open_sets(cfg, here)
-        with dist.together(), trace.span("startup", "build"):
-            module = build_model(cfg, sets.sizes, device)
-        with dist.together(), trace.span("startup", "plan"):
-            model, optimizer = shard(cfg, module, here, device, records, sets.poolings)
-        job = Job(cfg, sets, model, optimizer, records, device)
+        job = make(cfg, here, device, records)
         keeper = Keeper(job, here)
         job.hooks = keeper
         resume(job, here, keeper.root)
@@ -54,11 +74,11 @@ def train(cfg: Config, here: Ranks) -> None:
             keeper.close()
         dist.mark_clock("end")
         job.save_results(startup)
-        sets.close()
+        job.sets.close()
         records.close()
 
 
-def open_records(cfg: Config, here: Ranks, device: torch.device) -> Records:
+def open_records(cfg: Any, here: Ranks, device: torch.device) -> Records:
     """The run folder, with what was asked for and where it runs."""
     hosts = dist.everyone(here.host)
     records = Records(cfg.run.output_dir, here.first, cfg.run.tensorboard)
@@ -109,19 +129,39 @@ def shard(
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
     made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings)
-    records.save("plan.json", plan.plan_as_dict(made))
-    if cfg.plan.print_sharding_plan and here.first:
-        print(plan.describe(made), flush=True)
+    tell_plan(made, records, cfg.plan.print_sharding_plan)
     model = plan.shard(module, made, device, cfg.run.seed or 0)
     return model, optim.dense_optimizer(model, cfg.optim.name, cfg.optim.learning_rate, cfg.optim.eps)
 
 
+def tell_plan(made: ShardingPlan, records: Records, show: bool) -> None:
+    records.save("plan.json", plan.plan_as_dict(made))
+    if show:
+        records.say(plan.describe(made))
+
+
+class Sets(Protocol):
+    """What is trained on, validated and tested with."""
+
+    train: Any
+    val: Any
+    test: Any
+
+    def bytes_read(self) -> dict[str, int]: ...
+
+    def close(self) -> None: ...
+
+
 class Job:
-    """What is being trained, and how far it has come."""
+    """What is being trained, and how far it has come. Another model changes what is said to be DLRM's."""
+
+    score = "auroc"
+    predictions: Callable[[], loop.Collector] = Predictions
+    log = MLLog(False)
 
     def __init__(
         self,
-        cfg: Config,
+        cfg: Any,
         sets: Sets,
         model: DistributedModelParallel,
         optimizer: CombinedOptimizer,
@@ -139,13 +179,17 @@ class Job:
         # two pipelines: evaluating in the middle of an epoch must not drop the batches in flight
         self.pipeline = TrainPipelineSparseDist(model, self.careful(), device)
         self.judge = TrainPipelineSparseDist(model, optimizer, device)
-        optimizing = cfg.optim
-        self.schedule = Schedule(
+        self.schedule = self.make_schedule()
+
+    def make_schedule(self) -> Any:
+        """DLRM's learning rates."""
+        optimizing = self.cfg.optim
+        return Schedule(
             "change" if optimizing.change_lr else optimizing.lr_schedule,
             optimizing.lr_warmup_steps,
             optimizing.lr_decay_start,
             optimizing.lr_decay_steps,
-            change_step=int(optimizing.lr_change_point * len(sets.train)),
+            change_step=int(optimizing.lr_change_point * self.epoch_steps),
             change_to=optimizing.lr_after_change_point,
         )
 
@@ -171,15 +215,27 @@ class Job:
             validation_freq=run.validation_freq_within_epoch,
             validation_auroc=run.validation_auroc,
             evaluate_on_epoch_end=run.evaluate_on_epoch_end,
+            score=self.score,
         )
         self.records.begin(run.epochs * self.epoch_steps, run.print_progress)
-        loop.fit(
+        self.log.run(self.epoch_steps)
+        good = loop.fit(
             self.pipeline, self.sets.train, self.progress, limits, self.next_lr,
-            lambda: self.evaluate("val"), self.records.report, self.meter, self.hooks,
+            lambda: self.evaluate("val"), self.records.report, self.meter, self.hooks, self.log.epoch,
         )  # fmt: skip
+        self.log.finish(good, self.epochs_done())
+
+    def epochs_done(self) -> float:
+        """With the share of the current one."""
+        within = self.progress.step - self.progress.epoch * self.epoch_steps
+        return self.progress.epoch + max(0, within) / max(1, self.epoch_steps)
+
+    def rate(self) -> float:
+        """DLRM's, of the coming step."""
+        return learning_rate(self.progress.step, self.cfg.optim.learning_rate, self.schedule)
 
     def next_lr(self) -> float:
-        lr = learning_rate(self.progress.step, self.cfg.optim.learning_rate, self.schedule)
+        lr = self.rate()
         set_lr(self.optimizer, lr)
         if self.cfg.run.print_lr:
             self.records.say(f"lr: {self.progress.step} {lr:.6f}")
@@ -187,13 +243,20 @@ class Job:
 
     def evaluate(self, split: str) -> dict[str, Any]:
         batches, before = getattr(self.sets, split), self.hooks.before_batch
-        result = loop.evaluate(self.judge, self.model, batches, split, before)
+        with self.log.evaluation(self.epochs_done()) as logged:
+            result = loop.evaluate(self.judge, self.model, batches, split, self.predictions(), before)
+            logged.update(result)
         self.records.report(step=self.progress.step, epoch=self.progress.epoch, **result)
         self.results[split] = result
         self.evaluating += result["seconds"]
         if split == "val":
             self.hooks.after_validation()
         return result
+
+    def outcome(self) -> Mapping[str, Any]:
+        """DLRM's lines of results.json."""
+        test = self.results.get("test", {})
+        return {"val_aurocs": self.progress.val_aurocs, "test_auroc": test.get("auroc")}
 
     def save_results(self, startup: float) -> None:
         """results.json: what came out, and the bytes that each rank's loader says it read."""
@@ -203,8 +266,7 @@ class Job:
         self.records.save(
             "results.json",
             {
-                "val_aurocs": progress.val_aurocs,
-                "test_auroc": test.get("auroc"),
+                **self.outcome(),
                 "val_samples": val.get("samples"),
                 "test_samples": test.get("samples"),
                 "evaluations": self.results,

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ class Batches(Sized, Iterable[Any], Protocol):
 class Collector(Protocol):
     """Gathers a model's outputs; `result` is the metrics over those of all ranks."""
 
-    def add(self, scores: torch.Tensor, labels: torch.Tensor) -> None: ...
+    def add(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None: ...
 
     def result(self) -> dict[str, Any]: ...
 
@@ -121,6 +122,7 @@ def fit(
     report: Report,
     meter: Meter,
     hooks: Hooks,
+    during_epoch: Callable[[int], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
     """Train until the epochs are over, `max_steps` are done, or validation is good enough (True).
 
@@ -143,7 +145,7 @@ def fit(
     while progress.epoch < limits.epochs and progress.step != limits.max_steps:
         batches.set_epoch(progress.epoch)
         trace.set_context(epoch=progress.epoch)
-        with trace.span("train", "epoch"):
+        with during_epoch(progress.epoch), trace.span("train", "epoch"):
             left = None if limits.max_steps is None else limits.max_steps - progress.step
             for _ in steps(pipeline, batches, progress, meter, next_lr, hooks, left):
                 at_end = progress.step == limits.max_steps
