@@ -82,6 +82,30 @@ def test_torchrec_byte_for_byte(days: Path, tmp_path: Path, threshold: int, seed
     same(wanted / "two", steps)
 
 
+@pytest.mark.parametrize("threshold", [0, 3])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_three_scripts_one_at_a_time(days: Path, tmp_path: Path, threshold: int, workers: str) -> None:
+    wanted = reference(days, tmp_path / "reference", 4, threshold, 5)
+    one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
+    assert main(["parse", "--input_dir", str(days), "--output_dir", one, "--workers", workers]) == 0
+    same(wanted / "one", Path(one))
+    numbering = ["--frequency_threshold", str(threshold)]
+    assert main(["contiguous", "--input_dir", one, "--output_dir", two, *numbering]) == 0
+    for path in Path(two).glob("*_contig_freq.npy"):
+        path.rename(path.with_name(path.name.replace("_contig_freq", "")))
+    same(wanted / "two", Path(two))
+    folders = ["--input_dir_labels_and_dense", one, "--input_dir_sparse", two, "--output_dir_shuffled", three]
+    assert main(["shuffle", *folders, "--random_seed", "5"]) == 0
+    same(wanted / "three", Path(three))
+    folders = ["--input_dir_labels_and_dense", one, "--input_dir_sparse", one, "--output_dir_shuffled", three]
+    assert main(["shuffle", *folders, "--random_seed", "5"]) == 0  # raw hashes: rounded, and lost above 2^31
+    rows = {day: len(np.load(f"{one}/day_{day}_labels.npy")) for day in range(3)}
+    from torchrec.datasets.criteo import BinaryCriteoUtils as Utils
+
+    Utils.shuffle(one, one, str(wanted / "three"), rows, days=4, random_seed=5)
+    same(wanted / "three", Path(three))
+
+
 VARIANTS = {
     "default": [],
     "small parts": ["--part_bytes", "30000", "--workers", "3"],

@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="verify a finished dataset folder")
     check.add_argument("folder", type=Path)
     add_multihot(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
+    add_steps(commands)
     return top
 
 
@@ -62,6 +63,32 @@ def add_multihot(multihot: argparse.ArgumentParser) -> None:
     add("--multi_hot_distribution_type", choices=("uniform", "pareto"), default="uniform")
     add("--copy_labels_and_dense", action="store_true")
     add("--workers", type=int, default=1)
+
+
+def add_steps(commands: Any) -> None:
+    """torchrec's three scripts by their own arguments."""
+    one = commands.add_parser("parse", help="npy_preproc_criteo alone: TSV -> NPY")
+    two = commands.add_parser("contiguous", help="contiguous_preproc_criteo alone")
+    three = commands.add_parser("shuffle", help="shuffle_preproc_criteo alone")
+    for command in (one, two):
+        command.add_argument("--input_dir", type=Path, required=True)
+        command.add_argument("--output_dir", type=Path, required=True)
+    one.add_argument("--dataset_name", dest="dataset", choices=choices.DATASETS, default="")
+    one.add_argument("--workers", type=int, default=1)
+    two.add_argument("--frequency_threshold", dest="threshold", type=int, default=0)
+    three.add_argument("--input_dir_labels_and_dense", dest="dense_dir", type=Path, required=True)
+    three.add_argument("--input_dir_sparse", dest="sparse_dir", type=Path, required=True)
+    three.add_argument("--output_dir_shuffled", dest="output_dir", type=Path, required=True)
+    three.add_argument("--random_seed", dest="seed", type=int, default=0)
+    three.add_argument("--tmp_dir", type=Path)
+
+
+def step(args: argparse.Namespace) -> None:
+    from dlrm.prep import reorder, steps
+
+    values = vars(args)
+    command = values.pop("command")
+    {"parse": steps.parse, "contiguous": steps.contiguous, "shuffle": reorder.shuffle}[command](**values)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -107,6 +134,7 @@ def toy(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {"toy": toy, "run": run, "check": check, "multihot": multihot}
+COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), step)
 
 
 def main(argv: list[str] | None = None) -> int:
