@@ -3,13 +3,14 @@
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from dlrm import ranks, trace
-from dlrm.errors import STOPPED, USAGE, Stopped, UserError
+from dlrm.errors import STOPPED, USAGE, LostRank, Stopped, UserError
 from dlrm.ranks import Ranks
 
 
@@ -33,6 +34,7 @@ def start(main: Callable[[Ranks], None]) -> NoReturn:
 
 def _quieten() -> None:
     """Libraries' notes to their own developers would bury what a user must read."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("torchrec", "torch.fx", "torch.distributed"):
@@ -49,16 +51,19 @@ def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
     except Stopped as error:
         _tell(error, here)
         return STOPPED
+    except LostRank as error:
+        complain(here, str(error))
+        return 1
     except KeyboardInterrupt:
         complain(here, "interrupted")
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # the disk's or the network's fault, not the code's
+            complain(here, f"{error.filename or 'a file'}: {error.strerror}")
+            return 1
         first_line = (str(error).splitlines() or [""])[0][:200]
-        if here.world_size > 1 and _is_lost_peer(first_line):
-            complain(here, f"lost contact with another rank ({first_line})")
-        else:
-            traceback.print_exc()
-            complain(here, f"{type(error).__name__}: {first_line}")
+        traceback.print_exc()
+        complain(here, f"{type(error).__name__}: {first_line}")
         return 1
 
 
@@ -69,8 +74,5 @@ def _tell(error: UserError | Stopped, here: Ranks) -> None:
         complain(here, str(error))
     elif here.first:
         complain(Ranks(), str(error))
-
-
-def _is_lost_peer(message: str) -> bool:
-    signs = ("connection reset", "connection closed", "timed out", "broken pipe", "socket", "connectfullmesh")
-    return any(sign in message.lower() for sign in signs)
+    else:
+        time.sleep(1)  # a launcher may end the first rank as soon as this one is gone: let it speak

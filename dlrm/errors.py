@@ -16,3 +16,7 @@ class Stopped(Exception):
     """Told to stop, by a signal or the clock, and stopped in good order. Exit code 75."""
 
     shared = False
+
+
+class LostRank(Exception):
+    """Another rank is gone, or never came: its text names it."""

@@ -30,6 +30,7 @@ class Training(Protocol):
     progress: loop.Progress
     meter: loop.Meter
     results: dict[str, dict[str, Any]]
+    score: str  # the metric of a validation that tells the best checkpoint
     evaluating: float
 
 
@@ -42,8 +43,9 @@ class Keeper(loop.Hooks):
             os.path.join(job.cfg.run.output_dir, "checkpoints") if job.cfg.run.output_dir else None
         )
         self.root = Path(root) if root else None
+        patience = max(3600, 10 * job.cfg.run.timeout)
         self.saver = self.root and Saver(
-            self.root, here, dist.side_store(), wishes.keep_checkpoints, patience=10 * job.cfg.run.timeout
+            self.root, here, dist.side_store(), wishes.keep_checkpoints, patience
         )
         self._due = False  # at the next chance
         self._saved_at: Any = None
@@ -157,7 +159,7 @@ class Keeper(loop.Hooks):
         return {
             "step": job.progress.step,
             "epoch": job.progress.epoch,
-            "score": val.get("auroc") if val and val.get("step") == job.progress.step else None,
+            "score": val.get(job.score) if val and val.get("step") == job.progress.step else None,
             "progress": asdict(job.progress),
             "results": job.results,
             "evaluating": job.evaluating,
