@@ -10,16 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "dlrm": [
-        ["errors", "ranks"],
+        ["errors", "ranks", "exchange"],
         ["criteo", "config", "presets", "trace", "signals", "walltime"],
+        ["bert_config"],
         ["entry"],
         ["watch"],
         ["dist", "records", "prep", "data"],
         ["model"],
-        ["auroc", "checkpoint", "mlperf", "sets", "advice", "amp"],
+        ["auroc", "checkpoint", "mlperf", "sets", "bert_sets", "advice", "amp"],
         ["loop"],
         ["keeper", "resume"],
         ["job"],
+        ["bert_job"],
         ["train", "bench", "bert4rec"],
     ],
     "analysis": [

@@ -123,7 +123,7 @@ def _awaken(optimizer: Any, stored: dict[str, Any]) -> None:
             made = {}
             for key, rectangles in stored.items():
                 if key.startswith(prefix):
-                    shape = rectangles[0].shape
+                    shape = parameter.shape if rectangles[0].shape else ()  # of this rank's shard
                     device = parameter.device if shape else "cpu"
                     made[key.removeprefix(prefix)] = torch.zeros(shape, device=device)
             if made:

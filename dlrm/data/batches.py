@@ -48,7 +48,7 @@ class Batches:
         self.window = 0 if source.random_access else max(1, int(window_mb * (1 << 20)) // source.row_bytes)
         if by_rank is None:
             by_rank = shuffle_set or source.contiguous
-        self.by_rank, self.seed, self.limit = by_rank or shuffle_set, seed, limit
+        self.by_rank, self.seed, self.limit = by_rank, seed, limit
         self.epoch = 0
         self.number = -1  # of the batch given last, counted over all epochs: ties reads to steps in the trace
         self._order: Order | None = None
@@ -80,6 +80,9 @@ class Batches:
 
     def prepare(self) -> None:
         """Load what has to be in memory before the first batch (else the first batch does it)."""
+        set_epoch = getattr(self.source, "set_epoch", None)
+        if set_epoch:  # the rows themselves change from epoch to epoch
+            set_epoch(self.epoch)
         if self.shuffle_set and (self._order is None or self._order.epoch != self.epoch):
             self._order = Order(self.source.rows, self.seed, self.epoch, self.window)
             self._served = Window(self.source, self._order) if self._order.window else None

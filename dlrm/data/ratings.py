@@ -33,16 +33,14 @@ class Wanted(NamedTuple):
 
 
 def movielens_1m(path: Path, _: Wanted) -> Ratings:
-    return _table(_file(path, "ratings.dat"), b"::", header=False, rated=True)
+    return _table(path, b"::", header=False, rated=True)
 
 
 def movielens_20m(path: Path, _: Wanted) -> Ratings:
-    return _table(_file(path, "ratings.csv"), b",", header=True, rated=True)
+    return _table(path, b",", header=True, rated=True)
 
 
 def text(path: Path, _: Wanted) -> Ratings:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give the file of `user item [timestamp]` lines")
     return _table(path, None, header=False, rated=False)
 
 
@@ -85,20 +83,29 @@ SETS: dict[str, Callable[[Path, Wanted], Ratings]] = {
     "markov": markov,
 }
 MADE = ("random", "markov")
+FILES = {"ml-1m": "ratings.dat", "ml-20m": "ratings.csv"}
 
 
-def read(name: str, path: str | None, wanted: Wanted) -> Ratings:
-    if name not in MADE and path is None:
-        raise UserError(f"--dataset_name {name} needs --dataset_path")
-    with span("prep", "ratings"):
-        return SETS[name](Path(path or "."), wanted)
+def read(name: str, path: Path | None, wanted: Wanted) -> Ratings:
+    """`path`: what `file_of` says."""
+    with span("prep", "ratings", bytes=path.stat().st_size if path else 0):
+        return SETS[name](path or Path(), wanted)
 
 
-def _file(folder: Path, name: str) -> Path:
-    path = folder / name if folder.is_dir() else folder
-    if not path.is_file():
-        raise UserError(f"{path} is missing: --dataset_path is the folder that holds {name}")
-    return path
+def file_of(name: str, path: str | None) -> Path | None:
+    """The file with the ratings; None where they are made."""
+    if name in MADE:
+        return None
+    if path is None:
+        raise UserError(f"--dataset_name {name} needs --dataset_path (without files: {' or '.join(MADE)})")
+    found, expected = Path(path), FILES.get(name)
+    if expected and found.is_dir():
+        found = found / expected
+    if found.is_dir():
+        raise UserError(f"{path} is a folder: give the file of `user item [timestamp]` lines")
+    if not found.is_file():
+        raise UserError(f"{found} is missing: give --dataset_path the {expected or 'file'} or its folder")
+    return found
 
 
 def _table(path: Path, separator: bytes | None, header: bool, rated: bool) -> Ratings:

@@ -154,9 +154,7 @@ def to_judge(data: Histories, max_len: int, split: str) -> tuple[np.ndarray, np.
 
 def negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np.ndarray:
     """[users, count] distinct items that the user has never met, drawn alike or as often as they are met."""
-    user = np.repeat(np.arange(data.users), np.diff(data.starts))
-    seen = np.sort(user * np.int64(data.vocabulary) + data.items)
-    _check_enough(data, seen, count)
+    seen = _met(data)
     weights = np.bincount(data.items, minlength=data.vocabulary)[1:-1].astype(float)
     bounds = np.cumsum(weights if by_popularity else np.ones(data.item_count))
     generator = np.random.default_rng([seed, 1])
@@ -176,17 +174,28 @@ def negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np
     return found
 
 
-def _check_enough(data: Histories, seen: np.ndarray, count: int) -> None:
-    if data.item_count - np.diff(data.starts).max() >= count:
-        return
-    new = np.ones(len(seen), bool)
-    new[1:] = seen[1:] != seen[:-1]
-    most = np.bincount(seen[new] // data.vocabulary).max()
-    if data.item_count - most < count:
+def _met(data: Histories) -> np.ndarray:
+    """user x vocabulary + item of every rating, sorted."""
+    user = np.repeat(np.arange(data.users), np.diff(data.starts))
+    return np.sort(user * np.int64(data.vocabulary) + data.items)
+
+
+def candidates(data: Histories, asked: int | None, default: int) -> int:
+    """How many items to rank besides the right one: as asked, else as many up to `default` as all users
+    have not met."""
+    most = int(np.diff(data.starts).max())
+    if data.item_count - most < (asked or default):  # else even without a look at repeated items
+        seen = _met(data)
+        new = np.ones(len(seen), bool)
+        new[1:] = seen[1:] != seen[:-1]
+        most = int(np.bincount(seen[new] // data.vocabulary).max())
+    left = data.item_count - most
+    if left < (asked or 1):
         raise UserError(
-            f"--negatives {count}: one user has met {most} of {data.item_count} items: "
+            f"--negatives {asked or default}: one user has met {most} of {data.item_count} items: "
             "ask for fewer, or use more items"
         )
+    return min(asked or default, left)
 
 
 def _first_of_row(values: np.ndarray) -> np.ndarray:

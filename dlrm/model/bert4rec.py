@@ -6,16 +6,21 @@ and for the candidates that are ranked, never for the whole vocabulary at every 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
 
 FEATURE, TABLE = "item", "item_embedding"
+KS = (1, 5, 10, 20, 50, 100)
+LEAST = 10  # reported in any case
 
 
 class Attention(nn.Module):
@@ -133,25 +138,66 @@ def features_of(tokens: torch.Tensor, vocabulary: int, tied: bool) -> KeyedJagge
     return KeyedJaggedTensor.from_lengths_sync(keys=[FEATURE], values=values, lengths=lengths)
 
 
+@dataclass
+class Batch(Pipelineable):
+    """What the model takes. Without candidates: train, `labels` [rows, max_len] being the hidden items."""
+
+    features: KeyedJaggedTensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    candidates: torch.Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        rest = (self.tokens, self.labels, self.candidates)
+        return Batch(
+            self.features.to(device, non_blocking),
+            *(None if each is None else each.to(device, non_blocking=non_blocking) for each in rest),  # type: ignore[arg-type]
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for each in (self.features, self.tokens, self.labels, self.candidates):
+            if each is not None:
+                each.record_stream(stream)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> "Batch":
+        rest = (self.tokens, self.labels, self.candidates)
+        return Batch(
+            self.features.pin_memory(),
+            *(None if each is None else each.pin_memory() for each in rest),  # type: ignore[arg-type]
+        )
+
+
 class Train(nn.Module):
-    """(loss, (loss, scores, labels)): of masked items in training, of ranked candidates in evaluation."""
+    """(loss, (loss, scores, labels)): of hidden items in training, of ranked candidates in evaluation.
+
+    The loss is the mean over the hidden items of all ranks' rows, so that it does not matter how the rows
+    are dealt: DDP takes the mean of the ranks' gradients, hence the factor. The loss that is told is
+    weighted for a mean by rows.
+    """
 
     def __init__(self, model: BERT4Rec) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        hidden, weights = self.model(batch.features, batch.tokens)
         if batch.candidates is not None:
+            hidden, weights = self.model(batch.features, batch.tokens)
             last, ranked = hidden[:, -1], batch.candidates
             scores = torch.bmm(weights[ranked], last[:, :, None]).squeeze(-1) + self.model.out.bias[ranked]
             return scores.new_zeros(()), (scores.new_zeros(()), scores.detach(), batch.labels)
         wanted = batch.labels.reshape(-1)
         place = wanted.nonzero().squeeze(1)
+        counts = torch.tensor([len(place), len(batch.tokens)], dtype=torch.float32, device=wanted.device)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        summing = dist.all_reduce(counts, async_op=True) if ranks > 1 else None
+        hidden, weights = self.model(batch.features, batch.tokens)
         guesses = F.linear(hidden.reshape(-1, hidden.size(-1))[place], weights, self.model.out.bias)
-        # the mean of nothing is not a number: a batch without a masked item has loss 0
-        loss = F.cross_entropy(guesses, wanted[place], reduction="sum") / max(1, len(place))
-        return loss, (loss.detach(), batch.labels[:, -1].detach(), batch.labels.detach())
+        total = F.cross_entropy(guesses, wanted[place], reduction="sum")
+        if summing is not None:
+            summing.wait()
+        hidden_items, rows = counts[0].clamp(min=1), counts[1]  # with nothing to guess the loss is 0
+        told = total.detach() / hidden_items * (rows / len(batch.tokens))
+        return total * (ranks / hidden_items), (told, batch.labels[:, -1].detach(), batch.labels.detach())
 
 
 def ranks_of_first(scores: torch.Tensor) -> torch.Tensor:
@@ -165,4 +211,27 @@ def ranking_sums(places: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
     within = [places < k for k in ks]
     hits = [inside.double().sum() for inside in within]
     gains = [gain[inside].sum() for inside in within]
-    return torch.stack([torch.tensor(float(len(places)), dtype=torch.float64), *hits, *gains])
+    return torch.stack([gain.new_tensor(len(places)), *hits, *gains])
+
+
+class Rankings:
+    """Recall (which is HR, there being one right item) and NDCG over the users of all ranks."""
+
+    def __init__(self, ks: Sequence[int] = KS) -> None:
+        self.ks = tuple(ks)
+        self._sums: torch.Tensor | None = None
+
+    def add(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None:
+        # among the best 20 of 11 everything is: say nothing of that
+        self.ks = tuple(k for k in self.ks if k <= LEAST or k < scores.size(1))
+        sums = ranking_sums(ranks_of_first(scores), self.ks)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def result(self) -> dict[str, Any]:
+        sums = torch.zeros(1 + 2 * len(self.ks), dtype=torch.float64) if self._sums is None else self._sums
+        dist.all_reduce(sums)
+        users, *rest = sums.tolist()
+        names = [f"Recall@{k}" for k in self.ks] + [f"NDCG@{k}" for k in self.ks]
+        return {"samples": int(users)} | {
+            name: value / users if users else None for name, value in zip(names, rest, strict=True)
+        }

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import DenseTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -194,14 +196,39 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def with_gradients(plan: ShardingPlan) -> ShardingPlan:
+    """The same shards, each with an ordinary gradient: for optimizers that fbgemm cannot fuse on CPUs.
+
+    torchrec's planner refuses to plan that, its modules can do it."""
+    for modules in plan.plan.values():
+        for sharding in modules.values():  # type: ignore[attr-defined]
+            sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value
+    return plan
+
+
+def _look_up_one_by_one(model: nn.Module) -> None:
+    """fbgemm's dense kernel on CPUs sums each bag even for sequences: give every id a bag of its own."""
+
+    def alone(_: Any, args: Any, named: dict[str, Any]) -> Any:
+        return args, named | {"offsets": torch.arange(len(named["indices"]) + 1)}
+
+    for part in model.modules():
+        for lookup in getattr(part, "_lookups", []):  # not among the modules that torch knows of
+            for kernel in lookup.modules():
+                dense = isinstance(kernel, DenseTableBatchedEmbeddingBagsCodegen) and kernel.use_cpu
+                if dense and kernel.pooling_mode == PoolingMode.NONE and len(kernel.embedding_specs) == 1:
+                    kernel.register_forward_pre_hook(alone, with_kwargs=True)
+
+
 def shard(
-    module: nn.Module, plan: ShardingPlan, device: torch.device, seed: int = 0
+    module: nn.Module, plan: ShardingPlan, device: torch.device, seed: int = 0, bound: float | None = None
 ) -> DistributedModelParallel:
     """Make the tables as planned, fill them (the same weights under any plan), wrap the rest in DDP."""
     with warnings.catch_warnings():  # torchrec's own use of what torch has renamed
         warnings.simplefilter("ignore", FutureWarning)
         model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders())
-    initialise(model, seed)
+    _look_up_one_by_one(model)
+    initialise(model, seed, bound)
     return model
 
 

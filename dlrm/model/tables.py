@@ -19,7 +19,7 @@ from dlrm.errors import UserError
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 BLOCK = 1 << 20  # weights drawn from one generator; a shard draws the blocks that it touches
-WEIGHT = re.compile(r"embedding_bags\.([^.]+)\.weight$")
+WEIGHT = re.compile(r"embedding(?:_bag)?s\.([^.]+)\.weight$")
 
 
 def table_configs(
@@ -66,22 +66,23 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int = 0) -> None:
-    """Fill this rank's shards: uniform in +-sqrt(1 / rows), as the DLRM paper and torchrec do."""
+def initialise(module: nn.Module, seed: int = 0, bound: float | None = None) -> None:
+    """Fill this rank's shards: uniform in +-`bound`, else in +-sqrt(1 / rows), as the DLRM paper does."""
     for _, table, weight in table_parameters(module):
         if isinstance(weight, ShardedTensor):
             rows, width = weight.metadata().size
             for shard in weight.local_shards():
                 first_row, first_column = shard.metadata.shard_offsets
-                _fill(shard.tensor, first_row, first_column, rows, width, table, seed)
+                _fill(shard.tensor, first_row, first_column, rows, width, table, seed, bound)
         elif not weight.is_meta:
-            _fill(weight, 0, 0, weight.size(0), weight.size(1), table, seed)
+            _fill(weight, 0, 0, weight.size(0), weight.size(1), table, seed, bound)
 
 
 def _fill(
-    shard: torch.Tensor, first_row: int, first_column: int, rows: int, width: int, table: str, seed: int
-) -> None:
-    bound = math.sqrt(1 / rows)
+    shard: torch.Tensor, first_row: int, first_column: int, rows: int, width: int, table: str, seed: int,
+    bound: float | None,
+) -> None:  # fmt: skip
+    bound = math.sqrt(1 / rows) if bound is None else bound
     step = max(1, BLOCK // width)
     last_row = first_row + shard.size(0)
     generator = torch.Generator(shard.device)

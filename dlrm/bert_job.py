@@ -1,0 +1,108 @@
+"""One BERT4Rec training: its data, model and plan; the course of it is every model's (`job.run`)."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
+
+from dlrm import dist, job, trace
+from dlrm.bert_config import BertConfig
+from dlrm.bert_sets import BertSets, open_sets
+from dlrm.errors import UserError
+from dlrm.model import optim, plan
+from dlrm.model.bert4rec import TABLE, BERT4Rec, Rankings, Train
+from dlrm.ranks import Ranks
+from dlrm.records import Records
+
+BOUND = 1.0  # the item embeddings begin uniform in +-1, as in the example
+WITH_GRADIENTS = ("row_wise", "table_wise")  # shardings of a table whose optimizer is not fused
+
+
+def train(cfg: BertConfig, here: Ranks) -> None:
+    # fbgemm's dense kernel has a gradient (tests hold it against PyTorch's), torch misses its registration
+    warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
+    job.run(cfg, here, make)
+
+
+def make(cfg: BertConfig, here: Ranks, device: torch.device, records: Records) -> "BertJob":
+    with dist.together(), trace.span("startup", "data"):
+        sets = open_sets(cfg, here)
+    records.say(
+        f"{sets.data.users:,} users, {sets.data.item_count:,} items, {len(sets.data.items):,} ratings, "
+        f"{sets.train.batches.source.rows:,} training sequences"
+    )
+    with dist.together(), trace.span("startup", "build"):
+        module = build(cfg, sets.data.vocabulary, device)
+    with dist.together(), trace.span("startup", "plan"):
+        model, optimizer = shard(cfg, module, here, device, records)
+    return BertJob(cfg, sets, model, optimizer, records, device)
+
+
+def build(cfg: BertConfig, vocabulary: int, device: torch.device) -> Train:
+    """The model on this device, alike on all ranks, its table still to be made."""
+    model = cfg.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.run.seed or 0)
+        module = Train(
+            BERT4Rec(
+                vocabulary, cfg.data.max_len, model.emb_dim, model.nhead, model.num_layers, model.dropout,
+                model.output == "tied", table_device=torch.device("meta"),
+            )
+        )  # fmt: skip
+    for name, parameter in list(module.named_parameters()):  # all but the table
+        if not parameter.is_meta:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(parameter.data.to(device)))
+    return module
+
+
+def shard(
+    cfg: BertConfig, module: Train, here: Ranks, device: torch.device, records: Records
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    how = cfg.optim
+    replicated = cfg.plan.mode == "ddp"
+    fused = not replicated and (device.type != "cpu" or optim.RULES[how.optimizer].on_cpu)
+    wishes: dict[str, dict[str, Any]] = {}
+    if cfg.plan.sharding_file:
+        wishes = plan.load_constraints(cfg.plan.sharding_file)
+    elif replicated:
+        wishes = {TABLE: {"sharding": "data_parallel"}}
+    elif device.type == "cpu":
+        wishes = {TABLE: {"sharding": "row_wise"}}  # one table: whole, it would be one rank's work alone
+    if fused:
+        optim.apply_in_backward(
+            module.model.history.ec.parameters(), how.optimizer, how.lr, device, how.eps,
+            weight_decay=how.weight_decay,
+        )  # fmt: skip
+    made = plan.make_plan(module, device, here, cfg.data.train_batch_size, wishes, [float(cfg.data.max_len)])
+    chosen = plan.plan_as_dict(made)[TABLE]["sharding"]
+    if not fused and not replicated:
+        if chosen not in WITH_GRADIENTS:
+            raise UserError(
+                f"--sharding_file: {chosen} with --optimizer {how.optimizer} does not work on CPUs: "
+                f"choose {' or '.join(WITH_GRADIENTS)}, or another optimizer"
+            )
+        made = plan.with_gradients(made)
+    job.tell_plan(made, records, cfg.plan.print_sharding_plan)
+    model = plan.shard(module, made, device, cfg.run.seed or 0, BOUND)
+    return model, optim.dense_optimizer(model, how.optimizer, how.lr, how.eps, weight_decay=how.weight_decay)
+
+
+class BertJob(job.Job):
+    score = "NDCG@10"
+    predictions = Rankings
+    sets: BertSets
+
+    def make_schedule(self) -> None:
+        """The rate depends on the epoch alone."""
+
+    def rate(self) -> float:
+        how = self.cfg.optim
+        return how.lr * how.gamma ** (self.progress.epoch // how.decay_step)
+
+    def outcome(self) -> Mapping[str, Any]:
+        return {"score": self.score, "val_scores": self.progress.val_aurocs}
