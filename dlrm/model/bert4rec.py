@@ -5,7 +5,8 @@ weights give the same losses; only the work differs: logits are computed where t
 and for the candidates that are ranked, never for the whole vocabulary at every position.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,9 @@ class BERT4Rec(nn.Module):
     ) -> None:
         super().__init__()
         self.max_len, self.vocabulary, self.tied = max_len, vocabulary, tied
+        self.unscale: Callable[[torch.Tensor], torch.Tensor] | None = (
+            None  # gradients on their way to the table
+        )
         self.history = History(vocabulary, max_len, width, dropout, table_device)
         self.transformer_blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(layers)])
         self.out = nn.Linear(width, vocabulary)
@@ -120,6 +124,8 @@ class BERT4Rec(nn.Module):
         """Hidden states [rows, max_len, width], and the output layer's weights [vocabulary, width]."""
         looked_up: dict[str, JaggedTensor] = self.history.ec(features)
         values = looked_up[FEATURE].values()
+        if self.unscale and isinstance(values, torch.Tensor) and values.requires_grad:
+            values.register_hook(self.unscale)
         count = tokens.numel()
         weights = values[count:] if self.tied else self.out.weight
         x = self.history(values[:count])
@@ -178,20 +184,33 @@ class Train(nn.Module):
     def __init__(self, model: BERT4Rec) -> None:
         super().__init__()
         self.model = model
+        self.precision: Callable[[], Any] = contextlib.nullcontext
+        self.scale: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def cast(self, device: str, dtype: torch.dtype, scale: Any | None) -> None:
+        """Mixed precision for all but the lookup; `scale` (dlrm/amp.py) lives between logits and lookup."""
+        self.precision = lambda: torch.autocast(device, dtype)
+        if scale:
+            self.scale, self.model.unscale = scale.up, scale.down
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         if batch.candidates is not None:
-            hidden, weights = self.model(batch.features, batch.tokens)
-            last, ranked = hidden[:, -1], batch.candidates
-            scores = torch.bmm(weights[ranked], last[:, :, None]).squeeze(-1) + self.model.out.bias[ranked]
+            with self.precision():
+                hidden, weights = self.model(batch.features, batch.tokens)
+                ranked, bias = batch.candidates, self.model.out.bias
+                scores = torch.bmm(weights[ranked], hidden[:, -1, :, None]).squeeze(-1) + bias[ranked]
             return scores.new_zeros(()), (scores.new_zeros(()), scores.detach(), batch.labels)
         wanted = batch.labels.reshape(-1)
         place = wanted.nonzero().squeeze(1)
         counts = torch.tensor([len(place), len(batch.tokens)], dtype=torch.float32, device=wanted.device)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         summing = dist.all_reduce(counts, async_op=True) if ranks > 1 else None
-        hidden, weights = self.model(batch.features, batch.tokens)
-        guesses = F.linear(hidden.reshape(-1, hidden.size(-1))[place], weights, self.model.out.bias)
+        with self.precision():
+            hidden, weights = self.model(batch.features, batch.tokens)
+            guesses = F.linear(hidden.reshape(-1, hidden.size(-1))[place], weights, self.model.out.bias)
+        guesses = guesses.float()
+        if self.scale and guesses.requires_grad:
+            guesses.register_hook(self.scale)
         total = F.cross_entropy(guesses, wanted[place], reduction="sum")
         if summing is not None:
             summing.wait()

@@ -1,0 +1,42 @@
+"""The processor's tuning changes speed and never numbers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dlrm.model import cpu
+
+ROOT = Path(__file__).parents[1]
+
+
+def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.bfloat16() @ b.bfloat16()).float()
+
+
+def test_the_trial_tells_float32_from_bfloat16() -> None:
+    assert cpu.is_float32(torch.mm)
+    assert cpu.is_float32(torch.bmm, batch=3)
+    assert not cpu.is_float32(rounded)
+    assert not cpu.is_float32(rounded, batch=3)
+    assert not cpu.is_float32(lambda a, b: a @ b * float("nan"))
+
+
+def test_nothing_on_cuda() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert cpu.tune(torch.device("cuda")) == []
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_after_tuning_products_are_float32_still() -> None:
+    code = (
+        "import torch; from dlrm.model import cpu; done = cpu.tune(torch.device('cpu'));"
+        "a, b = torch.randn(2048, 415), torch.randn(415, 512); exact = a.double() @ b.double();"
+        "error = ((a @ b).double() - exact).norm() / exact.norm(); assert error < 5e-6, error;"
+        "assert (torch.backends.mkldnn.matmul.fp32_precision == 'bf16') == bool(done), done"
+    )
+    environment = os.environ | cpu.environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
