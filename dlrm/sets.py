@@ -16,6 +16,7 @@ from dlrm.data.multihot import MultiHot
 from dlrm.data.prefetch import Prefetcher
 from dlrm.data.rows import Source
 from dlrm.data.source import open_source, scan
+from dlrm.errors import UserError
 from dlrm.ranks import Ranks
 
 RANDOM_BATCHES = 10  # of a set, when the data is random and no limit is given
@@ -119,6 +120,11 @@ def open_sets(cfg: Config, here: Ranks) -> Sets:
             shuffle_set=training and data.shuffle_training_set,
             seed=seed,
         )  # fmt: skip
+        if training and not len(batches) and limit != 0:
+            raise UserError(
+                f"{source.rows} rows to train on are less than one batch of {batch_size} on each of "
+                f"{here.world_size} ranks: lower --batch_size, or leave out --drop_last_training_batch"
+            )
         sources.append(source)
         loaders[stage] = Prefetcher(batches, data.prefetch_batches)
     frequencies = None

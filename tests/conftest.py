@@ -99,6 +99,8 @@ def train(tmp_path: Path) -> Train:
 @pytest.fixture
 def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """`train_here(*words)`: the same on one rank inside this process, without the start-up."""
+    import torch
+
     from dlrm import job
     from dlrm.config import Config, parse
     from dlrm.presets import PRESETS
@@ -111,7 +113,11 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         argv = [*map(str, words), "--output_dir", str(folder)]
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name, raising=False)
-        job.train(parse(Config, argv, "train", "", PRESETS), Ranks())
+        try:
+            job.train(parse(Config, argv, "train", "", PRESETS), Ranks())
+        finally:
+            if torch.distributed.is_initialized():  # a process that failed would end here
+                torch.distributed.destroy_process_group()
         return Finished(folder, [0], [""], [""], time.monotonic() - begun)
 
     return run
