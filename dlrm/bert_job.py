@@ -9,7 +9,7 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm import dist, job, trace
+from dlrm import amp, dist, job, trace
 from dlrm.bert_config import BertConfig
 from dlrm.bert_sets import BertSets, open_sets
 from dlrm.errors import UserError
@@ -99,6 +99,10 @@ class BertJob(job.Job):
 
     def make_schedule(self) -> None:
         """The rate depends on the epoch alone."""
+
+    def cast(self, kind: str, scale: amp.LossScale | None) -> None:
+        whole: Any = self.model.module
+        whole.cast(self.device.type, amp.TYPES[kind], scale)
 
     def rate(self) -> float:
         how = self.cfg.optim

@@ -20,7 +20,7 @@ from dlrm.mlperf import MLLog
 from dlrm.model import optim, plan
 from dlrm.model.dlrm import build, compile_dense
 from dlrm.model.schedule import Schedule, learning_rate, set_lr
-from dlrm.model.tables import table_configs
+from dlrm.model.tables import WEIGHT, table_configs
 from dlrm.ranks import Ranks
 from dlrm.records import Records
 from dlrm.resume import resume
@@ -193,17 +193,21 @@ class Job:
             change_to=optimizing.lr_after_change_point,
         )
 
+    def cast(self, kind: str, scale: amp.LossScale | None) -> None:
+        """DLRM's dense part in mixed precision."""
+        whole: Any = self.model.module
+        amp.cast(whole.model, self.device, kind, scale)
+
     def careful(self) -> Any:
         """The optimizer, with what --amp and --grad_clip put before its step."""
         optimizing, scale = self.cfg.optim, None
         if optimizing.amp == "fp16":
             scale = amp.LossScale(self.progress, optimizing.loss_scale_policy == "dynamic")
         if optimizing.amp != "off":
-            whole: Any = self.model.module
-            amp.cast(whole.model, self.device, optimizing.amp, scale)
+            self.cast(optimizing.amp, scale)
         if scale is None and optimizing.grad_clip is None:
             return self.optimizer
-        dense = [weight for name, weight in self.model.named_parameters() if "sparse_arch" not in name]
+        dense = [weight for name, weight in self.model.named_parameters() if not WEIGHT.search(name)]
         return amp.Careful(self.optimizer, dense, optimizing.grad_clip, scale)
 
     def fit(self) -> None:
