@@ -107,6 +107,8 @@ class Reader:
             for place in block.bad:
                 self._salvage(bytes(text[place : text.index(b"\n", place)]))
             self._records(block)
+            if process.pid < 0 and len(block):
+                process.pid = int(block.pid[0])
             is_event = block.ph == EVENT
             process.events += int(np.count_nonzero(is_event))
             if is_event.any():
@@ -124,8 +126,6 @@ class Reader:
             args = block.args(i, self.strings)
             if block.ph[i] == METADATA:
                 self._metadata(int(block.name[i]), int(block.tid[i]), args)
-                if self.process.pid < 0:
-                    self.process.pid = int(block.pid[i])
             elif block.cat[i] == ID["clock"] and "when" in args:
                 self.process.barriers.setdefault(str(args["when"]), int(block.ts[i]))
             elif block.name[i] == ID["end"]:

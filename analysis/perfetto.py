@@ -16,7 +16,7 @@ from analysis import wire
 from analysis.derive import Bandwidth
 from analysis.errors import AnalysisError
 from analysis.events import Reader, heads, offsets, skew
-from analysis.tracks import FileTracks, Output, Shared, Summary, write_bandwidth, write_counter
+from analysis.tracks import FileTracks, Output, Shared, Summary, process_name, write_bandwidth, write_counter
 
 EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
 _NO_COUNTERS = ("step", "epoch", "time", "split")
@@ -32,13 +32,17 @@ def convert(
     summary = Summary(path)
     shifts = offsets(processes)
     summary.shifts = {p.host: shifts[p.path] for p in processes if shifts[p.path]}
-    begin = min((p.first + shifts[p.path] for p in processes if p.first), default=0) - EARLIER_US
+    begin = min((p.first + shifts[p.path] for p in processes if p.first), default=0)
+    begin = max(0, begin - EARLIER_US)
     with published(path) as file:
         shared = Shared(Output(file), summary, posix, begin, Bandwidth(begin))
         done = []
-        for order, process in enumerate(processes):
+        pids = [shared.unique(process.pid) for process in processes]
+        for process, pid in zip(processes, pids, strict=True):
+            shared.out.write(wire.early_process(pid, process_name(process)))
+        for order, (process, pid) in enumerate(zip(processes, pids, strict=True)):
             reader = Reader(process.path, shared.strings, shared.paths)
-            tracks = FileTracks(shared, process, reader, shifts[process.path], order)
+            tracks = FileTracks(shared, process, pid, reader, shifts[process.path], order)
             for block in reader:
                 tracks.add(block)
                 if progress:

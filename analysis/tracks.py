@@ -122,9 +122,11 @@ class Track:
 class FileTracks:
     """One process: feed it the blocks of its trace file."""
 
-    def __init__(self, shared: Shared, process: Process, reader: Reader, shift: int, order: int) -> None:
+    def __init__(
+        self, shared: Shared, process: Process, pid: int, reader: Reader, shift: int, order: int
+    ) -> None:
         self.shared, self.process, self.reader, self.shift = shared, process, reader, shift
-        self.uuid, self.pid = shared.new_uuid(), shared.unique(process.pid)
+        self.uuid, self.pid = shared.new_uuid(), pid
         self.tracks: dict[int, Track] = {}
         self.counters: dict[int, int] = {}
         self.flows = Flows(order + 1)
@@ -208,7 +210,8 @@ class FileTracks:
             if level == len(track.lanes):
                 uuid = self.shared.new_uuid()
                 track.lanes.append((uuid, Lane()))
-                self.shared.out.write(wire.track(uuid, track.uuid, f"{track.name} overlap {level}"))
+                about = self.pid, self.shared.unique(track.tid), f"{track.name} overlap {level}"
+                self.shared.out.write(wire.thread(uuid, self.uuid, *about))
             uuid, lane = track.lanes[level]
             leaf = (block.cat[slices] == ID["POSIX"] + 1) | (block.cat[slices] == ID["STDIO"] + 1)
             order, late, refused = lane.nest(block.ts[slices], block.dur[slices], leaf)

@@ -15,7 +15,8 @@ from typing import Any
 
 from analysis.errors import AnalysisError
 
-PORT = 9001
+# The UI would ask its makers' servers who the user is: the browser shall talk to this machine only.
+ONLY_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 TYPES = {".wasm": "application/wasm", ".js": "text/javascript", ".pftrace": "application/octet-stream"}
 
 
@@ -82,6 +83,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", ONLY_HERE)
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -15,7 +15,7 @@ from analysis.strings import pointer
 
 SEQUENCE, CLOCK, BOOTTIME, REALTIME = 1, 64, 6, 1
 PACKET, TIMESTAMP, SEQUENCE_ID, TRACK_EVENT, INTERNED, FLAGS, COMPRESSED = 1, 8, 10, 11, 12, 13, 50
-LEGACY = 6
+LEGACY, PROCESS_DESCRIPTOR = 6, 43
 CLOCK_ID, DEFAULTS, DESCRIPTOR, SNAPSHOT = 58, 59, 60, 6
 CLEARED, NEEDED = 1, 2
 SLICE_BEGIN, SLICE_END, INSTANT, COUNTER = 1, 2, 3, 4
@@ -63,8 +63,9 @@ def thread(uuid: int, parent: int, pid: int, tid: int, name: str) -> bytes:
     return packet(nested(DESCRIPTOR, number(1, uuid), number(5, parent), nested(4, about)))
 
 
-def track(uuid: int, parent: int, name: str) -> bytes:
-    return packet(nested(DESCRIPTOR, number(1, uuid), number(5, parent) if parent else b"", nested(2, name)))
+def early_process(pid: int, name: str) -> bytes:
+    """The older way to describe a process: it is numbered as this is read, not as its events come."""
+    return packet(nested(PROCESS_DESCRIPTOR, number(1, pid), nested(6, name)))
 
 
 def counter_track(uuid: int, parent: int, name: str, unit: str) -> bytes:
