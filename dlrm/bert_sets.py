@@ -95,14 +95,13 @@ def prepare(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) 
     if folder is None:
         return make(data, wanted, path, seed, here.first)
     mine = None
-    if here.first:
-        mine = _load(folder, bytes_read)
-        if mine is None:
-            mine = make(data, wanted, path, seed, True)
-            arrays = {"items": mine.data.items, "starts": mine.data.starts, "negatives": mine.negatives}
-            prepared.save(folder, arrays, {"items": mine.data.item_count})
-    with dist.together():  # the first has written it, or says why not
-        pass
+    with dist.together():  # once the first has written it, or has said why not
+        if here.first:
+            mine = _load(folder, bytes_read)
+            if mine is None:
+                mine = make(data, wanted, path, seed, True)
+                arrays = {"items": mine.data.items, "starts": mine.data.starts, "negatives": mine.negatives}
+                prepared.save(folder, arrays, {"items": mine.data.item_count})
     mine = mine or _load(folder, bytes_read)
     if mine is None:
         raise OSError(f"{folder} cannot be read on {here.host}: give a --cache_dir that all nodes share")

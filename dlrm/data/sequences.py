@@ -67,6 +67,8 @@ def histories(
 
 def _densely(ids: np.ndarray) -> tuple[int, np.ndarray]:
     """How many different ids there are, and each one's number in their order."""
+    if not len(ids):
+        return 0, ids
     low, high = int(ids.min()), int(ids.max())
     if high - low > 8 * len(ids) + (1 << 20):  # too sparse for a table of all ids between
         known, numbers = np.unique(ids, return_inverse=True)

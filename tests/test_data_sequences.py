@@ -1,0 +1,254 @@
+"""Histories, windows, masks, candidates and the cache: against plain loops and the shares they promise."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlrm import dist
+from dlrm.bert_config import BertData
+from dlrm.bert_sets import prepare
+from dlrm.data import ratings
+from dlrm.data.batches import Batches
+from dlrm.data.prepared import load, save
+from dlrm.data.ratings import Ratings, Wanted
+from dlrm.data.sequence_source import Sequences, Training
+from dlrm.data.sequences import (
+    Histories,
+    candidates,
+    histories,
+    masked,
+    negatives,
+    padded,
+    to_judge,
+    windows,
+)
+from dlrm.errors import UserError
+from dlrm.ranks import Ranks
+
+GOOD = {
+    "ml-1m": ("ratings.dat", "7::30::5::100\n7::10::4::300\n9::30::3::50\n7::20::1::200\n"),
+    "ml-20m": ("ratings.csv", "userId,movieId,rating,timestamp\n"
+               "7,30,5.0,100\n7,10,3.5,300\n9,30,3,50\n7,20,1.0,200\n"),
+    "text": ("any.txt", "7 30 100\n7 10 300\n9 30 50\n7 20 200\n"),
+}  # fmt: skip
+
+
+def made(lengths: list[int], items: int = 50, seed: int = 0) -> Histories:
+    draw = np.random.default_rng(seed)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Histories(draw.integers(1, items + 1, starts[-1]).astype(np.int32), starts, items)
+
+
+def test_files_are_read_as_they_are(tmp_path: Path) -> None:
+    for name, (file, content) in GOOD.items():
+        (tmp_path / file).write_text(content)
+        given = tmp_path / file if name == "text" else tmp_path
+        found = ratings.read(name, ratings.file_of(name, str(given)), Wanted())
+        assert found.user.tolist() == [7, 7, 9, 7] and found.item.tolist() == [30, 10, 30, 20], name
+        assert found.time.tolist() == [100, 300, 50, 200]
+        assert found.rating.dtype == np.float32
+    (tmp_path / "two").write_text("1\t5\n1\t4\n2,5\n")  # without times the order of the file counts
+    assert ratings.read("text", tmp_path / "two", Wanted()).time.tolist() == [0, 1, 2]
+    assert ratings.read("ml-20m", tmp_path / "ratings.csv", Wanted()).rating.tolist() == [5, 3.5, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("ml-1m", "1::2\n", "2 columns"),
+        ("ml-1m", "a::b::c::d\n", "no number"),
+        ("text", "1 2 3\n4 x 6\n", "no number"),
+        ("text", "", "empty"),
+        ("ml-20m", "userId,movieId,rating,timestamp\n", "at least"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: str, told: str) -> None:
+    path = tmp_path / "ratings"
+    path.write_text(content)
+    with pytest.raises(UserError, match=told) as error:
+        ratings.read(name, path, Wanted())
+    assert str(path) in str(error.value)
+
+
+def test_missing_paths_are_named(tmp_path: Path) -> None:
+    for name, path, told in (
+        ("ml-1m", None, "needs --dataset_path"),
+        ("ml-1m", str(tmp_path), "ratings.dat is missing"),
+        ("text", str(tmp_path), "is a folder"),
+    ):
+        with pytest.raises(UserError, match=told):
+            ratings.file_of(name, path)
+    assert ratings.file_of("random", None) is None
+
+
+def test_histories_are_those_of_a_plain_loop() -> None:
+    draw = np.random.default_rng(3)
+    raw = Ratings(
+        draw.integers(100, 160, 2000) * 1_000_003, draw.integers(0, 90, 2000),
+        draw.integers(1, 6, 2000).astype(np.float32), draw.integers(0, 40, 2000),
+    )  # fmt: skip
+    found = histories(raw, min_rating=2, min_user_count=22, min_item_count=15)
+    kept = [row for row in zip(*(column.tolist() for column in raw), strict=True) if row[2] >= 2]
+    for column, least in ((1, 15), (0, 22)):
+        values = [row[column] for row in kept]
+        often = {value for value in values if values.count(value) >= least}
+        kept = [row for row in kept if row[column] in often]
+    numbers = {item: 1 + n for n, item in enumerate(sorted({row[1] for row in kept}))}
+    users = sorted({row[0] for row in kept})
+    assert 5 < len(users) < 60 and len(numbers) < 90  # the filters do something
+    expected = [
+        [numbers[row[1]] for row in sorted((r for r in kept if r[0] == user), key=lambda r: r[3])]
+        for user in users
+    ]
+    assert found.users == len(users) and found.item_count == len(numbers)
+    for user, items in enumerate(expected):
+        assert found.items[found.starts[user] : found.starts[user + 1]].tolist() == items
+    with pytest.raises(UserError, match="no rating is left"):
+        histories(raw, min_rating=6)
+
+
+@pytest.mark.parametrize("max_len", [1, 3, 10, 24])
+def test_windows_are_the_examples(max_len: int) -> None:
+    data = made([3, 5, 12, 13, 26, 27, 60, 100])
+    expected = []
+    for user in range(data.users):
+        items = data.items[data.starts[user] : data.starts[user + 1]].tolist()[:-2]
+        begins = [*range(len(items) - max_len, 0, -max(1, max_len // 10)), 0]
+        for begin in reversed(begins):
+            window = items[begin : begin + max_len]
+            expected.append([0] * (max_len - len(window)) + window)
+    assert padded(data, windows(data, max_len), max_len).tolist() == expected
+
+
+def test_masks_have_their_shares_and_depend_on_nothing_but_row_and_epoch() -> None:
+    data = made([40] * 400, items=1000)
+    spans = windows(data, 20)
+    rows = np.arange(len(spans))
+    plain = padded(data, spans, 20)
+    first = masked(data, spans, rows, 20, 0.15, 1, 0)
+    hidden = first.labels > 0
+    assert np.array_equal(first.labels[hidden], plain[hidden]) and not hidden[plain == 0].any()
+    assert np.array_equal(first.tokens[~hidden], plain[~hidden])
+    count, there = int(hidden.sum()), int((plain > 0).sum())
+    assert abs(count / there - 0.15) < 4 * np.sqrt(0.15 * 0.85 / there)
+    is_mask = first.tokens[hidden] == data.mask
+    assert abs(is_mask.mean() - 0.8) < 4 * np.sqrt(0.16 / count)
+    others = first.tokens[hidden][~is_mask]
+    assert others.min() >= 1 and others.max() <= data.item_count and len(np.unique(others)) > 0.8 * 1000
+    by_place = hidden.mean(axis=0)
+    assert by_place.max() - by_place.min() < 0.06
+    again = masked(data, spans[50:60], rows[50:60], 20, 0.15, 1, 0)
+    assert np.array_equal(again.tokens, first.tokens[50:60])
+    for seed, epoch, moved in ((1, 1, 0), (2, 0, 0), (1, 0, len(spans))):
+        other = masked(data, spans, rows + moved, 20, 0.15, seed, epoch).labels > 0
+        both = (other & hidden).sum() / there
+        assert abs(both - 0.15**2) < 0.004  # independent draws
+
+
+def test_the_last_two_items_are_held_out() -> None:
+    data = made([3, 8, 30])
+    for split, back in (("val", 2), ("test", 1)):
+        tokens, right = to_judge(data, 10, split)
+        for user in range(data.users):
+            items = data.items[data.starts[user] : data.starts[user + 1]].tolist()
+            assert right[user] == items[-back]
+            seen = [*items[:-back], data.mask][-10:]
+            assert tokens[user].tolist() == [0] * (10 - len(seen)) + seen
+
+
+def test_negatives_are_new_distinct_and_drawn_as_asked() -> None:
+    draw = np.random.default_rng(0)
+    popular = (draw.zipf(1.3, 60_000) % 300 + 1).astype(np.int32)
+    data = Histories(popular, np.arange(0, 60_001, 30), 300)
+    counts = np.bincount(popular, minlength=302)[1:-1]
+    for by_popularity in (True, False):
+        found = negatives(data, 20, by_popularity, seed=5)
+        assert np.array_equal(found, negatives(data, 20, by_popularity, seed=5))
+        assert found.min() >= 1 and found.max() <= 300
+        for user in range(data.users):
+            mine = set(found[user].tolist())
+            assert len(mine) == 20 and not mine & set(popular[30 * user : 30 * user + 30].tolist())
+        drawn = np.bincount(found.reshape(-1), minlength=302)[1:-1]
+        rare = counts < np.median(counts)
+        share = drawn[rare].sum() / drawn.sum()
+        assert (share < 0.35) if by_popularity else (0.4 < share < 0.65)
+    assert candidates(data, None, 100) == 100
+    with pytest.raises(UserError, match="--negatives 299"):
+        candidates(data, 299, 100)
+    few = Histories(np.array([1, 2, 3, 3, 3, 3, 4, 5, 6, 7], np.int32), np.array([0, 6, 10]), 9)
+    assert candidates(few, None, 100) == 5  # the second user has met four of nine
+
+
+def test_a_markov_walk_has_its_known_best_guess() -> None:
+    raw = ratings.markov(Path(), Wanted(users=500, items=40, size=20_000, seed=2))
+    data = histories(raw)
+    pairs = np.stack([data.items[:-1], data.items[1:]], axis=1)
+    within = np.ones(len(pairs), bool)
+    within[data.starts[1:-1] - 1] = False
+    table = np.zeros((41, 41), int)
+    np.add.at(table, (pairs[within][:, 0], pairs[within][:, 1]), 1)
+    best = table.max(axis=1)[1:].sum() / within.sum()
+    assert abs(best - (ratings.MARKOV_SURE + (1 - ratings.MARKOV_SURE) / 40)) < 0.02
+
+
+def test_every_row_comes_once_an_epoch_in_the_same_batches_for_any_ranks() -> None:
+    data = made([20] * 30)
+
+    def tokens(rank: int, world: int, size: int, epoch: int) -> list[np.ndarray]:
+        def keep(rows: Sequences, _: object) -> np.ndarray:
+            return rows.tokens
+
+        batches = Batches(
+            Training(data, 8, 0.3, 2, seed=4), size, rank, world, to_batch=keep,  # type: ignore[arg-type]
+            shuffle_set=True, by_rank=False, seed=4,
+        )  # fmt: skip
+        batches.set_epoch(epoch)
+        return list(batches)  # type: ignore[arg-type]
+
+    for epoch in (0, 1):
+        whole = tokens(0, 1, 12, epoch)
+        parts = [tokens(rank, 3, 4, epoch) for rank in range(3)]
+        joined = [np.concatenate(step) for step in zip(*parts, strict=True)]
+        assert all(np.array_equal(a, b) for a, b in zip(whole[:-1], joined[:-1], strict=True))
+        assert sum(map(len, whole)) == sum(map(len, joined)) == 2 * len(windows(data, 8))
+    assert not np.array_equal(tokens(0, 1, 12, 0)[0], tokens(0, 1, 12, 1)[0])
+
+
+def test_prepared_data_is_kept_until_the_source_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(0)
+    path = tmp_path / "ratings.txt"
+    path.write_text("".join(f"{u} {i}\n" for u, i in draw.integers(0, 40, (900, 2))))
+    data = BertData(dataset_name="text", dataset_path=str(path), negatives=5)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with dist.session(Ranks(), 60):
+        the_cache(path, data)
+
+
+def the_cache(path: Path, data: BertData) -> None:
+    read: dict[str, int] = {}
+    first = prepare(data, 0, Ranks(), {})
+    second = prepare(data, 0, Ranks(), read)
+    assert np.array_equal(first.data.items, second.data.items)
+    assert np.array_equal(first.negatives, second.negatives)
+    arrays = (second.data.items, second.data.starts, second.negatives)
+    assert sum(read.values()) == sum(array.nbytes for array in arrays)
+    assert all(Path(name).is_absolute() for name in read)
+    folders = list((path.parent / ".bert4rec").iterdir())
+    assert len(folders) == 1
+    (folders[0] / "items").write_bytes(b"short")  # damaged: made again
+    assert np.array_equal(prepare(data, 0, Ranks(), {}).data.items, first.data.items)
+    path.write_text(path.read_text() + "1 1\n")
+    os.utime(path, ns=(1, 1))
+    third = prepare(data, 0, Ranks(), {})
+    assert len(third.data.items) == len(first.data.items) + 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache_dir"):
+        save(tmp_path / "file" / "inside", {"a": np.zeros(3)}, {})
+    assert load(tmp_path / "nothing", {}) is None
