@@ -97,16 +97,17 @@ def slow_tail(f: Facts) -> Finding | None:
     middle, last = answers.percentiles(reads, "op").select("p50_us", "p99_us").row(0)
     total = pl.col("us") * pl.col("count")
     spent = float(reads.select(total.sum()).item())
-    tail = float(reads.filter(pl.col("us") > last).select(total.sum()).item())
+    slow = reads.filter(pl.col("us") > last)
+    tail, number = float(slow.select(total.sum()).item()), max(1, int(slow["count"].sum()))
     won = f.won(tail / 1e6)
-    if tail < 0.3 * spent or last < 10 * middle or won < 0.005 * f.mean("wall_s"):
+    if tail < 0.3 * spent or tail / number < 10 * middle or won < 0.005 * f.mean("wall_s"):
         return None
     text = (
-        f"The slowest 1% of the reads take {tail / spent:.0%} of the reading time: half are done in "
-        f"{seconds(middle / 1e6)}, one in a hundred needs more than {seconds(last / 1e6)}."
+        f"The slowest {number:,} reads take {tail / spent:.0%} of the reading time: half of all are done in "
+        f"{seconds(middle / 1e6)}, these need {seconds(tail / number / 1e6)} each."
     )
     remedy = "The storage is shared or cold: stripe the files wider, or stage them on the node."
-    return Finding("slow_tail", won, text, remedy, {"share": tail / spent, "p50_us": middle, "p99_us": last})
+    return Finding("slow_tail", won, text, remedy, {"share": tail / spent, "reads": number, "p50_us": middle})
 
 
 def amplified(f: Facts) -> Finding | None:

@@ -41,28 +41,30 @@ def size_bucket(size: np.ndarray) -> np.ndarray:
     return np.frexp(size.astype(np.float64))[1].astype(np.int64) - 1
 
 
-def io(events: Events, cuts: Windows) -> dict[str, pl.DataFrame]:
+_NEEDED = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed", "order")
+
+
+def told(events: Events) -> pl.DataFrame:
+    """Spans of the application that say how many bytes they read or wrote."""
+    return events.spans.filter(pl.col("op").is_not_null() & pl.col("bytes").is_not_null())
+
+
+def io(rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows) -> dict[str, pl.DataFrame]:
     """Tables ops, extents, claims, sizes, latencies, rates, slowest."""
-    order, extents = follow(events.calls)
-    calls = events.calls.with_columns(pl.Series("order", order, pl.UInt8), pl.lit("calls").alias("layer"))
-    told = events.spans.filter(pl.col("op").is_not_null() & pl.col("bytes").is_not_null())
+    order, extents = follow(calls)
+    calls = calls.with_columns(pl.Series("order", order, pl.UInt8))
     spans = unseen(told, calls).select(
-        *(name for name in calls.columns if name in events.spans.columns),
-        pl.col("bytes").alias("size"),
-        pl.lit(None, pl.Int64).alias("offset"),
-        pl.lit(False).alias("failed"),
-        pl.lit(0, pl.UInt8).alias("order"),
-        pl.lit("spans").alias("layer"),
-    )
-    layers = [frame.select(calls.columns) for frame in (calls, spans) if len(frame)]
-    tables = [_one_layer(_placed(frame, cuts), frame["layer"][0], cuts) for frame in layers]
-    if not tables:
-        tables = [_one_layer(_placed(calls, cuts), "calls", cuts)]
-    rank = pl.lit(events.rank, pl.Int32).alias("rank")
-    joined = {name: pl.concat([t[name] for t in tables]).select(rank, pl.all()) for name in tables[0]}
-    joined["claims"] = claims(told).select(rank, pl.all())
-    joined["extents"] = extents.select(rank, pl.all())
-    return joined
+        "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
+        pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
+    )  # fmt: skip
+    made = [_one_layer(calls.select(_NEEDED), "calls", cuts)]
+    if len(spans):
+        made.append(_one_layer(spans.select(_NEEDED), "spans", cuts))
+    number = pl.lit(rank, pl.Int32).alias("rank")
+    tables = {name: pl.concat([t[name] for t in made]).select(number, pl.all()) for name in made[0]}
+    tables["claims"] = claims(told).select(number, pl.all())
+    tables["extents"] = extents.select(number, pl.all())
+    return tables
 
 
 def unseen(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
@@ -78,11 +80,8 @@ def claims(told: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _placed(frame: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
-    return frame.with_columns(pl.Series("piece", cuts.of(frame["ts"].to_numpy()), pl.Int32))
-
-
 def _one_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.DataFrame]:
+    frame = frame.with_columns(pl.Series("piece", cuts.of(frame["ts"].to_numpy()), pl.Int32))
     pieces = pl.DataFrame(
         {"piece": range(len(cuts.phase)), "phase": cuts.phase, "epoch": cuts.epoch},
         schema={"piece": pl.Int32, "phase": pl.String, "epoch": pl.Int64},
@@ -103,7 +102,8 @@ def _one_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
         .group_by("phase", "epoch", "cat", "name", "op", "file")
         .agg(pl.col("count", "bytes", "us", "failed", "sequential", "random").sum(), pl.col("max_us").max())
     )
-    data = frame.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS))
+    data = frame.select("piece", "op", "ts", "dur", "size")
+    data = data.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS))
     sizes = (
         data.select("piece", "op", "size", "dur",
                     pl.Series("bucket", size_bucket(data["size"].to_numpy()), pl.Int32))

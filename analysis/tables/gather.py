@@ -13,7 +13,7 @@ import polars as pl
 
 from analysis.errors import AnalysisError
 from analysis.events import Process, files, offsets
-from analysis.tables.calls import io
+from analysis.tables.calls import io, told
 from analysis.tables.read import head, read_rank
 from analysis.tables.times import times
 
@@ -76,7 +76,9 @@ def part(job: Job) -> Part:
     made = Part(events.processes, paths=events.paths, events=sum(rows), calls=rows[0])
     if made.events:
         made.tables, cuts = times(events)
-        made.tables |= io(events, cuts)
+        calls, spans = events.calls, told(events)
+        del events  # most of the memory: the spans are not needed any more
+        made.tables |= io(job.rank, calls, spans, cuts)
         made.tables = {name: _plain(table) for name, table in made.tables.items()}
     return made
 

@@ -42,8 +42,9 @@ class Windows:
         return np.clip(np.searchsorted(self.starts, ts, side="right") - 1, 0, len(self.starts) - 1)
 
 
-def stretches(spans: pl.DataFrame) -> Stretches:
-    return union(spans["ts"].to_numpy(), (spans["ts"] + spans["dur"]).to_numpy())
+def stretches(events: pl.DataFrame, *where: pl.Expr) -> Stretches:
+    found = events.lazy().filter(*where).select("ts", (pl.col("ts") + pl.col("dur")).alias("end")).collect()
+    return union(found["ts"].to_numpy(), found["end"].to_numpy())
 
 
 def covered(of: Stretches, moments: np.ndarray) -> np.ndarray:
@@ -126,16 +127,15 @@ def measure(events: Events, main: pl.DataFrame, moments: np.ndarray) -> dict[str
     """For each measure, how much of it lies before each moment: differences of two are the answer."""
     pid, tid = main_thread(events)
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
-    io_spans = events.spans.filter(pl.col("kind") == "io")
-    io_all = _or(stretches(events.calls.select("ts", "dur")), stretches(io_spans))
+    io_all = _or(stretches(events.calls), stretches(events.spans, pl.col("kind") == "io"))
     all_io = covered(io_all, moments)
     sums: dict[str, np.ndarray] = {"wall_us": moments - moments.min()}
     none = np.zeros(0, np.int64)
     level, before, both = (none, none), np.zeros(len(moments), np.int64), {}
     for kind in KINDS:
-        level = _or(level, stretches(main.filter(pl.col("kind") == kind)))
+        level = _or(level, stretches(main, pl.col("kind") == kind))
         if kind == "io":
-            level = _or(level, stretches(events.calls.filter(here).select("ts", "dur")))
+            level = _or(level, stretches(events.calls, here))
         now = covered(level, moments)
         sums[f"{kind}_us"] = now - before
         before = now
@@ -152,7 +152,10 @@ def measure(events: Events, main: pl.DataFrame, moments: np.ndarray) -> dict[str
 def times(events: Events) -> tuple[dict[str, pl.DataFrame], Windows]:
     """Tables time (per phase and epoch), steps, busy (timeline), spans (by name), marks, curves."""
     pid, tid = main_thread(events)
-    main = events.spans.filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
+    main = (
+        events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
+        .select("cat", "name", "kind", "ts", "dur", "epoch", "step", "batch").collect()
+    )  # fmt: skip
     cuts = windows(events, main)
     steps = main.filter((pl.col("cat") == "train") & (pl.col("name") == "step")).sort("ts")
     begin = steps["ts"].to_numpy()

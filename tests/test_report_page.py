@@ -1,0 +1,219 @@
+"""report, summary and compare on the command line: what they write, how a browser shows it, odd input."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from browser import chromium
+from made_traces import Made, training
+
+ROOT = Path(__file__).parents[1]
+METRICS = [
+    {"step": 1, "epoch": 0, "loss": 0.7, "samples_per_second": 900.0, "time": 1_795_252_102.05},
+    {"step": 21, "epoch": 0, "loss": 0.5, "samples_per_second": 1000.0, "time": 1_795_252_102.3},
+    {"step": 40, "epoch": 1, "split": "val", "auroc": 0.8, "time": 1_795_252_102.5},
+]
+
+
+def analysis(*arguments: object, code: int = 0) -> tuple[str, str]:
+    command = [sys.executable, "-m", "analysis", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def a_run(folder: Path, wait: int = 100) -> Path:
+    for rank in range(2):
+        training(rank, 2, wait=wait).write(folder)
+    config = {"data": {"batch_size": 256}, "model": {"embedding_dim": 16}, "launch": {"device": "cpu"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "results.json").write_text(json.dumps({"samples_per_second": 1000.0, "test_auroc": 0.81}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = a_run(tmp_path_factory.mktemp("page") / "a<b>&run", wait=6_000)
+    out, errors = analysis("report", folder)
+    assert "waiting for data" in out and errors == ""
+    return folder
+
+
+def test_files(run: Path) -> None:
+    told = json.loads((run / "summary.json").read_text())
+    assert told["ranks"] == 2 and told["hosts"] == ["n0"]
+    assert told["headline"]["samples per second"] == 1000.0
+    assert told["headline"]["waiting for data, of training"] == pytest.approx(0.5, abs=0.01)
+    assert told["headline"]["bytes read"] == 2 * 40 * 4 << 20
+    assert {f["rule"] for f in told["findings"]} == {"waiting"}
+    assert told["breakdown_s"][1]["wait"] == pytest.approx(0.24)
+    steps = pl.read_csv(run / "tables" / "steps.csv")
+    assert len(steps) == 40 and steps["wall_us"].to_list() == [12_000] * 40
+    assert {"breakdown", "phases", "timeline", "files", "sizes", "operations", "startup"} <= {
+        path.stem for path in (run / "tables").iterdir()
+    }
+    assert not list(run.glob("*.part"))
+
+
+def test_one_file_that_needs_no_network(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert set(re.findall(r"(?:src|href)=[\"']?(.)", page)) == {"#"}
+    assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]  # a name, not an address
+    assert "a&lt;b&gt;&amp;run" in page and "<b>&run" not in page
+    assert len(page) < 1_000_000
+
+
+@pytest.mark.browser
+def test_in_a_browser(run: Path, tmp_path: Path) -> None:
+    with chromium(tmp_path / "profile", "1280,900") as browser:
+        browser.open((run / "report.html").as_uri())
+        browser.wait_for("document.readyState === 'complete'")
+        figures = browser.run("document.querySelectorAll('figure[data-spec]').length")
+        assert figures >= 10
+        assert browser.run("document.querySelectorAll('figure[data-spec] > svg').length") == figures
+        assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+        off = """[...document.querySelectorAll('svg')].flatMap(svg => { const b = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();
+            return r.left < b.left - 1 || r.right > b.right + 1; }).map(t => t.textContent) })"""
+        assert browser.run(off) == []
+        assert browser.run(OVERLAPS) == []
+        assert "NaN" not in browser.run("document.body.innerHTML")
+        # a drag over the timeline zooms in, a double click out again
+        ticks = "[...document.querySelectorAll('figure svg')][2].textContent"
+        before = browser.run(ticks)
+        browser.run(DRAG)
+        assert browser.run(ticks) != before
+        browser.run(
+            "[...document.querySelectorAll('figure svg')][2].dispatchEvent(new MouseEvent('dblclick'))"
+        )
+        assert browser.run(ticks) == before
+
+
+OVERLAPS = """[...document.querySelectorAll('svg')].flatMap(svg => {
+  const boxes = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+  const both = (r, s) => [Math.min(r.right, s.right) - Math.max(r.left, s.left),
+                          Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top)];
+  return boxes.flatMap(([a, r], i) => boxes.slice(i + 1)
+    .filter(([b, s]) => both(r, s)[0] > 1 && both(r, s)[1] > 3).map(([b]) => a + ' | ' + b)); })"""
+DRAG = """(() => {
+  const svg = [...document.querySelectorAll('figure svg')][2], b = svg.getBoundingClientRect();
+  for (const [name, f] of [['mousedown', 0.3], ['mousemove', 0.4], ['mouseup', 0.5]])
+    svg.dispatchEvent(new MouseEvent(name, {clientX: b.left + f * b.width, clientY: b.top + 40})); })()"""
+
+
+def test_compare(run: Path, tmp_path: Path) -> None:
+    other = a_run(tmp_path / "other", wait=100)
+    config = json.loads((other / "config.json").read_text())
+    config["data"]["batch_size"] = 512
+    (other / "config.json").write_text(json.dumps(config))
+    out, _ = analysis("compare", run, other, "-o", tmp_path / "c.html")
+    line = next(line for line in out.splitlines() if line.startswith("waiting for data"))
+    assert line.split()[-1] == "better" and "-98" in line
+    assert "data.batch_size: 256 -> 512" in out
+    page = (tmp_path / "c.html").read_text()
+    assert page.count("<figure") >= 12 and "data.batch_size" in page
+
+
+def test_summary_writes_nothing(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run")
+    before = sorted(folder.rglob("*"))
+    out, _ = analysis("summary", folder)
+    assert "rank 1" in out and "I/O hidden while training" in out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_preprocessing_run(tmp_path: Path) -> None:
+    made = Made(0, 1, role="prep")
+    made.span("prep", "scan", 0, 50_000, bytes=1_000_000)
+    made.span("prep", "write", 50_000, 50_000, bytes=2_000_000)
+    made.posix("write", 60_000, 20_000, "/out/day_0.npy", ret=2_000_000)
+    made.write(tmp_path)
+    out, _ = analysis("report", tmp_path)
+    table = pl.read_csv(tmp_path / "tables" / "preprocessing.csv")
+    assert table["name"].to_list() == ["scan", "write"] and table["MB_per_s"].to_list() == [20.0, 40.0]
+    assert "preprocess" in out
+
+
+def test_foreign_traces(tmp_path: Path) -> None:
+    """As DFTracer writes for anyone: no ranks, no spans that we know."""
+    for pid in (7, 9):
+        made = Made(None, pid=pid)
+        made.span("reader", "read_sample", 0, 500)
+        made.span("compute", "train", 500, 1000)
+        made.posix("read", 10, 90, "/data/x", ret=1000)
+        made.write(tmp_path / "x", end=False)
+    out, _ = analysis("report", tmp_path / "x" / "trace")
+    assert "do not name their ranks" in out and "rank 1" in out
+    assert "No training steps" in (tmp_path / "x" / "trace" / "report.html").read_text()
+
+
+def test_no_traces(tmp_path: Path) -> None:
+    for command in ("report", "summary"):
+        _, errors = analysis(command, tmp_path, code=2)
+        assert "no traces" in errors and errors.count("\n") == 1
+    _, errors = analysis("report", tmp_path / "nowhere", code=2)
+    assert "no such folder" in errors
+
+
+def test_empty_and_useless_traces(tmp_path: Path) -> None:
+    folder = tmp_path / "trace"
+    folder.mkdir()
+    (folder / "a.pfw.gz").write_bytes(b"")
+    (folder / "b.pfw").write_text("hello\n{not json\n")
+    _, errors = analysis("report", tmp_path, code=2)
+    assert "no events" in errors and errors.count("\n") == 1
+
+
+def test_truncated_and_missing_rank(tmp_path: Path) -> None:
+    path = training(1, 3).write(tmp_path)
+    data = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(data)[: len(gzip.compress(data)) * 2 // 3])
+    training(0, 3).write(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 0.5, "time": 1795252102.1}\n{"loss": 0.4, "ti')
+    (tmp_path / "results.json").write_text("{")
+    out, _ = analysis("report", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    for text in (
+        "there is no trace of rank 2",
+        "the gzip stream is cut",
+        "results.json is not JSON",
+        "1 lines could",
+    ):
+        assert text in out and text in page
+
+
+@pytest.mark.parametrize("what", ["nothing but metadata", "one instant", "counters only", "calls only"])
+def test_almost_nothing(tmp_path: Path, what: str) -> None:
+    made = Made()
+    if what == "one instant":
+        made.span("clock", "barrier", 5, 0, when="start")
+    elif what == "counters only":
+        made.span("counter", "loss", 5, 0, value=0.5)
+    elif what == "calls only":
+        made.posix("open64", 5, 2, "/x")
+    made.write(tmp_path)
+    code = 2 if what == "nothing but metadata" else 0
+    analysis("report", tmp_path, code=code)
+
+
+def test_read_only_folder(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    (run / "tables").write_text("in the way")
+    _, errors = analysis("report", run, code=2)
+    assert "tables" in errors and errors.count("\n") == 1
+
+
+def test_dask_gives_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    one, two = a_run(tmp_path / "one"), a_run(tmp_path / "two")
+    analysis("report", one)
+    analysis("report", two, "--dask", "local")
+    for table in ("breakdown", "steps", "timeline", "operations", "files"):
+        assert (one / "tables" / f"{table}.csv").read_text() == (two / "tables" / f"{table}.csv").read_text()
