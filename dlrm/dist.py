@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dlrm import trace
+from dlrm import exchange, trace
 from dlrm.entry import complain
 from dlrm.errors import UserError
 from dlrm.ranks import Ranks
@@ -31,7 +31,10 @@ def device_of(here: Ranks) -> torch.device:
 
 @contextmanager
 def session(here: Ranks, timeout: int) -> Iterator[torch.device]:
-    """The process group of all ranks: gloo on CPU, NCCL on CUDA. A rank that fails takes the others along."""
+    """The process group of all ranks: shared memory or gloo on CPU, NCCL on CUDA.
+
+    A rank that fails takes the others along.
+    """
     device = device_of(here)
     os.environ.update(RANK=str(here.rank), WORLD_SIZE=str(here.world_size))
     os.environ.update(LOCAL_RANK=str(here.local_rank), LOCAL_WORLD_SIZE=str(here.local_world_size))
@@ -39,7 +42,8 @@ def session(here: Ranks, timeout: int) -> Iterator[torch.device]:
     global _store
     _store = store
     watch = Watch(store, here, hosts, timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    exchange.register()
+    backend = "nccl" if device.type == "cuda" else exchange.NAME
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=here.rank, world_size=here.world_size,
         timeout=PATIENCE * timedelta(seconds=timeout),

@@ -1,5 +1,6 @@
 """One training job, from resolved options to results.json: data, model, plan, training, evaluation."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from dlrm.config import Config
 from dlrm.errors import Stopped
 from dlrm.keeper import Keeper
 from dlrm.mlperf import MLLog
-from dlrm.model import optim, plan
+from dlrm.model import cpu, optim, plan
 from dlrm.model.dlrm import build, compile_dense
 from dlrm.model.schedule import Schedule, learning_rate, set_lr
 from dlrm.model.tables import WEIGHT, table_configs
@@ -50,6 +51,8 @@ def make(cfg: Config, here: Ranks, device: torch.device, records: Records) -> "J
 
 def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records], "Job"]) -> None:
     """Train what `make` makes: the same course for every model."""
+    for name, value in cpu.environment().items():  # torch reads it at its first large allocation
+        os.environ.setdefault(name, value)
     begun = time.perf_counter()
     with dist.session(here, cfg.run.timeout) as device:
         dist.mark_clock("start")
@@ -88,6 +91,7 @@ def open_records(cfg: Any, here: Ranks, device: torch.device) -> Records:
         "nodes": len(set(hosts)),
         "hosts": hosts,
         "device": str(device.type),
+        "tuned": cpu.tune(device),
     }
     if records.folder:
         config.dump(cfg, records.folder / "config.json", launch)
