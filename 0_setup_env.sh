@@ -58,8 +58,7 @@ done
 [[ -n $name ]] || die "no Python 3.10 to 3.13 on PATH: load or install one, or name it with PYTHON=..."
 make_venv() { rm -rf "$venv"; "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null; }
 venv_package() {    # Debian keeps venv in a package of its own, which a fresh machine or container lacks
-    (( EUID == 0 )) && command -v apt-get > /dev/null || return 1
-    apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv
+    (( EUID == 0 )) && apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv
 }
 if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1 \
     || [[ ${was_variant:-$variant} != "$variant" || ${was_python:-$python} != "$python" ]]; then
@@ -100,6 +99,12 @@ echo "$root" > "$packages/dlrm-io.pth"    # python -m dlrm.train from any folder
 if [[ -z $line ]]; then
     line='mpiexec -n {N} -ppn {PPN}'
     "$venv/bin/mpiexec" -n 2 true || die "mpich from PyPI does not start here: load the site's MPI module and run again"
+    cat > "$venv/bin/dlrm-rsh" <<'RSH'
+#!/bin/bash
+# mpich to PBS's other nodes: it quotes its command for a shell, and pbs_tmrsh starts none.
+host=$1; shift; PATH=$PATH:${PBS_EXEC:-/opt/pbs}/bin exec pbs_tmrsh "$host" /bin/bash -c "$*"
+RSH
+    chmod +x "$venv/bin/dlrm-rsh"
 fi
 
 {
@@ -109,6 +114,7 @@ fi
     cat <<'ENV'
 case ":$PATH:" in *":$VIRTUAL_ENV/bin:"*) ;; *) export PATH="$VIRTUAL_ENV/bin:$PATH" ;; esac
 export PYTHONNOUSERSITE=1
+if [[ -n ${PBS_NODEFILE:-} ]]; then export HYDRA_LAUNCHER=rsh HYDRA_LAUNCHER_EXEC=dlrm-rsh; fi
 ENV
     [[ $site != polaris ]] || cat <<'ENV'
 # Darshan and DFTracer in one process fight over the same calls.

@@ -90,8 +90,8 @@ while :; do
 done
 if (( code )); then say "training ended with exit code $code"; fi
 
-# A stopped job has seconds left: its traces can wait. Code 2 is a mistake in the options: there are none.
-if [[ ${TRACE:-yes} != no && -z $stopped && $code != 2 ]]; then
+# A stopped job has seconds left: its traces can wait. Code 2 is a mistake in the options: nothing has happened.
+if [[ -d $run/trace && -z $stopped && $code != 2 ]]; then
     for step in "perfetto" "perfetto --posix" "check" "report"; do
         say "analysis $step"
         read -ra words <<< "$step"

@@ -60,10 +60,6 @@ if [[ -z $rank ]]; then    # outside: start the ranks
         (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null || MASTER_PORT=$port
     done
     export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT
-    # mpich reaches the other nodes as PBS wants it, rather than by ssh
-    if [[ -r ${PBS_NODEFILE:-} ]] && command -v pbs_tmrsh > /dev/null; then
-        export HYDRA_LAUNCHER=${HYDRA_LAUNCHER:-rsh} HYDRA_LAUNCHER_EXEC=${HYDRA_LAUNCHER_EXEC:-pbs_tmrsh}
-    fi
     read -ra mpi <<< "${MPIEXEC:-${DLRM_MPIEXEC:-mpiexec -n {N\}}}"
     mpi=("${mpi[@]//\{N\}/$n}") mpi=("${mpi[@]//\{PPN\}/$NPROC}") mpi=("${mpi[@]//\{DEPTH\}/$depth}")
     [[ -z ${DRY_RUN:-} ]] || { printf '%q ' "${mpi[@]}" "$here/launcher.sh" "$@"; echo; exit; }
