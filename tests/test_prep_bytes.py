@@ -176,3 +176,46 @@ def test_same_bytes_for_any_number_of_ranks(days: Path, one_rank: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr.decode()
     same(one_rank, tmp_path / "out")
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize(
+    "flags", [["--frequency_threshold", "2", "--random_seed", "4"], ["--compat", "torchrec"]]
+)
+def test_spark_gives_the_same_bytes(days: Path, tmp_path: Path, flags: list[str]) -> None:
+    """In local mode, in a process of its own: Spark keeps threads and a JVM."""
+    pytest.importorskip("pyspark")
+    few = tmp_path / "few"
+    few.mkdir()
+    for day in range(3):
+        lines = (days / f"day_{day}").read_bytes().splitlines(keepends=True)
+        (few / f"day_{day}").write_bytes(b"".join(lines[:60]))
+    wanted = run(few, tmp_path / "plain", "--engine", "plain", *flags)
+    command = [
+        sys.executable,
+        "-m",
+        "dlrm.prep",
+        "run",
+        "--input_dir",
+        few,
+        "--output_dir",
+        tmp_path / "spark",
+    ]
+    command += ["--engine", "spark", "--workers", "1", *flags]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    same(wanted, tmp_path / "spark")
+
+
+@pytest.mark.spark
+def test_spark_names_the_bad_line(days: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    (tmp_path / "in").mkdir()
+    lines = (days / "day_0").read_bytes().splitlines(keepends=True)
+    (tmp_path / "in" / "day_0").write_bytes(b"".join([*lines[:4], b"x\n", *lines[4:9]]))
+    command = [sys.executable, "-m", "dlrm.prep", "run", "--input_dir", tmp_path / "in", "--engine", "spark"]
+    command += ["--output_dir", tmp_path / "out"]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, timeout=500)
+    assert done.returncode == 2
+    assert f"{tmp_path}/in/day_0:5: 1 columns, 40 expected" in done.stderr.decode().splitlines()[-1]
+    assert not (tmp_path / "out" / "meta.json").exists()

@@ -37,7 +37,14 @@ def run_plain(options: Options) -> None:
     run(options)
 
 
+def run_spark(options: Options) -> None:
+    from dlrm.prep.spark import run
+
+    run(options)
+
+
 ENGINES: dict[str, Callable[[Options], None]] = {
     "numba": run_numba,
     "plain": run_plain,
+    "spark": run_spark,
 }

@@ -10,7 +10,7 @@ from dlrm.errors import UserError
 STEPS = ("parse", "contiguous", "shuffle")
 COMPAT = ("torchrec", "mlperf")
 FORMATS = ("npy", "parquet")
-ENGINES = ("numba", "plain")
+ENGINES = ("numba", "plain", "spark")
 DATASETS = ("criteo_1tb", "criteo_kaggle")
 MISSING = -(1 << 31)  # an empty count, where NVIDIA's recipe must tell it from 0
 # what the output's bytes do not depend on

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE, split_last_day
 from dlrm.prep.files import bytes_written, explained
-from dlrm.prep.place import Placer, logged, overlaps
+from dlrm.prep.place import Placer
 from dlrm.prep.publish import PARTIAL
 from dlrm.prep.sources import Output, days_of
+from dlrm.prep.store import logged, overlaps
 from dlrm.prep.work import Work
 
 NAMES = ["label", *(f"I{i + 1}" for i in range(NUM_DENSE)), *(f"C{i + 1}" for i in range(NUM_SPARSE))]

@@ -18,7 +18,7 @@ from dlrm import trace
 from dlrm.criteo import META, NUM_SPARSE, Meta
 from dlrm.errors import UserError
 from dlrm.prep import lanes, merge, permute, publish, sources, unpack
-from dlrm.prep.files import File, explained
+from dlrm.prep.files import explained
 from dlrm.prep.options import Options
 from dlrm.prep.place import Placer, load_maps, translate_piece
 from dlrm.prep.progress import Progress
@@ -104,17 +104,9 @@ def place(work: Work, team: Team, sizes: np.ndarray, progress: Progress) -> None
 
 
 def make_files(work: Work) -> None:
-    """Files of the right size with their headers, for buckets to be written anywhere in them."""
-    for name, (shape, dtype) in publish.files(work.made, work.options).items():
-        path = work.options.output_dir / (name + publish.PARTIAL)
-        size = publish.HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
-        if not path.exists() or path.stat().st_size != size:
-            for done in work.folder.glob("bucket_*.done"):
-                done.unlink()
-            with File(path, "w") as file:
-                file.resize(0)
-                file.resize(size)
-                file.write(publish.header(shape, dtype), 0)
+    if publish.allocate(work.options, work.made):
+        for done in work.folder.glob("bucket_*.done"):
+            done.unlink()
 
 
 def make_parquet(work: Work) -> None:

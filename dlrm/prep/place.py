@@ -10,14 +10,13 @@ from dlrm.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep import publish
 from dlrm.prep.files import File, write_whole
 from dlrm.prep.native import compiled
-from dlrm.prep.options import MISSING, Options
+from dlrm.prep.options import MISSING
 from dlrm.prep.progress import Progress
-from dlrm.prep.sources import Output
 from dlrm.prep.spill import RECORD_BYTES, WORDS
+from dlrm.prep.store import store
 from dlrm.prep.work import Work
 
 PART_RECORDS = 1 << 14
-LOG_ROWS = 1 << 13
 FIRST_ID = 1 + NUM_DENSE
 
 
@@ -146,44 +145,4 @@ class Placer:
         return dense, sparse, labels
 
     def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
-        """Rows begin .. of the whole output, into the files they belong to."""
-        options, kinds = self.work.options, publish.files(self.work.made, self.work.options)
-        moved = max(0, min(len(labels), self.work.moved - begin))
-        if options.compat and moved:
-            sparse[:moved] = publish.rounded(
-                sparse[:moved] if options.contiguous else sparse[:moved].view("u4")
-            )
-            labels[:moved] = publish.rounded(labels[:moved])
-        floats = logged(dense, options)
-        for output, start, stop, at in overlaps(self.work.made, begin, len(labels)):
-            for part, array in (("dense", floats), ("sparse", sparse), ("labels", labels)):
-                name = f"{output.name}_{part}.npy"
-                rows = array[start:stop]
-                if kinds[name][1] == "<i8":
-                    rows = (rows if options.contiguous else rows.view(np.uint32)).astype(np.int64)
-                with File(options.output_dir / (name + publish.PARTIAL), "w") as file:
-                    file.write(rows, publish.HEADER_BYTES + at * rows.itemsize * rows.shape[1])
-
-
-def overlaps(made: list[Output], begin: int, rows: int) -> Iterator[tuple[Output, int, int, int]]:
-    """(output, from, to in these rows, first row in the output)."""
-    start = 0
-    for output in made:
-        low, high = max(begin, start), min(begin + rows, start + output.rows)
-        if low < high:
-            yield output, low - begin, high - begin, low - start
-        start += output.rows
-
-
-def logged(dense: np.ndarray, options: Options) -> np.ndarray:
-    """numpy's own float32 logarithm, in place: every other one differs in the last bit of some values."""
-    floats = dense.view(np.float32)
-    with np.errstate(all="ignore"):
-        for at in range(0, len(dense), LOG_ROWS):
-            counts = dense[at : at + LOG_ROWS]
-            if options.frequency_limit:
-                gap = counts == MISSING
-                floats[at : at + LOG_ROWS] = np.where(gap, np.float32(0), np.log(counts.astype(np.float32)))
-            else:
-                np.log(counts.astype(np.float32), out=floats[at : at + LOG_ROWS])
-    return floats
+        store(self.work.options, self.work.made, self.work.moved, begin, dense, sparse, labels)

@@ -53,6 +53,21 @@ def files(made: list[Output], options: Options) -> dict[str, tuple[tuple[int, in
     }
 
 
+def allocate(options: Options, made: list[Output]) -> bool:
+    """Files of the right size with their headers, for rows to go anywhere in them; False: all were there."""
+    fresh = False
+    for name, (shape, dtype) in files(made, options).items():
+        path = options.output_dir / (name + PARTIAL)
+        size = HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
+        if not path.exists() or path.stat().st_size != size:
+            fresh = True
+            with File(path, "w") as file:
+                file.resize(0)
+                file.resize(size)
+                file.write(header(shape, dtype), 0)
+    return fresh
+
+
 def unpublish(folder: Path) -> None:
     """From here on the folder is not a dataset any more, whatever happens next."""
     (folder / META).unlink(missing_ok=True)

@@ -13,11 +13,12 @@ from dlrm.prep import permute, publish
 from dlrm.prep.check import layout
 from dlrm.prep.files import File
 from dlrm.prep.native import compiled
-from dlrm.prep.place import PART_RECORDS, overlaps, place, records_of
+from dlrm.prep.place import PART_RECORDS, place, records_of
 from dlrm.prep.scan import BLOCK_ROWS, Block
 from dlrm.prep.sources import Output
 from dlrm.prep.spill import WORDS, Spill, bucket_bits, buckets
 from dlrm.prep.steps import columns_of, days_in, whole_file
+from dlrm.prep.store import overlaps
 
 EXPECTED = {"dense": (NUM_DENSE, "f"), "sparse": (NUM_SPARSE, "i"), "labels": (1, "i")}
 NO_MAP = np.zeros(1, np.int64), np.zeros(1, np.int32)

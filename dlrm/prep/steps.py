@@ -111,7 +111,7 @@ def cut(source: sources.Source, rules: Rules, workers: int, pool: ThreadPoolExec
 def parse_piece(
     source: sources.Source, piece: Piece, rules: Rules, files: tuple[File, ...]
 ) -> tuple[int, int]:
-    """(rows, smallest count). Counts are written as they are; the logarithm needs the whole file's minimum."""
+    """(rows, smallest count). Counts are written raw; the logarithm needs the whole file's minimum."""
     arrays = [np.empty((BATCH, NUM_DENSE), np.int32), np.empty((BATCH, NUM_SPARSE), np.int64),
               np.empty((BATCH, 1), np.int32)]  # fmt: skip
     held, row, low = 0, piece.first_row, 1 << 40

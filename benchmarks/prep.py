@@ -1,0 +1,245 @@
+"""Preprocessing beside torchrec's own: the same files and core, one run, the bytes compared.
+
+python benchmarks/prep.py [--rows N] [--folder DIR] [--reference_rows N]
+A table for people on stderr; the last line of stdout is one JSON object with the same numbers.
+"""
+
+import argparse
+import filecmp
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DAYS = 24
+SCRIPTS = {"parse": "npy_preproc", "contiguous": "contiguous_preproc", "shuffle": "shuffle_preproc"}
+TARGETS = {"parse": 38, "contiguous": 20, "contiguous, threshold 3": 24, "shuffle": 3.5, "pipeline": 20}
+REFERENCE = """
+import contextlib, io, os, resource, sys, time
+from torchrec.datasets.scripts import {script}_criteo as script
+print("ready", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+begun, cpu = time.monotonic(), time.process_time()
+with contextlib.redirect_stdout(io.StringIO()):
+    script.main({arguments!r})
+print("took", time.monotonic() - begun, time.process_time() - cpu, file=sys.stderr)
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+OURS = """
+import resource, sys, time
+from dlrm.prep.__main__ import main
+arguments, warm = {arguments!r}, {warm!r}
+for words in warm:
+    assert main(words) == 0  # machine code is loaded, and compiled where it never was
+print("ready", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+begun, cpu = time.monotonic(), time.process_time()
+assert main(arguments) == 0
+print("took", time.monotonic() - begun, time.process_time() - cpu, file=sys.stderr)
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+def measured(program: str, cores: list[int]) -> dict[str, float]:
+    """Run in a process of its own on these cores: seconds, CPU seconds and peak memory of the work alone."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    said = {line.split()[0]: line.split()[1:] for line in done.stderr.splitlines() if line.strip()}
+    return {
+        "wall": float(said["took"][0]),
+        "cpu": float(said["took"][1]),
+        "peak_mb": int(said["peak"][0]) / 1024,
+    }
+
+
+def fresh(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def reference_steps(tsv: Path, out: Path, threshold: int, core: int) -> dict[str, dict[str, float]]:
+    """The MLPerf recipe: three scripts, one after the other."""
+    one, two, three = (fresh(out / name) for name in ("one", "two", "three"))
+    arguments = {
+        "parse": ["--input_dir", tsv, "--output_dir", one],
+        "contiguous": ["--input_dir", one, "--output_dir", two, "--frequency_threshold", threshold],
+        "shuffle": ["--input_dir_labels_and_dense", one, "--input_dir_sparse", two,
+                    "--output_dir_shuffled", three],
+    }  # fmt: skip
+    took = {}
+    for step, script in SCRIPTS.items():
+        words = [str(word) for word in arguments[step]]
+        took[step] = measured(REFERENCE.format(script=script, arguments=words), [core])
+        if step == "contiguous":
+            for path in two.glob("*_contig_freq.npy"):
+                path.rename(path.with_name(path.name.replace("_contig_freq", "")))
+    return took
+
+
+def our_step(command: list[Any], cores: list[int], small: Path) -> dict[str, float]:
+    """The command, after the same kind of work on a few rows."""
+    one, two, three, whole = (fresh(small.parent / "warm" / name) for name in "1234")
+    folders = ["--input_dir_labels_and_dense", one, "--input_dir_sparse", one]
+    warm = [
+        ["parse", "--input_dir", small, "--output_dir", one, "--workers", len(cores)],
+        ["contiguous", "--input_dir", one, "--output_dir", two],
+        ["contiguous", "--input_dir", one, "--output_dir", two, "--frequency_threshold", 3],
+        ["shuffle", *folders, "--output_dir_shuffled", three],
+        run_command(small, whole, "--workers", len(cores)),
+    ]
+    words = [[str(word) for word in line] for line in [*warm, command]]
+    return measured(OURS.format(arguments=words[-1], warm=words[:-1]), cores)
+
+
+def same(left: Path, right: Path, ours: str = "") -> int:
+    names = [path.name for path in left.glob("day_*.npy")]
+    for name in names:
+        other = right / name.replace(".npy", f"{ours}.npy")
+        if not filecmp.cmp(left / name, other, shallow=False):
+            raise SystemExit(f"{other} differs from the reference")
+    assert names
+    return len(names)
+
+
+def run_command(tsv: Path, out: Path, *flags: Any) -> list[Any]:
+    return [
+        "run",
+        "--input_dir",
+        tsv,
+        "--output_dir",
+        out,
+        "--compat",
+        "torchrec",
+        "--restart",
+        "--no_md5",
+        *flags,
+    ]
+
+
+def compare(folder: Path, small: Path, rows: int, cores: list[int]) -> dict[str, Any]:
+    """Every step and the whole, on one core; then the whole on all."""
+    tsv, found, scratch = folder / "tsv", {}, folder / "scratch"
+    wanted = reference_steps(tsv, folder / "reference", 0, cores[0])
+    one, two, three = (folder / "reference" / name for name in ("one", "two", "three"))
+    steps = {
+        "parse": (["parse", "--input_dir", tsv], one, ""),
+        "contiguous": (["contiguous", "--input_dir", one], two, "_contig_freq"),
+        "shuffle": (["shuffle", "--input_dir_labels_and_dense", one, "--input_dir_sparse", two], three, ""),
+    }
+    for step, (command, right, suffix) in steps.items():
+        flag = "--output_dir_shuffled" if step == "shuffle" else "--output_dir"
+        took = our_step([*command, flag, fresh(scratch / "out")], cores[:1], small)
+        same(right, scratch / "out", suffix)
+        found[step] = entry(wanted[step], took, rows)
+    whole = {key: sum(wanted[step][key] for step in SCRIPTS) for key in ("wall", "cpu")}
+    whole["peak_mb"] = max(wanted[step]["peak_mb"] for step in SCRIPTS)
+    for name, own in (("pipeline", cores[:1]), (f"pipeline, {len(cores)} workers", cores)):
+        took = our_step(run_command(tsv, fresh(scratch / "out"), "--workers", len(own)), own, small)
+        assert same(three, scratch / "out") == 3 * DAYS
+        found[name] = entry(whole, took, rows)
+    return found | compare_threshold(tsv, folder, small, rows, cores)
+
+
+def compare_threshold(tsv: Path, folder: Path, small: Path, rows: int, cores: list[int]) -> dict[str, Any]:
+    one, two, scratch = folder / "reference" / "one", fresh(folder / "reference" / "two"), folder / "scratch"
+    words = ["--input_dir", str(one), "--output_dir", str(two), "--frequency_threshold", "3"]
+    wanted = measured(REFERENCE.format(script=SCRIPTS["contiguous"], arguments=words), cores[:1])
+    took = our_step(["contiguous", *words[:3], fresh(scratch / "out"), *words[4:]], cores[:1], small)
+    same(two, scratch / "out")
+    return {"contiguous, threshold 3": entry(wanted, took, rows)}
+
+
+def entry(reference: dict[str, float], ours: dict[str, float], rows: int) -> dict[str, Any]:
+    return {
+        "reference_rows_per_s": round(rows / reference["cpu"]),
+        "rows_per_s": round(rows / ours["cpu"]),
+        "ratio_cpu": round(reference["cpu"] / ours["cpu"], 1),
+        "ratio_wall": round(reference["wall"] / ours["wall"], 1),
+        "reference_peak_mb": round(reference["peak_mb"]),
+        "peak_mb": round(ours["peak_mb"]),
+    }
+
+
+def growth(folder: Path, rows: int, cores: list[int]) -> dict[str, Any]:
+    """Peak memory and speed of the whole pipeline for 1, 4 and 16 times the rows."""
+    found = {}
+    for times in (1, 4, 16):
+        tsv = make(folder / "growing", rows * times)
+        took = our_step(run_command(tsv, fresh(folder / "scratch" / "out")), cores[:1], folder / "small")
+        found[str(rows * times)] = {
+            "peak_mb": round(took["peak_mb"]),
+            "rows_per_s": round(rows * times / took["cpu"]),
+        }
+        shutil.rmtree(tsv)
+    return found
+
+
+def make(folder: Path, rows: int) -> Path:
+    from dlrm.prep.toy import write_days
+
+    write_days(fresh(folder), DAYS, max(1, rows // DAYS), seed=0)
+    return folder
+
+
+def show(results: dict[str, Any]) -> None:
+    lines = [
+        f"{results['machine']}; {results['rows']:,} rows, {results['tsv_mb']:,} MB in {results['folder']}",
+        "",
+        "| step | torchrec, rows/s of CPU | here | ratio of CPU | of wall | peak MB | target |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in results["steps"].items():
+        lines.append(
+            f"| {name} | {row['reference_rows_per_s']:,} | {row['rows_per_s']:,} | {row['ratio_cpu']} "
+            f"| {row['ratio_wall']} | {row['reference_peak_mb']:,} -> {row['peak_mb']:,} "
+            f"| {TARGETS.get(name, '')} |"
+        )
+    lines += ["", "| rows | peak MB | rows/s of CPU |", "|--:|--:|--:|"]
+    for rows, row in results["growth"].items():
+        lines.append(f"| {int(rows):,} | {row['peak_mb']:,} | {row['rows_per_s']:,} |")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=480_000, help="for the comparison")
+    parser.add_argument("--growth_rows", type=int, default=240_000, help="times 1, 4 and 16")
+    parser.add_argument("--folder", type=Path, help="on the file system to be measured")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder, begun = Path(name), time.monotonic()
+        tsv, small = make(folder / "tsv", args.rows), make(folder / "small", 2400)
+        rows = args.rows // DAYS * DAYS
+        results = {
+            "machine": f"{len(cores)} cores {platform.machine()}, python {platform.python_version()}",
+            "folder": str(args.folder or tempfile.gettempdir()),
+            "rows": rows,
+            "tsv_mb": round(sum(path.stat().st_size for path in tsv.iterdir()) / 1e6),
+            "bytes_equal": True,  # anything else ends the run
+            "steps": compare(folder, small, rows, cores),
+            "growth": growth(folder, args.growth_rows, cores) if args.growth_rows else {},
+            "seconds": round(time.monotonic() - begun),
+            "own_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+    show(results)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

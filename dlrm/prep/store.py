@@ -1,0 +1,62 @@
+"""Rows in their final order into the output files, whoever put them in order."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from dlrm.prep import publish
+from dlrm.prep.files import File
+from dlrm.prep.options import MISSING, Options
+from dlrm.prep.sources import Output
+
+LOG_ROWS = 1 << 13
+
+
+def store(
+    options: Options,
+    made: list[Output],
+    moved: int,
+    begin: int,
+    dense: np.ndarray,
+    sparse: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """Rows begin .. of the whole output, into their files; the first `moved` rows are the shuffled ones."""
+    kinds = publish.files(made, options)
+    among = max(0, min(len(labels), moved - begin))
+    if options.compat and among:
+        sparse[:among] = publish.rounded(sparse[:among] if options.contiguous else sparse[:among].view("u4"))
+        labels[:among] = publish.rounded(labels[:among])
+    floats = logged(dense, options)
+    for output, start, stop, at in overlaps(made, begin, len(labels)):
+        for part, array in (("dense", floats), ("sparse", sparse), ("labels", labels)):
+            name = f"{output.name}_{part}.npy"
+            rows = array[start:stop]
+            if kinds[name][1] == "<i8":
+                rows = (rows if options.contiguous else rows.view(np.uint32)).astype(np.int64)
+            with File(options.output_dir / (name + publish.PARTIAL), "w") as file:
+                file.write(rows, publish.HEADER_BYTES + at * rows.itemsize * rows.shape[1])
+
+
+def overlaps(made: list[Output], begin: int, rows: int) -> Iterator[tuple[Output, int, int, int]]:
+    """(output, from, to in these rows, first row in the output)."""
+    start = 0
+    for output in made:
+        low, high = max(begin, start), min(begin + rows, start + output.rows)
+        if low < high:
+            yield output, low - begin, high - begin, low - start
+        start += output.rows
+
+
+def logged(dense: np.ndarray, options: Options) -> np.ndarray:
+    """numpy's own float32 logarithm, in place: every other one differs in the last bit of some values."""
+    floats = dense.view(np.float32)
+    with np.errstate(all="ignore"):
+        for at in range(0, len(dense), LOG_ROWS):
+            counts = dense[at : at + LOG_ROWS]
+            if options.frequency_limit:
+                gap = counts == MISSING
+                floats[at : at + LOG_ROWS] = np.where(gap, np.float32(0), np.log(counts.astype(np.float32)))
+            else:
+                np.log(counts.astype(np.float32), out=floats[at : at + LOG_ROWS])
+    return floats
