@@ -7,10 +7,13 @@ machine gone. When a collective breaks, the others need not wait so long to name
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +24,7 @@ from dlrm.errors import LostRank, UserError
 from dlrm.ranks import Ranks
 
 SIGN_SECONDS = 1.0
+PATIENCE = timedelta(seconds=300)  # of the store's users, among ranks that are alive
 MISSING_SECONDS = 3.5  # without a sign, once a collective has broken
 FAILURE = "dlrm/failure"
 BROKEN = (
@@ -29,16 +33,42 @@ BROKEN = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Person:
+    """A rank as a process of a machine."""
+
+    host: str
+    pid: int
+    born: str  # pids are used again
+
+    @classmethod
+    def here(cls, host: str) -> "Person":
+        return cls(host, os.getpid(), _birth(os.getpid()))
+
+    def end(self) -> None:
+        """Kill it, if it is on this machine: a process that stands still holds up the launcher."""
+        if self.host == socket.gethostname() and self.born and _birth(self.pid) == self.born:
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def _birth(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
 def is_broken_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in BROKEN)
 
 
-def meet(here: Ranks, seconds: int) -> tuple[Any, list[str]]:
-    """The store that all ranks share, and their hosts; LostRank names those that do not come."""
+def meet(here: Ranks, seconds: int) -> tuple[Any, list[Person]]:
+    """The store that all ranks share, and who they are; LostRank names those that do not come."""
     if here.world_size == 1:
-        return dist.HashStore(), [here.host]
+        return dist.HashStore(), [Person.here(here.host)]
     store = _open_store(here, seconds)
-    store.set(f"dlrm/here/{here.rank}", here.host)
+    store.set(f"dlrm/here/{here.rank}", json.dumps(asdict(Person.here(here.host))))
     store.set(_sign(here.rank), "0")
     if here.first:
         given_up = time.monotonic() + seconds
@@ -47,11 +77,12 @@ def meet(here: Ranks, seconds: int) -> tuple[Any, list[str]]:
             if time.monotonic() > given_up:
                 raise LostRank(f"{_ranks(missing)} did not come within {seconds} s (--timeout)")
             time.sleep(0.05)
-        hosts = [store.get(f"dlrm/here/{rank}").decode() for rank in range(here.world_size)]
-        store.set("dlrm/hosts", json.dumps(hosts))
+        people = [json.loads(store.get(f"dlrm/here/{rank}")) for rank in range(here.world_size)]
+        store.set("dlrm/people", json.dumps(people))
     try:
-        store.wait(["dlrm/hosts"], timedelta(seconds=seconds + 5))
-        return store, json.loads(store.get("dlrm/hosts"))
+        store.wait(["dlrm/people"], timedelta(seconds=seconds + 5))
+        store.set_timeout(PATIENCE)
+        return store, [Person(**each) for each in json.loads(store.get("dlrm/people"))]
     except RuntimeError:
         raise LostRank(f"not all ranks came within {seconds} s (--timeout)") from None
 
@@ -106,16 +137,19 @@ def _ranks(ranks: set[int], hosts: list[str] | None = None) -> str:
 
 
 class Watch(threading.Thread):
-    def __init__(self, store: Any, here: Ranks, hosts: list[str], timeout: int) -> None:
+    """Gives this rank's signs of life, looks for those of the others (rank 0 for all, all for rank 0)."""
+
+    def __init__(self, store: Any, here: Ranks, people: list[Person], timeout: int) -> None:
         super().__init__(name="watch", daemon=True)
-        self._here, self._hosts, self._timeout = here, hosts, timeout
+        self._here, self._people, self._timeout = here, people, timeout
         self._done = threading.Event()
         self._told = False  # the main thread has its own reason to end
         self._store = store
+        self._answered = time.monotonic()  # when the store last did
         if here.world_size > 1:
             self._store = store.clone()
-            self._store.set_timeout(timedelta(seconds=timeout))
             self.start()
+            threading.Thread(target=self._guard, name="guard", daemon=True).start()
 
     def run(self) -> None:
         trace.name_thread("watch")
@@ -128,37 +162,59 @@ class Watch(threading.Thread):
             now = time.monotonic()
             try:
                 self._store.set(_sign(self._here.rank), str(count))
-                reason = self._note()
                 if now - before > 5 * SIGN_SECONDS:  # this process itself was stopped: judge nobody yet
                     signs.forgive()
                 silent = signs.silent(self._timeout)
-                if silent and not reason:
-                    reason = f"{_ranks(silent, self._hosts)} gave no sign for {self._timeout} s (--timeout)"
-                    self._leave_note(reason)
+                if silent:
+                    self._leave_note(self._silence(silent), silent)
+                reason, lost = self._note()
             except RuntimeError:  # the store went with the process that keeps it
-                reason = f"{_ranks({0}, self._hosts)} is gone"
-            before = now
+                reason, lost = f"{self._named({0})} is gone", set()
+            self._answered = before = now
             if reason and not self._told:
-                self._end(reason)
+                self._end(reason, lost)
 
-    def _end(self, reason: str) -> None:
+    def _guard(self) -> None:
+        """A store that does not answer holds up whoever asks it: its process stands still."""
+        before = time.monotonic()
+        while not self._done.wait(SIGN_SECONDS):
+            now = time.monotonic()
+            if now - before > 5 * SIGN_SECONDS:
+                self._answered = now
+            before = now
+            if now - self._answered > self._timeout + SIGN_SECONDS:
+                self._told = False
+                self._end(self._silence({0}), {0})
+
+    def _silence(self, ranks: set[int]) -> str:
+        return f"{self._named(ranks)} gave no sign for {self._timeout} s (--timeout)"
+
+    def _named(self, ranks: set[int]) -> str:
+        return _ranks(ranks, [person.host for person in self._people])
+
+    def _end(self, reason: str, lost: set[int]) -> None:
         time.sleep(SIGN_SECONDS)  # let this rank's own error come first, if it has one
         if not self._told and not self._done.is_set():
             complain(self._here, f"ends because {reason}")
+            for rank in lost - {self._here.rank}:
+                self._people[rank].end()
             os._exit(1)
 
-    def _note(self) -> str:
-        return self._store.get(FAILURE).decode() if self._store.check([FAILURE]) else ""
+    def _note(self) -> tuple[str, set[int]]:
+        if not self._store.check([FAILURE]):
+            return "", set()
+        note = json.loads(self._store.get(FAILURE))
+        return note["reason"], set(note["lost"])
 
-    def _leave_note(self, reason: str) -> None:
-        self._store.compare_set(FAILURE, "", reason)
+    def _leave_note(self, reason: str, lost: set[int]) -> None:
+        self._store.compare_set(FAILURE, "", json.dumps({"reason": reason, "lost": sorted(lost)}))
 
     def tell(self) -> None:
         """This rank ends with an error of its own: the others shall know why they end."""
         self._told = True
         if self._here.world_size > 1:
             with contextlib.suppress(RuntimeError):
-                self._leave_note(f"{_ranks({self._here.rank}, self._hosts)} failed")
+                self._leave_note(f"{self._named({self._here.rank})} failed", set())
                 self._linger()
 
     def _linger(self) -> None:
@@ -170,21 +226,19 @@ class Watch(threading.Thread):
         """A collective broke: who is missing? This rank goes on giving signs meanwhile."""
         self._told = True
         others = set(range(self._here.world_size)) - {self._here.rank}
-        store = self._store
         try:
-            signs = _Signs(store, others)
+            signs = _Signs(self._store, others)
             given_up = time.monotonic() + MISSING_SECONDS
-            while not (reason := self._note()) and time.monotonic() < given_up:
+            while not (reason := self._note()[0]) and time.monotonic() < given_up:
                 time.sleep(0.2)
                 signs.look()
             silent = signs.silent(MISSING_SECONDS - 1)
             if not reason:
-                reason = f"{_ranks(silent, self._hosts)} is gone" if silent else "a connection broke"
-                self._leave_note(reason)
-                reason = self._note()
+                self._leave_note(f"{self._named(silent)} is gone" if silent else "a connection broke", set())
+                reason = self._note()[0]
             self._linger()
         except RuntimeError:
-            reason = f"{_ranks({0}, self._hosts)} is gone"
+            reason = f"{self._named({0})} is gone"
         return LostRank(f"ends because {reason}")
 
     def close(self) -> None:

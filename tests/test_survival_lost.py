@@ -1,0 +1,118 @@
+"""A rank that is killed or stopped, at any moment: the others end soon, name it, and the next run goes on."""
+
+import gzip
+import json
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from alive import Alive, metrics
+from test_survival_stop import same, words
+
+HOST = socket.gethostname()
+BOUND = 30  # seconds, on a busy machine; a killed rank is noticed at once
+EACH = ["--checkpoint_every_steps", 7, "--trace"]
+
+
+def started(ranks: Alive) -> bool:
+    return len(ranks.pids()) == ranks.count and (ranks.folder / "trace").exists()
+
+
+MOMENTS: dict[str, tuple[list[object], Callable[[Alive], object]]] = {
+    "start-up": (["--timeout", 12], started),
+    "step": ([], lambda ranks: any(line["step"] > 20 for line in metrics(ranks.folder))),
+    "evaluation": (
+        ["--validation_freq_within_epoch", 1],
+        lambda ranks: sum("auroc" in line for line in metrics(ranks.folder)) > 5,
+    ),
+    "checkpoint": (
+        ["--checkpoint_every_steps", 1],
+        lambda ranks: (
+            len(list((ranks.folder / "checkpoints").glob("0*"))) > 2
+            and list((ranks.folder / "checkpoints").glob(".0*"))
+        ),
+    ),
+}
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_rank_is_named_and_the_others_end(toy: Path, tmp_path: Path, moment: str, rank: int) -> None:
+    more, reached = MOMENTS[moment]
+    with Alive(tmp_path, 2, *words(toy, *EACH, *more)) as ranks:
+        ranks.until(lambda: reached(ranks))
+        ranks.signal(signal.SIGKILL, rank)
+        begun = time.monotonic()
+        codes = ranks.wait(70)
+        took = time.monotonic() - begun
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, (codes, ranks.said)
+    assert took < BOUND, took
+    assert f"rank {rank} on {HOST}" in ranks.said or moment == "start-up" and f"rank {rank}" in ranks.said
+    survivors = list((tmp_path / "trace").glob(f"train{1 - rank:05d}-*.pfw.gz"))
+    assert survivors and readable(survivors[0]) > 10
+    assert not ranks.pids()
+
+
+def readable(path: Path) -> int:
+    """Whole lines of a trace whose writer may not have closed it."""
+    lines = []
+    try:
+        with gzip.open(path, "rt") as trace:
+            for line in trace:
+                lines.append(line)
+    except EOFError:
+        pass
+    return sum(bool(json.loads(line.rstrip(",\n"))) for line in lines if line.startswith("{"))
+
+
+@pytest.mark.mpi
+def test_after_a_kill_the_next_run_goes_on_as_if_nothing_had_been(toy: Path, tmp_path: Path) -> None:
+    with Alive(tmp_path / "whole", 2, *words(toy)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said
+    words_ = words(toy, "--checkpoint_every_steps", 9)
+    for seed in range(3):  # somewhere, three times
+        with Alive(tmp_path / "killed", 2, *words_) as ranks:
+            ranks.until_step(1)
+            before = len(metrics(ranks.folder))
+            ranks.until(lambda before=before, ranks=ranks: len(metrics(ranks.folder)) > before)
+            time.sleep(random.Random(seed).random())
+            if ranks.pids():
+                ranks.signal(signal.SIGKILL, seed % len(ranks.pids()))
+            ranks.wait()
+    with Alive(tmp_path / "killed", 2, *words_) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said
+    same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("launcher", "rank"), [("", 0), ("", 1), ("mpiexec", 0), ("torchrun", 1)])
+def test_a_rank_that_stands_still_counts_as_lost_after_the_timeout(
+    toy: Path, tmp_path: Path, launcher: str, rank: int
+) -> None:
+    with Alive(tmp_path, 2, *words(toy, "--timeout", 5), launcher=launcher) as ranks:
+        ranks.until_step(10)
+        ranks.signal(signal.SIGSTOP, rank)
+        begun = time.monotonic()
+        assert 0 not in ranks.wait(60)  # the one that stands still is ended, too
+        assert time.monotonic() - begun > 3
+        assert not ranks.pids()
+    assert f"rank {rank} on {HOST} gave no sign for 5 s" in ranks.said, ranks.said
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_under_a_launcher(toy: Path, tmp_path: Path, launcher: str) -> None:
+    with Alive(tmp_path, 2, *words(toy, "--checkpoint_every_steps", 5), launcher=launcher) as ranks:
+        ranks.until_step(15)
+        ranks.signal(signal.SIGKILL, 1)
+        assert ranks.wait(BOUND)[0] != 0
+        assert not ranks.pids()
+    with Alive(tmp_path, 2, *words(toy, "--max_steps", 40), launcher=launcher) as ranks:
+        assert ranks.wait() == [0], ranks.said
+    steps = [line["step"] for line in metrics(tmp_path) if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 40
