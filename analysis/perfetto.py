@@ -19,7 +19,8 @@ from analysis.events import Reader, heads, offsets, skew
 from analysis.tracks import FileTracks, Output, Shared, Summary, process_name, write_bandwidth, write_counter
 
 EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
-_NO_COUNTERS = ("step", "epoch", "time", "split")
+_NO_COUNTERS = ("step", "epoch", "time", "split", "samples")
+_OF_EVALUATIONS = ("auroc", "log_loss")  # a track for each of their other numbers would bury the rest
 
 
 def convert(
@@ -103,6 +104,8 @@ def _metrics(shared: Shared, path: Path) -> None:
     for row in rows(path):
         prefix = f"{row['split']} " if "split" in row else ""
         for key, value in row.items():
+            if "split" in row and key not in _OF_EVALUATIONS:
+                continue
             if key not in _NO_COUNTERS and isinstance(value, int | float) and key not in shared.counted:
                 series.setdefault(prefix + key, []).append((row["time"], float(value)))
     for name, points in series.items():
