@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ def describe(path: Path) -> Checkpoint:
     """Read a checkpoint's description and hold it against what is there. Raises Corrupt."""
     try:
         values = json.loads((path / MARKER).read_text())
+        if values.pop("crc32") != _sum(values):
+            raise Corrupt(f"{path / MARKER}: wrong checksum")
         if values["version"] != VERSION:
             raise Corrupt(f"{path}: version {values['version']}, {VERSION} expected")
         found = Checkpoint(
@@ -90,14 +93,19 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
 
 def publish(partial: Path, final: Path, description: dict[str, Any]) -> None:
     """The description last, everything on the disk, then the final name."""
+    values = {"version": VERSION, **description}
     with open(partial / MARKER, "w") as out:
-        json.dump({"version": VERSION, **description}, out)
+        json.dump({**values, "crc32": _sum(values)}, out)
         out.write("\n")
         out.flush()
         os.fsync(out.fileno())
     sync(partial)
     os.rename(partial, final)
     sync(final.parent)
+
+
+def _sum(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def discard(partial: Path) -> None:

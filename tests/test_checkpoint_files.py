@@ -1,0 +1,229 @@
+"""The files of a checkpoint: exact, readable by others, resharded, and never trusted when damaged."""
+
+import json
+import os
+import random
+import shutil
+import threading
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from dlrm.checkpoint import folder, shards
+from dlrm.checkpoint.saver import Saver
+from dlrm.checkpoint.shards import Corrupt, Piece
+from dlrm.ranks import Ranks
+
+
+def whole(name: str, tensor: torch.Tensor) -> Piece:
+    return Piece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+
+
+def cut(name: str, tensor: torch.Tensor, low: tuple[int, ...], high: tuple[int, ...]) -> Piece:
+    part = tensor[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].clone()
+    return Piece(name, tuple(tensor.shape), low, part)
+
+
+def save(root: Path, pieces: list[Piece], step: int = 1, keep: int | None = None, **state: Any) -> Path:
+    saver = Saver(root, Ranks(), HashStore(), keep, patience=10)
+    saver.save(pieces, state, step)
+    assert saver.wait() is None
+    return Path(str(saver.last))
+
+
+def load(path: Path, piece: Piece) -> torch.Tensor:
+    found = folder.describe(path)
+    count = sum(
+        shards.read_into(path, found.files, each, piece) for each in found.tensors if each.name == piece.name
+    )
+    assert count == piece.tensor.numel()
+    return piece.tensor
+
+
+TENSORS = {
+    "f32": torch.randn(1000, 16), "bf16": torch.randn(33, 7).bfloat16(), "f16": torch.randn(5).half(),
+    "f64": torch.randn(2, 3, 4, dtype=torch.float64), "i64": torch.arange(99), "u8": torch.arange(250).byte(),
+    "bool": torch.tensor([True, False]), "scalar": torch.tensor(3.5), "empty": torch.empty(0, 16),
+}  # fmt: skip
+
+
+def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
+    path = save(tmp_path, [whole(name, tensor) for name, tensor in TENSORS.items()])
+    for name, tensor in TENSORS.items():
+        read = load(path, whole(name, torch.zeros_like(tensor)))
+        assert torch.equal(read, tensor), name
+
+
+def test_others_can_open_the_files(tmp_path: Path) -> None:
+    """They are safetensors: the format's own library reads them."""
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    path = save(tmp_path, [whole(name, tensor) for name, tensor in TENSORS.items()])
+    theirs = load_file(path / "rank00000.safetensors")
+    assert {name.split(":", 1)[1] for name in theirs} == set(TENSORS)
+    assert all(torch.equal(tensor, TENSORS[name.split(":", 1)[1]]) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_cut_is_read_under_any_other(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rectangles of rows and columns in, other rectangles out; blocks smaller than a tensor."""
+    rng = random.Random(seed)
+    tensor = torch.randn(rng.randint(1, 300), rng.randint(1, 60))
+
+    def cuts() -> list[Piece]:
+        marks = [sorted({0, n, *(rng.randint(0, n) for _ in range(rng.randint(0, 3)))}) for n in tensor.shape]
+        return [
+            cut("t", tensor, (a, c), (b, d))
+            for a, b in zip(marks[0], marks[0][1:], strict=False)
+            for c, d in zip(marks[1], marks[1][1:], strict=False)
+        ]
+
+    monkeypatch.setattr(shards, "BLOCK", 1 << rng.randint(3, 12))
+    path = save(tmp_path, cuts())
+    for piece in cuts():
+        target = Piece("t", piece.shape, piece.offset, torch.zeros_like(piece.tensor))
+        assert torch.equal(load(path, target), piece.tensor)
+
+
+def test_a_hole_is_noticed(tmp_path: Path) -> None:
+    tensor = torch.randn(10, 4)
+    path = save(tmp_path, [cut("t", tensor, (0, 0), (6, 4))])
+    with pytest.raises(AssertionError):
+        load(path, whole("t", torch.zeros(10, 4)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_damage_is_noticed(tmp_path: Path, seed: int) -> None:
+    """One byte anywhere: read whole and equal, or refused; never something else, never a crash."""
+    rng = random.Random(seed)
+    tensor = torch.randn(200, 16)
+    path = save(tmp_path, [whole("t", tensor)], score=0.5)
+    victim = path / rng.choice(["checkpoint.json", "rank00000.safetensors"])
+    data = bytearray(victim.read_bytes())
+    act = rng.choice(["flip", "cut", "grow", "zero", "remove"])
+    if act == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif act == "cut":
+        del data[rng.randrange(len(data)) :]
+    elif act == "grow":
+        data += b"\0" * 17
+    elif act == "zero":
+        start = rng.randrange(len(data))
+        data[start : start + 100] = bytes(len(data[start : start + 100]))
+    victim.write_bytes(data)
+    if act == "remove":
+        victim.unlink()
+    try:
+        found = folder.describe(path)
+        target = whole("t", torch.zeros(200, 16))
+        stored = [each for each in found.tensors if each.name == "t"]
+        count = sum(shards.read_into(path, found.files, each, target) for each in stored)
+    except Corrupt as error:
+        assert str(path) in str(error)
+        return
+    assert count == 200 * 16 and torch.equal(target.tensor, tensor) and found.state == {"score": 0.5}
+
+
+def test_an_untrusted_description_cannot_reach_outside(tmp_path: Path) -> None:
+    path = save(tmp_path, [whole("t", torch.randn(4, 4))])
+    values = json.loads((path / "checkpoint.json").read_text())
+    outside = tmp_path / "secret"
+    outside.write_bytes(bytes(1000))
+    for name in ("../secret", str(outside)):
+        values["tensors"][0]["file"] = name
+        values["files"] = {name: {"bytes": 1000, "block": 1000, "crc32": [0]}}
+        values.pop("crc32", None)
+        values["crc32"] = zlib.crc32(json.dumps(values, sort_keys=True).encode())
+        (path / "checkpoint.json").write_text(json.dumps(values))
+        with pytest.raises(Corrupt, match="place"):
+            folder.describe(path)
+
+
+def test_nothing_is_unpickled() -> None:
+    """Neither the word nor its friends, in what reads checkpoints."""
+    here = Path(folder.__file__).parent
+    text = "".join(path.read_text() for path in [*here.glob("*.py"), here.parent / "resume.py"])
+    assert not any(word in text for word in ("import pickle", "torch.load", "eval(", "np.load"))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    scores = [0.1, 0.9, 0.3, 0.4, 0.5]
+    for step, score in enumerate(scores):
+        save(tmp_path, [whole("t", torch.ones(3))], step, keep=2, score=score)
+    kept = [path.name for path in folder.published(tmp_path)]
+    assert kept == ["00005-step-4", "00004-step-3", "00002-step-1"]
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+def test_half_written_ones_are_never_seen_and_cleared_away(tmp_path: Path) -> None:
+    save(tmp_path, [whole("t", torch.ones(3))], 1)
+    shutil.copytree(tmp_path / "00001-step-1", tmp_path / ".00002-step-2")  # killed before the rename
+    assert [path.name for path in folder.published(tmp_path)] == ["00001-step-1"]
+    save(tmp_path, [whole("t", torch.ones(3))], 3)
+    assert sorted(os.listdir(tmp_path)) == ["00001-step-1", "00002-step-3"]
+
+
+def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
+    """Threads play the ranks: they share only the store."""
+    store, tensor = HashStore(), torch.randn(9, 4)
+    savers = [Saver(tmp_path, Ranks(rank=r, world_size=3), store, None, patience=10) for r in range(3)]
+    for rank, saver in enumerate(savers):
+        saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {"from": rank}, 5)
+    assert [saver.wait() for saver in savers] == [None] * 3
+    path = folder.published(tmp_path)[0]
+    assert {saver.last for saver in savers} == {str(path)}
+    assert folder.describe(path).state == {"from": 0} and len(folder.describe(path).files) == 3
+    assert torch.equal(load(path, whole("t", torch.zeros(9, 4))), tensor)
+    # rank 1 cannot write: nothing is published, all are told why, the one before stays
+    real = shards.write
+
+    def write(into: Path, file: str, pieces: Any) -> Any:
+        if file == "rank00001.safetensors":
+            raise OSError(28, "No space left on device", str(into / file))
+        return real(into, file, pieces)
+
+    shards.write = write
+    try:
+        for rank, saver in enumerate(savers):
+            saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {}, 6)
+        told = [saver.wait() for saver in savers]
+    finally:
+        shards.write = real
+    assert len(set(told)) == 1 and "No space left" in str(told[0]) and "rank 1" in str(told[0])
+    assert os.listdir(tmp_path) == ["00001-step-5"]
+
+
+def test_training_waits_for_the_copy_alone(tmp_path: Path) -> None:
+    """What is trained after `save` returned is not in the checkpoint."""
+    tensor, gate = torch.zeros(1000, 1000), threading.Event()
+    real = shards.write
+
+    def slow(*arguments: Any) -> Any:
+        gate.wait(10)
+        return real(*arguments)
+
+    shards.write = slow
+    try:
+        saver = Saver(tmp_path, Ranks(), HashStore(), None, patience=10)
+        saver.save([whole("t", tensor)], {}, 1)
+        tensor += 1
+        gate.set()
+        assert saver.wait() is None
+    finally:
+        shards.write = real
+    assert not load(Path(str(saver.last)), whole("t", torch.ones(1000, 1000))).any()
+
+
+def test_files_are_the_users_own(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, [whole("t", torch.ones(3))])
+    finally:
+        os.umask(before)
+    modes = {each.name: each.stat().st_mode & 0o777 for each in [path, *path.iterdir()]}
+    assert modes == {"00001-step-1": 0o750, "checkpoint.json": 0o640, "rank00000.safetensors": 0o640}
+    assert np.all([not mode & 0o002 for mode in modes.values()])
