@@ -19,7 +19,7 @@ from dlrm.errors import Stopped
 from dlrm.keeper import Keeper
 from dlrm.mlperf import MLLog
 from dlrm.model import cpu, optim, plan
-from dlrm.model.dlrm import build, compile_dense
+from dlrm.model.dlrm import Train, build, compile_dense
 from dlrm.model.schedule import Schedule, learning_rate, set_lr
 from dlrm.model.tables import WEIGHT, table_configs
 from dlrm.ranks import Ranks
@@ -98,9 +98,17 @@ def open_records(cfg: Any, here: Ranks, device: torch.device) -> Records:
     return records
 
 
-def build_model(cfg: Config, sizes: list[int], device: torch.device) -> nn.Module:
+def build_model(cfg: Config, sizes: list[int], device: torch.device) -> Train:
     """The model on this device, its tables still to be made, their optimizer already attached."""
-    model, run = cfg.model, cfg.run
+    module = assemble(cfg.model, sizes, device, cfg.run.seed or 0, cfg.run.compile)
+    optim.apply_in_backward(
+        module.model.sparse_arch.parameters(), cfg.optim.name, cfg.optim.learning_rate, device, cfg.optim.eps
+    )
+    return module
+
+
+def assemble(model: config.Model, sizes: list[int], device: torch.device, seed: int, compiled: bool) -> Train:
+    """The model as its options say."""
     module = build(
         model.interaction_type,
         table_configs(sizes, model.embedding_dim),
@@ -113,13 +121,10 @@ def build_model(cfg: Config, sizes: list[int], device: torch.device) -> nn.Modul
         model.interaction_branch2_layer_sizes,
         model.self_interaction,
         dense_device=device,
-        seed=run.seed or 0,
+        seed=seed,
     )
-    if run.compile:
+    if compiled:
         compile_dense(module.model)
-    optim.apply_in_backward(
-        module.model.sparse_arch.parameters(), cfg.optim.name, cfg.optim.learning_rate, device, cfg.optim.eps
-    )
     return module
 
 

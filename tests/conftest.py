@@ -48,8 +48,8 @@ def python(*words: object, timeout: float = 120, **environment: str) -> subproce
     )  # fmt: skip
 
 
-def run_ranks(
-    folder: Path, count: int, *words: object, timeout: float = 120, module: str = "dlrm.train"
+def on_ranks(
+    folder: Path, count: int, module: str, *words: object, timeout: float = 120, output: bool = True
 ) -> Finished:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -64,7 +64,8 @@ def run_ranks(
             "LOCAL_WORLD_SIZE": str(count),
         }  # fmt: skip
         log = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", module, *map(str, words), "--output_dir", str(folder)]
+        command = [sys.executable, "-m", module, *map(str, words)]
+        command += ["--output_dir", str(folder)] if output else []
         logs.append(log)
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=os.environ | names, stdout=log[0], stderr=log[1])
@@ -93,7 +94,15 @@ Train = Callable[..., Finished]
 def train(tmp_path: Path) -> Train:
     """`train(ranks, *words)`: python -m dlrm.train on so many real ranks, with a run folder."""
     runs = iter(range(100))
-    return lambda count, *words, **more: run_ranks(tmp_path / f"run{next(runs)}", count, *words, **more)
+    return lambda count, *words, **more: on_ranks(
+        tmp_path / f"run{next(runs)}", count, "dlrm.train", *words, **more
+    )
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Train:
+    """`run_ranks(ranks, module, *words)`: any entry; `output=False` leaves out --output_dir."""
+    return lambda count, module, *words, **more: on_ranks(tmp_path / "run", count, module, *words, **more)
 
 
 @pytest.fixture

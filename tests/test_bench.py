@@ -1,0 +1,46 @@
+"""python -m dlrm.bench: what it measures is consistent with itself and the clock, on one rank and on two."""
+
+import json
+import time
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+SMALL = """--batch_sizes 2,64,256 --seconds 0.2 --iterations 20 --num_embeddings 50 --embedding_dim 8
+--dense_arch_layer_sizes 16,8 --over_arch_layer_sizes 16,1"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_throughput_and_latency(ranks: int, run_ranks: Any) -> None:
+    begun = time.monotonic()
+    done = run_ranks(ranks, "dlrm.bench", *SMALL.split(), output=False)
+    assert done.codes == [0] * ranks, done.err
+    assert ranks == 1 or not done.out[1]
+    found = json.loads(done.out[0].splitlines()[-1])
+    assert found["world_size"] == ranks and [each["batch_size"] for each in found["results"]] == [2, 64, 256]
+    assert found["model"]["embedding_dim"] == 8
+    spent = 0.0
+    for each in found["results"]:
+        latency = each["latency_ms"]
+        rising = [latency[f"p{percent}"] for percent in (50, 90, 95, 99)]
+        assert all(low <= high for low, high in pairwise(rising)) and rising[0] > 0
+        assert each["iterations"] >= 20
+        assert each["samples_per_second"] == pytest.approx(
+            each["batch_size"] / latency["mean"] * 1e3, rel=1e-6
+        )
+        spent += latency["mean"] * each["iterations"] / 1e3
+    assert spent < time.monotonic() - begun
+    assert len(done.out[0].splitlines()) == 1 + 3 + 1  # a head, a line each, the object
+
+
+def test_larger_batches_pay(run_ranks: Any) -> None:
+    done = run_ranks(1, "dlrm.bench", *SMALL.split(), "--batch_sizes", "1,512", "--amp", output=False)
+    one, many = json.loads(done.out[0].splitlines()[-1])["results"]
+    assert many["samples_per_second"] > 5 * one["samples_per_second"]
+
+
+def test_a_batch_must_fit_the_ranks(run_ranks: Any) -> None:
+    done = run_ranks(2, "dlrm.bench", "--batch_sizes", "3", output=False)
+    assert done.codes == [2, 2]
+    assert "--batch_sizes 3" in done.err[0] and not done.err[1]
