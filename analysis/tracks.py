@@ -1,6 +1,5 @@
 """One trace file -> Perfetto packets: its process, its threads, their nested slices, its counters."""
 
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -9,6 +8,7 @@ import numpy as np
 
 from analysis import wire
 from analysis.columns import resolve
+from analysis.deflate import deflate
 from analysis.derive import Bandwidth, Flows, moved, values_of
 from analysis.events import Process, Reader
 from analysis.nest import Lane
@@ -47,7 +47,7 @@ class Output:
 
     def flush(self) -> None:
         if self.waiting:
-            deflated = wire.nested(wire.COMPRESSED, zlib.compress(self.waiting, 1))
+            deflated = wire.nested(wire.COMPRESSED, deflate(self.waiting))
             self.file.write(wire.nested(wire.PACKET, deflated))
             self.waiting.clear()
 

@@ -25,7 +25,7 @@ FLOORS = {
         ["train", "bench", "bert4rec"],
     ],
     "analysis": [
-        ["errors", "strings", "lines", "intervals", "stages"],
+        ["deflate", "errors", "strings", "lines", "intervals", "stages"],
         ["scan"],
         ["columns"],
         ["events"],
