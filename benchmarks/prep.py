@@ -216,8 +216,8 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=480_000, help="for the comparison")
-    parser.add_argument("--growth_rows", type=int, default=240_000, help="times 1, 4 and 16")
+    parser.add_argument("--rows", type=int, default=360_000, help="for the comparison")
+    parser.add_argument("--growth_rows", type=int, default=120_000, help="times 1, 4 and 16")
     parser.add_argument("--folder", type=Path, help="on the file system to be measured")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))

@@ -1,5 +1,6 @@
 """The last step: each bucket's records into order in memory, then into the output files as long writes."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -99,6 +100,7 @@ class Placer:
 
     def __init__(self, work: Work, maps: Maps | None, progress: Progress) -> None:
         self.work, self.maps, self.progress = work, maps, progress
+        self._own = threading.local()
         self.lane_of = {piece: lane for lane, pieces in enumerate(work.lanes) for piece in pieces}
         self.shifts = work.shifts()
         ending = "spill" if maps is not None or not work.options.contiguous else "final"
@@ -124,11 +126,18 @@ class Placer:
         write_whole(done, b"")
         self.progress.add(rows, rows * RECORD_BYTES)
 
+    def _buffers(self) -> tuple[np.ndarray, ...]:
+        """Each thread's own, kept from bucket to bucket: fresh pages cost more than writing to them."""
+        if not hasattr(self._own, "buffers"):
+            rows = min(self.work.rows, 1 << self.work.bits)
+            shapes = (rows, NUM_DENSE), (rows, NUM_SPARSE), (rows, 1)
+            buffers = [np.empty(shape, np.int32) for shape in shapes]
+            self._own.buffers = (*buffers, np.empty((PART_RECORDS, WORDS), np.uint32))
+        return self._own.buffers
+
     def _gather(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        dense = np.empty((rows, NUM_DENSE), np.int32)
-        sparse = np.empty((rows, NUM_SPARSE), np.int32)
-        labels = np.empty((rows, 1), np.int32)
-        buffer = np.empty((PART_RECORDS, WORDS), np.uint32)
+        dense, sparse, labels, buffer = self._buffers()
+        dense, sparse, labels = dense[:rows], sparse[:rows], labels[:rows]
         missing = MISSING if self.work.options.frequency_limit else 1 << 40
         for piece, (first, runs) in enumerate(self.runs):
             at = number - first

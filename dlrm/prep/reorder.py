@@ -14,13 +14,14 @@ from dlrm.prep.check import layout
 from dlrm.prep.files import File
 from dlrm.prep.native import compiled
 from dlrm.prep.place import PART_RECORDS, place, records_of
-from dlrm.prep.scan import BLOCK_ROWS, Block
+from dlrm.prep.scan import Block
 from dlrm.prep.sources import Output
 from dlrm.prep.spill import WORDS, Spill, bucket_bits, buckets
-from dlrm.prep.steps import columns_of, days_in, whole_file
+from dlrm.prep.steps import days_in, whole_file
 from dlrm.prep.store import overlaps
 
 EXPECTED = {"dense": (NUM_DENSE, "f"), "sparse": (NUM_SPARSE, "i"), "labels": (1, "i")}
+BATCH = 1 << 13
 NO_MAP = np.zeros(1, np.int64), np.zeros(1, np.int32)
 
 
@@ -41,10 +42,11 @@ def shuffle(
         with trace.span("prep", "spill", bytes=160 * output.rows):
             spills.append(spill_day(folders, day, begin, output.rows, bits, tmp))
         begin += output.rows
+    shapes = [(min(moved, 1 << bits), columns) for columns, _ in EXPECTED.values()]
+    buffers = (*(np.empty(shape, np.int32) for shape in shapes), np.empty((PART_RECORDS, WORDS), np.uint32))
     for bucket in range(buckets(moved, bits)):
-        rows = min(moved, (bucket + 1) << bits) - (bucket << bits)
-        with trace.span("prep", "place", bytes=160 * rows):
-            write_bucket(made[:-1], spills, bucket, bits, rows, output_dir)
+        with trace.span("prep", "place", bytes=160 << bits):
+            write_bucket(made[:-1], spills, bucket, bits, buffers, output_dir)
     for day in range(days - 1):
         for part in PARTS:
             path = output_dir / part_name(day, part)
@@ -69,28 +71,32 @@ def rows_of_day(folders: dict[str, Path], day: int) -> int:
 
 
 def blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[Block]:
-    """The bits of the floats travel as integers."""
+    """The bits of the floats travel as integers; the ids stay where they are, only looked at by column."""
     files = {part: File(folder / part_name(day, part)) for part, folder in folders.items()}
     layouts = {part: layout(file.path) for part, file in files.items()}
-    block, rows = Block(), layouts["labels"][0][0]
-    ids = np.empty((BLOCK_ROWS, NUM_SPARSE), layouts["sparse"][1])
-    for row in range(0, rows, BLOCK_ROWS):
-        block.rows = min(BLOCK_ROWS, rows - row)
-
-        def read(part: str, row: int = row) -> np.ndarray:
-            (_, columns), dtype, header = layouts[part]
-            count = block.rows * columns
-            array = files[part].read_array(count, header + row * columns * dtype.itemsize, dtype)
-            return array.reshape(block.rows, columns)
-
-        block.dense[: block.rows, :NUM_DENSE] = read("dense").view(np.int32)
-        block.dense[: block.rows, NUM_DENSE] = read("labels")[:, 0]
-        ids[: block.rows] = read("sparse")
-        if not columns_of(ids[: block.rows], block.sparse):
+    arrays = {part: np.empty((BATCH, EXPECTED[part][0]), dtype) for part, (_, dtype, _) in layouts.items()}
+    dense, rows = np.empty((BATCH, NUM_DENSE + 1), np.int32), layouts["labels"][0][0]
+    for row in range(0, rows, BATCH):
+        count = min(BATCH, rows - row)
+        for part, array in arrays.items():
+            width = array.itemsize * array.shape[1]
+            files[part].read_into(array[:count].data.cast("B"), layouts[part][2] + row * width)
+        dense[:count, :NUM_DENSE] = arrays["dense"][:count].view(np.int32)
+        dense[:count, NUM_DENSE] = arrays["labels"][:count, 0]
+        if outside(arrays["sparse"][:count]):
             raise UserError(f"{files['sparse'].path}: rows from {row}: an id does not fit 32 bits")
-        yield block
+        yield Block(dense, arrays["sparse"].T, count)
     for file in files.values():
         file.close()
+
+
+@compiled
+def outside(ids):
+    low, high = ids[0, 0], ids[0, 0]
+    for row in range(ids.shape[0]):
+        for column in range(ids.shape[1]):
+            low, high = min(low, ids[row, column]), max(high, ids[row, column])
+    return low < 0 or high >= 1 << 32
 
 
 def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: int, tmp: Path):
@@ -108,10 +114,12 @@ def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: i
     return path, spill.first, spill.runs
 
 
-def write_bucket(made: list[Output], spills: list, bucket: int, bits: int, rows: int, folder: Path) -> None:
-    dense = np.empty((rows, NUM_DENSE), np.int32)
-    sparse, labels = np.empty((rows, NUM_SPARSE), np.int32), np.empty((rows, 1), np.int32)
-    buffer = np.empty((PART_RECORDS, WORDS), np.uint32)
+def write_bucket(
+    made: list[Output], spills: list, bucket: int, bits: int, buffers: tuple[np.ndarray, ...], folder: Path
+) -> None:
+    *whole, buffer = buffers
+    rows = min(sum(output.rows for output in made), (bucket + 1) << bits) - (bucket << bits)
+    dense, sparse, labels = (array[:rows] for array in whole)
     for path, first, runs in spills:
         at = bucket - first
         if 0 <= at < len(runs) - 1:

@@ -9,7 +9,7 @@ from dlrm.prep.files import File
 from dlrm.prep.options import MISSING, Options
 from dlrm.prep.sources import Output
 
-LOG_ROWS = 1 << 13
+LOG_ROWS = 1 << 10  # small enough for malloc to reuse its memory
 
 
 def store(
