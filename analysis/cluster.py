@@ -20,7 +20,7 @@ def on(where: str) -> Map:
     try:
         import distributed
     except ImportError as error:
-        raise AnalysisError(f"--dask {where}: pip install -r requirements/dask.txt ({error})") from error
+        raise AnalysisError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
 
     def over(function: Callable[[Job], Part], work: list[Job]) -> Iterator[Part]:
         with ExitStack() as stack:

@@ -64,5 +64,15 @@ class Facts:
         """What less I/O brings: a rank's share of it, but no more than what is not hidden anyway."""
         return min(seconds_of_all_ranks / self.breakdown.height, self.exposed())
 
+    def larger_reads(self, mean_bytes: float) -> str:
+        """How to have larger reads: what keeps them small is the trainer's option, or the data's layout."""
+        if not self.ours:
+            return "Read larger pieces and hand them out from memory."
+        if float(self.config["data"].get("read_chunk_mb") or 0) * 1e6 < 4 * mean_bytes:
+            return "Raise --read_chunk_mb."
+        return (
+            "A read ends where this rank's rows or the file end: larger batches, or fewer and larger files."
+        )
+
     def after_startup(self, table: str) -> pl.DataFrame:
         return self.joined[table].filter(pl.col("phase") != "startup")

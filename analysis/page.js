@@ -73,8 +73,8 @@ const draw = {
         const r = node("rect", { x, y, width: Math.max(w, 0.4), height: bar, fill: s.colors[name] }, svg);
         hover(r, `${row.label}\n${name}: ${num(length)} ${s.unit} (${(100 * length / whole).toFixed(1)}%)` + (s.gantt ? `\nfrom ${num(from)} ${s.unit}` : ""));
         const text = s.gantt ? name : (100 * length / whole).toFixed(0) + "%";
-        if (w > text.length * 7 + 8 && bar > 14) {
-          const t = node("text", { x: x + w / 2, y: y + bar / 2 + 4, "text-anchor": "middle", style: `fill:${s.dark && s.dark.includes(name) ? "#fff" : "#1b1f24"};pointer-events:none` }, svg, text);
+        if (w > text.length * 7 + 8 && bar > 14 && (s.gantt || row.parts.length > 1)) {
+          node("text", { x: x + w / 2, y: y + bar / 2 + 4, "text-anchor": "middle", style: `fill:${s.dark && s.dark.includes(name) ? "#fff" : "#1b1f24"};pointer-events:none` }, svg, text);
         }
       }
     });
@@ -86,6 +86,7 @@ const draw = {
     const heights = s.panels.map(p => p.height || 90), H = heights.reduce((a, h) => a + h + gap, 0) + 40;
     const all = s.panels.flatMap(p => p.series.flatMap(q => [q.x[0], q.x[q.x.length - 1]])).filter(v => v !== undefined);
     const full = [Math.min(...all), Math.max(...all)];
+    if (s.panels[0].kind === "dots") { const pad = (full[1] - full[0]) * 0.01 || 1; full[0] -= pad; full[1] += pad; }
     const names = new Map(s.panels.flatMap(p => p.series.map(q => [q.name, q.color])));
     legend(fig, names);
     let svg = null, view = full.slice();
@@ -101,8 +102,11 @@ const draw = {
         const h = heights[k], seen = q => q.x.map((v, i) => i).filter(i => q.x[i] >= view[0] - (p.kind === "stack" ? q.width || 0 : 0) && q.x[i] <= view[1]);
         const values = p.kind === "stack" ? [0, 1] : p.series.flatMap(q => seen(q).map(i => q.y[i])).filter(v => v !== null);
         let lo = p.zero === false ? Math.min(...values) : 0, hi = Math.max(...values, lo);
-        if (!isFinite(hi) || hi === lo) hi = lo + 1;
-        if (p.zero === false) { const pad = (hi - lo) * 0.08; lo -= pad; hi += pad; }
+        if (!isFinite(hi)) [lo, hi] = [0, 1];
+        if (hi === lo) hi += p.zero === false ? Math.abs(lo) * 0.02 || 1 : 1;
+        const pad = p.kind === "stack" ? 0 : (hi - lo) * 0.08;
+        hi += pad;
+        if (p.zero === false) lo -= pad;
         const Y = v => top + h - (v - lo) / (hi - lo) * h;
         node("text", { x: left, y: top - 5 }, svg, p.label);
         for (const t of ticks(lo, hi, p.kind === "stack" ? 2 : 3)) {

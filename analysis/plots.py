@@ -240,13 +240,16 @@ def step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     if len(steps) < 2:
         return None
     low, high = np.quantile(steps["wall_us"].to_numpy(), [0.0, 0.995]).tolist()
-    width = max(1.0, (high - low) / bars)
+    if high - low < 2:
+        return None
+    bars = min(bars, round(high - low))
+    width = (high - low) / bars
     edges = [low + i * width for i in range(bars + 1)]
     values = steps["wall_us"].to_numpy()
     counts = [int(((values >= a) & (values < b)).sum()) for a, b in pairwise(edges)]
     counts[-1] += int((values >= edges[-1]).sum())
     return {
-        "type": "columns", "labels": [f"{edge / 1e3:.3g}" for edge in edges[:-1]], "yunit": "steps",
+        "type": "columns", "labels": [f"{edge / 1e3:.4g}" for edge in edges[:-1]], "yunit": "steps",
         "xunit": "ms per step; the last bar holds all longer ones",
         "series": [{"name": "steps", "color": READ, "y": counts}],
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """RUN -> report.html, summary.json, tables/*.csv."""
 
 import json
+import re
 from html import escape
 from pathlib import Path
 
@@ -21,9 +22,8 @@ def findings_html(found: list[Finding]) -> str:
     for f in found:
         won = f"up to {seconds(f.seconds)}" if f.seconds else ""
         kind = "" if f.seconds else " class=note"
-        items.append(
-            f"<li{kind}><b class=won>{won}</b>{escape(f.text)} <span class=do>{escape(f.remedy)}</span></li>"
-        )
+        remedy = re.sub(r"(--\w+)", r"<code>\1</code>", escape(f.remedy))
+        items.append(f"<li{kind}><b class=won>{won}</b>{escape(f.text)} <span class=do>{remedy}</span></li>")
     return f"<ol class=findings>{''.join(items)}</ol>"
 
 

@@ -26,9 +26,8 @@ def small_reads(f: Facts) -> Finding | None:
         f"{f', most of them of {name}' if name else ''}. They take {seconds(spent / 1e6)}, added up over the "
         f"ranks; {large:,} large reads would bring the same bytes."
     )
-    remedy = "Raise --read_chunk_mb." if f.ours else "Read larger pieces and hand them out from memory."
     evidence = {"reads": calls, "bytes": moved, "seconds_all_ranks": spent / 1e6, "file": name}
-    return Finding("small_reads", won, text, remedy, evidence)
+    return Finding("small_reads", won, text, f.larger_reads(moved / calls), evidence)
 
 
 def mapped(f: Facts) -> Finding | None:

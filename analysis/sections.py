@@ -84,7 +84,7 @@ def _steps(run: Run, facts: Facts) -> list[Entry]:
 
 def _io(run: Run) -> list[Entry]:
     j = run.joined
-    files = answers.volume(j, "file", "phase").filter(pl.col("phase") != "startup")
+    files = answers.files(j)
     return [
         Entry(
             "I/O", "By phase", answers.volume(j, "phase"), None,

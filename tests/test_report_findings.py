@@ -52,6 +52,15 @@ def test_tiny_reads_are_named_with_their_file(tmp_path: Path) -> None:
     assert finding.evidence["bytes"] == 1600 * 4096
 
 
+def test_remedy_for_tiny_reads_is_one_that_can_help(tmp_path: Path) -> None:
+    """The option is large already: what ends a read is the batch or the file."""
+    config = {"data": {"read_chunk_mb": 8.0}, "launch": {}}
+    made = training(wait=9_000, compute=2_000, reads=40, read_size=4096, read_us=200)
+    result = found(tmp_path, made, config=config)
+    assert "larger batches" in result["small_reads"].remedy and "larger batches" in result["waiting"].remedy
+    assert "larger pieces" in found(tmp_path, config={})["small_reads"].remedy
+
+
 def test_hidden_tiny_reads_win_nothing(tmp_path: Path) -> None:
     """The same reads, but the main thread computes meanwhile: there is no time to be won."""
     made = training(wait=0, compute=11_000, reads=40, read_size=4096, read_us=200)

@@ -243,6 +243,31 @@ def test_bytes_that_no_call_shows_count_once(tmp_path: Path) -> None:
     assert dict(found.select("file", "bytes").iter_rows()) == {"/seen": 100, "/mapped": 70}
 
 
+def test_spans_without_a_file_count_when_no_call_did_the_work(tmp_path: Path) -> None:
+    made = Made()
+    made.span("checkpoint", "write", 0, 100, bytes=1000)
+    made.posix("write", 10, 50, "/ckpt/a", 5, ret=1000)
+    made.span("checkpoint", "write", 200, 100, bytes=600)
+    made.posix("write", 210, 50, "/log", ret=7)
+    made.write(tmp_path)
+    found = answers.volume(gather(tmp_path), "file")
+    assert dict(found.select("file", "bytes").iter_rows()) == {"/ckpt/a": 1000, None: 600, "/log": 7}
+
+
+def test_hosts_whose_clocks_disagree(tmp_path: Path) -> None:
+    for rank, shift in ((0, 0), (1, 7_000_000)):
+        made = training(rank, 2, host=f"n{rank}")
+        made.span("clock", "barrier", 9_400, 0, when="start")
+        for line in made.lines:
+            if line["ph"] == 1:
+                line["ts"] += shift
+        made.write(tmp_path)
+    table = progress.steps(gather(tmp_path))
+    assert len(table) == 40 and table["ts"][0] == BEGIN + 10_000
+    firsts = gather(tmp_path)["steps"].group_by("rank").agg(pl.col("ts").min())["ts"].to_list()
+    assert firsts == [BEGIN + 10_000] * 2
+
+
 def test_forked_worker_without_hashes_of_its_own(tmp_path: Path) -> None:
     parent, child = training(0, 1), Made(0, 1, pid=500)
     child.files = dict(parent.files)

@@ -58,7 +58,18 @@ def breakdown(j: Joined) -> pl.DataFrame:
 
 def volume(j: Joined, *by: str) -> pl.DataFrame:
     """Operations, bytes and seconds of reads and writes, and how fast one operation moves its bytes."""
-    data = j["ops"].filter(pl.col("op").is_in(DATA_OPS))
+    return _volume(j, j["ops"], by)
+
+
+def files(j: Joined) -> pl.DataFrame:
+    """The same by file, start-up left out: that reads thousands of modules."""
+    return _volume(
+        j, j["ops"].filter((pl.col("phase") != "startup") & pl.col("file").is_not_null()), ("file",)
+    )
+
+
+def _volume(j: Joined, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataFrame:
+    data = ops.filter(pl.col("op").is_in(DATA_OPS))
     if "host" in by:
         names = {p.rank: p.host or "?" for p in j.processes}
         host = pl.col("rank").replace_strict(names, default="?", return_dtype=pl.String)

@@ -68,9 +68,24 @@ def io(rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows) -> dic
 
 
 def unseen(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
-    """What the application says it read or wrote and no call shows: mapped files, calls not intercepted."""
-    seen = calls.filter(pl.col("size") > 0).select("op", "file").unique()
-    return told.join(seen, on=["op", "file"], how="anti", nulls_equal=True)
+    """What the application says it read or wrote and no call shows: mapped files, calls not intercepted.
+
+    A span that names a file is seen when any call moved bytes of it; one that names none, when calls of its
+    process moved at least half of its bytes while it was open.
+    """
+    moving = calls.select("pid", "op", "file", "ts", "size").filter(pl.col("size") > 0)
+    named = told.filter(pl.col("file").is_not_null())
+    named = named.join(moving.select("op", "file").unique(), on=["op", "file"], how="anti")
+    nameless = told.filter(pl.col("file").is_null())
+    kept = [named]
+    for (pid, op), spans in nameless.group_by("pid", "op"):
+        own = moving.filter((pl.col("pid") == pid) & (pl.col("op") == op)).sort("ts")
+        sums = np.concatenate([[0], np.cumsum(own["size"].to_numpy())])
+        edges = (spans["ts"].to_numpy(), (spans["ts"] + spans["dur"]).to_numpy())
+        low = np.searchsorted(own["ts"].to_numpy(), edges[0], side="left")
+        high = np.searchsorted(own["ts"].to_numpy(), edges[1], side="right")
+        kept.append(spans.filter(pl.Series(2 * (sums[high] - sums[low]) < spans["bytes"].to_numpy())))
+    return pl.concat(kept)
 
 
 def claims(told: pl.DataFrame) -> pl.DataFrame:

@@ -16,6 +16,7 @@ _COLUMNS = (
     "pid", "tid", "cat", "name", "ts", "dur", "file", "offset", "ret", "bytes",
     "epoch", "step", "batch", "value", "split",
 )  # fmt: skip
+HEAD_BLOCKS = 4  # the imports alone are thousands of calls before the barrier
 CALL = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed")
 SPAN = (
     "pid", "tid", "cat", "name", "kind", "op", "ts", "dur", "file", "bytes",
@@ -35,10 +36,10 @@ class Events:
 
 
 def head(path: Path) -> Process:
-    """Who wrote a trace, from its first block only: rank, host, barrier at the start."""
+    """Who wrote a trace, from its first blocks only: rank, host, barrier at the start."""
     reader = Reader(path, Strings())
-    for _ in reader:
-        if reader.process.rank >= 0:
+    for number, _ in enumerate(reader, 1):
+        if number == HEAD_BLOCKS or reader.process.rank < 0 or "start" in reader.process.barriers:
             break
     return reader.process
 
