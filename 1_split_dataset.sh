@@ -48,9 +48,7 @@ if [[ -e $part/$PARTS ]]; then
     echo "1_split_dataset.sh: dropped what is left of $file after $PARTS parts of $lines lines"
 fi
 count=0
-for piece in "$part"/[0-9][0-9]; do
-    mv -- "$piece" "$part/day_$(( count++ ))"
-done
+for piece in "$part"/[0-9][0-9]; do mv -- "$piece" "$part/day_$(( count++ ))"; done
 echo "$wanted" > "$part/split.txt"
 chmod "$(printf '%o' $(( 0777 & ~$(umask) )))" "$part"    # mktemp gave it to its owner alone
 mv -T -- "$part" "$to"

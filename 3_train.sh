@@ -77,11 +77,10 @@ logger=$!
 { nvidia-smi -L && nvidia-smi; } > "$run/gpu.txt" 2> /dev/null || echo "no NVIDIA GPU on $(hostname)" > "$run/gpu.txt"
 
 say "training, run folder $run"
-stopped=''
 ./launcher.sh python -m "$program" "${options[@]}" "${more[@]}" "$@" --output_dir "$run" < /dev/null &
 ranks=$!
+stopped='' code=0
 trap 'signalled=1 stopped=1; kill -TERM "$ranks" 2> /dev/null || true' INT TERM
-code=0
 while :; do
     signalled='' status=0
     wait "$ranks" || status=$?

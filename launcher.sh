@@ -98,9 +98,11 @@ fi
 
 [[ -n ${PMI_FD:-} && -z ${TORCHELASTIC_RUN_ID:-} ]] || exec "$@"
 # mpich's mpiexec lets the other ranks wait for ever when one fails before MPI_Init, and gloo and NCCL
-# programs never call that. So this shell stays, and speaks the one word that ends the job.
-trap : INT TERM PIPE
-code=0
+# programs never call that. So this shell stays, and speaks the one word that ends the job: unless all
+# are ending because they were told to (75: stopped in good order), and not before they had time to say why.
+told='' code=0
+trap told=1 INT TERM
+trap : PIPE
 "$@" || code=$?
-(( code == 0 )) || echo "cmd=abort exitcode=$code" >&"$PMI_FD" || true
+[[ $code == 0 || $code == 75 || -n $told ]] || { sleep 2; echo "cmd=abort exitcode=$code" >&"$PMI_FD" || true; }
 exit "$code"

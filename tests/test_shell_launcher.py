@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHOW = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR"'
-PREFIXES = (  # what a job would set, and this machine
+PREFIXES = (  # what a job would set
     *("PMI", "PALS", "OMPI", "SLURM", "PBS", "MPI", "DLRM_", "MASTER", "RANK", "WORLD", "LOCAL"),
-    *("NPROC", "CUDA", "PYTHONUNBUFFERED"),
+    *("NPROC", "CUDA"),
 )
 
 
@@ -142,7 +142,7 @@ def test_pbs_threads_are_not_believed() -> None:
 def test_two_real_ranks_meet() -> None:
     code = (
         "import torch, torch.distributed as d; d.init_process_group('gloo'); t = torch.ones(1); "
-        "d.all_reduce(t); print(int(t), d.get_rank())"
+        "d.all_reduce(t); import os; os.write(1, f'{int(t)} {d.get_rank()}\\n'.encode())"
     )
     program = [str(ROOT / "launcher.sh"), sys.executable, "-c", code]
     for command in (program, [str(Path(sys.executable).parent / "mpiexec"), "-n", "2", *program]):
@@ -161,23 +161,34 @@ def test_a_failing_rank_ends_the_job() -> None:
 
 
 @pytest.mark.mpi
-def test_terminate_reaches_every_rank() -> None:
-    code = """
-import signal, sys, time
+@pytest.mark.parametrize("code", [0, 75, 3])
+def test_terminate_reaches_every_rank_and_waits_for_the_slowest(code: int) -> None:
+    program = f"""
+import os, signal, time
 def save(*_):
-    time.sleep(0.5)
-    print("saved", flush=True)
-    sys.exit()
+    time.sleep(0.2 + 1.5 * int(os.environ["RANK"]))
+    os.write(1, b"saved\\n")
+    os._exit({code})
 signal.signal(signal.SIGTERM, save)
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 time.sleep(50)
 """
     ranks = subprocess.Popen(
-        [str(ROOT / "launcher.sh"), sys.executable, "-c", code], env=clean(NPROC=2),
+        [str(ROOT / "launcher.sh"), sys.executable, "-c", program], env=clean(NPROC=2),
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert ranks.stdout
     assert [ranks.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     ranks.send_signal(signal.SIGTERM)
     assert ranks.stdout.read().count("saved") == 2
-    ranks.wait(20)
+    assert ranks.wait(20) == code
+
+
+@pytest.mark.mpi
+def test_ranks_that_stop_in_good_order_do_not_cut_each_other_short() -> None:
+    """75 is how training says: all ranks stopped after the same batch, run me again."""
+    program = (
+        "import os, time; time.sleep(3 * int(os.environ['RANK'])); os.write(1, b'done\\n'); os._exit(75)"
+    )
+    done = launch(sys.executable, "-c", program, NPROC=2)
+    assert done.stdout.count("done") == 2 and done.returncode == 75
