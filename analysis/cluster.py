@@ -5,6 +5,7 @@ says (jobqueue.pbs in ~/.config/dask); host:port is a scheduler that already run
 and the trace folder at the same paths.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -37,7 +38,11 @@ def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
     if where == "local":
         return stack.enter_context(
             distributed.LocalCluster(
-                n_workers=min(WORKERS, jobs), threads_per_worker=1, dashboard_address=":0", host="127.0.0.1"
+                n_workers=min(WORKERS, jobs),
+                silence_logs=logging.ERROR,
+                threads_per_worker=1,
+                dashboard_address=":0",
+                host="127.0.0.1",
             )
         )
     if where == "pbs":

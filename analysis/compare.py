@@ -23,6 +23,12 @@ def side(path: str | Path, over: Map) -> Side:
     return run, facts, findings(facts)
 
 
+def names(one: Side, two: Side) -> tuple[str, str]:
+    """Folders of the same name are told apart by their paths."""
+    a, b = one[0], two[0]
+    return (a.name, b.name) if a.name != b.name else (str(a.path), str(b.path))
+
+
 def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
     """name, told of A, told of B, change, verdict: better, worse or nothing."""
     a = {name: (value, told, better) for name, value, told, better in summary.headline(one[0], one[1])}
@@ -59,7 +65,7 @@ def _flat(config: dict, before: str = "") -> dict[str, object]:
 
 
 def text(one: Side, two: Side) -> str:
-    a, b = one[0].name[:22], two[0].name[:22]
+    a, b = (name[-22:] for name in names(one, two))
     lines = [f"{'':<32}{a:>24}{b:>24}{'change':>12}"]
     lines += [f"{n:<32}{x:>24}{y:>24}{c:>12}  {v}" for n, x, y, c, v in rows(one, two)]
     lines += ["", *(f"{key}: {x} -> {y}" for key, x, y in settings(one[0], two[0]))]
@@ -92,7 +98,7 @@ def _panel(side: Side, figures: Figures) -> list[str]:
 
 def html(one: Side, two: Side) -> str:
     figures = Figures()
-    heads = "".join(f"<th>{escape(name)}</th>" for name in ("", one[0].name, two[0].name, "change"))
+    heads = "<th></th>" + "".join(f"<th class=n>{escape(name)}</th>" for name in (*names(one, two), "change"))
     body = "".join(
         f"<tr><td>{escape(n)}</td><td class=n>{escape(x)}</td><td class=n>{escape(y)}</td>"
         f'<td class="n {verdict}">{escape(change)} {verdict}</td></tr>'

@@ -54,7 +54,7 @@ def headline(run: Run, facts: Facts) -> list[Row]:
     for op, verb in (("read", "read"), ("write", "written")):
         found = volume.filter(pl.col("op") == op)
         moved, calls = int(found["bytes"].sum()), int(found["count"].sum())
-        rows += [(f"bytes {verb}", moved, size(moved), 0), (f"{op}s", calls, f"{calls:,}", -1)]
+        rows += [(f"bytes {verb}", moved, size(moved), 0), (f"{op}s", calls, f"{calls:,}", 0)]
     return rows
 
 

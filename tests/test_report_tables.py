@@ -247,11 +247,13 @@ def test_spans_without_a_file_count_when_no_call_did_the_work(tmp_path: Path) ->
     made = Made()
     made.span("checkpoint", "write", 0, 100, bytes=1000)
     made.posix("write", 10, 50, "/ckpt/a", 5, ret=1000)
+    made.span("checkpoint", "write", 0, 100, bytes=1000, file="a")  # its last component only
+    made.span("checkpoint", "write", 0, 100, bytes=50, file="b")
     made.span("checkpoint", "write", 200, 100, bytes=600)
     made.posix("write", 210, 50, "/log", ret=7)
     made.write(tmp_path)
     found = answers.volume(gather(tmp_path), "file")
-    assert dict(found.select("file", "bytes").iter_rows()) == {"/ckpt/a": 1000, None: 600, "/log": 7}
+    assert dict(found.select("file", "bytes").iter_rows()) == {"/ckpt/a": 1000, None: 600, "b": 50, "/log": 7}
 
 
 def test_hosts_whose_clocks_disagree(tmp_path: Path) -> None:

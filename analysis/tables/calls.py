@@ -70,12 +70,18 @@ def io(rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows) -> dic
 def unseen(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
     """What the application says it read or wrote and no call shows: mapped files, calls not intercepted.
 
-    A span that names a file is seen when any call moved bytes of it; one that names none, when calls of its
-    process moved at least half of its bytes while it was open.
+    A span that names a file is seen when any call moved bytes of it (a bare name: of any file so called);
+    one that names none, when calls of its process moved at least half of its bytes while it was open.
     """
     moving = calls.select("pid", "op", "file", "ts", "size").filter(pl.col("size") > 0)
-    named = told.filter(pl.col("file").is_not_null())
-    named = named.join(moving.select("op", "file").unique(), on=["op", "file"], how="anti")
+    paths = moving.select("op", pl.col("file")).unique().with_columns(pl.col("file").cast(pl.String))
+    bare = paths.with_columns(pl.col("file").str.split("/").list.last())
+    named = told.filter(pl.col("file").is_not_null()).with_columns(
+        pl.col("file").cast(pl.String).alias("path")
+    )
+    named = named.join(
+        pl.concat([paths, bare]).unique(), left_on=["op", "path"], right_on=["op", "file"], how="anti"
+    ).drop("path")
     nameless = told.filter(pl.col("file").is_null())
     kept = [named]
     for (pid, op), spans in nameless.group_by("pid", "op"):
