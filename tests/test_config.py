@@ -10,16 +10,19 @@ from dlrm.errors import UserError
 from dlrm.presets import PRESETS
 
 # every flag of MLCommons' recommendation_v2/torchrec_dlrm/dlrm_main.py, with a value
-MLCOMMONS = """--epochs 1 --batch_size 32 --drop_last_training_batch --test_batch_size 64 --limit_train_batches 5
+MLCOMMONS = """
+--epochs 1 --batch_size 32 --drop_last_training_batch --test_batch_size 64 --limit_train_batches 5
 --limit_val_batches 5 --limit_test_batches 5 --dataset_name criteo_1t --num_embeddings 100
---num_embeddings_per_feature 1,2,3 --dense_arch_layer_sizes 512,256,64 --over_arch_layer_sizes 512,512,256,1
---embedding_dim 64 --interaction_branch1_layer_sizes 2048,2048 --interaction_branch2_layer_sizes 2048,2048
---dcn_num_layers 3 --dcn_low_rank_dim 512 --seed 1 --pin_memory --mmap_mode --in_memory_binary_criteo_path /x
---learning_rate 15.0 --shuffle_batches --shuffle_training_set --validation_freq_within_epoch 10
---validation_auroc 0.8 --evaluate_on_epoch_end --evaluate_on_training_end --adagrad --interaction_type=dcn
+--num_embeddings_per_feature 1,2,3 --dense_arch_layer_sizes 512,256,64 --over_arch_layer_sizes
+512,512,256,1 --embedding_dim 64 --interaction_branch1_layer_sizes 2048,2048
+--interaction_branch2_layer_sizes 2048,2048 --dcn_num_layers 3 --dcn_low_rank_dim 512 --seed 1
+--pin_memory --mmap_mode --in_memory_binary_criteo_path /x --learning_rate 15.0 --shuffle_batches
+--shuffle_training_set --validation_freq_within_epoch 10 --validation_auroc 0.8
+--evaluate_on_epoch_end --evaluate_on_training_end --adagrad --interaction_type=dcn
 --collect_multi_hot_freqs_stats --multi_hot_sizes=3,2,1 --multi_hot_distribution_type uniform
---lr_warmup_steps 1 --lr_decay_start 2 --lr_decay_steps 3 --print_lr --allow_tf32 --print_sharding_plan
---print_progress""".split()
+--lr_warmup_steps 1 --lr_decay_start 2 --lr_decay_steps 3 --print_lr --allow_tf32
+--print_sharding_plan --print_progress
+"""
 
 
 def parsed(*argv: str) -> Config:
@@ -27,7 +30,7 @@ def parsed(*argv: str) -> Config:
 
 
 def test_mlcommons_flags_are_understood() -> None:
-    config = parsed(*MLCOMMONS)
+    config = parsed(*MLCOMMONS.split())
     assert config.model.num_embeddings_per_feature == (1, 2, 3)
     assert config.optim.name == "adagrad" and config.model.interaction_type == "dcn"
     assert config.data.multi_hot_sizes == (3, 2, 1) and config.run.print_progress
