@@ -82,7 +82,7 @@ def files(run_dir: str | Path) -> list[Path]:
     if run.is_file():
         return [run]
     for folder in (run / "trace", run):
-        found = sorted([*folder.glob("*.pfw.gz"), *folder.glob("*.pfw")])
+        found = sorted([*folder.glob("*.pfw.gz"), *folder.glob("*.pfw")], key=_parents_first)
         if found:
             return found
     raise AnalysisError(f"{run}: no traces (*.pfw.gz) in it or in its trace/ folder; was the run traced?")
@@ -187,7 +187,12 @@ def ranked(found: list[Process]) -> list[Process]:
     for number, process in enumerate(found):
         if process.rank < 0:
             process.rank = number
-    return sorted(found, key=lambda p: (p.rank, p.path.name))
+    return sorted(found, key=lambda p: (p.rank, _parents_first(p.path)))
+
+
+def _parents_first(path: Path) -> tuple[bool, str]:
+    """A forked process does not repeat the file names that its parent has written."""
+    return "-fork." in path.name, path.name
 
 
 def batches(path: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator[pl.DataFrame]:

@@ -116,6 +116,7 @@ import multiprocessing
 path = f"{run}/data.bin"
 open(path, "wb").write(bytes(3000))
 trace.start(run, here, "train")
+open(path, "rb").close()  # its name is in the parent's file only
 trace.instant("clock", "barrier", when="start")
 def work():
     with trace.span("data", "worker"), open(path, "rb", buffering=0) as file:
