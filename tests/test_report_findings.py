@@ -92,6 +92,20 @@ def test_cold_mapped_file(tmp_path: Path) -> None:
     assert "--" not in other.remedy  # not our trainer: its options mean nothing
 
 
+def test_mapped_source_of_our_own(tmp_path: Path) -> None:
+    """It has no spans of reads, only batches that are slow to assemble where the file is cold."""
+    made = training(wait=4_000, reads=0)
+    for step in range(40):
+        made.span("data", "assemble", 10_000 + step * 12_010, 9_000 if step < 3 else 500, 7, batch=step)
+    config = {"data": {"mmap_mode": True}, "launch": {}}
+    finding = found(tmp_path, made, config=config)["mapped"]
+    assert (
+        "half of the batches are assembled in 500 us, one in a hundred takes more than 9 ms" in finding.text
+    )
+    assert finding.seconds == pytest.approx(0.16)
+    assert "mapped" not in found(tmp_path)
+
+
 def test_warm_mapped_file_is_fine(tmp_path: Path) -> None:
     made = training(wait=0, read_size=1 << 20, read_us=100, calls=False)
     made.posix("open64", 9_900, 5, "/data/day_0_sparse.npy")
