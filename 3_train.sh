@@ -26,8 +26,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 here=$(realpath -m -- "${WORKDIR:-$here}")
 [[ -e $here/launcher.sh ]] || die "WORKDIR=$here is not the project's folder: it has no launcher.sh"
 case ${MODEL:-dlrm} in
-    dlrm) program=dlrm.train options=(--evaluate_on_epoch_end --evaluate_on_training_end --in_memory_binary_criteo_path) ;;
-    bert4rec) program=dlrm.bert4rec options=(--dataset_path) ;;
+    dlrm) program=dlrm.train options=(--evaluate_on_epoch_end --evaluate_on_training_end --in_memory_binary_criteo_path) flags=(batch_size embedding_dim epochs learning_rate) ;;
+    bert4rec) program=dlrm.bert4rec options=(--dataset_path) flags=(train_batch_size emb_dim num_epochs lr) ;;
     *) die "MODEL=$MODEL: wanted dlrm or bert4rec" ;;
 esac
 [[ -z ${DATASET_DIR:-} || -d $DATASET_DIR ]] || die "DATASET_DIR=$DATASET_DIR is not a folder"
@@ -44,7 +44,11 @@ if [[ ${1:-} == --submit ]]; then
 fi
 
 options=("${options[@]}" "${DATASET_DIR:-$here/data/toy/npy}")
-if [[ -z ${DATASET_DIR:-} ]]; then    # the demo walks the same road as real data
+if [[ -z ${DATASET_DIR:-} && $program == dlrm.bert4rec ]]; then
+    say "no DATASET_DIR: the demo, on walks whose best guess is known"
+    export NPROC=${NPROC:-2}
+    options=(--preset toy --cache_dir "$here/data/bert4rec")
+elif [[ -z ${DATASET_DIR:-} ]]; then    # the demo walks the same road as real data
     say "no DATASET_DIR: the demo, on toy data"
     toy=$here/data/toy
     if [[ ! -e $toy/npy/meta.json ]]; then
@@ -56,7 +60,8 @@ if [[ -z ${DATASET_DIR:-} ]]; then    # the demo walks the same road as real dat
     options+=(--preset toy)
 fi
 for name in BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE; do
-    [[ -z ${!name:-} ]] || options+=("--${name,,}" "${!name}")
+    [[ -z ${!name:-} ]] || options+=("--${flags[0]}" "${!name}")
+    flags=("${flags[@]:1}")
 done    # dot products need the dense tower to end as wide as the tables; ARGS may still say otherwise
 [[ -z ${EMBEDDING_DIM:-} || $program != dlrm.train ]] || options+=(--dense_arch_layer_sizes "512,256,$EMBEDDING_DIM")
 [[ ${TRACE:-yes} == no ]] || options+=(--trace)

