@@ -5,13 +5,12 @@ JSON object.
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dlrm import config, entry
+from dlrm import config, entry, startup
 from dlrm.config import at_least, option, parse
 from dlrm.errors import UserError
 from dlrm.presets import PRESETS
@@ -71,6 +70,7 @@ def main(here: Ranks) -> None:
 
 
 def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], str]:
+    startup.before_torch()
     import torch
 
     from dlrm import amp, criteo, dist
@@ -80,8 +80,7 @@ def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], str]:
     from dlrm.model import cpu, plan
 
     bench = cfg.bench
-    for name, value in cpu.environment().items():
-        os.environ.setdefault(name, value)
+    startup.import_optimizers()
     with dist.session(here, bench.timeout) as device:
         cpu.tune(device)
         torch.backends.cuda.matmul.allow_tf32 = bench.allow_tf32
@@ -90,7 +89,8 @@ def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], str]:
             module = assemble(cfg.model, sizes, device, bench.seed, bench.compile)
             wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
             made = plan.make_plan(module, device, here, max(bench.batch_sizes) // here.world_size, wishes)
-            model = plan.shard(module, made, device, bench.seed)
+            with startup.unfilled():
+                model = plan.shard(module, made, device, bench.seed)
         if bench.amp != "off":
             whole: Any = model.module
             amp.cast(whole.model, device, bench.amp)

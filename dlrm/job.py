@@ -1,6 +1,5 @@
 """One training job, from resolved options to results.json: data, model, plan, training, evaluation."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm import advice, amp, config, criteo, dist, loop, trace
+from dlrm import advice, amp, config, criteo, dist, loop, startup, trace
 from dlrm.auroc import Predictions
 from dlrm.config import Config
 from dlrm.errors import Stopped
@@ -51,8 +50,7 @@ def make(cfg: Config, here: Ranks, device: torch.device, records: Records) -> "J
 
 def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records], "Job"]) -> None:
     """Train what `make` makes: the same course for every model."""
-    for name, value in cpu.environment().items():  # torch reads it at its first large allocation
-        os.environ.setdefault(name, value)
+    startup.import_optimizers()
     begun = time.perf_counter()
     with dist.session(here, cfg.run.timeout) as device:
         dist.mark_clock("start")
@@ -62,7 +60,7 @@ def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records
         keeper = Keeper(job, here)
         job.hooks = keeper
         resume(job, here, keeper.root)
-        startup = time.perf_counter() - begun
+        ready = time.perf_counter() - begun
         try:
             keeper.begin()
             if cfg.run.mode == "train":
@@ -76,7 +74,7 @@ def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records
         finally:
             keeper.close()
         dist.mark_clock("end")
-        job.save_results(startup)
+        job.save_results(ready)
         job.sets.close()
         records.close()
 
@@ -139,7 +137,8 @@ def shard(
     wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
     made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings)
     tell_plan(made, records, cfg.plan.print_sharding_plan)
-    model = plan.shard(module, made, device, cfg.run.seed or 0)
+    with startup.unfilled():
+        model = plan.shard(module, made, device, cfg.run.seed or 0)
     return model, optim.dense_optimizer(model, cfg.optim.name, cfg.optim.learning_rate, cfg.optim.eps)
 
 

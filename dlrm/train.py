@@ -6,7 +6,7 @@ torchrun, or alone for one rank. Without a dataset it trains on random data.
 
 import sys
 
-from dlrm import entry, signals, trace
+from dlrm import entry, signals, startup, trace
 from dlrm.config import Config, parse
 from dlrm.presets import PRESETS
 from dlrm.ranks import Ranks
@@ -17,6 +17,7 @@ def main(here: Ranks) -> None:
     cfg = parse(Config, sys.argv[1:], "python -m dlrm.train", __doc__ or "", PRESETS)
     if cfg.run.trace and cfg.run.output_dir:
         trace.start(cfg.run.output_dir, here, "train", cfg.run.trace_flush_ms)
+    startup.before_torch()
     with trace.span("startup", "imports"):  # after the trace has begun: reading torch is I/O too
         from dlrm.job import train
     train(cfg, here)

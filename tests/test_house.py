@@ -15,7 +15,7 @@ FLOORS = {
         ["bert_config"],
         ["entry"],
         ["watch"],
-        ["dist", "records", "prep", "data"],
+        ["dist", "records", "startup", "prep", "data"],
         ["model"],
         ["auroc", "checkpoint", "mlperf", "sets", "bert_sets", "advice", "amp"],
         ["loop"],
