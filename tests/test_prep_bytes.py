@@ -178,10 +178,35 @@ def test_same_bytes_for_any_number_of_ranks(days: Path, one_rank: Path, tmp_path
     same(one_rank, tmp_path / "out")
 
 
+@pytest.mark.mpi
+def test_ranks_end_together_with_one_error(days: Path, tmp_path: Path) -> None:
+    """A bad line that one rank sees, a missing day that all see: one line, exit code 2, nobody waits."""
+    source = tmp_path / "in"
+    source.mkdir()
+    for day in (0, 1):
+        (source / f"day_{day}").write_bytes((days / f"day_{2 * day}").read_bytes())
+    command = [mpiexec(), "-n", "2", sys.executable, "-m", "dlrm.prep", "run", "--input_dir", source]
+    command += ["--output_dir", tmp_path / "out", "--part_bytes", "100000"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+
+    def said() -> str:
+        done = subprocess.run(
+            [str(word) for word in command], cwd=ROOT, env=environment, timeout=100, capture_output=True
+        )
+        assert done.returncode == 2
+        lines = [line for line in done.stderr.decode().splitlines() if line.startswith("dlrm.prep:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    with open(source / "day_1", "a") as file:
+        file.write("1\t2\n")
+    assert f"{source}/day_1:2504: 2 columns, 40 expected" in said()
+    (source / "day_0").unlink()
+    assert f"{source}/day_0 is missing" in said()
+
+
 @pytest.mark.spark
-@pytest.mark.parametrize(
-    "flags", [["--frequency_threshold", "2", "--random_seed", "4"], ["--compat", "torchrec"]]
-)
+@pytest.mark.parametrize("flags", [["--frequency_threshold", "2"], ["--compat", "torchrec"]])
 def test_spark_gives_the_same_bytes(days: Path, tmp_path: Path, flags: list[str]) -> None:
     """In local mode, in a process of its own: Spark keeps threads and a JVM."""
     pytest.importorskip("pyspark")

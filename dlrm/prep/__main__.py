@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dlrm import errors
+from dlrm import errors, ranks
 from dlrm.prep import options as choices
 
 
@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def multihot(args: argparse.Namespace) -> None:
-    from dlrm import criteo, ranks
+    from dlrm import criteo
     from dlrm.prep.multihot import MultiHot
     from dlrm.prep.multihot import run as materialise
     from dlrm.prep.team import Team
@@ -142,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         COMMANDS[args.command](args)
     except errors.UserError as error:
-        print(f"dlrm.prep: {error}", file=sys.stderr)
+        if ranks.here().first:  # the ranks have agreed on one error
+            print(f"dlrm.prep: {error}", file=sys.stderr)
         return errors.USAGE
     return 0
 

@@ -1,9 +1,11 @@
 """The ways to do the same thing, by name; all give the same bytes."""
 
 import json
+import sys
+import traceback
 from collections.abc import Callable
 
-from dlrm import ranks, trace
+from dlrm import errors, ranks, trace
 from dlrm.prep.options import Options
 
 
@@ -16,8 +18,8 @@ def run_numba(options: Options) -> None:
     here = ranks.here()
     if options.trace_dir:
         trace.start(options.trace_dir, here, role="prep")
+    team = Team(here, options.workers)
     try:
-        team = Team(here, options.workers)
         run(options, team)
         everywhere = team.gather((dict(bytes_read), dict(bytes_written)))
         if options.trace_dir and team.first:
@@ -27,6 +29,16 @@ def run_numba(options: Options) -> None:
                 "world_size": team.size,
             }
             (options.trace_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    except errors.UserError as error:
+        if not team.agreed and not team.first:
+            print(f"dlrm.prep: {error}", file=sys.stderr)
+        team.abort(errors.USAGE)
+        raise
+    except BaseException:
+        if team.size > 1:
+            traceback.print_exc()
+        team.abort(1)
+        raise
     finally:
         trace.stop()
 

@@ -30,6 +30,7 @@ STEPS = 7
 
 
 def run(options: Options, team: Team) -> None:
+    team.first_does(lambda: find_once(options))
     found = sources.find(options.input_dir, options.dataset)
     if finished(options, found):
         if team.first:
@@ -51,6 +52,11 @@ def run(options: Options, team: Team) -> None:
     with progress.step("publish"):
         team.first_does(lambda: finish(work, progress))
     team.first_does(lambda: None if options.keep_tmp else work.remove())
+
+
+def find_once(options: Options) -> None:
+    """What is missing is said by one rank."""
+    sources.find(options.input_dir, options.dataset)
 
 
 def prepare(work: Work) -> None:

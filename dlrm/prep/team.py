@@ -1,5 +1,6 @@
 """Who does what: items dealt to MPI ranks and, within a rank, to threads; one error for all of them."""
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ class Team:
     def __init__(self, here: Ranks, workers: int) -> None:
         self.rank, self.size, self.workers = here.rank, here.world_size, workers
         self._comm: Any = None
+        self.agreed = False  # an error that all ranks know of
         if self.size > 1:
             from mpi4py import MPI
 
@@ -37,11 +39,18 @@ class Team:
         """All ranks meet; if one has failed, all stop, with the first one's error."""
         mine = None if error is None else (type(error), str(error))
         failed = [found for found in self.gather(mine) if found]
+        self.agreed = bool(failed)
         if error is not None and mine == failed[0]:
             raise error
         if failed:
             kind, text = failed[0]
             raise UserError(text) if kind is UserError else RuntimeError(f"another rank failed: {text}")
+
+    def abort(self, code: int) -> None:
+        """End the other ranks too, which may be waiting for this one."""
+        if self._comm and not self.agreed:
+            sys.stderr.flush()
+            self._comm.Abort(code)
 
     def first_does(self, work: Callable[[], None]) -> None:
         """Rank 0 works, the others wait."""
