@@ -57,7 +57,7 @@ def test_half_precision_tables_hold_the_same_numbers() -> None:
 def test_a_shard_is_a_cut_of_the_table(first: int, last: int, columns: slice) -> None:
     whole = weights()["t_cat_0"]
     shard = torch.empty(last - first, columns.stop - columns.start)
-    tables._fill(shard, first, columns.start, 40_000, 32, "t_cat_0", 0)
+    tables.fill(shard, first, columns.start, 40_000, 32, "t_cat_0", 0, None)
     assert torch.equal(shard, whole[first:last, columns])
 
 

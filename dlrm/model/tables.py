@@ -73,12 +73,12 @@ def initialise(module: nn.Module, seed: int = 0, bound: float | None = None) -> 
             rows, width = weight.metadata().size
             for shard in weight.local_shards():
                 first_row, first_column = shard.metadata.shard_offsets
-                _fill(shard.tensor, first_row, first_column, rows, width, table, seed, bound)
+                fill(shard.tensor, first_row, first_column, rows, width, table, seed, bound)
         elif not weight.is_meta:
-            _fill(weight, 0, 0, weight.size(0), weight.size(1), table, seed, bound)
+            fill(weight, 0, 0, weight.size(0), weight.size(1), table, seed, bound)
 
 
-def _fill(
+def fill(
     shard: torch.Tensor, first_row: int, first_column: int, rows: int, width: int, table: str, seed: int,
     bound: float | None,
 ) -> None:  # fmt: skip
