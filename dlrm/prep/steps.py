@@ -168,14 +168,15 @@ def contiguous(input_dir: Path, output_dir: Path, threshold: int, suffix: str = 
     """contiguous_preproc_criteo: hashes to 2, 3, ... in order of first appearance, 1 for the rare ones."""
     paths = [input_dir / part_name(day, "sparse") for day in range(days_in(input_dir, "sparse"))]
     output_dir.mkdir(parents=True, exist_ok=True)
-    vocabulary, final = Vocabulary(threshold > 1), np.zeros((NUM_SPARSE, 1), np.int64)
+    vocabulary, final = Vocabulary(threshold > 1), np.zeros((NUM_SPARSE, 1), np.int32)
     size = sum(path.stat().st_size for path in paths)
     if threshold > 1:
         with trace.span("prep", "count", bytes=size):
             for path in paths:
                 for sparse, rows, _ in numbered(path, vocabulary, np.empty((0, 0), np.int64)):
                     del sparse, rows
-        final = np.ones((NUM_SPARSE, max(vocabulary.sizes())), np.int64)
+        vocabulary.stop_counting()
+        final = np.ones((NUM_SPARSE, max(vocabulary.sizes())), np.int32)
         for column in range(NUM_SPARSE):
             kept = vocabulary.seen(column) >= threshold
             final[column, np.flatnonzero(kept)] = 2 + np.arange(np.count_nonzero(kept))

@@ -92,6 +92,10 @@ class Vocabulary:
         assert counts is not None
         return counts[: self.tables[column, SIZE]]
 
+    def stop_counting(self) -> None:
+        """From now on ids are only looked up; what was counted stays."""
+        self.tables[:, COUNTS] = 0
+
     def _widen(self, column: int, rows: int) -> None:
         size, bits = int(self.tables[column, SIZE]), int(self.tables[column, BITS])
         while (1 << bits) < 2 * (size + rows):
