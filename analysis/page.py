@@ -41,6 +41,10 @@ def size(n: float | None) -> str:
     raise AssertionError
 
 
+def number(n: int, of: str) -> str:
+    return f"{n:,} {of}{'' if n == 1 else 's'}"
+
+
 def seconds(s: float | None) -> str:
     if s is None:
         return ""

@@ -9,7 +9,7 @@ from analysis import summary
 from analysis.errors import AnalysisError
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
-from analysis.page import Entry, Figures, entry_html, page, seconds, tiles_html
+from analysis.page import Entry, Figures, entry_html, number, page, seconds, tiles_html
 from analysis.run import Run, open_run
 from analysis.sections import entries
 from analysis.tables.gather import Map, on_threads
@@ -31,7 +31,7 @@ def header_html(run: Run, facts: Facts) -> str:
     hosts = sorted({p.host for p in run.joined.processes if p.host})
     launch, data, model = (run.config.get(key) or {} for key in ("launch", "data", "model"))
     where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
-    told = [f"{facts.breakdown.height} ranks on {where}"]
+    told = [f"{number(facts.breakdown.height, 'rank')} on {where}"]
     if data.get("batch_size"):
         told.append(f"batch size {data['batch_size']}")
     if model.get("embedding_dim"):

@@ -65,11 +65,9 @@ def _mapped_by_option(f: Facts) -> Finding | None:
         return None
     usual, late = (float(assembled[c].to_numpy().max()) / 1e6 for c in ("p50_us", "p99_us"))
     text = (
-        f"The dataset is mapped, so its bytes come in by page faults, which no trace shows: half of the "
-        f"batches "
-        f"are assembled in {seconds(usual)}, one in a hundred takes more than {seconds(late)}, and the "
-        f"training "
-        f"waits {seconds(stall)} for them."
+        "The dataset is mapped, so its bytes come in by page faults, which no trace shows: half of the "
+        f"batches are assembled in {seconds(usual)}, one in a hundred takes more than {seconds(late)}, "
+        f"and the training waits {seconds(stall)} for them."
     )
     remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
     return Finding("mapped", stall, text, remedy, {"p50_s": usual, "p99_s": late, "stall_s": stall})

@@ -88,7 +88,7 @@ def _notes(joined: Joined, ours: bool) -> list[str]:
         )
     if joined.calls == 0:
         shown.append("No file calls were recorded: bytes and times of I/O are the application's own word.")
-    if not len(joined["steps"]):
+    if not len(joined["steps"]) and "preprocess" not in joined["time"]["phase"]:
         shown.append("No training steps (category train, name step): what is said of steps is left out.")
     if world < 0 and not ours:
         shown.append("These traces do not name their ranks: each process counts as one rank.")

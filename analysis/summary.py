@@ -5,7 +5,7 @@ from typing import Any
 import polars as pl
 
 from analysis.findings import Facts, Finding
-from analysis.page import seconds, size
+from analysis.page import number, seconds, size
 from analysis.run import Run
 from analysis.tables import answers, progress
 from analysis.tables.answers import PARTS
@@ -80,7 +80,10 @@ def summary(run: Run, facts: Facts, found: list[Finding]) -> dict[str, Any]:
 
 def text(run: Run, facts: Facts, found: list[Finding]) -> str:
     """For the terminal, 100 columns."""
-    lines = [f"{run.name}: {facts.breakdown.height} ranks, {run.joined.events:,} events", ""]
+    lines = [
+        f"{run.name}: {number(facts.breakdown.height, 'rank')}, {number(run.joined.events, 'event')}",
+        "",
+    ]
     lines += [f"  {name:<32}{told:>14}" for name, _, told, _ in headline(run, facts)]
     used = [part for part in PARTS if facts.breakdown[part].sum() > 0]
     lines += ["", "  seconds      " + "".join(f"{part[:12]:>14}" for part in used)]

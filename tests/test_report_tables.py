@@ -16,7 +16,7 @@ from made_traces import BEGIN, Made, training
 
 from analysis import perfetto
 from analysis.stages import CALLS, KINDS, kind_of, op_of
-from analysis.tables import answers, calls, progress
+from analysis.tables import answers, progress
 from analysis.tables.gather import Joined, gather
 
 
@@ -207,15 +207,6 @@ def test_sequential_and_random(tmp_path: Path) -> None:
     assert dict(joined["extents"].select("file", "reach").iter_rows()) == {"/a": 120, "/b": 510}
 
 
-def test_latency_buckets_are_close() -> None:
-    us = np.unique(np.concatenate([np.arange(5000), 2 ** np.arange(1, 40), 3 ** np.arange(1, 25)]))
-    bucket = calls.latency_bucket(us)
-    assert (np.diff(bucket) >= 0).all()
-    middle = calls.bucket_us(bucket)
-    assert (middle[us < 256] == us[us < 256]).all()
-    assert (np.abs(middle - us) <= us / 100).all()
-
-
 def test_percentiles_over_ranks_are_those_of_all_events(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     all_us = []
@@ -295,31 +286,3 @@ def test_step_ranges_hold_all_steps(tmp_path: Path) -> None:
     table = progress.step_ranges(joined)
     assert table["steps"].sum() == 47 and table["from_step"].to_list() == list(range(0, 47, 3))
     assert table["wall_s"].sum() == pytest.approx(float(joined["steps"]["wall_us"].sum()) / 1e6)
-
-
-@pytest.mark.parametrize(
-    ("cat", "name", "kind"),
-    [
-        ("torchrec", "[output_dist_wait]_[model.sparse_arch.ebc]_[row_wise]", "communication"),
-        ("torchrec", "[lookup]_[model.sparse_arch.ebc]_[row_wise]", "compute"),
-        ("torchrec", "all2all_data:kjt splits", "communication"),
-        ("torchrec", "copy_batch_to_gpu", "copy"),
-        ("torchrec", "next_batch", None),
-        ("data", "wait", "wait"),
-        ("checkpoint", "save", None),
-        ("comm", "all_reduce", "communication"),
-        ("dataloader", "fetch.iter", "wait"),
-        ("nobody", "knows", None),
-    ],
-)
-def test_kinds(cat: str, name: str, kind: str | None) -> None:
-    assert kind_of(cat, name) == kind
-
-
-@pytest.mark.parametrize(
-    ("name", "op"),
-    [("pread64", "read"), ("fread", "read"), ("writev", "write"), ("openat", "open"), ("fopen64", "open"),
-     ("__xstat64", "stat"), ("fstatat", "stat"), ("lseek64", "seek"), ("fsync", "sync"), ("mkdir", "other")],
-)  # fmt: skip
-def test_operations(name: str, op: str) -> None:
-    assert op_of(name) == op

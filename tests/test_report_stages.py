@@ -1,0 +1,44 @@
+"""What events mean, and how latencies are binned."""
+
+import numpy as np
+import pytest
+
+from analysis.stages import kind_of, op_of
+from analysis.tables import calls
+
+
+def test_latency_buckets_are_close() -> None:
+    us = np.unique(np.concatenate([np.arange(5000), 2 ** np.arange(1, 40), 3 ** np.arange(1, 25)]))
+    bucket = calls.latency_bucket(us)
+    assert (np.diff(bucket) >= 0).all()
+    middle = calls.bucket_us(bucket)
+    assert (middle[us < 256] == us[us < 256]).all()
+    assert (np.abs(middle - us) <= us / 100).all()
+
+
+@pytest.mark.parametrize(
+    ("cat", "name", "kind"),
+    [
+        ("torchrec", "[output_dist_wait]_[model.sparse_arch.ebc]_[row_wise]", "communication"),
+        ("torchrec", "[lookup]_[model.sparse_arch.ebc]_[row_wise]", "compute"),
+        ("torchrec", "all2all_data:kjt splits", "communication"),
+        ("torchrec", "copy_batch_to_gpu", "copy"),
+        ("torchrec", "next_batch", None),
+        ("data", "wait", "wait"),
+        ("checkpoint", "save", None),
+        ("comm", "all_reduce", "communication"),
+        ("dataloader", "fetch.iter", "wait"),
+        ("nobody", "knows", None),
+    ],
+)
+def test_kinds(cat: str, name: str, kind: str | None) -> None:
+    assert kind_of(cat, name) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [("pread64", "read"), ("fread", "read"), ("writev", "write"), ("openat", "open"), ("fopen64", "open"),
+     ("__xstat64", "stat"), ("fstatat", "stat"), ("lseek64", "seek"), ("fsync", "sync"), ("mkdir", "other")],
+)  # fmt: skip
+def test_operations(name: str, op: str) -> None:
+    assert op_of(name) == op
