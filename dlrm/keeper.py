@@ -48,6 +48,7 @@ class Keeper(loop.Hooks):
             self.root, here, dist.side_store(), wishes.keep_checkpoints, patience
         )
         self._due = False  # at the next chance
+        self._scored_at: int | None = None  # step of the last validation
         self._saved_at: Any = None
         self._last_save = time.monotonic()
         self._deadline = deadline(wishes.stop_before_walltime, wishes.walltime) if here.first else None
@@ -93,6 +94,7 @@ class Keeper(loop.Hooks):
 
     def after_validation(self) -> None:
         self._due = self._due or self.wishes.save_model_after_each_eval
+        self._scored_at = self.job.progress.step
 
     def finish(self) -> None:
         """Training is over."""
@@ -159,7 +161,7 @@ class Keeper(loop.Hooks):
         return {
             "step": job.progress.step,
             "epoch": job.progress.epoch,
-            "score": val.get(job.score) if val and val.get("step") == job.progress.step else None,
+            "score": val.get(job.score) if val and self._scored_at == job.progress.step else None,
             "progress": asdict(job.progress),
             "results": job.results,
             "evaluating": job.evaluating,

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ class Alive:
         folder.mkdir(parents=True, exist_ok=True)
         common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | more
         command = ["-m", "dlrm.train", *map(str, words), "--output_dir", str(folder)]
-        self.error = open(folder / "stderr", "a+")  # noqa: SIM115
+        self.error = tempfile.TemporaryFile("a+")  # noqa: SIM115  # not in `folder`: its disk may be full
         self.processes = []
         starts = {
             "": [([sys.executable, *command], {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)],
@@ -97,7 +98,10 @@ class Alive:
 
     @property
     def said(self) -> str:
-        return (self.folder / "stderr").read_text()
+        if not self.error.closed:
+            self.error.seek(0)
+            self._said = self.error.read()
+        return self._said
 
     def __enter__(self) -> "Alive":
         return self
@@ -109,4 +113,5 @@ class Alive:
         for process in self.processes:
             process.kill()
             process.wait()
+        assert self.said is not None
         self.error.close()
