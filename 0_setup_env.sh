@@ -57,9 +57,8 @@ for name in "$python" python3 python3.12 python3.11 python3.13 python3.10 ''; do
 done
 [[ -n $name ]] || die "no Python 3.10 to 3.13 on PATH: load or install one, or name it with PYTHON=..."
 make_venv() { rm -rf "$venv"; "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null; }
-venv_package() {    # Debian keeps venv in a package of its own, which a fresh machine or container lacks
-    (( EUID == 0 )) && apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv
-}
+# Debian keeps venv in a package of its own, which a fresh machine or container lacks.
+venv_package() { (( EUID == 0 )) && apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv; }
 if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1 \
     || [[ ${was_variant:-$variant} != "$variant" || ${was_python:-$python} != "$python" ]]; then
     say "making $venv, $variant variant ($([[ $variant == cpu ]] && echo "3 to 6" || echo 9) GB), with $("$python" -V)"
@@ -88,7 +87,6 @@ pip install "${files[@]}"
 pip install --no-deps -r requirements/torchrec.txt
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 if ! patches/apply.sh "$packages"; then
-    say "once more, with a fresh torchrec"
     rm -f "$packages/torchrec/dftracer_spans.py"
     pip install --no-deps --force-reinstall -r requirements/torchrec.txt
     patches/apply.sh "$packages"

@@ -34,5 +34,4 @@ if [[ ${1:-} == --submit ]]; then
 fi
 mapfile -t args < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}")
 export NPROC=${NPROC:-$(env -u OMP_NUM_THREADS nproc)}
-echo "2_preprocess_dataset.sh: $from -> $to"
 exec ./launcher.sh python -m dlrm.prep run --input_dir "$from" --output_dir "$to" "${args[@]}" "$@"

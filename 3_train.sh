@@ -104,9 +104,8 @@ if [[ -d $run/trace && -z $stopped && $code != 2 ]]; then
 fi
 say "results: $run"
 if [[ -e $run/report.html ]]; then say "report:  $run/report.html (open it in a browser)"; fi
-for file in "$run"/*.pftrace; do
-    [[ ! -e $file ]] || say "trace:   $file (open https://ui.perfetto.dev and drop it there; nothing is uploaded)"
-done
+for file in "$run"/*.pftrace; do [[ ! -e $file ]] || say "trace:   $file"; done
+[[ ! -e ${file:-} ]] || say "to see a trace: drop it on https://ui.perfetto.dev, or python -m analysis view $run"
 exec >&- 2>&-
 wait "$logger" || true
 exit "$code"
