@@ -74,17 +74,28 @@ def unpublish(folder: Path) -> None:
 
 
 def publish(folder: Path, names: list[str], meta: Meta, md5: bool, workers: int) -> None:
-    """Real names, digests, and at last meta.json."""
+    """On the disk, under their real names, digested; and at last meta.json: a power cut finds all or nothing."""
     for name in names:
         partial = folder / (name + PARTIAL)
         if partial.exists():
+            sync(partial)
             os.replace(partial, folder / name)
         elif not (folder / name).exists():
             raise UserError(f"{folder / name} is gone: start again with --restart")
     if md5:
         with ThreadPoolExecutor(workers) as pool:
             meta.md5.update(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
+    sync(folder)
     meta.save(folder)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def digest(path: Path) -> str:
