@@ -45,3 +45,46 @@ def test_stopped_and_run_again_equals_never_stopped(
     with Alive(tmp_path, 2, *words(toy)) as ranks:
         assert ranks.wait() == [0, 0], ranks.said
     same(never_stopped, tmp_path)
+
+
+@pytest.mark.mpi
+def test_stopped_again_and_again_mostly_while_it_validates(toy: Path, tmp_path: Path) -> None:
+    more = ["--validation_freq_within_epoch", 4, "--test_batch_size", 8, "--max_steps", 60]
+    with Alive(tmp_path / "whole", 2, *words(toy, *more)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said
+    stops = []
+    for turn in range(4):
+        with Alive(tmp_path / "often", 2, *words(toy, *more)) as ranks:
+            before = len(metrics(ranks.folder))
+            ranks.until(lambda before=before, ranks=ranks: len(metrics(ranks.folder)) > before + 2)
+            ranks.signal(signal.SIGTERM, turn % 2)
+            assert ranks.wait(20) == [STOPPED, STOPPED], ranks.said
+        newest = max((tmp_path / "often" / "checkpoints").iterdir())
+        stops.append(json.loads((newest / "checkpoint.json").read_text())["state"]["progress"]["judging"])
+    assert "step" in stops, "no stop was in a validation: nothing was tested"
+    with Alive(tmp_path / "often", 2, *words(toy, *more)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said
+    same(tmp_path / "whole", tmp_path / "often")
+
+
+@pytest.mark.mpi
+def test_a_clock_stops_it_too(toy: Path, tmp_path: Path) -> None:
+    """--stop_before_walltime: nobody sends a signal."""
+    more = ["--epochs", 1000, "--walltime", "1:00", "--stop_before_walltime", 42]
+    with Alive(tmp_path, 2, *words(toy, *more)) as ranks:
+        assert ranks.wait(60) == [STOPPED, STOPPED], ranks.said
+    assert "walltime" in ranks.said
+    assert list((tmp_path / "checkpoints").glob("0*/checkpoint.json"))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("launcher", "code"), [("mpiexec", STOPPED), ("torchrun", 1)])
+def test_a_signal_to_the_launcher(toy: Path, tmp_path: Path, launcher: str, code: int) -> None:
+    """PBS sends it to everybody, twice does no harm. torchrun has no exit code but 1."""
+    with Alive(tmp_path, 2, *words(toy, "--epochs", 100), launcher=launcher) as ranks:
+        ranks.until_step(10)
+        ranks.processes[0].terminate()
+        for rank in range(2):
+            ranks.signal(signal.SIGTERM, rank)
+        assert ranks.wait(30) == [code], ranks.said
+    assert list((tmp_path / "checkpoints").glob("0*/checkpoint.json"))
