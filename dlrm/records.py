@@ -5,6 +5,7 @@ Rank 0 writes and speaks; on the other ranks everything here does nothing.
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,11 @@ class Records:
         """Training starts: `steps` in all. A bar where a person looks on, plain lines elsewhere."""
         self._steps, self._begun = steps, time.time()
         if bar and self._first:
-            self._bar = tqdm(total=steps, unit="step", desc="train", disable=not sys.stderr.isatty())
+            size = shutil.get_terminal_size((100, 24))  # some terminals say 0 x 0: tqdm would hide the bar
+            self._bar = tqdm(
+                total=steps, unit="step", desc="train", disable=not sys.stderr.isatty(),
+                ncols=size.columns, nrows=size.lines,
+            )  # fmt: skip
 
     def report(self, **values: Any) -> None:
         """One line of metrics.jsonl, one line (or a step of the bar) for people."""

@@ -17,7 +17,8 @@ from dlrm.ranks import Ranks
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden_losses.json"
 SIZES = "9,800,7,60,500,3,4,5,6,700,8,900,10,11,12,13,14,15,16,17,1000,19,20,21,22,23"
-COMMON = f"""--num_embeddings_per_feature {SIZES} --embedding_dim 8 --dense_arch_layer_sizes 32,8 --over_arch_layer_sizes 32,16,1 --batch_size 64
+COMMON = f"""--num_embeddings_per_feature {SIZES}
+--embedding_dim 8 --dense_arch_layer_sizes 32,8 --over_arch_layer_sizes 32,16,1 --batch_size 64
 --limit_train_batches 20 --report_every 1 --seed 11"""
 RUNS = {
     "dot sgd": "--learning_rate 0.5",
