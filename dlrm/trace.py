@@ -29,6 +29,10 @@ BUFFER_BYTES = 64 << 10  # DFTracer writes when so much text has gathered: one g
 PAD_BYTES = 15 << 10  # DFTracer takes no record of more than 16 KiB
 FEW = 3  # DFTracer deletes the file of a process that logged fewer events
 
+# DFTracer forgets a file that is opened while another thread closes one: the kernel gives the same number
+# again before the tracer has struck it off. Threads that open or close files of interest hold this.
+opening = threading.Lock()
+
 _native: Any = None  # dftracer's C++ module while tracing, else None
 _always: dict[str, tuple[int, int]] = {}  # args that every span carries (epoch, step), as DFTracer wants them
 _identity: dict[str, int | str] = {}

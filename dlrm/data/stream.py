@@ -12,7 +12,7 @@ import numpy as np
 from dlrm.data.npy import Layout
 from dlrm.data.rows import Rows, batch_name
 from dlrm.errors import UserError
-from dlrm.trace import span
+from dlrm.trace import opening, span
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class Part:
         try:
             if self._handle is None or self._handle.name != path:
                 self.close()
-                self._handle, self._position = FileIO(path), 0
+                with opening:
+                    self._handle, self._position = FileIO(path), 0
             if self._position != offset:
                 self._handle.seek(offset)
             done = 0
@@ -114,7 +115,8 @@ class Part:
 
     def close(self) -> None:
         if self._handle is not None:
-            self._handle.close()
+            with opening:
+                self._handle.close()
             self._handle = None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlrm.errors import UserError
+from dlrm.trace import opening
 
 bytes_read: dict[str, int] = defaultdict(int)
 bytes_written: dict[str, int] = defaultdict(int)
@@ -34,7 +35,7 @@ class File:
     def __init__(self, path: Path, mode: str = "r") -> None:
         self.path = path
         flags = {"r": os.O_RDONLY, "w": os.O_WRONLY | os.O_CREAT, "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND}
-        with explained(path):
+        with explained(path), opening:
             self._fd = os.open(path, flags[mode] | os.O_CLOEXEC, 0o666)
         self._raw = io.FileIO(self._fd, closefd=False) if mode == "r" else None
         self._read = self._written = 0
@@ -47,7 +48,8 @@ class File:
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            with opening:
+                os.close(self._fd)
             self._fd = -1
             with _counting:
                 if self._read:

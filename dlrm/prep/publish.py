@@ -74,7 +74,7 @@ def unpublish(folder: Path) -> None:
 
 
 def publish(folder: Path, names: list[str], meta: Meta, md5: bool, workers: int) -> None:
-    """On the disk, under their real names, digested; and at last meta.json: a power cut finds all or nothing."""
+    """On the disk, under their real names; meta.json last: a power cut finds all or nothing."""
     for name in names:
         partial = folder / (name + PARTIAL)
         if partial.exists():
