@@ -228,3 +228,35 @@ def test_all_ranks_end_when_the_first_cannot_prepare(tmp_path: Path) -> None:
     assert done.codes == [2, 2], done.err
     said = [line for line in "".join(done.err).splitlines() if line.startswith("dlrm:")]
     assert len(said) == 1 and "ratings.dat" in said[0]
+
+
+def test_mixed_precision_stays_near_and_clipping_holds_back(here: Run) -> None:
+    plain = here(SMALL, "--dropout 0 --max_steps 10").losses
+    for more in ("--amp", "--amp fp16", "--amp fp16 --loss_scale_policy static --mode ddp"):
+        cast = here(SMALL, "--dropout 0 --max_steps 10", more).losses
+        np.testing.assert_allclose(cast, plain, rtol=0.01)
+        assert cast != plain
+    clipped = here(SMALL, "--dropout 0 --max_steps 10 --optimizer sgd --lr 1 --grad_clip 1e-6").losses
+    free = here(SMALL, "--dropout 0 --max_steps 10 --optimizer sgd --lr 1").losses
+    assert np.abs(np.array(clipped) - free)[1:].max() > 0.01
+
+
+def test_a_batch_with_nothing_hidden_does_no_harm(here: Run) -> None:
+    done = here(SMALL, "--mask_prob 0.01 --train_batch_size 2 --max_steps 30")
+    assert 0.0 in done.losses and max(done.losses) > 1 and np.isfinite(done.losses).all()
+
+
+def test_tied_weights_and_whole_tables_on_two_ranks(tmp_path: Path, here: Run) -> None:
+    """What the plan says changes nothing: rows here and there, or all of them on one rank."""
+    wish = tmp_path / "wish.json"
+    wish.write_text('{"item_embedding": {"sharding": "table_wise"}}')
+    one = here(SMALL, "--dropout 0 --max_steps 10 --output tied --train_batch_size 32 --lr 0.01").losses
+    for number, more in enumerate(("", f"--sharding_file {wish}")):
+        done = on_ranks(
+            tmp_path / f"tied{number}", 2, "dlrm.bert4rec", *words(SMALL, "--dropout 0 --max_steps 10"),
+            *words("--output tied --train_batch_size 16 --lr 0.01 --checkpoint_every_steps 5", more),
+            timeout=300,
+        )  # fmt: skip
+        assert done.codes == [0, 0], done.err
+        np.testing.assert_allclose(done.losses, one[: len(done.losses)], rtol=1e-4)
+        assert (done.folder / "checkpoints").exists() and len(done.losses) > 5
