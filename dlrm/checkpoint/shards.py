@@ -14,6 +14,7 @@ import torch
 
 from dlrm.trace import span
 
+SMALL = 1 << 20
 BLOCK = 4 << 20  # bytes under one checksum, also those of one read or write
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,6 +32,7 @@ class Piece:
     shape: tuple[int, ...]  # of the whole tensor
     offset: tuple[int, ...]  # of this rectangle in it
     tensor: torch.Tensor
+    kept: bool = False  # nobody changes it: it needs no copy
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
             with span("checkpoint", "write", file=file, bytes=piece.tensor.nbytes, tensor=piece.name):
                 output.add(_bytes_of(piece.tensor))
         output.finish()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / file)) from None
     finally:
         output.close()
     tensors = [
@@ -112,8 +116,21 @@ class _Blocks:
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self.bytes, self.sums, self._sum = 0, [], 0
+        self._small = bytearray()  # a hundred biases and counters are one call
 
     def add(self, data: memoryview) -> None:
+        if len(data) < SMALL:
+            self._small += data
+        if len(data) >= SMALL or len(self._small) >= SMALL:
+            self._flush()
+        if len(data) >= SMALL:
+            self._put(data)
+
+    def _flush(self) -> None:
+        small, self._small = self._small, bytearray()
+        self._put(memoryview(small))
+
+    def _put(self, data: memoryview) -> None:
         begun = 0
         while begun < len(data):
             part = data[begun : begun + BLOCK - self.bytes % BLOCK]
@@ -126,6 +143,7 @@ class _Blocks:
                 self._sum = 0
 
     def finish(self) -> None:
+        self._flush()
         if self.bytes % BLOCK:
             self.sums.append(self._sum)
         os.fsync(self.descriptor)

@@ -1,6 +1,6 @@
 """A sharded model and its optimizers as named rectangles, and back, under any world size and plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from dlrm.checkpoint.folder import Checkpoint
 from dlrm.checkpoint.shards import Piece, read_into
 from dlrm.errors import UserError
+from dlrm.model.tiers import Whole
 from dlrm.trace import span
 
 # one and the same thing: in fbgemm's fused optimizers, and in torch's for data-parallel tables
@@ -19,7 +20,10 @@ STEP = "step"  # torch's optimizers count steps for themselves, the fused ones e
 
 def _rectangles(name: str, value: Any) -> Iterator[Piece]:
     """This process's parts of a tensor; `offset` () marks one that every rank holds whole."""
-    if isinstance(value, ShardedTensor):
+    if isinstance(value, Whole):
+        for tensor in value.copy():
+            yield Piece(name, tuple(value.size()), (0,) * tensor.dim(), tensor, kept=True)
+    elif isinstance(value, ShardedTensor):
         for shard in value.local_shards():
             place = tuple(shard.metadata.shard_offsets)
             yield Piece(name, tuple(value.size()), place, shard.tensor)
@@ -39,10 +43,13 @@ def _plain(name: str) -> str:
 
 
 def named(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
+    tiers = getattr(model, "tiers", None)  # tables in files
+    whole: Callable[[str, Any], Any] = tiers.whole if tiers else lambda _, value: value
     for name, value in model.state_dict().items():
-        yield f"model/{_plain(name)}", value
+        yield f"model/{_plain(name)}", whole(name, value)
     if optimizer is not None:
-        yield from _optimizer_values(optimizer)
+        for name, value in _optimizer_values(optimizer):
+            yield name, whole(name, value)
 
 
 def pieces(model: nn.Module, optimizer: Any, rank: int) -> list[Piece]:
@@ -51,7 +58,7 @@ def pieces(model: nn.Module, optimizer: Any, rank: int) -> list[Piece]:
         piece
         for name, value in named(model, optimizer)
         for piece in _rectangles(name, value)
-        if isinstance(value, ShardedTensor) or rank == 0
+        if isinstance(value, ShardedTensor | Whole) or rank == 0
     ]
 
 
@@ -69,6 +76,13 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: Any | None) -> int:
         source = _source(name, shape, stored, found)
         if source is None:  # a step counter that the fused optimizers do not have
             value.fill_(float(found.state.get("step", 0)))
+            continue
+        if isinstance(value, Whole):
+            read += value.fill(
+                lambda at, part, name=name, shape=shape, source=source: _fill(
+                    found, source, Piece(name, shape, at, part)
+                )
+            )
             continue
         for piece in _rectangles(name, value):
             read += _fill(found, source, piece)
@@ -132,10 +146,13 @@ def _awaken(optimizer: Any, stored: dict[str, Any]) -> None:
 
 def copies(parts: Sequence[Piece], before: dict[tuple[str, tuple[int, ...]], torch.Tensor]) -> list[Piece]:
     """The pieces as they are now, in memory of their own, which is used again for the next time."""
-    total = sum(piece.tensor.nbytes for piece in parts)
+    total = sum(piece.tensor.nbytes for piece in parts if not piece.kept)
     with span("checkpoint", "copy", bytes=total):
         made = []
         for piece in parts:
+            if piece.kept:
+                made.append(piece)
+                continue
             key = (piece.name, piece.offset)
             kept = before.get(key)
             if kept is None or kept.shape != piece.tensor.shape or kept.dtype != piece.tensor.dtype:
