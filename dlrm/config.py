@@ -144,6 +144,17 @@ class Optim:
 class Plan:
     sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel; * for all others")
     print_sharding_plan: bool = option(False, "print how each table is sharded")
+    store_type: str = option(
+        "device_mem", "where tables live; auto: where they fit",
+        ("device_mem", "cached_host_mem", "cached_ssd", "auto"),
+    )  # fmt: skip
+    cache_memory_budget_mb: float = option(8192, "memory per rank for the rows of tables that live elsewhere")
+    persistent_path: str | None = option(
+        None, "folder of the tables' files (default: tables in --output_dir)"
+    )
+
+    def __post_init__(self) -> None:
+        at_least(0.001, self, "cache_memory_budget_mb")
 
 
 @dataclass(frozen=True)

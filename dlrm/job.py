@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
@@ -17,10 +16,11 @@ from dlrm.config import Config
 from dlrm.errors import Stopped
 from dlrm.keeper import Keeper
 from dlrm.mlperf import MLLog
-from dlrm.model import cpu, optim, plan
+from dlrm.model import cpu, optim, plan, storetype
 from dlrm.model.dlrm import Train, build, compile_dense
 from dlrm.model.schedule import Schedule, learning_rate, set_lr
 from dlrm.model.tables import WEIGHT, table_configs
+from dlrm.model.tiers import Tiers
 from dlrm.ranks import Ranks
 from dlrm.records import Records
 from dlrm.resume import resume
@@ -60,6 +60,8 @@ def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records
         keeper = Keeper(job, here)
         job.hooks = keeper
         resume(job, here, keeper.root)
+        with dist.together():
+            job.tiers.ready()
         ready = time.perf_counter() - begun
         try:
             keeper.begin()
@@ -70,11 +72,13 @@ def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records
                 job.evaluate("test")
         except Stopped as stop:
             keeper.stop(stop)
+            job.tiers.close()
             raise
         finally:
             keeper.close()
         dist.mark_clock("end")
         job.save_results(ready)
+        job.tiers.close()
         job.sets.close()
         records.close()
 
@@ -99,10 +103,14 @@ def open_records(cfg: Any, here: Ranks, device: torch.device) -> Records:
 def build_model(cfg: Config, sizes: list[int], device: torch.device) -> Train:
     """The model on this device, its tables still to be made, their optimizer already attached."""
     module = assemble(cfg.model, sizes, device, cfg.run.seed or 0, cfg.run.compile)
+    attach_optimizer(cfg, module, device)
+    return module
+
+
+def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
     optim.apply_in_backward(
         module.model.sparse_arch.parameters(), cfg.optim.name, cfg.optim.learning_rate, device, cfg.optim.eps
     )
-    return module
 
 
 def assemble(model: config.Model, sizes: list[int], device: torch.device, seed: int, compiled: bool) -> Train:
@@ -128,17 +136,27 @@ def assemble(model: config.Model, sizes: list[int], device: torch.device, seed: 
 
 def shard(
     cfg: Config,
-    module: nn.Module,
+    module: Any,
     here: Ranks,
     device: torch.device,
     records: Records,
     poolings: list[float] | None = None,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
-    made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings)
+    wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else {}
+    tiers, wishes = storetype.prepare(
+        cfg.plan, module, here, device, cfg.optim.name, cfg.run.seed or 0, cfg.run.output_dir, wishes,
+        poolings, records.say,
+    )  # fmt: skip
+    memory = storetype.ENDLESS if tiers else None
+    made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings, memory)
     tell_plan(made, records, cfg.plan.print_sharding_plan)
+    if tiers:
+        module.model.sparse_arch = tiers.narrow(module.model.sparse_arch, made)
+        attach_optimizer(cfg, module, device)
     with startup.unfilled():
         model = plan.shard(module, made, device, cfg.run.seed or 0)
+    if tiers:
+        tiers.attach(model)
     return model, optim.dense_optimizer(model, cfg.optim.name, cfg.optim.learning_rate, cfg.optim.eps)
 
 
@@ -178,6 +196,7 @@ class Job:
     ) -> None:
         self.cfg, self.sets, self.model, self.optimizer = cfg, sets, model, optimizer
         self.records, self.device = records, device
+        self.tiers: Tiers = getattr(model, "tiers", None) or Tiers()
         self.progress = loop.Progress(loss_scale=cfg.optim.loss_scale if cfg.optim.amp == "fp16" else 1.0)
         self.epoch_steps = len(sets.train)
         self.meter = loop.Meter(device)
@@ -233,7 +252,7 @@ class Job:
         self.log.run(self.epoch_steps)
         good = loop.fit(
             self.pipeline, self.sets.train, self.progress, limits, self.next_lr,
-            lambda: self.evaluate("val"), self.records.report, self.meter, self.hooks, self.log.epoch,
+            lambda: self.evaluate("val"), self.report, self.meter, self.hooks, self.log.epoch,
         )  # fmt: skip
         self.log.finish(good, self.epochs_done())
 
@@ -258,12 +277,15 @@ class Job:
         with self.log.evaluation(self.epochs_done()) as logged:
             result = loop.evaluate(self.judge, self.model, batches, split, self.predictions(), before)
             logged.update(result)
-        self.records.report(step=self.progress.step, epoch=self.progress.epoch, **result)
+        self.report(step=self.progress.step, epoch=self.progress.epoch, **result)
         self.results[split] = result
         self.evaluating += result["seconds"]
         if split == "val":
             self.hooks.after_validation()
         return result
+
+    def report(self, **values: Any) -> None:
+        self.records.report(**values, **self.tiers.readings(self.progress.step))
 
     def outcome(self) -> Mapping[str, Any]:
         """DLRM's lines of results.json."""
@@ -274,7 +296,7 @@ class Job:
         """results.json: what came out, and the bytes that each rank's loader says it read."""
         progress = self.progress
         val, test = self.results.get("val", {}), self.results.get("test", {})
-        bytes_read = dist.everyone(self.sets.bytes_read())
+        bytes_read = dist.everyone(self.sets.bytes_read() | self.tiers.bytes_read())
         self.records.save(
             "results.json",
             {

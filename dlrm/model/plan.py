@@ -29,7 +29,13 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.types import (
+    CacheParams,
+    KeyValueParams,
+    ModuleSharder,
+    ShardingPlan,
+    ShardingType,
+)
 
 from dlrm.errors import UserError
 from dlrm.model.tables import initialise
@@ -37,7 +43,8 @@ from dlrm.ranks import Ranks
 
 SHARDINGS = [sharding.value for sharding in ShardingType]
 KERNELS = [kernel.value for kernel in EmbeddingComputeKernel]
-WISHES = ("sharding", "kernel", "min_partition", "cache_load_factor")
+STORES = ("device_mem", "cached_host_mem", "cached_ssd")
+WISHES = ("sharding", "kernel", "min_partition", "cache_load_factor", "store")
 MODEL_PARALLEL = [name for name in SHARDINGS if name != ShardingType.DATA_PARALLEL.value]
 # whole tables, balanced, when nothing is wished and they fit: on CPUs splitting them costs and brings nothing
 FIRST_CHOICE = {"cpu": [ShardingType.TABLE_WISE.value], "cuda": MODEL_PARALLEL}
@@ -74,7 +81,7 @@ def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         raise UserError(f'{path}: must be like {{"t_cat_0": {{"sharding": "row_wise"}}}}')
     for table, wish in wishes.items():
         for key, value in wish.items():
-            allowed = {"sharding": SHARDINGS, "kernel": KERNELS}.get(key)
+            allowed = {"sharding": SHARDINGS, "kernel": KERNELS, "store": STORES}.get(key)
             for word in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
                 if allowed and word not in allowed:
                     raise UserError(f"{path}: {table}: {key} {word} is unknown: {', '.join(allowed)}")
@@ -99,13 +106,14 @@ def _constraints(
     for table, ids in zip(tables, many, strict=True):
         wish = wishes.get(table, wishes.get("*", {}))
         sharding, kernel = wish.get("sharding", default), wish.get("kernel")
-        cache = wish.get("cache_load_factor")
+        cache, storage = wish.get("cache_load_factor"), wish.get("storage")
         made[table] = ParameterConstraints(
             sharding_types=[sharding] if isinstance(sharding, str) else list(sharding),
             compute_kernels=[kernel] if isinstance(kernel, str) else kernel,
             min_partition=wish.get("min_partition"),
             pooling_factors=[float(ids)],
             cache_params=None if cache is None else CacheParams(load_factor=float(cache)),
+            key_value_params=storage and KeyValueParams(ssd_storage_directory=storage),
         )
     return made
 
@@ -124,7 +132,7 @@ def make_plan(
     `poolings` are the ids per sample of each table (multi-hot), `memory` the bytes a rank may use for tables.
     Without a wish tables are never data-parallel: those cannot be updated in backward.
     """
-    tables = _shapes(module)
+    tables = shapes(module)
     choices = [FIRST_CHOICE[device.type], MODEL_PARALLEL]
     wanted = [_constraints(list(tables), constraints or {}, poolings, choice) for choice in choices]
     result: list[Any] = [None]
@@ -186,7 +194,7 @@ def memory_of(device: torch.device, ranks: Ranks) -> int:
     return host // max(1, ranks.local_world_size)
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Rows and width of every table."""
     shapes = {}
     for part in module.modules():

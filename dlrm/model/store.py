@@ -1,0 +1,233 @@
+"""A table in a file: rows of [weights | optimizer state], raw float32, beside a small JSON description.
+
+t_cat_0.rows   sparse: a block of rows is drawn and written when one of them is first read
+t_cat_0.json   whose rows, which blocks there are, and whether the last user closed it in good order
+Only plain pread and pwrite, in the order of the rows, so that a trace shows every byte.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dlrm.errors import UserError
+from dlrm.model.tables import BLOCK, fill
+
+VERSION = 1
+NEAR = 4 << 10  # rows this close are read by one call, with what lies between
+LARGEST = 4 << 20  # bytes of one call
+
+
+def raw(values: np.ndarray) -> memoryview:
+    whole: Any = np.ascontiguousarray(values, np.float32)
+    return memoryview(whole).cast("B")
+
+
+class RowStore:
+    """Rows by number. One process at a time; `close` makes it good for the next."""
+
+    def __init__(
+        self, folder: Path, table: str, rows: int, dim: int, state: int, optimizer: str, seed: int
+    ) -> None:
+        self.table, self.rows, self.dim, self.seed = table, rows, dim, seed
+        self.width = dim + state
+        self.row_bytes = 4 * self.width
+        self.step = max(1, BLOCK // dim)  # rows of a block, as `tables.fill` draws them
+        self.path, self.about = folder / f"{table}.rows", folder / f"{table}.json"
+        self.bytes_read = self.bytes_written = 0
+        self.calls = 0
+        self.blocks = np.zeros(-(-rows // self.step), bool)  # in the file
+        self.clean = True  # every row is of the same moment
+        self._facts = {
+            "version": VERSION, "table": table, "rows": rows, "dim": dim, "state": state, "dtype": "float32",
+            "optimizer": optimizer,
+        }  # fmt: skip
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}: give another --persistent_path") from None
+        try:
+            self._lock()
+            self.new = not self.about.exists()
+            if self.new:
+                self._begin()
+            else:
+                self._open()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{self.path}: another job trains this table: wait for it, or give another --persistent_path"
+            ) from None
+
+    def _begin(self) -> None:
+        if os.fstat(self._file).st_size:
+            raise UserError(
+                f"{self.path}: rows without {self.about.name}, not a store: move it away, or give another "
+                "--persistent_path"
+            )
+        self._size(self.rows * self.row_bytes)
+        self._describe()
+
+    def _size(self, size: int) -> None:
+        try:
+            os.ftruncate(self._file, size)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _open(self) -> None:
+        try:
+            found = json.loads(self.about.read_text())
+            blocks = np.frombuffer(bytes.fromhex(found["blocks"]), np.uint8)
+            self.clean, self.seed = bool(found["clean"]), int(found["seed"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.about}: not the description of a store ({error}): remove {self.path.name} and it"
+            ) from None
+        for key, value in self._facts.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"{self.path}: made with {key} {found.get(key)}, this job has {value}: give the options "
+                    "that it was made with, or another --persistent_path"
+                )
+        size = os.fstat(self._file).st_size
+        if size != self.rows * self.row_bytes:
+            raise UserError(
+                f"{self.path}: {size} bytes, {self.rows * self.row_bytes} expected, it was cut off: "
+                f"remove it and {self.about.name}, then go on from a checkpoint"
+            )
+        self.blocks = np.unpackbits(blocks, count=len(self.blocks)).astype(bool)
+
+    def _describe(self) -> None:
+        facts = {
+            **self._facts, "seed": self.seed, "clean": self.clean,
+            "blocks": np.packbits(self.blocks).tobytes().hex(),
+        }  # fmt: skip
+        partial = self.about.with_suffix(".json.partial")
+        try:
+            with open(partial, "w") as out:
+                json.dump(facts, out)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial, self.about)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: {error.strerror}: make room, or give another --persistent_path; a run with "
+            "checkpoints goes on from the last one"
+        )
+
+    def soil(self) -> None:
+        """Rows are about to change: until `close` the store says so."""
+        if self.clean:
+            self.clean = False
+            self._describe()
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Rows in ascending order of `ids`, without repetitions; a read row can be changed."""
+        for block in np.unique(ids // self.step):
+            if not self.blocks[block]:
+                self.put_block(int(block), self.draw(int(block)))
+        values = np.empty((len(ids), self.width), np.float32)
+        few = max(1, LARGEST // (NEAR + self.row_bytes))  # not much memory at a time
+        for begin in range(0, len(ids), few):
+            values[begin : begin + few] = self._read(ids[begin : begin + few])
+        return values
+
+    def _read(self, ids: np.ndarray) -> np.ndarray:
+        starts, stops = self._runs(ids, NEAR // self.row_bytes)
+        first, sizes = ids[starts], ids[stops - 1] + 1 - ids[starts]
+        parts = self._pread((sizes * self.row_bytes).tolist(), (first * self.row_bytes).tolist())
+        begun = np.cumsum(sizes) - sizes
+        at = ids - np.repeat(first - begun, stops - starts)
+        return np.frombuffer(parts, np.float32).reshape(-1, self.width)[at]
+
+    def write(self, ids: np.ndarray, values: np.ndarray) -> None:
+        """Rows in ascending order of `ids`, each of them read before."""
+        if not len(ids):
+            return
+        starts, stops = self._runs(ids, 0)
+        view = raw(values)
+        ends = (stops * self.row_bytes).tolist()
+        begins = (starts * self.row_bytes).tolist()
+        places = (ids[starts] * self.row_bytes).tolist()
+        for begin, end, place in zip(begins, ends, places, strict=True):
+            self._pwrite(view[begin:end], place)
+
+    def _runs(self, ids: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where stretches of nearly adjacent rows start and stop, none of them longer than LARGEST."""
+        apart = np.diff(ids) > gap + 1
+        if len(ids) > 1 and (ids[-1] - ids[0]) * self.row_bytes > LARGEST:
+            window = max(1, LARGEST // self.row_bytes)
+            apart |= np.diff(ids // window) != 0
+        cuts = np.flatnonzero(apart) + 1
+        return np.concatenate(([0], cuts)), np.concatenate((cuts, [len(ids)]))
+
+    def _pread(self, sizes: list[int], places: list[int]) -> bytes:
+        file, total = self._file, sum(sizes)
+        try:
+            data = b"".join([os.pread(file, size, at) for size, at in zip(sizes, places, strict=True)])
+        except OSError as error:
+            raise self._failed(error) from None
+        if len(data) != total:
+            raise UserError(f"{self.path}: ends too early, another program cut it: go on from a checkpoint")
+        self.bytes_read += total
+        self.calls += len(sizes)
+        return data
+
+    def _pwrite(self, data: Any, place: int) -> None:
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file, data[done:], place + done)
+                self.calls += 1
+        except OSError as error:
+            raise self._failed(error) from None
+        self.bytes_written += done
+
+    # --- whole blocks
+
+    def span(self, block: int) -> tuple[int, int]:
+        return block * self.step, min((block + 1) * self.step, self.rows)
+
+    def draw(self, block: int) -> np.ndarray:
+        """The first values, the same that a table in memory begins with."""
+        low, high = self.span(block)
+        values = np.zeros((high - low, self.width), np.float32)
+        fill(
+            torch.from_numpy(values)[:, : self.dim], low, 0, self.rows, self.dim, self.table, self.seed, None
+        )
+        return values
+
+    def block(self, block: int) -> np.ndarray:
+        """Its rows, from the file or as they begin."""
+        if not self.blocks[block]:
+            return self.draw(block)
+        low, high = self.span(block)
+        data = self._pread([(high - low) * self.row_bytes], [low * self.row_bytes])
+        return np.frombuffer(data, np.float32).reshape(-1, self.width).copy()
+
+    def put_block(self, block: int, values: np.ndarray) -> None:
+        self.soil()
+        self._pwrite(raw(values), self.span(block)[0] * self.row_bytes)
+        self.blocks[block] = True
+
+    def close(self, good: bool = True) -> None:
+        """With `good`, every changed row has been written: the next job can go on from here."""
+        if good and not self.clean:
+            os.fsync(self._file)
+            self.clean = True
+            self._describe()
+        os.close(self._file)

@@ -1,0 +1,258 @@
+"""The row cache and the store of tables in files: against plain arrays, reopened, damaged, full."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dlrm.errors import UserError
+from dlrm.model.rowcache import Full, RowCache
+from dlrm.model.store import RowStore
+from dlrm.model.tables import fill
+from dlrm.model.tiers import Table, Tier, Whole, share
+
+ROWS, DIM = 3000, 8
+
+
+def opened(folder: Path, slots: int = 200, state: int = 1, rows: int = ROWS, **changed: Any) -> Tier:
+    arguments = {"table": "t_a", "rows": rows, "dim": DIM, "state": state, "optimizer": "x", "seed": 5}
+    store = RowStore(folder, **arguments | changed)
+    table = Table("t_a", rows, DIM, state)
+    return Tier(table, store, torch.zeros(slots, DIM), torch.zeros(slots, state) if state else None)
+
+
+def first_values(rows: int = ROWS) -> np.ndarray:
+    weights = torch.empty(rows, DIM)
+    fill(weights, 0, 0, rows, DIM, "t_a", 5, None)
+    return weights.numpy()
+
+
+def skewed(random: np.random.Generator, count: int) -> np.ndarray:
+    return (ROWS * random.random(count) ** 4).astype(np.int64)
+
+
+def work(tier: Tier, weights: np.ndarray, state: np.ndarray, batches: int, seed: int) -> None:
+    """Batches of updates on the tier and on whole arrays; what is looked up is the same."""
+    random = np.random.default_rng(seed)
+    for batch in range(batches):
+        ids = skewed(random, 150)
+        change = batch % 3 != 2
+        slots = tier.admit(ids, change)
+        np.testing.assert_array_equal(tier.weights[slots], weights[ids])
+        assert tier.state is not None
+        np.testing.assert_array_equal(tier.state[slots], state[ids])
+        if change:
+            rows, at = np.unique(ids, return_index=True)
+            step = random.random((len(rows), DIM), np.float32)
+            for table, into in ((weights, rows), (tier.weights, slots[at])):
+                table[into] += step
+            for table, into in ((state, rows), (tier.state, slots[at])):
+                table[into] += step[:, :1]
+
+
+def test_slots_stay_true_under_random_batches() -> None:
+    random, cache = np.random.default_rng(0), RowCache(64)
+    held: dict[int, int] = {}  # row -> slot, kept by plain means
+    changed: set[int] = set()
+    for batch in range(400):
+        ids = skewed(random, int(random.integers(1, 60)))
+        change = bool(batch % 2)
+        slots, wanted, into, leaving, places = cache.admit(ids, change)
+        assert set(wanted.tolist()) == {row for row in ids.tolist() if row not in held}
+        assert set(leaving.tolist()) <= changed
+        assert all(held[row] == slot for row, slot in zip(leaving.tolist(), places.tolist(), strict=True))
+        freed = set(into.tolist())
+        gone = {row for row, slot in held.items() if slot in freed}
+        assert gone & changed == set(leaving.tolist()) and not gone & set(ids.tolist())
+        held = {row: slot for row, slot in held.items() if row not in gone}
+        held |= dict(zip(wanted.tolist(), into.tolist(), strict=True))
+        changed -= gone
+        changed |= set(ids.tolist()) if change else set()
+        assert [held[row] for row in ids.tolist()] == slots.tolist()
+        assert len(set(held.values())) == len(held) <= 64
+    assert cache.misses and cache.evictions
+
+
+def test_rows_that_return_outlast_those_seen_once() -> None:
+    cache = RowCache(100)
+    for batch in range(50):
+        cache.admit(np.concatenate((np.arange(40), 1000 + np.arange(50) + 50 * batch)), False)
+    before = cache.misses
+    cache.admit(np.arange(40), False)
+    assert cache.misses == before
+
+
+def test_a_batch_of_too_many_rows_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    tier = opened(tmp_path, slots=50)
+    weights, random = first_values(), np.random.default_rng(1)
+    tier.admit(np.arange(30), False)
+    with pytest.raises(Full):
+        tier.cache.admit(np.arange(51), False)
+    with pytest.raises(UserError, match="touches 400 rows, its cache holds 50.*cache_memory_budget_mb"):
+        tier.admit(np.arange(400), True)
+    for _ in range(20):
+        ids = random.integers(0, ROWS, 50)
+        np.testing.assert_array_equal(tier.weights[tier.admit(ids, False)], weights[ids])
+
+
+@pytest.mark.parametrize("slots", [150, 400, ROWS])
+def test_rows_are_those_of_a_table_in_memory_and_outlive_the_process(tmp_path: Path, slots: int) -> None:
+    weights, state = first_values(), np.zeros((ROWS, 1), np.float32)
+    for opening in range(3):
+        tier = opened(tmp_path, slots)
+        assert tier.sound
+        work(tier, weights, state, 60, opening)
+        tier.close()
+    tier = opened(tmp_path, slots, seed=99)  # rows not seen so far begin as the first job would have
+    work(tier, weights, state, 20, 7)
+    for part, whole in ((Whole(tier.table, tier, False), weights), (Whole(tier.table, tier, True), state)):
+        (copy,) = part.copy()
+        np.testing.assert_array_equal(copy.numpy().reshape(whole.shape), whole)
+    assert not list(tmp_path.glob("*.copy"))
+
+
+def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:
+    tier = opened(tmp_path)
+
+    def kernel() -> tuple[int, int]:
+        lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(lines["rchar"]), int(lines["wchar"])
+
+    tier.admit(np.arange(10), True)  # the description is written now
+    read, written = tier.store.bytes_read, tier.store.bytes_written
+    idle = kernel()
+    noise = kernel()[0] - idle[0]  # of reading /proc/self/io itself
+    begun = kernel()
+    for first in range(0, ROWS, 100):
+        tier.admit(np.arange(first, first + 100), True)
+    ended = kernel()
+    assert abs(ended[0] - begun[0] - noise - (tier.store.bytes_read - read)) < 64
+    assert ended[1] - begun[1] == tier.store.bytes_written - written > 0
+
+
+def test_a_killed_job_leaves_a_store_that_wants_a_checkpoint(tmp_path: Path) -> None:
+    tier = opened(tmp_path)
+    tier.admit(np.arange(100), True)
+    os.close(tier.store._file)  # as a kill does: nothing flushed, the lock gone
+    assert not opened(tmp_path).sound
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [({"rows": 2999}, "rows 3000"), ({"dim": 4}, "dim 8"), ({"optimizer": "sgd"}, "optimizer x")],
+)
+def test_another_table_is_refused(tmp_path: Path, changed: dict[str, Any], says: str) -> None:
+    opened(tmp_path).close()
+    before = (tmp_path / "t_a.rows").read_bytes()
+    facts: dict[str, Any] = {"rows": ROWS, "dim": DIM, "state": 1, "optimizer": "x", "seed": 5} | changed
+    with pytest.raises(UserError, match=f"t_a.rows: made with {says}"):
+        RowStore(tmp_path, "t_a", **facts)
+    assert (tmp_path / "t_a.rows").read_bytes() == before
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    rows, about = tmp_path / "t_a.rows", tmp_path / "t_a.json"
+    os.truncate(rows, 1000)
+    with pytest.raises(UserError, match="t_a.rows: 1000 bytes, 108000 expected"):
+        opened(tmp_path)
+    os.truncate(rows, 108000)
+    text = about.read_text()
+    about.write_text(text[:20])
+    with pytest.raises(UserError, match="t_a.json: not the description"):
+        opened(tmp_path)
+    about.unlink()
+    with pytest.raises(UserError, match="rows without t_a.json"):
+        opened(tmp_path)
+
+
+def test_a_store_cut_while_it_is_used_is_named(tmp_path: Path) -> None:
+    tier = opened(tmp_path)
+    tier.admit(np.arange(100), True)
+    os.truncate(tmp_path / "t_a.rows", 500)
+    with pytest.raises(UserError, match="ends too early"):
+        tier.admit(np.arange(2900, 3000), True)
+
+
+def test_two_jobs_on_one_store_are_refused(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    with pytest.raises(UserError, match="another job trains this table"):
+        opened(tmp_path)
+    first.close()
+    opened(tmp_path).close()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+sys.path.insert(0, "tests")
+from test_tiers import opened
+from dlrm.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path(sys.argv[1])
+tier = opened(folder, slots=1000, rows=400_000)
+tier.admit(np.arange(10), True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, -1))
+try:
+    tier.admit(np.arange(399_000, 399_100), True)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_no_room_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=100
+    )
+    assert "t_a.rows: File too large: make room" in done.stdout, done.stderr
+    assert not opened(tmp_path, rows=400_000).sound
+
+
+BOUNDED = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from dlrm.model.store import RowStore
+from dlrm.model.tiers import Table, Tier, share
+def rss():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1e3
+budget, dim = 24e6, 32
+table = Table("t_a", int(8 * budget) // (8 * dim), dim, dim)
+slots = share([table], int(budget))["t_a"]
+def run(rows, slots, folder, batches):
+    store = RowStore(Path(folder), "t_a", rows, dim, dim, "adagrad", 0)
+    tier = Tier(table, store, torch.zeros(slots, dim), torch.zeros(slots, dim))
+    tier.admit(np.arange(100), True)
+    random = np.random.default_rng(0)
+    for _ in range(batches):
+        tier.weights[tier.admit(random.integers(0, rows, 2000), True)] += 1
+    return tier
+small = run(70_000, 3000, sys.argv[1] + "/small", 10)
+before = rss()
+tier = run(table.rows, slots, sys.argv[1] + "/large", 300)
+print(rss() - before, tier.cache.evictions, (tier.cache.row >= 0).sum() / slots)
+"""
+
+
+def test_a_table_of_eight_budgets_is_trained_within_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, str(tmp_path)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    grown, evictions, used = map(float, done.stdout.split())
+    assert evictions > 100_000 and used == 1
+    assert 10 < grown < 24 + 28  # MB: the cache; a block on its way to the file, whatever the budget
+
+
+def test_small_tables_are_cached_whole_the_others_share_the_rest() -> None:
+    tables = [Table("small", 10, 16, 0), Table("a", 100_000, 16, 16), Table("b", 200_000, 16, 16, 3.0)]
+    slots = share(tables, 1_000_000)
+    assert slots["small"] == 10
+    assert slots["b"] == pytest.approx(3 * slots["a"], abs=3)
+    assert 990_000 < sum(slots[table.name] * table.slot_bytes for table in tables) <= 1_000_000
