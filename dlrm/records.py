@@ -47,7 +47,8 @@ class Records:
         if not self._first:
             return
         if self._metrics:
-            self._metrics.write(json.dumps({**values, "time": time.time()}) + "\n")
+            clocks = {"time": time.time(), "cpu_seconds": time.process_time()}  # of this rank
+            self._metrics.write(json.dumps({**values, **clocks}) + "\n")
         if self._board:
             split = values.get("split", "train")
             for name, value in values.items():
