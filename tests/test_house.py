@@ -108,7 +108,7 @@ def test_shell_stays_short() -> None:
     assert lines <= MAX_SHELL, f"{lines} lines of shell"
 
 
-DOCUMENTS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "patches").glob("*.md"))
+DOCUMENTS = [path for folder in (".", "docs", "patches") for path in sorted((ROOT / folder).glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
