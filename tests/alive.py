@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-CHANGING = ("time", "seconds", "samples_per_second")
+CHANGING = ("time", "seconds", "samples_per_second", "cpu_seconds")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
