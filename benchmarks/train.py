@@ -51,7 +51,8 @@ class Run:
             f"training {self.samples_per_second:9,.0f} samples/s, "
             f"evaluation {self.eval_samples_per_second:9,.0f} samples/s "
             f"({self.eval_samples} samples, AUROC {self.auroc:.6f}); "
-            f"processor: start {self.start_cpu:.2f} s, step {self.step_cpu * 1e3:.0f} ms; others {self.others:.2f}"
+            f"processor: start {self.start_cpu:.2f} s, step {self.step_cpu * 1e3:.0f} ms; "
+            f"others {self.others:.2f}"
         )
 
 
