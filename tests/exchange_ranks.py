@@ -81,6 +81,7 @@ def main(task: str) -> None:
     except RuntimeError as error:
         print(f"{time.monotonic() - begun:.1f} s: {error}", flush=True)
         os._exit(3)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
