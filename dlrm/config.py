@@ -49,7 +49,7 @@ class Data:
     pin_memory: bool = option(False, "copy batches through pinned memory")
     shuffle_batches: bool = option(False, "shuffle the rows of each training batch")
     shuffle_training_set: bool = option(False, "shuffle the training rows of each rank, in memory")
-    read_chunk_mb: float = option(8.0, "bytes of one read of the streaming source")
+    read_chunk_mb: float = option(8.0, "MB of one read of the streaming source")
     prefetch_batches: int = option(4, "batches that the loading thread prepares ahead")
     multi_hot_sizes: tuple[int, ...] | None = option(None, "ids per feature, made from one id on the fly")
     multi_hot_distribution_type: str | None = option(
@@ -181,6 +181,9 @@ class Run:
     mllog_submitter: str = option("dlrm-io", "submission_org of the MLPerf log")
     mllog_platform: str = option("dlrm-io", "submission_platform of the MLPerf log")
     tensorboard: bool = option(False, "scalars for TensorBoard in the run folder")
+    exchange: str = option(
+        "auto", "how CPU ranks meet; auto: through shared memory where all are on one host", ("auto", "gloo")
+    )
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ def device_of(here: Ranks) -> torch.device:
 
 
 @contextmanager
-def session(here: Ranks, timeout: int) -> Iterator[torch.device]:
+def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[torch.device]:
     """The process group of all ranks: shared memory or gloo on CPU, NCCL on CUDA.
 
     A rank that fails takes the others along.
@@ -43,7 +43,7 @@ def session(here: Ranks, timeout: int) -> Iterator[torch.device]:
     _store = store
     watch = Watch(store, here, hosts, timeout)
     exchange.register()
-    backend = "nccl" if device.type == "cuda" else exchange.NAME
+    backend = "nccl" if device.type == "cuda" else {"auto": exchange.NAME, "gloo": "gloo"}[exchanging]
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=here.rank, world_size=here.world_size,
         timeout=PATIENCE * timedelta(seconds=timeout),

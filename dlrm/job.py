@@ -52,7 +52,7 @@ def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records
     """Train what `make` makes: the same course for every model."""
     startup.import_optimizers()
     begun = time.perf_counter()
-    with dist.session(here, cfg.run.timeout) as device:
+    with dist.session(here, cfg.run.timeout, cfg.run.exchange) as device:
         dist.mark_clock("start")
         torch.backends.cuda.matmul.allow_tf32 = cfg.run.allow_tf32
         records = open_records(cfg, here, device)
