@@ -105,7 +105,7 @@ fi
 say "results: $run"
 if [[ -e $run/report.html ]]; then say "report:  $run/report.html (open it in a browser)"; fi
 for file in "$run"/*.pftrace; do [[ ! -e $file ]] || say "trace:   $file"; done
-[[ ! -e ${file:-} ]] || say "to see a trace: drop it on https://ui.perfetto.dev, or python -m analysis view $run"
+[[ ! -e ${file:-} ]] || say "to see a trace: drop it on https://ui.perfetto.dev, or python -m analysis view $(printf %q "$run")"
 exec >&- 2>&-
 wait "$logger" || true
 exit "$code"

@@ -1,6 +1,7 @@
 """python -m analysis COMMAND RUN: one command each for a picture, a proof and a report of a run."""
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ def perfetto(options: argparse.Namespace) -> int:
         print(f"analysis: {summary.unresolved} events name their file only by a hash", file=sys.stderr)
     print(
         f"{summary.path} ({summary.events:,} events, {size / 1e6:.1f} MB); "
-        f"to see it: python -m analysis view {summary.path}"
+        f"to see it: python -m analysis view {shlex.quote(str(summary.path))}"
     )
     return 0
 

@@ -75,7 +75,7 @@ def startup(f: Facts) -> Finding | None:
         f"{seconds(long)} of it{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
-    if part == "imports":
+    if part == "imports" and f.mean("io_s", "startup") > 0.2 * long:  # else it is Python's own work
         remedy = "Put the environment on node-local storage; it is paid once per job, so run longer jobs."
     evidence = {"first_step_s": first, "part": part, "part_s": long}
     return Finding("startup", long, text, remedy, evidence)

@@ -86,7 +86,7 @@ def text(run: Run, facts: Facts, found: list[Finding]) -> str:
     ]
     lines += [f"  {name:<32}{told:>14}" for name, _, told, _ in headline(run, facts)]
     used = [part for part in PARTS if facts.breakdown[part].sum() > 0]
-    lines += ["", "  seconds      " + "".join(f"{part[:12]:>14}" for part in used)]
+    lines += ["", "  seconds      " + "".join(f"{part:>14}" for part in used)]
     for row in facts.breakdown.head(32).iter_rows(named=True):
         lines.append(f"  rank {row['rank']:<8}" + "".join(f"{row[part]:>14.3f}" for part in used))
     if facts.breakdown.height > 32:
