@@ -15,7 +15,7 @@ import numpy as np
 from analysis.columns import resolve
 from analysis.derive import READ, WRITE, moved
 from analysis.errors import AnalysisError
-from analysis.events import Process, Reader, files, ranked
+from analysis.events import Process, Reader, files, launches, ranked
 from analysis.strings import ID, Strings
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
@@ -59,7 +59,7 @@ def check(run_dir: str | Path) -> tuple[list[Row], list[Process]]:
 
 
 def by_rank(run_dir: str | Path) -> tuple[dict[int, Moved], list[Process]]:
-    """Bytes of every file by rank, as the trace has them."""
+    """Bytes of every file by rank, as the trace of the run's last job has them."""
     strings, paths = Strings(), {}
     sums: dict[Path, dict[tuple[int, int], int]] = {}
     processes = []
@@ -78,7 +78,9 @@ def by_rank(run_dir: str | Path) -> tuple[dict[int, Moved], list[Process]]:
             ):
                 mine[number >> 2, number & 3] = mine.get((number >> 2, number & 3), 0) + total
     found: dict[int, Moved] = {}
-    for process in ranked(processes):
+    ranked(processes)
+    latest = launches(processes)[-1] if processes else []  # results.json speaks of the job that ended
+    for process in ranked(latest):
         seen = found.setdefault(process.rank, {})
         for (hashed, direction), total in sums[process.path].items():
             file = strings.text(int(resolve(np.array([hashed]), paths, strings)[0]))

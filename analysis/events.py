@@ -27,6 +27,7 @@ __all__ = [
     "batches",
     "files",
     "heads",
+    "launches",
     "load",
     "offsets",
     "processes",
@@ -223,12 +224,35 @@ def load(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
     return pl.concat(parts, how="vertical").sort("ts").select(columns)
 
 
+def launches(found: Iterable[Process]) -> list[list[Process]]:
+    """The traces by the job that wrote them, in the order of time: a run that was stopped has several.
+
+    Each rank is in a job once. What forked, or has no barrier, goes with the latest job begun before it.
+    """
+    made: list[list[Process]] = []
+    starters = sorted((p for p in found if "start" in p.barriers), key=lambda p: p.barriers["start"])
+    for process in starters:
+        if not made or any(p.rank == process.rank or p.world_size != process.world_size for p in made[-1]):
+            made.append([])
+        made[-1].append(process)
+    begun = [min(p.first for p in job) for job in made]
+    for process in found:
+        if "start" not in process.barriers:
+            made = made or [[]]
+            before = [number for number, at in enumerate(begun) if at <= process.first]
+            made[max(before, default=0)].append(process)
+    return made
+
+
 def offsets(found: Iterable[Process]) -> dict[Path, int]:
-    """What to add to each trace's times so that the barrier at the start is one moment on every host.
+    """What to add to each trace's times so that the barrier at a job's start is one moment on every host.
 
     Ranks of one host share its clock, so they share the offset: the median of what their barriers say.
     """
-    found = list(found)
+    return {path: shift for job in launches(list(found)) for path, shift in _offsets(job).items()}
+
+
+def _offsets(found: list[Process]) -> dict[Path, int]:
     hosts = {p.host for p in found}
     base = [p.barriers["start"] for p in found if "start" in p.barriers]
     if len(hosts) < 2 or not base:
@@ -246,7 +270,11 @@ def offsets(found: Iterable[Process]) -> dict[Path, int]:
 
 
 def skew(found: Iterable[Process]) -> dict[str, int]:
-    """How far the clocks were apart at each barrier, in us: over all ranks, as recorded."""
-    found = list(found)
-    times = {when: [p.barriers[when] for p in found if when in p.barriers] for when in ("start", "end")}
-    return {when: max(at) - min(at) for when, at in times.items() if len(at) > 1}
+    """How far the clocks were apart at each barrier, in us: over all ranks of a job, as recorded."""
+    apart: dict[str, int] = {}
+    for job in launches(list(found)):
+        for when in ("start", "end"):
+            at = [p.barriers[when] for p in job if when in p.barriers]
+            if len(at) > 1:
+                apart[when] = max(apart.get(when, 0), max(at) - min(at))
+    return apart
