@@ -32,6 +32,6 @@ if [[ ${1:-} == --submit ]]; then
     read -ra resources <<< "${DLRM_QSUB:?2_preprocess_dataset.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
     DATASET_DIR=$from OUTPUT_DIR=$to WORKDIR=$here exec qsub -V "${resources[@]}" "$here/2_preprocess_dataset.sh"
 fi
-mapfile -t args < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}")
+mapfile -t args < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}"); wait "$!" || die "ARGS=$ARGS: is a quote left open?"
 export NPROC=${NPROC:-$(env -u OMP_NUM_THREADS nproc)}
 exec ./launcher.sh python -m dlrm.prep run --input_dir "$from" --output_dir "$to" "${args[@]}" "$@"

@@ -40,7 +40,7 @@ source ./env.sh
 [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
 if [[ ${1:-} == --submit ]]; then
     read -ra resources <<< "${DLRM_QSUB:?3_train.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
-    WORKDIR=$here exec qsub -V "${resources[@]}" "$here/3_train.sh"
+    WORKDIR=$here RESULTS=$results exec qsub -V "${resources[@]}" "$here/3_train.sh"
 fi
 
 options=("${options[@]}" "${DATASET_DIR:-$here/data/toy/npy}")
@@ -65,7 +65,7 @@ for name in BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE; do
 done    # dot products need the dense tower to end as wide as the tables; ARGS may still say otherwise
 [[ -z ${EMBEDDING_DIM:-} || $program != dlrm.train ]] || options+=(--dense_arch_layer_sizes "512,256,$EMBEDDING_DIM")
 [[ ${TRACE:-yes} == no ]] || options+=(--trace)
-mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}")
+mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}"); wait "$!" || die "ARGS=$ARGS: is a quote left open?"
 
 # The run folder: a job that is run again finds its own.
 run=$results/${PBS_JOBID:-$(date +%Y%m%d-%H%M%S)}

@@ -70,4 +70,4 @@ class Progress:
         part = self.bytes / bytes if bytes else self.rows / rows if rows else 0
         if 0 < part <= 1:
             text += f" {part:.0%}, {seconds * (1 - part) / part:,.0f} s left"
-        return text + f", {seconds:.1f} s"
+        return text + f"{',' * (not text.endswith(':'))} {seconds:.1f} s"
