@@ -28,7 +28,7 @@ cd "$here"
 ./0_setup_env.sh
 source ./env.sh
 [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
-if [[ ${1:-} == --submit ]]; then
+if [[ ${1:-} == --submit ]]; then (( $# == 1 )) || die "--submit takes no options: put them into ARGS"
     read -ra resources <<< "${DLRM_QSUB:?2_preprocess_dataset.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
     DATASET_DIR=$from OUTPUT_DIR=$to WORKDIR=$here exec qsub -V "${resources[@]}" "$here/2_preprocess_dataset.sh"
 fi

@@ -38,7 +38,7 @@ cd "$here"
 ./0_setup_env.sh
 source ./env.sh
 [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
-if [[ ${1:-} == --submit ]]; then
+if [[ ${1:-} == --submit ]]; then (( $# == 1 )) || die "--submit takes no options: put them into ARGS"
     read -ra resources <<< "${DLRM_QSUB:?3_train.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
     WORKDIR=$here RESULTS=$results exec qsub -V "${resources[@]}" "$here/3_train.sh"
 fi

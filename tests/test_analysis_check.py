@@ -52,7 +52,13 @@ def by_strace(log: str, names: set[str]) -> Counter[tuple[int, str]]:
     """Bytes per direction and file, from strace -f -y after the files were made."""
     found: Counter[tuple[int, str]] = Counter()
     pattern = re.compile(r"\b(p?read64|read|p?write64|write)\(\d+<([^>]*)>.*\) = (\d+)$")
+    begun: dict[str, str] = {}  # per thread, a call that another one's line cut in two
     for line in log.splitlines():
+        thread = line.split(maxsplit=1)[0]
+        if line.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+        elif " resumed>" in line:
+            line = begun.pop(thread, "") + line.partition(" resumed>")[2]
         if (match := pattern.search(line)) and match[2] in names:
             found[READ if "read" in match[1] else WRITE, match[2]] += int(match[3])
     return found
