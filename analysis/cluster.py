@@ -19,7 +19,7 @@ WORKERS = 2
 def on(where: str) -> Map:
     """What gather() calls instead of its threads."""
     try:
-        import distributed
+        import distributed  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise AnalysisError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
 
@@ -33,7 +33,7 @@ def on(where: str) -> Map:
 
 
 def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
-    import distributed
+    import distributed  # pyright: ignore[reportMissingImports]
 
     if where == "local":
         return stack.enter_context(
@@ -47,7 +47,7 @@ def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
         )
     if where == "pbs":
         try:
-            from dask_jobqueue import PBSCluster
+            from dask_jobqueue import PBSCluster  # pyright: ignore[reportMissingImports]
 
             cluster = stack.enter_context(PBSCluster())
         except (ImportError, ValueError, TypeError) as error:  # no queue, cores or memory configured

@@ -34,7 +34,7 @@ def run(options: Options) -> None:
     if options.format != "npy":
         raise UserError("--engine spark writes --format npy only")
     try:
-        from pyspark.sql import SparkSession
+        from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--engine spark needs pyspark: pip install pyspark, and a Java runtime") from None
     found = sources.find(options.input_dir, options.dataset)
