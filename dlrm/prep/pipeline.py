@@ -34,6 +34,8 @@ def run(options: Options, team: Team) -> None:
     found = sources.find(options.input_dir, options.dataset)
     if finished(options, found):
         if team.first:
+            if options.tmp_dir is None and not options.keep_tmp:  # killed between its last word and its end
+                shutil.rmtree(options.tmp, ignore_errors=True)
             print(f"{options.output_dir}: complete, made with the same parameters; nothing to do")
         return
     progress = Progress(STEPS, team.first)
