@@ -36,8 +36,6 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
     A rank that fails takes the others along.
     """
     device = device_of(here)
-    os.environ.update(RANK=str(here.rank), WORLD_SIZE=str(here.world_size))
-    os.environ.update(LOCAL_RANK=str(here.local_rank), LOCAL_WORLD_SIZE=str(here.local_world_size))
     store, hosts = meet(here, timeout)
     global _store
     _store = store
@@ -49,7 +47,8 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
         timeout=PATIENCE * timedelta(seconds=timeout),
     )  # fmt: skip
     try:
-        yield device
+        with _environment(here):
+            yield device
         dist.barrier()  # nobody leaves while another still works: its store would die with rank 0
     except BaseException as error:
         if getattr(error, "shared", False):
@@ -62,6 +61,22 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
     finally:
         watch.close()
     dist.destroy_process_group()
+
+
+@contextmanager
+def _environment(here: Ranks) -> Iterator[None]:
+    """The names in which torchrec looks for its place; whoever this process starts later has another."""
+    mine = {
+        "RANK": here.rank, "WORLD_SIZE": here.world_size,
+        "LOCAL_RANK": here.local_rank, "LOCAL_WORLD_SIZE": here.local_world_size,
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ.update({name: str(value) for name, value in mine.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def side_store() -> Any:

@@ -38,8 +38,12 @@ class Ranks:
 
 
 def here(environ: Mapping[str, str] = os.environ) -> Ranks:
+    started = max(int(environ.get(name) or 0) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    left_over = int(environ.get("WORLD_SIZE") or 0) < started  # of an earlier job, in the user's shell
+
     def value(meaning: str, default: int) -> int:
-        return next((int(environ[name]) for name in NAMES[meaning] if environ.get(name)), default)
+        names = NAMES[meaning][left_over:]
+        return next((int(environ[name]) for name in names if environ.get(name)), default)
 
     world = value("world_size", 1)
     rank = value("rank", 0)
