@@ -1,22 +1,25 @@
 """Tables in files against tables in memory and mapped files: samples/s, hit rate, the disk's random reads.
 
-Lookups and fused updates of one table by fbgemm, ids by Zipf(1.05) or uniform, a cache of a tenth of the
-rows. The page cache is emptied of the files at the start (--cold) or not; there is no limit on memory where
-control groups cannot be written, so mapped files then have all of it. The last line is JSON.
+Lookups and fused updates of one table by fbgemm, ids by Zipf(1.05) or uniform. Table and adagrad's state in
+files, memory for a share of their bytes, the same bytes for both (`pages`): the row cache with its index, its
+buffers and the page cache for the coming batch; or the mapped file's pages. The last line is JSON.
 """
 
 import argparse
 import json
-import mmap
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as plotly
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
@@ -26,11 +29,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.pages import PAGE, Bounded, drop, random_reads, resident  # noqa: E402
 from dlrm.model.store import RowStore  # noqa: E402
-from dlrm.model.tiers import Table, Tier  # noqa: E402
+from dlrm.model.tier import Table, Tier, share  # noqa: E402
+
+Batches = list[np.ndarray]
+RATE = 0.01  # of learning
 
 
-def lookups(rows: int, batch: int, count: int, kind: str, seed: int = 0) -> list[np.ndarray]:
+def lookups(rows: int, batch: int, count: int, kind: str, seed: int = 0) -> Batches:
     """Ids of each batch; the popular ones lie anywhere in the table, as hashed ids do."""
     random = np.random.default_rng(seed)
     if kind == "uniform":
@@ -44,164 +51,222 @@ def lookups(rows: int, batch: int, count: int, kind: str, seed: int = 0) -> list
 def kernel(slots: int, dim: int) -> Any:
     specs = [(slots, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)]
     return SplitTableBatchedEmbeddingBagsCodegen(
-        specs, optimizer=EmbOptimType.EXACT_ADAGRAD, learning_rate=0.01
+        specs, optimizer=EmbOptimType.EXACT_ADAGRAD, learning_rate=RATE
     )
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: on a machine that others use, too
-
-
-def rate(step: Callable[[np.ndarray], None], batches: list[np.ndarray], warm: int, clock: str) -> float:
-    """Samples per second after the first `warm` batches."""
-    for ids in batches[:warm]:
-        step(ids)
-    begun = CLOCKS[clock]()
-    for ids in batches[warm:]:
-        step(ids)
-    return sum(map(len, batches[warm:])) / (CLOCKS[clock]() - begun)
-
-
-def stepper(module: Any, dense: Callable[[], None], slots: Callable[[np.ndarray], np.ndarray]) -> Any:
-    def step(ids: np.ndarray) -> None:
-        offsets = torch.arange(len(ids) + 1)
-        out = module(torch.from_numpy(slots(ids)), offsets)
+def in_memory(rows: int, dim: int, batches: Batches, dense: Callable[[], None], warm: int) -> float:
+    """Samples per second without files."""
+    module, seconds = kernel(rows, dim), 0.0
+    for number, ids in enumerate(batches[warm // 2 :]):
+        begun = time.perf_counter()
+        out = module(torch.from_numpy(ids), torch.arange(len(ids) + 1))
         dense()
         out.backward(torch.full_like(out, 1e-3))
-
-    return step
+        seconds += (time.perf_counter() - begun) * (number >= warm - warm // 2)
+    return sum(map(len, batches[warm:])) / seconds
 
 
 def opened(folder: Path, rows: int, dim: int) -> RowStore:
     store = RowStore(folder, "t_bench", rows, dim, dim, "adagrad", 0)
     for block in np.flatnonzero(~store.blocks):
-        store.put_block(int(block), store.draw(int(block)))
+        store.make(int(block))
     os.fsync(store._file)
     return store
 
 
-def mapped(path: Path, rows: int, dim: int, dense: Callable[[], None]) -> Callable[[np.ndarray], None]:
-    """The obvious alternative: the file as an array, rows gathered, adagrad by numpy's own vectors."""
-    with open(path, "r+b") as file:
-        whole = mmap.mmap(file.fileno(), 0)
-    whole.madvise(mmap.MADV_RANDOM)
-    table = np.frombuffer(whole, np.float32).reshape(rows, 2 * dim)
+def cached(
+    folder: Path, table: Table, budget: float, batches: Batches, dense: Callable[[], None], warm: int,
+    limited: bool, ahead: bool,
+) -> dict[str, float]:  # fmt: skip
+    """Rows in a cache; with `ahead`, the disk is told of the next batch before this one is computed."""
+    store = opened(folder, table.rows, table.dim)
+    module = kernel(share([table], int(budget))[table.name], table.dim)
+    weights, state = module.split_embedding_weights()[0], module.split_optimizer_states()[0][0]
+    beside = ThreadPoolExecutor(1) if ahead else None
+    tier = Tier(table, store, weights, state, beside)
+    for ids in batches[:warm]:
+        tier.admit(ids, True)
+    if limited:
+        drop(store._file)
+    before, seconds, most = tier.counts(), 0.0, 0
+    for number in range(warm, len(batches)):
+        ids = batches[number]
+        begun = time.perf_counter()
+        slots = tier.admit(ids, True)
+        seconds += time.perf_counter() - begun
+        if limited:
+            seconds += drop(store._file)
+        begun = time.perf_counter()
+        out = module(torch.from_numpy(slots), torch.arange(len(ids) + 1))
+        if ahead and number + 1 < len(batches):
+            tier.expect(batches[number + 1])
+        dense()
+        out.backward(torch.full_like(out, 1e-3))
+        seconds += time.perf_counter() - begun
+        if limited and number % 4 == 0:
+            most = max(most, resident(store.path))
+    counts = tier.counts() - before
+    tier.close()
+    steps = len(batches) - warm
+    return {
+        "samples_per_second": sum(map(len, batches[warm:])) / seconds,
+        "hit_rate": 1 - counts[1] / counts[0],
+        "bytes_per_step": int(counts[3] + counts[4]) // steps,
+        "page_cache_mb": most / 1e6,
+        "slots": tier.cache.slots,
+    }
 
-    def step(ids: np.ndarray) -> None:
+
+def mapped(
+    path: Path, table: Table, budget: float, batches: Batches, dense: Callable[[], None], warm: int,
+    limited: bool,
+) -> dict[str, float]:  # fmt: skip
+    """The obvious alternative: the file as an array, rows gathered, adagrad by numpy's own vectors."""
+    dim, bounded = table.dim, Bounded(path, budget)
+    rows = np.frombuffer(bounded.map, np.float32).reshape(table.rows, 2 * dim)
+
+    def pages(ids: np.ndarray) -> np.ndarray:
+        begin = np.unique(ids) * rows.shape[1] * 4
+        return np.unique(np.concatenate((begin // PAGE, (begin + rows.shape[1] * 4 - 1) // PAGE)))
+
+    for ids in batches[:warm]:
+        bounded.use(pages(ids))
+    if limited:
+        bounded.settle()
+    seconds, most, missed = 0.0, 0, 0
+    for number, ids in enumerate(batches[warm:]):
+        missed += int((bounded.used[pages(ids)] == 0).sum())
+        begun = time.perf_counter()
         unique, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
-        values = table[unique]
+        values = rows[unique]
         _ = values[inverse, :dim]
         dense()
         gradient = np.repeat(1e-3 * counts[:, None].astype(np.float32), dim, 1)
         values[:, dim:] += gradient**2
-        values[:, :dim] -= 0.01 * gradient / (np.sqrt(values[:, dim:]) + 1e-8)
-        table[unique] = values
-
-    return step
-
-
-def random_reads(path: Path, seconds: float = 1.0) -> float:
-    """4 KiB reads per second at random places, past the page cache."""
-    size, done, random = path.stat().st_size >> 12, 0, np.random.default_rng(0)
-    file, page = os.open(path, os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, 4096)
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds:
-        os.preadv(file, [page], int(random.integers(size)) << 12)
-        done += 1
-    os.close(file)
-    return done / (time.perf_counter() - begun)
+        values[:, :dim] -= RATE * gradient / (np.sqrt(values[:, dim:]) + 1e-8)
+        rows[unique] = values
+        seconds += time.perf_counter() - begun
+        if limited:
+            seconds += bounded.trim(pages(ids))
+            most = max(most, resident(path)) if number % 4 == 0 else most
+    return {
+        "samples_per_second": sum(map(len, batches[warm:])) / seconds,
+        "faults_per_step": missed / (len(batches) - warm),
+        "page_cache_mb": most / 1e6,
+    }
 
 
-def forget(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    os.fsync(file)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(file)
-
-
-def measure(options: argparse.Namespace, kind: str, share: float) -> dict[str, Any]:
-    rows, dim = options.rows, options.dim
-    batches = lookups(rows, options.batch, options.warm + options.steps, kind)
-    layers = torch.nn.Sequential(torch.nn.Linear(dim, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
-    dense_in = torch.randn(options.batch, dim)
+def measure(options: argparse.Namespace, folder: Path, kind: str, part: float) -> dict[str, Any]:
+    table = Table("t_bench", options.rows, options.dim, options.dim)
+    batches = lookups(options.rows, options.batch, options.warm + options.steps, kind)
+    layers = torch.nn.Sequential(torch.nn.Linear(options.dim, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+    dense_in = torch.randn(options.batch, options.dim)
 
     def dense() -> None:
         if options.dense:
             layers(dense_in).sum().backward()
 
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        store = opened(Path(folder), rows, dim)
-        found: dict[str, Any] = {"access": kind, "cache": share}
-        found["reads_4k_per_second"] = random_reads(store.path)
-        whole = kernel(rows, dim)
-        found["device_mem"] = rate(
-            stepper(whole, dense, lambda ids: ids), batches, options.warm, options.clock
-        )
-        del whole
-        module = kernel(int(share * rows), dim)
-        weights, state = module.split_embedding_weights()[0], module.split_optimizer_states()[0][0]
-        tier = Tier(Table("t_bench", rows, dim, dim), store, weights, state)
-        if options.cold:
-            forget(store.path)
-        step = stepper(module, dense, lambda ids: tier.admit(ids, True))
-        for ids in batches[: options.warm]:
-            step(ids)
-        before = tier.counts()
-        found["cached_ssd"] = rate(step, batches[options.warm :], 0, options.clock)
-        counts = tier.counts() - before
-        found["hit_rate"] = 1 - counts[1] / counts[0]
-        found["bytes_per_step"] = int(counts[3] + counts[4]) // options.steps
-        tier.close()
-        if options.cold:
-            forget(store.path)
-        found["mmap"] = rate(mapped(store.path, rows, dim, dense), batches, options.warm, options.clock)
-    found["of_device_mem"] = found["cached_ssd"] / found["device_mem"]
+    budget = part * options.rows * options.dim * 8
+    ahead = options.batch * PAGE if options.limit else 0  # what the page cache may hold of the coming batch
+    found: dict[str, Any] = {"access": kind, "cache": part}
+    found["device_mem"] = in_memory(options.rows, options.dim, batches, dense, options.warm)
+    for name, look in (("cached_ssd", True), ("without_ahead", False)):
+        found[name] = cached(folder, table, budget - ahead, batches, dense, options.warm, options.limit, look)
+    path = folder / "t_bench.rows"
+    found["mmap"] = mapped(path, table, budget, batches, dense, options.warm, options.limit)
+    ours = found["cached_ssd"]
+    found["of_device_mem"] = ours["samples_per_second"] / found["device_mem"]
+    found["of_mmap"] = ours["samples_per_second"] / found["mmap"]["samples_per_second"]
     print(
-        f"{kind:<9} cache {share:4.0%}  hits {found['hit_rate']:6.1%}"
-        f"  cached_ssd {found['cached_ssd']:11,.0f}"
-        f"  device_mem {found['device_mem']:11,.0f}  mmap {found['mmap']:11,.0f} samples/s",
+        f"{kind:<9} memory {part:4.0%}  hits {ours['hit_rate']:6.1%}  samples/s: cached_ssd "
+        f"{ours['samples_per_second']:9,.0f} ({found['without_ahead']['samples_per_second']:9,.0f} without "
+        f"looking ahead)  mmap {found['mmap']['samples_per_second']:9,.0f}"
+        f"  device_mem {found['device_mem']:9,.0f}",
         flush=True,
     )
     return found
 
 
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Samples per second over hit rate, with what the disk's random reads allow."""
+    figure, hits = plotly.Figure(), np.linspace(0.02, 0.97, 60)
+    for count, dash in (("1", "dot"), ("32", "dash")):
+        allowed = results["disk_reads_per_second"][count] / (1 - hits)
+        name = f"disk's random reads, {count} at once"
+        figure.add_scatter(x=hits, y=allowed, name=name, line={"dash": dash, "color": "#999"})
+    colours = iter(("#1565c0", "#90caf9", "#c62828", "#ef9a9a"))
+    for side in ("cached_ssd", "mmap"):
+        for kind in dict.fromkeys(case["access"] for case in results["cases"]):
+            cases = [case for case in results["cases"] if case["access"] == kind]
+            cases.sort(key=lambda case: case["cached_ssd"]["hit_rate"])
+            figure.add_scatter(
+                x=[case["cached_ssd"]["hit_rate"] for case in cases],
+                y=[case[side]["samples_per_second"] for case in cases],
+                text=[f"{case['cache']:.0%}" for case in cases],
+                name=f"{side}, {kind}", mode="lines+markers+text", textposition="top center",
+                line={"color": next(colours)},
+            )  # fmt: skip
+    memory = float(np.median([case["device_mem"] for case in results["cases"]]))
+    figure.add_scatter(x=[0, 1], y=[memory] * 2, name="device_mem", line={"color": "#2e7d32"})
+    figure.update_layout(
+        template="plotly_white", width=900, height=520, margin={"l": 70, "r": 20, "t": 40, "b": 50},
+        title="One table in a file, memory for the given share of its bytes",
+    )  # fmt: skip
+    figure.update_xaxes(title="hit rate of the row cache", tickformat=".0%", range=[0, 1])
+    figure.update_yaxes(title="samples per second", type="log")
+    page = path.with_suffix(".html")
+    figure.write_html(page)
+    if path.suffix == ".png":
+        program = shutil.which("chromium") or shutil.which("google-chrome") or "chromium"
+        subprocess.run(
+            [
+                program, "--headless=new", "--no-sandbox", "--disable-gpu", f"--screenshot={path.absolute()}",
+                "--window-size=930,560", "--virtual-time-budget=5000", page.absolute().as_uri(),
+            ],
+            check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        page.unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--dim", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8192)
-    parser.add_argument("--warm", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--warm", type=int, default=600, help="batches that fill the memory, not timed")
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True, help="a small tower")
     parser.add_argument(
+        "--limit", action=argparse.BooleanOptionalAction, default=True,
+        help="without: the page cache takes what it finds",
+    )  # fmt: skip
+    parser.add_argument(
         "--cases",
-        default="zipf1.05:0.1,zipf1.05:0.02,zipf1.05:0.5,uniform:0.1,uniform:0.5",
-        help="access:cache",
+        default="zipf1.05:0.1,zipf1.05:0.05,zipf1.05:0.2,zipf1.05:0.4,uniform:0.1,uniform:0.3,uniform:0.6",
+        help="access:share of the table's bytes",
     )
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache first")
     parser.add_argument("--folder", help="where the files go (default: the temporary folder)")
+    parser.add_argument("--plot", type=Path, help="a picture, .png or .html")
+    parser.add_argument("--from", dest="old", type=Path, help="plot these results instead of measuring")
     options = parser.parse_args()
-    limited = os.access("/sys/fs/cgroup/memory.max", os.W_OK)
-    if not limited:
-        print("control groups cannot be written here: memory is not limited, mapped files have all of it")
-    cases = [case.split(":") for case in options.cases.split(",")]
-    results = [measure(options, kind, float(share)) for kind, share in cases]
-    target = results[0]
-    print(
-        json.dumps(
-            {
-                "target": 0.7,
-                "of_device_mem": target["of_device_mem"],
-                "of_mmap": target["cached_ssd"] / target["mmap"],
-                "memory_limited": False,
-                "clock": options.clock,
-                "rows": options.rows,
-                "dim": options.dim,
-                "batch": options.batch,
-                "cases": results,
-            }
-        )
-    )
+    if options.old:
+        plot(json.loads(options.old.read_text().splitlines()[-1]), options.plot)
+        return
+    results = {key: getattr(options, key) for key in ("rows", "dim", "batch", "steps", "dense", "limit")}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        opened(folder, options.rows, options.dim).close()
+        path = folder / "t_bench.rows"
+        results["disk_reads_per_second"] = {str(n): random_reads(path, n) for n in (1, 32)}
+        print("disk: random reads of 4 KiB per second, 1 and 32 at once:", results["disk_reads_per_second"])
+        cases = [case.split(":") for case in options.cases.split(",")]
+        results["cases"] = [measure(options, folder, kind, float(part)) for kind, part in cases]
+    results |= {"target": 0.7, "of_device_mem": results["cases"][0]["of_device_mem"]}
+    results["of_mmap"] = min(case["of_mmap"] for case in results["cases"])
+    if options.plot:
+        plot(results, options.plot)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -205,6 +205,7 @@ class Job:
         self.evaluating = 0.0  # seconds
         # two pipelines: evaluating in the middle of an epoch must not drop the batches in flight
         self.pipeline = TrainPipelineSparseDist(model, self.careful(), device)
+        self.tiers.watch(self.pipeline)
         self.judge = TrainPipelineSparseDist(model, optimizer, device)
         self.schedule = self.make_schedule()
 

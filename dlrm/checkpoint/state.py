@@ -10,7 +10,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from dlrm.checkpoint.folder import Checkpoint
 from dlrm.checkpoint.shards import Piece, read_into
 from dlrm.errors import UserError
-from dlrm.model.tiers import Whole
+from dlrm.model.tier import Whole
 from dlrm.trace import span
 
 # one and the same thing: in fbgemm's fused optimizers, and in torch's for data-parallel tables

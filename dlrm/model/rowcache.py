@@ -71,6 +71,11 @@ class RowCache:
         changed = leaving >= 0
         return out, wanted[:count], slots, leaving[changed], slots[changed]
 
+    def absent(self, ids: np.ndarray) -> np.ndarray:
+        """Of these rows, in ascending order, those that are not here; nothing changes."""
+        rows = np.unique(ids).astype(np.int64, copy=False)
+        return rows[_absent(rows, self.keys, self.shift)]
+
     def changed(self) -> np.ndarray:
         """Slots with rows that are newer here than in the store."""
         return np.flatnonzero((self.dirty != 0) & (self.row >= 0))
@@ -89,6 +94,14 @@ def _find(keys: np.ndarray, shift: np.uint64, row: int) -> int:
     while keys[at] != row and keys[at] != -1:
         at = (at + 1) & mask
     return at
+
+
+@compiled
+def _absent(rows: np.ndarray, keys: np.ndarray, shift: np.uint64) -> np.ndarray:
+    gone = np.empty(len(rows), np.bool_)
+    for i in range(len(rows)):
+        gone[i] = keys[_find(keys, shift, rows[i])] == -1
+    return gone
 
 
 @compiled

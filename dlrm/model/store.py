@@ -7,7 +7,9 @@ Only plain pread and pwrite, in the order of the rows, so that a trace shows eve
 
 import fcntl
 import json
+import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from dlrm.model.tables import BLOCK, fill
 
 VERSION = 1
 NEAR = 4 << 10  # rows this close are read by one call, with what lies between
-LARGEST = 4 << 20  # bytes of one call
+LARGEST = 1 << 20  # bytes of one call
+BUFFERS = 4 * BLOCK + 4 * LARGEST  # bytes at their most, of all that comes and goes here
 
 
 def raw(values: np.ndarray) -> memoryview:
@@ -136,15 +139,30 @@ class RowStore:
             self._describe()
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """Rows in ascending order of `ids`, without repetitions; a read row can be changed."""
+        """Rows in ascending order of `ids`, at most `few`, no row twice; a read row can be changed."""
         for block in np.unique(ids // self.step):
             if not self.blocks[block]:
-                self.put_block(int(block), self.draw(int(block)))
-        values = np.empty((len(ids), self.width), np.float32)
-        few = max(1, LARGEST // (NEAR + self.row_bytes))  # not much memory at a time
-        for begin in range(0, len(ids), few):
-            values[begin : begin + few] = self._read(ids[begin : begin + few])
-        return values
+                self.make(int(block))
+        return self._read(ids)
+
+    @property
+    def few(self) -> int:
+        """Rows that are read together in little memory, wherever they lie."""
+        return max(1, LARGEST // (NEAR + self.row_bytes))
+
+    def places(self, ids: np.ndarray) -> list[tuple[int, int]]:
+        """(position, bytes) of what `read` would read of these rows, in ascending order."""
+        ids = ids[self.blocks[ids // self.step]]
+        if not len(ids):
+            return []
+        starts, stops = self._runs(ids, NEAR // self.row_bytes)
+        sizes = (ids[stops - 1] + 1 - ids[starts]) * self.row_bytes
+        return list(zip((ids[starts] * self.row_bytes).tolist(), sizes.tolist(), strict=True))
+
+    def expect(self, places: list[tuple[int, int]]) -> None:
+        """Of what is not in the page cache the disk reads many at once; `read` alone waits for each."""
+        for place, size in places:
+            os.posix_fadvise(self._file, place, size, os.POSIX_FADV_WILLNEED)
 
     def _read(self, ids: np.ndarray) -> np.ndarray:
         starts, stops = self._runs(ids, NEAR // self.row_bytes)
@@ -197,31 +215,52 @@ class RowStore:
             raise self._failed(error) from None
         self.bytes_written += done
 
-    # --- whole blocks
+    # --- many rows side by side
 
     def span(self, block: int) -> tuple[int, int]:
         return block * self.step, min((block + 1) * self.step, self.rows)
 
-    def draw(self, block: int) -> np.ndarray:
-        """The first values, the same that a table in memory begins with."""
-        low, high = self.span(block)
-        values = np.zeros((high - low, self.width), np.float32)
-        fill(
-            torch.from_numpy(values)[:, : self.dim], low, 0, self.rows, self.dim, self.table, self.seed, None
-        )
-        return values
+    def _parts(self, block: int) -> Iterator[tuple[int, int]]:
+        """A block in portions that take little memory."""
+        first, last = self.span(block)
+        wide = max(1, LARGEST // self.row_bytes)
+        for low in range(first, last, wide):
+            yield low, min(low + wide, last)
 
-    def block(self, block: int) -> np.ndarray:
-        """Its rows, from the file or as they begin."""
-        if not self.blocks[block]:
-            return self.draw(block)
-        low, high = self.span(block)
+    def _get(self, low: int, high: int) -> np.ndarray:
         data = self._pread([(high - low) * self.row_bytes], [low * self.row_bytes])
-        return np.frombuffer(data, np.float32).reshape(-1, self.width).copy()
+        return np.frombuffer(data, np.float32).reshape(-1, self.width)
 
-    def put_block(self, block: int, values: np.ndarray) -> None:
+    def pieces(self, block: int) -> Iterator[np.ndarray]:
+        """The rows of a block, from the file or as they begin, a portion at a time."""
+        first, last = self.span(block)
+        if self.blocks[block]:
+            yield from (self._get(*part) for part in self._parts(block))
+            return
+        # the same that a table in memory begins with; a map, because malloc would keep what is freed
+        room: Any = mmap.mmap(-1, 4 * (last - first) * self.dim)
+        weights = torch.frombuffer(room, dtype=torch.float32).view(last - first, self.dim)
+        fill(weights, first, 0, self.rows, self.dim, self.table, self.seed, None)
+        for low, high in self._parts(block):
+            values = np.zeros((high - low, self.width), np.float32)
+            values[:, : self.dim] = weights[low - first : high - first].numpy()
+            yield values
+
+    def make(self, block: int) -> None:
+        """Its first values into the file."""
         self.soil()
-        self._pwrite(raw(values), self.span(block)[0] * self.row_bytes)
+        for (low, _), values in zip(self._parts(block), self.pieces(block), strict=True):
+            self._pwrite(raw(values), low * self.row_bytes)
+        self.blocks[block] = True
+
+    def fill(self, block: int, columns: slice, values: np.ndarray, alone: bool) -> None:
+        """These columns of a block; the others become 0, if `alone`, or stay as they are in the file."""
+        self.soil()
+        first, _ = self.span(block)
+        for low, high in self._parts(block):
+            rows = np.zeros((high - low, self.width), np.float32) if alone else self._get(low, high).copy()
+            rows[:, columns] = values[low - first : high - first]
+            self._pwrite(raw(rows), low * self.row_bytes)
         self.blocks[block] = True
 
     def close(self, good: bool = True) -> None:

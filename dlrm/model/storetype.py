@@ -15,7 +15,8 @@ from torch import nn
 from dlrm.config import Plan
 from dlrm.errors import UserError
 from dlrm.model.plan import memory_of, shapes
-from dlrm.model.tiers import STATE, Table, Tiers
+from dlrm.model.tier import Table
+from dlrm.model.tiers import STATE, Tiers
 from dlrm.ranks import Ranks
 
 MEMORY, HOST, SSD = "device_mem", "cached_host_mem", "cached_ssd"

@@ -5,8 +5,8 @@ The rows of a batch stay until its backward pass has updated them; changed rows 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import NoWait, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from dlrm import trace
 from dlrm.errors import UserError
 from dlrm.model.dlrm import Sparse
-from dlrm.model.rowcache import SLOT_BYTES, Full, RowCache
-from dlrm.model.store import RowStore, raw
+from dlrm.model.store import RowStore
+from dlrm.model.tier import COUNTS, Table, Tier, Whole, share
 
 STATE: dict[str, Callable[[int], int]] = {  # floats of optimizer state per row
     "sgd": lambda dim: 0,
@@ -30,147 +30,6 @@ STATE: dict[str, Callable[[int], int]] = {  # floats of optimizer state per row
     "rowwise_adagrad": lambda dim: 1,
 }
 ENTRY = re.compile(r"embedding_bags\.([^.]+)\.weight(/momentum1)?$")
-COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
-
-
-@dataclass(frozen=True)
-class Table:
-    name: str
-    rows: int
-    dim: int
-    state: int  # floats of optimizer state per row
-    pooling: float = 1.0
-
-    @property
-    def slot_bytes(self) -> int:
-        return 4 * (self.dim + self.state) + SLOT_BYTES
-
-
-def share(tables: list[Table], budget: int) -> dict[str, int]:
-    """Slots of each table: small ones whole, what they leave goes to the others by how much they look up."""
-    slots = {}
-    left, weight = float(budget), sum(table.pooling for table in tables)
-    for table in sorted(tables, key=lambda each: each.rows * each.slot_bytes / each.pooling):
-        given = left * table.pooling / weight
-        slots[table.name] = max(1, min(table.rows, int(given // table.slot_bytes)))
-        left -= slots[table.name] * table.slot_bytes
-        weight -= table.pooling
-    return slots
-
-
-class Tier:
-    """One table of this rank: its file, and the rows of it that fbgemm sees."""
-
-    def __init__(
-        self, table: Table, store: RowStore, weights: torch.Tensor, state: torch.Tensor | None
-    ) -> None:
-        self.table, self.store = table, store
-        self.cache = RowCache(len(weights))
-        self.weights = weights.detach().numpy()
-        self.state = None if state is None else state.detach().numpy().reshape(len(weights), -1)
-        self.sound = store.clean  # else a killed job left rows of different moments
-
-    def admit(self, ids: np.ndarray, change: bool) -> np.ndarray:
-        """The slots of these rows, which are then filled."""
-        try:
-            slots, missing, into, leaving, places = self.cache.admit(ids, change)
-        except Full as full:
-            needed = full.args[0] * self.table.slot_bytes
-            raise UserError(
-                f"{self.table.name}: a batch touches {full.args[0]} rows, its cache holds "
-                f"{self.cache.slots}: this table needs {needed / 1e6:.1f} MB of "
-                "--cache_memory_budget_mb; raise it or lower --batch_size"
-            ) from None
-        if change:
-            self.store.soil()
-        if len(missing):
-            self._write(leaving, places)
-            order = np.argsort(missing)
-            values = self.store.read(missing[order])
-            self.weights[into[order]] = values[:, : self.table.dim]
-            if self.state is not None:
-                self.state[into[order]] = values[:, self.table.dim :]
-        return slots
-
-    def _write(self, rows: np.ndarray, slots: np.ndarray) -> None:
-        order = np.argsort(rows)
-        values = np.empty((len(rows), self.store.width), np.float32)
-        values[:, : self.table.dim] = self.weights[slots[order]]
-        if self.state is not None:
-            values[:, self.table.dim :] = self.state[slots[order]]
-        self.store.write(rows[order], values)
-
-    def flush(self) -> None:
-        """Every changed row into the file; all stay in the cache."""
-        slots = self.cache.changed()
-        self._write(self.cache.row[slots], slots)
-        self.cache.dirty.fill(0)
-
-    def counts(self) -> np.ndarray:
-        cache, store = self.cache, self.store
-        return np.array(
-            [cache.lookups, cache.misses, cache.evictions, store.bytes_read, store.bytes_written], np.int64
-        )
-
-    def close(self) -> None:
-        self.flush()
-        self.store.close()
-
-
-@dataclass(frozen=True)
-class Whole:
-    """All rows of a table, weights or optimizer state, for a checkpoint. On its owner `tier` is there."""
-
-    table: Table
-    tier: Tier | None
-    state: bool
-
-    def size(self) -> torch.Size:
-        width = self.table.state if self.state else self.table.dim
-        flat = self.state and width == 1
-        return torch.Size([self.table.rows] if flat else [self.table.rows, width])
-
-    @property
-    def _columns(self) -> slice:
-        return slice(self.table.dim, None) if self.state else slice(0, self.table.dim)
-
-    def copy(self) -> Iterator[torch.Tensor]:
-        """As it is now, in a file without a name that is mapped; its space is free again with the tensor."""
-        if self.tier is None:
-            return
-        self.tier.flush()
-        store, size = self.tier.store, self.size()
-        path = store.path.with_suffix(".copy")
-        try:
-            with open(path, "wb", buffering=0) as out:
-                for block in range(len(store.blocks)):
-                    data = raw(store.block(block)[:, self._columns])
-                    while len(data):
-                        data = data[out.write(data) :]
-            yield torch.from_file(str(path), shared=False, size=size.numel(), dtype=torch.float32).view(size)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: a checkpoint needs room for a copy there") from None
-        finally:
-            path.unlink(missing_ok=True)
-
-    def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int:
-        """Each block by `read(offset, tensor)`; what the cache held is forgotten."""
-        if self.tier is None:
-            return 0
-        tier, store, done = self.tier, self.tier.store, 0
-        tier.cache.clear()
-        for block in range(len(store.blocks)):
-            low, high = store.span(block)
-            shape = (high - low, *self.size()[1:])
-            values = torch.empty(shape)
-            done += read((low, *[0] * (len(shape) - 1)), values)
-            rows = store.block(block)
-            if not self.state:
-                rows[:, store.dim :] = 0  # the optimizer's state comes next, or begins anew
-            rows[:, self._columns] = values.reshape(high - low, -1).numpy()
-            store.put_block(block, rows)
-        tier.sound = True
-        return done
 
 
 class Tiers:
@@ -184,6 +43,8 @@ class Tiers:
         self.folder, self.budget, self.optimizer, self.seed = folder, budget, optimizer, seed
         self.slots: dict[str, int] = {}
         self.mine: dict[str, Tier] = {}
+        self._of_feature: dict[str, Tier] = {}
+        self._beside: ThreadPoolExecutor | None = None
         self._before, self._step = np.zeros(len(COUNTS), np.int64), 0
 
     def narrow(self, sparse: Sparse, plan: ShardingPlan) -> Sparse:
@@ -215,7 +76,8 @@ class Tiers:
 
     def _attach(self, kernel: BatchedFusedEmbeddingBag) -> None:
         module: Any = kernel.emb_module
-        names = [table.name for table in kernel.config.embedding_tables]
+        configs = kernel.config.embedding_tables
+        names = [config.name for config in configs]
         states = module.split_optimizer_states() or [[]] * len(names)
         for name, weights, state in zip(names, module.split_embedding_weights(), states, strict=True):
             if name in self.tables:
@@ -223,8 +85,11 @@ class Tiers:
                 store = RowStore(
                     self.folder, name, table.rows, table.dim, table.state, self.optimizer, self.seed
                 )
-                self.mine[name] = Tier(table, store, weights, state[0] if table.state else None)
+                self._beside = self._beside or ThreadPoolExecutor(1, "tables")
+                self.mine[name] = Tier(table, store, weights, state[0] if table.state else None, self._beside)
         tiers = [self.mine.get(name) for name in names]
+        for config, tier in zip(configs, tiers, strict=True):
+            self._of_feature |= {} if tier is None else dict.fromkeys(config.feature_names, tier)
         if any(tiers):
 
             def remap(_: Any, args: Any, named: dict[str, Any]) -> Any:
@@ -247,6 +112,29 @@ class Tiers:
             for name, value in _rates(self.counts() - before).items():
                 trace.counter(name, value)
         return made.to(ids.dtype)
+
+    def watch(self, pipeline: Any) -> None:
+        """What each batch needs from the disk is on its way while the one before is computed."""
+        if not self.mine:
+            return
+        wait = pipeline.wait_sparse_data_dist
+
+        def waited(context: Any) -> None:
+            wait(context)
+            requests = context.input_dist_tensors_requests
+            for name, request in requests.items():
+                requests[name] = NoWait(request.wait())  # the ids, after their exchange
+                with trace.span("tiers", "expect"):
+                    for features in requests[name].wait():
+                        self._expect(features)
+
+        pipeline.wait_sparse_data_dist = waited
+
+    def _expect(self, features: Any) -> None:
+        ids, ends = features.values().numpy(), features.offset_per_key()
+        for key, (begin, end) in zip(features.keys(), pairwise(ends), strict=True):
+            if key in self._of_feature and end > begin:
+                self._of_feature[key].expect(ids[begin:end])
 
     def counts(self) -> np.ndarray:
         return sum((tier.counts() for tier in self.mine.values()), np.zeros(len(COUNTS), np.int64))
@@ -283,6 +171,8 @@ class Tiers:
     def close(self) -> None:
         for tier in self.mine.values():
             tier.close()
+        if self._beside:
+            self._beside.shutdown()
 
 
 def _rates(counts: np.ndarray, steps: int = 1) -> dict[str, float]:

@@ -1,0 +1,201 @@
+"""One table in a file: the rows of it that are in memory, and all of them for a checkpoint.
+
+fbgemm's table is the cache: it has one row per slot. A batch's rows stay until its backward pass has
+updated them; changed rows are written when they leave.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dlrm.errors import UserError
+from dlrm.model.rowcache import SLOT_BYTES, Full, RowCache
+from dlrm.model.store import BUFFERS, LARGEST, RowStore, raw
+
+COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    rows: int
+    dim: int
+    state: int  # floats of optimizer state per row
+    pooling: float = 1.0
+
+    @property
+    def slot_bytes(self) -> int:
+        return 4 * (self.dim + self.state) + SLOT_BYTES
+
+
+def share(tables: list[Table], budget: int) -> dict[str, int]:
+    """Slots of each table: small ones whole, what they leave goes to the others by how much they look up."""
+    slots = {}
+    left = budget - min(BUFFERS, budget / 4)  # a budget under 32 MB is not kept to the byte
+    weight = sum(table.pooling for table in tables)
+    for table in sorted(tables, key=lambda each: each.rows * each.slot_bytes / each.pooling):
+        given = left * table.pooling / weight
+        slots[table.name] = max(1, min(table.rows, int(given // table.slot_bytes)))
+        left -= slots[table.name] * table.slot_bytes
+        weight -= table.pooling
+    return slots
+
+
+class Tier:
+    """One table of this rank: its file, and the rows of it that fbgemm sees."""
+
+    def __init__(
+        self, table: Table, store: RowStore, weights: torch.Tensor, state: torch.Tensor | None,
+        beside: Executor | None = None,
+    ) -> None:  # fmt: skip
+        self.table, self.store = table, store
+        self.cache = RowCache(len(weights))
+        self.weights = weights.detach().numpy()
+        self.state = None if state is None else state.detach().numpy().reshape(len(weights), -1)
+        self.sound = store.clean  # else a killed job left rows of different moments
+        self._beside = beside  # a thread that works while batches are computed
+        self._coming: Future[None] | None = None  # the disk is being told of the next batch
+        self._going: Future[None] | None = None  # rows of the last batch are being written
+
+    def admit(self, ids: np.ndarray, change: bool) -> np.ndarray:
+        """The slots of these rows, which are then filled."""
+        try:
+            slots, missing, into, leaving, places = self.cache.admit(ids, change)
+        except Full as full:
+            needed = full.args[0] * self.table.slot_bytes
+            raise UserError(
+                f"{self.table.name}: a batch touches {full.args[0]} rows, its cache holds "
+                f"{self.cache.slots}: this table needs {needed / 1e6:.1f} MB of "
+                "--cache_memory_budget_mb; raise it or lower --batch_size"
+            ) from None
+        if change:
+            self.store.soil()
+        told, self._coming = self._coming, None
+        if len(missing):
+            self.settle()  # a row may be wanted again that is being written
+            order, going = np.argsort(missing), np.argsort(leaving)
+            missing, into, leaving, places = missing[order], into[order], leaving[going], places[going]
+            if told is None:
+                self.store.expect(self.store.places(missing))
+            else:
+                told.result()
+            self._release(leaving, places)
+            for begin in range(0, len(missing), self.store.few):
+                part = slice(begin, begin + self.store.few)
+                values = self.store.read(missing[part])
+                self.weights[into[part]] = values[:, : self.table.dim]
+                if self.state is not None:
+                    self.state[into[part]] = values[:, self.table.dim :]
+        return slots
+
+    def expect(self, ids: np.ndarray) -> None:
+        """The next batch's: while this one is computed, the disk reads those that are not here."""
+        if self._beside is not None:
+            places = self.store.places(self.cache.absent(ids))
+            self._coming = self._beside.submit(self.store.expect, places)
+
+    def _release(self, rows: np.ndarray, slots: np.ndarray) -> None:
+        """Copies of changed rows go to the file; their slots are free at once."""
+        if not len(rows):
+            return
+        values = self._values(slots)
+        if self._beside is None:
+            self._write(rows, values)
+        else:
+            self._going = self._beside.submit(self._write, rows, values)
+
+    def _write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        self.store.expect(self.store.places(rows))  # a page is read before a part of it is written
+        self.store.write(rows, values)
+
+    def _values(self, slots: np.ndarray) -> np.ndarray:
+        values = np.empty((len(slots), self.store.width), np.float32)
+        values[:, : self.table.dim] = self.weights[slots]
+        if self.state is not None:
+            values[:, self.table.dim :] = self.state[slots]
+        return values
+
+    def settle(self) -> None:
+        """What left is in the file, or it is said why not."""
+        going, self._going = self._going, None
+        if going is not None:
+            going.result()
+
+    def flush(self) -> None:
+        """Every changed row into the file; all stay in the cache."""
+        self.settle()
+        slots = self.cache.changed()
+        slots = slots[np.argsort(self.cache.row[slots])]
+        few = max(1, LARGEST // self.store.row_bytes)
+        for begin in range(0, len(slots), few):
+            part = slots[begin : begin + few]
+            self._write(self.cache.row[part], self._values(part))
+        self.cache.dirty.fill(0)
+
+    def counts(self) -> np.ndarray:
+        cache, store = self.cache, self.store
+        return np.array(
+            [cache.lookups, cache.misses, cache.evictions, store.bytes_read, store.bytes_written], np.int64
+        )
+
+    def close(self) -> None:
+        self.flush()
+        self.store.close()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All rows of a table, weights or optimizer state, for a checkpoint. On its owner `tier` is there."""
+
+    table: Table
+    tier: Tier | None
+    state: bool
+
+    def size(self) -> torch.Size:
+        width = self.table.state if self.state else self.table.dim
+        flat = self.state and width == 1
+        return torch.Size([self.table.rows] if flat else [self.table.rows, width])
+
+    @property
+    def _columns(self) -> slice:
+        return slice(self.table.dim, None) if self.state else slice(0, self.table.dim)
+
+    def copy(self) -> Iterator[torch.Tensor]:
+        """As it is now, in a file without a name that is mapped; its space is free again with the tensor."""
+        if self.tier is None:
+            return
+        self.tier.flush()
+        store, size = self.tier.store, self.size()
+        path = store.path.with_suffix(".copy")
+        try:
+            with open(path, "wb", buffering=0) as out:
+                for block in range(len(store.blocks)):
+                    for rows in store.pieces(block):
+                        data = raw(rows[:, self._columns])
+                        while len(data):
+                            data = data[out.write(data) :]
+            yield torch.from_file(str(path), shared=False, size=size.numel(), dtype=torch.float32).view(size)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: a checkpoint needs room for a copy there") from None
+        finally:
+            path.unlink(missing_ok=True)
+
+    def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int:
+        """Each block by `read(offset, tensor)`; what the cache held is forgotten."""
+        if self.tier is None:
+            return 0
+        tier, store, done = self.tier, self.tier.store, 0
+        tier.settle()
+        tier.cache.clear()
+        for block in range(len(store.blocks)):
+            low, high = store.span(block)
+            shape = (high - low, *self.size()[1:])
+            values = torch.empty(shape)
+            done += read((low, *[0] * (len(shape) - 1)), values)
+            # the weights come first, then the optimizer's state, or it begins anew
+            store.fill(block, self._columns, values.reshape(high - low, -1).numpy(), alone=not self.state)
+        tier.sound = True
+        return done
