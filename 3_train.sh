@@ -14,7 +14,7 @@
 #            ARGS         more options of python -m dlrm.train, quoted as in a shell
 #            NPROC        ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MODEL        dlrm or bert4rec
-#            RESULTS      where run folders go (default: WORKDIR/results)
+#            RESULTS      where run folders go (default: WORKDIR/results); RESUME: the run folder of one that shall go on
 #            TRACE=no     without DFTracer
 set -euo pipefail
 say() { echo "3_train.sh: $*"; }
@@ -30,9 +30,9 @@ case ${MODEL:-dlrm} in
     bert4rec) program=dlrm.bert4rec options=(--dataset_path) flags=(train_batch_size emb_dim num_epochs lr) ;;
     *) die "MODEL=$MODEL: wanted dlrm or bert4rec" ;;
 esac
-[[ -z ${DATASET_DIR:-} || -d $DATASET_DIR ]] || die "DATASET_DIR=$DATASET_DIR is not a folder"
+for name in DATASET_DIR RESUME; do [[ -z ${!name:-} || -d ${!name} ]] || die "$name=${!name} is not a folder"; done
 [[ -z ${DATASET_DIR:-} ]] || DATASET_DIR=$(realpath -- "$DATASET_DIR")
-results=$(realpath -m -- "${RESULTS:-$here/results}")
+results=$(realpath -m -- "${RESULTS:-$here/results}") run=${RESUME:+$(realpath -- "$RESUME")}
 cd "$here"
 
 ./0_setup_env.sh
@@ -68,8 +68,8 @@ done    # dot products need the dense tower to end as wide as the tables; ARGS m
 mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}"); wait "$!" || die "ARGS=$ARGS: is a quote left open?"
 
 # The run folder: a job that is run again finds its own.
-run=$results/${PBS_JOBID:-$(date +%Y%m%d-%H%M%S)}
-[[ -n ${PBS_JOBID:-} || ! -e $run ]] || run=$run-$$
+run=${run:-$results/${PBS_JOBID:-$(date +%Y%m%d-%H%M%S)}}
+[[ -n ${RESUME:-${PBS_JOBID:-}} || ! -e $run ]] || run=$run-$$
 mkdir -p -- "$run"
 exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1    # what is said while stopping is kept, too
 logger=$!
@@ -83,8 +83,7 @@ logger=$!
 
 say "training, run folder $run"
 ./launcher.sh python -m "$program" "${options[@]}" "${more[@]}" "$@" --output_dir "$run" < /dev/null &
-ranks=$!
-stopped='' code=0
+ranks=$! stopped='' code=0
 trap 'signalled=1 stopped=1; kill -TERM "$ranks" 2> /dev/null || true' INT TERM
 while :; do
     signalled='' status=0
@@ -92,18 +91,19 @@ while :; do
     (( status == 127 )) || code=$status    # 127: it ended while we were told to stop
     [[ -n $signalled ]] || break
 done
-if (( code )); then say "training ended with exit code $code"; fi
+(( code == 0 )) || say "training ended with exit code $code"
+[[ $code == 0 || ! -d $run/checkpoints ]] || say "to go on from the newest checkpoint: RESUME=${run@Q} and the same command"
 
 # A stopped job has seconds left: its traces can wait. Code 2 is a mistake in the options: nothing has happened.
 if [[ -d $run/trace && -z $stopped && $code != 2 ]]; then
     for step in "perfetto" "perfetto --posix" "check" "report"; do
         say "analysis $step"
         read -ra words <<< "$step"
-        python -m analysis "${words[@]}" "$run" || say "that failed; the traces are in $run/trace, try again: python -m analysis $step $run"
+        python -m analysis "${words[@]}" "$run" || say "that failed; the traces are in $run/trace, try again: python -m analysis $step ${run@Q}"
     done
 fi
 say "results: $run"
-if [[ -e $run/report.html ]]; then say "report:  $run/report.html (open it in a browser)"; fi
+[[ ! -e $run/report.html ]] || say "report:  $run/report.html (open it in a browser)"
 for file in "$run"/*.pftrace; do [[ ! -e $file ]] || say "trace:   $file"; done
 [[ ! -e ${file:-} ]] || say "to see a trace: drop it on https://ui.perfetto.dev, or python -m analysis view $(printf %q "$run")"
 exec >&- 2>&-

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DROP = ("PBS", "PMI", "DLRM_", "MASTER", "DATASET_DIR", "WORKDIR", "ARGS", "NPROC", "CUDA")
+DROP = ("PBS", "PMI", "DLRM_", "MASTER", "DATASET_DIR", "WORKDIR", "ARGS", "NPROC", "CUDA", "RESUME")
 
 
 def environment(**more: object) -> dict[str, str]:
@@ -147,22 +147,30 @@ def test_directives_suit_any_qsub_line() -> None:
 
 
 @pytest.mark.mpi
-def test_a_job_that_is_stopped_ends_at_once_and_keeps_its_log(toy: Path, tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_ends_at_once_keeps_its_log_and_goes_on(toy: Path, tmp_path: Path) -> None:
+    words = ["--preset", "toy", "--epochs", "500", "--report_every", "1", "--checkpoint_every_steps", "2"]
     job = subprocess.Popen(
-        [str(ROOT / "3_train.sh"), "--epochs", "500", "--report_every", "1"], cwd=tmp_path, text=True,
-        env=environment(DATASET_DIR=toy, RESULTS=tmp_path / "out", NPROC=2), stdout=subprocess.PIPE,
+        [str(ROOT / "3_train.sh"), *words], cwd=tmp_path, text=True,
+        env=environment(DATASET_DIR=toy, RESULTS=tmp_path / "the out", NPROC=2), stdout=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
     assert job.stdout
     for line in job.stdout:
-        if "step 3/" in line:
+        if "step 5/" in line:
             break
     begun = time.monotonic()
     os.killpg(job.pid, signal.SIGTERM)  # as PBS does: every process of the session
     rest = job.stdout.read()
     assert job.wait(30) != 0 and time.monotonic() - begun < 15
     assert "results: " in rest and "analysis" not in rest
-    assert "training ended with exit code" in (only(tmp_path / "out") / "log.txt").read_text()
+    folder = only(tmp_path / "the out")
+    assert "training ended with exit code" in (folder / "log.txt").read_text()
+    assert f"RESUME='{folder}'" in rest
+    more = {"DATASET_DIR": toy, "RESUME": f"the out/{folder.name}", "NPROC": 2, "TRACE": "no"}
+    done = run("3_train.sh", *words, "--max_steps", "12", cwd=tmp_path, **more)
+    assert done.returncode == 0 and only(tmp_path / "the out") == folder, done.stdout
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
 
 
 def test_preprocess_by_hand(tmp_path: Path) -> None:
