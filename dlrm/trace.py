@@ -16,7 +16,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -213,6 +213,7 @@ def _native_type(value: Any) -> Any:
     return float(value) if isinstance(value, float) else str(value)
 
 
+@lru_cache(maxsize=1024)  # names of files and splits come again and again
 def _plain(text: str) -> str:
     """DFTracer writes strings into JSON as they are."""
     return text if text.isalnum() else json.dumps(text, ensure_ascii=False)[1:-1]
