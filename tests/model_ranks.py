@@ -11,6 +11,8 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from dlrm import exchange
+from dlrm.model.direct import Direct
 from dlrm.model.dlrm import build
 from dlrm.model.optim import apply_in_backward, dense_optimizer
 from dlrm.model.plan import make_plan, plan_as_dict, shard
@@ -20,18 +22,18 @@ from dlrm.ranks import here
 
 NAMES = ["cat_0", "cat_1", "cat_2", "cat_3"]
 SIZES = [50, 700, 35, 401]
-ROWS, STEPS = 48, 3  # of all ranks together
+STEPS = 3
 
 
-def batches(rank: int, world: int) -> list[Batch]:
-    """This rank's share of the same global batches."""
+def batches(rank: int, world: int, rows: int) -> list[Batch]:
+    """This rank's share of the same global batches, of so many rows."""
     random = torch.Generator().manual_seed(1)
     made = []
-    mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    mine = slice(rank * rows // world, (rank + 1) * rows // world)
     for _ in range(STEPS):
-        ids = torch.randint(0, 35, (len(NAMES), ROWS), generator=random)[:, mine]
-        dense = torch.randn(ROWS, 5, generator=random)[mine]
-        labels = torch.randint(0, 2, (ROWS,), generator=random)[mine]
+        ids = torch.randint(0, 35, (len(NAMES), rows), generator=random)[:, mine]
+        dense = torch.randn(rows, 5, generator=random)[mine]
+        labels = torch.randint(0, 2, (rows,), generator=random)[mine]
         lengths = torch.ones(ids.numel(), dtype=torch.int64)
         made.append(
             Batch(dense, KeyedJaggedTensor.from_lengths_sync(NAMES, ids.reshape(-1), lengths), labels)
@@ -58,12 +60,12 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     )
     name, rate = task["optimizer"], 0.5
     apply_in_backward(model.model.sparse_arch.parameters(), name, rate, device)
-    plan = make_plan(model, device, ranks, ROWS // ranks.world_size, task["constraints"])
+    plan = make_plan(model, device, ranks, task["rows"] // ranks.world_size, task["constraints"])
     sharded = shard(model, plan, device, seed=4)
     first = {table: gathered(weight) for _, table, weight in table_parameters(sharded)}
     optimizer = dense_optimizer(sharded, name, rate)
     pipeline = TrainPipelineSparseDist(sharded, optimizer, device)
-    iterator = iter(batches(ranks.rank, ranks.world_size))
+    iterator = iter(batches(ranks.rank, ranks.world_size, task["rows"]))
     losses = []
     for step in range(STEPS):
         set_lr(optimizer, rate / (step + 1))
@@ -71,8 +73,10 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         dist.all_reduce(loss)
         losses.append(loss.item() / ranks.world_size)
     last = {table: gathered(weight) for _, table, weight in table_parameters(sharded)}
+    dists = [each for part in sharded.modules() for each in getattr(part, "_output_dists", [])]
     return {
         "losses": losses,
+        "direct": [isinstance(getattr(each, "_dist", None), Direct) for each in dists],
         "plan": plan_as_dict(plan),
         "first": {table: weight.tolist() for table, weight in first.items()},
         "last": {table: weight.tolist() for table, weight in last.items()},
@@ -82,7 +86,8 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    exchange.register()
+    dist.init_process_group(sys.argv[2])
     results = [main(task) for task in json.loads(sys.argv[1])]
     if here().first:
         print(json.dumps(results))

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "dlrm": [
-        ["errors", "ranks", "exchange"],
-        ["criteo", "config", "presets", "trace", "signals", "walltime"],
+        ["errors", "ranks", "segments"],
+        ["exchange", "criteo", "config", "presets", "trace", "signals", "walltime"],
         ["bert_config"],
         ["entry"],
         ["watch"],
@@ -26,8 +26,8 @@ FLOORS = {
     ],
     "analysis": [
         ["deflate", "errors", "strings", "lines", "intervals", "stages"],
-        ["scan"],
-        ["columns"],
+        ["scan", "process"],
+        ["columns", "clocks"],
         ["events"],
         ["derive", "nest", "wire"],
         ["tracks"],
@@ -35,7 +35,7 @@ FLOORS = {
         ["chrome"],
         ["facts", "run", "page", "cluster"],
         ["rules_time", "rules_io", "plots"],
-        ["findings"],
+        ["findings", "plots_io"],
         ["summary", "sections"],
         ["report"],
         ["compare"],

@@ -31,21 +31,21 @@ PLANS: dict[str, dict[str, Any]] = {
         "t_cat_3": {"sharding": "column_wise", "min_partition": 4},
     },
 }
-TASKS = [
-    {"interaction": interaction, "optimizer": optimizer, "constraints": constraints}
+TASKS: list[dict[str, Any]] = [
+    {"interaction": interaction, "optimizer": optimizer, "constraints": constraints, "rows": 48}
     for interaction, optimizer in (("dot", "sgd"), ("dot", "adagrad"), ("dcn", "sgd"))
     for constraints in PLANS.values()
 ] + [
-    {"interaction": "cat", "optimizer": "rowwise_adagrad", "constraints": PLANS[name]}
+    {"interaction": "cat", "optimizer": "rowwise_adagrad", "constraints": PLANS[name], "rows": 48}
     for name in ("default", "row_wise")
 ]
 
 
-def results(ranks: int) -> list[dict[str, Any]]:
-    """`TASKS` on so many real ranks."""
+def results(ranks: int, tasks: list[dict[str, Any]], backend: str = "gloo") -> list[dict[str, Any]]:
+    """The tasks on so many real ranks."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-        str(ROOT / "tests/model_ranks.py"), json.dumps(TASKS),
+        str(ROOT / "tests/model_ranks.py"), json.dumps(tasks), backend,
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -55,7 +55,7 @@ def results(ranks: int) -> list[dict[str, Any]]:
 
 @pytest.mark.mpi
 def test_no_plan_and_no_number_of_ranks_changes_what_is_learned() -> None:
-    runs = {ranks: results(ranks) for ranks in (1, 2)}
+    runs = {ranks: results(ranks, TASKS) for ranks in (1, 2)}
     for number, task in enumerate(TASKS):
         twins = [
             t["interaction"] == task["interaction"] and t["optimizer"] == task["optimizer"] for t in TASKS
@@ -76,6 +76,20 @@ def test_no_plan_and_no_number_of_ranks_changes_what_is_learned() -> None:
     assert shardings["default"] == {"table_wise"}
     assert all(shardings[name] == {name} for name in ("row_wise", "column_wise", "data_parallel"))
     assert len(shardings["mixed"]) == 4
+
+
+@pytest.mark.mpi
+def test_embeddings_through_shared_memory_are_the_same() -> None:
+    """Whole tables go directly, from ranks with different numbers of rows; others as torchrec sends them."""
+    tasks = [task if task["constraints"] else task | {"rows": 50} for task in TASKS]
+    there, here = results(3, tasks), results(3, tasks, "shared")
+    for task, usual, direct in zip(tasks, there, here, strict=True):
+        np.testing.assert_allclose(direct["losses"], usual["losses"], rtol=1e-6, err_msg=str(task))
+        for table, weight in usual["last"].items():
+            np.testing.assert_allclose(direct["last"][table], weight, rtol=1e-5, atol=1e-7, err_msg=str(task))
+        assert not any(usual["direct"])
+        plain = task["constraints"] == {}
+        assert direct["direct"] == [True] if plain else not all(direct["direct"]), task
 
 
 def model(sizes: list[int], optimizer: str = "sgd") -> Train:

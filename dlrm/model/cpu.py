@@ -1,9 +1,7 @@
-"""What pays on this machine's processor and changes no result; nothing on CUDA.
-
-`environment()` must be in the environment before torch is imported; `tune()` is called once afterwards.
-"""
+"""What pays on this machine's processor and changes no result; nothing on CUDA."""
 
 import contextlib
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,29 +10,43 @@ import torch
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 FLOAT32 = 5e-6  # relative error that products in float32 stay under; bfloat16's is a thousand times that
 AMD = "AuthenticAMD"
-
-
-def environment() -> dict[str, str]:
-    """Large temporaries on huge pages: saves some thousand page faults a step."""
-    return {"THP_MEM_ALLOC_ENABLE": "1"}
+# mallopt's names in glibc's malloc.h, and what they are set to
+M_TRIM_THRESHOLD, KEPT = -1, 1 << 30  # bytes that stay with the process when they are freed
+M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # glibc's limit: blocks from this size on always go back
 
 
 def tune(device: torch.device) -> list[str]:
-    """Switch on what helps; says what it did.
-
-    MKL holds back on processors that are not Intel's: no AVX-512, batched products at half speed. oneDNN,
-    which torch brings too, does not, but torch asks it for float32 products only where bfloat16 is allowed.
-    Without AMX oneDNN computes in float32 all the same; with AMX it would not, hence the trial.
-    """
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or vendor() != AMD:
+    """Switch on what helps; says what it did."""
+    if device.type != "cpu":
         return []
+    done = {"float32 products by oneDNN": by_onednn, "freed memory kept for the next step": keep_memory}
+    return [name for name, switch_on in done.items() if switch_on()]
+
+
+def by_onednn() -> bool:
+    """MKL holds back on processors that are not Intel's: no AVX-512, batched products at half speed.
+
+    oneDNN, which torch brings too, does not, but torch asks it for float32 products only where bfloat16 is
+    allowed. Without AMX oneDNN computes in float32 all the same; with AMX it would not, hence the trial.
+    """
+    if not torch.backends.mkldnn.is_available() or vendor() != AMD:
+        return False
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     if is_float32(torch.mm) and is_float32(torch.bmm, batch=4):
-        return ["float32 products by oneDNN"]
+        return True
     matmul.fp32_precision = before
-    return []
+    return False
+
+
+def keep_memory() -> bool:
+    """Every step allocates and frees the same blocks: given back, they come again as new, zeroed pages."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGE) and mallopt(M_TRIM_THRESHOLD, KEPT))
 
 
 def vendor() -> str:

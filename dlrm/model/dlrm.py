@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dlrm.errors import UserError
-from dlrm.model.interaction import INTERACTIONS, Shape, Tower
+from dlrm.model.interaction import INTERACTIONS, Shape
 from dlrm.model.tables import initialise
+from dlrm.model.tower import Over, Tower
 
 Output = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -30,21 +30,6 @@ class Sparse(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         return self.embedding_bag_collection(features)
-
-
-class Over(nn.Module):
-    """A ReLU MLP whose last layer is linear."""
-
-    def __init__(self, inputs: int, layers: Sequence[int], device: torch.device | None) -> None:
-        super().__init__()
-        hidden = list(layers[:-1])
-        self.model = nn.Sequential(
-            MLP(inputs, hidden, bias=True, activation="relu", device=device) if hidden else nn.Identity(),
-            nn.Linear(hidden[-1] if hidden else inputs, layers[-1], device=device),
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.model(features)
 
 
 class DLRM(nn.Module):

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torchrec.modules.crossnet import LowRankCrossNet
-from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from dlrm.errors import UserError
+from dlrm.model.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,6 @@ class Shape:
         return self.dense + sum(self.dims)
 
 
-class Tower(nn.Module):
-    """A ReLU MLP under the name that torchrec gives it."""
-
-    def __init__(self, inputs: int, layers: Sequence[int], device: torch.device | None = None) -> None:
-        super().__init__()
-        self.model = MLP(inputs, list(layers), bias=True, activation="relu", device=device)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.model(features)
-
-
 class PairDots(torch.autograd.Function):
     """Dense features, then the dot products of all pairs of embeddings.
 
@@ -57,19 +46,28 @@ class PairDots(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dense: torch.Tensor, sparse: torch.Tensor, take: torch.Tensor, spread: torch.Tensor
+        ctx: Any,
+        dense: torch.Tensor,
+        sparse: torch.Tensor,
+        take: torch.Tensor,
+        spread: torch.Tensor,
+        room: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """`room`: memory of `sparse` with columns in front, to be filled with `dense` (`model.direct`)."""
         batch, dim = dense.shape
+        ctx.types, work = (dense.dtype, sparse.dtype), dense
         if torch.is_autocast_enabled(dense.device.type):
             half = torch.get_autocast_dtype(dense.device.type)
-            work, table = dense.to(half), sparse.to(half)
+            work, sparse, room = dense.to(half), sparse.to(half), None
+        if room is not None and room.size(1) == dim + sparse.size(1) and room.dtype == dense.dtype:
+            room[:, :dim] = dense
+            z = room.view(batch, -1, dim)
         else:
-            work, table = dense, sparse
-        z = torch.cat((work, table), dim=1).view(batch, -1, dim)
+            z = torch.cat((work, sparse), dim=1).view(batch, -1, dim)
         dots = torch.bmm(z, z.mT).view(batch, -1)
         ctx.save_for_backward(z, spread)
         ctx.self_interaction = take.numel() == z.size(1) * (z.size(1) + 1) // 2
-        ctx.types = dense.dtype, sparse.dtype
+        ctx.strided = room is not None
         return torch.cat((work, dots.index_select(1, take)), dim=1)
 
     @staticmethod
@@ -83,9 +81,13 @@ class PairDots(torch.autograd.Function):
             diagonal.mul_(2)
         else:
             diagonal.zero_()
-        dense = torch.bmm(both[:, :1], z).view(batch, dim).add_(gradient[:, :dim])
-        sparse = torch.bmm(both[:, 1:], z).view(batch, -1)
-        return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None, None
+        if ctx.strided:  # whoever gave the room takes columns out of wider rows, too
+            entire = torch.bmm(both, z).view(batch, -1)
+            dense, sparse = entire[:, :dim] + gradient[:, :dim], entire[:, dim:]
+        else:
+            dense = torch.bmm(both[:, :1], z).view(batch, dim).add_(gradient[:, :dim])
+            sparse = torch.bmm(both[:, 1:], z).view(batch, -1)
+        return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None, None, None
 
 
 class Dot(nn.Module):
@@ -102,6 +104,7 @@ class Dot(nn.Module):
             )
         self.names, self.dim, self.diagonal = list(shape.names), shape.dense, not shape.self_interaction
         entries = len(self.names) + 1
+        self.room = self.dim  # columns that it wants in front of the embeddings
         self.out_features = self.dim + entries * (entries - self.diagonal * 2 + 1) // 2
         self._indices: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -110,7 +113,8 @@ class Dot(nn.Module):
         keys = tuple(sparse_features.keys())
         if keys not in self._indices:
             self._indices[keys] = self._columns(keys, values.device)
-        return PairDots.apply(dense_features, values, *self._indices[keys])  # type: ignore[return-value]
+        room = getattr(values, "room", None)
+        return PairDots.apply(dense_features, values, *self._indices[keys], room)  # type: ignore[return-value]
 
     def _columns(self, keys: tuple[str, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the pairs stand in Z Z^T when Z's rows come in the order of `keys`; and the way back."""

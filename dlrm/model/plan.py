@@ -38,6 +38,7 @@ from torchrec.distributed.types import (
 )
 
 from dlrm.errors import UserError
+from dlrm.model import direct
 from dlrm.model.tables import initialise
 from dlrm.ranks import Ranks
 
@@ -236,6 +237,7 @@ def shard(
         warnings.simplefilter("ignore", FutureWarning)
         model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders())
     _look_up_one_by_one(model)
+    direct.install(model, max(getattr(part, "room", 0) for part in model.modules()))
     initialise(model, seed, bound)
     return model
 

@@ -1,0 +1,31 @@
+"""The dense layers compute what torchrec's MLP under autograd computes, to the bit."""
+
+import pytest
+import torch
+
+from dlrm.model import tower
+
+
+@pytest.mark.parametrize("layers", [[6], [8, 5], [7, 9, 4, 3]])
+@pytest.mark.parametrize("kind", [tower.Tower, tower.Over])
+@pytest.mark.parametrize("inputs_need_gradient", [False, True])
+def test_same_values_and_gradients(kind: type, layers: list[int], inputs_need_gradient: bool) -> None:
+    torch.manual_seed(3)
+    module = kind(11, layers, None)
+    features = torch.randn(33, 11, requires_grad=inputs_need_gradient)
+    wanted = [*module.parameters(), *([features] if inputs_need_gradient else [])]
+    weights = torch.randn(33, layers[-1])
+    out = module(features)
+    assert type(out.grad_fn).__name__ == "ChainBackward"
+    ours = torch.autograd.grad((out * weights).sum(), wanted)
+    plain = module.model(features)
+    theirs = torch.autograd.grad((plain * weights).sum(), wanted)
+    assert torch.equal(out, plain)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_mixed_precision_is_left_to_torch() -> None:
+    module = tower.Tower(4, [4, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.randn(3, 4)).dtype == torch.bfloat16
