@@ -235,3 +235,32 @@ def test_trace_accounts_for_every_byte(days: Path, tmp_path: Path) -> None:
         assert results[side]["0"]
         for path, count in results[side]["0"].items():
             assert named[path] == count, (side, path)
+
+
+def test_digests_are_hashlibs(tmp_path: Path) -> None:
+    """Files of all lengths around md5's and our own borders, more of them than lanes."""
+    import hashlib
+
+    from dlrm.prep.digests import CHUNK, LANES, digests
+
+    rng, paths = np.random.default_rng(0), []
+    borders = [size + more for size in (0, 56, 64, 128, CHUNK, 2 * CHUNK) for more in (-9, -8, -1, 0, 1)]
+    for number, size in enumerate([*borders[3:], 300_001]):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(rng.bytes(size))
+    assert len(paths) > LANES
+    wanted = {path: hashlib.md5(path.read_bytes()).hexdigest() for path in paths}
+    assert digests(paths) == wanted
+    assert digests(paths[:1]) == {paths[0]: wanted[paths[0]]}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 700, 40_000])
+@pytest.mark.parametrize("bits", [6, 11, 24])
+def test_permutation_is_numpys(tmp_path: Path, rows: int, bits: int) -> None:
+    """In one partition or in hundreds."""
+    from dlrm.prep.permute import write_places
+
+    order = np.arange(rows)
+    np.random.RandomState(7).shuffle(order)
+    write_places(tmp_path / "places", rows, 7, lambda count: None, bits)
+    assert (np.fromfile(tmp_path / "places", np.uint32)[order] == np.arange(rows)).all()

@@ -8,8 +8,9 @@ import numpy as np
 
 from dlrm.criteo import NUM_SPARSE, PARTS, Meta, part_name
 from dlrm.errors import UserError
+from dlrm.prep.digests import digests
 from dlrm.prep.files import File
-from dlrm.prep.publish import PARTIAL, digest
+from dlrm.prep.publish import PARTIAL
 
 BLOCK_ROWS = 1 << 14
 
@@ -22,12 +23,13 @@ def check(folder: Path) -> list[str]:
         flaws.append(f"{folder}/meta.json: {len(meta.table_sizes)} table sizes, {NUM_SPARSE} expected")
     elif meta.format == "npy":
         flaws += check_arrays(folder, meta)
+    found = digests([folder / name for name in meta.md5 if (folder / name).exists()])
     for name, wanted in meta.md5.items():
         path = folder / name
-        if not path.exists():
+        if path not in found:
             if not any(line.startswith(f"{path}:") for line in flaws):
                 flaws.append(f"{path}: missing")
-        elif digest(path) != wanted:
+        elif found[path] != wanted:
             flaws.append(f"{path}: md5 is not the one in meta.json: changed or damaged")
     return flaws
 

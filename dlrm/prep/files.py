@@ -62,8 +62,10 @@ class File:
         return os.fstat(self._fd).st_size
 
     def resize(self, size: int) -> None:
+        """Not when it has that size: ext4 writes a file that was cut to nothing back to disk on closing."""
         with explained(self.path):
-            os.ftruncate(self._fd, size)
+            if self.size != size:
+                os.ftruncate(self._fd, size)
 
     def read(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes; fewer only at the end of the file."""

@@ -1,5 +1,6 @@
 """The parse step: a lane of text to numbered rows in spill files, and its ids in the order it met them."""
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -38,11 +39,27 @@ def count_piece(work: Work, number: int, progress: Progress) -> None:
     progress.add(rows, piece.end - piece.begin)
 
 
-def parse_lane(work: Work, lane: int, progress: Progress) -> None:
+class Parser:
+    """Lanes to spill files. A thread's vocabulary serves it again for its next lane: fresh memory costs."""
+
+    def __init__(self, work: Work, progress: Progress) -> None:
+        self.work, self.progress = work, progress
+        self._own = threading.local()
+
+    def lane(self, lane: int) -> None:
+        if self.work.path("lane", lane).exists():
+            return
+        if not self.work.options.contiguous:
+            parse_lane(self.work, lane, None, self.progress)
+            return
+        if not hasattr(self._own, "vocabulary"):
+            self._own.vocabulary = Vocabulary(self.work.options.min_count > 1)
+        self._own.vocabulary.clear()
+        parse_lane(self.work, lane, self._own.vocabulary, self.progress)
+
+
+def parse_lane(work: Work, lane: int, vocabulary: Vocabulary | None, progress: Progress) -> None:
     path, options = work.path("lane", lane), work.options
-    if path.exists():
-        return
-    vocabulary = Vocabulary(options.min_count > 1) if options.contiguous else None
     ranges, skipped, last_ids = [], [], np.zeros(NUM_SPARSE, np.int64)
     size = sum(work.pieces[number].end - work.pieces[number].begin for number in work.lanes[lane])
     with trace.span("prep", "parse", bytes=size):
@@ -75,15 +92,15 @@ def parse_piece(
     ):
         file.resize(0)
         scanner = Scanner(text, str(source.path), piece, rules_of(options, source), options.skip_bad_rows)
-        spill = Spill(file, places.read, piece.rows, 0, work.bits) if piece.rows else None
+        spill = Spill(file, places.read, piece.rows, work.bits) if piece.rows else None
         for block, consumed in scanner.blocks():
             if spill is None or spill.done + block.rows > piece.rows:
                 raise UserError(f"{source.path}: has changed since its rows were counted")
             widen_range(block.dense, block.rows, MISSING if options.frequency_limit else 1 << 40, low_high)
             if vocabulary:
-                vocabulary.encode(block.sparse, block.rows)
+                vocabulary.encode(block.sparse[: block.rows])
             else:
-                np.maximum(last_ids, block.sparse[:, : block.rows].max(axis=1), out=last_ids)
+                np.maximum(last_ids, block.sparse[: block.rows].max(axis=0), out=last_ids)
             spill.take(block)
             progress.add(block.rows, consumed)
         if spill:

@@ -76,15 +76,15 @@ def merge_small(lists: Column, least: int, gaps: bool) -> int:
     vocabulary, counting = Vocabulary(False, columns=1), least > 1
     totals = np.zeros(0, np.int64)
     for lane, at, ids, seen in lists.parts(counting):
-        numbers = ids.reshape(1, -1).copy()
-        vocabulary.encode(numbers, len(ids))
+        numbers = ids.copy()
+        vocabulary.encode(numbers[:, None], -1 if counting or gaps else FIRST_ID - 1)
         with lists.writer(lane) as file:
-            lists.write(file, at, lane, numbers[0].view(np.int32) + (0 if counting or gaps else FIRST_ID))
+            lists.write(file, at, lane, numbers.view(np.int32))
         if seen is not None:
             size = vocabulary.sizes()[0]
             if size > len(totals):
                 totals = np.concatenate([totals, np.zeros(size, np.int64)])
-            totals[numbers[0]] += seen  # an id stands once in a lane's list
+            totals[numbers] += seen  # an id stands once in a lane's list
     size = vocabulary.sizes()[0]
     if not counting and not gaps:
         return size

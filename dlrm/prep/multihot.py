@@ -15,7 +15,7 @@ from dlrm.criteo import META, NUM_SPARSE, Meta, multi_hot_name, part_name
 from dlrm.errors import UserError
 from dlrm.prep.check import layout
 from dlrm.prep.files import File, explained
-from dlrm.prep.publish import digest, unpublish
+from dlrm.prep.publish import md5_of, unpublish
 from dlrm.prep.team import Team
 
 DISTRIBUTIONS = ("uniform", "pareto")
@@ -142,6 +142,6 @@ def describe(options: MultiHot, days: int) -> None:
         format="multi_hot",
         parameters=parameters,
         made_by="dlrm.prep multihot",
-        md5={name: digest(options.output_dir / name) for name in names},
+        md5=md5_of(options.output_dir, names),
     )
     meta.save(options.output_dir)

@@ -1,4 +1,4 @@
-"""What numba lacks: unaligned 8-byte loads, loads and stores by address, trailing zeros, prefetch."""
+"""What numba lacks: loads and stores by address, rows copied as vectors, trailing zeros, prefetch."""
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 from typing import Any
@@ -79,17 +79,71 @@ def put32(typing: Any, base: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
-def prefetch64(typing: Any, base: Any, index: Any) -> Any:
-    """Ask for the cache line of an 8-byte slot, to be read and written soon."""
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for a cache line that is to be read and written soon."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        where = builder.bitcast(pointer(builder, args[0], args[1], I64), I8.as_pointer())
+        where = builder.inttoptr(args[0], I8.as_pointer())
         builder.call(function, [where, I32(1), I32(3), I32(1)])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), build
+    return types.void(types.int64), build
+
+
+def vector(builder: Any, address: Any, kind: Any, words: int) -> Any:
+    return builder.inttoptr(address, ir.VectorType(kind, words).as_pointer())
+
+
+def copier(words: int) -> Any:
+    """A function (target, source) that copies so many 4-byte words between two addresses."""
+
+    @intrinsic
+    def copy(typing: Any, target: Any, source: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = builder.load(vector(builder, args[1], I32, words), align=4)
+            builder.store(value, vector(builder, args[0], I32, words), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), build
+
+    return copy
+
+
+def narrower(words: int) -> Any:
+    """The same from 8-byte words, of which the low halves are kept."""
+
+    @intrinsic
+    def narrow(typing: Any, target: Any, source: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = builder.load(vector(builder, args[1], I64, words), align=4)
+            value = builder.trunc(value, ir.VectorType(I32, words))
+            builder.store(value, vector(builder, args[0], I32, words), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), build
+
+    return narrow
+
+
+def subtracter(words: int) -> Any:
+    """A function (target, source, less) that copies so many 4-byte words, each less a number."""
+
+    @intrinsic
+    def subtract(typing: Any, target: Any, source: Any, less: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.VectorType(I32, words)
+            value = builder.load(vector(builder, args[1], I32, words), align=4)
+            each = builder.insert_element(ir.Constant(kind, ir.Undefined), args[2], I32(0))
+            zeros = ir.Constant(kind, [0] * words)
+            each = builder.shuffle_vector(each, each, zeros)
+            builder.store(builder.sub(value, each), vector(builder, args[0], I32, words), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int32), build
+
+    return subtract
 
 
 @intrinsic

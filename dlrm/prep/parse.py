@@ -7,9 +7,10 @@ tabs between, one newline after. Nothing else is accepted here, so nothing can b
 import numpy as np
 
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.prep.hexes import FIELDS, WIDTH, eight_hexes
 from dlrm.prep.native import byte_at, compiled, inlined, put32, trailing_zeros, word_at
 
-PAD = 32  # bytes that may be read behind the last one
+PAD = 128  # bytes that may be read behind the last one
 BLOCK_FULL, NEED_MORE, ODD_LINE = 0, 1, 2
 
 U = np.uint64
@@ -20,7 +21,7 @@ LOW_NIBBLES, TO_LOWER = U(0x0F0F0F0F0F0F0F0F), U(0x2020202020202020)
 FROM_0, PAST_9 = U(0x5050505050505050), U(0x4646464646464646)
 FROM_A, PAST_F = U(0x1F1F1F1F1F1F1F1F), U(0x1919191919191919)
 PAIRS, QUADS = U(0x00FF00FF00FF00FF), U(0x0000FFFF0000FFFF)
-TAB, NEWLINE, MINUS, ZERO = 9, 10, 45, 48
+TAB, NEWLINE, RETURN, MINUS, ZERO = 9, 10, 13, 45, 48
 FAIL = -1
 
 
@@ -90,47 +91,53 @@ def parse_short_hex(at, end_byte):
 
 
 @inlined
-def parse_row(at, labelled, empty, dense, sparse, stride):
-    """One line: counts to dense[0..12] and the label behind them, ids to every stride-th word of sparse.
-
-    Returns where the next line begins, or FAIL.
-    """
+def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
+    """One line: 13 counts to dense, ids to every id_step-th word of sparse; returns where the next begins."""
     label = np.int64(-1)
     if labelled:
         label, at = parse_int(at, 0)
         if at == FAIL:
             return at
-    put32(dense, NUM_DENSE, np.uint32(label))
+    put32(label_at, 0, np.uint32(label))
     for column in range(NUM_DENSE):
         value, at = parse_int(at, empty)
         if at == FAIL:
             return at
         put32(dense, column, np.uint32(value))
-    for column in range(NUM_SPARSE - 1):
-        key, at = parse_hex(at, TAB)
-        if at == FAIL:
-            return at
-        put32(sparse, column * stride, key)
+    column = 0
+    while column < NUM_SPARSE - 1:
+        # a group with a gap in it is read one by one; the last id is, because it ends the line
+        if column + FIELDS < NUM_SPARSE and eight_hexes(at, sparse + 4 * column * id_step, id_step):
+            at += FIELDS * WIDTH
+            column += FIELDS
+            continue
+        for _ in range(min(FIELDS, NUM_SPARSE - 1 - column)):
+            key, at = parse_hex(at, TAB)
+            if at == FAIL:
+                return at
+            put32(sparse, column * id_step, key)
+            column += 1
     key, at = parse_hex(at, NEWLINE)
-    put32(sparse, (NUM_SPARSE - 1) * stride, key)
+    put32(sparse, (NUM_SPARSE - 1) * id_step, key)
     return at
 
 
 @compiled
-def parse_lines(at, end, labelled, empty, dense, sparse, row):
+def parse_lines(at, end, labelled, empty, spots, row, room):
     """Rows from the text at addresses at..end, until the block is full, a line is odd, or none is whole.
 
-    dense[row] is 13 counts and the label; ids lie column by column: sparse[column, row].
-    Returns (rows in the block, where it stopped, why).
+    `spots` is a block's (see `scan.Block`). Returns (rows in the block, where it stopped, why).
     """
-    width, stride = dense.shape[1], sparse.shape[1]
-    while row < len(dense):
+    dense, dense_step, ids, ids_step = spots[0], 4 * spots[1], spots[2], 4 * spots[3]
+    id_step, labels, label_step = spots[4], spots[5], 4 * spots[6]
+    while row < room:
         # a row that ends behind `end` was read from the bytes that happen to lie there: not taken
         following = FAIL
         if at < end:
             following = parse_row(
-                at, labelled, empty, dense.ctypes.data + 4 * width * row, sparse.ctypes.data + 4 * row, stride
-            )
+                at, labelled, empty, dense + dense_step * row, ids + ids_step * row, id_step,
+                labels + label_step * row,
+            )  # fmt: skip
         if following == FAIL or following > end:
             for place in range(at, end):
                 if byte_at(place) == NEWLINE:
@@ -142,8 +149,10 @@ def parse_lines(at, end, labelled, empty, dense, sparse, row):
 
 
 @compiled
-def reduce_ids(sparse, begin, end, modulo):
-    """Ids of rows begin..end modulo --max_ind_range."""
-    for column in range(len(sparse)):
-        for row in range(begin, end):
-            sparse[column, row] %= modulo
+def count_ends(text, count):
+    """(newlines, carriage returns) among the first `count` bytes."""
+    lines = returns = np.int32(0)
+    for at in range(count):
+        lines = np.int32(lines + np.int32(text[at] == NEWLINE))
+        returns = np.int32(returns + np.int32(text[at] == RETURN))
+    return lines, returns

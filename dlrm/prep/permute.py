@@ -14,11 +14,14 @@ import numpy as np
 
 from dlrm.errors import UserError
 from dlrm.prep.files import File
-from dlrm.prep.native import compiled
+from dlrm.prep.native import compiled, prefetch
 
-PARTITION_BITS = 22
+PARTITION_BITS = (
+    24  # 64 MB of positions: what lies in another partition costs more than what misses the cache
+)
 STAGING_BYTES = 16 << 20
-DRAWS = 4096
+DRAWS = 1 << 14
+AHEAD = 24  # swaps whose memory is asked for in advance
 WORDS = 624
 SENT = np.uint32(0xFFFFFFFF)  # this position's row comes from a lower partition
 U = np.uint32
@@ -47,27 +50,31 @@ def twist(state, ready):
 @compiled
 def draw(state, ready, at, last, chosen):
     """chosen[k] = a random number of 0..last-k, as numpy draws them; returns the state's position."""
-    for k in range(len(chosen)):
-        limit = U(last - k)
-        mask = limit
+    k = 0
+    while k < len(chosen):
+        mask = last - k
         for shift in (1, 2, 4, 8, 16):
-            mask |= mask >> U(shift)
-        while True:
+            mask |= mask >> shift
+        stop = min(len(chosen), last - (mask >> 1))  # up to here the mask stays the same
+        while k < stop:
             if at == WORDS:
                 twist(state, ready)
                 at = 0
-            value = ready[at] & mask
+            value = np.int64(ready[at]) & mask
             at += 1
-            if value <= limit:
-                break
-        chosen[k] = value
+            chosen[k] = value
+            k += value <= last - k  # no branch: the next one takes its place when it is too large
     return at
 
 
 @compiled
 def swap(rows, low, i, chosen, k, bits, staged, filled):
     """Swaps for i, i - 1, ...; stops where a message buffer is full. Returns (next k, the full one or -1)."""
+    base = rows.ctypes.data
     while k < len(chosen):
+        soon = np.int64(chosen[min(k + AHEAD, len(chosen) - 1)])
+        if soon >= low:
+            prefetch(base + 4 * (soon - low))
         here, there = i - k - low, np.int64(chosen[k])
         if there >= low:
             rows[here], rows[there - low] = rows[there - low], rows[here]
@@ -84,24 +91,34 @@ def swap(rows, low, i, chosen, k, bits, staged, filled):
 
 
 @compiled
-def replay(rows, low, messages, sources, places):
+def replay(rows, low, messages, k, bits, staged, filled):
     """What higher partitions did to this one: each message learns its row, and leaves one behind."""
-    for k in range(len(messages)):
+    base = rows.ctypes.data
+    while k < len(messages):
+        soon = np.int64(messages[min(k + AHEAD, len(messages) - 1), 1])
+        prefetch(base + 4 * (soon - low))
         at = np.int64(messages[k, 1]) - low
-        sources[k], places[k] = rows[at], messages[k, 0]
+        partition = np.int64(rows[at]) >> bits
+        if filled[partition] == staged.shape[1]:
+            return k, partition
+        pair = staged[partition, filled[partition]]
+        pair[0], pair[1] = rows[at], messages[k, 0]
+        filled[partition] += 1
         rows[at] = messages[k, 2]
+        k += 1
+    return k, -1
 
 
 @compiled
-def deal(sources, places, k, bits, staged, filled):
+def deal(rows, low, k, bits, staged, filled):
     """Pairs (source row, its place) to the buffer of their source's partition."""
-    while k < len(sources):
-        if sources[k] != SENT:
-            partition = np.int64(sources[k] >> U(bits))
+    while k < len(rows):
+        if rows[k] != SENT:
+            partition = np.int64(rows[k]) >> bits
             if filled[partition] == staged.shape[1]:
                 return k, partition
-            staged[partition, filled[partition], 0] = sources[k]
-            staged[partition, filled[partition], 1] = places[k]
+            pair = staged[partition, filled[partition]]
+            pair[0], pair[1] = rows[k], U(low + k)
             filled[partition] += 1
         k += 1
     return k, -1
@@ -109,8 +126,19 @@ def deal(sources, places, k, bits, staged, filled):
 
 @compiled
 def invert(pairs, low, places):
+    base = places.ctypes.data
     for k in range(len(pairs)):
+        prefetch(base + 4 * (np.int64(pairs[min(k + AHEAD, len(pairs) - 1), 0]) - low))
         places[np.int64(pairs[k, 0]) - low] = pairs[k, 1]
+
+
+@compiled
+def invert_all(rows, places):
+    """The same when there is one partition only."""
+    base = places.ctypes.data
+    for k in range(len(rows)):
+        prefetch(base + 4 * np.int64(rows[min(k + AHEAD, len(rows) - 1)]))
+        places[rows[k]] = k
 
 
 class Mail:
@@ -132,14 +160,22 @@ class Mail:
             file.append(self.staged[partition, : self.filled[partition]])
         self.filled[partition] = 0
 
+    def send(self, step: Callable[..., tuple[int, int]], *args: Any, bits: int) -> None:
+        """Run a kernel to its end, emptying the buffers that it fills."""
+        k, full = step(*args, 0, bits, self.staged, self.filled)
+        while full >= 0:
+            self.flush(full)
+            k, full = step(*args, k, bits, self.staged, self.filled)
+
     def take(self, partition: int) -> Iterator[np.ndarray]:
         """All that was sent to a partition, in order, a part at a time; gone afterwards."""
-        path, size, step = self.path(partition), self.words * 4, 1 << 18
+        path, size = self.path(partition), self.words * 4
         if path.exists():
+            part = np.empty((1 << 16, self.words), np.uint32)
             with File(path) as file:
-                for at in range(0, file.size // size, step):
-                    count = min(step, file.size // size - at)
-                    yield file.read_array(count * self.words, at * size, np.uint32).reshape(-1, self.words)
+                for at in range(0, file.size, part.nbytes):
+                    count = file.read_into(part.data.cast("B"), at)
+                    yield part[: count // size]
             path.unlink()
         yield self.staged[partition, : self.filled[partition]].copy()
         self.filled[partition] = 0
@@ -156,41 +192,33 @@ def write_places(
     partitions = max(1, (rows + (1 << bits) - 1) >> bits)
     messages = Mail(path.parent, "message", partitions, 3)
     pairs = Mail(path.parent, "pair", partitions, 2)
-    chosen = np.empty(DRAWS, np.uint32)
+    chosen, here = np.empty(DRAWS, np.uint32), np.empty(0, np.uint32)
     for partition in range(partitions - 1, -1, -1):
         low, high = partition << bits, min(rows, (partition + 1) << bits)
         here = np.arange(low, high, dtype=np.uint32)
         for part in messages.take(partition):
-            sources, places = np.empty(len(part), np.uint32), np.empty(len(part), np.uint32)
-            replay(here, low, part, sources, places)
-            send(pairs, sources, places, bits)
+            pairs.send(replay, here, low, part, bits=bits)
         for i in range(high - 1, max(low, 1) - 1, -DRAWS):
             drawn = chosen[: i - max(low, 1) + 1]
             at = draw(words, ready, at, i, drawn)
-            k, full = swap(here, low, i, drawn, 0, bits, messages.staged, messages.filled)
-            while full >= 0:
-                messages.flush(full)
-                k, full = swap(here, low, i, drawn, k, bits, messages.staged, messages.filled)
+            messages.send(swap, here, low, i, drawn, bits=bits)
             moved(len(drawn))
-        send(pairs, here, np.arange(low, high, dtype=np.uint32), bits)
-    collect(path, rows, pairs, partitions, bits)
+        if partitions > 1:
+            pairs.send(deal, here, low, bits=bits)
+    collect(path, rows, here if partitions == 1 else pairs, bits)
 
 
-def send(pairs: Mail, sources: np.ndarray, places: np.ndarray, bits: int) -> None:
-    k, full = deal(sources, places, 0, bits, pairs.staged, pairs.filled)
-    while full >= 0:
-        pairs.flush(full)
-        k, full = deal(sources, places, k, bits, pairs.staged, pairs.filled)
-
-
-def collect(path: Path, rows: int, pairs: Mail, partitions: int, bits: int) -> None:
+def collect(path: Path, rows: int, found: "np.ndarray | Mail", bits: int) -> None:
+    """From places and their rows to rows and their places: all in memory, or partition by partition."""
     partial = path.with_name(path.name + ".partial")
     with File(partial, "w") as file:
         file.resize(0)
-        for partition in range(partitions):
-            low = partition << bits
+        for low in range(0, rows, 1 << bits):
             places = np.empty(min(rows, low + (1 << bits)) - low, np.uint32)
-            for part in pairs.take(partition):
-                invert(part, low, places)
+            if isinstance(found, Mail):
+                for part in found.take(low >> bits):
+                    invert(part, low, places)
+            else:
+                invert_all(found, places)
             file.write(places, low * 4)
     os.replace(partial, path)

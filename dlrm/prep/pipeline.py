@@ -10,6 +10,7 @@ publish  real names, md5, meta.json
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def run(options: Options, team: Team) -> None:
     if not work.path("publish").exists():
         transform(work, team, progress)
     with progress.step("publish"):
-        team.first_does(lambda: finish(work, progress))
+        seal(work, team, progress)
     team.first_does(lambda: None if options.keep_tmp else work.remove())
 
 
@@ -85,7 +86,7 @@ def transform(work: Work, team: Team, progress: Progress) -> None:
     else:
         progress.skip("permute", "done before" if work.moved else "nothing to shuffle")
     with progress.step("parse", bytes=size):
-        team.each(range(len(work.lanes)), lambda lane: lanes.parse_lane(work, lane, progress))
+        team.each(range(len(work.lanes)), lanes.Parser(work, progress).lane)
     team.first_does(lambda: work.check_ranges())
     sizes = work.vocab_sizes()
     if options.contiguous:
@@ -163,26 +164,57 @@ def check_space(work: Work) -> None:
             )
 
 
-def finish(work: Work, progress: Progress) -> None:
-    options = work.options
+def record(work: Work) -> None:
+    """All rows are in place: what there is to publish."""
     if not work.path("publish").exists():
-        last = work.last_ids()
-        values = {"rows": [output.rows for output in sources.days_of(work.made)], "last": last,
-                  "files": NAMES[options.format](work), "skipped": work.skipped()}  # fmt: skip
+        for stale in work.folder.glob("md5_*.json"):
+            stale.unlink()
+        values = {"rows": [output.rows for output in sources.days_of(work.made)], "last": work.last_ids(),
+                  "files": NAMES[work.options.format](work), "skipped": work.skipped()}  # fmt: skip
         work.save(work.path("publish"), values)
-    values = work.load(work.path("publish"))
+
+
+def seal(work: Work, team: Team, progress: Progress) -> None:
+    team.first_does(lambda: record(work))
+    names = work.load(work.path("publish"))["files"]
+    with ThreadPoolExecutor(1) as pool:  # each machine writes back what it wrote while digests are made
+        written = pool.submit(publish.sync_all, work.options.output_dir, names)
+        digest(work, team, names)
+    team.agree(written.exception())
+    team.first_does(lambda: finish(work, progress))
+
+
+def digests_so_far(work: Work) -> dict[str, str]:
+    return {name: md5 for path in work.folder.glob("md5_*.json") for name, md5 in work.load(path).items()}
+
+
+def digest(work: Work, team: Team, names: list[str]) -> None:
+    """md5 of every file; a group of files for every thread of every rank."""
+    if not work.options.md5:
+        return
+    done = team.gather(sorted(digests_so_far(work)))[0]
+    numbers = [number for number, name in enumerate(names) if name not in done]
+    folder = work.options.output_dir
+    numbers.sort(key=lambda number: -publish.grown(folder, names[number]).stat().st_size)
+    parts = team.size * team.workers
+    groups = [group for group in (numbers[part::parts] for part in range(parts)) if group]
+
+    def one(group: list[int]) -> None:
+        found = publish.md5_of(folder, [names[number] for number in group])
+        work.save(work.path("md5", group[0]), found)
+
+    team.each(groups, one)
+
+
+def finish(work: Work, progress: Progress) -> None:
+    options, values = work.options, work.load(work.path("publish"))
     for count, example in values["skipped"]:
         progress.say(f"skipped {count} bad rows, the first: {example}")
-    sparse = publish.raw_dtype(options)
-    meta = Meta(
-        rows=values["rows"],
-        table_sizes=publish.table_sizes(values["last"], options),
-        dtypes={"dense": "float32", "sparse": sparse, "labels": "int32"},
-        parameters=json.loads(json.dumps(work.key()["parameters"] | {"inputs": work.key()["inputs"]})),
-        made_by="dlrm.prep",
-        format=options.format,
-    )
-    publish.publish(options.output_dir, values["files"], meta, options.md5, options.workers)
+    meta = publish.describe(options, values["rows"], values["last"], inputs=work.key()["inputs"])
+    if options.md5:
+        found = digests_so_far(work)
+        meta.md5.update({name: found[name] for name in values["files"]})
+    publish.publish(options.output_dir, values["files"], meta)
 
 
 def finished(options: Options, found: list[sources.Source]) -> bool:

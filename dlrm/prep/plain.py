@@ -32,17 +32,7 @@ def run(options: Options) -> Meta:
         for part in ("sparse", "labels"):
             whole[part][:moved] = publish.rounded(whole[part][:moved])
     write(whole, made, options)
-    meta = Meta(
-        rows=[output.rows for output in sources.days_of(made)],
-        table_sizes=publish.table_sizes(last_ids, options),
-        dtypes={"dense": "float32", "sparse": publish.raw_dtype(options), "labels": "int32"},
-        parameters=options.parameters(),
-        made_by="dlrm.prep",
-    )
-    publish.publish(
-        options.output_dir, list(publish.files(made, options)), meta, options.md5, options.workers
-    )
-    return meta
+    return publish.publish_arrays(options, made, last_ids, "dlrm.prep")
 
 
 def read(source: sources.Source, options: Options) -> Table:

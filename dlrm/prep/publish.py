@@ -1,22 +1,24 @@
 """The output folder: files grow as `.partial`, get their real names together, and meta.json comes last."""
 
-import hashlib
+import json
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dlrm.criteo import META, PARTS, Meta
 from dlrm.errors import UserError
+from dlrm.prep.digests import digests
 from dlrm.prep.files import File
 from dlrm.prep.options import Options
 from dlrm.prep.sources import Output, days_of
 
 HEADER_BYTES = 128
 PARTIAL = ".partial"
-DTYPES = {"dense": "<f4", "sparse": "<i4", "labels": "<i4"}
+DTYPES = {"dense": "<f4", "labels": "<i4"}
 
 
 def header(shape: tuple[int, int], dtype: str) -> bytes:
@@ -34,23 +36,19 @@ def raw_dtype(options: Options) -> str:
     return "int32" if options.contiguous or options.max_ind_range or options.compat else "int64"
 
 
-def sparse_dtype(output: Output, made: list[Output], options: Options) -> str:
-    """int32, but int64 where torchrec writes that: before its shuffle, and the day that it only copies."""
-    if options.compat == "torchrec":
-        return "<i8" if not options.shuffle or output not in days_of(made)[:-1] else "<i4"
-    return {"int32": "<i4", "int64": "<i8"}[raw_dtype(options)]
-
-
 def files(made: list[Output], options: Options) -> dict[str, tuple[tuple[int, int], str]]:
-    """Every array of the finished folder: name -> shape, dtype."""
-    return {
-        f"{output.name}_{part}.npy": (
-            (output.rows, columns),
-            sparse_dtype(output, made, options) if part == "sparse" else DTYPES[part],
-        )
-        for output in made
-        for part, columns in PARTS.items()
-    }
+    """Every array of the finished folder: name -> shape, dtype.
+
+    Ids are int32, but int64 where torchrec writes that: before its shuffle, and the day that it only copies.
+    """
+    ids, found = {"int32": "<i4", "int64": "<i8"}[raw_dtype(options)], {}
+    shuffled = {output.name for output in days_of(made)[:-1]} if options.shuffle else set()
+    for output in made:
+        wide = options.compat == "torchrec" and output.name not in shuffled
+        dtypes = DTYPES | {"sparse": "<i8" if wide else ids}
+        for part, columns in PARTS.items():
+            found[f"{output.name}_{part}.npy"] = (output.rows, columns), dtypes[part]
+    return found
 
 
 def allocate(options: Options, made: list[Output]) -> bool:
@@ -73,21 +71,60 @@ def unpublish(folder: Path) -> None:
     (folder / META).unlink(missing_ok=True)
 
 
-def publish(folder: Path, names: list[str], meta: Meta, md5: bool, workers: int) -> None:
-    """On the disk, under their real names; meta.json last: a power cut finds all or nothing."""
+def grown(folder: Path, name: str) -> Path:
+    """A complete file, before or after it got its name."""
+    partial = folder / (name + PARTIAL)
+    if not partial.exists() and not (folder / name).exists():
+        raise UserError(f"{folder / name} is gone: start again with --restart")
+    return partial if partial.exists() else folder / name
+
+
+def sync_all(folder: Path, names: list[str]) -> None:
+    """What this machine wrote, on the disk; side by side, because each one waits for the disk."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: sync(grown(folder, name)), names))
+
+
+def md5_of(folder: Path, names: list[str]) -> dict[str, str]:
+    paths = [grown(folder, name) for name in names]
+    found = digests(paths)
+    return {name: found[path] for name, path in zip(names, paths, strict=True)}
+
+
+def publish(folder: Path, names: list[str], meta: Meta) -> None:
+    """What is on the disk gets its real name; meta.json last: a power cut finds all or nothing."""
     for name in names:
-        partial = folder / (name + PARTIAL)
-        if partial.exists():
-            sync(partial)
-            os.replace(partial, folder / name)
-        elif not (folder / name).exists():
-            raise UserError(f"{folder / name} is gone: start again with --restart")
-    if md5:
-        with ThreadPoolExecutor(workers) as pool:
-            meta.md5.update(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
+        path = grown(folder, name)
+        if path != folder / name:
+            os.replace(path, folder / name)
     sync(folder)
     meta.save(folder)
     sync(folder)
+
+
+def describe(
+    options: Options, rows: list[int], last_ids: list[int], made_by: str = "dlrm.prep", **more: Any
+) -> Meta:
+    """The dataset's meta.json. `more`: what was read, for the engine that can go on where it was."""
+    return Meta(
+        rows=rows,
+        table_sizes=table_sizes(last_ids, options),
+        dtypes={"dense": "float32", "sparse": raw_dtype(options), "labels": "int32"},
+        parameters=json.loads(json.dumps(options.parameters() | more)),
+        made_by=made_by,
+        format=options.format,
+    )
+
+
+def publish_arrays(options: Options, made: list[Output], last_ids: list[int], made_by: str) -> Meta:
+    """The end of an engine that has the whole dataset in its files at once."""
+    meta = describe(options, [output.rows for output in days_of(made)], last_ids, made_by)
+    names = list(files(made, options))
+    sync_all(options.output_dir, names)
+    if options.md5:
+        meta.md5.update(md5_of(options.output_dir, names))
+    publish(options.output_dir, names, meta)
+    return meta
 
 
 def sync(path: Path) -> None:
@@ -96,15 +133,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def digest(path: Path) -> str:
-    state, block, at = hashlib.md5(usedforsecurity=False), memoryview(bytearray(1 << 20)), 0
-    with File(path) as file:
-        while count := file.read_into(block, at):
-            state.update(block[:count])
-            at += count
-    return state.hexdigest()
 
 
 def rounded(ids: np.ndarray) -> np.ndarray:

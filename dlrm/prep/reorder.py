@@ -12,15 +12,18 @@ from dlrm.errors import UserError
 from dlrm.prep import permute, publish
 from dlrm.prep.check import layout
 from dlrm.prep.files import File
-from dlrm.prep.native import compiled
 from dlrm.prep.place import PART_RECORDS, place, records_of
 from dlrm.prep.scan import Block
 from dlrm.prep.sources import Output
 from dlrm.prep.spill import WORDS, Spill, bucket_bits, buckets
-from dlrm.prep.steps import days_in, whole_file
-from dlrm.prep.store import overlaps
+from dlrm.prep.steps import days_in, narrow, whole_file
+from dlrm.prep.store import overlaps, through_float
 
-EXPECTED = {"dense": (NUM_DENSE, "f"), "sparse": (NUM_SPARSE, "i"), "labels": (1, "i")}
+EXPECTED = {
+    "dense": (NUM_DENSE, ("<f4",)),
+    "sparse": (NUM_SPARSE, ("<i4", "<i8")),
+    "labels": (1, ("<i4", "<i8")),
+}
 BATCH = 1 << 13
 NO_MAP = np.zeros(1, np.int64), np.zeros(1, np.int32)
 
@@ -59,11 +62,11 @@ def shuffle(
 def rows_of_day(folders: dict[str, Path], day: int) -> int:
     """Rows, after a look at the three headers."""
     found = {}
-    for part, (columns, kind) in EXPECTED.items():
+    for part, (columns, kinds) in EXPECTED.items():
         path = folders[part] / part_name(day, part)
         shape, dtype, _ = layout(path)
-        if len(shape) != 2 or shape[1] != columns or dtype.kind != kind:
-            raise UserError(f"{path}: {shape} {dtype}, {columns} columns of kind {kind} expected")
+        if len(shape) != 2 or shape[1] != columns or dtype.str not in kinds:
+            raise UserError(f"{path}: {shape} {dtype}, {columns} columns of {' or '.join(kinds)} expected")
         found[shape[0]] = path
     if len(found) > 1:
         raise UserError(f"{' and '.join(map(str, found.values()))}: different numbers of rows")
@@ -75,28 +78,20 @@ def blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[Block]:
     files = {part: File(folder / part_name(day, part)) for part, folder in folders.items()}
     layouts = {part: layout(file.path) for part, file in files.items()}
     arrays = {part: np.empty((BATCH, EXPECTED[part][0]), dtype) for part, (_, dtype, _) in layouts.items()}
-    dense, rows = np.empty((BATCH, NUM_DENSE + 1), np.int32), layouts["labels"][0][0]
+    rows = layouts["labels"][0][0]
+    dense, sparse, labels = (arrays[part] for part in EXPECTED)
+    block = Block(dense.view(np.int32), sparse, labels[:, 0])
     for row in range(0, rows, BATCH):
         count = min(BATCH, rows - row)
         for part, array in arrays.items():
             width = array.itemsize * array.shape[1]
             files[part].read_into(array[:count].data.cast("B"), layouts[part][2] + row * width)
-        dense[:count, :NUM_DENSE] = arrays["dense"][:count].view(np.int32)
-        dense[:count, NUM_DENSE] = arrays["labels"][:count, 0]
-        if outside(arrays["sparse"][:count]):
+        if not narrow(sparse[:count].reshape(-1)):
             raise UserError(f"{files['sparse'].path}: rows from {row}: an id does not fit 32 bits")
-        yield Block(dense, arrays["sparse"].T, count)
+        block.rows = count
+        yield block
     for file in files.values():
         file.close()
-
-
-@compiled
-def outside(ids):
-    low, high = ids[0, 0], ids[0, 0]
-    for row in range(ids.shape[0]):
-        for column in range(ids.shape[1]):
-            low, high = min(low, ids[row, column]), max(high, ids[row, column])
-    return low < 0 or high >= 1 << 32
 
 
 def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: int, tmp: Path):
@@ -107,7 +102,7 @@ def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: i
         def read(at: int, count: int) -> np.ndarray:
             return places.read_array(count, 4 * (begin + at), np.uint32)
 
-        spill = Spill(file, read, rows, 0, bits)
+        spill = Spill(file, read, rows, bits)
         for block in blocks_of_day(folders, day):
             spill.take(block)
         spill.finish()
@@ -125,8 +120,8 @@ def write_bucket(
         if 0 <= at < len(runs) - 1:
             with File(path) as file:
                 for _, records in records_of(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
-                    place(records, *NO_MAP, False, np.int32(0), 1 << 40, dense, sparse, labels)
-    through_float(sparse, labels)
+                    place(records, *NO_MAP, False, np.int32(0), False, dense, sparse, labels)
+    through_float(sparse, labels, raw=True)
     for output, start, stop, at in overlaps(made, bucket << bits, rows):
         for part, array in (("dense", dense), ("sparse", sparse), ("labels", labels)):
             with File(folder / f"{output.name}_{part}.npy{publish.PARTIAL}", "w") as file:
@@ -134,23 +129,6 @@ def write_bucket(
                 if at == 0:
                     file.write(publish.header(shape, dtype), 0)
                 file.write(array[start:stop], publish.HEADER_BYTES + at * 4 * shape[1])
-
-
-@compiled
-def beyond(values, limit):
-    """Whether rounding can matter at all."""
-    for row in range(values.shape[0]):
-        for column in range(values.shape[1]):
-            if values[row, column] > limit or values[row, column] < -limit:
-                return True
-    return False
-
-
-def through_float(sparse: np.ndarray, labels: np.ndarray) -> None:
-    if beyond(sparse, 1 << 24):
-        sparse[:] = publish.rounded(sparse.view(np.uint32))
-    if beyond(labels, 1 << 24):
-        labels[:] = publish.rounded(labels)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """Stream a byte range of a TSV file as blocks of rows; the memory used does not depend on its size."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,19 +11,35 @@ from dlrm.prep import parse
 from dlrm.prep.files import File
 from dlrm.prep.rows import BadRow, Rules, read_line
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18  # stays in the core's own cache between the copy from the file and the parser
 LONGEST_LINE = 64 << 20
 BLOCK_ROWS = 2048
-STRIDE = BLOCK_ROWS + 16  # not a multiple of 4 KiB, which would put all columns into the same cache sets
 
 
-@dataclass
 class Block:
-    """Rows in the file's order. `dense[row]` is 13 counts and the label, `sparse[column, row]` an id."""
+    """Rows in the file's order: 13 counts, 26 ids (of 4 or 8 bytes, below 2^32), a label, of 4 bytes each.
 
-    dense: np.ndarray = field(default_factory=lambda: np.empty((BLOCK_ROWS, NUM_DENSE + 1), np.int32))
-    sparse: np.ndarray = field(default_factory=lambda: np.empty((NUM_SPARSE, STRIDE), np.uint32))
-    rows: int = 0
+    The kernels see `spots`: where each of the three begins, and how many 4-byte words from row to row.
+    """
+
+    def __init__(self, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray, rows: int = 0) -> None:
+        self.dense, self.sparse, self.labels, self.rows = dense, sparse, labels, rows
+        numbers = [dense.ctypes.data, dense.strides[0] // 4]
+        numbers += [sparse.ctypes.data, sparse.strides[0] // 4, sparse.strides[1] // 4]
+        self.spots = np.array([*numbers, labels.ctypes.data, labels.strides[0] // 4], np.int64)
+
+    @classmethod
+    def records(cls) -> "Block":
+        """Each row's numbers beside each other."""
+        whole = np.empty((BLOCK_ROWS, NUM_DENSE + NUM_SPARSE + 1), np.int32)
+        ids = whole[:, NUM_DENSE:-1].view(np.uint32)
+        return cls(whole[:, :NUM_DENSE], ids, whole[:, -1])
+
+    @classmethod
+    def arrays(cls) -> "Block":
+        """As torchrec's files have them. Of an id only the low half is ever written: the high stays 0."""
+        ids = np.zeros((BLOCK_ROWS, NUM_SPARSE), np.int64)
+        return cls(np.empty((BLOCK_ROWS, NUM_DENSE), np.int32), ids, np.empty(BLOCK_ROWS, np.int32))
 
 
 @dataclass
@@ -49,9 +65,10 @@ class Scanner:
         self._text = np.zeros(CHUNK + parse.PAD, np.uint8)
         self._waiting: list = []
 
-    def blocks(self) -> Iterator[tuple[Block, int]]:
+    def blocks(self, block: Block | None = None) -> Iterator[tuple[Block, int]]:
         """(block, bytes consumed since the last one); the block is reused for the next."""
-        block, kept, at, consumed = Block(), 0, self.piece.begin, 0
+        block = block or Block.records()
+        kept, at, consumed = 0, self.piece.begin, 0
         while at < self.piece.end:
             room = len(self._text) - parse.PAD - kept
             if room == 0:
@@ -90,10 +107,10 @@ class Scanner:
         before = block.rows
         block.rows, stopped, why = parse.parse_lines(
             base + begin, base + end, self.rules.labelled, self.rules.empty_dense,
-            block.dense, block.sparse, block.rows,
+            block.spots, block.rows, len(block.dense),
         )  # fmt: skip
         if self.rules.max_ind_range:
-            parse.reduce_ids(block.sparse, before, block.rows, np.uint32(self.rules.max_ind_range))
+            block.sparse[before : block.rows] %= self.rules.max_ind_range
         self._lines += block.rows - before
         begin = stopped - base
         if why == parse.ODD_LINE or (why == parse.NEED_MORE and last and begin < end):
@@ -120,8 +137,7 @@ class Scanner:
         """Rows of an odd line into the block, as many as fit."""
         while self._waiting and block.rows < BLOCK_ROWS:
             dense, sparse, label = self._waiting.pop(0)
-            block.dense[block.rows] = [*dense, label]
-            block.sparse[:, block.rows] = sparse
+            block.dense[block.rows], block.sparse[block.rows], block.labels[block.rows] = dense, sparse, label
             block.rows += 1
 
     def _where(self) -> str:
@@ -131,18 +147,20 @@ class Scanner:
 def count(file: File, piece: Piece, name: str, rules: Rules, skip_bad: bool) -> tuple[int, int]:
     """(rows, lines) of a piece. Rows are its lines, unless lone CRs end rows too or bad lines are skipped."""
     lines = returns = pairs = 0
-    last = b""
+    last, text = b"", np.empty(CHUNK, np.uint8)
     at = piece.begin
     while at < piece.end:
-        data = file.read(min(CHUNK, piece.end - at), at)
-        if not data:
+        got = file.read_into(text[: min(CHUNK, piece.end - at)].data, at)
+        if not got:
             raise UserError(f"{name}: ends at byte {at}, {piece.end} expected: has it changed?")
-        lines += int(np.count_nonzero(np.frombuffer(data, np.uint8) == parse.NEWLINE))
-        if rules.lenient and (b"\r" in data or last == b"\r"):
-            returns += data.count(b"\r")
+        found = parse.count_ends(text, got)
+        lines += int(found[0])
+        if rules.lenient and (found[1] or last == b"\r"):
+            data = text[:got].tobytes()
+            returns += int(found[1])
             pairs += data.count(b"\r\n") + (last + data[:1] == b"\r\n")
-        last = data[-1:]
-        at += len(data)
+        last = text[got - 1 : got].tobytes()
+        at += got
     rows = lines + returns - pairs
     if last not in (b"\n", b"\r", b"") or (last == b"\r" and not rules.lenient):
         rows += 1

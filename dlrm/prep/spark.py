@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.criteo import NUM_DENSE, NUM_SPARSE, Meta
+from dlrm.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.errors import UserError
 from dlrm.prep import publish, rows, sources
 from dlrm.prep.files import explained
@@ -73,16 +73,7 @@ def job(spark: Any, options: Options, found: list[Source]) -> None:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     publish.unpublish(options.output_dir)
     write(spark, options, whole, made, moved)
-    meta = Meta(
-        rows=[output.rows for output in sources.days_of(made)],
-        table_sizes=publish.table_sizes(last_ids, options),
-        dtypes={"dense": "float32", "sparse": publish.raw_dtype(options), "labels": "int32"},
-        parameters=options.parameters(),
-        made_by="dlrm.prep, Spark",
-    )
-    publish.publish(
-        options.output_dir, list(publish.files(made, options)), meta, options.md5, options.workers
-    )
+    publish.publish_arrays(options, made, last_ids, "dlrm.prep, Spark")
 
 
 def shifted(start: int):

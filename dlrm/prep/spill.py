@@ -11,13 +11,14 @@ import numpy as np
 
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.files import File
-from dlrm.prep.native import compiled
+from dlrm.prep.native import compiled, copier, get32, narrower, put32
 from dlrm.prep.scan import Block
 
 WORDS = 1 + NUM_DENSE + NUM_SPARSE + 1
 RECORD_BYTES = 4 * WORDS
 STAGING_BYTES, MOST_STAGED = 16 << 20, 64 << 10  # in all, and for one bucket
-MIN_BITS, MAX_BUCKETS = 17, 2048
+MIN_BITS, MAX_BUCKETS = 15, 4096
+copy_counts, copy_ids, narrow_ids = copier(NUM_DENSE), copier(NUM_SPARSE), narrower(NUM_SPARSE)
 
 
 def bucket_bits(rows: int) -> int:
@@ -33,39 +34,42 @@ def buckets(rows: int, bits: int) -> int:
 
 
 @compiled
-def histogram(places, base, bits, first, counts):
-    """How many rows of a piece go to each bucket; buckets are counted from `first`."""
+def histogram(places, bits, counts):
+    """How many rows of a piece go to each bucket."""
     for row in range(len(places)):
-        counts[((base + places[row]) >> bits) - first] += 1
+        counts[np.int64(places[row]) >> bits] += 1
 
 
 @compiled
-def scatter(dense, sparse, rows, row, places, base, bits, first, staging, filled):
+def scatter(spots, rows, row, places, bits, first, staging, filled):
     """Records into their buckets' staging rows, until one is full; returns (next row, full bucket or -1)."""
+    dense, dense_step, ids, ids_step = spots[0], 4 * spots[1], spots[2], 4 * spots[3]
+    wide, labels, label_step = spots[4] == 2, spots[5], spots[6]
     mask = (np.int64(1) << bits) - 1
-    room = staging.shape[1]
+    base, room = staging.ctypes.data, staging.shape[1]
     while row < rows:
-        place = base + np.int64(places[row])
+        place = np.int64(places[row])
         bucket = (place >> bits) - first
         if filled[bucket] == room:
             return row, bucket
-        record = staging[bucket, filled[bucket]]
-        record[0] = np.uint32(place & mask)
-        for column in range(NUM_DENSE):
-            record[1 + column] = np.uint32(dense[row, column])
-        for column in range(NUM_SPARSE):
-            record[1 + NUM_DENSE + column] = sparse[column, row]
-        record[WORDS - 1] = np.uint32(dense[row, NUM_DENSE])
+        record = base + RECORD_BYTES * (bucket * room + filled[bucket])
+        put32(record, 0, np.uint32(place & mask))
+        copy_counts(record + 4, dense + dense_step * row)
+        if wide:
+            narrow_ids(record + 4 + 4 * NUM_DENSE, ids + ids_step * row)
+        else:
+            copy_ids(record + 4 + 4 * NUM_DENSE, ids + ids_step * row)
+        put32(record, WORDS - 1, get32(labels, label_step * row))
         filled[bucket] += 1
         row += 1
     return row, -1
 
 
 class Spill:
-    """One piece's records into its file. `places(begin, rows)` gives where its rows go, less `base`."""
+    """One piece's records into its file. `places(begin, rows)` gives where its rows go."""
 
-    def __init__(self, file: File, places: Callable[[int, int], np.ndarray], rows: int, base: int, bits: int):
-        self.file, self.places, self.rows, self.base, self.bits = file, places, rows, base, bits
+    def __init__(self, file: File, places: Callable[[int, int], np.ndarray], rows: int, bits: int) -> None:
+        self.file, self.places, self.rows, self.bits = file, places, rows, bits
         self.done = 0
         self.counts = self._count()
         self.runs = np.concatenate([[0], np.cumsum(self.counts)])  # record number where each run begins
@@ -75,25 +79,20 @@ class Spill:
         self._next = self.runs[:-1].copy()
 
     def _count(self) -> np.ndarray:
-        step = 1 << 20
-        low, high = 1 << 62, 0
+        """Records per bucket, from the first one that gets any to the last."""
+        step, counts = 1 << 16, np.zeros(MAX_BUCKETS, np.int64)
         for begin in range(0, self.rows, step):
-            places = self.places(begin, min(step, self.rows - begin))
-            low, high = min(low, int(places.min())), max(high, int(places.max()))
-        self.first = (self.base + low) >> self.bits
-        counts = np.zeros(((self.base + high) >> self.bits) - self.first + 1, np.int64)
-        for begin in range(0, self.rows, step):
-            places = self.places(begin, min(step, self.rows - begin))
-            histogram(places, self.base, self.bits, self.first, counts)
-        return counts
+            histogram(self.places(begin, min(step, self.rows - begin)), self.bits, counts)
+        used = np.flatnonzero(counts)
+        self.first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        return counts[self.first : end]
 
     def take(self, block: Block) -> None:
         places = self.places(self.done, block.rows)
         row = 0
         while row < block.rows:
             row, full = scatter(
-                block.dense, block.sparse, block.rows, row, places, self.base, self.bits, self.first,
-                self._staging, self._filled,
+                block.spots, block.rows, row, places, self.bits, self.first, self._staging, self._filled,
             )  # fmt: skip
             if full >= 0:
                 self._flush(full)

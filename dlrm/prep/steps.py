@@ -4,8 +4,8 @@
 """
 
 import os
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from dlrm.prep.check import layout
 from dlrm.prep.files import File
 from dlrm.prep.native import compiled
 from dlrm.prep.rows import Rules
-from dlrm.prep.scan import BLOCK_ROWS, STRIDE, Piece, Scanner, count
+from dlrm.prep.scan import BLOCK_ROWS, Block, Piece, Scanner, count
+from dlrm.prep.store import LOG_ROWS
+from dlrm.prep.team import in_threads
 from dlrm.prep.vocab import Vocabulary
 from dlrm.prep.work import line_end
 
-BATCH = 8 * BLOCK_ROWS
+BATCH = 1 << 13  # rows, when there is no parsing to do
 LENIENT = Rules(lenient=True)
 
 
@@ -37,24 +39,17 @@ def whole_file(path: Path) -> Iterator[File]:
     os.replace(partial, path)
 
 
-@compiled
-def unpack(dense, sparse, rows, at, counts, ids, labels):
-    """A block into row-major arrays from row `at` on."""
-    for row in range(rows):
-        for column in range(NUM_DENSE):
-            counts[at + row, column] = dense[row, column]
-        for column in range(NUM_SPARSE):
-            ids[at + row, column] = sparse[column, row]
-        labels[at + row, 0] = dense[row, NUM_DENSE]
-
-
 def parse(input_dir: Path, output_dir: Path, dataset: str = "", workers: int = 1) -> None:
     """npy_preproc_criteo: TSV to float32 logarithms, int64 hashes, int32 labels."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    for source in sources.find(input_dir, dataset):
-        size = source.path.stat().st_size
-        with trace.span("prep", "parse", bytes=size):
-            parse_file(source, output_dir, workers)
+    found = sources.find(input_dir, dataset)
+    each = -(-workers // len(found))  # a file is cut only where there are more workers than files
+
+    def one(source: sources.Source) -> None:
+        with trace.span("prep", "parse", bytes=source.path.stat().st_size):
+            parse_file(source, output_dir, each)
+
+    in_threads(min(workers, len(found)), one, found)
 
 
 def parse_file(source: sources.Source, folder: Path, workers: int) -> None:
@@ -63,21 +58,18 @@ def parse_file(source: sources.Source, folder: Path, workers: int) -> None:
         whole_file(folder / f"{source.name}_dense.npy") as dense,
         whole_file(folder / f"{source.name}_sparse.npy") as sparse,
         whole_file(folder / f"{source.name}_labels.npy") as labels,
-        ThreadPoolExecutor(workers) as pool,
     ):
-        pieces = cut(source, rules, workers, pool)
+        pieces = cut(source, rules, workers)
 
         def one(piece: Piece) -> tuple[int, int]:
             return parse_piece(source, piece, rules, (dense, sparse, labels))
 
-        done = list(pool.map(one, pieces))
+        done = in_threads(workers, one, pieces)
         rows, low = sum(count for count, _ in done), min(low for _, low in done)
         if not rows:
             raise UserError(f"{source.path}: no rows in it")
         shift = np.int64(low - 2).astype(np.int32)
-        list(
-            pool.map(lambda at: log_rows(dense.path, at, min(BATCH, rows - at), shift), range(0, rows, BATCH))
-        )
+        log_rows(dense, rows, shift, workers)
         for file, columns, dtype in (
             (dense, NUM_DENSE, "<f4"),
             (sparse, NUM_SPARSE, "<i8"),
@@ -86,7 +78,7 @@ def parse_file(source: sources.Source, folder: Path, workers: int) -> None:
             file.write(publish.header((rows, columns), dtype), 0)
 
 
-def cut(source: sources.Source, rules: Rules, workers: int, pool: ThreadPoolExecutor) -> list[Piece]:
+def cut(source: sources.Source, rules: Rules, workers: int) -> list[Piece]:
     """One piece for one worker; several, counted so that each knows its first row, for more."""
     size = source.path.stat().st_size
     if workers == 1:
@@ -102,7 +94,7 @@ def cut(source: sources.Source, rules: Rules, workers: int, pool: ThreadPoolExec
             return count(file, piece, str(source.path), rules, skip_bad=False)
 
     row = line = 0
-    for piece, (rows, lines) in zip(pieces, pool.map(one, pieces), strict=True):
+    for piece, (rows, lines) in zip(pieces, in_threads(workers, one, pieces), strict=True):
         piece.first_row, piece.first_line = row, line
         row, line = row + rows, line + lines
     return pieces
@@ -112,101 +104,91 @@ def parse_piece(
     source: sources.Source, piece: Piece, rules: Rules, files: tuple[File, ...]
 ) -> tuple[int, int]:
     """(rows, smallest count). Counts are written raw; the logarithm needs the whole file's minimum."""
-    arrays = [np.empty((BATCH, NUM_DENSE), np.int32), np.empty((BATCH, NUM_SPARSE), np.int64),
-              np.empty((BATCH, 1), np.int32)]  # fmt: skip
-    held, row, low = 0, piece.first_row, 1 << 40
-
-    def flush() -> None:
-        for file, array in zip(files, arrays, strict=True):
-            width = array.itemsize * array.shape[1]
-            file.write(array[:held], publish.HEADER_BYTES + row * width)
-
+    row, low = piece.first_row, 1 << 40
     with File(source.path) as text:
-        for block, _ in Scanner(text, str(source.path), piece, rules, skip_bad=False).blocks():
-            if held + block.rows > BATCH:
-                low = min(low, int(arrays[0][:held].min()))
-                flush()
-                row, held = row + held, 0
-            unpack(block.dense, block.sparse, block.rows, held, *arrays)
-            held += block.rows
-    if held:
-        low = min(low, int(arrays[0][:held].min()))
-        flush()
-    return row + held - piece.first_row, low
+        for block, _ in Scanner(text, str(source.path), piece, rules, skip_bad=False).blocks(Block.arrays()):
+            low = min(low, int(block.dense[: block.rows].min()))
+            for file, array in zip(files, (block.dense, block.sparse, block.labels), strict=True):
+                width = array[:1].nbytes
+                file.write(array[: block.rows], publish.HEADER_BYTES + row * width)
+            row += block.rows
+    return row - piece.first_row, low
 
 
-def log_rows(path: Path, at: int, rows: int, shift: np.int32) -> None:
+def log_rows(out: File, rows: int, shift: np.int32, workers: int) -> None:
     """torchrec's log(x - min + 2), in place."""
-    offset = publish.HEADER_BYTES + at * NUM_DENSE * 4
-    with File(path) as file, File(path, "w") as out, np.errstate(all="ignore"):
-        counts = file.read_array(rows * NUM_DENSE, offset, np.int32) - shift
-        floats = counts.astype(np.float32)
-        out.write(np.log(floats, out=floats), offset)
+    own = threading.local()
+
+    def one(at: int) -> None:
+        if not hasattr(own, "counts"):
+            own.counts, own.file = np.empty((BATCH, NUM_DENSE), np.int32), File(out.path)
+            opened.append(own.file)
+        counts = own.counts[: min(BATCH, rows - at)]
+        offset = publish.HEADER_BYTES + at * NUM_DENSE * 4
+        own.file.read_into(counts.data.cast("B"), offset)
+        np.subtract(counts, shift, out=counts)
+        floats = counts.view(np.float32)
+        with np.errstate(all="ignore"):
+            for part in range(0, len(counts), LOG_ROWS):
+                numbers = counts[part : part + LOG_ROWS].astype(np.float32)
+                np.log(numbers, out=floats[part : part + LOG_ROWS])
+        out.write(floats, offset)
+
+    opened: list[File] = []
+    in_threads(workers, one, range(0, rows, BATCH))
+    for file in opened:
+        file.close()
 
 
 @compiled
-def columns_of(rows, sparse):
-    """Row-major hashes to columns; False when one is no 32-bit id."""
-    good = True
-    for row in range(len(rows)):
-        for column in range(NUM_SPARSE):
-            value = rows[row, column]
-            good &= 0 <= value < 1 << 32
-            sparse[column, row] = np.uint32(value)
-    return good
-
-
-@compiled
-def rows_of(sparse, final, mapped, rows):
-    for row in range(len(rows)):
-        for column in range(NUM_SPARSE):
-            number = np.int64(sparse[column, row])
-            rows[row, column] = final[column, number] if mapped else number + 2
+def narrow(ids):
+    """Whether every id has 32 bits."""
+    extra = np.int64(0)
+    for id in ids:
+        extra |= id
+    return 0 <= extra < 1 << 32
 
 
 def contiguous(input_dir: Path, output_dir: Path, threshold: int, suffix: str = "_contig_freq.npy") -> None:
     """contiguous_preproc_criteo: hashes to 2, 3, ... in order of first appearance, 1 for the rare ones."""
     paths = [input_dir / part_name(day, "sparse") for day in range(days_in(input_dir, "sparse"))]
     output_dir.mkdir(parents=True, exist_ok=True)
-    vocabulary, final = Vocabulary(threshold > 1), np.zeros((NUM_SPARSE, 1), np.int32)
+    vocabulary, shift = Vocabulary(threshold > 1), 1
     size = sum(path.stat().st_size for path in paths)
     if threshold > 1:
         with trace.span("prep", "count", bytes=size):
             for path in paths:
-                for sparse, rows, _ in numbered(path, vocabulary, np.empty((0, 0), np.int64)):
-                    del sparse, rows
-        vocabulary.stop_counting()
-        final = np.ones((NUM_SPARSE, max(vocabulary.sizes())), np.int32)
+                for _ in numbered(path, vocabulary, shift):
+                    pass
+        final = []
         for column in range(NUM_SPARSE):
             kept = vocabulary.seen(column) >= threshold
-            final[column, np.flatnonzero(kept)] = 2 + np.arange(np.count_nonzero(kept))
+            final.append(np.where(kept, 1 + np.cumsum(kept), 1))
+        vocabulary.renumber(final)
+        shift = 0
     with trace.span("prep", "ids", bytes=size):
         for path in paths:
             with whole_file(output_dir / (path.name.removesuffix(".npy") + suffix)) as out:
                 shape, dtype, _ = layout(path)
                 at = out.write(publish.header((shape[0], NUM_SPARSE), dtype.str), 0)
-                made = np.empty((BLOCK_ROWS, NUM_SPARSE), dtype)
-                for sparse, rows, _ in numbered(path, vocabulary, made):
-                    rows_of(sparse, final, threshold > 1, made[:rows])
-                    at = out.write(made[:rows], at)
+                for ids in numbered(path, vocabulary, shift):
+                    at = out.write(ids, at)
 
 
-def numbered(path: Path, vocabulary: Vocabulary, made: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Blocks of (numbers by column, rows, first row)."""
+def numbered(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np.ndarray]:
+    """Blocks of rows of numbers."""
     shape, dtype, header = layout(path)
     if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
         raise UserError(f"{path}: {shape} {dtype}, integer hashes in {NUM_SPARSE} columns expected")
-    sparse, buffer = np.empty((NUM_SPARSE, STRIDE), np.uint32), np.empty((BLOCK_ROWS, NUM_SPARSE), dtype)
+    buffer = np.empty((BLOCK_ROWS, NUM_SPARSE), dtype)
     with File(path) as file:
         for row in range(0, shape[0], BLOCK_ROWS):
-            rows = buffer[: min(BLOCK_ROWS, shape[0] - row)]
-            file.read_into(rows.data.cast("B"), header + row * NUM_SPARSE * dtype.itemsize)
-            if not columns_of(rows, sparse):
-                raise UserError(
-                    f"{path}: rows {row} to {row + len(rows) - 1}: an id is not a hash of 32 bits"
-                )
-            vocabulary.encode(sparse, len(rows))
-            yield sparse, len(rows), row
+            ids = buffer[: min(BLOCK_ROWS, shape[0] - row)]
+            file.read_into(ids.data.cast("B"), header + row * NUM_SPARSE * dtype.itemsize)
+            if not narrow(ids.reshape(-1)):
+                raise UserError(f"{path}: rows {row} to {row + len(ids) - 1}: an id is not a hash of 32 bits")
+            vocabulary.encode(ids, shift)
+            yield ids
 
 
 def days_in(folder: Path, part: str) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 
 from dlrm.prep import publish
 from dlrm.prep.files import File
+from dlrm.prep.native import compiled
 from dlrm.prep.options import MISSING, Options
 from dlrm.prep.sources import Output
 
@@ -25,8 +26,7 @@ def store(
     kinds = publish.files(made, options)
     among = max(0, min(len(labels), moved - begin))
     if options.compat and among:
-        sparse[:among] = publish.rounded(sparse[:among] if options.contiguous else sparse[:among].view("u4"))
-        labels[:among] = publish.rounded(labels[:among])
+        through_float(sparse[:among], labels[:among], raw=not options.contiguous)
     floats = logged(dense, options)
     for output, start, stop, at in overlaps(made, begin, len(labels)):
         for part, array in (("dense", floats), ("sparse", sparse), ("labels", labels)):
@@ -36,6 +36,21 @@ def store(
                 rows = (rows if options.contiguous else rows.view(np.uint32)).astype(np.int64)
             with File(options.output_dir / (name + publish.PARTIAL), "w") as file:
                 file.write(rows, publish.HEADER_BYTES + at * rows.itemsize * rows.shape[1])
+
+
+@compiled
+def round_all(values, out):
+    """`publish.rounded` in place: on x86 what a float32 has beyond int32 becomes the smallest int32."""
+    for at in range(len(values)):
+        number = np.float32(values[at])
+        out[at] = np.int32(number) if number < np.float32(2147483648.0) else np.int32(-2147483648)
+
+
+def through_float(sparse: np.ndarray, labels: np.ndarray, raw: bool) -> None:
+    """Integers as torchrec's float32 array leaves them; raw ids have all 32 bits."""
+    for array in (sparse, labels):
+        flat = array.reshape(-1)
+        round_all(flat.view(np.uint32) if raw and array is sparse else flat, flat)
 
 
 def overlaps(made: list[Output], begin: int, rows: int) -> Iterator[tuple[Output, int, int, int]]:

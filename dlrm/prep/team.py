@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -10,6 +10,15 @@ from dlrm.errors import UserError
 from dlrm.ranks import Ranks
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The results in order; the first error is raised."""
+    if workers == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, items))
 
 
 class Team:
@@ -76,10 +85,5 @@ class Team:
                     errors[number] = error
                     stop.set()
 
-        if self.workers == 1:
-            for number in range(len(mine)):
-                one(number)
-        else:
-            with ThreadPoolExecutor(self.workers) as pool:
-                list(pool.map(one, range(len(mine))))
+        in_threads(self.workers, one, range(len(mine)))
         self.agree(errors[min(errors)] if errors else None)

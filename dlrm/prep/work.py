@@ -21,6 +21,7 @@ from dlrm.prep.spill import bucket_bits, buckets
 STATE = "state.json"
 SMALLEST, LARGEST = 1 << 20, 512 << 20  # bytes of text in a lane
 PER_WORKER = 4
+LAYOUT = 2  # of the intermediate files: those of another version are not gone on with
 MARK = "made by dlrm.prep; can be deleted"
 
 
@@ -51,6 +52,7 @@ class Work:
 
     def key(self) -> dict[str, Any]:
         return {
+            "layout": LAYOUT,
             "parameters": self.options.parameters(),
             "inputs": [source.stamp() for source in self.sources],
         }
@@ -93,9 +95,9 @@ class Work:
             if size == 0:
                 raise UserError(f"{source.path}: empty, it has no rows")
         whole = sum(sizes)
-        target = self.options.part_bytes or min(
-            LARGEST, max(SMALLEST, whole // (ranks * self.options.workers * PER_WORKER))
-        )
+        workers = ranks * self.options.workers
+        share = whole if workers == 1 else whole // (workers * PER_WORKER)
+        target = self.options.part_bytes or min(LARGEST, max(SMALLEST, share))
         lanes = max(1, round(whole / target))
         marks = [whole * lane // lanes for lane in range(1, lanes + 1)]
         pieces, cut = [], [[] for _ in range(lanes)]
