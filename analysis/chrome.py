@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from analysis.clocks import clocks, launches, moves, skew
 from analysis.columns import COLUMNS, frame
-from analysis.events import Process, Reader, heads, offsets, skew
+from analysis.events import Reader, heads, ranked
 from analysis.perfetto import published, trace_name
+from analysis.process import Process
 from analysis.strings import Strings
 from analysis.tracks import Summary, process_name
 
@@ -21,24 +23,26 @@ def convert(
     processes = heads(run_dir)
     path = Path(path) if path else Path(run_dir) / (trace_name(run_dir, posix) + ".json")
     summary = Summary(path)
-    shifts = offsets(processes)
-    summary.shifts = {p.host: shifts[p.path] for p in processes if shifts[p.path]}
+    known = clocks(processes)
+    summary.clocks = moves(processes, known)
+    jobs = launches(processes)
     strings, paths, done = Strings(), {}, []
     with published(path) as file:
         file.write(b'{"displayTimeUnit":"ms","traceEvents":[')
         comma = b"\n"
-        for pid, process in enumerate(processes, 1):
+        for pid, process in enumerate([process for job in jobs for process in ranked(job)], 1):
+            launch = 1 + next(n for n, job in enumerate(jobs) if process in job) if len(jobs) > 1 else 0
             reader = Reader(process.path, strings, paths)
             done.append(reader.process)
             for block in reader:
-                table = frame(block, strings, paths, process.rank, COLUMNS)
-                for event in _events(table.iter_rows(named=True), pid, shifts[process.path], posix):
+                table = known[process.path].frame(frame(block, strings, paths, process.rank, COLUMNS))
+                for event in _events(table.iter_rows(named=True), pid, posix):
                     file.write(comma + json.dumps(event, separators=(",", ":")).encode())
                     comma = b",\n"
                     summary.events += 1
                 if progress:
                     progress(process.path, len(block))
-            for event in _metadata(process, reader.process, pid):
+            for event in _metadata(process, reader.process, pid, launch):
                 file.write(comma + json.dumps(event, separators=(",", ":")).encode())
                 comma = b",\n"
             if reader.process.lost:
@@ -48,7 +52,7 @@ def convert(
     return summary
 
 
-def _events(rows: Iterator[dict[str, Any]], pid: int, shift: int, posix: bool) -> Iterator[dict[str, Any]]:
+def _events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[dict[str, Any]]:
     for row in rows:
         if posix and row["cat"] not in ("POSIX", "STDIO"):
             continue
@@ -57,7 +61,7 @@ def _events(rows: Iterator[dict[str, Any]], pid: int, shift: int, posix: bool) -
             args.update(json.loads(row["args"]))
         event = {
             "name": row["name"], "cat": row["cat"], "pid": pid, "tid": row["tid"],
-            "ts": row["ts"] + shift, "args": args,
+            "ts": row["ts"], "args": args,
         }  # fmt: skip
         if row["cat"] == "counter":
             yield {**event, "ph": "C", "args": {row["name"]: row["value"]}}
@@ -67,9 +71,9 @@ def _events(rows: Iterator[dict[str, Any]], pid: int, shift: int, posix: bool) -
             yield {**event, "ph": "X", "dur": row["dur"]}
 
 
-def _metadata(process: Process, seen: Process, pid: int) -> Iterator[dict[str, Any]]:
+def _metadata(process: Process, seen: Process, pid: int, launch: int) -> Iterator[dict[str, Any]]:
     about = {"ph": "M", "pid": pid}
-    yield {**about, "name": "process_name", "args": {"name": process_name(process)}}
-    yield {**about, "name": "process_sort_index", "args": {"sort_index": process.rank}}
+    yield {**about, "name": "process_name", "args": {"name": process_name(process, launch)}}
+    yield {**about, "name": "process_sort_index", "args": {"sort_index": pid}}
     for tid, name in seen.threads.items():
         yield {**about, "tid": tid, "name": "thread_name", "args": {"name": name}}

@@ -62,5 +62,5 @@ def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
 def _gathered(client: Any, function: Callable[[Job], Part], work: list[Job]) -> Iterable[Part]:
     """In the order of the ranks. The largest first, so that no worker ends up alone with one."""
     large = sorted(work, key=lambda job: -sum(path.stat().st_size for path in job.files))
-    futures = {job.rank: client.submit(function, job, pure=False) for job in large}
-    return [futures[job.rank].result() for job in work]
+    futures = {(job.launch, job.rank): client.submit(function, job, pure=False) for job in large}
+    return [futures[job.launch, job.rank].result() for job in work]

@@ -3,7 +3,7 @@
 from html import escape
 from pathlib import Path
 
-from analysis import plots, summary
+from analysis import plots, plots_io, summary
 from analysis.errors import AnalysisError
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
@@ -83,11 +83,11 @@ def _panel(side: Side, figures: Figures) -> list[str]:
     shown = [
         ("Where each rank's time went", plots.where(facts.breakdown), "Seconds of wall clock."),
         ("How much I/O is hidden", plots.hidden(facts.phases), "Seconds."),
-        ("Over the run", plots.over_time(progress.timeline(j), curves), "Drag to zoom."),
+        ("Over the run", plots.over_time(progress.timeline(j), curves, progress.gaps(j)), "Drag to zoom."),
         ("Time of each step", plots.step_times(steps, run.begin_us), "On the slowest rank."),
         ("Distribution of steps", plots.step_histogram(steps), ""),
-        ("Request sizes", plots.request_sizes(sizes), "All phases."),
-        ("Time of an operation", plots.latency(j["latencies"]), "All phases."),
+        ("Request sizes", plots_io.request_sizes(sizes), "All phases."),
+        ("Time of an operation", plots_io.latency(j["latencies"]), "All phases."),
         ("Start-up", plots.startup(progress.startup(j)), "To the end of the first step."),
     ]
     blocks = [header_html(run, facts) + findings_html(found)]

@@ -6,17 +6,20 @@ value (counters), split, when, args (JSON of what is left). Metadata and DFTrace
 events are no rows. What could not be read is in `Process.lost`.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from analysis.clocks import clocks
 from analysis.columns import COLUMNS, frame
 from analysis.errors import AnalysisError
-from analysis.lines import Loss, blocks
+from analysis.lines import blocks, tail
+from analysis.process import Process
 from analysis.scan import EVENT, METADATA, Block, scan
 from analysis.strings import ID, PAD, Strings
 
@@ -27,52 +30,11 @@ __all__ = [
     "batches",
     "files",
     "heads",
-    "launches",
     "load",
-    "offsets",
     "processes",
-    "skew",
 ]
 HEAD_BLOCKS = 100  # a barrier at the start that comes later than this is not looked for
 _SALVAGE = re.compile(rb'"name":"(\w\w)".*"args":\{"hhash":"\w*","name":"(.*)","value":"(.*)"\}\}\s*$')
-
-
-@dataclass
-class Process:
-    """One trace file and the process that wrote it."""
-
-    path: Path
-    rank: int = -1
-    local_rank: int = -1
-    world_size: int = -1
-    host: str = ""
-    role: str = ""
-    pid: int = -1
-    threads: dict[int, str] = field(default_factory=dict)  # tid -> name
-    barriers: dict[str, int] = field(default_factory=dict)  # "start", "end" -> us on this host's clock
-    events: int = 0  # as DFTracer counts them
-    first: int = 0  # us
-    last: int = 0
-    ended: bool = False  # the process closed its trace
-    expected: int = 0  # events that the process says it wrote
-    bad_lines: int = 0
-    loss: Loss = field(default_factory=Loss)
-
-    @property
-    def lost(self) -> str:
-        """What this trace lacks, as one sentence; empty when it is whole."""
-        parts = []
-        if not self.ended:
-            parts.append("no end record (killed or still running): what was not yet flushed is missing")
-        elif self.expected > self.events:
-            parts.append(f"{self.expected - self.events} of {self.expected} events missing")
-        if self.loss.cut:
-            parts.append("the gzip stream is cut")
-        if self.loss.bytes:
-            parts.append(f"{self.loss.bytes} bytes unreadable")
-        if self.bad_lines:
-            parts.append(f"{self.bad_lines} lines are not JSON")
-        return f"{self.path.name}: " + "; ".join(parts) if parts else ""
 
 
 def files(run_dir: str | Path) -> list[Path]:
@@ -169,7 +131,7 @@ def processes(run_dir: str | Path) -> list[Process]:
 
 
 def heads(run_dir: str | Path) -> list[Process]:
-    """Who wrote each trace file, by rank, from its first events; of several hosts up to the first barrier."""
+    """Who wrote each trace file, by rank, from its first events; of several hosts with both barriers."""
     strings = Strings()
     readers = [Reader(path, strings) for path in files(run_dir)]
     rest = [iter(reader) for reader in readers]
@@ -180,14 +142,30 @@ def heads(run_dir: str | Path) -> list[Process]:
             for number, _ in enumerate(blocks_of):
                 if "start" in reader.process.barriers or number == HEAD_BLOCKS:
                     break
+            for at in end_barrier(reader.process.path):
+                reader.process.barriers.setdefault("end", at)
     return ranked([reader.process for reader in readers])
+
+
+def end_barrier(path: Path) -> list[int]:
+    """When the barrier at the end was, from the file's last stretch alone."""
+    found = []
+    for line in tail(path).splitlines():
+        if b'"clock"' in line and b'"end"' in line:
+            with suppress(ValueError, KeyError, TypeError):
+                event = json.loads(line)
+                if event["args"]["when"] == "end":
+                    found.append(int(event["ts"]))
+    return found[-1:]
 
 
 def ranked(found: list[Process]) -> list[Process]:
     """In the order of ranks; traces that were not made by dlrm get the order of the files."""
-    for number, process in enumerate(found):
+    named = max((process.rank for process in found), default=-1)
+    for process in found:
         if process.rank < 0:
-            process.rank = number
+            named += 1
+            process.rank = named
     return sorted(found, key=lambda p: (p.rank, _parents_first(p.path)))
 
 
@@ -211,70 +189,14 @@ def load(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
         found.append(reader.process)
         tables.append([frame(block, strings, paths, 0, (*columns, "ts")) for block in reader])
     ranked(found)
-    shifts = offsets(found)
+    known = clocks(found)
     parts = []
     for process, own in zip(found, tables, strict=True):
         for table in own:
-            table = table.with_columns(pl.col("ts") + shifts[process.path])
+            table = known[process.path].frame(table)
             if "rank" in columns:
                 table = table.with_columns(pl.lit(process.rank, pl.Int32).alias("rank"))
             parts.append(table)
     if not parts:
         raise AnalysisError(f"{run_dir}: the traces hold no events")
     return pl.concat(parts, how="vertical").sort("ts").select(columns)
-
-
-def launches(found: Iterable[Process]) -> list[list[Process]]:
-    """The traces by the job that wrote them, in the order of time: a run that was stopped has several.
-
-    Each rank is in a job once. What forked, or has no barrier, goes with the latest job begun before it.
-    """
-    made: list[list[Process]] = []
-    starters = sorted((p for p in found if "start" in p.barriers), key=lambda p: p.barriers["start"])
-    for process in starters:
-        if not made or any(p.rank == process.rank or p.world_size != process.world_size for p in made[-1]):
-            made.append([])
-        made[-1].append(process)
-    begun = [min(p.first for p in job) for job in made]
-    for process in found:
-        if "start" not in process.barriers:
-            made = made or [[]]
-            before = [number for number, at in enumerate(begun) if at <= process.first]
-            made[max(before, default=0)].append(process)
-    return made
-
-
-def offsets(found: Iterable[Process]) -> dict[Path, int]:
-    """What to add to each trace's times so that the barrier at a job's start is one moment on every host.
-
-    Ranks of one host share its clock, so they share the offset: the median of what their barriers say.
-    """
-    return {path: shift for job in launches(list(found)) for path, shift in _offsets(job).items()}
-
-
-def _offsets(found: list[Process]) -> dict[Path, int]:
-    hosts = {p.host for p in found}
-    base = [p.barriers["start"] for p in found if "start" in p.barriers]
-    if len(hosts) < 2 or not base:
-        return {p.path: 0 for p in found}
-    first = min(found, key=lambda p: p.rank).host
-    moment = {
-        host: np.median(
-            [p.barriers["start"] for p in found if p.host == host and "start" in p.barriers] or [np.nan]
-        )
-        for host in hosts
-    }
-    reference = moment[first] if not np.isnan(moment[first]) else min(base)
-    shift = {host: 0 if np.isnan(at) else round(float(reference - at)) for host, at in moment.items()}
-    return {p.path: shift[p.host] for p in found}
-
-
-def skew(found: Iterable[Process]) -> dict[str, int]:
-    """How far the clocks were apart at each barrier, in us: over all ranks of a job, as recorded."""
-    apart: dict[str, int] = {}
-    for job in launches(list(found)):
-        for when in ("start", "end"):
-            at = [p.barriers[when] for p in job if when in p.barriers]
-            if len(at) > 1:
-                apart[when] = max(apart.get(when, 0), max(at) - min(at))
-    return apart

@@ -30,12 +30,17 @@ class Facts:
     joined: Joined
     config: dict[str, Any]
     phases: pl.DataFrame = field(init=False)
+    launches: pl.DataFrame = field(init=False)
+    launched: pl.DataFrame = field(init=False)  # phases, launch by launch, and the launch's ranks
     breakdown: pl.DataFrame = field(init=False)
     ranks: pl.DataFrame = field(init=False)
     reads: pl.DataFrame = field(init=False)  # by phase and file, start-up left out
 
     def __post_init__(self) -> None:
         self.phases = answers.phases(self.joined)
+        self.launches = progress.launches(self.joined)
+        ranks = self.launches.select("launch", "ranks")
+        self.launched = answers.phases(self.joined, "launch").join(ranks, on="launch")
         self.breakdown = answers.breakdown(self.joined)
         self.ranks = progress.ranks(self.joined)
         volume = answers.volume(self.joined, "phase", "file")
@@ -47,18 +52,28 @@ class Facts:
         return "data" in self.config and "launch" in self.config
 
     def longest(self, phase: str) -> float:
-        """Of the rank that took longest: the ranks run side by side."""
-        return float(self.phases.filter(pl.col("phase") == phase)["wall_s"].to_numpy().max(initial=0.0))
+        """Of the rank that took longest, in each launch: the ranks run side by side."""
+        found = self.launched.filter(pl.col("phase") == phase).group_by("launch").agg(pl.col("wall_s").max())
+        return float(found["wall_s"].sum())
+
+    def wall(self) -> float:
+        """Seconds that the run ran: of the rank that took longest, in each launch."""
+        of_rank = self.launched.group_by("launch", "rank").agg(pl.col("wall_s").sum())
+        return float(of_rank.group_by("launch").agg(pl.col("wall_s").max())["wall_s"].sum())
+
+    def pause(self) -> float:
+        """Seconds between the launches, in which nothing ran."""
+        return float(self.launches["not_running_before_s"].sum())
 
     def mean(self, column: str, *phases: str) -> float:
-        """Seconds per rank, on average over the ranks."""
-        found = self.phases.filter(pl.col("phase").is_in(phases)) if phases else self.phases
-        return float(found[column].sum()) / self.breakdown.height
+        """Seconds per rank, on average over the ranks of each launch."""
+        found = self.launched.filter(pl.col("phase").is_in(phases)) if phases else self.launched
+        return float((found[column] / found["ranks"]).sum())
 
     def exposed(self) -> float:
         """Seconds of I/O and of waiting for data per rank that nothing hides, start-up left out."""
-        work = self.phases.filter(pl.col("phase") != "startup")
-        return (float(work["io_s"].sum()) + float(work["wait_s"].sum())) / self.breakdown.height
+        work = self.launched.filter(pl.col("phase") != "startup")
+        return float(((work["io_s"] + work["wait_s"]) / work["ranks"]).sum())
 
     def won(self, seconds_of_all_ranks: float) -> float:
         """What less I/O brings: a rank's share of it, but no more than what is not hidden anyway."""

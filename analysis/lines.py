@@ -13,6 +13,7 @@ from typing import BinaryIO
 BLOCK = 4 << 20
 _CHUNK = 64 << 10
 _MAGIC = b"\x1f\x8b\x08"
+_TAIL = 1 << 20
 
 
 @dataclass
@@ -104,3 +105,22 @@ def _salvage(stream: "zlib._Decompress", data: bytes) -> tuple[bytes, int]:  # t
     except zlib.error:
         pass
     return good, used
+
+
+def tail(path: Path) -> bytes:
+    """The end of the text: what the whole gzip members in the file's last stretch hold."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL))
+        data = file.read()
+    if path.suffix != ".gz":
+        return data
+    text, at = b"", data.find(_MAGIC)
+    while at >= 0:
+        stream = zlib.decompressobj(31)
+        try:
+            text += stream.decompress(data[at:])
+            at = data.find(_MAGIC, len(data) - len(stream.unused_data)) if stream.eof else -1
+        except zlib.error:  # these three bytes were no header
+            at = data.find(_MAGIC, at + 1)
+    return text

@@ -114,6 +114,11 @@ const draw = {
           node("text", { x: left - 6, y: Y(t) + 4, "text-anchor": "end", class: "soft" }, svg, p.kind === "stack" ? 100 * t + "%" : num(t));
         }
         const g = node("g", { "clip-path": `url(#${id})` }, svg);
+        for (const [a, b] of s.gaps || []) {
+          node("rect", { x: X(a), y: top, width: Math.max(0, X(b) - X(a)), height: h, fill: "#ececec" }, g);
+          if (X(b) - X(a) > 90) node("text", { x: (X(a) + X(b)) / 2, y: top + h / 2 + 4, "text-anchor": "middle", class: "soft" }, g, "not running");
+        }
+        const apart = (x, y) => (s.gaps || []).some(([a, b]) => x < (a + b) / 2 && y > (a + b) / 2);
         if (p.kind === "stack") {
           const base = p.series[0].x.map(() => 0), w = p.series[0].width;
           for (const q of p.series) {
@@ -133,8 +138,8 @@ const draw = {
           let d = "";
           q.x.forEach((v, i) => {
             if (q.y[i] === null) return;
-            const y = Y(q.y[i]).toFixed(1);
-            d += q.width ? `${d ? "L" : "M"}${X(v).toFixed(1)} ${y}H${X(v + q.width).toFixed(1)}` : `${d ? "L" : "M"}${X(v).toFixed(1)} ${y}`;
+            const y = Y(q.y[i]).toFixed(1), go = d && !apart(q.x[i - 1], v) ? "L" : "M";
+            d += q.width ? `${go}${X(v).toFixed(1)} ${y}H${X(v + q.width).toFixed(1)}` : `${go}${X(v).toFixed(1)} ${y}`;
           });
           node("path", { d, fill: "none", stroke: q.color, "stroke-width": 1.6 }, g);
           if (!q.width && q.x.length < 80) q.x.forEach((v, i) => node("circle", { cx: X(v), cy: Y(q.y[i]), r: 2.4, fill: q.color }, g));
@@ -144,6 +149,7 @@ const draw = {
           const pad = node("rect", { x: left, y: top, width: W - left - right, height: h, fill: "transparent" }, svg);
           hover(pad, ev => {
             const box = svg.getBoundingClientRect(), v = view[0] + ((ev.clientX - box.left) / box.width * W - left) / (W - left - right) * (view[1] - view[0]);
+            if ((s.gaps || []).some(([a, b]) => v > a && v < b)) return `${num(v)} ${s.unit}\nnot running`;
             const lines = p.series.map(q => {
               let i = q.x.findIndex(x => x > v) - 1;
               if (i === -2) i = q.x.length - 1;

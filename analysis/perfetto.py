@@ -13,10 +13,20 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from analysis import wire
+from analysis.clocks import clocks, launches, moves, skew
 from analysis.derive import Bandwidth
 from analysis.errors import AnalysisError
-from analysis.events import Reader, heads, offsets, skew
-from analysis.tracks import FileTracks, Output, Shared, Summary, process_name, write_bandwidth, write_counter
+from analysis.events import Reader, heads, ranked
+from analysis.tracks import (
+    About,
+    FileTracks,
+    Output,
+    Shared,
+    Summary,
+    process_name,
+    write_bandwidth,
+    write_counter,
+)
 
 EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
 _NO_COUNTERS = ("step", "epoch", "time", "split", "samples")
@@ -31,19 +41,26 @@ def convert(
     processes = heads(run_dir)
     path = Path(path) if path else Path(run_dir) / (trace_name(run_dir, posix) + ".pftrace")
     summary = Summary(path)
-    shifts = offsets(processes)
-    summary.shifts = {p.host: shifts[p.path] for p in processes if shifts[p.path]}
-    begin = min((p.first + shifts[p.path] for p in processes if p.first), default=0)
+    known, jobs = clocks(processes), launches(processes)
+    summary.clocks = moves(processes, known)
+    begin = min((known[p.path].time(p.first) for p in processes if p.first), default=0)
     begin = max(0, begin - EARLIER_US)
     with published(path) as file:
         shared = Shared(Output(file), summary, posix, begin, Bandwidth(begin))
         done = []
-        pids = [shared.unique(process.pid) for process in processes]
-        for process, pid in zip(processes, pids, strict=True):
-            shared.out.write(wire.early_process(pid, process_name(process)))
-        for order, (process, pid) in enumerate(zip(processes, pids, strict=True)):
+        shown = [
+            (process, process_name(process, number if len(jobs) > 1 else 0))
+            for number, job in enumerate(jobs, 1)
+            for process in ranked(job)
+        ]
+        abouts = [
+            About(shared.unique(process.pid), name, order) for order, (process, name) in enumerate(shown)
+        ]
+        for about in abouts:
+            shared.out.write(wire.early_process(about.pid, about.name))
+        for (process, _), about in zip(shown, abouts, strict=True):
             reader = Reader(process.path, shared.strings, shared.paths)
-            tracks = FileTracks(shared, process, pid, reader, shifts[process.path], order)
+            tracks = FileTracks(shared, process, reader, known[process.path], about)
             for block in reader:
                 tracks.add(block)
                 if progress:

@@ -2,15 +2,15 @@
 page.js draws. Nothing is computed here but positions and labels. None when there is nothing to show."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import polars as pl
 
-from analysis.page import Spec, seconds, size
+from analysis.page import Spec, size
 from analysis.stages import KINDS
 from analysis.tables.answers import PARTS
-from analysis.tables.calls import with_us
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too
 COLORS = {
@@ -22,6 +22,7 @@ DARK = ("communication", "io", "wait", "checkpoint", "evaluate", "compute", "bar
 READ, WRITE, THIRD = "#0072b2", "#d55e00", "#009e73"
 CYCLE = ("#f0c14b", "#56b4e9", "#009e73", "#e6a0c4", "#d55e00", "#0072b2", "#999999", "#b3de69", "#9970ab")
 MAX_ROWS = 64
+Gaps = Sequence[tuple[float, float]]  # from when to when nothing ran
 
 
 def where(breakdown: pl.DataFrame) -> Spec | None:
@@ -67,7 +68,7 @@ def hidden(phases: pl.DataFrame) -> Spec | None:
     return _rows(rows, colors, left=150)
 
 
-def over_time(timeline: pl.DataFrame, curves: pl.DataFrame) -> Spec | None:
+def over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> Spec | None:
     if not len(timeline):
         return None
     at, width = timeline["at_s"].to_list(), timeline["width_s"][0]
@@ -97,8 +98,8 @@ def over_time(timeline: pl.DataFrame, curves: pl.DataFrame) -> Spec | None:
                     "zero": name != "loss",
                 }
             )
-    panels += _auroc(curves)
-    return {"type": "time", "panels": panels, "unit": "s"}
+    panels += _auroc(curves) + _tables_in_files(curves)
+    return {"type": "time", "panels": panels, "unit": "s", "gaps": list(gaps)}
 
 
 def _auroc(curves: pl.DataFrame) -> list[dict]:
@@ -111,86 +112,31 @@ def _auroc(curves: pl.DataFrame) -> list[dict]:
     return [{"label": "AUROC", "unit": "", "kind": "line", "series": series, "zero": False}] if series else []
 
 
-def rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
-    """Bytes moved per rank over time."""
-    if not len(rates) or rates["rank"].n_unique() < 2:
-        return None
-    width = int(rates["width_us"][0])
-    table = rates.group_by("rank", "bin").agg(pl.col("bytes").sum())
-    first, last = int(table["bin"].to_numpy().min()), int(table["bin"].to_numpy().max())
-    step = max(1, math.ceil((last - first + 1) / 150))
-    ranks = table["rank"].unique().sort().to_list()[:MAX_ROWS]
-    values = {rank: [0.0] * ((last - first) // step + 1) for rank in ranks}
-    for rank, bin_, moved in table.filter(pl.col("rank").is_in(ranks)).iter_rows():
-        values[rank][(bin_ - first) // step] += moved / (width * step)
-    return {
-        "type": "heat", "rows": [f"rank {r}" for r in ranks], "values": [values[r] for r in ranks],
-        "unit": "MB/s", "from": (first * width - begin_us) / 1e6, "width": width * step / 1e6,
-    }  # fmt: skip
+CACHE = (
+    ("cache hit rate", "", ("cache_hit_rate",)),
+    ("evictions per step", "rows", ("cache_evictions",)),
+    ("tables' files, per step", "MB", ("store_bytes_read", "store_bytes_written")),
+)
 
 
-def request_sizes(sizes: pl.DataFrame) -> Spec | None:
-    return _histogram(sizes, "count", "requests", True)
+def _tables_in_files(curves: pl.DataFrame) -> list[dict]:
+    """Of training; runs whose tables are all in memory have none of it."""
+    panels = []
+    for label, unit, names in CACHE:
+        series = [
+            {
+                "name": name.replace("_", " "), "color": color, "x": found["at_s"].to_list(),
+                "y": (found["value"] / (1e6 if unit == "MB" else 1)).to_list(),
+            }
+            for name, color in zip(names, (READ, WRITE), strict=False)
+            if len(found := curves.filter((pl.col("name") == name) & pl.col("split").is_null()))
+        ]  # fmt: skip
+        if series:
+            panels.append({"label": label, "unit": unit, "kind": "line", "series": series, "zero": True})
+    return panels
 
 
-def request_bytes(sizes: pl.DataFrame) -> Spec | None:
-    return _histogram(sizes.with_columns(pl.col("bytes") / 1e6), "bytes", "MB", False)
-
-
-def _histogram(sizes: pl.DataFrame, column: str, unit: str, log: bool) -> Spec | None:
-    table = sizes.group_by("op", "bucket").agg(pl.col(column).sum())
-    if not len(table):
-        return None
-    buckets = list(range(table["bucket"].to_numpy().min(), table["bucket"].to_numpy().max() + 1))
-    series = []
-    for op, color in (("read", READ), ("write", WRITE)):
-        found = dict(table.filter(pl.col("op") == op).select("bucket", column).iter_rows())
-        if found:
-            series.append({"name": op, "color": color, "y": [found.get(b, 0) for b in buckets]})
-    labels = ["0" if b < 0 else binary(b) for b in buckets]
-    return {
-        "type": "columns",
-        "labels": labels,
-        "series": series,
-        "yunit": unit,
-        "xunit": "bytes per request, from this power of two up to the next",
-        "log": log,
-    }
-
-
-def binary(power: int) -> str:
-    return f"{2 ** (power % 10)}{('', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi')[power // 10]}"
-
-
-def latency(latencies: pl.DataFrame) -> Spec | None:
-    """How long operations took: read, write, and all the others, by powers of two of microseconds."""
-    if not len(latencies):
-        return None
-    op, us = pl.col("op"), pl.col("us")
-    octave = pl.when(us < 1).then(-1).otherwise(us.clip(1).log(2).floor()).cast(pl.Int64)
-    table = with_us(latencies).with_columns(
-        pl.when(op.is_in(["read", "write"])).then(op).otherwise(pl.lit("metadata")).alias("group"),
-        octave.alias("octave"),
-    )
-    table = table.group_by("group", "octave").agg(pl.col("count").sum())
-    octaves = list(range(table["octave"].to_numpy().min(), table["octave"].to_numpy().max() + 1))
-    series = []
-    for group, color in (("read", READ), ("write", WRITE), ("metadata", THIRD)):
-        found = dict(table.filter(pl.col("group") == group).select("octave", "count").iter_rows())
-        if found:
-            series.append({"name": group, "color": color, "y": [found.get(o, 0) for o in octaves]})
-    labels = ["<1 us" if o < 0 else seconds(2.0**o / 1e6) for o in octaves]
-    return {
-        "type": "columns",
-        "labels": labels,
-        "series": series,
-        "yunit": "operations",
-        "xunit": "time of one operation, from this up to twice it",
-        "log": True,
-    }
-
-
-def step_times(steps: pl.DataFrame, begin_us: int) -> Spec | None:
+def step_times(steps: pl.DataFrame, begin_us: int, gaps: Gaps = ()) -> Spec | None:
     if not len(steps):
         return None
     table = steps.gather_every(math.ceil(len(steps) / 4000))
@@ -213,6 +159,7 @@ def step_times(steps: pl.DataFrame, begin_us: int) -> Spec | None:
     return {
         "type": "time",
         "unit": "s",
+        "gaps": list(gaps),
         "panels": [
             {
                 "label": "ms per step, slowest rank",
@@ -259,11 +206,11 @@ def startup(table: pl.DataFrame) -> Spec | None:
     names = [n for n in table["part"].unique(maintain_order=True) if n != "between"]
     colors = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
     rows = []
-    for (rank,), group in table.drop_nulls("at_s").group_by("rank", maintain_order=True):
-        rows.append(
-            {"label": f"rank {rank}", "parts": list(group.select("part", "at_s", "seconds").iter_rows())}
-        )
-    return _rows(rows[:MAX_ROWS], colors, gantt=True)
+    several = table["launch"].n_unique() > 1
+    for (launch, rank), group in table.drop_nulls("at_s").group_by("launch", "rank", maintain_order=True):
+        label = f"rank {rank}, launch {launch}" if several else f"rank {rank}"
+        rows.append({"label": label, "parts": list(group.select("part", "at_s", "seconds").iter_rows())})
+    return _rows(rows[:MAX_ROWS], colors, left=150 if several else 110, gantt=True)
 
 
 def files(volume: pl.DataFrame, n: int = 20) -> Spec | None:

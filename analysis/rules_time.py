@@ -64,14 +64,17 @@ def startup(f: Facts) -> Finding | None:
     table, wall = progress.startup(f.joined), f.mean("wall_s")
     if not len(table):
         return None
-    first = float(table.group_by("rank").agg(pl.col("seconds").sum())["seconds"].to_numpy().max())
-    parts = table.filter(pl.col("part") != "first step").group_by("part").agg(pl.col("seconds").max())
+    jobs = f.launches.height
+    first = _slowest(table.group_by("launch", "rank").agg(pl.col("seconds").sum()))
+    of_parts = table.filter(pl.col("part") != "first step").group_by("launch", "part")
+    parts = of_parts.agg(pl.col("seconds").max()).group_by("part").agg(pl.col("seconds").sum())
     if first < 0.1 * wall or not len(parts):
         return None
     part, long = parts.sort("seconds", descending=True).row(0)
     calls = f"; file calls are {seconds(f.mean('io_s', 'startup'))} per rank" if f.joined.calls else ""
     text = (
-        f"The first step ends after {seconds(first)}, {first / wall:.0%} of the run; {part} takes "
+        f"{'The first step ends' if jobs == 1 else f'The first steps of {jobs} launches end'} after "
+        f"{seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; {part} takes "
         f"{seconds(long)} of it{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
@@ -79,6 +82,11 @@ def startup(f: Facts) -> Finding | None:
         remedy = "Put the environment on node-local storage; it is paid once per job, so run longer jobs."
     evidence = {"first_step_s": first, "part": part, "part_s": long}
     return Finding("startup", long, text, remedy, evidence)
+
+
+def _slowest(table: pl.DataFrame) -> float:
+    """Of each launch the rank that took longest, added up."""
+    return float(table.group_by("launch").agg(pl.col("seconds").max())["seconds"].sum())
 
 
 def checkpoint(f: Facts) -> Finding | None:
@@ -100,11 +108,11 @@ def late_steps(f: Facts) -> Finding | None:
     if len(table) < 20:
         return None
     late = progress.outliers(f.joined, times=3.0, n=len(table))
-    first = table.group_by("rank").agg(pl.col("ts").min())["ts"]
+    first = table.group_by("launch", "rank").agg(pl.col("ts").min())["ts"]
     late = late.filter(~pl.col("ts").is_in(first.to_list()))  # a first step warms up
     if not len(late):
         return None
-    by_step = late.group_by("epoch", "step").agg(pl.col("excess_us").max(), pl.col("why").first())
+    by_step = late.group_by("launch", "epoch", "step").agg(pl.col("excess_us").max(), pl.col("why").first())
     lost = float(by_step["excess_us"].sum()) / 1e6
     if lost < 0.02 * f.mean("wall_s", *TRAIN):
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from analysis.events import skew
+from analysis.clocks import clocks, moves, skew
 from analysis.tables.gather import Joined, Map, gather, on_threads
 
 
@@ -73,14 +73,21 @@ def _lines(path: Path, notes: list[str]) -> pl.DataFrame:
 def _notes(joined: Joined, ours: bool) -> list[str]:
     notes = [process.lost + "." for process in joined.processes if process.lost]
     shown = notes[:8] + ([f"{len(notes) - 8} more traces are incomplete."] if len(notes) > 8 else [])
-    there = {p.rank for p in joined.processes}
-    world = max((p.world_size for p in joined.processes), default=-1)
-    if lacking := sorted(set(range(world)) - there):
-        names = ", ".join(map(str, lacking[:10])) + ("..." if len(lacking) > 10 else "")
+    several = len(joined.launches) > 1
+    if several:
         shown.append(
-            f"The run had {world} ranks; there is no trace of rank {names}. Sums and means are over the "
-            f"others."
+            f"The run was launched {len(joined.launches)} times. Each launch has its own clock and start-up; "
+            "times are added up over them, and the time between them counts as nothing."
         )
+    world = -1
+    for number, job in enumerate(joined.launches, 1):
+        world = max((p.world_size for p in job), default=-1)
+        if lacking := sorted(set(range(world)) - {p.rank for p in job}):
+            names = ", ".join(map(str, lacking[:10])) + ("..." if len(lacking) > 10 else "")
+            shown.append(
+                f"{f'Launch {number}' if several else 'The run'} had {world} ranks; there is no trace of "
+                f"rank {names}. Sums and means are over the others."
+            )
     empty = [p.path.name for p in joined.processes if p.events == 0]
     if empty:
         shown.append(
@@ -96,6 +103,8 @@ def _notes(joined: Joined, ours: bool) -> list[str]:
     if apart and len({p.host for p in joined.processes}) > 1:
         told = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
         shown.append(
-            f"The ranks' clocks were apart by {told}; times here are set right by the barrier at the start."
+            f"The ranks' clocks were apart by {told}; times here are set right by these barriers: "
+            + ("; ".join(moves(joined.processes, clocks(joined.processes))) or "nothing to move")
+            + "."
         )
     return shown

@@ -2,14 +2,25 @@
 
 import polars as pl
 
-from analysis import plots
+from analysis import plots, plots_io
 from analysis.facts import Facts
 from analysis.page import Entry
 from analysis.run import Run
 from analysis.stages import KINDS
 from analysis.tables import answers, progress
 
-KEPT = "rank", "epoch", "step", "batch", "wall_us", "excess_us", "why", *(f"{k}_us" for k in KINDS), "ts"
+KEPT = (
+    "launch",
+    "rank",
+    "epoch",
+    "step",
+    "batch",
+    "wall_us",
+    "excess_us",
+    "why",
+    *(f"{k}_us" for k in KINDS),
+    "ts",
+)
 
 
 def entries(run: Run, facts: Facts) -> list[Entry]:
@@ -18,8 +29,13 @@ def entries(run: Run, facts: Facts) -> list[Entry]:
 
 def _time(run: Run, facts: Facts) -> list[Entry]:
     j = run.joined
-    timeline, curves = progress.timeline(j), progress.curves(j, run.metrics)
+    timeline, curves, gaps = progress.timeline(j), progress.curves(j, run.metrics), progress.gaps(j)
     return [
+        Entry(
+            "Time", "Launches", facts.launches if facts.launches.height > 1 else None, None,
+            "The run was stopped and went on. What lies between two launches counts as nothing: not as I/O, "
+            "not as waiting.", "launches",
+        ),
         Entry(
             "Time", "Where each rank's time went", facts.breakdown, plots.where(facts.breakdown),
             "Seconds of wall clock. Training is cut by what its main thread did: I/O and waiting for "
@@ -35,7 +51,7 @@ def _time(run: Run, facts: Facts) -> list[Entry]:
             "phases",
         ),
         Entry(
-            "Time", "Over the run", timeline, plots.over_time(timeline, curves),
+            "Time", "Over the run", timeline, plots.over_time(timeline, curves, gaps),
             "All ranks on one clock. Drag to zoom, double-click to see all again.", "timeline",
         ),
         Entry("Time", "By epoch", answers.epochs(j), None, "Training, added up over the ranks.", "epochs"),
@@ -53,7 +69,7 @@ def _steps(run: Run, facts: Facts) -> list[Entry]:
     steps = progress.steps(j)
     return [
         Entry(
-            "Steps", "Time of each step", steps, plots.step_times(steps, run.begin_us),
+            "Steps", "Time of each step", steps, plots.step_times(steps, run.begin_us, progress.gaps(j)),
             "On the slowest rank. Point at a step for what it did; drag to zoom.", "steps",
         ),
         Entry(
@@ -97,7 +113,8 @@ def _io(run: Run) -> list[Entry]:
         Entry("I/O", "By host", answers.volume(j, "host"), None, "", "io_hosts"),
         Entry("I/O", "By epoch", answers.volume(j, "epoch").drop_nulls("epoch"), None, "", "io_epochs"),
         Entry(
-            "I/O", "Rank by time", None, plots.rank_heat(j["rates"], run.begin_us), "MB/s read and written."
+            "I/O", "Rank by time", None, plots_io.rank_heat(j["rates"], run.begin_us),
+            "MB/s read and written.",
         ),
         Entry(
             "I/O", "Files", files, plots.files(files),
@@ -111,12 +128,12 @@ def _requests(run: Run) -> list[Entry]:
     sizes = answers.sizes(j, "phase").filter(pl.col("phase") != "startup")
     return [
         Entry(
-            "Requests", "Sizes", sizes, plots.request_sizes(sizes),
+            "Requests", "Sizes", sizes, plots_io.request_sizes(sizes),
             "Number of reads and writes by size, start-up left out.", "sizes",
         ),
-        Entry("Requests", "Bytes by request size", None, plots.request_bytes(sizes), "Where the bytes go."),
+        Entry("Requests", "Bytes by size", None, plots_io.request_bytes(sizes), "Where the bytes go."),
         Entry(
-            "Requests", "Operations", answers.operations(j), plots.latency(j["latencies"]),
+            "Requests", "Operations", answers.operations(j), plots_io.latency(j["latencies"]),
             "Time of one operation. Percentiles are exact below 256 us, else within "
             "1%.", "operations", show=True,
         ),

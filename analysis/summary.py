@@ -17,14 +17,15 @@ def headline(run: Run, facts: Facts) -> list[Row]:
     """The numbers that a run is judged by."""
     j, p = run.joined, facts.phases
     train = p.filter(pl.col("phase").is_in(["train", "run"]))
-    wall = float(facts.breakdown["wall"].max() or 0)  # type: ignore[arg-type]
     train_s, stall = (
         facts.mean("wall_s", "train", "run"),
         facts.mean("wait_s", "train", "run") + facts.mean("io_s", "train", "run"),
     )
     io, bare = float(train["io_all_s"].sum()), float(train["io_bare_s"].sum())
     volume = answers.volume(j, "phase")
-    rows: list[Row] = [("wall time", wall, seconds(wall), -1)]
+    rows: list[Row] = [("wall time", facts.wall(), seconds(facts.wall()), -1)]
+    if facts.launches.height > 1:
+        rows.append(("not running between launches", facts.pause(), seconds(facts.pause()), -1))
     if speed := run.results.get("samples_per_second"):
         rows.append(("samples per second", speed, f"{speed:,.0f}", 1))
     if (auroc := run.results.get("test_auroc")) is not None:
@@ -39,7 +40,7 @@ def headline(run: Run, facts: Facts) -> list[Row]:
     if io:
         rows.append(("I/O hidden while training", 1 - bare / io, f"{1 - bare / io:.1%}", 1))
     if len(j["steps"]):
-        first = progress.startup(j).group_by("rank").agg(pl.col("seconds").sum())["seconds"].max()
+        first = progress.startup(j).group_by("launch", "rank").agg(pl.col("seconds").sum())["seconds"].max()
         step = progress.steps(j)["wall_us"]
         rows += [
             ("first step ends after", first, seconds(first), -1),  # type: ignore[arg-type]
@@ -67,6 +68,7 @@ def summary(run: Run, facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "headline": {name: value for name, value, _, _ in headline(run, facts)},
         "findings": [finding.as_dict() for finding in found],
         "notes": run.notes,
+        "launches": facts.launches.to_dicts(),
         "breakdown_s": facts.breakdown.to_dicts(),
         "phases_s": facts.phases.to_dicts(),
         "io_by_phase": answers.volume(j, "phase").to_dicts(),
@@ -85,6 +87,12 @@ def text(run: Run, facts: Facts, found: list[Finding]) -> str:
         "",
     ]
     lines += [f"  {name:<32}{told:>14}" for name, _, told, _ in headline(run, facts)]
+    for row in facts.launches.iter_rows(named=True) if facts.launches.height > 1 else ():
+        lines.append(
+            f"  launch {row['launch']}: {number(row['ranks'], 'rank')}, {seconds(row['wall_s'])} from "
+            f"{seconds(row['at_s'])} on, {number(row['steps'], 'step')}"
+            + (f"; {seconds(p)} not running before" if (p := row["not_running_before_s"]) else "")
+        )
     used = [part for part in PARTS if facts.breakdown[part].sum() > 0]
     lines += ["", "  seconds      " + "".join(f"{part:>14}" for part in used)]
     for row in facts.breakdown.head(32).iter_rows(named=True):

@@ -7,11 +7,13 @@ from typing import BinaryIO
 import numpy as np
 
 from analysis import wire
+from analysis.clocks import Clock
 from analysis.columns import resolve
 from analysis.deflate import deflate
 from analysis.derive import Bandwidth, Flows, moved, values_of
-from analysis.events import Process, Reader
+from analysis.events import Reader
 from analysis.nest import Lane
+from analysis.process import Process
 from analysis.scan import EVENT, INLINE, STRING, Block
 from analysis.strings import ID, Strings
 
@@ -30,7 +32,7 @@ class Summary:
     unresolved: int = 0  # arguments that name a file by a hash without a record
     lost: list[str] = field(default_factory=list)
     skew: dict[str, int] = field(default_factory=dict)  # between ranks at a barrier, us
-    shifts: dict[str, int] = field(default_factory=dict)  # host -> us added to its times
+    clocks: list[str] = field(default_factory=list)  # how hosts' times were moved
 
 
 class Output:
@@ -119,24 +121,33 @@ class Track:
     lanes: list[tuple[int, Lane]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class About:
+    """How a process is shown."""
+
+    pid: int
+    name: str
+    order: int
+
+
 class FileTracks:
     """One process: feed it the blocks of its trace file."""
 
     def __init__(
-        self, shared: Shared, process: Process, pid: int, reader: Reader, shift: int, order: int
+        self, shared: Shared, process: Process, reader: Reader, clock: Clock, about: "About"
     ) -> None:
-        self.shared, self.process, self.reader, self.shift = shared, process, reader, shift
-        self.uuid, self.pid = shared.new_uuid(), pid
+        self.shared, self.process, self.reader, self.clock = shared, process, reader, clock
+        self.uuid, self.pid = shared.new_uuid(), about.pid
         self.tracks: dict[int, Track] = {}
         self.counters: dict[int, int] = {}
-        self.flows = Flows(order + 1)
-        self.bandwidth = Bandwidth(process.first + shift)
+        self.flows = Flows(about.order + 1)
+        self.bandwidth = Bandwidth(clock.time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
-        shared.out.write(wire.process(self.uuid, self.pid, process_name(process), labels, order))
+        shared.out.write(wire.process(self.uuid, self.pid, about.name, labels, about.order))
 
     def add(self, block: Block) -> None:
         shared = self.shared
-        block.ts += self.shift
+        block.ts, block.dur = self.clock.spans(block.ts, block.dur)
         keep = (block.ph == EVENT) & (block.cat != ID["dftracer"])
         if shared.posix:
             keep &= (block.cat == ID["POSIX"]) | (block.cat == ID["STDIO"])
@@ -264,8 +275,10 @@ class FileTracks:
             write_counter(self.shared, self.counters[number], block.ts[mine], values[mine])
 
 
-def process_name(process: Process) -> str:
+def process_name(process: Process, launch: int = 0) -> str:
+    """launch: which one it was, of a run that was stopped and went on."""
     name = f"rank {process.rank}" + (f" on {process.host}" if process.host else "")
+    name += f", launch {launch}" if launch else ""
     return name + (f", worker {process.pid}" if process.role == "worker" else "")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import traced
+from made_traces import Made
 
 from analysis import check
 from analysis.derive import READ, WRITE
@@ -77,7 +78,7 @@ def test_every_byte_that_strace_sees(tmp_path: Path) -> None:
     seen = by_strace(log.read_text(), names)
     for name, before in (("data.bin", 300_000), ("array.npy", 40_128)):  # written before the trace began
         assert seen.pop((WRITE, str(run / name))) == before
-    traced_bytes, processes = check.by_rank(run)
+    [(processes, traced_bytes)] = check.by_launch(run)
     assert set(traced_bytes) == {0} and len(processes) == 2  # the worker's bytes are its rank's
     mine = {key: value for key, value in traced_bytes[0].items() if key[1] in names and value}
     assert mine == dict(seen)
@@ -119,6 +120,25 @@ def test_a_single_byte_is_missed(run: Path, capsys: pytest.CaptureFixture[str], 
     out = capsys.readouterr().out
     assert "NOT every byte" in out and f"coverage {share}" in out
     assert f"rank 1: {run / 'data1.bin'}: read {6000 + by:,} bytes, traced 6,000" in out
+
+
+def test_killed_before_results(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own spans are what there is to hold the calls against; a file that no call touched is missed."""
+    from analysis.__main__ import main
+
+    (run / "results.json").unlink()
+    assert main(["check", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "launch 1 left no results.json" in out and "coverage 100.0%" in out
+    rows, _ = check.check(run)
+    assert {(row.rank, row.file, row.said, row.traced) for row in rows} == {
+        (rank, str(run / f"data{rank}.bin"), 6000, 6000) for rank in range(2)
+    }
+    made = Made(2, 3)
+    made.span("data", "read", 10, 5, file="/data/mapped.npy", bytes=500)
+    made.write(run)
+    assert main(["check", str(run)]) == 1
+    assert "rank 2: /data/mapped.npy: read 500 bytes, traced 0" in capsys.readouterr().out
 
 
 def test_bad_results(run: Path) -> None:

@@ -6,10 +6,14 @@ import random
 from pathlib import Path
 
 import pytest
+import trace_processor
 import traced
+from made_traces import Made
 
-from analysis import events
+from analysis import clocks, events, perfetto
 from analysis.errors import AnalysisError
+from analysis.process import Process
+from analysis.tables.gather import gather
 
 
 def event(**fields: object) -> dict:
@@ -198,16 +202,70 @@ def test_hosts_meet_at_the_barrier(tmp_path: Path) -> None:
             ],
         )
     found = events.processes(tmp_path)
-    assert events.skew(found) == {"start": 5004, "end": 5004}
-    shifts = events.offsets(found)
-    assert [shifts[p.path] for p in found] == [
-        0,
-        0,
-        -5000,
-        -5000,
-    ]  # one offset per host: its ranks share a clock
+    assert clocks.skew(found) == {"start": 5004, "end": 5004}
+    known = clocks.clocks(found)  # one offset per host: its ranks share a clock
+    assert [known[p.path].shift for p in found] == [0, 0, -5000, -5000]
+    assert [known[p.path].drift for p in found] == [0, 0, 0, 0]
     table = events.load(tmp_path).filter(events.pl.col("name") == "read")
     assert table["ts"].to_list() == [20_000, 20_000, 20_003, 20_004]
+
+
+def test_a_clock_that_goes_wrong_is_set_right_along_the_way(tmp_path: Path) -> None:
+    """Host b is 40 ms ahead and gains 20 us a second; ten steps that both ranks take at the same moments."""
+    for rank, host, ahead, gain in ((0, "a", 0, 0), (1, "b", 40_000, 20)):
+        made = Made(rank, 2, host)
+
+        def told(at: int, ahead: int = ahead, gain: int = gain) -> int:
+            return at + ahead + at * gain // 1_000_000
+
+        made.span("clock", "barrier", told(1_000_000), 0, when="start")
+        begin, end = told(1_200_000), told(10_950_000)
+        for step in range(10):
+            at, until = told(1_000_000 * step + 1_500_000), told(1_000_000 * step + 1_900_000)
+            made.span("torchrec", "forward", at + 5, until - at - 5, step=step)
+            made.span("train", "step", at, until - at, epoch=0, step=step)
+        made.span("train", "epoch", begin, end - begin, epoch=0)
+        made.span("clock", "barrier", told(11_000_000), 0, when="end")
+        made.write(tmp_path)
+    known = {clock.drift: clock for clock in clocks.clocks(events.heads(tmp_path)).values()}
+    assert set(known) == {0, -200} and known[-200].rate == pytest.approx(-20e-6, rel=1e-3)
+    begun = {}
+    for table in (events.load(tmp_path), gather(tmp_path)["steps"].rename({"wall_us": "dur"})):
+        if "name" in table.columns:
+            table = table.filter((table["cat"] == "train") & (table["name"] == "step"))
+        one, two = (table.filter(table["rank"] == rank).sort("ts") for rank in (0, 1))
+        assert len(one) == 10 and (one["ts"] - two["ts"]).abs().max() <= 1  # type: ignore[operator]
+        assert (one["dur"] - two["dur"]).abs().max() <= 2  # type: ignore[operator]
+        begun[len(begun)] = two["ts"].to_list()
+    assert begun[0] == begun[1]
+    summary = perfetto.convert(tmp_path)
+    assert summary.moved == 0  # what was inside another slice still is
+    assert summary.clocks == [
+        "clock of b: moved by -40020 us to meet the barrier at the start, "
+        "by -200 us more towards the end (-20 us per s)"
+    ]
+    with trace_processor.opened(summary.path) as trace:
+        sql = "select ts from slice join thread_track t on track_id = t.id join thread using (utid) "
+        sql += "join process using (upid) where slice.name = 'step' and process.name like '{}%' order by ts"
+        one, two = (trace.rows(sql.format(name)) for name in ("rank 0", "rank 1"))
+        assert len(one) == 10
+        assert all(abs(a - b) <= 1000 for (a,), (b,) in zip(one, two, strict=True))
+
+
+def test_the_barrier_at_the_end_is_found_from_the_file_s_end_alone(tmp_path: Path) -> None:
+    """Members as DFTracer writes them, more than is looked at; and bytes that look like a header."""
+    noise = random.Random(1).randbytes(3000).replace(b"\n", b"").hex()
+    members = [
+        gzip.compress((json.dumps(event(ts=number, args={"x": noise + str(number)})) + "\n").encode(), 0)
+        for number in range(400)
+    ]
+    end = json.dumps(event(cat="clock", name="barrier", ts=77_000, args={"when": "end"})) + "\n"
+    path = tmp_path / "t.pfw.gz"
+    path.write_bytes(b"".join(members) + gzip.compress(b"\x1f\x8b\x08\n" + end.encode(), 0))
+    assert path.stat().st_size > 2 << 20
+    assert events.end_barrier(path) == [77_000]
+    path.write_bytes(b"".join(members))
+    assert events.end_barrier(path) == []
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -220,15 +278,17 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 def test_a_run_that_went_on_has_several_jobs() -> None:
     """Stopped, and run again on other machines ten minutes later: a barrier for each job."""
 
-    def began(rank: int, host: str, at: int, name: str) -> events.Process:
-        return events.Process(Path(name), rank, world_size=2, host=host, first=at - 5, barriers={"start": at})
+    def began(rank: int, host: str, at: int, name: str) -> Process:
+        return Process(Path(name), rank, world_size=2, host=host, first=at - 5, barriers={"start": at})
 
     one = [began(0, "a", 1000, "one0"), began(1, "b", 1030, "one1")]
     two = [began(0, "c", 600_001_000, "two0"), began(1, "d", 600_001_007, "two1")]
-    worker = events.Process(Path("worker"), 1, world_size=2, host="d", first=600_002_000)
+    worker = Process(Path("worker"), 1, world_size=2, host="d", role="worker", first=600_002_000)
     found = [two[1], one[0], worker, two[0], one[1]]
-    jobs = [{p.path.name for p in job} for job in events.launches(found)]
+    jobs = [{p.path.name for p in job} for job in clocks.launches(found)]
     assert jobs == [{"one0", "one1"}, {"two0", "two1", "worker"}]
-    shifts = {path.name: shift for path, shift in events.offsets(found).items()}
+    shifts = {path.name: clock.shift for path, clock in clocks.clocks(found).items()}
     assert shifts == {"one0": 0, "one1": -30, "two0": 0, "two1": -7, "worker": -7}
-    assert events.skew(found) == {"start": 30}
+    assert clocks.skew(found) == {"start": 30}
+    told = clocks.moves(found, clocks.clocks(found))
+    assert told[0].startswith("clock of b in launch 1: moved by -30 us")

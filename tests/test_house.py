@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "dlrm": [
-        ["errors", "ranks", "segments"],
+        ["errors", "ranks", "segments", "later"],
         ["exchange", "criteo", "config", "presets", "trace", "signals", "walltime"],
         ["bert_config"],
         ["entry"],
@@ -19,7 +19,7 @@ FLOORS = {
         ["model"],
         ["auroc", "checkpoint", "mlperf", "sets", "bert_sets", "advice", "amp"],
         ["loop"],
-        ["keeper", "resume"],
+        ["keeper", "resume", "assembly"],
         ["job"],
         ["bert_job"],
         ["train", "bench", "bert4rec"],

@@ -262,7 +262,7 @@ def test_hosts_whose_clocks_disagree(tmp_path: Path) -> None:
 
 
 def test_forked_worker_without_hashes_of_its_own(tmp_path: Path) -> None:
-    parent, child = training(0, 1), Made(0, 1, pid=500)
+    parent, child = training(0, 1), Made(0, 1, pid=500, role="worker")
     child.files = dict(parent.files)
     child.posix("pread64", 20_000, 10, "/data/day_0_sparse.npy", ret=5, offset=0)
     child.write(tmp_path)

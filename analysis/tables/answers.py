@@ -26,10 +26,11 @@ def counted(*names: str) -> list[pl.Expr]:
 SECONDS = pl.col("us").sum().truediv(S).alias("seconds")
 
 
-def phases(j: Joined) -> pl.DataFrame:
+def phases(j: Joined, *by: str) -> pl.DataFrame:
     """Per rank and phase: seconds of wall clock, by kind, and of I/O hidden and bare."""
-    sums = j["time"].group_by("rank", "phase").agg(pl.col("ts").min(), pl.col(*MEASURES).sum())
-    return sums.sort("rank", "ts").select("rank", "phase", *in_seconds(*MEASURES))
+    keys = (*by, "rank", "phase")
+    sums = j["time"].group_by(keys).agg(pl.col("ts").min(), pl.col(*MEASURES).sum())
+    return sums.sort(*keys[:-1], "ts").select(*keys, *in_seconds(*MEASURES))
 
 
 def epochs(j: Joined) -> pl.DataFrame:

@@ -1,5 +1,7 @@
 """All ranks of a run -> joined tables. One rank at a time is in memory (two, on two threads).
 
+A run that was stopped and went on has several launches: each rank of each launch is read by itself.
+
 `part` is the unit of work: it needs the files of one rank and nothing else, so a Dask cluster can do it.
 """
 
@@ -11,27 +13,31 @@ from pathlib import Path
 
 import polars as pl
 
+from analysis.clocks import Clock, clocks, launches
 from analysis.errors import AnalysisError
-from analysis.events import Process, files, offsets
+from analysis.events import heads, ranked
+from analysis.process import Process
 from analysis.tables.calls import io, told
-from analysis.tables.read import head, read_rank
+from analysis.tables.read import read_rank
 from analysis.tables.times import times
 
+OF_A_LAUNCH = ("time", "steps", "marks")  # tables whose rows say their launch
 Map = Callable[..., Iterable["Part"]]
 
 
 @dataclass
 class Job:
-    """The traces of one rank and what to add to their times."""
+    """The traces of one rank in one launch, and what to do to their times."""
 
     rank: int
     files: list[Path]
-    shift: int = 0
+    clock: Clock = Clock()
+    launch: int = 1
 
 
 @dataclass
 class Part:
-    """All that is kept of one rank."""
+    """All that is kept of one rank in one launch."""
 
     processes: list[Process]
     tables: dict[str, pl.DataFrame] = field(default_factory=dict)
@@ -42,34 +48,34 @@ class Part:
 
 @dataclass
 class Joined:
-    """The tables of all ranks, one below the other, and the processes that wrote the traces."""
+    """The tables of all ranks, one below the other, and the processes that wrote the traces, by launch."""
 
-    processes: list[Process]
+    launches: list[list[Process]]
     tables: dict[str, pl.DataFrame]
     events: int
     calls: int
+
+    @property
+    def processes(self) -> list[Process]:
+        return sorted((p for job in self.launches for p in job), key=lambda p: (p.rank, p.path.name))
 
     def __getitem__(self, name: str) -> pl.DataFrame:
         return self.tables[name]
 
 
 def jobs(run_dir: str | Path) -> list[Job]:
-    found = [head(path) for path in files(run_dir)]
-    shifts = offsets(found)
-    by_rank: dict[int, list[Process]] = {}
-    named = max((p.rank for p in found), default=-1)
-    for process in sorted(found, key=lambda p: (p.rank < 0, p.rank, p.path.name)):
-        if process.rank < 0:  # not traced by us: each process is a rank of its own
-            named += 1
-            process.rank = named
-        by_rank.setdefault(process.rank, []).append(process)
-    return [
-        Job(rank, [p.path for p in group], shifts[group[0].path]) for rank, group in sorted(by_rank.items())
-    ]
+    found = heads(run_dir)
+    known, made = clocks(found), []
+    for launch, job in enumerate(launches(found), 1):
+        by_rank: dict[int, list[Path]] = {}
+        for process in ranked(job):
+            by_rank.setdefault(process.rank, []).append(process.path)
+        made += [Job(rank, paths, known[paths[0]], launch) for rank, paths in by_rank.items()]
+    return made
 
 
 def part(job: Job) -> Part:
-    events = read_rank(job.rank, job.files, job.shift)
+    events = read_rank(job.rank, job.files, job.clock)
     for process in events.processes:
         process.rank = job.rank
     rows = len(events.calls), len(events.spans)
@@ -80,6 +86,8 @@ def part(job: Job) -> Part:
         del events  # most of the memory: the spans are not needed any more
         made.tables |= io(job.rank, calls, spans, cuts)
         made.tables = {name: _plain(table) for name, table in made.tables.items()}
+        launch = pl.lit(job.launch, pl.Int32).alias("launch")
+        made.tables |= {name: made.tables[name].with_columns(launch) for name in OF_A_LAUNCH}
     return made
 
 
@@ -94,7 +102,8 @@ def on_threads(function: Callable[[Job], Part], work: list[Job]) -> Iterable[Par
 
 
 def gather(run_dir: str | Path, over: Map = on_threads) -> Joined:
-    parts = list(over(part, jobs(run_dir)))
+    work = jobs(run_dir)
+    parts = list(over(part, work))
     full = [p for p in parts if p.tables]
     if not full:
         raise AnalysisError(
@@ -102,12 +111,10 @@ def gather(run_dir: str | Path, over: Map = on_threads) -> Joined:
         )
     paths = {given: path for p in parts for given, path in p.paths.items()}
     tables = {name: _join([p.tables[name] for p in full], paths) for name in full[0].tables}
-    return Joined(
-        sorted((process for p in parts for process in p.processes), key=lambda p: (p.rank, p.path.name)),
-        tables,
-        sum(p.events for p in parts),
-        sum(p.calls for p in parts),
-    )
+    by_launch: dict[int, list[Process]] = {}
+    for job, made in zip(work, parts, strict=True):
+        by_launch.setdefault(job.launch, []).extend(made.processes)
+    return Joined(list(by_launch.values()), tables, sum(p.events for p in parts), sum(p.calls for p in parts))
 
 
 def _join(tables: list[pl.DataFrame], paths: dict[str, str]) -> pl.DataFrame:

@@ -13,7 +13,7 @@ OWN = (pl.col("wall_us") - pl.col("communication_us")).alias("own_us")  # a step
 
 def steps(j: Joined) -> pl.DataFrame:
     """One row per step: how long on the slowest rank and on average, where its time went, who was last."""
-    found = j["steps"].with_columns(OWN).group_by("epoch", "step").agg(
+    found = j["steps"].with_columns(OWN).group_by("launch", "epoch", "step").agg(
         pl.col("ts").min(), pl.len().alias("ranks"),
         pl.col("wall_us").max(), pl.col("wall_us").mean().alias("mean_us"),
         pl.col("rank").sort_by("own_us", "rank").last().alias("slowest_rank"),
@@ -64,22 +64,48 @@ def ranks(j: Joined) -> pl.DataFrame:
 
 
 def startup(j: Joined) -> pl.DataFrame:
-    """From the first event to the end of the first step, in parts; `between` is what no span covers."""
-    rows: list[tuple[int, str, float | None, float]] = []
-    for (rank,), own in j["steps"].sort("ts").group_by("rank", maintain_order=True):
+    """From a launch's first event to the end of its first step; `between` is what no span covers."""
+    rows: list[tuple[int, int, str, float | None, float]] = []
+    for (launch, rank), own in j["steps"].sort("ts").group_by("launch", "rank", maintain_order=True):
         first = own.row(0, named=True)
-        begin = int(j["time"].filter(pl.col("rank") == rank)["ts"].to_numpy().min())
+        here = (pl.col("launch") == launch) & (pl.col("rank") == rank)
+        begin = int(j["time"].filter(here)["ts"].to_numpy().min())
         end = first["ts"] + first["wall_us"]
-        marks = j["marks"].filter(
-            (pl.col("rank") == rank) & (pl.col("cat") == "startup") & (pl.col("ts") < first["ts"])
-        )
+        marks = j["marks"].filter(here & (pl.col("cat") == "startup") & (pl.col("ts") < first["ts"]))
         parts = [(m["name"], m["ts"], m["dur"]) for m in marks.sort("ts").iter_rows(named=True)]
         parts.append(("first step", first["ts"], first["wall_us"]))
-        rows += [(first["rank"], name, (ts - begin) / S, dur / S) for name, ts, dur in parts]
+        about = first["launch"], first["rank"]
+        rows += [(*about, name, (ts - begin) / S, dur / S) for name, ts, dur in parts]
         between = end - begin - sum(dur for _, _, dur in parts)
-        rows.append((first["rank"], "between", None, max(0, between) / S))
-    schema = {"rank": pl.Int32, "part": pl.String, "at_s": pl.Float64, "seconds": pl.Float64}
-    return pl.DataFrame(rows, schema=schema, orient="row").sort("rank", "at_s", nulls_last=True)
+        rows.append((*about, "between", None, max(0, between) / S))
+    schema = {"launch": pl.Int32, "rank": pl.Int32, "part": pl.String}
+    schema |= {"at_s": pl.Float64, "seconds": pl.Float64}
+    return pl.DataFrame(rows, schema=schema, orient="row").sort("launch", "rank", "at_s", nulls_last=True)
+
+
+def launches(j: Joined) -> pl.DataFrame:
+    """A row per launch: when it began and how long it ran; before it, for how long nothing did."""
+    own = j["time"].group_by("launch", "rank").agg(pl.col("ts").min(), pl.col("wall_us").sum())
+    table = own.group_by("launch").agg(
+        pl.len().alias("ranks"), pl.col("ts").min(), (pl.col("ts") + pl.col("wall_us")).max().alias("end")
+    )
+    done = j["steps"].group_by("launch").agg(
+        pl.col("step").n_unique().alias("steps"), pl.col("step").min().alias("first_step"),
+        pl.col("step").max().alias("last_step"),
+    )  # fmt: skip
+    table = table.join(done, on="launch", how="left").sort("launch")
+    pause = (pl.col("ts") - pl.col("end").shift(1)).clip(0).fill_null(0)
+    at = (pl.col("ts") - pl.col("ts").min()) / S
+    return table.select(
+        "launch", "ranks", at.alias("at_s"), ((pl.col("end") - pl.col("ts")) / S).alias("wall_s"),
+        (pause / S).alias("not_running_before_s"), pl.col("steps").fill_null(0), "first_step", "last_step",
+    )  # fmt: skip
+
+
+def gaps(j: Joined) -> list[tuple[float, float]]:
+    """From when to when, in seconds of the run, nothing ran: between two launches."""
+    table = launches(j).filter(pl.col("not_running_before_s") > 0)
+    return [(at - pause, at) for at, pause in table.select("at_s", "not_running_before_s").iter_rows()]
 
 
 def checkpoints(j: Joined) -> pl.DataFrame:
@@ -118,8 +144,14 @@ def timeline(j: Joined) -> pl.DataFrame:
     return table.fill_null(0.0).sort("bin").select(at, pl.lit(width / S).alias("width_s"), pl.exclude("bin"))
 
 
+CURVES = (
+    "loss", "samples_per_second", "auroc", "lr", "cache_hit_rate", "cache_evictions", "store_bytes_read",
+    "store_bytes_written",
+)  # fmt: skip
+
+
 def curves(j: Joined, metrics: pl.DataFrame) -> pl.DataFrame:
-    """Loss, samples/s, AUROC on the run's clock: metrics.jsonl, and of the trace's counters what it lacks."""
+    """What changes over a run, on its clock: metrics.jsonl, and of the trace's counters what it lacks."""
     begin = int(j["time"]["ts"].to_numpy().min())
     lacking = [
         pl.lit(None, dtype).alias(name)
@@ -128,7 +160,7 @@ def curves(j: Joined, metrics: pl.DataFrame) -> pl.DataFrame:
     ]
     told = metrics.with_columns(lacking) if len(metrics) else pl.DataFrame()
     rows, have = [], []
-    for name in ("loss", "samples_per_second", "auroc", "lr"):
+    for name in CURVES:
         if name in told.columns and told["time"].dtype.is_numeric():
             found = told.filter(pl.col(name).is_not_null() & pl.col("time").is_not_null())
             rows.append(

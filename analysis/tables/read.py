@@ -6,8 +6,10 @@ from pathlib import Path
 
 import polars as pl
 
+from analysis.clocks import Clock
 from analysis.columns import frame
-from analysis.events import Process, Reader
+from analysis.events import Reader
+from analysis.process import Process
 from analysis.scan import Block
 from analysis.stages import CALLS, legend
 from analysis.strings import Strings
@@ -16,7 +18,6 @@ _COLUMNS = (
     "pid", "tid", "cat", "name", "ts", "dur", "file", "offset", "ret", "bytes",
     "epoch", "step", "batch", "value", "split",
 )  # fmt: skip
-HEAD_BLOCKS = 4  # the imports alone are thousands of calls before the barrier
 CALL = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed")
 SPAN = (
     "pid", "tid", "cat", "name", "kind", "op", "ts", "dur", "file", "bytes",
@@ -35,23 +36,14 @@ class Events:
     paths: dict[str, str] = field(default_factory=dict)  # file hash -> path, for the ranks that lack it
 
 
-def head(path: Path) -> Process:
-    """Who wrote a trace, from its first blocks only: rank, host, barrier at the start."""
-    reader = Reader(path, Strings())
-    for number, _ in enumerate(reader, 1):
-        if number == HEAD_BLOCKS or reader.process.rank < 0 or "start" in reader.process.barriers:
-            break
-    return reader.process
-
-
-def read_rank(rank: int, files: Iterable[Path], shift: int = 0) -> Events:
+def read_rank(rank: int, files: Iterable[Path], clock: Clock | None = None) -> Events:
     calls, spans, found = [], [], []
-    strings, paths = Strings(), {}
+    strings, paths, clock = Strings(), {}, clock or Clock()
     for path in files:
         reader = Reader(path, strings, paths)
         found.append(reader.process)
         for block in reader:
-            one, other = _split(block, reader, shift)
+            one, other = _split(block, reader, clock)
             calls.append(one)
             spans.append(other)
     known = {strings.text(given): strings.text(path) for given, path in paths.items()}
@@ -72,16 +64,14 @@ def _resolved(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
     return events.with_columns(pl.col("file").cast(pl.String).replace(known).cast(pl.Categorical))
 
 
-def _split(block: Block, reader: Reader, shift: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _split(block: Block, reader: Reader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
     events = frame(block, reader.strings, reader.paths, 0, _COLUMNS)
     meaning = legend(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
     events = events.join(
         meaning.with_columns(pl.col("kind", "op").cast(pl.Categorical)),
         on=["cat", "name"], how="left", maintain_order="left",
     )  # fmt: skip
-    events = events.with_columns(
-        pl.col("ts") + shift, pl.col("tid").cast(pl.UInt32), pl.col("pid").cast(pl.UInt32)
-    )
+    events = clock.frame(events).with_columns(pl.col("tid", "pid").cast(pl.UInt32))
     is_call = pl.col("cat").cast(pl.String).is_in(CALLS)
     data = pl.col("op").cast(pl.String).is_in(["read", "write"])
     # STDIO reports items, not bytes, in some calls: what the call returned is what it moved
