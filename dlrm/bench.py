@@ -70,16 +70,16 @@ def main(here: Ranks) -> None:
 
 
 def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], str]:
-    startup.before_torch()
-    import torch
-
-    from dlrm import amp, criteo, dist
-    from dlrm.data.batches import Batches
-    from dlrm.data.source import open_source
-    from dlrm.job import assemble
-    from dlrm.model import cpu, plan
-
     bench = cfg.bench
+    with startup.importing(bench.compile):
+        import torch
+
+        from dlrm import amp, criteo, dist
+        from dlrm.assembly import assemble
+        from dlrm.data.batches import Batches
+        from dlrm.data.source import open_source
+        from dlrm.model import cpu, plan
+
     startup.import_optimizers()
     with dist.session(here, bench.timeout) as device:
         cpu.tune(device)

@@ -6,7 +6,7 @@ torchx, or alone for one rank. --dataset_name random or markov needs no files.
 
 import sys
 
-from dlrm import entry, signals, trace
+from dlrm import entry, signals, startup, trace
 from dlrm.bert_config import PRESETS, BertConfig
 from dlrm.config import parse
 from dlrm.ranks import Ranks
@@ -17,7 +17,8 @@ def main(here: Ranks) -> None:
     cfg = parse(BertConfig, sys.argv[1:], "python -m dlrm.bert4rec", __doc__ or "", PRESETS)
     if cfg.run.trace and cfg.run.output_dir:
         trace.start(cfg.run.output_dir, here, "train", cfg.run.trace_flush_ms)
-    with trace.span("startup", "imports"):  # after the trace has begun: reading torch is I/O too
+    # after the trace has begun: reading torch is I/O too
+    with trace.span("startup", "imports"), startup.importing():
         from dlrm.bert_job import train
     train(cfg, here)
 

@@ -10,6 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm import amp, dist, job, trace
+from dlrm.assembly import tell_plan
 from dlrm.bert_config import BertConfig
 from dlrm.bert_sets import BertSets, open_sets
 from dlrm.errors import UserError
@@ -88,7 +89,7 @@ def shard(
                 f"choose {' or '.join(WITH_GRADIENTS)}, or another optimizer"
             )
         made = plan.with_gradients(made)
-    job.tell_plan(made, records, cfg.plan.print_sharding_plan)
+    tell_plan(made, records, cfg.plan.print_sharding_plan)
     model = plan.shard(module, made, device, cfg.run.seed or 0, BOUND)
     return model, optim.dense_optimizer(model, how.optimizer, how.lr, how.eps, weight_decay=how.weight_decay)
 

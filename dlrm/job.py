@@ -7,20 +7,19 @@ from typing import Any, Protocol
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm import advice, amp, config, criteo, dist, loop, startup, trace
+from dlrm import advice, amp, config, dist, loop, startup, trace
+from dlrm.assembly import InMemory, build_model, shard
 from dlrm.auroc import Predictions
+from dlrm.checkpoint import shards
 from dlrm.config import Config
 from dlrm.errors import Stopped
 from dlrm.keeper import Keeper
 from dlrm.mlperf import MLLog
-from dlrm.model import cpu, optim, plan, storetype
-from dlrm.model.dlrm import Train, build, compile_dense
+from dlrm.model import cpu
 from dlrm.model.schedule import Schedule, learning_rate, set_lr
-from dlrm.model.tables import WEIGHT, table_configs
-from dlrm.model.tiers import Tiers
+from dlrm.model.tables import WEIGHT
 from dlrm.ranks import Ranks
 from dlrm.records import Records
 from dlrm.resume import resume
@@ -100,72 +99,6 @@ def open_records(cfg: Any, here: Ranks, device: torch.device) -> Records:
     return records
 
 
-def build_model(cfg: Config, sizes: list[int], device: torch.device) -> Train:
-    """The model on this device, its tables still to be made, their optimizer already attached."""
-    module = assemble(cfg.model, sizes, device, cfg.run.seed or 0, cfg.run.compile)
-    attach_optimizer(cfg, module, device)
-    return module
-
-
-def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
-    optim.apply_in_backward(
-        module.model.sparse_arch.parameters(), cfg.optim.name, cfg.optim.learning_rate, device, cfg.optim.eps
-    )
-
-
-def assemble(model: config.Model, sizes: list[int], device: torch.device, seed: int, compiled: bool) -> Train:
-    """The model as its options say."""
-    module = build(
-        model.interaction_type,
-        table_configs(sizes, model.embedding_dim),
-        criteo.NUM_DENSE,
-        model.dense_arch_layer_sizes,
-        model.over_arch_layer_sizes,
-        model.dcn_num_layers,
-        model.dcn_low_rank_dim,
-        model.interaction_branch1_layer_sizes,
-        model.interaction_branch2_layer_sizes,
-        model.self_interaction,
-        dense_device=device,
-        seed=seed,
-    )
-    if compiled:
-        compile_dense(module.model)
-    return module
-
-
-def shard(
-    cfg: Config,
-    module: Any,
-    here: Ranks,
-    device: torch.device,
-    records: Records,
-    poolings: list[float] | None = None,
-) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else {}
-    tiers, wishes = storetype.prepare(
-        cfg.plan, module, here, device, cfg.optim.name, cfg.run.seed or 0, cfg.run.output_dir, wishes,
-        poolings, records.say,
-    )  # fmt: skip
-    memory = storetype.ENDLESS if tiers else None
-    made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings, memory)
-    tell_plan(made, records, cfg.plan.print_sharding_plan)
-    if tiers:
-        module.model.sparse_arch = tiers.narrow(module.model.sparse_arch, made)
-        attach_optimizer(cfg, module, device)
-    with startup.unfilled():
-        model = plan.shard(module, made, device, cfg.run.seed or 0)
-    if tiers:
-        tiers.attach(model)
-    return model, optim.dense_optimizer(model, cfg.optim.name, cfg.optim.learning_rate, cfg.optim.eps)
-
-
-def tell_plan(made: ShardingPlan, records: Records, show: bool) -> None:
-    records.save("plan.json", plan.plan_as_dict(made))
-    if show:
-        records.say(plan.describe(made))
-
-
 class Sets(Protocol):
     """What is trained on, validated and tested with."""
 
@@ -196,7 +129,7 @@ class Job:
     ) -> None:
         self.cfg, self.sets, self.model, self.optimizer = cfg, sets, model, optimizer
         self.records, self.device = records, device
-        self.tiers: Tiers = getattr(model, "tiers", None) or Tiers()
+        self.tiers: Any = getattr(model, "tiers", None) or InMemory()  # tables in files
         self.progress = loop.Progress(loss_scale=cfg.optim.loss_scale if cfg.optim.amp == "fp16" else 1.0)
         self.epoch_steps = len(sets.train)
         self.meter = loop.Meter(device)
@@ -294,10 +227,11 @@ class Job:
         return {"val_aurocs": self.progress.val_aurocs, "test_auroc": test.get("auroc")}
 
     def save_results(self, startup: float) -> None:
-        """results.json: what came out, and the bytes that each rank's loader says it read."""
+        """results.json: what came out, and the bytes that each rank says it read and wrote."""
         progress = self.progress
         val, test = self.results.get("val", {}), self.results.get("test", {})
-        bytes_read = dist.everyone(self.sets.bytes_read() | self.tiers.bytes_read())
+        read = dist.everyone(self.sets.bytes_read() | self.tiers.bytes_read() | shards.bytes_read)
+        written = dist.everyone(dict(shards.bytes_written))
         self.records.save(
             "results.json",
             {
@@ -309,12 +243,13 @@ class Job:
                 "skipped_steps": progress.skipped_steps,
                 "samples": progress.samples,
                 "samples_per_second": progress.timed_samples / progress.seconds if progress.seconds else None,
-                "bytes_read": {str(rank): files for rank, files in enumerate(bytes_read)},
+                "bytes_read": {str(rank): files for rank, files in enumerate(read)},
+                "bytes_written": {str(rank): files for rank, files in enumerate(written)},
                 "seconds": {
                     "startup": startup,
                     "train": progress.seconds,
                     "evaluate": self.evaluating,
                 },
-                "world_size": len(bytes_read),
+                "world_size": len(read),
             },
         )

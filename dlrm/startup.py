@@ -1,8 +1,13 @@
 """What makes a run begin sooner: work at start-up that nothing here needs, left undone."""
 
+import gc
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from dlrm import later
 
 # huge pages for large tensors: some thousand page faults less in each step. torch looks when it is imported.
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -11,6 +16,21 @@ ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 def before_torch() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def importing(compiled: bool = False) -> Iterator[None]:
+    """Import torch, torchrec and what builds on them within."""
+    before_torch()
+    gc.disable()  # nothing that is imported is garbage
+    importlib.import_module("torch")
+    if not compiled:
+        later.put_off()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()  # nor will it be
 
 
 def import_optimizers() -> None:
@@ -38,11 +58,13 @@ def unfilled() -> Any:
     import torch
     from torch.overrides import TorchFunctionMode
 
+    fills = (torch.Tensor.uniform_, torch.Tensor.normal_, torch.nn.init.uniform_, torch.nn.init.normal_)
+
     class Unfilled(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if func is torch.Tensor.uniform_ and "generator" not in kwargs:
-                return args[0]
+            if func in fills and kwargs.get("generator") is None:
+                return args[0] if args else kwargs["tensor"]
             return func(*args, **kwargs)
 
     return Unfilled()

@@ -17,8 +17,8 @@ def main(here: Ranks) -> None:
     cfg = parse(Config, sys.argv[1:], "python -m dlrm.train", __doc__ or "", PRESETS)
     if cfg.run.trace and cfg.run.output_dir:
         trace.start(cfg.run.output_dir, here, "train", cfg.run.trace_flush_ms)
-    startup.before_torch()
-    with trace.span("startup", "imports"):  # after the trace has begun: reading torch is I/O too
+    # after the trace has begun: reading torch is I/O too
+    with trace.span("startup", "imports"), startup.importing(cfg.run.compile):
         from dlrm.job import train
     train(cfg, here)
 

@@ -1,7 +1,7 @@
 """A sharded model and its optimizers as named rectangles, and back, under any world size and plan."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -10,7 +10,6 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from dlrm.checkpoint.folder import Checkpoint
 from dlrm.checkpoint.shards import Piece, read_into
 from dlrm.errors import UserError
-from dlrm.model.tier import Whole
 from dlrm.trace import span
 
 # one and the same thing: in fbgemm's fused optimizers, and in torch's for data-parallel tables
@@ -18,9 +17,20 @@ SAME = {"sum": "momentum1", "exp_avg": "momentum1", "exp_avg_sq": "momentum2"}
 STEP = "step"  # torch's optimizers count steps for themselves, the fused ones elsewhere
 
 
+@runtime_checkable
+class Filed(Protocol):
+    """All rows of a table that lies in files: `model.tier.Whole`, which takes long to import."""
+
+    def size(self) -> torch.Size: ...
+
+    def copy(self) -> Iterator[torch.Tensor]: ...
+
+    def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int: ...
+
+
 def _rectangles(name: str, value: Any) -> Iterator[Piece]:
     """This process's parts of a tensor; `offset` () marks one that every rank holds whole."""
-    if isinstance(value, Whole):
+    if isinstance(value, Filed):
         for tensor in value.copy():
             yield Piece(name, tuple(value.size()), (0,) * tensor.dim(), tensor, kept=True)
     elif isinstance(value, ShardedTensor):
@@ -58,7 +68,7 @@ def pieces(model: nn.Module, optimizer: Any, rank: int) -> list[Piece]:
         piece
         for name, value in named(model, optimizer)
         for piece in _rectangles(name, value)
-        if isinstance(value, ShardedTensor | Whole) or rank == 0
+        if isinstance(value, ShardedTensor | Filed) or rank == 0
     ]
 
 
@@ -77,7 +87,7 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: Any | None) -> int:
         if source is None:  # a step counter that the fused optimizers do not have
             value.fill_(float(found.state.get("step", 0)))
             continue
-        if isinstance(value, Whole):
+        if isinstance(value, Filed):
             read += value.fill(
                 lambda at, part, name=name, shape=shape, source=source: _fill(
                     found, source, Piece(name, shape, at, part)

@@ -15,6 +15,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from dlrm import startup
 from dlrm.errors import UserError
 from dlrm.model.interaction import INTERACTIONS, Shape
 from dlrm.model.tables import initialise
@@ -96,7 +97,8 @@ def build(
         for part in (dense, inter, over):
             INITS[init](part)
             part.to(dense_device)
-    sparse = Sparse(tables, table_device or torch.device("meta"))
+    with startup.unfilled():
+        sparse = Sparse(tables, table_device or torch.device("meta"))
     initialise(sparse, seed)
     return Train(DLRM(sparse, dense, inter, over))
 

@@ -1,0 +1,65 @@
+"""What is put off is not imported by a training, and is the real thing for whoever wants it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_golden import COMMON, GOLDEN, RUNS
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, *arguments: object) -> Any:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120,
+        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_training_needs_none_of_it(tmp_path: Path) -> None:
+    code = """
+import json, sys
+from dlrm.ranks import Ranks
+from dlrm.train import main
+main(Ranks())
+from dlrm import later
+placed = [name for name in later.KNOWN if type(sys.modules[name]) is later.Later]
+print(json.dumps([placed, [name for name in ("sympy", "numba", "torch._inductor") if name in sys.modules]]))
+"""
+    words = [*COMMON.split(), *RUNS["dot sgd"].split(), "--output_dir", tmp_path]
+    placed, imported = python(code, *words)
+    assert placed == ["torch.fx.experimental.symbolic_shapes", "torch._dynamo", "tensordict"]
+    assert imported == []
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text())["dot sgd"], abs=1e-5)
+
+
+def test_whoever_wants_more_gets_it() -> None:
+    code = """
+import json, sys, torch
+from dlrm import later
+later.put_off()
+import torch.fx.experimental.symbolic_shapes as shapes, tensordict, torchrec
+sizes = [shapes.guard_or_false(True), shapes.is_nested_int(3), shapes.is_nested_int.__module__]
+assert isinstance(shapes, later.Later) and isinstance(torch._dynamo, later.Later)
+import torch._dynamo.config as config
+doubled = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(3)).tolist()
+assert config is torch._dynamo.config and not isinstance(torch._dynamo, later.Later)
+assert tensordict.TensorDict is later.Never
+stacked = tensordict.LazyStackedTensorDict.__module__
+environment = shapes.ShapeEnv.__module__
+print(json.dumps([sizes, doubled, stacked, environment, sys.modules["tensordict"].TensorDict.__module__]))
+"""
+    sizes, doubled, stacked, environment, real = python(code)
+    assert sizes == [True, False, "dlrm.later"]
+    assert doubled == [2, 2, 2]
+    assert stacked == "tensordict._lazy" and real == "tensordict._td"
+    assert environment == "torch.fx.experimental.symbolic_shapes"
