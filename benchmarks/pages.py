@@ -2,7 +2,7 @@
 
 A mapped file keeps its most recently used pages. Their order costs it nothing here, nor does the choice of
 what leaves, nor handing changed pages to the disk: it only waits until they are written. A kernel that has
-to find out by itself is not faster.
+to find out by itself is not faster. A row cache loses every page of its file after the batch that used it.
 """
 
 import ctypes
@@ -26,11 +26,32 @@ def _sync(file: int, begin: int, size: int, how: int) -> float:
     return time.perf_counter() - begun
 
 
-def drop(file: int) -> float:
-    """Nothing of the file stays in the page cache; seconds until its changes were written."""
-    seconds = _sync(file, 0, 0, WAIT_BEFORE | WRITE | WAIT_AFTER)
+def drop(file: int) -> None:
+    """Nothing of the file stays in the page cache."""
+    _sync(file, 0, 0, WAIT_BEFORE | WRITE | WAIT_AFTER)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def runs(pages: np.ndarray) -> list[tuple[int, int]]:
+    """(first byte, bytes) of pages that follow each other; the pages are in ascending order."""
+    cuts = np.flatnonzero(np.diff(pages) > 1) + 1
+    return [(int(run[0]) * PAGE, len(run) * PAGE) for run in np.split(pages, cuts) if len(run)]
+
+
+def let_go(file: int, pages: np.ndarray) -> float:
+    """These pages leave the page cache; seconds to wait until they are written."""
+    places = runs(pages)
+    for begin, size in places:
+        _sync(file, begin, size, WRITE)
+    seconds = _sync(file, 0, 0, WAIT_BEFORE)
+    for begin, size in places:
+        os.posix_fadvise(file, begin, size, os.POSIX_FADV_DONTNEED)
     return seconds
+
+
+def pages_of(rows: np.ndarray, row_bytes: int) -> np.ndarray:
+    first = rows * row_bytes
+    return np.unique(np.concatenate((first // PAGE, (first + row_bytes - 1) // PAGE)))
 
 
 def resident(path: Path) -> int:
@@ -95,15 +116,9 @@ class Bounded:
     def trim(self, pages: np.ndarray) -> float:
         """After their use; seconds to wait for the disk."""
         gone = self.use(pages)
-        cuts = np.flatnonzero(np.diff(gone) > 1) + 1
-        runs = [(int(run[0]) * PAGE, len(run) * PAGE) for run in np.split(gone, cuts) if len(run)]
-        for begin, size in runs:
+        for begin, size in runs(gone):
             self.map.madvise(mmap.MADV_DONTNEED, begin, size)
-            _sync(self.file, begin, size, WRITE)
-        seconds = _sync(self.file, 0, 0, WAIT_BEFORE)
-        for begin, size in runs:
-            os.posix_fadvise(self.file, begin, size, os.POSIX_FADV_DONTNEED)
-        return seconds
+        return let_go(self.file, gone)
 
     def settle(self) -> None:
         """In memory is what was used last, and nothing else."""

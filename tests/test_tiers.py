@@ -1,8 +1,11 @@
 """The row cache and the store of tables in files: against plain arrays, reopened, damaged, full."""
 
+import gc
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,14 +40,16 @@ def first_values(rows: int = ROWS) -> np.ndarray:
     return weights.numpy()
 
 
-def skewed(random: np.random.Generator, count: int) -> np.ndarray:
-    return (ROWS * random.random(count) ** 4).astype(np.int64)
+def skewed(random: np.random.Generator, count: int, rows: int = ROWS, power: int = 4) -> np.ndarray:
+    return (rows * random.random(count) ** power).astype(np.int64)
 
 
-def work(tier: Tier, weights: np.ndarray, state: np.ndarray, batches: int, seed: int) -> None:
+def work(
+    tier: Tier, weights: np.ndarray, state: np.ndarray, batches: int, seed: int, power: int = 4
+) -> None:  # fmt: skip
     """Batches of updates on the tier and on whole arrays; what is looked up is the same."""
     random = np.random.default_rng(seed)
-    coming = [skewed(random, 150) for _ in range(batches)]
+    coming = [skewed(random, 150, len(weights), power) for _ in range(batches)]
     for batch, ids in enumerate(coming):
         change = batch % 3 != 2
         slots = tier.admit(ids, change)
@@ -121,9 +126,50 @@ def test_rows_are_those_of_a_table_in_memory_and_outlive_the_process(
     tier = opened(tmp_path, slots, seed=99)  # rows not seen so far begin as the first job would have
     work(tier, weights, state, 20, 7)
     for part, whole in ((Whole(tier.table, tier, False), weights), (Whole(tier.table, tier, True), state)):
-        (copy,) = part.copy()
-        np.testing.assert_array_equal(copy.numpy().reshape(whole.shape), whole)
-    assert not list(tmp_path.glob("*.copy"))
+        np.testing.assert_array_equal(all_of(part).reshape(whole.shape), whole)
+
+
+def all_of(part: Whole) -> np.ndarray:
+    (later,) = part.copy()
+    return np.frombuffer(b"".join(later.parts()), np.float32)
+
+
+def test_a_checkpoint_reads_one_moment_while_training_goes_on(tmp_path: Path) -> None:
+    rows = 300_000  # in three blocks, eleven portions
+    tier = opened(tmp_path, slots=2000, rows=rows, beside=ThreadPoolExecutor(1))
+    weights, state = first_values(rows), np.zeros((rows, 1), np.float32)
+    seen = []
+    for save in range(3):
+        work(tier, weights, state, 30, save, 1)
+        then = weights.copy(), state.copy()
+        parts = [Whole(tier.table, tier, each) for each in (False, True)]
+        laters = [later for part in parts for later in part.copy()]
+        assert laters[0].moment is laters[1].moment
+        made: list[list[bytes]] = [[], []]
+
+        def read(laters: Any = laters, made: Any = made) -> None:
+            for later, into in zip(laters, made, strict=True):
+                for part in later.parts():
+                    into.append(bytes(part))
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        batches = 0
+        while thread.is_alive() or batches < 10:
+            work(tier, weights, state, 3, 100 + batches, 1)
+            batches += 1
+        thread.join()
+        for values, parts_of in zip(then, made, strict=True):
+            np.testing.assert_array_equal(np.frombuffer(b"".join(parts_of), np.float32), values.reshape(-1))
+        assert not np.array_equal(then[0], weights)
+        seen.append(laters[0].moment._count)
+        del laters, thread, read
+    assert min(seen) > 500  # rows were overwritten meanwhile
+    gc.collect()
+    assert tier._moment() is None  # nothing is put aside any more
+    assert {path.name for path in tmp_path.iterdir()} == {"t_a.rows", "t_a.json"}
+    tier.close()
 
 
 def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 """Training with tables in files: the numbers of tables in memory, at any budget, through stops and stores."""
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Finished, Train
+import trace_processor
+from conftest import Finished, Train, python
 
 from dlrm.errors import UserError
+from dlrm.model import storetype
+from dlrm.model.tier import Table
 
 SMALL = [
     "--preset", "toy", "--report_every", 1, "--num_embeddings", 3000, "--batch_size", 128,
@@ -85,3 +90,113 @@ def test_single_tables_by_the_sharding_file(train_here: Train, tmp_path: Path) -
     some = train_here(*SMALL, "--cache_memory_budget_mb", 0.1, "--sharding_file", wishes)
     same(some, train_here(*SMALL))
     assert {path.name for path in (some.folder / "tables").glob("*.rows")} == {"t_cat_3.rows", "t_cat_9.rows"}
+
+
+COUNTERS = ("cache_hit_rate", "cache_evictions", "store_bytes_read", "store_bytes_written")
+
+
+def test_counters_in_metrics_trace_and_report(train: Train, tmp_path: Path) -> None:
+    run = train(1, *SMALL, *FILES, "--trace")
+    assert run.codes == [0], run.err
+    lines = [line for line in run.metrics if "loss" in line]
+    assert len(lines) == 12 and all(set(COUNTERS) <= set(line) for line in lines)
+
+    paths, moved, counted = {}, {"pread64": 0, "pwrite64": 0}, []
+    for path in run.folder.glob("trace/*.pfw.gz"):
+        text = gzip.decompress(path.read_bytes()).decode()
+        events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        paths |= {e["args"]["value"]: e["args"]["name"] for e in events if e["name"] == "FH"}
+        for event in events:
+            if event["name"] in moved and paths[event["args"]["fhash"]].endswith(".rows"):
+                moved[event["name"]] += event["args"]["ret"]
+        counted += [e for e in events if e.get("cat") == "counter" and e["name"] == "store_bytes_read"]
+    read = {path: n for path, n in run.results["bytes_read"]["0"].items() if path.endswith(".rows")}
+    assert sum(read.values()) == moved["pread64"] > 0  # what the store says is what the kernel was asked for
+    assert moved["pwrite64"] >= sum(line["store_bytes_written"] for line in lines) > 0
+    told = [event["args"]["value"] for event in counted[:12]]  # one lookup for all tables
+    assert told == [line["store_bytes_read"] for line in lines]
+
+    for words in (["perfetto", "-o", tmp_path / "x.pftrace"], ["report"]):
+        done = python("-m", "analysis", words[0], run.folder, *words[1:])
+        assert done.returncode == 0, done.stderr
+    with trace_processor.opened(tmp_path / "x.pftrace") as opened:
+        found = opened.rows(
+            "select t.name as name, count(*) as n from counter c join track t on c.track_id = t.id group by 1"
+        )
+    assert all(dict(found)[name] >= 12 for name in COUNTERS)
+    page = (run.folder / "report.html").read_text()
+    for label in ("cache hit rate", "evictions per step", "store bytes read", "store bytes written"):
+        assert f'"{label}"' in page
+
+
+def test_auto_goes_by_sizes_and_memory_and_says_why() -> None:
+    tables = [Table("a", 1_000_000, 64, 64), Table("b", 100, 64, 64)]  # 512 MB
+    gb = 1_000_000_000
+    for cuda, memory, host, expected in (
+        (False, gb, gb, "device_mem"),  # 51 %
+        (False, 0.7 * gb, gb, "cached_ssd"),
+        (True, gb, gb, "device_mem"),
+        (True, 0.1 * gb, gb, "cached_host_mem"),
+        (True, 0.1 * gb, 0.2 * gb, "cached_ssd"),
+    ):
+        places, why = storetype.choose("auto", tables, {}, cuda, int(memory), int(host))
+        assert places == {"a": expected, "b": expected}
+        said = f"{expected}: tables and optimizer take 0.512 GB, memory has {memory / 1e9:.3g}"
+        assert why == said
+    wishes = {"b": {"store": "device_mem"}}
+    places, _ = storetype.choose("auto", tables, wishes, False, gb // 10, gb // 10)
+    assert places == {"a": "cached_ssd", "b": "device_mem"}
+
+
+def test_auto_takes_files_where_memory_is_short(
+    train_here: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, "--store_type", "auto", "--cache_memory_budget_mb", 1.5]
+    memory = train_here(*words)
+    assert "tables: device_mem: tables and optimizer take 0.00998 GB, memory has" in capsys.readouterr().out
+    assert not (memory.folder / "tables").exists()
+    monkeypatch.setattr(storetype, "memory_of", lambda *_: 10_000_000)
+    files = train_here(*words)
+    assert (
+        "tables: cached_ssd: tables and optimizer take 0.00998 GB, memory has 0.01" in capsys.readouterr().out
+    )
+    assert len(list((files.folder / "tables").glob("*.rows"))) == 26
+    same(files, memory)
+
+
+def test_oneflows_recipe(train: Train, tmp_path: Path) -> None:
+    """Its way from logs to evaluations, by the table of names in the guide to training."""
+    for words in (
+        ["toy", tmp_path / "tsv", "--days", 3, "--rows", 2000],
+        ["run", "--input_dir", tmp_path / "tsv", "--output_dir", tmp_path / "data", "--format", "parquet"],
+    ):
+        done = python("-m", "dlrm.prep", *words)
+        assert done.returncode == 0, done.stderr
+    found = re.search(r"table_size_array = \[(.*)\]", (tmp_path / "data" / "README.md").read_text())
+    assert found is not None
+    sizes = found[1].replace(" ", "")
+    run = train(
+        1, "--in_memory_binary_criteo_path", tmp_path / "data", "--source", "parquet",
+        "--num_embeddings_per_feature", sizes, "--embedding_dim", 16,
+        "--dense_arch_layer_sizes", "64,32,16", "--over_arch_layer_sizes", "64,32,1",
+        "--interaction_type", "dot", "--self_interaction",
+        "--store_type", "cached_ssd", "--cache_memory_budget_mb", 2, "--persistent_path", tmp_path / "store",
+        "--batch_size", 128, "--test_batch_size", 256, "--max_steps", 30,
+        "--validation_freq_within_epoch", 10,
+        "--learning_rate", 1, "--optimizer", "sgd", "--lr_schedule", "nvidia",
+        "--lr_warmup_steps", 5, "--lr_decay_start", 20, "--lr_decay_steps", 10, "--report_every", 1,
+        "--checkpoint_dir", tmp_path / "saved", "--save_initial_model", "--save_model_after_each_eval",
+        "--keep_checkpoints", 0,
+    )  # fmt: skip
+    assert run.codes == [0], run.err
+    rates = [line["lr"] for line in run.metrics if "loss" in line]
+    warm, hold = [n / 5 for n in range(1, 6)], [1.0] * 15
+    assert rates == pytest.approx([*warm, *hold, *(((10 - n) / 10) ** 2 for n in range(1, 11))])
+    judged = [line for line in run.metrics if line.get("split") == "val"]
+    assert [line["step"] for line in judged] == [10, 20, 30]
+    assert all(line["samples"] == 1000 for line in judged)
+    assert np.mean(run.losses[-5:]) < np.mean(run.losses[:5])
+    facts = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*.json")]
+    assert sorted(map(str, (f["rows"] for f in facts))) == sorted(sizes.split(","))
+    steps = {path.name.split("-step-")[1] for path in (tmp_path / "saved").iterdir()}
+    assert {"0", "10", "20", "30"} <= steps

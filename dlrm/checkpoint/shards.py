@@ -26,7 +26,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a named tensor, in this process's memory."""
+    """A rectangle of a named tensor, in this process's memory, or of a table in a file."""
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
@@ -62,9 +62,12 @@ class Stored:
         return stored
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+def _bytes_of(tensor: Any) -> Iterator[memoryview]:
+    if not isinstance(tensor, torch.Tensor):  # model.moment.Later
+        yield from tensor.parts()
+        return
+    flat: Any = tensor.detach().contiguous().reshape(-1)
+    yield memoryview(flat.view(torch.uint8).numpy())
 
 
 def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -87,7 +90,8 @@ def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
         output.add(memoryview(len(text).to_bytes(8, "little") + text))
         for piece in pieces:
             with span("checkpoint", "write", file=file, bytes=piece.tensor.nbytes, tensor=piece.name):
-                output.add(_bytes_of(piece.tensor))
+                for part in _bytes_of(piece.tensor):
+                    output.add(part)
         output.finish()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / file)) from None

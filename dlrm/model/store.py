@@ -9,7 +9,9 @@ import fcntl
 import json
 import mmap
 import os
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 
 from dlrm.errors import UserError
 from dlrm.model.tables import BLOCK, fill
+from dlrm.trace import opening
 
 VERSION = 1
 NEAR = 4 << 10  # rows this close are read by one call, with what lies between
@@ -42,16 +45,20 @@ class RowStore:
         self.step = max(1, BLOCK // dim)  # rows of a block, as `tables.fill` draws them
         self.path, self.about = folder / f"{table}.rows", folder / f"{table}.json"
         self.bytes_read = self.bytes_written = 0
-        self.calls = 0
         self.blocks = np.zeros(-(-rows // self.step), bool)  # in the file
         self.clean = True  # every row is of the same moment
+        self.lock = threading.Lock()  # of the rows, while a checkpoint reads them on a thread
+        self.counting = threading.Lock()
+        self.before_write: Callable[[np.ndarray], None] | None = None
+        self._aside: Any = None
         self._facts = {
             "version": VERSION, "table": table, "rows": rows, "dim": dim, "state": state, "dtype": "float32",
             "optimizer": optimizer,
         }  # fmt: skip
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            with opening:  # the tracer would lose a file that another thread opens meanwhile
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}: give another --persistent_path") from None
         try:
@@ -118,7 +125,7 @@ class RowStore:
         }  # fmt: skip
         partial = self.about.with_suffix(".json.partial")
         try:
-            with open(partial, "w") as out:
+            with opening, open(partial, "w") as out:
                 json.dump(facts, out)
                 out.flush()
                 os.fsync(out.fileno())
@@ -143,7 +150,7 @@ class RowStore:
         for block in np.unique(ids // self.step):
             if not self.blocks[block]:
                 self.make(int(block))
-        return self._read(ids)
+        return self.get(ids)
 
     @property
     def few(self) -> int:
@@ -164,7 +171,7 @@ class RowStore:
         for place, size in places:
             os.posix_fadvise(self._file, place, size, os.POSIX_FADV_WILLNEED)
 
-    def _read(self, ids: np.ndarray) -> np.ndarray:
+    def get(self, ids: np.ndarray) -> np.ndarray:
         starts, stops = self._runs(ids, NEAR // self.row_bytes)
         first, sizes = ids[starts], ids[stops - 1] + 1 - ids[starts]
         parts = self._pread((sizes * self.row_bytes).tolist(), (first * self.row_bytes).tolist())
@@ -176,6 +183,12 @@ class RowStore:
         """Rows in ascending order of `ids`, each of them read before."""
         if not len(ids):
             return
+        with self.lock:
+            if self.before_write is not None:
+                self.before_write(ids)
+            self._put(ids, values)
+
+    def _put(self, ids: np.ndarray, values: np.ndarray) -> None:
         starts, stops = self._runs(ids, 0)
         view = raw(values)
         ends = (stops * self.row_bytes).tolist()
@@ -201,8 +214,8 @@ class RowStore:
             raise self._failed(error) from None
         if len(data) != total:
             raise UserError(f"{self.path}: ends too early, another program cut it: go on from a checkpoint")
-        self.bytes_read += total
-        self.calls += len(sizes)
+        with self.counting:
+            self.bytes_read += total
         return data
 
     def _pwrite(self, data: Any, place: int) -> None:
@@ -210,38 +223,43 @@ class RowStore:
         try:
             while done < len(data):
                 done += os.pwrite(self._file, data[done:], place + done)
-                self.calls += 1
         except OSError as error:
             raise self._failed(error) from None
-        self.bytes_written += done
+        with self.counting:
+            self.bytes_written += done
 
     # --- many rows side by side
 
     def span(self, block: int) -> tuple[int, int]:
         return block * self.step, min((block + 1) * self.step, self.rows)
 
-    def _parts(self, block: int) -> Iterator[tuple[int, int]]:
+    def parts(self, block: int) -> Iterator[tuple[int, int]]:
         """A block in portions that take little memory."""
         first, last = self.span(block)
         wide = max(1, LARGEST // self.row_bytes)
         for low in range(first, last, wide):
             yield low, min(low + wide, last)
 
-    def _get(self, low: int, high: int) -> np.ndarray:
+    def stretch(self, low: int, high: int) -> np.ndarray:
+        """Rows that lie side by side in the file."""
         data = self._pread([(high - low) * self.row_bytes], [low * self.row_bytes])
-        return np.frombuffer(data, np.float32).reshape(-1, self.width)
+        return np.frombuffer(bytearray(data), np.float32).reshape(-1, self.width)
 
     def pieces(self, block: int) -> Iterator[np.ndarray]:
         """The rows of a block, from the file or as they begin, a portion at a time."""
-        first, last = self.span(block)
         if self.blocks[block]:
-            yield from (self._get(*part) for part in self._parts(block))
-            return
+            yield from (self.stretch(*part) for part in self.parts(block))
+        else:
+            yield from self.drawn(block)
+
+    def drawn(self, block: int) -> Iterator[np.ndarray]:
+        """Its first values."""
+        first, last = self.span(block)
         # the same that a table in memory begins with; a map, because malloc would keep what is freed
         room: Any = mmap.mmap(-1, 4 * (last - first) * self.dim)
         weights = torch.frombuffer(room, dtype=torch.float32).view(last - first, self.dim)
         fill(weights, first, 0, self.rows, self.dim, self.table, self.seed, None)
-        for low, high in self._parts(block):
+        for low, high in self.parts(block):
             values = np.zeros((high - low, self.width), np.float32)
             values[:, : self.dim] = weights[low - first : high - first].numpy()
             yield values
@@ -249,7 +267,7 @@ class RowStore:
     def make(self, block: int) -> None:
         """Its first values into the file."""
         self.soil()
-        for (low, _), values in zip(self._parts(block), self.pieces(block), strict=True):
+        for (low, _), values in zip(self.parts(block), self.pieces(block), strict=True):
             self._pwrite(raw(values), low * self.row_bytes)
         self.blocks[block] = True
 
@@ -257,11 +275,19 @@ class RowStore:
         """These columns of a block; the others become 0, if `alone`, or stay as they are in the file."""
         self.soil()
         first, _ = self.span(block)
-        for low, high in self._parts(block):
-            rows = np.zeros((high - low, self.width), np.float32) if alone else self._get(low, high).copy()
+        for low, high in self.parts(block):
+            rows = np.zeros((high - low, self.width), np.float32) if alone else self.stretch(low, high)
             rows[:, columns] = values[low - first : high - first]
             self._pwrite(raw(rows), low * self.row_bytes)
         self.blocks[block] = True
+
+    def aside(self) -> int:
+        """An empty file without a name, for old values that a checkpoint still needs."""
+        if self._aside is None:
+            with opening:
+                self._aside = tempfile.TemporaryFile(dir=self.path.parent, buffering=0)  # noqa: SIM115
+        os.ftruncate(self._aside.fileno(), 0)
+        return self._aside.fileno()
 
     def close(self, good: bool = True) -> None:
         """With `good`, every changed row has been written: the next job can go on from here."""
@@ -269,4 +295,7 @@ class RowStore:
             os.fsync(self._file)
             self.clean = True
             self._describe()
-        os.close(self._file)
+        with opening:
+            os.close(self._file)
+            if self._aside is not None:
+                self._aside.close()

@@ -4,6 +4,7 @@ fbgemm's table is the cache: it has one row per slot. A batch's rows stay until 
 updated them; changed rows are written when they leave.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 
 from dlrm.errors import UserError
+from dlrm.model.moment import Later, Moment
 from dlrm.model.rowcache import SLOT_BYTES, Full, RowCache
-from dlrm.model.store import BUFFERS, LARGEST, RowStore, raw
+from dlrm.model.store import BUFFERS, LARGEST, RowStore
 
 COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
 
@@ -59,6 +61,7 @@ class Tier:
         self._beside = beside  # a thread that works while batches are computed
         self._coming: Future[None] | None = None  # the disk is being told of the next batch
         self._going: Future[None] | None = None  # rows of the last batch are being written
+        self._moment: Callable[[], Moment | None] = lambda: None  # that a checkpoint reads
 
     def admit(self, ids: np.ndarray, change: bool) -> np.ndarray:
         """The slots of these rows, which are then filled."""
@@ -135,6 +138,25 @@ class Tier:
             self._write(self.cache.row[part], self._values(part))
         self.cache.dirty.fill(0)
 
+    def moment(self) -> Moment:
+        """All rows as they are now, until nobody refers to it any more."""
+        self.flush()
+        now = self._moment()
+        if now is None or not now.fresh:
+            now = Moment(self.store)
+            seen = self._moment = weakref.ref(now)
+
+            def before_write(ids: np.ndarray) -> None:
+                moment = seen()
+                if moment is not None:
+                    moment.keep(ids)
+                else:  # its checkpoint is written
+                    self.store.before_write = None
+                    self.store.aside()
+
+            self.store.before_write = before_write
+        return now
+
     def counts(self) -> np.ndarray:
         cache, store = self.cache, self.store
         return np.array(
@@ -163,25 +185,10 @@ class Whole:
     def _columns(self) -> slice:
         return slice(self.table.dim, None) if self.state else slice(0, self.table.dim)
 
-    def copy(self) -> Iterator[torch.Tensor]:
-        """As it is now, in a file without a name that is mapped; its space is free again with the tensor."""
-        if self.tier is None:
-            return
-        self.tier.flush()
-        store, size = self.tier.store, self.size()
-        path = store.path.with_suffix(".copy")
-        try:
-            with open(path, "wb", buffering=0) as out:
-                for block in range(len(store.blocks)):
-                    for rows in store.pieces(block):
-                        data = raw(rows[:, self._columns])
-                        while len(data):
-                            data = data[out.write(data) :]
-            yield torch.from_file(str(path), shared=False, size=size.numel(), dtype=torch.float32).view(size)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}: a checkpoint needs room for a copy there") from None
-        finally:
-            path.unlink(missing_ok=True)
+    def copy(self) -> Iterator[Later]:
+        """As it is now. Only changed rows are written here; a checkpoint reads the others by and by."""
+        if self.tier is not None:
+            yield Later(self.tier.moment(), self._columns, self.size())
 
     def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int:
         """Each block by `read(offset, tensor)`; what the cache held is forgotten."""

@@ -85,7 +85,9 @@ class Tiers:
                 store = RowStore(
                     self.folder, name, table.rows, table.dim, table.state, self.optimizer, self.seed
                 )
-                self._beside = self._beside or ThreadPoolExecutor(1, "tables")
+                self._beside = self._beside or ThreadPoolExecutor(
+                    1, initializer=trace.name_thread, initargs=("tables",)
+                )
                 self.mine[name] = Tier(table, store, weights, state[0] if table.state else None, self._beside)
         tiers = [self.mine.get(name) for name in names]
         for config, tier in zip(configs, tiers, strict=True):
