@@ -104,7 +104,7 @@ def test_in_perfetto_they_are_processes_of_their_own(went_on: Path) -> None:
 @pytest.mark.mpi
 def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--preset", "toy", "--report_every", 5, "--batch_size", 128, "--trace", "--epochs", 2]
-    words += ["--in_memory_binary_criteo_path", toy]
+    words += ["--in_memory_binary_criteo_path", toy, "--checkpoint_every_steps", 3, "--keep_checkpoints", 0]
     for last in (False, True):
         with Alive(tmp_path, 2, *words) as ranks:
             if not last:
@@ -129,7 +129,14 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     assert "launch 1 left no results.json" in out and "launch 2, as results.json says:" in out
     assert "coverage 100.0%" in out
     rows, _ = check.check(tmp_path)
-    said = sum(row.said for row in rows if row.launch == 2)
+    mine = [row for row in rows if row.launch == 2]
+    saved = list((tmp_path / "checkpoints").glob("0*/*"))
+    sizes = {path.parent.name + "/" + path.name: path.stat().st_size for path in saved}
+    written = [row for row in mine if row.direction == "written"]
+    named = {row.file.rpartition("checkpoints/.")[2]: row.said for row in written}
+    assert named.items() <= sizes.items() and len(named) >= 3 * (steps - table["first_step"][1]) // 3
+    assert [row.said for row in mine if "checkpoints" in row.file and row.direction == "read"]  # gone on from
+    said = sum(row.said for row in mine)
     assert said == sum(sum(of.values()) for key in ("bytes_read", "bytes_written")
                        for of in run.results.get(key, {}).values())  # fmt: skip
     assert sum(row.said for row in rows if row.launch == 1) > 22 * 128 * 2 * 160  # rows of 160 bytes

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlrm.checkpoint.shards import Corrupt, Stored
+from dlrm.checkpoint.shards import Corrupt, Stored, write_whole
+from dlrm.trace import opening
 
 MARKER = "checkpoint.json"
 VERSION = 1
@@ -94,11 +95,8 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
 def publish(partial: Path, final: Path, description: dict[str, Any]) -> None:
     """The description last, everything on the disk, then the final name."""
     values = {"version": VERSION, **description}
-    with open(partial / MARKER, "w") as out:
-        json.dump({**values, "crc32": _sum(values)}, out)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
+    text = json.dumps({**values, "crc32": _sum(values)}) + "\n"
+    write_whole(partial / MARKER, text.encode())
     sync(partial)
     os.rename(partial, final)
     sync(final.parent)
@@ -113,11 +111,13 @@ def discard(partial: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    with opening:
+        descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        with opening:
+            os.close(descriptor)
 
 
 def prune(root: Path, keep: int) -> None:

@@ -5,14 +5,17 @@ for each block of the file. Written and read with plain calls that a trace shows
 import json
 import os
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dlrm.trace import span
+from dlrm.trace import opening, span
 
 SMALL = 1 << 20
 BLOCK = 4 << 20  # bytes under one checksum, also those of one read or write
@@ -22,6 +25,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+bytes_read: dict[str, int] = defaultdict(int)  # by file, under the name that it had then
+bytes_written: dict[str, int] = defaultdict(int)
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,23 @@ def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
     return {"tensors": tensors, "file": {file: {"bytes": output.bytes, "block": BLOCK, "crc32": output.sums}}}
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file, written and on the disk."""
+    output = _Blocks(path)
+    try:
+        output.add(memoryview(data))
+        output.finish()
+    finally:
+        output.close()
+
+
 class _Blocks:
     """A file being written, with a running checksum for each block."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.name = os.path.abspath(path)
+        with opening:
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self.bytes, self.sums, self._sum = 0, [], 0
         self._small = bytearray()  # a hundred biases and counters are one call
 
@@ -139,6 +156,7 @@ class _Blocks:
         while begun < len(data):
             part = data[begun : begun + BLOCK - self.bytes % BLOCK]
             written = os.write(self.descriptor, part)  # may be short
+            bytes_written[self.name] += written
             self._sum = zlib.crc32(part[:written], self._sum)
             self.bytes += written
             begun += written
@@ -153,7 +171,8 @@ class _Blocks:
         os.fsync(self.descriptor)
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        with opening:
+            os.close(self.descriptor)
 
 
 class Corrupt(Exception):
@@ -166,7 +185,7 @@ def blocks(path: Path, facts: dict[str, Any], start: int, stop: int) -> Iterator
     if stop > size:
         raise Corrupt(f"{path}: a tensor ends at {stop}, the file at {size}")
     buffer = memoryview(bytearray(min(block, size)))
-    with open(path, "rb", buffering=0) as file:
+    with opened(path, "rb") as file:
         for number in range(start // block, -(-stop // block)):
             begin, end = number * block, min((number + 1) * block, size)
             _fill(file, begin, buffer[: end - begin], path)
@@ -174,6 +193,18 @@ def blocks(path: Path, facts: dict[str, Any], start: int, stop: int) -> Iterator
                 raise Corrupt(f"{path}: wrong checksum at byte {begin}")
             low, high = max(start, begin), min(stop, end)
             yield low, buffer[low - begin : high - begin]
+
+
+@contextmanager
+def opened(path: Path, mode: str) -> Iterator[FileIO]:
+    """Opened and closed while no other thread does either: the tracer would lose a file."""
+    with opening:
+        file = FileIO(path, mode)
+    try:
+        yield file
+    finally:
+        with opening:
+            file.close()
 
 
 def _fill(file: Any, position: int, buffer: memoryview, path: Path) -> None:
@@ -184,6 +215,7 @@ def _fill(file: Any, position: int, buffer: memoryview, path: Path) -> None:
         if not count:
             raise Corrupt(f"{path}: ends at byte {position + filled}, too early")
         filled += count
+        bytes_read[os.path.abspath(path)] += count
 
 
 def read_into(folder: Path, files: dict[str, Any], stored: Stored, piece: Piece) -> int:
