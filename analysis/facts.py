@@ -83,6 +83,12 @@ class Facts:
         """How to have larger reads: what keeps them small is the trainer's option, or the data's layout."""
         if not self.ours:
             return "Read larger pieces and hand them out from memory."
+        sums = self.reads.select(pl.col("sequential", "strided", "random").sum()).row(0, named=True)
+        if sums["strided"] > sums["sequential"] + sums["random"]:
+            return (
+                "The ranks take turns in each file, so a read is one rank's rows of one batch: raise "
+                "--batch_size, or give --shuffle_training_set: each rank then reads a stretch of its own."
+            )
         if float(self.config["data"].get("read_chunk_mb") or 0) * 1e6 < 4 * mean_bytes:
             return "Raise --read_chunk_mb."
         return (

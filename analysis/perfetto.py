@@ -30,7 +30,8 @@ from analysis.tracks import (
 
 EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
 _NO_COUNTERS = ("step", "epoch", "time", "split", "samples")
-_OF_EVALUATIONS = ("auroc", "log_loss")  # a track for each of their other numbers would bury the rest
+# a track for each of their other numbers would bury the rest
+_OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
 
 
 def convert(

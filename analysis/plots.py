@@ -11,6 +11,7 @@ import polars as pl
 from analysis.page import Spec, size
 from analysis.stages import KINDS
 from analysis.tables.answers import PARTS
+from analysis.tables.progress import RANKINGS
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too
 COLORS = {
@@ -98,18 +99,33 @@ def over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> 
                     "zero": name != "loss",
                 }
             )
-    panels += _auroc(curves) + _tables_in_files(curves)
+    panels += _scores(curves) + _tables_in_files(curves)
     return {"type": "time", "panels": panels, "unit": "s", "gaps": list(gaps)}
 
 
-def _auroc(curves: pl.DataFrame) -> list[dict]:
-    found = curves.filter((pl.col("name") == "auroc") & pl.col("value").is_finite())
-    series = [
-        {"name": f"AUROC, {split}", "color": color, "x": rows["at_s"].to_list(), "y": rows["value"].to_list()}
-        for split, color in (("val", "#9970ab"), ("test", "#8c510a"))
-        if len(rows := found.filter(pl.col("split") == split))
-    ]
-    return [{"label": "AUROC", "unit": "", "kind": "line", "series": series, "zero": False}] if series else []
+def _scores(curves: pl.DataFrame) -> list[dict]:
+    """AUROC; of a model that ranks items Recall and NDCG, of the longest list."""
+    named = curves["name"].unique().to_list()
+    longest = [max((n for n in named if n.startswith(kind)), key=_length, default="") for kind in RANKINGS]
+    panels = []
+    for name in filter(None, ("auroc", *longest)):
+        found = curves.filter((pl.col("name") == name) & pl.col("value").is_finite())
+        label = "AUROC" if name == "auroc" else name
+        series = [
+            {"name": f"{label}, {split}", "color": color,
+             "x": rows["at_s"].to_list(), "y": rows["value"].to_list()}
+            for split, color in (("val", "#9970ab"), ("test", "#8c510a"))
+            if len(rows := found.filter(pl.col("split") == split))
+        ]  # fmt: skip
+        if series:
+            panels.append({"label": label, "unit": "", "kind": "line", "series": series, "zero": False})
+    return panels
+
+
+def _length(name: str) -> int:
+    """NDCG@10 -> 10."""
+    digits = name.partition("@")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 CACHE = (

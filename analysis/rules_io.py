@@ -95,19 +95,24 @@ def metadata(f: Facts) -> Finding | None:
 
 
 def random_access(f: Facts) -> Finding | None:
-    sequential, jumps = int(f.reads["sequential"].sum()), int(f.reads["random"].sum())
-    if jumps < 1000 or jumps < sequential:
+    """Reads that jump about. A fixed skip forward is none: ranks that take turns, each with its rows."""
+    sequential, strided, jumps = (int(f.reads[c].sum()) for c in ("sequential", "strided", "random"))
+    if jumps < 1000 or jumps < sequential + strided:
         return None
     top = f.reads.sort("random", descending=True).row(0, named=True)
     if top["mean_bytes"] >= GOOD / 8:
         return None
-    part = jumps / (jumps + sequential)
+    part = jumps / (jumps + strided + sequential)
     text = (
-        f"{part:.0%} of the reads begin elsewhere than the last one ended, most of them in {top['file']}, "
+        f"{part:.0%} of the reads jump to another place of their file, most of them in {top['file']}, "
         f"{size(top['mean_bytes'])} at a time: no file system reads ahead for that."
     )
     remedy = "Shuffle batches, not rows; or read long stretches and shuffle inside them."
-    evidence = {"random": jumps, "sequential": sequential, "file": top["file"]}
+    if f.ours and str(top["file"]).endswith(".rows"):
+        remedy = "Raise --cache_memory_budget_mb: more of the tables' rows stay in memory."
+    elif f.ours:
+        remedy = "Shuffle in memory: --shuffle_batches, or --shuffle_training_set (reads long stretches)."
+    evidence = {"random": jumps, "strided": strided, "sequential": sequential, "file": top["file"]}
     return Finding("random_access", f.won(float(f.reads["seconds"].sum()) * part), text, remedy, evidence)
 
 

@@ -106,7 +106,9 @@ def _io(run: Run) -> list[Entry]:
             "I/O", "By phase", answers.volume(j, "phase"), None,
             "`seconds` is the sum over all operations and ranks, `MB per s` what one operation moves "
             "while it runs; "
-            "sequential and random count the requests that did and did not begin where the last one ended.",
+            "sequential counts the requests that begin where the last one of their thread on the file ended, "
+            "strided those that skip forward by a fixed distance (ranks that take turns in a file), random "
+            "the others.",
             "io_phases",
         ),
         Entry("I/O", "By rank", answers.volume(j, "rank"), None, "", "io_ranks"),

@@ -30,6 +30,9 @@ def headline(run: Run, facts: Facts) -> list[Row]:
         rows.append(("samples per second", speed, f"{speed:,.0f}", 1))
     if (auroc := run.results.get("test_auroc")) is not None:
         rows.append(("test AUROC", auroc, f"{auroc:.5f}", 1))
+    for split, told in _last(run.results.get("evaluations") or {}):
+        names = sorted(name for name in told if name.startswith(progress.RANKINGS) and name.endswith("@10"))
+        rows += [(f"{split} {name}", told[name], f"{told[name]:.5f}", 1) for name in names]
     if train_s:
         rows += [
             ("training", train_s, seconds(train_s), -1),
@@ -57,6 +60,11 @@ def headline(run: Run, facts: Facts) -> list[Row]:
         moved, calls = int(found["bytes"].sum()), int(found["count"].sum())
         rows += [(f"bytes {verb}", moved, size(moved), 0), (f"{op}s", calls, f"{calls:,}", 0)]
     return rows
+
+
+def _last(evaluations: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The test, or where there was none the last validation."""
+    return [(split, evaluations[split]) for split in ("test", "val") if evaluations.get(split)][:1]
 
 
 def summary(run: Run, facts: Facts, found: list[Finding]) -> dict[str, Any]:

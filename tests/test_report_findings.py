@@ -8,6 +8,7 @@ from made_traces import Made, training
 
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
+from analysis.tables import answers
 from analysis.tables.gather import gather
 
 OURS = {"data": {"batch_size": 8}, "launch": {"world_size": 1}}
@@ -145,6 +146,32 @@ def test_random_access(tmp_path: Path) -> None:
     finding = found(tmp_path, made)["random_access"]
     assert finding.evidence["file"] == "/data/shuffled" and finding.evidence["random"] > 1900
     assert "80 KB at a time" in finding.text
+
+
+def test_ranks_that_take_turns_read_in_strides(tmp_path: Path) -> None:
+    """Each reads its rows of each batch, seeking over the other's: forward, always as far. Two files."""
+    ranks = []
+    for rank in range(2):
+        made = training(rank, 2, wait=6_000, reads=0)
+        for i in range(1500):
+            place, file = ((i % 750) * 2 + rank) * 26_000, f"/data/day_{i // 750}_sparse.npy"
+            made.posix("lseek64", 10_000 + i * 250, 1, file, 7, ret=place, offset=place)
+            made.posix("read", 10_002 + i * 250, 150, file, 7, ret=26_000, count=26_000)
+        ranks.append(made)
+    result = found(tmp_path, *ranks, config={"data": {"read_chunk_mb": 0.03}, "launch": {}})
+    assert "random_access" not in result
+    reads = answers.volume(gather(tmp_path), "rank").filter(pl.col("op") == "read")
+    assert reads.select("sequential", "strided", "random").rows() == [(2, 1498, 0)] * 2
+    for rule in ("small_reads", "waiting"):
+        assert "--batch_size" in result[rule].remedy and "--read_chunk_mb" not in result[rule].remedy
+
+
+def test_random_rows_of_tables_in_files(tmp_path: Path) -> None:
+    made = training(wait=3_000)
+    for i in range(2000):
+        place = (i * 7919) % 2000 * 256
+        made.posix("pread64", 10_100 + i * 200, 50, "/store/t_0.rows", 3, ret=256, offset=place)
+    assert "--cache_memory_budget_mb" in found(tmp_path, made)["random_access"].remedy
 
 
 def test_late_steps(tmp_path: Path) -> None:

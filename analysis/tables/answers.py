@@ -76,7 +76,7 @@ def _volume(j: Joined, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataFrame:
         host = pl.col("rank").replace_strict(names, default="?", return_dtype=pl.String)
         data = data.with_columns(host.alias("host"))
     found = data.group_by(*by, "op").agg(
-        *counted("count", "bytes"), SECONDS, *counted("sequential", "random", "failed")
+        *counted("count", "bytes"), SECONDS, *counted("sequential", "strided", "random", "failed")
     )
     rate = pl.when(pl.col("seconds") > 0).then(pl.col("bytes") / pl.col("seconds") / 1e6).alias("MB_per_s")
     mean = (pl.col("bytes") / pl.col("count")).alias("mean_bytes")

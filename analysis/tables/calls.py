@@ -13,7 +13,7 @@ from analysis.tables.read import Events
 from analysis.tables.times import Windows
 
 SLOWEST = 40
-_NONE, _SEQUENTIAL, _RANDOM = 0, 1, 2
+_NONE, _SEQUENTIAL, _RANDOM, _STRIDED = 0, 1, 2, 3
 _OPEN, _SEEK, _DATA, _ELSE = 0, 1, 2, 3
 FINE = 256  # latencies below this many us are counted one by one, above in 128 parts of each octave
 
@@ -117,11 +117,15 @@ def _one_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
             pl.col("dur").max().alias("max_us"),
             pl.col("failed").sum(),
             (pl.col("order") == _SEQUENTIAL).sum().alias("sequential"),
+            (pl.col("order") == _STRIDED).sum().alias("strided"),
             (pl.col("order") == _RANDOM).sum().alias("random"),
         )
         .join(pieces, on="piece", how="left")
         .group_by("phase", "epoch", "cat", "name", "op", "file")
-        .agg(pl.col("count", "bytes", "us", "failed", "sequential", "random").sum(), pl.col("max_us").max())
+        .agg(
+            pl.col("count", "bytes", "us", "failed", "sequential", "strided", "random").sum(),
+            pl.col("max_us").max(),
+        )
     )
     data = frame.select("piece", "op", "ts", "dur", "size")
     data = data.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS))
@@ -169,12 +173,14 @@ def rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
 
 
 def follow(calls: pl.DataFrame) -> tuple[np.ndarray, pl.DataFrame]:
-    """For each call whether it began where the last one of its thread on the file ended; and how far into
-    each file the calls reached, which is what a trace knows of a file's size."""
+    """For each call how it follows on the last one of its thread on the file: it begins where that ended, or
+    skips forward by as much as the time before or after, or jumps. And how far into each file the calls
+    reached, which is what a trace knows of a file's size."""
     group, kind, groups = _groups(calls)
     order, reach = np.zeros(len(calls), np.uint8), np.zeros(groups, np.int64)
     offset, size = (calls[name].fill_null(-1).to_numpy() for name in ("offset", "size"))
-    _follow(group, kind, offset, size, np.full(groups, -1), np.full(groups, -1), reach, order)
+    state = np.full((4, groups), -1)  # position, end of the last call, what the last skip was, and its call
+    _follow(group, kind, offset, size, *state, reach, order)
     far = calls.select("file", pl.Series("reach", reach[group], pl.Int64))
     far = far.filter(pl.col("file").is_not_null() & (pl.col("reach") > 0))
     return order, far.group_by("file").agg(pl.col("reach").max())
@@ -194,7 +200,7 @@ def _groups(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 @njit(cache=True, nogil=True)
-def _follow(group, kind, offset, size, position, end, reach, order):
+def _follow(group, kind, offset, size, position, end, skip, skipped, reach, order):
     for i in range(len(group)):
         g = group[i]
         if kind[i] == _OPEN:
@@ -205,6 +211,10 @@ def _follow(group, kind, offset, size, position, end, reach, order):
             start = offset[i] if offset[i] >= 0 else position[g]
             if start >= 0:
                 order[i] = _SEQUENTIAL if end[g] < 0 or start == end[g] else _RANDOM
+                if order[i] == _RANDOM:
+                    if start > end[g] and start - end[g] == skip[g]:
+                        order[i] = order[skipped[g]] = _STRIDED
+                    skip[g], skipped[g] = start - end[g], i
                 end[g] = start + size[i]
                 reach[g] = max(reach[g], end[g])
                 if offset[i] < 0:

@@ -149,6 +149,8 @@ CURVES = (
     "store_bytes_written",
 )  # fmt: skip
 
+RANKINGS = ("Recall@", "NDCG@")  # how a recommender that ranks items is judged, at some length of its list
+
 
 def curves(j: Joined, metrics: pl.DataFrame) -> pl.DataFrame:
     """What changes over a run, on its clock: metrics.jsonl, and of the trace's counters what it lacks."""
@@ -160,7 +162,7 @@ def curves(j: Joined, metrics: pl.DataFrame) -> pl.DataFrame:
     ]
     told = metrics.with_columns(lacking) if len(metrics) else pl.DataFrame()
     rows, have = [], []
-    for name in CURVES:
+    for name in (*CURVES, *(column for column in told.columns if column.startswith(RANKINGS))):
         if name in told.columns and told["time"].dtype.is_numeric():
             found = told.filter(pl.col(name).is_not_null() & pl.col("time").is_not_null())
             rows.append(
