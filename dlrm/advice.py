@@ -13,7 +13,7 @@ def unused(cfg: Config, device: str) -> list[str]:
 
 def _groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
     data, model, optim, run = cfg.data, cfg.model, cfg.optim, cfg.run
-    files = ["mmap_mode", "shuffle_batches", "shuffle_training_set", "read_chunk_mb"]
+    files = ["dataset_name", "mmap_mode", "shuffle_batches", "shuffle_training_set", "read_chunk_mb"]
     many = data.multi_hot_sizes or data.kind == "multi_hot"
     layers = ["interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"]
     schedule = ["lr_schedule", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps"]

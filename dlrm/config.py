@@ -34,7 +34,7 @@ def at_least(low: float, config: object, *names: str) -> None:
 class Data:
     in_memory_binary_criteo_path: str | None = option(None, "folder of day_*_{dense,sparse,labels}.npy")
     synthetic_multi_hot_criteo_path: str | None = option(None, "folder with day_*_sparse_multi_hot.npz")
-    dataset_name: str = option("criteo_1t", "dataset", ("criteo_1t", "criteo_kaggle"))
+    dataset_name: str = option("criteo_1t", "dataset, held against the files", ("criteo_1t", "criteo_kaggle"))
     source: str = option(
         "auto", "how rows are read; auto: stream, or what the other flags ask for",
         ("auto", "stream", "memory", "mmap", "parquet", "random"),
@@ -291,6 +291,7 @@ def _parse(
     presets: Mapping[str, Callable[[], Mapping[str, Any]]],
 ) -> C:
     parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("--check_options", action="store_true", help="only see whether the options are right")
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), help="published settings as defaults")
     groups = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[arg-type, misc]
@@ -310,7 +311,7 @@ def _parse(
         title: group_kind(**{f.name: values[f.name] for f in flags(group_kind)})  # type: ignore[operator, misc]
         for title, group_kind in groups.items()
     }
-    return kind(**made)
+    return parser.exit() if values["check_options"] else kind(**made)
 
 
 def dump(config: Any, path: str | os.PathLike[str], launch: Mapping[str, Any]) -> None:

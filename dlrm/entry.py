@@ -52,8 +52,9 @@ def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
         _tell(error, here)
         return STOPPED
     except LostRank as error:
-        complain(here, str(error))
-        return 1
+        if not error.told:
+            complain(here, str(error))
+        return error.code
     except KeyboardInterrupt:
         complain(here, "interrupted")
         return 130

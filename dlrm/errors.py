@@ -20,3 +20,6 @@ class Stopped(Exception):
 
 class LostRank(Exception):
     """Another rank is gone, or never came: its text names it."""
+
+    code = 1  # what this rank exits with: the other's code when it ended with an error of its own
+    told = False  # another rank says it

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from dlrm.data.source import open_source, scan
 from dlrm.errors import UserError
 from dlrm.ranks import Ranks
 
+KAGGLE, KAGGLE_DAYS = "criteo_kaggle", (1, 7)
 RANDOM_BATCHES = 10  # of a set, when the data is random and no limit is given
 
 
@@ -88,6 +90,16 @@ class Sets:
             self.frequencies.save()
 
 
+def check_name(name: str, folder: str | None, layout: Any) -> None:
+    """The files themselves say what they are; a name that they contradict is a mistake."""
+    days = len(layout.parts.get("dense", [])) if folder else 0
+    if name == KAGGLE and days not in (0, *KAGGLE_DAYS):
+        raise UserError(
+            f"--dataset_name {KAGGLE}: {folder} has {days} days, Kaggle's set has 7, or is one file: leave "
+            "the option out, or give the other folder"
+        )
+
+
 def open_sets(cfg: Config, here: Ranks) -> Sets:
     data, seed = cfg.data, cfg.run.seed or 0
     sizes, fold = criteo.table_sizes(
@@ -99,6 +111,7 @@ def open_sets(cfg: Config, here: Ranks) -> Sets:
     pin = data.pin_memory and torch.cuda.is_available()
     to_batch = ToBatch(sizes, fold, pin, widen)
     layout = scan(data.kind, data.folder or "")
+    check_name(data.dataset_name, data.folder, layout)
     if data.kind == "multi_hot":
         hots = tuple(layout.parts[str(feature)][0].columns for feature in range(len(sizes)))
     sources, loaders = [], {}

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +53,16 @@ class Person:
                 os.kill(self.pid, signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class Note:
+    """Why all ranks end; what is left in the store is what counts, the first wins."""
+
+    reason: str
+    lost: Sequence[int] = ()  # ranks to be killed, should they only stand still
+    code: int = 1  # what all exit with
+    speaker: int | None = None  # of the others: one is enough where the one that failed has told why
+
+
 def _birth(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -76,7 +87,7 @@ def meet(here: Ranks, seconds: int) -> tuple[Any, list[Person]]:
         while missing := {rank for rank in missing if not store.check([f"dlrm/here/{rank}"])}:
             if time.monotonic() > given_up:
                 raise LostRank(f"{_ranks(missing)} did not come within {seconds} s (--timeout)")
-            time.sleep(0.05)
+            time.sleep(0.01)
         people = [json.loads(store.get(f"dlrm/here/{rank}")) for rank in range(here.world_size)]
         store.set("dlrm/people", json.dumps(people))
     try:
@@ -166,13 +177,13 @@ class Watch(threading.Thread):
                     signs.forgive()
                 silent = signs.silent(self._timeout)
                 if silent:
-                    self._leave_note(self._silence(silent), silent)
-                reason, lost = self._note()
+                    self._leave(Note(self._silence(silent), sorted(silent)))
+                note = self._note()
             except RuntimeError:  # the store went with the process that keeps it
-                reason, lost = f"{self._named({0})} is gone", set()
+                note = Note(f"{self._named({0})} is gone")
             self._answered = before = now
-            if reason and not self._told:
-                self._end(reason, lost)
+            if note and not self._told:
+                self._end(note)
 
     def _guard(self) -> None:
         """A store that does not answer holds up whoever asks it: its process stands still."""
@@ -184,7 +195,7 @@ class Watch(threading.Thread):
             before = now
             if now - self._answered > self._timeout + SIGN_SECONDS:
                 self._told = False
-                self._end(self._silence({0}), {0})
+                self._end(Note(self._silence({0}), [0]))
 
     def _silence(self, ranks: set[int]) -> str:
         return f"{self._named(ranks)} gave no sign for {self._timeout} s (--timeout)"
@@ -192,29 +203,28 @@ class Watch(threading.Thread):
     def _named(self, ranks: set[int]) -> str:
         return _ranks(ranks, [person.host for person in self._people])
 
-    def _end(self, reason: str, lost: set[int]) -> None:
+    def _end(self, note: "Note") -> None:
         time.sleep(SIGN_SECONDS)  # let this rank's own error come first, if it has one
         if not self._told and not self._done.is_set():
-            complain(self._here, f"ends because {reason}")
-            for rank in lost - {self._here.rank}:
+            if note.speaker in (None, self._here.rank):
+                complain(self._here, f"ends because {note.reason}")
+            for rank in set(note.lost) - {self._here.rank}:
                 self._people[rank].end()
-            os._exit(1)
+            os._exit(note.code)
 
-    def _note(self) -> tuple[str, set[int]]:
-        if not self._store.check([FAILURE]):
-            return "", set()
-        note = json.loads(self._store.get(FAILURE))
-        return note["reason"], set(note["lost"])
+    def _note(self) -> "Note | None":
+        return Note(**json.loads(self._store.get(FAILURE))) if self._store.check([FAILURE]) else None
 
-    def _leave_note(self, reason: str, lost: set[int]) -> None:
-        self._store.compare_set(FAILURE, "", json.dumps({"reason": reason, "lost": sorted(lost)}))
+    def _leave(self, note: "Note") -> None:
+        self._store.compare_set(FAILURE, "", json.dumps(asdict(note)))
 
-    def tell(self) -> None:
-        """This rank ends with an error of its own: the others shall know why they end."""
+    def tell(self, code: int = 1) -> None:
+        """This rank ends with an error of its own: the others shall know why they end, and end likewise."""
         self._told = True
         if self._here.world_size > 1:
             with contextlib.suppress(RuntimeError):
-                self._leave_note(f"{self._named({self._here.rank})} failed", set())
+                why = f"{self._named({self._here.rank})} failed"
+                self._leave(Note(why, code=code, speaker=1 if self._here.first else 0))
                 self._linger()
 
     def _linger(self) -> None:
@@ -229,17 +239,20 @@ class Watch(threading.Thread):
         try:
             signs = _Signs(self._store, others)
             given_up = time.monotonic() + MISSING_SECONDS
-            while not (reason := self._note()[0]) and time.monotonic() < given_up:
+            while not (note := self._note()) and time.monotonic() < given_up:
                 time.sleep(0.2)
                 signs.look()
             silent = signs.silent(MISSING_SECONDS - 1)
-            if not reason:
-                self._leave_note(f"{self._named(silent)} is gone" if silent else "a connection broke", set())
-                reason = self._note()[0]
+            if not note:
+                self._leave(Note(f"{self._named(silent)} is gone" if silent else "a connection broke"))
+                note = self._note()
             self._linger()
         except RuntimeError:
-            reason = f"{self._named({0})} is gone"
-        return LostRank(f"ends because {reason}")
+            note = None
+        note = note or Note(f"{self._named({0})} is gone")
+        error = LostRank(f"ends because {note.reason}")
+        error.code, error.told = note.code, note.speaker not in (None, self._here.rank)
+        return error
 
     def close(self) -> None:
         self._done.set()

@@ -58,6 +58,14 @@ def test_a_wrong_option_is_named(argv: list[str], names: str) -> None:
         parsed(*argv)
 
 
+def test_options_can_be_checked_alone() -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed("--batch_size", "7", "--check_options")
+    assert ended.value.code in (0, None)
+    with pytest.raises(UserError, match="--batch_size"):
+        parsed("--batch_size", "0", "--check_options")
+
+
 def test_flags_win_over_presets_and_all_presets_are_valid() -> None:
     for name in PRESETS:
         assert parsed("--preset", name, "--batch_size", "7").data.batch_size == 7
