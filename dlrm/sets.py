@@ -92,7 +92,8 @@ class Sets:
 
 def check_name(name: str, folder: str | None, layout: Any) -> None:
     """The files themselves say what they are; a name that they contradict is a mistake."""
-    days = len(layout.parts.get("dense", [])) if folder else 0
+    parts: dict[str, Any] = getattr(layout, "parts", {})  # Parquet has subsets in place of days
+    days = len(parts.get("dense", [])) if folder else 0
     if name == KAGGLE and days not in (0, *KAGGLE_DAYS):
         raise UserError(
             f"--dataset_name {KAGGLE}: {folder} has {days} days, Kaggle's set has 7, or is one file: leave "
