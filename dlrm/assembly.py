@@ -90,6 +90,9 @@ class InMemory:
     def bytes_read(self) -> dict[str, int]:
         return {}
 
+    def bytes_written(self) -> dict[str, int]:
+        return {}
+
     def readings(self, step: int) -> dict[str, float]:
         return {}
 

@@ -231,7 +231,7 @@ class Job:
         progress = self.progress
         val, test = self.results.get("val", {}), self.results.get("test", {})
         read = dist.everyone(self.sets.bytes_read() | self.tiers.bytes_read() | shards.bytes_read)
-        written = dist.everyone(dict(shards.bytes_written))
+        written = dist.everyone(self.tiers.bytes_written() | shards.bytes_written)
         self.records.save(
             "results.json",
             {
