@@ -70,7 +70,7 @@ mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}"); wait "$!" || die 
 # The run folder: a job that is run again finds its own.
 run=${run:-$results/${PBS_JOBID:-$(date +%Y%m%d-%H%M%S)}}
 [[ -n ${RESUME:-${PBS_JOBID:-}} || ! -e $run ]] || run=$run-$$
-mkdir -p -- "$run"
+python -m "$program" "${options[@]}" "${more[@]}" "$@" --output_dir "$run" --check_options || exit; mkdir -p -- "$run"
 exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1    # what is said while stopping is kept, too
 logger=$!
 {

@@ -114,9 +114,16 @@ def test_help(script: str) -> None:
 
 
 def test_the_exit_code_of_training_is_kept(toy: Path, tmp_path: Path) -> None:
-    done = run("3_train.sh", "--no_such_flag", DATASET_DIR=toy, RESULTS=tmp_path, NPROC=1)
-    assert done.returncode == 2 and "no_such_flag" in done.stdout
-    assert "no_such_flag" in (only(tmp_path) / "log.txt").read_text()
+    words = ["--embedding_dim", "12"]  # not the width of the dense tower's output
+    done = run("3_train.sh", *words, DATASET_DIR=toy, RESULTS=tmp_path, NPROC=1)
+    assert done.returncode == 2 and "dot products need tables as wide" in done.stdout
+    assert "dot products need tables as wide" in (only(tmp_path) / "log.txt").read_text()
+
+
+def test_a_mistyped_option_leaves_no_run_folder(toy: Path, tmp_path: Path) -> None:
+    done = run("3_train.sh", "--no_such_flag", DATASET_DIR=toy, RESULTS=tmp_path / "results", NPROC=1)
+    assert done.returncode == 2 and "no_such_flag" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
 
 
 def test_submit_hands_everything_to_qsub(toy: Path, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Mixed precision and clipping: the same training within rounding, and no scale ever reaches a table."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dlrm import dist, loop
+from dlrm.assembly import build_model, shard
 from dlrm.config import Config, parse
-from dlrm.job import Job, build_model, open_records, shard
+from dlrm.job import Job, open_records
 from dlrm.presets import PRESETS
 from dlrm.ranks import Ranks
 from dlrm.sets import open_sets
@@ -129,3 +132,25 @@ def test_clipping_bounds_the_dense_step() -> None:
     assert float(step(clipped).norm()) == pytest.approx(lr * clip, rel=1e-3)
     cosine = torch.nn.functional.cosine_similarity(step(free), step(clipped), dim=0)
     assert float(cosine) == pytest.approx(1, abs=1e-4)  # shorter, not elsewhere
+
+
+def test_a_resumed_run_goes_on_with_its_scale(toy: Path, tmp_path: Path, train_here: Any) -> None:
+    words = [
+        "--preset", "toy", "--in_memory_binary_criteo_path", toy, "--batch_size", 384, "--report_every", 1,
+        "--amp", "fp16", "--loss_scale_policy", "dynamic", "--loss_scale", 2.0**24, "--max_steps", 20,
+    ]  # fmt: skip
+    kept = ["--checkpoint_dir", tmp_path / "kept"]
+    whole = train_here(*words)
+    begun = train_here(*words, *kept, "--max_steps", 9)
+    done = train_here(*words, *kept)
+
+    def losses(run: Any) -> dict[int, float]:
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+    assert set(losses(done)) == set(range(10, 21))
+    assert losses(begun) | losses(done) == losses(whole)
+    # with its first scale it would skip again
+    assert (
+        0 < begun.results["skipped_steps"] == done.results["skipped_steps"] == whole.results["skipped_steps"]
+    )
