@@ -224,6 +224,8 @@ def main() -> None:
     parser.add_argument("--reference_path", help="MLCommons' recommendation_v2/torchrec_dlrm, run as well")
     args = parser.parse_args()
     args.steps -= args.steps % WINDOW
+    if args.steps < WARM_UP + WINDOW:
+        parser.error(f"--steps: at least {WARM_UP + WINDOW}, of which {WARM_UP} are not timed")
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         rows = max(args.train_rows, args.steps * args.batch_size * args.ranks)
