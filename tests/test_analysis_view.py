@@ -36,6 +36,19 @@ def url(run: Path) -> Iterator[str]:
     server.server_close()
 
 
+def test_without_the_interface(run: Path) -> None:
+    code = "import sys; sys.modules['viztracer'] = None; from analysis.__main__ import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "view", str(run)],
+        capture_output=True,
+        text=True,
+        cwd=traced.ROOT,
+        timeout=60,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "./0_setup_env.sh --dev brings it" in done.stderr and "https://ui.perfetto.dev" in done.stderr
+
+
 def test_serves_the_interface_and_the_trace(url: str, run: Path) -> None:
     def get(path: str) -> tuple[str, bytes]:
         with urllib.request.urlopen(url + path, timeout=10) as answer:

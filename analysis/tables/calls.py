@@ -179,8 +179,9 @@ def follow(calls: pl.DataFrame) -> tuple[np.ndarray, pl.DataFrame]:
     group, kind, groups = _groups(calls)
     order, reach = np.zeros(len(calls), np.uint8), np.zeros(groups, np.int64)
     offset, size = (calls[name].fill_null(-1).to_numpy() for name in ("offset", "size"))
-    state = np.full((4, groups), -1)  # position, end of the last call, what the last skip was, and its call
-    _follow(group, kind, offset, size, *state, reach, order)
+    # of each group: position, end of the last call, how far the last skip went, and which call skipped
+    position, end, skip, skipped = (np.full(groups, -1) for _ in range(4))
+    _follow(group, kind, offset, size, position, end, skip, skipped, reach, order)
     far = calls.select("file", pl.Series("reach", reach[group], pl.Int64))
     far = far.filter(pl.col("file").is_not_null() & (pl.col("reach") > 0))
     return order, far.group_by("file").agg(pl.col("reach").max())
