@@ -2,12 +2,14 @@
 
 Each pair of runs trains the same model on the same data with the same seed; only --trace differs, and which
 of the two comes first alternates. Last line: one JSON object. On a busy machine the spread is larger than
-the cost: look at it before believing the median.
+the cost: look at it before believing the median. Two more numbers are steadier: processor time per step,
+and what one span costs in a loop of nothing else.
 
-usage: python benchmarks/trace.py [--pairs 5] [--steps 200] [--batch_size 2048] [--data NPY_FOLDER]
+usage: python benchmarks/trace.py [--pairs N] [--steps N] [--batch_size N] [--data NPY_FOLDER] [--preset NAME]
 """
 
 import argparse
+import ast
 import json
 import statistics
 import subprocess
@@ -20,16 +22,58 @@ sys.path[0] = str(ROOT)
 
 from analysis import events  # noqa: E402
 
+SPANS = """
+import sys, tempfile, time
+from dlrm import ranks, trace
+from torchrec.dftracer_spans import record_function
+def best(make):
+    costs = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        for number in range(20_000):
+            with make(number):
+                pass
+        costs.append((time.perf_counter() - begun) / 20_000)
+    return round(min(costs) * 1e9)
+def own(number):
+    return trace.span("train", "step", batch=number)
+def torchrecs(number):
+    return record_function(f"## forward {number} ##")
+found = {"off": best(own), "torchrec_off": best(torchrecs)}
+with tempfile.TemporaryDirectory() as folder:
+    trace.start(folder, ranks.here(), "bench")
+    trace.set_context(epoch=0, step=1)
+    found |= {"on": best(own), "torchrec_on": best(torchrecs)}
+    trace.stop()
+print(found)
+"""
+
+
+def span_costs() -> dict:
+    """ns for one span, and for one marker of torchrec, untraced and traced."""
+    done = subprocess.run([sys.executable, "-c", SPANS], cwd=ROOT, capture_output=True, text=True, check=True)
+    return ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+def processor_ms(folder: Path) -> float:
+    """Of a step, without start-up: between the first and the last report of the training."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in lines if "loss" in line]
+    return 1000 * (last["cpu_seconds"] - first["cpu_seconds"]) / (last["step"] - first["step"])
+
 
 def train(folder: Path, options: argparse.Namespace, traced: bool) -> dict:
     command = [
         sys.executable, "-m", "dlrm.train", "--output_dir", str(folder),
         "--batch_size", str(options.batch_size),
         "--limit_train_batches", str(options.steps), "--limit_val_batches", "1", "--limit_test_batches", "1",
-        "--embedding_dim", "32", "--dense_arch_layer_sizes", "512,256,32",
-        "--over_arch_layer_sizes", "512,256,1",
         "--learning_rate", "0.05", "--seed", "0",
     ]  # fmt: skip
+    if options.preset:
+        command += ["--preset", options.preset]
+    else:
+        command += ["--embedding_dim", "32", "--dense_arch_layer_sizes", "512,256,32"]
+        command += ["--over_arch_layer_sizes", "512,256,1"]
     if options.data:
         command += ["--in_memory_binary_criteo_path", str(options.data)]
     else:
@@ -48,8 +92,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=2048)
     parser.add_argument("--data", type=Path, help="dataset folder (default: random batches, no reads)")
+    parser.add_argument("--preset", help="the model of a preset instead, e.g. toy")
     options = parser.parse_args()
-    costs, speeds, sizes, counts, steps = [], {True: [], False: []}, 0, 0, 1
+    costs, speeds, cpu = [], {True: [], False: []}, {True: [], False: []}
+    sizes, counts, steps = 0, 0, 1
     with tempfile.TemporaryDirectory() as scratch:
         for pair in range(options.pairs):
             found = {}
@@ -58,6 +104,7 @@ def main() -> None:
                 result = train(folder, options, traced)
                 found[traced] = result["samples_per_second"]
                 speeds[traced].append(found[traced])
+                cpu[traced].append(processor_ms(folder))
                 if traced:
                     table = events.load(folder, columns=("cat", "name", "ts"))
                     steps = max(1, len(table.filter((table["cat"] == "train") & (table["name"] == "step"))))
@@ -80,6 +127,11 @@ def main() -> None:
         "cost_percent_median": round(statistics.median(costs), 3),
         "cost_percent_min": round(min(costs), 3),
         "cost_percent_max": round(max(costs), 3),
+        "processor_ms_per_step": round(statistics.median(cpu[False]), 3),
+        "processor_cost_percent": round(
+            100 * (statistics.median(cpu[True]) / statistics.median(cpu[False]) - 1), 3
+        ),
+        "ns_per_span": span_costs(),
         "spans_per_step": round(counts, 1),
         "bytes_per_event": round(sizes, 1),
     }
