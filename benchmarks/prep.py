@@ -1,6 +1,7 @@
-"""Preprocessing beside torchrec's own: the same files and core, one run, the bytes compared.
+"""Preprocessing beside torchrec's own: the same files and core, in turns, the bytes compared.
 
-python benchmarks/prep.py [--rows N] [--folder DIR] [--reference_rows N]
+python benchmarks/prep.py [--rows N] [--rounds N] [--folder DIR]
+Each round runs every step of both once; the table holds the medians, of the ratios as well.
 A table for people on stderr; the last line of stdout is one JSON object with the same numbers.
 """
 
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +48,15 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stder
 """
 
 
+def settle() -> None:
+    """A virtual machine's unused memory goes back to its host; fetch some before either side is measured."""
+    program = "block = bytearray(2 << 30); block[:: 4096] = b'1' * (len(block) // 4096)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def measured(program: str, cores: list[int]) -> dict[str, float]:
     """Run in a process of its own on these cores: seconds, CPU seconds and peak memory of the work alone."""
+    settle()
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -125,14 +134,14 @@ def run_command(tsv: Path, out: Path, *flags: Any) -> list[Any]:
         "--compat",
         "torchrec",
         "--restart",
-        "--no_md5",
         *flags,
     ]
 
 
-def compare(folder: Path, small: Path, rows: int, cores: list[int]) -> dict[str, Any]:
-    """Every step and the whole, on one core; then the whole on all."""
-    tsv, found, scratch = folder / "tsv", {}, folder / "scratch"
+def one_round(folder: Path, small: Path, cores: list[int]) -> dict[str, tuple[Any, Any]]:
+    """Every step and the whole, on one core; then on all. Name -> what the reference took, and what ours."""
+    tsv, scratch = folder / "tsv", folder / "scratch"
+    found: dict[str, tuple[Any, Any]] = {}
     wanted = reference_steps(tsv, folder / "reference", 0, cores[0])
     one, two, three = (folder / "reference" / name for name in ("one", "two", "three"))
     steps = {
@@ -144,33 +153,45 @@ def compare(folder: Path, small: Path, rows: int, cores: list[int]) -> dict[str,
         flag = "--output_dir_shuffled" if step == "shuffle" else "--output_dir"
         took = our_step([*command, flag, fresh(scratch / "out")], cores[:1], small)
         same(right, scratch / "out", suffix)
-        found[step] = entry(wanted[step], took, rows)
+        found[step] = wanted[step], took
+    command = ["parse", "--input_dir", tsv, "--output_dir", fresh(scratch / "out"), "--workers", len(cores)]
+    found[f"parse, {len(cores)} workers"] = wanted["parse"], our_step(command, cores, small)
+    same(one, scratch / "out")
     whole = {key: sum(wanted[step][key] for step in SCRIPTS) for key in ("wall", "cpu")}
     whole["peak_mb"] = max(wanted[step]["peak_mb"] for step in SCRIPTS)
-    for name, own in (("pipeline", cores[:1]), (f"pipeline, {len(cores)} workers", cores)):
-        took = our_step(run_command(tsv, fresh(scratch / "out"), "--workers", len(own)), own, small)
+    ways = {
+        "pipeline": (cores[:1], "--no_md5"),
+        f"pipeline, {len(cores)} workers": (cores, "--no_md5"),
+        "pipeline with md5": (cores[:1], "--restart"),
+    }
+    for name, (own, flag) in ways.items():
+        command = run_command(tsv, fresh(scratch / "out"), flag, "--workers", len(own))
+        found[name] = whole, our_step(command, own, small)
         assert same(three, scratch / "out") == 3 * DAYS
-        found[name] = entry(whole, took, rows)
-    return found | compare_threshold(tsv, folder, small, rows, cores)
+    return found | round_with_threshold(folder, small, cores)
 
 
-def compare_threshold(tsv: Path, folder: Path, small: Path, rows: int, cores: list[int]) -> dict[str, Any]:
+def round_with_threshold(folder: Path, small: Path, cores: list[int]) -> dict[str, tuple[Any, Any]]:
     one, two, scratch = folder / "reference" / "one", fresh(folder / "reference" / "two"), folder / "scratch"
     words = ["--input_dir", str(one), "--output_dir", str(two), "--frequency_threshold", "3"]
     wanted = measured(REFERENCE.format(script=SCRIPTS["contiguous"], arguments=words), cores[:1])
     took = our_step(["contiguous", *words[:3], fresh(scratch / "out"), *words[4:]], cores[:1], small)
     same(two, scratch / "out")
-    return {"contiguous, threshold 3": entry(wanted, took, rows)}
+    return {"contiguous, threshold 3": (wanted, took)}
 
 
-def entry(reference: dict[str, float], ours: dict[str, float], rows: int) -> dict[str, Any]:
+def entry(pairs: list[tuple[dict[str, float], dict[str, float]]], rows: int) -> dict[str, Any]:
+    """Medians over the rounds."""
+    ratios = sorted(theirs["cpu"] / ours["cpu"] for theirs, ours in pairs)
     return {
-        "reference_rows_per_s": round(rows / reference["cpu"]),
-        "rows_per_s": round(rows / ours["cpu"]),
-        "ratio_cpu": round(reference["cpu"] / ours["cpu"], 1),
-        "ratio_wall": round(reference["wall"] / ours["wall"], 1),
-        "reference_peak_mb": round(reference["peak_mb"]),
-        "peak_mb": round(ours["peak_mb"]),
+        "reference_rows_per_s": round(rows / median(theirs["cpu"] for theirs, _ in pairs)),
+        "rows_per_s": round(rows / median(ours["cpu"] for _, ours in pairs)),
+        "rows_per_s_wall": round(rows / median(ours["wall"] for _, ours in pairs)),
+        "ratio_cpu": round(median(ratios), 1),
+        "ratio_cpu_range": [round(ratios[0], 1), round(ratios[-1], 1)],
+        "ratio_wall": round(median(theirs["wall"] / ours["wall"] for theirs, ours in pairs), 1),
+        "reference_peak_mb": round(max(theirs["peak_mb"] for theirs, _ in pairs)),
+        "peak_mb": round(max(ours["peak_mb"] for _, ours in pairs)),
     }
 
 
@@ -179,7 +200,8 @@ def growth(folder: Path, rows: int, cores: list[int]) -> dict[str, Any]:
     found = {}
     for times in (1, 4, 16):
         tsv = make(folder / "growing", rows * times)
-        took = our_step(run_command(tsv, fresh(folder / "scratch" / "out")), cores[:1], folder / "small")
+        command = run_command(tsv, fresh(folder / "scratch" / "out"), "--no_md5")
+        took = our_step(command, cores[:1], folder / "small")
         found[str(rows * times)] = {
             "peak_mb": round(took["peak_mb"]),
             "rows_per_s": round(rows * times / took["cpu"]),
@@ -199,14 +221,15 @@ def show(results: dict[str, Any]) -> None:
     lines = [
         f"{results['machine']}; {results['rows']:,} rows, {results['tsv_mb']:,} MB in {results['folder']}",
         "",
-        "| step | torchrec, rows/s of CPU | here | ratio of CPU | of wall | peak MB | target |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| step | torchrec, rows/s of CPU | here | of wall | ratio of CPU | of wall | peak MB | target |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in results["steps"].items():
+        low, high = row["ratio_cpu_range"]
         lines.append(
-            f"| {name} | {row['reference_rows_per_s']:,} | {row['rows_per_s']:,} | {row['ratio_cpu']} "
-            f"| {row['ratio_wall']} | {row['reference_peak_mb']:,} -> {row['peak_mb']:,} "
-            f"| {TARGETS.get(name, '')} |"
+            f"| {name} | {row['reference_rows_per_s']:,} | {row['rows_per_s']:,} "
+            f"| {row['rows_per_s_wall']:,} | {row['ratio_cpu']} ({low} .. {high}) | {row['ratio_wall']} "
+            f"| {row['reference_peak_mb']:,} -> {row['peak_mb']:,} | {TARGETS.get(name, '')} |"
         )
     lines += ["", "| rows | peak MB | rows/s of CPU |", "|--:|--:|--:|"]
     for rows, row in results["growth"].items():
@@ -217,6 +240,7 @@ def show(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=360_000, help="for the comparison")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--growth_rows", type=int, default=120_000, help="times 1, 4 and 16")
     parser.add_argument("--folder", type=Path, help="on the file system to be measured")
     args = parser.parse_args()
@@ -226,13 +250,15 @@ def main() -> None:
         folder, begun = Path(name), time.monotonic()
         tsv, small = make(folder / "tsv", args.rows), make(folder / "small", 2400)
         rows = args.rows // DAYS * DAYS
+        rounds = [one_round(folder, small, cores) for _ in range(args.rounds)]
         results = {
             "machine": f"{len(cores)} cores {platform.machine()}, python {platform.python_version()}",
             "folder": str(args.folder or tempfile.gettempdir()),
             "rows": rows,
             "tsv_mb": round(sum(path.stat().st_size for path in tsv.iterdir()) / 1e6),
             "bytes_equal": True,  # anything else ends the run
-            "steps": compare(folder, small, rows, cores),
+            "rounds": args.rounds,
+            "steps": {name: entry([found[name] for found in rounds], rows) for name in rounds[0]},
             "growth": growth(folder, args.growth_rows, cores) if args.growth_rows else {},
             "seconds": round(time.monotonic() - begun),
             "own_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
