@@ -1,0 +1,153 @@
+"""Peak memory of the preprocessing at Criteo 1TB's cardinalities, results checked.
+
+python benchmarks/prep_memory.py [--folder DIR] [--distinct 292775614] [--rows 8000000]
+ids: the lists of Criteo's largest column, as 24 parts of the text would leave them, numbered by the bitmap.
+run: text whose first six id columns never repeat, through the whole pipeline.
+A table for people on stderr; the last line of stdout is one JSON object with the same numbers.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+LANES, WIDE = 24, 6
+MIX = 2654435761  # odd: k -> k * MIX mod 2^32 hits every hash once
+AROUND = """
+import resource, sys, time
+sys.path.insert(0, {root!r})
+from benchmarks import prep_memory
+begun, cpu = time.monotonic(), time.process_time()
+prep_memory.{work}(*{arguments!r})
+took = time.monotonic() - begun, time.process_time() - cpu
+print(*took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def measured(work: str, *arguments: Any) -> dict[str, float]:
+    program = AROUND.format(root=str(ROOT), work=work, arguments=arguments)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    )
+    wall, cpu, peak = map(float, done.stdout.split()[-3:])
+    return {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), "peak_mb": round(peak)}
+
+
+def stretch(lane: int, distinct: int) -> tuple[int, int]:
+    """A lane meets its share of the ids and the second half of the share before it."""
+    share = distinct // LANES
+    return max(0, lane * share - share // 2), (lane + 1) * share
+
+
+def work_folder(folder: str, least: int) -> Any:
+    from dlrm.prep.options import Options
+    from dlrm.prep.work import Work
+
+    path = Path(folder)
+    work = Work(Options(path, path / "out", frequency_threshold=least, tmp_dir=path), [], [])
+    work.lanes = [[] for _ in range(LANES)]
+    return work
+
+
+def make_lists(folder: str, distinct: int) -> None:
+    """Each id twice in every lane that meets it."""
+    work = work_folder(folder, 0)
+    for lane in range(LANES):
+        begin, end = stretch(lane, distinct)
+        with open(work.path("lane", lane, "ids"), "wb") as file:
+            for at in range(begin, end, 1 << 20):
+                ids = np.arange(at, min(end, at + (1 << 20)), dtype=np.uint64) * np.uint64(MIX)
+                file.write(ids.astype(np.uint32).tobytes())
+            for at in range(begin, end, 1 << 20):
+                file.write(np.full(min(1 << 20, end - at), 2, np.uint32).tobytes())
+
+
+def number(folder: str, distinct: int, least: int) -> None:
+    from dlrm.prep.merge import merge_column
+    from dlrm.prep.progress import Progress
+
+    work = work_folder(folder, least)
+    sizes = np.zeros((LANES, 26), np.int64)
+    for lane in range(LANES):
+        begin, end = stretch(lane, distinct)
+        sizes[lane, 0] = end - begin
+    merge_column(work, sizes, 0, Progress(1, False))
+
+
+def check_maps(folder: str, distinct: int, least: int) -> int:
+    """Ids are met in the order of k, so the k-th is k + 2; with a threshold ids of two lanes are kept."""
+    work, share = work_folder(folder, least), distinct // LANES
+    for lane in range(LANES):
+        begin, end = stretch(lane, distinct)
+        k = np.arange(begin, end, dtype=np.int64)
+        if least <= 1:
+            wanted = k + 2
+        else:
+            twice = (k % share >= share - share // 2) & (k < (LANES - 1) * share)
+            wanted = np.where(twice, 2 + (k // share) * (share // 2) + k % share - (share - share // 2), 1)
+        assert (np.fromfile(work.path("lane", lane, "map"), np.int32) == wanted).all(), lane
+    kept = json.loads(work.path("column", 0).read_text())["kept"]
+    work.path("column", 0).unlink()
+    return kept
+
+
+def make_text(folder: str, rows: int) -> None:
+    from dlrm.prep import toy
+
+    known = toy.hashed
+    met = 0
+
+    def hashed(ids: np.ndarray) -> np.ndarray:
+        nonlocal met
+        values = known(ids)
+        fresh = np.arange(met, met + len(ids), dtype=np.uint64) * np.uint64(MIX)
+        met += len(ids)
+        values[:, :WIDE] = fresh.astype(np.uint32)[:, None]
+        return values
+
+    toy.hashed = hashed
+    toy.write_days(Path(folder), 2, rows // 2, 0)
+
+
+def run(folder: str, out: str) -> None:
+    from dlrm.prep.__main__ import main as prep
+
+    assert prep(["run", "--input_dir", folder, "--output_dir", out, "--no_md5"]) == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="where there is room for 16 bytes a distinct id")
+    parser.add_argument("--distinct", type=int, default=292_775_614, help="Criteo 1TB's largest column")
+    parser.add_argument("--rows", type=int, default=8_000_000)
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    results: dict[str, Any] = {"distinct": args.distinct // LANES * LANES, "rows": args.rows}
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        if args.distinct:
+            make_lists(name, args.distinct)
+            results["entries"] = sum(
+                e - b for b, e in (stretch(lane, args.distinct) for lane in range(LANES))
+            )
+            for least in (0, 3):
+                results[f"ids, threshold {least}"] = measured("number", name, args.distinct, least)
+                results[f"ids, threshold {least}"]["kept"] = check_maps(name, args.distinct, least)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        if args.rows:
+            make_text(f"{name}/tsv", args.rows)
+            results["run"] = measured("run", f"{name}/tsv", f"{name}/out")
+            meta = json.loads(Path(name, "out", "meta.json").read_text())
+            results["run"]["distinct"] = sum(meta["table_sizes"]) - 2 * len(meta["table_sizes"])
+    for key, value in results.items():
+        print(f"{key}: {value}", file=sys.stderr)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
