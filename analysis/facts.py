@@ -83,7 +83,8 @@ class Facts:
         """How to have larger reads: what keeps them small is the trainer's option, or the data's layout."""
         if not self.ours:
             return "Read larger pieces and hand them out from memory."
-        sums = self.reads.select(pl.col("sequential", "strided", "random").sum()).row(0, named=True)
+        reads = self.reads.filter(pl.col("phase").is_in(TRAIN))
+        sums = reads.select(pl.col("sequential", "strided", "random").sum()).row(0, named=True)
         if sums["strided"] > sums["sequential"] + sums["random"]:
             return (
                 "The ranks take turns in each file, so a read is one rank's rows of one batch: raise "

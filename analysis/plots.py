@@ -104,7 +104,7 @@ def over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> 
 
 
 def _scores(curves: pl.DataFrame) -> list[dict]:
-    """AUROC; of a model that ranks items Recall and NDCG, of the longest list."""
+    """AUROC; of a model that ranks items Recall and NDCG, of ten items or else the longest list."""
     named = curves["name"].unique().to_list()
     longest = [max((n for n in named if n.startswith(kind)), key=_length, default="") for kind in RANKINGS]
     panels = []
@@ -123,9 +123,9 @@ def _scores(curves: pl.DataFrame) -> list[dict]:
 
 
 def _length(name: str) -> int:
-    """NDCG@10 -> 10."""
+    """NDCG@100 -> 100; ten is what is quoted."""
     digits = name.partition("@")[2]
-    return int(digits) if digits.isdecimal() else 0
+    return (1 << 30 if digits == "10" else int(digits)) if digits.isdecimal() else 0
 
 
 CACHE = (
