@@ -156,6 +156,20 @@ class Group(dist.ProcessGroup):
 
         return _Receive(Arriving(segments, segments.post(data, goes), place))
 
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        """gloo wants equal shapes; the last batch may have a row less on some ranks."""
+        (gathered, *_), (mine, *_), segments = outputs, inputs, self.segments
+        if len({part.shape for part in gathered}) == 1:
+            return self._gloo.allgather(outputs, inputs, *([opts] if opts else []))
+        gathered[segments.rank].copy_(mine)
+        data = _bytes(mine)
+
+        def place(peer: int, part: torch.Tensor) -> None:
+            gathered[peer].copy_(part.view(mine.dtype).view(gathered[peer].shape))
+
+        number = segments.post(data, [(0, data.numel())] * segments.size)
+        return _Receive(Arriving(segments, number, place))
+
 
 def _through_gloo(name: str) -> Callable[..., Any]:
     def call(self: Group, *arguments: Any, **options: Any) -> Any:
@@ -171,7 +185,7 @@ for _name, _gloo_name in {
     **{
         name: name
         for name in (
-            "_allgather_base", "_reduce_scatter_base", "allgather", "allgather_coalesced",
+            "_allgather_base", "_reduce_scatter_base", "allgather_coalesced",
             "allreduce_coalesced", "alltoall", "barrier", "broadcast", "gather", "monitored_barrier",
             "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send",
         )
