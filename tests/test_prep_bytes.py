@@ -1,6 +1,7 @@
 """Every output file against torchrec's own three steps, byte for byte, and against the plain engine."""
 
 import filecmp
+import json
 import os
 import subprocess
 import sys
@@ -244,3 +245,30 @@ def test_spark_names_the_bad_line(days: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"{tmp_path}/in/day_0:5: 1 columns, 40 expected" in done.stderr.decode().splitlines()[-1]
     assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_nvidias_recipe_against_counted_text(tmp_path: Path) -> None:
+    """Gaps 0, ids seen fewer than four times 1, every other one its own; counts log(x + 3), gaps 0."""
+    from collections import Counter
+
+    write_days(tmp_path / "days", 2, 900, seed=3)
+    out = run(tmp_path / "days", tmp_path / "out", "--frequency_limit", "4", "--steps", "parse,contiguous")
+    lines = [
+        line.split("\t") for day in (0, 1) for line in (tmp_path / f"days/day_{day}").read_text().split("\n")
+    ]
+    lines = [fields for fields in lines if len(fields) == 40]
+    ids, dense = (np.concatenate([np.load(out / f"day_{day}_{part}.npy") for day in (0, 1)])
+                  for part in ("sparse", "dense"))  # fmt: skip
+    sizes = json.loads((out / "meta.json").read_text())["table_sizes"]
+    for column in range(26):
+        text = [fields[14 + column] for fields in lines]
+        seen = Counter(text)
+        kept = {value for value, count in seen.items() if value and count >= 4}
+        given = dict(zip(text, ids[:, column].tolist(), strict=True))
+        assert all(given[value] == (1 if value else 0) for value in seen if value not in kept)
+        assert sorted(given[value] for value in kept) == list(range(2, 2 + len(kept)))
+        assert sizes[column] == len(kept) + 2
+    for column in range(13):
+        text = [fields[1 + column] for fields in lines]
+        wanted = np.log(np.array([int(value) + 3 if value else 1 for value in text], np.float32))
+        assert (dense[:, column] == wanted).all()

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Finished
 
 from dlrm.criteo import Meta
 from dlrm.prep.__main__ import main
@@ -264,3 +266,27 @@ def test_permutation_is_numpys(tmp_path: Path, rows: int, bits: int) -> None:
     np.random.RandomState(7).shuffle(order)
     write_places(tmp_path / "places", rows, 7, lambda count: None, bits)
     assert (np.fromfile(tmp_path / "places", np.uint32)[order] == np.arange(rows)).all()
+
+
+def test_two_ranks_train_on_the_parquet(toy: Path, train: Callable[..., Finished], tmp_path: Path) -> None:
+    """From text to an AUROC; every row is seen once."""
+    out = run(toy.parent / "tsv", tmp_path / "parquet", "--format", "parquet")
+    done = train(2, "--preset", "toy", "--source", "parquet", "--in_memory_binary_criteo_path", out)
+    assert done.codes == [0, 0], done.err
+    assert done.results["samples"] == 15_000
+    assert done.results["val_samples"] == done.results["test_samples"] == 1500
+    assert done.results["test_auroc"] > 0.72
+    read = {path for files in done.results["bytes_read"].values() for path in files}
+    assert read == {str(path) for path in out.glob("*/*.parquet")}
+
+
+def test_only_own_leftovers_are_cleared(days: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    ours = ["day_0_dense.npy.partial", "day_77_sparse.npy.partial", "train/part_00003.parquet.partial"]
+    theirs = ["thesis.pdf.partial", "day_0.npy.partial", "films/part_1.mkv.partial"]
+    for name in ours + theirs:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("x")
+    run(days, out)
+    assert [name for name in ours + theirs if (out / name).exists()] == theirs

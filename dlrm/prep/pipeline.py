@@ -1,11 +1,12 @@
 """TSV to a finished dataset folder, step by step, in constant memory, on any number of threads and ranks.
 
-count    rows of every piece of input                             -> count_*.json
-permute  where the shuffle puts each row                          -> places.u32
-parse    text to records on their way to their bucket, local ids  -> piece_*.spill, lane_*.ids
-ids      the lanes' ids to the dataset's                          -> lane_*.map
-place    buckets in order                                         -> OUTPUT/*.npy.partial
-publish  real names, md5, meta.json
+count      rows of every piece of input                            -> count_*.json
+permute    where the shuffle puts each row                         -> places.u32
+parse      text to records on their way to their bucket, local ids -> piece_*.spill, lane_*.ids
+ids        the lanes' ids to the dataset's                         -> lane_*.map
+translate  records with the dataset's ids, when the maps are large -> piece_*.final
+place      buckets in order                                        -> OUTPUT/*.npy.partial
+publish    real names, md5, meta.json
 """
 
 import json
@@ -27,7 +28,7 @@ from dlrm.prep.spill import RECORD_BYTES
 from dlrm.prep.team import Team
 from dlrm.prep.work import Work
 
-STEPS = 7
+STEPS = 8
 
 
 def run(options: Options, team: Team) -> None:
@@ -39,7 +40,7 @@ def run(options: Options, team: Team) -> None:
                 shutil.rmtree(options.tmp, ignore_errors=True)
             print(f"{options.output_dir}: complete, made with the same parameters; nothing to do")
         return
-    progress = Progress(STEPS, team.first)
+    progress = Progress(STEPS, team.first, team.size)
     work = Work(options, found, [unpack.text_of(source, options.tmp) for source in found])
     team.first_does(lambda: prepare(work))
     if any(source.packed for source in found):
@@ -100,9 +101,10 @@ def transform(work: Work, team: Team, progress: Progress) -> None:
 
 def place(work: Work, team: Team, sizes: np.ndarray, progress: Progress) -> None:
     options, maps = work.options, None
-    if options.contiguous and 4 * int(sizes.sum()) <= options.map_bytes:
-        maps = load_maps(work, sizes)
-    elif options.contiguous:
+    if not options.contiguous or 4 * int(sizes.sum()) <= options.map_bytes:
+        progress.skip("translate", "done while rows are placed" if options.contiguous else "raw ids are kept")
+        maps = load_maps(work, sizes) if options.contiguous else None
+    else:
         owners = [(lane, number) for lane, numbers in enumerate(work.lanes) for number in numbers]
         with progress.step("translate", rows=work.rows // team.size):
             team.each(owners, lambda owner: translate_piece(work, sizes, *owner, progress))

@@ -10,10 +10,14 @@ LINE_SECONDS, BAR_SECONDS = 5.0, 0.2
 
 
 class Progress:
-    """Threads add what they have done; a clock thread shows it. Silent but on the first rank."""
+    """Threads add what they have done; a clock thread shows it. Silent but on the first rank.
 
-    def __init__(self, steps: int, show: bool) -> None:
+    With more ranks than one it counts the first one's share, and says so.
+    """
+
+    def __init__(self, steps: int, show: bool, ranks: int = 1) -> None:
         self._steps, self._show = steps, show
+        self._whose = f" (rank 0 of {ranks})" if ranks > 1 else ""
         self._number = 0
         self._live = show and sys.stderr.isatty()
         self._lock = threading.Lock()
@@ -62,7 +66,7 @@ class Progress:
         self.say(f"step {self._number} of {self._steps} {name}: {why}")
 
     def _text(self, name: str, rows: int, bytes: int, seconds: float) -> str:
-        text = f"step {self._number} of {self._steps} {name}:"
+        text = f"step {self._number} of {self._steps} {name}{self._whose}:"
         if self.rows:
             text += f" {self.rows:,} rows"
         if self.bytes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from dlrm.prep.sources import Output, days_of
 
 HEADER_BYTES = 128
 PARTIAL = ".partial"
+OURS = rf"((day_\d+|train|test)_({'|'.join(PARTS)})\.npy|meta\.json){re.escape(PARTIAL)}"
 DTYPES = {"dense": "<f4", "labels": "<i4"}
 
 
@@ -64,6 +66,12 @@ def allocate(options: Options, made: list[Output]) -> bool:
                 file.resize(size)
                 file.write(header(shape, dtype), 0)
     return fresh
+
+
+def partials(folder: Path) -> list[Path]:
+    """What an earlier run left half-written; a stranger's .partial files are not ours to touch."""
+    found = [path for path in folder.glob(f"*{PARTIAL}") if re.fullmatch(OURS, path.name)]
+    return found + list(folder.glob(f"*/part_*.parquet{PARTIAL}"))
 
 
 def unpublish(folder: Path) -> None:

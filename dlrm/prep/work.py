@@ -14,13 +14,14 @@ from dlrm.criteo import NUM_SPARSE
 from dlrm.errors import UserError
 from dlrm.prep.files import File, explained, write_whole
 from dlrm.prep.options import Options
+from dlrm.prep.publish import partials
 from dlrm.prep.scan import Piece
 from dlrm.prep.sources import Output, Source, outputs, shuffled_rows
 from dlrm.prep.spill import bucket_bits, buckets
 
 STATE = "state.json"
 SMALLEST, LARGEST = 1 << 20, 512 << 20  # bytes of text in a lane
-PER_WORKER = 4
+PER_WORKER = 2  # a new lane begins with an empty vocabulary: more of them cost more than they balance
 LAYOUT = 2  # of the intermediate files: those of another version are not gone on with
 MARK = "made by dlrm.prep; can be deleted"
 
@@ -70,7 +71,7 @@ class Work:
         elif any(self.folder.iterdir()) and not (self.folder / "README").exists():
             raise UserError(f"--tmp_dir {self.folder}: not empty, and not ours; name an empty folder")
         (self.folder / "README").write_text(MARK + "\n")
-        for stale in self.options.output_dir.rglob("*.partial"):
+        for stale in partials(self.options.output_dir):
             stale.unlink()
         return False
 
