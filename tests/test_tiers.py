@@ -1,11 +1,8 @@
 """The row cache and the store of tables in files: against plain arrays, reopened, damaged, full."""
 
-import gc
 import os
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -132,44 +129,6 @@ def test_rows_are_those_of_a_table_in_memory_and_outlive_the_process(
 def all_of(part: Whole) -> np.ndarray:
     (later,) = part.copy()
     return np.frombuffer(b"".join(later.parts()), np.float32)
-
-
-def test_a_checkpoint_reads_one_moment_while_training_goes_on(tmp_path: Path) -> None:
-    rows = 300_000  # in three blocks, eleven portions
-    tier = opened(tmp_path, slots=2000, rows=rows, beside=ThreadPoolExecutor(1))
-    weights, state = first_values(rows), np.zeros((rows, 1), np.float32)
-    seen = []
-    for save in range(3):
-        work(tier, weights, state, 30, save, 1)
-        then = weights.copy(), state.copy()
-        parts = [Whole(tier.table, tier, each) for each in (False, True)]
-        laters = [later for part in parts for later in part.copy()]
-        assert laters[0].moment is laters[1].moment
-        made: list[list[bytes]] = [[], []]
-
-        def read(laters: Any = laters, made: Any = made) -> None:
-            for later, into in zip(laters, made, strict=True):
-                for part in later.parts():
-                    into.append(bytes(part))
-                    time.sleep(0.02)
-
-        thread = threading.Thread(target=read)
-        thread.start()
-        batches = 0
-        while thread.is_alive() or batches < 10:
-            work(tier, weights, state, 3, 100 + batches, 1)
-            batches += 1
-        thread.join()
-        for values, parts_of in zip(then, made, strict=True):
-            np.testing.assert_array_equal(np.frombuffer(b"".join(parts_of), np.float32), values.reshape(-1))
-        assert not np.array_equal(then[0], weights)
-        seen.append(laters[0].moment._count)
-        del laters, thread, read
-    assert min(seen) > 500  # rows were overwritten meanwhile
-    gc.collect()
-    assert tier._moment() is None  # nothing is put aside any more
-    assert {path.name for path in tmp_path.iterdir()} == {"t_a.rows", "t_a.json"}
-    tier.close()
 
 
 def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:

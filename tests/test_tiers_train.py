@@ -110,8 +110,9 @@ def test_counters_in_metrics_trace_and_report(train: Train, tmp_path: Path) -> N
             if event["name"] in moved and paths[event["args"]["fhash"]].endswith(".rows"):
                 moved[event["name"]] += event["args"]["ret"]
         counted += [e for e in events if e.get("cat") == "counter" and e["name"] == "store_bytes_read"]
-    read = {path: n for path, n in run.results["bytes_read"]["0"].items() if path.endswith(".rows")}
-    assert sum(read.values()) == moved["pread64"] > 0  # what the store says is what the kernel was asked for
+    for key, call in (("bytes_read", "pread64"), ("bytes_written", "pwrite64")):
+        said = {path: n for path, n in run.results[key]["0"].items() if path.endswith(".rows")}
+        assert sum(said.values()) == moved[call] > 0  # what the stores say is what the kernel was asked for
     assert moved["pwrite64"] >= sum(line["store_bytes_written"] for line in lines) > 0
     told = [event["args"]["value"] for event in counted[:12]]  # one lookup for all tables
     assert told == [line["store_bytes_read"] for line in lines]

@@ -4,6 +4,7 @@ fbgemm's table is the cache: it has one row per slot. A batch's rows stay until 
 updated them; changed rows are written when they leave.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -152,7 +153,8 @@ class Tier:
                     moment.keep(ids)
                 else:  # its checkpoint is written
                     self.store.before_write = None
-                    self.store.aside()
+                    with contextlib.suppress(OSError):  # only room is lost
+                        self.store.aside()
 
             self.store.before_write = before_write
         return now

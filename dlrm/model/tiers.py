@@ -170,6 +170,12 @@ class Tiers:
     def bytes_read(self) -> dict[str, int]:
         return {str(tier.store.path): tier.store.bytes_read for tier in self.mine.values()}
 
+    def bytes_written(self) -> dict[str, int]:
+        """After this `close` writes no more rows."""
+        for tier in self.mine.values():
+            tier.flush()
+        return {str(tier.store.path): tier.store.bytes_written for tier in self.mine.values()}
+
     def close(self) -> None:
         for tier in self.mine.values():
             tier.close()
