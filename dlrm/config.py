@@ -36,7 +36,7 @@ class Data:
     synthetic_multi_hot_criteo_path: str | None = option(None, "folder with day_*_sparse_multi_hot.npz")
     dataset_name: str = option("criteo_1t", "dataset, held against the files", ("criteo_1t", "criteo_kaggle"))
     source: str = option(
-        "auto", "how rows are read; auto: stream, or what the other flags ask for",
+        "auto", "how rows are read; auto: what the folder holds is streamed, if no other flag says more",
         ("auto", "stream", "memory", "mmap", "parquet", "random"),
     )  # fmt: skip
     batch_size: int = option(32, "training batch size per rank")

@@ -16,7 +16,7 @@ from dlrm.data.kjt import ToBatch
 from dlrm.data.multihot import MultiHot
 from dlrm.data.prefetch import Prefetcher
 from dlrm.data.rows import Source
-from dlrm.data.source import open_source, scan
+from dlrm.data.source import open_source, recognised, scan
 from dlrm.errors import UserError
 from dlrm.ranks import Ranks
 
@@ -111,19 +111,20 @@ def open_sets(cfg: Config, here: Ranks) -> Sets:
     widen = MultiHot(sizes, hots, distribution) if hots else None
     pin = data.pin_memory and torch.cuda.is_available()
     to_batch = ToBatch(sizes, fold, pin, widen)
-    layout = scan(data.kind, data.folder or "")
+    kind = recognised(data.kind, data.folder)
+    layout = scan(kind, data.folder or "")
     check_name(data.dataset_name, data.folder, layout)
-    if data.kind == "multi_hot":
+    if kind == "multi_hot":
         hots = tuple(layout.parts[str(feature)][0].columns for feature in range(len(sizes)))
     sources, loaders = [], {}
     for stage in ("train", "val", "test"):
         limit = getattr(data, f"limit_{stage}_batches")
         batch_size = data.batch_size if stage == "train" else data.test_batch_size or data.batch_size
-        if data.kind == "random":
+        if kind == "random":
             limit = RANDOM_BATCHES if limit is None else limit
         rows = (limit or 1) * batch_size * here.world_size
         source = open_source(
-            data.kind, layout, stage,
+            kind, layout, stage,
             read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes, seed=seed,
         )  # fmt: skip
         training = stage == "train"

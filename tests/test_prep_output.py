@@ -271,7 +271,7 @@ def test_permutation_is_numpys(tmp_path: Path, rows: int, bits: int) -> None:
 def test_two_ranks_train_on_the_parquet(toy: Path, train: Callable[..., Finished], tmp_path: Path) -> None:
     """From text to an AUROC; every row is seen once."""
     out = run(toy.parent / "tsv", tmp_path / "parquet", "--format", "parquet")
-    done = train(2, "--preset", "toy", "--source", "parquet", "--in_memory_binary_criteo_path", out)
+    done = train(2, "--preset", "toy", "--in_memory_binary_criteo_path", out)
     assert done.codes == [0, 0], done.err
     assert done.results["samples"] == 15_000
     assert done.results["val_samples"] == done.results["test_samples"] == 1500

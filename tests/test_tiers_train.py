@@ -177,7 +177,7 @@ def test_oneflows_recipe(train: Train, tmp_path: Path) -> None:
     assert found is not None
     sizes = found[1].replace(" ", "")
     run = train(
-        1, "--in_memory_binary_criteo_path", tmp_path / "data", "--source", "parquet",
+        1, "--in_memory_binary_criteo_path", tmp_path / "data",
         "--num_embeddings_per_feature", sizes, "--embedding_dim", 16,
         "--dense_arch_layer_sizes", "64,32,16", "--over_arch_layer_sizes", "64,32,1",
         "--interaction_type", "dot", "--self_interaction",

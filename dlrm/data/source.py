@@ -9,6 +9,7 @@ which then also count their bytes together.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dlrm.data.memory import Mapped, Memory
@@ -94,6 +95,14 @@ def scan(kind: str, folder: str | os.PathLike[str]) -> AnyLayout:
     if kind not in KINDS:
         raise UserError(f"unknown kind of data {kind}: one of {', '.join(KINDS)}")
     return SCANS[kind](folder)
+
+
+def recognised(kind: str, folder: str | None) -> str:
+    """`kind`; what streams is Parquet where the folder holds nothing else."""
+    root = Path(folder) if folder else None
+    if kind != "stream" or root is None or any(root.glob("*.npy")):
+        return kind
+    return "parquet" if any(root.glob("*.parquet")) or any(root.glob("*/*.parquet")) else kind
 
 
 def open_source(
