@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -27,8 +28,10 @@ def start(main: Callable[[Ranks], None]) -> NoReturn:
     trace.stop()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        os._exit(code)  # threads and collectives that still wait for a peer must not hold this rank
+    if code or threading.active_count() > 1:
+        # threads and collectives that still wait for a peer must not hold this rank, and one that returns
+        # from C++ while the interpreter is taken down would abort it
+        os._exit(code)
     sys.exit(0)
 
 

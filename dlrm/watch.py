@@ -160,7 +160,8 @@ class Watch(threading.Thread):
         if here.world_size > 1:
             self._store = store.clone()
             self.start()
-            threading.Thread(target=self._guard, name="guard", daemon=True).start()
+            self._guardian = threading.Thread(target=self._guard, name="guard", daemon=True)
+            self._guardian.start()
 
     def run(self) -> None:
         trace.name_thread("watch")
@@ -256,6 +257,9 @@ class Watch(threading.Thread):
 
     def close(self) -> None:
         self._done.set()
+        if self._here.world_size > 1:
+            self.join(2 * SIGN_SECONDS)
+            self._guardian.join(SIGN_SECONDS)
 
 
 class _Signs:
