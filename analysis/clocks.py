@@ -13,6 +13,8 @@ import polars as pl
 
 from analysis.process import Process, forked
 
+LARGEST_DRIFT = 5e-4  # of real clocks; what seems more is ranks that left a barrier at different times
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -59,7 +61,12 @@ def launches(found: Iterable[Process]) -> list[list[Process]]:
     """
     found, made = list(found), []
     parents = [p for p in found if not forked(p)]
-    for process in sorted(parents, key=lambda p: (p.barriers.get("start", p.first), p.rank)):
+    in_time = sorted(parents, key=lambda p: (p.barriers.get("start", p.first), p.rank))
+    by_rank = [[p for p in in_time if p.rank == rank] for rank in sorted({p.rank for p in parents})]
+    whole = {p.world_size for p in parents} == {len(by_rank)} and len({len(each) for each in by_rank}) == 1
+    if whole:  # the n-th of each rank belong together, however far apart the hosts' clocks are
+        made = [list(job) for job in zip(*by_rank, strict=True)]
+    for process in [] if whole else in_time:
         if not made or any(p.rank == process.rank or p.world_size != process.world_size for p in made[-1]):
             made.append([])
         made[-1].append(process)
@@ -90,8 +97,11 @@ def _of_job(job: list[Process]) -> dict[Path, Clock]:
     reference = moments["start"][first]
     made = {
         host: _clock(
-            at, moments["end"][host], min(known) if reference is None else reference, moments["end"][first]
-        )
+            at,
+            moments["end"][host],
+            min(known) if reference is None else reference,
+            None if reference is None else moments["end"][first],
+        )  # fmt: skip
         for host, at in moments["start"].items()
     }
     return {p.path: made[p.host] for p in job}
@@ -109,6 +119,8 @@ def _clock(start: float | None, end: float | None, first_start: float, first_end
     if end is None or first_end is None or end <= start or first_end <= first_start:
         return Clock(shift, begun)  # a killed rank has no barrier at the end: an offset is all there is
     drift = (first_end - first_start) - (end - start)
+    if abs(drift) > LARGEST_DRIFT * (end - start):
+        return Clock(shift, begun)
     return Clock(shift, begun, drift / (end - start), round(drift))
 
 
