@@ -69,6 +69,7 @@ mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}"); wait "$!" || die 
 
 # The run folder: a job that is run again finds its own.
 run=${run:-$results/${PBS_JOBID:-$(date +%Y%m%d-%H%M%S)}}
+[[ -z ${RESUME:-} || -d $run/checkpoints || "${more[*]} $*" == *--checkpoint_dir* ]] || die "RESUME=$run has no checkpoints to go on from"
 [[ -n ${RESUME:-${PBS_JOBID:-}} || ! -e $run ]] || run=$run-$$
 python -m "$program" "${options[@]}" "${more[@]}" "$@" --output_dir "$run" --check_options || exit; mkdir -p -- "$run"
 exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1    # what is said while stopping is kept, too
@@ -92,10 +93,10 @@ while :; do
     [[ -n $signalled ]] || break
 done
 (( code == 0 )) || say "training ended with exit code $code"
-[[ $code == 0 || ! -d $run/checkpoints ]] || say "to go on from the newest checkpoint: RESUME=${run@Q} and the same command"
+[[ $code == [02] || ! -d $run/checkpoints ]] || say "to go on from the newest checkpoint: RESUME=${run@Q} and the same command"
 
-# A stopped job has seconds left: its traces can wait. Code 2 is a mistake in the options: nothing has happened.
-if [[ -d $run/trace && -z $stopped && $code != 2 ]]; then
+# A stopped job has seconds left: its traces can wait. Code 2 before the first step: nothing has happened.
+if [[ -d $run/trace && -z $stopped && ( $code != 2 || -s $run/metrics.jsonl ) ]]; then
     for step in "perfetto" "perfetto --posix" "check" "report"; do
         say "analysis $step"
         read -ra words <<< "$step"
@@ -105,7 +106,6 @@ fi
 say "results: $run"
 [[ ! -e $run/report.html ]] || say "report:  $run/report.html (open it in a browser)"
 for file in "$run"/*.pftrace; do [[ ! -e $file ]] || say "trace:   $file"; done
-[[ ! -e ${file:-} ]] || say "to see a trace: drop it on https://ui.perfetto.dev, or python -m analysis view $(printf %q "$run")"
-exec >&- 2>&-
-wait "$logger" || true
+[[ ! -e ${file:-} ]] || say "to see a trace: drop it on https://ui.perfetto.dev, or source env.sh && python -m analysis view $(printf %q "$run")"
+exec >&- 2>&-; wait "$logger" || true
 exit "$code"

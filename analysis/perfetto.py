@@ -3,6 +3,7 @@
 Streamed block by block, in constant memory; written under a temporary name and renamed when whole.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -94,7 +95,8 @@ def published(path: Path) -> Iterator[BinaryIO]:
             yield file
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what was wrong before is what counts
+            temporary.unlink()
 
 
 def trace_name(run_dir: str | Path, posix: bool) -> str:

@@ -20,7 +20,7 @@ def small_reads(f: Facts) -> Finding | None:
     large = max(1, round(moved / GOOD))
     won = f.won(spent / 1e6 * (1 - large / calls))  # a call this small is mostly the cost of a call
     files = f.reads.filter(pl.col("mean_bytes") < SMALL).sort("count", descending=True)
-    name = files["file"][0] if len(files) else None
+    name = files["file"][0] if len(files) and 2 * files["count"][0] > calls else None
     text = (
         f"{calls:,} reads are smaller than {size(SMALL)}: {size(moved / calls)} on average"
         f"{f', most of them of {name}' if name else ''}. They take {seconds(spent / 1e6)}, added up over the "

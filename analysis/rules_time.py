@@ -22,7 +22,9 @@ def waiting(f: Facts) -> Finding | None:
         mean = float(reads["bytes"].sum()) / max(1, int(reads["count"].sum()))
         size_text = f"; a read moves {size(mean)} on average"
         evidence |= {"file": name, "mean_read_bytes": mean}
-        if mean < 1 << 20:
+        if name.endswith(".rows"):
+            remedy = "These are tables in files: raise --cache_memory_budget_mb."
+        elif mean < 1 << 20:
             remedy = f.larger_reads(mean)
         elif f.ours:
             remedy = "Raise --prefetch_batches, stage the data on the node, or hold it in memory."

@@ -11,7 +11,6 @@ import polars as pl
 # When several are open at once on the main thread, the first of these has the time.
 KINDS = ("io", "wait", "communication", "copy", "compute")
 OTHER = "other"
-PHASES = ("startup", "train", "evaluate", "checkpoint", "preprocess", "run")
 CALLS = ("POSIX", "STDIO")  # intercepted calls; what MPI-IO and HDF5 do shows in these, so they are spans
 
 _EXCHANGE = (

@@ -19,7 +19,6 @@ from analysis.strings import ID, Strings
 
 _PIDS = 1 << 22  # more than any kernel gives out: one of these apart, equal pids of two hosts stay apart
 _CHUNK = 1 << 20
-_EMPTY = np.empty(0, np.int64)
 
 
 @dataclass

@@ -61,10 +61,10 @@ class Data:
         at_least(1, self, "batch_size", "test_batch_size", "prefetch_batches")
         at_least(0, self, "limit_train_batches", "limit_val_batches", "limit_test_batches")
         at_least(0.001, self, "read_chunk_mb")
+        if self.folder is None and self.source not in ("auto", "random"):
+            raise UserError(f"--source {self.source} needs --in_memory_binary_criteo_path, the data's folder")
         if self.in_memory_binary_criteo_path and self.synthetic_multi_hot_criteo_path:
-            raise UserError(
-                "--in_memory_binary_criteo_path and --synthetic_multi_hot_criteo_path exclude each other"
-            )
+            raise UserError("one of --in_memory_binary_criteo_path and --synthetic_multi_hot_criteo_path")
         if self.multi_hot_sizes and self.synthetic_multi_hot_criteo_path:
             raise UserError("--multi_hot_sizes makes ids from one-hot data: not with multi-hot files")
 

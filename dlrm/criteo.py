@@ -12,7 +12,6 @@ from dlrm.errors import UserError
 NUM_DENSE = 13
 NUM_SPARSE = 26
 DAYS = 24
-DENSE_NAMES = [f"int_{i}" for i in range(NUM_DENSE)]
 SPARSE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
 PARTS = {"dense": NUM_DENSE, "sparse": NUM_SPARSE, "labels": 1}  # file kind -> columns
 META = "meta.json"
@@ -88,14 +87,6 @@ def rank_rows(rows: int, rank: int, world_size: int) -> range:
     each, extra = divmod(rows, world_size)
     start = rank * each + min(rank, extra)
     return range(start, start + each + (rank < extra))
-
-
-def day_starts(rows: Sequence[int]) -> list[int]:
-    """Global number of each day's first row, and the total at the end."""
-    starts = [0]
-    for n in rows:
-        starts.append(starts[-1] + n)
-    return starts
 
 
 DEFAULT_TABLE_SIZE = 100_000

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from dlrm import exchange, trace
 from dlrm.entry import complain
-from dlrm.errors import USAGE, UserError
+from dlrm.errors import STOPPED, USAGE, Stopped, UserError
 from dlrm.ranks import Ranks
 from dlrm.watch import Watch, is_broken_contact, meet
 
@@ -56,7 +56,7 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
         elif here.world_size > 1 and is_broken_contact(error):
             raise watch.find() from None
         else:
-            watch.tell(USAGE if isinstance(error, UserError) else 1)
+            watch.tell({UserError: USAGE, Stopped: STOPPED}.get(type(error), 1))
         raise
     finally:
         watch.close()

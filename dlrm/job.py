@@ -1,5 +1,6 @@
 """One training job, from resolved options to results.json: data, model, plan, training, evaluation."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm import advice, amp, config, dist, loop, startup, trace
+from dlrm import advice, amp, dist, loop, startup, trace
 from dlrm.assembly import InMemory, build_model, shard
 from dlrm.auroc import Predictions
 from dlrm.checkpoint import shards
@@ -59,6 +60,7 @@ def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records
         keeper = Keeper(job, here)
         job.hooks = keeper
         resume(job, here, keeper.root)
+        records.describe(cfg)
         with dist.together():
             job.tiers.ready()
         ready = time.perf_counter() - begun
@@ -94,8 +96,9 @@ def open_records(cfg: Any, here: Ranks, device: torch.device) -> Records:
         "device": str(device.type),
         "tuned": cpu.tune(device),
     }
-    if records.folder:
-        config.dump(cfg, records.folder / "config.json", launch)
+    records.launch = launch
+    if records.folder and not (records.folder / "config.json").exists():
+        records.describe(cfg)
     return records
 
 
@@ -182,7 +185,8 @@ class Job:
             evaluate_on_epoch_end=run.evaluate_on_epoch_end,
             score=self.score,
         )
-        self.records.begin(run.epochs * self.epoch_steps, run.print_progress)
+        steps = min(run.epochs * self.epoch_steps, run.max_steps or sys.maxsize)
+        self.records.begin(steps, self.progress.step, run.print_progress)
         self.log.run(self.epoch_steps)
         good = loop.fit(
             self.pipeline, self.sets.train, self.progress, limits, self.next_lr,

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dlrm import config
+
 
 class Records:
     """RUN/metrics.jsonl as it goes, JSON files whole; without a folder only words on stdout."""
@@ -20,10 +22,11 @@ class Records:
     def __init__(self, folder: str | None, first: bool, tensorboard: bool = False) -> None:
         self.folder = Path(folder) if folder and first else None
         self._first = first
+        self.launch: dict[str, Any] = {}
         self._bar: Any = None
         self._board: Any = None
         self._metrics: Any = None
-        self._steps, self._begun = 0, time.time()
+        self._steps, self._done, self._begun = 0, 0, time.time()
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._metrics = open(self.folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -32,9 +35,14 @@ class Records:
 
                 self._board = SummaryWriter(str(self.folder / "tensorboard"))
 
-    def begin(self, steps: int, bar: bool) -> None:
-        """Training starts: `steps` in all. A bar where a person looks on, plain lines elsewhere."""
-        self._steps, self._begun = steps, time.time()
+    def describe(self, cfg: Any) -> None:
+        """Every option as it was understood. Not over an earlier run's, before it is known to go on."""
+        if self.folder:
+            config.dump(cfg, self.folder / "config.json", self.launch)
+
+    def begin(self, steps: int, done: int, bar: bool) -> None:
+        """Training starts: `steps` in all, some done before. A bar where a person looks on."""
+        self._steps, self._done, self._begun = steps, done, time.time()
         if bar and self._first:
             size = shutil.get_terminal_size((100, 24))  # some terminals say 0 x 0: tqdm would hide the bar
             self._bar = tqdm(
@@ -68,8 +76,8 @@ class Records:
             self._bar.set_postfix_str(text)
             self._bar.update(values["step"] - self._bar.n)
             return
-        done = values["step"] / self._steps if self._steps else 0
-        left = (time.time() - self._begun) * (1 / done - 1) if done else 0
+        done = values["step"] - self._done
+        left = (time.time() - self._begun) * (self._steps - values["step"]) / done if done > 0 else 0
         self.say(f"epoch {values['epoch']} step {values['step']}/{self._steps}: {text}, {left:.0f} s left")
 
     def warn(self, text: str) -> None:

@@ -34,10 +34,6 @@ def scan_multi_hot(folder: str | os.PathLike[str]) -> Layout:
     return layout
 
 
-def name_any(day: int, part: str) -> str:
-    return multi_hot_name(day) if part == "sparse" else part_name(day, part)
-
-
 def open_any(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
     return open_npz(path, bytes_read) if part == "sparse" else open_part(path, part, bytes_read)
 

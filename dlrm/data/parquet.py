@@ -92,7 +92,7 @@ def subsets(root: Path) -> dict[str, str]:
     if "train" in stems:
         return {stage: stage for stage in STAGES}
     raise UserError(
-        f"{root} has neither day_0.parquet nor train.parquet: make it with python -m dlrm.prep run"
+        f"{root} has neither day_0.parquet nor train.parquet: make it with dlrm.prep run --format parquet"
     )
 
 
@@ -202,16 +202,22 @@ class Parquet:
 def to_rows(table: Any) -> Rows:
     """An arrow table with our columns -> arrays; ValueError on nulls and on ids that do not fit."""
 
-    def column(name: str, kind: Any) -> np.ndarray:
+    def column(name: str, kind: type) -> np.ndarray:
+        """By the buffers: arrow's own to_numpy imports pandas, in the middle of a training."""
         data = table.column(name)
         if data.null_count:
             raise ValueError(f"column {name} has {data.null_count} empty values")
-        return data.cast(kind).to_numpy()  # a safe cast: what does not fit is an error
+        width = np.dtype(kind).itemsize
+        parts = [  # a safe cast: what does not fit is an error
+            np.frombuffer(part.buffers()[1], kind, len(part), part.offset * width)
+            for part in data.cast(pa.from_numpy_dtype(kind)).chunks
+        ]
+        return np.concatenate([np.empty(0, kind), *parts])
 
     dense = np.empty((table.num_rows, NUM_DENSE), np.float32)
     sparse = np.empty((table.num_rows, NUM_SPARSE), np.int32)
     for number, name in enumerate(DENSE):
-        dense[:, number] = column(name, pa.float32())
+        dense[:, number] = column(name, np.float32)
     for number, name in enumerate(SPARSE):
-        sparse[:, number] = column(name, pa.int32())
-    return Rows(dense, sparse, column(LABEL, pa.int32()).astype(np.int32))
+        sparse[:, number] = column(name, np.int32)
+    return Rows(dense, sparse, column(LABEL, np.int32))

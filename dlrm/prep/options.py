@@ -88,6 +88,12 @@ class Options:
         del values["output_dir"]
         return values | {"steps": list(self.steps)}
 
+    def __post_init__(self) -> None:
+        """A trace names files as they were opened; the loader's and the report's names are absolute."""
+        for name in ("input_dir", "output_dir", "tmp_dir", "trace_dir"):
+            if path := getattr(self, name):
+                object.__setattr__(self, name, Path(path).absolute())
+
     def checked(self) -> "Options":
         """Refuse what contradicts itself, before anything is read."""
         for name, least in (("frequency_threshold", 0), ("frequency_limit", 0), ("random_seed", 0),

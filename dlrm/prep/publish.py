@@ -16,6 +16,7 @@ from dlrm.prep.digests import digests
 from dlrm.prep.files import File
 from dlrm.prep.options import Options
 from dlrm.prep.sources import Output, days_of
+from dlrm.trace import opening
 
 HEADER_BYTES = 128
 PARTIAL = ".partial"
@@ -71,7 +72,8 @@ def allocate(options: Options, made: list[Output]) -> bool:
 def partials(folder: Path) -> list[Path]:
     """What an earlier run left half-written; a stranger's .partial files are not ours to touch."""
     found = [path for path in folder.glob(f"*{PARTIAL}") if re.fullmatch(OURS, path.name)]
-    return found + list(folder.glob(f"*/part_*.parquet{PARTIAL}"))
+    parts = (folder.glob(f"{name}/part_*.parquet{PARTIAL}") for name in ("train", "val", "test"))
+    return found + [path for each in parts for path in each]
 
 
 def unpublish(folder: Path) -> None:
@@ -136,11 +138,13 @@ def publish_arrays(options: Options, made: list[Output], last_ids: list[int], ma
 
 
 def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    with opening:
+        handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
-        os.close(handle)
+        with opening:
+            os.close(handle)
 
 
 def rounded(ids: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ from dlrm.prep.vocab import Vocabulary
 from dlrm.prep.work import line_end
 
 BATCH = 1 << 13  # rows, when there is no parsing to do
-LENIENT = Rules(lenient=True)
 
 
 @contextmanager
