@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 
@@ -62,6 +62,26 @@ class Parts:
         """It has been."""
 
 
+class Part:
+    """Stands for `name` of a module that was put off, with some answers; the real one has all others."""
+
+    def __init__(self, module: str, name: str, **known: Any) -> None:
+        self.__dict__.update(known, _place=(module, name))
+
+    def _real(self) -> Any:
+        module, name = self._place
+        found = sys.modules[module]
+        return getattr(found.real() if isinstance(found, Later) else found, name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(self._real(), attribute)
+
+    def __setattr__(self, attribute: str, value: Any) -> None:
+        setattr(self._real(), attribute, value)
+
+
 class Never:
     """A class without instances: for isinstance and except."""
 
@@ -100,9 +120,9 @@ KNOWN: dict[str, dict[str, Any]] = {
     "torch._dynamo": {  # 0.5 seconds, torch.compile
         "disable": _as_it_is,
         "graph_break": lambda *anything: None,
-        "config": SimpleNamespace(patch=lambda **named: contextlib.nullcontext()),
-        "utils": SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"),
-        "trace_rules": SimpleNamespace(clear_lru_cache=lambda: None),
+        "config": Part("torch._dynamo", "config", patch=lambda **named: contextlib.nullcontext()),
+        "utils": Part("torch._dynamo", "utils", get_optimize_ddp_mode=lambda: "ddp_optimizer"),
+        "trace_rules": Part("torch._dynamo", "trace_rules", clear_lru_cache=lambda: None),
     },
     "tensordict": {"TensorDict": Never},  # 0.1 seconds, and torch._dynamo
 }

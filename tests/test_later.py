@@ -50,7 +50,11 @@ later.put_off()
 import torch.fx.experimental.symbolic_shapes as shapes, tensordict, torchrec
 sizes = [shapes.guard_or_false(True), shapes.is_nested_int(3), shapes.is_nested_int.__module__]
 assert isinstance(shapes, later.Later) and isinstance(torch._dynamo, later.Later)
+held = torch._dynamo.config
+limit = held.recompile_limit
+held.recompile_limit = limit + 1
 import torch._dynamo.config as config
+assert config.recompile_limit == held.recompile_limit == limit + 1
 doubled = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(3)).tolist()
 assert config is torch._dynamo.config and not isinstance(torch._dynamo, later.Later)
 assert tensordict.TensorDict is later.Never
