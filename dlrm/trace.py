@@ -39,6 +39,17 @@ _identity: dict[str, int | str] = {}
 _flusher: "_Flusher | None" = None
 
 
+def sync(path: str | os.PathLike[str]) -> None:
+    """A file's bytes, or a folder's names, are on the disk when this returns."""
+    with opening:
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        with opening:
+            os.close(handle)
+
+
 def on() -> bool:
     return _native is not None
 

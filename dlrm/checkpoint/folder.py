@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrm.checkpoint.shards import Corrupt, Stored, write_whole
-from dlrm.trace import opening
+from dlrm.trace import sync
 
 MARKER = "checkpoint.json"
 VERSION = 1
@@ -108,16 +108,6 @@ def _sum(values: dict[str, Any]) -> int:
 
 def discard(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def sync(folder: Path) -> None:
-    with opening:
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        with opening:
-            os.close(descriptor)
 
 
 def prune(root: Path, keep: int) -> None:

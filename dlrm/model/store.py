@@ -20,7 +20,7 @@ import torch
 
 from dlrm.errors import UserError
 from dlrm.model.tables import BLOCK, fill
-from dlrm.trace import opening
+from dlrm.trace import opening, sync
 
 VERSION = 1
 NEAR = 4 << 10  # rows this close are read by one call, with what lies between
@@ -130,6 +130,7 @@ class RowStore:
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(partial, self.about)
+            sync(self.about.parent)  # else a power cut could bring back a description that calls it clean
         except OSError as error:
             raise self._failed(error) from None
 

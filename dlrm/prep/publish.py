@@ -16,7 +16,7 @@ from dlrm.prep.digests import digests
 from dlrm.prep.files import File
 from dlrm.prep.options import Options
 from dlrm.prep.sources import Output, days_of
-from dlrm.trace import opening
+from dlrm.trace import sync
 
 HEADER_BYTES = 128
 PARTIAL = ".partial"
@@ -135,16 +135,6 @@ def publish_arrays(options: Options, made: list[Output], last_ids: list[int], ma
         meta.md5.update(md5_of(options.output_dir, names))
     publish(options.output_dir, names, meta)
     return meta
-
-
-def sync(path: Path) -> None:
-    with opening:
-        handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        with opening:
-            os.close(handle)
 
 
 def rounded(ids: np.ndarray) -> np.ndarray:
