@@ -12,12 +12,13 @@ def unused(cfg: Config, device: str) -> list[str]:
 
 
 def _groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
-    data, model, optim, run = cfg.data, cfg.model, cfg.optim, cfg.run
+    data, model, optim, plan, run = cfg.data, cfg.model, cfg.optim, cfg.plan, cfg.run
     files = ["dataset_name", "mmap_mode", "shuffle_batches", "shuffle_training_set", "read_chunk_mb"]
     many = data.multi_hot_sizes or data.kind == "multi_hot"
     layers = ["interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"]
     schedule = ["lr_schedule", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps"]
     kind, validates = model.interaction_type, run.evaluate_on_epoch_end or run.validation_freq_within_epoch
+    in_memory = plan.store_type == "device_mem" and not plan.sharding_file  # which may say more of a table
     rules = [
         (data, files, data.kind == "random", "the data is random"),
         (data, ["mmap_mode"], data.kind == "memory", "the data is read into memory"),
@@ -28,6 +29,7 @@ def _groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
         (model, ["dcn_num_layers", "dcn_low_rank_dim"], kind != "dcn", "--interaction_type is not dcn"),
         (model, layers, kind != "projection", "--interaction_type is not projection"),
         (model, ["self_interaction"], kind not in ("original", "dot"), "the interaction has no dot products"),
+        (plan, ["cache_memory_budget_mb", "persistent_path"], in_memory, "--store_type is device_mem"),
         (optim, ["lr_change_point", "lr_after_change_point"], not optim.change_lr, "without --change_lr"),
         (optim, schedule, optim.change_lr, "--change_lr is the schedule"),
         (optim, ["lr_decay_start"], not optim.lr_decay_steps, "--lr_decay_steps is 0"),

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from dlrm.prep import options as choices
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m dlrm.prep", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True)
+    whole_words: Any = partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True, parser_class=whole_words)
     toy = commands.add_parser("toy", help="write Criteo-like TSV that can be learned")
     toy.add_argument("out", type=Path)
     toy.add_argument("--days", type=int, default=24)
@@ -29,15 +31,15 @@ def parser() -> argparse.ArgumentParser:
 def add_run(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add("--input_dir", type=Path, required=True, help="day_0, day_1 ... or train.txt, test.txt; plain or .gz")
-    add("--output_dir", type=Path, required=True)
-    add("--frequency_threshold", type=int, default=0, help="ids seen less often become id 1")
+    add("--output_dir", type=Path, required=True, help="the dataset; a run cut short goes on there")
+    add("--frequency_threshold", type=int, default=0, help="ids seen less often become id 1 [0: none]")
     add("--frequency_limit", type=int, default=0, help="NVIDIA's recipe: rarer ids 1, gaps 0, log(x + 3)")
-    add("--random_seed", type=int, default=0)
-    add("--workers", type=int, default=1, help="threads in each process")
+    add("--random_seed", type=int, default=0, help="of the shuffle [0]")
+    add("--workers", type=int, default=1, help="threads in each process [1]")
     add("--tmp_dir", type=Path, help="for intermediate files, seen by every rank [OUTPUT_DIR/prep.tmp]")
     add("--compat", choices=choices.COMPAT, default="", help="byte for byte what these wrote")
-    add("--format", choices=choices.FORMATS, default="npy")
-    add("--engine", choices=choices.ENGINES, default="numba")
+    add("--format", choices=choices.FORMATS, default="npy", help="of the dataset [npy]")
+    add("--engine", choices=choices.ENGINES, default="numba", help="what does the work, same result [numba]")
     add("--dataset", choices=choices.DATASETS, default="", help="[what is found in the input]")
     add("--steps", default=",".join(choices.STEPS), help="parse[,contiguous][,shuffle] [all]")
     add("--max_ind_range", type=int, default=0, help="take raw ids modulo this")
