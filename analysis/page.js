@@ -83,12 +83,11 @@ const draw = {
   // panels over one time axis: [{label, unit, kind: stack|line|dots, series: [{name, color, x, y, tips}]}]
   time(fig, s) {
     const W = fig.clientWidth || 1180, left = 74, right = 20, gap = 26;
-    const heights = s.panels.map(p => p.height || 90), H = heights.reduce((a, h) => a + h + gap, 0) + 40;
+    const heights = s.panels.map(p => p.height || 90), keys = s.panels.map(p => p.series.length > 2 && W < 720 ? 16 : 0);
+    const H = [...heights, ...keys].reduce((a, h) => a + h, gap * heights.length + 40);
     const all = s.panels.flatMap(p => p.series.flatMap(q => [q.x[0], q.x[q.x.length - 1]])).filter(v => v !== undefined);
     const full = [Math.min(...all), Math.max(...all)];
     if (s.panels[0].kind === "dots") { const pad = (full[1] - full[0]) * 0.01 || 1; full[0] -= pad; full[1] += pad; }
-    const names = new Map(s.panels.flatMap(p => p.series.map(q => [q.name, q.color])));
-    legend(fig, names);
     let svg = null, view = full.slice();
     const paint = () => {
       if (svg) svg.remove();
@@ -99,6 +98,7 @@ const draw = {
       const X = v => left + (v - view[0]) / (view[1] - view[0] || 1) * (W - left - right);
       let top = 16;
       s.panels.forEach((p, k) => {
+        top += keys[k];
         const h = heights[k], seen = q => q.x.map((v, i) => i).filter(i => q.x[i] >= view[0] - (p.kind === "stack" ? q.width || 0 : 0) && q.x[i] <= view[1]);
         const values = p.kind === "stack" ? [0, 1] : p.series.flatMap(q => seen(q).map(i => q.y[i])).filter(v => v !== null);
         let lo = p.zero === false ? Math.min(...values) : 0, hi = Math.max(...values, lo);
@@ -108,7 +108,12 @@ const draw = {
         hi += pad;
         if (p.zero === false) lo -= pad;
         const Y = v => top + h - (v - lo) / (hi - lo) * h;
-        node("text", { x: left, y: top - 5 }, svg, p.label);
+        const label = node("text", { x: left, y: top - 5 - keys[k] }, svg, p.label);
+        let key = keys[k] ? left : left + label.getComputedTextLength() + 18;
+        for (const q of p.series.length > 1 ? p.series : []) {  // each panel its own legend, where narrow in a line of its own
+          node("rect", { x: key, y: top - 15, width: 11, height: 11, rx: 2, fill: q.color }, svg);
+          key += node("text", { x: key + 16, y: top - 5 }, svg, q.name).getComputedTextLength() + 32;
+        }
         for (const t of ticks(lo, hi, p.kind === "stack" ? 2 : 3)) {
           node("line", { x1: left, x2: W - right, y1: Y(t), y2: Y(t), class: "grid" }, svg);
           node("text", { x: left - 6, y: Y(t) + 4, "text-anchor": "end", class: "soft" }, svg, p.kind === "stack" ? 100 * t + "%" : num(t));
@@ -180,7 +185,7 @@ const draw = {
   // columns: labels and series of equal length, grouped
   columns(fig, s) {
     const W = fig.clientWidth || 1180, left = 74, right = 16, plot = 170, H = plot + 74;
-    legend(fig, s.series.map(q => [q.name, q.color]));
+    if (s.series.length > 1) legend(fig, s.series.map(q => [q.name, q.color]));
     const svg = canvas(fig, W, H), hi = Math.max(...s.series.flatMap(q => q.y), 1e-9), slot = (W - left - right) / s.labels.length;
     const log = s.log, Y = v => 14 + plot - (log ? Math.log10(1 + v) / Math.log10(1 + hi) : v / hi) * plot;
     const marks = log ? [0, ...Array.from({ length: Math.ceil(Math.log10(1 + hi)) + 1 }, (_, i) => 10 ** i).filter(v => v <= hi)] : ticks(0, hi, 4);

@@ -1,6 +1,7 @@
 """One HTML file that opens offline: text, tables and figure specifications; page.js draws the figures."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -43,6 +44,11 @@ def size(n: float | None) -> str:
 
 def number(n: int, of: str) -> str:
     return f"{n:,} {of}{'' if n == 1 else 's'}"
+
+
+def prose(text: str) -> str:
+    """Sentences as HTML: what stands between backticks is a name from the trace or a command."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def seconds(s: float | None) -> str:
@@ -112,7 +118,7 @@ class Figures:
 
     def html(self, spec: Spec, caption: str) -> str:
         self.specs.append(spec)
-        return f'<figure data-spec="f{len(self.specs)}"><figcaption>{escape(caption)}</figcaption></figure>'
+        return f'<figure data-spec="f{len(self.specs)}"><figcaption>{prose(caption)}</figcaption></figure>'
 
     def scripts(self) -> str:
         data = [json.dumps(rounded(spec), separators=(",", ":")) for spec in self.specs]
@@ -138,7 +144,7 @@ def entry_html(entry: Entry, figures: Figures) -> str:
     if entry.plot is not None:
         parts.append(figures.html(entry.plot, entry.caption))
     else:
-        parts.append(f"<p class=soft>{escape(entry.caption)}</p>")
+        parts.append(f"<p class=soft>{prose(entry.caption)}</p>")
     if entry.table is not None and len(entry.table):
         text = table_html(entry.table, entry.rows)
         folded = entry.plot is not None and not entry.show

@@ -20,7 +20,9 @@ COLORS = {
     "checkpoint": "#8c510a", "preprocess": "#5aae61",
 }  # fmt: skip
 DARK = ("communication", "io", "wait", "checkpoint", "evaluate", "compute", "bare")
-READ, WRITE, THIRD = "#0072b2", "#d55e00", "#009e73"
+READ, WRITE, THIRD = "#332288", "#999933", "#44aa99"  # of lines and columns: none is a kind of time above
+VAL, TEST, ALONE = "#aa4499", "#111111", "#555555"  # alone: a line that has its panel for itself
+STEP, LATE = "#0072b2", "#cc3311"
 CYCLE = ("#f0c14b", "#56b4e9", "#009e73", "#e6a0c4", "#d55e00", "#0072b2", "#999999", "#b3de69", "#9970ab")
 MAX_ROWS = 64
 Gaps = Sequence[tuple[float, float]]  # from when to when nothing ran
@@ -81,12 +83,12 @@ def over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> 
             {"name": op, "color": color, "x": at, "y": timeline[f"{op}_MB_per_s"].to_list(), "width": width}
             for op, color in (("read", READ), ("write", WRITE))]},
     ]  # fmt: skip
-    for name, unit, color in (("loss", "", "#333333"), ("samples_per_second", "samples/s", THIRD)):
+    for name, unit in (("loss", ""), ("samples_per_second", "samples/s")):
         found = curves.filter((pl.col("name") == name) & pl.col("value").is_finite())
         if len(found):
             series = {
                 "name": name.replace("_", " "),
-                "color": color,
+                "color": ALONE,
                 "x": found["at_s"].to_list(),
                 "y": found["value"].to_list(),
             }
@@ -112,9 +114,9 @@ def _scores(curves: pl.DataFrame) -> list[dict]:
         found = curves.filter((pl.col("name") == name) & pl.col("value").is_finite())
         label = "AUROC" if name == "auroc" else name
         series = [
-            {"name": f"{label}, {split}", "color": color,
+            {"name": split, "color": color,
              "x": rows["at_s"].to_list(), "y": rows["value"].to_list()}
-            for split, color in (("val", "#9970ab"), ("test", "#8c510a"))
+            for split, color in (("val", VAL), ("test", TEST))
             if len(rows := found.filter(pl.col("split") == split))
         ]  # fmt: skip
         if series:
@@ -141,8 +143,8 @@ def _tables_in_files(curves: pl.DataFrame) -> list[dict]:
     for label, unit, names in CACHE:
         series = [
             {
-                "name": name.replace("_", " "), "color": color, "x": found["at_s"].to_list(),
-                "y": (found["value"] / (1e6 if unit == "MB" else 1)).to_list(),
+                "name": name.replace("_", " "), "color": color if len(names) > 1 else ALONE,
+                "x": found["at_s"].to_list(), "y": (found["value"] / (1e6 if unit == "MB" else 1)).to_list(),
             }
             for name, color in zip(names, (READ, WRITE), strict=False)
             if len(found := curves.filter((pl.col("name") == name) & pl.col("split").is_null()))
@@ -159,10 +161,10 @@ def step_times(steps: pl.DataFrame, begin_us: int, gaps: Gaps = ()) -> Spec | No
     late = 2 * float(np.median(steps["wall_us"].to_numpy()))
     series = []
     for name, color, rows in (
-        ("step", READ, table.filter(pl.col("wall_us") <= late)),
+        ("step", STEP, table.filter(pl.col("wall_us") <= late)),
         (
             "more than twice the median",
-            "#cc3311",
+            LATE,
             steps.filter(pl.col("wall_us") > late).top_k(500, by="wall_us").sort("ts"),
         ),
     ):
@@ -214,7 +216,7 @@ def step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     return {
         "type": "columns", "labels": [f"{edge / 1e3:.4g}" for edge in edges[:-1]], "yunit": "steps",
         "xunit": "ms per step; the last bar holds all longer ones",
-        "series": [{"name": "steps", "color": READ, "y": counts}],
+        "series": [{"name": "steps", "color": STEP, "y": counts}],
     }  # fmt: skip
 
 
@@ -240,7 +242,7 @@ def files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
         for row in top.iter_rows(named=True)
         if row["seconds"] > 0
     ]
-    return _rows(rows, {"read": "#7fb8d9", "write": "#eaa069"}, left=420)
+    return _rows(rows, {"read": READ, "write": WRITE}, left=420)
 
 
 def work(ranks: pl.DataFrame) -> Spec | None:

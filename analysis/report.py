@@ -9,7 +9,7 @@ from analysis import summary
 from analysis.errors import AnalysisError
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
-from analysis.page import Entry, Figures, entry_html, number, page, seconds, tiles_html
+from analysis.page import Entry, Figures, entry_html, number, page, prose, seconds, tiles_html
 from analysis.run import Run, open_run
 from analysis.sections import entries
 from analysis.tables.gather import Map, on_threads
@@ -22,8 +22,8 @@ def findings_html(found: list[Finding]) -> str:
     for f in found:
         won = f"up to {seconds(f.seconds)}" if f.seconds else ""
         kind = "" if f.seconds else " class=note"
-        remedy = re.sub(r"(--\w+)", r"<code>\1</code>", escape(f.remedy))
-        items.append(f"<li{kind}><b class=won>{won}</b>{escape(f.text)} <span class=do>{remedy}</span></li>")
+        remedy = re.sub(r"(--\w+)", r"<code>\1</code>", prose(f.remedy))
+        items.append(f"<li{kind}><b class=won>{won}</b>{prose(f.text)} <span class=do>{remedy}</span></li>")
     return f"<ol class=findings>{''.join(items)}</ol>"
 
 
@@ -57,7 +57,7 @@ def html(run: Run, facts: Facts, found: list[Finding], things: list[Entry]) -> s
     for section in sections:
         body.append(f'<h2 id="{anchor(section)}">{escape(section)}</h2>')
         body += [entry_html(e, figures) for e in things if e.section == section and e.has_something]
-    notes = "".join(f"<li>{escape(note)}</li>" for note in run.notes) or "<li>The traces are complete.</li>"
+    notes = "".join(f"<li>{prose(note)}</li>" for note in run.notes) or "<li>The traces are complete.</li>"
     body.append(f'<h2 id="notes">Notes</h2><ul>{notes}</ul>')
     return page(f"{run.name}: I/O report", body, figures)
 

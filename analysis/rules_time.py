@@ -76,8 +76,8 @@ def startup(f: Facts) -> Finding | None:
     calls = f"; file calls are {seconds(f.mean('io_s', 'startup'))} per rank" if f.joined.calls else ""
     text = (
         f"{'The first step ends' if jobs == 1 else f'The first steps of {jobs} launches end'} after "
-        f"{seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; {part} takes "
-        f"{seconds(long)} of it{calls}."
+        f"{seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; its longest part "
+        f"is {part}, {seconds(long)}{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
     if part == "imports" and f.mean("io_s", "startup") > 0.2 * long:  # else it is Python's own work

@@ -108,7 +108,8 @@ def _io(run: Run) -> list[Entry]:
             "while it runs; "
             "sequential counts the requests that begin where the last one of their thread on the file ended, "
             "strided those that skip forward by a fixed distance (ranks that take turns in a file), random "
-            "the others.",
+            "those that jump elsewhere. What moves nothing (at the end of a file), or where nobody knows, is "
+            "none of the three.",
             "io_phases",
         ),
         Entry("I/O", "By rank", answers.volume(j, "rank"), None, "", "io_ranks"),

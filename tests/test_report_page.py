@@ -85,6 +85,17 @@ def test_one_file_that_needs_no_network(run: Path) -> None:
     assert len(page) < 1_000_000
 
 
+def test_names_in_sentences_and_colours(run: Path) -> None:
+    """Names stand out as code; no two lines of a figure over time can be taken for each other."""
+    page = (run / "report.html").read_text()
+    words, _, scripts = page.partition('<div id="tip">')
+    assert "`" not in words and "<code>rest</code>" in words and "<code>ts</code>" in words
+    specs = re.findall(r'<script type="application/json" id="f\d+">(.*)</script>', scripts)
+    panels = next(s["panels"] for s in map(json.loads, specs) if s["type"] == "time" and len(s["panels"]) > 3)
+    series = {s["name"]: s["color"] for panel in panels if len(panel["series"]) > 1 for s in panel["series"]}
+    assert {"compute", "read", "write"} <= series.keys() and len(set(series.values())) == len(series)
+
+
 @pytest.mark.browser
 def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     with chromium(tmp_path / "profile", "1280,900") as browser:
