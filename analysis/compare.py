@@ -3,11 +3,11 @@
 from html import escape
 from pathlib import Path
 
-from analysis import plots, plots_io, summary
+from analysis import plots, plots_io, settings, summary
 from analysis.errors import AnalysisError
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
-from analysis.page import Figures, page
+from analysis.page import Figures, number, page
 from analysis.report import findings_html, header_html, replace
 from analysis.run import Run, open_run
 from analysis.tables import answers, progress
@@ -43,32 +43,42 @@ def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
         if old:
             part = new / old - 1
             change = f"{part:+.1%}" if abs(part) < 10 else f"x {new / old:.3g}"
-            if abs(part) >= NOISE and better:
+            if abs(part) >= NOISE and better and not others(one, two):
                 verdict = "better" if part * better > 0 else "worse"
         found.append((name, told_a, told_b, change, verdict))
     return found
 
 
-def settings(one: Run, two: Run) -> list[tuple[str, str, str]]:
-    """Options that differ."""
-    a, b = _flat(one.config), _flat(two.config)
-    unlike = sorted(key for key in {**a, **b} if a.get(key) != b.get(key))
-    return [(k, str(a.get(k, "-")), str(b.get(k, "-"))) for k in unlike if not k.endswith("output_dir")]
+def others(one: Side, two: Side) -> bool:
+    """Whether these are runs of different models."""
+    a, b = settings.model(one[0].config), settings.model(two[0].config)
+    return bool(a and b and a != b)
 
 
-def _flat(config: dict, before: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+def differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, str]]]:
+    """What a reader must know before the numbers: a sentence, and the settings that differ."""
+    a, b = one[0], two[0]
+    unlike = list(settings.unlike((a.config, a.plan), (b.config, b.plan)))
+    if lacking := [name for name, run in zip(names(one, two), (a, b), strict=True) if not run.config]:
+        return f"{' and '.join(lacking)}: no config.json, so nobody knows which settings differ.", []
+    if others(one, two):
+        told = (
+            f"These are different models, {settings.model(a.config)} and {settings.model(b.config)}: times "
+            "and bytes stand side by side, but none is better or worse than the other's."
+        )
+    elif unlike:
+        told = f"The runs differ in {number(len(unlike), 'setting')}:"
+    else:
+        told = "The settings are the same."
+    return told, unlike
 
 
 def text(one: Side, two: Side) -> str:
     a, b = (name[-22:] for name in names(one, two))
-    lines = [f"{'':<32}{a:>24}{b:>24}{'change':>12}"]
+    told, unlike = differences(one, two)
+    lines = [told, *(f"  {name}: {x} -> {y}" for name, x, y in unlike), ""]
+    lines += [f"{'':<32}{a:>24}{b:>24}{'change':>12}"]
     lines += [f"{n:<32}{x:>24}{y:>24}{c:>12}  {v}" for n, x, y, c, v in rows(one, two)]
-    lines += ["", *(f"{key}: {x} -> {y}" for key, x, y in settings(one[0], two[0]))]
     for run, _, found in (one, two):
         lines += ["", f"{run.name}:"] + [f"  {finding.text}" for finding in found or []]
         lines += [] if found else ["  no findings"]
@@ -98,26 +108,30 @@ def _panel(side: Side, figures: Figures) -> list[str]:
 
 def html(one: Side, two: Side) -> str:
     figures = Figures()
+    sides = "".join(f"<th>{escape(name)}</th>" for name in names(one, two))
     heads = "<th></th>" + "".join(f"<th class=n>{escape(name)}</th>" for name in (*names(one, two), "change"))
     body = "".join(
         f"<tr><td>{escape(n)}</td><td class=n>{escape(x)}</td><td class=n>{escape(y)}</td>"
         f'<td class="n {verdict}">{escape(change)} {verdict}</td></tr>'
         for n, x, y, change, verdict in rows(one, two)
     )
+    told, unlike = differences(one, two)
     options = "".join(
-        f"<tr><td>{escape(k)}</td><td>{escape(x)}</td><td>{escape(y)}</td></tr>"
-        for k, x, y in settings(one[0], two[0])
+        f"<tr><td>{escape(k)}</td><td>{escape(x)}</td><td>{escape(y)}</td></tr>" for k, x, y in unlike
     )
     parts = [
         f"<h1>{escape(one[0].name)} and {escape(two[0].name)}</h1>",
-        f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>",
-        f"<h3>Options that differ</h3><div class=scroll><table><tbody>{options}</tbody></table></div>"
-        if options
-        else "",
+        f"<p>{escape(told)}</p>",
+        _table(f"<th>setting</th>{sides}", options) if options else "",
+        _table(heads, body),
     ]
     for left, right in zip(_panel(one, figures), _panel(two, figures), strict=True):
         parts.append(f"<div class=pair><div>{left}</div><div>{right}</div></div>")
     return page(f"{one[0].name} and {two[0].name}", parts, figures)
+
+
+def _table(heads: str, body: str) -> str:
+    return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def write(

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from analysis import wire
+from analysis import settings, wire
 from analysis.clocks import clocks, launches, moves, skew
 from analysis.derive import Bandwidth
 from analysis.errors import AnalysisError
@@ -105,17 +105,11 @@ def trace_name(run_dir: str | Path, posix: bool) -> str:
     suffix = "-posix" if posix else ""
     try:
         config = json.loads((run / "config.json").read_text())
-        launch = config["launch"]
-        world, nodes = int(launch["world_size"]), int(launch["nodes"])
-        ppn = int(launch.get("local_world_size") or world // max(1, nodes))
-        gpus = world if launch["device"] == "cuda" else 0
-        return (
-            f"dlrm-n{nodes}-ppn{ppn}-gpu{gpus}-ep{config['run']['epochs']}-bs{config['data']['batch_size']}"
-            f"-ed{config['model']['embedding_dim']}-lr{config['optim']['learning_rate']:g}{suffix}"
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        name = run.resolve().name if run.is_dir() else run.name.split(".")[0]
-        return (name or "trace") + suffix
+    except (OSError, ValueError):
+        config = {}
+    name = settings.file_name(config) if isinstance(config, dict) else ""
+    folder = run.resolve().name if run.is_dir() else run.name.split(".")[0]
+    return (name or folder or "trace") + suffix
 
 
 def _metrics(shared: Shared, path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from analysis import summary
+from analysis import settings, summary
 from analysis.errors import AnalysisError
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
@@ -29,15 +29,17 @@ def findings_html(found: list[Finding]) -> str:
 
 def header_html(run: Run, facts: Facts) -> str:
     hosts = sorted({p.host for p in run.joined.processes if p.host})
-    launch, data, model = (run.config.get(key) or {} for key in ("launch", "data", "model"))
     where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
     told = [f"{number(facts.breakdown.height, 'rank')} on {where}"]
-    if data.get("batch_size"):
-        told.append(f"batch size {data['batch_size']}")
-    if model.get("embedding_dim"):
-        told.append(f"embedding dimension {model['embedding_dim']}")
-    if launch.get("device"):
-        told.append(str(launch["device"]))
+    if name := settings.model(run.config):
+        told.insert(0, name)
+    if tables := settings.tables(run.plan):
+        told.append(f"tables: {tables}")
+    known = {called: settings.option(run.config, called) for called in settings.OPTIONS}
+    told += [f"{called} {known[called]}" for called in ("embedding dimension", "batch size of a rank")
+             if known[called]]  # fmt: skip
+    if known["device"]:
+        told.append(str(known["device"]))
     told.append(f"{run.joined.events:,} events, {run.joined.calls:,} of them file calls")
     return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(told))}</p>"
 

@@ -16,6 +16,7 @@ class Run:
     path: Path
     joined: Joined
     config: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     metrics: pl.DataFrame = field(default_factory=pl.DataFrame)
     notes: list[str] = field(default_factory=list)
@@ -37,6 +38,7 @@ def open_run(path: str | Path, over: Map = on_threads) -> Run:
     folder = Path(path)
     run = Run(folder, gather(folder, over))
     run.config = _json(run.home / "config.json", run.notes)
+    run.plan = _json(run.home / "plan.json", run.notes)
     run.results = _json(run.home / "results.json", run.notes)
     run.metrics = _lines(run.home / "metrics.jsonl", run.notes)
     run.notes += _notes(run.joined, bool(run.config))

@@ -288,3 +288,16 @@ def test_no_events(tmp_path: Path) -> None:
     with pytest.raises(AnalysisError, match="no events of POSIX calls"):
         perfetto.convert(tmp_path, tmp_path / "t.pftrace", posix=True)
     assert not (tmp_path / "t.pftrace").exists()
+
+
+def test_a_file_is_named_after_the_settings(tmp_path: Path) -> None:
+    """BERT4Rec's options have other names; without ours the folder gives its name."""
+    assert perfetto.trace_name(tmp_path, False) == tmp_path.name
+    config = {
+        "data": {"train_batch_size": 16}, "model": {"emb_dim": 32}, "optim": {"lr": 0.005},
+        "run": {"epochs": 12}, "launch": {"world_size": 8, "nodes": 2, "device": "cuda"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert perfetto.trace_name(tmp_path, True) == "bert4rec-n2-ppn4-gpu8-ep12-bs16-ed32-lr0.005-posix"
+    (tmp_path / "config.json").write_text("[1]")
+    assert perfetto.trace_name(tmp_path, True) == f"{tmp_path.name}-posix"

@@ -25,7 +25,7 @@ FLOORS = {
         ["train", "bench", "bert4rec"],
     ],
     "analysis": [
-        ["deflate", "errors", "strings", "lines", "intervals", "stages"],
+        ["deflate", "errors", "settings", "strings", "lines", "intervals", "stages"],
         ["scan", "process"],
         ["columns", "clocks"],
         ["events"],

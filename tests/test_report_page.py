@@ -142,9 +142,33 @@ def test_compare(run: Path, tmp_path: Path) -> None:
     out, _ = analysis("compare", run, other, "-o", tmp_path / "c.html")
     line = next(line for line in out.splitlines() if line.startswith("waiting for data"))
     assert line.split()[-1] == "better" and "-98" in line
-    assert "data.batch_size: 256 -> 512" in out
+    assert out.splitlines()[:2] == ["The runs differ in 1 setting:", "  batch size of a rank: 256 -> 512"]
     page = (tmp_path / "c.html").read_text()
-    assert page.count("<figure") >= 12 and "data.batch_size" in page
+    assert page.count("<figure") >= 12 and "batch size of a rank" in page
+
+
+def test_compare_says_first_what_is_not_alike(run: Path, tmp_path: Path) -> None:
+    """Rows of the tables are the plan's, not an option; of different models nothing is better or worse."""
+
+    def tables(folder: Path, rows: int) -> None:
+        shards = [{"offset": [0, 0], "size": [rows, 16]}, {"offset": [rows, 0], "size": [5, 16]}]
+        (folder / "plan.json").write_text(json.dumps({"t_cat_0": {"shards": shards}}))
+
+    one, two = a_run(tmp_path / "one"), a_run(tmp_path / "two")
+    assert analysis("compare", one, two)[0].startswith("The settings are the same.\n")
+    tables(one, 95)
+    tables(two, 995)
+    assert analysis("compare", one, two)[0].splitlines()[1] == "  tables: 1 of 100 rows -> 1 of 1,000 rows"
+    other = {"data": {"train_batch_size": 16}, "model": {"emb_dim": 16}, "launch": {"device": "cpu"}}
+    (two / "config.json").write_text(json.dumps(other))
+    out, _ = analysis("compare", run, two)
+    assert out.startswith("These are different models, DLRM and BERT4Rec:")
+    assert "  batch size of a rank: 256 -> 16\n" in out and "embedding dimension" not in out
+    page = (two / "compare.html").read_text()
+    assert "These are different models" in page and 'class="n better' not in page
+    assert not re.search(r" (better|worse)$", out.partition("change\n")[2], re.M)
+    (two / "config.json").unlink()
+    assert analysis("compare", one, two)[0].startswith("two: no config.json")
 
 
 def test_summary_writes_nothing(tmp_path: Path) -> None:

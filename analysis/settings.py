@@ -1,0 +1,91 @@
+"""What was run, in words, from config.json and plan.json: for headings, names of files and comparisons."""
+
+from collections.abc import Iterator
+from typing import Any
+
+Config = dict[str, Any]
+
+# what people call it: where DLRM's options have it, and BERT4Rec's
+OPTIONS = {
+    "interaction": ("model.interaction_type",),
+    "batch size of a rank": ("data.batch_size", "data.train_batch_size"),
+    "embedding dimension": ("model.embedding_dim", "model.emb_dim"),
+    "ranks": ("launch.world_size",),
+    "hosts": ("launch.nodes",),
+    "device": ("launch.device",),
+    "epochs": ("run.epochs",),
+    "optimizer": ("optim.optimizer",),
+    "learning rate": ("optim.learning_rate", "optim.lr"),
+}
+_DATA = ("data.in_memory_binary_criteo_path", "data.dataset_path", "data.dataset_name")
+_NOT_SETTINGS = ("run.output_dir", "run.num_epochs", "launch.local_world_size", "launch.hosts")
+
+
+def model(config: Config) -> str:
+    """The model's name, or nothing where there is no config.json of ours."""
+    sizes = config.get("model")
+    if not isinstance(sizes, dict):
+        return ""
+    return "DLRM" if "embedding_dim" in sizes else "BERT4Rec" if "emb_dim" in sizes else ""
+
+
+def flat(config: Config, before: str = "") -> dict[str, Any]:
+    """{"data": {"batch_size": 256}} -> {"data.batch_size": 256}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def option(config: Config, called: str) -> Any:
+    options = flat(config)
+    return next((options[name] for name in OPTIONS[called] if options.get(name) is not None), None)
+
+
+def tables(plan: Config) -> str:
+    """How many embedding tables, and rows in all of them: the data's, whatever the options say."""
+    rows = 0
+    for table in plan.values():
+        shards = table.get("shards", ()) if isinstance(table, dict) else ()
+        rows += max((shard["offset"][0] + shard["size"][0] for shard in shards), default=0)
+    return f"{len(plan)} of {rows:,} rows" if rows else ""
+
+
+def told(config: Config, plan: Config) -> dict[str, str]:
+    """What two runs must share to be compared, by the names that people use."""
+    options = flat(config)
+    data = [str(options[name]) for name in _DATA if options.get(name) is not None]
+    known = {"model": model(config), "data": data[0] if data else "", "tables": tables(plan)}
+    known |= {called: option(config, called) for called in OPTIONS}
+    return {called: str(value) for called, value in known.items() if value not in (None, "")}
+
+
+def unlike(a: tuple[Config, Config], b: tuple[Config, Config]) -> Iterator[tuple[str, str, str]]:
+    """name, value of A, value of B: what matters most first; of one model, all other options too."""
+    one, two = told(*a), told(*b)
+    for called in dict.fromkeys([*one, *two]):
+        if one.get(called) != two.get(called):
+            yield called, one.get(called, "-"), two.get(called, "-")
+    if model(a[0]) != model(b[0]):
+        return
+    left, right = flat(a[0]), flat(b[0])
+    for name in sorted({*left, *right} - {*_NOT_SETTINGS, *_DATA, *sum(OPTIONS.values(), ())}):
+        if left.get(name) != right.get(name):
+            yield name, str(left.get(name, "-")), str(right.get(name, "-"))
+
+
+def file_name(config: Config) -> str:
+    """dlrm-n<nodes>-ppn<ranks of a node>-gpu<n>-ep<epochs>-bs<batch>-ed<dimension>-lr<rate>; or nothing."""
+    try:
+        launch = config["launch"]
+        world, nodes = int(launch["world_size"]), int(launch["nodes"])
+        ppn = int(launch.get("local_world_size") or world // max(1, nodes))
+        gpus = world if launch["device"] == "cuda" else 0
+        epochs, batch = int(option(config, "epochs")), int(option(config, "batch size of a rank"))
+        dimension = int(option(config, "embedding dimension"))
+        rate = float(option(config, "learning rate"))
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return ""
+    name = (model(config) or "run").lower()
+    return f"{name}-n{nodes}-ppn{ppn}-gpu{gpus}-ep{epochs}-bs{batch}-ed{dimension}-lr{rate:g}"
