@@ -9,6 +9,8 @@ from pathlib import Path
 
 from analysis.errors import USAGE, AnalysisError
 
+SET_UP = ("numpy", "polars", "numba", "pyarrow")  # what a shell lacks that has not read env.sh
+
 
 def perfetto(options: argparse.Namespace) -> int:
     from analysis import chrome, perfetto
@@ -159,6 +161,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return options.function(options)
     except AnalysisError as error:
         print(f"analysis: {error}", file=sys.stderr)
+        return USAGE
+    except ModuleNotFoundError as error:
+        if error.name not in SET_UP:
+            raise
+        print(
+            f"analysis: {sys.executable} has no {error.name}: source ./env.sh first "
+            "(./0_setup_env.sh makes it)",
+            file=sys.stderr,
+        )
         return USAGE
     except KeyboardInterrupt:
         return 130

@@ -102,6 +102,8 @@ def server(trace: Path, port: int) -> http.server.ThreadingHTTPServer:
 
 def instructions(trace: Path, port: int) -> str:
     host = socket.getfqdn()
+    if host.startswith("localhost"):  # what /etc/hosts calls a machine without a domain
+        host = socket.gethostname()
     return "\n".join(
         (
             f"{trace}",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from dlrm import ranks, trace
-from dlrm.errors import STOPPED, USAGE, LostRank, Stopped, UserError
+from dlrm.errors import STOPPED, USAGE, LostRank, Stopped, UserError, no_environment
 from dlrm.ranks import Ranks
 
 
@@ -62,6 +62,9 @@ def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
         complain(here, "interrupted")
         return 130
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (lacking := no_environment(error)):
+            _tell(lacking, here)
+            return USAGE
         if isinstance(error, OSError) and error.strerror:  # the disk's or the network's fault, not the code's
             complain(here, f"{error.filename or 'a file'}: {error.strerror}")
             return 1

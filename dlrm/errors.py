@@ -1,7 +1,8 @@
 """The user's mistakes: one line that names the file, option or rank and the remedy."""
 
-USAGE = 2
+import sys
 
+USAGE = 2
 
 STOPPED = 75  # EX_TEMPFAIL: run it again and it goes on
 
@@ -23,3 +24,17 @@ class LostRank(Exception):
 
     code = 1  # what this rank exits with: the other's code when it ended with an error of its own
     told = False  # another rank says it
+
+
+SET_UP = ("numpy", "torch", "torchrec", "polars", "numba")  # what a shell lacks that has not read env.sh
+
+
+def no_environment(error: ModuleNotFoundError) -> UserError | None:
+    """One of these is missing: the line that a user needs, once. None: it is another module."""
+    if error.name not in SET_UP:
+        return None
+    found = UserError(
+        f"{sys.executable} has no {error.name}: source ./env.sh first (./0_setup_env.sh makes it)"
+    )
+    found.shared = True
+    return found

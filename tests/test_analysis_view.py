@@ -80,6 +80,7 @@ def test_command_says_how_to_reach_it(run: Path) -> None:
     said = "".join(process.stdout.readline() for _ in range(6))
     port = re.search(r"http://127\.0\.0\.1:(\d+)", said)
     assert port and f"ssh -N -L {port[1]}:127.0.0.1:{port[1]} " in said and "ui.perfetto.dev" in said
+    assert "localhost" not in said  # a laptop's own name for itself
     taken = subprocess.run(
         [sys.executable, "-m", "analysis", "view", str(run), "--port", port[1]],
         text=True, capture_output=True, cwd=traced.ROOT, timeout=60,

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,22 @@ def test_a_package_that_cannot_be_had(copy: Path) -> None:
     assert done.returncode == 1 and "dlrm-io-no-such-package" in done.stderr
     assert "failed; the reason is above" in done.stderr.splitlines()[-1]
     assert not (copy / "env.sh").exists() and not list((copy / ".venv").glob("dlrm-io.stamp*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["analysis summary x", "dlrm.train", "dlrm.bert4rec", "dlrm.bench --batch_sizes 1", "dlrm.prep check x"],
+)
+def test_a_shell_that_has_not_read_env_sh(words: str) -> None:
+    """One line that says so, not where the import failed. -S: Python without its packages."""
+    command = [sys.executable, "-S", "-m", *words.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "source ./env.sh first" in done.stderr
+
+
+def test_help_of_the_tests_makes_no_environment(copy: Path) -> None:
+    (copy / "tests").mkdir()
+    script = shutil.copy(ROOT / "tests" / "run.sh", copy / "tests")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=10)
+    assert done.returncode == 0 and "usage: tests/run.sh" in done.stdout and not (copy / ".venv").exists()

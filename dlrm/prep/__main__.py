@@ -143,9 +143,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         COMMANDS[args.command](args)
-    except errors.UserError as error:
+    except (errors.UserError, ModuleNotFoundError) as error:
+        told = errors.no_environment(error) if isinstance(error, ModuleNotFoundError) else error
+        if told is None:
+            raise
         if ranks.here().first:  # the ranks have agreed on one error
-            print(f"dlrm.prep: {error}", file=sys.stderr)
+            print(f"dlrm.prep: {told}", file=sys.stderr)
         return errors.USAGE
     return 0
 
