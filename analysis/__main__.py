@@ -137,7 +137,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
     )
-    made.add_argument("--port", type=int, default=9001, help="port on the loopback interface; 0: any")
+    made.add_argument(
+        "--port", type=int, default=9001,
+        help="port on the loopback interface (default: 9001, where a report's links go); 0: any",
+    )  # fmt: skip
     for name, run, help in (
         ("report", report, "report.html, summary.json and tables/*.csv: where the time and the bytes went"),
         ("summary", summary, "the run in numbers, in the terminal"),

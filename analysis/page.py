@@ -10,6 +10,8 @@ from typing import Any
 
 import polars as pl
 
+from analysis.view import link
+
 HERE = Path(__file__).parent
 Spec = dict[str, Any]
 
@@ -26,6 +28,7 @@ class Entry:
     name: str = ""  # of the CSV file; none is written without a name
     show: bool = False  # the table open on the page, not only the figure
     rows: int = 60
+    jump: str = ""  # the column with the duration: each row is a slice to be shown in Perfetto
 
     @property
     def has_something(self) -> bool:
@@ -85,12 +88,13 @@ def heading(name: str) -> str:
     return {"us": "time", "dur": "time"}.get(known, known).replace("_", " ")
 
 
-def table_html(table: pl.DataFrame, rows: int = 60) -> str:
+def table_html(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
     numeric = [dtype.is_numeric() for dtype in table.dtypes]
     heads = "".join(
         f"<th{' class=n' if n else ''}>{escape(heading(name))}</th>"
         for name, n in zip(table.columns, numeric, strict=True)
     )
+    heads += "<th>in Perfetto</th>" if jump else ""
     body = []
     for row in table.head(rows).iter_rows():
         cells = []
@@ -102,6 +106,9 @@ def table_html(table: pl.DataFrame, rows: int = 60) -> str:
                 cells.append(f'<td class=path title="{text}"><bdi>{text}</bdi></td>')
             else:
                 cells.append(f"<td>{text}</td>")
+        if jump:
+            href = escape(link(*(int(row[table.columns.index(name)]) for name in ("ts", jump))))
+            cells.append(f'<td><a href="{href}" target="perfetto">show</a></td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     more = (
         f"<p class=soft>{rows} of {len(table):,} rows; all are in tables/.</p>" if len(table) > rows else ""
@@ -146,7 +153,7 @@ def entry_html(entry: Entry, figures: Figures) -> str:
     else:
         parts.append(f"<p class=soft>{prose(entry.caption)}</p>")
     if entry.table is not None and len(entry.table):
-        text = table_html(entry.table, entry.rows)
+        text = table_html(entry.table, entry.rows, entry.jump)
         folded = entry.plot is not None and not entry.show
         parts.append(f"<details><summary>the numbers</summary>{text}</details>" if folded else text)
     return "".join(parts)

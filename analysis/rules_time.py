@@ -127,5 +127,5 @@ def late_steps(f: Facts) -> Finding | None:
     )
     evidence = {"steps": len(by_step), "mostly": why, "longest": worst["step"], "rank": worst["rank"]}
     return Finding(
-        "late_steps", lost, text, "Jump to them in Perfetto by `ts` in the table of late steps.", evidence
+        "late_steps", lost, text, "The table of late steps has links that show them in Perfetto.", evidence
     )

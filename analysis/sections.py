@@ -22,6 +22,8 @@ KEPT = (
     "ts",
 )
 
+SHOW = "The links show it in Perfetto while `python -m analysis view RUN` runs, here or through its ssh line."
+
 
 def entries(run: Run, facts: Facts) -> list[Entry]:
     return [*_time(run, facts), *_steps(run, facts), *_io(run), *_requests(run), *_special(run)]
@@ -79,10 +81,8 @@ def _steps(run: Run, facts: Facts) -> list[Entry]:
         ),
         Entry(
             "Steps", "Late steps", progress.outliers(j).select(KEPT), None,
-            "Steps of more than twice the median, and what took the extra time. `ts` is the step's "
-            "begin in the "
-            "trace, in us: in Perfetto it is the slice `step` of that rank with the same "
-            "begin.", "late_steps",
+            "Steps of more than twice the median, and what took the extra time. `ts` is the step's begin in "
+            f"the trace, in us. {SHOW}", "late_steps", jump="wall_us",
         ),
         Entry(
             "Steps", "Ranks against each other", facts.ranks, plots.work(facts.ranks),
@@ -142,7 +142,7 @@ def _requests(run: Run) -> list[Entry]:
         ),
         Entry(
             "Requests", "Slowest operations", answers.slowest(j), None,
-            "`ts` is the moment in the trace, in us.", "slowest",
+            f"`ts` is the moment in the trace, in us. {SHOW}", "slowest", jump="dur",
         ),
         Entry(
             "Requests", "Asked and moved", answers.amplification(j), None,

@@ -17,7 +17,18 @@ from analysis.errors import AnalysisError
 
 # The UI would ask its makers' servers who the user is: the browser shall talk to this machine only.
 ONLY_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+PORT = 9001  # of links in reports, and unless --port says otherwise
 TYPES = {".wasm": "application/wasm", ".js": "text/javascript", ".pftrace": "application/octet-stream"}
+
+
+def link(ts: int, dur: int) -> str:
+    """Where the UI shows the slice that begins at `ts` and takes `dur`, both in us, while `view` runs.
+
+    The time stands there twice: what follows # is read on loading, and a new ? makes a browser load.
+    """
+    around = max(dur, 100)
+    sight = f"visStart={(ts - around) * 1000}&visEnd={(ts + dur + around) * 1000}"
+    return f"http://127.0.0.1:{PORT}/?{ts}#!/?ts={ts * 1000}&dur={dur * 1000}&{sight}"
 
 
 def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:

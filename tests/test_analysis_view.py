@@ -15,6 +15,9 @@ from browser import chromium
 
 from analysis import perfetto, view
 from analysis.errors import AnalysisError
+from analysis.tables.gather import gather
+
+CHOSEN = "globalThis.app?.trace?.selection?.selection"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,7 @@ def test_command_says_how_to_reach_it(run: Path) -> None:
 
 
 @pytest.mark.browser
-def test_in_a_browser(url: str, tmp_path: Path) -> None:
+def test_in_a_browser(url: str, run: Path, tmp_path: Path) -> None:
     with chromium(tmp_path / "profile") as browser:
         browser.open(url)
         text = browser.wait_for("/rank 0 on node7/.test(document.body.innerText) && document.body.innerText")
@@ -102,3 +105,9 @@ def test_in_a_browser(url: str, tmp_path: Path) -> None:
         assert browser.run("app.trace.traceInfo.importErrors") == 0
         browser.picture(tmp_path / "perfetto.png")
         assert (tmp_path / "perfetto.png").stat().st_size > 10_000
+        # the report's links: one after the other in the same tab
+        for step in gather(run)["steps"].sort("ts").tail(2).iter_rows(named=True):
+            link = view.link(step["ts"], step["wall_us"])
+            browser.open(url + link.removeprefix(f"http://127.0.0.1:{view.PORT}"))
+            arrived = f"String({CHOSEN}?.ts) === '{step['ts']}000'"
+            assert browser.wait_for(f"{arrived} && {CHOSEN}.name") == "step"

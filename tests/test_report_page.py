@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from browser import chromium
 from made_traces import Made, training
+from trace_processor import opened
 
 ROOT = Path(__file__).parents[1]
 METRICS = [
@@ -79,8 +80,10 @@ def test_a_model_that_ranks_items(tmp_path: Path) -> None:
 
 def test_one_file_that_needs_no_network(run: Path) -> None:
     page = (run / "report.html").read_text()
-    assert set(re.findall(r"(?:src|href)=[\"']?(.)", page)) == {"#"}
-    assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]  # a name, not an address
+    assert set(re.findall(r"(?:src|href)=[\"']?(#|http)?", page)) == {"#", "http"}
+    found = re.findall(r"https?://[^\"' ]+", page)
+    assert found.pop() == "http://www.w3.org/2000/svg"  # a name, not an address
+    assert found and all(each.startswith("http://127.0.0.1:9001/?1795252102") for each in found)  # clicks
     assert "a&lt;b&gt;&amp;run" in page and "<b>&run" not in page
     assert len(page) < 1_000_000
 
@@ -267,3 +270,25 @@ def test_dask_gives_the_same(tmp_path: Path) -> None:
     analysis("report", two, "--dask", "local")
     for table in ("breakdown", "steps", "timeline", "operations", "files"):
         assert (one / "tables" / f"{table}.csv").read_text() == (two / "tables" / f"{table}.csv").read_text()
+
+
+def test_links_lead_to_one_slice(tmp_path: Path) -> None:
+    """ts and dur of late steps and slow calls are those of the converted trace, for a moved clock too."""
+    for rank, shift in ((0, 0), (1, 7_000_000)):
+        made = training(rank, 2, host=f"n{rank}")
+        [line for line in made.lines if line["name"] == "step"][-1]["dur"] *= 3
+        made.span("clock", "barrier", 9_400, 0, when="start")
+        made.span("clock", "barrier", 600_000 + 20 * rank, 0, when="end")  # this clock is faster, too
+        for line in made.lines:
+            if line["ph"] == 1:
+                line["ts"] += shift
+        made.write(tmp_path)
+    analysis("report", tmp_path)
+    analysis("perfetto", tmp_path, "-o", tmp_path / "x.pftrace")
+    page = (tmp_path / "report.html").read_text()
+    links = re.findall(r"#!/\?ts=(\d+)&amp;dur=(\d+)&amp;visStart=(\d+)&amp;visEnd=(\d+)\"", page)
+    with opened(tmp_path / "x.pftrace") as trace:
+        for ts, dur, begin, end in links:
+            assert int(begin) < int(ts) and int(ts) + int(dur) < int(end)
+            assert trace.rows(f"select count(*) from slice where ts = {ts} and dur = {dur}")[0][0] >= 1
+    assert len(links) > 10
