@@ -78,7 +78,8 @@ const draw = {
         }
       }
     });
-    xaxis(svg, left, W - right, H - 38, 0, end, s.unit);
+    const small = s.unit === "s" && end < 0.1;
+    xaxis(svg, left, W - right, H - 38, 0, small ? 1000 * end : end, small ? "ms" : s.unit);
   },
   // panels over one time axis: [{label, unit, kind: stack|line|dots, series: [{name, color, x, y, tips}]}]
   time(fig, s) {
@@ -184,27 +185,27 @@ const draw = {
   },
   // columns: labels and series of equal length, grouped
   columns(fig, s) {
-    const W = fig.clientWidth || 1180, left = 74, right = 16, plot = 170, H = plot + 74;
+    const W = fig.clientWidth || 1180, left = 74, right = 16, plot = 170, head = 24, H = head + plot + 60;
     if (s.series.length > 1) legend(fig, s.series.map(q => [q.name, q.color]));
     const svg = canvas(fig, W, H), hi = Math.max(...s.series.flatMap(q => q.y), 1e-9), slot = (W - left - right) / s.labels.length;
-    const log = s.log, Y = v => 14 + plot - (log ? Math.log10(1 + v) / Math.log10(1 + hi) : v / hi) * plot;
+    const log = s.log, Y = v => head + plot - (log ? Math.log10(1 + v) / Math.log10(1 + hi) : v / hi) * plot;
     const marks = log ? [0, ...Array.from({ length: Math.ceil(Math.log10(1 + hi)) + 1 }, (_, i) => 10 ** i).filter(v => v <= hi)] : ticks(0, hi, 4);
     for (const t of marks) {
       node("line", { x1: left, x2: W - right, y1: Y(t), y2: Y(t), class: "grid" }, svg);
       node("text", { x: left - 6, y: Y(t) + 4, "text-anchor": "end", class: "soft" }, svg, num(t));
     }
-    node("line", { x1: left, x2: W - right, y1: plot + 14, y2: plot + 14, class: "axis" }, svg);
+    node("line", { x1: left, x2: W - right, y1: head + plot, y2: head + plot, class: "axis" }, svg);
     const every = Math.ceil(Math.max(...s.labels.map(l => l.length)) * 7.2 / slot);
     s.labels.forEach((label, i) => {
       const w = Math.min(60, slot * 0.84 / s.series.length);
       s.series.forEach((q, k) => {
         const x = left + i * slot + slot / 2 + (k - s.series.length / 2) * w, y = Y(q.y[i]);
-        const r = node("rect", { x, y, width: Math.max(1, w - 1), height: Math.max(0, plot + 14 - y), fill: q.color }, svg);
+        const r = node("rect", { x, y, width: Math.max(1, w - 1), height: Math.max(0, head + plot - y), fill: q.color }, svg);
         hover(r, `${label}\n${q.name}: ${num(q.y[i])} ${s.yunit || ""}` + (q.tips ? `\n${q.tips[i]}` : ""));
       });
-      if (i % every === 0) node("text", { x: left + i * slot + slot / 2, y: plot + 31, "text-anchor": "middle" }, svg, label);
+      if (i % every === 0) node("text", { x: left + i * slot + slot / 2, y: head + plot + 17, "text-anchor": "middle" }, svg, label);
     });
-    node("text", { x: W - right, y: plot + 50, "text-anchor": "end", class: "soft" }, svg, s.xunit || "");
+    node("text", { x: W - right, y: head + plot + 36, "text-anchor": "end", class: "soft" }, svg, s.xunit || "");
     node("text", { x: 4, y: 10, class: "soft" }, svg, (s.yunit || "") + (log ? ", log scale" : ""));
   },
   // ranks x time

@@ -236,7 +236,7 @@ def files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
     top = volume.filter(pl.col("file").is_not_null()).top_k(n, by="seconds").sort("seconds", descending=True)
     rows = [
         {
-            "label": f"{row['op']} {row['file']} ({size(row['bytes'])})",
+            "label": f"{row['file']} ({size(row['bytes'])})",
             "parts": [[row["op"], 0.0, row["seconds"]]],
         }
         for row in top.iter_rows(named=True)

@@ -69,6 +69,7 @@ def _steps(run: Run, facts: Facts) -> list[Entry]:
     if not len(j["steps"]):
         return []
     steps = progress.steps(j)
+    late = progress.outliers(j).select(KEPT[facts.launches.height == 1 :])  # one launch needs no number
     return [
         Entry(
             "Steps", "Time of each step", steps, plots.step_times(steps, run.begin_us, progress.gaps(j)),
@@ -80,7 +81,7 @@ def _steps(run: Run, facts: Facts) -> list[Entry]:
             "Steps by their time on the slowest rank.",
         ),
         Entry(
-            "Steps", "Late steps", progress.outliers(j).select(KEPT), None,
+            "Steps", "Late steps", late, None,
             "Steps of more than twice the median, and what took the extra time. `ts` is the step's begin in "
             f"the trace, in us. {SHOW}", "late_steps", jump="wall_us",
         ),
