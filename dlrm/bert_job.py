@@ -110,5 +110,13 @@ class BertJob(job.Job):
         how = self.cfg.optim
         return how.lr * how.gamma ** (self.progress.epoch // how.decay_step)
 
+    def evaluate(self, split: str) -> dict[str, Any]:
+        result, best = super().evaluate(split), self.sets.reachable
+        if split == "test" and best:
+            reached = (f"{name} {result[name]:.4f} of {value:.4f}" for name, value in best.items())
+            self.records.say(f"{split}, reached of what can be expected at best: {', '.join(reached)}")
+        return result
+
     def outcome(self) -> Mapping[str, Any]:
-        return {"score": self.score, "val_scores": self.progress.val_aurocs}
+        best = {"reachable": self.sets.reachable} if self.sets.reachable else {}
+        return {"score": self.score, "val_scores": self.progress.val_aurocs, **best}

@@ -25,6 +25,7 @@ from dlrm.prep.progress import Progress
 from dlrm.ranks import Ranks
 
 CACHE = ".bert4rec"
+REACHABLE = (1, 10)  # of Recall@k
 
 
 class Prepared(NamedTuple):
@@ -58,6 +59,7 @@ class BertSets:
     train: Prefetcher
     val: Prefetcher
     test: Prefetcher
+    reachable: dict[str, float]  # of the test, where the data's rule is known: Recall@k of who knows it
 
     def bytes_read(self) -> dict[str, int]:
         return self.read
@@ -84,7 +86,8 @@ def open_sets(cfg: BertConfig, here: Ranks) -> BertSets:
             shuffle_set=stage == "train", by_rank=False, seed=seed,
         )  # fmt: skip
         loaders[stage] = Prefetcher(batches, data.prefetch_batches)
-    return BertSets(known.data, bytes_read, **loaders)
+    found = reachable(known, REACHABLE) if data.dataset_name == "markov" else {}
+    return BertSets(known.data, bytes_read, **loaders, reachable=found)
 
 
 def prepare(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) -> Prepared:
@@ -106,6 +109,28 @@ def prepare(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) 
     if mine is None:
         raise OSError(f"{folder} cannot be read on {here.host}: give a --cache_dir that all nodes share")
     return mine
+
+
+def reachable(known: Prepared, lengths: tuple[int, ...]) -> dict[str, float]:
+    """The best Recall@k that can be expected on walks (`markov`): of one who knows each item's follower.
+
+    Such a one puts the follower of a user's last item first, the others in any order.
+    """
+    items, starts = known.data.items.astype(np.int64), known.data.starts
+    pairs, often = np.unique(items[:-1] * known.data.vocabulary + items[1:], return_counts=True)
+    follower = np.zeros(known.data.vocabulary, np.int64)
+    last, after = np.divmod(pairs[np.argsort(often, kind="stable")], known.data.vocabulary)
+    follower[last] = after  # of several the last stays: the most frequent
+    guess, right = follower[items[starts[1:] - 2]], items[starts[1:] - 1]
+    offered = (known.negatives == guess[:, None]).any(axis=1)  # a wrong guess is ranked above the right item
+    ranked = known.negatives.shape[1] + 1
+    return {
+        f"Recall@{k}": float(
+            np.where(guess == right, 1, np.where(offered, (k - 1) / (ranked - 1), k / ranked)).mean()
+        )
+        for k in lengths
+        if k <= ranked
+    }
 
 
 def cache_folder(data: BertData, seed: int, path: Path | None) -> Path | None:

@@ -96,6 +96,8 @@ def test_it_comes_near_the_known_best_score(two_ranks: Finished) -> None:
     for k, least in ((1, 0.85), (10, 0.93)):
         best = best_possible(data, k)
         assert 0.75 < best < 0.9
+        assert two_ranks.results["reachable"][f"Recall@{k}"] == pytest.approx(best, abs=1e-12)
+        assert f"Recall@{k} {test[f'Recall@{k}']:.4f} of {best:.4f}" in two_ranks.out[0]
         # a guess among equals may be lucky: three deviations of a share
         assert least * best < test[f"Recall@{k}"] < best + 3 * np.sqrt(best * (1 - best) / USERS)
     assert [line["NDCG@10"] for line in of_split(two_ranks, "val")] == two_ranks.results["val_scores"]
