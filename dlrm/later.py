@@ -9,8 +9,12 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
+
+KERNELS = "torch._meta_registrations"  # 0.2 seconds, of `import torch` itself
+TORCH = "2.13."  # this one is known to work without them
 
 
 class Later(ModuleType):
@@ -19,7 +23,8 @@ class Later(ModuleType):
     def __init__(self, name: str, known: dict[str, Any]) -> None:
         super().__init__(name)
         spec = importlib.util.find_spec(name)
-        self.__dict__.update(known, __spec__=spec, __path__=spec and spec.submodule_search_locations or [])
+        path = spec and spec.submodule_search_locations
+        self.__dict__.update(known, __spec__=spec, **({} if path is None else {"__path__": path}))
         self._place()
 
     def _place(self) -> None:
@@ -31,11 +36,12 @@ class Later(ModuleType):
     def real(self) -> ModuleType:
         """Import it, and leave its place to it."""
         name = self.__name__
+        kernels()  # it may compute without data
         if sys.modules.get(name) is self:
             del sys.modules[name]
             parent, _, child = name.rpartition(".")
-            if parent:
-                delattr(sys.modules[parent], child)
+            if parent:  # which may itself be on its way
+                vars(sys.modules[parent]).pop(child, None)
         return importlib.import_module(name)
 
     def __getattr__(self, attribute: str) -> Any:
@@ -82,12 +88,36 @@ class Part:
         setattr(self._real(), attribute, value)
 
 
-class Never:
-    """A class without instances: for isinstance and except."""
+class Class(type):
+    """Stands for a class of a module that was put off: has no instances until that was imported."""
+
+    def __new__(cls, module: str, name: str) -> Any:
+        return super().__new__(cls, name, (), {"__module__": module})
+
+    def __init__(cls, module: str, name: str) -> None:
+        super().__init__(name, (), {})
+
+    def _real(cls) -> Any:
+        found = sys.modules[cls.__module__]
+        return getattr(found.real() if isinstance(found, Later) else found, cls.__name__)
+
+    def __instancecheck__(cls, thing: Any) -> bool:
+        return not isinstance(sys.modules[cls.__module__], Later) and isinstance(thing, cls._real())
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return not isinstance(sys.modules[cls.__module__], Later) and issubclass(kind, cls._real())
+
+    def __call__(cls, *arguments: Any, **named: Any) -> Any:
+        return cls._real()(*arguments, **named)
+
+    def __getattr__(cls, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(cls._real(), attribute)
 
 
 class NeverRaised(Exception):
-    pass
+    """For `except`, which wants a class of its own kind."""
 
 
 def _plain(name: str, kind: type, result: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -107,7 +137,15 @@ def _as_it_is(function: Any = None, *_: Any, **named: Any) -> Any:
     return (lambda decorated: decorated) if function is None else function
 
 
+def _classes(module: str, *names: str) -> dict[str, Any]:
+    return {name: Class(module, name) for name in names}
+
+
 SYMBOLS = "torch.fx.experimental.symbolic_shapes"  # 0.3 seconds, sympy
+TENSOR, OLD_TENSOR = "torch.distributed.tensor", "torch.distributed._tensor"
+DISTRIBUTED = ("DTensor", "Placement", "Replicate", "Shard")
+MESH = _classes("torch.distributed.device_mesh", "DeviceMesh")  # a module that is always there
+SAVING, SHARDED = "torch.distributed.checkpoint", "torch.distributed.fsdp"
 KNOWN: dict[str, dict[str, Any]] = {
     SYMBOLS: {
         **{
@@ -124,14 +162,52 @@ KNOWN: dict[str, dict[str, Any]] = {
         "utils": Part("torch._dynamo", "utils", get_optimize_ddp_mode=lambda: "ddp_optimizer"),
         "trace_rules": Part("torch._dynamo", "trace_rules", clear_lru_cache=lambda: None),
     },
-    "tensordict": {"TensorDict": Never},  # 0.1 seconds, and torch._dynamo
+    "tensordict": _classes("tensordict", "TensorDict"),  # 0.1 seconds, and torch._dynamo
+    # together 0.2 seconds
+    TENSOR: _classes(TENSOR, *DISTRIBUTED) | MESH,
+    OLD_TENSOR: _classes(TENSOR, *DISTRIBUTED) | MESH,
+    f"{OLD_TENSOR}.api": _classes(TENSOR, *DISTRIBUTED),
+    f"{OLD_TENSOR}.placement_types": _classes(TENSOR, *DISTRIBUTED),
+    SHARDED: _classes(SHARDED, "FullyShardedDataParallel"),
+    "torch.distributed._composable.fsdp": {},
+    "torch.distributed._composable.fsdp.fully_shard": _classes(SHARDED, "FSDPModule"),
+    SAVING: {},
+    **{
+        f"{SAVING}.{part}": _classes(f"{SAVING}.{part}", *names.split())
+        for part, names in {
+            "metadata": "ChunkStorageMetadata MetadataIndex TensorProperties TensorStorageMetadata",
+            "planner": "TensorWriteData WriteItem WriteItemType",
+        }.items()
+    },
 }
 
 
 def put_off(known: dict[str, dict[str, Any]] = KNOWN) -> None:
     """Call it when torch has been imported and torchrec has not. What is there already stays."""
-    if not any(isinstance(finder, Parts) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Parts())
     for name, answers in known.items():
         if name not in sys.modules and importlib.util.find_spec(name):
             Later(name, answers)
+    if not any(isinstance(finder, Parts) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Parts())
+
+
+def import_torch() -> None:
+    """torch without its kernels for tensors that have no data, but for those in C++, which make tables."""
+    if "torch" in sys.modules or not version("torch").startswith(TORCH):
+        importlib.import_module("torch")
+        return
+    sys.modules[KERNELS] = Kernels(KERNELS)
+    torch: Any = importlib.import_module("torch")
+    # the one thing that they bring which others want, too: no torch.Generator without it
+    torch._C._set_generator_metaclass(importlib.import_module("torch._opaque_base").OpaqueBaseMeta)
+
+
+class Kernels(ModuleType):
+    """Stands for them until something else that was put off, and may compute without data, is imported."""
+
+
+def kernels() -> None:
+    if isinstance(sys.modules.get(KERNELS), Kernels):
+        del sys.modules[KERNELS]
+        parent, _, child = KERNELS.rpartition(".")
+        setattr(sys.modules[parent], child, importlib.import_module(KERNELS))

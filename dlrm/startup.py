@@ -23,8 +23,8 @@ def importing(compiled: bool = False) -> Iterator[None]:
     """Import torch, torchrec and what builds on them within."""
     before_torch()
     gc.disable()  # nothing that is imported is garbage
-    importlib.import_module("torch")
     if not compiled:
+        later.import_torch()
         later.put_off()
     try:
         yield

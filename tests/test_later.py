@@ -31,12 +31,13 @@ from dlrm.train import main
 main(Ranks())
 from dlrm import later
 placed = [name for name in later.KNOWN if type(sys.modules[name]) is later.Later]
-print(json.dumps([placed, [name for name in ("sympy", "numba", "torch._inductor") if name in sys.modules]]))
+print(json.dumps([
+    [name for name in later.KNOWN if name not in placed],
+    [name for name in ("sympy", "numba", "torch._inductor", "torch._prims") if name in sys.modules],
+]))
 """
     words = [*COMMON.split(), *RUNS["dot sgd"].split(), "--output_dir", tmp_path]
-    placed, imported = python(code, *words)
-    assert placed == ["torch.fx.experimental.symbolic_shapes", "torch._dynamo", "tensordict"]
-    assert imported == []
+    assert python(code, *words) == [[], []]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses == pytest.approx(json.loads(GOLDEN.read_text())["dot sgd"], abs=1e-5)
@@ -57,7 +58,8 @@ import torch._dynamo.config as config
 assert config.recompile_limit == held.recompile_limit == limit + 1
 doubled = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(3)).tolist()
 assert config is torch._dynamo.config and not isinstance(torch._dynamo, later.Later)
-assert tensordict.TensorDict is later.Never
+assert type(tensordict.TensorDict) is later.Class
+assert not isinstance({}, tensordict.TensorDict) and isinstance(tensordict, later.Later)
 stacked = tensordict.LazyStackedTensorDict.__module__
 environment = shapes.ShapeEnv.__module__
 print(json.dumps([sizes, doubled, stacked, environment, sys.modules["tensordict"].TensorDict.__module__]))
@@ -67,3 +69,42 @@ print(json.dumps([sizes, doubled, stacked, environment, sys.modules["tensordict"
     assert doubled == [2, 2, 2]
     assert stacked == "tensordict._lazy" and real == "tensordict._td"
     assert environment == "torch.fx.experimental.symbolic_shapes"
+
+
+def test_a_class_that_was_put_off_is_the_real_one_when_it_is_used() -> None:
+    code = """
+import json, sys
+from dlrm import later
+later.import_torch()
+later.put_off()
+import torch, torchrec
+from torchrec.distributed.embedding_lookup import DTensor
+from torchrec.distributed.sharding.rw_sharding import Shard
+plain = torch.ones(2)
+before = isinstance(plain, DTensor), "torch.distributed.tensor._api" in sys.modules
+first = Shard(0)
+from torch.distributed.tensor import Shard as real, DTensor as tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+assert type(first) is real and isinstance(first, Shard) and not isinstance(plain, DTensor)
+assert issubclass(tensor, DTensor) and DTensor.from_local == tensor.from_local
+print(json.dumps([before, MetadataIndex("a").fqn]))
+"""
+    assert python(code) == [[False, False], "a"]
+
+
+def test_kernels_that_were_put_off_are_there_for_tensors_without_data() -> None:
+    code = """
+import json, sys
+from dlrm import later
+later.import_torch()
+later.put_off()
+import torch
+drawn = torch.rand(2, generator=torch.Generator().manual_seed(0)).tolist()
+before = "torch._prims" in sys.modules
+from torch._subclasses.fake_tensor import FakeTensorMode
+with FakeTensorMode():
+    shape = list(torch.linalg.qr(torch.empty(4, 3))[0].shape)
+again = torch.rand(2, generator=torch.Generator().manual_seed(0)).tolist()
+print(json.dumps([before, shape, drawn == again]))
+"""
+    assert python(code) == [False, [4, 3], True]

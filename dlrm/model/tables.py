@@ -8,6 +8,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -85,16 +86,27 @@ def fill(
     bound = math.sqrt(1 / rows) if bound is None else bound
     step = max(1, BLOCK // width)
     last_row = first_row + shard.size(0)
-    generator = torch.Generator(shard.device)
     whole = shard.dtype == torch.float32 and shard.size(1) == width and shard.is_contiguous()
-    for block in range(first_row // step, -(-last_row // step)):
+
+    @torch.no_grad()  # which each thread has for itself
+    def draw(block: int) -> None:
         begin, end = block * step, min((block + 1) * step, rows)
+        generator = torch.Generator(shard.device)
         generator.manual_seed(zlib.crc32(f"{seed} {table} {block}".encode()))
         if whole and begin >= first_row and end <= last_row:
             shard[begin - first_row : end - first_row].uniform_(-bound, bound, generator=generator)
-            continue
+            return
         drawn = torch.empty(end - begin, width, device=shard.device)
         drawn.uniform_(-bound, bound, generator=generator)
         low, high = max(begin, first_row), min(end, last_row)
         columns = slice(first_column, first_column + shard.size(1))
         shard[low - first_row : high - first_row] = drawn[low - begin : high - begin, columns].to(shard.dtype)
+
+    blocks = range(first_row // step, -(-last_row // step))
+    threads = min(len(blocks), torch.get_num_threads() if shard.device.type == "cpu" else 1)
+    if threads < 2:
+        for block in blocks:
+            draw(block)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(draw, blocks))
