@@ -38,7 +38,7 @@ class File:
         with explained(path), opening:
             self._fd = os.open(path, flags[mode] | os.O_CLOEXEC, 0o666)
         self._raw = io.FileIO(self._fd, closefd=False) if mode == "r" else None
-        self._read = self._written = 0
+        self._read = self._written = self._at = 0
 
     def __enter__(self) -> "File":
         return self
@@ -85,9 +85,11 @@ class File:
         assert self._raw is not None
         done = 0
         with explained(self.path):
-            self._raw.seek(offset)
+            if offset != self._at:
+                self._raw.seek(offset)
             while done < len(view) and (count := self._raw.readinto(view[done:])):
                 done += count
+        self._at = offset + done
         self._read += done
         return done
 

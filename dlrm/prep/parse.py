@@ -7,7 +7,8 @@ tabs between, one newline after. Nothing else is accepted here, so nothing can b
 import numpy as np
 
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.hexes import FIELDS, WIDTH, eight_hexes
+from dlrm.prep.counts import label_and_counts
+from dlrm.prep.hexes import FIELDS, eight_any, eight_full
 from dlrm.prep.native import byte_at, compiled, inlined, put32, trailing_zeros, word_at
 
 PAD = 128  # bytes that may be read behind the last one
@@ -90,9 +91,9 @@ def parse_short_hex(at, end_byte):
     return value, FAIL
 
 
-@inlined
-def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
-    """One line: 13 counts to dense, ids to every id_step-th word of sparse; returns where the next begins."""
+@compiled
+def parse_counts(at, labelled, empty, dense, label_at):
+    """A label, if there is one, and 13 counts one by one; returns where the ids begin."""
     label = np.int64(-1)
     if labelled:
         label, at = parse_int(at, 0)
@@ -104,13 +105,31 @@ def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
         if at == FAIL:
             return at
         put32(dense, column, np.uint32(value))
-    column = 0
+    return at
+
+
+@inlined
+def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
+    """One line: 13 counts to dense, ids to every id_step-th word of sparse; returns where the next begins."""
+    ids = FAIL
+    if labelled:
+        ids = label_and_counts(at, label_at, dense, np.int64(empty))
+    if ids == FAIL:
+        ids = parse_counts(at, labelled, empty, dense, label_at)
+        if ids == FAIL:
+            return ids
+    at, column = ids, 0
     while column < NUM_SPARSE - 1:
-        # a group with a gap in it is read one by one; the last id is, because it ends the line
-        if column + FIELDS < NUM_SPARSE and eight_hexes(at, sparse + 4 * column * id_step, id_step):
-            at += FIELDS * WIDTH
-            column += FIELDS
-            continue
+        # the last id is read alone, because it ends the line; so is each of an odd group
+        if column + FIELDS < NUM_SPARSE:
+            target = sparse + 4 * column * id_step
+            following = eight_full(at, target, id_step)
+            if following == FAIL:
+                following = eight_any(at, target, id_step)
+            if following != FAIL:
+                at = following
+                column += FIELDS
+                continue
         for _ in range(min(FIELDS, NUM_SPARSE - 1 - column)):
             key, at = parse_hex(at, TAB)
             if at == FAIL:

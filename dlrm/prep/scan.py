@@ -11,9 +11,10 @@ from dlrm.prep import parse
 from dlrm.prep.files import File
 from dlrm.prep.rows import BadRow, Rules, read_line
 
-CHUNK = 1 << 18  # stays in the core's own cache between the copy from the file and the parser
+CHUNK = 1 << 19  # stays in the core's own cache between the copy from the file and the parser
 LONGEST_LINE = 64 << 20
 BLOCK_ROWS = 2048
+ARRAY_ROWS = 8192  # written straight to files: fewer calls, for which threads wait on each other
 
 
 class Block:
@@ -38,8 +39,8 @@ class Block:
     @classmethod
     def arrays(cls) -> "Block":
         """As torchrec's files have them. Of an id only the low half is ever written: the high stays 0."""
-        ids = np.zeros((BLOCK_ROWS, NUM_SPARSE), np.int64)
-        return cls(np.empty((BLOCK_ROWS, NUM_DENSE), np.int32), ids, np.empty(BLOCK_ROWS, np.int32))
+        ids = np.zeros((ARRAY_ROWS, NUM_SPARSE), np.int64)
+        return cls(np.empty((ARRAY_ROWS, NUM_DENSE), np.int32), ids, np.empty(ARRAY_ROWS, np.int32))
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Scanner:
             end, begin = kept + got, 0
             while True:
                 begin, why = self._fill(block, begin, end, at == self.piece.end)
-                if block.rows == BLOCK_ROWS:
+                if block.rows == len(block.dense):
                     yield block, consumed
                     block.rows, consumed = 0, 0
                 elif why == parse.NEED_MORE:
@@ -120,7 +121,11 @@ class Scanner:
 
     def _odd(self, block: Block, begin: int, end: int) -> int:
         """One line by the slow rules; returns where the next begins."""
-        text = self._text[begin:end].tobytes()
+        size = 1 << 12  # not all that has been read, because every line of a file may be odd
+        while b"\n" not in (text := self._text[begin : min(end, begin + size)].tobytes()):
+            if begin + size >= end:
+                break
+            size *= 2
         line = text[: text.find(b"\n") + 1] or text
         try:
             self._waiting = read_line(line, self.rules)
@@ -135,7 +140,7 @@ class Scanner:
 
     def _take(self, block: Block) -> None:
         """Rows of an odd line into the block, as many as fit."""
-        while self._waiting and block.rows < BLOCK_ROWS:
+        while self._waiting and block.rows < len(block.dense):
             dense, sparse, label = self._waiting.pop(0)
             block.dense[block.rows], block.sparse[block.rows], block.labels[block.rows] = dense, sparse, label
             block.rows += 1

@@ -20,7 +20,7 @@ from dlrm.prep.files import File
 from dlrm.prep.native import compiled
 from dlrm.prep.rows import Rules
 from dlrm.prep.scan import BLOCK_ROWS, Block, Piece, Scanner, count
-from dlrm.prep.store import LOG_ROWS
+from dlrm.prep.store import logarithms
 from dlrm.prep.team import in_threads
 from dlrm.prep.vocab import Vocabulary
 from dlrm.prep.work import line_end
@@ -125,13 +125,7 @@ def log_rows(out: File, rows: int, shift: np.int32, workers: int) -> None:
         counts = own.counts[: min(BATCH, rows - at)]
         offset = publish.HEADER_BYTES + at * NUM_DENSE * 4
         own.file.read_into(counts.data.cast("B"), offset)
-        np.subtract(counts, shift, out=counts)
-        floats = counts.view(np.float32)
-        with np.errstate(all="ignore"):
-            for part in range(0, len(counts), LOG_ROWS):
-                numbers = counts[part : part + LOG_ROWS].astype(np.float32)
-                np.log(numbers, out=floats[part : part + LOG_ROWS])
-        out.write(floats, offset)
+        out.write(logarithms(counts, shift), offset)
 
     opened: list[File] = []
     in_threads(workers, one, range(0, rows, BATCH))

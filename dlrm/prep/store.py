@@ -10,7 +10,7 @@ from dlrm.prep.native import compiled
 from dlrm.prep.options import MISSING, Options
 from dlrm.prep.sources import Output
 
-LOG_ROWS = 1 << 10  # small enough for malloc to reuse its memory
+LOG_COUNTS = 1 << 13  # stay in the first-level cache
 
 
 def store(
@@ -63,15 +63,29 @@ def overlaps(made: list[Output], begin: int, rows: int) -> Iterator[tuple[Output
         start += output.rows
 
 
-def logged(dense: np.ndarray, options: Options) -> np.ndarray:
+@compiled
+def to_floats(counts, shift, gaps):
+    """Counts less the shift as float32, in the same memory; of a gap what has the logarithm 0."""
+    floats = counts.view(np.float32)  # here, so that the compiler knows them to be the same
+    if gaps:
+        for at in range(len(counts)):
+            count = counts[at]
+            floats[at] = np.float32(1) if count == MISSING else np.float32(np.int32(count - shift))
+    else:
+        for at in range(len(counts)):
+            floats[at] = np.float32(np.int32(counts[at] - shift))
+
+
+def logarithms(counts: np.ndarray, shift: np.int32, gaps: bool = False) -> np.ndarray:
     """numpy's own float32 logarithm, in place: every other one differs in the last bit of some values."""
-    floats = dense.view(np.float32)
+    flat = counts.reshape(-1)
     with np.errstate(all="ignore"):
-        for at in range(0, len(dense), LOG_ROWS):
-            counts = dense[at : at + LOG_ROWS]
-            if options.frequency_limit:
-                gap = counts == MISSING
-                floats[at : at + LOG_ROWS] = np.where(gap, np.float32(0), np.log(counts.astype(np.float32)))
-            else:
-                np.log(counts.astype(np.float32), out=floats[at : at + LOG_ROWS])
-    return floats
+        for at in range(0, len(flat), LOG_COUNTS):
+            part = flat[at : at + LOG_COUNTS]
+            to_floats(part, shift, gaps)
+            np.log(part.view(np.float32), out=part.view(np.float32))
+    return counts.view(np.float32)
+
+
+def logged(dense: np.ndarray, options: Options) -> np.ndarray:
+    return logarithms(dense, np.int32(0), bool(options.frequency_limit))
