@@ -1,23 +1,25 @@
-"""Inference benchmark: throughput and latency of the model at several batch sizes, on synthetic rows.
+"""Inference benchmark: throughput and latency of the model at several batch sizes.
 
-Runs on as many ranks as it is started on; a batch is of all ranks together. The last line of stdout is one
-JSON object.
+Weights are drawn, or a checkpoint's; rows are made, or of a dataset's test set. Runs on as many ranks as it
+is started on; a batch is of all ranks together. The last line of stdout is one JSON object.
 """
 
 import json
+import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from dlrm import config, entry, startup
+from dlrm import config, criteo, entry, startup
 from dlrm.config import at_least, option, parse
 from dlrm.errors import UserError
 from dlrm.presets import PRESETS
 from dlrm.ranks import Ranks
 
 PERCENTILES = (50, 90, 95, 99)
-POOL = 8  # different batches of a size
+POOL = 8  # different batches of a size, at most
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,13 @@ class Bench:
     seconds: float = option(3.0, "time for each batch size")
     iterations: int = option(100, "of each batch size at least, when the time is over before")
     benchmark_warmup_steps: int = option(10, "iterations before the clock starts")
-    seed: int = option(0, "of the weights and the rows")
+    load_checkpoint_path: str | None = option(
+        None, "a run folder or checkpoint: its weights, and its model's options"
+    )
+    in_memory_binary_criteo_path: str | None = option(
+        None, "a dataset: rows of its test set (default: made rows, ids uniform over the tables)"
+    )
+    seed: int = option(0, "of drawn weights and made rows")
     amp: str = option("off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16")
     compile: bool = option(False, "torch.compile the dense part")
     allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
@@ -40,68 +48,134 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Plan:
+    sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel; * for all others")
+
+
+@dataclass(frozen=True)
 class Options:
     bench: Bench = field(default_factory=Bench)
     model: config.Model = field(default_factory=config.Model)
-    plan: config.Plan = field(default_factory=config.Plan)
+    plan: Plan = field(default_factory=Plan)
 
 
 MODELS = {name: lambda make=make: _of_model(make()) for name, make in PRESETS.items()}
 
 
-def _of_model(preset: Any) -> dict[str, Any]:
-    """What a preset says of the model."""
-    return {key: value for key, value in preset.items() if key in config.Model.__dataclass_fields__}
+def _of_model(options: Any) -> dict[str, Any]:
+    """Those of the model, as its own type has them."""
+    known = config.Model.__dataclass_fields__
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in known}
 
 
 def main(here: Ranks) -> None:
     cfg = parse(Options, sys.argv[1:], "python -m dlrm.bench", __doc__ or "", MODELS)
-    for size in cfg.bench.batch_sizes:
-        if size % here.world_size:
-            error = UserError(f"--batch_sizes {size}: not a multiple of the {here.world_size} ranks")
-            error.shared = True
-            raise error
-    results, device = measure(cfg, here)
+    if mistake := _mistake(cfg, here):
+        mistake.shared = True
+        raise mistake
+    results, about = measure(cfg, here)
     if here.first:
         show(results)
-        print(
-            json.dumps({"results": results, "device": device, "world_size": here.world_size, **asdict(cfg)})
-        )
+        print(json.dumps({"results": results, "world_size": here.world_size, **about}))
 
 
-def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], str]:
+def _mistake(cfg: Options, here: Ranks) -> UserError | None:
+    if cfg.bench.load_checkpoint_path and cfg.model != config.Model():
+        return UserError("--load_checkpoint_path brings its own model: leave out --preset and model options")
+    for size in cfg.bench.batch_sizes:
+        if size % here.world_size:
+            return UserError(f"--batch_sizes {size}: not a multiple of the {here.world_size} ranks")
+    return None
+
+
+def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """For each batch size what was measured, and what of."""
     bench = cfg.bench
     with startup.importing(bench.compile):
         import torch
 
-        from dlrm import amp, criteo, dist
+        from dlrm import amp, dist
         from dlrm.assembly import assemble
-        from dlrm.data.batches import Batches
-        from dlrm.data.source import open_source
+        from dlrm.checkpoint import state
         from dlrm.model import cpu, plan
 
     startup.import_optimizers()
     with dist.session(here, bench.timeout) as device:
         cpu.tune(device)
         torch.backends.cuda.matmul.allow_tf32 = bench.allow_tf32
-        sizes, _ = criteo.table_sizes(cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, None)
         with dist.together():
+            stored = _checkpoint(bench.load_checkpoint_path) if bench.load_checkpoint_path else None
+            cfg = replace(cfg, model=_stored_model(stored)) if stored else cfg
+            sizes, _ = criteo.table_sizes(
+                cfg.model.num_embeddings,
+                cfg.model.num_embeddings_per_feature,
+                bench.in_memory_binary_criteo_path,
+            )
             module = assemble(cfg.model, sizes, device, bench.seed, bench.compile)
             wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
             made = plan.make_plan(module, device, here, max(bench.batch_sizes) // here.world_size, wishes)
             with startup.unfilled():
                 model = plan.shard(module, made, device, bench.seed)
+        with dist.together():
+            if stored:
+                state.restore(stored, model, None)
         if bench.amp != "off":
             whole: Any = model.module
             amp.cast(whole.model, device, bench.amp)
         model.eval()
         results = []
         for size in bench.batch_sizes:
-            source = open_source("random", "", "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed)
-            pool = list(Batches(source, size // here.world_size, here.rank, here.world_size, sizes))
+            with dist.together():
+                pool = rows(bench, size, sizes, here)
             with torch.no_grad():
                 results.append({"batch_size": size, **run(model, pool, bench, device)})
-    return results, device.type
+    return results, {"device": device.type, "tables": len(sizes), "table_rows": sum(sizes), **asdict(cfg)}
+
+
+def _checkpoint(given: str) -> Any:
+    """The newest one of a run folder, or the one named; a UserError says why there is none."""
+    from dlrm.checkpoint import folder
+    from dlrm.checkpoint.shards import Corrupt
+
+    try:
+        path = next(folder.candidates(Path(given)), None)
+        if path is None:
+            raise UserError(f"--load_checkpoint_path {given}: no checkpoint there")
+        return folder.describe(path)
+    except (Corrupt, OSError) as error:
+        raise UserError(f"--load_checkpoint_path {given}: {error}") from None
+
+
+def _stored_model(found: Any) -> config.Model:
+    """As its run's options say; the tables as long as they are."""
+    options = found.state["config"]["model"]
+    table = re.compile(r"model/.*t_cat_(\d+)\.weight")
+    lengths = {int(m[1]): s.shape[0] for s in found.tensors if (m := table.fullmatch(s.name))}
+    if "embedding_dim" not in options or not lengths:
+        raise UserError(f"--load_checkpoint_path {found.path}: not a DLRM's checkpoint")
+    each = tuple(length for _, length in sorted(lengths.items()))
+    return config.Model(**_of_model({**options, "num_embeddings": None, "num_embeddings_per_feature": each}))
+
+
+def rows(bench: Bench, size: int, sizes: list[int], here: Ranks) -> list[Any]:
+    """This rank's share of up to POOL batches."""
+    from dlrm.data.batches import Batches
+    from dlrm.data.kjt import ToBatch
+    from dlrm.data.source import open_source, recognised
+
+    where = bench.in_memory_binary_criteo_path
+    kind = recognised("stream", where) if where else "random"
+    source = open_source(kind, where or "", "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed)
+    try:
+        if source.rows < size:
+            raise UserError(f"--batch_sizes {size}: the test set of {where} has {source.rows} rows")
+        batches = Batches(
+            source, size // here.world_size, here.rank, here.world_size, to_batch=ToBatch(sizes, True),
+            drop_last=True, limit=POOL,
+        )  # fmt: skip
+        return list(batches)
+    finally:
+        source.close()
 
 
 def run(model: Any, pool: list[Any], bench: Bench, device: Any) -> dict[str, Any]:
@@ -125,13 +199,25 @@ def run(model: Any, pool: list[Any], bench: Bench, device: Any) -> dict[str, Any
     begun = time.perf_counter()
     seconds = [once(number) for number in range(count)]
     whole = time.perf_counter() - begun
-    rows = sum(len(pool[number % len(pool)].labels) for number in range(count))
+    scored = sum(len(pool[number % len(pool)].labels) for number in range(count))
     percent = dict(zip(PERCENTILES, np.percentile(seconds, PERCENTILES) * 1e3, strict=True))
     return {
-        "samples_per_second": rows * torch.distributed.get_world_size() / whole,
+        "samples_per_second": scored * torch.distributed.get_world_size() / whole,
         "latency_ms": {"mean": whole / count * 1e3, **{f"p{p}": float(v) for p, v in percent.items()}},
         "iterations": count,
+        "mean_prediction": prediction(model, pool, device),
     }
+
+
+def prediction(model: Any, pool: list[Any], device: Any) -> float:
+    """The mean click probability over the batches of all ranks: shows that these are the weights meant."""
+    import torch
+    import torch.distributed
+
+    logits = torch.cat([model(batch.to(device))[1][1].flatten() for batch in pool])
+    mean = torch.sigmoid(logits.double()).mean()
+    torch.distributed.all_reduce(mean)
+    return float(mean) / torch.distributed.get_world_size()
 
 
 def show(results: list[dict[str, Any]]) -> None:

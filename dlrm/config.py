@@ -245,7 +245,7 @@ def flags(kind: Any) -> list[Any]:
     return [each for each in fields(kind) if each.init]
 
 
-def _listed(text: str) -> tuple[int, ...]:
+def numbers_with_commas(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part.strip())
 
 
@@ -259,7 +259,7 @@ def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[
     if bare is bool:
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
         return
-    parse = _listed if listed else bare
+    parse = numbers_with_commas if listed else bare
     alone = {"nargs": "?", "const": metadata["bare"]} if metadata["bare"] else {}
     group.add_argument(
         f"--{name}", type=parse, default=default, help=text, choices=metadata["choices"],

@@ -3,8 +3,10 @@
 import json
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 SMALL = """--batch_sizes 2,64,256 --seconds 0.2 --iterations 20 --num_embeddings 50 --embedding_dim 8
@@ -44,3 +46,46 @@ def test_a_batch_must_fit_the_ranks(run_ranks: Any) -> None:
     done = run_ranks(2, "dlrm.bench", "--batch_sizes", "3", output=False)
     assert done.codes == [2, 2]
     assert "--batch_sizes 3" in done.err[0] and not done.err[1]
+
+
+def test_a_checkpoint_on_real_rows(toy: Path, tmp_path: Path, run_ranks: Any) -> None:
+    """The run folder brings model and weights: two ranks predict what the test did on one."""
+    made = ["--preset", "toy", "--in_memory_binary_criteo_path", str(toy), "--max_steps", "5"]
+    trained = run_ranks(1, "dlrm.train", *made, "--checkpoint_every_steps", "5")
+    assert trained.codes == [0], trained.err
+    labels = np.load(sorted(toy.glob("day_*_labels.npy"), key=lambda path: int(path.name.split("_")[1]))[-1])
+    labels = labels[(len(labels) + 1) // 2 :]
+    size = len(labels) // 2 * 2
+    words = ["--load_checkpoint_path", str(trained.folder), "--in_memory_binary_criteo_path", str(toy)]
+    done = run_ranks(
+        2,
+        "dlrm.bench",
+        *words,
+        "--batch_sizes",
+        str(size),
+        "--seconds",
+        "0",
+        "--iterations",
+        "1",
+        output=False,
+    )  # fmt: skip
+    assert done.codes == [0, 0], done.err
+    found = json.loads(done.out[0].splitlines()[-1])
+    assert found["model"]["embedding_dim"] == 16 and found["tables"] == 26
+    # calibration: the mean prediction over the mean label
+    expected = trained.results["evaluations"]["test"]["calibration"] * labels.mean()
+    assert found["results"][0]["mean_prediction"] == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--load_checkpoint_path . --preset toy", "leave out --preset and model options"),
+        ("--load_checkpoint_path nowhere", "--load_checkpoint_path nowhere: no checkpoint there"),
+        ("--batch_sizes 1,x", "argument --batch_sizes: invalid numbers_with_commas value: '1,x'"),
+        ("--store_type cached_ssd", "unrecognized arguments: --store_type"),
+    ],
+)
+def test_mistakes_in_one_line(words: str, says: str, run_ranks: Any) -> None:
+    done = run_ranks(1, "dlrm.bench", *words.split(), output=False)
+    assert done.codes == [2] and says in done.err[0] and done.err[0].count("\n") == 1
