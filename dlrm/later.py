@@ -17,7 +17,7 @@ KERNELS = "torch._meta_registrations"  # 0.2 seconds, of `import torch` itself
 TORCH = "2.13."  # this one is known to work without them
 
 
-class Later(ModuleType):
+class PutOff(ModuleType):
     """Stands for the module `name`; `known` are its attributes that need no import."""
 
     def __init__(self, name: str, known: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ class Parts:
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         package = sys.modules.get(name.rpartition(".")[0])
-        if not isinstance(package, Later):
+        if not isinstance(package, PutOff):
             return None
         package.real()
         importlib.import_module(name)
@@ -77,7 +77,7 @@ class Part:
     def _real(self) -> Any:
         module, name = self._place
         found = sys.modules[module]
-        return getattr(found.real() if isinstance(found, Later) else found, name)
+        return getattr(found.real() if isinstance(found, PutOff) else found, name)
 
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):
@@ -99,13 +99,13 @@ class Class(type):
 
     def _real(cls) -> Any:
         found = sys.modules[cls.__module__]
-        return getattr(found.real() if isinstance(found, Later) else found, cls.__name__)
+        return getattr(found.real() if isinstance(found, PutOff) else found, cls.__name__)
 
     def __instancecheck__(cls, thing: Any) -> bool:
-        return not isinstance(sys.modules[cls.__module__], Later) and isinstance(thing, cls._real())
+        return not isinstance(sys.modules[cls.__module__], PutOff) and isinstance(thing, cls._real())
 
     def __subclasscheck__(cls, kind: type) -> bool:
-        return not isinstance(sys.modules[cls.__module__], Later) and issubclass(kind, cls._real())
+        return not isinstance(sys.modules[cls.__module__], PutOff) and issubclass(kind, cls._real())
 
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
         return cls._real()(*arguments, **named)
@@ -127,7 +127,7 @@ def _plain(name: str, kind: type, result: Callable[[Any], Any]) -> Callable[...,
         if type(value) is kind:
             return result(value)
         module = sys.modules[SYMBOLS]
-        return getattr(module.real() if isinstance(module, Later) else module, name)(value, *more, **named)
+        return getattr(module.real() if isinstance(module, PutOff) else module, name)(value, *more, **named)
 
     return answer
 
@@ -186,7 +186,7 @@ def put_off(known: dict[str, dict[str, Any]] = KNOWN) -> None:
     """Call it when torch has been imported and torchrec has not. What is there already stays."""
     for name, answers in known.items():
         if name not in sys.modules and importlib.util.find_spec(name):
-            Later(name, answers)
+            PutOff(name, answers)
     if not any(isinstance(finder, Parts) for finder in sys.meta_path):
         sys.meta_path.insert(0, Parts())
 

@@ -30,7 +30,7 @@ from dlrm.ranks import Ranks
 from dlrm.train import main
 main(Ranks())
 from dlrm import later
-placed = [name for name in later.KNOWN if type(sys.modules[name]) is later.Later]
+placed = [name for name in later.KNOWN if type(sys.modules[name]) is later.PutOff]
 print(json.dumps([
     [name for name in later.KNOWN if name not in placed],
     [name for name in ("sympy", "numba", "torch._inductor", "torch._prims") if name in sys.modules],
@@ -50,16 +50,16 @@ from dlrm import later
 later.put_off()
 import torch.fx.experimental.symbolic_shapes as shapes, tensordict, torchrec
 sizes = [shapes.guard_or_false(True), shapes.is_nested_int(3), shapes.is_nested_int.__module__]
-assert isinstance(shapes, later.Later) and isinstance(torch._dynamo, later.Later)
+assert isinstance(shapes, later.PutOff) and isinstance(torch._dynamo, later.PutOff)
 held = torch._dynamo.config
 limit = held.recompile_limit
 held.recompile_limit = limit + 1
 import torch._dynamo.config as config
 assert config.recompile_limit == held.recompile_limit == limit + 1
 doubled = torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(3)).tolist()
-assert config is torch._dynamo.config and not isinstance(torch._dynamo, later.Later)
+assert config is torch._dynamo.config and not isinstance(torch._dynamo, later.PutOff)
 assert type(tensordict.TensorDict) is later.Class
-assert not isinstance({}, tensordict.TensorDict) and isinstance(tensordict, later.Later)
+assert not isinstance({}, tensordict.TensorDict) and isinstance(tensordict, later.PutOff)
 stacked = tensordict.LazyStackedTensorDict.__module__
 environment = shapes.ShapeEnv.__module__
 print(json.dumps([sizes, doubled, stacked, environment, sys.modules["tensordict"].TensorDict.__module__]))

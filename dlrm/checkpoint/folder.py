@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlrm.checkpoint.shards import Corrupt, Stored, write_whole
+from dlrm.checkpoint.shards import Corrupt, Stored, write_small
 from dlrm.trace import sync
 
 MARKER = "checkpoint.json"
@@ -96,7 +96,7 @@ def publish(partial: Path, final: Path, description: dict[str, Any]) -> None:
     """The description last, everything on the disk, then the final name."""
     values = {"version": VERSION, **description}
     text = json.dumps({**values, "crc32": _sum(values)}) + "\n"
-    write_whole(partial / MARKER, text.encode())
+    write_small(partial / MARKER, text.encode())
     sync(partial)
     os.rename(partial, final)
     sync(final.parent)

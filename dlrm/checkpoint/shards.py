@@ -119,7 +119,7 @@ def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
     return {"tensors": tensors, "file": {file: {"bytes": output.bytes, "block": BLOCK, "crc32": output.sums}}}
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_small(path: Path, data: bytes) -> None:
     """A small file, written and on the disk."""
     output = _Blocks(path)
     try:
