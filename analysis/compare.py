@@ -15,6 +15,7 @@ from analysis.tables.gather import Map, on_threads
 
 Side = tuple[Run, Facts, list[Finding]]
 NOISE = 0.02  # a change smaller than this has no colour
+LENGTHS = ("wall time", "training")  # shorter is better only where as much was done
 
 
 def side(path: str | Path, over: Map) -> Side:
@@ -33,6 +34,9 @@ def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
     """name, told of A, told of B, change, verdict: better, worse or nothing."""
     a = {name: (value, told, better) for name, value, told, better in summary.headline(one[0], one[1])}
     b = {name: (value, told, better) for name, value, told, better in summary.headline(two[0], two[1])}
+    unfair: tuple[str, ...] = tuple(a) if others(one, two) else ()
+    if one[0].results.get("samples") != two[0].results.get("samples"):
+        unfair = unfair or LENGTHS
     found = []
     for name in dict.fromkeys([*a, *b]):
         if name not in a or name not in b:
@@ -43,7 +47,7 @@ def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
         if old:
             part = new / old - 1
             change = f"{part:+.1%}" if abs(part) < 10 else f"x {new / old:.3g}"
-            if abs(part) >= NOISE and better and not others(one, two):
+            if abs(part) >= NOISE and better and name not in unfair:
                 verdict = "better" if part * better > 0 else "worse"
         found.append((name, told_a, told_b, change, verdict))
     return found

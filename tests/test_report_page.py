@@ -159,6 +159,10 @@ def test_compare_says_first_what_is_not_alike(run: Path, tmp_path: Path) -> None
 
     one, two = a_run(tmp_path / "one"), a_run(tmp_path / "two")
     assert analysis("compare", one, two)[0].startswith("The settings are the same.\n")
+    for folder, samples in ((one, 1000), (two, 4000)):  # more was done in more time
+        (folder / "results.json").write_text(json.dumps({"samples": samples, "samples_per_second": samples}))
+    lines = {line[:20].strip(): line for line in analysis("compare", run, two)[0].splitlines()}
+    assert lines["samples per second"].endswith("better") and not lines["wall time"].endswith("better")
     tables(one, 95)
     tables(two, 995)
     assert analysis("compare", one, two)[0].splitlines()[1] == "  tables: 1 of 100 rows -> 1 of 1,000 rows"
