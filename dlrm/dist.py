@@ -41,7 +41,7 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
     _store = store
     watch = Watch(store, here, hosts, timeout)
     exchange.register()
-    backend = "nccl" if device.type == "cuda" else {"auto": exchange.NAME, "gloo": "gloo"}[exchanging]
+    backend = "nccl" if device.type == "cuda" else {"auto": exchange.NAME, "gloo": exchange.GLOO}[exchanging]
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=here.rank, world_size=here.world_size,
         timeout=PATIENCE * timedelta(seconds=timeout),

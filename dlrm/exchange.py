@@ -20,22 +20,30 @@ import torch.distributed as dist
 from dlrm.segments import FOLDER, Arriving, Segments
 
 NAME = "shared"  # for dist.init_process_group, after `register`
+GLOO = "gloo_uneven"  # likewise: without shared memory
 ENOUGH = 1 << 28  # free bytes in FOLDER per rank, for the exchange to be used
 
 
 def register() -> None:
-    """Make the backend's name known to torch.distributed."""
-    if not hasattr(dist.Backend, NAME.upper()):
-        dist.Backend.register_backend(NAME, _create, devices=["cpu"])
+    """Make the backends' names known to torch.distributed."""
+    for name, create in ((NAME, _create), (GLOO, _create_gloo)):
+        if not hasattr(dist.Backend, name.upper()):
+            dist.Backend.register_backend(name, create, devices=["cpu"])
 
 
 def _create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
     store.set(f"host{rank}", _host(size))
-    if size > 1 and len({store.get(f"host{peer}") for peer in range(size)} | {b""}) == 2:
-        return Group(Segments(store, rank, size, timeout.total_seconds()), gloo)
+    group = _create_gloo(store, rank, size, timeout)
+    hosts = {store.get(f"host{peer}") for peer in range(size)}
+    if size > 1 and len(hosts | {b""}) == 2:
+        return Group(Segments(store, rank, size, timeout.total_seconds()), group.gloo)
+    return group
+
+
+def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
     gloo._set_sequence_number_for_group()
-    return gloo
+    return gloo if size == 1 else Uneven(gloo)
 
 
 def _host(size: int) -> str:
@@ -83,21 +91,41 @@ class _Receive(dist._Work):
         return _Done([]).get_future()
 
 
-class Group(dist.ProcessGroup):
+class Uneven(dist.ProcessGroup):
+    """gloo, which also gathers parts of different sizes: the last batch may have a row less on some ranks."""
+
+    def __init__(self, gloo: Any) -> None:
+        super().__init__(gloo.rank(), gloo.size())  # type: ignore[call-arg]
+        self.gloo = gloo
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        (gathered, *_), (mine, *_) = outputs, inputs
+        if len({part.shape for part in gathered}) == 1:
+            return self.gloo.allgather(outputs, inputs, *([opts] if opts else []))
+        longest = max(part.numel() for part in gathered)
+        padded = torch.nn.functional.pad(mine.detach().reshape(-1), (0, longest - mine.numel()))
+        whole = [torch.empty_like(padded) for _ in gathered]
+        self.gloo.allgather([whole], [padded]).wait()
+        for part, all_of_it in zip(gathered, whole, strict=True):
+            part.copy_(all_of_it[: part.numel()].view(part.shape))
+        return _Done(gathered)
+
+
+class Group(Uneven):
     """The process group: all-to-all and sums through `Segments`, all others through gloo."""
 
     def __init__(self, segments: Segments, gloo: Any) -> None:
-        super().__init__(segments.rank, segments.size)  # type: ignore[call-arg]
-        self.segments, self._gloo = segments, gloo
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        super().__init__(gloo)
+        self.segments = segments
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:
         tensors = tensors if isinstance(tensors, list) else [tensors]
         opts = dist.AllreduceOptions() if opts is None else opts
         floats = all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors)
         if opts.reduceOp != dist.ReduceOp.SUM or not floats:
-            return self._gloo.allreduce(tensors, opts)
+            return self.gloo.allreduce(tensors, opts)
         for tensor in tensors:
             flat = tensor.detach().contiguous().view(-1)
             self._sum(flat)
@@ -156,24 +184,10 @@ class Group(dist.ProcessGroup):
 
         return _Receive(Arriving(segments, segments.post(data, goes), place))
 
-    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
-        """gloo wants equal shapes; the last batch may have a row less on some ranks."""
-        (gathered, *_), (mine, *_), segments = outputs, inputs, self.segments
-        if len({part.shape for part in gathered}) == 1:
-            return self._gloo.allgather(outputs, inputs, *([opts] if opts else []))
-        gathered[segments.rank].copy_(mine)
-        data = _bytes(mine)
-
-        def place(peer: int, part: torch.Tensor) -> None:
-            gathered[peer].copy_(part.view(mine.dtype).view(gathered[peer].shape))
-
-        number = segments.post(data, [(0, data.numel())] * segments.size)
-        return _Receive(Arriving(segments, number, place))
-
 
 def _through_gloo(name: str) -> Callable[..., Any]:
-    def call(self: Group, *arguments: Any, **options: Any) -> Any:
-        return getattr(self._gloo, name)(*arguments, **options)
+    def call(self: Uneven, *arguments: Any, **options: Any) -> Any:
+        return getattr(self.gloo, name)(*arguments, **options)
 
     return call
 
@@ -181,17 +195,18 @@ def _through_gloo(name: str) -> Callable[..., Any]:
 # by hand: left to torch's own dispatch to the registered backend, allgather and broadcast hang (torch 2.13)
 for _name, _gloo_name in {
     "all_gather_single": "_allgather_base",
+    "all_to_all_single": "alltoall_base",
     "reduce_scatter_single": "_reduce_scatter_base",
     **{
         name: name
         for name in (
-            "_allgather_base", "_reduce_scatter_base", "allgather_coalesced",
-            "allreduce_coalesced", "alltoall", "barrier", "broadcast", "gather", "monitored_barrier",
-            "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send",
+            "_allgather_base", "_reduce_scatter_base", "allgather_coalesced", "allreduce",
+            "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
+            "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send",
         )
     },
 }.items():  # fmt: skip
-    setattr(Group, _name, _through_gloo(_gloo_name))
+    setattr(Uneven, _name, _through_gloo(_gloo_name))
 setattr(Group, "alltoall_base", Group.all_to_all_single)  # noqa: B010 (its older name)
 
 
