@@ -1,9 +1,9 @@
 """How a command starts and ends: one line for what goes wrong, one exit code, no rank left waiting."""
 
+import atexit
 import logging
 import os
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -26,13 +26,13 @@ def start(main: Callable[[Ranks], None]) -> NoReturn:
     _quieten()
     code = _outcome(main, here)
     trace.stop()
+    if not code:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code or threading.active_count() > 1:
-        # threads and collectives that still wait for a peer must not hold this rank, and one that returns
-        # from C++ while the interpreter is taken down would abort it
-        os._exit(code)
-    sys.exit(0)
+    # threads and collectives that still wait for a peer must not hold this rank; and a thread of C++ which
+    # lets go of a tensor while the interpreter is taken down would abort it
+    os._exit(code)
 
 
 def _quieten() -> None:
