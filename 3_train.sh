@@ -71,9 +71,10 @@ mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}"); wait "$!" || die 
 run=${run:-$results/${PBS_JOBID:-$(date +%Y%m%d-%H%M%S)}}
 [[ -z ${RESUME:-} || -d $run/checkpoints || "${more[*]} $*" == *--checkpoint_dir* ]] || die "RESUME=$run has no checkpoints to go on from"
 [[ -n ${RESUME:-${PBS_JOBID:-}} || ! -e $run ]] || run=$run-$$
-python -m "$program" "${options[@]}" "${more[@]}" "$@" --output_dir "$run" --check_options || exit; mkdir -p -- "$run"
-exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1    # what is said while stopping is kept, too
-logger=$!
+python -m "$program" "${options[@]}" "${more[@]}" "$@" --output_dir "$run" --check_options || exit
+[[ " ${more[*]} $* " != *" "@(--check_options|--help|-h)" "* ]] || exit 0
+made=''; [[ -d $run ]] || { mkdir -p -- "$run"; made=1; }
+exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1; logger=$!    # what is said while stopping is kept, too
 {
     while IFS='=' read -r -d '' name value; do
         [[ ${name^^} =~ TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE ]] && continue
@@ -87,15 +88,15 @@ say "training, run folder $run"
 ranks=$! stopped='' code=0
 trap 'signalled=1 stopped=1; kill -TERM "$ranks" 2> /dev/null || true' INT TERM
 while :; do
-    signalled='' status=0
-    wait "$ranks" || status=$?
+    signalled='' status=0; wait "$ranks" || status=$?
     (( status == 127 )) || code=$status    # 127: it ended while we were told to stop
     [[ -n $signalled ]] || break
 done
 (( code == 0 )) || say "training ended with exit code $code"
 [[ $code == [02] || ! -d $run/checkpoints ]] || say "to go on from the newest checkpoint: RESUME=${run@Q} and the same command"
 
-# A stopped job has seconds left: its traces can wait. Code 2 before the first step: nothing has happened.
+# Code 2 before the first step, a mistake: nothing has happened. A stopped job has seconds left: its traces can wait.
+[[ -z $made || $code != 2 || -s $run/metrics.jsonl ]] || rm -rf -- "$run"
 if [[ -d $run/trace && -z $stopped && ( $code != 2 || -s $run/metrics.jsonl ) ]]; then
     for step in "perfetto" "perfetto --posix" "check" "report"; do
         say "analysis $step"
@@ -103,9 +104,8 @@ if [[ -d $run/trace && -z $stopped && ( $code != 2 || -s $run/metrics.jsonl ) ]]
         python -m analysis "${words[@]}" "$run" || say "that failed; the traces are in $run/trace, try again: python -m analysis $step ${run@Q}"
     done
 fi
-say "results: $run"
+[[ ! -d $run ]] || say "results: $run"
 [[ ! -e $run/report.html ]] || say "report:  $run/report.html (open it in a browser)"
 for file in "$run"/*.pftrace; do [[ ! -e $file ]] || say "trace:   $file"; done
 [[ ! -e ${file:-} ]] || say "to see a trace: drop it on https://ui.perfetto.dev, or source env.sh && python -m analysis view $(printf %q "$run")"
-exec >&- 2>&-; wait "$logger" || true
-exit "$code"
+exec >&- 2>&-; wait "$logger" || true; exit "$code"
