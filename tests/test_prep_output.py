@@ -56,6 +56,20 @@ def test_parquet_holds_the_same_rows(days: Path, dataset: Path, tmp_path: Path) 
     assert main(["check", str(out)]) == 0
 
 
+def test_other_format_than_the_folder_has(
+    days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end says what there is and what comes next; without --format nothing is added to it."""
+    out = run(days, tmp_path / "out", "--format", "parquet", "--no_md5")
+    said, small = capsys.readouterr().out, min(Meta.load(out).table_sizes)
+    assert f"{out}: 3,003 rows in 3 days, 26 tables of {small} to " in said
+    assert f"(parquet); next: DATASET_DIR={out} ./3_train.sh\n" in said
+    before = sorted(out.rglob("*"))
+    assert main(["run", "--input_dir", str(days), "--output_dir", str(out)]) == 2
+    assert f"{out}: a finished parquet dataset, not npy; say --format parquet" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+
+
 def test_parquet_with_oneflow_ids(days: Path, tmp_path: Path) -> None:
     """The unshuffled rows against the text itself: counts + 1, hash mod N + N times the column."""
     import pyarrow.parquet as pq

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dlrm.prep import place, spill
 from dlrm.prep.__main__ import main
 from dlrm.prep.toy import write_days
 
@@ -125,3 +126,25 @@ def test_foreign_folder_is_not_touched(
     assert main(["run", "--input_dir", str(days), *flags]) == 2
     assert "not empty, and not ours" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_more_pieces_than_files_may_be_open(
+    days: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, spills = contents(run(days, tmp_path / "whole")), []
+
+    class Counted(place.File):
+        def __init__(self, path: Path, mode: str = "r") -> None:
+            super().__init__(path, mode)
+            spills.append(path.suffix)
+
+    monkeypatch.setattr(place, "File", Counted)
+    monkeypatch.setattr(spill, "MIN_BITS", 12)
+    opened = {}
+    for most in (100, 2):
+        monkeypatch.setattr(place, "may_be_open", lambda files, most=most: most)
+        spills.clear()
+        out = run(days, tmp_path / str(most), "--part_bytes", "4000000")
+        assert contents(out) == wanted
+        opened[most] = spills.count(".spill")
+    assert 3 < opened[100] < 15 < opened[2]

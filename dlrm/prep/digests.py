@@ -18,7 +18,7 @@ from dlrm.prep.native import I32, I64, compiled, intrinsic
 
 LANES = 16
 BLOCK = 64  # bytes that md5 takes at a time: sixteen words
-CHUNK = 32 << 10  # bytes of a file read at a time
+CHUNK = 128 << 10  # bytes of a file read at a time
 START = (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476)
 TURNS = ((7, 12, 17, 22), (5, 9, 14, 20), (4, 11, 16, 23), (6, 10, 15, 21))
 ORDER = ((1, 0), (5, 1), (3, 5), (7, 0))  # which word each step of a round takes: factor, first

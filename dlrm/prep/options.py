@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dlrm.criteo import NUM_SPARSE
+from dlrm.criteo import NUM_SPARSE, Meta
 from dlrm.errors import UserError
 
 STEPS = ("parse", "contiguous", "shuffle")
@@ -26,6 +26,14 @@ HOW_ONLY = {
     "giant",
     "map_bytes",
 }
+
+
+def format_of(folder: Path) -> str:
+    """Of the dataset in this folder; nothing when there is none that can be read."""
+    try:
+        return Meta.load(folder).format
+    except UserError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -125,4 +133,10 @@ class Options:
             raise UserError(f"--input_dir {self.input_dir}: not a folder")
         if self.output_dir.resolve() == self.input_dir.resolve():
             raise UserError(f"--output_dir {self.output_dir}: the same as --input_dir; choose another")
+        found = format_of(self.output_dir)
+        if found not in ("", self.format):
+            raise UserError(
+                f"--output_dir {self.output_dir}: a finished {found} dataset, not {self.format}; "
+                f"say --format {found} for the same again, or name another folder"
+            )
         return replace(self, steps=tuple(step for step in STEPS if step in self.steps))

@@ -111,7 +111,15 @@ def place(work: Work, team: Team, sizes: np.ndarray, progress: Progress) -> None
     team.first_does(lambda: MAKE[options.format](work))
     placer = PLACERS[options.format]()(work, maps, progress)
     with progress.step("place", rows=work.rows // team.size):
-        team.each(range(work.bucket_count), placer.bucket)
+        team.each(apart(work.bucket_count, team.size * team.workers), placer.bucket)
+        placer.close()
+
+
+def apart(count: int, workers: int) -> list[int]:
+    """Numbers in such an order that workers who take turns are in different stretches: of different files."""
+    stretch = -(-count // workers)
+    turns = (worker * stretch + turn for turn in range(stretch) for worker in range(workers))
+    return [number for number in turns if number < count]
 
 
 def make_files(work: Work) -> None:
@@ -179,8 +187,10 @@ def record(work: Work) -> None:
 def seal(work: Work, team: Team, progress: Progress) -> None:
     team.first_does(lambda: record(work))
     names = work.load(work.path("publish"))["files"]
-    with ThreadPoolExecutor(1) as pool:  # each machine writes back what it wrote while digests are made
+    with ThreadPoolExecutor(2) as pool:  # each machine writes back what it wrote while digests are made
         written = pool.submit(publish.sync_all, work.options.output_dir, names)
+        if team.first and not work.options.keep_tmp:
+            pool.submit(work.discard)
         digest(work, team, names)
     team.agree(written.exception())
     team.first_does(lambda: finish(work, progress))

@@ -1,7 +1,9 @@
 """The last step: each bucket's records into order in memory, then into the output files as long writes."""
 
+import resource
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,7 @@ from dlrm.prep.store import store
 from dlrm.prep.work import Work
 
 PART_RECORDS = 1 << 14
+OTHER_FILES = 256  # open besides
 FIRST_ID = 1 + NUM_DENSE
 
 
@@ -116,12 +119,25 @@ def translate_piece(work: Work, sizes: np.ndarray, lane: int, number: int, progr
     spill.unlink(missing_ok=True)
 
 
+def may_be_open(files: int) -> int:
+    """How many of so many files may stay open; the soft limit is raised for them as far as it can be."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + OTHER_FILES
+    if 0 <= hard < wanted:
+        wanted = hard
+    if 0 <= limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(0, min(files, wanted - OTHER_FILES))
+
+
 class Placer:
     """Buckets to output files. The files are shared by all ranks; each bucket writes its own stretch."""
 
     def __init__(self, work: Work, maps: Maps | None, progress: Progress) -> None:
         self.work, self.maps, self.progress = work, maps, progress
         self._own = threading.local()
+        self._opened: list[File] = []
+        self.most_open = may_be_open(len(work.pieces) * work.options.workers) // work.options.workers
         self.lane_of = {piece: lane for lane, pieces in enumerate(work.lanes) for piece in pieces}
         self.shifts = work.shifts()
         ending = "spill" if maps is not None or not work.options.contiguous else "final"
@@ -156,6 +172,25 @@ class Placer:
             self._own.buffers = (*buffers, np.empty((PART_RECORDS, WORDS), np.uint32))
         return self._own.buffers
 
+    @contextmanager
+    def _spill(self, piece: int) -> Iterator[File]:
+        """Each thread's own, kept open as far as the system allows: every bucket has rows in every one."""
+        if not hasattr(self._own, "files"):
+            self._own.files = {}
+        kept = self._own.files
+        if piece not in kept and len(kept) >= self.most_open:
+            with File(self.spills[piece]) as file:
+                yield file
+            return
+        if piece not in kept:
+            kept[piece] = File(self.spills[piece])
+            self._opened.append(kept[piece])
+        yield kept[piece]
+
+    def close(self) -> None:
+        for file in self._opened:
+            file.close()
+
     def _gather(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         dense, sparse, labels, buffer = self._buffers()
         dense, sparse, labels = dense[:rows], sparse[:rows], labels[:rows]
@@ -167,7 +202,7 @@ class Placer:
             lane, shift = self.lane_of[piece], np.int32(self.shifts[self.work.pieces[piece].source])
             offsets = self.maps.offsets[lane] if self.maps else np.zeros(1, np.int64)
             values = self.maps.values[lane] if self.maps else np.zeros(1, np.int32)
-            with File(self.spills[piece]) as file:
+            with self._spill(piece) as file:
                 for _, records in records_of(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
                     place(records, offsets, values, self.maps is not None, shift, gaps, dense, sparse, labels)
         return dense, sparse, labels

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +111,17 @@ def publish(folder: Path, names: list[str], meta: Meta) -> None:
     sync(folder)
     meta.save(folder)
     sync(folder)
+    print(summary(folder, meta))
+
+
+def summary(folder: Path, meta: Meta) -> str:
+    """What there is now, and what to do with it."""
+    text = f"{folder}: {sum(meta.rows):,} rows in {meta.days} days, {len(meta.table_sizes)} tables of "
+    text += f"{min(meta.table_sizes):,} to {max(meta.table_sizes):,} rows ({meta.format})"
+    made = meta.parameters
+    if ("contiguous" in made["steps"] or made["max_ind_range"]) and not made["mod_idx"]:
+        text += f"; next: DATASET_DIR={shlex.quote(str(folder))} ./3_train.sh"
+    return text
 
 
 def describe(

@@ -16,7 +16,7 @@ from dlrm.prep.scan import Block
 
 WORDS = 1 + NUM_DENSE + NUM_SPARSE + 1
 RECORD_BYTES = 4 * WORDS
-STAGING_BYTES, MOST_STAGED = 16 << 20, 64 << 10  # in all, and for one bucket
+STAGING_BYTES, MOST_STAGED = 64 << 20, 256 << 10  # in all, and for one bucket
 MIN_BITS, MAX_BUCKETS = 15, 4096
 copy_counts, copy_ids, narrow_ids = copier(NUM_DENSE), copier(NUM_SPARSE), narrower(NUM_SPARSE)
 

@@ -86,6 +86,11 @@ class Work:
             if path.is_file() and path.name != "README":
                 path.unlink()
 
+    def discard(self) -> None:
+        """What nobody needs once all rows are in place: freeing it takes a while."""
+        for path in self.folder.glob("piece_*"):
+            path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
