@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from analysis.errors import USAGE, AnalysisError
 
@@ -112,8 +113,13 @@ def _progress() -> Callable[[Path, int], None]:
     return show
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise AnalysisError(f"{message} ({self.prog} --help says more)")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
+    top = _Parser(prog="python -m analysis", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
@@ -159,8 +165,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
     try:
+        options = parser().parse_args(argv)
         return options.function(options)
     except AnalysisError as error:
         print(f"analysis: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 from analysis.clocks import clocks, launches, moves, skew
 from analysis.columns import COLUMNS, frame
 from analysis.events import Reader, heads, ranked
-from analysis.perfetto import published, trace_name
+from analysis.perfetto import beside, published, trace_name
 from analysis.process import Process
 from analysis.strings import Strings
 from analysis.tracks import Summary, process_name
@@ -21,7 +21,7 @@ def convert(
     progress: Callable[[Path, int], None] | None = None,
 ) -> Summary:  # fmt: skip
     processes = heads(run_dir)
-    path = Path(path) if path else Path(run_dir) / (trace_name(run_dir, posix) + ".json")
+    path = Path(path) if path else beside(run_dir) / (trace_name(run_dir, posix) + ".json")
     summary = Summary(path)
     known = clocks(processes)
     summary.clocks = moves(processes, known)

@@ -6,6 +6,7 @@ and the trace folder at the same paths.
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -22,11 +23,17 @@ def on(where: str) -> Map:
         import distributed  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise AnalysisError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
+    if where not in ("local", "pbs") and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
+        raise AnalysisError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
 
     def over(function: Callable[[Job], Part], work: list[Job]) -> Iterator[Part]:
         with ExitStack() as stack:
             cluster = _cluster(where, stack, len(work))
-            client = stack.enter_context(distributed.Client(cluster, timeout=60))
+            try:
+                client = stack.enter_context(distributed.Client(cluster, timeout=60))
+            except (OSError, ValueError) as error:
+                told = str(error).splitlines()[0]
+                raise AnalysisError(f"--dask {where}: {told}; does a scheduler listen there?") from error
             yield from _gathered(client, function, work)
 
     return over

@@ -43,6 +43,8 @@ def files(run_dir: str | Path) -> list[Path]:
     if not run.exists():
         raise AnalysisError(f"{run}: no such folder; give the folder of a run, e.g. results/<name>")
     if run.is_file():
+        if not run.name.endswith((".pfw", ".pfw.gz")):
+            raise AnalysisError(f"{run}: DFTracer's files end in .pfw.gz or .pfw; give one, or a run folder")
         return [run]
     for folder in (run / "trace", run):
         found = sorted([*folder.glob("*.pfw.gz"), *folder.glob("*.pfw")], key=_parents_first)

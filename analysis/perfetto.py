@@ -41,7 +41,7 @@ def convert(
 ) -> Summary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events."""
     processes = heads(run_dir)
-    path = Path(path) if path else Path(run_dir) / (trace_name(run_dir, posix) + ".pftrace")
+    path = Path(path) if path else beside(run_dir) / (trace_name(run_dir, posix) + ".pftrace")
     summary = Summary(path)
     known, jobs = clocks(processes), launches(processes)
     summary.clocks = moves(processes, known)
@@ -97,6 +97,11 @@ def published(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):  # what was wrong before is what counts
             temporary.unlink()
+
+
+def beside(run_dir: str | Path) -> Path:
+    """Where its files go: the run's folder, or the one that a single trace is in."""
+    return Path(run_dir) if Path(run_dir).is_dir() else Path(run_dir).parent
 
 
 def trace_name(run_dir: str | Path, posix: bool) -> str:

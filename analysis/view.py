@@ -37,14 +37,22 @@ def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:
     if file:
         for path in (Path(file), run / file):
             if path.is_file():
-                return path
+                return _converted(path)
         raise AnalysisError(f"{file}: no such file, neither here nor in {run}")
     if run.is_file():
-        return run
+        return _converted(run)
     found = sorted(run.glob("*.pftrace"), key=lambda path: ("-posix" in path.name, path.name))
     if not found:
         raise AnalysisError(f"{run}: no *.pftrace in it; make one with: python -m analysis perfetto {run}")
     return found[0]
+
+
+def _converted(path: Path) -> Path:
+    if path.name.endswith((".pfw", ".pfw.gz", ".html")):
+        raise AnalysisError(
+            f"{path}: not a file for the Perfetto UI; make one with: python -m analysis perfetto RUN"
+        )
+    return path
 
 
 def interface() -> Path:
@@ -105,10 +113,9 @@ def server(trace: Path, port: int) -> http.server.ThreadingHTTPServer:
     handler = partial(Handler, trace=trace, folder=interface())
     try:
         return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
-    except OSError as error:
-        raise AnalysisError(
-            f"--port {port}: {error.strerror}; choose another, or 0 for any free one"
-        ) from error
+    except (OSError, OverflowError) as error:
+        told = getattr(error, "strerror", None) or "not a port's number"
+        raise AnalysisError(f"--port {port}: {told}; choose another, or 0 for any free one") from error
 
 
 def instructions(trace: Path, port: int) -> str:

@@ -3,40 +3,16 @@
 import gzip
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
 from browser import chromium
 from made_traces import Made, training
+from reports import METRICS, a_run, analysis
 from trace_processor import opened
 
-ROOT = Path(__file__).parents[1]
-METRICS = [
-    {"step": 1, "epoch": 0, "loss": 0.7, "samples_per_second": 900.0, "time": 1_795_252_102.05},
-    {"step": 21, "epoch": 0, "loss": 0.5, "samples_per_second": 1000.0, "time": 1_795_252_102.3},
-    {"step": 40, "epoch": 1, "split": "val", "auroc": 0.8, "time": 1_795_252_102.5},
-]
-
-
-def analysis(*arguments: object, code: int = 0) -> tuple[str, str]:
-    command = [sys.executable, "-m", "analysis", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
-
-
-def a_run(folder: Path, wait: int = 100) -> Path:
-    for rank in range(2):
-        training(rank, 2, wait=wait).write(folder)
-    config = {"data": {"batch_size": 256}, "model": {"embedding_dim": 16}, "launch": {"device": "cpu"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "results.json").write_text(json.dumps({"samples_per_second": 1000.0, "test_auroc": 0.81}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
-    return folder
+from analysis.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -135,47 +111,6 @@ DRAG = """(() => {
   const svg = [...document.querySelectorAll('figure svg')][2], b = svg.getBoundingClientRect();
   for (const [name, f] of [['mousedown', 0.3], ['mousemove', 0.4], ['mouseup', 0.5]])
     svg.dispatchEvent(new MouseEvent(name, {clientX: b.left + f * b.width, clientY: b.top + 40})); })()"""
-
-
-def test_compare(run: Path, tmp_path: Path) -> None:
-    other = a_run(tmp_path / "other", wait=100)
-    config = json.loads((other / "config.json").read_text())
-    config["data"]["batch_size"] = 512
-    (other / "config.json").write_text(json.dumps(config))
-    out, _ = analysis("compare", run, other, "-o", tmp_path / "c.html")
-    line = next(line for line in out.splitlines() if line.startswith("waiting for data"))
-    assert line.split()[-1] == "better" and "-98" in line
-    assert out.splitlines()[:2] == ["The runs differ in 1 setting:", "  batch size of a rank: 256 -> 512"]
-    page = (tmp_path / "c.html").read_text()
-    assert page.count("<figure") >= 12 and "batch size of a rank" in page
-
-
-def test_compare_says_first_what_is_not_alike(run: Path, tmp_path: Path) -> None:
-    """Rows of the tables are the plan's, not an option; of different models nothing is better or worse."""
-
-    def tables(folder: Path, rows: int) -> None:
-        shards = [{"offset": [0, 0], "size": [rows, 16]}, {"offset": [rows, 0], "size": [5, 16]}]
-        (folder / "plan.json").write_text(json.dumps({"t_cat_0": {"shards": shards}}))
-
-    one, two = a_run(tmp_path / "one"), a_run(tmp_path / "two")
-    assert analysis("compare", one, two)[0].startswith("The settings are the same.\n")
-    for folder, samples in ((one, 1000), (two, 4000)):  # more was done in more time
-        (folder / "results.json").write_text(json.dumps({"samples": samples, "samples_per_second": samples}))
-    lines = {line[:20].strip(): line for line in analysis("compare", run, two)[0].splitlines()}
-    assert lines["samples per second"].endswith("better") and not lines["wall time"].endswith("better")
-    tables(one, 95)
-    tables(two, 995)
-    assert analysis("compare", one, two)[0].splitlines()[1] == "  tables: 1 of 100 rows -> 1 of 1,000 rows"
-    other = {"data": {"train_batch_size": 16}, "model": {"emb_dim": 16}, "launch": {"device": "cpu"}}
-    (two / "config.json").write_text(json.dumps(other))
-    out, _ = analysis("compare", run, two)
-    assert out.startswith("These are different models, DLRM and BERT4Rec:")
-    assert "  batch size of a rank: 256 -> 16\n" in out and "embedding dimension" not in out
-    page = (two / "compare.html").read_text()
-    assert "These are different models" in page and 'class="n better' not in page
-    assert not re.search(r" (better|worse)$", out.partition("change\n")[2], re.M)
-    (two / "config.json").unlink()
-    assert analysis("compare", one, two)[0].startswith("two: no config.json")
 
 
 def test_summary_writes_nothing(tmp_path: Path) -> None:
@@ -296,3 +231,30 @@ def test_links_lead_to_one_slice(tmp_path: Path) -> None:
             assert int(begin) < int(ts) and int(ts) + int(dur) < int(end)
             assert trace.rows(f"select count(*) from slice where ts = {ts} and dur = {dur}")[0][0] >= 1
     assert len(links) > 10
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("reprt RUN", "invalid choice: 'reprt'"),
+        ("compare RUN", "required: OTHER (python -m analysis compare --help says more)"),
+        ("view RUN/x.pftrace --port 80000", "--port 80000: not a port's number"),
+        ("view RUN/report.html", "not a file for the Perfetto UI"),
+        ("report RUN --dask foo", "--dask foo: local, pbs, or the host:port"),
+        ("summary RUN/report.html", "end in .pfw.gz or .pfw; give one, or a run folder"),
+        ("perfetto RUN -o /nowhere/x", "choose another place with -o"),
+    ],
+)
+def test_mistakes_in_one_line(
+    words: str, says: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "x.pftrace").touch()
+    assert main([word.replace("RUN", str(run)) for word in words.split()]) == 2
+    errors = capsys.readouterr().err
+    assert says in errors and errors.startswith("analysis: ") and errors.count("\n") == 1
+
+
+def test_a_single_trace_is_converted_beside_itself(tmp_path: Path) -> None:
+    path = training(0, 1).write(tmp_path)
+    out, _ = analysis("perfetto", path)
+    assert out.startswith(f"{path.parent}/{path.name.split('.')[0]}.pftrace (")
