@@ -21,7 +21,9 @@ def _groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
     in_memory = plan.store_type == "device_mem" and not plan.sharding_file  # which may say more of a table
     rules = [
         (data, files, data.kind == "random", "the data is random"),
-        (data, ["mmap_mode"], data.kind == "memory", "the data is read into memory"),
+        (data, ["mmap_mode"], data.kind == "multi_hot", "multi-hot files are streamed"),
+        (data, ["mmap_mode"], data.kind in ("stream", "memory", "parquet"), f"the source is {data.kind}"),
+        (data, ["read_chunk_mb"], data.kind in ("mmap", "parquet"), f"the source is {data.kind}"),
         (data, ["multi_hot_distribution_type"], not data.multi_hot_sizes, "without --multi_hot_sizes"),
         (data, ["collect_multi_hot_freqs_stats"], not many, "each feature has one id"),
         (data, ["pin_memory"], device == "cpu", "there is no GPU"),

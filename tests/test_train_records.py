@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dlrm.advice import unused
+from dlrm.config import Config, parse
+
 ROOT = Path(__file__).parents[1]
 HOTS = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 10, 27, 10, 3, 1, 1]
 
@@ -104,6 +107,15 @@ def test_settings_that_do_nothing_are_named(train: Any) -> None:
     for option in ("--mmap_mode", "--dcn_num_layers", "--loss_scale", "--lr_decay_start"):
         assert sum(option + ":" in line for line in told) == 1, told
     assert not done.err[1]
+
+
+@pytest.mark.parametrize(
+    "words, why", [(["--source", "stream"], "the source is stream"), ([], None), (["--source", "mmap"], None)]
+)
+def test_mapping_beside_another_source_is_told(words: list[str], why: str | None) -> None:
+    common = ["--in_memory_binary_criteo_path", "x", "--mmap_mode"]
+    told = unused(parse(Config, [*common, *words], "train", ""), "cpu")
+    assert told == ([f"--mmap_mode: not used, {why}"] if why else [])
 
 
 @pytest.mark.parametrize(
