@@ -1,8 +1,8 @@
 """Memory limits for one file at a time, without control groups: the page cache is trimmed between steps.
 
 A mapped file keeps its most recently used pages. Their order costs it nothing here, nor does the choice of
-what leaves, nor handing changed pages to the disk: it only waits until they are written. A kernel that has
-to find out by itself is not faster. A row cache loses every page of its file after the batch that used it.
+what leaves, nor handing changed pages to the disk: it only waits, a batch later, until they are written. A
+kernel that has to find out by itself is not faster. A row cache keeps the pages of three batches' misses.
 """
 
 import ctypes
@@ -16,6 +16,13 @@ import numpy as np
 PAGE = 4096
 LIBC = ctypes.CDLL(None, use_errno=True)
 WAIT_BEFORE, WRITE, WAIT_AFTER = 1, 2, 4  # of sync_file_range
+
+
+def fetch_memory() -> None:
+    """A virtual machine's unused memory goes back to its host; a page cache fills slowly until it is back."""
+    with mmap.mmap(-1, 2 << 30) as room:
+        for page in range(0, len(room), PAGE):
+            room[page] = 1
 
 
 def _sync(file: int, begin: int, size: int, how: int) -> float:
@@ -38,15 +45,21 @@ def runs(pages: np.ndarray) -> list[tuple[int, int]]:
     return [(int(run[0]) * PAGE, len(run) * PAGE) for run in np.split(pages, cuts) if len(run)]
 
 
-def let_go(file: int, pages: np.ndarray) -> float:
-    """These pages leave the page cache; seconds to wait until they are written."""
-    places = runs(pages)
-    for begin, size in places:
-        _sync(file, begin, size, WRITE)
-    seconds = _sync(file, 0, 0, WAIT_BEFORE)
-    for begin, size in places:
-        os.posix_fadvise(file, begin, size, os.POSIX_FADV_DONTNEED)
-    return seconds
+class Leaving:
+    """Pages on their way out of the page cache: to the disk after one batch, gone after the next."""
+
+    def __init__(self, file: int) -> None:
+        self.file, self.pages = file, np.empty(0, np.int64)
+
+    def go(self, pages: np.ndarray, needed: np.ndarray) -> float:
+        """These from now on, those of the last call at once but for `needed`; seconds to wait for writes."""
+        seconds = _sync(self.file, 0, 0, WAIT_BEFORE)
+        for begin, size in runs(np.setdiff1d(self.pages, needed)):
+            os.posix_fadvise(self.file, begin, size, os.POSIX_FADV_DONTNEED)
+        for begin, size in runs(pages):
+            _sync(self.file, begin, size, WRITE)
+        self.pages = pages
+        return seconds
 
 
 def pages_of(rows: np.ndarray, row_bytes: int) -> np.ndarray:
@@ -100,6 +113,7 @@ class Bounded:
         self.map.madvise(mmap.MADV_RANDOM)  # a fault reads a page, not its neighbours
         self.used = np.zeros(-(-len(self.map) // PAGE), np.int64)  # when, 0: not in memory
         self.most, self.now = int(budget // PAGE), 0
+        self.leaving = Leaving(self.file)
 
     def use(self, pages: np.ndarray) -> np.ndarray:
         """These were used now; those that are to leave, in ascending order."""
@@ -118,7 +132,7 @@ class Bounded:
         gone = self.use(pages)
         for begin, size in runs(gone):
             self.map.madvise(mmap.MADV_DONTNEED, begin, size)
-        return let_go(self.file, gone)
+        return self.leaving.go(gone, np.flatnonzero(self.used))
 
     def settle(self) -> None:
         """In memory is what was used last, and nothing else."""

@@ -5,6 +5,7 @@ MLCommons' dlrm_main.py command lines run unchanged: its flags keep their names 
 
 import argparse
 import json
+import math
 import os
 import types
 import typing
@@ -26,8 +27,8 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: 
 def at_least(low: float, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name} {value}: must be at least {low:g}")
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"--{name} {value}: must be a number of at least {low:g}")
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,7 @@ class Plan:
         ("device_mem", "cached_host_mem", "cached_ssd", "auto"),
     )  # fmt: skip
     cache_memory_budget_mb: float = option(8192, "memory per rank for the rows of tables that live elsewhere")
-    persistent_path: str | None = option(
-        None, "folder of the tables' files (default: tables in --output_dir)"
-    )
+    persistent_path: str | None = option(None, "folder of the tables' files (default: store in --output_dir)")
 
     def __post_init__(self) -> None:
         at_least(0.001, self, "cache_memory_budget_mb")

@@ -71,7 +71,9 @@ def test_slots_stay_true_under_random_batches() -> None:
     for batch in range(400):
         ids = skewed(random, int(random.integers(1, 60)))
         change = bool(batch % 2)
-        slots, wanted, into, leaving, places = cache.admit(ids, change)
+        looked = cache.look(skewed(random, 30) if batch % 5 else ids) if batch % 3 else None
+        new = cache.admit(ids, change, looked)
+        slots, wanted, into, leaving, places = new.slots, new.missing, new.into, new.leaving, new.places
         assert set(wanted.tolist()) == {row for row in ids.tolist() if row not in held}
         assert set(leaving.tolist()) <= changed
         assert all(held[row] == slot for row, slot in zip(leaving.tolist(), places.tolist(), strict=True))

@@ -64,10 +64,17 @@ def test_stopped_and_resumed_through_either_kind_of_table(train_here: Train, tmp
         assert after.results["test_auroc"] == whole.results["test_auroc"]
 
 
-def test_tables_outlive_the_job(train_here: Train, tmp_path: Path) -> None:
+def test_tables_outlive_the_job_which_is_said(
+    train_here: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = ["--persistent_path", tmp_path / "store"]
-    words = [*SMALL, "--limit_train_batches", 3]
-    first, second = (train_here(*words, *FILES, *store) for _ in range(2))
+    words = [*SMALL, "--limit_train_batches", 3, *FILES, *store]
+    first = train_here(*words, "--checkpoint_dir", tmp_path / "saved")
+    train_here(*words, "--load_checkpoint_path", tmp_path / "saved")  # its rows, not the store's
+    told = f"stores in {tmp_path / 'store'} are there already: going on with the rows of 26 tables"
+    assert told not in capsys.readouterr().out
+    second = train_here(*words)
+    assert told in capsys.readouterr().out
     assert first.losses[0] != second.losses[0]
     facts: dict[str, Any] = json.loads((tmp_path / "store" / "t_cat_0.json").read_text())
     assert facts["clean"] and facts["rows"] == 3000
@@ -78,6 +85,9 @@ def test_tables_outlive_the_job(train_here: Train, tmp_path: Path) -> None:
 def test_mistakes_are_told(train_here: Train, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="touches .* of --cache_memory_budget_mb"):
         train_here(*SMALL, *FILES[:3], 0.05)
+    for budget in ("nan", "inf", 0):
+        with pytest.raises(UserError, match=f"budget_mb {float(budget)}: must be a number of at least 0.001"):
+            train_here(*SMALL, *FILES[:3], budget)
     wishes = tmp_path / "sharding.json"
     wishes.write_text('{"t_cat_0": {"sharding": "row_wise"}}')
     with pytest.raises(UserError, match="t_cat_0: row_wise, but tables in files are table_wise"):
@@ -89,7 +99,7 @@ def test_single_tables_by_the_sharding_file(train_here: Train, tmp_path: Path) -
     wishes.write_text('{"t_cat_3": {"store": "cached_ssd"}, "t_cat_9": {"store": "cached_ssd"}}')
     some = train_here(*SMALL, "--cache_memory_budget_mb", 0.1, "--sharding_file", wishes)
     same(some, train_here(*SMALL))
-    assert {path.name for path in (some.folder / "tables").glob("*.rows")} == {"t_cat_3.rows", "t_cat_9.rows"}
+    assert {path.name for path in (some.folder / "store").glob("*.rows")} == {"t_cat_3.rows", "t_cat_9.rows"}
 
 
 COUNTERS = ("cache_hit_rate", "cache_evictions", "store_bytes_read", "store_bytes_written")
@@ -155,13 +165,13 @@ def test_auto_takes_files_where_memory_is_short(
     words = [*SMALL, "--store_type", "auto", "--cache_memory_budget_mb", 1.5]
     memory = train_here(*words)
     assert "tables: device_mem: tables and optimizer take 0.00998 GB, memory has" in capsys.readouterr().out
-    assert not (memory.folder / "tables").exists()
+    assert not (memory.folder / "store").exists()
     monkeypatch.setattr(storetype, "memory_of", lambda *_: 10_000_000)
     files = train_here(*words)
     assert (
         "tables: cached_ssd: tables and optimizer take 0.00998 GB, memory has 0.01" in capsys.readouterr().out
     )
-    assert len(list((files.folder / "tables").glob("*.rows"))) == 26
+    assert len(list((files.folder / "store").glob("*.rows"))) == 26
     same(files, memory)
 
 

@@ -95,10 +95,10 @@ def prepare(
     if wanted.store_type == MEMORY and set(places.values()) == {MEMORY}:
         return None, {name: {k: v for k, v in wish.items() if k != "store"} for name, wish in given.items()}
     say(f"tables: {why}")
-    path = wanted.persistent_path or (output_dir and str(Path(output_dir) / "tables"))
+    path = wanted.persistent_path or (output_dir and str(Path(output_dir) / "store"))
     if path is None and SSD in places.values():
         raise UserError("--store_type cached_ssd: where? give --persistent_path or --output_dir")
     budget, folder = int(wanted.cache_memory_budget_mb * 1e6), Path(path or ".").absolute()
     wishes = as_wishes(tables, places, given, cuda, budget, folder)
     filed = [table for table in tables if places[table.name] == SSD and not cuda]
-    return Tiers(filed, folder, budget, optimizer, seed) if filed else None, wishes
+    return Tiers(filed, folder, budget, optimizer, seed, say) if filed else None, wishes

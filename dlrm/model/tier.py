@@ -15,9 +15,10 @@ import torch
 
 from dlrm.errors import UserError
 from dlrm.model.moment import Later, Moment
-from dlrm.model.rowcache import SLOT_BYTES, Full, RowCache
+from dlrm.model.rowcache import NONE, SLOT_BYTES, Admitted, Full, Looked, RowCache
 from dlrm.model.store import BUFFERS, LARGEST, RowStore
 
+NO_ROWS = np.empty(0, np.int64)
 COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
 
 
@@ -37,7 +38,7 @@ class Table:
 def share(tables: list[Table], budget: int) -> dict[str, int]:
     """Slots of each table: small ones whole, what they leave goes to the others by how much they look up."""
     slots = {}
-    left = budget - min(BUFFERS, budget / 4)  # a budget under 32 MB is not kept to the byte
+    left = budget - min(BUFFERS, budget / 4)  # a budget under 38 MB is not kept to the byte
     weight = sum(table.pooling for table in tables)
     for table in sorted(tables, key=lambda each: each.rows * each.slot_bytes / each.pooling):
         given = left * table.pooling / weight
@@ -59,60 +60,78 @@ class Tier:
         self.weights = weights.detach().numpy()
         self.state = None if state is None else state.detach().numpy().reshape(len(weights), -1)
         self.sound = store.clean  # else a killed job left rows of different moments
+        self.trained = not store.new  # by an earlier job
         self._beside = beside  # a thread that works while batches are computed
-        self._coming: Future[None] | None = None  # the disk is being told of the next batch
+        self._coming: Future[tuple[Looked, np.ndarray, np.ndarray]] | None = None  # of the next batch
         self._going: Future[None] | None = None  # rows of the last batch are being written
+        self._read = 0  # bytes, when the last batch was here
         self._moment: Callable[[], Moment | None] = lambda: None  # that a checkpoint reads
 
     def admit(self, ids: np.ndarray, change: bool) -> np.ndarray:
         """The slots of these rows, which are then filled."""
+        coming, self._coming = self._coming, None
+        looked, here, values = coming.result() if coming else (None, NO_ROWS, self._values(NO_ROWS))
         try:
-            slots, missing, into, leaving, places = self.cache.admit(ids, change)
+            new = self.cache.admit(ids, change, looked)
         except Full as full:
             needed = full.args[0] * self.table.slot_bytes
             raise UserError(
                 f"{self.table.name}: a batch touches {full.args[0]} rows, its cache holds "
-                f"{self.cache.slots}: this table needs {needed / 1e6:.1f} MB of "
+                f"{self.cache.slots}: this table needs {needed / 1e6:.3g} MB of "
                 "--cache_memory_budget_mb; raise it or lower --batch_size"
             ) from None
         if change:
             self.store.soil()
-        told, self._coming = self._coming, None
-        if len(missing):
+        if len(new.missing):
             self.settle()  # a row may be wanted again that is being written
-            order, going = np.argsort(missing), np.argsort(leaving)
-            missing, into, leaving, places = missing[order], into[order], leaving[going], places[going]
-            if told is None:
-                self.store.expect(self.store.places(missing))
-            else:
-                told.result()
-            self._release(leaving, places)
-            for begin in range(0, len(missing), self.store.few):
+            here = here[: len(values)]
+            at = np.searchsorted(here, new.missing)
+            known = np.append(here, NONE)[at] == new.missing
+            rest, into = new.missing[~known], new.into[~known]
+            if coming is None:
+                self.store.expect(self.store.places(rest))
+            self._release(new)
+            self._put(new.into[known], values[at[known]])
+            for begin in range(0, len(rest), self.store.few):
                 part = slice(begin, begin + self.store.few)
-                values = self.store.read(missing[part])
-                self.weights[into[part]] = values[:, : self.table.dim]
-                if self.state is not None:
-                    self.state[into[part]] = values[:, self.table.dim :]
-        return slots
+                self._put(into[part], self.store.read(rest[part]))
+        self._read = self.store.bytes_read
+        return new.slots
+
+    def _put(self, slots: np.ndarray, values: np.ndarray) -> None:
+        self.weights[slots] = values[:, : self.table.dim]
+        if self.state is not None:
+            self.state[slots] = values[:, self.table.dim :]
 
     def expect(self, ids: np.ndarray) -> None:
-        """The next batch's: while this one is computed, the disk reads those that are not here."""
+        """The next batch's: while this one is computed, those that are not here are read."""
         if self._beside is not None:
-            places = self.store.places(self.cache.absent(ids))
-            self._coming = self._beside.submit(self.store.expect, places)
+            self._coming = self._beside.submit(self._fetch, ids)
 
-    def _release(self, rows: np.ndarray, slots: np.ndarray) -> None:
+    def _fetch(self, ids: np.ndarray) -> tuple[Looked, np.ndarray, np.ndarray]:
+        """On the thread, after what left was written: rows and their values, as many as there is room for."""
+        store, looked = self.store, self.cache.look(ids)
+        rows = looked.absent
+        rows = rows[store.blocks[rows // store.step]]
+        store.expect(store.places(rows))
+        values = np.empty((min(len(rows), max(1, LARGEST // store.row_bytes)), store.width), np.float32)
+        for begin in range(0, len(values), store.few):
+            part = slice(begin, min(begin + store.few, len(values)))
+            values[part] = store.get(rows[part])
+        return looked, rows, values
+
+    def _release(self, new: Admitted) -> None:
         """Copies of changed rows go to the file; their slots are free at once."""
-        if not len(rows):
+        if not len(new.leaving):
             return
-        values = self._values(slots)
+        values, far = self._values(new.places), new.leaving[~new.near]
         if self._beside is None:
-            self._write(rows, values)
+            self._write(new.leaving, values, far)
         else:
-            self._going = self._beside.submit(self._write, rows, values)
+            self._going = self._beside.submit(self._write, new.leaving, values, far)
 
-    def _write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        self.store.expect(self.store.places(rows))  # a page is read before a part of it is written
+    def _write(self, rows: np.ndarray, values: np.ndarray, far: np.ndarray) -> None:
+        self.store.expect(self.store.places(far))  # a page is read before a part of it is written
         self.store.write(rows, values)
 
     def _values(self, slots: np.ndarray) -> np.ndarray:
@@ -128,6 +147,14 @@ class Tier:
         if going is not None:
             going.result()
 
+    def forget(self) -> None:
+        """The store's rows are about to be others."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            coming.result()
+        self.settle()
+        self.cache.clear()
+
     def flush(self) -> None:
         """Every changed row into the file; all stay in the cache."""
         self.settle()
@@ -136,7 +163,8 @@ class Tier:
         few = max(1, LARGEST // self.store.row_bytes)
         for begin in range(0, len(slots), few):
             part = slots[begin : begin + few]
-            self._write(self.cache.row[part], self._values(part))
+            rows = self.cache.row[part]
+            self._write(rows, self._values(part), rows)
         self.cache.dirty.fill(0)
 
     def moment(self) -> Moment:
@@ -162,7 +190,7 @@ class Tier:
     def counts(self) -> np.ndarray:
         cache, store = self.cache, self.store
         return np.array(
-            [cache.lookups, cache.misses, cache.evictions, store.bytes_read, store.bytes_written], np.int64
+            [cache.lookups, cache.misses, cache.evictions, self._read, store.bytes_written], np.int64
         )
 
     def close(self) -> None:
@@ -197,8 +225,7 @@ class Whole:
         if self.tier is None:
             return 0
         tier, store, done = self.tier, self.tier.store, 0
-        tier.settle()
-        tier.cache.clear()
+        tier.forget()
         for block in range(len(store.blocks)):
             low, high = store.span(block)
             shape = (high - low, *self.size()[1:])
@@ -206,5 +233,5 @@ class Whole:
             done += read((low, *[0] * (len(shape) - 1)), values)
             # the weights come first, then the optimizer's state, or it begins anew
             store.fill(block, self._columns, values.reshape(high - low, -1).numpy(), alone=not self.state)
-        tier.sound = True
+        tier.sound, tier.trained = True, False
         return done

@@ -37,15 +37,16 @@ class Tiers:
 
     def __init__(
         self, tables: Sequence[Table] = (), folder: Path = Path(), budget: int = 0, optimizer: str = "",
-        seed: int = 0,
+        seed: int = 0, say: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
+        self._say = say  # on the first rank
         self.tables = {table.name: table for table in tables}
         self.folder, self.budget, self.optimizer, self.seed = folder, budget, optimizer, seed
         self.slots: dict[str, int] = {}
         self.mine: dict[str, Tier] = {}
         self._of_feature: dict[str, Tier] = {}
         self._beside: ThreadPoolExecutor | None = None
-        self._before, self._step = np.zeros(len(COUNTS), np.int64), 0
+        self._before, self._counted, self._step = *np.zeros((2, len(COUNTS)), np.int64), 0
 
     def narrow(self, sparse: Sparse, plan: ShardingPlan) -> Sparse:
         """Tables of as many rows as there are slots, in the model and in the plan."""
@@ -101,7 +102,6 @@ class Tiers:
 
     def _slots(self, tiers: list[Tier | None], ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         change = torch.is_grad_enabled()
-        before = self.counts() if trace.on() else None
         bags = (len(offsets) - 1) // len(tiers)
         ends = offsets[::bags].tolist() if bags else [0] * (len(tiers) + 1)
         made = ids.to(torch.int64, copy=True)
@@ -110,9 +110,11 @@ class Tiers:
             for tier, (begin, end) in zip(tiers, pairwise(ends), strict=True):
                 if tier is not None and end > begin:
                     values[begin:end] = tier.admit(values[begin:end], change)
-        if before is not None:
-            for name, value in _rates(self.counts() - before).items():
+        if trace.on():
+            now = self.counts()
+            for name, value in _rates(now - self._counted).items():
                 trace.counter(name, value)
+            self._counted = now
         return made.to(ids.dtype)
 
     def watch(self, pipeline: Any) -> None:
@@ -159,13 +161,21 @@ class Tiers:
         return Whole(self.tables[found[1]], self.mine.get(found[1]), found[2] is not None)
 
     def ready(self) -> None:
-        """Before the first step, once a checkpoint had its chance."""
-        for tier in self.mine.values():
-            if not tier.sound:
-                raise UserError(
-                    f"{tier.store.path}: a job ended before it closed this, its rows are of different "
-                    "moments: go on from a checkpoint, or remove it and its .json for a new start"
-                )
+        """Before the first step, once a checkpoint had its chance. A collective."""
+        tiers = list(self.mine.values())
+        unsound = [tier for tier in tiers if not tier.sound]
+        found = torch.tensor([len(unsound), sum(tier.trained for tier in tiers)])
+        dist.all_reduce(found)
+        if found.tolist()[0] == 0 < found.tolist()[1]:
+            self._say(
+                f"tables: stores in {self.folder} are there already: going on with the rows of "
+                f"{found.tolist()[1]} tables; another --persistent_path begins anew"
+            )
+        for tier in unsound:
+            raise UserError(
+                f"{tier.store.path}: a job ended before it closed this, its rows are of different "
+                "moments: go on from a checkpoint, or remove it and its .json for a new start"
+            )
 
     def bytes_read(self) -> dict[str, int]:
         return {str(tier.store.path): tier.store.bytes_read for tier in self.mine.values()}

@@ -1,0 +1,196 @@
+"""The sides of `tiers`: one table's lookups and fused updates, rows in memory, in a cache, in a mapped file.
+
+Each side takes batches and yields the seconds of each. Time in which pages are taken from it to keep its
+limit does not count, but waiting for the disk does.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+
+from benchmarks.pages import PAGE, Bounded, Leaving, drop, pages_of, resident
+from dlrm.model.rowcache import RowCache
+from dlrm.model.store import BUFFERS, RowStore
+from dlrm.model.tier import Table, Tier, share
+
+Batches = list[np.ndarray]
+RATE = 0.01  # of learning
+
+
+def kernel(slots: int, dim: int) -> Any:
+    specs = [(slots, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)]
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        specs, optimizer=EmbOptimType.EXACT_ADAGRAD, learning_rate=RATE
+    )
+
+
+@dataclass
+class Case:
+    folder: Path
+    table: Table
+    budget: float  # bytes
+    warm: Batches  # large ones that fill the memory
+    dense: Callable[[], None]
+    limited: bool
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.table.name}.rows"
+
+
+class Memory:
+    """Without files."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.module = case, kernel(case.table.rows, case.table.dim)
+        for part in np.array_split(np.arange(case.table.rows), 64):  # the memory is touched
+            out = self.module(torch.from_numpy(part), torch.arange(len(part) + 1))
+            out.backward(torch.zeros_like(out))
+
+    def steps(self, batches: Batches) -> Iterator[float]:
+        for ids in batches:
+            begun = time.perf_counter()
+            out = self.module(torch.from_numpy(ids), torch.arange(len(ids) + 1))
+            self.case.dense()
+            out.backward(torch.full_like(out, 1e-3))
+            yield time.perf_counter() - begun
+
+
+def opened(folder: Path, table: Table) -> RowStore:
+    """All of it in the file, and as far as there is room in the page cache."""
+    store = RowStore(folder, table.name, table.rows, table.dim, table.state, "adagrad", 0)
+    for block in range(len(store.blocks)):
+        if store.blocks[block]:
+            for _ in store.pieces(block):
+                pass
+        else:
+            store.make(block)
+    os.fsync(store._file)
+    return store
+
+
+class Cached:
+    """Rows in a cache; with a thread that fetches the next batch's and writes, or without it."""
+
+    def __init__(self, case: Case, some: Batches) -> None:
+        self.case, self.store = case, opened(case.folder, case.table)
+        self.module = kernel(self._fitting(some), case.table.dim)
+        weights, states = self.module.split_embedding_weights()[0], self.module.split_optimizer_states()[0]
+        self.tier = Tier(case.table, self.store, weights, states[0])
+        for ids in case.warm:
+            self.tier.cache.admit(ids, True)
+        slots = np.flatnonzero(self.tier.cache.row >= 0)
+        slots = slots[np.argsort(self.tier.cache.row[slots])]
+        for part in np.array_split(slots, -(-len(slots) // self.store.few)):
+            self.tier._put(part, self.store.read(self.tier.cache.row[part]))
+        if case.limited:
+            drop(self.store._file)
+        self.left: list[np.ndarray] = []  # rows that were written
+        write = self.tier._write
+        self.tier._write = lambda rows, *rest: (self.left.append(rows), write(rows, *rest))  # type: ignore
+
+    def _fitting(self, some: Batches) -> int:
+        """Slots, so that there is room for the page cache's pages: those of six batches' misses."""
+        most = share([self.case.table], int(self.case.budget))[self.case.table.name]
+        if not self.case.limited:
+            return most
+        cache = RowCache(most)
+        for ids in self.case.warm[: len(self.case.warm) // 4]:
+            cache.admit(ids, True)
+        missing = max(len(cache.admit(ids, True).missing) for ids in some)
+        return share([self.case.table], int(self.case.budget - 6 * missing * PAGE))[self.case.table.name]
+
+    def with_thread(self) -> None:
+        self.tier._beside = ThreadPoolExecutor(1)
+
+    def steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
+        case, tier, most = self.case, self.tier, 0
+        tier._read = tier.store.bytes_read
+        before = tier.counts()
+        leaving, held, last = Leaving(tier.store._file), *np.empty((2, 0), np.int64)
+        for number, ids in enumerate(batches):
+            coming = batches[number + 1 : number + 2] if tier._beside else []
+            missing = tier.cache.absent(ids)
+            begun = time.perf_counter()
+            out = self.module(torch.from_numpy(tier.admit(ids, True)), torch.arange(len(ids) + 1))
+            for following in coming:
+                tier.expect(following)
+            case.dense()
+            out.backward(torch.full_like(out, 1e-3))
+            tier.settle()
+            if tier._coming is not None:
+                tier._coming.result()  # not while the clock stands still
+            seconds = time.perf_counter() - begun
+            if case.limited:
+                most = max(most, resident(case.path)) if number % 4 == 0 else most
+                used, soon = (
+                    pages_of(np.concatenate(rows), tier.store.row_bytes)
+                    for rows in (
+                        [missing, *self.left],
+                        [tier.cache.absent(each) for each in (*coming, ids[:0])],
+                    )
+                )
+                here = pages_of(missing, tier.store.row_bytes)
+                needed = np.concatenate((soon, here, last))
+                held, last = np.union1d(np.union1d(held, used), soon), here
+                held, gone = np.intersect1d(held, needed), np.setdiff1d(held, needed)
+                seconds += leaving.go(gone, needed)
+            self.left.clear()
+            yield seconds
+        counts, slots = tier.counts() - before, tier.cache.slots
+        found |= {
+            "hit_rate": 1 - counts[1] / counts[0],
+            "bytes_per_step": int(counts[3] + counts[4]) // len(batches),
+            "page_cache_mb": most / 1e6,
+            "slots": slots,
+            "slots_used": int((tier.cache.row >= 0).sum()),
+            "memory_mb": (slots * tier.table.slot_bytes + min(BUFFERS, case.budget / 4) + most) / 1e6,
+        }
+
+
+class Mapped:
+    """The obvious alternative: the file as an array, rows gathered, adagrad by numpy's own vectors."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.bounded = case, Bounded(case.path, case.budget)
+        self.rows = np.frombuffer(self.bounded.map, np.float32).reshape(case.table.rows, 2 * case.table.dim)
+        for ids in case.warm:
+            self.bounded.use(self._pages(ids))
+        if case.limited:
+            self.bounded.settle()
+
+    def _pages(self, ids: np.ndarray) -> np.ndarray:
+        return pages_of(np.unique(ids), self.rows.shape[1] * 4)
+
+    def steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
+        case, dim, rows, most, missed = self.case, self.case.table.dim, self.rows, 0, 0
+        for number, ids in enumerate(batches):
+            missed += int((self.bounded.used[self._pages(ids)] == 0).sum())
+            begun = time.perf_counter()
+            unique, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+            values = rows[unique]
+            _ = values[inverse, :dim]
+            case.dense()
+            gradient = np.repeat(1e-3 * counts[:, None].astype(np.float32), dim, 1)
+            values[:, dim:] += gradient**2
+            values[:, :dim] -= RATE * gradient / (np.sqrt(values[:, dim:]) + 1e-8)
+            rows[unique] = values
+            seconds = time.perf_counter() - begun
+            if case.limited:
+                seconds += self.bounded.trim(self._pages(ids))
+                most = max(most, resident(case.path)) if number % 4 == 0 else most
+            yield seconds
+        found |= {"faults_per_step": missed / len(batches), "page_cache_mb": most / 1e6}
