@@ -58,8 +58,8 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         ("ml-1m", "1::2\n", "2 columns"),
-        ("ml-1m", "a::b::c::d\n", "no number"),
-        ("text", "1 2 3\n4 x 6\n", "no number"),
+        ("ml-1m", "a::b::c::d\n", "line 1: a in column 1 is no number"),
+        ("text", "1 2 3\n4 x 6\n", "line 2: x in column 2 is no number"),
         ("text", "", "empty"),
         ("ml-20m", "userId,movieId,rating,timestamp\n", "at least"),
     ],

@@ -104,7 +104,8 @@ def file_of(name: str, path: str | None) -> Path | None:
     if found.is_dir():
         raise UserError(f"{path} is a folder: give the file of `user item [timestamp]` lines")
     if not found.is_file():
-        raise UserError(f"{found} is missing: give --dataset_path the {expected or 'file'} or its folder")
+        wanted = f"the {expected} or its folder" if expected else "the file with the lines"
+        raise UserError(f"{found} is missing: give --dataset_path {wanted}")
     return found
 
 
@@ -131,10 +132,13 @@ def _table(path: Path, separator: bytes | None, header: bool, rated: bool) -> Ra
     columns = table.get_columns()
     least = 3 if rated else 2
     if len(columns) < least or not table.height:
-        raise UserError(f"{path}: {len(columns)} columns, at least {least} expected")
-    bad = [c.name for c in columns[: least + 1] if not c.dtype.is_numeric() or c.null_count()]
-    if bad:
-        raise UserError(f"{path}: column {bad[0]} holds something that is no number; repair the line")
+        between = (separator or b"blanks").decode()
+        raise UserError(f"{path}: {len(columns)} columns, at least {least} expected, separated by {between}")
+    for number, column in enumerate(columns[: least + 1], 1):
+        if not column.dtype.is_numeric() or column.null_count():
+            line = int(column.cast(pl.Float64, strict=False).is_null().arg_max() or 0)
+            held = f"{column[line] or 'nothing'} in column {number}"
+            raise UserError(f"{path}, line {line + 1 + header}: {held} is no number; repair the line")
     after = columns[least] if len(columns) > least else None
     return Ratings(
         columns[0].cast(pl.Int64).to_numpy(),
