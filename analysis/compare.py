@@ -135,7 +135,9 @@ def html(one: Side, two: Side) -> str:
 
 
 def _table(heads: str, body: str) -> str:
-    return f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    return (
+        f'<div class="scroll whole"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def write(
