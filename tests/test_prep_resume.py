@@ -148,3 +148,24 @@ def test_more_pieces_than_files_may_be_open(
         assert contents(out) == wanted
         opened[most] = spills.count(".spill")
     assert 3 < opened[100] < 15 < opened[2]
+
+
+def test_shuffle_alone_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    """A folder for intermediate files may hold others; what a longer run left behind ends up nowhere."""
+    write_days(tmp_path / "days", 3, 100, 0)
+    assert main(["parse", "--input_dir", str(tmp_path / "days"), "--output_dir", str(tmp_path / "npy")]) == 0
+    folders = [
+        "--input_dir_labels_and_dense",
+        str(tmp_path / "npy"),
+        "--input_dir_sparse",
+        str(tmp_path / "npy"),
+    ]
+    wanted, out, mine = tmp_path / "wanted", tmp_path / "out", tmp_path / "mine"
+    assert main(["shuffle", *folders, "--output_dir_shuffled", str(wanted)]) == 0
+    for folder in (out, mine):
+        folder.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    (out / "day_0_labels.npy.partial").write_bytes(bytes(1000))
+    assert main(["shuffle", *folders, "--output_dir_shuffled", str(out), "--tmp_dir", str(mine)]) == 0
+    assert contents(out) == contents(wanted)
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]

@@ -36,8 +36,11 @@ def shuffle(
     days = min(days_in(folder, part) for part, folder in folders.items())
     made = [Output(f"day_{day}", rows_of_day(folders, day)) for day in range(days)]
     moved = sum(output.rows for output in made[:-1])
-    tmp = tmp_dir or output_dir / "shuffle.tmp"
+    tmp = (tmp_dir or output_dir) / "shuffle.tmp"  # a folder of its own: it is removed at the end
     tmp.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for stale in publish.partials(output_dir):
+        stale.unlink()
     with trace.span("prep", "permute", bytes=4 * moved):
         permute.write_places(tmp / "places.u32", moved, seed, lambda rows: None)
     bits, begin, spills = bucket_bits(moved), 0, []

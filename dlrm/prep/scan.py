@@ -55,15 +55,27 @@ class Piece:
     rows: int = -1
 
 
+def text_buffer() -> np.ndarray:
+    return np.zeros(CHUNK + parse.PAD, np.uint8)
+
+
 class Scanner:
     """Blocks of one piece. Odd lines go through `read_line`; what that refuses is an error, or is skipped."""
 
-    def __init__(self, file: File, name: str, piece: Piece, rules: Rules, skip_bad: bool) -> None:
+    def __init__(
+        self,
+        file: File,
+        name: str,
+        piece: Piece,
+        rules: Rules,
+        skip_bad: bool,
+        text: np.ndarray | None = None,
+    ) -> None:
         self.file, self.name, self.piece, self.rules, self.skip_bad = file, name, piece, rules, skip_bad
         self.skipped = 0
         self.first_bad = ""
         self._lines = 0  # lines of the piece already taken
-        self._text = np.zeros(CHUNK + parse.PAD, np.uint8)
+        self._text = text_buffer() if text is None else text
         self._waiting: list = []
 
     def blocks(self, block: Block | None = None) -> Iterator[tuple[Block, int]]:

@@ -19,13 +19,21 @@ from dlrm.prep.check import layout
 from dlrm.prep.files import File
 from dlrm.prep.native import compiled
 from dlrm.prep.rows import Rules
-from dlrm.prep.scan import BLOCK_ROWS, Block, Piece, Scanner, count
+from dlrm.prep.scan import ARRAY_ROWS, BLOCK_ROWS, Block, Piece, Scanner, count, text_buffer
 from dlrm.prep.store import logarithms
 from dlrm.prep.team import in_threads
 from dlrm.prep.vocab import Vocabulary
 from dlrm.prep.work import line_end
 
-BATCH = 1 << 13  # rows, when there is no parsing to do
+
+class Own(threading.local):
+    """Each thread's buffers, kept from file to file: fresh pages cost more than writing to them."""
+
+    def __init__(self) -> None:
+        self.block, self.text = Block.arrays(), text_buffer()
+
+
+_own = Own()
 
 
 @contextmanager
@@ -105,7 +113,9 @@ def parse_piece(
     """(rows, smallest count). Counts are written raw; the logarithm needs the whole file's minimum."""
     row, low = piece.first_row, 1 << 40
     with File(source.path) as text:
-        for block, _ in Scanner(text, str(source.path), piece, rules, skip_bad=False).blocks(Block.arrays()):
+        scanner = Scanner(text, str(source.path), piece, rules, False, _own.text)
+        _own.block.rows = 0
+        for block, _ in scanner.blocks(_own.block):
             low = min(low, int(block.dense[: block.rows].min()))
             for file, array in zip(files, (block.dense, block.sparse, block.labels), strict=True):
                 width = array[:1].nbytes
@@ -119,16 +129,16 @@ def log_rows(out: File, rows: int, shift: np.int32, workers: int) -> None:
     own = threading.local()
 
     def one(at: int) -> None:
-        if not hasattr(own, "counts"):
-            own.counts, own.file = np.empty((BATCH, NUM_DENSE), np.int32), File(out.path)
+        if not hasattr(own, "file"):
+            own.file = File(out.path)
             opened.append(own.file)
-        counts = own.counts[: min(BATCH, rows - at)]
-        offset = publish.HEADER_BYTES + at * NUM_DENSE * 4
+        counts = _own.block.dense[: min(ARRAY_ROWS, rows - at)]
+        offset = publish.HEADER_BYTES + at * counts[:1].nbytes
         own.file.read_into(counts.data.cast("B"), offset)
         out.write(logarithms(counts, shift), offset)
 
     opened: list[File] = []
-    in_threads(workers, one, range(0, rows, BATCH))
+    in_threads(workers, one, range(0, rows, ARRAY_ROWS))
     for file in opened:
         file.close()
 
