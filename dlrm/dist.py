@@ -35,17 +35,18 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
 
     A rank that fails takes the others along.
     """
-    device = device_of(here)
-    store, hosts = meet(here, timeout)
     global _store
-    _store = store
-    watch = Watch(store, here, hosts, timeout)
-    exchange.register()
-    backend = "nccl" if device.type == "cuda" else {"auto": exchange.NAME, "gloo": exchange.GLOO}[exchanging]
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=here.rank, world_size=here.world_size,
-        timeout=PATIENCE * timedelta(seconds=timeout),
-    )  # fmt: skip
+    with trace.span("startup", "process_group"):
+        device = device_of(here)
+        _store, hosts = meet(here, timeout)
+        watch = Watch(_store, here, hosts, timeout)
+        exchange.register()
+        on_cpu = {"auto": exchange.NAME, "gloo": exchange.GLOO}[exchanging]
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else on_cpu,
+            store=dist.PrefixStore("group", _store), rank=here.rank, world_size=here.world_size,
+            timeout=PATIENCE * timedelta(seconds=timeout),
+        )  # fmt: skip
     try:
         with _environment(here):
             yield device
