@@ -2,15 +2,17 @@
 
 import gc
 import importlib
+import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dlrm import later
 
 # huge pages for large tensors: some thousand page faults less in each step. torch looks when it is imported.
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
+LARGE = 32 << 20  # bytes of a tensor
 
 
 def before_torch() -> None:
@@ -53,7 +55,8 @@ def import_optimizers() -> None:
 def unfilled() -> Any:
     """A context in which torchrec does not draw first weights for tables that are filled afterwards.
 
-    Only a fill that names its own generator, as `tables.initialise` does, is done.
+    Only a fill that names its own generator, as `tables.initialise` does, is done. Large zeros on the CPU are
+    memory that the kernel clears when it is first touched, and not a second time before.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -65,6 +68,18 @@ def unfilled() -> Any:
             kwargs = kwargs or {}
             if func in fills and kwargs.get("generator") is None:
                 return args[0] if args else kwargs["tensor"]
+            if func is torch.zeros and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+                like = torch.empty(*args, **{**kwargs, "device": "meta"})
+                if like.nbytes >= LARGE:
+                    return torch.frombuffer(untouched(like.nbytes), dtype=like.dtype).view(like.shape)
             return func(*args, **kwargs)
 
     return Unfilled()
+
+
+def untouched(size: int) -> mmap.mmap:
+    """Bytes that are zero, in huge pages where there are."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -1,12 +1,15 @@
 """Table configs and first weights; that they are the same under any sharding is in test_model_plan.py."""
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from dlrm import startup
 from dlrm.criteo import SPARSE_NAMES
 from dlrm.errors import UserError
 from dlrm.model import tables
@@ -59,6 +62,30 @@ def test_a_shard_is_a_cut_of_the_table(first: int, last: int, columns: slice) ->
     shard = torch.empty(last - first, columns.stop - columns.start)
     tables.fill(shard, first, columns.start, 40_000, 32, "t_cat_0", 0, None)
     assert torch.equal(shard, whole[first:last, columns])
+
+
+def test_any_number_of_threads_draws_the_same() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = weights()["t_cat_0"]
+        torch.set_num_threads(3)
+        assert torch.equal(weights()["t_cat_0"], alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_large_zeros_are_made_when_they_are_touched() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, size = resident(), (4 * startup.LARGE // 8, 2)
+    with startup.unfilled():
+        made = torch.zeros(size, dtype=torch.float16, device=torch.device("cpu"))
+        small, nowhere = torch.zeros(3), torch.zeros(size, device="meta")
+    assert made.shape == size and made.dtype == torch.float16 and nowhere.is_meta and not small.any()
+    assert resident() - before < made.nbytes // 2
+    assert not made.any() and made.add_(1).sum(dtype=torch.float64).item() == made.numel()
 
 
 def test_mistakes_are_told() -> None:
