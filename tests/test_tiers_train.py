@@ -54,6 +54,40 @@ def test_two_ranks(train: Train, toy: Path) -> None:
     assert len(owned[0] | owned[1]) == 26 and not owned[0] & owned[1]
 
 
+def test_two_ranks_share_the_rows_of_tables(train: Train, toy: Path, tmp_path: Path) -> None:
+    wishes = tmp_path / "sharding.json"
+    wishes.write_text('{"t_cat_0": {"sharding": "row_wise"}, "t_cat_5": {"sharding": "row_wise"}}')
+    words = [
+        *SMALL,
+        "--in_memory_binary_criteo_path",
+        toy,
+        "--num_embeddings",
+        3001,
+        "--optimizer",
+        "adagrad",
+    ]
+    parts = ["--sharding_file", wishes]
+    saves = ["--checkpoint_dir", tmp_path / "saved", "--checkpoint_every_steps", 5, "--keep_checkpoints", 0]
+    memory, files = train(2, *words, *parts), train(2, *words, *FILES, *parts, *saves)
+    assert memory.codes == files.codes == [0, 0], files.err
+    same(files, memory)
+    stores = files.folder / "store"
+    assert {path.name for path in stores.glob("t_cat_0.*.rows")} == {
+        "t_cat_0.0-1501.rows",
+        "t_cat_0.1501-3001.rows",
+    }
+    (saved,) = (tmp_path / "saved").glob("*-step-5")
+    after = train(2, *words, *FILES, *parts, "--load_checkpoint_path", saved)
+    assert after.losses == memory.losses[5:], after.err
+    assert after.results["test_auroc"] == memory.results["test_auroc"]
+    whole = train(2, *words, *FILES, "--load_checkpoint_path", saved, "--persistent_path", stores)
+    assert whole.losses == pytest.approx(memory.losses[5:], abs=1e-6)  # sums in another order
+    again = train(2, *words, *FILES, *parts, "--persistent_path", stores)  # whose rows?
+    assert again.codes == [2, 2] and "t_cat_0.json: rows of t_cat_0 for another sharding" in "".join(
+        again.err
+    )
+
+
 def test_stopped_and_resumed_through_either_kind_of_table(train_here: Train, tmp_path: Path) -> None:
     whole = train_here(*SMALL)
     saved = tmp_path / "saved"
@@ -89,8 +123,8 @@ def test_mistakes_are_told(train_here: Train, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"budget_mb {float(budget)}: must be a number of at least 0.001"):
             train_here(*SMALL, *FILES[:3], budget)
     wishes = tmp_path / "sharding.json"
-    wishes.write_text('{"t_cat_0": {"sharding": "row_wise"}}')
-    with pytest.raises(UserError, match="t_cat_0: row_wise, but tables in files are table_wise"):
+    wishes.write_text('{"t_cat_0": {"sharding": "column_wise"}}')
+    with pytest.raises(UserError, match="column_wise, but tables in files are table_wise or row_wise"):
         train_here(*SMALL, *FILES, "--sharding_file", wishes)
 
 

@@ -23,7 +23,7 @@ class Filed(Protocol):
 
     def size(self) -> torch.Size: ...
 
-    def copy(self) -> Iterator[torch.Tensor]: ...
+    def copy(self) -> Iterator[Any]: ...
 
     def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int: ...
 
@@ -32,7 +32,7 @@ def _rectangles(name: str, value: Any) -> Iterator[Piece]:
     """This process's parts of a tensor; `offset` () marks one that every rank holds whole."""
     if isinstance(value, Filed):
         for tensor in value.copy():
-            yield Piece(name, tuple(value.size()), (0,) * tensor.dim(), tensor, kept=True)
+            yield Piece(name, tuple(value.size()), tensor.place, tensor, kept=True)
     elif isinstance(value, ShardedTensor):
         for shard in value.local_shards():
             place = tuple(shard.metadata.shard_offsets)

@@ -37,7 +37,7 @@ class Moment:
     def keep(self, ids: np.ndarray) -> None:
         """These rows, in ascending order, are about to be overwritten. The store's lock is held."""
         self.fresh = False
-        ids = ids[self.blocks[ids // self.store.step]]
+        ids = ids[self.blocks[self.store.block_of(ids)]]
         bits = np.left_shift(1, ids & 7).astype(np.uint8)
         new = (self._seen[ids >> 3] & bits) == 0
         ids, bits = ids[new], bits[new]
@@ -89,6 +89,7 @@ class Later:
     moment: Moment
     columns: slice
     shape: torch.Size
+    place: tuple[int, ...]  # of its first element in the whole table
     dtype: torch.dtype = torch.float32
 
     def dim(self) -> int:

@@ -38,15 +38,19 @@ class RowStore:
     """Rows by number. One process at a time; `close` makes it good for the next."""
 
     def __init__(
-        self, folder: Path, table: str, rows: int, dim: int, state: int, optimizer: str, seed: int
-    ) -> None:
-        self.table, self.rows, self.dim, self.seed = table, rows, dim, seed
+        self, folder: Path, table: str, rows: int, dim: int, state: int, optimizer: str, seed: int,
+        first: int = 0, total: int | None = None,
+    ) -> None:  # fmt: skip
+        self.table, self.rows, self.dim, self.seed, self.first = table, rows, dim, seed, first
+        self.total = total or rows  # of the table of which this is a shard
         self.width = dim + state
         self.row_bytes = 4 * self.width
         self.step = max(1, BLOCK // dim)  # rows of a block, as `tables.fill` draws them
-        self.path, self.about = folder / f"{table}.rows", folder / f"{table}.json"
+        self._skew = first % self.step  # blocks are the table's, whatever the shard
+        name = table if rows == self.total else f"{table}.{first}-{first + rows}"
+        self.path, self.about = folder / f"{name}.rows", folder / f"{name}.json"
         self.bytes_read = self.bytes_written = 0
-        self.blocks = np.zeros(-(-rows // self.step), bool)  # in the file
+        self.blocks = np.zeros(-(-(rows + self._skew) // self.step), bool)  # in the file
         self.clean = True  # every row is of the same moment
         self.lock = threading.Lock()  # of the rows, while a checkpoint reads them on a thread
         self.counting = threading.Lock()
@@ -54,7 +58,7 @@ class RowStore:
         self._aside: Any = None
         self._facts = {
             "version": VERSION, "table": table, "rows": rows, "dim": dim, "state": state, "dtype": "float32",
-            "optimizer": optimizer,
+            "optimizer": optimizer, **({"first": first, "total": total} if rows != self.total else {}),
         }  # fmt: skip
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -150,10 +154,17 @@ class RowStore:
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         """Rows in ascending order of `ids`, at most `few`, no row twice; a read row can be changed."""
-        for block in np.unique(ids // self.step):
+        for block in np.unique(self.block_of(ids)):
             if not self.blocks[block]:
                 self.make(int(block))
         return self.get(ids)
+
+    def block_of(self, ids: np.ndarray) -> np.ndarray:
+        return (ids + self._skew) // self.step
+
+    def made(self, ids: np.ndarray) -> np.ndarray:
+        """Those of them that are in the file."""
+        return ids[self.blocks[self.block_of(ids)]]
 
     @property
     def few(self) -> int:
@@ -162,7 +173,7 @@ class RowStore:
 
     def places(self, ids: np.ndarray) -> list[tuple[int, int]]:
         """(position, bytes) of what `read` would read of these rows, in ascending order."""
-        ids = ids[self.blocks[ids // self.step]]
+        ids = self.made(ids)
         if not len(ids):
             return []
         starts, stops = self._runs(ids, NEAR // self.row_bytes)
@@ -178,8 +189,7 @@ class RowStore:
         starts, stops = self._runs(ids, NEAR // self.row_bytes)
         first, sizes = ids[starts], ids[stops - 1] + 1 - ids[starts]
         parts = self._pread((sizes * self.row_bytes).tolist(), (first * self.row_bytes).tolist())
-        begun = np.cumsum(sizes) - sizes
-        at = ids - np.repeat(first - begun, stops - starts)
+        at = ids - np.repeat(first - np.cumsum(sizes) + sizes, stops - starts)
         return np.frombuffer(parts, np.float32).reshape(-1, self.width)[at]
 
     def write(self, ids: np.ndarray, values: np.ndarray) -> None:
@@ -193,8 +203,7 @@ class RowStore:
 
     def _put(self, ids: np.ndarray, values: np.ndarray) -> None:
         starts, stops = self._runs(ids, 0)
-        view = raw(values)
-        ends = (stops * self.row_bytes).tolist()
+        view, ends = raw(values), (stops * self.row_bytes).tolist()
         begins = (starts * self.row_bytes).tolist()
         places = (ids[starts] * self.row_bytes).tolist()
         for begin, end, place in zip(begins, ends, places, strict=True):
@@ -234,7 +243,8 @@ class RowStore:
     # --- many rows side by side
 
     def span(self, block: int) -> tuple[int, int]:
-        return block * self.step, min((block + 1) * self.step, self.rows)
+        low = block * self.step - self._skew
+        return max(0, low), min(low + self.step, self.rows)
 
     def parts(self, block: int) -> Iterator[tuple[int, int]]:
         """A block in portions that take little memory."""
@@ -261,7 +271,7 @@ class RowStore:
         # the same that a table in memory begins with; a map, because malloc would keep what is freed
         room: Any = mmap.mmap(-1, 4 * (last - first) * self.dim)
         weights = torch.frombuffer(room, dtype=torch.float32).view(last - first, self.dim)
-        fill(weights, first, 0, self.rows, self.dim, self.table, self.seed, None)
+        fill(weights, self.first + first, 0, self.total, self.dim, self.table, self.seed, None)
         for low, high in self.parts(block):
             values = np.zeros((high - low, self.width), np.float32)
             values[:, : self.dim] = weights[low - first : high - first].numpy()

@@ -21,6 +21,7 @@ from dlrm.ranks import Ranks
 
 MEMORY, HOST, SSD = "device_mem", "cached_host_mem", "cached_ssd"
 TYPES = (MEMORY, HOST, SSD, "auto")
+FILED = ("table_wise", "row_wise")  # shardings that tables in files can have
 ENDLESS = 1 << 50  # bytes that the planner is told of when tables lie in files
 FULL = 0.7  # of a rank's memory that `auto` fills with tables
 
@@ -57,13 +58,14 @@ def as_wishes(
         place = places[table.name]
         wish = {k: v for k, v in given.get(table.name, given.get("*", {})).items() if k != "store"}
         if place == SSD and not cuda:
-            sharding = wish.get("sharding", ["table_wise"])
-            if "table_wise" not in ([sharding] if isinstance(sharding, str) else sharding):
+            wished = wish.get("sharding", "table_wise")
+            possible = [word for word in FILED if word in ([wished] if isinstance(wished, str) else wished)]
+            if not possible:
                 raise UserError(
-                    f"sharding file: {table.name}: {sharding}, but tables in files are table_wise on CPUs: "
-                    "leave its sharding out, or keep it in device_mem"
+                    f"sharding file: {table.name}: {wished}, but tables in files are {' or '.join(FILED)} on "
+                    "CPUs: leave its sharding out, or keep it in device_mem"
                 )
-            wish = {"sharding": "table_wise"}
+            wish = {"sharding": possible}
         elif place == HOST:  # not tried on a GPU, like the next
             wish |= {"kernel": "fused_uvm_caching", "cache_load_factor": min(1.0, budget / max(1, cached))}
         elif place == SSD:

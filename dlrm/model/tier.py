@@ -29,6 +29,7 @@ class Table:
     dim: int
     state: int  # floats of optimizer state per row
     pooling: float = 1.0
+    first: int = 0  # of a shard, its first row in the table
 
     @property
     def slot_bytes(self) -> int:
@@ -42,7 +43,7 @@ def share(tables: list[Table], budget: int) -> dict[str, int]:
     weight = sum(table.pooling for table in tables)
     for table in sorted(tables, key=lambda each: each.rows * each.slot_bytes / each.pooling):
         given = left * table.pooling / weight
-        slots[table.name] = max(1, min(table.rows, int(given // table.slot_bytes)))
+        slots[table.name] = min(table.rows, max(1, int(given // table.slot_bytes)))
         left -= slots[table.name] * table.slot_bytes
         weight -= table.pooling
     return slots
@@ -60,7 +61,7 @@ class Tier:
         self.weights = weights.detach().numpy()
         self.state = None if state is None else state.detach().numpy().reshape(len(weights), -1)
         self.sound = store.clean  # else a killed job left rows of different moments
-        self.trained = not store.new  # by an earlier job
+        self.filled = False  # from a checkpoint
         self._beside = beside  # a thread that works while batches are computed
         self._coming: Future[tuple[Looked, np.ndarray, np.ndarray]] | None = None  # of the next batch
         self._going: Future[None] | None = None  # rows of the last batch are being written
@@ -112,7 +113,7 @@ class Tier:
         """On the thread, after what left was written: rows and their values, as many as there is room for."""
         store, looked = self.store, self.cache.look(ids)
         rows = looked.absent
-        rows = rows[store.blocks[rows // store.step]]
+        rows = store.made(rows)
         store.expect(store.places(rows))
         values = np.empty((min(len(rows), max(1, LARGEST // store.row_bytes)), store.width), np.float32)
         for begin in range(0, len(values), store.few):
@@ -218,7 +219,9 @@ class Whole:
     def copy(self) -> Iterator[Later]:
         """As it is now. Only changed rows are written here; a checkpoint reads the others by and by."""
         if self.tier is not None:
-            yield Later(self.tier.moment(), self._columns, self.size())
+            shape = torch.Size([self.tier.table.rows, *self.size()[1:]])
+            place = (self.tier.table.first, *[0] * (len(shape) - 1))
+            yield Later(self.tier.moment(), self._columns, shape, place)
 
     def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int:
         """Each block by `read(offset, tensor)`; what the cache held is forgotten."""
@@ -230,8 +233,8 @@ class Whole:
             low, high = store.span(block)
             shape = (high - low, *self.size()[1:])
             values = torch.empty(shape)
-            done += read((low, *[0] * (len(shape) - 1)), values)
+            done += read((tier.table.first + low, *[0] * (len(shape) - 1)), values)
             # the weights come first, then the optimizer's state, or it begins anew
             store.fill(block, self._columns, values.reshape(high - low, -1).numpy(), alone=not self.state)
-        tier.sound, tier.trained = True, False
+        tier.sound = tier.filled = True
         return done

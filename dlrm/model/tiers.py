@@ -4,9 +4,13 @@ torchrec's table is the cache: it has one row per slot, and ids become slots jus
 The rows of a batch stay until its backward pass has updated them; changed rows are written when they leave.
 """
 
+import contextlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
+from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding
 from torchrec.distributed.types import NoWait, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
@@ -42,8 +47,9 @@ class Tiers:
         self._say = say  # on the first rank
         self.tables = {table.name: table for table in tables}
         self.folder, self.budget, self.optimizer, self.seed = folder, budget, optimizer, seed
-        self.slots: dict[str, int] = {}
+        self.parts: dict[str, Table] = {}  # this rank's: whole tables, or some rows of them
         self.mine: dict[str, Tier] = {}
+        self.others: dict[str, list[Path]] = {}  # of another sharding
         self._of_feature: dict[str, Tier] = {}
         self._beside: ThreadPoolExecutor | None = None
         self._before, self._counted, self._step = *np.zeros((2, len(COUNTS)), np.int64), 0
@@ -51,29 +57,48 @@ class Tiers:
     def narrow(self, sparse: Sparse, plan: ShardingPlan) -> Sparse:
         """Tables of as many rows as there are slots, in the model and in the plan."""
         shardings: Any = next(iter(plan.plan.values()))
-        owners: dict[int, list[Table]] = {}
+        owners: dict[int, dict[str, Table]] = {}
         for name, table in self.tables.items():
-            rank = shardings[name].sharding_spec.shards[0].placement.rank()
-            owners.setdefault(rank, []).append(table)
-        for tables in owners.values():
-            self.slots |= share(tables, self.budget)
+            shards = shardings[name].sharding_spec.shards
+            for shard in shards:
+                part = replace(
+                    table, rows=shard.shard_sizes[0], first=shard.shard_offsets[0],
+                    pooling=table.pooling / len(shards),
+                )  # fmt: skip
+                owners.setdefault(shard.placement.rank(), {})[name] = part
+        slots = {rank: share(list(parts.values()), self.budget) for rank, parts in owners.items()}
+        self.parts = owners.get(dist.get_rank(), {})
         configs: list[EmbeddingBagConfig] = sparse.embedding_bag_collection.embedding_bag_configs()
         for config in configs:
-            if config.name in self.slots:
-                config.num_embeddings = self.slots[config.name]
-                shards = shardings[config.name].sharding_spec.shards
-                assert len(shards) == 1, f"{config.name} is split"
-                shards[0].shard_sizes[0] = config.num_embeddings
+            if config.name in self.tables:
+                config.num_embeddings = 0
+                for shard in shardings[config.name].sharding_spec.shards:
+                    shard.shard_offsets[0] = config.num_embeddings
+                    shard.shard_sizes[0] = slots[shard.placement.rank()][config.name]
+                    config.num_embeddings += shard.shard_sizes[0]
         return Sparse(configs, torch.device("meta"))
 
     def attach(self, model: Any) -> None:
         """Open the files of this rank's tables and stand before their lookups."""
         model.tiers = self
         for part in model.modules():
+            for sharding in getattr(part, "_embedding_shardings", []):
+                if isinstance(sharding, BaseRwEmbeddingSharding):  # which rank has a row is said by all rows
+                    sharding._get_feature_hash_sizes = partial(self._rows, sharding)
             for lookup in getattr(part, "_lookups", []):  # not among the modules that torch knows of
                 for kernel in lookup.modules():
                     if isinstance(kernel, BatchedFusedEmbeddingBag):
                         self._attach(kernel)
+
+    def _rows(self, sharding: Any) -> list[int]:
+        configs = [
+            config for group in sharding._grouped_embedding_configs for config in group.embedding_tables
+        ]
+        return [
+            self.tables[config.name].rows if config.name in self.tables else config.num_embeddings
+            for config in configs
+            for _ in config.feature_names
+        ]
 
     def _attach(self, kernel: BatchedFusedEmbeddingBag) -> None:
         module: Any = kernel.emb_module
@@ -81,11 +106,13 @@ class Tiers:
         names = [config.name for config in configs]
         states = module.split_optimizer_states() or [[]] * len(names)
         for name, weights, state in zip(names, module.split_embedding_weights(), states, strict=True):
-            if name in self.tables:
-                table = self.tables[name]
+            if name in self.parts and self.parts[name].rows:
+                table = self.parts[name]
                 store = RowStore(
-                    self.folder, name, table.rows, table.dim, table.state, self.optimizer, self.seed
-                )
+                    self.folder, name, table.rows, table.dim, table.state, self.optimizer, self.seed,
+                    table.first, self.tables[name].rows,
+                )  # fmt: skip
+                self.others[name] = others(store)
                 self._beside = self._beside or ThreadPoolExecutor(
                     1, initializer=trace.name_thread, initargs=("tables",)
                 )
@@ -164,12 +191,20 @@ class Tiers:
         """Before the first step, once a checkpoint had its chance. A collective."""
         tiers = list(self.mine.values())
         unsound = [tier for tier in tiers if not tier.sound]
-        found = torch.tensor([len(unsound), sum(tier.trained for tier in tiers)])
+        other = [name for name, tier in self.mine.items() if self.others[name] and not tier.filled]
+        found = torch.tensor(
+            [len(unsound) + len(other), sum(not (tier.store.new or tier.filled) for tier in tiers)]
+        )
         dist.all_reduce(found)
         if found.tolist()[0] == 0 < found.tolist()[1]:
             self._say(
                 f"tables: stores in {self.folder} are there already: going on with the rows of "
                 f"{found.tolist()[1]} tables; another --persistent_path begins anew"
+            )
+        for name in other:
+            raise UserError(
+                f"{self.others[name][0]}: rows of {name} for another sharding or number of ranks: remove "
+                "the stores of one, go on from a checkpoint, or give another --persistent_path"
             )
         for tier in unsound:
             raise UserError(
@@ -191,6 +226,19 @@ class Tiers:
             tier.close()
         if self._beside:
             self._beside.shutdown()
+
+
+def others(store: RowStore) -> list[Path]:
+    """Descriptions of stores beside this one that hold some of its rows, too."""
+    found = []
+    for path in store.about.parent.glob(f"{store.table}.*json"):
+        if path != store.about:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                facts = json.loads(path.read_text())
+                first = facts.get("first", 0)
+                if facts["table"] == store.table and first < store.first + store.rows:
+                    found += [path] if store.first < first + facts["rows"] else []
+    return found
 
 
 def _rates(counts: np.ndarray, steps: int = 1) -> dict[str, float]:
