@@ -14,7 +14,7 @@ from dlrm.prep.rows import BadRow, Rules, read_line
 CHUNK = 1 << 19  # stays in the core's own cache between the copy from the file and the parser
 LONGEST_LINE = 64 << 20
 BLOCK_ROWS = 2048
-ARRAY_ROWS = 8192  # written straight to files: fewer calls, for which threads wait on each other
+ARRAY_ROWS = 2048  # written straight to files; larger writes cost ext4 more than fewer calls save
 
 
 class Block:
