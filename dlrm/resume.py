@@ -28,7 +28,7 @@ def resume(job: Any, here: Ranks, root: Path | None) -> None:
         found = _load_any(job, paths, whole=run.mode == "train" and not wishes.load_model_only)
     else:
         if run.mode == "test":
-            raise _for_all(UserError("--mode test needs a checkpoint: give --load_checkpoint_path"))
+            raise _for_all(UserError("there is no checkpoint to test: give --load_checkpoint_path"))
         return
     job.records.say(f"from {found.path}: step {found.state['step']}, epoch {found.state['epoch']}")
     if run.mode == "train" and (own or not wishes.load_model_only):

@@ -214,7 +214,7 @@ def test_the_examples_own_command_line_runs(here: Run) -> None:
         ("--dataset_name ml-1m", "needs --dataset_path"),
         ("--dataset_name random --negatives 30", "--negatives 30"),
         ("--dataset_name random --min_user_count 1000", "lower --min_rating"),
-        ("--dataset_name random --evaluate_only", "needs a checkpoint"),
+        ("--dataset_name random --evaluate_only", "no checkpoint to test"),
     ],
 )
 def test_mistakes_are_told(here: Run, text: str, told: str) -> None:

@@ -156,6 +156,11 @@ def test_mistakes_in_the_sharding_file(tmp_path: Path, text: str, message: str) 
         load_constraints(path)
 
 
+def test_a_sharding_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--sharding_file \S+/none: No such file or directory$"):
+        load_constraints(tmp_path / "none")
+
+
 def test_sharding_file_from_disk(tmp_path: Path) -> None:
     path = tmp_path / "sharding.json"
     path.write_text('{"*": {"sharding": ["row_wise"]}, "t_cat_0": {"sharding": "table_wise"}}')

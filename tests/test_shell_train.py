@@ -126,7 +126,7 @@ def test_the_exit_code_of_training_is_kept(toy: Path, tmp_path: Path) -> None:
         (["--check_options"], {}, 0, ""),
         ([], {"NPROC": "x"}, 2, "NPROC=x"),
         ([], {"DATASET_DIR": "."}, 2, "no files"),
-        (["--mode", "test"], {}, 2, "--mode test needs a checkpoint"),
+        (["--mode", "test"], {}, 2, "no checkpoint to test"),
     ],
 )
 def test_a_mistake_leaves_no_run_folder(

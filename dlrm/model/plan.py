@@ -76,8 +76,10 @@ def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The sharding file, checked as far as can be without the model."""
     try:
         wishes = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"--sharding_file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--sharding_file {path}: not JSON: {error}") from None
     if not isinstance(wishes, dict) or not all(isinstance(value, dict) for value in wishes.values()):
         raise UserError(f'{path}: must be like {{"t_cat_0": {{"sharding": "row_wise"}}}}')
     for table, wish in wishes.items():
