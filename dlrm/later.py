@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 KERNELS = "torch._meta_registrations"  # 0.2 seconds, of `import torch` itself
-TORCH = "2.13."  # this one is known to work without them
+TORCH = "2.13.0+cpu"  # tried with this build alone; the CUDA one, "2.13.0", is imported whole
 
 
 class PutOff(ModuleType):
@@ -193,17 +193,26 @@ def put_off(known: dict[str, dict[str, Any]] = KNOWN) -> None:
 
 def import_torch() -> None:
     """torch without its kernels for tensors that have no data, but for those in C++, which make tables."""
-    if "torch" in sys.modules or not version("torch").startswith(TORCH):
+    if "torch" in sys.modules or version("torch") != TORCH:
         importlib.import_module("torch")
         return
     sys.modules[KERNELS] = Kernels(KERNELS)
     torch: Any = importlib.import_module("torch")
+    torch._meta_registrations = sys.modules[KERNELS]
     # the one thing that they bring which others want, too: no torch.Generator without it
     torch._C._set_generator_metaclass(importlib.import_module("torch._opaque_base").OpaqueBaseMeta)
 
 
 class Kernels(ModuleType):
-    """Stands for them until something else that was put off, and may compute without data, is imported."""
+    """Stands for them until something else that was put off, and may compute without data, is imported, or
+    one of them is asked for by its name.
+    """
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        kernels()
+        return getattr(sys.modules[KERNELS], attribute)
 
 
 def kernels() -> None:

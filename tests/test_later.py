@@ -108,3 +108,31 @@ again = torch.rand(2, generator=torch.Generator().manual_seed(0)).tolist()
 print(json.dumps([before, shape, drawn == again]))
 """
     assert python(code) == [False, [4, 3], True]
+
+
+def test_a_kernel_that_was_put_off_is_there_by_its_name() -> None:
+    code = """
+import json, sys
+from dlrm import later
+later.import_torch()
+later.put_off()
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counted:
+    torch.ones(2, 3) @ torch.ones(3, 4)
+pool = torch._meta_registrations.pooling_output_shape(8, 2, 0, 2, 1, False)
+from torch._meta_registrations import device_hint
+print(json.dumps([counted.get_total_flops(), pool, device_hint(torch.empty(1, device="meta"))]))
+"""
+    assert python(code) == [48, 4, "cuda"]
+
+
+def test_another_build_of_torch_is_imported_whole() -> None:
+    code = """
+import json, sys
+from dlrm import later
+later.version = lambda name: {"torch": "2.13.0"}[name]
+later.import_torch()
+print(json.dumps("torch._prims" in sys.modules))
+"""
+    assert python(code) is True
