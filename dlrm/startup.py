@@ -13,6 +13,7 @@ from dlrm import later
 # huge pages for large tensors: some thousand page faults less in each step. torch looks when it is imported.
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 LARGE = 32 << 20  # bytes of a tensor
+PLAIN = {"size", "dtype", "device"}  # what torch.zeros may be told of such a one
 
 
 def before_torch() -> None:
@@ -68,7 +69,7 @@ def unfilled() -> Any:
             kwargs = kwargs or {}
             if func in fills and kwargs.get("generator") is None:
                 return args[0] if args else kwargs["tensor"]
-            if func is torch.zeros and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+            if func is torch.zeros and str(kwargs.get("device", "cpu")) == "cpu" and kwargs.keys() <= PLAIN:
                 like = torch.empty(*args, **{**kwargs, "device": "meta"})
                 if like.nbytes >= LARGE:
                     return torch.frombuffer(untouched(like.nbytes), dtype=like.dtype).view(like.shape)
