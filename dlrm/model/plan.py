@@ -84,13 +84,22 @@ def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         raise UserError(f'{path}: must be like {{"t_cat_0": {{"sharding": "row_wise"}}}}')
     for table, wish in wishes.items():
         for key, value in wish.items():
-            allowed = {"sharding": SHARDINGS, "kernel": KERNELS, "store": STORES}.get(key)
-            for word in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
-                if allowed and word not in allowed:
-                    raise UserError(f"{path}: {table}: {key} {word} is unknown: {', '.join(allowed)}")
-            if key not in WISHES:
-                raise UserError(f"{path}: {table}: {key} is unknown; choose from {', '.join(WISHES)}")
+            if wrong := _wrong(key, value):
+                raise UserError(f"{path}: {table}: {wrong}")
     return wishes
+
+
+def _wrong(key: str, value: Any) -> str | None:
+    """What is wrong with a wish."""
+    if key not in WISHES:
+        return f"{key} is unknown; choose from {', '.join(WISHES)}"
+    allowed = {"sharding": SHARDINGS, "kernel": KERNELS, "store": STORES}.get(key)
+    if not allowed:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        return None if number else f"{key} {value}: must be a number above 0"
+    words = value if isinstance(value, list) and value and key != "store" else [value]
+    unknown = [word for word in words if word not in allowed]
+    return f"{key} {unknown[0]} is unknown: {', '.join(allowed)}" if unknown else None
 
 
 def _constraints(
