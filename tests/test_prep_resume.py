@@ -128,6 +128,31 @@ def test_foreign_folder_is_not_touched(
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+USE_CODE = """
+from dlrm.prep.parse import parse_short_hex
+import numpy as np
+text = np.frombuffer(b"1f\t     ", np.uint8)
+assert parse_short_hex(text.ctypes.data, 9) == (31, text.ctypes.data + 3)
+print(sum(parse_short_hex.stats.cache_hits.values()))
+"""
+
+
+def test_machine_code_goes_with_what_is_built_into_it(tmp_path: Path) -> None:
+    """numba keeps it as long as a function's own file is the same; loads and vectors are in other files."""
+    (tmp_path / "dlrm" / "prep").mkdir(parents=True)
+    for path in (*ROOT.glob("dlrm/*.py"), *ROOT.glob("dlrm/prep/*.py")):
+        (tmp_path / path.relative_to(ROOT)).write_bytes(path.read_bytes())
+
+    def from_disk() -> str:
+        command = [sys.executable, "-c", USE_CODE]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    assert [from_disk(), from_disk()] == ["0\n", "1\n"]
+    with open(tmp_path / "dlrm" / "prep" / "words.py", "a") as words:
+        words.write("# changed\n")
+    assert [from_disk(), from_disk()] == ["0\n", "1\n"]
+
+
 def test_more_pieces_than_files_may_be_open(
     days: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,8 @@
 """What numba lacks: loads and stores by address, rows copied as vectors, trailing zeros, prefetch."""
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -12,14 +14,22 @@ intrinsic: Any = extending.intrinsic  # the decorated functions exist in compile
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
-def compiled(function: Any) -> Any:
-    """Compile without the GIL, keep the machine code on disk."""
-    return numba.njit(nogil=True, cache=True, boundscheck=False)(function)
+BUILT_IN = ("native", "words", "counts", "hexes")  # become a part of what other files compile
+STAMP = hashlib.sha256(
+    b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in BUILT_IN)
+).digest()
+
+
+def compiled(function: Any, **how: Any) -> Any:
+    """Compile without the GIL, keep the machine code on disk until this file or what is built in changes."""
+    made: Any = numba.njit(nogil=True, cache=True, boundscheck=False, **how)(function)
+    made._cache._cache_file._source_stamp += STAMP  # numba itself looks at the function's own file only
+    return made
 
 
 def inlined(function: Any) -> Any:
     """A piece of a hot loop."""
-    return numba.njit(nogil=True, cache=True, boundscheck=False, forceinline=True)(function)
+    return compiled(function, forceinline=True)
 
 
 @intrinsic
