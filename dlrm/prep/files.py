@@ -87,6 +87,7 @@ class File:
         with explained(self.path):
             if offset != self._at:
                 self._raw.seek(offset)
+            self._at = -1  # unknown after an error
             while done < len(view) and (count := self._raw.readinto(view[done:])):
                 done += count
         self._at = offset + done
