@@ -100,8 +100,36 @@ def test_missing_empty_and_absent(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_numbers_that_float_would_lose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", field(1, "2147483647") + field(1, "-3"))
-    said = refused(capsys, source, tmp_path / "out")
-    assert f"{source}/day_0: counts from -3 to 2147483647" in said
+    for engine in ("numba", "plain"):
+        said = refused(capsys, source, tmp_path / "out", "--engine", engine)
+        assert f"{source}/day_0: counts from -3 to 2147483647" in said
+
+
+LIMITED = {
+    "-3": "/day_0: count -3; the recipe's log(x + 3) needs at least -2",
+    "2147483645": "/day_0: count 2147483645: with 3 added it does not fit 32 bits",
+    "-2147483648": "/day_0:2: I1 is '-2147483648', which stands for a gap here",
+}
+
+
+@pytest.mark.parametrize("engine", ["numba", "plain"])
+@pytest.mark.parametrize("count", LIMITED)
+def test_no_logarithm_with_three_added(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: str, engine: str
+) -> None:
+    flags = ["--frequency_limit", "1", "--engine", engine]
+    source = write(tmp_path / "in", field(1, "") + field(1, count))
+    assert LIMITED[count] in refused(capsys, source, tmp_path / "out", *flags)
+    source = write(tmp_path / "good", field(1, "") + field(1, "-2") + field(1, "2147483644"))
+    assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out"), *flags]) == 0
+    found = np.load(tmp_path / "out" / "day_0_dense.npy")[:, 0]
+    np.testing.assert_array_equal(found, np.log(np.array([1, 1, 2147483647], np.float32)))
+
+
+def test_a_folder_in_place_of_a_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in", GOOD)
+    (source / "day_1").mkdir()
+    assert f"{source}/day_1: a folder, not a file" in refused(capsys, source, tmp_path / "out")
 
 
 def test_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +162,8 @@ def test_no_permission_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[st
     source = write(tmp_path / "in", GOOD)
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refused(capsys, source, tmp_path / "file" / "out")
+    assert main(["parse", "--input_dir", str(source), "--output_dir", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"dlrm.prep: {tmp_path}/file: File exists\n"
 
 
 def test_full_disk(

@@ -87,10 +87,12 @@ def add_steps(commands: Any) -> None:
 
 def step(args: argparse.Namespace) -> None:
     from dlrm.prep import reorder, steps
+    from dlrm.prep.files import explained
 
     values = vars(args)
     command = values.pop("command")
-    {"parse": steps.parse, "contiguous": steps.contiguous, "shuffle": reorder.shuffle}[command](**values)
+    with explained(args.output_dir):
+        {"parse": steps.parse, "contiguous": steps.contiguous, "shuffle": reorder.shuffle}[command](**values)
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -89,6 +89,19 @@ class Options:
     def empty_dense(self) -> int:
         return MISSING if self.frequency_limit else 0
 
+    def check_counts(self, path: Path, low: int, high: int) -> None:
+        """Refuse a file's counts when the logarithm of one would be no number."""
+        if self.frequency_limit and low < -2:
+            raise UserError(f"{path}: count {low}; the recipe's log(x + 3) needs at least -2")
+        added = 3 if self.frequency_limit else 1 if self.mod_idx else 2 - low
+        if not self.lenient and high + added >= 1 << 31:
+            if self.frequency_limit or self.mod_idx:
+                raise UserError(f"{path}: count {high}: with {added} added it does not fit 32 bits")
+            raise UserError(
+                f"{path}: counts from {low} to {high}: their difference does not fit 32 bits "
+                "(torchrec would write NaN; --compat torchrec does)"
+            )
+
     def parameters(self) -> dict[str, Any]:
         """What decides the output's bytes: goes to meta.json, and a resumed run must have the same."""
         values = {key: value for key, value in asdict(self).items() if key not in HOW_ONLY}

@@ -49,6 +49,9 @@ def read(source: sources.Source, options: Options) -> Table:
     if not found:
         raise UserError(f"{source.path} has no rows")
     dense, sparse, labels = zip(*found, strict=True)
+    counts = [count for row in dense for count in row if count != MISSING or not options.frequency_limit]
+    if counts:
+        options.check_counts(source.path, min(counts), max(counts))
     return np.array(dense, np.int32), np.array(sparse, np.int64), np.array(labels, np.int32)
 
 

@@ -92,6 +92,8 @@ def number(field: str, name: str, empty: int) -> int:
         raise BadRow(f"{name} is {shown(field)}, not an integer") from None
     if value not in INT32:
         raise BadRow(f"{name} is {shown(field)}, which does not fit 32 bits")
+    if empty and value == empty:
+        raise BadRow(f"{name} is {shown(field)}, which stands for a gap here")
     return value
 
 

@@ -60,7 +60,13 @@ def only(folder: Path, names: list[str], day: int) -> Path:
     if len(found) != 1:
         those = " and ".join(found) or f"no file named like {', '.join(NAMES[:2])}".format(day)
         raise UserError(f"{folder}: {those} for day {day}; keep one")
-    return folder / found[0]
+    return readable(folder / found[0])
+
+
+def readable(path: Path) -> Path:
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a file")
+    return path
 
 
 def find_kaggle(folder: Path, names: list[str]) -> list[Source]:
@@ -69,7 +75,7 @@ def find_kaggle(folder: Path, names: list[str]) -> list[Source]:
         files = [file for file in (f"{name}.txt", f"{name}.txt.gz") if file in names]
         if len(files) > 1:
             raise UserError(f"{folder}: {' and '.join(files)}; keep one")
-        found += [Source(folder / file, name, labelled=name == "train") for file in files]
+        found += [Source(readable(folder / file), name, labelled=name == "train") for file in files]
     if not found:
         raise UserError(f"--input_dir {folder}: neither train.txt nor test.txt in it")
     return found

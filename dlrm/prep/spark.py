@@ -112,7 +112,7 @@ def parse(spark: Any, options: Options, source: Source) -> tuple[Any, int]:
     count = table.count()
     if not count:
         raise UserError(f"{name}: no rows in it")
-    return logged(table, options), count
+    return logged(table, options, source.path), count
 
 
 def ends_with_newline(source: Source) -> bool:
@@ -123,7 +123,7 @@ def ends_with_newline(source: Source) -> bool:
         return file.read(1) == b"\n"
 
 
-def logged(table: Any, options: Options) -> Any:
+def logged(table: Any, options: Options, path: Path) -> Any:
     """Counts less the file's minimum - 2, in int32 arithmetic; the logarithm itself is taken when writing."""
     from dlrm.prep.options import MISSING
 
@@ -133,8 +133,7 @@ def logged(table: Any, options: Options) -> Any:
         return (int(counts.min()), int(counts.max())) if len(counts) else (1 << 40, -(1 << 40))
 
     low, high = table.values().map(low_high).reduce(lambda a, b: (min(a[0], b[0]), max(a[1], b[1])))
-    if not options.lenient and high - low + 2 >= 1 << 31:
-        raise UserError(f"counts from {low} to {high}: their difference does not fit 32 bits")
+    options.check_counts(path, low, high)
     shift = -3 if options.frequency_limit else int(np.int64(low - 2).astype(np.int32))
 
     def one(record: bytes) -> bytes:

@@ -170,15 +170,8 @@ class Work:
         return list(zip(low, high, strict=True))
 
     def check_ranges(self) -> None:
-        """Refuse counts whose logarithm would be no number."""
         for source, (low, high) in zip(self.sources, self.dense_ranges(), strict=True):
-            if self.options.frequency_limit and low < -2:
-                raise UserError(f"{source.path}: count {low}; the recipe's log(x + 3) needs at least -2")
-            if not self.options.lenient and high - low + 2 >= 1 << 31:
-                raise UserError(
-                    f"{source.path}: counts from {low} to {high}: their difference does not fit 32 bits "
-                    "(torchrec would write NaN; --compat torchrec does)"
-                )
+            self.options.check_counts(source.path, low, high)
 
     def shifts(self) -> list[int]:
         """Per source: what to take from its counts before the logarithm: min - 2, in int32 arithmetic."""
