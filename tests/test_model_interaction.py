@@ -11,7 +11,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dlrm.errors import UserError
-from dlrm.model.dlrm import Train, build
+from dlrm.model.dlrm import Train, build, compile_dense
 from dlrm.model.interaction import Dot, PairDots, Shape
 from dlrm.model.tables import table_configs
 
@@ -138,3 +138,9 @@ def test_mistakes_are_told() -> None:
         make("dot", over_layers=[4, 2])
     with pytest.raises(UserError, match="not cat_a 8"):
         make("dot", dense_layers=[16])
+
+
+def test_compiling_where_torch_lies_under_a_path_with_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__file__", "/my folder/torch/__init__.py")
+    with pytest.raises(UserError, match="--compile: .* has a space, /my folder/torch"):
+        compile_dense(make("dot").model)

@@ -116,5 +116,10 @@ INITS = {"torch": lambda module: None, "paper": _paper}  # torch: what torchrec'
 
 def compile_dense(model: DLRM, mode: str = "default") -> None:
     """torch.compile the towers and the interaction, in place; the tables stay as they are."""
+    if next(model.over_arch.parameters()).device.type == "cpu" and " " in torch.__file__:
+        raise UserError(  # torch 2.13 does not quote what it tells the linker
+            f"--compile: torch cannot where its path has a space, {torch.__file__}: choose another folder "
+            "for the environment with DLRM_VENV"
+        )
     for part in (model.dense_arch, model.inter_arch, model.over_arch):
         part.compile(mode=mode)
