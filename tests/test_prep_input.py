@@ -162,6 +162,9 @@ def test_no_permission_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[st
     source = write(tmp_path / "in", GOOD)
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refused(capsys, source, tmp_path / "file" / "out")
+    assert str(tmp_path / "file") in refused(
+        capsys, source, tmp_path / "out", "--trace_dir", str(tmp_path / "file")
+    )
     assert main(["parse", "--input_dir", str(source), "--output_dir", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err == f"dlrm.prep: {tmp_path}/file: File exists\n"
 

@@ -11,13 +11,14 @@ from dlrm.prep.options import Options
 
 def run_numba(options: Options) -> None:
     """Compiled kernels, threads, MPI ranks; with --trace_dir also a trace and what it must account for."""
-    from dlrm.prep.files import bytes_read, bytes_written
+    from dlrm.prep.files import bytes_read, bytes_written, explained
     from dlrm.prep.pipeline import run
     from dlrm.prep.team import Team
 
     here = ranks.here()
     if options.trace_dir:
-        trace.start(options.trace_dir, here, role="prep")
+        with explained(options.trace_dir):
+            trace.start(options.trace_dir, here, role="prep")
     team = Team(here, options.workers)
     try:
         run(options, team)
