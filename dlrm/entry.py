@@ -69,6 +69,9 @@ def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
             complain(here, f"{error.filename or 'a file'}: {error.strerror}")
             return 1
         first_line = (str(error).splitlines() or [""])[0][:200]
+        if "KeyboardInterrupt" in first_line:  # in C++, which makes it an error of its own
+            complain(here, "interrupted")
+            return 130
         traceback.print_exc()
         complain(here, f"{type(error).__name__}: {first_line}")
         return 1

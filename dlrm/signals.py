@@ -17,16 +17,18 @@ from typing import Any
 from dlrm.errors import Stopped
 from dlrm.ranks import Ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AGAIN = 2  # seconds: of one Ctrl-C a rank may hear twice, from the terminal and from its launcher
 POLL = 0.2  # seconds between two looks at the store; a signal to this rank is heard at once
 STOP, SAVE = "stop", "save"
 
 _ears: tuple[int, int] | None = None  # the ends of a pipe: the interpreter writes the signal's number
 _attended = False  # a thread listens; before that, a signal ends the program
+_interrupted = 0.0  # when Ctrl-C was first heard
 
 
 def listen() -> None:
-    """Call it first of all, in the main thread: from here on SIGTERM and SIGUSR1 stop in good order."""
+    """Call it first of all, in the main thread: from here on these signals stop in good order."""
     global _ears
     if _ears is None:
         _ears = os.pipe()
@@ -34,10 +36,16 @@ def listen() -> None:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(_ears[1], warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, _handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell tells what it starts with &
+                signal.signal(number, _handle)
 
 
 def _handle(number: int, _: Any) -> None:
+    global _interrupted
+    if number == signal.SIGINT:
+        _interrupted = _interrupted or time.monotonic()
+        if time.monotonic() - _interrupted > AGAIN:  # the user will not wait
+            raise KeyboardInterrupt
     if not _attended:
         raise Stopped(f"stopped by {signal.Signals(number).name} before training began: nothing to save")
 
