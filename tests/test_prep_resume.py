@@ -71,6 +71,22 @@ def test_killed_again_and_again(days: Path, tmp_path: Path) -> None:
     assert main(["check", str(out)]) == 0
 
 
+def test_interrupted(days: Path, tmp_path: Path) -> None:
+    """Ctrl-C: a line, not a traceback, and soon."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "dlrm.prep", "run", "--input_dir", str(days), "--output_dir", str(out)]
+    command += ["--part_bytes", "20000", "--workers", "2"]  # many lanes, so that it takes a while
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert child.stderr
+    said = child.stderr.readline() + child.stderr.readline()
+    child.send_signal(signal.SIGINT)
+    said += child.communicate(timeout=30)[1]
+    assert said.endswith("\ndlrm.prep: interrupted; the same command goes on where it was\n")
+    assert "Traceback" not in said
+    assert child.returncode == 130
+    assert not (out / "meta.json").exists()
+
+
 def test_finished_work_is_left_alone(days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run(days, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}

@@ -1,6 +1,7 @@
 """python -m dlrm.prep: toy (make TSV), run (TSV -> dataset folder), check (a dataset folder)."""
 
 import argparse
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -152,6 +153,11 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.here().first:  # the ranks have agreed on one error
             print(f"dlrm.prep: {told}", file=sys.stderr)
         return errors.USAGE
+    except KeyboardInterrupt:
+        if ranks.here().first:
+            goes_on = "; the same command goes on where it was" if args.command == "run" else ""
+            print(f"\ndlrm.prep: interrupted{goes_on}", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

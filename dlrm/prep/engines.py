@@ -1,6 +1,7 @@
 """The ways to do the same thing, by name; all give the same bytes."""
 
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -34,6 +35,9 @@ def run_numba(options: Options) -> None:
         if not team.agreed and not team.first:
             print(f"dlrm.prep: {error}", file=sys.stderr)
         team.abort(errors.USAGE)
+        raise
+    except KeyboardInterrupt:
+        team.abort(128 + signal.SIGINT)
         raise
     except BaseException:
         if team.size > 1:
