@@ -19,12 +19,12 @@ WORKERS = 2
 
 def on(where: str) -> Map:
     """What gather() calls instead of its threads."""
+    if where not in ("local", "pbs") and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
+        raise AnalysisError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
     try:
         import distributed  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise AnalysisError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
-    if where not in ("local", "pbs") and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
-        raise AnalysisError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
 
     def over(function: Callable[[Job], Part], work: list[Job]) -> Iterator[Part]:
         with ExitStack() as stack:

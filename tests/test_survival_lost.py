@@ -75,7 +75,7 @@ def readable(path: Path) -> int:
 def test_after_a_kill_the_next_run_goes_on_as_if_nothing_had_been(toy: Path, tmp_path: Path) -> None:
     with Alive(tmp_path / "whole", 2, *words(toy)) as ranks:
         assert ranks.wait() == [0, 0], ranks.said
-    words_ = words(toy, "--checkpoint_every_steps", 9)
+    words_ = words(toy, "--checkpoint_every_steps", 9, "--timeout", 20)  # where no connection breaks
     for seed in range(3):  # somewhere, three times
         with Alive(tmp_path / "killed", 2, *words_) as ranks:
             ranks.until_step(1)
