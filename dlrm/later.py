@@ -68,6 +68,12 @@ class Parts:
         """It has been."""
 
 
+def real_part(module: str, name: str) -> Any:
+    """What the module itself has under this name: it is imported now, if it was put off."""
+    found = sys.modules[module]
+    return getattr(found.real() if isinstance(found, PutOff) else found, name)
+
+
 class Part:
     """Stands for `name` of a module that was put off, with some answers; the real one has all others."""
 
@@ -75,9 +81,7 @@ class Part:
         self.__dict__.update(known, _place=(module, name))
 
     def _real(self) -> Any:
-        module, name = self._place
-        found = sys.modules[module]
-        return getattr(found.real() if isinstance(found, PutOff) else found, name)
+        return real_part(*self._place)
 
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):
@@ -98,8 +102,7 @@ class Class(type):
         super().__init__(name, (), {})
 
     def _real(cls) -> Any:
-        found = sys.modules[cls.__module__]
-        return getattr(found.real() if isinstance(found, PutOff) else found, cls.__name__)
+        return real_part(cls.__module__, cls.__name__)
 
     def __instancecheck__(cls, thing: Any) -> bool:
         return not isinstance(sys.modules[cls.__module__], PutOff) and isinstance(thing, cls._real())
@@ -126,8 +129,7 @@ def _plain(name: str, kind: type, result: Callable[[Any], Any]) -> Callable[...,
     def answer(value: Any, *more: Any, **named: Any) -> Any:
         if type(value) is kind:
             return result(value)
-        module = sys.modules[SYMBOLS]
-        return getattr(module.real() if isinstance(module, PutOff) else module, name)(value, *more, **named)
+        return real_part(SYMBOLS, name)(value, *more, **named)
 
     return answer
 

@@ -13,8 +13,7 @@ from dlrm.prep.rows import BadRow, Rules, read_line
 
 CHUNK = 1 << 19  # stays in the core's own cache between the copy from the file and the parser
 LONGEST_LINE = 64 << 20
-BLOCK_ROWS = 2048
-ARRAY_ROWS = 2048  # written straight to files; larger writes cost ext4 more than fewer calls save
+BLOCK_ROWS = 2048  # larger writes cost ext4 more than fewer calls save
 
 
 class Block:
@@ -39,8 +38,8 @@ class Block:
     @classmethod
     def arrays(cls) -> "Block":
         """As torchrec's files have them. Of an id only the low half is ever written: the high stays 0."""
-        ids = np.zeros((ARRAY_ROWS, NUM_SPARSE), np.int64)
-        return cls(np.empty((ARRAY_ROWS, NUM_DENSE), np.int32), ids, np.empty(ARRAY_ROWS, np.int32))
+        ids = np.zeros((BLOCK_ROWS, NUM_SPARSE), np.int64)
+        return cls(np.empty((BLOCK_ROWS, NUM_DENSE), np.int32), ids, np.empty(BLOCK_ROWS, np.int32))
 
 
 @dataclass

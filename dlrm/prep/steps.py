@@ -19,7 +19,7 @@ from dlrm.prep.check import layout
 from dlrm.prep.files import File
 from dlrm.prep.native import compiled
 from dlrm.prep.rows import Rules
-from dlrm.prep.scan import ARRAY_ROWS, BLOCK_ROWS, Block, Piece, Scanner, count, text_buffer
+from dlrm.prep.scan import BLOCK_ROWS, Block, Piece, Scanner, count, text_buffer
 from dlrm.prep.store import logarithms
 from dlrm.prep.team import in_threads
 from dlrm.prep.vocab import Vocabulary
@@ -132,13 +132,13 @@ def log_rows(out: File, rows: int, shift: np.int32, workers: int) -> None:
         if not hasattr(own, "file"):
             own.file = File(out.path)
             opened.append(own.file)
-        counts = _own.block.dense[: min(ARRAY_ROWS, rows - at)]
+        counts = _own.block.dense[: min(BLOCK_ROWS, rows - at)]
         offset = publish.HEADER_BYTES + at * counts[:1].nbytes
         own.file.read_into(counts.data.cast("B"), offset)
         out.write(logarithms(counts, shift), offset)
 
     opened: list[File] = []
-    in_threads(workers, one, range(0, rows, ARRAY_ROWS))
+    in_threads(workers, one, range(0, rows, BLOCK_ROWS))
     for file in opened:
         file.close()
 
