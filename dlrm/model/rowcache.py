@@ -15,9 +15,8 @@ NONE = -1
 MOST = 63  # a row's estimated lookups end here
 FADE = 40  # lookups per slot after which all estimates are halved
 TRIED = 8  # slots that are compared to find one that can go
-SLOT_BYTES = (
-    8 + 4 + 4 + 1 + 1 + 1 + 16 + 16
-)  # row, stamp, queue, young, dirty, uses; map and estimates at their most
+# row, stamp, queue, young, dirty, uses; map and estimates at their most
+SLOT_BYTES = 8 + 4 + 4 + 1 + 1 + 1 + 16 + 16
 
 
 class Full(Exception):
@@ -215,6 +214,16 @@ def _old(stamp: np.ndarray, uses: np.ndarray, young: np.ndarray, at: np.ndarray,
 
 
 @compiled
+def _next(young: np.ndarray, queue: np.ndarray, at: np.ndarray) -> Any:
+    """The slot that is first in the queue, and no longer is."""
+    slot = queue[at[2]]
+    at[2] = at[2] + 1 if at[2] + 1 < len(queue) else 0
+    at[3] -= 1
+    young[slot] = 0
+    return slot
+
+
+@compiled
 def _victim(
     stamp: np.ndarray, uses: np.ndarray, young: np.ndarray, queue: np.ndarray, at: np.ndarray, now: int,
     mine: int,
@@ -223,10 +232,7 @@ def _victim(
 
     `mine`: so many at the queue's end are this batch's."""
     while at[3] > mine:
-        slot = queue[at[2]]
-        at[2] = at[2] + 1 if at[2] + 1 < len(queue) else 0
-        at[3] -= 1
-        young[slot] = 0
+        slot = _next(young, queue, at)
         if stamp[slot] == now:
             continue  # it came back: it stays
         best = _old(stamp, uses, young, at, now)
@@ -249,9 +255,7 @@ def _make_room(
     """A slot for each row at `left`. `leaving`: the row to write first, -1: the slot was empty, -2: clean."""
     count = mine = 0
     while at[3] > 2 * len(left):  # of larger batches
-        young[queue[at[2]]] = 0
-        at[2] = at[2] + 1 if at[2] + 1 < len(queue) else 0
-        at[3] -= 1
+        _next(young, queue, at)
     for n in range(len(left)):
         row = ids[left[n]]
         place = _find(map, rows, row)
