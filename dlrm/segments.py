@@ -116,11 +116,9 @@ class Segments:
             if ready():
                 return
             os.sched_yield()
-        begun = checked = time.monotonic()
-        pause = 2e-5
+        begun = checked = now = time.monotonic()
         while not ready():
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1e-3)
+            time.sleep(min(max(2e-5, (now - begun) / 16), 1e-3))  # so that little is overslept
             now = time.monotonic()
             if now - checked > CHECK_SECONDS:
                 checked = now

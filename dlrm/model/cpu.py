@@ -2,12 +2,16 @@
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+mm: Product = torch.mm  # of the towers; `tune` may put a faster one here
 FLOAT32 = 5e-6  # relative error that products in float32 stay under; bfloat16's is a thousand times that
 AMD = "AuthenticAMD"
 # mallopt's names in glibc's malloc.h, and what they are set to
@@ -15,11 +19,32 @@ M_TRIM_THRESHOLD, KEPT = -1, 1 << 30  # bytes that stay with the process when th
 M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # glibc's limit: blocks from this size on always go back
 
 
+def plain(*tensors: torch.Tensor) -> bool:
+    """float32 on the CPU, to be computed with as it stands."""
+    usual = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    return usual and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+def dots(dense: torch.Tensor, sparse: torch.Tensor, diagonal: bool) -> Any:
+    """Machine code for the dot products of all pairs, where there is some: for ranks of one thread."""
+    whole = dense.is_contiguous() and sparse.is_contiguous()
+    if not whole or torch.get_num_threads() > 1 or not plain(dense, sparse):
+        return None
+    from dlrm.model import dots  # LLVM, which takes a while to import
+
+    width = dense.size(1)
+    return dots.dots(1 + sparse.size(1) // width, width, diagonal)
+
+
 def tune(device: torch.device) -> list[str]:
     """Switch on what helps; says what it did."""
     if device.type != "cpu":
         return []
-    done = {"float32 products by oneDNN": by_onednn, "freed memory kept for the next step": keep_memory}
+    done = {
+        "float32 products by oneDNN": by_onednn,
+        "towers' products by OpenBLAS": by_openblas,
+        "freed memory kept for the next step": keep_memory,
+    }
     return [name for name, switch_on in done.items() if switch_on()]
 
 
@@ -27,9 +52,9 @@ def by_onednn() -> bool:
     """MKL holds back on processors that are not Intel's: no AVX-512, batched products at half speed.
 
     oneDNN, which torch brings too, does not, but torch asks it for float32 products only where bfloat16 is
-    allowed. Without AMX oneDNN computes in float32 all the same; with AMX it would not, hence the trial.
+    allowed, and with AVX-512. Without AMX it computes in float32 all the same, with AMX not: hence the trial.
     """
-    if not torch.backends.mkldnn.is_available() or vendor() != AMD:
+    if not torch.backends.mkldnn.is_available() or vendor() != AMD or not avx512():
         return False
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
@@ -38,6 +63,31 @@ def by_onednn() -> bool:
         return True
     matmul.fp32_precision = before
     return False
+
+
+def by_openblas() -> bool:
+    """Without AVX-512 MKL is slower than OpenBLAS on AMD's processors, which numpy brings.
+
+    It has threads of its own, so only for ranks of one thread.
+    """
+    global mm
+    alone = os.environ.get("OMP_NUM_THREADS") == "1" and torch.get_num_threads() == 1
+    if vendor() != AMD or avx512() or not alone or not is_float32(by_numpy):
+        return False
+    mm = by_numpy
+    return True
+
+
+def by_numpy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.size(1) == 1:  # OpenBLAS takes seven times as long
+        return torch.mm(left, right)
+    out = torch.empty(left.size(0), right.size(1))
+    np.matmul(left.detach().numpy(), right.detach().numpy(), out=out.numpy())
+    return out
+
+
+def avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def keep_memory() -> bool:

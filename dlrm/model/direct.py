@@ -2,8 +2,8 @@
 
 torchrec's output dist copies every embedding seven times on its way from lookup to interaction and every
 gradient five times on its way back. Here it is two and two: into the segment that the ranks share, and from
-there into its columns, with room in front of them for the dense tower's output. Only for whole tables on
-ranks of one host (`exchange`); everywhere else torchrec's own way stays.
+there into its columns. Only for whole tables on ranks of one host (`exchange`); everywhere else torchrec's
+own way stays.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ NOTHING = torch.empty(0)
 mark: Any = comm_ops.record_function  # type: ignore[attr-defined]  # traced where torchrec is patched
 
 
-def install(model: nn.Module, room: int = 0) -> int:
+def install(model: nn.Module) -> int:
     """Put it in place of torchrec's in all sharded tables that allow it. Returns how many collections."""
     found = 0
     for part in model.modules():
         for dist in getattr(part, "_output_dists", []):
             plain = type(dist) is TwPooledEmbeddingDist and not dist._callbacks and dist._codecs is None
             if plain and isinstance(dist._pg, Group):
-                dist._dist = Direct(dist._pg.segments, dist._dim_sum_per_rank, room)
+                dist._dist = Direct(dist._pg.segments, dist._dim_sum_per_rank)
                 found += 1
     return found
 
@@ -39,9 +39,9 @@ def install(model: nn.Module, room: int = 0) -> int:
 class Direct(nn.Module):
     """Embeddings [rows of all ranks, columns of this rank's tables] -> [this rank's rows, all columns]."""
 
-    def __init__(self, segments: Segments, widths: Sequence[int], room: int) -> None:
+    def __init__(self, segments: Segments, widths: Sequence[int]) -> None:
         super().__init__()
-        self.segments, self.room = segments, room
+        self.segments = segments
         self.columns = cuts(widths)
 
     def forward(self, embeddings: torch.Tensor, batch_size_per_rank: Sequence[int] = ()) -> "Pooled":
@@ -62,20 +62,14 @@ class Pooled(Awaitable[torch.Tensor]):
         self.own = direct.segments.rank
         self.type = embeddings.dtype
         mine = rows[self.own]
-        width = direct.room + self.columns[-1].stop
-        self.room = torch.empty(mine.stop - mine.start, width, dtype=self.type)
-        # another tensor on the same memory, not a view: autograd must not see the dense part being written
-        self.values = torch.empty(0, dtype=self.type).set_(
-            self.room.untyped_storage(), direct.room, (len(self.room), self.columns[-1].stop), (width, 1)
-        )
+        self.values = torch.empty(mine.stop - mine.start, self.columns[-1].stop, dtype=self.type)
         self.gradient = NOTHING  # of the embeddings, all ranks' rows
         self.arriving: Arriving | None = None
         self.token: torch.Tensor = Post.apply(embeddings, self)  # type: ignore[assignment]
 
     def _wait_impl(self) -> torch.Tensor:
         values: Any = Take.apply(self.token, self)
-        values.room = self.room  # for the interaction: its first columns are free
-        self.token = self.room = self.values = NOTHING  # else tensors and batch would keep each other
+        self.token = self.values = NOTHING  # else tensors and batch would keep each other
         return values
 
     def post(self, embeddings: torch.Tensor) -> None:

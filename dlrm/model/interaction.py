@@ -6,7 +6,7 @@ the order of the sharding, and returns what torchrec's architectures return, col
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from dlrm.errors import UserError
+from dlrm.model import cpu
 from dlrm.model.tower import Tower
 
 
@@ -37,57 +38,54 @@ class Shape:
         return self.dense + sum(self.dims)
 
 
+class Order(NamedTuple):
+    """Which column is whose, for one order of the tables' columns."""
+
+    place: torch.Tensor  # of each entry among those of a row, the dense tower's being the first
+    take: torch.Tensor  # of the flat Z Z^T, in the order of the pairs
+    spread: torch.Tensor  # the way back: for each place in Z Z^T the column of its pair
+    diagonal: bool
+
+
 class PairDots(torch.autograd.Function):
-    """Dense features, then the dot products of all pairs of embeddings.
+    """Dense features, then the dot products of all pairs of embeddings; from machine code, some zeros more.
 
     Z Z^T is symmetric, so its gradient is (G + G^T) Z: one product where autograd would make two. The pairs
     are gathered by flat column numbers in both directions, so nothing is scattered.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        dense: torch.Tensor,
-        sparse: torch.Tensor,
-        take: torch.Tensor,
-        spread: torch.Tensor,
-        room: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`room`: memory of `sparse` with columns in front, to be filled with `dense` (`model.direct`)."""
+    def forward(ctx: Any, dense: torch.Tensor, sparse: torch.Tensor, order: Order) -> torch.Tensor:
         batch, dim = dense.shape
-        ctx.types, work = (dense.dtype, sparse.dtype), dense
+        ctx.code = code = cpu.dots(dense, sparse, order.diagonal)
+        if code:
+            ctx.save_for_backward(dense, sparse, order.place)
+            return code.forward(dense, sparse, order.place)
+        ctx.types, ctx.order, work = (dense.dtype, sparse.dtype), order, dense
         if torch.is_autocast_enabled(dense.device.type):
             half = torch.get_autocast_dtype(dense.device.type)
-            work, sparse, room = dense.to(half), sparse.to(half), None
-        if room is not None and room.size(1) == dim + sparse.size(1) and room.dtype == dense.dtype:
-            room[:, :dim] = dense
-            z = room.view(batch, -1, dim)
-        else:
-            z = torch.cat((work, sparse), dim=1).view(batch, -1, dim)
+            work, sparse = dense.to(half), sparse.to(half)
+        z = torch.cat((work, sparse), dim=1).view(batch, -1, dim)
+        ctx.save_for_backward(z)
         dots = torch.bmm(z, z.mT).view(batch, -1)
-        ctx.save_for_backward(z, spread)
-        ctx.self_interaction = take.numel() == z.size(1) * (z.size(1) + 1) // 2
-        ctx.strided = room is not None
-        return torch.cat((work, dots.index_select(1, take)), dim=1)
+        return torch.cat((work, dots.index_select(1, order.take)), dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        z, spread = ctx.saved_tensors
+        if ctx.code:
+            return *ctx.code.backward(gradient.contiguous(), *ctx.saved_tensors), None
+        (z,) = ctx.saved_tensors
         batch, entries, dim = z.shape
-        both = gradient.index_select(1, spread).view(batch, entries, entries)
+        both = gradient.index_select(1, ctx.order.spread).view(batch, entries, entries)
         diagonal = both.diagonal(dim1=1, dim2=2)
-        if ctx.self_interaction:
+        if ctx.order.diagonal:
             diagonal.mul_(2)
         else:
             diagonal.zero_()
-        if ctx.strided:  # whoever gave the room takes columns out of wider rows, too
-            entire = torch.bmm(both, z).view(batch, -1)
-            dense, sparse = entire[:, :dim] + gradient[:, :dim], entire[:, dim:]
-        else:
-            dense = torch.bmm(both[:, :1], z).view(batch, dim).add_(gradient[:, :dim])
-            sparse = torch.bmm(both[:, 1:], z).view(batch, -1)
-        return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None, None, None
+        dense = torch.bmm(both[:, :1], z).view(batch, dim).add_(gradient[:, :dim])
+        sparse = torch.bmm(both[:, 1:], z).view(batch, -1)
+        return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None
 
 
 class Dot(nn.Module):
@@ -104,27 +102,24 @@ class Dot(nn.Module):
             )
         self.names, self.dim, self.diagonal = list(shape.names), shape.dense, not shape.self_interaction
         entries = len(self.names) + 1
-        self.room = self.dim  # columns that it wants in front of the embeddings
         self.out_features = self.dim + entries * (entries - self.diagonal * 2 + 1) // 2
-        self._indices: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._orders: dict[tuple[str, ...], Order] = {}
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
         values = sparse_features.values()
         keys = tuple(sparse_features.keys())
-        if keys not in self._indices:
-            self._indices[keys] = self._columns(keys, values.device)
-        room = getattr(values, "room", None)
-        return PairDots.apply(dense_features, values, *self._indices[keys], room)  # type: ignore[return-value]
+        if keys not in self._orders:
+            self._orders[keys] = self._order(keys, values.device)
+        return PairDots.apply(dense_features, values, self._orders[keys])  # type: ignore[return-value]
 
-    def _columns(self, keys: tuple[str, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the pairs stand in Z Z^T when Z's rows come in the order of `keys`; and the way back."""
+    def _order(self, keys: tuple[str, ...], device: torch.device) -> Order:
         place = torch.tensor([0] + [1 + keys.index(name) for name in self.names])
         n = len(place)
         first, second = torch.triu_indices(n, n, offset=int(self.diagonal))
         row, column = place[first], place[second]
         spread = torch.zeros(n, n, dtype=torch.int64)
         spread[row, column] = spread[column, row] = self.dim + torch.arange(len(row))
-        return (row * n + column).to(device), spread.view(-1).to(device)
+        return Order(place, (row * n + column).to(device), spread.view(-1).to(device), not self.diagonal)
 
 
 class Flat(nn.Module):

@@ -248,7 +248,7 @@ def shard(
         warnings.simplefilter("ignore", FutureWarning)
         model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders())
     _look_up_one_by_one(model)
-    direct.install(model, max(getattr(part, "room", 0) for part in model.modules()))
+    direct.install(model)
     initialise(model, seed, bound)
     return model
 

@@ -6,21 +6,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torchrec.modules.mlp import MLP
+
+from dlrm.model import cpu
 
 
 class Chain(torch.autograd.Function):
     """Linear layers with a ReLU after each (after the last, if told): what autograd would compute, in place.
 
-    Takes weight and bias of each layer, layer after layer.
+    Takes weight and bias of each layer, layer after layer. Features may have more columns than the first
+    weight, zeros: products are faster where a side is a multiple of 16.
     """
 
     @staticmethod
     def forward(ctx: Any, last: bool, features: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        weights, biases = parameters[::2], parameters[1::2]
+        weights, biases = list(parameters[::2]), parameters[1::2]
+        ctx.inputs = weights[0].size(1)
+        if features.size(1) > ctx.inputs:
+            weights[0] = functional.pad(weights[0], (0, features.size(1) - ctx.inputs))
         values = [features]
         for weight, bias in zip(weights, biases, strict=True):
-            values.append(torch.addmm(bias, values[-1], weight.t()))
+            values.append(cpu.mm(values[-1], weight.t()).add_(bias))
             if last or len(values) <= len(weights):
                 values[-1].relu_()
         ctx.save_for_backward(*values, *weights)
@@ -39,16 +46,16 @@ class Chain(torch.autograd.Function):
                 torch.ops.aten.threshold_backward.grad_input(passed, values[layer + 1], 0, grad_input=passed)
             elif ctx.last:
                 passed = torch.ops.aten.threshold_backward(passed, values[layer + 1], 0)
-            found += [passed.sum(0), passed.t().mm(values[layer])]
+            found += [passed.sum(0), cpu.mm(passed.t(), values[layer])]
             wanted = layer > 0 or ctx.needs_input_grad[1]
-            passed = passed.mm(weights[layer]) if wanted else None
+            passed = cpu.mm(passed, weights[layer]) if wanted else None
+        found[-1] = found[-1][:, : ctx.inputs]
         return None, passed, *reversed(found)
 
 
 def chained(features: torch.Tensor, linears: Sequence[nn.Linear], last: bool) -> torch.Tensor | None:
     """The layers' output by `Chain`; nothing where torch's own way is better, or told to do otherwise."""
-    usual = features.device.type == "cpu" and features.dtype == torch.float32
-    if not usual or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not cpu.plain(features):
         return None
     parameters = [each for linear in linears for each in (linear.weight, linear.bias)]
     return Chain.apply(last, features, *parameters)  # type: ignore[return-value]
