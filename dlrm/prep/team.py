@@ -1,9 +1,13 @@
 """Who does what: items dealt to MPI ranks and, within a rank, to threads; one error for all of them."""
 
+import ctypes
+import multiprocessing
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from dlrm.errors import UserError
@@ -11,6 +15,7 @@ from dlrm.ranks import Ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -19,6 +24,57 @@ def in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list
         return [work(item) for item in items]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(work, items))
+
+
+def in_processes(workers: int, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """The same by this process and forks of it, which share no interpreter; what a fork keeps is lost."""
+    fork = multiprocessing.get_context("fork")
+    turn = fork.Value("q", 0)
+
+    def serve() -> dict[int, R | Exception]:
+        found: dict[int, R | Exception] = {}
+        while (number := _next(turn)) < len(items):
+            try:
+                found[number] = work(items[number])
+            except Exception as error:
+                found[number] = error
+                turn.value = len(items)  # nobody begins another
+        return found
+
+    def serve_forked(out: Connection) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its forks
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nor do they outlive it
+        out.send(serve())
+
+    ends = [fork.Pipe(duplex=False) for _ in range(workers - 1)]
+    forks = [fork.Process(target=serve_forked, args=(out,)) for _, out in ends]
+    try:
+        for process, (_, out) in zip(forks, ends, strict=True):
+            process.start()
+            out.close()
+        found = serve()
+        for process, (into, _) in zip(forks, ends, strict=True):
+            try:
+                found |= into.recv()
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"a worker ended with exit code {process.exitcode}") from None
+    finally:
+        for process in forks:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    results = [found[number] for number in sorted(found)]
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results  # type: ignore[return-value]
+
+
+def _next(turn: Any) -> int:
+    with turn.get_lock():
+        turn.value += 1
+        return turn.value - 1
 
 
 class Team:
