@@ -53,3 +53,16 @@ def test_nothing_is_kept_in_a_read_only_place(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "file").touch()
     run(tmp_path / "file", monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_code_follows_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "FOLDER", tmp_path / "kept")
+    out = np.zeros(1, np.float32)
+    for value in (3, 5):
+        source = tmp_path / "writer.py"
+        text = f"def write(codes):\n    code = codes['set']\n    code.put(kind({value}), code.arguments[0])\n"
+        source.write_text(text)
+        names: dict[str, Any] = {"kind": FLOAT}
+        exec(compile(text, source, "exec"), names)
+        machine.compiled("set", {"set": [FLOATS]}, names["write"])["set"](out.ctypes.data)
+        assert out.tolist() == [value]

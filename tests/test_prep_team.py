@@ -30,6 +30,13 @@ def test_results_in_order(workers: int) -> None:
     assert in_processes(workers, work, []) == []
 
 
+def test_nothing_is_done_twice(tmp_path: Path) -> None:
+    out = os.open(tmp_path / "done", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    in_processes(5, lambda item: os.write(out, b"%d\n" % item), range(20_000))
+    os.close(out)
+    assert sorted(map(int, (tmp_path / "done").read_text().split())) == list(range(20_000))
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_earliest_error_is_raised(workers: int, tmp_path: Path) -> None:
     def work(item: int) -> None:

@@ -130,16 +130,19 @@ def host() -> tuple[str, str] | None:
 
 
 def compiled(
-    key: str, functions: Mapping[str, Sequence[ir.Type]], write: Callable[[dict[str, Code]], None]
+    key: str, functions: Mapping[str, Sequence[ir.Type]], write: Any
 ) -> dict[str, Callable[..., None]]:
-    """Functions by name, given their arguments. `write` says what they do, if `key` has no code on disk."""
+    """Functions by name, given their arguments. `write(codes)` says what they do, if there is no code on disk
+    for this key, this processor and these sources."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     processor = host()
     assert processor
     target = binding.Target.from_default_triple().create_target_machine(*processor, opt=2)
-    stamp = hashlib.sha256(repr((key, processor, binding.llvm_version_info)).encode()).hexdigest()[:16]
-    path = FOLDER / f"{stamp}.o"
+    stamp = hashlib.sha256(repr((key, processor, binding.llvm_version_info)).encode())
+    for source in (__file__, write.__code__.co_filename):
+        stamp.update(Path(source).read_bytes())
+    path = FOLDER / f"{stamp.hexdigest()[:16]}.o"
     binary = path.read_bytes() if path.exists() else b""
     if binary[-len(END) :] != END:
         module = ir.Module()

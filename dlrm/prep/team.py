@@ -1,9 +1,11 @@
 """Who does what: items dealt to MPI ranks and, within a rank, to threads; one error for all of them."""
 
 import ctypes
+import io
 import multiprocessing
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,26 +30,41 @@ def in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list
 
 def in_processes(workers: int, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """The same by this process and forks of it, which share no interpreter; what a fork keeps is lost."""
-    fork = multiprocessing.get_context("fork")
-    turn = fork.Value("q", 0)
+    with tempfile.TemporaryFile(buffering=0) as deal:
+        deal.write(b"".join(number.to_bytes(8, "little") for number in range(len(items))))
+        deal.seek(0)  # all share this position, which nobody can die holding as a lock
+        found = _forked(workers, lambda: _serve(deal, work, items))
+    results = [found[number] for number in sorted(found)]
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results  # type: ignore[return-value]
 
-    def serve() -> dict[int, R | Exception]:
-        found: dict[int, R | Exception] = {}
-        while (number := _next(turn)) < len(items):
-            try:
-                found[number] = work(items[number])
-            except Exception as error:
-                found[number] = error
-                turn.value = len(items)  # nobody begins another
-        return found
 
-    def serve_forked(out: Connection) -> None:
+def _serve(deal: Any, work: Callable[[T], R], items: Sequence[T]) -> dict[int, R | Exception]:
+    """Take items while there are some."""
+    found: dict[int, R | Exception] = {}
+    while word := deal.read(8):
+        number = int.from_bytes(word, "little")
+        try:
+            found[number] = work(items[number])
+        except Exception as error:
+            found[number] = error
+            deal.seek(0, io.SEEK_END)  # nobody begins another
+    return found
+
+
+def _forked(workers: int, serve: Callable[[], dict[int, R]]) -> dict[int, R]:
+    """What this process and its forks serve, together."""
+
+    def serve_and_tell(out: Connection) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its forks
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nor do they outlive it
         out.send(serve())
 
+    fork = multiprocessing.get_context("fork")
     ends = [fork.Pipe(duplex=False) for _ in range(workers - 1)]
-    forks = [fork.Process(target=serve_forked, args=(out,)) for _, out in ends]
+    forks = [fork.Process(target=serve_and_tell, args=(out,)) for _, out in ends]
     try:
         for process, (_, out) in zip(forks, ends, strict=True):
             process.start()
@@ -59,22 +76,12 @@ def in_processes(workers: int, work: Callable[[T], R], items: Sequence[T]) -> li
             except EOFError:
                 process.join()
                 raise RuntimeError(f"a worker ended with exit code {process.exitcode}") from None
+        return found
     finally:
         for process in forks:
             if process.pid is not None:
                 process.kill()
                 process.join()
-    results = [found[number] for number in sorted(found)]
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results  # type: ignore[return-value]
-
-
-def _next(turn: Any) -> int:
-    with turn.get_lock():
-        turn.value += 1
-        return turn.value - 1
 
 
 class Team:
