@@ -1,4 +1,4 @@
-"""What pays on this machine's processor and changes no result; nothing on CUDA."""
+"""What pays on this machine's processor and changes results by rounding at most; nothing on CUDA."""
 
 import contextlib
 import ctypes
@@ -21,19 +21,22 @@ M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # glibc's limit: blocks from this size o
 
 def plain(*tensors: torch.Tensor) -> bool:
     """float32 on the CPU, to be computed with as it stands."""
-    usual = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-    return usual and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
 
 
-def dots(dense: torch.Tensor, sparse: torch.Tensor, diagonal: bool) -> Any:
+def pair_code(dense: torch.Tensor, sparse: torch.Tensor, entries: int, diagonal: bool) -> Any:
     """Machine code for the dot products of all pairs, where there is some: for ranks of one thread."""
+    if not plain(dense, sparse) or torch.get_num_threads() > 1:
+        return None
+    rows, width = dense.shape
     whole = dense.is_contiguous() and sparse.is_contiguous()
-    if not whole or torch.get_num_threads() > 1 or not plain(dense, sparse):
+    if not whole or sparse.shape != (rows, (entries - 1) * width):
         return None
     from dlrm.model import dots  # LLVM, which takes a while to import
 
-    width = dense.size(1)
-    return dots.dots(1 + sparse.size(1) // width, width, diagonal)
+    return dots.dots(entries, width, diagonal)
 
 
 def tune(device: torch.device) -> list[str]:

@@ -11,11 +11,11 @@ import torch
 
 from dlrm.model import machine
 from dlrm.model.machine import FLOAT, FLOATS, INT, INTS, LANES, ZERO, Code
+from dlrm.model.tower import ALIGNED
 
 ROWS, COLUMNS = 3, 4  # of the products that are summed at once, in registers
 WIDE = 3  # vectors of a gradient, likewise
-ALIGNED = 16  # columns: the layer that reads them is up to a quarter faster so
-MOST = 256  # entries: their products lie on the stack
+MOST = 128  # entries: their products lie on the stack
 FUNCTIONS = {
     # rows, dense, sparse, place, out
     "forward": [INT, FLOATS, FLOATS, INTS, FLOATS],
@@ -57,6 +57,7 @@ class Dots:
     def backward(
         self, gradient: torch.Tensor, dense: torch.Tensor, sparse: torch.Tensor, place: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert gradient.shape == (len(dense), self.columns)
         found = torch.empty_like(dense), torch.empty_like(sparse)
         tensors = (gradient, dense, sparse, place, *found)
         self._call("backward", tensors)

@@ -1,7 +1,8 @@
 """How dense and sparse embeddings meet: dot products of all pairs, DCN-v2, projection, or side by side.
 
 Each takes the dense tower's output and torchrec's KeyedTensor of pooled embeddings, whose columns come in
-the order of the sharding, and returns what torchrec's architectures return, columns in the tables' order.
+the order of the sharding, and returns what torchrec's architectures return, columns in the tables' order;
+`Dot` some zeros behind them, where that is faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ class PairDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense: torch.Tensor, sparse: torch.Tensor, order: Order) -> torch.Tensor:
         batch, dim = dense.shape
-        ctx.code = code = cpu.dots(dense, sparse, order.diagonal)
+        ctx.code = code = cpu.pair_code(dense, sparse, len(order.place), order.diagonal)
         if code:
             ctx.save_for_backward(dense, sparse, order.place)
             return code.forward(dense, sparse, order.place)
@@ -100,9 +101,9 @@ class Dot(nn.Module):
                 f"not {', '.join(wrong)}: change --embedding_dim or --dense_arch_layer_sizes, "
                 "or choose --interaction_type dcn"
             )
-        self.names, self.dim, self.diagonal = list(shape.names), shape.dense, not shape.self_interaction
+        self.names, self.dim, self.diagonal = list(shape.names), shape.dense, shape.self_interaction
         entries = len(self.names) + 1
-        self.out_features = self.dim + entries * (entries - self.diagonal * 2 + 1) // 2
+        self.out_features = self.dim + entries * (entries - 1) // 2 + entries * self.diagonal
         self._orders: dict[tuple[str, ...], Order] = {}
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
@@ -115,11 +116,11 @@ class Dot(nn.Module):
     def _order(self, keys: tuple[str, ...], device: torch.device) -> Order:
         place = torch.tensor([0] + [1 + keys.index(name) for name in self.names])
         n = len(place)
-        first, second = torch.triu_indices(n, n, offset=int(self.diagonal))
+        first, second = torch.triu_indices(n, n, offset=int(not self.diagonal))
         row, column = place[first], place[second]
         spread = torch.zeros(n, n, dtype=torch.int64)
         spread[row, column] = spread[column, row] = self.dim + torch.arange(len(row))
-        return Order(place, (row * n + column).to(device), spread.view(-1).to(device), not self.diagonal)
+        return Order(place, (row * n + column).to(device), spread.view(-1).to(device), self.diagonal)
 
 
 class Flat(nn.Module):

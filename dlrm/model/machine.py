@@ -143,7 +143,9 @@ def compiled(
     for source in (__file__, write.__code__.co_filename):
         stamp.update(Path(source).read_bytes())
     path = FOLDER / f"{stamp.hexdigest()[:16]}.o"
-    binary = path.read_bytes() if path.exists() else b""
+    binary = b""
+    with suppress(OSError):  # none yet, or somebody else's
+        binary = path.read_bytes()
     if binary[-len(END) :] != END:
         module = ir.Module()
         codes = {name: Code(module, name, arguments) for name, arguments in functions.items()}

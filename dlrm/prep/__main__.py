@@ -77,7 +77,12 @@ def add_steps(commands: Any) -> None:
         command.add_argument("--input_dir", type=Path, required=True)
         command.add_argument("--output_dir", type=Path, required=True)
     one.add_argument("--dataset_name", dest="dataset", choices=choices.DATASETS, default="")
-    one.add_argument("--workers", type=int, default=1, help="processes that take turns at the files [1]")
+    one.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes that take turns at the files; if there are fewer files, threads in each [1]",
+    )
     two.add_argument("--frequency_threshold", dest="threshold", type=int, default=0)
     three.add_argument("--input_dir_labels_and_dense", dest="dense_dir", type=Path, required=True)
     three.add_argument("--input_dir_sparse", dest="sparse_dir", type=Path, required=True)

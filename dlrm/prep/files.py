@@ -1,13 +1,10 @@
 """Reading and writing at offsets, with calls that the tracer sees, counted per file, errors as one line."""
 
-import ctypes
-import errno
-import functools
 import io
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from dlrm.errors import UserError
-from dlrm.prep.native import compiled, error_number, transfer
 from dlrm.trace import opening
 
 bytes_read: dict[str, int] = defaultdict(int)
@@ -124,44 +120,6 @@ class File:
                 count = os.write(self._fd, view)
                 self._written += count
                 view = view[count:]
-
-
-def write_together(parts: Sequence[tuple[File, np.ndarray, int]]) -> None:
-    """(file, array, offset) each; in one call, so that threads meet at the interpreter's lock once."""
-    jobs = np.array([(file._fd, array.ctypes.data, array.nbytes, at) for file, array, at in parts], np.int64)
-    jobs = jobs.reshape(-1, 4)
-    pwrite, errno_location = addresses()
-    bad, number = write_jobs(pwrite, errno_location, jobs)
-    for (file, array, _), left in zip(parts, jobs[:, 2].tolist(), strict=True):
-        file._written += array.nbytes - left
-    if bad >= 0:
-        raise UserError(f"{parts[bad][0].path}: {os.strerror(number)}")
-
-
-@functools.cache
-def addresses() -> tuple[int, ...]:
-    """Of libc's functions; looked up by name at run time, which the tracer answers with its own."""
-    libc = ctypes.CDLL(None)
-    functions = (libc.pwrite, libc.__errno_location)
-    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-
-
-@compiled
-def write_jobs(pwrite, errno_location, jobs):
-    """Rows of file, address, bytes, offset, which move on. (the one that fails, errno), or (-1, 0)."""
-    for number in range(len(jobs)):
-        file, address, left, offset = jobs[number]
-        while left > 0:
-            done = transfer(pwrite, file, address, left, offset)
-            if done < 0:
-                error = error_number(errno_location)
-                if error != errno.EINTR:
-                    jobs[number, 2] = left
-                    return number, error
-                done = 0
-            address, left, offset = address + done, left - done, offset + done
-        jobs[number, 2] = 0
-    return -1, 0
 
 
 def write_whole(path: Path, data: Any) -> None:

@@ -157,30 +157,6 @@ def subtracter(words: int) -> Any:
 
 
 @intrinsic
-def transfer(typing: Any, function: Any, file: Any, address: Any, count: Any, offset: Any) -> Any:
-    """pread or pwrite, by the function's address: (bytes or -1)."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(I64, [I32, I64, I64, I64])
-        call = builder.inttoptr(args[0], kind.as_pointer())
-        return builder.call(call, [builder.trunc(args[1], I32), *args[2:]])
-
-    return types.int64(*[types.int64] * 5), build
-
-
-@intrinsic
-def error_number(typing: Any, location: Any) -> Any:
-    """errno of this thread, by the address of __errno_location."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(I32.as_pointer(), [])
-        place = builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
-        return builder.sext(builder.load(place), I64)
-
-    return types.int64(types.int64), build
-
-
-@intrinsic
 def trailing_zeros(typing: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.IntType(1)(0))

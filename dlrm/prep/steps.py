@@ -16,9 +16,9 @@ from dlrm.criteo import NUM_DENSE, NUM_SPARSE, part_name
 from dlrm.errors import UserError
 from dlrm.prep import publish, sources
 from dlrm.prep.check import layout
-from dlrm.prep.files import File, write_together
+from dlrm.prep.files import File
 from dlrm.prep.native import compiled
-from dlrm.prep.parse import parse_lines
+from dlrm.prep.parse import count_ends, parse_lines
 from dlrm.prep.rows import Rules
 from dlrm.prep.scan import BLOCK_ROWS, Block, Piece, Scanner, count, text_buffer
 from dlrm.prep.store import logarithms
@@ -62,12 +62,11 @@ def parse(input_dir: Path, output_dir: Path, dataset: str = "", workers: int = 1
 
 
 def load() -> None:
-    """The machine code, once, before processes part: from the kernels' having nothing to do."""
+    """Have the kernels' machine code before the process forks: by calling each on nothing, or a row."""
     block = _own.block
     parse_lines(0, 0, True, 0, block.spots, 0, 0)
-    lowest(block.dense, 0, 0)
-    write_together([])
     logarithms(block.dense[:1], np.int32(0))
+    count_ends(block.labels.view(np.uint8), 0)
 
 
 def parse_file(source: sources.Source, folder: Path, workers: int) -> None:
@@ -127,25 +126,12 @@ def parse_piece(
         scanner = Scanner(text, str(source.path), piece, rules, False, _own.text)
         _own.block.rows = 0
         for block, _ in scanner.blocks(_own.block):
-            low = lowest(block.dense, block.rows, low)
-            arrays = (block.dense, block.sparse, block.labels)
-            write_together(
-                [
-                    (file, array[: block.rows], publish.HEADER_BYTES + row * array[:1].nbytes)
-                    for file, array in zip(files, arrays, strict=True)
-                ]
-            )
+            low = min(low, int(block.dense[: block.rows].min()))
+            for file, array in zip(files, (block.dense, block.sparse, block.labels), strict=True):
+                width = array[:1].nbytes
+                file.write(array[: block.rows], publish.HEADER_BYTES + row * width)
             row += block.rows
     return row - piece.first_row, low
-
-
-@compiled
-def lowest(counts, rows, low):
-    """The smallest count of some rows, or what was the smallest before."""
-    for row in range(rows):
-        for column in range(NUM_DENSE):
-            low = min(low, np.int64(counts[row, column]))
-    return low
 
 
 def log_rows(out: File, rows: int, shift: np.int32, workers: int) -> None:

@@ -1,8 +1,9 @@
-"""Who does what: items dealt to MPI ranks and, within a rank, to threads; one error for all of them."""
+"""Who does what: items dealt to MPI ranks and, within a rank, to threads, or to forks; one error for all."""
 
 import ctypes
 import io
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from dlrm.ranks import Ranks
 T = TypeVar("T")
 R = TypeVar("R")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+LOST = sys.maxsize  # in the place of an item: told if no item has an error
 
 
 def in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -54,13 +56,16 @@ def _serve(deal: Any, work: Callable[[T], R], items: Sequence[T]) -> dict[int, R
     return found
 
 
-def _forked(workers: int, serve: Callable[[], dict[int, R]]) -> dict[int, R]:
+def _forked(workers: int, serve: Callable[[], dict[int, Any]]) -> dict[int, Any]:
     """What this process and its forks serve, together."""
+
+    parent = os.getpid()
 
     def serve_and_tell(out: Connection) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its forks
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nor do they outlive it
-        out.send(serve())
+        if os.getppid() == parent:
+            out.send(serve())
 
     fork = multiprocessing.get_context("fork")
     ends = [fork.Pipe(duplex=False) for _ in range(workers - 1)]
@@ -73,9 +78,10 @@ def _forked(workers: int, serve: Callable[[], dict[int, R]]) -> dict[int, R]:
         for process, (into, _) in zip(forks, ends, strict=True):
             try:
                 found |= into.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 process.join()
-                raise RuntimeError(f"a worker ended with exit code {process.exitcode}") from None
+                lost = f"a worker ended with exit code {process.exitcode} (-9: killed, for memory?)"
+                found.setdefault(LOST, UserError(f"{lost}: try fewer --workers"))
         return found
     finally:
         for process in forks:
