@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from dlrm.model import cpu
@@ -22,6 +23,19 @@ def test_the_trial_tells_float32_from_bfloat16() -> None:
     assert not cpu.is_float32(rounded)
     assert not cpu.is_float32(rounded, batch=3)
     assert not cpu.is_float32(lambda a, b: a @ b * float("nan"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_products_by_numpy_are_torchs() -> None:
+    assert cpu.is_float32(cpu.by_numpy)
+    for shape in ((5, 7, 3), (5, 1, 3), (5, 7, 1), (0, 7, 3)):
+        left, right = torch.randn(shape[:2]), torch.randn(shape[1:], requires_grad=True)
+        for one, other in ((left, right), (right.t(), left.t())):
+            torch.testing.assert_close(cpu.by_numpy(one, other), torch.mm(one, other).detach())
+    huge = torch.full((2, 2), 1e30)
+    huge[1, 1] = float("nan")
+    found = cpu.by_numpy(huge, huge)
+    assert found[0, 0] == float("inf") and found[1, 1].isnan()
 
 
 def test_nothing_on_cuda() -> None:
