@@ -1,6 +1,7 @@
 """Who does what: items dealt to MPI ranks and, within a rank, to threads, or to forks; one error for all."""
 
 import ctypes
+import gc
 import io
 import multiprocessing
 import os
@@ -67,6 +68,7 @@ def _forked(workers: int, serve: Callable[[], dict[int, Any]]) -> dict[int, Any]
         if os.getppid() == parent:
             out.send(serve())
 
+    gc.freeze()  # what is there is garbage to nobody: looking at it would copy its pages
     fork = multiprocessing.get_context("fork")
     ends = [fork.Pipe(duplex=False) for _ in range(workers - 1)]
     forks = [fork.Process(target=serve_and_tell, args=(out,)) for _, out in ends]
@@ -84,6 +86,7 @@ def _forked(workers: int, serve: Callable[[], dict[int, Any]]) -> dict[int, Any]
                 found.setdefault(LOST, UserError(f"{lost}: try fewer --workers"))
         return found
     finally:
+        gc.unfreeze()
         for process in forks:
             if process.pid is not None:
                 process.kill()
