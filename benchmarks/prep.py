@@ -37,9 +37,10 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stder
 OURS = """
 import resource, sys, time
 from dlrm.prep.__main__ import main
-def used():  # with forks that have ended
-    each = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(one.ru_utime + one.ru_stime for one in each)
+def usages():  # with forks that have ended
+    return [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+def used():
+    return sum(one.ru_utime + one.ru_stime for one in usages())
 arguments, warm = {arguments!r}, {warm!r}
 for words in warm:
     assert main(words) == 0  # machine code is loaded, and compiled where it never was
@@ -47,8 +48,7 @@ print("ready", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stde
 begun, cpu = time.monotonic(), used()
 assert main(arguments) == 0
 print("took", time.monotonic() - begun, used() - cpu, file=sys.stderr)
-each = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # of the largest process
-print("peak", max(resource.getrusage(one).ru_maxrss for one in each), file=sys.stderr)
+print("peak", max(one.ru_maxrss for one in usages()), file=sys.stderr)  # of the largest process
 """
 
 

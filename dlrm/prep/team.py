@@ -33,6 +33,8 @@ def in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list
 
 def in_processes(workers: int, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """The same by this process and forks of it, which share no interpreter; what a fork keeps is lost."""
+    if workers == 1:
+        return in_threads(1, work, items)
     with tempfile.TemporaryFile(buffering=0) as deal:
         deal.write(b"".join(number.to_bytes(8, "little") for number in range(len(items))))
         deal.seek(0)  # all share this position, which nobody can die holding as a lock
