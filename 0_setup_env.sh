@@ -36,7 +36,7 @@ fi
 [[ $variant == cpu || $variant == cuda ]] || die "DLRM_VARIANT=$variant: wanted cpu or cuda"
 stamp="$(cat requirements/{base,cpu,cuda,dev,mpich,torchrec}.txt patches/*.* 0_setup_env.sh | sha256sum) $root $venv $variant $python $mpi"
 ready() { [[ -e $1 && $(< "$1") == "$stamp" ]]; }
-compile() { "$venv/bin/python" -m compileall -qq dlrm analysis "$@" || true; }    # once, not in every rank of every run
+compile() { "$venv/bin/python" -m compileall -qq common dlrm analysis "$@" || true; }    # once, not in every rank of every run
 if [[ -e env.sh && -x $venv/bin/python ]] && ready "$venv/dlrm-io.stamp$dev"; then
     compile; say "nothing to do, $venv is ready ($variant)"; exit
 fi

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from analysis.errors import USAGE, AnalysisError
+from common.errors import USAGE, UserError
 
 SET_UP = ("numpy", "polars", "numba", "pyarrow")  # what a shell lacks that has not read env.sh
 
@@ -115,7 +115,7 @@ def _progress() -> Callable[[Path, int], None]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise AnalysisError(f"{message} ({self.prog} --help says more)")
+        raise UserError(f"{message} ({self.prog} --help says more)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(argv)
         return options.function(options)
-    except AnalysisError as error:
+    except UserError as error:
         print(f"analysis: {error}", file=sys.stderr)
         return USAGE
     except ModuleNotFoundError as error:

@@ -16,11 +16,11 @@ import numpy as np
 from analysis.clocks import launches
 from analysis.columns import resolve
 from analysis.derive import READ, WRITE, argument, moved
-from analysis.errors import AnalysisError
 from analysis.events import Reader, files, ranked
 from analysis.process import Process
 from analysis.scan import STRING, Block
 from analysis.strings import ID, Strings
+from common.errors import UserError
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
 Moved = dict[tuple[int, str], int]  # (READ | WRITE, file) -> bytes
@@ -64,7 +64,7 @@ def check(run_dir: str | Path) -> tuple[list[Row], list[Process]]:
                 if direction == SPANS
             ]
     if not rows:
-        raise AnalysisError(f"{run_dir}: no results.json and no spans that say what they read")
+        raise UserError(f"{run_dir}: no results.json and no spans that say what they read")
     return rows, [process for job, _ in launched for process in job]
 
 
@@ -79,9 +79,9 @@ def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Row]:
     try:
         results = json.loads(path.read_text())
     except OSError as error:
-        raise AnalysisError(f"{path}: cannot read it ({error.strerror}); did the run end?") from error
+        raise UserError(f"{path}: cannot read it ({error.strerror}); did the run end?") from error
     except ValueError as error:
-        raise AnalysisError(f"{path}: not JSON ({error}); was the run killed while writing it?") from error
+        raise UserError(f"{path}: not JSON ({error}); was the run killed while writing it?") from error
     rows = []
     for key, direction in DIRECTIONS.items():
         for rank, said in sorted(results.get(key, {}).items(), key=lambda item: int(item[0])):
@@ -94,7 +94,7 @@ def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Row]:
                 for file in sorted(said)
             ]  # fmt: skip
     if not rows:
-        raise AnalysisError(f"{path}: has no bytes_read and no bytes_written to compare with the trace")
+        raise UserError(f"{path}: has no bytes_read and no bytes_written to compare with the trace")
     return rows
 
 

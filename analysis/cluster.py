@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from analysis.errors import AnalysisError
 from analysis.tables.gather import Job, Map, Part
+from common.errors import UserError
 
 WORKERS = 2
 
@@ -20,11 +20,11 @@ WORKERS = 2
 def on(where: str) -> Map:
     """What gather() calls instead of its threads."""
     if where not in ("local", "pbs") and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
-        raise AnalysisError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
+        raise UserError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
     try:
         import distributed  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise AnalysisError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
+        raise UserError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
 
     def over(function: Callable[[Job], Part], work: list[Job]) -> Iterator[Part]:
         with ExitStack() as stack:
@@ -33,7 +33,7 @@ def on(where: str) -> Map:
                 client = stack.enter_context(distributed.Client(cluster, timeout=60))
             except (OSError, ValueError) as error:
                 told = str(error).splitlines()[0]
-                raise AnalysisError(f"--dask {where}: {told}; does a scheduler listen there?") from error
+                raise UserError(f"--dask {where}: {told}; does a scheduler listen there?") from error
             yield from _gathered(client, function, work)
 
     return over
@@ -58,7 +58,7 @@ def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
 
             cluster = stack.enter_context(PBSCluster())
         except (ImportError, ValueError, TypeError) as error:  # no queue, cores or memory configured
-            raise AnalysisError(
+            raise UserError(
                 f"--dask pbs: {error}; see jobqueue.pbs in ~/.config/dask/jobqueue.yaml"
             ) from error
         cluster.adapt(minimum=1, maximum=jobs)

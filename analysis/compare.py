@@ -4,7 +4,6 @@ from html import escape
 from pathlib import Path
 
 from analysis import plots, plots_io, settings, summary
-from analysis.errors import AnalysisError
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
 from analysis.page import Figures, number, page
@@ -12,6 +11,7 @@ from analysis.report import findings_html, header_html, replace
 from analysis.run import Run, open_run
 from analysis.tables import answers, progress
 from analysis.tables.gather import Map, on_threads
+from common.errors import UserError
 
 Side = tuple[Run, Facts, list[Finding]]
 NOISE = 0.02  # a change smaller than this has no colour
@@ -148,5 +148,5 @@ def write(
     try:
         replace(path, html(one, two))
     except OSError as error:
-        raise AnalysisError(f"{path}: {error.strerror}; name another file with -o") from error
+        raise UserError(f"{path}: {error.strerror}; name another file with -o") from error
     return path, text(one, two)

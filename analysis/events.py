@@ -17,11 +17,11 @@ import polars as pl
 
 from analysis.clocks import clocks
 from analysis.columns import COLUMNS, frame
-from analysis.errors import AnalysisError
 from analysis.lines import blocks, tail
 from analysis.process import Process
 from analysis.scan import EVENT, METADATA, Block, scan
 from analysis.strings import ID, PAD, Strings
+from common.errors import UserError
 
 __all__ = [
     "COLUMNS",
@@ -41,16 +41,16 @@ def files(run_dir: str | Path) -> list[Path]:
     """The trace files of a run: RUN/trace, or any folder of DFTracer files, or one file."""
     run = Path(run_dir)
     if not run.exists():
-        raise AnalysisError(f"{run}: no such folder; give the folder of a run, e.g. results/<name>")
+        raise UserError(f"{run}: no such folder; give the folder of a run, e.g. results/<name>")
     if run.is_file():
         if not run.name.endswith((".pfw", ".pfw.gz")):
-            raise AnalysisError(f"{run}: DFTracer's files end in .pfw.gz or .pfw; give one, or a run folder")
+            raise UserError(f"{run}: DFTracer's files end in .pfw.gz or .pfw; give one, or a run folder")
         return [run]
     for folder in (run / "trace", run):
         found = sorted([*folder.glob("*.pfw.gz"), *folder.glob("*.pfw")], key=_parents_first)
         if found:
             return found
-    raise AnalysisError(f"{run}: no traces (*.pfw.gz) in it or in its trace/ folder; was the run traced?")
+    raise UserError(f"{run}: no traces (*.pfw.gz) in it or in its trace/ folder; was the run traced?")
 
 
 class Reader:
@@ -200,5 +200,5 @@ def load(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
                 table = table.with_columns(pl.lit(process.rank, pl.Int32).alias("rank"))
             parts.append(table)
     if not parts:
-        raise AnalysisError(f"{run_dir}: the traces hold no events")
+        raise UserError(f"{run_dir}: the traces hold no events")
     return pl.concat(parts, how="vertical").sort("ts").select(columns)

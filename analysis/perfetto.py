@@ -16,7 +16,6 @@ import numpy as np
 from analysis import settings, wire
 from analysis.clocks import clocks, launches, moves, skew
 from analysis.derive import Bandwidth
-from analysis.errors import AnalysisError
 from analysis.events import Reader, heads, ranked
 from analysis.tracks import (
     About,
@@ -28,6 +27,7 @@ from analysis.tracks import (
     write_bandwidth,
     write_counter,
 )
+from common.errors import UserError
 
 EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
 _NO_COUNTERS = ("step", "epoch", "time", "split", "samples")
@@ -76,7 +76,7 @@ def convert(
     summary.skew = skew(done)
     if not summary.events:
         path.unlink()
-        raise AnalysisError(f"{run_dir}: the traces hold no events" + (" of POSIX calls" if posix else ""))
+        raise UserError(f"{run_dir}: the traces hold no events" + (" of POSIX calls" if posix else ""))
     return summary
 
 
@@ -88,7 +88,7 @@ def published(path: Path) -> Iterator[BinaryIO]:
         try:
             file = temporary.open("wb")
         except OSError as error:
-            raise AnalysisError(
+            raise UserError(
                 f"{path}: cannot write there ({error.strerror}); choose another place with -o"
             ) from error
         with file:

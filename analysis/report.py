@@ -6,13 +6,13 @@ from html import escape
 from pathlib import Path
 
 from analysis import settings, summary
-from analysis.errors import AnalysisError
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
 from analysis.page import Entry, Figures, entry_html, number, page, prose, seconds, tiles_html
 from analysis.run import Run, open_run
 from analysis.sections import entries
 from analysis.tables.gather import Map, on_threads
+from common.errors import UserError
 
 
 def findings_html(found: list[Finding]) -> str:
@@ -83,7 +83,7 @@ def write(path: str | Path, over: Map = on_threads) -> tuple[Path, str]:
         replace(run.home / "summary.json", told + "\n")
         replace(run.home / "report.html", html(run, facts, found, things))
     except OSError as error:
-        raise AnalysisError(
+        raise UserError(
             f"{error.filename or run.home}: {error.strerror}; the report is written there"
         ) from error
     return run.home / "report.html", summary.text(run, facts, found)

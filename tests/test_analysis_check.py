@@ -12,7 +12,7 @@ from made_traces import Made
 
 from analysis import check
 from analysis.derive import READ, WRITE
-from analysis.errors import AnalysisError
+from common.errors import UserError
 
 # Every way in which this project reads and writes: whole files, at offsets, into buffers, in threads.
 READING = """
@@ -143,8 +143,8 @@ def test_killed_before_results(run: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_bad_results(run: Path) -> None:
     (run / "results.json").write_text("{}")
-    with pytest.raises(AnalysisError, match="no bytes_read"):
+    with pytest.raises(UserError, match="no bytes_read"):
         check.check(run)
     (run / "results.json").write_text('{"bytes_re')
-    with pytest.raises(AnalysisError, match="not JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         check.check(run)

@@ -11,9 +11,9 @@ import traced
 from made_traces import Made
 
 from analysis import clocks, events, perfetto
-from analysis.errors import AnalysisError
 from analysis.process import Process
 from analysis.tables.gather import gather
+from common.errors import UserError
 
 
 def event(**fields: object) -> dict:
@@ -269,9 +269,9 @@ def test_the_barrier_at_the_end_is_found_from_the_file_s_end_alone(tmp_path: Pat
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(AnalysisError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         events.load(tmp_path / "nowhere")
-    with pytest.raises(AnalysisError, match="no traces"):
+    with pytest.raises(UserError, match="no traces"):
         events.load(tmp_path)
 
 

@@ -12,7 +12,7 @@ import traced
 from trace_processor import Trace, opened
 
 from analysis import chrome, events, perfetto
-from analysis.errors import AnalysisError
+from common.errors import UserError
 
 INSIDE = """
 select count(*) from slice child join slice parent on child.parent_id = parent.id
@@ -285,7 +285,7 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
 
 def test_no_events(tmp_path: Path) -> None:
     write(tmp_path / "t.pfw.gz", [("a", 1, 1)])
-    with pytest.raises(AnalysisError, match="no events of POSIX calls"):
+    with pytest.raises(UserError, match="no events of POSIX calls"):
         perfetto.convert(tmp_path, tmp_path / "t.pftrace", posix=True)
     assert not (tmp_path / "t.pftrace").exists()
 

@@ -14,8 +14,8 @@ import traced
 from browser import chromium
 
 from analysis import perfetto, view
-from analysis.errors import AnalysisError
 from analysis.tables.gather import gather
+from common.errors import UserError
 
 CHOSEN = "globalThis.app?.trace?.selection?.selection"
 
@@ -67,9 +67,9 @@ def test_serves_the_interface_and_the_trace(url: str, run: Path) -> None:
 def test_which_file(run: Path, tmp_path: Path) -> None:
     assert view.find_trace(run, None).name == "run.pftrace"
     assert view.find_trace(run, "run-posix.pftrace").name == "run-posix.pftrace"
-    with pytest.raises(AnalysisError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         view.find_trace(run, "other.pftrace")
-    with pytest.raises(AnalysisError, match="analysis perfetto"):
+    with pytest.raises(UserError, match="analysis perfetto"):
         view.find_trace(tmp_path, None)
 
 

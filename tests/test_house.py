@@ -1,4 +1,4 @@
-"""The house rules: imports go down, rooms stay small, documents point at things that exist."""
+"""The house rules: imports go down, documents point at things that exist."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
+    "common": [["errors"], ["inputs", "lock"], ["owned"]],
     "dlrm": [
         ["errors", "ranks", "segments", "later"],
         ["exchange", "criteo", "config", "presets", "trace", "signals", "walltime"],
@@ -25,7 +26,7 @@ FLOORS = {
         ["train", "bench", "bert4rec"],
     ],
     "analysis": [
-        ["deflate", "errors", "settings", "strings", "lines", "intervals", "stages"],
+        ["deflate", "settings", "strings", "lines", "intervals", "stages"],
         ["scan", "process"],
         ["columns", "clocks"],
         ["events"],
@@ -42,7 +43,6 @@ FLOORS = {
         ["__main__"],
     ],
 }
-MAX_FILE, MAX_FUNCTION, MAX_SHELL = 320, 65, 450
 
 
 def sources(package: str) -> list[Path]:
@@ -76,7 +76,9 @@ def test_imports_only_go_down(package: str) -> None:
             continue
         for name in imported(path):
             parts = name.split(".")
-            assert parts[0] not in set(FLOORS) - {package}, f"{path}: the two packages talk through files"
+            assert parts[0] not in set(FLOORS) - {package, "common"}, (
+                f"{path}: the packages talk through files"
+            )
             if parts[0] == package and len(parts) > 1 and parts[1] != room:
                 assert floor(package, parts[1]) < floor(package, room), f"{path}: {room} imports {name}"
 
@@ -90,22 +92,6 @@ def test_only_trace_imports_dftracer() -> None:
     for path in sources("dlrm"):
         if path.name != "trace.py":
             assert not any(name.split(".")[0] == "dftracer" for name in imported(path)), path
-
-
-def test_rooms_are_small() -> None:
-    for path in sources("dlrm") + sources("analysis") + sources("tests") + sources("benchmarks"):
-        lines = path.read_text().splitlines()
-        assert len(lines) <= MAX_FILE, f"{path}: {len(lines)} lines; split it by idea"
-        for node in ast.walk(ast.parse("\n".join(lines))):
-            if isinstance(node, ast.FunctionDef):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
-                assert length <= MAX_FUNCTION, f"{path}:{node.lineno}: {node.name} has {length} lines"
-
-
-def test_shell_stays_short() -> None:
-    ours = [path for path in ROOT.glob("*.sh") if path.name not in ("env.sh", "site.sh")]
-    lines = sum(len(path.read_text().splitlines()) for path in ours)
-    assert lines <= MAX_SHELL, f"{lines} lines of shell"
 
 
 DOCUMENTS = [path for folder in (".", "docs", "patches") for path in sorted((ROOT / folder).glob("*.md"))]

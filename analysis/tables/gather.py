@@ -14,12 +14,12 @@ from pathlib import Path
 import polars as pl
 
 from analysis.clocks import Clock, clocks, launches
-from analysis.errors import AnalysisError
 from analysis.events import heads, ranked
 from analysis.process import Process
 from analysis.tables.calls import io, told
 from analysis.tables.read import read_rank
 from analysis.tables.times import times
+from common.errors import UserError
 
 OF_A_LAUNCH = ("time", "steps", "marks")  # tables whose rows say their launch
 Map = Callable[..., Iterable["Part"]]
@@ -106,9 +106,7 @@ def gather(run_dir: str | Path, over: Map = on_threads) -> Joined:
     parts = list(over(part, work))
     full = [p for p in parts if p.tables]
     if not full:
-        raise AnalysisError(
-            f"{run_dir}: the traces hold no events; was the run killed before it flushed any?"
-        )
+        raise UserError(f"{run_dir}: the traces hold no events; was the run killed before it flushed any?")
     paths = {given: path for p in parts for given, path in p.paths.items()}
     tables = {name: _join([p.tables[name] for p in full], paths) for name in full[0].tables}
     by_launch: dict[int, list[Process]] = {}

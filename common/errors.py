@@ -1,0 +1,30 @@
+"""The user's mistakes and the system's refusals: one line that names the file or option and the remedy."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+USAGE = 2  # exit code of a usage error or of bad input
+
+
+class UserError(Exception):
+    """Ends the program with exit code 2 and its text as one line on stderr."""
+
+    shared = False  # every rank raises the same error: only rank 0 prints it
+
+
+@contextmanager
+def os_errors_as_user_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """No permission, no space, no such file: the system's words behind the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename2 or error.filename or path
+        raise UserError(f"{printable(named)}: {error.strerror or error}") from None
+
+
+def printable(path: object) -> str:
+    """A path as one line of text: newlines and bytes that are not UTF-8 are shown escaped."""
+    text = os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path)
+    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return shown if shown.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)

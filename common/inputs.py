@@ -1,0 +1,131 @@
+"""Reading files that somebody else may have written: type, size and nesting are checked before anything else.
+
+In: a path. Out: an open descriptor of a regular file, or a JSON value within limits. A FIFO, a device, a
+socket, a folder, a dangling link, a file that is too large or nested too deeply is a UserError of one line.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, os_errors_as_user_errors, printable
+
+MAX_JSON_BYTES = 64 << 20
+MAX_JSON_DEPTH = 64
+KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file. Never blocks, as opening a FIFO would; links are followed."""
+    with os_errors_as_user_errors(path):
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise UserError(
+            f"{printable(path)}: is {KINDS.get(stat.S_IFMT(mode), 'not a file')}, a file is expected"
+        )
+    return descriptor
+
+
+def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a file that is to be opened by a library: a regular file, or a UserError."""
+    with os_errors_as_user_errors(path):
+        status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "not a file")
+        raise UserError(f"{printable(path)}: is {kind}, a file is expected")
+    return status
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> bytes:
+    """The whole content of a regular file of at most `limit` bytes."""
+    with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(
+            f"{printable(path)}: larger than {limit:,} bytes, the most that is read of such a file"
+        )
+    return data
+
+
+def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> Any:
+    """A JSON file's value: UTF-8, of limited size and depth, without NaN or lone surrogates."""
+    return parse_json(read_bytes(path, limit), printable(path))
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """The value of JSON text that stands in the file `name`."""
+    _check_depth(data, name)
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, parse_constant=_refuse_constant, parse_int=_parse_int)
+    except ValueError as error:
+        raise UserError(f"{name}: is not JSON: {str(error)[:100]}") from None
+    if "\\u" in text and _has_surrogate(value):
+        raise UserError(f"{name}: is not JSON: half of a surrogate pair")
+    return value
+
+
+def read_json_object(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The same where only an object makes sense."""
+    value = read_json(path, limit)
+    if not isinstance(value, dict):
+        raise UserError(f"{printable(path)}: a JSON object is expected, found {type(value).__name__}")
+    return value
+
+
+def _check_depth(data: bytes, name: str) -> None:
+    """Before the parser recurses. Brackets inside strings count too: a harmless over-estimate is refused
+    only when a string holds dozens of unbalanced ones, so strings are stepped over.
+    """
+    depth, in_string, escaped = 0, False, False
+    if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
+        return
+    for byte in data:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif byte == 0x5C:
+                escaped = True
+            elif byte == 0x22:
+                in_string = False
+        elif byte == 0x22:
+            in_string = True
+        elif byte in b"[{":
+            depth += 1
+            if depth > MAX_JSON_DEPTH:
+                raise UserError(f"{name}: nested more than {MAX_JSON_DEPTH} deep")
+        elif byte in b"]}":
+            depth -= 1
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        return any("\ud800" <= c <= "\udfff" for c in value)
+    if isinstance(value, dict):
+        return any(_has_surrogate(key) or _has_surrogate(each) for key, each in value.items())
+    return isinstance(value, list) and any(_has_surrogate(each) for each in value)
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a regular file lies there; links are followed, nothing is opened."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
