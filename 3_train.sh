@@ -4,7 +4,7 @@
 #PBS -l walltime=01:00:00
 #PBS -r y
 # Train and evaluate on every node of the job, convert the traces, write the report.
-# usage: ./3_train.sh                                                  the demo: toy data, two ranks, here and now
+# usage: ./3_train.sh                                  the demo: toy data, two ranks, here and now
 #        qsub -v "DATASET_DIR=...,WORKDIR=..." 3_train.sh
 #        DATASET_DIR=... ./3_train.sh [TRAIN OPTION...]                here and now
 #        DATASET_DIR=... ./3_train.sh --submit                         qsub with site.sh's DLRM_QSUB
@@ -14,98 +14,251 @@
 #            ARGS         more options of python -m dlrm.train, quoted as in a shell
 #            NPROC        ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MODEL        dlrm or bert4rec
-#            RESULTS      where run folders go (default: WORKDIR/results); RESUME: the run folder of one that shall go on
+#            RESULTS      where run folders go (default: WORKDIR/results)
+#            RESUME       the run folder of a run to resume
 #            TRACE=no     without DFTracer
+#            DLRM_ENV_KEEP  more variables whose values go into env.txt, e.g. "MY_SETTING OTHER_*"
 set -euo pipefail
+
 say() { echo "3_train.sh: $*"; }
-die() { say "$@" >&2; exit 2; }
-case ${1:-} in -h | --help) sed -n '/^# Train/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac
-[[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || cd "$PBS_O_WORKDIR"    # PBS starts in $HOME, with a copy of this script
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -e $here/launcher.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
-here=$(realpath -m -- "${WORKDIR:-$here}")
-[[ -e $here/launcher.sh ]] || die "WORKDIR=$here is not the project's folder: it has no launcher.sh"
-case ${MODEL:-dlrm} in
-    dlrm) program=dlrm.train options=(--evaluate_on_epoch_end --evaluate_on_training_end --in_memory_binary_criteo_path) flags=(batch_size embedding_dim epochs learning_rate) ;;
-    bert4rec) program=dlrm.bert4rec options=(--dataset_path) flags=(train_batch_size emb_dim num_epochs lr) ;;
-    *) die "MODEL=$MODEL: wanted dlrm or bert4rec" ;;
-esac
-for name in DATASET_DIR RESUME; do [[ -z ${!name:-} || -d ${!name} ]] || die "$name=${!name} is not a folder"; done
-[[ -z ${DATASET_DIR:-} ]] || DATASET_DIR=$(realpath -- "$DATASET_DIR")
-results=$(realpath -m -- "${RESULTS:-$here/results}") run=${RESUME:+$(realpath -- "$RESUME")}
-cd "$here"
 
-./0_setup_env.sh
-source ./env.sh
-[[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
-if [[ ${1:-} == --submit ]]; then (( $# == 1 )) || die "--submit takes no options: put them into ARGS"
-    read -ra resources <<< "${DLRM_QSUB:?3_train.sh: set DLRM_QSUB in site.sh, e.g. \"-A PROJECT -q debug -l select=1\"}"
+die() {
+    say "$@" >&2
+    exit 2
+}
+
+print_help() { sed -n '/^# Train/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+# Paths go into logs, traces and reports, which are text of one line each.
+check_path() {    # check_path NAME: the variable's value is UTF-8 without control characters
+    local value=${!1:-}
+    if ! printf %s "$value" | iconv -f UTF-8 -t UTF-8 > /dev/null 2>&1; then
+        die "$1=$(printf %q "$value") is not UTF-8: name another folder"
+    fi
+    if [[ $value == *[[:cntrl:]]* ]]; then
+        die "$1=$(printf %q "$value") has a control character in its name: name another folder"
+    fi
+}
+
+# PBS copies this script into its spool and starts it in $HOME.
+find_project() {    # sets `here`
+    [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || cd "$PBS_O_WORKDIR"
+    here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+    [[ -e $here/launcher.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
+    here=$(realpath -m -- "${WORKDIR:-$here}")
+    [[ ! -e $here/launcher.sh ]] || return 0
+    [[ -z ${WORKDIR:-} ]] || die "WORKDIR=$here is not the project's folder: it has no launcher.sh"
+    die "$here is not the project's folder, it has no launcher.sh: name the folder by WORKDIR"
+}
+
+choose_program() {    # sets `program`, `options`, `flags`
+    case ${MODEL:-dlrm} in
+        dlrm)
+            program=dlrm.train
+            options=(--evaluate_on_epoch_end --evaluate_on_training_end --in_memory_binary_criteo_path)
+            flags=(batch_size embedding_dim epochs learning_rate)
+            ;;
+        bert4rec)
+            program=dlrm.bert4rec
+            options=(--dataset_path)
+            flags=(train_batch_size emb_dim num_epochs lr)
+            ;;
+        *) die "MODEL=$(printf %q "$MODEL"): wanted dlrm or bert4rec" ;;
+    esac
+}
+
+resolve_paths() {    # relative paths count from where the user called; sets `results`, `resume`
+    local name
+    for name in DATASET_DIR RESUME; do
+        [[ -z ${!name:-} || -d ${!name} ]] || die "$name=${!name} is not a folder"
+    done
+    [[ -z ${DATASET_DIR:-} ]] || DATASET_DIR=$(realpath -- "$DATASET_DIR")
+    results=$(realpath -m -- "${RESULTS:-$here/results}")
+    resume=${RESUME:+$(realpath -- "$RESUME")}
+}
+
+submit() {
+    local resources
+    [[ -n ${DLRM_QSUB:-} ]] || die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1"'
+    read -ra resources <<< "$DLRM_QSUB"
+    # -V and not -v: a comma inside a value would end it there
     WORKDIR=$here RESULTS=$results exec qsub -V "${resources[@]}" "$here/3_train.sh"
-fi
+}
 
-options=("${options[@]}" "${DATASET_DIR:-$here/data/toy/npy}")
-if [[ -z ${DATASET_DIR:-} && $program == dlrm.bert4rec ]]; then
-    say "no DATASET_DIR: the demo, on walks whose best guess is known"
-    export NPROC=${NPROC:-2}
-    options=(--preset toy --cache_dir "$here/data/bert4rec")
-elif [[ -z ${DATASET_DIR:-} ]]; then    # the demo walks the same road as real data
-    say "no DATASET_DIR: the demo, on toy data"
-    toy=$here/data/toy
-    if [[ ! -e $toy/npy/meta.json ]]; then
-        [[ -e $toy/raw/day_0 ]] || python -m dlrm.prep toy "$toy/raw" --one_file
-        ./1_split_dataset.sh "$toy/raw" "$toy/split" 20000
-        DATASET_DIR=$toy/split OUTPUT_DIR=$toy/npy ARGS='' ./2_preprocess_dataset.sh
+# Where the demo's data lie: in the project, or beside the runs where the project cannot be written.
+find_demo_data() {    # find_demo_data NAME: prints the folder
+    local own=$here/data
+    if [[ -e $own/$1/npy/meta.json || -w $own || ( ! -e $own && -w $here ) ]]; then
+        echo "$own/$1"
+    else
+        echo "$results/data/$1"
+    fi
+}
+
+make_toy_data() (    # make_toy_data FOLDER, the same way that real data go
+    [[ ! -e $1/npy/meta.json ]] || exit 0
+    mkdir -p -- "${1%/*}"
+    # A subshell holds the lock, so that neither the ranks nor anything they leave behind inherit it.
+    exec 8> "$1.lock"
+    flock -n 8 || { say "another demo is making the toy data, waiting for it"; flock 8; }
+    [[ ! -e $1/npy/meta.json ]] || exit 0
+    [[ -e $1/raw/day_0 ]] || python -m dlrm.prep toy "$1/raw" --one_file
+    ./1_split_dataset.sh "$1/raw" "$1/split" 20000
+    DATASET_DIR=$1/split OUTPUT_DIR=$1/npy ARGS='' ./2_preprocess_dataset.sh
+)
+
+choose_data() {    # appends to `options`
+    local toy
+    if [[ -n ${DATASET_DIR:-} ]]; then
+        options+=("$DATASET_DIR")
+        return
     fi
     export NPROC=${NPROC:-2}
-    options+=(--preset toy)
-fi
-for name in BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE; do
-    [[ -z ${!name:-} ]] || options+=("--${flags[0]}" "${!name}")
-    flags=("${flags[@]:1}")
-done    # dot products need the dense tower to end as wide as the tables; ARGS may still say otherwise
-[[ -z ${EMBEDDING_DIM:-} || $program != dlrm.train ]] || options+=(--dense_arch_layer_sizes "512,256,$EMBEDDING_DIM")
-[[ ${TRACE:-yes} == no ]] || options+=(--trace)
-mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}"); wait "$!" || die "ARGS=$ARGS: is a quote left open?"
+    if [[ $program == dlrm.bert4rec ]]; then
+        say "no DATASET_DIR: the demo, on walks whose best guess is known"
+        options=(--preset toy --cache_dir "$(find_demo_data bert4rec)")
+        return
+    fi
+    say "no DATASET_DIR: the demo, on toy data"
+    toy=$(find_demo_data toy)
+    make_toy_data "$toy"
+    options+=("$toy/npy" --preset toy)
+}
 
-# The run folder: a job that is run again finds its own.
-run=${run:-$results/${PBS_JOBID:-$(date +%Y%m%d-%H%M%S)}}
-[[ -z ${RESUME:-} || -d $run/checkpoints || "${more[*]} $*" == *--checkpoint_dir* ]] || die "RESUME=$run has no checkpoints to go on from"
-[[ -n ${RESUME:-${PBS_JOBID:-}} || ! -e $run ]] || run=$run-$$
-python -m "$program" "${options[@]}" "${more[@]}" "$@" --output_dir "$run" --check_options || exit
-[[ " ${more[*]} $* " != *" "@(--check_options|--help|-h)" "* ]] || exit 0
-made=''; [[ -d $run ]] || { mkdir -p -- "$run"; made=1; }
-exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1; logger=$!    # what is said while stopping is kept, too
-{
-    while IFS='=' read -r -d '' name value; do
-        [[ ${name^^} =~ TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE ]] && continue
-        echo "$name=${value@Q}"
-    done < <(env -0 | sort -z) | sed -E 's#(://)[^/@]*@#\1***@#g'
-} > "$run/env.txt"
-{ nvidia-smi -L && nvidia-smi; } > "$run/gpu.txt" 2> /dev/null || echo "no NVIDIA GPU on $(hostname)" > "$run/gpu.txt"
+choose_options() {    # choose_options OPTION...: the variables', then ARGS', then the command line's
+    local name number=0 more
+    for name in BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE; do
+        [[ -z ${!name:-} ]] || options+=("--${flags[number]}" "${!name}")
+        number=$(( number + 1 ))
+    done
+    # dot products need the dense tower to end as wide as the tables; ARGS may still say otherwise
+    if [[ -n ${EMBEDDING_DIM:-} && $program == dlrm.train ]]; then
+        options+=(--dense_arch_layer_sizes "512,256,$EMBEDDING_DIM")
+    fi
+    [[ ${TRACE:-yes} == no ]] || options+=(--trace)
+    mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}" 2> /dev/null)
+    wait "$!" || die "ARGS=$(printf %q "$ARGS"): is a quote left open?"
+    options+=("${more[@]}" "$@")
+}
 
-say "training, run folder $run"
-./launcher.sh python -m "$program" "${options[@]}" "${more[@]}" "$@" --output_dir "$run" < /dev/null &
-ranks=$! stopped='' code=0
-trap 'signalled=1 stopped=1; kill -TERM "$ranks" 2> /dev/null || true' INT TERM
-while :; do
-    signalled='' status=0; wait "$ranks" || status=$?
-    (( status == 127 )) || code=$status    # 127: it ended while we were told to stop
-    [[ -n $signalled ]] || break
-done
-(( code == 0 )) || say "training ended with exit code $code"
-[[ $code == [02] || ! -d $run/checkpoints ]] || say "to go on from the newest checkpoint: RESUME=${run@Q} and the same command"
+has_option() { [[ " ${options[*]} " == *" $1"[\ =]* ]]; }
 
-# Code 2 before the first step, a mistake: nothing has happened. A stopped job has seconds left: its traces can wait.
-[[ -z $made || $code != 2 || -s $run/metrics.jsonl ]] || rm -rf -- "$run"
-if [[ -d $run/trace && -z $stopped && ( $code != 2 || -s $run/metrics.jsonl ) ]]; then
+name_run() {    # sets `run`, the folder that this run would get
+    local answer
+    mapfile -d '' -t answer < <(python -m dlrm.runfolder name "$results" ${resume:+--resume "$resume"})
+    wait "$!" || exit 2
+    run=${answer[0]}
+}
+
+make_run() {    # sets `run`, and `made`: what proves that it was made here, or nothing
+    local answer
+    mapfile -d '' -t answer < <(python -m dlrm.runfolder make "$results" ${resume:+--resume "$resume"})
+    wait "$!" || exit 2
+    run=${answer[0]}
+    made=${answer[1]}
+}
+
+check_options() {    # a mistake ends here, before anything is made
+    if [[ -n $resume && ! -d $run/checkpoints ]] && ! has_option --checkpoint_dir; then
+        die "RESUME=$run has no checkpoints to go on from"
+    fi
+    python -m "$program" "${options[@]}" --output_dir "$run" --check_options || exit
+    local word
+    for word in --check_options --help -h; do
+        ! has_option "$word" || exit 0
+    done
+}
+
+start_log() {    # what is printed from here on also goes into the run folder; sets `logger`
+    # Not ended by a signal to the whole session: what is said while stopping is kept, too.
+    exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1
+    logger=$!
+}
+
+train() {    # sets `code`, and `stopped` after a signal
+    local ranks signalled status
+    stopped=''
+    code=0
+    ./launcher.sh python -m "$program" "${options[@]}" --output_dir "$run" < /dev/null &
+    ranks=$!
+    trap 'signalled=1 stopped=1; kill -TERM "$ranks" 2> /dev/null || true' INT TERM
+    while :; do
+        signalled=''
+        status=0
+        wait "$ranks" || status=$?
+        (( status == 127 )) || code=$status    # 127: it ended while a signal was handled
+        [[ -n $signalled ]] || break
+    done
+    (( code == 0 )) || say "training ended with exit code $code"
+    if [[ $code != [02] && -d $run/checkpoints ]]; then
+        say "to go on from the newest checkpoint: RESUME=${run@Q} and the same command"
+    fi
+}
+
+has_trained() { [[ $code != 2 || -s $run/metrics.jsonl ]]; }
+
+analyse() {
+    local step words
     for step in "perfetto" "perfetto --posix" "check" "report"; do
         say "analysis $step"
         read -ra words <<< "$step"
-        python -m analysis "${words[@]}" "$run" || say "that failed; the traces are in $run/trace, try again: python -m analysis $step ${run@Q}"
+        python -m analysis "${words[@]}" "$run" \
+            || say "that failed; the traces are in $run/trace, try again: python -m analysis $step ${run@Q}"
     done
-fi
-[[ ! -d $run ]] || say "results: $run"
-[[ ! -e $run/report.html ]] || say "report:  $run/report.html (open it in a browser)"
-for file in "$run"/*.pftrace; do [[ ! -e $file ]] || say "trace:   $file"; done
-[[ ! -e ${file:-} ]] || say "to see a trace: drop it on https://ui.perfetto.dev, or source env.sh && python -m analysis view $(printf %q "$run")"
-exec >&- 2>&-; wait "$logger" || true; exit "$code"
+}
+
+list_results() {
+    local file found=''
+    [[ ! -d $run ]] || say "results: $run"
+    [[ ! -e $run/report.html ]] || say "report:  $run/report.html (open it in a browser)"
+    for file in "$run"/*.pftrace; do
+        [[ -e $file ]] || continue
+        found=1
+        say "trace:   $file"
+    done
+    [[ -z $found ]] || say "to see a trace: drop it on https://ui.perfetto.dev," \
+        "or source env.sh && python -m analysis view $(printf %q "$run")"
+}
+
+main() {
+    case ${1:-} in
+        -h | --help)
+            print_help
+            exit
+            ;;
+    esac
+    local name
+    for name in WORKDIR DATASET_DIR RESULTS RESUME; do check_path "$name"; done
+    find_project
+    choose_program
+    resolve_paths
+    cd "$here"
+    if [[ ${1:-} == --submit ]]; then
+        (( $# == 1 )) || die "--submit takes no options: put them into ARGS"
+        ./0_setup_env.sh >&2    # stdout is the job id alone
+    else
+        ./0_setup_env.sh
+    fi
+    source ./env.sh
+    [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
+    [[ ${1:-} != --submit ]] || submit
+
+    name_run
+    choose_data
+    choose_options "$@"
+    check_options
+    make_run
+    start_log
+    say "training, run folder $run"
+    train
+    # Code 2 before the first step is a mistake in the options that only the ranks could see: nothing to keep.
+    if [[ -n $made ]] && ! has_trained; then python -m dlrm.runfolder discard "$run" "$made" || true; fi
+    # A stopped job has seconds left: its traces can wait.
+    if [[ -d $run/trace && -z $stopped ]] && has_trained; then analyse; fi
+    list_results
+    exec >&- 2>&-
+    wait "$logger" || true
+    exit "$code"
+}
+
+main "$@"

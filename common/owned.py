@@ -126,6 +126,20 @@ def _remove_files(folder: Path, below: str, files: re.Pattern[str], device: int)
     return left
 
 
+def remove_made_folder(folder: Path, identity: str, files: re.Pattern[str]) -> list[Path]:
+    """Remove a folder that the caller has made a moment ago, as its device and inode (`DEVICE:INODE`) prove,
+    and of its contents only files that `files` matches; returns what was left because it is not ours.
+    """
+    with os_errors_as_user_errors(folder):
+        status = os.lstat(folder)
+        if not stat.S_ISDIR(status.st_mode) or f"{status.st_dev}:{status.st_ino}" != identity:
+            return [folder]
+        left = _remove_files(folder, "", files, status.st_dev)
+        if not left:
+            os.rmdir(folder)
+    return left
+
+
 # --- results in a folder of the user's
 
 
@@ -274,10 +288,10 @@ def _refuse_linked_folders(folder: Path, name: str) -> None:
 
 @contextmanager
 def write_file(
-    path: Path, is_own: Callable[[Path], bool] = lambda _: False, option: str = ""
+    path: Path, is_own: Callable[[Path], bool] = lambda _: False, option: str = "", mode: int = 0o666
 ) -> Iterator[Path]:
     """A new file to be filled, which becomes `path` at the end of the block. `is_own`: may an existing file
-    be replaced? `option` (e.g. "-o") opens the message.
+    be replaced? `option` (e.g. "-o") opens the message. `mode`: who may read it, less the umask.
     """
     named = f"{option} {printable(path)}".lstrip()
     if os.path.lexists(path):
@@ -287,7 +301,7 @@ def write_file(
             raise UserError(f"{named}: is there and was not made by this command; remove it or name another")
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     with os_errors_as_user_errors(path):
-        _write_new(partial, b"", mode=0o666)
+        _write_new(partial, b"", mode=mode)
     try:
         yield partial
         with os_errors_as_user_errors(path):

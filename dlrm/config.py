@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from dlrm.environment import mask_secrets
 from dlrm.errors import UserError
 
 C = TypeVar("C")
@@ -314,5 +315,16 @@ def _parse(
 
 
 def dump(config: Any, path: str | os.PathLike[str], launch: Mapping[str, Any]) -> None:
-    text = json.dumps({**asdict(config), "launch": dict(launch)}, indent=1)
+    text = json.dumps(_mask({**asdict(config), "launch": dict(launch)}), indent=1)
     Path(path).write_text(text + "\n")
+
+
+def _mask(value: Any) -> Any:
+    """The same without what looks like a password or a key in a path or an address."""
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, dict):
+        return {name: _mask(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mask(each) for each in value]
+    return value

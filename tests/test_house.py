@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "common": [["errors"], ["inputs", "lock"], ["owned"]],
     "dlrm": [
-        ["errors", "ranks", "segments", "later"],
-        ["exchange", "criteo", "config", "presets", "trace", "signals", "walltime"],
+        ["errors", "ranks", "segments", "later", "environment"],
+        ["exchange", "criteo", "config", "presets", "trace", "signals", "walltime", "runfolder"],
         ["bert_config"],
         ["entry"],
         ["watch"],

@@ -1,0 +1,125 @@
+"""The environment of a run as it is recorded: variables on a list with their values, all others by name.
+
+In: the process's environment. Out: the text of RUN/env.txt, and `mask_secrets` for any text that is
+recorded. A list of what is kept, and not of what is left out: nobody can list the names of all secrets.
+"""
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from common.errors import printable
+
+HEADER = "# The environment of this run, written by dlrm-io. Values: see DLRM_ENV_KEEP in README.md."
+NOT_RECORDED = "<not recorded>"
+MASK = "***"
+
+KEEP = """
+PATH LD_LIBRARY_PATH LD_PRELOAD LIBRARY_PATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHON*
+HOME HOSTNAME HOST USER LOGNAME SHELL PWD TMPDIR LANG LANGUAGE LC_* TZ TERM
+LOADEDMODULES _LMFILES_ MODULEPATH PE_ENV CRAY_* CRAYPE_* GLIBC_TUNABLES MALLOC_*
+http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY
+PBS_* SLURM_* SLURMD_* PMI PMI_* PMI2_* PMIX_* PALS_* MPI_* MPIR_* MPICH_* I_MPI_* OMPI_* HYDRA_* HYDI_*
+CUDA* NCCL_* NVIDIA_* FI_* UCX_* GLOO_* TP_* OMP_* MKL_* KMP_* OPENBLAS_* GOMP_* TBB_*
+TORCH_* PYTORCH_* TORCHELASTIC_* TORCHINDUCTOR_* FBGEMM_* NUMBA_* NUMEXPR_* POLARS_* ARROW_*
+THP_MEM_ALLOC_ENABLE RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT
+DFTRACER_* DLRM_* MPIEXEC NPROC DRY_RUN MODEL DATASET_DIR OUTPUT_DIR WORKDIR RESULTS RESUME
+BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE ARGS TRACE
+""".split()  # noqa: SIM905
+
+# Schedulers and MPIs that repeat other variables, with their values, inside one of their own.
+LEAVE_OUT = """
+SLURM_EXPORT_ENV SLURM_SPANK_* SLURM_COMMENT OMPI_*_ENV_LIST OMPI_*ENV_LIST* *_EXPORT *_EXPORT_ENV
+HYDRA_ENV* PMIX_*ENV_LIST* PRTE_*ENV_LIST*
+""".split()  # noqa: SIM905
+
+# Names that are never kept by a pattern; DLRM_ENV_KEEP may still give one of them in full.
+_SECRET_NAME = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|PASSCODE|CREDENTIAL|COOKIE|AUTH|JWT|BEARER|WEBHOOK|SIGNATURE|PRIVATE|APIKEY"
+    r"|(?:^|_)(?:KEY|KEYS|PASS|PWD|PW|PAT|SAS|SIG|CREDS?|API|CERT|SESSION|DSN|PIN|OTP|SALT)(?:_|\d*$)",
+    re.IGNORECASE,
+)
+_WORD = (
+    r"(?:pass(?:w|code|phrase)?|pwd|secret|token|credential|creds?\b|auth|jwt|bearer|cookie|sig\b|signature|"
+    r"key|sas\b|session|webhook|dsn|pin\b|otp)"
+)
+# What follows is masked to the value's end: where a secret ends cannot be known. Group 1 stays.
+_MASKS = [
+    re.compile(pattern, re.IGNORECASE | re.DOTALL)
+    for pattern in (
+        r"()-----BEGIN.*",
+        r"(hooks\.slack\.com/|/webhooks?/).*",
+        r"(\b(?:bearer|basic|digest|negotiate)\s+)\S.*",
+        rf"({_WORD}[\w.%-]{{0,64}}[\"']?\s*(?:=|%3D|:=)).*",
+        rf"((?:^|(?<=[\s\"'{{,;]))[\w.-]{{0,64}}{_WORD}[\w.-]{{0,64}}[\"']?\s*:).*",
+        rf"((?:^|(?<=\s))--?[\w-]{{0,64}}{_WORD}[\w-]{{0,64}}\s+)\S.*",
+        r"()\b(?:gh[pousr]_|github_pat_|glpat-|hf_|sk-|xox[a-z]-|eyJ|pypi-|npm_|dop_v1_)[\w.-]{8,}",
+        r"()\b(?:AKIA|ASIA|AIza)[\w-]{12,}",
+    )
+]
+# What ends before the last @: user:password, token, with a scheme or without; a password may hold / and @.
+_USER = re.compile(r"://|(?:^|(?<=[\s\"'=,;]))(?=[^\s/:\"'=,;]+:(?!//))")
+_ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=")
+
+
+def is_kept(name: str, more: str = "") -> bool:
+    """Whether the value of this variable is recorded. `more`: DLRM_ENV_KEEP, names and patterns."""
+    if name in more.split():
+        return True
+    if name in KEEP:
+        return True
+    if _SECRET_NAME.search(name) or _matches(name.upper(), LEAVE_OUT):
+        return False
+    return _matches(name, [*KEEP, *more.split()])
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def mask_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """The same text without what looks like a secret, and without the value of any variable of
+    `environment` (default: this process's) whose name says that it is one. Rather too much than too little.
+    """
+    environment = os.environ if environment is None else environment
+    for name, value in environment.items():
+        if len(value) >= 6 and value in text and name not in KEEP and _SECRET_NAME.search(name):
+            text = text.replace(value, MASK)
+    spans = [(found.end(1), found.end()) for pattern in _MASKS for found in pattern.finditer(text)]
+    at = text.rfind("@")
+    if at > 0 and (found := _USER.search(text, 0, at)):
+        spans.append((found.end(), at))
+    done, parts = 0, []
+    for start, end in sorted(spans):
+        if start >= done:
+            parts += [text[done:start], MASK]
+        done = max(done, end)
+    return "".join(parts) + text[done:]
+
+
+def _mask_assignments(text: str, more: str, environment: Mapping[str, str]) -> str:
+    """`-v NAME=value`, `--env NAME=value`: other variables inside a value follow the list, too."""
+    for found in _ASSIGNMENT.finditer(text):
+        name = found[1]
+        if (name.isupper() or name in environment) and not is_kept(name, more):
+            return text[: found.end()] + MASK
+    return text
+
+
+def describe_environment(environment: Mapping[str, str]) -> str:
+    """One line per variable, in a form that a shell reads; what is not on the list by name alone."""
+    more = environment.get("DLRM_ENV_KEEP", "")
+    lines = [HEADER]
+    for name in sorted(environment):
+        value = environment[name]
+        if not is_kept(name, more) or "\n" in value or "\r" in value:
+            lines.append(f"{printable(name)}={NOT_RECORDED}")
+            continue
+        value = mask_secrets(_mask_assignments(value, more, environment), environment)
+        lines.append(f"{printable(name)}={_quote(printable(value))}")
+    return "\n".join(lines) + "\n"
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
