@@ -117,12 +117,11 @@ choose_python() {    # sets python
 
 # An environment is used, and removed for another variant, only if this script made it.
 check_venv() {
-    local path name
-    path=$(realpath -m -- "$venv")
-    [[ -e $path ]] || return 0
-    [[ -d $path ]] || die "$venv is not a folder: name another by DLRM_VENV"
-    [[ -n $(ls -A -- "$path") ]] || return 0
-    [[ -f $path/dlrm-io.made || -f $path/dlrm-io.choices ]] \
+    local name
+    [[ -e $venv ]] || return 0
+    [[ -d $venv ]] || die "$venv is not a folder: name another by DLRM_VENV"
+    [[ -n $(ls -A -- "$venv") ]] || return 0
+    [[ -f $venv/dlrm-io.made || -f $venv/dlrm-io.choices ]] \
         || die "$venv was not made by this script: move it away, or name another folder by DLRM_VENV"
     while IFS= read -r -d '' name; do
         case ${name##*/} in
@@ -131,25 +130,24 @@ check_venv() {
             dlrm-io.stamp | dlrm-io.stamp--dev) ;;
             *) die "$venv holds something that is not this script's, $(printf %q "${name##*/}"): move it away" ;;
         esac
-    done < <(find "$path" -mindepth 1 -maxdepth 1 -print0)
+    done < <(find "$venv" -mindepth 1 -maxdepth 1 -print0)
 }
 
 remove_venv() {    # only what check_venv has looked at
-    local path
-    path=$(realpath -m -- "$venv")
-    [[ -d $path && -n $(ls -A -- "$path") ]] || return 0
-    [[ -O $path ]] || die "$venv belongs to another user"
+    [[ -d $venv && -n $(ls -A -- "$venv") ]] || return 0
+    [[ -O $venv ]] || die "$venv belongs to another user"
     # Renamed first: an interruption leaves no half of an environment under the old name.
-    mv -T -- "$path" "$path.old.$$"
-    rm -rf -- "$path.old.$$"
+    mv -T -- "$venv" "$venv.old.$$"
+    rm -rf -- "$venv.old.$$"
 }
 
-make_venv() {
-    mkdir -p -- "$(realpath -m -- "$venv")"
+mark_venv() {
+    mkdir -p -- "$venv" 2> /dev/null || die "$venv cannot be made: name another folder by DLRM_VENV"
     echo "made by 0_setup_env.sh of dlrm-io" > "$venv/dlrm-io.made"
     write_choices
-    "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null
 }
+
+make_venv() { "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null; }
 
 # Debian keeps venv in a package of its own, which a fresh machine or container lacks.
 install_venv_package() {
@@ -161,13 +159,13 @@ prepare_venv() {
     check_venv
     if "$venv/bin/python" -m pip --version > /dev/null 2>&1 \
         && [[ ${was_variant:-$variant} == "$variant" && ${was_python:-$python} == "$python" ]]; then
-        echo "made by 0_setup_env.sh of dlrm-io" > "$venv/dlrm-io.made"
-        write_choices
+        mark_venv
         return
     fi
     [[ $variant != cpu ]] || size="3 to 6"
     say "making $venv, $variant variant ($size GB), with $("$python" -V)"
     remove_venv
+    mark_venv
     make_venv || { install_venv_package && make_venv; } || die "$python cannot make an environment:" \
         "install its venv module (Debian: apt-get install python3-venv) or name another Python with PYTHON=..."
 }
@@ -344,6 +342,8 @@ main() {
         *) die "unknown option $1; see --help" ;;
     esac
     venv=${DLRM_VENV:-$root/.venv}
+    [[ $venv != *[[:cntrl:]]* ]] || die "DLRM_VENV=$(printf %q "$venv") has a control character in its name"
+    venv=$(realpath -m -- "$venv")    # Python makes no environment through a link
     site=plain
     [[ ! -d /soft/modulefiles || ! -d /opt/cray ]] || site=polaris
     lock_setup

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def test_env_sh_can_be_sourced_twice_from_anywhere() -> None:
         (["--fast"], {}, "unknown option --fast"),
         ([], {"DLRM_VARIANT": "tpu"}, "DLRM_VARIANT=tpu: wanted cpu or cuda"),
         ([], {"PYTHON": "/no/python"}, "PYTHON=/no/python is not a Python 3.10 to 3.13"),
+        ([], {"DLRM_MPI": "mpich"}, "DLRM_MPI=mpich: wanted site or pypi"),
+        ([], {"DLRM_HASHES": "0"}, "DLRM_HASHES=0: wanted yes or no"),
     ],
 )
 def test_mistakes(copy: Path, words: list[str], more: dict[str, str], says: str) -> None:
@@ -89,12 +92,111 @@ def test_a_python_that_cannot_make_environments(copy: Path, tmp_path: Path) -> N
 
 
 def test_a_package_that_cannot_be_had(copy: Path) -> None:
-    (copy / "requirements/cpu.txt").write_text("dlrm-io-no-such-package==1\n")
-    (copy / "requirements/base.txt").write_text("")
-    done = setup(copy, DLRM_VARIANT="cpu", PIP_NO_INDEX="1")
+    (copy / "requirements/build.txt").write_text("dlrm-io-no-such-package==1\n")
+    done = setup(copy, DLRM_VARIANT="cpu", PIP_NO_INDEX="1", DLRM_HASHES="no")
     assert done.returncode == 1 and "dlrm-io-no-such-package" in done.stderr
+    assert "DLRM_HASHES=no: packages are installed WITHOUT" in done.stderr
     assert "failed; the reason is above" in done.stderr.splitlines()[-1]
     assert not (copy / "env.sh").exists() and not list((copy / ".venv").glob("dlrm-io.stamp*"))
+
+
+def choices(venv: Path) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in (venv / "dlrm-io.choices").read_text().splitlines())
+
+
+def test_choices_outlive_setups_that_were_interrupted(copy: Path) -> None:
+    """A login node has no GPU: what was chosen there with care must not be guessed anew."""
+    more = {"PIP_NO_INDEX": "1"}  # the setup ends at its first package
+    assert setup(copy, DLRM_VARIANT="cuda", DLRM_MPI="pypi", **more).returncode == 1
+    made = choices(copy / ".venv")
+    assert made["was_variant"] == "cuda" and made["was_mpi"] == "pypi" and made["was_hashes"] == "yes"
+    for _ in range(2):
+        done = setup(copy, **more)
+        assert done.returncode == 1 and "making" not in done.stdout
+        assert choices(copy / ".venv") == made
+    (copy / ".venv" / "of the old variant").symlink_to("x")
+    (copy / ".venv" / "of the old variant").rename(copy / ".venv" / "lib" / "old")
+    assert setup(copy, DLRM_VARIANT="cpu", DLRM_HASHES="no", **more).returncode == 1
+    assert choices(copy / ".venv") == made | {"was_variant": "cpu", "was_hashes": "no"}
+    assert not os.path.lexists(copy / ".venv" / "lib" / "old") and not list(copy.glob(".venv.*"))
+
+
+def test_a_wrong_hash_is_refused(copy: Path) -> None:
+    """A package of the right name and version that is another file than the one that was locked."""
+    wheel = copy / "wheels" / "setuptools-84.2.1-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as file:
+        info = "setuptools-84.2.1.dist-info"
+        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: setuptools\nVersion: 84.2.1\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    done = setup(copy, PIP_NO_INDEX="1", PIP_FIND_LINKS=wheel.parent.as_uri(), DLRM_VARIANT="cpu")
+    assert done.returncode == 1 and "DO NOT MATCH THE HASHES" in done.stderr
+    assert "DLRM_HASHES=no" in done.stderr.splitlines()[-1]
+
+
+def test_pins_without_their_hashes_are_refused(copy: Path) -> None:
+    with open(copy / "requirements/base.txt", "a") as file:
+        file.write("some-package==1\n")
+    done = setup(copy, DLRM_VARIANT="cpu")
+    assert done.returncode == 2 and "python requirements/lock.py base" in done.stdout
+
+
+def test_every_pin_has_its_hashes() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "requirements" / "lock.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    for path in (ROOT / "requirements" / "locked").iterdir():
+        assert "://" not in path.read_text(), f"{path}: an address of an index"
+
+
+def foreign(folder: Path) -> None:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "mine").write_text("x")
+    (folder / "thesis.txt").write_text("x")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["files", "venv", "marked", "link", "file", "inside"])
+def test_only_an_environment_of_this_setup_is_used_or_removed(copy: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "mine"
+    venv = folder
+    if kind != "file":
+        foreign(folder)
+    if kind == "file":
+        folder.write_text("x")
+    elif kind == "venv":
+        (folder / "pyvenv.cfg").write_text("")
+    elif kind == "marked":  # an own environment that somebody has put files into
+        (folder / "pyvenv.cfg").write_text("")
+        (folder / "dlrm-io.made").write_text("")
+        (folder / "dlrm-io.choices").write_text("was_variant=cuda\n")
+    elif kind == "link":
+        venv = tmp_path / "link"
+        venv.symlink_to(folder)
+    elif kind == "inside":
+        venv = folder / "bin" / "mine" / "venv"
+    before = files(tmp_path)
+    done = setup(copy, DLRM_VENV=str(venv), DLRM_VARIANT="cpu", PIP_NO_INDEX="1")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert str(venv.resolve()) in done.stderr
+    after = files(tmp_path)
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_an_environment_behind_a_link_is_made_anew_there(copy: Path, tmp_path: Path) -> None:
+    """As where the home folder is small and .venv is a link to scratch."""
+    (tmp_path / "scratch").mkdir()
+    (copy / ".venv").symlink_to(tmp_path / "scratch" / "venv")
+    assert setup(copy, DLRM_VARIANT="cpu", PIP_NO_INDEX="1").returncode == 1
+    assert choices(tmp_path / "scratch" / "venv")["was_variant"] == "cpu"
+    assert setup(copy, DLRM_VARIANT="cuda", PIP_NO_INDEX="1").returncode == 1
+    assert choices(tmp_path / "scratch" / "venv")["was_variant"] == "cuda"
+    assert (copy / ".venv").is_symlink() and os.listdir(tmp_path / "scratch") == ["venv"]
 
 
 @pytest.mark.parametrize(
