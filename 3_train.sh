@@ -125,8 +125,13 @@ choose_data() {    # appends to `options`
     options+=("$toy/npy" --preset toy)
 }
 
+split_args() {    # sets `more`
+    mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}" 2> /dev/null)
+    wait "$!" || die "ARGS=$(printf %q "$ARGS"): is a quote left open?"
+}
+
 choose_options() {    # choose_options OPTION...: the variables', then ARGS', then the command line's
-    local name number=0 more
+    local name number=0
     for name in BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE; do
         [[ -z ${!name:-} ]] || options+=("--${flags[number]}" "${!name}")
         number=$(( number + 1 ))
@@ -136,8 +141,6 @@ choose_options() {    # choose_options OPTION...: the variables', then ARGS', th
         options+=(--dense_arch_layer_sizes "512,256,$EMBEDDING_DIM")
     fi
     [[ ${TRACE:-yes} == no ]] || options+=(--trace)
-    mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}" 2> /dev/null)
-    wait "$!" || die "ARGS=$(printf %q "$ARGS"): is a quote left open?"
     options+=("${more[@]}" "$@")
 }
 
@@ -229,6 +232,7 @@ main() {
     esac
     local name
     for name in WORKDIR DATASET_DIR RESULTS RESUME; do check_path "$name"; done
+    split_args
     find_project
     choose_program
     resolve_paths

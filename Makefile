@@ -1,5 +1,5 @@
 # The commands of a working day.
-.PHONY: setup test lint format check
+.PHONY: setup test lint format check lock audit
 
 setup:     # the environment with what the tests need
 	./0_setup_env.sh --dev
@@ -12,5 +12,11 @@ lint:      # ruff, pyright, shellcheck
 
 format:    # what ruff can put right by itself
 	bash -c 'source ./env.sh && ruff check --fix . && ruff format .'
+
+lock:      # the hashes of the pins, after a change in requirements/*.txt
+	bash -c 'source ./env.sh && python requirements/lock.py'
+
+audit:     # are security advisories known for pinned versions? (skipped without a network)
+	bash -c 'source ./env.sh && python requirements/audit.py'
 
 check: lint test

@@ -99,6 +99,18 @@ def test_the_group_can_read(finished: tuple[Path, str]) -> None:
         ("3_train.sh", {"DATASET_DIR": "/no/such"}, "DATASET_DIR=/no/such is not a folder"),
         ("3_train.sh", {"WORKDIR": "/no/such"}, "WORKDIR=/no/such is not the project's folder"),
         ("3_train.sh", {"MODEL": "gpt"}, "MODEL=gpt"),
+        ("3_train.sh", {"MODEL": "a\nb"}, "MODEL=$'a\\nb'"),
+        ("3_train.sh", {"ARGS": "--seed '1"}, "ARGS=--seed\\ \\'1: is a quote left open?"),
+        ("3_train.sh", {"ARGS": "--seed 'a\nb"}, "is a quote left open?"),
+        ("3_train.sh", {"DATASET_DIR": "a\nb"}, "DATASET_DIR=$'a\\nb' has a control character"),
+        ("3_train.sh", {"RESULTS": "a\n"}, "RESULTS=$'a\\n' has a control character"),
+        ("3_train.sh", {"RESUME": "a\tb"}, "RESUME=$'a\\tb' has a control character"),
+        ("3_train.sh", {"RESULTS": "\udcff"}, "RESULTS=$'\\377' is not UTF-8"),
+        ("3_train.sh", {"DATASET_DIR": "/a/\udcff"}, "DATASET_DIR=$'/a/\\377' is not UTF-8"),
+        ("2_preprocess_dataset.sh", {"DATASET_DIR": "a\nb"}, "DATASET_DIR=$'a\\nb' has a control character"),
+        ("2_preprocess_dataset.sh", {"OUTPUT_DIR": "\udcff"}, "OUTPUT_DIR=$'\\377' is not UTF-8"),
+        ("2_preprocess_dataset.sh", {"DATASET_DIR": "/", "ARGS": '"'}, "is a quote left open?"),
+        ("2_preprocess_dataset.sh", {"WORKDIR": "/no/such"}, "WORKDIR=/no/such is not the project's folder"),
         ("2_preprocess_dataset.sh", {}, "DATASET_DIR is not set"),
         ("2_preprocess_dataset.sh", {"DATASET_DIR": "/no/such"}, "DATASET_DIR=/no/such is not a folder"),
     ],
@@ -144,6 +156,7 @@ def test_a_mistake_leaves_no_run_folder(
 def test_submit_hands_everything_to_qsub(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "qsub").write_text(
         '#!/bin/bash\nprintf "%s\\n" "$@" > "$OUT"; echo "$WORKDIR|$DATASET_DIR|$ARGS" >> "$OUT"\n'
+        "echo 17.pbs\n"
     )
     (tmp_path / "qsub").chmod(0o755)
     (tmp_path / "site.sh").write_text('export DLRM_QSUB="-A mine -l select=2"\n')
@@ -152,9 +165,19 @@ def test_submit_hands_everything_to_qsub(toy: Path, tmp_path: Path) -> None:
         OUT=tmp_path / "out", PATH=f"{tmp_path}:{os.environ['PATH']}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stdout == "17.pbs\n"  # what a script that submits another one after it needs
     assert (tmp_path / "out").read_text().splitlines() == [
         "-V", "-A", "mine", "-l", "select=2", f"{ROOT}/3_train.sh", f"{ROOT}|{toy}|--a 1,2"
     ]  # fmt: skip
+
+
+def test_without_workdir_the_folder_is_named(tmp_path: Path) -> None:
+    for script in ("2_preprocess_dataset.sh", "3_train.sh"):
+        copied = shutil.copy(ROOT / script, tmp_path)
+        done = subprocess.run([copied], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"{tmp_path} is not the project's folder" in done.stderr and "by WORKDIR" in done.stderr
+        assert "WORKDIR=" not in done.stderr
 
 
 def test_directives_suit_any_qsub_line() -> None:
