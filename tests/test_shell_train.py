@@ -1,7 +1,9 @@
 """2_preprocess_dataset.sh and 3_train.sh: the run folder, the environment they meet, and how they end."""
 
+import gzip
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Names that no list of secrets would hold, with values as people set them.
+SECRETS = {
+    name: secrets.token_hex(12)
+    for name in ("MY_PAT", "MYSQL_PWD", "SLURM_JWT", "X", "PBS_JOBCOOKIE", "lower")
+} | {"MULTI": f"a\npassword={secrets.token_hex(12)}", "SLURM_EXPORT_ENV": f"A={secrets.token_hex(12)}"}
 DROP = ("PBS", "PMI", "DLRM_", "MASTER", "DATASET_DIR", "WORKDIR", "ARGS", "NPROC", "CUDA", "RESUME")
 
 
@@ -53,7 +60,7 @@ def finished(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         WORKDIR=ROOT, DATASET_DIR="the data", RESULTS="out of the way/results", DLRM_SITE=folder / "site.sh",
         BATCH_SIZE=64, EMBEDDING_DIM=8, LEARNING_RATE=0.01, ARGS=f"{SMALL} --seed '7'",
         HF_TOKEN="secret-a", my_password="secret-b", https_proxy="http://me:secret-c@proxy:1", HARMLESS="a b",
-        DLRM_ENV_KEEP="HARMLESS FROM_*",
+        DLRM_ENV_KEEP="HARMLESS FROM_*", **SECRETS,
         OMP_NUM_THREADS=1,
     )  # fmt: skip
     command = f"umask 077; cd '{home}' && exec bash '{spool}/17[3].SC'"
@@ -84,6 +91,12 @@ def test_it_converts_and_reports(finished: tuple[Path, str]) -> None:
 def test_no_secret_is_kept(finished: tuple[Path, str]) -> None:
     text = (finished[0] / "env.txt").read_text()
     assert "secret" not in text and "http://***@proxy:1" in text
+    for value in SECRETS.values():
+        for path in (path for path in finished[0].rglob("*") if path.is_file()):
+            data = path.read_bytes()
+            data += gzip.decompress(data) if path.suffix == ".gz" else b""
+            assert value.rpartition("=")[2].encode() not in data, path
+        assert value.rpartition("=")[2] not in finished[1]
     assert "HARMLESS='a b'" in text.splitlines() and "FROM_SITE='yes'" in text.splitlines()
 
 
@@ -151,6 +164,27 @@ def test_a_mistake_leaves_no_run_folder(
     said = done.stdout + done.stderr
     assert done.returncode == code and says in said and "results:" not in said, said
     assert not any((tmp_path / "results").glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["results file", "resume foreign", "resume link", "resume log"])
+def test_folders_of_others_are_not_written_to(toy: Path, tmp_path: Path, kind: str) -> None:
+    mine = tmp_path / "mine"
+    (mine / "checkpoints").mkdir(parents=True)
+    for name in ("log.txt", "gpu.txt", "env.txt", "thesis.txt"):
+        (mine / name).write_text("x")
+    (tmp_path / "link").symlink_to(mine)
+    (tmp_path / "file").write_text("x")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    places = {"DATASET_DIR": toy, "NPROC": 1, "RESULTS": tmp_path / "results"} | {
+        "results file": {"RESULTS": tmp_path / "file"},
+        "resume foreign": {"RESUME": mine},
+        "resume link": {"RESUME": tmp_path / "link"},
+        "resume log": {"RESUME": mine / "checkpoints"},
+    }[kind]
+    done = run("3_train.sh", **places)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stdout + done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "results").exists()
 
 
 def test_submit_hands_everything_to_qsub(toy: Path, tmp_path: Path) -> None:
