@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from isal import isal_zlib
 
 from analysis import wire
 from analysis.clocks import Clock
 from analysis.columns import resolve
-from analysis.deflate import deflate
 from analysis.derive import Bandwidth, Flows, moved, values_of
 from analysis.events import Reader
 from analysis.nest import Lane
@@ -34,6 +34,9 @@ class Summary:
     clocks: list[str] = field(default_factory=list)  # how hosts' times were moved
 
 
+LEVEL = 1  # of ISA-L's deflate: four times the speed of zlib's level 1, at the same size
+
+
 class Output:
     """Packets into a file, deflated in chunks as Perfetto's own tracing service does."""
 
@@ -48,7 +51,7 @@ class Output:
 
     def flush(self) -> None:
         if self.waiting:
-            deflated = wire.nested(wire.COMPRESSED, deflate(self.waiting))
+            deflated = wire.nested(wire.COMPRESSED, isal_zlib.compress(self.waiting, LEVEL))
             self.file.write(wire.nested(wire.PACKET, deflated))
             self.waiting.clear()
 

@@ -91,7 +91,7 @@ def _mistake(cfg: Options, here: Ranks) -> UserError | None:
 def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """For each batch size what was measured, and what of."""
     bench = cfg.bench
-    with startup.importing(bench.compile):
+    with startup.importing():
         import torch
 
         from dlrm import amp, dist

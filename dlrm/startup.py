@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from dlrm import later
-
 # huge pages for large tensors: some thousand page faults less in each step. torch looks when it is imported.
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 LARGE = 32 << 20  # bytes of a tensor
@@ -22,13 +20,10 @@ def before_torch() -> None:
 
 
 @contextmanager
-def importing(compiled: bool = False) -> Iterator[None]:
+def importing() -> Iterator[None]:
     """Import torch, torchrec and what builds on them within."""
     before_torch()
     gc.disable()  # nothing that is imported is garbage
-    if not compiled:
-        later.import_torch()
-        later.put_off()
     try:
         yield
     finally:

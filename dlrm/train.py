@@ -18,7 +18,7 @@ def main(here: Ranks) -> None:
     if cfg.run.trace and cfg.run.output_dir:
         trace.start(cfg.run.output_dir, here, "train", cfg.run.trace_flush_ms)
     # after the trace has begun: reading torch is I/O too
-    with trace.span("startup", "imports"), startup.importing(cfg.run.compile):
+    with trace.span("startup", "imports"), startup.importing():
         from dlrm.job import train
     train(cfg, here)
 

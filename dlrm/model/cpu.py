@@ -5,7 +5,6 @@ import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,19 +23,6 @@ def plain(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-
-
-def pair_code(dense: torch.Tensor, sparse: torch.Tensor, entries: int, diagonal: bool) -> Any:
-    """Machine code for the dot products of all pairs, where there is some: for ranks of one thread."""
-    if not plain(dense, sparse) or torch.get_num_threads() > 1:
-        return None
-    rows, width = dense.shape
-    whole = dense.is_contiguous() and sparse.is_contiguous()
-    if not whole or sparse.shape != (rows, (entries - 1) * width):
-        return None
-    from dlrm.model import dots  # LLVM, which takes a while to import
-
-    return dots.dots(entries, width, diagonal)
 
 
 def tune(device: torch.device) -> list[str]:

@@ -1,8 +1,7 @@
 """How dense and sparse embeddings meet: dot products of all pairs, DCN-v2, projection, or side by side.
 
 Each takes the dense tower's output and torchrec's KeyedTensor of pooled embeddings, whose columns come in
-the order of the sharding, and returns what torchrec's architectures return, columns in the tables' order;
-`Dot` some zeros behind them, where that is faster.
+the order of the sharding, and returns what torchrec's architectures return, columns in the tables' order.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from dlrm.errors import UserError
-from dlrm.model import cpu
 from dlrm.model.tower import Tower
 
 
@@ -42,14 +40,13 @@ class Shape:
 class Order(NamedTuple):
     """Which column is whose, for one order of the tables' columns."""
 
-    place: torch.Tensor  # of each entry among those of a row, the dense tower's being the first
     take: torch.Tensor  # of the flat Z Z^T, in the order of the pairs
     spread: torch.Tensor  # the way back: for each place in Z Z^T the column of its pair
     diagonal: bool
 
 
 class PairDots(torch.autograd.Function):
-    """Dense features, then the dot products of all pairs of embeddings; from machine code, some zeros more.
+    """Dense features, then the dot products of all pairs of embeddings.
 
     Z Z^T is symmetric, so its gradient is (G + G^T) Z: one product where autograd would make two. The pairs
     are gathered by flat column numbers in both directions, so nothing is scattered.
@@ -58,10 +55,6 @@ class PairDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense: torch.Tensor, sparse: torch.Tensor, order: Order) -> torch.Tensor:
         batch, dim = dense.shape
-        ctx.code = code = cpu.pair_code(dense, sparse, len(order.place), order.diagonal)
-        if code:
-            ctx.save_for_backward(dense, sparse, order.place)
-            return code.forward(dense, sparse, order.place)
         ctx.types, ctx.order, work = (dense.dtype, sparse.dtype), order, dense
         if torch.is_autocast_enabled(dense.device.type):
             half = torch.get_autocast_dtype(dense.device.type)
@@ -74,8 +67,6 @@ class PairDots(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.code:
-            return *ctx.code.backward(gradient.contiguous(), *ctx.saved_tensors), None
         (z,) = ctx.saved_tensors
         batch, entries, dim = z.shape
         both = gradient.index_select(1, ctx.order.spread).view(batch, entries, entries)
@@ -120,7 +111,7 @@ class Dot(nn.Module):
         row, column = place[first], place[second]
         spread = torch.zeros(n, n, dtype=torch.int64)
         spread[row, column] = spread[column, row] = self.dim + torch.arange(len(row))
-        return Order(place, (row * n + column).to(device), spread.view(-1).to(device), self.diagonal)
+        return Order((row * n + column).to(device), spread.view(-1).to(device), self.diagonal)
 
 
 class Flat(nn.Module):

@@ -6,27 +6,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from torchrec.modules.mlp import MLP
 
 from dlrm.model import cpu
 
-ALIGNED = 16  # columns: a product whose side is a multiple of it is up to a quarter faster
-
 
 class Chain(torch.autograd.Function):
-    """Linear layers with a ReLU after each (after the last, if told): what autograd would compute, in place.
-
-    Takes weight and bias of each layer, layer after layer. Features of the tower over the interaction may
-    have more columns than its first weight, zeros: products are faster where a side is a multiple of 16.
+    """Linear layers with a ReLU after each (after the last one only if `last`): what autograd would compute,
+    in place. Takes weight and bias of each layer, layer after layer.
     """
 
     @staticmethod
     def forward(ctx: Any, last: bool, features: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         weights, biases = list(parameters[::2]), parameters[1::2]
-        ctx.inputs = weights[0].size(1)
-        if not last and 0 < (surplus := features.size(1) - ctx.inputs) < ALIGNED:
-            weights[0] = functional.pad(weights[0], (0, surplus))
         values = [features]
         for weight, bias in zip(weights, biases, strict=True):
             values.append(cpu.mm(values[-1], weight.t()).add_(bias))
@@ -51,7 +43,6 @@ class Chain(torch.autograd.Function):
             found += [passed.sum(0), cpu.mm(passed.t(), values[layer])]
             wanted = layer > 0 or ctx.needs_input_grad[1]
             passed = cpu.mm(passed, weights[layer]) if wanted else None
-        found[-1] = found[-1][:, : ctx.inputs]
         return None, passed, *reversed(found)
 
 
@@ -84,7 +75,7 @@ class Over(nn.Module):
 
     def __init__(self, inputs: int, layers: Sequence[int], device: torch.device | None) -> None:
         super().__init__()
-        self.inputs, hidden = inputs, list(layers[:-1])
+        hidden = list(layers[:-1])
         self.model = nn.Sequential(
             MLP(inputs, hidden, bias=True, activation="relu", device=device) if hidden else nn.Identity(),
             nn.Linear(hidden[-1] if hidden else inputs, layers[-1], device=device),
@@ -92,4 +83,4 @@ class Over(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         out = chained(features, linears(self.model), last=False)
-        return self.model(features[:, : self.inputs]) if out is None else out
+        return self.model(features) if out is None else out
