@@ -77,11 +77,9 @@ class Bandwidth:
                 starts = np.maximum(ts[mine] - self.begin, 0)
                 ends = np.maximum(ts[mine] + dur[mine] - self.begin, starts)
                 most = int(ends.max())
-                while (
-                    most // self.window + 2 > MAX_WINDOWS
-                    or (ends - starts).sum(dtype=np.float64) / self.window
-                    > MAX_WINDOWS + _WINDOWS_PER_CALL * len(starts)
-                ):
+                while most // self.window + 2 > MAX_WINDOWS or (ends - starts).sum(
+                    dtype=np.float64
+                ) / self.window > MAX_WINDOWS + _WINDOWS_PER_CALL * len(starts):
                     self._widen()
                 windows = most // self.window + 2
                 if windows > len(self.bytes[name]):

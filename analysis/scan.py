@@ -5,11 +5,11 @@ arg_begin[i] .. arg_begin[i + 1] of the argument columns (key, kind, value, and 
 A line that is not a JSON event is left out and its place returned, so that the caller can count it. So is one
 that says what cannot be: times outside of MAX_TS and MAX_DUR, a pid or tid beyond 32 bits, more than MAX_ARGS
 arguments, values nested deeper than MAX_DEPTH, more than MAX_LINE bytes. Whoever
-reads a Block may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers exist,
-arguments that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
+reads a Block may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers
+exist, arguments that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
 
-What keeps the loops inside their arrays: the invariants of analysis.strings for text; a line is an event or bad
-once, and both are compared with the arrays' lengths; MAX_ARGS rows of arguments are free before a line begins
+What keeps the loops inside their arrays: the invariants of analysis.strings for text; a line is an event or
+bad once, and both are compared with the arrays' lengths; MAX_ARGS rows of arguments are free before a line begins
 and `_args` stops there.
 """
 
@@ -192,7 +192,7 @@ def _skip(text, p, end):
 
 @compiled
 def _is_count(key):
-    for each in _COUNTS:
+    for each in _COUNTS:  # noqa: SIM110  # numba has no generators inside `any`
         if key == each:
             return True
     return False
@@ -215,7 +215,7 @@ def _value(text, p, end, j, key, args, strings):
                     kinds[j], values[j] = INT, whole
         return q + 1 if q < end else -1
     q, kind, whole, real = _number(text, p)
-    if q >= 0 and _LEAST_COUNT <= key <= _MOST_COUNT and _is_count(key):
+    if q >= 0 and _LEAST_COUNT <= key <= _MOST_COUNT and _is_count(key):  # noqa: SIM102
         if abs(real) > MAX_WHOLE or whole > MAX_WHOLE or whole < -MAX_WHOLE:
             kinds[j], values[j] = RAW, (p << 32) | q  # no number of bytes or steps: stays as text
             return q

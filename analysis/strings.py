@@ -4,11 +4,12 @@ Also the three machine instructions that reading text quickly wants: a byte, eig
 
 Compiled loops do not check bounds; these invariants stand in for the checks, whatever the bytes are:
 - Text ends with a newline and PAD more bytes follow it. Every loop over text either has a limit `end`, the
-  place of its line's newline, or stops at any byte that it does not want, and a newline is one. So a place p is
-  never beyond `end`; eight bytes from there lie inside the padding.
-- `close` is called with p <= end and returns a place from p to end: sizes are never negative. Who steps over the
-  quote that it found checks first that there is one (p < end).
-- `intern` writes only after it has compared with the lengths of the arrays; what does not fit has no number (-1).
+  place of its line's newline, or stops at any byte that it does not want, and a newline is one. So a place p
+  is never beyond `end`; eight bytes from there lie inside the padding.
+- `close` is called with p <= end and returns a place from p to end: sizes are never negative. Who steps over
+  the quote that it found checks first that there is one (p < end).
+- `intern` writes only after it has compared with the lengths of the arrays; what does not fit has no
+  number (-1).
 With NUMBA_BOUNDSCHECK=1 in the environment every access is checked instead, and a wrong one is an IndexError:
 the tests run both builds. The checked one is kept in a cache only where NUMBA_CACHE_DIR names one for it.
 """
@@ -32,7 +33,9 @@ KNOWN = (
 )  # fmt: skip
 ID = {text: number for number, text in enumerate(KNOWN)}
 MAX_STRINGS = 200_000  # beyond this, new values are not kept: memory is bounded
-MAX_NAMES = 2 * MAX_STRINGS  # beyond this no names, categories and keys either: their lines are counted as bad
+MAX_NAMES = (
+    2 * MAX_STRINGS
+)  # beyond this no names, categories and keys either: their lines are counted as bad
 MAX_POOL = 64 << 20  # bytes of all strings together
 _MAX_PROBES = 512  # places that are looked at for a string: more is text made to collide
 PAD = 16  # text is read eight bytes at a time: this many bytes must follow its end

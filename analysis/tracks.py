@@ -201,7 +201,8 @@ class FileTracks:
         name = printable(self.process.path.name)
         if self.crowded:
             shared.summary.lost.append(
-                f"{name}: {self.crowded} slices left out that overlap more than {MAX_LANES} others of their thread"
+                f"{name}: {self.crowded} slices left out that overlap more than {MAX_LANES} others "
+                "of their thread"
             )
         if self.uncounted:
             shared.summary.lost.append(

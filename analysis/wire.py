@@ -238,9 +238,9 @@ def events(
 ):  # noqa: E501
     """The events in this order on a clock that began at `begin` -> bytes written.
 
-    `out` has BYTES_PER_EVENT for each, BYTES_PER_ARG for each argument of the block, room for the block's text
-    and for the flows that end (`FileTracks._encode`). An event is below 2 MiB, which its length in three bytes
-    can say: the scanner limits a line and its arguments, Flows the flows.
+    `out` has BYTES_PER_EVENT for each, BYTES_PER_ARG for each argument of the block, room for the block's
+    text and for the flows that end (`FileTracks._encode`). An event is below 2 MiB, which its length in three
+    bytes can say: the scanner limits a line and its arguments, Flows the flows.
 
     flow_count: 0 none; -1 - k: this event starts flow k of its base; n: n flows of its base end here.
     """

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Traces made to harm, one by one: none ends a command by a signal or a traceback, or takes its memory."""
 
 import gzip
@@ -6,12 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from analysis import check as coverage
 from analysis import events
+from tests import fuzzing
 from tests.made_traces import BEGIN, Made, training
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +27,9 @@ sys.exit(analysis.main(sys.argv[1:]))
 
 
 def event(**more: object) -> str:
-    return json.dumps({"name": "read", "cat": "POSIX", "ph": 1, "pid": 7, "tid": 7, "ts": BEGIN, "dur": 5} | more)
+    return json.dumps(
+        {"name": "read", "cat": "POSIX", "ph": 1, "pid": 7, "tid": 7, "ts": BEGIN, "dur": 5} | more
+    )
 
 
 def line(args: str, **more: str) -> str:
@@ -33,7 +38,9 @@ def line(args: str, **more: str) -> str:
 
 
 def cm(key: str, value: str) -> str:
-    return f'{{"name":"CM","cat":"dftracer","pid":7,"tid":7,"ph":4,"args":{{"name":"{key}","value":{value}}}}}'
+    return (
+        f'{{"name":"CM","cat":"dftracer","pid":7,"tid":7,"ph":4,"args":{{"name":"{key}","value":{value}}}}}'
+    )
 
 
 GOOD = event(args={"ret": 10})
@@ -86,13 +93,16 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_no_line_breaks_a_command(tmp_path: Path, what: str) -> None:
-    folder = tmp_path / "trace"
-    folder.mkdir()
-    (folder / "a.pfw.gz").write_bytes(gzip.compress(HOSTILE[what].encode("latin-1", "replace") + b"\n"))
-    run(tmp_path, "perfetto")
-    run(tmp_path, "summary")
+def test_no_line_breaks_a_command() -> None:
+    """In a process that has not used polars before it forks (tests.test_fuzz_traces.run_cases)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_analysis_hostile"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def test_what_is_out_of_range_is_counted(tmp_path: Path) -> None:
@@ -115,7 +125,9 @@ def test_a_gzip_bomb_takes_no_memory(tmp_path: Path) -> None:
 
 def test_a_long_line_is_left_out_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.pfw"
-    path.write_text(GOOD + "\n" + " " * (12 << 20) + "\n" + GOOD + "\n" + "x" * (3 << 20) + "\n" + GOOD + "\n")
+    path.write_text(
+        GOOD + "\n" + " " * (12 << 20) + "\n" + GOOD + "\n" + "x" * (3 << 20) + "\n" + GOOD + "\n"
+    )
     (process,) = events.processes(path)
     assert process.events == 3
     assert process.loss.long + process.bad_lines > 0
@@ -145,14 +157,18 @@ def test_what_is_no_file_is_named(tmp_path: Path, kind: str) -> None:
         assert readable or (done.returncode == 2 and "x.pfw.gz" in done.stderr)
 
 
-@pytest.mark.parametrize("name", ['q"uote', "back\\slash", "new\nline", b"\xff\xfe".decode(errors="surrogateescape")])
+@pytest.mark.parametrize(
+    "name", ['q"uote', "back\\slash", "new\nline", b"\xff\xfe".decode(errors="surrogateescape")]
+)
 def test_a_trace_may_have_any_name(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     training(0, 1, steps=2).write(folder)
     assert run(folder, "perfetto").returncode == 0
 
 
-@pytest.mark.parametrize("file", ['/d/q"uote', "/d/back\\slash", "/d/back\\nx", "/d/new\nline", "/d/é", "/d/\udcff"])
+@pytest.mark.parametrize(
+    "file", ['/d/q"uote', "/d/back\\slash", "/d/back\\nx", "/d/new\nline", "/d/é", "/d/\udcff"]
+)
 def test_check_knows_a_file_by_any_name(tmp_path: Path, file: str) -> None:
     """As DFTracer 4 writes it, and as JSON."""
     raw = os.fsencode(file)
@@ -170,3 +186,28 @@ def test_check_knows_a_file_by_any_name(tmp_path: Path, file: str) -> None:
         if number == 0 or "\udcff" not in file:
             rows, _ = coverage.check(run_dir)
             assert [row.missed for row in rows] == [0]
+
+
+def main() -> int:
+    """Every hostile text, by every command that reads it in its own way; what broke is named."""
+    from analysis import __main__ as analysis
+
+    wrong = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (what, text) in enumerate({"good": GOOD, **HOSTILE}.items()):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            (folder / "a.pfw.gz").write_bytes(gzip.compress(text.encode("latin-1", "replace") + b"\n", 1))
+            if what == "good":
+                analysis.main(["perfetto", str(folder)])
+            for command in ("perfetto", "summary"):
+                try:
+                    fuzzing.check(fuzzing.outcome(analysis.main, [command, folder], seconds=60))
+                except AssertionError as error:
+                    print(f"{what}, {command}: {str(error)[-1500:]}", file=sys.stderr)
+                    wrong = 1
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

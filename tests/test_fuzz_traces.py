@@ -1,7 +1,8 @@
+# ruff: noqa: E501
 """Random damage to traces, and random lines: no command ends by a signal or a traceback, or takes 1 GB.
 
-Each seed is a case of its own and stands in the message: `python -m tests.test_fuzz_traces commands SEED 1` (or
-`cases SEED 1`) repeats it.
+Each seed is a case of its own and stands in the message: `python -m tests.test_fuzz_traces commands SEED 1`
+(or `cases SEED 1`) repeats it.
 """
 
 import gzip
@@ -108,9 +109,7 @@ def hostile_file(chance: random.Random) -> tuple[str, bytes]:
             new = chance.choice((*EXTREMES, *(number.encode() for number in NUMBERS)))
             pieces[at] = new + comma + rest
         text = b":".join(pieces)
-    return (
-        ("train00000-1-app.pfw", text) if chance.random() < 0.5 else ("a.pfw.gz", gzip.compress(text, 1))
-    )
+    return ("train00000-1-app.pfw", text) if chance.random() < 0.5 else ("a.pfw.gz", gzip.compress(text, 1))
 
 
 def write_run(folder: Path, chance: random.Random) -> None:
@@ -121,10 +120,14 @@ def write_run(folder: Path, chance: random.Random) -> None:
         name, data = hostile_file(chance)
         (folder / "trace" / f"other-{name}").write_bytes(data)
     said = {"0": {"/data/day_0_sparse.npy": 5 * 4 * (1 << 20)}}
-    (folder / "results.json").write_text(json.dumps({"bytes_read": said, "bytes_written": {"0": {"/out": 77}}}))
+    (folder / "results.json").write_text(
+        json.dumps({"bytes_read": said, "bytes_written": {"0": {"/out": 77}}})
+    )
 
 
-def on_this_thread(function, work):  # a pool of threads for each of thousands of forks is all that they would do
+def on_this_thread(
+    function, work
+):  # a pool of threads for each of thousands of forks is all that they would do
     return map(function, work)
 
 
@@ -139,14 +142,16 @@ def run_case(folder: Path, seed: int) -> None:
 
 
 def run_cases(seeds: Iterable[int]) -> list[str]:
-    """What broke. Forks of a process that has used polars would wait for its threads for ever, so this one has
-    not: what needs it is compiled by a child, and the rest is loaded here.
+    """What broke. Forks of a process that has used polars would wait for its threads for ever, so this one
+    has not: what needs it is compiled by a child, and the rest is loaded here.
     """
     wrong = []
     with tempfile.TemporaryDirectory() as scratch:
         training(0, 1, steps=5).write(Path(scratch) / "warm")
         for command in COMMANDS:
-            outcome(analysis.main, [command[0], Path(scratch) / "warm", *command[1:]], seconds=300, memory=4 << 30)
+            outcome(
+                analysis.main, [command[0], Path(scratch) / "warm", *command[1:]], seconds=300, memory=4 << 30
+            )
         for command in ("perfetto", "check"):
             analysis.main([command, str(Path(scratch) / "warm")])
         for seed in seeds:
@@ -185,11 +190,11 @@ def scan_case(seed: int, folder: Path) -> None:
     text = bytearray(hostile_file(chance)[1] if chance.random() < 0.5 else random_lines(chance, 200)) + b"\n"
     size = len(text)
     block = scan(np.frombuffer(text + chance.randbytes(PAD), np.uint8), size, strings)
-    assert ((0 <= block.ts) & (block.ts <= MAX_TS) & (0 <= block.dur) & (block.dur <= MAX_DUR)).all()
+    assert ((block.ts >= 0) & (block.ts <= MAX_TS) & (block.dur >= 0) & (block.dur <= MAX_DUR)).all()
     assert (block.name < len(strings)).all() and (block.arg_key < len(strings)).all()
     assert (np.diff(block.arg_begin) >= 0).all() and block.arg_begin[-1] == len(block.arg_key)
     for column in (block.pid, block.tid):
-        assert ((0 <= column) & (column < 1 << 32)).all()
+        assert ((column >= 0) & (column < 1 << 32)).all()
     for number in range(min(5, len(block))):
         block.args(number, strings)
     path = folder / "one.pfw"
@@ -208,7 +213,9 @@ def test_the_scanner_survives_random_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first, count", [(0, 60), pytest.param(100_000, 8000, marks=pytest.mark.slow)])
-def test_the_build_with_checked_bounds_finds_no_access_outside(tmp_path: Path, first: int, count: int) -> None:
+def test_the_build_with_checked_bounds_finds_no_access_outside(
+    tmp_path: Path, first: int, count: int
+) -> None:
     cache = str(tmp_path / "numba-checked")
     in_own_process("cases", first, count, timeout=3600, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=cache)
 
