@@ -9,8 +9,8 @@ reads a Block may rely on: ts + dur (and a thousand times that, in ns) does not 
 exist, arguments that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
 
 What keeps the loops inside their arrays: the invariants of analysis.strings for text; a line is an event or
-bad once, and both are compared with the arrays' lengths; MAX_ARGS rows of arguments are free before a line begins
-and `_args` stops there.
+bad once, and both are compared with the arrays' lengths; MAX_ARGS rows of arguments are free before a
+line begins and `_args` stops there.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ _HHASH, _NUMERIC = ID["hhash"], tuple(ID[key] for key in ("offset", "count", "re
 _COUNTS = tuple(ID[key] for key in (
     "offset", "count", "ret", "size", "bytes", "epoch", "step", "batch", "num_events",
 ))  # fmt: skip
-_LEAST_COUNT, _MOST_COUNT = min(_COUNTS), max(_COUNTS)
+_COUNT_BITS = sum(1 << number for number in _COUNTS)  # all below 63
 MAX_LINE = 1 << 20  # bytes; DFTracer's lines have hundreds
 MAX_ARGS = 4096  # of one event
 MAX_DEPTH = 64  # of a value inside an argument
@@ -191,14 +191,6 @@ def _skip(text, p, end):
 
 
 @compiled
-def _is_count(key):
-    for each in _COUNTS:  # noqa: SIM110  # numba has no generators inside `any`
-        if key == each:
-            return True
-    return False
-
-
-@compiled
 def _value(text, p, end, j, key, args, strings):
     """One argument's value into row j -> the place after it, or -1."""
     _, kinds, values, _ = args
@@ -215,7 +207,7 @@ def _value(text, p, end, j, key, args, strings):
                     kinds[j], values[j] = INT, whole
         return q + 1 if q < end else -1
     q, kind, whole, real = _number(text, p)
-    if q >= 0 and _LEAST_COUNT <= key <= _MOST_COUNT and _is_count(key):  # noqa: SIM102
+    if q >= 0 and 0 <= key < 64 and _COUNT_BITS >> key & 1:  # noqa: SIM102
         if abs(real) > MAX_WHOLE or whole > MAX_WHOLE or whole < -MAX_WHOLE:
             kinds[j], values[j] = RAW, (p << 32) | q  # no number of bytes or steps: stays as text
             return q
