@@ -19,7 +19,7 @@ from analysis.derive import READ, WRITE, argument, moved
 from analysis.events import Reader, files, ranked
 from analysis.process import Process
 from analysis.scan import STRING, Block
-from analysis.strings import ID, Strings
+from analysis.strings import ID, Strings, unescape
 from common.errors import UserError
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
@@ -145,9 +145,20 @@ def _sums(group: np.ndarray, amounts: np.ndarray, size: int) -> list[int]:
 
 
 def _of(seen: Moved, direction: int, file: str) -> int:
-    """A file may have been opened through a link or by a path with dots in it."""
-    names = {file, os.path.normpath(file), os.path.realpath(file)}
+    """A file may have been opened through a link or by a path with dots in it; and see `_as_traced`."""
+    names = {file, os.path.normpath(file)}
+    if "\0" not in file:
+        names.add(os.path.realpath(file))
+    names |= {each for name in list(names) for each in _as_traced(name)}
     return sum(seen.get((direction, name), 0) for name in names)
+
+
+def _as_traced(file: str) -> list[str]:
+    """How DFTracer writes a path: quotes, backslashes and what is below a space become spaces (version 4), or
+    nothing is escaped (before). What is no UTF-8 reads as the mark of that.
+    """
+    shown = file.encode(errors="surrogateescape").decode(errors="replace")
+    return [shown, "".join(" " if c in '"\\' or c < " " else c for c in shown), unescape(shown.encode())]
 
 
 def text(rows: list[Row], processes: Iterable[Process]) -> str:

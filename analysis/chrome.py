@@ -58,7 +58,7 @@ def _events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[d
             continue
         args = {key: value for key, value in row.items() if key not in _TOP and value is not None}
         if row["args"]:
-            args.update(json.loads(row["args"]))
+            args.update(_parsed(row["args"]))
         event = {
             "name": row["name"], "cat": row["cat"], "pid": pid, "tid": row["tid"],
             "ts": row["ts"], "args": args,
@@ -69,6 +69,14 @@ def _events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[d
             yield {**event, "ph": "i", "s": "t"}
         else:
             yield {**event, "ph": "X", "dur": row["dur"]}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Arguments without a column. The scanner does not look closely: what is no JSON is shown as text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"args": text}
 
 
 def _metadata(process: Process, seen: Process, pid: int, launch: int) -> Iterator[dict[str, Any]]:

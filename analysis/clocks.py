@@ -62,14 +62,20 @@ def launches(found: Iterable[Process]) -> list[list[Process]]:
     found, made = list(found), []
     parents = [p for p in found if not forked(p)]
     in_time = sorted(parents, key=lambda p: (p.barriers.get("start", p.first), p.rank))
-    by_rank = [[p for p in in_time if p.rank == rank] for rank in sorted({p.rank for p in parents})]
+    of_rank: dict[int, list[Process]] = {}
+    for process in in_time:
+        of_rank.setdefault(process.rank, []).append(process)
+    by_rank = [of_rank[rank] for rank in sorted(of_rank)]
     whole = {p.world_size for p in parents} == {len(by_rank)} and len({len(each) for each in by_rank}) == 1
     if whole:  # the n-th of each rank belong together, however far apart the hosts' clocks are
         made = [list(job) for job in zip(*by_rank, strict=True)]
+    ranks: set[int] = set()  # of the latest job
     for process in [] if whole else in_time:
-        if not made or any(p.rank == process.rank or p.world_size != process.world_size for p in made[-1]):
+        if not made or process.rank in ranks or process.world_size != made[-1][0].world_size:
             made.append([])
+            ranks = set()
         made[-1].append(process)
+        ranks.add(process.rank)
     begun = [min(p.first for p in job) for job in made]
     made = made or [[]]
     for process in found:

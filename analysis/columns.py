@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from numba import njit
 
 from analysis.scan import EVENT, FLOAT, STRING, Block
-from analysis.strings import ID, Strings
+from analysis.strings import ID, Strings, compiled
 
 COLUMNS = (
     "rank", "pid", "tid", "cat", "name", "ts", "dur", "file", "offset", "count", "ret", "bytes",
@@ -95,13 +94,17 @@ def _json(block: Block, rest: np.ndarray, keep: np.ndarray) -> pl.Series:
     _json_fill(block.text, block.arg_begin, block.arg_text, rest, keep, ends, out)
     lengths = np.diff(ends)[keep]
     places = np.concatenate([[0], np.cumsum(lengths)])
+    try:
+        out.tobytes().decode()
+    except UnicodeDecodeError:  # Arrow takes it for UTF-8 as it is
+        out[out >= 128] = ord("?")
     array = pa.LargeStringArray.from_buffers(len(lengths), pa.py_buffer(places), pa.py_buffer(out))
     series = pl.from_arrow(array)
     assert isinstance(series, pl.Series)
     return series.set(series == "", None)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _spread(arg_begin, arg_key, arg_kind, arg_val, place, value_row, found, rest):
     """Arguments to columns; `rest` marks those that have none."""
     real = arg_val.view(np.float64)
@@ -115,10 +118,10 @@ def _spread(arg_begin, arg_key, arg_kind, arg_val, place, value_row, found, rest
             elif row == value_row:
                 found_real[row, i] = real[j] if kind == FLOAT else arg_val[j]
             else:
-                found[row, i] = np.int64(real[j]) if kind == FLOAT else arg_val[j]
+                found[row, i] = np.int64(real[j]) if kind == FLOAT else arg_val[j]  # within MAX_WHOLE
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _json_ends(arg_begin, arg_text, rest, keep, ends):
     for i in range(len(arg_begin) - 1):
         size = 0
@@ -128,7 +131,7 @@ def _json_ends(arg_begin, arg_text, rest, keep, ends):
         ends[i + 1] = ends[i] + (size + 1 if size and keep[i] else 0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _json_fill(text, arg_begin, arg_text, rest, keep, ends, out):
     for i in range(len(arg_begin) - 1):
         if ends[i + 1] == ends[i]:

@@ -1,15 +1,18 @@
 """What follows from the events: the bytes each call moved, bandwidth over time, which read fed which step."""
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.typed import Dict
 
-from analysis.scan import EVENT, FLOAT, INT, Block
-from analysis.strings import ID, Strings
+from analysis.scan import EVENT, FLOAT, INT, MAX_BYTES, Block
+from analysis.strings import ID, Strings, compiled
 
 READS = ("read", "pread", "pread64", "readv", "preadv", "preadv64", "preadv2")
 WRITES = ("write", "pwrite", "pwrite64", "writev", "pwritev", "pwritev64", "pwritev2")
 WINDOW_US = 100_000
+MAX_WINDOWS = 1 << 20  # of the bandwidth; they get longer instead of more
+_WINDOWS_PER_CALL = 64  # on average over a block: a call as long as the run has the work of all its windows
+MAX_FLOWS = 10_000  # that end in one step
 NO_CALL, READ, WRITE = 0, 1, 2
 _CALLS = {"read": READ, "write": WRITE}
 
@@ -18,12 +21,9 @@ def moved(block: Block, strings: Strings) -> tuple[np.ndarray, np.ndarray]:
     """Per event: NO_CALL, READ or WRITE, and the bytes that the call moved (its return value)."""
     direction = np.zeros(len(strings) + 1, np.uint8)
     for names, value in ((READS, READ), (WRITES, WRITE)):
-        for name in names:
-            number = strings.add(name)
-            direction = np.append(direction, np.zeros(max(0, number + 1 - len(direction)), np.uint8))
-            direction[number] = value
+        direction[[ID[name] for name in names]] = value
     kinds = np.where((block.cat == ID["POSIX"]) & (block.ph == EVENT), direction[block.name], NO_CALL)
-    amounts = np.maximum(argument(block, ID["ret"]), 0)
+    amounts = np.clip(argument(block, ID["ret"]), 0, MAX_BYTES)
     return kinds.astype(np.uint8), np.where(kinds == NO_CALL, 0, amounts)
 
 
@@ -34,7 +34,7 @@ def argument(block: Block, key: int, missing: int = 0) -> np.ndarray:
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _argument(arg_begin, arg_key, arg_kind, arg_val, key, found):
     for i in range(len(found)):
         for j in range(arg_begin[i], arg_begin[i + 1]):
@@ -49,7 +49,7 @@ def values_of(block: Block, key: int) -> np.ndarray:
     return found
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _real_argument(arg_begin, arg_key, arg_kind, arg_val, key, found):
     real = arg_val.view(np.float64)
     for i in range(len(found)):
@@ -61,38 +61,56 @@ def _real_argument(arg_begin, arg_key, arg_kind, arg_val, key, found):
 
 
 class Bandwidth:
-    """Bytes per window of time; a call's bytes are spread evenly over the time that it took."""
+    """Bytes per window of time; a call's bytes are spread evenly over the time that it took.
+
+    Windows get twice as long whenever there would be more than MAX_WINDOWS of them.
+    """
 
     def __init__(self, begin: int) -> None:
-        self.begin = begin
+        self.begin, self.window = begin, WINDOW_US
         self.bytes = {"read": np.zeros(1024), "write": np.zeros(1024)}
 
     def add(self, ts: np.ndarray, dur: np.ndarray, kinds: np.ndarray, amounts: np.ndarray) -> None:
-        for name, sums in self.bytes.items():
+        for name in self.bytes:
             mine = (kinds == _CALLS[name]) & (amounts > 0)
             if mine.any():
-                windows = int((ts[mine] + dur[mine]).max() - self.begin) // WINDOW_US + 2
-                if windows > len(sums):
-                    sums = self.bytes[name] = np.concatenate([sums, np.zeros(2 * windows)])
-                _spread(np.maximum(ts[mine] - self.begin, 0), dur[mine], amounts[mine], WINDOW_US, sums)
+                starts = np.maximum(ts[mine] - self.begin, 0)
+                ends = np.maximum(ts[mine] + dur[mine] - self.begin, starts)
+                most = int(ends.max())
+                while most // self.window + 2 > MAX_WINDOWS or (ends - starts).sum(
+                    dtype=np.float64
+                ) / self.window > MAX_WINDOWS + _WINDOWS_PER_CALL * len(starts):
+                    self._widen()
+                windows = most // self.window + 2
+                if windows > len(self.bytes[name]):
+                    self.bytes[name] = np.concatenate([self.bytes[name], np.zeros(2 * windows)])
+                _spread(starts, ends, amounts[mine], self.window, self.bytes[name])
+
+    def _widen(self) -> None:
+        """Pairs of windows become one."""
+        self.window *= 2
+        for name, sums in self.bytes.items():
+            self.bytes[name] = sums[: len(sums) // 2 * 2].reshape(-1, 2).sum(1)
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Times (us) and bytes per second, only where it changes."""
-        rate = np.append(self.bytes[name], 0.0) * (1e6 / WINDOW_US)
+        rate = np.append(self.bytes[name], 0.0) * (1e6 / self.window)
         changed = np.flatnonzero(np.diff(rate, prepend=0.0))
-        return self.begin + changed * WINDOW_US, rate[changed]
+        return self.begin + changed * self.window, rate[changed]
 
 
-@njit(cache=True, nogil=True)
-def _spread(ts, dur, amounts, window, sums):
-    for i in range(len(ts)):
-        first, last = ts[i] // window, (ts[i] + dur[i]) // window
-        if first == last or dur[i] == 0:
+@compiled
+def _spread(starts, ends, amounts, window, sums):
+    """0 <= starts <= ends, and sums has a window for the latest end: `Bandwidth.add` sees to both."""
+    for i in range(len(starts)):
+        a, b = starts[i], ends[i]
+        first, last = a // window, b // window
+        if first == last:
             sums[first] += amounts[i]
             continue
         for w in range(first, last + 1):
-            inside = min(ts[i] + dur[i], (w + 1) * window) - max(ts[i], w * window)
-            sums[w] += amounts[i] * (inside / dur[i])
+            inside = min(b, (w + 1) * window) - max(a, w * window)
+            sums[w] += amounts[i] * (inside / (b - a))
 
 
 class Flows:
@@ -117,7 +135,7 @@ class Flows:
         return base, count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _flows(who, reads, batch, waiting, seed, base, count):
     for i in who:
         b = batch[i]
@@ -127,8 +145,9 @@ def _flows(who, reads, batch, waiting, seed, base, count):
         taken, pending = state >> 20, state & 0xFFFFF
         base[i] = (np.int64(seed) << 48) ^ (b << 20) ^ (taken << 44)
         if reads[i]:
-            count[i] = -1 - pending
-            waiting[b] = state + 1
+            if pending < MAX_FLOWS:
+                count[i] = -1 - pending
+                waiting[b] = state + 1
         else:
-            count[i] = pending
+            count[i] = min(pending, MAX_FLOWS)
             waiting[b] = (taken + 1) << 20

@@ -4,10 +4,14 @@ DFTracer logs an event when it ends, so children come before their parents. One 
 ended and has no parent yet builds the forest; walking it gives parents first. Nothing has to be sorted, and
 a parent that ends hours after its children (an epoch) needs only the stack, not the events.
 What straddles another event's border is refused: the caller puts it on a lane of its own.
+
+The compiled loops index by numbers of events and by places on the stack, never by what a trace says: the
+stack has room for all events of a block before they begin, and each event is walked once.
 """
 
 import numpy as np
-from numba import njit
+
+from analysis.strings import compiled
 
 ROOTS_KEPT = 1 << 20  # older ones melt into one: a parent that begins among those gets a lane of its own
 NORMAL, LATE, REFUSED = 0, 1, 2
@@ -18,9 +22,9 @@ class Lane:
     """What has ended on one lane of a track and may still get a parent."""
 
     def __init__(self) -> None:
-        self.starts = np.empty(1 << 10, np.int64)
-        self.ends = np.empty(1 << 10, np.int64)
-        self.nodes = np.empty(1 << 10, np.int64)
+        self.starts = np.empty(64, np.int64)
+        self.ends = np.empty(64, np.int64)
+        self.nodes = np.empty(64, np.int64)
         self.size = 0
 
     def nest(
@@ -61,7 +65,7 @@ class Lane:
         self.nodes[: self.size] = np.where(late, _BEFORE_LATE, _BEFORE)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _nest(ts, ends, leaf, stack_start, stack_end, stack_node, size, status, walk):
     n = len(ts)
     child, sibling = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
@@ -104,7 +108,7 @@ def _nest(ts, ends, leaf, stack_start, stack_end, stack_node, size, status, walk
     return size, _preorder(child, sibling, status, stack_node, size, walk)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _preorder(child, sibling, status, stack_node, size, walk):
     todo = np.empty(len(child) + 1, np.int64)
     count = 0

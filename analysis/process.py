@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from analysis.lines import Loss
+from analysis.scan import MAX_LINE
+from common.errors import printable
 
 
 @dataclass
@@ -37,11 +39,15 @@ class Process:
             parts.append(f"{self.expected - self.events} of {self.expected} events missing")
         if self.loss.cut:
             parts.append("the gzip stream is cut")
+        if self.loss.bomb:
+            parts.append("it inflates to more than a hundred times its size and was read no further")
+        if self.loss.long:
+            parts.append(f"lines longer than {MAX_LINE >> 20} MiB left out")
         if self.loss.bytes:
             parts.append(f"{self.loss.bytes} bytes unreadable")
         if self.bad_lines:
             parts.append(f"{self.bad_lines} lines are not JSON")
-        return f"{self.path.name}: " + "; ".join(parts) if parts else ""
+        return f"{printable(self.path.name)}: " + "; ".join(parts) if parts else ""
 
 
 def forked(process: Process) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def _notes(joined: Joined, ours: bool) -> list[str]:
     world = -1
     for number, job in enumerate(joined.launches, 1):
         world = max((p.world_size for p in job), default=-1)
-        if lacking := sorted(set(range(world)) - {p.rank for p in job}):
+        there = {p.rank for p in job}
+        lacking = list(islice((rank for rank in range(world) if rank not in there), 11))
+        if lacking:
             names = ", ".join(map(str, lacking[:10])) + ("..." if len(lacking) > 10 else "")
             shown.append(
                 f"{f'Launch {number}' if several else 'The run'} had {world} ranks; there is no trace of "

@@ -2,13 +2,20 @@
 
 Every string stands in the columns as its number in `Strings`. The arguments of event i are rows
 arg_begin[i] .. arg_begin[i + 1] of the argument columns (key, kind, value, and where the text stands).
-A line that is not a JSON event is left out and its place returned, so that the caller can count it.
+A line that is not a JSON event is left out and its place returned, so that the caller can count it. So is one
+that says what cannot be: times outside of MAX_TS and MAX_DUR, a pid or tid beyond 32 bits, more than MAX_ARGS
+arguments, values nested deeper than MAX_DEPTH, more than MAX_LINE bytes. Whoever
+reads a Block may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers
+exist, arguments that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
+
+What keeps the loops inside their arrays: the invariants of analysis.strings for text; a line is an event or
+bad once, and both are compared with the arrays' lengths; MAX_ARGS rows of arguments are free before a
+line begins and `_args` stops there.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from analysis.strings import (
     ID,
@@ -17,6 +24,7 @@ from analysis.strings import (
     bits_of,
     byte,
     close,
+    compiled,
     grown,
     intern,
     line_end,
@@ -29,6 +37,20 @@ from analysis.strings import (
 INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that Strings had no room for
 EVENT, METADATA = 1, 4
 _HHASH, _NUMERIC = ID["hhash"], tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes"))
+# Arguments that are used as whole numbers: counts, places in files, bytes, positions in the training.
+_COUNTS = tuple(ID[key] for key in (
+    "offset", "count", "ret", "size", "bytes", "epoch", "step", "batch", "num_events",
+))  # fmt: skip
+_COUNT_BITS = sum(1 << number for number in _COUNTS)  # all below 63
+MAX_LINE = 1 << 20  # bytes; DFTracer's lines have hundreds
+MAX_ARGS = 4096  # of one event
+MAX_DEPTH = 64  # of a value inside an argument
+MAX_TS, MAX_DUR = 1 << 54, 1 << 47  # us: hundreds of years, and four years
+MAX_WHOLE = 1 << 57  # of an argument that is a count
+MAX_BYTES = 1 << 50  # that one call or span moves, where bytes are added up: a petabyte
+MAX_BAD = 1000  # bad lines of a block whose places are returned; all are counted
+_LEAST_LINE = 9  # bytes of an event: {"ph":1}
+_MOST = 1.7976931348623157e308
 _DONE, _MORE_ROOM = 0, 1
 
 
@@ -49,7 +71,8 @@ class Block:
     arg_kind: np.ndarray
     arg_val: np.ndarray  # int64; the bits of a float64; a string's number; begin << 32 | end in the text
     arg_text: np.ndarray  # begin << 32 | end of `"key":value`
-    bad: list[int]  # where the lines that did not parse begin
+    bad: list[int]  # where the lines that did not parse begin, the first MAX_BAD of them
+    n_bad: int = 0  # all of them
 
     def __len__(self) -> int:
         return len(self.ph)
@@ -75,33 +98,35 @@ def scan(text: np.ndarray, size: int, strings: Strings) -> Block:
     """text[:size] is whole lines; PAD bytes of anything follow."""
     assert len(text) >= size + PAD and text[size - 1] == 10
     lines = int(np.count_nonzero(text[:size] == 10))
-    ints = np.empty((6, lines), np.int64)
-    ph = np.empty(lines, np.uint8)
-    arg_begin = np.zeros(lines + 1, np.int64)
-    room = 8 * lines + 64
+    most = min(lines, size // _LEAST_LINE + 1)
+    ints = np.empty((6, most), np.int64)
+    ph = np.empty(most, np.uint8)
+    arg_begin = np.zeros(most + 1, np.int64)
+    room = 8 * most + MAX_ARGS
     args: tuple[np.ndarray, ...] = (
         np.empty(room, np.int32),
         np.empty(room, np.uint8),
         np.empty(room, np.int64),
         np.empty(room, np.int64),
     )
-    bad = np.empty(lines, np.int64)
+    bad = np.empty(min(lines, MAX_BAD), np.int64)
     state = np.zeros(4, np.int64)  # position, events, arguments, bad lines
     while _scan(text, size, state, ph, ints, arg_begin, args, bad, strings.arrays) == _MORE_ROOM:
         line = int(np.argmax(text[state[0] : size] == 10)) + 1
-        strings.make_room(line + (1 << 12))
-        if int(state[2]) + line > len(args[0]):
-            args = tuple(grown(a, len(a) + line) for a in args)
+        strings.make_room(min(line, MAX_LINE) + (1 << 12))
+        if int(state[2]) + MAX_ARGS > len(args[0]):
+            args = tuple(grown(a, len(a)) for a in args)
     n, m = int(state[1]), int(state[2])
     name, cat, pid, tid, ts, dur = ints[:, :n]
     keys, kinds, values, places = (a[:m] for a in args)
     return Block(
         text, ph[:n], name.astype(np.int32), cat.astype(np.int32), pid, tid, ts, dur,
         arg_begin[: n + 1], keys, kinds, values, places, bad[: int(state[3])].tolist(),
+        int(state[3]),
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _number(text, p):
     """The number at p -> place after it, kind, whole value, real value; place -1 when there is none."""
     negative = byte(text, p) == 45
@@ -135,14 +160,15 @@ def _number(text, p):
         scale += -power if down else power
         real = True
     if real or scale != 0:
-        number = value / 10.0**-scale if scale < 0 else value * 10.0**scale
+        number = 0.0 if value == 0 else value / 10.0**-scale if scale < 0 else value * 10.0**scale
+        number = min(number, _MOST)
         return p, FLOAT, 0, -number if negative else number
     return p, INT, -value if negative else value, 0.0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _skip(text, p, end):
-    """The place after any JSON value; -1 when the line ends first."""
+    """The place after any JSON value; -1 when the line ends first or the value is nested too deeply."""
     depth = 0
     while p < end:
         c = byte(text, p)
@@ -152,6 +178,8 @@ def _skip(text, p, end):
                 return p + 1 if p < end else -1
         elif c == 123 or c == 91:
             depth += 1
+            if depth > MAX_DEPTH:
+                break
         elif c == 125 or c == 93:
             if depth <= 1:
                 return p + depth
@@ -162,7 +190,7 @@ def _skip(text, p, end):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _value(text, p, end, j, key, args, strings):
     """One argument's value into row j -> the place after it, or -1."""
     _, kinds, values, _ = args
@@ -175,10 +203,14 @@ def _value(text, p, end, j, key, args, strings):
         for numeric in _NUMERIC:  # DFTracer 1 wrote these between quotes
             if key == numeric:
                 after, kind, whole, _ = _number(text, a)
-                if after == q and kind == INT:
+                if after == q and kind == INT and -MAX_WHOLE <= whole <= MAX_WHOLE:
                     kinds[j], values[j] = INT, whole
         return q + 1 if q < end else -1
     q, kind, whole, real = _number(text, p)
+    if q >= 0 and 0 <= key < 64 and _COUNT_BITS >> key & 1:  # noqa: SIM102
+        if abs(real) > MAX_WHOLE or whole > MAX_WHOLE or whole < -MAX_WHOLE:
+            kinds[j], values[j] = RAW, (p << 32) | q  # no number of bytes or steps: stays as text
+            return q
     if q >= 0:
         kinds[j], values[j] = kind, whole
         if kind == FLOAT:
@@ -189,9 +221,11 @@ def _value(text, p, end, j, key, args, strings):
     return q
 
 
-@njit(cache=True, nogil=True)
-def _args(text, p, end, j, args, strings):
-    """The object of arguments that begins at p -> the place after it (or -1) and the next free row."""
+@compiled
+def _args(text, p, end, j, last, args, strings):
+    """The object of arguments that begins at p -> the place after it (or -1) and the next free row, at most
+    `last`.
+    """
     keys, _, _, places = args
     p += 1
     while p < end:
@@ -201,12 +235,18 @@ def _args(text, p, end, j, args, strings):
         if c == 34:
             begin = p
             p = close(text, begin + 1, end)
+            if p >= end or j >= last:
+                break
             key = intern(text, begin + 1, p - begin - 1, strings, True)
+            if key < 0:
+                break
             p += 1
             while byte(text, p) == 32 or byte(text, p) == 58:
                 p += 1
             if key == _HHASH:  # every event carries the host's hash: the HH record says it once
-                p = close(text, p + 1, end) + 1
+                p = _skip(text, p, end)
+                if p < 0:
+                    break
                 continue
             p = _value(text, p, end, j, key, args, strings)
             if p < 0:
@@ -220,7 +260,7 @@ def _args(text, p, end, j, args, strings):
     return -1, j
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _place(size, c, d):
     """Which column a key is for, by its length and first letters: 0 name .. 5 dur, 6 ph, 7 args, -1 none."""
     if size == 2:
@@ -234,11 +274,12 @@ def _place(size, c, d):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _line(text, p, end, j, row, args, strings):
     """The event that begins at p (its brace) -> the place after it (or -1), next free argument row."""
     for place in range(7):
         row[place] = 0
+    last = j + MAX_ARGS
     p += 1
     while 0 <= p < end:
         c = byte(text, p)
@@ -251,21 +292,26 @@ def _line(text, p, end, j, row, args, strings):
             break
         a = p + 1
         p = close(text, a, end)
+        if p >= end:
+            break
         place = _place(p - a, byte(text, a), byte(text, a + 1))
         p += 1
         while byte(text, p) == 32 or byte(text, p) == 58:
             p += 1
         quoted = byte(text, p) == 34
-        if place < 0:
+        if place < 0 or (place < 2 and not quoted):  # the numbers of strings are ours to give
             p = _skip(text, p, end)
         elif place == 7:
             if byte(text, p) != 123:
                 break
-            p, j = _args(text, p, end, j, args, strings)
-        elif place < 2 and quoted:
+            p, j = _args(text, p, end, j, last, args, strings)
+        elif place < 2:
             a = p + 1
             p = close(text, a, end)
-            row[place] = intern(text, a, p - a, strings, True)
+            found = intern(text, a, p - a, strings, True)
+            if p >= end or found < 0:
+                break
+            row[place] = found
             p += 1
         elif place == 6 and quoted:  # as Chrome writes it: X, M
             c = byte(text, p + 1)
@@ -273,16 +319,21 @@ def _line(text, p, end, j, row, args, strings):
             p = _skip(text, p, end)
         else:
             p, kind, whole, real = _number(text, p)
-            row[place] = int(real) if kind == FLOAT else whole
+            if kind == FLOAT:
+                whole = np.int64(real) if 0.0 <= real <= MAX_TS else -1
+            most = 0xFFFFFFFF if place < 4 else MAX_TS if place == 4 else MAX_DUR if place == 5 else 255
+            if whole < 0 or whole > most:
+                break
+            row[place] = whole
     return -1, j
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
     p, i, j, wrong = state
     pool, starts, _, table, count = arrays
     keys, kinds, values, places = arg_arrays
-    args_room = len(keys)
+    args_room, events_room, bad_room = len(keys) - MAX_ARGS, len(ph), len(bad)
     args = pointer(keys), pointer(kinds), pointer(values), pointer(places)
     strings = pointers(arrays)
     room = room_left(pool, starts, table, count)
@@ -292,16 +343,23 @@ def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
     status, known = _DONE, count[0]
     while p < size:
         end = line_end(text, p)
-        if end - p > room or j + (end - p) // 4 + 1 > args_room:
+        begin = p
+        if end - p > MAX_LINE:
+            if wrong < bad_room:
+                bad[wrong] = begin
+            wrong += 1
+            p = end + 1
+            continue
+        if end - p > room or j > args_room:
             status = _MORE_ROOM
             break
-        begin = p
         while byte(text, p) == 32 or byte(text, p) == 91 or byte(text, p) == 44 or byte(text, p) == 93:
             p += 1
         if byte(text, p) == 123:
             q, next_j = _line(text, p, end, j, row, args, strings)
-            if q < 0 or row[6] == 0:
-                bad[wrong] = begin
+            if q < 0 or row[6] == 0 or i >= events_room:
+                if wrong < bad_room:
+                    bad[wrong] = begin
                 wrong += 1
             else:
                 ph[i] = row[6]
@@ -310,7 +368,8 @@ def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
                 i, j = i + 1, next_j
                 arg_begin[i] = j
         elif end - p > 1:
-            bad[wrong] = begin
+            if wrong < bad_room:
+                bad[wrong] = begin
             wrong += 1
         if count[0] != known:  # rare: a string that is new
             known = count[0]

@@ -1,9 +1,21 @@
 """Strings as numbers: each distinct text once, found through a hash table that numba code fills.
 
 Also the three machine instructions that reading text quickly wants: a byte, eight bytes, and where a bit is.
+
+Compiled loops do not check bounds; these invariants stand in for the checks, whatever the bytes are:
+- Text ends with a newline and PAD more bytes follow it. Every loop over text either has a limit `end`, the
+  place of its line's newline, or stops at any byte that it does not want, and a newline is one. So a place p
+  is never beyond `end`; eight bytes from there lie inside the padding.
+- `close` is called with p <= end and returns a place from p to end: sizes are never negative. Who steps over
+  the quote that it found checks first that there is one (p < end).
+- `intern` writes only after it has compared with the lengths of the arrays; what does not fit has no
+  number (-1).
+With NUMBA_BOUNDSCHECK=1 in the environment every access is checked instead, and a wrong one is an IndexError:
+the tests run both builds. The checked one is kept in a cache only where NUMBA_CACHE_DIR names one for it.
 """
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -16,9 +28,16 @@ KNOWN = (
     "(none)", "hhash", "fhash", "offset", "count", "ret", "epoch", "step", "batch", "value", "split", "when",
     "file", "bytes", "name", "POSIX", "STDIO", "counter", "clock", "dftracer", "data", "read", "train",
     "barrier", "num_events", "CM", "FH", "HH", "SH", "thread_name", "start", "end", "fname", "size",
+    "pread", "pread64", "readv", "preadv", "preadv64", "preadv2",
+    "write", "pwrite", "pwrite64", "writev", "pwritev", "pwritev64", "pwritev2",
 )  # fmt: skip
 ID = {text: number for number, text in enumerate(KNOWN)}
 MAX_STRINGS = 200_000  # beyond this, new values are not kept: memory is bounded
+MAX_NAMES = (
+    2 * MAX_STRINGS
+)  # beyond this no names, categories and keys either: their lines are counted as bad
+MAX_POOL = 64 << 20  # bytes of all strings together
+_MAX_PROBES = 512  # places that are looked at for a string: more is text made to collide
 PAD = 16  # text is read eight bytes at a time: this many bytes must follow its end
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
@@ -64,10 +83,36 @@ def _bits_of(typingctx, value):
     return types.int64(types.float64), codegen
 
 
+CHECKED = os.environ.get("NUMBA_BOUNDSCHECK") == "1"  # numba itself reads the same variable
+compiled: Any = njit(cache=not CHECKED or bool(os.environ.get("NUMBA_CACHE_DIR")), nogil=True)
+
 # Any: numba supplies the first argument
 byte: Any = intrinsic(_load(8))
 word: Any = intrinsic(_load(64))
 pointer: Any = intrinsic(_pointer)
+
+if CHECKED:
+
+    @compiled
+    def _pointer_checked(array):
+        return array
+
+    @compiled
+    def _byte_checked(data, p):
+        if p < 0 or p >= len(data):
+            raise IndexError("a byte outside of its array")
+        return np.int64(data[p])
+
+    @compiled
+    def _word_checked(data, p):
+        if p < 0 or p + 8 > len(data):
+            raise IndexError("eight bytes outside of their array")
+        found = np.uint64(0)
+        for i in range(8):
+            found |= np.uint64(data[p + i]) << np.uint64(8 * i)
+        return found
+
+    byte, word, pointer = _byte_checked, _word_checked, _pointer_checked
 trailing_zeros: Any = intrinsic(_trailing_zeros)
 bits_of: Any = intrinsic(_bits_of)
 
@@ -86,7 +131,8 @@ class Strings:
             self.add(text)
 
     def add(self, text: str) -> int:
-        raw = text.encode()
+        """Its number; -1 when there is no room for more."""
+        raw = text.encode(errors="replace")
         self.make_room(len(raw))
         padded = np.frombuffer(bytearray(raw + bytes(PAD)), np.uint8)
         return int(_add(padded, len(raw), self.arrays))
@@ -121,9 +167,10 @@ def unescape(raw: bytes) -> str:
     if "\\" not in text:
         return text
     try:
-        return str(json.loads(f'"{text}"'))
+        found = str(json.loads(f'"{text}"'))
     except ValueError:  # dftracer does not escape what a path itself contains
         return text
+    return found.encode(errors="replace").decode()  # half of a surrogate pair is no text
 
 
 def grown(array: np.ndarray, need: int) -> np.ndarray:
@@ -132,7 +179,7 @@ def grown(array: np.ndarray, need: int) -> np.ndarray:
     return bigger
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _rehash(hashes, n, table):
     mask = len(table) - 1
     for number in range(n):
@@ -142,14 +189,14 @@ def _rehash(hashes, n, table):
         table[slot] = number
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def room_left(pool, starts, table, count):
     """The length of a line whose strings are sure to fit."""
     n = count[0]
     return min(len(pool) - starts[n] - PAD, 2 * (len(starts) - n - 2), 2 * (len(table) // 2 - n))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def line_end(text, p):
     while True:
         w = word(text, p) ^ _NEWLINES
@@ -159,18 +206,23 @@ def line_end(text, p):
         p += 8
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _add(text, size, arrays):
     return intern(pointer(text), 0, size, pointers(arrays), True)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pointers(arrays):
     pool, starts, hashes, table, count = arrays
-    return pointer(pool), pointer(starts), pointer(hashes), pointer(table), pointer(count), len(table) - 1
+    room = min(len(pool), MAX_POOL) - PAD
+    most = min(MAX_NAMES, len(hashes), len(starts) - 1, len(table) // 2)
+    return (
+        pointer(pool), pointer(starts), pointer(hashes), pointer(table), pointer(count),
+        len(table) - 1, room, most,
+    )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def close(text, p, end):
     """Where the string that runs at p has its closing quote; `end` when it has none before that."""
     while p < end:
@@ -188,10 +240,10 @@ def close(text, p, end):
     return min(p, end)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def intern(text, a, size, strings, keep):
     """The number of text[a : a + size], a new one if need be; -1 when there is no room for more."""
-    pool, starts, hashes, table, count, mask = strings
+    pool, starts, hashes, table, count, mask, room, most = strings
     h = np.uint64(size)
     for i in range(0, size - 7, 8):
         h = (h ^ word(text, a + i)) * _PRIME
@@ -202,6 +254,7 @@ def intern(text, a, size, strings, keep):
         h = (h ^ w) * _PRIME
         h ^= h >> np.uint64(32)
     slot = np.int64(h) & mask
+    probes = 0
     while table[slot] >= 0:
         number = np.int64(table[slot])
         s = starts[number]
@@ -215,10 +268,13 @@ def intern(text, a, size, strings, keep):
                 if i == size:
                     return number
         slot = (slot + 1) & mask
+        probes += 1
+        if probes > _MAX_PROBES:
+            return np.int64(-1)
     number = count[0]
-    if not keep and number >= MAX_STRINGS:
-        return np.int64(-1)
     s = starts[number]
+    if number >= (most if keep else min(most, MAX_STRINGS)) or s + size > room:
+        return np.int64(-1)
     for i in range(size):
         pool[s + i] = text[a + i]
     starts[number + 1] = s + size

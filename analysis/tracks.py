@@ -16,9 +16,14 @@ from analysis.nest import Lane
 from analysis.process import Process
 from analysis.scan import EVENT, INLINE, STRING, Block
 from analysis.strings import ID, Strings
+from common.errors import printable
 
 _PIDS = 1 << 22  # more than any kernel gives out: one of these apart, equal pids of two hosts stay apart
 _CHUNK = 1 << 20
+MAX_THREADS = 1024  # tracks of one process; further threads share one
+MAX_LANES = 64  # of one track
+MAX_COUNTERS = 1000  # of one process
+OTHERS = -1  # the thread number of what shares a track
 
 
 @dataclass
@@ -142,6 +147,7 @@ class FileTracks:
         self.uuid, self.pid = shared.new_uuid(), about.pid
         self.tracks: dict[int, Track] = {}
         self.counters: dict[int, int] = {}
+        self.crowded = self.uncounted = 0  # events that were left out
         self.flows = Flows(about.order + 1)
         self.bandwidth = Bandwidth(clock.time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
@@ -179,11 +185,15 @@ class FileTracks:
             (block.arg_val, strings),
         ):
             column[where] += 1  # in Perfetto the number 0 means none
-        for tid in np.unique(block.tid[slices | instant]).tolist():
-            mine = block.tid == tid
-            self._thread(
-                block, np.flatnonzero(slices & mine), np.flatnonzero(instant & mine), self._track(tid), flow
-            )
+        who = np.flatnonzero(slices | instant)
+        tids = self._known(block.tid[who])
+        order = np.argsort(tids, kind="stable")
+        who, tids = who[order], tids[order]
+        groups = np.split(who, np.flatnonzero(np.diff(tids)) + 1) if len(who) else []
+        for tid, mine in zip(np.unique(tids).tolist(), groups, strict=True):
+            is_slice = slices[mine]
+            track = self._track(tid)
+            self._thread(block, mine[is_slice], mine[~is_slice], track, flow)
 
     def finish(self) -> None:
         """The counters that need the whole file, and what the file lacks."""
@@ -191,6 +201,23 @@ class FileTracks:
         write_bandwidth(shared, self.uuid, self.bandwidth)
         if self.reader.process.lost:
             shared.summary.lost.append(self.reader.process.lost)
+        name = printable(self.process.path.name)
+        if self.crowded:
+            shared.summary.lost.append(
+                f"{name}: {self.crowded} slices left out that overlap more than {MAX_LANES} others "
+                "of their thread"
+            )
+        if self.uncounted:
+            shared.summary.lost.append(
+                f"{name}: {self.uncounted} values of counters left out, beyond {MAX_COUNTERS} counters"
+            )
+
+    def _known(self, tids: np.ndarray) -> np.ndarray:
+        """Thread numbers; those that get no track of their own any more as OTHERS."""
+        found = np.unique(tids)
+        new = found[~np.isin(found, np.fromiter(self.tracks, np.int64, len(self.tracks)))]
+        late = new[max(0, MAX_THREADS - len(self.tracks)) :]
+        return np.where(np.isin(tids, late), OTHERS, tids) if len(late) else tids
 
     def _arguments(self, block: Block) -> None:
         """File hashes become paths, under the name `file`."""
@@ -204,7 +231,9 @@ class FileTracks:
     def _track(self, tid: int) -> Track:
         process = self.process
         main = tid == process.pid
-        name = self.reader.process.threads.get(tid) or ("main" if main else f"thread {tid}")
+        name = self.reader.process.threads.get(tid) or (
+            "main" if main else "other threads" if tid == OTHERS else f"thread {tid}"
+        )
         track = self.tracks.get(tid)
         if track is None:
             uuid = self.shared.new_uuid()
@@ -220,6 +249,9 @@ class FileTracks:
             self._events(block, instants, track.uuid, flow, True)
         level = 0
         while len(slices):
+            if level == MAX_LANES:
+                self.crowded += len(slices)
+                return
             if level == len(track.lanes):
                 uuid = self.shared.new_uuid()
                 track.lanes.append((uuid, Lane()))
@@ -270,6 +302,9 @@ class FileTracks:
             mine = who[block.name[who] == number]
             mine = mine[np.argsort(block.ts[mine], kind="stable")]
             name = self.shared.strings.text(number)
+            if number not in self.counters and len(self.counters) == MAX_COUNTERS:
+                self.uncounted += len(mine)
+                continue
             if number not in self.counters:
                 self.counters[number] = self.shared.new_uuid()
                 self.shared.out.write(wire.counter_track(self.counters[number], self.uuid, name, ""))

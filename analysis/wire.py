@@ -8,10 +8,9 @@ import struct
 from collections.abc import Iterator
 
 import numpy as np
-from numba import njit
 
 from analysis.scan import FLOAT, INT, STRING
-from analysis.strings import pointer
+from analysis.strings import compiled, pointer
 
 SEQUENCE, CLOCK, BOOTTIME, REALTIME = 1, 64, 6, 1
 PACKET, TIMESTAMP, SEQUENCE_ID, TRACK_EVENT, INTERNED, FLAGS, COMPRESSED = 1, 8, 10, 11, 12, 13, 50
@@ -43,7 +42,7 @@ def double(field: int, value: float) -> bytes:
 
 
 def nested(field: int, *parts: bytes | str) -> bytes:
-    body = b"".join(part.encode() if isinstance(part, str) else part for part in parts)
+    body = b"".join(part.encode(errors="replace") if isinstance(part, str) else part for part in parts)
     return varint(field << 3 | 2) + varint(len(body)) + body
 
 
@@ -139,7 +138,7 @@ def _read_varint(message: bytes, p: int) -> tuple[int, int]:
     return value | message[p] << shift, p + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _varint(out, p, value):
     rest = np.uint64(value)
     while rest > np.uint64(127):
@@ -150,7 +149,7 @@ def _varint(out, p, value):
     return p + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _size3(out, p, size):
     """A length in three bytes, so that its place can be kept before it is known."""
     out[p] = (size & 127) | 128
@@ -158,7 +157,7 @@ def _size3(out, p, size):
     out[p + 2] = (size >> 14) & 127
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _head(out, p, time):
     """packet { timestamp, sequence, flags, track_event { -> place, places of the two lengths."""
     out[p] = 10
@@ -171,7 +170,7 @@ def _head(out, p, time):
     return p + 8, start, p + 5
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _annotation(out, p, key, kind, value, text):
     """debug_annotations { name_iid, value }."""
     out[p] = 34
@@ -205,7 +204,7 @@ def _annotation(out, p, key, kind, value, text):
     return p
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _flow(out, p, field, flow):
     p = _varint(out, p, field << 3 | 1)
     for i in range(8):
@@ -213,13 +212,13 @@ def _flow(out, p, field, flow):
     return p + 8
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def flow_id(base, k):
     h = (np.uint64(base) + np.uint64(k)) * np.uint64(0x9E3779B97F4A7C15)
     return h ^ (h >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def events(
     order,
     begin,
@@ -238,6 +237,10 @@ def events(
     out,
 ):  # noqa: E501
     """The events in this order on a clock that began at `begin` -> bytes written.
+
+    `out` has BYTES_PER_EVENT for each, BYTES_PER_ARG for each argument of the block, room for the block's
+    text and for the flows that end (`FileTracks._encode`). An event is below 2 MiB, which its length in three
+    bytes can say: the scanner limits a line and its arguments, Flows the flows.
 
     flow_count: 0 none; -1 - k: this event starts flow k of its base; n: n flows of its base end here.
     """
@@ -269,7 +272,7 @@ def events(
     return p
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def counters(ts, values, begin, out):
     q, p = pointer(out), 0
     bits = values.view(np.int64)

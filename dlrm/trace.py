@@ -227,4 +227,7 @@ def _native_type(value: Any) -> Any:
 @lru_cache(maxsize=1024)  # names of files and splits come again and again
 def _plain(text: str) -> str:
     """DFTracer writes strings into JSON as they are."""
-    return text if text.isalnum() else json.dumps(text, ensure_ascii=False)[1:-1]
+    if text.isalnum():
+        return text
+    text = text.encode(errors="surrogateescape").decode(errors="replace")  # file names may be any bytes
+    return json.dumps(text, ensure_ascii=False)[1:-1]

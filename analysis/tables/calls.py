@@ -6,9 +6,9 @@ and no call shows, as with a mapped file. A file is in one of them, so the layer
 
 import numpy as np
 import polars as pl
-from numba import njit
 
 from analysis.stages import DATA_OPS
+from analysis.strings import compiled
 from analysis.tables.read import Events
 from analysis.tables.times import Windows
 
@@ -200,7 +200,7 @@ def _groups(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
     return group, np.where(named, kind, _ELSE), int(group.max()) + 1 if len(group) else 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _follow(group, kind, offset, size, position, end, skip, skipped, reach, order):
     for i in range(len(group)):
         g = group[i]
@@ -222,11 +222,14 @@ def _follow(group, kind, offset, size, position, end, skip, skipped, reach, orde
                     position[g] = end[g]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _spread(ts, dur, size, first, width, moved, count):
+    """What begins before the first bin or ends after the last one counts there."""
+    most = len(moved) - 1
     for i in range(len(ts)):
         a, b = ts[i], ts[i] + dur[i]
-        one, last = a // width - first, b // width - first
+        one = min(max(a // width - first, 0), most)
+        last = min(max(b // width - first, one), most)
         count[one] += 1
         if one == last:
             moved[one] += size[i]

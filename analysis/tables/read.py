@@ -10,7 +10,7 @@ from analysis.clocks import Clock
 from analysis.columns import frame
 from analysis.events import Reader
 from analysis.process import Process
-from analysis.scan import Block
+from analysis.scan import MAX_BYTES, Block
 from analysis.stages import CALLS, legend
 from analysis.strings import Strings
 
@@ -71,11 +71,13 @@ def _split(block: Block, reader: Reader, clock: Clock) -> tuple[pl.DataFrame, pl
         meaning.with_columns(pl.col("kind", "op").cast(pl.Categorical)),
         on=["cat", "name"], how="left", maintain_order="left",
     )  # fmt: skip
-    events = clock.frame(events).with_columns(pl.col("tid", "pid").cast(pl.UInt32))
+    events = clock.frame(events).with_columns(
+        pl.col("tid", "pid").cast(pl.UInt32), pl.col("bytes").clip(-MAX_BYTES, MAX_BYTES)
+    )
     is_call = pl.col("cat").cast(pl.String).is_in(CALLS)
     data = pl.col("op").cast(pl.String).is_in(["read", "write"])
     # STDIO reports items, not bytes, in some calls: what the call returned is what it moved
-    size = pl.when(data).then(pl.coalesce("ret", "bytes", pl.lit(0)).clip(0))
+    size = pl.when(data).then(pl.coalesce("ret", "bytes", pl.lit(0)).clip(0, MAX_BYTES))
     size = size.when(pl.col("op") == "seek").then(pl.col("ret"))
     calls = events.filter(is_call).with_columns(
         size.alias("size"), (pl.col("ret") < 0).fill_null(False).alias("failed")

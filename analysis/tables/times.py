@@ -19,6 +19,7 @@ MEASURES = (
     "io_all_us", "io_behind_compute_us", "io_behind_communication_us", "io_bare_us",
 )  # fmt: skip
 BINS = 600  # stretches of the timeline, at most, of one rank
+MAX_EPOCHS = 1000  # that are told apart
 KEPT_CATS = ("startup", "eval", "checkpoint", "prep")
 
 
@@ -97,6 +98,8 @@ def windows(events: Events, main: pl.DataFrame) -> Windows:
 
     add("evaluate", None, stretches(of["eval"]))
     work = of["train"].filter(pl.col("name").is_in(["epoch", "step"]))
+    if work["epoch"].n_unique() > MAX_EPOCHS:
+        work = work.with_columns(pl.lit(None, pl.Int64).alias("epoch"))
     for (epoch,), spans in sorted(work.group_by("epoch"), key=lambda item: item[0][0] or 0):
         # a killed run has steps of an epoch but no span of the epoch itself
         ends = (spans["ts"] + spans["dur"]).to_numpy()
