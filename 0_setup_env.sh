@@ -76,7 +76,7 @@ line=
     [[ $site == polaris ]] || version=$("$mpiexec" --version 2>&1 < /dev/null || true)
     case $version in
         polaris | *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
-        *"Open MPI"* | *OpenRTE*) line='mpiexec -n {N} --map-by ppr:{PPN}:node --oversubscribe --bind-to none -x MASTER_ADDR -x MASTER_PORT' ;;
+        *"Open MPI"* | *OpenRTE*) line='mpiexec -n {N} --map-by ppr:{PPN}:node --oversubscribe --bind-to none -x MASTER_ADDR -x MASTER_PORT -x DLRM_JOB_TOKEN' ;;
         *HYDRA* | *Intel*) line='mpiexec -n {N} -ppn {PPN}' ;;
         slurm*) line='srun -n {N} --ntasks-per-node {PPN} -c {DEPTH} --kill-on-bad-exit=1' ;;
     esac

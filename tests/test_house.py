@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "common": [["errors"], ["inputs", "lock"], ["owned"]],
     "dlrm": [
-        ["errors", "ranks", "segments", "later"],
+        ["errors", "ranks", "segments", "later", "peers", "rendezvous"],
         ["exchange", "criteo", "config", "presets", "trace", "signals", "walltime"],
         ["bert_config"],
         ["entry"],
