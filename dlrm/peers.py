@@ -95,12 +95,14 @@ class LocalPeers:
             pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:
             self._ended[rank] = ""
+            del self._processes[rank]
             return
         except (AttributeError, OSError):
             return  # `wait` looks at /proc
         if _start(process.pid) != process.start:  # ended before, and its pid is another's
             os.close(pidfd)
             self._ended[rank] = ""
+            del self._processes[rank]
             return
         self._pidfds[pidfd] = rank
         self._poll.register(pidfd, select.POLLIN)

@@ -224,7 +224,7 @@ class Watch(threading.Thread):
                     self._leave(Note(self._silence(silent), sorted(silent)))
                     note = self._note()
             except RuntimeError:  # the store went with the process that keeps it
-                self._end_for(self._ends() or Note(f"{self._named({0})} is gone"))
+                self._end(self._await_end_of_first() or Note(f"{self._named({0})} is gone"))
             self._answered = before = time.monotonic()
             if note:
                 self._end_for(note)
@@ -273,6 +273,13 @@ class Watch(threading.Thread):
 
     def _named(self, ranks: set[int]) -> str:
         return _ranks(ranks, [person.host for person in self._people])
+
+    def _await_end_of_first(self) -> "Note | None":
+        """A process closes its connections first, and counts as ended a little later."""
+        given_up = time.monotonic() + (3 if self._people[0].is_local else 1) * SIGN_SECONDS
+        while not (note := self._ends(ask=False)) and time.monotonic() < given_up:
+            time.sleep(0.02)
+        return note
 
     def _end_for(self, note: "Note") -> None:
         """End, but let this rank's own error come first, if it has one."""
@@ -364,8 +371,7 @@ class Watch(threading.Thread):
                 note = self._note()
             self._linger()
         except RuntimeError:
-            time.sleep(0.2)  # the guard may be a little later
-            note = self._ends(ask=False)
+            note = self._await_end_of_first()
         note = note or Note(f"{self._named({0})} is gone")
         error = LostRank(f"ends because {note.reason}")
         error.code, error.told = note.code, note.speaker not in (None, self._here.rank)
