@@ -112,7 +112,7 @@ def test_a_rank_that_dies_while_the_group_forms_is_named(lost: int) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", FORMING, str(lost)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "FATAL"},
         )
         for rank in range(2)
     ]  # fmt: skip
