@@ -108,11 +108,12 @@ entry.start(main)
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_dies_while_the_group_forms_is_named(lost: int) -> None:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    common["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # read when torch is imported
     begun = time.monotonic()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", FORMING, str(lost)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCH_CPP_LOG_LEVEL": "FATAL"},
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]  # fmt: skip
