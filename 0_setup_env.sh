@@ -251,7 +251,7 @@ find_site_mpi() {    # sets line: {N} ranks in all, {PPN} on each node, {DEPTH} 
             polaris | *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
             *"Open MPI"* | *OpenRTE*)
                 line='mpiexec -n {N} --map-by ppr:{PPN}:node --oversubscribe --bind-to none'
-                line+=' -x MASTER_ADDR -x MASTER_PORT'
+                line+=' -x MASTER_ADDR -x MASTER_PORT -x DLRM_JOB_TOKEN'
                 ;;
             *HYDRA* | *Intel*) line='mpiexec -n {N} -ppn {PPN}' ;;
             slurm*) line='srun -n {N} --ntasks-per-node {PPN} -c {DEPTH} --kill-on-bad-exit=1' ;;

@@ -59,7 +59,8 @@ if [[ -z $rank ]]; then    # outside: start the ranks
         port=$(( 20000 + RANDOM % 12000 ))
         (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null || MASTER_PORT=$port
     done
-    export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT
+    DLRM_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')    # by which the ranks know each other's messages
+    export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT DLRM_JOB_TOKEN
     read -ra mpi <<< "${MPIEXEC:-${DLRM_MPIEXEC:-mpiexec -n {N\}}}"
     mpi=("${mpi[@]//\{N\}/$n}") mpi=("${mpi[@]//\{PPN\}/$NPROC}") mpi=("${mpi[@]//\{DEPTH\}/$depth}")
     [[ -z ${DRY_RUN:-} ]] || { printf '%q ' "${mpi[@]}" "$here/launcher.sh" "$@"; echo; exit; }
@@ -99,10 +100,14 @@ fi
 [[ -n ${PMI_FD:-} && -z ${TORCHELASTIC_RUN_ID:-} ]] || exec "$@"
 # mpich's mpiexec lets the other ranks wait for ever when one fails before MPI_Init, and gloo and NCCL
 # programs never call that. So this shell stays, and speaks the one word that ends the job: unless all
-# are ending because they were told to (75: stopped in good order), and not before they had time to say why.
+# are ending because they were told to (75: stopped in good order), and not before they had time to say why:
+# ranks on other hosts learn of it within 4 seconds.
 told='' code=0
 trap told=1 INT TERM
 trap : PIPE
 "$@" || code=$?
-[[ $code == 0 || $code == 75 || -n $told ]] || { sleep 2; echo "cmd=abort exitcode=$code" >&"$PMI_FD" || true; }
+if [[ -z $told ]] && (( code > 130 && code < 160 )); then
+    echo "launcher.sh: rank $RANK on $(uname -n): killed by signal $(( code - 128 ))" >&2
+fi
+[[ $code == 0 || $code == 75 || -n $told ]] || { sleep 5; echo "cmd=abort exitcode=$code" >&"$PMI_FD" || true; }
 exit "$code"

@@ -13,6 +13,7 @@ write_file    one file that the user named (-o FILE): never over an existing one
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -281,6 +282,35 @@ def _refuse_linked_folders(folder: Path, name: str) -> None:
             raise UserError(
                 f"{printable(path)}: is a link or a file, a folder of results is expected; move it away"
             )
+
+
+# --- shared memory
+
+
+def remove_dead_segments(folder: str, sizes: Iterable[int]) -> None:
+    """Remove shared memory that ended runs of this user, of earlier versions, left in `folder` under a name:
+    dlrm-PID-TIME, of one of these sizes, and no process holds its lock. Newer ones never have a name.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry.name for entry in entries if re.fullmatch(r"dlrm-[0-9]+-[0-9]+", entry.name)]
+    except OSError:
+        return
+    for name in found:
+        path = os.path.join(folder, name)
+        if os.path.exists(f"/proc/{name.split('-')[1]}"):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                status = os.fstat(descriptor)
+                ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+                if ours and status.st_size in sizes:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.lstat(path), status):
+                        os.unlink(path)
+            finally:
+                os.close(descriptor)
 
 
 # --- single files

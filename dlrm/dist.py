@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from dlrm import exchange, trace
 from dlrm.entry import complain
-from dlrm.errors import STOPPED, USAGE, Stopped, UserError
+from dlrm.errors import STOPPED, USAGE, LostRank, Stopped, UserError
 from dlrm.ranks import Ranks
+from dlrm.rendezvous import SignedStore
 from dlrm.watch import Watch, is_broken_contact, meet
 
 T = TypeVar("T")
@@ -38,26 +39,43 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
     global _store
     with trace.span("startup", "process_group"):
         device = device_of(here)
-        _store, hosts = meet(here, timeout)
-        watch = Watch(_store, here, hosts, timeout)
-        exchange.register()
-        on_cpu = {"auto": exchange.NAME, "gloo": exchange.GLOO}[exchanging]
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else on_cpu,
-            store=dist.PrefixStore("group", _store), rank=here.rank, world_size=here.world_size,
-            timeout=PATIENCE * timedelta(seconds=timeout),
-        )  # fmt: skip
+        _store, processes = meet(here, timeout)
+        watch = Watch(_store, here, processes, timeout)
+        try:
+            exchange.register()
+            on_cpu = {"auto": exchange.NAME, "gloo": exchange.GLOO}[exchanging]
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else on_cpu,
+                store=dist.PrefixStore(_store.name_group("group"), _store.store), rank=here.rank,
+                world_size=here.world_size, timeout=PATIENCE * timedelta(seconds=timeout),
+            )  # fmt: skip
+            watch.formed()
+        except (UserError, Stopped, KeyboardInterrupt) as error:
+            watch.tell(_code_of(error))
+            watch.close()
+            raise
+        except Exception as error:
+            # whatever a rank that is gone, or a stranger's bytes in the store, make of it
+            found = watch.find() if here.world_size > 1 else None
+            watch.close()
+            if found is None or found.told or "a connection broke" not in str(found):
+                raise found or error from None
+            first_line = (str(error).splitlines() or [""])[0][:200]
+            raise LostRank(f"the ranks cannot connect: {type(error).__name__}: {first_line}") from None
     try:
         with _environment(here):
             yield device
+        watch.finish()
         dist.barrier()  # nobody leaves while another still works: its store would die with rank 0
+        watch.leave()
     except BaseException as error:
         if getattr(error, "shared", False):
+            watch.quieten()
             _part(error, here)
         elif here.world_size > 1 and is_broken_contact(error):
             raise watch.find() from None
         else:
-            watch.tell({UserError: USAGE, Stopped: STOPPED}.get(type(error), 1))
+            watch.tell(_code_of(error))
         raise
     finally:
         watch.close()
@@ -80,9 +98,13 @@ def _environment(here: Ranks) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def side_store() -> Any:
+def _code_of(error: BaseException) -> int:
+    return {UserError: USAGE, Stopped: STOPPED}.get(type(error), 1)
+
+
+def side_store() -> SignedStore:
     """Another connection to the ranks' store, for a thread: a call that waits does not hold up the others."""
-    return _store.clone() if hasattr(_store, "clone") else _store
+    return _store.clone()
 
 
 def _part(error: BaseException, here: Ranks) -> None:

@@ -37,7 +37,7 @@ def start(main: Callable[[Ranks], None]) -> NoReturn:
 
 def _quieten() -> None:
     """Libraries' notes to their own developers would bury what a user must read."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("torchrec", "torch.fx", "torch.distributed"):

@@ -2,9 +2,10 @@
 
 The two collectives of every training step, all-to-all and the sum of gradients, copy through /dev/shm;
 all others go to gloo, and everything does where this room has nothing to offer: several hosts, one rank,
-a processor without x86's ordered stores, a small /dev/shm.
+a processor without x86's ordered stores, a small /dev/shm, ranks that cannot see each other's processes.
 """
 
+import contextlib
 import math
 import os
 import platform
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dlrm.segments import FOLDER, Arriving, Segments
+from common.owned import remove_dead_segments
+from dlrm.segments import FOLDER, HEADER, SLOTS, STRIDE, Arriving, NotShared, Segments
 
 NAME = "shared"  # for dist.init_process_group, after `register`
 GLOO = "gloo_uneven"  # likewise: without shared memory
@@ -36,7 +38,9 @@ def _create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     group = _create_gloo(store, rank, size, timeout)
     hosts = {store.get(f"host{peer}") for peer in range(size)}
     if size > 1 and len(hosts | {b""}) == 2:
-        return Group(Segments(store, rank, size, timeout.total_seconds()), group.gloo)
+        remove_dead_segments(FOLDER, (0, HEADER, HEADER + SLOTS * STRIDE))
+        with contextlib.suppress(NotShared):
+            return Group(Segments(store, rank, size, timeout.total_seconds()), group.gloo)
     return group
 
 
@@ -53,7 +57,7 @@ def _host(size: int) -> str:
     if shutil.disk_usage(FOLDER).free < size * ENOUGH:
         return f"full {platform.node()} {os.getpid()}"
     with open("/proc/sys/kernel/random/boot_id") as text:
-        return f"{text.read().strip()} {os.stat(FOLDER).st_dev}"
+        return f"{text.read().strip()} {os.stat(FOLDER).st_dev} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,16 @@
 """Memory that the ranks of one host share: numbered messages through a file of each rank in /dev/shm.
 
 Each rank owns one file. It writes message number c into slot c % SLOTS and then its counter; the others
-wait for the counter, read what is theirs, and say so, which frees the slot. The files have no name once
-all ranks have opened them, so nothing is left behind, however a rank ends.
+wait for the counter, read what is theirs, and say so, which frees the slot. The files never have a name, so
+nothing is left behind, however a rank ends: the others open them through /proc/PID/fd.
 """
 
 import contextlib
 import fcntl
 import mmap
 import os
+import re
+import stat
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +23,11 @@ SLOTS = 4
 HEADER = 1 << 20
 STRIDE = 1 << 33  # between slots: room that costs nothing until it is written to
 SPINS = 200  # looks at a counter before sleeping: about 100 microseconds
-CHECK_SECONDS = 1.0  # between looks whether a silent peer still lives
+CHECK_SECONDS = 0.2  # between looks whether a silent peer still lives
+
+
+class NotShared(Exception):
+    """A rank cannot open the others' files: all ranks raise it."""
 
 
 class Segments:
@@ -30,19 +36,7 @@ class Segments:
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
         self.peers = [peer for peer in range(size) if peer != rank]
-        path = f"{FOLDER}/dlrm-{os.getpid()}-{time.monotonic_ns()}"
-        mine = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.posix_fallocate(mine, 0, HEADER)
-            os.ftruncate(mine, HEADER + SLOTS * STRIDE)
-            fcntl.flock(mine, fcntl.LOCK_EX)  # the kernel lets go of it when this process ends
-            store.set(f"file{rank}", path)
-            paths = [store.get(f"file{peer}").decode() for peer in range(size)]
-            self.files = [mine if peer == rank else os.open(paths[peer], os.O_RDWR) for peer in range(size)]
-            store.set(f"opened{rank}", "")
-            store.wait([f"opened{peer}" for peer in range(size)])
-        finally:
-            os.unlink(path)
+        self.files = _open_files(store, rank, size)
         self.maps = [mmap.mmap(file, HEADER + SLOTS * STRIDE) for file in self.files]
         views = [np.frombuffer(view, np.int64, SLOTS * (1 + 3 * size)) for view in self.maps]
         # of each rank, slot by slot: its latest collective + 1; each peer's bytes of it; what it has read
@@ -133,6 +127,69 @@ class Segments:
             fcntl.flock(self.files[peer], fcntl.LOCK_UN)
             return True
         return False
+
+
+def _open_files(store: Any, rank: int, size: int) -> list[int]:
+    files: list[int] = []
+    try:
+        mine = _make_file()
+        store.set(f"file{rank}", f"{os.getpid()}/fd/{mine}" if mine is not None else "none")
+        paths = [bytes(store.get(f"file{peer}")) for peer in range(size)]
+        for peer in range(size):
+            opened = mine if peer == rank else _open_file(paths[peer])
+            if opened is not None:
+                files.append(opened)
+        store.set(f"opened{rank}", "yes" if len(files) == size else "no")
+        if any(store.get(f"opened{peer}") != b"yes" for peer in range(size)):
+            raise NotShared
+        return files
+    except BaseException:
+        for file in files:
+            os.close(file)
+        raise
+
+
+def _make_file() -> int | None:
+    """Without a name; None where the file system has no such files."""
+    try:
+        file = os.open(FOLDER, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None
+    try:
+        os.posix_fallocate(file, 0, HEADER)
+        os.ftruncate(file, HEADER + SLOTS * STRIDE)
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when this process ends
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def _open_file(place: bytes) -> int | None:
+    """Another rank's: a nameless file of this user in FOLDER, of the right size, and nothing else."""
+    if not re.fullmatch(rb"[0-9]{1,10}/fd/[0-9]{1,10}", place):
+        return None
+    path = f"/proc/{place.decode()}"
+    try:
+        if not _is_segment(os.stat(path)):
+            return None
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    if _is_segment(os.fstat(file)):
+        return file
+    os.close(file)
+    return None
+
+
+def _is_segment(status: os.stat_result) -> bool:
+    return (
+        stat.S_ISREG(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and status.st_nlink == 0
+        and status.st_size == HEADER + SLOTS * STRIDE
+        and status.st_dev == os.stat(FOLDER).st_dev
+    )
 
 
 class Arriving:

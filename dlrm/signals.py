@@ -19,6 +19,7 @@ from dlrm.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 AGAIN = 2  # seconds: of one Ctrl-C a rank may hear twice, from the terminal and from its launcher
+AGREE_SECONDS = 300  # for all ranks to say where they are; each does so within POLL, if it lives
 POLL = 0.2  # seconds between two looks at the store; a signal to this rank is heard at once
 STOP, SAVE = "stop", "save"
 
@@ -77,6 +78,7 @@ class Accord(threading.Thread):
         self._number = 0  # of the agreement
         self._wish: str | None = None  # of this rank
         self._held = False
+        self._broken = False  # the ranks could not agree
         self._agreed: tuple[int, str] | None = None
         self._closed = threading.Event()
 
@@ -89,6 +91,8 @@ class Accord(threading.Thread):
         """The next batch may begin (None), or what all ranks do now instead. Call it again afterwards."""
         with self._turn:
             while self._held and self._agreed is None:
+                if self._broken:
+                    raise RuntimeError("timed out: the ranks could not agree on where to stop")
                 self._turn.wait(1)
             if self._agreed is not None and self._begun >= self._agreed[0]:
                 kind = self._agreed[1]
@@ -105,8 +109,10 @@ class Accord(threading.Thread):
                 self._wish = f"{STOP}: {name}"
             elif self._here.first and not self._wish:
                 self._wish = self._clock()
-            with contextlib.suppress(RuntimeError):  # a lost store: the session ends for that reason
+            try:
                 self._look()
+            except RuntimeError:  # a lost store: the session ends for that reason
+                self._broken = self._held
 
     def _look(self) -> None:
         with self._turn:
@@ -118,19 +124,31 @@ class Accord(threading.Thread):
         if not self._store.check([key]):
             return
         kind = self._store.get(key).decode()
+        given_up = time.monotonic() + AGREE_SECONDS
         with self._turn:
             self._held = True
             mine = self._begun
-        self._store.set(f"{key}/{self._here.rank}", str(mine))
-        if self._here.first:
-            all_of_them = [int(self._store.get(f"{key}/{rank}")) for rank in range(self._here.world_size)]
-            self._store.set(f"{key}/last", str(max(all_of_them)))
-        last = int(self._store.get(f"{key}/last"))
+        while (last := self._exchange(key, kind, mine)) is None:
+            if time.monotonic() > given_up or self._closed.is_set():
+                raise RuntimeError("timed out: another rank did not answer")
+            time.sleep(POLL / 20)
         if self._wish and self._wish.split(":")[0] == kind.split(":")[0]:
             self._wish = None
         with self._turn:
             self._agreed = (last, kind)
             self._turn.notify_all()
+
+    def _exchange(self, key: str, kind: str, mine: int) -> int | None:
+        """Where all stop, once all have said where they are. What was set is set again, should it be gone."""
+        self._store.set_first(key, kind)
+        self._store.set(f"{key}/{self._here.rank}", str(mine))
+        if self._here.first:
+            found = [self._store.find(f"{key}/{rank}") for rank in range(self._here.world_size)]
+            if None in found:
+                return None
+            self._store.set(f"{key}/last", str(max(int(each) for each in found)))
+        last = self._store.find(f"{key}/last")
+        return None if last is None else int(last)
 
     def close(self) -> None:
         self._closed.set()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "common": [["errors", "numba_cache"], ["inputs", "lock"], ["owned"]],
     "dlrm": [
-        ["errors", "ranks", "segments", "environment"],
+        ["errors", "ranks", "segments", "environment", "peers", "rendezvous"],
         ["exchange", "criteo", "config", "presets", "trace", "signals", "walltime", "runfolder"],
         ["bert_config"],
         ["entry"],
