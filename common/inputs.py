@@ -46,7 +46,8 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> bytes:
     """The whole content of a regular file of at most `limit` bytes."""
     with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
-        data = file.read(limit + 1)
+        # as much room as the file is long: a large limit alone asks for no memory
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
         raise UserError(
             f"{printable(path)}: larger than {limit:,} bytes, the most that is read of such a file"

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from fuzzing import EXTREMES, check, mutate, outcome
-from test_checkpoint_files import save, whole
+from test_checkpoint_files import whole
 from test_saving_foreign import ARRAYS, store
 
 from common.errors import UserError
 from dlrm import loop, resume
 from dlrm.checkpoint import folder, state
+from dlrm.checkpoint.saver import Saver
 from dlrm.data import prepared
+from dlrm.ranks import Ranks
 from dlrm.records import Records
 
 SIZES = (9, 3)
@@ -52,7 +54,10 @@ def checkpoint(root: Path) -> Path:
     job, model = Job(), Small()
     own = {"meter/0": job.meter.state()[0], "rng/cpu/0": torch.get_rng_state()}
     pieces = state.pieces(model, None, 0) + [whole(name, value) for name, value in own.items()]
-    return save(root, pieces, 4, **STATE)
+    saver = Saver(root, Ranks(), torch.distributed.HashStore(), None, patience=10)
+    saver.save(pieces, STATE, 4)
+    assert saver.wait() is None
+    return Path(str(saver.last))
 
 
 def told(work: Callable[[], Any]) -> int:
@@ -70,7 +75,7 @@ def read_checkpoint(argv: list[str]) -> int:
         found = folder.describe(Path(argv[0]))
         resume.check_state(found, True)
         state.restore(found, Small(), None)
-        resume._own_state(Job(), resume.Ranks(), found)
+        resume._own_state(Job(), Ranks(), found)
         assert found.score is None or isinstance(found.score, float)
 
     return told(read)
@@ -114,7 +119,8 @@ def sealed(values: dict[str, Any]) -> bytes:
 def changed(value: Any, chance: random.Random) -> Any:
     """The same JSON with one value anywhere replaced by another."""
     strange = [
-        None, True, -1, 0, 99999999999, 1 << 62, -(1 << 63), 10**19, 1e308, float("nan"), "", "x" * 3000, "../x",
+        None, True, -1, 0, 99999999999, 1 << 62, -(1 << 63), 10**19, 1e308, float("nan"), "", "x" * 3000,
+        "../x",
         "rank00000.safetensors", [], {}, [[]], {"a": {}}, [1, 2, 3], [-1, 1 << 60], "F64", [[1 << 62, 5]],
     ]  # fmt: skip
     if isinstance(value, dict) and value and chance.random() < 0.93:
