@@ -46,7 +46,8 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> bytes:
     """The whole content of a regular file of at most `limit` bytes."""
     with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
-        data = file.read(limit + 1)
+        # as much room as the file is long: a large limit alone asks for no memory
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
         raise UserError(
             f"{printable(path)}: larger than {limit:,} bytes, the most that is read of such a file"
@@ -54,17 +55,19 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> byt
     return data
 
 
-def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> Any:
-    """A JSON file's value: UTF-8, of limited size and depth, without NaN or lone surrogates."""
-    return parse_json(read_bytes(path, limit), printable(path))
+def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False) -> Any:
+    """A JSON file's value: UTF-8, of limited size and depth, without lone surrogates, and without NaN and
+    infinity unless `nan`.
+    """
+    return parse_json(read_bytes(path, limit), printable(path), nan)
 
 
-def parse_json(data: bytes, name: str) -> Any:
+def parse_json(data: bytes, name: str, nan: bool = False) -> Any:
     """The value of JSON text that stands in the file `name`."""
     _check_depth(data, name)
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, parse_constant=_refuse_constant, parse_int=_parse_int)
+        value = json.loads(text, parse_constant=float if nan else _refuse_constant, parse_int=_parse_int)
     except ValueError as error:
         raise UserError(f"{name}: is not JSON: {str(error)[:100]}") from None
     if "\\u" in text and _has_surrogate(value):
@@ -72,9 +75,11 @@ def parse_json(data: bytes, name: str) -> Any:
     return value
 
 
-def read_json_object(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json_object(
+    path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False
+) -> dict[str, Any]:
     """The same where only an object makes sense."""
-    value = read_json(path, limit)
+    value = read_json(path, limit, nan)
     if not isinstance(value, dict):
         raise UserError(f"{printable(path)}: a JSON object is expected, found {type(value).__name__}")
     return value

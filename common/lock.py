@@ -128,6 +128,21 @@ class FolderLock:
         )
 
 
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file for its only writer; False: another process, here or on another node, has it. True
+    also where the file system has no locks. Closing the file gives it back.
+    """
+    try:
+        _lock_range(descriptor)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return True
+        if error.errno not in HELD:
+            raise
+        return False
+    return True
+
+
 def _lock_range(descriptor: int) -> None:
     """The whole file, for as long as this open file lives; not blocking."""
     kind, whence, start, length, pid = fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0

@@ -45,15 +45,17 @@ class WorkFolders:
     name: str
     files: re.Pattern[str]
 
-    def make(self, parent: Path) -> Path:
-        """A new one inside `parent`, which is made if it is missing. Others cannot read it."""
+    def make(self, parent: Path, mode: int = 0o700) -> Path:
+        """A new one inside `parent`, which is made if it is missing. Others cannot read it, unless `mode`
+        (less the umask) says so.
+        """
         token = secrets.token_hex(8)
         folder = parent / f".dlrm-io-{self.name}-{token}"
         with os_errors_as_user_errors(folder):
             parent.mkdir(parents=True, exist_ok=True)
-            os.mkdir(folder, 0o700)
+            os.mkdir(folder, mode)
             mark = self._mark(token, os.lstat(folder))
-            _write_new(folder / MARK, json.dumps(mark).encode())
+            _write_new(folder / MARK, json.dumps(mark).encode(), mode & 0o666)
         return folder
 
     def find(self, parent: Path) -> list[Path]:
@@ -77,6 +79,50 @@ class WorkFolders:
         except (OSError, ValueError, UserError, RecursionError):
             return False
         return same_device and status.st_uid == os.geteuid() and content == self._mark(token, status)
+
+    def publish(self, folder: Path, final: Path) -> None:
+        """Give a finished folder a name of its own, under which nothing lies; its mark stays inside."""
+        if not self.is_ours(folder):
+            raise UserError(f"{printable(folder)}: was not made by this program, or was changed since")
+        with os_errors_as_user_errors(final):
+            if os.path.lexists(final):
+                raise UserError(f"{printable(final)}: is there already; move it away")
+            os.rename(folder, final)
+
+    def made(self, final: Path) -> bool:
+        """Whether a folder under any name was made by `make` and holds nothing but this program's files. A
+        copy does not count: its inode is another.
+        """
+        return bool(self._published_token(final)) and not _foreign_files(
+            final, "", self.files, os.lstat(final).st_dev
+        )
+
+    def withdraw(self, final: Path) -> bool:
+        """Remove a published folder: it loses its name first, so that nobody takes it for whole. False, and
+        nothing done, where it was not `made` by this program or something else lies in it.
+        """
+        token = self._published_token(final)
+        if not token or not self.made(final):
+            return False
+        leaving = final.with_name(f".dlrm-io-{self.name}-{token}")
+        with os_errors_as_user_errors(final):
+            if os.path.lexists(leaving):
+                return False
+            os.rename(final, leaving)
+        return not self.remove(leaving)
+
+    def _published_token(self, final: Path) -> str:
+        try:
+            status, mark = os.lstat(final), os.lstat(final / MARK)
+            if not stat.S_ISDIR(status.st_mode) or not stat.S_ISREG(mark.st_mode):
+                return ""
+            content = json.loads(read_bytes(final / MARK, 4096))
+            token = content["token"]
+            known = isinstance(token, str) and re.fullmatch("[0-9a-f]{16}", token)
+            owned = status.st_uid == os.geteuid() and mark.st_dev == status.st_dev
+            return token if known and owned and content == self._mark(token, status) else ""
+        except (OSError, ValueError, KeyError, TypeError, UserError, RecursionError):
+            return ""
 
     def remove(self, folder: Path) -> list[Path]:
         """Remove what the program put there, and the folder; returns what was left because it is not ours."""
@@ -105,6 +151,22 @@ class WorkFolders:
             "made_by": "dlrm-io", "kind": self.name, "token": token, "inode": status.st_ino,
             "owner": status.st_uid, "note": "intermediate files; can be deleted when no run uses them",
         }  # fmt: skip
+
+
+def _foreign_files(folder: Path, below: str, files: re.Pattern[str], device: int) -> list[Path]:
+    """What `_remove_files` would leave."""
+    left: list[Path] = []
+    with os.scandir(folder) as entries:
+        for entry in list(entries):
+            name, status = f"{below}{entry.name}", entry.stat(follow_symlinks=False)
+            ours = status.st_dev == device and status.st_uid == os.geteuid()
+            if not below and entry.name == MARK:
+                continue
+            if ours and stat.S_ISDIR(status.st_mode) and files.fullmatch(name + "/"):
+                left += _foreign_files(Path(entry.path), name + "/", files, device)
+            elif not (ours and stat.S_ISREG(status.st_mode) and files.fullmatch(name)):
+                left.append(Path(entry.path))
+    return left
 
 
 def _remove_files(folder: Path, below: str, files: re.Pattern[str], device: int) -> list[Path]:
@@ -150,12 +212,16 @@ class OutputFolder:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._made: dict[str, list[list[int]]] = {}  # name -> the [size, mtime_ns] that are ours: new, before
-        with contextlib.suppress(UserError, ValueError, RecursionError):
+        self._growing: dict[str, int] = {}  # name -> inode of a file that is appended to, or of a folder
+        with contextlib.suppress(UserError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
             listed = json.loads(read_bytes(self.folder / LEDGER, 16 << 20))
             self._made = {
                 str(name): [[int(size), int(changed)] for size, changed in prints]
                 for name, prints in listed["files"].items()
             } if listed["made_by"] == "dlrm-io" else {}  # fmt: skip
+            if self._made or listed["made_by"] == "dlrm-io":
+                growing = listed.get("growing", {})
+                self._growing = {str(name): int(inode) for name, inode in growing.items()}
 
     def owns(self, name: str) -> bool:
         """Whether the file is there and as the program left it."""
@@ -163,6 +229,8 @@ class OutputFolder:
             status = os.lstat(self.folder / name)
         except OSError:
             return False
+        if status.st_uid == os.geteuid() and status.st_ino == self._growing.get(name):
+            return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
         return stat.S_ISREG(status.st_mode) and _print(status) in self._made.get(name, [])
 
     def refuse_foreign(
@@ -211,6 +279,52 @@ class OutputFolder:
                 os.unlink(partial)
             raise
 
+    def open_growing(self, name: str) -> int:
+        """A descriptor of a file that is appended to, made if it is missing. It stays ours however long it
+        grows: while a program writes, size and time cannot be listed.
+        """
+        self.refuse_foreign([name])
+        path = self.folder / name
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os_errors_as_user_errors(path):
+            descriptor = os.open(path, flags, 0o666)
+            try:
+                self._growing[name] = os.fstat(descriptor).st_ino
+                self._save()
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return descriptor
+
+    def make_folder(self, name: str) -> Path:
+        """A folder of our own inside this one."""
+        self.refuse_foreign([name])
+        path = self.folder / name
+        with os_errors_as_user_errors(path):
+            if not os.path.lexists(path):
+                os.mkdir(path)
+            self._growing[name] = os.lstat(path).st_ino
+            self._save()
+        return path
+
+    def set_aside(self, name: str) -> str | None:
+        """Give an own file the next free name of the kind stem-1.ext, stem-2.ext; None: there is none."""
+        path = self.folder / name
+        if not os.path.lexists(path):
+            return None
+        self.refuse_foreign([name])
+        number = 1
+        while os.path.lexists(path.with_name(f"{path.stem}-{number}{path.suffix}")):
+            number += 1
+        other = f"{path.stem}-{number}{path.suffix}"
+        with os_errors_as_user_errors(path):
+            os.rename(path, path.with_name(other))
+        for listed in (self._made, self._growing):
+            if name in listed:
+                listed[other] = listed.pop(name)  # type: ignore[assignment,index]
+        self._save()
+        return other
+
     def adopt(self, names: Iterable[str]) -> None:
         """List files that this process has just made by other means, as they are now."""
         for name in names:
@@ -252,7 +366,13 @@ class OutputFolder:
             raise UserError(f"{printable(path)}: was not made by this program; move it away")
         partial = self.folder / f"{LEDGER}.{secrets.token_hex(8)}.partial"
         note = "what dlrm-io put into this folder: name, size, time of change; only these may be replaced"
-        values = {"made_by": "dlrm-io", "version": VERSION, "note": note, "files": self._made}
+        values = {
+            "made_by": "dlrm-io",
+            "version": VERSION,
+            "note": note,
+            "files": self._made,
+            "growing": self._growing,
+        }
         with os_errors_as_user_errors(path):
             _write_new(partial, json.dumps(values, indent=0).encode(), mode=0o666)
             os.replace(partial, path)
@@ -342,12 +462,14 @@ def write_file(
         raise
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """A file in a folder that is the program's own (a work folder, a cache): whole or not at all."""
+def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
+    """A file in a folder that is the program's own (a work folder, a cache): whole or not at all. `durable`:
+    its bytes are on the disk before it gets its name.
+    """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     with os_errors_as_user_errors(path):
         try:
-            _write_new(partial, data, mode=0o666)
+            _write_new(partial, data, mode=0o666, durable=durable)
             os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -355,12 +477,14 @@ def write_whole(path: Path, data: bytes) -> None:
             raise
 
 
-def _write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
+def _write_new(path: Path, data: bytes, mode: int = 0o600, durable: bool = False) -> None:
     """A file that was not there before; an existing one or a link is an error."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags, mode)
     try:
         _write_all(descriptor, data)
+        if durable:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -67,6 +67,8 @@ def shard(
             cfg.plan, module, here, device, cfg.optim.name, cfg.run.seed or 0, cfg.run.output_dir, wishes,
             poolings, records.say,
         )  # fmt: skip
+        if tiers:
+            records.claim(tiers.folder, "training with tables in it")
         memory = storetype.ENDLESS if tiers else None
     made = plan.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings, memory)
     tell_plan(made, records, cfg.plan.print_sharding_plan)

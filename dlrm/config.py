@@ -6,12 +6,10 @@ MLCommons' dlrm_main.py command lines run unchanged: its flags keep their names 
 import argparse
 import json
 import math
-import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from dlrm.environment import mask_secrets
@@ -314,9 +312,8 @@ def _parse(
     return parser.exit() if values["check_options"] else kind(**made)
 
 
-def dump(config: Any, path: str | os.PathLike[str], launch: Mapping[str, Any]) -> None:
-    text = json.dumps(_mask({**asdict(config), "launch": dict(launch)}), indent=1)
-    Path(path).write_text(text + "\n")
+def as_json(config: Any, launch: Mapping[str, Any]) -> str:
+    return json.dumps(_mask({**asdict(config), "launch": dict(launch)}), indent=1) + "\n"
 
 
 def _mask(value: Any) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from dlrm import ranks, trace
-from dlrm.errors import STOPPED, USAGE, LostRank, Stopped, UserError, no_environment
+from dlrm.errors import STOPPED, USAGE, LostRank, NotSaved, Stopped, UserError, no_environment
 from dlrm.ranks import Ranks
 
 
@@ -54,6 +54,9 @@ def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
     except Stopped as error:
         _tell(error, here)
         return STOPPED
+    except NotSaved as error:
+        _tell(error, here)
+        return 1
     except LostRank as error:
         if not error.told:
             complain(here, str(error))
@@ -77,7 +80,7 @@ def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
         return 1
 
 
-def _tell(error: UserError | Stopped, here: Ranks) -> None:
+def _tell(error: UserError | Stopped | NotSaved, here: Ranks) -> None:
     if getattr(error, "told", False):
         return
     if not error.shared:

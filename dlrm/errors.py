@@ -14,6 +14,12 @@ class Stopped(Exception):
     shared = False
 
 
+class NotSaved(Exception):
+    """The training is over, and a checkpoint that was asked for could not be written. Exit code 1."""
+
+    shared = True  # all ranks know
+
+
 class LostRank(Exception):
     """Another rank is gone, or never came: its text names it."""
 

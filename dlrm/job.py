@@ -1,5 +1,6 @@
 """One training job, from resolved options to results.json: data, model, plan, training, evaluation."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ def make(cfg: Config, here: Ranks, device: torch.device, records: Records) -> "J
     """Everything that a DLRM's training needs."""
     for line in advice.unused(cfg, device.type):
         records.warn(line)
+    if cfg.run.mllog:
+        records.grow("mlperf.log")
     log = MLLog(cfg.run.mllog and here.first, records.folder)
     log.begin(cfg, here.world_size)
     with dist.together(), trace.span("startup", "data"):
@@ -55,39 +58,59 @@ def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records
     with dist.session(here, cfg.run.timeout, cfg.run.exchange) as device:
         dist.mark_clock("start")
         torch.backends.cuda.matmul.allow_tf32 = cfg.run.allow_tf32
-        records = open_records(cfg, here, device)
-        job = make(cfg, here, device, records)
-        keeper = Keeper(job, here)
-        job.hooks = keeper
-        resume(job, here, keeper.root)
-        records.describe(cfg)
         with dist.together():
-            job.tiers.ready()
-        ready = time.perf_counter() - begun
+            records = open_records(cfg, here)
         try:
-            keeper.begin()
-            if cfg.run.mode == "train":
-                job.fit()
-                keeper.finish()
-            if cfg.run.evaluate_on_training_end or cfg.run.mode == "test":
-                job.evaluate("test")
-        except Stopped as stop:
-            keeper.stop(stop)
-            job.tiers.close()
-            raise
+            _run(cfg, here, make, device, records, begun)
         finally:
-            keeper.close()
-        dist.mark_clock("end")
-        job.save_results(ready)
+            records.close()
+
+
+def _run(
+    cfg: Any, here: Ranks, make: Callable[..., "Job"], device: torch.device, records: Records, begun: float
+) -> None:
+    describe_launch(records, cfg, here, device)
+    job = make(cfg, here, device, records)
+    keeper = Keeper(job, here)
+    job.hooks = keeper
+    with dist.together():
+        keeper.claim()
+    resume(job, here, keeper.root)
+    with dist.together():
+        records.describe(cfg)
+        job.tiers.ready()
+    ready = time.perf_counter() - begun
+    try:
+        keeper.begin()
+        if cfg.run.mode == "train":
+            job.fit()
+            keeper.finish()
+        if cfg.run.evaluate_on_training_end or cfg.run.mode == "test":
+            job.evaluate("test")
+    except Stopped as stop:
+        keeper.stop(stop)
         job.tiers.close()
-        job.sets.close()
-        records.close()
+        raise
+    finally:
+        keeper.close()
+    dist.mark_clock("end")
+    job.save_results(ready)
+    job.tiers.close()
+    job.sets.close()
+    keeper.check()
 
 
-def open_records(cfg: Any, here: Ranks, device: torch.device) -> Records:
-    """The run folder, with what was asked for and where it runs."""
+def open_records(cfg: Any, here: Ranks) -> Records:
+    """The run folder, for this run alone. On the first rank; a UserError says who else writes into it, or
+    what lies there that is not ours.
+    """
+    more = ["mlperf.log"] if getattr(cfg.run, "mllog", False) else []
+    return Records(cfg.run.output_dir, here.first, cfg.run.tensorboard, more)
+
+
+def describe_launch(records: Records, cfg: Any, here: Ranks, device: torch.device) -> None:
+    """What was asked for and where it runs."""
     hosts = dist.everyone(here.host)
-    records = Records(cfg.run.output_dir, here.first, cfg.run.tensorboard)
     launch = {
         "world_size": here.world_size,
         "local_world_size": here.local_world_size,
@@ -97,9 +120,9 @@ def open_records(cfg: Any, here: Ranks, device: torch.device) -> Records:
         "tuned": cpu.tune(device),
     }
     records.launch = launch
-    if records.folder and not (records.folder / "config.json").exists():
-        records.describe(cfg)
-    return records
+    with dist.together():
+        if records.folder and not os.path.lexists(records.folder / "config.json"):
+            records.describe(cfg)
 
 
 class Sets(Protocol):

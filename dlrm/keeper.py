@@ -13,7 +13,7 @@ from dlrm.checkpoint import state
 from dlrm.checkpoint.saver import Saver
 from dlrm.checkpoint.shards import Piece
 from dlrm.config import Config
-from dlrm.errors import Stopped, UserError
+from dlrm.errors import NotSaved, Stopped, UserError
 from dlrm.ranks import Ranks
 from dlrm.records import Records
 from dlrm.walltime import deadline
@@ -45,8 +45,9 @@ class Keeper(loop.Hooks):
         self.root = Path(root) if root else None
         patience = max(3600, 10 * job.cfg.run.timeout)
         self.saver = self.root and Saver(
-            self.root, here, dist.side_store(), wishes.keep_checkpoints, patience
+            self.root, here, dist.side_store(), wishes.keep_checkpoints, patience, self._claim
         )
+        self.unsaved: str | None = None  # why the training's end is in no checkpoint
         self._due = False  # at the next chance
         self._scored_at: int | None = None  # step of the last validation
         self._saved_at: Any = None
@@ -55,6 +56,14 @@ class Keeper(loop.Hooks):
         self.accord = signals.Accord(dist.side_store(), here, self._clock)
 
     # --- when
+
+    def claim(self) -> None:
+        """Be the only writer of checkpoints there, if it is known that there will be any; else the first save
+        asks for it.
+        """
+        known = self.wishes.asked or (self.root is not None and self.root.is_dir())
+        if known and self.job.cfg.run.mode == "train":
+            self._claim()
 
     def begin(self) -> None:
         self._saved_at = self._place()
@@ -100,7 +109,7 @@ class Keeper(loop.Hooks):
         """Training is over."""
         if self.wishes.asked and self._place() != self._saved_at:
             self.save()
-        self._settle()
+        self.unsaved = self._settle()
 
     def stop(self, stop: Stopped) -> None:
         """Save what there is, and say so in the exception's text."""
@@ -113,11 +122,25 @@ class Keeper(loop.Hooks):
             self.save()
         error = self._settle()
         if error:
-            raise RuntimeError(f"{said}, but the checkpoint failed: {error}")
+            raise NotSaved(f"{said}, but the checkpoint failed: {error}")
         stop.args = (f"{said}, saved in {self.saver.last or 'nothing new'}: run it again to go on",)
+
+    def check(self) -> None:
+        """At the very end: raises NotSaved if the last checkpoint that was asked for does not exist."""
+        if self.unsaved:
+            last = self.saver and self.saver.last
+            where = f"the one before is {last}" if last else "there is none"
+            raise NotSaved(
+                f"trained to step {self.job.progress.step}, but the checkpoint of step {self._saved_at[0]} "
+                f"was not written ({where}): {self.unsaved}"
+            )
 
     def close(self) -> None:
         self.accord.close()
+
+    def _claim(self) -> None:
+        if self.root is not None:
+            self.job.records.claim(self.root, "saving checkpoints in it")
 
     # --- out
 
@@ -157,7 +180,6 @@ class Keeper(loop.Hooks):
     def _values(self) -> dict[str, Any]:
         job = self.job
         val = job.results.get("val")
-        metrics = job.records.folder and job.records.folder / "metrics.jsonl"
         return {
             "step": job.progress.step,
             "epoch": job.progress.epoch,
@@ -166,7 +188,7 @@ class Keeper(loop.Hooks):
             "results": job.results,
             "evaluating": job.evaluating,
             "meter_steps": job.meter.steps,
-            "metrics_bytes": os.path.getsize(metrics) if metrics and metrics.exists() else None,
+            **job.records.position(),
             "world_size": self.here.world_size,
             "config": asdict(job.cfg),
             "time": time.time(),

@@ -111,7 +111,8 @@ def open_sets(cfg: Config, here: Ranks) -> Sets:
     widen = MultiHot(sizes, hots, distribution) if hots else None
     pin = data.pin_memory and torch.cuda.is_available()
     to_batch = ToBatch(sizes, fold, pin, widen)
-    kind = recognised(data.kind, data.folder)
+    named = data.source == "memory"  # Parquet is not read for somebody who asks for .npy files in memory
+    kind = data.kind if named else recognised(data.kind, data.folder)
     layout = scan(kind, data.folder or "")
     check_name(data.dataset_name, data.folder, layout)
     if kind == "multi_hot":

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import threading
 import zlib
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+from common.owned import MARK
 from dlrm.checkpoint import folder, shards
 from dlrm.checkpoint.saver import Saver
 from dlrm.checkpoint.shards import Corrupt, Piece
@@ -161,7 +161,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def test_half_written_ones_are_never_seen_and_cleared_away(tmp_path: Path) -> None:
     save(tmp_path, [whole("t", torch.ones(3))], 1)
-    shutil.copytree(tmp_path / "00001-step-1", tmp_path / ".00002-step-2")  # killed before the rename
+    partial, _ = folder.begin(tmp_path, 2)  # killed before the rename
+    (partial / "rank00000.safetensors").write_bytes(b"half")
     assert [path.name for path in folder.published(tmp_path)] == ["00001-step-1"]
     save(tmp_path, [whole("t", torch.ones(3))], 3)
     assert sorted(os.listdir(tmp_path)) == ["00001-step-1", "00002-step-3"]
@@ -225,5 +226,6 @@ def test_files_are_the_users_own(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     modes = {each.name: each.stat().st_mode & 0o777 for each in [path, *path.iterdir()]}
-    assert modes == {"00001-step-1": 0o750, "checkpoint.json": 0o640, "rank00000.safetensors": 0o640}
+    files = dict.fromkeys(["checkpoint.json", "rank00000.safetensors", MARK], 0o640)
+    assert modes == {"00001-step-1": 0o750} | files
     assert np.all([not mode & 0o002 for mode in modes.values()])

@@ -74,23 +74,59 @@ def readable(path: Path) -> int:
     return sum(bool(json.loads(line.rstrip(",\n"))) for line in lines if line.startswith("{"))
 
 
+SAVING = ["--epochs", 6, "--checkpoint_every_steps", 9, "--timeout", 20]  # where no connection breaks
+
+
+def newest(folder: Path) -> str:
+    return max((path.name for path in folder.glob("0*-step-*")), default="")
+
+
+def kill_behind_a_checkpoint(toy: Path, folder: Path, rank: int, wait: float) -> None:
+    """Start, see the next checkpoint appear, and kill a rank (or, -1, all) so many seconds later."""
+    with Alive(folder, 2, *words(toy, *SAVING)) as ranks:
+        before = newest(folder / "checkpoints")
+        ranks.until(lambda: newest(folder / "checkpoints") > before)
+        time.sleep(wait)
+        for process in ranks.processes if rank < 0 else [ranks.processes[rank]]:
+            process.kill()
+        assert -signal.SIGKILL in ranks.wait(), "the training was over before it was killed"
+
+
+@pytest.fixture(scope="module")
+def never_killed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("never killed") / "run"
+    with Alive(folder, 2, *words(toy, *SAVING)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said
+    return folder
+
+
 @pytest.mark.mpi
-def test_after_a_kill_the_next_run_goes_on_as_if_nothing_had_been(toy: Path, tmp_path: Path) -> None:
-    with Alive(tmp_path / "whole", 2, *words(toy)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
-    words_ = words(toy, "--checkpoint_every_steps", 9, "--timeout", 20)  # where no connection breaks
+def test_after_a_kill_the_next_run_goes_on_as_if_nothing_had_been(
+    toy: Path, never_killed: Path, tmp_path: Path
+) -> None:
     for seed in range(3):  # somewhere, three times
-        with Alive(tmp_path / "killed", 2, *words_) as ranks:
-            ranks.until_step(1)
-            before = len(metrics(ranks.folder))
-            ranks.until(lambda before=before, ranks=ranks: len(metrics(ranks.folder)) > before)
-            time.sleep(random.Random(seed).random())
-            if ranks.pids():
-                ranks.signal(signal.SIGKILL, seed % len(ranks.pids()))
-            ranks.wait()
-    with Alive(tmp_path / "killed", 2, *words_) as ranks:
+        kill_behind_a_checkpoint(toy, tmp_path / "killed", seed % 2, random.Random(seed).random() / 20)
+    with Alive(tmp_path / "killed", 2, *words(toy, *SAVING)) as ranks:
         assert ranks.wait() == [0, 0], ranks.said
-    same(tmp_path / "whole", tmp_path / "killed")
+    same(never_killed, tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@pytest.mark.parametrize("seed", range(34))  # three kills each
+def test_many_kills(toy: Path, never_killed: Path, tmp_path: Path, seed: int) -> None:
+    chance = random.Random(1000 + seed)
+    folder = tmp_path / "killed"
+    (folder / "checkpoints" / "00000-step-1").mkdir(parents=True)
+    foreign = [folder / "checkpoints" / "00000-step-1" / "notes", folder / "thesis.tex"]
+    for path in foreign:
+        path.write_text("somebody's")
+    for _ in range(3):
+        kill_behind_a_checkpoint(toy, folder, chance.choice([-1, 0, 1]), chance.random() / 5)
+    with Alive(folder, 2, *words(toy, *SAVING)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said
+    same(never_killed, folder)
+    assert all(path.read_text() == "somebody's" for path in foreign)
 
 
 @pytest.mark.mpi

@@ -1,26 +1,36 @@
 """The folder of checkpoints: names, publishing as a whole, finding the newest good one, clearing away.
 
-checkpoints/00003-step-1200/    rank00000.safetensors, ..., and checkpoint.json, written last
-checkpoints/.00004-step-1600/   being written: renamed once every byte is on the disk
+checkpoints/00003-step-1200/            rank00000.safetensors, ..., and checkpoint.json, written last
+checkpoints/.dlrm-io-checkpoint-TOKEN/  being written: renamed once every byte is on the disk
+
+The folder may hold other things. Each checkpoint carries the mark of `common.owned.WorkFolders`: only one
+with its mark, and with nothing in it but files of ours, is ever removed.
 """
 
 import contextlib
 import json
+import math
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlrm.checkpoint.shards import Corrupt, Stored, write_small
+from common.errors import UserError
+from common.inputs import check_regular, read_json_object
+from common.owned import WorkFolders
+from dlrm.checkpoint.shards import DTYPES, Blocks, Corrupt, Stored, write_small
 from dlrm.trace import sync
 
 MARKER = "checkpoint.json"
 VERSION = 1
-NAME = re.compile(r"(\d{5,})-step-(\d+)$")
+NAME = re.compile(r"(\d{5,12})-step-(\d{1,18})", re.ASCII)
+FILE = re.compile(r"rank\d{5,7}\.safetensors", re.ASCII)
+KIND = WorkFolders("checkpoint", re.compile(rf"{FILE.pattern}|{re.escape(MARKER)}", re.ASCII))
+LARGEST = 1 << 30  # bytes of a description
+LARGEST_BLOCK = 64 << 20  # bytes under one checksum
 
 
 @dataclass(frozen=True)
@@ -31,65 +41,111 @@ class Checkpoint:
     state: dict[str, Any]  # everything that is not a tensor
     tensors: list[Stored]
     files: dict[str, dict[str, Any]]  # name -> bytes, block, crc32 of each block
+    blocks: Blocks = field(default_factory=Blocks, compare=False)  # those read last
 
     @property
     def score(self) -> float | None:
-        return self.state.get("score")
+        """How good its validation was."""
+        score = self.state.get("score")
+        return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
 
 
 def describe(path: Path) -> Checkpoint:
     """Read a checkpoint's description and hold it against what is there. Raises Corrupt."""
+    marker = path / MARKER
     try:
-        values = json.loads((path / MARKER).read_text())
-        if values.pop("crc32") != _sum(values):
-            raise Corrupt(f"{path / MARKER}: wrong checksum")
-        if values["version"] != VERSION:
-            raise Corrupt(f"{path}: version {values['version']}, {VERSION} expected")
-        found = Checkpoint(
-            path, values["state"], [Stored.parse(each) for each in values["tensors"]], values["files"]
-        )
-        for name, facts in found.files.items():
-            size = (path / os.path.basename(name)).stat().st_size
-            if size != facts["bytes"] or len(facts["crc32"]) != -(-size // facts["block"]):
-                raise Corrupt(f"{path / name}: {size} bytes, {facts['bytes']} expected")
-        if not {stored.file for stored in found.tensors} <= set(found.files):
-            raise Corrupt(f"{path}: a tensor in an unknown file")
+        values = read_json_object(marker, LARGEST, nan=True)
+        if values.pop("crc32", None) != _sum(values):
+            raise Corrupt(f"{marker}: wrong checksum")
+        if values.get("version") != VERSION:
+            raise Corrupt(f"{path}: version {str(values.get('version'))[:20]}, {VERSION} expected")
+        state, tensors, files = values["state"], values["tensors"], values["files"]
+        if not (isinstance(state, dict) and isinstance(tensors, list) and isinstance(files, dict)):
+            raise Corrupt(f"{marker}: not a checkpoint")
+        found = Checkpoint(path, state, [Stored.parse(each) for each in tensors], files)
+        for name, facts in files.items():
+            _check_file(path, name, facts)
+        _check_tensors(found)
+    except Corrupt:
+        raise
     except FileNotFoundError as error:
         raise Corrupt(f"{error.filename} is missing: half-written") from None
+    except UserError as error:
+        missing = not os.path.lexists(marker)
+        raise Corrupt(f"{marker} is missing: half-written" if missing else str(error)) from None
     except OSError as error:
         raise Corrupt(f"{error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise Corrupt(f"{path / MARKER}: not a checkpoint ({type(error).__name__}: {error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise Corrupt(f"{marker}: not a checkpoint ({type(error).__name__}: {str(error)[:100]})") from None
     return found
+
+
+def _check_file(folder: Path, name: str, facts: Any) -> None:
+    """The file is there, of the size that is said, with as many checksums as it has blocks."""
+    if not FILE.fullmatch(name) or not isinstance(facts, dict):
+        raise Corrupt(f"{folder / MARKER}: not a checkpoint, an impossible file name")
+    size, block, sums = facts["bytes"], facts["block"], facts["crc32"]
+    if not (_is_count(size) and _is_count(block) and 0 < block <= LARGEST_BLOCK and isinstance(sums, list)):
+        raise Corrupt(f"{folder / MARKER}: not a checkpoint, impossible facts about {name}")
+    if not os.path.lexists(folder / name):
+        raise Corrupt(f"{folder / name} is missing: half-written")
+    there = check_regular(folder / name).st_size
+    if there != size or len(sums) != -(-size // block):
+        raise Corrupt(f"{folder / name}: {there} bytes, {size} expected")
+
+
+def _check_tensors(found: Checkpoint) -> None:
+    """Every rectangle lies inside its file, and all of one tensor agree: nothing is read or allocated that
+    the files do not hold.
+    """
+    first: dict[str, Stored] = {}
+    for stored in found.tensors:
+        if stored.file not in found.files:
+            raise Corrupt(f"{found.path}: a tensor in an unknown file")
+        whole = first.setdefault(stored.name, stored)
+        if (stored.shape, stored.dtype) != (whole.shape, whole.dtype):
+            raise Corrupt(f"{found.path}: {stored.name[:100]} has two shapes or types")
+        end = stored.at + math.prod(stored.size) * DTYPES[stored.dtype].itemsize
+        if end > found.files[stored.file]["bytes"]:
+            raise Corrupt(f"{found.path / stored.file}: a tensor ends at {end}, behind the end")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def published(root: Path) -> list[Path]:
     """Checkpoints under their final names, newest first."""
-    with contextlib.suppress(FileNotFoundError):
-        found = [path for path in root.iterdir() if NAME.match(path.name) and path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name.split("-")[0]), reverse=True)
-    return []
+    try:
+        found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror}; name another folder of checkpoints") from None
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split("-")[0])
 
 
 def candidates(path: Path) -> Iterator[Path]:
     """What a path given by the user may mean: a checkpoint itself, a folder of them, a run folder."""
-    if (path / MARKER).exists() or NAME.match(path.name):
+    if (path / MARKER).exists() or NAME.fullmatch(path.name):
         yield path
         return
     yield from published(path) or published(path / "checkpoints")
 
 
 def begin(root: Path, step: int) -> tuple[Path, Path]:
-    """(where to write, the final name). Leftovers of writers that were killed go."""
-    root.mkdir(parents=True, exist_ok=True)
-    for old in root.glob(".[0-9]*-step-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    newest = next(iter(published(root)), None)
-    number = int(newest.name.split("-")[0]) + 1 if newest else 1
-    name = f"{number:05d}-step-{step}"
-    partial = root / f".{name}"
-    partial.mkdir()
-    return partial, root / name
+    """(where to write, the final name). Leftovers of writers that were killed go; the caller has the folder's
+    lock.
+    """
+    for old in KIND.find(root):
+        KIND.remove(old)
+    partial = KIND.make(root, 0o777)
+    taken = [int(name.split("-")[0]) for name in os.listdir(root) if NAME.fullmatch(name)]
+    return partial, root / f"{max(taken, default=0) + 1:05d}-step-{step}"
 
 
 def publish(partial: Path, final: Path, description: dict[str, Any]) -> None:
@@ -98,7 +154,7 @@ def publish(partial: Path, final: Path, description: dict[str, Any]) -> None:
     text = json.dumps({**values, "crc32": _sum(values)}) + "\n"
     write_small(partial / MARKER, text.encode())
     sync(partial)
-    os.rename(partial, final)
+    KIND.publish(partial, final)
     sync(final.parent)
 
 
@@ -107,22 +163,23 @@ def _sum(values: dict[str, Any]) -> int:
 
 
 def discard(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    """Remove what is not going to be published."""
+    with contextlib.suppress(OSError, UserError):
+        KIND.remove(partial)
 
 
 def prune(root: Path, keep: int) -> None:
-    """Leave the newest `keep` and the best. A checkpoint on its way out loses its final name first."""
-    found = published(root)
-    if len(found) <= keep:
-        return
-    scores = {}
-    for path in found:
-        with contextlib.suppress(Corrupt):
-            scores[path] = describe(path).score
-    rated = [path for path in found if scores.get(path) is not None]
-    best = max(rated, key=lambda path: scores[path], default=None)
-    for path in found[keep:]:
+    """Leave the newest `keep` of our checkpoints, the best of them, and all that is not ours: without our
+    mark, damaged, or with something else inside.
+    """
+    found = []
+    for path in published(root):
+        with contextlib.suppress(Corrupt, OSError):
+            if KIND.made(path):
+                found.append((path, describe(path).score))
+    rated = [(score, path) for path, score in found if score is not None]
+    best = max(rated, key=lambda each: each[0], default=(None, None))[1]
+    for path, _ in found[keep:]:
         if path != best:
-            leaving = path.with_name("." + path.name)
-            os.rename(path, leaving)
-            shutil.rmtree(leaving, ignore_errors=True)
+            with contextlib.suppress(OSError, UserError):
+                KIND.withdraw(path)

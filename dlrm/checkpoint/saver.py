@@ -6,6 +6,7 @@ The ranks talk through the store, not through collectives: those belong to the t
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ POLL = 0.02  # seconds
 class Saver:
     """`save` returns once the copy is taken; `wait` when it is published, or says why it is not."""
 
-    def __init__(self, root: Path, here: Ranks, store: Any, keep: int | None, patience: float) -> None:
+    def __init__(
+        self, root: Path, here: Ranks, store: Any, keep: int | None, patience: float,
+        claim: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.claim = claim  # makes the first rank the folder's only writer
         self.root, self.here, self.store, self.keep = root, here, store, keep
         self.patience = patience  # seconds for the slowest rank's disk
         self.last: str | None = None  # the newest published one of this run
@@ -62,7 +67,7 @@ class Saver:
         first = self.here.first
         partial = final = None
         if first:
-            begun = _attempt(lambda: [str(path) for path in folder.begin(self.root, step)])
+            begun = _attempt(lambda: self._begin(step))
             self.store.set(f"{key}/begin", json.dumps(begun))
         begun = json.loads(self._get(f"{key}/begin"))
         if "error" not in begun:
@@ -78,6 +83,10 @@ class Saver:
             return outcome["error"]
         self.last = outcome["done"]
         return None
+
+    def _begin(self, step: int) -> list[str]:
+        self.claim()
+        return [str(path) for path in folder.begin(self.root, step)]
 
     def _publish(self, key: str, partial: Path, final: Path | None, values: dict[str, Any]) -> dict[str, Any]:
         assert final is not None
@@ -109,5 +118,7 @@ class Saver:
 def _attempt(work: Any) -> dict[str, Any]:
     try:
         return {"done": work()}
+    except UserError as error:
+        return {"error": str(error)}
     except OSError as error:
         return {"error": f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")}

@@ -2,10 +2,11 @@
 for each block of the file. Written and read with plain calls that a trace shows; nothing is unpickled.
 """
 
+import contextlib
 import json
 import os
 import zlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from dlrm.trace import opening, span
 
 SMALL = 1 << 20
 BLOCK = 4 << 20  # bytes under one checksum, also those of one read or write
+MOST_DIMENSIONS = 16
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -54,16 +57,21 @@ class Stored:
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> "Stored":
-        lists = {key: tuple(int(n) for n in values[key]) for key in ("shape", "offset", "size")}
-        stored = cls(str(values["name"]), values["dtype"], at=int(values["at"]), file=values["file"], **lists)
-        if stored.dtype not in DTYPES or len({len(each) for each in lists.values()}) != 1:
-            raise ValueError(f"{stored.name}: not a tensor")
+        lists = {key: tuple(values[key]) for key in ("shape", "offset", "size")}
+        stored = cls(values["name"], values["dtype"], at=values["at"], file=values["file"], **lists)
+        texts = all(isinstance(each, str) for each in (stored.name, stored.dtype, stored.file))
+        numbers = [stored.at, *(n for each in lists.values() for n in each)]
+        if not texts or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            raise ValueError("not a tensor")
+        dimensions = {len(each) for each in lists.values()}
+        if stored.dtype not in DTYPES or len(dimensions) != 1 or max(dimensions) > MOST_DIMENSIONS:
+            raise ValueError(f"{stored.name[:100]}: not a tensor")
         inside = all(
             o >= 0 and n >= 0 and o + n <= whole
             for o, n, whole in zip(stored.offset, stored.size, stored.shape, strict=True)
         )
         if not inside or stored.at < 0 or "/" in stored.file or stored.file.startswith("."):
-            raise ValueError(f"{stored.name}: impossible place")
+            raise ValueError(f"{stored.name[:100]}: impossible place")
         return stored
 
 
@@ -135,7 +143,7 @@ class _Blocks:
     def __init__(self, path: Path) -> None:
         self.name = os.path.abspath(path)
         with opening:
-            self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self.bytes, self.sums, self._sum = 0, [], 0
         self._small = bytearray()  # a hundred biases and counters are one call
 
@@ -175,24 +183,60 @@ class _Blocks:
             os.close(self.descriptor)
 
 
-class Corrupt(Exception):
+class Corrupt(UserError):
     """A checkpoint does not hold what it says."""
 
 
-def blocks(path: Path, facts: dict[str, Any], start: int, stop: int) -> Iterator[tuple[int, memoryview]]:
-    """(position, bytes) of the checked blocks that cover [start, stop) of a file, cut to it."""
+class Blocks:
+    """The checked block read last of each of a few files: tensors that share a block read it once."""
+
+    FILES = 8
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[Path, tuple[int, memoryview]] = OrderedDict()
+
+    def get(self, path: Path, number: int) -> memoryview | None:
+        held = self._held.get(path)
+        if held is None or held[0] != number:
+            return None
+        self._held.move_to_end(path)
+        return held[1]
+
+    def room(self, path: Path, size: int) -> memoryview:
+        """A buffer for the next block of this file: the one of the block before, where it is long enough."""
+        _, buffer = self._held.pop(path, (0, memoryview(b"")))
+        return buffer if len(buffer) >= size else memoryview(bytearray(size))
+
+    def keep(self, path: Path, number: int, buffer: memoryview) -> None:
+        self._held[path] = (number, buffer)
+        if len(self._held) > self.FILES:
+            self._held.popitem(last=False)
+
+
+def blocks(
+    path: Path, facts: dict[str, Any], start: int, stop: int, held: Blocks | None = None
+) -> Iterator[tuple[int, memoryview]]:
+    """(position, bytes) of the checked blocks that cover [start, stop) of a file, cut to it. What is given is
+    good until the next one is asked for.
+    """
     block, size = int(facts["block"]), int(facts["bytes"])
     if stop > size:
         raise Corrupt(f"{path}: a tensor ends at {stop}, the file at {size}")
-    buffer = memoryview(bytearray(min(block, size)))
-    with opened(path, "rb") as file:
+    held = held or Blocks()
+    with contextlib.ExitStack() as stack:
+        file: FileIO | None = None
         for number in range(start // block, -(-stop // block)):
             begin, end = number * block, min((number + 1) * block, size)
-            _fill(file, begin, buffer[: end - begin], path)
-            if zlib.crc32(buffer[: end - begin]) != facts["crc32"][number]:
-                raise Corrupt(f"{path}: wrong checksum at byte {begin}")
+            data = held.get(path, number)
+            if data is None:
+                file = file or stack.enter_context(opened(path, "rb"))
+                data = held.room(path, min(block, size))
+                _fill(file, begin, data[: end - begin], path)
+                if zlib.crc32(data[: end - begin]) != facts["crc32"][number]:
+                    raise Corrupt(f"{path}: wrong checksum at byte {begin}")
+                held.keep(path, number, data)
             low, high = max(start, begin), min(stop, end)
-            yield low, buffer[low - begin : high - begin]
+            yield low, data[low - begin : high - begin]
 
 
 @contextmanager
@@ -218,7 +262,9 @@ def _fill(file: Any, position: int, buffer: memoryview, path: Path) -> None:
         bytes_read[os.path.abspath(path)] += count
 
 
-def read_into(folder: Path, files: dict[str, Any], stored: Stored, piece: Piece) -> int:
+def read_into(
+    folder: Path, files: dict[str, Any], stored: Stored, piece: Piece, held: Blocks | None = None
+) -> int:
     """Copy what a stored rectangle and a wanted one have in common; returns the elements copied."""
     low = [max(a, b) for a, b in zip(stored.offset, piece.offset, strict=True)]
     high = [
@@ -242,7 +288,7 @@ def read_into(folder: Path, files: dict[str, Any], stored: Stored, piece: Piece)
     outer = tuple(slice(a - b, c - b) for a, b, c in zip(low[1:], stored.offset[1:], high[1:], strict=True))
     first = low[0] - piece.offset[0] if low else 0
     rest, done = bytearray(), 0  # a row may lie across two blocks
-    for _, part in blocks(folder / stored.file, files[stored.file], start, stop):
+    for _, part in blocks(folder / stored.file, files[stored.file], start, stop, held):
         data = rest + part if rest else part
         whole = len(data) // row_bytes
         if whole:

@@ -128,7 +128,7 @@ def _source(name: str, shape: tuple[int, ...], stored: dict[str, Any], found: Ch
 
 
 def _fill(found: Checkpoint, source: Sequence[Any], piece: Piece) -> int:
-    elements = sum(read_into(found.path, found.files, each, piece) for each in source)
+    elements = sum(read_into(found.path, found.files, each, piece, found.blocks) for each in source)
     if elements != piece.tensor.numel():
         raise UserError(
             f"{found.path}: holds {elements} of {piece.tensor.numel()} elements of {piece.name}: "

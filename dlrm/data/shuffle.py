@@ -17,13 +17,14 @@ BLOCKS = 16  # per window
 class Order:
     def __init__(self, rows: int, seed: int, epoch: int, window: int = 0) -> None:
         self.rows, self.seed, self.epoch = rows, seed, epoch
-        self.window = window if 0 < window < rows else 0
+        self.window = min(window, rows)  # 0: a source with random access
         self._permutation: np.ndarray | None = None
         if not self.window:
             state = np.random.RandomState(seed if epoch == 0 else [seed, epoch])
             self._permutation = np.argsort(state.permutation(rows))  # type: ignore[arg-type]
             return
-        block = max(1, self.window // BLOCKS)
+        # a set that fits one window is one window: as many blocks as it may have, not one more
+        block = max(1, self.window // BLOCKS) if self.window < rows else -(-rows // BLOCKS)
         self.firsts = np.arange(0, rows, block)
         np.random.default_rng([seed, epoch]).shuffle(self.firsts)
         self.lasts = np.minimum(self.firsts + block, rows)

@@ -98,9 +98,9 @@ def scan(kind: str, folder: str | os.PathLike[str]) -> AnyLayout:
 
 
 def recognised(kind: str, folder: str | None) -> str:
-    """`kind`; what streams is Parquet where the folder holds nothing else."""
+    """`kind`, which nobody asked for by name; it is Parquet where the folder holds nothing else."""
     root = Path(folder) if folder else None
-    if kind != "stream" or root is None or any(root.glob("*.npy")):
+    if kind not in ("stream", "memory") or root is None or any(root.glob("*.npy")):
         return kind
     return "parquet" if any(root.glob("*.parquet")) or any(root.glob("*/*.parquet")) else kind
 

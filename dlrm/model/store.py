@@ -5,10 +5,10 @@ t_cat_0.json   whose rows, which blocks there are, and whether the last user clo
 Only plain pread and pwrite, in the order of the rows, so that a trace shows every byte.
 """
 
-import fcntl
 import json
 import mmap
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlrm.errors import UserError
+from common.errors import UserError
+from common.inputs import read_json_object
+from common.lock import try_lock
+from common.owned import write_whole
 from dlrm.model.tables import BLOCK, fill
 from dlrm.trace import opening, sync
 
@@ -26,6 +29,7 @@ VERSION = 1
 NEAR = 4 << 10  # rows this close are read by one call, with what lies between
 LARGEST = 1 << 20  # bytes of one call
 PIECE = 16 << 10  # bytes of one call that writes anew
+LARGEST_DESCRIPTION = 1 << 30  # bytes
 BUFFERS = 4 * BLOCK + 5 * LARGEST  # bytes at their most, of all that comes and goes here
 
 
@@ -63,13 +67,16 @@ class RowStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with opening:  # the tracer would lose a file that another thread opens meanwhile
-                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                self._file = os.open(self.path, flags, 0o666)
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}: give another --persistent_path") from None
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise UserError(f"{self.path}: is not a file: give another --persistent_path")
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
             self._lock()
-            self.new = not self.about.exists()
+            self.new = not os.path.lexists(self.about)
             if self.new:
                 self._begin()
             else:
@@ -79,12 +86,10 @@ class RowStore:
             raise
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(self._file):
             raise UserError(
                 f"{self.path}: another job trains this table: wait for it, or give another --persistent_path"
-            ) from None
+            )
 
     def _begin(self) -> None:
         if os.fstat(self._file).st_size:
@@ -103,18 +108,23 @@ class RowStore:
 
     def _open(self) -> None:
         try:
-            found = json.loads(self.about.read_text())
+            found = read_json_object(self.about, LARGEST_DESCRIPTION)
+            if self.about.is_symlink() or type(found["clean"]) is not bool or type(found["seed"]) is not int:
+                raise ValueError("a link, or values of another kind")
             blocks = np.frombuffer(bytes.fromhex(found["blocks"]), np.uint8)
-            self.clean, self.seed = bool(found["clean"]), int(found["seed"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if len(blocks) != -(-len(self.blocks) // 8) or not 0 <= found["seed"] < 1 << 63:
+                raise ValueError("values out of range")
+            self.clean, self.seed = found["clean"], found["seed"]
+        except (UserError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.about}: not the description of a store ({error}): remove {self.path.name} and it"
+                f"{self.about}: not the description of a store ({str(error)[:200]}): give another "
+                f"--persistent_path, or move {self.path.name} and it away"
             ) from None
         for key, value in self._facts.items():
-            if found.get(key) != value:
+            if type(found.get(key)) is not type(value) or found[key] != value:
                 raise UserError(
-                    f"{self.path}: made with {key} {found.get(key)}, this job has {value}: give the options "
-                    "that it was made with, or another --persistent_path"
+                    f"{self.path}: made with {key} {str(found.get(key))[:100]}, this job has {value}: "
+                    "give the options that it was made with, or another --persistent_path"
                 )
         size = os.fstat(self._file).st_size
         if size != self.rows * self.row_bytes:
@@ -129,14 +139,12 @@ class RowStore:
             **self._facts, "seed": self.seed, "clean": self.clean,
             "blocks": np.packbits(self.blocks).tobytes().hex(),
         }  # fmt: skip
-        partial = self.about.with_suffix(".json.partial")
         try:
-            with opening, open(partial, "w") as out:
-                json.dump(facts, out)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, self.about)
+            with opening:
+                write_whole(self.about, json.dumps(facts).encode(), durable=True)
             sync(self.about.parent)  # else a power cut could bring back a description that calls it clean
+        except UserError as error:
+            raise UserError(f"{error}: make room, or give another --persistent_path") from None
         except OSError as error:
             raise self._failed(error) from None
 

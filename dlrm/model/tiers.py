@@ -5,7 +5,6 @@ The rows of a batch stay until its backward pass has updated them; changed rows 
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding
 from torchrec.distributed.types import NoWait, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from common.inputs import read_json_object
 from dlrm import trace
 from dlrm.errors import UserError
 from dlrm.model.dlrm import Sparse
@@ -233,11 +233,12 @@ def others(store: RowStore) -> list[Path]:
     found = []
     for path in store.about.parent.glob(f"{store.table}.*json"):
         if path != store.about:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                facts = json.loads(path.read_text())
-                first = facts.get("first", 0)
-                if facts["table"] == store.table and first < store.first + store.rows:
-                    found += [path] if store.first < first + facts["rows"] else []
+            with contextlib.suppress(UserError, KeyError):
+                facts = read_json_object(path)
+                first, rows = facts.get("first", 0), facts["rows"]
+                if type(first) is int and type(rows) is int and facts["table"] == store.table:
+                    overlap = first < store.first + store.rows and store.first < first + rows
+                    found += [path] if overlap else []
     return found
 
 
