@@ -135,12 +135,8 @@ class OutputFolder:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self._made: dict[str, list[list[int]]] = {}  # name -> the [size, mtime_ns] that are ours: new, before
-        with contextlib.suppress(UserError, ValueError, RecursionError):
-            listed = json.loads(read_bytes(self.folder / LEDGER, 16 << 20))
-            self._made = {
-                str(name): [[int(size), int(changed)] for size, changed in prints]
-                for name, prints in listed["files"].items()
-            } if listed["made_by"] == "dlrm-io" else {}  # fmt: skip
+        self._named: set[str] = set()  # by this object; what the list says of others may change meanwhile
+        self._made.update(_read_ledger(self.folder / LEDGER))
 
     def owns(self, name: str) -> bool:
         """Whether the file is there and as the program left it."""
@@ -149,6 +145,14 @@ class OutputFolder:
         except OSError:
             return False
         return stat.S_ISREG(status.st_mode) and _print(status) in self._made.get(name, [])
+
+    def names(self) -> list[str]:
+        """All that the list has, whether it is still there or not."""
+        return list(self._made)
+
+    def listed_sizes(self, name: str) -> set[int]:
+        """Of a listed file; empty where the program has never made one of this name here."""
+        return {size for size, _ in self._made.get(name, [])}
 
     def refuse_foreign(
         self, names: Iterable[str], remedy: str = "move it away or name another folder"
@@ -227,6 +231,7 @@ class OutputFolder:
         return True
 
     def _expect(self, name: str, status: os.stat_result) -> None:
+        self._named.add(name)
         before = self._made.get(name, [])
         self._made[name] = [_print(status), *[each for each in before if each != _print(status)]][:2]
 
@@ -235,6 +240,9 @@ class OutputFolder:
         path = self.folder / LEDGER
         if os.path.lexists(path) and not _is_ledger(path):
             raise UserError(f"{printable(path)}: was not made by this program; move it away")
+        for name, prints in _read_ledger(path).items():  # another command may have added its own meanwhile
+            if name not in self._named:
+                self._made[name] = prints
         partial = self.folder / f"{LEDGER}.{secrets.token_hex(8)}.partial"
         note = "what dlrm-io put into this folder: name, size, time of change; only these may be replaced"
         values = {"made_by": "dlrm-io", "version": VERSION, "note": note, "files": self._made}
@@ -245,6 +253,20 @@ class OutputFolder:
 
 def _print(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
+
+
+def _read_ledger(path: Path) -> dict[str, list[list[int]]]:
+    """What the list says; empty where there is none, or none of ours."""
+    try:
+        listed = json.loads(read_bytes(path, 16 << 20))
+        if listed["made_by"] != "dlrm-io" or path.is_symlink():
+            return {}
+        return {
+            str(name): [[int(size), int(changed)] for size, changed in prints]
+            for name, prints in listed["files"].items()
+        }
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}
 
 
 def _is_ledger(path: Path) -> bool:

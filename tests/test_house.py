@@ -26,7 +26,7 @@ FLOORS = {
         ["train", "bench", "bert4rec"],
     ],
     "analysis": [
-        ["deflate", "settings", "strings", "lines", "intervals", "stages"],
+        ["deflate", "settings", "records", "outputs", "strings", "lines", "intervals", "stages"],
         ["scan", "process"],
         ["columns", "clocks"],
         ["events"],
