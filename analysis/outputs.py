@@ -133,10 +133,12 @@ def _content(path: Path, limit: int = MAX_PAGE_BYTES, part: bool = False) -> byt
 def named_file(path: Path, is_own: IsOwn) -> Iterator[Path]:
     """A new file to be filled, which becomes `path`; never over a file that this command has not made."""
     if not path.parent.is_dir():
-        raise UserError(f"-o {printable(path)}: its folder does not exist; choose another place with -o")
+        raise UserError(
+            f"-o {printable(path)}: cannot write there (no such folder); choose another place with -o"
+        )
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(
-            f"-o {printable(path)}: its folder cannot be written to; choose another place with -o"
+            f"-o {printable(path)}: cannot write there (no permission); choose another place with -o"
         )
     with write_file(path, is_own, "-o") as partial:
         yield partial

@@ -88,8 +88,9 @@ def test_serves_the_interface_and_the_trace(url: str, run: Path) -> None:
     "path",
     [
         "/", "/localtrace", "/?17#!/?ts=17", "/index.html", "/vizviewer_info", "/file_info", "//localtrace",
-        "/wrong/localtrace", "/{token}", "/{token}x/localtrace", "/{short}/localtrace", "/x/../{token}/localtrace",
-        "/?{token}/localtrace", "/%2e/{token}/localtrace", "http://127.0.0.1/localtrace", "/\u00fc/localtrace",
+        "/wrong/localtrace", "/{token}", "/{token}x/localtrace", "/{short}/localtrace",
+        "/x/../{token}/localtrace", "/?{token}/localtrace", "/%2e/{token}/localtrace", "http://127.0.0.1/localtrace",
+        "/\u00fc/localtrace",
     ],
 )  # fmt: skip
 def test_without_the_secret_there_is_nothing(server: view.Server, run: Path, path: str) -> None:
@@ -102,7 +103,8 @@ def test_without_the_secret_there_is_nothing(server: view.Server, run: Path, pat
     ("host", "code"),
     [
         ("", 200), ("localhost:{port}", 200), ("127.0.0.1", 200), ("evil.example", 403), (None, 403),
-        ("evil.example:{port}", 403), ("127.0.0.1:1", 403), ("127.0.0.1.evil.example", 403), ("[::1]:{port}", 403),
+        ("evil.example:{port}", 403), ("127.0.0.1:1", 403), ("127.0.0.1.evil.example", 403),
+        ("[::1]:{port}", 403),
         ("127.0.0.1:{port}\r\nHost: evil.example", 403), ("127.0.0.1@evil.example", 403),
     ],
 )  # fmt: skip
