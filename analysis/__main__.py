@@ -1,6 +1,9 @@
 """python -m analysis COMMAND RUN: one command each for a picture, a proof and a report of a run."""
 
 import argparse
+import contextlib
+import io
+import os
 import shlex
 import sys
 import time
@@ -8,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from common.errors import USAGE, UserError
+from common.errors import USAGE, UserError, printable
 
 SET_UP = ("numpy", "polars", "numba", "pyarrow")  # what a shell lacks that has not read env.sh
 
@@ -38,10 +41,18 @@ def perfetto(options: argparse.Namespace) -> int:
     if summary.unresolved:
         print(f"analysis: {summary.unresolved} events name their file only by a hash", file=sys.stderr)
     print(
-        f"{summary.path} ({summary.events:,} events, {size / 1e6:.1f} MB); "
-        f"to see it: python -m analysis view {shlex.quote(str(summary.path))}"
+        f"{printable(summary.path)} ({summary.events:,} events, {size / 1e6:.1f} MB); "
+        f"to see it: python -m analysis view {_quoted(summary.path)}"
     )
     return 0
+
+
+def _quoted(path: Path) -> str:
+    """A word for the shell, of printable characters."""
+    text = os.fsdecode(path)
+    if printable(text) == text:
+        return shlex.quote(text)
+    return "$'" + printable(text.replace("\\", "\\\\")).replace("'", "\\'") + "'"
 
 
 def check(options: argparse.Namespace) -> int:
@@ -62,8 +73,8 @@ def view(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     from analysis import report
 
-    page, text = report.write(options.run, _over(options))
-    print(f"{text}\n\n{page}")
+    page, text = report.write(options.run, options.output, _over(options))
+    print(f"{text}\n\n{printable(page)}")
     return 0
 
 
@@ -78,7 +89,7 @@ def compare(options: argparse.Namespace) -> int:
     from analysis import compare
 
     page, text = compare.write(options.run, options.other, options.output, _over(options))
-    print(f"{text}\n\n{page}")
+    print(f"{text}\n\n{printable(page)}")
     return 0
 
 
@@ -153,6 +164,11 @@ def parser() -> argparse.ArgumentParser:
         ("compare", compare, "two runs side by side: compare.html, and lines in the terminal"),
     ):
         made = command(name, run, help)
+        if name == "report":
+            made.add_argument(
+                "-o", dest="output", type=Path, metavar="WHERE",
+                help="file to write the page to, or a folder that exists, for all files (default: RUN)",
+            )  # fmt: skip
         if name == "compare":
             made.add_argument("other", metavar="OTHER", help="the run to compare it with")
             made.add_argument(
@@ -165,25 +181,41 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
+    run = ""
     try:
         options = parser().parse_args(argv)
-        return options.function(options)
+        run = options.run
+        code = options.function(options)
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        print(f"analysis: {error}", file=sys.stderr)
-        return USAGE
+        return _refuse(error)
     except ModuleNotFoundError as error:
         if error.name not in SET_UP:
             raise
-        print(
-            f"analysis: {sys.executable} has no {error.name}: source ./env.sh first "
-            "(./0_setup_env.sh makes it)",
-            file=sys.stderr,
+        return _refuse(
+            f"{sys.executable} has no {error.name}: source ./env.sh first (./0_setup_env.sh makes it)"
         )
-        return USAGE
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # who reads has seen enough; the interpreter would say so at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return _refuse(f"{printable(error.filename or run or 'standard output')}: {error.strerror or error}")
+    except MemoryError:
+        return _refuse(f"{printable(run)}: not enough memory to read it; a damaged trace?")
+
+
+def _refuse(error: object) -> int:
+    """One line, whatever the names in it are."""
+    print(f"analysis: {printable(error)}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    return USAGE
 
 
 if __name__ == "__main__":

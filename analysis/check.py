@@ -5,11 +5,13 @@ read and write calls returned, by the same rank (its forked workers included) an
 A launch that was stopped leaves no results.json: of it, what its own spans say they read has to be there.
 """
 
-import json
 import os
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +22,8 @@ from analysis.events import Reader, files, ranked
 from analysis.process import Process
 from analysis.scan import STRING, Block
 from analysis.strings import ID, Strings, unescape
-from common.errors import UserError
+from common.errors import UserError, printable
+from common.inputs import read_json_object
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
 Moved = dict[tuple[int, str], int]  # (READ | WRITE, file) -> bytes
@@ -54,7 +57,7 @@ def check(run_dir: str | Path) -> tuple[list[Row], list[Process]]:
     rows: list[Row] = []
     for number, (_, traced) in enumerate(launched):
         spans = any(direction == SPANS for seen in traced.values() for direction, _ in seen)
-        if number == ended and (results.exists() or not spans):
+        if number == ended and (os.path.lexists(results) or not spans):
             rows += _by_results(results, traced, number + 1)
         else:
             rows += [
@@ -64,7 +67,7 @@ def check(run_dir: str | Path) -> tuple[list[Row], list[Process]]:
                 if direction == SPANS
             ]
     if not rows:
-        raise UserError(f"{run_dir}: no results.json and no spans that say what they read")
+        raise UserError(f"{printable(run_dir)}: no results.json and no spans that say what they read")
     return rows, [process for job, _ in launched for process in job]
 
 
@@ -77,25 +80,37 @@ def _who_ended(jobs: list[list[Process]]) -> int:
 
 def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Row]:
     try:
-        results = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it ({error.strerror}); did the run end?") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); was the run killed while writing it?") from error
+        results = read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; did the run end?") from None
     rows = []
     for key, direction in DIRECTIONS.items():
-        for rank, said in sorted(results.get(key, {}).items(), key=lambda item: int(item[0])):
-            seen = traced.get(int(rank), {})
+        for rank, said in sorted(_said(results.get(key, {}), f"{printable(path)}: {key}").items()):
+            seen = traced.get(rank, {})
             rows += [
-                Row(
-                    int(rank), key.removeprefix("bytes_"), file, int(said[file]),
-                    _of(seen, direction, file), launch,
-                )
+                Row(rank, key.removeprefix("bytes_"), file, said[file], _of(seen, direction, file), launch)
                 for file in sorted(said)
-            ]  # fmt: skip
+            ]
     if not rows:
-        raise UserError(f"{path}: has no bytes_read and no bytes_written to compare with the trace")
+        raise UserError(
+            f"{printable(path)}: has no bytes_read and no bytes_written to compare with the trace"
+        )
     return rows
+
+
+def _said(value: Any, name: str) -> dict[int, dict[str, int]]:
+    """{"0": {"/data/day_0": 123}}, and nothing else."""
+    found: dict[int, dict[str, int]] = {}
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: an object is expected, found {type(value).__name__}")
+    for rank, files_of in value.items():
+        if not re.fullmatch(r"[0-9]{1,7}", rank) or not isinstance(files_of, dict):
+            raise UserError(f"{name}: {printable(rank)[:40]}: a rank and its files are expected")
+        for file, amount in files_of.items():
+            if type(amount) is not int or not 0 <= amount < 1 << 63:
+                raise UserError(f"{name}: {rank}: {printable(file)}: a number of bytes is expected")
+        found[int(rank)] = files_of
+    return found
 
 
 def by_launch(run_dir: str | Path) -> list[tuple[list[Process], dict[int, Moved]]]:
@@ -147,7 +162,7 @@ def _sums(group: np.ndarray, amounts: np.ndarray, size: int) -> list[int]:
 def _of(seen: Moved, direction: int, file: str) -> int:
     """A file may have been opened through a link or by a path with dots in it; and see `_as_traced`."""
     names = {file, os.path.normpath(file)}
-    if "\0" not in file:
+    with suppress(ValueError, OSError):  # a name with a zero byte, or in a loop of links
         names.add(os.path.realpath(file))
     names |= {each for name in list(names) for each in _as_traced(name)}
     return sum(seen.get((direction, name), 0) for name in names)
@@ -177,7 +192,7 @@ def text(rows: list[Row], processes: Iterable[Process]) -> str:
     wrong = [row for row in rows if row.missed]
     for row in wrong[:50]:
         lines.append(
-            f"rank {row.rank}: {row.file}: {row.direction} {row.said:,} bytes, "
+            f"rank {row.rank}: {printable(row.file)}: {row.direction} {row.said:,} bytes, "
             f"traced {row.traced:,} ({share(row)})"
         )
     if len(wrong) > 50:

@@ -1,14 +1,16 @@
 """The traces of a run -> Chrome's JSON, for tools that know nothing newer. Slow and large; streamed."""
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from analysis import outputs
 from analysis.clocks import clocks, launches, moves, skew
 from analysis.columns import COLUMNS, frame
 from analysis.events import Reader, heads, ranked
-from analysis.perfetto import beside, published, trace_name
+from analysis.perfetto import new_trace, trace_name
 from analysis.process import Process
 from analysis.strings import Strings
 from analysis.tracks import Summary, process_name
@@ -21,14 +23,16 @@ def convert(
     progress: Callable[[Path, int], None] | None = None,
 ) -> Summary:  # fmt: skip
     processes = heads(run_dir)
-    path = Path(path) if path else beside(run_dir) / (trace_name(run_dir, posix) + ".json")
-    summary = Summary(path)
+    summary = Summary(Path())
     known = clocks(processes)
     summary.clocks = moves(processes, known)
     jobs = launches(processes)
     strings, paths, done = Strings(), {}, []
-    with published(path) as file:
-        file.write(b'{"displayTimeUnit":"ms","traceEvents":[')
+    name = trace_name(run_dir, posix) + ".json"
+    with new_trace(run_dir, path, name, outputs.is_own_json_trace) as (summary.path, raw):
+        file = io.BufferedWriter(raw)  # pyright: ignore[reportArgumentType]
+        mark = outputs.TRACE_MARK.decode()
+        file.write(f'{{"displayTimeUnit":"ms","otherData":{{"mark":"{mark}"}},"traceEvents":['.encode())
         comma = b"\n"
         for pid, process in enumerate([process for job in jobs for process in ranked(job)], 1):
             launch = 1 + next(n for n, job in enumerate(jobs) if process in job) if len(jobs) > 1 else 0
@@ -48,6 +52,7 @@ def convert(
             if reader.process.lost:
                 summary.lost.append(reader.process.lost)
         file.write(b"\n]}\n")
+        file.flush()
     summary.skew = skew(done)
     return summary
 

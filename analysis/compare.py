@@ -3,16 +3,17 @@
 from html import escape
 from pathlib import Path
 
-from analysis import plots, plots_io, settings, summary
+from analysis import outputs, plots, plots_io, settings, summary
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
 from analysis.page import Figures, number, page
-from analysis.report import findings_html, header_html, replace
+from analysis.report import findings_html, header_html
 from analysis.run import Run, open_run
 from analysis.tables import answers, progress
 from analysis.tables.gather import Map, on_threads
-from common.errors import UserError
+from common.errors import os_errors_as_user_errors, printable
 
+PAGE = "compare.html"
 Side = tuple[Run, Facts, list[Finding]]
 NOISE = 0.02  # a change smaller than this has no colour
 LENGTHS = ("wall time", "training")  # shorter is better only where as much was done
@@ -27,7 +28,7 @@ def side(path: str | Path, over: Map) -> Side:
 def names(one: Side, two: Side) -> tuple[str, str]:
     """Folders of the same name are told apart by their paths."""
     a, b = one[0], two[0]
-    return (a.name, b.name) if a.name != b.name else (str(a.path), str(b.path))
+    return (a.name, b.name) if a.name != b.name else (printable(a.path), printable(b.path))
 
 
 def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
@@ -143,10 +144,19 @@ def _table(heads: str, body: str) -> str:
 def write(
     a: str | Path, b: str | Path, output: Path | None = None, over: Map = on_threads
 ) -> tuple[Path, str]:
+    home = outputs.beside(b)
+    if output is None and Path(b).exists():
+        outputs.check_folder(home, {PAGE: is_own_page}, "name another file with -o")
     one, two = side(a, over), side(b, over)
-    path = output or two[0].home / "compare.html"
-    try:
-        replace(path, html(one, two))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name another file with -o") from error
-    return path, text(one, two)
+    made = outputs.seal(html(one, two), "compare")
+    if output is not None:
+        with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
+            partial.write_bytes(made)
+        return output, text(one, two)
+    with outputs.results_in(home) as results:
+        results.write(PAGE, made, is_own_page)
+    return home / PAGE, text(one, two)
+
+
+def is_own_page(path: Path) -> bool:
+    return outputs.is_own_page(path, "compare") or outputs.is_earlier_page(path)

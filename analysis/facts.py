@@ -5,6 +5,7 @@ from typing import Any
 
 import polars as pl
 
+from analysis import settings
 from analysis.tables import answers, progress
 from analysis.tables.gather import Joined
 
@@ -90,7 +91,7 @@ class Facts:
                 "The ranks take turns in each file, so a read is one rank's rows of one batch: raise "
                 "--batch_size, or give --shuffle_training_set: each rank then reads a stretch of its own."
             )
-        if float(self.config["data"].get("read_chunk_mb") or 0) * 1e6 < 4 * mean_bytes:
+        if settings.number(self.config["data"].get("read_chunk_mb")) * 1e6 < 4 * mean_bytes:
             return "Raise --read_chunk_mb."
         return (
             "A read ends where this rank's rows or the file end: larger batches, or fewer and larger files."

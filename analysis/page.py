@@ -1,5 +1,7 @@
 """One HTML file that opens offline: text, tables and figure specifications; page.js draws the figures."""
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -129,7 +131,8 @@ class Figures:
 
     def scripts(self) -> str:
         data = [json.dumps(rounded(spec), separators=(",", ":")) for spec in self.specs]
-        data = [text.replace("</", "<\\/") for text in data]  # no text may end the script
+        # no text may end the script, nor begin a comment or a script in it: no < at all, nor > and &
+        data = [text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026") for text in data]
         return "".join(
             f'<script type="application/json" id="f{n}">{text}</script>\n' for n, text in enumerate(data, 1)
         )
@@ -165,12 +168,20 @@ def tiles_html(tiles: Iterable[tuple[str, str]]) -> str:
     ) + "</div>"  # fmt: skip
 
 
+def _policy(script: str) -> str:
+    """The page runs this script and no other, and loads nothing."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
 def page(title: str, body: Sequence[str], figures: Figures) -> str:
+    script = (HERE / "page.js").read_text()
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
         f'<meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
         f"<style>{(HERE / 'page.css').read_text()}</style></head>"
         f'<body>{"".join(body)}<div id="tip"></div>{figures.scripts()}'
-        f"<script>{(HERE / 'page.js').read_text()}</script></body></html>\n"
+        f"<script>{script}</script></body></html>\n"
     )

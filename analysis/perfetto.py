@@ -3,8 +3,7 @@
 Streamed block by block, in constant memory; written under a temporary name and renamed when whole.
 """
 
-import contextlib
-import json
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from analysis import settings, wire
+from analysis import outputs, records, settings, wire
 from analysis.clocks import clocks, launches, moves, skew
 from analysis.derive import Bandwidth
 from analysis.events import Reader, heads, ranked
@@ -27,8 +26,9 @@ from analysis.tracks import (
     write_bandwidth,
     write_counter,
 )
-from common.errors import UserError
+from common.errors import UserError, os_errors_as_user_errors, printable
 
+LONGEST_NAME = 200  # bytes of a file's name, its ending not counted
 EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
 _NO_COUNTERS = ("step", "epoch", "time", "split", "samples")
 # a track for each of their other numbers would bury the rest
@@ -41,13 +41,14 @@ def convert(
 ) -> Summary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events."""
     processes = heads(run_dir)
-    path = Path(path) if path else beside(run_dir) / (trace_name(run_dir, posix) + ".pftrace")
-    summary = Summary(path)
+    summary = Summary(Path())
     known, jobs = clocks(processes), launches(processes)
     summary.clocks = moves(processes, known)
     begin = min((known[p.path].time(p.first) for p in processes if p.first), default=0)
     begin = max(0, begin - EARLIER_US)
-    with published(path) as file:
+    name = trace_name(run_dir, posix) + ".pftrace"
+    with new_trace(run_dir, path, name, outputs.is_own_trace) as (summary.path, file):
+        file.write(outputs.mark_packet())
         shared = Shared(Output(file), summary, posix, begin, Bandwidth(begin))
         done = []
         shown = [
@@ -73,54 +74,77 @@ def convert(
         if not posix:
             _metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
+        if not summary.events:
+            told = " of POSIX calls" if posix else ""
+            raise UserError(f"{printable(run_dir)}: the traces hold no events{told}")
     summary.skew = skew(done)
-    if not summary.events:
-        path.unlink()
-        raise UserError(f"{run_dir}: the traces hold no events" + (" of POSIX calls" if posix else ""))
     return summary
 
 
 @contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name only when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def new_trace(
+    run_dir: str | Path, path: str | Path | None, name: str, is_own: outputs.IsOwn
+) -> Iterator[tuple[Path, BinaryIO]]:
+    """A file that appears under its name only when it is whole: `path`, else `name` in the run's folder."""
+    if path is not None:
+        with outputs.named_file(Path(path), is_own) as partial, _filled(partial, Path(path)) as file:
+            yield Path(path), file
+        return
+    folder = outputs.beside(run_dir)
+    outputs.check_folder(folder, {name: is_own}, "choose another place with -o")
+    with (
+        outputs.results_in(folder) as results,
+        _filled(results.file(name, is_own), folder / name) as file,
+    ):
+        yield folder / name, file
+
+
+@contextmanager
+def _filled(partial: Path, path: Path) -> Iterator[BinaryIO]:
+    """Only what goes wrong with this file is said of it: traces are read in the meantime."""
+    with os_errors_as_user_errors(path):
+        file = _Named(partial, path)
     try:
-        try:
-            file = temporary.open("wb")
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot write there ({error.strerror}); choose another place with -o"
-            ) from error
-        with file:
-            yield file
-        temporary.replace(path)
+        yield file  # pyright: ignore[reportReturnType]
     finally:
-        with contextlib.suppress(OSError):  # what was wrong before is what counts
-            temporary.unlink()
+        with os_errors_as_user_errors(path):
+            file.close()
 
 
-def beside(run_dir: str | Path) -> Path:
-    """Where its files go: the run's folder, or the one that a single trace is in."""
-    return Path(run_dir) if Path(run_dir).is_dir() else Path(run_dir).parent
+class _Named(io.FileIO):
+    """A file whose errors carry the name that it will have."""
+
+    def __init__(self, partial: Path, path: Path) -> None:
+        super().__init__(partial, "w")
+        self._path = path
+
+    def write(self, data: Any, /) -> int:
+        view: Any = memoryview(data).cast("B")
+        whole = len(view)
+        with os_errors_as_user_errors(self._path):
+            while view:
+                view = view[super().write(view) :]
+        return whole
 
 
 def trace_name(run_dir: str | Path, posix: bool) -> str:
     """What the training was, as a file name; the folder's name where there is no config.json."""
     run = Path(run_dir)
     suffix = "-posix" if posix else ""
-    try:
-        config = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
-    name = settings.file_name(config) if isinstance(config, dict) else ""
+    name = settings.file_name(records.read_config(run / "config.json", []))
     folder = run.resolve().name if run.is_dir() else run.name.split(".")[0]
-    return (name or folder or "trace") + suffix
+    name = name or folder or "trace"
+    while len(os.fsencode(name)) > LONGEST_NAME:
+        name = name[:-1]
+    return name + suffix
 
 
 def _metrics(shared: Shared, path: Path) -> None:
     """What metrics.jsonl has and the traces' own counters do not."""
     series: dict[str, list[tuple[float, float]]] = {}
-    for row in rows(path):
+    for row in records.metrics_lines(path, []):
+        if "time" not in row:
+            continue
         prefix = f"{row['split']} " if "split" in row else ""
         for key, value in row.items():
             if "split" in row and key not in _OF_EVALUATIONS:
@@ -132,15 +156,3 @@ def _metrics(shared: Shared, path: Path) -> None:
         shared.out.write(wire.counter_track(uuid, 0, name, ""))
         times, values = np.array(sorted(points)).T
         write_counter(shared, uuid, (times * 1e6).astype(np.int64), values)
-
-
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl that have a time; a killed run may have half a line at its end."""
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("time"), int | float):
-                yield row

@@ -5,14 +5,19 @@ import re
 from html import escape
 from pathlib import Path
 
-from analysis import settings, summary
+import polars as pl
+
+from analysis import outputs, settings, summary
 from analysis.facts import Facts, Finding
 from analysis.findings import findings
 from analysis.page import Entry, Figures, entry_html, number, page, prose, seconds, tiles_html
 from analysis.run import Run, open_run
 from analysis.sections import entries
 from analysis.tables.gather import Map, on_threads
-from common.errors import UserError
+from common.errors import os_errors_as_user_errors
+
+PAGE, SUMMARY = "report.html", "summary.json"
+REMEDY = "say with -o where the page, or in which folder all files, shall go"
 
 
 def findings_html(found: list[Finding]) -> str:
@@ -36,10 +41,11 @@ def header_html(run: Run, facts: Facts) -> str:
     if tables := settings.tables(run.plan):
         told.append(f"tables: {tables}")
     known = {called: settings.option(run.config, called) for called in settings.OPTIONS}
-    told += [f"{called} {known[called]}" for called in ("embedding dimension", "batch size of a rank")
-             if known[called]]  # fmt: skip
+    for called in ("embedding dimension", "batch size of a rank"):
+        if known[called]:
+            told.append(f"{called} {settings.shown(known[called])}")
     if known["device"]:
-        told.append(str(known["device"]))
+        told.append(settings.shown(known["device"]))
     told.append(f"{run.joined.events:,} events, {run.joined.calls:,} of them file calls")
     return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(told))}</p>"
 
@@ -68,25 +74,50 @@ def anchor(section: str) -> str:
     return "".join(c for c in section.lower() if c.isalnum())
 
 
-def write(path: str | Path, over: Map = on_threads) -> tuple[Path, str]:
-    """All files of the report, beside the run; the page's path and the terminal's text."""
+def write(path: str | Path, output: Path | None = None, over: Map = on_threads) -> tuple[Path, str]:
+    """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
+    name. Returns the page's path and the terminal's text.
+    """
+    folder = outputs.beside(path) if output is None else output if output.is_dir() else None
+    if folder is not None and Path(path).exists():
+        early = {PAGE: is_own_page, SUMMARY: outputs.is_own_summary, "tables/breakdown.csv": lambda _: True}
+        outputs.check_folder(folder, early, REMEDY)
     run = open_run(path, over)
     facts = Facts(run.joined, run.config)
     found, things = findings(facts), entries(run, facts)
-    told = json.dumps(summary.summary(run, facts, found), indent=1)
-    try:
-        tables = run.home / "tables"
-        tables.mkdir(exist_ok=True)
+    told = summary.text(run, facts, found)
+    made = outputs.seal(html(run, facts, found, things), "report")
+    if folder is None:
+        assert output is not None
+        with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
+            partial.write_bytes(made)
+        return output, told
+    ours = is_own_page(folder / PAGE) or outputs.is_own_summary(folder / SUMMARY)
+    numbers = json.dumps(summary.summary(run, facts, found), indent=1) + "\n"
+    with outputs.results_in(folder, complete="tables/") as results:
         for entry in things:
             if entry.name and entry.table is not None:
-                entry.table.write_csv(tables / f"{entry.name}.csv")
-        replace(run.home / "summary.json", told + "\n")
-        replace(run.home / "report.html", html(run, facts, found, things))
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or run.home}: {error.strerror}; the report is written there"
-        ) from error
-    return run.home / "report.html", summary.text(run, facts, found)
+                data = csv(entry.table)
+                header = outputs.has_header(data[: data.index(b"\n") + 1])
+                results.write(f"tables/{entry.name}.csv", data, header if ours else lambda _: False)
+        results.write(SUMMARY, numbers.encode(), outputs.is_own_summary)
+        results.write(PAGE, made, is_own_page)
+    return folder / PAGE, told
+
+
+def is_own_page(path: Path) -> bool:
+    return outputs.is_own_page(path, "report") or outputs.is_earlier_page(path)
+
+
+def csv(table: pl.DataFrame) -> bytes:
+    """Text that a spreadsheet would take for a formula begins with an apostrophe."""
+    texts = [name for name, dtype in table.schema.items() if dtype == pl.String]
+    formula = [pl.col(name).str.contains(r"^[=+\-@\t\r]") for name in texts]
+    safe = [
+        pl.when(is_formula).then(pl.lit("'") + pl.col(name)).otherwise(pl.col(name)).alias(name)
+        for name, is_formula in zip(texts, formula, strict=True)
+    ]
+    return table.with_columns(safe).write_csv().encode()
 
 
 def terminal(path: str | Path, over: Map = on_threads) -> str:
@@ -94,10 +125,3 @@ def terminal(path: str | Path, over: Map = on_threads) -> str:
     run = open_run(path, over)
     facts = Facts(run.joined, run.config)
     return summary.text(run, facts, findings(facts))
-
-
-def replace(path: Path, text: str) -> None:
-    """All or nothing: who reads while we write sees the old file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)

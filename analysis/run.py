@@ -1,6 +1,5 @@
 """A run folder as read: the joined traces, the JSON files beside them, and notes on what is missing."""
 
-import json
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -8,8 +7,11 @@ from typing import Any
 
 import polars as pl
 
+from analysis import records
 from analysis.clocks import clocks, moves, skew
+from analysis.outputs import beside
 from analysis.tables.gather import Joined, Map, gather, on_threads
+from common.errors import printable
 
 
 @dataclass
@@ -24,11 +26,11 @@ class Run:
 
     @property
     def home(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
+        return beside(self.path)
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return printable(self.path.resolve().name)
 
     @property
     def begin_us(self) -> int:
@@ -38,39 +40,12 @@ class Run:
 def open_run(path: str | Path, over: Map = on_threads) -> Run:
     folder = Path(path)
     run = Run(folder, gather(folder, over))
-    run.config = _json(run.home / "config.json", run.notes)
-    run.plan = _json(run.home / "plan.json", run.notes)
-    run.results = _json(run.home / "results.json", run.notes)
-    run.metrics = _lines(run.home / "metrics.jsonl", run.notes)
+    run.config = records.read_config(run.home / "config.json", run.notes)
+    run.plan = records.read_plan(run.home / "plan.json", run.notes)
+    run.results = records.read_results(run.home / "results.json", run.notes)
+    run.metrics = records.read_metrics(run.home / "metrics.jsonl", run.notes)
     run.notes += _notes(run.joined, bool(run.config))
     return run
-
-
-def _json(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError):
-        notes.append(f"{path.name} is not JSON and was left out.")
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _lines(path: Path, notes: list[str]) -> pl.DataFrame:
-    """A killed run leaves half a last line."""
-    if not path.exists():
-        return pl.DataFrame()
-    rows, bad = [], 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            rows.append({k: v for k, v in row.items() if isinstance(v, int | float | str)})
-        except (ValueError, AttributeError):
-            bad += 1
-    if bad:
-        notes.append(f"{path.name}: {bad} lines could not be read.")
-    return pl.DataFrame(rows, infer_schema_length=None, strict=False) if rows else pl.DataFrame()
 
 
 def _notes(joined: Joined, ours: bool) -> list[str]:

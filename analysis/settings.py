@@ -1,9 +1,13 @@
 """What was run, in words, from config.json and plan.json: for headings, names of files and comparisons."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+from common.errors import printable
+
 Config = dict[str, Any]
+LONGEST = 500  # characters of a setting
 
 # what people call it: where DLRM's options have it, and BERT4Rec's
 OPTIONS = {
@@ -34,7 +38,10 @@ def flat(config: Config, before: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{before}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            found.update(flat(value, f"{name}."))
+        else:
+            found[name] = value
     return found
 
 
@@ -47,9 +54,16 @@ def tables(plan: Config) -> str:
     """How many embedding tables, and rows in all of them: the data's, whatever the options say."""
     rows = 0
     for table in plan.values():
-        shards = table.get("shards", ()) if isinstance(table, dict) else ()
-        rows += max((shard["offset"][0] + shard["size"][0] for shard in shards), default=0)
+        with suppress(KeyError, IndexError, TypeError, ValueError, AttributeError):  # not a plan of ours
+            rows += max((_end(shard) for shard in table["shards"]), default=0)
     return f"{len(plan)} of {rows:,} rows" if rows else ""
+
+
+def _end(shard: Any) -> int:
+    offset, size = shard["offset"][0], shard["size"][0]
+    if type(offset) is not int or type(size) is not int or not 0 <= offset + size < 1 << 62:
+        raise ValueError
+    return offset + size
 
 
 def told(config: Config, plan: Config) -> dict[str, str]:
@@ -58,7 +72,7 @@ def told(config: Config, plan: Config) -> dict[str, str]:
     data = [str(options[name]) for name in _DATA if options.get(name) is not None]
     known = {"model": model(config), "data": data[0] if data else "", "tables": tables(plan)}
     known |= {called: option(config, called) for called in OPTIONS}
-    return {called: str(value) for called, value in known.items() if value not in (None, "")}
+    return {called: shown(value) for called, value in known.items() if value not in (None, "")}
 
 
 def unlike(a: tuple[Config, Config], b: tuple[Config, Config]) -> Iterator[tuple[str, str, str]]:
@@ -72,7 +86,18 @@ def unlike(a: tuple[Config, Config], b: tuple[Config, Config]) -> Iterator[tuple
     left, right = flat(a[0]), flat(b[0])
     for name in sorted({*left, *right} - {*_NOT_SETTINGS, *_DATA, *sum(OPTIONS.values(), ())}):
         if left.get(name) != right.get(name):
-            yield name, str(left.get(name, "-")), str(right.get(name, "-"))
+            yield printable(name), shown(left.get(name, "-")), shown(right.get(name, "-"))
+
+
+def shown(value: Any) -> str:
+    """A setting on one line; a text as long as a file is cut."""
+    text = printable(str(value))
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def number(value: Any) -> float:
+    """0 where it is none."""
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def file_name(config: Config) -> str:
@@ -85,7 +110,7 @@ def file_name(config: Config) -> str:
         epochs, batch = int(option(config, "epochs")), int(option(config, "batch size of a rank"))
         dimension = int(option(config, "embedding dimension"))
         rate = float(option(config, "learning rate"))
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         return ""
     name = (model(config) or "run").lower()
     return f"{name}-n{nodes}-ppn{ppn}-gpu{gpus}-ep{epochs}-bs{batch}-ed{dimension}-lr{rate:g}"

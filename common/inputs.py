@@ -67,7 +67,12 @@ def parse_json(data: bytes, name: str, nan: bool = False) -> Any:
     _check_depth(data, name)
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, parse_constant=float if nan else _refuse_constant, parse_int=_parse_int)
+        value = json.loads(
+            text,
+            parse_constant=float if nan else _refuse_constant,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
+        )
     except ValueError as error:
         raise UserError(f"{name}: is not JSON: {str(error)[:100]}") from None
     if "\\u" in text and _has_surrogate(value):
@@ -118,6 +123,13 @@ def _parse_int(text: str) -> int:
     if len(text) > 20:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:30]} is out of range")
+    return value
 
 
 def _has_surrogate(value: Any) -> bool:

@@ -31,14 +31,18 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system 
 HELD = {errno.EACCES, errno.EAGAIN}
 
 
+class FolderInUse(UserError):
+    """Another process has the lock."""
+
+
 class FolderLock:
     """Holds FOLDER for one writer; a context manager. `purpose` is what the second one reads, e.g.
-    "preprocessing into it".
+    "preprocessing into it". Locks of different `name` have nothing to do with each other.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], purpose: str) -> None:
+    def __init__(self, folder: str | os.PathLike[str], purpose: str, name: str = LOCK_NAME) -> None:
         self.folder, self.purpose = Path(folder), purpose
-        self.path = self.folder / LOCK_NAME
+        self.path = self.folder / name
         self._descriptor = -1
         self._marker: Path | None = None  # of the O_EXCL kind
 
@@ -63,7 +67,7 @@ class FolderLock:
         except OSError as error:
             os.close(descriptor)
             if error.errno in HELD:
-                raise UserError(self._told(_owner(self.path))) from None
+                raise FolderInUse(self._told(_owner(self.path))) from None
             if error.errno not in NO_LOCKS:
                 raise
             self._mark()
@@ -87,8 +91,8 @@ class FolderLock:
         """A file system without locks: a second file, made whole under another name and linked, which is
         atomic on NFS too.
         """
-        marker = self.path.with_name(LOCK_NAME + ".held")
-        fresh = self.path.with_name(f"{LOCK_NAME}.{secrets.token_hex(8)}")
+        marker = self.path.with_name(self.path.name + ".held")
+        fresh = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             os.write(descriptor, _description(self.purpose))
@@ -96,7 +100,7 @@ class FolderLock:
         except FileExistsError:
             owner = _owner(marker)
             if not _is_dead(owner):
-                raise UserError(
+                raise FolderInUse(
                     f"{self._told(owner)} (this file system has no locks: if that process is gone, "
                     f"remove {printable(marker)})"
                 ) from None

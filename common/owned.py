@@ -213,15 +213,10 @@ class OutputFolder:
         self.folder = Path(folder)
         self._made: dict[str, list[list[int]]] = {}  # name -> the [size, mtime_ns] that are ours: new, before
         self._growing: dict[str, int] = {}  # name -> inode of a file that is appended to, or of a folder
-        with contextlib.suppress(UserError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            listed = json.loads(read_bytes(self.folder / LEDGER, 16 << 20))
-            self._made = {
-                str(name): [[int(size), int(changed)] for size, changed in prints]
-                for name, prints in listed["files"].items()
-            } if listed["made_by"] == "dlrm-io" else {}  # fmt: skip
-            if self._made or listed["made_by"] == "dlrm-io":
-                growing = listed.get("growing", {})
-                self._growing = {str(name): int(inode) for name, inode in growing.items()}
+        self._named: set[str] = set()  # by this object; what the list says of others may change meanwhile
+        made, growing = _read_ledger(self.folder / LEDGER)
+        self._made.update(made)
+        self._growing.update(growing)
 
     def owns(self, name: str) -> bool:
         """Whether the file is there and as the program left it."""
@@ -232,6 +227,14 @@ class OutputFolder:
         if status.st_uid == os.geteuid() and status.st_ino == self._growing.get(name):
             return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
         return stat.S_ISREG(status.st_mode) and _print(status) in self._made.get(name, [])
+
+    def names(self) -> list[str]:
+        """All that the list has, whether it is still there or not."""
+        return list(self._made)
+
+    def listed_sizes(self, name: str) -> set[int]:
+        """Of a listed file; empty where the program has never made one of this name here."""
+        return {size for size, _ in self._made.get(name, [])}
 
     def refuse_foreign(
         self, names: Iterable[str], remedy: str = "move it away or name another folder"
@@ -289,6 +292,7 @@ class OutputFolder:
         with os_errors_as_user_errors(path):
             descriptor = os.open(path, flags, 0o666)
             try:
+                self._named.add(name)
                 self._growing[name] = os.fstat(descriptor).st_ino
                 self._save()
             except BaseException:
@@ -303,6 +307,7 @@ class OutputFolder:
         with os_errors_as_user_errors(path):
             if not os.path.lexists(path):
                 os.mkdir(path)
+            self._named.add(name)
             self._growing[name] = os.lstat(path).st_ino
             self._save()
         return path
@@ -319,6 +324,7 @@ class OutputFolder:
         other = f"{path.stem}-{number}{path.suffix}"
         with os_errors_as_user_errors(path):
             os.rename(path, path.with_name(other))
+        self._named |= {name, other}
         for listed in (self._made, self._growing):
             if name in listed:
                 listed[other] = listed.pop(name)  # type: ignore[assignment,index]
@@ -356,6 +362,7 @@ class OutputFolder:
         return True
 
     def _expect(self, name: str, status: os.stat_result) -> None:
+        self._named.add(name)
         before = self._made.get(name, [])
         self._made[name] = [_print(status), *[each for each in before if each != _print(status)]][:2]
 
@@ -364,6 +371,9 @@ class OutputFolder:
         path = self.folder / LEDGER
         if os.path.lexists(path) and not _is_ledger(path):
             raise UserError(f"{printable(path)}: was not made by this program; move it away")
+        made, growing = _read_ledger(path)  # another command may have added its own meanwhile
+        self._made |= {name: prints for name, prints in made.items() if name not in self._named}
+        self._growing |= {name: inode for name, inode in growing.items() if name not in self._named}
         partial = self.folder / f"{LEDGER}.{secrets.token_hex(8)}.partial"
         note = "what dlrm-io put into this folder: name, size, time of change; only these may be replaced"
         values = {
@@ -380,6 +390,21 @@ class OutputFolder:
 
 def _print(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
+
+
+def _read_ledger(path: Path) -> tuple[dict[str, list[list[int]]], dict[str, int]]:
+    """What the list says of files and of growing ones; empty where there is none, or none of ours."""
+    try:
+        listed = json.loads(read_bytes(path, 16 << 20))
+        if listed["made_by"] != "dlrm-io" or path.is_symlink():
+            return {}, {}
+        made = {
+            str(name): [[int(size), int(changed)] for size, changed in prints]
+            for name, prints in listed["files"].items()
+        }
+        return made, {str(name): int(inode) for name, inode in listed.get("growing", {}).items()}
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return {}, {}
 
 
 def _is_ledger(path: Path) -> bool:

@@ -76,8 +76,14 @@ class Browser:
         """Until the script's value is true."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if value := self.run(script):
-                return value
+            try:
+                if value := self.run(script):
+                    return value
+            except AssertionError as error:
+                if "navigated" not in str(
+                    error
+                ):  # a page that goes on to another, like ours without a secret
+                    raise
             time.sleep(0.3)
         raise AssertionError(f"not in {seconds} s: {script}\n{self.run('document.body.innerText')}")
 

@@ -26,7 +26,7 @@ FLOORS = {
         ["train", "bench", "bert4rec"],
     ],
     "analysis": [
-        ["settings", "strings", "lines", "intervals", "stages"],
+        ["settings", "strings", "lines", "intervals", "stages", "records", "outputs"],
         ["scan", "process"],
         ["columns", "clocks"],
         ["events"],

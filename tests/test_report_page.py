@@ -175,7 +175,7 @@ def test_truncated_and_missing_rank(tmp_path: Path) -> None:
     for text in (
         "there is no trace of rank 2",
         "the gzip stream is cut",
-        "results.json is not JSON",
+        "results.json: is not JSON",
         "1 lines could",
     ):
         assert text in out and text in page
