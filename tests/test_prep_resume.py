@@ -36,7 +36,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 COMMANDS = {
     "run": ["run", "--input_dir", "DAYS", "--output_dir", "OUT", "--part_bytes", "20000", "--map_bytes", "1"],
-    "parquet": ["run", "--input_dir", "DAYS", "--output_dir", "OUT", "--format", "parquet", "--tmp_dir", "TMP"],
+    "parquet": ["run", "--input_dir", "DAYS", "--output_dir", "OUT", "--format", "parquet", "--tmp_dir",
+                "TMP"],
     "parse": ["parse", "--input_dir", "DAYS", "--output_dir", "OUT"],
     "contiguous": ["contiguous", "--input_dir", "NPY", "--output_dir", "OUT"],
     "shuffle": [
@@ -46,6 +47,7 @@ COMMANDS = {
     "multihot": [
         "multihot", "--input_dir", "NPY", "--output_dir", "OUT", "--copy_labels_and_dense",
         "--multi_hot_sizes", ",".join(["2"] * 26),
+        "--num_embeddings_per_feature", ",".join(["50"] * 26),
     ],
     "toy": ["toy", "OUT", "--days", "3", "--rows", "500"],
 }  # fmt: skip
@@ -72,7 +74,7 @@ sys.exit(main(sys.argv[3:]))
 
 
 class World:
-    """Input, somebody's files beside every place that the command writes to, and what it makes undisturbed."""
+    """Input, somebody's files wherever the command writes, and what it makes undisturbed."""
 
     def __init__(self, base: Path, command: str) -> None:
         self.base, self.command = base, command
@@ -231,13 +233,13 @@ def test_a_folder_for_intermediate_files_may_hold_anything(days: Path, tmp_path:
     if where == "linked":
         places[where].symlink_to(mine)
     given = places[where]
-    for folder in {given, mine, out}:
+    for folder in (mine, out, given):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "README").write_text("notes")
         (folder / "state.json").write_text("thesis")
     run(days, out, "--tmp_dir", str(given))
     assert main(["check", str(out)]) == 0
-    for folder in {given, mine, out}:
+    for folder in (mine, out, given):
         assert [(folder / name).read_text() for name in ("README", "state.json")] == ["notes", "thesis"]
     assert not list(tmp_path.rglob(".dlrm-io-*"))
 

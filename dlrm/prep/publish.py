@@ -113,7 +113,8 @@ def write_meta(folders: Folders, meta: Meta) -> None:
 def summary(folder: Path, meta: Meta) -> str:
     """What there is now, and what to do with it."""
     text = f"{printable(folder)}: {sum(meta.rows):,} rows in {meta.days} days, "
-    text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to {max(meta.table_sizes):,} rows ({meta.format})"
+    text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to "
+    text += f"{max(meta.table_sizes):,} rows ({meta.format})"
     made = meta.parameters
     if ("contiguous" in made["steps"] or made["max_ind_range"]) and not made["mod_idx"]:
         text += f"; next: DATASET_DIR={shlex.quote(printable(folder))} ./3_train.sh"

@@ -24,7 +24,7 @@ def store(
     sparse: np.ndarray,
     labels: np.ndarray,
 ) -> None:
-    """Rows begin .. of the whole output, into their files in `folder`; the first `moved` are the shuffled ones."""
+    """Rows begin .. of the whole output, into files of `folder`; the first `moved` are the shuffled ones."""
     kinds = publish.files(made, options)
     among = max(0, min(len(labels), moved - begin))
     if options.compat and among:
