@@ -121,8 +121,14 @@ def results(folder: Path) -> dict[str, bytes]:
 def killed_at_call(call: int, after: bool) -> Callable[[list[str]], int]:
     def kill(words: list[str]) -> int:
         command = [sys.executable, "-c", KILLED, str(call), "after" if after else "before", *words]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, timeout=120, **quiet).returncode
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            timeout=120,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ).returncode
 
     return kill
 
