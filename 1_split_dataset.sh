@@ -20,7 +20,7 @@ file=${days[0]}
 [[ -r $file ]] || die "$file cannot be read"
 
 # split.txt says what was cut into what: the same again is no work, anything else is not overwritten.
-wanted="${file##*/} $(stat -L -c '%s bytes, changed %Y' "$file"), $lines lines a part"
+wanted="${file##*/} $(stat -L -c '%s bytes, changed %Y' -- "$file"), $lines lines a part"
 to=$(realpath -m -- "$to")
 if [[ -e $to/split.txt && $(< "$to/split.txt") == "$wanted" ]]; then
     echo "1_split_dataset.sh: nothing to do, $to is this split already"

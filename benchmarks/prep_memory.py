@@ -46,11 +46,17 @@ def stretch(lane: int, distinct: int) -> tuple[int, int]:
 
 
 def work_folder(folder: str, least: int) -> Any:
+    from dlrm.prep.folders import Folders
     from dlrm.prep.options import Options
     from dlrm.prep.work import Work
 
     path = Path(folder)
-    work = Work(Options(path, path / "out", frequency_threshold=least, tmp_dir=path), [], [])
+    work = Work(
+        Options(path, path / "out", frequency_threshold=least, tmp_dir=path),
+        [],
+        [],
+        Folders(path / "out", path, path),
+    )
     work.lanes = [[] for _ in range(LANES)]
     return work
 

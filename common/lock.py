@@ -67,7 +67,7 @@ class FolderLock:
         except OSError as error:
             os.close(descriptor)
             if error.errno in HELD:
-                raise FolderInUse(self._told(_owner(self.path))) from None
+                raise FolderInUse(self._told(_owner_soon(self.path))) from None
             if error.errno not in NO_LOCKS:
                 raise
             self._mark()
@@ -190,6 +190,15 @@ def _owner(path: Path) -> dict[str, Any]:
         }  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+
+
+def _owner_soon(path: Path) -> dict[str, Any]:
+    """The same of a lock that is held: its owner may be about to write who it is."""
+    for _ in range(20):
+        if owner := _owner(path):
+            return owner
+        time.sleep(0.01)
+    return {}
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:

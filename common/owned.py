@@ -54,8 +54,12 @@ class WorkFolders:
         with os_errors_as_user_errors(folder):
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(folder, mode)
-            mark = self._mark(token, os.lstat(folder))
-            _write_new(folder / MARK, json.dumps(mark).encode(), mode & 0o666)
+            try:
+                mark = self._mark(token, os.lstat(folder))
+                _write_new(folder / MARK, json.dumps(mark).encode(), mode & 0o666)
+            except BaseException:
+                self._remove_unmarked(folder)
+                raise
         return folder
 
     def find(self, parent: Path) -> list[Path]:
@@ -66,6 +70,22 @@ class WorkFolders:
         except OSError:
             return []
         return sorted(filter(self.is_ours, found), key=lambda path: path.lstat().st_mtime_ns)
+
+    def remove_unmarked(self, parent: Path) -> None:
+        """Folders by our name that are empty, or hold an empty mark: their making, or their removal, was cut
+        short. Only where no other process can be making one: with a lock, or a name that is one output's.
+        """
+        with contextlib.suppress(OSError), os.scandir(parent) as entries:
+            for entry in list(entries):
+                if self._token(entry.name) and entry.is_dir(follow_symlinks=False):
+                    self._remove_unmarked(Path(entry.path))
+
+    def _remove_unmarked(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            names = os.listdir(folder)
+            if names == [MARK] and _is_empty_file(folder / MARK):
+                os.unlink(folder / MARK)
+            os.rmdir(folder)  # fails where anything lies in it
 
     def is_ours(self, folder: Path) -> bool:
         """Name, mark, inode, owner and device agree; a link or a copy is not ours."""
@@ -128,9 +148,9 @@ class WorkFolders:
         """Remove what the program put there, and the folder; returns what was left because it is not ours."""
         if not self.is_ours(folder):
             return [folder]
-        left = _remove_files(folder, "", self.files, os.lstat(folder).st_dev)
-        if not left:
-            with os_errors_as_user_errors(folder):
+        with os_errors_as_user_errors(folder):
+            left = _remove_files(folder, "", self.files, os.lstat(folder).st_dev)
+            if not left:
                 os.unlink(folder / MARK)
                 os.rmdir(folder)
         return left
@@ -207,10 +227,13 @@ def remove_made_folder(folder: Path, identity: str, files: re.Pattern[str]) -> l
 
 
 class OutputFolder:
-    """What this program has put into a folder that a user named. `names` are relative to it, with /."""
+    """What this program has put into a folder that a user named. `names` are relative to it, with /.
+    `scratch`: a work folder on the same file system, where a killed process leaves its half-written list.
+    """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], scratch: Path | None = None) -> None:
         self.folder = Path(folder)
+        self.scratch = scratch or self.folder
         self._made: dict[str, list[list[int]]] = {}  # name -> the [size, mtime_ns] that are ours: new, before
         self._growing: dict[str, int] = {}  # name -> inode of a file that is appended to, or of a folder
         self._named: set[str] = set()  # by this object; what the list says of others may change meanwhile
@@ -236,10 +259,17 @@ class OutputFolder:
         """Of a listed file; empty where the program has never made one of this name here."""
         return {size for size, _ in self._made.get(name, [])}
 
+    def own_names(self) -> list[str]:
+        """What was put there and is as the program left it."""
+        return [name for name in self._made if self.owns(name)]
+
     def refuse_foreign(
         self, names: Iterable[str], remedy: str = "move it away or name another folder"
     ) -> None:
-        """UserError for the first of these names under which something lies that is not the program's own."""
+        """UserError for the first of these names under which something lies that is not the program's own, or
+        where the list of what is our own cannot be written because a foreign file has its name.
+        """
+        self._refuse_foreign_ledger()
         for name in names:
             _refuse_linked_folders(self.folder, name)
             path = self.folder / name
@@ -249,22 +279,26 @@ class OutputFolder:
                 )
 
     def publish(self, made: Mapping[str, Path]) -> None:
-        """Give finished files (name -> where it lies, on the same file system) their names, over own ones."""
+        """Give finished files (name -> where it lies, on the same file system) their names, over own ones, in
+        the order given.
+        """
         self.refuse_foreign(made)
         for name, path in made.items():
-            self._expect(name, os.lstat(path))
+            with os_errors_as_user_errors(path):
+                self._expect(name, os.lstat(path))
         self._save()
         for name, path in made.items():
             with os_errors_as_user_errors(self.folder / name):
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, self.folder / name)
 
-    def write(self, name: str, data: bytes | str) -> None:
-        """A whole file, or none."""
-        with self.writing(name) as partial:
+    def write(self, name: str, data: bytes | str, mode: int = 0o600) -> None:
+        """A whole file, or none. `mode`: who may read it, less the umask."""
+        with self.writing(name, mode) as partial:
             _append(partial, data.encode() if isinstance(data, str) else data)
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str, mode: int = 0o600) -> Iterator[Path]:
         """A new, empty file to be filled by any means; it gets its name at the end of the block, if that is
         left without an error, and is removed otherwise.
         """
@@ -273,7 +307,7 @@ class OutputFolder:
         with os_errors_as_user_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
-            _write_new(partial, b"")
+            _write_new(partial, b"", mode)
         try:
             yield partial
             self.publish({name: partial})
@@ -362,19 +396,26 @@ class OutputFolder:
         return True
 
     def _expect(self, name: str, status: os.stat_result) -> None:
+        """The file that is to come, and the one that lies there until then, however often this is cut off."""
         self._named.add(name)
-        before = self._made.get(name, [])
-        self._made[name] = [_print(status), *[each for each in before if each != _print(status)]][:2]
+        found = [_print(status)]
+        if self.owns(name):
+            found.append(_print(os.lstat(self.folder / name)))
+        self._made[name] = found[: 1 if found[0] == found[-1] else 2]
+
+    def _refuse_foreign_ledger(self) -> None:
+        path = self.folder / LEDGER
+        if os.path.lexists(path) and not _is_ledger(path):
+            raise UserError(f"{printable(path)}: was not made by this program; move it away")
 
     def _save(self) -> None:
         """The list comes before the files: a kill in between leaves a listed file that is not there."""
         path = self.folder / LEDGER
-        if os.path.lexists(path) and not _is_ledger(path):
-            raise UserError(f"{printable(path)}: was not made by this program; move it away")
+        self._refuse_foreign_ledger()
         made, growing = _read_ledger(path)  # another command may have added its own meanwhile
         self._made |= {name: prints for name, prints in made.items() if name not in self._named}
         self._growing |= {name: inode for name, inode in growing.items() if name not in self._named}
-        partial = self.folder / f"{LEDGER}.{secrets.token_hex(8)}.partial"
+        partial = self.scratch / f"{LEDGER}.{secrets.token_hex(8)}.partial"
         note = "what dlrm-io put into this folder: name, size, time of change; only these may be replaced"
         values = {
             "made_by": "dlrm-io",
@@ -384,8 +425,13 @@ class OutputFolder:
             "growing": self._growing,
         }
         with os_errors_as_user_errors(path):
-            _write_new(partial, json.dumps(values, indent=0).encode(), mode=0o666)
-            os.replace(partial, path)
+            try:
+                _write_new(partial, json.dumps(values, indent=0).encode(), mode=0o666)
+                os.replace(partial, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
+                raise
 
 
 def _print(status: os.stat_result) -> list[int]:
@@ -500,6 +546,18 @@ def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
             raise
+
+
+def finish_file(partial: Path, path: Path) -> None:
+    """A file in a folder that is the program's own is complete, and gets the name that says so."""
+    with os_errors_as_user_errors(path):
+        os.replace(partial, path)
+
+
+def discard_file(path: Path) -> None:
+    """A file in a folder that is the program's own is not needed any more; none there is fine."""
+    with os_errors_as_user_errors(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _write_new(path: Path, data: bytes, mode: int = 0o600, durable: bool = False) -> None:

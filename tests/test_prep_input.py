@@ -129,7 +129,7 @@ def test_no_logarithm_with_three_added(
 def test_a_folder_in_place_of_a_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", GOOD)
     (source / "day_1").mkdir()
-    assert f"{source}/day_1: a folder, not a file" in refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_1: is a folder, a file is expected" in refused(capsys, source, tmp_path / "out")
 
 
 def test_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +179,7 @@ def test_full_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
     source = write(tmp_path / "in", GOOD * 100)
     said = refused(capsys, source, tmp_path / "out")
-    assert f"{tmp_path}/out: 0.0 GB needed" in said
+    assert f"{tmp_path}/out: " in said and "kB needed, 1.0 kB free: make room" in said
 
 
 def test_kaggle_with_and_without_labels(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from dlrm.prep.__main__ import main
 from dlrm.prep.toy import write_days
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
 
 
 @pytest.fixture(scope="module")
@@ -33,41 +34,135 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
 
 
+COMMANDS = {
+    "run": ["run", "--input_dir", "DAYS", "--output_dir", "OUT", "--part_bytes", "20000", "--map_bytes", "1"],
+    "parquet": ["run", "--input_dir", "DAYS", "--output_dir", "OUT", "--format", "parquet", "--tmp_dir",
+                "TMP"],
+    "parse": ["parse", "--input_dir", "DAYS", "--output_dir", "OUT"],
+    "contiguous": ["contiguous", "--input_dir", "NPY", "--output_dir", "OUT"],
+    "shuffle": [
+        "shuffle", "--input_dir_labels_and_dense", "NPY", "--input_dir_sparse", "NPY",
+        "--output_dir_shuffled", "OUT", "--tmp_dir", "TMP",
+    ],
+    "multihot": [
+        "multihot", "--input_dir", "NPY", "--output_dir", "OUT", "--copy_labels_and_dense",
+        "--multi_hot_sizes", ",".join(["2"] * 26),
+        "--num_embeddings_per_feature", ",".join(["50"] * 26),
+    ],
+    "toy": ["toy", "OUT", "--days", "3", "--rows", "500"],
+}  # fmt: skip
+# ends the process by SIGKILL before or after the n-th call that changes what lies in a folder
+KILLED = """
+import os, sys, signal
+calls, after = int(sys.argv[1]), sys.argv[2] == "after"
+def counted(call):
+    def one(*args, **more):
+        global calls
+        calls -= 1
+        if calls == 0 and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = call(*args, **more)
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+    return one
+from dlrm.prep.__main__ import main
+for name in ("mkdir", "replace", "rename", "unlink", "rmdir", "pwrite", "write", "ftruncate", "fsync"):
+    setattr(os, name, counted(getattr(os, name)))
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+class World:
+    """Input, somebody's files wherever the command writes, and what it makes undisturbed."""
+
+    def __init__(self, base: Path, command: str) -> None:
+        self.base, self.command = base, command
+        write_days(base / "days", 3, 300, 0)
+        if "NPY" in COMMANDS[command]:
+            assert main(["parse", "--input_dir", str(base / "days"), "--output_dir", str(base / "npy")]) == 0
+        assert main(self.words("whole", "whole_tmp")) == 0
+        self.wanted = results(base / "whole")
+        assert self.wanted
+
+    def words(self, out: str, tmp: str) -> list[str]:
+        names = {"DAYS": "days", "NPY": "npy", "OUT": out, "TMP": tmp}
+        return [str(self.base / names[word]) if word in names else word for word in COMMANDS[self.command]]
+
+    def survives(self, number: int, kill: Callable[[list[str]], int]) -> bool:
+        """Whether it was killed; in any case the next run makes the same, and nothing foreign is lost."""
+        out, tmp = self.base / f"out{number}", self.base / f"tmp{number}"
+        foreign = [folder / name for folder in (out, tmp) for name in ("thesis.tex", "README", "prep.tmp/x")]
+        for path in foreign:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("years of work")
+        words = self.words(out.name, tmp.name)
+        code = kill(words)
+        assert code in (0, -signal.SIGKILL)
+        assert main(words) == 0
+        found = results(out)
+        for path in foreign:
+            assert path.read_text() == "years of work"
+            found.pop(str(path.relative_to(out)) if path.is_relative_to(out) else "", None)
+        assert found == self.wanted
+        assert not [path for folder in (out, tmp) for path in folder.glob(".dlrm-io-*")]
+        return code != 0
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Every file but the list of what was made."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".dlrm-io.json")
+    }
+
+
+def killed_at_call(call: int, after: bool) -> Callable[[list[str]], int]:
+    def kill(words: list[str]) -> int:
+        command = [sys.executable, "-c", KILLED, str(call), "after" if after else "before", *words]
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            timeout=120,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ).returncode
+
+    return kill
+
+
+def check_kills(base: Path, command: str, calls: Iterable[int]) -> None:
+    world = World(base, command)
+    killed = [world.survives(call, killed_at_call(call, call % 2 == 0)) for call in calls]
+    assert any(killed)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_killed_at_a_call_the_next_run_makes_the_same(command: str, tmp_path: Path) -> None:
+    check_kills(tmp_path, command, (3, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_killed_at_many_calls_the_next_run_makes_the_same(command: str, tmp_path: Path) -> None:
+    chance = random.Random(command)
+    check_kills(tmp_path, command, sorted(chance.sample(range(1, 60), 10)) + [70, 90, 130])
+
+
 def test_killed_again_and_again(days: Path, tmp_path: Path) -> None:
+    """At chosen places of its work, each of which it reaches once more before the end."""
     wanted = contents(run(days, tmp_path / "whole"))
     assert len(wanted) == 9
-    out, random_ = tmp_path / "out", random.Random(1)
-    command = [sys.executable, "-m", "dlrm.prep", "run", "--input_dir", days, "--output_dir", out]
-    command += ["--part_bytes", "300000", "--map_bytes", "1"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    kills = 0
-    for _ in range(40):
-        child = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            # from the first file it writes on, kill it somewhere in its work
-            deadline = time.monotonic() + 60
-            while child.poll() is None and not (out / "prep.tmp").exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            child.wait(timeout=0.35 + random_.random() * 0.5)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            kills += 1
-        if child.returncode == 0:
-            break
-        if (out / "meta.json").exists():  # killed between its last word and its end
-            assert contents(out) == wanted
-    else:
-        subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, check=True, timeout=120)
-    assert kills > 0
+    out = tmp_path / "out"
+    command = ["run", "--input_dir", str(days), "--output_dir", str(out), "--part_bytes", "300000"]
+    command += ["--map_bytes", "1"]
+    codes = [killed_at_call(call, False)(command) for call in (30, 60, 90, 120, 250)]
+    assert codes[0] == -signal.SIGKILL
+    assert killed_at_call(0, False)(command) == 0
     assert contents(out) == wanted
-    assert not (out / "prep.tmp").exists()
+    assert not list(out.glob(".dlrm-io-*"))
     assert main(["check", str(out)]) == 0
 
 
@@ -111,15 +206,16 @@ def test_steps_that_are_done_are_not_done_again(
     """With its parts on disk and only the end missing, the text is not even read."""
     out = run(days, tmp_path / "out", "--keep_tmp")
     wanted = contents(out)
-    kept = {path: path.stat().st_mtime_ns for path in (out / "prep.tmp").glob("piece_*")}
+    [work] = [path.parent for path in out.glob(".dlrm-io-run-*/state.json")]
+    kept = {path: path.stat().st_mtime_ns for path in work.glob("piece_*")}
     assert kept
     (out / "meta.json").unlink()
-    (out / "prep.tmp" / "publish_00000.json").unlink()
+    (work / "publish_00000.json").unlink()
     for path in out.glob("day_1_*"):
         path.unlink()
     run(days, out, "--keep_tmp")
     assert contents(out) == wanted
-    assert {path: path.stat().st_mtime_ns for path in (out / "prep.tmp").glob("piece_*")} == kept
+    assert {path: path.stat().st_mtime_ns for path in work.glob("piece_*")} == kept
 
 
 def test_changed_input_starts_anew(days: Path, tmp_path: Path) -> None:
@@ -133,15 +229,40 @@ def test_changed_input_starts_anew(days: Path, tmp_path: Path) -> None:
     assert contents(out) == contents(run(folder, tmp_path / "fresh"))
 
 
-def test_foreign_folder_is_not_touched(
-    days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("where", ["apart", "linked", "output", "above output", "inside output"])
+def test_a_folder_for_intermediate_files_may_hold_anything(days: Path, tmp_path: Path, where: str) -> None:
+    out, mine = tmp_path / "mine" / "out", tmp_path / "mine"
+    places = {
+        "apart": tmp_path / "other", "linked": tmp_path / "link", "output": out, "above output": mine,
+        "inside output": out / "sub",
+    }  # fmt: skip
+    if where == "linked":
+        places[where].symlink_to(mine)
+    given = places[where]
+    for folder in (mine, out, given):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README").write_text("notes")
+        (folder / "state.json").write_text("thesis")
+    run(days, out, "--tmp_dir", str(given))
+    assert main(["check", str(out)]) == 0
+    for folder in (mine, out, given):
+        assert [(folder / name).read_text() for name in ("README", "state.json")] == ["notes", "thesis"]
+    assert not list(tmp_path.rglob(".dlrm-io-*"))
+
+
+@pytest.mark.parametrize("where", ["same", "inside", "above", "linked"])
+def test_intermediate_files_do_not_go_to_the_input(
+    tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    flags = ["--output_dir", str(tmp_path / "out"), "--tmp_dir", str(tmp_path / "mine")]
+    days = tmp_path / "in"
+    write_days(days, 1, 10, 0)
+    (tmp_path / "link").symlink_to(days)
+    before = sorted(tmp_path.rglob("*"))
+    given = {"same": days, "inside": days / "tmp", "above": tmp_path, "linked": tmp_path / "link"}[where]
+    flags = ["--output_dir", str(tmp_path / "out"), "--tmp_dir", str(given)]
     assert main(["run", "--input_dir", str(days), *flags]) == 2
-    assert "not empty, and not ours" in capsys.readouterr().err
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert f"--tmp_dir {given}: " in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 USE_CODE = """
@@ -206,7 +327,8 @@ def test_shuffle_alone_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     for folder in (out, mine):
         folder.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    (out / "day_0_labels.npy.partial").write_bytes(bytes(1000))
+    (out / "day_0_labels.npy.partial").write_bytes(b"mine")
     assert main(["shuffle", *folders, "--output_dir_shuffled", str(out), "--tmp_dir", str(mine)]) == 0
     assert contents(out) == contents(wanted)
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+    assert (out / "day_0_labels.npy.partial").read_bytes() == b"mine"

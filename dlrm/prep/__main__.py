@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.errors import os_errors_as_user_errors, printable
 from dlrm import errors, ranks
 from dlrm.prep import options as choices
 
@@ -37,7 +38,7 @@ def add_run(run: argparse.ArgumentParser) -> None:
     add("--frequency_limit", type=int, default=0, help="NVIDIA's recipe: rarer ids 1, gaps 0, log(x + 3)")
     add("--random_seed", type=int, default=0, help="of the shuffle [0]")
     add("--workers", type=int, default=1, help="threads in each process [1]")
-    add("--tmp_dir", type=Path, help="for intermediate files, seen by every rank [OUTPUT_DIR/prep.tmp]")
+    add("--tmp_dir", type=Path, help="for intermediate files, seen by every rank [OUTPUT_DIR]")
     add("--compat", choices=choices.COMPAT, default="", help="byte for byte what these wrote")
     add("--format", choices=choices.FORMATS, default="npy", help="of the dataset [npy]")
     add("--engine", choices=choices.ENGINES, default="numba", help="what does the work, same result [numba]")
@@ -93,12 +94,10 @@ def add_steps(commands: Any) -> None:
 
 def step(args: argparse.Namespace) -> None:
     from dlrm.prep import reorder, steps
-    from dlrm.prep.files import explained
 
     values = vars(args)
     command = values.pop("command")
-    with explained(args.output_dir):
-        {"parse": steps.parse, "contiguous": steps.contiguous, "shuffle": reorder.shuffle}[command](**values)
+    {"parse": steps.parse, "contiguous": steps.contiguous, "shuffle": reorder.shuffle}[command](**values)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -110,8 +109,10 @@ def check(args: argparse.Namespace) -> None:
 
     flaws = flaws_of(args.folder)
     if flaws:
-        raise errors.UserError("\ndlrm.prep: ".join(flaws))
-    print(f"{args.folder}: complete and consistent")
+        for flaw in flaws[:-1]:
+            print(f"dlrm.prep: {printable(flaw)}", file=sys.stderr)
+        raise errors.UserError(flaws[-1])
+    print(f"{printable(args.folder)}: complete and consistent")
 
 
 def multihot(args: argparse.Namespace) -> None:
@@ -150,13 +151,14 @@ COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), step)
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        COMMANDS[args.command](args)
+        with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
+            COMMANDS[args.command](args)
     except (errors.UserError, ModuleNotFoundError) as error:
         told = errors.no_environment(error) if isinstance(error, ModuleNotFoundError) else error
         if told is None:
             raise
         if ranks.here().first:  # the ranks have agreed on one error
-            print(f"dlrm.prep: {told}", file=sys.stderr)
+            print(f"dlrm.prep: {printable(told)}", file=sys.stderr)
         return errors.USAGE
     except KeyboardInterrupt:
         if ranks.here().first:

@@ -6,6 +6,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from common.errors import printable
+from common.owned import OutputFolder
 from dlrm import errors, ranks, trace
 from dlrm.prep.options import Options
 
@@ -30,10 +32,11 @@ def run_numba(options: Options) -> None:
                 "bytes_written": {str(rank): written for rank, (_, written) in enumerate(everywhere)},
                 "world_size": team.size,
             }
-            (options.trace_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            text = json.dumps(results, indent=1) + "\n"
+            OutputFolder(options.trace_dir).write("results.json", text, mode=0o666)
     except errors.UserError as error:
         if not team.agreed and not team.first:
-            print(f"dlrm.prep: {error}", file=sys.stderr)
+            print(f"dlrm.prep: {printable(error)}", file=sys.stderr)
         team.abort(errors.USAGE)
         raise
     except KeyboardInterrupt:

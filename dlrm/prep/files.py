@@ -1,32 +1,29 @@
 """Reading and writing at offsets, with calls that the tracer sees, counted per file, errors as one line."""
 
 import io
+import json
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from dlrm.errors import UserError
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import open_regular, read_json
+from common.owned import finish_file
 from dlrm.trace import opening
+
+LARGEST_JSON = 1 << 30  # of a work folder's plan: a few dozen bytes a piece
 
 bytes_read: dict[str, int] = defaultdict(int)
 bytes_written: dict[str, int] = defaultdict(int)
 _counting = threading.Lock()
 
 
-@contextmanager
-def explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """No permission, no space, no such file: the system's words behind the file's name."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
+explained = os_errors_as_user_errors
 
 
 class File:
@@ -34,9 +31,12 @@ class File:
 
     def __init__(self, path: Path, mode: str = "r") -> None:
         self.path = path
-        flags = {"r": os.O_RDONLY, "w": os.O_WRONLY | os.O_CREAT, "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND}
         with explained(path), opening:
-            self._fd = os.open(path, flags[mode] | os.O_CLOEXEC, 0o666)
+            if mode == "r":
+                self._fd = open_regular(path)
+            else:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._fd = os.open(path, flags | (os.O_APPEND if mode == "a" else 0), 0o666)
         self._raw = io.FileIO(self._fd, closefd=False) if mode == "r" else None
         self._read = self._written = self._at = 0
 
@@ -99,7 +99,7 @@ class File:
         dtype = np.dtype(dtype)
         data = self.read(count * dtype.itemsize, offset)
         if len(data) != count * dtype.itemsize:
-            raise UserError(f"{self.path}: shorter than it should be; start again with --restart")
+            raise UserError(f"{printable(self.path)}: shorter than it should be; start again with --restart")
         return np.frombuffer(data, dtype)
 
     def write(self, data: Any, offset: int) -> int:
@@ -122,11 +122,25 @@ class File:
                 view = view[count:]
 
 
-def write_whole(path: Path, data: Any) -> None:
-    """A file that is there whole or not at all."""
+def write_whole(path: Path, value: Any) -> None:
+    """A file of a work folder that is there whole or not at all: bytes, an array, or a value as JSON."""
+    data = json.dumps(value).encode() if isinstance(value, dict | list) else value
     partial = path.with_name(path.name + ".partial")
     with File(partial, "w") as file:
         file.resize(0)
         file.write(data, 0)
-    with explained(path):
-        os.replace(partial, path)
+    finish_file(partial, path)
+
+
+def read_values(path: Path) -> Any:
+    """The value of a JSON file of a work folder."""
+    return read_json(path, LARGEST_JSON)
+
+
+def size_text(count: float) -> str:
+    """Bytes with a unit that leaves digits before the point."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

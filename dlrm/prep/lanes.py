@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from common.errors import UserError, printable
 from dlrm import trace
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.errors import UserError
 from dlrm.prep.files import File, write_whole
 from dlrm.prep.native import compiled
 from dlrm.prep.options import MISSING, Options
@@ -34,7 +34,9 @@ def count_piece(work: Work, number: int, progress: Progress) -> None:
         trace.span("prep", "count", bytes=piece.end - piece.begin),
         File(work.texts[piece.source]) as file,
     ):
-        rows, lines = count(file, piece, str(source.path), rules_of(options, source), options.skip_bad_rows)
+        rows, lines = count(
+            file, piece, printable(source.path), rules_of(options, source), options.skip_bad_rows
+        )
     work.save(path, [rows, lines])
     progress.add(rows, piece.end - piece.begin)
 
@@ -91,11 +93,13 @@ def parse_piece(
         destinations(work, piece) as places,
     ):
         file.resize(0)
-        scanner = Scanner(text, str(source.path), piece, rules_of(options, source), options.skip_bad_rows)
+        scanner = Scanner(
+            text, printable(source.path), piece, rules_of(options, source), options.skip_bad_rows
+        )
         spill = Spill(file, places.read, piece.rows, work.bits) if piece.rows else None
         for block, consumed in scanner.blocks():
             if spill is None or spill.done + block.rows > piece.rows:
-                raise UserError(f"{source.path}: has changed since its rows were counted")
+                raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
             widen_range(block.dense, block.rows, MISSING if options.frequency_limit else 1 << 40, low_high)
             if vocabulary:
                 vocabulary.encode(block.sparse[: block.rows])
@@ -105,7 +109,7 @@ def parse_piece(
             progress.add(block.rows, consumed)
         if spill:
             if spill.done != piece.rows:
-                raise UserError(f"{source.path}: has changed since its rows were counted")
+                raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
             spill.finish()
             runs = np.concatenate([[spill.first], spill.runs])
             write_whole(work.path("piece", number, "runs"), runs)

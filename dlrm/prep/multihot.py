@@ -4,23 +4,30 @@ Byte for byte what MLCommons' materialisation writes, but streamed: tables lie i
 and no day is ever whole in memory.
 """
 
-import shutil
+import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from common.errors import UserError, printable
+from common.owned import finish_file
 from dlrm.criteo import META, NUM_SPARSE, Meta, multi_hot_name, part_name
-from dlrm.errors import UserError
 from dlrm.prep.check import layout
 from dlrm.prep.files import File, explained
-from dlrm.prep.publish import md5_of, unpublish
+from dlrm.prep.folders import DATASET, Folders, Output, same_folder
+from dlrm.prep.folders import publish as publish_results
+from dlrm.prep.publish import md5_of, write_meta
+from dlrm.prep.reorder import copy
+from dlrm.prep.sources import Stamps
 from dlrm.prep.team import Team
 
 DISTRIBUTIONS = ("uniform", "pareto")
 ROWS = 1 << 16  # at a time, of a table and of a day
 IN_MEMORY = 256 << 20  # bytes of one table
+LAYOUT = 1  # of the intermediate files
 
 
 @dataclass(frozen=True)
@@ -36,25 +43,41 @@ class MultiHot:
         for name, values in (("multi_hot_sizes", self.sizes), ("num_embeddings_per_feature", self.tables)):
             if len(values) != NUM_SPARSE or min(values) < 1:
                 raise UserError(f"--{name}: {NUM_SPARSE} numbers of at least 1 are needed, got {len(values)}")
-        if self.input_dir.resolve() == self.output_dir.resolve():
-            raise UserError(f"--output_dir {self.output_dir}: the same as --input_dir; choose another")
+        if same_folder(self.input_dir, self.output_dir):
+            raise UserError(
+                f"--output_dir {printable(self.output_dir)}: the same as --input_dir; choose another"
+            )
         return self
+
+    def how(self) -> tuple[tuple[Any, ...], ...]:
+        """What decides the output's bytes, besides the input's."""
+        return self.sizes, self.tables, (self.distribution, self.copy_labels_and_dense)
 
 
 def run(options: MultiHot, team: Team) -> None:
     days = days_in(options.input_dir)
-    scratch = options.output_dir / "multihot.tmp"
+    names = [multi_hot_name(day) for day in range(days)]
+    parts = ["sparse"]
+    if options.copy_labels_and_dense:
+        parts = ["sparse", "dense", "labels"]
+        names += [part_name(day, part) for day in range(days) for part in parts[1:]]
+    paths = [options.input_dir / part_name(day, part) for day in range(days) for part in parts]
+    stamps = team.first_gives(lambda: Stamps(paths))
+    key = json.loads(json.dumps([LAYOUT, *map(list, options.how()), stamps.taken]))
+    with Output("multihot", options.output_dir, first_does=team.first_does) as output:
+        folders = team.first_gives(lambda: output.open(key, [*names, META]))
+        team.first_does(lambda: make_tables(options, folders.work))
+        team.each(range(days), lambda day: write_day(options, folders, day))
+        team.first_does(lambda: finish(options, days, names, folders, stamps))
+        team.first_does(output.clear)
 
-    def prepare() -> None:
-        with explained(options.output_dir):
-            scratch.mkdir(parents=True, exist_ok=True)
-        unpublish(options.output_dir)
-        make_tables(options, scratch)
 
-    team.first_does(prepare)
-    team.each(range(days), lambda day: write_day(options, scratch, day))
-    team.first_does(lambda: describe(options, days))
-    team.first_does(lambda: shutil.rmtree(scratch))
+def finish(options: MultiHot, days: int, names: list[str], folders: Folders, stamps: Stamps) -> None:
+    last, others = names[0], r"day_\d+_sparse_multi_hot\.npz|meta\.json"
+    if options.copy_labels_and_dense:  # a folder that can be read on its own
+        write_meta(folders, describe(options, days, names, folders))
+        last, others = META, DATASET
+    publish_results(folders, names, last, others, stamps.check)
 
 
 def days_in(folder: Path) -> int:
@@ -62,7 +85,7 @@ def days_in(folder: Path) -> int:
     while (folder / part_name(days, "sparse")).exists():
         days += 1
     if not days:
-        raise UserError(f"--input_dir {folder}: no {part_name(0, 'sparse')} in it")
+        raise UserError(f"--input_dir {printable(folder)}: no {part_name(0, 'sparse')} in it")
     return days
 
 
@@ -93,19 +116,22 @@ def pareto(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.
 DRAWS = {"uniform": uniform, "pareto": pareto}
 
 
-def write_day(options: MultiHot, scratch: Path, day: int) -> None:
-    """The .npz that np.savez would write, one column after the other."""
-    source, target = options.input_dir / part_name(day, "sparse"), options.output_dir / multi_hot_name(day)
-    shape, dtype, first = layout(source)
-    if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
-        raise UserError(f"{source}: {shape} {dtype}, integer ids in {NUM_SPARSE} columns expected")
+def write_day(options: MultiHot, folders: Folders, day: int) -> None:
+    """The .npz that np.savez would write, one column after the other; it comes after the copies."""
+    source, target = options.input_dir / part_name(day, "sparse"), folders.made / multi_hot_name(day)
     if target.exists():
         return
+    if options.copy_labels_and_dense:
+        for part in ("labels", "dense"):
+            copy(options.input_dir / part_name(day, part), folders.made / part_name(day, part))
+    shape, dtype, first = layout(source)
+    if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
+        raise UserError(f"{printable(source)}: {shape} {dtype}, integer ids in {NUM_SPARSE} columns expected")
     partial = target.with_name(target.name + ".partial")
     with explained(partial), File(source) as ids, zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
         for column in range(NUM_SPARSE):
             rows, hots = options.tables[column], options.sizes[column]
-            path = scratch / f"table_{column}.i4"
+            path = folders.work / f"table_{column}.i4"
             table = np.memmap(path, np.int32, "r", shape=(rows, hots))
             if table.nbytes <= IN_MEMORY:
                 table = np.array(table)
@@ -117,31 +143,19 @@ def write_day(options: MultiHot, scratch: Path, day: int) -> None:
                     at = first + row * NUM_SPARSE * dtype.itemsize
                     block = ids.read_array(count * NUM_SPARSE, at, dtype).reshape(count, NUM_SPARSE)
                     out.write(np.ascontiguousarray(table[block[:, column] % rows]).data)
-    if options.copy_labels_and_dense:
-        for part in ("labels", "dense"):
-            with explained(options.input_dir / part_name(day, part)):
-                shutil.copyfile(
-                    options.input_dir / part_name(day, part), options.output_dir / part_name(day, part)
-                )
-    partial.rename(target)
+    finish_file(partial, target)
 
 
-def describe(options: MultiHot, days: int) -> None:
-    """meta.json, where the folder can be read on its own."""
-    if not options.copy_labels_and_dense:
-        return
+def describe(options: MultiHot, days: int, names: list[str], folders: Folders) -> Meta:
     rows = [layout(options.input_dir / part_name(day, "sparse"))[0][0] for day in range(days)]
-    names = [multi_hot_name(day) for day in range(days)]
-    names += [part_name(day, part) for day in range(days) for part in ("dense", "labels")]
     parameters = {"multi_hot_sizes": list(options.sizes), "distribution": options.distribution}
     if (options.input_dir / META).exists():
         parameters["made_from"] = Meta.load(options.input_dir).parameters
-    meta = Meta(
+    return Meta(
         rows=rows,
         table_sizes=list(options.tables),
         format="multi_hot",
         parameters=parameters,
         made_by="dlrm.prep multihot",
-        md5=md5_of(options.output_dir, names),
+        md5=md5_of(folders, names),
     )
-    meta.save(options.output_dir)

@@ -1,11 +1,14 @@
 """What the user may ask of the preprocessing: one frozen record, checked once."""
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError, printable
+from common.owned import OutputFolder
 from dlrm.criteo import NUM_SPARSE, Meta
-from dlrm.errors import UserError
+from dlrm.prep.folders import refuse_overlap, same_folder
 
 STEPS = ("parse", "contiguous", "shuffle")
 COMPAT = ("torchrec", "mlperf")
@@ -69,10 +72,6 @@ class Options:
         return bool(self.compat)
 
     @property
-    def tmp(self) -> Path:
-        return self.tmp_dir or self.output_dir / "prep.tmp"
-
-    @property
     def contiguous(self) -> bool:
         return "contiguous" in self.steps
 
@@ -92,20 +91,22 @@ class Options:
     def check_counts(self, path: Path, low: int, high: int) -> None:
         """Refuse a file's counts when the logarithm of one would be no number."""
         if self.frequency_limit and low < -2:
-            raise UserError(f"{path}: count {low}; the recipe's log(x + 3) needs at least -2")
+            raise UserError(f"{printable(path)}: count {low}; the recipe's log(x + 3) needs at least -2")
         added = 3 if self.frequency_limit else 1 if self.mod_idx else 2 - low
         if not self.lenient and high + added >= 1 << 31:
             if self.frequency_limit or self.mod_idx:
-                raise UserError(f"{path}: count {high}: with {added} added it does not fit 32 bits")
+                raise UserError(
+                    f"{printable(path)}: count {high}: with {added} added it does not fit 32 bits"
+                )
             raise UserError(
-                f"{path}: counts from {low} to {high}: their difference does not fit 32 bits "
+                f"{printable(path)}: counts from {low} to {high}: their difference does not fit 32 bits "
                 "(torchrec would write NaN; --compat torchrec does)"
             )
 
     def parameters(self) -> dict[str, Any]:
         """What decides the output's bytes: goes to meta.json, and a resumed run must have the same."""
         values = {key: value for key, value in asdict(self).items() if key not in HOW_ONLY}
-        values["input_dir"] = str(self.input_dir.resolve())
+        values["input_dir"] = printable(os.path.realpath(self.input_dir))
         del values["output_dir"]
         return values | {"steps": list(self.steps)}
 
@@ -114,6 +115,17 @@ class Options:
         for name in ("input_dir", "output_dir", "tmp_dir", "trace_dir"):
             if path := getattr(self, name):
                 object.__setattr__(self, name, Path(path).absolute())
+
+    def _check_traced(self) -> None:
+        """A trace is JSON that DFTracer writes without escaping the names of files."""
+        for name in ("trace_dir", "input_dir", "output_dir", "tmp_dir"):
+            path = getattr(self, name)
+            if path and (printable(path) != str(path) or any(c in str(path) for c in '"\\')):
+                raise UserError(
+                    f"--{name} {printable(path)}: a quote, a backslash, or what is no printable character "
+                    "cannot stand in a trace; rename it, or drop --trace_dir"
+                )
+        OutputFolder(self.trace_dir or "").refuse_foreign(["results.json"])
 
     def checked(self) -> "Options":
         """Refuse what contradicts itself, before anything is read."""
@@ -143,13 +155,18 @@ class Options:
         if self.format == "parquet" and self.compat:
             raise UserError("--compat is about NPY files: drop it, or use --format npy")
         if not self.input_dir.is_dir():
-            raise UserError(f"--input_dir {self.input_dir}: not a folder")
-        if self.output_dir.resolve() == self.input_dir.resolve():
-            raise UserError(f"--output_dir {self.output_dir}: the same as --input_dir; choose another")
+            raise UserError(f"--input_dir {printable(self.input_dir)}: not a folder")
+        if same_folder(self.output_dir, self.input_dir):
+            raise UserError(
+                f"--output_dir {printable(self.output_dir)}: the same as --input_dir; choose another"
+            )
+        refuse_overlap("--tmp_dir", self.tmp_dir, [("--input_dir", self.input_dir)])
+        if self.trace_dir:
+            self._check_traced()
         found = format_of(self.output_dir)
         if found not in ("", self.format):
             raise UserError(
-                f"--output_dir {self.output_dir}: a finished {found} dataset, not {self.format}; "
+                f"--output_dir {printable(self.output_dir)}: a finished {found} dataset, not {self.format}; "
                 f"say --format {found} for the same again, or name another folder"
             )
         return replace(self, steps=tuple(step for step in STEPS if step in self.steps))

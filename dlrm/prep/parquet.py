@@ -10,15 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE, split_last_day
-from dlrm.prep.files import bytes_written, explained
+from dlrm.prep.files import bytes_written, explained, write_whole
+from dlrm.prep.folders import discard
 from dlrm.prep.place import Placer
-from dlrm.prep.publish import PARTIAL
 from dlrm.prep.sources import Output, days_of
 from dlrm.prep.store import logged, overlaps
 from dlrm.prep.work import Work
 
 NAMES = ["label", *(f"I{i + 1}" for i in range(NUM_DENSE)), *(f"C{i + 1}" for i in range(NUM_SPARSE))]
 UNLABELLED = "unlabelled"  # Kaggle's test.txt
+SIZES = "README.md"
 
 
 def subsets(work: Work) -> list[Output]:
@@ -47,20 +48,12 @@ def names(work: Work) -> list[str]:
 
 
 def make_folders(work: Work) -> None:
-    """Parts of an earlier dataset must not be taken for this one's."""
-    wanted = {work.options.output_dir / (name + PARTIAL) for name in names(work)}
-    for subset in ("train", "val", "test", UNLABELLED):
-        folder = work.options.output_dir / subset
-        for path in [*folder.glob("part_*.parquet"), *folder.glob(f"part_*.parquet{PARTIAL}")]:
-            if path not in wanted:
-                path.unlink()
     done = list(work.folder.glob("bucket_*.done"))
     if done and any(not path.exists() for number in map(number_of, done) for path in files(work, number)):
-        for path in done:
-            path.unlink()
+        discard(work.folder, "bucket_*.done")
     for output in subsets(work):
-        with explained(work.options.output_dir / output.name):
-            (work.options.output_dir / output.name).mkdir(exist_ok=True)
+        with explained(work.folders.made / output.name):
+            (work.folders.made / output.name).mkdir(exist_ok=True)
 
 
 def number_of(done) -> int:
@@ -68,7 +61,7 @@ def number_of(done) -> int:
 
 
 def files(work: Work, bucket: int):
-    return [work.options.output_dir / (name + PARTIAL) for name, _, _ in parts(work, bucket)]
+    return [work.folders.made / name for name, _, _ in parts(work, bucket)]
 
 
 class ParquetPlacer(Placer):
@@ -84,7 +77,7 @@ class ParquetPlacer(Placer):
             columns += [counts[start:stop, column] for column in range(NUM_DENSE)]
             columns += [sparse[start:stop, column] for column in range(NUM_SPARSE)]
             table = pa.table([pa.array(np.ascontiguousarray(column)) for column in columns], NAMES)
-            path = work.options.output_dir / (name + PARTIAL)
+            path = work.folders.made / name
             with explained(path), open(path, "wb", buffering=0) as file:
                 pq.write_table(table, file)
                 bytes_written[str(path.absolute())] += file.tell()
@@ -94,4 +87,4 @@ def write_sizes(work: Work, table_sizes: list[int]) -> None:
     """The numbers that a training script is given by hand, as OneFlow's tool exports them."""
     lines = ["## number of examples:"] + [f"{output.name}: {output.rows}" for output in subsets(work)]
     lines += ["", "## table size array", f"table_size_array = {table_sizes}"]
-    (work.options.output_dir / "README.md").write_text("\n".join(lines) + "\n")
+    write_whole(work.folders.made / SIZES, ("\n".join(lines) + "\n").encode())

@@ -5,14 +5,14 @@ partitions, worked from the top. A swap inside the partition is done; one with a
 message (i, j, value at i), which that one replays, in the same order, before its own swaps begin.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dlrm.errors import UserError
+from common.errors import UserError
+from common.owned import discard_file, finish_file
 from dlrm.prep.files import File
 from dlrm.prep.native import compiled, prefetch
 
@@ -150,7 +150,7 @@ class Mail:
         self.staged = np.empty((partitions, max(room, 16), words), np.uint32)
         self.filled = np.zeros(partitions, np.int64)
         for partition in range(partitions):
-            self.path(partition).unlink(missing_ok=True)
+            discard_file(self.path(partition))
 
     def path(self, partition: int) -> Path:
         return self.folder / f"{self.kind}_{partition}.u32"
@@ -176,7 +176,7 @@ class Mail:
                 for at in range(0, file.size, part.nbytes):
                     count = file.read_into(part.data.cast("B"), at)
                     yield part[: count // size]
-            path.unlink()
+            discard_file(path)
         yield self.staged[partition, : self.filled[partition]].copy()
         self.filled[partition] = 0
 
@@ -221,4 +221,4 @@ def collect(path: Path, rows: int, found: "np.ndarray | Mail", bits: int) -> Non
             else:
                 invert_all(found, places)
             file.write(places, low * 4)
-    os.replace(partial, path)
+    finish_file(partial, path)

@@ -5,72 +5,89 @@ permute    where the shuffle puts each row                         -> places.u32
 parse      text to records on their way to their bucket, local ids -> piece_*.spill, lane_*.ids
 ids        the lanes' ids to the dataset's                         -> lane_*.map
 translate  records with the dataset's ids, when the maps are large -> piece_*.final
-place      buckets in order                                        -> OUTPUT/*.npy.partial
+place      buckets in order                                        -> results not yet named
 publish    real names, md5, meta.json
 """
 
+import contextlib
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from common.errors import UserError, printable
 from dlrm import trace
 from dlrm.criteo import META, NUM_SPARSE, Meta
-from dlrm.errors import UserError
 from dlrm.prep import lanes, merge, permute, publish, sources, unpack
-from dlrm.prep.files import explained
+from dlrm.prep.files import size_text
+from dlrm.prep.folders import Folders, Output, discard
 from dlrm.prep.options import Options
 from dlrm.prep.place import Placer, load_maps, translate_piece
 from dlrm.prep.progress import Progress
+from dlrm.prep.sources import Stamps
 from dlrm.prep.spill import RECORD_BYTES
 from dlrm.prep.team import Team
-from dlrm.prep.work import Work
+from dlrm.prep.work import LAYOUT, STATE, Work
 
 STEPS = 8
 
 
 def run(options: Options, team: Team) -> None:
-    team.first_does(lambda: find_once(options))
-    found = sources.find(options.input_dir, options.dataset)
-    if finished(options, found):
+    found = team.first_gives(lambda: sources.find(options.input_dir, options.dataset))
+    stamps = team.first_gives(lambda: Stamps(source.path for source in found))
+    output = Output("run", options.output_dir, options.tmp_dir, team.first_does)
+    if team.first_gives(lambda: finished(options, stamps)):
         if team.first:
-            if options.tmp_dir is None and not options.keep_tmp:  # killed between its last word and its end
-                shutil.rmtree(options.tmp, ignore_errors=True)
-            print(f"{options.output_dir}: complete, made with the same parameters; nothing to do")
+            clear_left_behind(options, output)
+            print(f"{printable(options.output_dir)}: complete, made with the same parameters; nothing to do")
         return
+    with output:
+        names = publish.names_to_come(options, found)
+        key = key_of(options, stamps)
+        folders = team.first_gives(lambda: output.open(key, names, options.restart))
+        transform_and_publish(options, team, found, stamps, folders)
+        team.first_does(lambda: None if options.keep_tmp else output.clear())
+
+
+def key_of(options: Options, stamps: Stamps) -> dict[str, Any]:
+    """What intermediate files were made with: others are not gone on with."""
+    return {
+        "layout": LAYOUT, "engine": options.engine, "parameters": options.parameters(),
+        "inputs": stamps.taken,
+    }  # fmt: skip
+
+
+def clear_left_behind(options: Options, output: Output) -> None:
+    """Of a run that was killed between its last word and its end; not where another one is at work."""
+    if not options.keep_tmp and output.left_behind():
+        with contextlib.suppress(UserError), output:
+            output.clear()
+
+
+def transform_and_publish(
+    options: Options, team: Team, found: list[sources.Source], stamps: Stamps, folders: Folders
+) -> None:
     progress = Progress(STEPS, team.first, team.size)
-    work = Work(options, found, [unpack.text_of(source, options.tmp) for source in found])
-    team.first_does(lambda: prepare(work))
+    work = Work(options, found, [unpack.text_of(source, folders.work) for source in found], folders)
     if any(source.packed for source in found):
-        size = sum(source.path.stat().st_size for source in found if source.packed)
+        size = sum(taken[1] for source, taken in zip(found, stamps.taken, strict=True) if source.packed)
         with progress.step("unpack", bytes=size // team.size):
-            team.each(found, lambda source: unpack.unpack(source, options.tmp, progress))
+            team.each(found, lambda source: unpack.unpack(source, folders.work, progress))
     else:
         progress.skip("unpack", "no .gz files")
-    team.first_does(lambda: None if (work.folder / "state.json").exists() else work.cut(team.size))
+    team.first_does(lambda: None if (work.folder / STATE).exists() else work.cut(team.size))
     work.read_plan()
     if not work.path("publish").exists():
-        transform(work, team, progress)
+        transform(work, team, stamps, progress)
     with progress.step("publish"):
-        seal(work, team, progress)
-    team.first_does(lambda: None if options.keep_tmp else work.remove())
+        seal(work, team, stamps, progress)
 
 
-def find_once(options: Options) -> None:
-    """What is missing is said by one rank."""
-    sources.find(options.input_dir, options.dataset)
-
-
-def prepare(work: Work) -> None:
-    with explained(work.options.output_dir):
-        work.options.output_dir.mkdir(parents=True, exist_ok=True)
-    work.open()
-    publish.unpublish(work.options.output_dir)
-
-
-def transform(work: Work, team: Team, progress: Progress) -> None:
+def transform(work: Work, team: Team, stamps: Stamps, progress: Progress) -> None:
     """Everything between the text and the finished, not yet published, files."""
     options, pieces = work.options, range(len(work.pieces))
     size = sum(piece.end - piece.begin for piece in work.pieces) // team.size
@@ -88,6 +105,7 @@ def transform(work: Work, team: Team, progress: Progress) -> None:
         progress.skip("permute", "done before" if work.moved else "nothing to shuffle")
     with progress.step("parse", bytes=size):
         team.each(range(len(work.lanes)), lanes.Parser(work, progress).lane)
+    team.first_does(lambda: stamps.check())
     team.first_does(lambda: work.check_ranges())
     sizes = work.vocab_sizes()
     if options.contiguous:
@@ -123,9 +141,8 @@ def apart(count: int, workers: int) -> list[int]:
 
 
 def make_files(work: Work) -> None:
-    if publish.allocate(work.options, work.made):
-        for done in work.folder.glob("bucket_*.done"):
-            done.unlink()
+    if publish.allocate(work.folders.made, work.options, work.made):
+        discard(work.folder, "bucket_*.done")
 
 
 def make_parquet(work: Work) -> None:
@@ -150,6 +167,7 @@ def parquet_names(work: Work) -> list[str]:
 
 MAKE = {"npy": make_files, "parquet": make_parquet}
 PLACERS = {"npy": lambda: Placer, "parquet": parquet_placer}
+EXTRA = {"npy": [], "parquet": ["README.md"]}  # without a digest
 NAMES = {"npy": lambda work: list(publish.files(work.made, work.options)), "parquet": parquet_names}
 
 
@@ -161,39 +179,44 @@ def check_space(work: Work) -> None:
         for shape, dtype in publish.files(work.made, options).values()
     )
     spilled = work.rows * RECORD_BYTES + work.moved * 24
-    needs = {options.output_dir: out, work.folder: spilled}
-    if options.output_dir.stat().st_dev == work.folder.stat().st_dev:
-        needs = {options.output_dir: out + spilled}
-    for folder, need in needs.items():
-        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        free = shutil.disk_usage(folder).free
+    needs = [([work.folders.made], out), ([work.folder], spilled)]
+    if os.stat(work.folders.made).st_dev == os.stat(work.folder).st_dev:
+        needs = [([work.folders.made, work.folder], out + spilled)]
+    for folders, need in needs:
+        there = sum(
+            entry.stat().st_blocks * 512
+            for folder in folders
+            for entry in folder.rglob("*")
+            if entry.is_file()
+        )
+        free = shutil.disk_usage(folders[0]).free
         if free + there < need:
+            where = options.output_dir if folders[0] == work.folders.made else work.folder.parent
             raise UserError(
-                f"{folder}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free: make room, or name another "
-                "--output_dir or --tmp_dir"
+                f"{printable(where)}: {size_text(need - there)} needed, {size_text(free)} free: make room, "
+                "or name another --output_dir or --tmp_dir"
             )
 
 
 def record(work: Work) -> None:
     """All rows are in place: what there is to publish."""
     if not work.path("publish").exists():
-        for stale in work.folder.glob("md5_*.json"):
-            stale.unlink()
+        discard(work.folder, "md5_*.json")
         values = {"rows": [output.rows for output in sources.days_of(work.made)], "last": work.last_ids(),
                   "files": NAMES[work.options.format](work), "skipped": work.skipped()}  # fmt: skip
         work.save(work.path("publish"), values)
 
 
-def seal(work: Work, team: Team, progress: Progress) -> None:
+def seal(work: Work, team: Team, stamps: Stamps, progress: Progress) -> None:
     team.first_does(lambda: record(work))
     names = work.load(work.path("publish"))["files"]
     with ThreadPoolExecutor(2) as pool:  # each machine writes back what it wrote while digests are made
-        written = pool.submit(publish.sync_all, work.options.output_dir, names)
+        written = pool.submit(publish.sync_all, work.folders, names)
         if team.first and not work.options.keep_tmp:
             pool.submit(work.discard)
         digest(work, team, names)
     team.agree(written.exception())
-    team.first_does(lambda: finish(work, progress))
+    team.first_does(lambda: finish(work, stamps, progress))
 
 
 def digests_so_far(work: Work) -> dict[str, str]:
@@ -206,30 +229,30 @@ def digest(work: Work, team: Team, names: list[str]) -> None:
         return
     done = team.gather(sorted(digests_so_far(work)))[0]
     numbers = [number for number, name in enumerate(names) if name not in done]
-    folder = work.options.output_dir
-    numbers.sort(key=lambda number: -publish.grown(folder, names[number]).stat().st_size)
+    numbers.sort(key=lambda number: -work.folders.result(names[number]).stat().st_size)
     parts = team.size * team.workers
     groups = [group for group in (numbers[part::parts] for part in range(parts)) if group]
 
     def one(group: list[int]) -> None:
-        found = publish.md5_of(folder, [names[number] for number in group])
+        found = publish.md5_of(work.folders, [names[number] for number in group])
         work.save(work.path("md5", group[0]), found)
 
     team.each(groups, one)
 
 
-def finish(work: Work, progress: Progress) -> None:
+def finish(work: Work, stamps: Stamps, progress: Progress) -> None:
     options, values = work.options, work.load(work.path("publish"))
     for count, example in values["skipped"]:
         progress.say(f"skipped {count} bad rows, the first: {example}")
-    meta = publish.describe(options, values["rows"], values["last"], inputs=work.key()["inputs"])
+    meta = publish.describe(options, values["rows"], values["last"], inputs=stamps.recorded())
     if options.md5:
         found = digests_so_far(work)
         meta.md5.update({name: found[name] for name in values["files"]})
-    publish.publish(options.output_dir, values["files"], meta)
+    publish.publish(work.folders, values["files"] + EXTRA[options.format], meta, stamps)
+    print(publish.summary(options.output_dir, meta))
 
 
-def finished(options: Options, found: list[sources.Source]) -> bool:
+def finished(options: Options, stamps: Stamps) -> bool:
     """Whether the output is complete and was made from the same input with the same parameters."""
     if options.restart or not (Path(options.output_dir) / META).exists():
         return False
@@ -237,5 +260,16 @@ def finished(options: Options, found: list[sources.Source]) -> bool:
         meta = Meta.load(options.output_dir)
     except UserError:
         return False
-    wanted = json.loads(json.dumps(options.parameters() | {"inputs": [source.stamp() for source in found]}))
-    return meta.parameters == wanted and all((options.output_dir / name).exists() for name in meta.md5)
+    parameters = dict(meta.parameters)
+    inputs, wanted = parameters.pop("inputs", None), json.loads(json.dumps(options.parameters()))
+    if (
+        parameters != wanted
+        or not isinstance(inputs, list)
+        or not all(isinstance(each, list) for each in inputs)
+    ):
+        return False
+    found = stamps.recorded()  # without the inode in what earlier versions wrote
+    same = len(inputs) == len(found) and all(
+        len(old) >= 3 and old == new[: len(old)] for old, new in zip(inputs, found, strict=False)
+    )
+    return same and all((options.output_dir / name).exists() for name in meta.md5)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.errors import UserError, printable
+from common.owned import discard_file, finish_file
 from dlrm import trace
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep import publish
 from dlrm.prep.files import File, write_whole
 from dlrm.prep.native import compiled, copier, get32, prefetch, put32, subtracter
 from dlrm.prep.options import MISSING
@@ -78,6 +79,8 @@ class Maps:
 
 def load_map(work: Work, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.concatenate([[0], np.cumsum(sizes[lane])])
+    if not offsets[-1]:  # a lane without a good row
+        return offsets, np.zeros(0, np.int32)
     with File(work.path("lane", lane, "map")) as file:
         return offsets, file.read_array(int(offsets[-1]), 0, np.int32)
 
@@ -93,7 +96,7 @@ def records_of(file: File, begin: int, count: int, buffer: np.ndarray) -> Iterat
         part = buffer[: min(len(buffer), begin + count - at)]
         got = file.read_into(part.data.cast("B"), at * RECORD_BYTES)
         if got != part.nbytes:
-            raise publish.UserError(f"{file.path}: shorter than it should be; start again with --restart")
+            raise UserError(f"{printable(file.path)}: shorter than it should be; start again with --restart")
         yield at, part
 
 
@@ -115,8 +118,8 @@ def translate_piece(work: Work, sizes: np.ndarray, lane: int, number: int, progr
                 translate(records, offsets, values)
                 target.write(records, at * RECORD_BYTES)
                 progress.add(len(records), 2 * records.nbytes)
-        partial.rename(final)
-    spill.unlink(missing_ok=True)
+        finish_file(partial, final)
+    discard_file(spill)
 
 
 def may_be_open(files: int) -> int:
@@ -208,4 +211,5 @@ class Placer:
         return dense, sparse, labels
 
     def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
-        store(self.work.options, self.work.made, self.work.moved, begin, dense, sparse, labels)
+        folder, made = self.work.folders.made, self.work.made
+        store(folder, self.work.options, made, self.work.moved, begin, dense, sparse, labels)

@@ -1,20 +1,37 @@
 """The whole pipeline in plain numpy, in memory: the definition that the fast engines are tested against."""
 
 import gzip
+import os
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from dlrm.criteo import NUM_SPARSE, PARTS, Meta
-from dlrm.errors import UserError
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import open_regular
+from dlrm.criteo import NUM_SPARSE, PARTS
 from dlrm.prep import publish, rows, sources
+from dlrm.prep.files import File
+from dlrm.prep.folders import Folders, Output
 from dlrm.prep.options import MISSING, Options
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # dense int32, sparse int64, labels int32
 
 
-def run(options: Options) -> Meta:
+def run(options: Options) -> None:
     found = sources.find(options.input_dir, options.dataset)
+    stamps = sources.Stamps(source.path for source in found)
+    with Output("run", options.output_dir, options.tmp_dir) as output:
+        folders = output.open([], publish.names_to_come(options, found), restart=True)
+        transform(options, found, folders, stamps)
+        if not options.keep_tmp:
+            output.clear()
+
+
+def transform(
+    options: Options, found: list[sources.Source], folders: Folders, stamps: sources.Stamps
+) -> None:
     tables = [read(source, options) for source in found]
     made = sources.outputs(found, [len(table[2]) for table in tables], options.steps)
     dense = np.concatenate([logged(table[0], options) for table in tables])
@@ -31,23 +48,23 @@ def run(options: Options) -> Meta:
     if options.compat:
         for part in ("sparse", "labels"):
             whole[part][:moved] = publish.rounded(whole[part][:moved])
-    write(whole, made, options)
-    return publish.publish_arrays(options, made, last_ids, "dlrm.prep")
+    write(whole, made, options, folders.made)
+    publish.publish_arrays(options, folders, made, last_ids, "dlrm.prep", stamps)
 
 
 def read(source: sources.Source, options: Options) -> Table:
     rules = rows.Rules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
     found: list[rows.Row] = []
-    opened = gzip.open if source.packed else open
-    with opened(source.path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                found += rows.read_line(line, rules)
-            except rows.BadRow as error:
-                if not options.skip_bad_rows:
-                    raise UserError(f"{source.path}:{number}: {error}") from None
+    for number, line in enumerate(lines_of(source), 1):
+        try:
+            if len(line) > rows.LONGEST_LINE:
+                raise rows.BadRow(f"a line of more than {rows.LONGEST_LINE >> 20} MB")
+            found += rows.read_line(line, rules)
+        except rows.BadRow as error:
+            if not options.skip_bad_rows:
+                raise UserError(f"{printable(source.path)}:{number}: {error}") from None
     if not found:
-        raise UserError(f"{source.path} has no rows")
+        raise UserError(f"{printable(source.path)}: no rows in it")
     dense, sparse, labels = zip(*found, strict=True)
     counts = [count for row in dense for count in row if count != MISSING or not options.frequency_limit]
     if counts:
@@ -79,16 +96,27 @@ def contiguous(ids: np.ndarray, options: Options) -> np.ndarray:
     return new[inverse]
 
 
-def write(whole: dict[str, np.ndarray], made: list[sources.Output], options: Options) -> None:
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    publish.unpublish(folder)
+def lines_of(source: sources.Source) -> Iterator[bytes]:
+    """Of one that is too long only the beginning."""
+    with os_errors_as_user_errors(source.path), os.fdopen(open_regular(source.path), "rb") as raw:
+        try:
+            file = gzip.GzipFile(fileobj=raw) if source.packed else raw
+            while line := file.readline(rows.LONGEST_LINE + 1):
+                yield line
+                while len(line) > rows.LONGEST_LINE and not line.endswith(b"\n"):
+                    if not (rest := file.readline(1 << 20)) or rest.endswith(b"\n"):
+                        break
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{printable(source.path)}: {error}: truncated or damaged gzip") from None
+
+
+def write(whole: dict[str, np.ndarray], made: list[sources.Output], options: Options, folder: Path) -> None:
     begin = 0
     for output in made:
         for part in PARTS:
             name = f"{output.name}_{part}.npy"
             shape, dtype = publish.files(made, options)[name]
-            with open(folder / (name + publish.PARTIAL), "wb") as file:
-                file.write(publish.header(shape, dtype))
-                file.write(whole[part][begin : begin + output.rows].astype(dtype).tobytes())
+            with File(folder / name, "w") as file:
+                at = file.write(publish.header(shape, dtype), 0)
+                file.write(whole[part][begin : begin + output.rows].astype(dtype).tobytes(), at)
         begin += output.rows

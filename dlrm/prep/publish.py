@@ -1,27 +1,26 @@
-"""The output folder: files grow as `.partial`, get their real names together, and meta.json comes last."""
+"""What a dataset's files are called and hold; they get their names together, and meta.json comes last."""
 
 import json
-import os
-import re
 import shlex
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.errors import os_errors_as_user_errors, printable
 from dlrm.criteo import META, PARTS, Meta
-from dlrm.errors import UserError
 from dlrm.prep.digests import digests
-from dlrm.prep.files import File
+from dlrm.prep.files import File, write_whole
+from dlrm.prep.folders import DATASET, SUBSETS, Folders
+from dlrm.prep.folders import publish as publish_results
 from dlrm.prep.options import Options
-from dlrm.prep.sources import Output, days_of
+from dlrm.prep.sources import Output, Source, Stamps, days_of, outputs
 from dlrm.trace import sync
 
 HEADER_BYTES = 128
-PARTIAL = ".partial"
-OURS = rf"((day_\d+|train|test)_({'|'.join(PARTS)})\.npy|meta\.json){re.escape(PARTIAL)}"
 DTYPES = {"dense": "<f4", "labels": "<i4"}
 
 
@@ -55,11 +54,21 @@ def files(made: list[Output], options: Options) -> dict[str, tuple[tuple[int, in
     return found
 
 
-def allocate(options: Options, made: list[Output]) -> bool:
+def names_to_come(options: Options, found: list[Source]) -> list[str]:
+    """What a run will write, before a row is read."""
+    names = [META]
+    if options.format == "npy":
+        return names + list(files(outputs(found, [1] * len(found), options.steps), options))
+    for subset in SUBSETS:  # a part of somebody else's would be read with the dataset's own
+        names += [f"{subset}/{path.name}" for path in (options.output_dir / subset).glob("part_*.parquet")]
+    return [*names, "README.md", *(f"{subset}/part_00000.parquet" for subset in SUBSETS)]
+
+
+def allocate(folder: Path, options: Options, made: list[Output]) -> bool:
     """Files of the right size with their headers, for rows to go anywhere in them; False: all were there."""
     fresh = False
     for name, (shape, dtype) in files(made, options).items():
-        path = options.output_dir / (name + PARTIAL)
+        path = folder / name
         size = HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
         if not path.exists() or path.stat().st_size != size:
             fresh = True
@@ -70,57 +79,45 @@ def allocate(options: Options, made: list[Output]) -> bool:
     return fresh
 
 
-def partials(folder: Path) -> list[Path]:
-    """What an earlier run left half-written; a stranger's .partial files are not ours to touch."""
-    found = [path for path in folder.glob(f"*{PARTIAL}") if re.fullmatch(OURS, path.name)]
-    parts = (folder.glob(f"{name}/part_*.parquet{PARTIAL}") for name in ("train", "val", "test"))
-    return found + [path for each in parts for path in each]
-
-
-def unpublish(folder: Path) -> None:
-    """From here on the folder is not a dataset any more, whatever happens next."""
-    (folder / META).unlink(missing_ok=True)
-
-
-def grown(folder: Path, name: str) -> Path:
-    """A complete file, before or after it got its name."""
-    partial = folder / (name + PARTIAL)
-    if not partial.exists() and not (folder / name).exists():
-        raise UserError(f"{folder / name} is gone: start again with --restart")
-    return partial if partial.exists() else folder / name
-
-
-def sync_all(folder: Path, names: list[str]) -> None:
+def sync_all(folders: Folders, names: list[str]) -> None:
     """What this machine wrote, on the disk; side by side, because each one waits for the disk."""
+
+    def one(name: str) -> None:
+        path = folders.result(name)
+        with os_errors_as_user_errors(path):
+            sync(path)
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: sync(grown(folder, name)), names))
+        list(pool.map(one, names))
 
 
-def md5_of(folder: Path, names: list[str]) -> dict[str, str]:
-    paths = [grown(folder, name) for name in names]
+def md5_of(folders: Folders, names: list[str]) -> dict[str, str]:
+    paths = [folders.result(name) for name in names]
     found = digests(paths)
     return {name: found[path] for name, path in zip(names, paths, strict=True)}
 
 
-def publish(folder: Path, names: list[str], meta: Meta) -> None:
+def publish(folders: Folders, names: list[str], meta: Meta, stamps: Stamps) -> None:
     """What is on the disk gets its real name; meta.json last: a power cut finds all or nothing."""
-    for name in names:
-        path = grown(folder, name)
-        if path != folder / name:
-            os.replace(path, folder / name)
-    sync(folder)
-    meta.save(folder)
-    sync(folder)
-    print(summary(folder, meta))
+    write_meta(folders, meta)
+    publish_results(folders, names, META, DATASET, stamps.check)
+
+
+def write_meta(folders: Folders, meta: Meta) -> None:
+    path = folders.made / META
+    write_whole(path, (json.dumps(asdict(meta), indent=1) + "\n").encode())
+    with os_errors_as_user_errors(path):
+        sync(path)
 
 
 def summary(folder: Path, meta: Meta) -> str:
     """What there is now, and what to do with it."""
-    text = f"{folder}: {sum(meta.rows):,} rows in {meta.days} days, {len(meta.table_sizes)} tables of "
-    text += f"{min(meta.table_sizes):,} to {max(meta.table_sizes):,} rows ({meta.format})"
+    text = f"{printable(folder)}: {sum(meta.rows):,} rows in {meta.days} days, "
+    text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to "
+    text += f"{max(meta.table_sizes):,} rows ({meta.format})"
     made = meta.parameters
     if ("contiguous" in made["steps"] or made["max_ind_range"]) and not made["mod_idx"]:
-        text += f"; next: DATASET_DIR={shlex.quote(str(folder))} ./3_train.sh"
+        text += f"; next: DATASET_DIR={shlex.quote(printable(folder))} ./3_train.sh"
     return text
 
 
@@ -138,15 +135,18 @@ def describe(
     )
 
 
-def publish_arrays(options: Options, made: list[Output], last_ids: list[int], made_by: str) -> Meta:
+def publish_arrays(
+    options: Options, folders: Folders, made: list[Output], last_ids: list[int], made_by: str, stamps: Stamps
+) -> None:
     """The end of an engine that has the whole dataset in its files at once."""
-    meta = describe(options, [output.rows for output in days_of(made)], last_ids, made_by)
+    rows = [output.rows for output in days_of(made)]
+    meta = describe(options, rows, last_ids, made_by, inputs=stamps.recorded())
     names = list(files(made, options))
-    sync_all(options.output_dir, names)
+    sync_all(folders, names)
     if options.md5:
-        meta.md5.update(md5_of(options.output_dir, names))
-    publish(options.output_dir, names, meta)
-    return meta
+        meta.md5.update(md5_of(folders, names))
+    publish(folders, names, meta, stamps)
+    print(summary(options.output_dir, meta))
 
 
 def rounded(ids: np.ndarray) -> np.ndarray:

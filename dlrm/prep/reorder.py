@@ -1,22 +1,24 @@
 """torchrec's third script alone: days of NPY files shuffled together, the last copied, in constant memory."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError, printable
 from dlrm import trace
-from dlrm.criteo import NUM_DENSE, NUM_SPARSE, PARTS, part_name
-from dlrm.errors import UserError
+from dlrm.criteo import META, NUM_DENSE, NUM_SPARSE, part_name
 from dlrm.prep import permute, publish
 from dlrm.prep.check import layout
 from dlrm.prep.files import File
+from dlrm.prep.folders import DATASET, Folders, Output, refuse_overlap, same_folder
+from dlrm.prep.folders import publish as publish_results
 from dlrm.prep.place import PART_RECORDS, place, records_of
 from dlrm.prep.scan import Block
-from dlrm.prep.sources import Output
+from dlrm.prep.sources import Output as Output_
+from dlrm.prep.sources import Stamps
 from dlrm.prep.spill import WORDS, Spill, bucket_bits, buckets
-from dlrm.prep.steps import days_in, narrow, whole_file
+from dlrm.prep.steps import days_in, narrow
 from dlrm.prep.store import overlaps, through_float
 
 EXPECTED = {
@@ -25,6 +27,11 @@ EXPECTED = {
     "labels": (1, ("<i4", "<i8")),
 }
 BATCH = 1 << 13
+PLACES = "places_00000.u32"
+OPTIONS = {
+    "dense": "--input_dir_labels_and_dense", "sparse": "--input_dir_sparse",
+    "labels": "--input_dir_labels_and_dense",
+}  # fmt: skip
 NO_MAP = np.zeros(1, np.int64), np.zeros(1, np.int32)
 
 
@@ -34,32 +41,40 @@ def shuffle(
     """shuffle_preproc_criteo. Integers come back as torchrec's float32 array leaves them."""
     folders = {"dense": dense_dir, "sparse": sparse_dir, "labels": dense_dir}
     days = min(days_in(folder, part) for part, folder in folders.items())
-    made = [Output(f"day_{day}", rows_of_day(folders, day)) for day in range(days)]
+    made = [Output_(f"day_{day}", rows_of_day(folders, day)) for day in range(days)]
     moved = sum(output.rows for output in made[:-1])
-    tmp = (tmp_dir or output_dir) / "shuffle.tmp"  # a folder of its own: it is removed at the end
-    tmp.mkdir(parents=True, exist_ok=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for stale in publish.partials(output_dir):
-        stale.unlink()
+    paths = [folder / part_name(day, part) for day in range(days) for part, folder in folders.items()]
+    stamps = Stamps(paths)
+    names = [path.name for path in paths]
+    refuse_overlap("--tmp_dir", tmp_dir, [(OPTIONS[part], folder) for part, folder in folders.items()])
+    for part, folder in folders.items():
+        if same_folder(output_dir, folder):
+            raise UserError(
+                f"--output_dir_shuffled {printable(output_dir)}: the same as {OPTIONS[part]}; choose another"
+            )
+    with Output("shuffle", output_dir, tmp_dir) as output:
+        used = output.open([], [*names, META], restart=True)
+        write_days(folders, made, moved, seed, used)
+        publish_results(used, names, part_name(0, "sparse"), DATASET, stamps.check)
+        output.clear()
+
+
+def write_days(folders: dict[str, Path], made: list[Output_], moved: int, seed: int, used: Folders) -> None:
     with trace.span("prep", "permute", bytes=4 * moved):
-        permute.write_places(tmp / "places.u32", moved, seed, lambda rows: None)
+        permute.write_places(used.path(PLACES), moved, seed, lambda rows: None)
     bits, begin, spills = bucket_bits(moved), 0, []
     for day, output in enumerate(made[:-1]):
         with trace.span("prep", "spill", bytes=160 * output.rows):
-            spills.append(spill_day(folders, day, begin, output.rows, bits, tmp))
+            spills.append(spill_day(folders, day, begin, output.rows, bits, used.work))
         begin += output.rows
     shapes = [(min(moved, 1 << bits), columns) for columns, _ in EXPECTED.values()]
     buffers = (*(np.empty(shape, np.int32) for shape in shapes), np.empty((PART_RECORDS, WORDS), np.uint32))
     for bucket in range(buckets(moved, bits)):
         with trace.span("prep", "place", bytes=160 << bits):
-            write_bucket(made[:-1], spills, bucket, bits, buffers, output_dir)
-    for day in range(days - 1):
-        for part in PARTS:
-            path = output_dir / part_name(day, part)
-            (output_dir / (path.name + publish.PARTIAL)).rename(path)
+            write_bucket(made[:-1], spills, bucket, bits, buffers, used.made)
+    last = len(made) - 1
     for part, folder in folders.items():
-        copy(folder / part_name(days - 1, part), output_dir / part_name(days - 1, part))
-    shutil.rmtree(tmp)
+        copy(folder / part_name(last, part), used.made / part_name(last, part))
 
 
 def rows_of_day(folders: dict[str, Path], day: int) -> int:
@@ -69,10 +84,12 @@ def rows_of_day(folders: dict[str, Path], day: int) -> int:
         path = folders[part] / part_name(day, part)
         shape, dtype, _ = layout(path)
         if len(shape) != 2 or shape[1] != columns or dtype.str not in kinds:
-            raise UserError(f"{path}: {shape} {dtype}, {columns} columns of {' or '.join(kinds)} expected")
+            raise UserError(
+                f"{printable(path)}: {shape} {dtype}, {columns} columns of {' or '.join(kinds)} expected"
+            )
         found[shape[0]] = path
     if len(found) > 1:
-        raise UserError(f"{' and '.join(map(str, found.values()))}: different numbers of rows")
+        raise UserError(f"{' and '.join(map(printable, found.values()))}: different numbers of rows")
     return next(iter(found))
 
 
@@ -88,9 +105,11 @@ def blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[Block]:
         count = min(BATCH, rows - row)
         for part, array in arrays.items():
             width = array.itemsize * array.shape[1]
-            files[part].read_into(array[:count].data.cast("B"), layouts[part][2] + row * width)
+            wanted = array[:count].data.cast("B")
+            if files[part].read_into(wanted, layouts[part][2] + row * width) != len(wanted):
+                raise UserError(f"{printable(files[part].path)}: has changed while it was read")
         if not narrow(sparse[:count].reshape(-1)):
-            raise UserError(f"{files['sparse'].path}: rows from {row}: an id does not fit 32 bits")
+            raise UserError(f"{printable(files['sparse'].path)}: rows from {row}: an id does not fit 32 bits")
         block.rows = count
         yield block
     for file in files.values():
@@ -99,7 +118,7 @@ def blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[Block]:
 
 def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: int, tmp: Path):
     path = tmp / f"day_{day}.spill"
-    with File(tmp / "places.u32") as places, File(path, "w") as file:
+    with File(tmp / PLACES) as places, File(path, "w") as file:
         file.resize(0)
 
         def read(at: int, count: int) -> np.ndarray:
@@ -113,7 +132,7 @@ def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: i
 
 
 def write_bucket(
-    made: list[Output], spills: list, bucket: int, bits: int, buffers: tuple[np.ndarray, ...], folder: Path
+    made: list[Output_], spills: list, bucket: int, bits: int, buffers: tuple[np.ndarray, ...], folder: Path
 ) -> None:
     *whole, buffer = buffers
     rows = min(sum(output.rows for output in made), (bucket + 1) << bits) - (bucket << bits)
@@ -127,7 +146,7 @@ def write_bucket(
     through_float(sparse, labels, raw=True)
     for output, start, stop, at in overlaps(made, bucket << bits, rows):
         for part, array in (("dense", dense), ("sparse", sparse), ("labels", labels)):
-            with File(folder / f"{output.name}_{part}.npy{publish.PARTIAL}", "w") as file:
+            with File(folder / f"{output.name}_{part}.npy", "w") as file:
                 shape, dtype = (output.rows, array.shape[1]), "<f4" if part == "dense" else "<i4"
                 if at == 0:
                     file.write(publish.header(shape, dtype), 0)
@@ -137,6 +156,6 @@ def write_bucket(
 def copy(source: Path, target: Path) -> None:
     """As it is, but with calls that the tracer sees."""
     block, at = memoryview(bytearray(1 << 20)), 0
-    with File(source) as file, whole_file(target) as out:
+    with File(source) as file, File(target, "w") as out:
         while count := file.read_into(block, at):
             at = out.write(block[:count], at)

@@ -13,6 +13,7 @@ from dlrm.criteo import NUM_DENSE, NUM_SPARSE
 COLUMNS = 1 + NUM_DENSE + NUM_SPARSE
 INT32 = range(-(1 << 31), 1 << 31)
 UINT32 = range(1 << 32)
+LONGEST_LINE = 64 << 20
 
 Row = tuple[list[int], list[int], int]  # dense, sparse, label
 

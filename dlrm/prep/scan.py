@@ -9,10 +9,9 @@ from dlrm.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.errors import UserError
 from dlrm.prep import parse
 from dlrm.prep.files import File
-from dlrm.prep.rows import BadRow, Rules, read_line
+from dlrm.prep.rows import LONGEST_LINE, BadRow, Rules, read_line
 
 CHUNK = 1 << 19  # stays in the core's own cache between the copy from the file and the parser
-LONGEST_LINE = 64 << 20
 BLOCK_ROWS = 2048  # larger writes cost ext4 more than fewer calls save
 
 
@@ -84,7 +83,10 @@ class Scanner:
         while at < self.piece.end:
             room = len(self._text) - parse.PAD - kept
             if room == 0:
-                self._grow()
+                if len(self._text) > LONGEST_LINE:
+                    at, kept = self._pass_over(at), 0
+                else:
+                    self._grow()
                 continue
             want = min(room, self.piece.end - at)
             got = self.file.read_into(self._text[kept : kept + want].data, at)
@@ -106,9 +108,17 @@ class Scanner:
             yield block, consumed
 
     def _grow(self) -> None:
-        if len(self._text) > LONGEST_LINE:
-            raise UserError(f"{self._where()}: a line of more than {LONGEST_LINE >> 20} MB")
         self._text = np.concatenate([self._text, np.zeros(len(self._text), np.uint8)])
+
+    def _pass_over(self, at: int) -> int:
+        """A line that is too long: where the next one begins, or an error."""
+        said = f"{self._where()}: a line of more than {LONGEST_LINE >> 20} MB"
+        if not self.skip_bad:
+            raise UserError(said)
+        self.skipped += 1
+        self.first_bad = self.first_bad or said
+        self._lines += 1
+        return line_end(self.file, at + 1, self.piece.end)
 
     def _fill(self, block: Block, begin: int, end: int, last: bool) -> tuple[int, int]:
         """Parse into the block from text[begin:end]; returns where it stopped, and why."""
@@ -158,6 +168,18 @@ class Scanner:
 
     def _where(self) -> str:
         return f"{self.name}:{self.piece.first_line + self._lines + 1}"
+
+
+def line_end(file: File, at: int, size: int) -> int:
+    """The first line end at or behind this offset (or the file's end)."""
+    at = max(at, 1) - 1
+    while at < size:
+        data = file.read(1 << 16, at)
+        found = data.find(b"\n")
+        if found >= 0:
+            return min(at + found + 1, size)
+        at += max(len(data), 1)
+    return size
 
 
 def count(file: File, piece: Piece, name: str, rules: Rules, skip_bad: bool) -> tuple[int, int]:

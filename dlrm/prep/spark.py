@@ -16,9 +16,10 @@ import numpy as np
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.errors import UserError
 from dlrm.prep import publish, rows, sources
-from dlrm.prep.files import explained
+from dlrm.prep.folders import Folders, Output
 from dlrm.prep.options import Options
-from dlrm.prep.sources import Output, Source
+from dlrm.prep.sources import Output as Triple
+from dlrm.prep.sources import Source
 
 WORDS = NUM_DENSE + NUM_SPARSE + 1
 BAD = "bad row"
@@ -38,10 +39,21 @@ def run(options: Options) -> None:
     except ImportError:
         raise UserError("--engine spark needs pyspark: pip install pyspark, and a Java runtime") from None
     found = sources.find(options.input_dir, options.dataset)
+    stamps = sources.Stamps(source.path for source in found)
+    with Output("run", options.output_dir, options.tmp_dir) as output:
+        folders = output.open([], publish.names_to_come(options, found), restart=True)
+        start(SparkSession, options, found, folders, stamps)
+        if not options.keep_tmp:
+            output.clear()
+
+
+def start(
+    session: Any, options: Options, found: list[Source], folders: Folders, stamps: sources.Stamps
+) -> None:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     here = str(Path(__file__).parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
-    builder = SparkSession.builder.appName("dlrm.prep")
+    builder = session.builder.appName("dlrm.prep")
     if not os.environ.keys() & {"SPARK_MASTER", "MASTER", "SPARK_REMOTE"}:
         builder = builder.master(f"local[{options.workers}]")
         for name, value in LOCAL.items():
@@ -50,12 +62,12 @@ def run(options: Options) -> None:
     spark = builder.getOrCreate()
     try:
         spark.sparkContext.setLogLevel("ERROR")
-        job(spark, options, found)
+        job(spark, options, found, folders, stamps)
     finally:
         spark.stop()
 
 
-def job(spark: Any, options: Options, found: list[Source]) -> None:
+def job(spark: Any, options: Options, found: list[Source], folders: Folders, stamps: sources.Stamps) -> None:
     parsed, counts = zip(*(parse(spark, options, source) for source in found), strict=True)
     made = sources.outputs(found, list(counts), options.steps)
     starts = [0, *itertools.accumulate(counts)]
@@ -69,11 +81,8 @@ def job(spark: Any, options: Options, found: list[Source]) -> None:
         whole, last_ids = contiguous(whole, options)
     else:
         last_ids = whole.map(lambda item: ids_of(item[1])).reduce(np.maximum).tolist()
-    with explained(options.output_dir):
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-    publish.unpublish(options.output_dir)
-    write(spark, options, whole, made, moved)
-    publish.publish_arrays(options, made, last_ids, "dlrm.prep, Spark")
+    write(spark, options, whole, made, moved, folders)
+    publish.publish_arrays(options, folders, made, last_ids, "dlrm.prep, Spark", stamps)
 
 
 def shifted(start: int):
@@ -182,19 +191,16 @@ def contiguous(whole: Any, options: Options) -> tuple[Any, list[int]]:
     ]
 
 
-def write(spark: Any, options: Options, whole: Any, made: list[Output], moved: int) -> None:
+def write(spark: Any, options: Options, whole: Any, made: list[Triple], moved: int, folders: Folders) -> None:
     """Rows sorted by place; each partition writes its stretch of the files."""
     from dlrm.prep.permute import write_places
 
-    folder = options.output_dir
-    publish.allocate(options, made)
+    folder = folders.made
+    publish.allocate(folder, options, made)
     places = np.arange(0)
     if moved:
-        options.tmp.mkdir(parents=True, exist_ok=True)
-        write_places(options.tmp / "places.u32", moved, options.random_seed, lambda count: None)
-        places = np.fromfile(options.tmp / "places.u32", np.uint32)
-        (options.tmp / "places.u32").unlink()
-        options.tmp.rmdir()
+        write_places(folders.path("places_00000.u32"), moved, options.random_seed, lambda count: None)
+        places = np.fromfile(folders.path("places_00000.u32"), np.uint32)
     shared = spark.sparkContext.broadcast(places)
     placed = whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < moved else item[0], item[1]))
 
@@ -202,16 +208,18 @@ def write(spark: Any, options: Options, whole: Any, made: list[Output], moved: i
         for _, run_ in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
             stretch = [item for _, item in run_]
             numbers = np.frombuffer(b"".join(record for _, record in stretch), np.int64).reshape(-1, WORDS)
-            store_rows(options, made, moved, stretch[0][0], numbers)
+            store_rows(folder, options, made, moved, stretch[0][0], numbers)
 
     placed.sortByKey().foreachPartition(store)
-    assert all((folder / (name + publish.PARTIAL)).exists() for name in publish.files(made, options))
+    assert all((folder / name).exists() for name in publish.files(made, options))
 
 
-def store_rows(options: Options, made: list[Output], moved: int, begin: int, numbers: np.ndarray) -> None:
+def store_rows(
+    folder: Path, options: Options, made: list[Triple], moved: int, begin: int, numbers: np.ndarray
+) -> None:
     from dlrm.prep.store import store
 
     dense = np.ascontiguousarray(numbers[:, :NUM_DENSE].astype(np.int32))
     sparse = np.ascontiguousarray(numbers[:, NUM_DENSE:-1].astype(np.uint32).view(np.int32))
     labels = np.ascontiguousarray(numbers[:, -1:].astype(np.int32))
-    store(options, made, moved, begin, dense, sparse, labels)
+    store(folder, options, made, moved, begin, dense, sparse, labels)

@@ -3,28 +3,28 @@
 `run` is the better way: one pass less over the data, resumable, and its memory does not grow with the ids.
 """
 
-import os
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError, printable
 from dlrm import trace
-from dlrm.criteo import NUM_DENSE, NUM_SPARSE, part_name
-from dlrm.errors import UserError
+from dlrm.criteo import META, NUM_DENSE, NUM_SPARSE, PARTS, part_name
 from dlrm.prep import publish, sources
 from dlrm.prep.check import layout
 from dlrm.prep.files import File
+from dlrm.prep.folders import DATASET, Output
+from dlrm.prep.folders import publish as publish_results
 from dlrm.prep.native import compiled
 from dlrm.prep.parse import count_ends, parse_lines
 from dlrm.prep.rows import Rules
-from dlrm.prep.scan import BLOCK_ROWS, Block, Piece, Scanner, count, text_buffer
+from dlrm.prep.scan import BLOCK_ROWS, Block, Piece, Scanner, count, line_end, text_buffer
 from dlrm.prep.store import logarithms
 from dlrm.prep.team import in_processes, in_threads
 from dlrm.prep.vocab import Vocabulary
-from dlrm.prep.work import line_end
 
 
 class Own(threading.local):
@@ -37,28 +37,23 @@ class Own(threading.local):
 _own = Own()
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[File]:
-    """Grows as `.partial`, has its name when it is complete."""
-    partial = path.with_name(path.name + publish.PARTIAL)
-    with File(partial, "w") as file:
-        file.resize(0)
-        yield file
-    os.replace(partial, path)
-
-
 def parse(input_dir: Path, output_dir: Path, dataset: str = "", workers: int = 1) -> None:
     """npy_preproc_criteo: TSV to float32 logarithms, int64 hashes, int32 labels."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     found = sources.find(input_dir, dataset)
+    stamps = sources.Stamps(source.path for source in found)
     each = -(-workers // len(found))  # a file is cut only where there are more workers than files
+    names = [f"{source.name}_{part}.npy" for source in found for part in PARTS]
+    with Output("parse", output_dir) as output:
+        folders = output.open([], [*names, META], restart=True)
 
-    def one(source: sources.Source) -> None:
-        with trace.span("prep", "parse", bytes=source.path.stat().st_size):
-            parse_file(source, output_dir, each)
+        def one(source: sources.Source) -> None:
+            with trace.span("prep", "parse", bytes=source.path.stat().st_size):
+                parse_file(source, folders.made, each)
 
-    load()
-    in_processes(min(workers, len(found)), one, found)
+        load()
+        in_processes(min(workers, len(found)), one, found)
+        publish_results(folders, names, f"{found[0].name}_sparse.npy", DATASET, stamps.check)
+        output.clear()
 
 
 def load() -> None:
@@ -72,9 +67,9 @@ def load() -> None:
 def parse_file(source: sources.Source, folder: Path, workers: int) -> None:
     rules = Rules(lenient=True, labelled=source.labelled)
     with (
-        whole_file(folder / f"{source.name}_dense.npy") as dense,
-        whole_file(folder / f"{source.name}_sparse.npy") as sparse,
-        whole_file(folder / f"{source.name}_labels.npy") as labels,
+        File(folder / f"{source.name}_dense.npy", "w") as dense,
+        File(folder / f"{source.name}_sparse.npy", "w") as sparse,
+        File(folder / f"{source.name}_labels.npy", "w") as labels,
     ):
         pieces = cut(source, rules, workers)
 
@@ -84,7 +79,7 @@ def parse_file(source: sources.Source, folder: Path, workers: int) -> None:
         done = in_threads(workers, one, pieces)
         rows, low = sum(count for count, _ in done), min(low for _, low in done)
         if not rows:
-            raise UserError(f"{source.path}: no rows in it")
+            raise UserError(f"{printable(source.path)}: no rows in it")
         shift = np.int64(low - 2).astype(np.int32)
         log_rows(dense, rows, shift, workers)
         for file, columns, dtype in (
@@ -108,7 +103,7 @@ def cut(source: sources.Source, rules: Rules, workers: int) -> list[Piece]:
 
     def one(piece: Piece) -> tuple[int, int]:
         with File(source.path) as file:
-            return count(file, piece, str(source.path), rules, skip_bad=False)
+            return count(file, piece, printable(source.path), rules, skip_bad=False)
 
     row = line = 0
     for piece, (rows, lines) in zip(pieces, in_threads(workers, one, pieces), strict=True):
@@ -123,7 +118,7 @@ def parse_piece(
     """(rows, smallest count). Counts are written raw; the logarithm needs the whole file's minimum."""
     row, low = piece.first_row, 1 << 40
     with File(source.path) as text:
-        scanner = Scanner(text, str(source.path), piece, rules, False, _own.text)
+        scanner = Scanner(text, printable(source.path), piece, rules, False, _own.text)
         _own.block.rows = 0
         for block, _ in scanner.blocks(_own.block):
             low = min(low, int(block.dense[: block.rows].min()))
@@ -165,7 +160,16 @@ def narrow(ids):
 def contiguous(input_dir: Path, output_dir: Path, threshold: int, suffix: str = "_contig_freq.npy") -> None:
     """contiguous_preproc_criteo: hashes to 2, 3, ... in order of first appearance, 1 for the rare ones."""
     paths = [input_dir / part_name(day, "sparse") for day in range(days_in(input_dir, "sparse"))]
-    output_dir.mkdir(parents=True, exist_ok=True)
+    stamps = sources.Stamps(paths)
+    names = [path.name.removesuffix(".npy") + suffix for path in paths]
+    with Output("contiguous", output_dir) as output:
+        folders = output.open([], names, restart=True)
+        number(paths, [folders.made / name for name in names], threshold)
+        publish_results(folders, names, names[0], rf"day_\d+_sparse{re.escape(suffix)}", stamps.check)
+        output.clear()
+
+
+def number(paths: list[Path], targets: list[Path], threshold: int) -> None:
     vocabulary, shift = Vocabulary(threshold > 1), 1
     size = sum(path.stat().st_size for path in paths)
     if threshold > 1:
@@ -180,8 +184,8 @@ def contiguous(input_dir: Path, output_dir: Path, threshold: int, suffix: str = 
         vocabulary.renumber(final)
         shift = 0
     with trace.span("prep", "ids", bytes=size):
-        for path in paths:
-            with whole_file(output_dir / (path.name.removesuffix(".npy") + suffix)) as out:
+        for path, target in zip(paths, targets, strict=True):
+            with File(target, "w") as out:
                 shape, dtype, _ = layout(path)
                 at = out.write(publish.header((shape[0], NUM_SPARSE), dtype.str), 0)
                 for ids in numbered(path, vocabulary, shift):
@@ -192,14 +196,19 @@ def numbered(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np.ndar
     """Blocks of rows of numbers."""
     shape, dtype, header = layout(path)
     if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
-        raise UserError(f"{path}: {shape} {dtype}, integer hashes in {NUM_SPARSE} columns expected")
+        raise UserError(
+            f"{printable(path)}: {shape} {dtype}, integer hashes in {NUM_SPARSE} columns expected"
+        )
     buffer = np.empty((BLOCK_ROWS, NUM_SPARSE), dtype)
     with File(path) as file:
         for row in range(0, shape[0], BLOCK_ROWS):
             ids = buffer[: min(BLOCK_ROWS, shape[0] - row)]
-            file.read_into(ids.data.cast("B"), header + row * NUM_SPARSE * dtype.itemsize)
+            if file.read_into(ids.data.cast("B"), header + row * ids[:1].nbytes) != ids.nbytes:
+                raise UserError(f"{printable(path)}: has changed while it was read")
             if not narrow(ids.reshape(-1)):
-                raise UserError(f"{path}: rows {row} to {row + len(ids) - 1}: an id is not a hash of 32 bits")
+                raise UserError(
+                    f"{printable(path)}: rows {row} to {row + len(ids) - 1}: an id is not a hash of 32 bits"
+                )
             vocabulary.encode(ids, shift)
             yield ids
 
@@ -209,5 +218,5 @@ def days_in(folder: Path, part: str) -> int:
     while (folder / part_name(days, part)).exists():
         days += 1
     if not days:
-        raise UserError(f"{folder / part_name(0, part)} is missing")
+        raise UserError(f"{printable(folder / part_name(0, part))} is missing")
     return days

@@ -1,6 +1,7 @@
 """Rows in their final order into the output files, whoever put them in order."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +15,7 @@ LOG_COUNTS = 1 << 13  # stay in the first-level cache
 
 
 def store(
+    folder: Path,
     options: Options,
     made: list[Output],
     moved: int,
@@ -22,7 +24,7 @@ def store(
     sparse: np.ndarray,
     labels: np.ndarray,
 ) -> None:
-    """Rows begin .. of the whole output, into their files; the first `moved` rows are the shuffled ones."""
+    """Rows begin .. of the whole output, into files of `folder`; the first `moved` are the shuffled ones."""
     kinds = publish.files(made, options)
     among = max(0, min(len(labels), moved - begin))
     if options.compat and among:
@@ -34,7 +36,7 @@ def store(
             rows = array[start:stop]
             if kinds[name][1] == "<i8":
                 rows = (rows if options.contiguous else rows.view(np.uint32)).astype(np.int64)
-            with File(options.output_dir / (name + publish.PARTIAL), "w") as file:
+            with File(folder / name, "w") as file:
                 file.write(rows, publish.HEADER_BYTES + at * rows.itemsize * rows.shape[1])
 
 

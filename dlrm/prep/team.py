@@ -145,6 +145,16 @@ class Team:
                 error = found
         self.agree(error)
 
+    def first_gives(self, work: Callable[[], T]) -> T:
+        """What rank 0 has found out, on all ranks."""
+        found: list[Any] = [None]
+
+        def keep() -> None:
+            found[0] = work()
+
+        self.first_does(keep)
+        return self.gather(found[0])[0]
+
     def each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
         """Every item once, somewhere; in order, so that the earliest bad one is reported."""
         mine = list(items[self.rank :: self.size])

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from dlrm.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.errors import UserError
+from dlrm.prep.files import File
+from dlrm.prep.folders import Output, publish
 
 # ids per sparse column: a few big tables, many small ones, in the order of Criteo's own 26
 CARDINALITIES = (
@@ -24,23 +26,21 @@ TAB, NEWLINE = 9, 10
 
 
 def write_days(out: str | os.PathLike[str], days: int, rows: int, seed: int, one_file: bool = False) -> None:
-    """`out/day_0` ... with `rows` rows each, or one `day_0` with all the days' rows after each other."""
+    """`out/day_0` ... with `rows` rows each, or one `day_0` with all the days' rows after each other. All get
+    their names at the end; day files that an earlier call has left there and nobody has changed go.
+    """
     if days < 1 or rows < 1:
         raise UserError(f"--days {days} --rows {rows}: both must be at least 1")
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    names = ["day_0"] if one_file else [f"day_{day}" for day in range(days)]
+    with Output("toy", Path(out)) as output:
+        folders = output.open([], names, restart=True)
         for day in range(days):
-            path = folder / ("day_0" if one_file else f"day_{day}")
-            partial = path.with_name(path.name + ".partial")
-            with open(partial, "ab" if one_file and day else "wb") as file:
+            with File(folders.made / names[0 if one_file else day], "a") as file:
                 for begin in range(0, rows, BLOCK):
                     rng = np.random.default_rng([seed, day, begin])
-                    file.write(tsv(min(BLOCK, rows - begin), rng, seed))
-            if not one_file or day == days - 1:
-                os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}") from None
+                    file.append(tsv(min(BLOCK, rows - begin), rng, seed))
+        publish(folders, names, names[0], r"day_\d+", lambda: None)
+        output.clear()
 
 
 def tsv(rows: int, rng: np.random.Generator, seed: int) -> bytes:

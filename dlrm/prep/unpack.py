@@ -5,8 +5,10 @@ import os
 import zlib
 from pathlib import Path
 
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import open_regular
+from common.owned import finish_file
 from dlrm import trace
-from dlrm.errors import UserError
 from dlrm.prep.files import File
 from dlrm.prep.progress import Progress
 from dlrm.prep.sources import Source
@@ -25,21 +27,22 @@ def unpack(source: Source, folder: Path, progress: Progress) -> None:
         return
     partial, at = target.with_name(target.name + ".partial"), 0
     packed = source.path.stat().st_size
-    try:
-        with (
-            trace.span("prep", "unpack", bytes=packed),
-            open(source.path, "rb", buffering=0) as raw,
-            gzip.GzipFile(fileobj=raw) as text,
-            File(partial, "w") as out,
-        ):
-            out.resize(0)
-            before = 0
-            while data := text.read(BLOCK):
-                at = out.write(data, at)
-                progress.add(bytes=raw.tell() - before)
-                before = raw.tell()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{source.path}: byte {at} of its text: {error}: truncated or damaged gzip") from None
-    except OSError as error:
-        raise UserError(f"{error.filename or source.path}: {error.strerror or error}") from None
-    os.replace(partial, target)
+    with os_errors_as_user_errors(source.path):
+        try:
+            with (
+                trace.span("prep", "unpack", bytes=packed),
+                os.fdopen(open_regular(source.path), "rb", buffering=0) as raw,
+                gzip.GzipFile(fileobj=raw) as text,
+                File(partial, "w") as out,
+            ):
+                out.resize(0)
+                before = 0
+                while data := text.read(BLOCK):
+                    at = out.write(data, at)
+                    progress.add(bytes=raw.tell() - before)
+                    before = raw.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(
+                f"{printable(source.path)}: byte {at} of its text: {error}: truncated or damaged gzip"
+            ) from None
+    finish_file(partial, target)

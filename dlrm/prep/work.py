@@ -1,37 +1,34 @@
-"""The folder of intermediate files: what is cut where, what is done, whether an earlier run can go on.
+"""The folder of intermediate files: what is cut where, and what is done.
 
 A part of the work is done when its file exists under its own name; it gets that name when it is whole.
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.errors import UserError, printable
 from dlrm.criteo import NUM_SPARSE
-from dlrm.errors import UserError
-from dlrm.prep.files import File, explained, write_whole
+from dlrm.prep.files import File, read_values, write_whole
+from dlrm.prep.folders import Folders, discard
 from dlrm.prep.options import Options
-from dlrm.prep.publish import partials
-from dlrm.prep.scan import Piece
+from dlrm.prep.scan import Piece, line_end
 from dlrm.prep.sources import Output, Source, outputs, shuffled_rows
 from dlrm.prep.spill import bucket_bits, buckets
 
 STATE = "state.json"
 SMALLEST, LARGEST = 1 << 20, 512 << 20  # bytes of text in a lane
 PER_WORKER = 2  # a new lane begins with an empty vocabulary: more of them cost more than they balance
-LAYOUT = 2  # of the intermediate files: those of another version are not gone on with
-MARK = "made by dlrm.prep; can be deleted"
+LAYOUT = 3  # of the intermediate files: those of another version are not gone on with
 
 
 class Work:
     """The plan. A lane is a stretch of input that one worker reads with one vocabulary: pieces of files."""
 
-    def __init__(self, options: Options, found: list[Source], texts: list[Path]) -> None:
-        self.options, self.sources, self.texts = options, found, texts
-        self.folder = options.tmp
+    def __init__(self, options: Options, found: list[Source], texts: list[Path], folders: Folders) -> None:
+        self.options, self.sources, self.texts, self.folders = options, found, texts, folders
+        self.folder = folders.work
         self.pieces: list[Piece] = []
         self.lanes: list[list[int]] = []
         self.made: list[Output] = []
@@ -43,63 +40,23 @@ class Work:
         return self.folder / f"{kind}_{number:05d}.{ending}"
 
     def load(self, path: Path) -> Any:
-        with explained(path):
-            return json.loads(path.read_text())
+        return read_values(path)
 
     def save(self, path: Path, value: Any) -> None:
-        write_whole(path, json.dumps(value).encode())
+        write_whole(path, value)
 
     # the plan ----------------------------------------------------------------------------------------------
 
-    def key(self) -> dict[str, Any]:
-        return {
-            "layout": LAYOUT,
-            "parameters": self.options.parameters(),
-            "inputs": [source.stamp() for source in self.sources],
-        }
-
-    def open(self) -> bool:
-        """Make the folder, or find it; whether an earlier run of the same work is to be continued."""
-        with explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        state = self.folder / STATE
-        if state.exists():
-            same = not self.options.restart and self._key_of(state) == json.loads(json.dumps(self.key()))
-            if same:
-                return True
-            self._empty()
-        elif any(self.folder.iterdir()) and not (self.folder / "README").exists():
-            raise UserError(f"--tmp_dir {self.folder}: not empty, and not ours; name an empty folder")
-        (self.folder / "README").write_text(MARK + "\n")
-        for stale in partials(self.options.output_dir):
-            stale.unlink()
-        return False
-
-    def _key_of(self, state: Path) -> Any:
-        try:
-            return self.load(state)["key"]
-        except (ValueError, KeyError):
-            return None
-
-    def _empty(self) -> None:
-        for path in self.folder.iterdir():
-            if path.is_file() and path.name != "README":
-                path.unlink()
-
     def discard(self) -> None:
         """What nobody needs once all rows are in place: freeing it takes a while."""
-        for path in self.folder.glob("piece_*"):
-            path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        discard(self.folder, "piece_*")
 
     def cut(self, ranks: int) -> None:
         """Lanes of nearly equal size, cut at line ends; a lane holds a piece of each file that it touches."""
         sizes = [text.stat().st_size for text in self.texts]
         for source, size in zip(self.sources, sizes, strict=True):
             if size == 0:
-                raise UserError(f"{source.path}: empty, it has no rows")
+                raise UserError(f"{printable(source.path)}: empty, it has no rows")
         whole = sum(sizes)
         workers = ranks * self.options.workers
         share = whole if workers == 1 else whole // (workers * PER_WORKER)
@@ -121,7 +78,7 @@ class Work:
             before += size
         self.save(
             self.folder / STATE,
-            {"key": self.key(), "pieces": pieces, "lanes": [numbers for numbers in cut if numbers]},
+            {"pieces": pieces, "lanes": [numbers for numbers in cut if numbers]},
         )
 
     def read_plan(self) -> None:
@@ -141,7 +98,7 @@ class Work:
             lines_of[piece.source] += lines
         for source, rows in zip(self.sources, rows_of, strict=True):
             if rows == 0:
-                raise UserError(f"{source.path}: no rows in it")
+                raise UserError(f"{printable(source.path)}: no rows in it")
         self.made = outputs(self.sources, rows_of, self.options.steps)
         self.moved = shuffled_rows(self.made, self.options.shuffle)
         self.bits = bucket_bits(self.rows)
@@ -196,15 +153,3 @@ class Work:
     def skipped(self) -> list[list[Any]]:
         """Per piece with bad rows: how many, and where the first one is."""
         return [found for info in self.lane_infos() for found in info["skipped"]]
-
-
-def line_end(file: File, at: int, size: int) -> int:
-    """The first line end at or behind this offset (or the file's end)."""
-    at = max(at, 1) - 1
-    while at < size:
-        data = file.read(1 << 16, at)
-        found = data.find(b"\n")
-        if found >= 0:
-            return at + found + 1
-        at += max(len(data), 1)
-    return size
