@@ -115,7 +115,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
-        port = self.server.server_address[1]
+        port = int(self.server.server_address[1])  # type: ignore[index]
         names = ("127.0.0.1", "localhost")
         hosts = {*names, *(f"{name}:{port}" for name in names)}
         if self.command not in ("GET", "HEAD"):

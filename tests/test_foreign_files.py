@@ -27,7 +27,8 @@ NAMES = (
     "day_0_labels.npy", "day_1_labels.npy", "day_0", "day_1", "train_dense.npy", "meta.json.partial",
     "day_0_dense.npy.partial", "part_00000.parquet", "config.json", "results.json", "metrics.jsonl",
     "plan.json", "log.txt", "env.txt", "gpu.txt", "report.html", "summary.json", "compare.html",
-    "run.pftrace", "run-posix.pftrace", "checkpoint.json", "rank00000.safetensors", "store.json", "steps.csv", "files.csv",
+    "run.pftrace", "run-posix.pftrace", "checkpoint.json", "rank00000.safetensors", "store.json",
+    "steps.csv", "files.csv",
     ".dlrm-io.json", ".dlrm-io.lock", ".dlrm-io-made-this.json", "places.u32", "piece_00000.spill",
     "lane_00000.json", "day_0_sparse_multi_hot.npz", "mlperf.log", "train.parquet", "cache.json",
 )  # fmt: skip

@@ -35,7 +35,7 @@ def trained(*words: object) -> tuple[Job, dict[str, torch.Tensor], dict[str, tor
     cfg = parse(Config, [*(f"--{k}={v}" for k, v in SMALL.items()), *map(str, words)], "train", "", PRESETS)
     here = Ranks()
     with dist.session(here, 60) as device:
-        records = open_records(cfg, here, device)
+        records = open_records(cfg, here)
         sets = open_sets(cfg, here)
         module = build_model(cfg, sets.sizes, device)
         model, optimizer = shard(cfg, module, here, device, records)
