@@ -148,14 +148,14 @@ has_option() { [[ " ${options[*]} " == *" $1"[\ =]* ]]; }
 
 name_run() {    # sets `run`, the folder that this run would get
     local answer
-    mapfile -d '' -t answer < <(python -m dlrm.runfolder name "$results" ${resume:+--resume "$resume"})
+    mapfile -d '' -t answer < <(python -m dlrm.runtime.new_run_folder name "$results" ${resume:+--resume "$resume"})
     wait "$!" || exit 2
     run=${answer[0]}
 }
 
 make_run() {    # sets `run`, and `made`: what proves that it was made here, or nothing
     local answer
-    mapfile -d '' -t answer < <(python -m dlrm.runfolder make "$results" ${resume:+--resume "$resume"})
+    mapfile -d '' -t answer < <(python -m dlrm.runtime.new_run_folder make "$results" ${resume:+--resume "$resume"})
     wait "$!" || exit 2
     run=${answer[0]}
     made=${answer[1]}
@@ -256,7 +256,7 @@ main() {
     say "training, run folder $run"
     train
     # Code 2 before the first step is a mistake in the options that only the ranks could see: nothing to keep.
-    if [[ -n $made ]] && ! has_trained; then python -m dlrm.runfolder discard "$run" "$made" || true; fi
+    if [[ -n $made ]] && ! has_trained; then python -m dlrm.runtime.new_run_folder discard "$run" "$made" || true; fi
     # A stopped job has seconds left: its traces can wait.
     if [[ -d $run/trace && -z $stopped ]] && has_trained; then analyse; fi
     list_results

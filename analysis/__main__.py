@@ -17,7 +17,8 @@ SET_UP = ("numpy", "polars", "numba", "pyarrow")  # what a shell lacks that has 
 
 
 def perfetto(options: argparse.Namespace) -> int:
-    from analysis import chrome, perfetto
+    from analysis.perfetto import chrome
+    from analysis.perfetto import convert as perfetto
 
     convert = {"pftrace": perfetto.convert, "json": chrome.convert}[options.format]
     summary = convert(
@@ -56,7 +57,7 @@ def _quoted(path: Path) -> str:
 
 
 def check(options: argparse.Namespace) -> int:
-    from analysis import check
+    from analysis.tables import check
 
     rows, processes = check.check(options.run)
     print(check.text(rows, processes))
@@ -64,14 +65,14 @@ def check(options: argparse.Namespace) -> int:
 
 
 def view(options: argparse.Namespace) -> int:
-    from analysis import view
+    from analysis.perfetto import view
 
     view.serve(options.run, options.file, options.port)
     return 0
 
 
 def report(options: argparse.Namespace) -> int:
-    from analysis import report
+    from analysis.report import report
 
     page, text = report.write(options.run, options.output, _over(options))
     print(f"{text}\n\n{printable(page)}")
@@ -79,14 +80,14 @@ def report(options: argparse.Namespace) -> int:
 
 
 def summary(options: argparse.Namespace) -> int:
-    from analysis import report
+    from analysis.report import report
 
     print(report.terminal(options.run, _over(options)))
     return 0
 
 
 def compare(options: argparse.Namespace) -> int:
-    from analysis import compare
+    from analysis.report import compare
 
     page, text = compare.write(options.run, options.other, options.output, _over(options))
     print(f"{text}\n\n{printable(page)}")
@@ -99,9 +100,9 @@ def _over(options: argparse.Namespace):
 
     if options.dask is None:
         return on_threads
-    from analysis import cluster
+    from analysis.tables import dask_cluster
 
-    return cluster.on(options.dask)
+    return dask_cluster.on(options.dask)
 
 
 def _progress() -> Callable[[Path, int], None]:

@@ -23,12 +23,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dlrm import bert_job
-from dlrm.bert_config import BertConfig
-from dlrm.bert_sets import open_sets
-from dlrm.config import parse
-from dlrm.model.tables import initialise
-from dlrm.ranks import here
+from dlrm.config.options import parse
+from dlrm.embeddings.tables import initialise
+from dlrm.models.bert4rec import trainer
+from dlrm.models.bert4rec.dataloaders import open_sets
+from dlrm.models.bert4rec.options import BertConfig
+from dlrm.runtime.ranks import here
 
 Row = tuple[torch.Tensor, torch.Tensor]
 
@@ -102,11 +102,11 @@ def example(cfg: BertConfig, rows: list[Row], vocabulary: int, folder: str) -> t
         vocabulary, cfg.data.max_len, emb_dim=model.emb_dim, nhead=model.nhead, num_layers=model.num_layers,
         dropout=model.dropout,
     )  # fmt: skip
-    ours = bert_job.build(cfg, vocabulary, torch.device("cpu")).model
+    ours = trainer.build(cfg, vocabulary, torch.device("cpu")).model
     weights = {name: weight for name, weight in ours.state_dict().items() if not weight.is_meta}
     missing, unexpected = module.load_state_dict(weights, strict=False)
     assert len(missing) == 1 and not unexpected, (missing, unexpected)
-    initialise(module, cfg.run.seed or 0, bert_job.BOUND)
+    initialise(module, cfg.run.seed or 0, trainer.BOUND)
     trained = DistributedDataParallel(module)
     optimizer = torch.optim.Adam(trained.parameters(), lr=cfg.optim.lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=25, gamma=1.0)

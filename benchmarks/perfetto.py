@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])  # not this folder: its perfetto.py would hide the package
 
-from analysis import events, perfetto  # noqa: E402
+from analysis.perfetto import convert  # noqa: E402
+from analysis.trace import events
 
 HHASH = "6882804a826580cd"
 STAGES = (
@@ -195,14 +196,14 @@ def main() -> None:
             make(folder, options.events, options.ranks)
         warm = Path(scratch) / "warm"
         make(warm, 2400, 1)
-        perfetto.convert(warm)  # numba compiles once per installation
+        convert.convert(warm)  # numba compiles once per installation
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         path = Path(scratch) / "out.pftrace"
         summary = None
 
         def ours() -> None:
             nonlocal summary
-            summary = perfetto.convert(folder, path)
+            summary = convert.convert(folder, path)
 
         wall, cpu = timed(ours)
         assert summary is not None and not summary.moved and not summary.unresolved
@@ -236,7 +237,7 @@ def main() -> None:
 
 
 def _text(path: Path) -> Iterator[bytearray]:
-    from analysis.lines import Loss, blocks
+    from analysis.trace.lines import Loss, blocks
 
     return blocks(path, Loss())
 

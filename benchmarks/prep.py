@@ -216,7 +216,7 @@ def growth(folder: Path, rows: int, cores: list[int]) -> dict[str, Any]:
 
 
 def make(folder: Path, rows: int) -> Path:
-    from dlrm.prep.toy import write_days
+    from dlrm.prep.tools.toy import write_days
 
     write_days(fresh(folder), DAYS, max(1, rows // DAYS), seed=0)
     return folder

@@ -46,9 +46,9 @@ def stretch(lane: int, distinct: int) -> tuple[int, int]:
 
 
 def work_folder(folder: str, least: int) -> Any:
-    from dlrm.prep.folders import Folders
-    from dlrm.prep.options import Options
-    from dlrm.prep.work import Work
+    from dlrm.prep.io.folders import Folders
+    from dlrm.prep.job.options import Options
+    from dlrm.prep.steps.plan import Work
 
     path = Path(folder)
     work = Work(
@@ -75,8 +75,8 @@ def make_lists(folder: str, distinct: int) -> None:
 
 
 def number(folder: str, distinct: int, least: int) -> None:
-    from dlrm.prep.merge import merge_column
-    from dlrm.prep.progress import Progress
+    from dlrm.prep.job.progress import Progress
+    from dlrm.prep.steps.assign_ids import merge_column
 
     work = work_folder(folder, least)
     sizes = np.zeros((LANES, 26), np.int64)
@@ -104,7 +104,7 @@ def check_maps(folder: str, distinct: int, least: int) -> int:
 
 
 def make_text(folder: str, rows: int) -> None:
-    from dlrm.prep import toy
+    from dlrm.prep.tools import toy
 
     known = toy.hashed
     met = 0

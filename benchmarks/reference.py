@@ -140,8 +140,8 @@ def parse() -> argparse.Namespace:
 
 
 def use_our_weights(model: Any, args: argparse.Namespace) -> None:
-    from dlrm.model.dlrm import build
-    from dlrm.model.tables import initialise, table_configs
+    from dlrm.embeddings.tables import initialise, table_configs
+    from dlrm.models.dlrm.model import build
 
     tables = table_configs([args.num_embeddings] * CAT_FEATURE_COUNT, args.embedding_dim)
     ours = build(args.interaction, tables, 13, args.dense, args.over, seed=0)

@@ -22,9 +22,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from benchmarks.pages import PAGE, Bounded, Leaving, drop, pages_of, resident
-from dlrm.model.rowcache import RowCache
-from dlrm.model.store import BUFFERS, RowStore
-from dlrm.model.tier import Table, Tier, share
+from dlrm.embeddings.ssd.cached_table import Table, Tier, share
+from dlrm.embeddings.ssd.row_cache import RowCache
+from dlrm.embeddings.ssd.row_file import BUFFERS, RowStore
 
 Batches = list[np.ndarray]
 RATE = 0.01  # of learning

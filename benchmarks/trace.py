@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[0] = str(ROOT)
 
-from analysis import events  # noqa: E402
+from analysis.trace import events  # noqa: E402
 
 SPANS = """
 import sys, tempfile, time

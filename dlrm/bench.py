@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dlrm import config, criteo, entry, startup
-from dlrm.config import at_least, option, parse
-from dlrm.errors import UserError
-from dlrm.presets import PRESETS
-from dlrm.ranks import Ranks
+from dlrm.config import options as config
+from dlrm.config.options import at_least, option, parse
+from dlrm.config.presets import PRESETS
+from dlrm.cpu import startup
+from dlrm.data import criteo
+from dlrm.runtime import entry
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
 
 PERCENTILES = (50, 90, 95, 99)
 POOL = 8  # different batches of a size, at most
@@ -35,7 +38,9 @@ class Bench:
         None, "a dataset: rows of its test set (default: made rows, ids uniform over the tables)"
     )
     seed: int = option(0, "of drawn weights and made rows")
-    amp: str = option("off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16")
+    mixed_precision: str = option(
+        "off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16"
+    )
     compile: bool = option(False, "torch.compile the dense part")
     allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
@@ -56,7 +61,7 @@ class Plan:
 class Options:
     bench: Bench = field(default_factory=Bench)
     model: config.Model = field(default_factory=config.Model)
-    plan: Plan = field(default_factory=Plan)
+    planner: Plan = field(default_factory=Plan)
 
 
 MODELS = {name: lambda make=make: _of_model(make()) for name, make in PRESETS.items()}
@@ -94,16 +99,18 @@ def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, 
     with startup.importing():
         import torch
 
-        from dlrm import amp, dist
-        from dlrm.assembly import assemble
         from dlrm.checkpoint import state
-        from dlrm.model import cpu, plan
+        from dlrm.cpu import blas
+        from dlrm.embeddings import planner
+        from dlrm.models.dlrm.build import assemble
+        from dlrm.runtime import session
+        from dlrm.trainer import mixed_precision
 
     startup.import_optimizers()
-    with dist.session(here, bench.timeout) as device:
-        cpu.tune(device)
+    with session.session(here, bench.timeout) as device:
+        blas.tune(device)
         torch.backends.cuda.matmul.allow_tf32 = bench.allow_tf32
-        with dist.together():
+        with session.together():
             stored = _checkpoint(bench.load_checkpoint_path) if bench.load_checkpoint_path else None
             cfg = replace(cfg, model=_stored_model(stored)) if stored else cfg
             sizes, _ = criteo.table_sizes(
@@ -112,20 +119,20 @@ def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, 
                 bench.in_memory_binary_criteo_path,
             )
             module = assemble(cfg.model, sizes, device, bench.seed, bench.compile)
-            wishes = plan.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
-            made = plan.make_plan(module, device, here, max(bench.batch_sizes) // here.world_size, wishes)
+            wishes = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
+            made = planner.make_plan(module, device, here, max(bench.batch_sizes) // here.world_size, wishes)
             with startup.unfilled():
-                model = plan.shard(module, made, device, bench.seed)
-        with dist.together():
+                model = planner.shard(module, made, device, bench.seed)
+        with session.together():
             if stored:
                 state.restore(stored, model, None)
         if bench.amp != "off":
             whole: Any = model.module
-            amp.cast(whole.model, device, bench.amp)
+            mixed_precision.cast(whole.model, device, bench.amp)
         model.eval()
         results = []
         for size in bench.batch_sizes:
-            with dist.together():
+            with session.together():
                 pool = rows(bench, size, sizes, here)
             with torch.no_grad():
                 results.append({"batch_size": size, **run(model, pool, bench, device)})
@@ -160,8 +167,8 @@ def _stored_model(found: Any) -> config.Model:
 def rows(bench: Bench, size: int, sizes: list[int], here: Ranks) -> list[Any]:
     """This rank's share of up to POOL batches."""
     from dlrm.data.batches import Batches
-    from dlrm.data.kjt import ToBatch
-    from dlrm.data.source import open_source, recognised
+    from dlrm.data.collate import ToBatch
+    from dlrm.data.readers import open_source, recognised
 
     where = bench.in_memory_binary_criteo_path
     kind = recognised("stream", where) if where else "random"

@@ -6,20 +6,21 @@ torchx, or alone for one rank. --dataset_name random or markov needs no files.
 
 import sys
 
-from dlrm import entry, signals, startup, trace
-from dlrm.bert_config import PRESETS, BertConfig
-from dlrm.config import parse
-from dlrm.ranks import Ranks
+from dlrm.config.options import parse
+from dlrm.cpu import startup
+from dlrm.models.bert4rec.options import PRESETS, BertConfig
+from dlrm.runtime import entry, stop, trace
+from dlrm.runtime.ranks import Ranks
 
 
 def main(here: Ranks) -> None:
-    signals.listen()
+    stop.listen()
     cfg = parse(BertConfig, sys.argv[1:], "python -m dlrm.bert4rec", __doc__ or "", PRESETS)
     if cfg.run.trace and cfg.run.output_dir:
         trace.start(cfg.run.output_dir, here, "train", cfg.run.trace_flush_ms)
     # after the trace has begun: reading torch is I/O too
     with trace.span("startup", "imports"), startup.importing():
-        from dlrm.bert_job import train
+        from dlrm.models.bert4rec.trainer import train
     train(cfg, here)
 
 

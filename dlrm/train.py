@@ -6,20 +6,21 @@ torchrun, or alone for one rank. Without a dataset it trains on random data.
 
 import sys
 
-from dlrm import entry, signals, startup, trace
-from dlrm.config import Config, parse
-from dlrm.presets import PRESETS
-from dlrm.ranks import Ranks
+from dlrm.config.options import Config, parse
+from dlrm.config.presets import PRESETS
+from dlrm.cpu import startup
+from dlrm.runtime import entry, stop, trace
+from dlrm.runtime.ranks import Ranks
 
 
 def main(here: Ranks) -> None:
-    signals.listen()
+    stop.listen()
     cfg = parse(Config, sys.argv[1:], "python -m dlrm.train", __doc__ or "", PRESETS)
     if cfg.run.trace and cfg.run.output_dir:
         trace.start(cfg.run.output_dir, here, "train", cfg.run.trace_flush_ms)
     # after the trace has begun: reading torch is I/O too
     with trace.span("startup", "imports"), startup.importing():
-        from dlrm.job import train
+        from dlrm.trainer.trainer import train
     train(cfg, here)
 
 

@@ -35,7 +35,7 @@ def traced_names(folder: str) -> set[str]:
     import torch
     from torchrec.distributed.train_pipeline import TrainPipelineBase
 
-    from dlrm import ranks, trace
+    from dlrm.runtime import ranks, trace
 
     class Model(torch.nn.Linear):
         def forward(self, batch: torch.Tensor):  # a pipeline wants (loss, output)

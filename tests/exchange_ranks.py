@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dlrm import exchange
-from dlrm.ranks import here
+from dlrm.cpu import process_group
+from dlrm.runtime.ranks import here
 
 TYPES = [torch.float32, torch.int64, torch.int32, torch.float16, torch.uint8]
 
@@ -62,10 +62,10 @@ def compare(rank: int, size: int, gloo: Any) -> None:
 
 def main(task: str) -> None:
     ranks = here()
-    exchange.register()
+    process_group.register()
     dist.init_process_group("shared", timeout=timedelta(seconds=6))
     if task == "compare":
-        assert type(dist.group.WORLD) is exchange.Group
+        assert type(dist.group.WORLD) is process_group.Group
         compare(ranks.rank, ranks.world_size, dist.new_group(backend="gloo"))
         print(f"rank {ranks.rank} agrees with gloo\n", end="", flush=True)
         dist.barrier()

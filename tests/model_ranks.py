@@ -11,14 +11,14 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dlrm import exchange
-from dlrm.model.direct import Direct
-from dlrm.model.dlrm import build
-from dlrm.model.optim import apply_in_backward, dense_optimizer
-from dlrm.model.plan import make_plan, plan_as_dict, shard
-from dlrm.model.schedule import set_lr
-from dlrm.model.tables import table_configs, table_parameters
-from dlrm.ranks import here
+from dlrm.cpu import process_group
+from dlrm.cpu.pooled_embeddings import Direct
+from dlrm.embeddings.planner import make_plan, plan_as_dict, shard
+from dlrm.embeddings.tables import table_configs, table_parameters
+from dlrm.models.dlrm.model import build
+from dlrm.runtime.ranks import here
+from dlrm.trainer.lr_schedule import set_lr
+from dlrm.trainer.optimizers import apply_in_backward, dense_optimizer
 
 NAMES = ["cat_0", "cat_1", "cat_2", "cat_3"]
 SIZES = [50, 700, 35, 401]
@@ -86,7 +86,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    exchange.register()
+    process_group.register()
     dist.init_process_group(sys.argv[2])
     results = [main(task) for task in json.loads(sys.argv[1])]
     if here().first:

@@ -10,8 +10,8 @@ import pytest
 import traced
 from made_traces import Made
 
-from analysis import check
-from analysis.derive import READ, WRITE
+from analysis.perfetto.derive import READ, WRITE
+from analysis.tables import check
 from common.errors import UserError
 
 # Every way in which this project reads and writes: whole files, at offsets, into buffers, in threads.

@@ -10,9 +10,10 @@ import trace_processor
 import traced
 from made_traces import Made
 
-from analysis import clocks, events, perfetto
-from analysis.process import Process
+from analysis.perfetto import convert
 from analysis.tables.gather import gather
+from analysis.trace import clocks, events
+from analysis.trace.process import Process
 from common.errors import UserError
 
 
@@ -90,7 +91,7 @@ def test_same_as_python_json(tmp_path: Path, style: dict) -> None:
 def test_blocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "t.pfw.gz", random_records(2000))
     whole = events.load(path)
-    monkeypatch.setattr("analysis.lines.BLOCK", 5000)
+    monkeypatch.setattr("analysis.trace.lines.BLOCK", 5000)
     assert len(list(events.batches(path))) > 20
     assert events.load(path).equals(whole)
 
@@ -238,7 +239,7 @@ def test_a_clock_that_goes_wrong_is_set_right_along_the_way(tmp_path: Path) -> N
         assert (one["dur"] - two["dur"]).abs().max() <= 2  # type: ignore[operator]
         begun[len(begun)] = two["ts"].to_list()
     assert begun[0] == begun[1]
-    summary = perfetto.convert(tmp_path)
+    summary = convert.convert(tmp_path)
     assert summary.moved == 0  # what was inside another slice still is
     assert summary.clocks == [
         "clock of b: moved by -40020 us to meet the barrier at the start, "

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis import check as coverage
-from analysis import events
+from analysis.tables import check as coverage
+from analysis.trace import events
 from tests import fuzzing
 from tests.made_traces import BEGIN, Made, training
 

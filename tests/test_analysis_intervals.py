@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from analysis import intervals
+from analysis.tables import intervals
 
 
 def bits(stretches: intervals.Stretches) -> np.ndarray:

@@ -10,14 +10,15 @@ import trace_processor
 from alive import Alive
 from made_traces import BEGIN, Made, training
 
-from analysis import check, perfetto, report
 from analysis.__main__ import main
-from analysis.events import files
-from analysis.facts import Facts
-from analysis.run import open_run
-from analysis.tables import answers, progress
+from analysis.perfetto import convert
+from analysis.report import report
+from analysis.report.facts import Facts
+from analysis.report.run import open_run
+from analysis.tables import answers, check, progress
 from analysis.tables.gather import gather
-from dlrm.errors import STOPPED
+from analysis.trace.events import files
+from dlrm.runtime.errors import STOPPED
 
 PAUSE = 600_000_000  # us
 
@@ -90,7 +91,7 @@ def test_it_is_said(went_on: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_in_perfetto_they_are_processes_of_their_own(went_on: Path) -> None:
-    summary = perfetto.convert(went_on)
+    summary = convert.convert(went_on)
     assert "clock of m1 in launch 2: moved by -9000000 us to meet the barrier at the start" in summary.clocks
     with trace_processor.opened(summary.path) as trace:
         assert not trace.complaints()

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from analysis.nest import Lane
+from analysis.perfetto.nest import Lane
 
 Event = tuple[int, int, bool]  # ts, end, leaf
 

@@ -11,7 +11,8 @@ import pytest
 import traced
 from trace_processor import Trace, opened
 
-from analysis import chrome, events, perfetto
+from analysis.perfetto import chrome, convert
+from analysis.trace import events
 from common.errors import UserError
 
 INSIDE = """
@@ -50,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full(run: Path):
-    summary = perfetto.convert(run)
+    summary = convert.convert(run)
     assert summary.path == run / "dlrm-n1-ppn3-gpu0-ep2-bs128-ed16-lr0.05.pftrace"
     assert not summary.lost and not summary.moved and not summary.unresolved
     with opened(summary.path) as trace:
@@ -152,7 +153,7 @@ def test_flows_from_reads_to_the_step_of_their_batch(full: Trace) -> None:
 
 
 def test_posix_only(run: Path) -> None:
-    summary = perfetto.convert(run, posix=True)
+    summary = convert.convert(run, posix=True)
     assert summary.path.name == "dlrm-n1-ppn3-gpu0-ep2-bs128-ed16-lr0.05-posix.pftrace"
     with opened(summary.path) as trace:
         assert trace.complaints() == []
@@ -174,7 +175,7 @@ def test_killed_rank(tmp_path: Path) -> None:
         'here, "train")', 'here, "train", flush_ms=100)'
     )
     traced.start(tmp_path / "run", body).wait(timeout=60)
-    summary = perfetto.convert(tmp_path / "run")
+    summary = convert.convert(tmp_path / "run")
     assert summary.path.name == "run.pftrace"  # no config.json: named after the folder
     assert len(summary.lost) == 1 and "no end record" in summary.lost[0]
     with opened(summary.path) as trace:
@@ -201,7 +202,7 @@ def test_overlaps_get_a_lane_and_nothing_is_lost(tmp_path: Path) -> None:
         ("e", 1030, 0),
         ("f", 1029, 5),
     ]
-    summary = perfetto.convert(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
+    summary = convert.convert(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
     assert summary.moved == 2
     with opened(summary.path) as trace:
         assert trace.complaints() == []
@@ -212,14 +213,14 @@ def test_overlaps_get_a_lane_and_nothing_is_lost(tmp_path: Path) -> None:
 def test_parent_in_a_later_block_than_its_first_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.lines.BLOCK", 2000)
+    monkeypatch.setattr("analysis.trace.lines.BLOCK", 2000)
     spans = [
         ("before", 900, 50),
         *((f"s{i}", 1000 + 10 * i, 10) for i in range(200)),
         ("epoch", 1000, 2000),
         ("after", 3000, 1),
     ]
-    summary = perfetto.convert(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
+    summary = convert.convert(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
     assert summary.moved == 0
     with opened(summary.path) as trace:
         assert trace.complaints() == []
@@ -248,7 +249,7 @@ def test_same_pids_on_two_hosts_stay_apart(tmp_path: Path) -> None:
         path = write(tmp_path / f"{1 - rank}.pfw.gz", [("step", 1000, 10 + rank)])
         lines = "".join(json.dumps(record) + "\n" for record in records)
         path.write_bytes(gzip.compress(lines.encode()) + path.read_bytes())
-    with opened(perfetto.convert(tmp_path, tmp_path / "t.pftrace").path) as trace:
+    with opened(convert.convert(tmp_path, tmp_path / "t.pftrace").path) as trace:
         rows = trace.rows(
             "select p.name, s.dur from slice s join thread_track t on s.track_id = t.id "
             "join thread using(utid) join process p using(upid) order by p.upid"
@@ -286,18 +287,18 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
 def test_no_events(tmp_path: Path) -> None:
     write(tmp_path / "t.pfw.gz", [("a", 1, 1)])
     with pytest.raises(UserError, match="no events of POSIX calls"):
-        perfetto.convert(tmp_path, tmp_path / "t.pftrace", posix=True)
+        convert.convert(tmp_path, tmp_path / "t.pftrace", posix=True)
     assert not (tmp_path / "t.pftrace").exists()
 
 
 def test_a_file_is_named_after_the_settings(tmp_path: Path) -> None:
     """BERT4Rec's options have other names; without ours the folder gives its name."""
-    assert perfetto.trace_name(tmp_path, False) == tmp_path.name
+    assert convert.trace_name(tmp_path, False) == tmp_path.name
     config = {
         "data": {"train_batch_size": 16}, "model": {"emb_dim": 32}, "optim": {"lr": 0.005},
         "run": {"epochs": 12}, "launch": {"world_size": 8, "nodes": 2, "device": "cuda"},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert perfetto.trace_name(tmp_path, True) == "bert4rec-n2-ppn4-gpu8-ep12-bs16-ed32-lr0.005-posix"
+    assert convert.trace_name(tmp_path, True) == "bert4rec-n2-ppn4-gpu8-ep12-bs16-ed32-lr0.005-posix"
     (tmp_path / "config.json").write_text("[1]")
-    assert perfetto.trace_name(tmp_path, True) == f"{tmp_path.name}-posix"
+    assert convert.trace_name(tmp_path, True) == f"{tmp_path.name}-posix"

@@ -15,7 +15,7 @@ import pytest
 import traced
 from browser import chromium
 
-from analysis import perfetto, view
+from analysis.perfetto import convert, view
 from analysis.tables.gather import gather
 from common.errors import UserError
 
@@ -25,8 +25,8 @@ CHOSEN = "globalThis.app?.trace?.selection?.selection"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = traced.run(tmp_path_factory.mktemp("runs") / "run", traced.TRAINING, world=2)
-    perfetto.convert(folder, posix=True)
-    perfetto.convert(folder)
+    convert.convert(folder, posix=True)
+    convert.convert(folder)
     return folder
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import Finished, on_ranks
 
-from dlrm import bert_job
-from dlrm.bert_config import BertConfig
-from dlrm.bert_sets import make
-from dlrm.config import parse
-from dlrm.data.ratings import Wanted
-from dlrm.errors import UserError
-from dlrm.ranks import Ranks
+from dlrm.config.options import parse
+from dlrm.models.bert4rec import trainer
+from dlrm.models.bert4rec.dataloaders import make
+from dlrm.models.bert4rec.options import BertConfig
+from dlrm.models.bert4rec.ratings import Wanted
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
 
 USERS, ITEMS, EPOCHS = 800, 100, 10
 DATA = f"""--dataset_name markov --random_user_count {USERS} --random_item_count {ITEMS}
@@ -59,7 +59,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the work is small, and others may want the cores
         try:
-            bert_job.train(cfg, Ranks())
+            trainer.train(cfg, Ranks())
         finally:
             torch.set_num_threads(threads)
             if torch.distributed.is_initialized():  # a process that failed would end here

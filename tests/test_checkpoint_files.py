@@ -17,7 +17,7 @@ from common.owned import MARK
 from dlrm.checkpoint import folder, shards
 from dlrm.checkpoint.saver import Saver
 from dlrm.checkpoint.shards import Corrupt, Piece
-from dlrm.ranks import Ranks
+from dlrm.runtime.ranks import Ranks
 
 
 def whole(name: str, tensor: torch.Tensor) -> Piece:

@@ -9,7 +9,7 @@ import pytest
 from alive import metrics
 
 from dlrm.checkpoint.folder import describe, published
-from dlrm.errors import UserError
+from dlrm.runtime.errors import UserError
 
 TOY = ["--preset", "toy", "--report_every", 5, "--batch_size", 384]
 

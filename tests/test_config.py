@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config import Config, dump, parse
-from dlrm.errors import UserError
-from dlrm.presets import PRESETS
+from dlrm.config.options import Config, dump, parse
+from dlrm.config.presets import PRESETS
+from dlrm.runtime.errors import UserError
 
 # every flag of MLCommons' recommendation_v2/torchrec_dlrm/dlrm_main.py, with a value
 MLCOMMONS = """

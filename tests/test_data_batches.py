@@ -11,9 +11,9 @@ from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 from torchrec.datasets.utils import Batch
 
 from dlrm.data.batches import Batches
-from dlrm.data.deal import Deal
-from dlrm.data.source import open_source
-from dlrm.errors import UserError
+from dlrm.data.readers import open_source
+from dlrm.data.sampler import Deal
+from dlrm.runtime.errors import UserError
 
 SIZES = [3 + 7 * k for k in range(26)]
 KINDS = ["stream", "memory", "mmap"]

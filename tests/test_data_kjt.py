@@ -8,10 +8,10 @@ import torch
 from data_folder import rows, write_days
 
 from dlrm.data.batches import Batches
-from dlrm.data.kjt import ToBatch
+from dlrm.data.collate import ToBatch
+from dlrm.data.readers import open_source
 from dlrm.data.rows import Rows
-from dlrm.data.source import open_source
-from dlrm.errors import UserError
+from dlrm.runtime.errors import UserError
 
 
 def some(n: int = 50) -> Rows:

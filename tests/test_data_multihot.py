@@ -7,10 +7,10 @@ import pytest
 from data_folder import write_days
 
 from dlrm.data.batches import Batches
-from dlrm.data.kjt import ToBatch
+from dlrm.data.collate import ToBatch
 from dlrm.data.multihot import MultiHot
-from dlrm.data.source import open_source, scan
-from dlrm.errors import UserError
+from dlrm.data.readers import open_source, scan
+from dlrm.runtime.errors import UserError
 
 HOTS = [1 + k % 5 for k in range(26)]
 SIZES = [3 + 11 * k for k in range(26)]

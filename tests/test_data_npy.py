@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from data_folder import rows, write_days
 
-from dlrm.criteo import Meta
-from dlrm.data.source import open_source, scan
-from dlrm.errors import UserError
+from dlrm.data.criteo import Meta
+from dlrm.data.readers import open_source, scan
+from dlrm.runtime.errors import UserError
 
 KINDS = ["stream", "memory", "mmap"]
 

@@ -9,8 +9,8 @@ import pytest
 from data_folder import numbered_days, rows, write_days
 
 from dlrm.data.batches import Batches
-from dlrm.data.source import open_source, scan
-from dlrm.errors import UserError
+from dlrm.data.readers import open_source, scan
+from dlrm.runtime.errors import UserError
 
 
 def table(part: dict[str, np.ndarray], **replaced: object) -> pa.Table:

@@ -12,8 +12,8 @@ from data_folder import write_days
 
 from dlrm.data.batches import Batches
 from dlrm.data.prefetch import Prefetcher
-from dlrm.data.source import open_source
-from dlrm.errors import UserError
+from dlrm.data.readers import open_source
+from dlrm.runtime.errors import UserError
 
 
 @pytest.fixture

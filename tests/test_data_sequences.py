@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlrm import dist
-from dlrm.bert_config import BertData
-from dlrm.bert_sets import prepare
-from dlrm.data import ratings
 from dlrm.data.batches import Batches
-from dlrm.data.prepared import load, save
-from dlrm.data.ratings import Ratings, Wanted
-from dlrm.data.sequence_source import Sequences, Training
-from dlrm.data.sequences import (
+from dlrm.models.bert4rec import ratings
+from dlrm.models.bert4rec.cache import load, save
+from dlrm.models.bert4rec.dataloaders import prepare
+from dlrm.models.bert4rec.options import BertData
+from dlrm.models.bert4rec.ratings import Ratings, Wanted
+from dlrm.models.bert4rec.sequence_reader import Sequences, Training
+from dlrm.models.bert4rec.sequences import (
     Histories,
     candidates,
     histories,
@@ -24,8 +23,9 @@ from dlrm.data.sequences import (
     to_judge,
     windows,
 )
-from dlrm.errors import UserError
-from dlrm.ranks import Ranks
+from dlrm.runtime import session
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
 
 GOOD = {
     "ml-1m": ("ratings.dat", "7::30::5::100\n7::10::4::300\n9::30::3::50\n7::20::1::200\n"),
@@ -224,7 +224,7 @@ def test_prepared_data_is_kept_until_the_source_changes(
     path.write_text("".join(f"{u} {i}\n" for u, i in draw.integers(0, 40, (900, 2))))
     data = BertData(dataset_name="text", dataset_path=str(path), negatives=5)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with dist.session(Ranks(), 60):
+    with session.session(Ranks(), 60):
         the_cache(path, data)
 
 

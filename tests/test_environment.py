@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.environment import HEADER, describe_environment, is_kept, mask_secrets
+from dlrm.runtime.environment import HEADER, describe_environment, is_kept, mask_secrets
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,7 +133,7 @@ def test_long_values_take_no_time(piece: str) -> None:
 
 
 def test_bytes_that_are_not_text() -> None:
-    command = [sys.executable, "-c", "import os; from dlrm.environment import describe_environment as d; "
+    command = [sys.executable, "-c", "import os; from dlrm.runtime.environment import describe_environment as d; "
                "os.write(1, d(os.environ).encode())"]  # fmt: skip
     environment = {b"NCCL_X": b"\xff\x01'", b"\xfe": b"x", b"PATH": os.environb[b"PATH"]}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=60)

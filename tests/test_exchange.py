@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm import exchange
+from dlrm.cpu import process_group
 
 pytestmark = pytest.mark.mpi
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def start(task: str, ranks: int) -> list[subprocess.Popen[str]]:
 
 
 def left_behind() -> set[str]:
-    return {name for name in os.listdir(exchange.FOLDER) if name.startswith("dlrm-")}
+    return {name for name in os.listdir(process_group.FOLDER) if name.startswith("dlrm-")}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from dlrm import bert4rec, entry, train
+from dlrm import bert4rec, train
 from dlrm.prep.__main__ import main as prep
+from dlrm.runtime import entry
 from tests.fuzzing import outcome
 
 ROOT = Path(__file__).parents[1]

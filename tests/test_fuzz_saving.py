@@ -20,12 +20,12 @@ from test_checkpoint_files import whole
 from test_saving_foreign import ARRAYS, store
 
 from common.errors import UserError
-from dlrm import loop, resume
 from dlrm.checkpoint import folder, state
 from dlrm.checkpoint.saver import Saver
-from dlrm.data import prepared
-from dlrm.ranks import Ranks
-from dlrm.records import Records
+from dlrm.models.bert4rec import cache
+from dlrm.runtime.ranks import Ranks
+from dlrm.trainer import loop, resume
+from dlrm.trainer.run_folder import Records
 
 SIZES = (9, 3)
 STATE: dict[str, Any] = {
@@ -91,7 +91,7 @@ def read_store(argv: list[str]) -> int:
 
 
 def read_cache(argv: list[str]) -> int:
-    found = prepared.load(Path(argv[0]), {})
+    found = cache.load(Path(argv[0]), {})
     if found is not None:
         arrays, facts = found
         table = np.zeros(facts["items"] + 2) if facts["items"] < 1 << 20 else None
@@ -153,7 +153,7 @@ def prepare(place: Path, which: str) -> tuple[Path, Callable[[list[str]], int]]:
         opened.close()
         return place / "store", read_store
     if which == "cache":
-        prepared.save(place / "markov", ARRAYS, {"items": 3})
+        cache.save(place / "markov", ARRAYS, {"items": 3})
         return place / "markov", read_cache
     records = Records(str(place / "run"), True)
     records.start_anew()

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from analysis import __main__ as analysis
-from analysis.lines import Loss, blocks
-from analysis.scan import MAX_DUR, MAX_TS, scan
-from analysis.strings import PAD, Strings
 from analysis.tables import gather
+from analysis.trace.lines import Loss, blocks
+from analysis.trace.scan import MAX_DUR, MAX_TS, scan
+from analysis.trace.strings import PAD, Strings
 from tests.fuzzing import EXTREMES, check, mutate, outcome
 from tests.made_traces import training
 
@@ -183,7 +183,7 @@ def test_commands_survive_thousands_of_damaged_traces(start: int) -> None:
 
 def scan_case(seed: int, folder: Path) -> None:
     """The scanner and everything compiled that follows it, in this process."""
-    from analysis import perfetto
+    from analysis.perfetto import convert
 
     chance = random.Random(seed)
     strings = Strings()
@@ -201,7 +201,7 @@ def scan_case(seed: int, folder: Path) -> None:
     path.write_bytes(text)
     if len(block) and chance.random() < 0.3:
         try:
-            perfetto.convert(path, folder / "out")
+            convert.convert(path, folder / "out")
             gather.gather(path, on_this_thread)
         except analysis.UserError:
             pass

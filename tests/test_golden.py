@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config import Config, parse
-from dlrm.presets import PRESETS
-from dlrm.ranks import Ranks
+from dlrm.config.options import Config, parse
+from dlrm.config.presets import PRESETS
+from dlrm.runtime.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden_losses.json"
@@ -34,10 +34,10 @@ RUNS = {
 
 
 def losses(words: str, folder: Path) -> list[float]:
-    from dlrm import job
+    from dlrm.trainer import trainer
 
     argv = [*COMMON.split(), *words.split(), "--output_dir", str(folder)]
-    job.train(parse(Config, argv, "train", "", PRESETS), Ranks())
+    trainer.train(parse(Config, argv, "train", "", PRESETS), Ranks())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dlrm import loop
-from dlrm.errors import UserError
+from dlrm.runtime.errors import UserError
+from dlrm.trainer import loop
 
 ROWS, BATCHES = 3, 10
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlrm.model import cpu
+from dlrm.cpu import blas
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,29 +18,29 @@ def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_trial_tells_float32_from_bfloat16() -> None:
-    assert cpu.is_float32(torch.mm)
-    assert cpu.is_float32(torch.bmm, batch=3)
-    assert not cpu.is_float32(rounded)
-    assert not cpu.is_float32(rounded, batch=3)
-    assert not cpu.is_float32(lambda a, b: a @ b * float("nan"))
+    assert blas.is_float32(torch.mm)
+    assert blas.is_float32(torch.bmm, batch=3)
+    assert not blas.is_float32(rounded)
+    assert not blas.is_float32(rounded, batch=3)
+    assert not blas.is_float32(lambda a, b: a @ b * float("nan"))
 
 
 @pytest.mark.filterwarnings("error")
 def test_products_by_numpy_are_torchs() -> None:
-    assert cpu.is_float32(cpu.by_numpy)
+    assert blas.is_float32(blas.by_numpy)
     for shape in ((5, 7, 3), (5, 1, 3), (5, 7, 1), (0, 7, 3)):
         left, right = torch.randn(shape[:2]), torch.randn(shape[1:], requires_grad=True)
         for one, other in ((left, right), (right.t(), left.t())):
-            torch.testing.assert_close(cpu.by_numpy(one, other), torch.mm(one, other).detach())
+            torch.testing.assert_close(blas.by_numpy(one, other), torch.mm(one, other).detach())
     huge = torch.full((2, 2), 1e30)
     huge[1, 1] = float("nan")
-    found = cpu.by_numpy(huge, huge)
+    found = blas.by_numpy(huge, huge)
     assert found[0, 0] == float("inf") and found[1, 1].isnan()
 
 
 def test_nothing_on_cuda() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    assert cpu.tune(torch.device("cuda")) == []
+    assert blas.tune(torch.device("cuda")) == []
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 

@@ -10,10 +10,10 @@ from torchrec.models import dlrm as torchrec_dlrm
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from dlrm.errors import UserError
-from dlrm.model.dlrm import Train, build, compile_dense
-from dlrm.model.interaction import Dot, PairDots, Shape
-from dlrm.model.tables import table_configs
+from dlrm.embeddings.tables import table_configs
+from dlrm.models.dlrm.interactions import Dot, PairDots, Shape
+from dlrm.models.dlrm.model import Train, build, compile_dense
+from dlrm.runtime.errors import UserError
 
 NAMES = ["cat_a", "cat_b", "cat_c", "cat_d"]
 CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.errors import UserError
-from dlrm.model.dlrm import Train, build
-from dlrm.model.optim import apply_in_backward
-from dlrm.model.plan import describe, load_constraints, make_plan, memory_of, plan_as_dict
-from dlrm.model.tables import table_configs
-from dlrm.ranks import Ranks
+from dlrm.embeddings.planner import describe, load_constraints, make_plan, memory_of, plan_as_dict
+from dlrm.embeddings.tables import table_configs
+from dlrm.models.dlrm.model import Train, build
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
+from dlrm.trainer.optimizers import apply_in_backward
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

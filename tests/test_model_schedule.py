@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from dlrm.errors import UserError
-from dlrm.model.schedule import SCHEDULES, Schedule, learning_rate, set_lr
+from dlrm.runtime.errors import UserError
+from dlrm.trainer.lr_schedule import SCHEDULES, Schedule, learning_rate, set_lr
 
 
 class Policy(LRScheduler):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from dlrm import startup
-from dlrm.criteo import SPARSE_NAMES
-from dlrm.errors import UserError
-from dlrm.model import tables
-from dlrm.model.tables import initialise, table_configs, table_parameters
+from dlrm.cpu import startup
+from dlrm.data.criteo import SPARSE_NAMES
+from dlrm.embeddings import tables
+from dlrm.embeddings.tables import initialise, table_configs, table_parameters
+from dlrm.runtime.errors import UserError
 
 
 def weights(seed: int = 0, rows: int = 40_000, dtype: str = "fp32") -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dlrm.prep.__main__ import main
-from dlrm.prep.toy import write_days
+from dlrm.prep.tools.toy import write_days
 
 ROOT = Path(__file__).parents[1]
 COUNTS = '|-3|+5| 7 |1_000|2147483000|0|-0|12345678|123456789|00012|\u0663|"4"'
@@ -152,7 +152,7 @@ def test_giant_columns_by_bitmap(days: Path, tmp_path: Path, least: int) -> None
 def test_exact_ids_where_torchrec_rounds(tmp_path: Path) -> None:
     """Above 2^24 torchrec's shuffle rounds ids; here only with --compat does it happen."""
     ids = np.array([[16777217, 33554435, 292775613]], np.int32)
-    from dlrm.prep.publish import rounded
+    from dlrm.prep.io.publish import rounded
 
     assert rounded(ids).tolist() == [[16777216, 33554436, 292775616]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dlrm.prep.__main__ import main
-from dlrm.prep.toy import write_days
+from dlrm.prep.tools.toy import write_days
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlrm.criteo import Meta
-from dlrm.errors import UserError
-from dlrm.prep import parse, rows
+from dlrm.data.criteo import Meta
 from dlrm.prep.__main__ import main
-from dlrm.prep.files import File
-from dlrm.prep.scan import Piece, Scanner
-from dlrm.prep.toy import tsv, write_days
+from dlrm.prep.io import odd_lines
+from dlrm.prep.io.blocks import Piece, Scanner
+from dlrm.prep.io.files import File
+from dlrm.prep.kernels import parse_line
+from dlrm.prep.tools.toy import tsv, write_days
+from dlrm.runtime.errors import UserError
 
 GOOD = "1\t" + "\t".join(str(i) for i in range(13)) + "\t" + "\t".join(f"{i:08x}" for i in range(26)) + "\n"
 
@@ -264,7 +265,7 @@ def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
         except (ValueError, IndexError, AssertionError, StopIteration):
             wanted = None
         with File(path) as file:
-            scanner = Scanner(file, "x", Piece(0, 0, file.size), rows.Rules(), False)
+            scanner = Scanner(file, "x", Piece(0, 0, file.size), odd_lines.Rules(), False)
             try:
                 blocks = [
                     (block.dense[0].tolist(), block.sparse[0].tolist(), int(block.labels[0]), block.rows)
@@ -286,7 +287,7 @@ def test_block_borders(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(text)
     with File(path) as file:
-        scanner = Scanner(file, "x", Piece(0, 0, len(text)), rows.Rules(), False)
+        scanner = Scanner(file, "x", Piece(0, 0, len(text)), odd_lines.Rules(), False)
         third = np.concatenate([block.dense[: block.rows, 2].copy() for block, _ in scanner.blocks()])
     assert third.tolist() == [2] * 2047 + [5] + [2] * 2048 + [7] * 3000 + [2]
-    assert parse.PAD >= 16
+    assert parse_line.PAD >= 16

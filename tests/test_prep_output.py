@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import Finished
 
-from dlrm.criteo import Meta
+from dlrm.data.criteo import Meta
 from dlrm.prep.__main__ import main
-from dlrm.prep.toy import log_odds, skewed, write_days
+from dlrm.prep.tools.toy import log_odds, skewed, write_days
 
 SIZES = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1]
 
@@ -257,7 +257,7 @@ def test_digests_are_hashlibs(tmp_path: Path) -> None:
     """Files of all lengths around md5's and our own borders."""
     import hashlib
 
-    from dlrm.prep.digests import CHUNK, digests
+    from dlrm.prep.io.digests import CHUNK, digests
 
     rng, paths = np.random.default_rng(0), []
     borders = [size + more for size in (0, 56, 64, 128, CHUNK, 2 * CHUNK) for more in (-9, -8, -1, 0, 1)]
@@ -273,7 +273,7 @@ def test_digests_are_hashlibs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [6, 11, 24])
 def test_permutation_is_numpys(tmp_path: Path, rows: int, bits: int) -> None:
     """In one partition or in hundreds."""
-    from dlrm.prep.permute import write_places
+    from dlrm.prep.steps.permute import write_places
 
     order = np.arange(rows)
     np.random.RandomState(7).shuffle(order)

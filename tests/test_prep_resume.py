@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.prep import place, spill
 from dlrm.prep.__main__ import main
-from dlrm.prep.toy import write_days
+from dlrm.prep.io import spill
+from dlrm.prep.steps import place
+from dlrm.prep.tools.toy import write_days
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}

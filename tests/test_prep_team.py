@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.errors import UserError
-from dlrm.prep.team import in_processes
+from dlrm.prep.job.workers import in_processes
+from dlrm.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +83,7 @@ def test_a_killed_process_is_told(worse: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nobody_is_left_behind(ended_by: signal.Signals) -> None:
     code = (
-        "import os, time; from dlrm.prep.team import in_processes\n"
+        "import os, time; from dlrm.prep.job.workers import in_processes\n"
         "def work(item): os.write(1, b'%d\\n' % os.getpid()); time.sleep(100)\n"
         "in_processes(3, work, range(3))"
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlrm.ranks import here
+from dlrm.runtime.ranks import here
 
 MPI = {"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}

@@ -16,9 +16,9 @@ from alive import ROOT, Alive, free_port
 from test_survival_stop import words
 
 from common.owned import remove_dead_segments
-from dlrm.peers import LocalPeers, Process
-from dlrm.rendezvous import TOKEN, SignedStore, job_key
-from dlrm.watch import Note
+from dlrm.runtime.heartbeat import Note
+from dlrm.runtime.peers import LocalPeers, Process
+from dlrm.runtime.rendezvous import TOKEN, SignedStore, job_key
 
 HOST = socket.gethostname()
 STRANGER = """

@@ -6,8 +6,8 @@ import polars as pl
 import pytest
 from made_traces import Made, training
 
-from analysis.facts import Facts, Finding
-from analysis.findings import findings
+from analysis.report.facts import Facts, Finding
+from analysis.report.findings import findings
 from analysis.tables import answers
 from analysis.tables.gather import gather
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis.stages import kind_of, op_of
 from analysis.tables import calls
+from analysis.trace.classify import kind_of, op_of
 
 
 def test_latency_buckets_are_close() -> None:

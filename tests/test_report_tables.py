@@ -14,10 +14,10 @@ import trace_processor
 import traced
 from made_traces import BEGIN, Made, training
 
-from analysis import perfetto
-from analysis.stages import CALLS, KINDS, kind_of, op_of
+from analysis.perfetto import convert
 from analysis.tables import answers, progress
 from analysis.tables.gather import Joined, gather
+from analysis.trace.classify import CALLS, KINDS, kind_of, op_of
 
 
 def raw(run: Path) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def test_operations_by_plain_python(run: Path, joined: Joined) -> None:
 
 
 def test_steps_by_sql(run: Path, joined: Joined, tmp_path: Path) -> None:
-    made = perfetto.convert(run, tmp_path / "x.pftrace")
+    made = convert.convert(run, tmp_path / "x.pftrace")
     with trace_processor.opened(made.path) as trace:
         steps = trace.rows(
             "select count(*), sum(dur), max(dur) from slice where category='train' and name='step'"

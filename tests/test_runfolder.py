@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.environment import HEADER
+from dlrm.runtime.environment import HEADER
 
 ROOT = Path(__file__).parents[1]
 DROP = ("PBS", "SLURM", "DLRM_ENV_KEEP")
@@ -16,7 +16,7 @@ DROP = ("PBS", "SLURM", "DLRM_ENV_KEEP")
 def start(*words: object, **more: str) -> "subprocess.Popen[bytes]":
     kept = {name: value for name, value in os.environ.items() if not name.startswith(DROP)}
     return subprocess.Popen(
-        [sys.executable, "-m", "dlrm.runfolder", *map(str, words)], cwd=ROOT, env=kept | more,
+        [sys.executable, "-m", "dlrm.runtime.new_run_folder", *map(str, words)], cwd=ROOT, env=kept | more,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

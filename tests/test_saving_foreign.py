@@ -21,9 +21,9 @@ from test_survival_stop import words
 from common.errors import UserError
 from common.lock import FolderLock
 from dlrm.checkpoint import folder
-from dlrm.data import prepared
-from dlrm.model.store import RowStore
-from dlrm.records import Records
+from dlrm.embeddings.ssd.row_file import RowStore
+from dlrm.models.bert4rec import cache as prepared
+from dlrm.trainer.run_folder import Records
 
 THEIRS = b'{"step": 3, "mine": "thesis"}\n'
 

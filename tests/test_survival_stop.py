@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from alive import Alive, metrics
 
-from dlrm.errors import STOPPED
+from dlrm.runtime.errors import STOPPED
 
 TOY = ["--preset", "toy", "--report_every", 5, "--batch_size", 128, "--epochs", 2]
 

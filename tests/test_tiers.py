@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.errors import UserError
-from dlrm.model.rowcache import Full, RowCache
-from dlrm.model.store import RowStore
-from dlrm.model.tables import fill
-from dlrm.model.tier import Table, Tier, Whole, share
+from dlrm.embeddings.ssd.cached_table import Table, Tier, Whole, share
+from dlrm.embeddings.ssd.row_cache import Full, RowCache
+from dlrm.embeddings.ssd.row_file import RowStore
+from dlrm.embeddings.tables import fill
+from dlrm.runtime.errors import UserError
 
 ROWS, DIM = 3000, 8
 

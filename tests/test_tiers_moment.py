@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_tiers import ROWS, first_values, opened, work
 
-from dlrm.model.tier import Whole
+from dlrm.embeddings.ssd.cached_table import Whole
 
 
 def test_a_checkpoint_reads_one_moment_while_training_goes_on(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import trace_processor
 from conftest import Finished, Train, python
 
-from dlrm.errors import UserError
-from dlrm.model import storetype
-from dlrm.model.tier import Table
+from dlrm.embeddings.ssd import placement
+from dlrm.embeddings.ssd.cached_table import Table
+from dlrm.runtime.errors import UserError
 
 SMALL = [
     "--preset", "toy", "--report_every", 1, "--num_embeddings", 3000, "--batch_size", 128,
@@ -184,12 +184,12 @@ def test_auto_goes_by_sizes_and_memory_and_says_why() -> None:
         (True, 0.1 * gb, gb, "cached_host_mem"),
         (True, 0.1 * gb, 0.2 * gb, "cached_ssd"),
     ):
-        places, why = storetype.choose("auto", tables, {}, cuda, int(memory), int(host))
+        places, why = placement.choose("auto", tables, {}, cuda, int(memory), int(host))
         assert places == {"a": expected, "b": expected}
         said = f"{expected}: tables and optimizer take 0.512 GB, memory has {memory / 1e9:.3g}"
         assert why == said
     wishes = {"b": {"store": "device_mem"}}
-    places, _ = storetype.choose("auto", tables, wishes, False, gb // 10, gb // 10)
+    places, _ = placement.choose("auto", tables, wishes, False, gb // 10, gb // 10)
     assert places == {"a": "cached_ssd", "b": "device_mem"}
 
 
@@ -200,7 +200,7 @@ def test_auto_takes_files_where_memory_is_short(
     memory = train_here(*words)
     assert "tables: device_mem: tables and optimizer take 0.00998 GB, memory has" in capsys.readouterr().out
     assert not (memory.folder / "store").exists()
-    monkeypatch.setattr(storetype, "memory_of", lambda *_: 10_000_000)
+    monkeypatch.setattr(placement, "memory_of", lambda *_: 10_000_000)
     files = train_here(*words)
     assert (
         "tables: cached_ssd: tables and optimizer take 0.00998 GB, memory has 0.01" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""dlrm.trace: what lands in the file, and what survives a kill."""
+"""dlrm.runtime.trace: what lands in the file, and what survives a kill."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import traced
 
-from analysis import events
+from analysis.trace import events
 
 
 def lines(folder: Path) -> list[dict]:

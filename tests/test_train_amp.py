@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from dlrm import dist, loop
-from dlrm.assembly import build_model, shard
-from dlrm.config import Config, parse
-from dlrm.job import Job, open_records
-from dlrm.presets import PRESETS
-from dlrm.ranks import Ranks
-from dlrm.sets import open_sets
+from dlrm.config.options import Config, parse
+from dlrm.config.presets import PRESETS
+from dlrm.models.dlrm.build import build_model, shard
+from dlrm.models.dlrm.dataloaders import open_sets
+from dlrm.runtime import session
+from dlrm.runtime.ranks import Ranks
+from dlrm.trainer import loop
+from dlrm.trainer.trainer import Job, open_records
 
 SMALL = {
     "num_embeddings": 4, "embedding_dim": 8, "dense_arch_layer_sizes": "16,8",
@@ -34,7 +35,7 @@ def trained(*words: object) -> tuple[Job, dict[str, torch.Tensor], dict[str, tor
     """A job after its steps; its tables and its dense weights."""
     cfg = parse(Config, [*(f"--{k}={v}" for k, v in SMALL.items()), *map(str, words)], "train", "", PRESETS)
     here = Ranks()
-    with dist.session(here, 60) as device:
+    with session.session(here, 60) as device:
         records = open_records(cfg, here)
         sets = open_sets(cfg, here)
         module = build_model(cfg, sets.sizes, device)
@@ -105,7 +106,7 @@ def test_dynamic_scaling_recovers() -> None:
 
 
 def test_the_scale_grows_after_good_steps() -> None:
-    from dlrm.amp import GROWTH_STEPS, LossScale
+    from dlrm.trainer.mixed_precision import GROWTH_STEPS, LossScale
 
     at = loop.Progress(loss_scale=8.0)
     scale = LossScale(at, dynamic=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlrm.errors import UserError
+from dlrm.runtime.errors import UserError
 
 Spoil = Callable[[Path], object]
 

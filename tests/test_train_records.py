@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlrm.advice import unused
-from dlrm.config import Config, parse
+from dlrm.config.options import Config, parse
+from dlrm.config.unused import unused
 
 ROOT = Path(__file__).parents[1]
 HOTS = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 10, 27, 10, 3, 1, 1]

@@ -12,9 +12,9 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from dlrm.criteo import SPARSE_NAMES, Meta
-from dlrm.model.dlrm import build
-from dlrm.model.tables import table_configs
+from dlrm.data.criteo import SPARSE_NAMES, Meta
+from dlrm.embeddings.tables import table_configs
+from dlrm.models.dlrm.model import build
 
 DIM, DENSE, OVER, BATCH, STEPS = 8, [16, 8], [16, 1], 128, 40
 KINDS = {"original": DLRM, "dcn": DLRM_DCN}

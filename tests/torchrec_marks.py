@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from dlrm import ranks, trace
+from dlrm.runtime import ranks, trace
 
 HERE = ranks.here()
 trace.start(sys.argv[1], HERE, "marks")

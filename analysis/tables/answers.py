@@ -5,10 +5,10 @@ Time as a whole and I/O; progress.py has what goes step by step.
 
 import polars as pl
 
-from analysis.stages import DATA_OPS, KINDS
 from analysis.tables.calls import with_us
 from analysis.tables.gather import Joined
 from analysis.tables.times import MEASURES
+from analysis.trace.classify import DATA_OPS, KINDS
 
 S = 1e6
 WHOLE_PHASES = ("startup", "evaluate", "checkpoint", "preprocess", "other")

@@ -7,10 +7,10 @@ and no call shows, as with a mapped file. A file is in one of them, so the layer
 import numpy as np
 import polars as pl
 
-from analysis.stages import DATA_OPS
-from analysis.strings import compiled
 from analysis.tables.read import Events
 from analysis.tables.times import Windows
+from analysis.trace.classify import DATA_OPS
+from analysis.trace.strings import compiled
 
 SLOWEST = 40
 _NONE, _SEQUENTIAL, _RANDOM, _STRIDED = 0, 1, 2, 3

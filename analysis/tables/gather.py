@@ -13,12 +13,12 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.clocks import Clock, clocks, launches
-from analysis.events import heads, ranked
-from analysis.process import Process
 from analysis.tables.calls import io, told
 from analysis.tables.read import read_rank
 from analysis.tables.times import times
+from analysis.trace.clocks import Clock, clocks, launches
+from analysis.trace.events import heads, ranked
+from analysis.trace.process import Process
 from common.errors import UserError
 
 OF_A_LAUNCH = ("time", "steps", "marks")  # tables whose rows say their launch

@@ -2,10 +2,10 @@
 
 import polars as pl
 
-from analysis.stages import DATA_OPS, KINDS
 from analysis.tables.answers import S, in_seconds
 from analysis.tables.gather import Joined
 from analysis.tables.times import MEASURES
+from analysis.trace.classify import DATA_OPS, KINDS
 
 KIND_US = [f"{kind}_us" for kind in (*KINDS, "other")]
 OWN = (pl.col("wall_us") - pl.col("communication_us")).alias("own_us")  # a step without what waits for others

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.clocks import Clock
-from analysis.columns import frame
-from analysis.events import Reader
-from analysis.process import Process
-from analysis.scan import MAX_BYTES, Block
-from analysis.stages import CALLS, legend
-from analysis.strings import Strings
+from analysis.trace.classify import CALLS, legend
+from analysis.trace.clocks import Clock
+from analysis.trace.columns import frame
+from analysis.trace.events import Reader
+from analysis.trace.process import Process
+from analysis.trace.scan import MAX_BYTES, Block
+from analysis.trace.strings import Strings
 
 _COLUMNS = (
     "pid", "tid", "cat", "name", "ts", "dur", "file", "offset", "ret", "bytes",

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from analysis.intervals import Stretches, difference, union
-from analysis.stages import KINDS
+from analysis.tables.intervals import Stretches, difference, union
 from analysis.tables.read import Events
+from analysis.trace.classify import KINDS
 
 MEASURES = (
     "wall_us", *(f"{kind}_us" for kind in KINDS), "other_us",

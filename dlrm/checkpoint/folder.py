@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.inputs import check_regular, read_json_object
 from common.owned import WorkFolders
 from dlrm.checkpoint.shards import DTYPES, Blocks, Corrupt, Stored, write_small
-from dlrm.trace import sync
+from dlrm.runtime.trace import sync
 
 MARKER = "checkpoint.json"
 VERSION = 1

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dlrm import trace
 from dlrm.checkpoint import folder, shards, state
 from dlrm.checkpoint.shards import Piece
-from dlrm.errors import UserError
-from dlrm.ranks import Ranks
+from dlrm.runtime import trace
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
 
 POLL = 0.02  # seconds
 

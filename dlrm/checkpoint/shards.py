@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from dlrm.trace import opening, span
+from dlrm.runtime.trace import opening, span
 
 SMALL = 1 << 20
 BLOCK = 4 << 20  # bytes under one checksum, also those of one read or write

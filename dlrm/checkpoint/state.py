@@ -9,8 +9,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dlrm.checkpoint.folder import Checkpoint
 from dlrm.checkpoint.shards import Piece, read_into
-from dlrm.errors import UserError
-from dlrm.trace import span
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.trace import span
 
 # one and the same thing: in fbgemm's fused optimizers, and in torch's for data-parallel tables
 SAME = {"sum": "momentum1", "exp_avg": "momentum1", "exp_avg_sq": "momentum2"}

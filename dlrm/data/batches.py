@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from torchrec.datasets.utils import Batch
 
-from dlrm.data.deal import Deal, Segment, cut, merge
-from dlrm.data.kjt import ToBatch
+from dlrm.data.collate import ToBatch
 from dlrm.data.rows import Rows, Source
+from dlrm.data.sampler import Deal, Segment, cut, merge
 from dlrm.data.shuffle import Order, Window, collect
-from dlrm.errors import UserError
-from dlrm.trace import span
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.trace import span
 
 
 class Batches:

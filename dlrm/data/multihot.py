@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dlrm.criteo import NUM_SPARSE, multi_hot_name, part_name
+from dlrm.data.criteo import NUM_SPARSE, multi_hot_name, part_name
 from dlrm.data.npy import Counted, Layout, NpyFile, described, open_part, scan
-from dlrm.errors import UserError
+from dlrm.runtime.errors import UserError
 
 DRAWS = 1 << 22  # ids drawn at a time: the stream of draws is the same, the memory is not
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.criteo import META, PARTS, Meta, part_name, split_last_day
-from dlrm.errors import UserError
+from dlrm.data.criteo import META, PARTS, Meta, part_name, split_last_day
+from dlrm.runtime.errors import UserError
 
 DTYPES = {"dense": ("float32",), "sparse": ("int32", "int64"), "labels": ("int32", "int64")}
 MAGIC = b"\x93NUMPY"

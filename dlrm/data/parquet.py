@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dlrm.criteo import META, NUM_DENSE, NUM_SPARSE, Meta
+from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, Meta
 from dlrm.data.npy import Counted, stage_rows
 from dlrm.data.rows import STAGES, Rows, batch_name
 from dlrm.data.shuffle import join
-from dlrm.errors import UserError
-from dlrm.trace import span
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.trace import span
 
 LABEL = "label"
 DENSE = [f"I{n}" for n in range(1, NUM_DENSE + 1)]

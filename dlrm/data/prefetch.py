@@ -13,7 +13,7 @@ from typing import Any
 from torchrec.datasets.utils import Batch
 
 from dlrm.data.batches import Batches
-from dlrm.trace import name_thread, span
+from dlrm.runtime.trace import name_thread, span
 
 PATIENCE = 5.0  # seconds: a thread stuck in a read of a hung file system must not hold up the exit
 

@@ -8,8 +8,8 @@ sizes, so a run can resume at others. A window that two ranks share is read by b
 
 import numpy as np
 
-from dlrm.data.deal import Segment
 from dlrm.data.rows import Rows, Source
+from dlrm.data.sampler import Segment
 
 BLOCKS = 16  # per window
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from dlrm.data.npy import Layout
 from dlrm.data.rows import Rows, batch_name
-from dlrm.errors import UserError
-from dlrm.trace import opening, span
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.trace import opening, span
 
 
 @dataclass(frozen=True)

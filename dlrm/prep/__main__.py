@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import os_errors_as_user_errors, printable
-from dlrm import errors, ranks
-from dlrm.prep import options as choices
+from dlrm.prep.job import options as choices
+from dlrm.runtime import errors, ranks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,11 +93,15 @@ def add_steps(commands: Any) -> None:
 
 
 def step(args: argparse.Namespace) -> None:
-    from dlrm.prep import reorder, steps
+    from dlrm.prep.tools import torchrec_scripts, torchrec_shuffle
 
     values = vars(args)
     command = values.pop("command")
-    {"parse": steps.parse, "contiguous": steps.contiguous, "shuffle": reorder.shuffle}[command](**values)
+    {
+        "parse": torchrec_scripts.parse,
+        "contiguous": torchrec_scripts.contiguous,
+        "shuffle": torchrec_shuffle.shuffle,
+    }[command](**values)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -105,7 +109,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def check(args: argparse.Namespace) -> None:
-    from dlrm.prep.check import check as flaws_of
+    from dlrm.prep.tools.check import check as flaws_of
 
     flaws = flaws_of(args.folder)
     if flaws:
@@ -116,10 +120,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def multihot(args: argparse.Namespace) -> None:
-    from dlrm import criteo
-    from dlrm.prep.multihot import MultiHot
-    from dlrm.prep.multihot import run as materialise
-    from dlrm.prep.team import Team
+    from dlrm.data import criteo
+    from dlrm.prep.job.workers import Team
+    from dlrm.prep.tools.multihot import MultiHot
+    from dlrm.prep.tools.multihot import run as materialise
 
     tables = args.num_embeddings_per_feature or tuple(criteo.Meta.load(args.input_dir).table_sizes)
     options = MultiHot(
@@ -133,13 +137,13 @@ def run(args: argparse.Namespace) -> None:
     values: dict[str, Any] = vars(args) | {"steps": tuple(args.steps.split(","))}
     del values["command"]
     options = choices.Options(**values).checked()
-    from dlrm.prep.engines import ENGINES
+    from dlrm.prep.engines.registry import ENGINES
 
     ENGINES[options.engine](options)
 
 
 def toy(args: argparse.Namespace) -> None:
-    from dlrm.prep.toy import write_days
+    from dlrm.prep.tools.toy import write_days
 
     write_days(args.out, args.days, args.rows, args.seed, args.one_file)
 

@@ -1,0 +1,92 @@
+"""The traces of a run -> Chrome's JSON, for tools that know nothing newer. Slow and large; streamed."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from analysis.perfetto.convert import new_trace, trace_name
+from analysis.perfetto.tracks import Summary, process_name
+from analysis.run_folder import outputs
+from analysis.trace.clocks import clocks, launches, moves, skew
+from analysis.trace.columns import COLUMNS, frame
+from analysis.trace.events import Reader, heads, ranked
+from analysis.trace.process import Process
+from analysis.trace.strings import Strings
+
+_TOP = ("rank", "pid", "tid", "cat", "name", "ts", "dur", "args")
+
+
+def convert(
+    run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
+    progress: Callable[[Path, int], None] | None = None,
+) -> Summary:  # fmt: skip
+    processes = heads(run_dir)
+    summary = Summary(Path())
+    known = clocks(processes)
+    summary.clocks = moves(processes, known)
+    jobs = launches(processes)
+    strings, paths, done = Strings(), {}, []
+    name = trace_name(run_dir, posix) + ".json"
+    with new_trace(run_dir, path, name, outputs.is_own_json_trace) as (summary.path, raw):
+        file = io.BufferedWriter(raw)  # pyright: ignore[reportArgumentType]
+        mark = outputs.TRACE_MARK.decode()
+        file.write(f'{{"displayTimeUnit":"ms","otherData":{{"mark":"{mark}"}},"traceEvents":['.encode())
+        comma = b"\n"
+        for pid, process in enumerate([process for job in jobs for process in ranked(job)], 1):
+            launch = 1 + next(n for n, job in enumerate(jobs) if process in job) if len(jobs) > 1 else 0
+            reader = Reader(process.path, strings, paths)
+            done.append(reader.process)
+            for block in reader:
+                table = known[process.path].frame(frame(block, strings, paths, process.rank, COLUMNS))
+                for event in _events(table.iter_rows(named=True), pid, posix):
+                    file.write(comma + json.dumps(event, separators=(",", ":")).encode())
+                    comma = b",\n"
+                    summary.events += 1
+                if progress:
+                    progress(process.path, len(block))
+            for event in _metadata(process, reader.process, pid, launch):
+                file.write(comma + json.dumps(event, separators=(",", ":")).encode())
+                comma = b",\n"
+            if reader.process.lost:
+                summary.lost.append(reader.process.lost)
+        file.write(b"\n]}\n")
+        file.flush()
+    summary.skew = skew(done)
+    return summary
+
+
+def _events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if posix and row["cat"] not in ("POSIX", "STDIO"):
+            continue
+        args = {key: value for key, value in row.items() if key not in _TOP and value is not None}
+        if row["args"]:
+            args.update(_parsed(row["args"]))
+        event = {
+            "name": row["name"], "cat": row["cat"], "pid": pid, "tid": row["tid"],
+            "ts": row["ts"], "args": args,
+        }  # fmt: skip
+        if row["cat"] == "counter":
+            yield {**event, "ph": "C", "args": {row["name"]: row["value"]}}
+        elif row["cat"] == "clock":
+            yield {**event, "ph": "i", "s": "t"}
+        else:
+            yield {**event, "ph": "X", "dur": row["dur"]}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Arguments without a column. The scanner does not look closely: what is no JSON is shown as text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"args": text}
+
+
+def _metadata(process: Process, seen: Process, pid: int, launch: int) -> Iterator[dict[str, Any]]:
+    about = {"ph": "M", "pid": pid}
+    yield {**about, "name": "process_name", "args": {"name": process_name(process, launch)}}
+    yield {**about, "name": "process_sort_index", "args": {"sort_index": pid}}
+    for tid, name in seen.threads.items():
+        yield {**about, "tid": tid, "name": "thread_name", "args": {"name": name}}

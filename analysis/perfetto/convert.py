@@ -1,0 +1,159 @@
+"""The traces of a run -> one native Perfetto trace: processes by rank, nested slices, counters, flows.
+
+Streamed block by block, in constant memory; written under a temporary name and renamed when whole.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from analysis.perfetto import proto
+from analysis.perfetto.derive import Bandwidth
+from analysis.perfetto.tracks import (
+    About,
+    FileTracks,
+    Output,
+    Shared,
+    Summary,
+    process_name,
+    write_bandwidth,
+    write_counter,
+)
+from analysis.run_folder import outputs, records, run_settings
+from analysis.trace.clocks import clocks, launches, moves, skew
+from analysis.trace.events import Reader, heads, ranked
+from common.errors import UserError, os_errors_as_user_errors, printable
+
+LONGEST_NAME = 200  # bytes of a file's name, its ending not counted
+EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
+_NO_COUNTERS = ("step", "epoch", "time", "split", "samples")
+# a track for each of their other numbers would bury the rest
+_OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
+
+
+def convert(
+    run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
+    progress: Callable[[Path, int], None] | None = None,
+) -> Summary:  # fmt: skip
+    """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events."""
+    processes = heads(run_dir)
+    summary = Summary(Path())
+    known, jobs = clocks(processes), launches(processes)
+    summary.clocks = moves(processes, known)
+    begin = min((known[p.path].time(p.first) for p in processes if p.first), default=0)
+    begin = max(0, begin - EARLIER_US)
+    name = trace_name(run_dir, posix) + ".pftrace"
+    with new_trace(run_dir, path, name, outputs.is_own_trace) as (summary.path, file):
+        file.write(outputs.mark_packet())
+        shared = Shared(Output(file), summary, posix, begin, Bandwidth(begin))
+        done = []
+        shown = [
+            (process, process_name(process, number if len(jobs) > 1 else 0))
+            for number, job in enumerate(jobs, 1)
+            for process in ranked(job)
+        ]
+        abouts = [
+            About(shared.unique(process.pid), name, order) for order, (process, name) in enumerate(shown)
+        ]
+        for about in abouts:
+            shared.out.write(proto.early_process(about.pid, about.name))
+        for (process, _), about in zip(shown, abouts, strict=True):
+            reader = Reader(process.path, shared.strings, shared.paths)
+            tracks = FileTracks(shared, process, reader, known[process.path], about)
+            for block in reader:
+                tracks.add(block)
+                if progress:
+                    progress(process.path, len(block))
+            tracks.finish()
+            done.append(reader.process)
+        write_bandwidth(shared, 0, shared.total)
+        if not posix:
+            _metrics(shared, Path(run_dir) / "metrics.jsonl")
+        shared.out.flush()
+        if not summary.events:
+            told = " of POSIX calls" if posix else ""
+            raise UserError(f"{printable(run_dir)}: the traces hold no events{told}")
+    summary.skew = skew(done)
+    return summary
+
+
+@contextmanager
+def new_trace(
+    run_dir: str | Path, path: str | Path | None, name: str, is_own: outputs.IsOwn
+) -> Iterator[tuple[Path, BinaryIO]]:
+    """A file that appears under its name only when it is whole: `path`, else `name` in the run's folder."""
+    if path is not None:
+        with outputs.named_file(Path(path), is_own) as partial, _filled(partial, Path(path)) as file:
+            yield Path(path), file
+        return
+    folder = outputs.beside(run_dir)
+    outputs.check_folder(folder, {name: is_own}, "choose another place with -o")
+    with (
+        outputs.results_in(folder) as results,
+        _filled(results.file(name, is_own), folder / name) as file,
+    ):
+        yield folder / name, file
+
+
+@contextmanager
+def _filled(partial: Path, path: Path) -> Iterator[BinaryIO]:
+    """Only what goes wrong with this file is said of it: traces are read in the meantime."""
+    with os_errors_as_user_errors(path):
+        file = _Named(partial, path)
+    try:
+        yield file  # pyright: ignore[reportReturnType]
+    finally:
+        with os_errors_as_user_errors(path):
+            file.close()
+
+
+class _Named(io.FileIO):
+    """A file whose errors carry the name that it will have."""
+
+    def __init__(self, partial: Path, path: Path) -> None:
+        super().__init__(partial, "w")
+        self._path = path
+
+    def write(self, data: Any, /) -> int:
+        view: Any = memoryview(data).cast("B")
+        whole = len(view)
+        with os_errors_as_user_errors(self._path):
+            while view:
+                view = view[super().write(view) :]
+        return whole
+
+
+def trace_name(run_dir: str | Path, posix: bool) -> str:
+    """What the training was, as a file name; the folder's name where there is no config.json."""
+    run = Path(run_dir)
+    suffix = "-posix" if posix else ""
+    name = run_settings.file_name(records.read_config(run / "config.json", []))
+    folder = run.resolve().name if run.is_dir() else run.name.split(".")[0]
+    name = name or folder or "trace"
+    while len(os.fsencode(name)) > LONGEST_NAME:
+        name = name[:-1]
+    return name + suffix
+
+
+def _metrics(shared: Shared, path: Path) -> None:
+    """What metrics.jsonl has and the traces' own counters do not."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in records.metrics_lines(path, []):
+        if "time" not in row:
+            continue
+        prefix = f"{row['split']} " if "split" in row else ""
+        for key, value in row.items():
+            if "split" in row and key not in _OF_EVALUATIONS:
+                continue
+            if key not in _NO_COUNTERS and isinstance(value, int | float) and key not in shared.counted:
+                series.setdefault(prefix + key, []).append((row["time"], float(value)))
+    for name, points in series.items():
+        uuid = shared.new_uuid()
+        shared.out.write(proto.counter_track(uuid, 0, name, ""))
+        times, values = np.array(sorted(points)).T
+        write_counter(shared, uuid, (times * 1e6).astype(np.int64), values)

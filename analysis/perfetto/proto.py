@@ -1,0 +1,288 @@
+"""Perfetto's protobuf, written by hand: a Python half for the few packets, a numba half for the events.
+
+A trace is a row of `packet` fields. Events refer to names by number; a number is explained once, before
+its first use (InternedData). Times are microseconds since the beginning, on a clock of this sequence.
+"""
+
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from analysis.trace.scan import FLOAT, INT, STRING
+from analysis.trace.strings import compiled, pointer
+
+SEQUENCE, CLOCK, BOOTTIME, REALTIME = 1, 64, 6, 1
+PACKET, TIMESTAMP, SEQUENCE_ID, TRACK_EVENT, INTERNED, FLAGS, COMPRESSED = 1, 8, 10, 11, 12, 13, 50
+LEGACY, PROCESS_DESCRIPTOR = 6, 43
+CLOCK_ID, DEFAULTS, DESCRIPTOR, SNAPSHOT = 58, 59, 60, 6
+CLEARED, NEEDED = 1, 2
+SLICE_BEGIN, SLICE_END, INSTANT, COUNTER = 1, 2, 3, 4
+CATEGORIES, NAMES, KEYS, VALUES = 1, 2, 3, 29  # fields of InternedData
+INTERNED_KINDS = (CATEGORIES, NAMES, KEYS, VALUES)
+BYTES_PER_EVENT, BYTES_PER_ARG = 80, 32  # upper bounds, texts apart
+
+
+def varint(value: int) -> bytes:
+    value &= (1 << 64) - 1
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def number(field: int, value: int) -> bytes:
+    return varint(field << 3) + varint(value)
+
+
+def double(field: int, value: float) -> bytes:
+    return varint(field << 3 | 1) + struct.pack("<d", value)
+
+
+def nested(field: int, *parts: bytes | str) -> bytes:
+    body = b"".join(part.encode(errors="replace") if isinstance(part, str) else part for part in parts)
+    return varint(field << 3 | 2) + varint(len(body)) + body
+
+
+def packet(*fields: bytes) -> bytes:
+    return nested(PACKET, number(SEQUENCE_ID, SEQUENCE), *fields)
+
+
+def process(uuid: int, pid: int, name: str, labels: list[str], order: int) -> bytes:
+    about = number(1, pid) + nested(6, name) + number(3, order)
+    return packet(
+        nested(DESCRIPTOR, number(1, uuid), nested(3, about, *(nested(8, label) for label in labels)))
+    )
+
+
+def thread(uuid: int, parent: int, pid: int, tid: int, name: str) -> bytes:
+    about = number(1, pid) + number(2, tid) + nested(5, name)
+    return packet(nested(DESCRIPTOR, number(1, uuid), number(5, parent), nested(4, about)))
+
+
+def early_process(pid: int, name: str) -> bytes:
+    """The older way to describe a process: it is numbered as this is read, not as its events come."""
+    return packet(nested(PROCESS_DESCRIPTOR, number(1, pid), nested(6, name)))
+
+
+def counter_track(uuid: int, parent: int, name: str, unit: str) -> bytes:
+    above = number(5, parent) if parent else b""
+    return packet(nested(DESCRIPTOR, number(1, uuid), above, nested(2, name), nested(8, nested(6, unit))))
+
+
+def interned(entries: list[tuple[int, int, str]]) -> bytes:
+    """entries: (CATEGORIES | NAMES | KEYS | VALUES, number, text)."""
+    texts = [
+        nested(kind, number(1, iid), nested(2, text.encode(errors="replace"))) for kind, iid, text in entries
+    ]
+    return packet(number(FLAGS, NEEDED), nested(INTERNED, *texts))
+
+
+def clock(begin_us: int) -> bytes:
+    """Times of events are microseconds since begin_us: small numbers. To be written once, first of all."""
+    ns = begin_us * 1000
+    clocks = [nested(1, number(1, id), number(2, ns)) for id in (BOOTTIME, REALTIME)]
+    return packet(
+        number(FLAGS, CLEARED),
+        nested(SNAPSHOT, *clocks, nested(1, number(1, CLOCK), number(2, 0), number(4, 1000))),
+    )
+
+
+def on_track(uuid: int) -> bytes:
+    """From here on events belong to this track."""
+    defaults = nested(DEFAULTS, number(CLOCK_ID, CLOCK), nested(TRACK_EVENT, number(11, uuid)))
+    return packet(number(FLAGS, NEEDED), defaults)
+
+
+def as_boundaries(event: bytes, begin_ns: int, end_ns: int) -> bytes:
+    """One packet of `events` as a slice's begin and its end, at exact times."""
+    track_event = _field(_field(event, PACKET), TRACK_EVENT)
+    rest = b"".join(raw for field, raw, _ in _fields(track_event) if field != LEGACY)
+
+    def boundary(kind: int, time: int, *about: bytes) -> bytes:
+        when = number(TIMESTAMP, time) + number(CLOCK_ID, BOOTTIME)
+        return packet(when, number(FLAGS, NEEDED), nested(TRACK_EVENT, number(9, kind), *about))
+
+    return boundary(SLICE_BEGIN, begin_ns, rest) + boundary(SLICE_END, end_ns)
+
+
+def _field(message: bytes, wanted: int) -> bytes:
+    return next(body for field, _, body in _fields(message) if field == wanted)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """field number, its bytes with tag, its body (of nested ones)."""
+    p = 0
+    while p < len(message):
+        start = p
+        tag, p = _read_varint(message, p)
+        body = p
+        if tag & 7 == 0:
+            _, p = _read_varint(message, p)
+        elif tag & 7 == 1:
+            p += 8
+        else:
+            size, body = _read_varint(message, p)
+            p = body + size
+        yield tag >> 3, message[start:p], message[body:p]
+
+
+def _read_varint(message: bytes, p: int) -> tuple[int, int]:
+    value = shift = 0
+    while message[p] > 127:
+        value |= (message[p] & 127) << shift
+        shift += 7
+        p += 1
+    return value | message[p] << shift, p + 1
+
+
+@compiled
+def _varint(out, p, value):
+    rest = np.uint64(value)
+    while rest > np.uint64(127):
+        out[p] = np.uint8(rest & np.uint64(127)) | np.uint8(128)
+        rest >>= np.uint64(7)
+        p += 1
+    out[p] = np.uint8(rest)
+    return p + 1
+
+
+@compiled
+def _size3(out, p, size):
+    """A length in three bytes, so that its place can be kept before it is known."""
+    out[p] = (size & 127) | 128
+    out[p + 1] = ((size >> 7) & 127) | 128
+    out[p + 2] = (size >> 14) & 127
+
+
+@compiled
+def _head(out, p, time):
+    """packet { timestamp, sequence, flags, track_event { -> place, places of the two lengths."""
+    out[p] = 10
+    start = p + 1
+    p = start + 3
+    out[p] = TIMESTAMP << 3
+    p = _varint(out, p + 1, time)
+    out[p], out[p + 1], out[p + 2], out[p + 3] = SEQUENCE_ID << 3, SEQUENCE, FLAGS << 3, NEEDED
+    out[p + 4] = TRACK_EVENT << 3 | 2
+    return p + 8, start, p + 5
+
+
+@compiled
+def _annotation(out, p, key, kind, value, text):
+    """debug_annotations { name_iid, value }."""
+    out[p] = 34
+    start = p + 1
+    wide = kind != INT and kind != FLOAT and kind != STRING
+    p = start + (3 if wide else 1)
+    out[p] = 8
+    p = _varint(out, p + 1, key)
+    if kind == INT:
+        out[p] = 32
+        p = _varint(out, p + 1, value)
+    elif kind == FLOAT:
+        out[p] = 41
+        for i in range(8):
+            out[p + 1 + i] = (value >> (8 * i)) & 255
+        p += 9
+    elif kind == STRING:
+        out[p], out[p + 1] = 0x88, 0x01
+        p = _varint(out, p + 2, value)
+    else:
+        a, b = value >> 32, value & 0xFFFFFFFF
+        out[p] = 50
+        p = _varint(out, p + 1, b - a)
+        for i in range(a, b):
+            out[p] = text[i]
+            p += 1
+    if wide:
+        _size3(out, start, p - start - 3)
+    else:
+        out[start] = p - start - 1
+    return p
+
+
+@compiled
+def _flow(out, p, field, flow):
+    p = _varint(out, p, field << 3 | 1)
+    for i in range(8):
+        out[p + i] = (flow >> np.uint64(8 * i)) & np.uint64(255)
+    return p + 8
+
+
+@compiled
+def flow_id(base, k):
+    h = (np.uint64(base) + np.uint64(k)) * np.uint64(0x9E3779B97F4A7C15)
+    return h ^ (h >> np.uint64(31))
+
+
+@compiled
+def events(
+    order,
+    begin,
+    ts,
+    dur,
+    name,
+    cat,
+    instant,
+    arg_begin,
+    arg_key,
+    arg_kind,
+    arg_val,
+    text,
+    flow_base,
+    flow_count,
+    out,
+):  # noqa: E501
+    """The events in this order on a clock that began at `begin` -> bytes written.
+
+    `out` has BYTES_PER_EVENT for each, BYTES_PER_ARG for each argument of the block, room for the block's
+    text and for the flows that end (`FileTracks._encode`). An event is below 2 MiB, which its length in three
+    bytes can say: the scanner limits a line and its arguments, Flows the flows.
+
+    flow_count: 0 none; -1 - k: this event starts flow k of its base; n: n flows of its base end here.
+    """
+    q, text_p, p = pointer(out), pointer(text), 0
+    keys, kinds, values = pointer(arg_key), pointer(arg_kind), pointer(arg_val)
+    for i in order:
+        p, packet_at, event_at = _head(q, p, ts[i] - begin)
+        q[p] = 24
+        p = _varint(q, p + 1, cat[i])
+        q[p] = 80
+        p = _varint(q, p + 1, name[i])
+        if instant:
+            q[p], q[p + 1] = 72, INSTANT
+            p += 2
+        else:  # legacy_event { phase 'X', duration_us }: begin and end in one packet
+            q[p] = 50
+            size_at = p + 1
+            q[p + 2], q[p + 3], q[p + 4] = 16, 88, 24
+            p = _varint(q, p + 5, dur[i])
+            q[size_at] = p - size_at - 1
+        for j in range(arg_begin[i], arg_begin[i + 1]):
+            p = _annotation(q, p, keys[j], kinds[j], values[j], text_p)
+        if flow_count[i] < 0:
+            p = _flow(q, p, 47, flow_id(flow_base[i], -1 - flow_count[i]))
+        for k in range(flow_count[i]):
+            p = _flow(q, p, 48, flow_id(flow_base[i], k))
+        _size3(q, event_at, p - event_at - 3)
+        _size3(q, packet_at, p - packet_at - 3)
+    return p
+
+
+@compiled
+def counters(ts, values, begin, out):
+    q, p = pointer(out), 0
+    bits = values.view(np.int64)
+    for i in range(len(ts)):
+        p, packet_at, event_at = _head(q, p, ts[i] - begin)
+        q[p], q[p + 1] = 72, COUNTER
+        p = _varint(q, p + 2, 44 << 3 | 1)
+        for k in range(8):
+            q[p + k] = (bits[i] >> (8 * k)) & 255
+        p += 8
+        _size3(q, event_at, p - event_at - 3)
+        _size3(q, packet_at, p - packet_at - 3)
+    return p

@@ -1,0 +1,341 @@
+"""One trace file -> Perfetto packets: its process, its threads, their nested slices, its counters."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from isal import isal_zlib
+
+from analysis.perfetto import proto
+from analysis.perfetto.derive import Bandwidth, Flows, moved, values_of
+from analysis.perfetto.nest import Lane
+from analysis.trace.clocks import Clock
+from analysis.trace.columns import resolve
+from analysis.trace.events import Reader
+from analysis.trace.process import Process
+from analysis.trace.scan import EVENT, INLINE, STRING, Block
+from analysis.trace.strings import ID, Strings
+from common.errors import printable
+
+_PIDS = 1 << 22  # more than any kernel gives out: one of these apart, equal pids of two hosts stay apart
+_CHUNK = 1 << 20
+MAX_THREADS = 1024  # tracks of one process; further threads share one
+MAX_LANES = 64  # of one track
+MAX_COUNTERS = 1000  # of one process
+OTHERS = -1  # the thread number of what shares a track
+
+
+@dataclass
+class Summary:
+    """What was written, and what was not."""
+
+    path: Path
+    events: int = 0
+    moved: int = 0  # slices that overlapped another of their thread and got a lane of their own
+    unresolved: int = 0  # arguments that name a file by a hash without a record
+    lost: list[str] = field(default_factory=list)
+    skew: dict[str, int] = field(default_factory=dict)  # between ranks at a barrier, us
+    clocks: list[str] = field(default_factory=list)  # how hosts' times were moved
+
+
+LEVEL = 1  # of ISA-L's deflate: four times the speed of zlib's level 1, at the same size
+
+
+class Output:
+    """Packets into a file, deflated in chunks as Perfetto's own tracing service does."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.waiting = bytearray()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.waiting += data
+        if len(self.waiting) > _CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            deflated = proto.nested(proto.COMPRESSED, isal_zlib.compress(self.waiting, LEVEL))
+            self.file.write(proto.nested(proto.PACKET, deflated))
+            self.waiting.clear()
+
+
+class Names:
+    """The numbers of strings that the trace has explained so far, by what they are used for."""
+
+    def __init__(self, out: Output, strings: Strings) -> None:
+        self.out, self.strings = out, strings
+        self.known = {kind: np.zeros(1, np.bool_) for kind in proto.INTERNED_KINDS}
+
+    def explain(self, used: dict[int, np.ndarray]) -> None:
+        entries = []
+        for kind, numbers in used.items():
+            needed = np.zeros(len(self.strings), np.bool_)
+            needed[numbers] = True
+            known = np.concatenate(
+                [self.known[kind], np.zeros(len(needed) - len(self.known[kind]), np.bool_)]
+            )
+            entries += [(kind, n + 1, self.strings.text(n)) for n in np.flatnonzero(needed & ~known).tolist()]
+            self.known[kind] = known | needed
+        if entries:
+            self.out.write(proto.interned(entries))
+
+
+@dataclass
+class Shared:
+    """What the files of one run share."""
+
+    out: Output
+    summary: Summary
+    posix: bool
+    begin: int  # us: the trace's times count from here
+    total: Bandwidth
+    strings: Strings = field(default_factory=Strings)
+    paths: dict[int, int] = field(default_factory=dict)
+    counted: set[str] = field(default_factory=set)
+    uuid: int = 0
+    taken: set[int] = field(default_factory=set)
+    buffer: np.ndarray = field(default_factory=lambda: np.empty(1 << 20, np.uint8))
+
+    def __post_init__(self) -> None:
+        self.names = Names(self.out, self.strings)
+        self.out.write(proto.clock(self.begin))
+
+    def new_uuid(self) -> int:
+        self.uuid += 1
+        return self.uuid
+
+    def unique(self, number: int) -> int:
+        """A pid or tid that nobody else in this trace has."""
+        number = max(1, number)
+        while number in self.taken:
+            number += _PIDS
+        self.taken.add(number)
+        return number
+
+    def room(self, size: int) -> np.ndarray:
+        if size > len(self.buffer):
+            self.buffer = np.empty(2 * size, np.uint8)
+        return self.buffer
+
+
+@dataclass
+class Track:
+    uuid: int
+    tid: int
+    name: str = ""
+    lanes: list[tuple[int, Lane]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class About:
+    """How a process is shown."""
+
+    pid: int
+    name: str
+    order: int
+
+
+class FileTracks:
+    """One process: feed it the blocks of its trace file."""
+
+    def __init__(
+        self, shared: Shared, process: Process, reader: Reader, clock: Clock, about: "About"
+    ) -> None:
+        self.shared, self.process, self.reader, self.clock = shared, process, reader, clock
+        self.uuid, self.pid = shared.new_uuid(), about.pid
+        self.tracks: dict[int, Track] = {}
+        self.counters: dict[int, int] = {}
+        self.crowded = self.uncounted = 0  # events that were left out
+        self.flows = Flows(about.order + 1)
+        self.bandwidth = Bandwidth(clock.time(process.first))
+        labels = [] if process.role in ("", "train", "worker") else [process.role]
+        shared.out.write(proto.process(self.uuid, self.pid, about.name, labels, about.order))
+
+    def add(self, block: Block) -> None:
+        shared = self.shared
+        block.ts, block.dur = self.clock.spans(block.ts, block.dur)
+        keep = (block.ph == EVENT) & (block.cat != ID["dftracer"])
+        if shared.posix:
+            keep &= (block.cat == ID["POSIX"]) | (block.cat == ID["STDIO"])
+        if not keep.any():
+            return
+        shared.summary.events += int(np.count_nonzero(keep))
+        calls, amounts = moved(block, shared.strings)
+        for sums in (self.bandwidth, shared.total):
+            sums.add(block.ts, block.dur, calls, amounts)
+        counter = keep & (block.cat == ID["counter"])
+        self._counters(block, np.flatnonzero(counter))
+        flow = self.flows.of(block)
+        self._arguments(block)
+        instant = keep & (block.cat == ID["clock"])
+        slices = keep & ~counter & ~instant
+        strings = block.arg_kind == STRING
+        shared.names.explain(
+            {
+                proto.CATEGORIES: block.cat[keep], proto.NAMES: block.name[keep],
+                proto.KEYS: block.arg_key, proto.VALUES: block.arg_val[strings],
+            }
+        )  # fmt: skip
+        for column, where in (
+            (block.cat, ...),
+            (block.name, ...),
+            (block.arg_key, ...),
+            (block.arg_val, strings),
+        ):
+            column[where] += 1  # in Perfetto the number 0 means none
+        who = np.flatnonzero(slices | instant)
+        tids = self._known(block.tid[who])
+        order = np.argsort(tids, kind="stable")
+        who, tids = who[order], tids[order]
+        groups = np.split(who, np.flatnonzero(np.diff(tids)) + 1) if len(who) else []
+        for tid, mine in zip(np.unique(tids).tolist(), groups, strict=True):
+            is_slice = slices[mine]
+            track = self._track(tid)
+            self._thread(block, mine[is_slice], mine[~is_slice], track, flow)
+
+    def finish(self) -> None:
+        """The counters that need the whole file, and what the file lacks."""
+        shared = self.shared
+        write_bandwidth(shared, self.uuid, self.bandwidth)
+        if self.reader.process.lost:
+            shared.summary.lost.append(self.reader.process.lost)
+        name = printable(self.process.path.name)
+        if self.crowded:
+            shared.summary.lost.append(
+                f"{name}: {self.crowded} slices left out that overlap more than {MAX_LANES} others "
+                "of their thread"
+            )
+        if self.uncounted:
+            shared.summary.lost.append(
+                f"{name}: {self.uncounted} values of counters left out, beyond {MAX_COUNTERS} counters"
+            )
+
+    def _known(self, tids: np.ndarray) -> np.ndarray:
+        """Thread numbers; those that get no track of their own any more as OTHERS."""
+        found = np.unique(tids)
+        new = found[~np.isin(found, np.fromiter(self.tracks, np.int64, len(self.tracks)))]
+        late = new[max(0, MAX_THREADS - len(self.tracks)) :]
+        return np.where(np.isin(tids, late), OTHERS, tids) if len(late) else tids
+
+    def _arguments(self, block: Block) -> None:
+        """File hashes become paths, under the name `file`."""
+        shared = self.shared
+        hashed = block.arg_key == ID["fhash"]
+        paths = resolve(block.arg_val[hashed], shared.paths, shared.strings)
+        shared.summary.unresolved += int(np.count_nonzero(paths == block.arg_val[hashed]))
+        block.arg_val[hashed] = paths
+        block.arg_key[hashed | (block.arg_key == ID["fname"])] = ID["file"]
+
+    def _track(self, tid: int) -> Track:
+        process = self.process
+        main = tid == process.pid
+        name = self.reader.process.threads.get(tid) or (
+            "main" if main else "other threads" if tid == OTHERS else f"thread {tid}"
+        )
+        track = self.tracks.get(tid)
+        if track is None:
+            uuid = self.shared.new_uuid()
+            track = Track(uuid, self.pid if main else self.shared.unique(tid), lanes=[(uuid, Lane())])
+            self.tracks[tid] = track
+        if track.name != name:
+            track.name = name
+            self.shared.out.write(proto.thread(track.uuid, self.uuid, self.pid, track.tid, name))
+        return track
+
+    def _thread(self, block: Block, slices: np.ndarray, instants: np.ndarray, track: Track, flow) -> None:
+        if len(instants):
+            self._events(block, instants, track.uuid, flow, True)
+        level = 0
+        while len(slices):
+            if level == MAX_LANES:
+                self.crowded += len(slices)
+                return
+            if level == len(track.lanes):
+                uuid = self.shared.new_uuid()
+                track.lanes.append((uuid, Lane()))
+                about = self.pid, self.shared.unique(track.tid), f"{track.name} overlap {level}"
+                self.shared.out.write(proto.thread(uuid, self.uuid, *about))
+            uuid, lane = track.lanes[level]
+            leaf = (block.cat[slices] == ID["POSIX"] + 1) | (block.cat[slices] == ID["STDIO"] + 1)
+            order, late, refused = lane.nest(block.ts[slices], block.dur[slices], leaf)
+            for i in slices[late].tolist():
+                self._late(block, i, uuid, flow)
+            self._events(block, slices[order], uuid, flow, False)
+            slices = slices[refused]
+            self.shared.summary.moved += len(slices) if level == 0 else 0
+            level += 1
+
+    def _events(self, block: Block, order: np.ndarray, uuid: int, flow, instant: bool) -> None:
+        if not len(order):
+            return
+        if instant:
+            order = order[np.argsort(block.ts[order], kind="stable")]
+        self.shared.out.write(proto.on_track(uuid))
+        self.shared.out.write(self._encode(block, order, flow, instant))
+
+    def _encode(self, block: Block, order: np.ndarray, flow, instant: bool) -> memoryview:
+        texts = len(block.text) if (block.arg_kind >= INLINE).any() else 0
+        base, count = flow
+        ends = int(np.maximum(count[order], 0).sum()) * 10
+        size = proto.BYTES_PER_EVENT * len(order) + proto.BYTES_PER_ARG * len(block.arg_key) + texts + ends
+        out = self.shared.room(size)
+        used = proto.events(
+            order, self.shared.begin, block.ts, block.dur, block.name, block.cat, instant,
+            block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, block.text, base, count, out,
+        )  # fmt: skip
+        return out.data[:used]
+
+    def _late(self, block: Block, i: int, uuid: int, flow) -> None:
+        """A parent that began in the same microsecond as a child that is written already: 1 ns before it."""
+        begin = int(block.ts[i])
+        self.shared.out.write(proto.on_track(uuid))
+        event = bytes(self._encode(block, np.array([i]), flow, False))
+        self.shared.out.write(
+            proto.as_boundaries(event, begin * 1000 - 1, (begin + int(block.dur[i])) * 1000)
+        )
+
+    def _counters(self, block: Block, who: np.ndarray) -> None:
+        if not len(who):
+            return
+        values = values_of(block, ID["value"])
+        for number in np.unique(block.name[who]).tolist():
+            mine = who[block.name[who] == number]
+            mine = mine[np.argsort(block.ts[mine], kind="stable")]
+            name = self.shared.strings.text(number)
+            if number not in self.counters and len(self.counters) == MAX_COUNTERS:
+                self.uncounted += len(mine)
+                continue
+            if number not in self.counters:
+                self.counters[number] = self.shared.new_uuid()
+                self.shared.out.write(proto.counter_track(self.counters[number], self.uuid, name, ""))
+                self.shared.counted.add(name)
+            write_counter(self.shared, self.counters[number], block.ts[mine], values[mine])
+
+
+def process_name(process: Process, launch: int = 0) -> str:
+    """launch: which one it was, of a run that was stopped and went on."""
+    name = f"rank {process.rank}" + (f" on {process.host}" if process.host else "")
+    name += f", launch {launch}" if launch else ""
+    return name + (f", worker {process.pid}" if process.role == "worker" else "")
+
+
+def write_counter(shared: Shared, uuid: int, ts: np.ndarray, values: np.ndarray) -> None:
+    good = np.isfinite(values)
+    ts, values = ts[good], np.ascontiguousarray(values[good], np.float64)
+    if len(ts):
+        shared.out.write(proto.on_track(uuid))
+        out = shared.room(proto.BYTES_PER_EVENT * len(ts))
+        used = proto.counters(ts, values, shared.begin, out)
+        shared.out.write(out.data[:used])
+
+
+def write_bandwidth(shared: Shared, parent: int, bandwidth: Bandwidth) -> None:
+    for name in bandwidth.bytes:
+        ts, rate = bandwidth.series(name)
+        if len(ts):
+            uuid = shared.new_uuid()
+            label = f"{name} MB/s" if parent else f"{name} MB/s, all ranks"
+            shared.out.write(proto.counter_track(uuid, parent, label, "MB/s"))
+            write_counter(shared, uuid, ts, rate / 1e6)

@@ -1,0 +1,163 @@
+"""Two runs side by side: what changed, by how much, and each one's figures and findings."""
+
+from html import escape
+from pathlib import Path
+
+from analysis.report import plots, plots_io, summary
+from analysis.report.facts import Facts, Finding
+from analysis.report.findings import findings
+from analysis.report.page import Figures, number, page
+from analysis.report.report import findings_html, header_html
+from analysis.report.run import Run, open_run
+from analysis.run_folder import outputs, run_settings
+from analysis.tables import answers, progress
+from analysis.tables.gather import Map, on_threads
+from common.errors import os_errors_as_user_errors, printable
+
+PAGE = "compare.html"
+Side = tuple[Run, Facts, list[Finding]]
+NOISE = 0.02  # a change smaller than this has no colour
+LENGTHS = ("wall time", "training")  # shorter is better only where as much was done
+
+
+def side(path: str | Path, over: Map) -> Side:
+    run = open_run(path, over)
+    facts = Facts(run.joined, run.config)
+    return run, facts, findings(facts)
+
+
+def names(one: Side, two: Side) -> tuple[str, str]:
+    """Folders of the same name are told apart by their paths."""
+    a, b = one[0], two[0]
+    return (a.name, b.name) if a.name != b.name else (printable(a.path), printable(b.path))
+
+
+def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
+    """name, told of A, told of B, change, verdict: better, worse or nothing."""
+    a = {name: (value, told, better) for name, value, told, better in summary.headline(one[0], one[1])}
+    b = {name: (value, told, better) for name, value, told, better in summary.headline(two[0], two[1])}
+    unfair: tuple[str, ...] = tuple(a) if others(one, two) else ()
+    if one[0].results.get("samples") != two[0].results.get("samples"):
+        unfair = unfair or LENGTHS
+    found = []
+    for name in dict.fromkeys([*a, *b]):
+        if name not in a or name not in b:
+            found.append((name, a.get(name, ("", "-", 0))[1], b.get(name, ("", "-", 0))[1], "", ""))
+            continue
+        (old, told_a, better), (new, told_b, _) = a[name], b[name]
+        change, verdict = "", ""
+        if old:
+            part = new / old - 1
+            change = f"{part:+.1%}" if abs(part) < 10 else f"x {new / old:.3g}"
+            if abs(part) >= NOISE and better and name not in unfair:
+                verdict = "better" if part * better > 0 else "worse"
+        found.append((name, told_a, told_b, change, verdict))
+    return found
+
+
+def others(one: Side, two: Side) -> bool:
+    """Whether these are runs of different models."""
+    a, b = run_settings.model(one[0].config), run_settings.model(two[0].config)
+    return bool(a and b and a != b)
+
+
+def differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, str]]]:
+    """What a reader must know before the numbers: a sentence, and the settings that differ."""
+    a, b = one[0], two[0]
+    unlike = list(run_settings.unlike((a.config, a.plan), (b.config, b.plan)))
+    if lacking := [name for name, run in zip(names(one, two), (a, b), strict=True) if not run.config]:
+        return f"{' and '.join(lacking)}: no config.json, so nobody knows which settings differ.", []
+    if others(one, two):
+        told = (
+            f"These are different models, {run_settings.model(a.config)} and {run_settings.model(b.config)}: times "
+            "and bytes stand side by side, but none is better or worse than the other's."
+        )
+    elif unlike:
+        told = f"The runs differ in {number(len(unlike), 'setting')}:"
+    else:
+        told = "The settings are the same."
+    return told, unlike
+
+
+def text(one: Side, two: Side) -> str:
+    a, b = (name[-22:] for name in names(one, two))
+    told, unlike = differences(one, two)
+    lines = [told, *(f"  {name}: {x} -> {y}" for name, x, y in unlike), ""]
+    lines += [f"{'':<32}{a:>24}{b:>24}{'change':>12}"]
+    lines += [f"{n:<32}{x:>24}{y:>24}{c:>12}  {v}" for n, x, y, c, v in rows(one, two)]
+    for run, _, found in (one, two):
+        lines += ["", f"{run.name}:"] + [f"  {finding.text}" for finding in found or []]
+        lines += [] if found else ["  no findings"]
+    return "\n".join(lines)
+
+
+def _panel(side: Side, figures: Figures) -> list[str]:
+    run, facts, found = side
+    j = run.joined
+    curves, sizes = progress.curves(j, run.metrics), answers.sizes(j, "phase")
+    steps = progress.steps(j)
+    shown = [
+        ("Where each rank's time went", plots.where(facts.breakdown), "Seconds of wall clock."),
+        ("How much I/O is hidden", plots.hidden(facts.phases), "Seconds."),
+        ("Over the run", plots.over_time(progress.timeline(j), curves, progress.gaps(j)), "Drag to zoom."),
+        ("Time of each step", plots.step_times(steps, run.begin_us), "On the slowest rank."),
+        ("Distribution of steps", plots.step_histogram(steps), ""),
+        ("Request sizes", plots_io.request_sizes(sizes), "All phases."),
+        ("Time of an operation", plots_io.latency(j["latencies"]), "All phases."),
+        ("Start-up", plots.startup(progress.startup(j)), "To the end of the first step."),
+    ]
+    blocks = [header_html(run, facts) + findings_html(found)]
+    for title, spec, caption in shown:
+        blocks.append(f"<h3>{escape(title)}</h3>{figures.html(spec, caption)}" if spec else "")
+    return blocks
+
+
+def html(one: Side, two: Side) -> str:
+    figures = Figures()
+    sides = "".join(f"<th>{escape(name)}</th>" for name in names(one, two))
+    heads = "<th></th>" + "".join(f"<th class=n>{escape(name)}</th>" for name in (*names(one, two), "change"))
+    body = "".join(
+        f"<tr><td>{escape(n)}</td><td class=n>{escape(x)}</td><td class=n>{escape(y)}</td>"
+        f'<td class="n {verdict}">{escape(change)} {verdict}</td></tr>'
+        for n, x, y, change, verdict in rows(one, two)
+    )
+    told, unlike = differences(one, two)
+    options = "".join(
+        f"<tr><td>{escape(k)}</td><td>{escape(x)}</td><td>{escape(y)}</td></tr>" for k, x, y in unlike
+    )
+    parts = [
+        f"<h1>{escape(one[0].name)} and {escape(two[0].name)}</h1>",
+        f"<p>{escape(told)}</p>",
+        _table(f"<th>setting</th>{sides}", options) if options else "",
+        _table(heads, body),
+    ]
+    for left, right in zip(_panel(one, figures), _panel(two, figures), strict=True):
+        parts.append(f"<div class=pair><div>{left}</div><div>{right}</div></div>")
+    return page(f"{one[0].name} and {two[0].name}", parts, figures)
+
+
+def _table(heads: str, body: str) -> str:
+    return (
+        f'<div class="scroll whole"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def write(
+    a: str | Path, b: str | Path, output: Path | None = None, over: Map = on_threads
+) -> tuple[Path, str]:
+    home = outputs.beside(b)
+    if output is None and Path(b).exists():
+        outputs.check_folder(home, {PAGE: is_own_page}, "name another file with -o")
+    one, two = side(a, over), side(b, over)
+    made = outputs.seal(html(one, two), "compare")
+    if output is not None:
+        with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
+            partial.write_bytes(made)
+        return output, text(one, two)
+    with outputs.results_in(home) as results:
+        results.write(PAGE, made, is_own_page)
+    return home / PAGE, text(one, two)
+
+
+def is_own_page(path: Path) -> bool:
+    return outputs.is_own_page(path, "compare") or outputs.is_earlier_page(path)

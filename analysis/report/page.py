@@ -1,0 +1,187 @@
+"""One HTML file that opens offline: text, tables and figure specifications; page.js draws the figures."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from analysis.perfetto.view import link
+
+HERE = Path(__file__).parent
+Spec = dict[str, Any]
+
+
+@dataclass
+class Entry:
+    """One thing in the report: what it answers, the table, and the figure that is a view of it."""
+
+    section: str
+    title: str
+    table: pl.DataFrame | None
+    plot: Spec | None
+    caption: str
+    name: str = ""  # of the CSV file; none is written without a name
+    show: bool = False  # the table open on the page, not only the figure
+    rows: int = 60
+    jump: str = ""  # the column with the duration: each row is a slice to be shown in Perfetto
+
+    @property
+    def has_something(self) -> bool:
+        return self.plot is not None or (self.table is not None and len(self.table) > 0)
+
+
+def size(n: float | None) -> str:
+    if n is None:
+        return ""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(n) < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def number(n: int, of: str) -> str:
+    return f"{n:,} {of}{'' if n == 1 else 's'}"
+
+
+def prose(text: str) -> str:
+    """Sentences as HTML: what stands between backticks is a name from the trace or a command."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
+def seconds(s: float | None) -> str:
+    if s is None:
+        return ""
+    if abs(s) >= 120:
+        return f"{s / 60:.1f} min"
+    if abs(s) >= 1:
+        return f"{s:.2f} s"
+    return f"{s * 1e3:.3g} ms" if abs(s) >= 1e-3 else f"{s * 1e6:.3g} us"
+
+
+def cell(name: str, value: Any) -> str:
+    """One value as people read it: by the unit in its column's name."""
+    if value is None:
+        return ""
+    if name in ("bytes", "size", "mean_bytes", "moved", "asked", "reach", "bytes_from"):
+        return size(value)
+    if name.endswith("_s") and name != "MB_per_s" or name == "seconds":
+        return seconds(value)
+    if name.endswith("_us") or name in ("us", "dur"):
+        return seconds(value / 1e6)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and name not in ("pid", "tid", "ts", "rank", "step", "epoch", "batch"):
+        return f"{value:,}"
+    return str(value)
+
+
+def heading(name: str) -> str:
+    """The cells carry their own units, so the heading needs none."""
+    known = name.removesuffix("_us") if name.endswith("_us") else name
+    known = name.removesuffix("_s") if name.endswith("_s") and name != "MB_per_s" else known
+    return {"us": "time", "dur": "time"}.get(known, known).replace("_", " ")
+
+
+def table_html(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
+    numeric = [dtype.is_numeric() for dtype in table.dtypes]
+    heads = "".join(
+        f"<th{' class=n' if n else ''}>{escape(heading(name))}</th>"
+        for name, n in zip(table.columns, numeric, strict=True)
+    )
+    heads += "<th>in Perfetto</th>" if jump else ""
+    body = []
+    for row in table.head(rows).iter_rows():
+        cells = []
+        for name, value, number in zip(table.columns, row, numeric, strict=True):
+            text = escape(cell(name, value))
+            if number:
+                cells.append(f'<td class=n data-v="{"" if value is None else value}">{text}</td>')
+            elif name == "file":  # the end of a path says more than its beginning
+                cells.append(f'<td class=path title="{text}"><bdi>{text}</bdi></td>')
+            else:
+                cells.append(f"<td>{text}</td>")
+        if jump:
+            href = escape(link(*(int(row[table.columns.index(name)]) for name in ("ts", jump))))
+            cells.append(f'<td><a href="{href}" target="perfetto">show</a></td>')
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    more = (
+        f"<p class=soft>{rows} of {len(table):,} rows; all are in tables/.</p>" if len(table) > rows else ""
+    )
+    whole = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f"<div class=scroll><table>{whole}</table></div>{more}"
+
+
+class Figures:
+    """Numbers the figures of a page and keeps their specifications for its end."""
+
+    def __init__(self) -> None:
+        self.specs: list[Spec] = []
+
+    def html(self, spec: Spec, caption: str) -> str:
+        self.specs.append(spec)
+        return f'<figure data-spec="f{len(self.specs)}"><figcaption>{prose(caption)}</figcaption></figure>'
+
+    def scripts(self) -> str:
+        data = [json.dumps(rounded(spec), separators=(",", ":")) for spec in self.specs]
+        # no text may end the script, nor begin a comment or a script in it: no < at all, nor > and &
+        data = [text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026") for text in data]
+        return "".join(
+            f'<script type="application/json" id="f{n}">{text}</script>\n' for n, text in enumerate(data, 1)
+        )
+
+
+def rounded(value: Any) -> Any:
+    """Six digits are more than a screen can show; what is no number is left out."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    return value
+
+
+def entry_html(entry: Entry, figures: Figures) -> str:
+    parts = [f"<h3>{escape(entry.title)}</h3>"]
+    if entry.plot is not None:
+        parts.append(figures.html(entry.plot, entry.caption))
+    else:
+        parts.append(f"<p class=soft>{prose(entry.caption)}</p>")
+    if entry.table is not None and len(entry.table):
+        text = table_html(entry.table, entry.rows, entry.jump)
+        folded = entry.plot is not None and not entry.show
+        parts.append(f"<details><summary>the numbers</summary>{text}</details>" if folded else text)
+    return "".join(parts)
+
+
+def tiles_html(tiles: Iterable[tuple[str, str]]) -> str:
+    return "<div class=tiles>" + "".join(
+        f"<div class=tile><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in tiles
+    ) + "</div>"  # fmt: skip
+
+
+def _policy(script: str) -> str:
+    """The page runs this script and no other, and loads nothing."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def page(title: str, body: Sequence[str], figures: Figures) -> str:
+    script = (HERE / "page.js").read_text()
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title>"
+        f'<meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
+        f"<style>{(HERE / 'page.css').read_text()}</style></head>"
+        f'<body>{"".join(body)}<div id="tip"></div>{figures.scripts()}'
+        f"<script>{script}</script></body></html>\n"
+    )

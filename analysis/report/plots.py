@@ -1,0 +1,270 @@
+"""Figures as views of tables: each function turns a frame of tables/answers.py into a specification that
+page.js draws. Nothing is computed here but positions and labels. None when there is nothing to show."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import polars as pl
+
+from analysis.report.page import Spec, size
+from analysis.tables.answers import PARTS
+from analysis.tables.progress import RANKINGS
+from analysis.trace.classify import KINDS
+
+# Okabe and Ito's colours, told apart by colour-blind eyes too
+COLORS = {
+    "compute": "#009e73", "communication": "#0072b2", "copy": "#56b4e9", "wait": "#e8601c", "io": "#882255",
+    "rest": "#bbbbbb", "other": "#dddddd", "startup": "#f0c14b", "evaluate": "#9970ab",
+    "checkpoint": "#8c510a", "preprocess": "#5aae61",
+}  # fmt: skip
+DARK = ("communication", "io", "wait", "checkpoint", "evaluate", "compute", "bare")
+READ, WRITE, THIRD = "#332288", "#999933", "#44aa99"  # of lines and columns: none is a kind of time above
+VAL, TEST, ALONE = "#aa4499", "#111111", "#555555"  # alone: a line that has its panel for itself
+STEP, LATE = "#0072b2", "#cc3311"
+CYCLE = ("#f0c14b", "#56b4e9", "#009e73", "#e6a0c4", "#d55e00", "#0072b2", "#999999", "#b3de69", "#9970ab")
+MAX_ROWS = 64
+Gaps = Sequence[tuple[float, float]]  # from when to when nothing ran
+
+
+def where(breakdown: pl.DataFrame) -> Spec | None:
+    rows = []
+    for row in breakdown.head(MAX_ROWS).iter_rows(named=True):
+        at, parts = 0.0, []
+        for name in PARTS:
+            if row[name] > 0:
+                parts.append([name, at, row[name]])
+                at += row[name]
+        rows.append({"label": f"rank {row['rank']}", "parts": parts})
+    return _rows(rows, COLORS)
+
+
+def _rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = False) -> Spec | None:
+    used = {part[0] for row in rows for part in row["parts"]}
+    if not used:
+        return None
+    kept = {name: color for name, color in colors.items() if name in used}
+    return {
+        "type": "rows",
+        "rows": rows,
+        "colors": kept,
+        "unit": "s",
+        "dark": list(DARK),
+        "left": left,
+        "gantt": gantt,
+    }
+
+
+def hidden(phases: pl.DataFrame) -> Spec | None:
+    """I/O of each rank and phase: behind compute, behind communication, bare."""
+    colors = {"behind compute": "#8fd3b6", "behind communication": "#9ecae1", "bare": "#882255"}
+    rows = []
+    for row in phases.filter(pl.col("io_all_s") > 0).head(MAX_ROWS).iter_rows(named=True):
+        at, parts = 0.0, []
+        for name, column in zip(colors, ("compute", "communication", None), strict=True):
+            value = row[f"io_behind_{column}_s"] if column else row["io_bare_s"]
+            if value > 0:
+                parts.append([name, at, value])
+                at += value
+        rows.append({"label": f"rank {row['rank']}, {row['phase']}", "parts": parts})
+    return _rows(rows, colors, left=150)
+
+
+def over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> Spec | None:
+    if not len(timeline):
+        return None
+    at, width = timeline["at_s"].to_list(), timeline["width_s"][0]
+    panels = [
+        {"label": "share of the ranks' time", "unit": "", "kind": "stack", "height": 110, "series": [
+            {"name": kind, "color": COLORS[kind], "x": at, "y": timeline[kind].to_list(), "width": width}
+            for kind in (*reversed(KINDS), "other")]},
+        {"label": "MB/s, all ranks", "unit": "MB/s", "kind": "line", "series": [
+            {"name": op, "color": color, "x": at, "y": timeline[f"{op}_MB_per_s"].to_list(), "width": width}
+            for op, color in (("read", READ), ("write", WRITE))]},
+    ]  # fmt: skip
+    for name, unit in (("loss", ""), ("samples_per_second", "samples/s")):
+        found = curves.filter((pl.col("name") == name) & pl.col("value").is_finite())
+        if len(found):
+            series = {
+                "name": name.replace("_", " "),
+                "color": ALONE,
+                "x": found["at_s"].to_list(),
+                "y": found["value"].to_list(),
+            }
+            panels.append(
+                {
+                    "label": name.replace("_", " "),
+                    "unit": unit,
+                    "kind": "line",
+                    "series": [series],
+                    "zero": name != "loss",
+                }
+            )
+    panels += _scores(curves) + _tables_in_files(curves)
+    return {"type": "time", "panels": panels, "unit": "s", "gaps": list(gaps)}
+
+
+def _scores(curves: pl.DataFrame) -> list[dict]:
+    """AUROC; of a model that ranks items Recall and NDCG, of ten items or else the longest list."""
+    named = curves["name"].unique().to_list()
+    longest = [max((n for n in named if n.startswith(kind)), key=_length, default="") for kind in RANKINGS]
+    panels = []
+    for name in filter(None, ("auroc", *longest)):
+        found = curves.filter((pl.col("name") == name) & pl.col("value").is_finite())
+        label = "AUROC" if name == "auroc" else name
+        series = [
+            {"name": split, "color": color,
+             "x": rows["at_s"].to_list(), "y": rows["value"].to_list()}
+            for split, color in (("val", VAL), ("test", TEST))
+            if len(rows := found.filter(pl.col("split") == split))
+        ]  # fmt: skip
+        if series:
+            panels.append({"label": label, "unit": "", "kind": "line", "series": series, "zero": False})
+    return panels
+
+
+def _length(name: str) -> int:
+    """NDCG@100 -> 100; ten is what is quoted."""
+    digits = name.partition("@")[2]
+    return (1 << 30 if digits == "10" else int(digits)) if digits.isdecimal() else 0
+
+
+CACHE = (
+    ("cache hit rate", "", ("cache_hit_rate",)),
+    ("evictions per step", "rows", ("cache_evictions",)),
+    ("tables' files, per step", "MB", ("store_bytes_read", "store_bytes_written")),
+)
+
+
+def _tables_in_files(curves: pl.DataFrame) -> list[dict]:
+    """Of training; runs whose tables are all in memory have none of it."""
+    panels = []
+    for label, unit, names in CACHE:
+        series = [
+            {
+                "name": name.replace("_", " "), "color": color if len(names) > 1 else ALONE,
+                "x": found["at_s"].to_list(), "y": (found["value"] / (1e6 if unit == "MB" else 1)).to_list(),
+            }
+            for name, color in zip(names, (READ, WRITE), strict=False)
+            if len(found := curves.filter((pl.col("name") == name) & pl.col("split").is_null()))
+        ]  # fmt: skip
+        if series:
+            panels.append({"label": label, "unit": unit, "kind": "line", "series": series, "zero": True})
+    return panels
+
+
+def step_times(steps: pl.DataFrame, begin_us: int, gaps: Gaps = ()) -> Spec | None:
+    if not len(steps):
+        return None
+    table = steps.gather_every(math.ceil(len(steps) / 4000))
+    late = 2 * float(np.median(steps["wall_us"].to_numpy()))
+    series = []
+    for name, color, rows in (
+        ("step", STEP, table.filter(pl.col("wall_us") <= late)),
+        (
+            "more than twice the median",
+            LATE,
+            steps.filter(pl.col("wall_us") > late).top_k(500, by="wall_us").sort("ts"),
+        ),
+    ):
+        if len(rows):
+            series.append({
+                "name": name, "color": color, "r": 2.5,
+                "x": ((rows["ts"] - begin_us) / 1e6).to_list(), "y": (rows["wall_us"] / 1e3).to_list(),
+                "tips": [_step_tip(row) for row in rows.iter_rows(named=True)],
+            })  # fmt: skip
+    return {
+        "type": "time",
+        "unit": "s",
+        "gaps": list(gaps),
+        "panels": [
+            {
+                "label": "ms per step, slowest rank",
+                "unit": "ms",
+                "kind": "dots",
+                "series": series,
+                "height": 170,
+            }
+        ],
+    }
+
+
+def _step_tip(row: dict) -> str:
+    parts = ", ".join(
+        f"{kind} {row[f'{kind}_us'] / 1e3:.3g}" for kind in (*KINDS, "other") if row[f"{kind}_us"] >= 1
+    )
+    return (
+        f"epoch {row['epoch']}, step {row['step']}: {row['wall_us'] / 1e3:.4g} ms, "
+        f"rank {row['slowest_rank']} was last\n"
+        f"mean over ranks, ms: {parts}\nts {row['ts']} us in the trace"
+    )
+
+
+def step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
+    if len(steps) < 2:
+        return None
+    low, high = np.quantile(steps["wall_us"].to_numpy(), [0.0, 0.995]).tolist()
+    if high - low < 2:
+        return None
+    bars = min(bars, round(high - low))
+    width = (high - low) / bars
+    edges = [low + i * width for i in range(bars + 1)]
+    values = steps["wall_us"].to_numpy()
+    counts = [int(((values >= a) & (values < b)).sum()) for a, b in pairwise(edges)]
+    counts[-1] += int((values >= edges[-1]).sum())
+    return {
+        "type": "columns", "labels": [f"{edge / 1e3:.4g}" for edge in edges[:-1]], "yunit": "steps",
+        "xunit": "ms per step; the last bar holds all longer ones",
+        "series": [{"name": "steps", "color": STEP, "y": counts}],
+    }  # fmt: skip
+
+
+def startup(table: pl.DataFrame) -> Spec | None:
+    names = [n for n in table["part"].unique(maintain_order=True) if n != "between"]
+    colors = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
+    rows = []
+    several = table["launch"].n_unique() > 1
+    for (launch, rank), group in table.drop_nulls("at_s").group_by("launch", "rank", maintain_order=True):
+        label = f"rank {rank}, launch {launch}" if several else f"rank {rank}"
+        rows.append({"label": label, "parts": list(group.select("part", "at_s", "seconds").iter_rows())})
+    return _rows(rows[:MAX_ROWS], colors, left=150 if several else 110, gantt=True)
+
+
+def files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
+    """The files with the most time in them."""
+    top = volume.filter(pl.col("file").is_not_null()).top_k(n, by="seconds").sort("seconds", descending=True)
+    rows = [
+        {
+            "label": f"{row['file']} ({size(row['bytes'])})",
+            "parts": [[row["op"], 0.0, row["seconds"]]],
+        }
+        for row in top.iter_rows(named=True)
+        if row["seconds"] > 0
+    ]
+    return _rows(rows, {"read": READ, "write": WRITE}, left=420)
+
+
+def work(ranks: pl.DataFrame) -> Spec | None:
+    """Each rank's own work in its steps beside what it waited for the others."""
+    if len(ranks) < 2:
+        return None
+    labels = [f"rank {r}" for r in ranks["rank"]]
+    series = [
+        {"name": "own work", "color": THIRD, "y": (ranks["wall_s"] - ranks["communication_s"]).to_list()},
+        {"name": "communication", "color": COLORS["communication"], "y": ranks["communication_s"].to_list()},
+    ]
+    return {
+        "type": "columns",
+        "labels": labels,
+        "series": series,
+        "yunit": "seconds in all steps",
+        "xunit": "",
+    }
+
+
+def preprocessing(table: pl.DataFrame) -> Spec | None:
+    rows = [
+        {"label": r["name"], "parts": [["work", 0.0, r["elapsed_s"]]]} for r in table.iter_rows(named=True)
+    ]
+    return _rows(rows, {"work": COLORS["preprocess"]}, left=200)

@@ -1,0 +1,88 @@
+"""Figures of reads and writes: rates by rank, sizes of requests, times of operations. As in plots.py."""
+
+import math
+
+import polars as pl
+
+from analysis.report.page import Spec, seconds
+from analysis.report.plots import MAX_ROWS, READ, THIRD, WRITE
+from analysis.tables.calls import with_us
+
+
+def rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
+    """Bytes moved per rank over time."""
+    if not len(rates) or rates["rank"].n_unique() < 2:
+        return None
+    width = int(rates["width_us"][0])
+    table = rates.group_by("rank", "bin").agg(pl.col("bytes").sum())
+    first, last = int(table["bin"].to_numpy().min()), int(table["bin"].to_numpy().max())
+    step = max(1, math.ceil((last - first + 1) / 150))
+    ranks = table["rank"].unique().sort().to_list()[:MAX_ROWS]
+    values = {rank: [0.0] * ((last - first) // step + 1) for rank in ranks}
+    for rank, bin_, moved in table.filter(pl.col("rank").is_in(ranks)).iter_rows():
+        values[rank][(bin_ - first) // step] += moved / (width * step)
+    return {
+        "type": "heat", "rows": [f"rank {r}" for r in ranks], "values": [values[r] for r in ranks],
+        "unit": "MB/s", "from": (first * width - begin_us) / 1e6, "width": width * step / 1e6,
+    }  # fmt: skip
+
+
+def request_sizes(sizes: pl.DataFrame) -> Spec | None:
+    return _histogram(sizes, "count", "requests", True)
+
+
+def request_bytes(sizes: pl.DataFrame) -> Spec | None:
+    return _histogram(sizes.with_columns(pl.col("bytes") / 1e6), "bytes", "MB", False)
+
+
+def _histogram(sizes: pl.DataFrame, column: str, unit: str, log: bool) -> Spec | None:
+    table = sizes.group_by("op", "bucket").agg(pl.col(column).sum())
+    if not len(table):
+        return None
+    buckets = list(range(table["bucket"].to_numpy().min(), table["bucket"].to_numpy().max() + 1))
+    series = []
+    for op, color in (("read", READ), ("write", WRITE)):
+        found = dict(table.filter(pl.col("op") == op).select("bucket", column).iter_rows())
+        if found:
+            series.append({"name": op, "color": color, "y": [found.get(b, 0) for b in buckets]})
+    labels = ["0" if b < 0 else binary(b) for b in buckets]
+    return {
+        "type": "columns",
+        "labels": labels,
+        "series": series,
+        "yunit": unit,
+        "xunit": "bytes per request, from this power of two up to the next",
+        "log": log,
+    }
+
+
+def binary(power: int) -> str:
+    return f"{2 ** (power % 10)}{('', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi')[power // 10]}"
+
+
+def latency(latencies: pl.DataFrame) -> Spec | None:
+    """How long operations took: read, write, and all the others, by powers of two of microseconds."""
+    if not len(latencies):
+        return None
+    op, us = pl.col("op"), pl.col("us")
+    octave = pl.when(us < 1).then(-1).otherwise(us.clip(1).log(2).floor()).cast(pl.Int64)
+    table = with_us(latencies).with_columns(
+        pl.when(op.is_in(["read", "write"])).then(op).otherwise(pl.lit("metadata")).alias("group"),
+        octave.alias("octave"),
+    )
+    table = table.group_by("group", "octave").agg(pl.col("count").sum())
+    octaves = list(range(table["octave"].to_numpy().min(), table["octave"].to_numpy().max() + 1))
+    series = []
+    for group, color in (("read", READ), ("write", WRITE), ("metadata", THIRD)):
+        found = dict(table.filter(pl.col("group") == group).select("octave", "count").iter_rows())
+        if found:
+            series.append({"name": group, "color": color, "y": [found.get(o, 0) for o in octaves]})
+    labels = ["<1 us" if o < 0 else seconds(2.0**o / 1e6) for o in octaves]
+    return {
+        "type": "columns",
+        "labels": labels,
+        "series": series,
+        "yunit": "operations",
+        "xunit": "time of one operation, from this up to twice it",
+        "log": True,
+    }

@@ -1,0 +1,128 @@
+"""RUN -> report.html, summary.json, tables/*.csv."""
+
+import json
+import re
+from html import escape
+from pathlib import Path
+
+import polars as pl
+
+from analysis.report import summary
+from analysis.report.facts import Facts, Finding
+from analysis.report.findings import findings
+from analysis.report.page import Entry, Figures, entry_html, number, page, prose, seconds, tiles_html
+from analysis.report.run import Run, open_run
+from analysis.report.sections import entries
+from analysis.run_folder import outputs, run_settings
+from analysis.tables.gather import Map, on_threads
+from common.errors import os_errors_as_user_errors
+
+PAGE, SUMMARY = "report.html", "summary.json"
+REMEDY = "say with -o where the page, or in which folder all files, shall go"
+
+
+def findings_html(found: list[Finding]) -> str:
+    if not found:
+        return "<p>No rule found anything: I/O and waiting are a small part of this run.</p>"
+    items = []
+    for f in found:
+        won = f"up to {seconds(f.seconds)}" if f.seconds else ""
+        kind = "" if f.seconds else " class=note"
+        remedy = re.sub(r"(--\w+)", r"<code>\1</code>", prose(f.remedy))
+        items.append(f"<li{kind}><b class=won>{won}</b>{prose(f.text)} <span class=do>{remedy}</span></li>")
+    return f"<ol class=findings>{''.join(items)}</ol>"
+
+
+def header_html(run: Run, facts: Facts) -> str:
+    hosts = sorted({p.host for p in run.joined.processes if p.host})
+    where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
+    told = [f"{number(facts.breakdown.height, 'rank')} on {where}"]
+    if name := run_settings.model(run.config):
+        told.insert(0, name)
+    if tables := run_settings.tables(run.plan):
+        told.append(f"tables: {tables}")
+    known = {called: run_settings.option(run.config, called) for called in run_settings.OPTIONS}
+    for called in ("embedding dimension", "batch size of a rank"):
+        if known[called]:
+            told.append(f"{called} {run_settings.shown(known[called])}")
+    if known["device"]:
+        told.append(run_settings.shown(known["device"]))
+    told.append(f"{run.joined.events:,} events, {run.joined.calls:,} of them file calls")
+    return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(told))}</p>"
+
+
+def html(run: Run, facts: Facts, found: list[Finding], things: list[Entry]) -> str:
+    figures, sections = Figures(), list(dict.fromkeys(e.section for e in things))
+    names = ("Findings", *sections, "Notes")
+    links = "".join(f'<a href="#{anchor(name)}">{escape(name)}</a>' for name in names)
+    body = [
+        header_html(run, facts),
+        f"<nav>{links}</nav>",
+        tiles_html((name, told) for name, _, told, _ in summary.headline(run, facts)),
+        '<h2 id="findings">Findings</h2><p class=soft>By the time there is to win, at best. '
+        "What is hidden behind compute does not count.</p>",
+        findings_html(found),
+    ]
+    for section in sections:
+        body.append(f'<h2 id="{anchor(section)}">{escape(section)}</h2>')
+        body += [entry_html(e, figures) for e in things if e.section == section and e.has_something]
+    notes = "".join(f"<li>{prose(note)}</li>" for note in run.notes) or "<li>The traces are complete.</li>"
+    body.append(f'<h2 id="notes">Notes</h2><ul>{notes}</ul>')
+    return page(f"{run.name}: I/O report", body, figures)
+
+
+def anchor(section: str) -> str:
+    return "".join(c for c in section.lower() if c.isalnum())
+
+
+def write(path: str | Path, output: Path | None = None, over: Map = on_threads) -> tuple[Path, str]:
+    """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
+    name. Returns the page's path and the terminal's text.
+    """
+    folder = outputs.beside(path) if output is None else output if output.is_dir() else None
+    if folder is not None and Path(path).exists():
+        early = {PAGE: is_own_page, SUMMARY: outputs.is_own_summary, "tables/breakdown.csv": lambda _: True}
+        outputs.check_folder(folder, early, REMEDY)
+    run = open_run(path, over)
+    facts = Facts(run.joined, run.config)
+    found, things = findings(facts), entries(run, facts)
+    told = summary.text(run, facts, found)
+    made = outputs.seal(html(run, facts, found, things), "report")
+    if folder is None:
+        assert output is not None
+        with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
+            partial.write_bytes(made)
+        return output, told
+    ours = is_own_page(folder / PAGE) or outputs.is_own_summary(folder / SUMMARY)
+    numbers = json.dumps(summary.summary(run, facts, found), indent=1) + "\n"
+    with outputs.results_in(folder, complete="tables/") as results:
+        for entry in things:
+            if entry.name and entry.table is not None:
+                data = csv(entry.table)
+                header = outputs.has_header(data[: data.index(b"\n") + 1])
+                results.write(f"tables/{entry.name}.csv", data, header if ours else lambda _: False)
+        results.write(SUMMARY, numbers.encode(), outputs.is_own_summary)
+        results.write(PAGE, made, is_own_page)
+    return folder / PAGE, told
+
+
+def is_own_page(path: Path) -> bool:
+    return outputs.is_own_page(path, "report") or outputs.is_earlier_page(path)
+
+
+def csv(table: pl.DataFrame) -> bytes:
+    """Text that a spreadsheet would take for a formula begins with an apostrophe."""
+    texts = [name for name, dtype in table.schema.items() if dtype == pl.String]
+    formula = [pl.col(name).str.contains(r"^[=+\-@\t\r]") for name in texts]
+    safe = [
+        pl.when(is_formula).then(pl.lit("'") + pl.col(name)).otherwise(pl.col(name)).alias(name)
+        for name, is_formula in zip(texts, formula, strict=True)
+    ]
+    return table.with_columns(safe).write_csv().encode()
+
+
+def terminal(path: str | Path, over: Map = on_threads) -> str:
+    """The numbers and findings as text; writes nothing."""
+    run = open_run(path, over)
+    facts = Facts(run.joined, run.config)
+    return summary.text(run, facts, findings(facts))

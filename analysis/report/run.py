@@ -1,0 +1,90 @@
+"""A run folder as read: the joined traces, the JSON files beside them, and notes on what is missing."""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from analysis.run_folder import records
+from analysis.run_folder.outputs import beside
+from analysis.tables.gather import Joined, Map, gather, on_threads
+from analysis.trace.clocks import clocks, moves, skew
+from common.errors import printable
+
+
+@dataclass
+class Run:
+    path: Path
+    joined: Joined
+    config: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    metrics: pl.DataFrame = field(default_factory=pl.DataFrame)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def home(self) -> Path:
+        return beside(self.path)
+
+    @property
+    def name(self) -> str:
+        return printable(self.path.resolve().name)
+
+    @property
+    def begin_us(self) -> int:
+        return int(self.joined["time"]["ts"].min())  # type: ignore[arg-type]
+
+
+def open_run(path: str | Path, over: Map = on_threads) -> Run:
+    folder = Path(path)
+    run = Run(folder, gather(folder, over))
+    run.config = records.read_config(run.home / "config.json", run.notes)
+    run.plan = records.read_plan(run.home / "plan.json", run.notes)
+    run.results = records.read_results(run.home / "results.json", run.notes)
+    run.metrics = records.read_metrics(run.home / "metrics.jsonl", run.notes)
+    run.notes += _notes(run.joined, bool(run.config))
+    return run
+
+
+def _notes(joined: Joined, ours: bool) -> list[str]:
+    notes = [process.lost + "." for process in joined.processes if process.lost]
+    shown = notes[:8] + ([f"{len(notes) - 8} more traces are incomplete."] if len(notes) > 8 else [])
+    several = len(joined.launches) > 1
+    if several:
+        shown.append(
+            f"The run was launched {len(joined.launches)} times. Each launch has its own clock and start-up; "
+            "times are added up over them, and the time between them counts as nothing."
+        )
+    world = -1
+    for number, job in enumerate(joined.launches, 1):
+        world = max((p.world_size for p in job), default=-1)
+        there = {p.rank for p in job}
+        lacking = list(islice((rank for rank in range(world) if rank not in there), 11))
+        if lacking:
+            names = ", ".join(map(str, lacking[:10])) + ("..." if len(lacking) > 10 else "")
+            shown.append(
+                f"{f'Launch {number}' if several else 'The run'} had {world} ranks; there is no trace of "
+                f"rank {names}. Sums and means are over the others."
+            )
+    empty = [p.path.name for p in joined.processes if p.events == 0]
+    if empty:
+        shown.append(
+            f"{len(empty)} traces hold no events: {', '.join(empty[:3])}{'...' if len(empty) > 3 else ''}."
+        )
+    if joined.calls == 0:
+        shown.append("No file calls were recorded: bytes and times of I/O are the application's own word.")
+    if not len(joined["steps"]) and "preprocess" not in joined["time"]["phase"]:
+        shown.append("No training steps (category train, name step): what is said of steps is left out.")
+    if world < 0 and not ours:
+        shown.append("These traces do not name their ranks: each process counts as one rank.")
+    apart = skew(joined.processes)
+    if apart and len({p.host for p in joined.processes}) > 1:
+        told = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
+        shown.append(
+            f"The ranks' clocks were apart by {told}; times here are set right by these barriers: "
+            + ("; ".join(moves(joined.processes, clocks(joined.processes))) or "nothing to move")
+            + "."
+        )
+    return shown

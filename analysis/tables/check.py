@@ -1,0 +1,237 @@
+"""Is every byte in the trace? What the run says it moved, against the POSIX calls that the trace saw.
+
+The run's word is results.json: bytes_read and bytes_written, by rank and file. The trace's word is what the
+read and write calls returned, by the same rank (its forked workers included) and file.
+A launch that was stopped leaves no results.json: of it, what its own spans say they read has to be there.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.perfetto.derive import READ, WRITE, argument, moved
+from analysis.trace.clocks import launches
+from analysis.trace.columns import resolve
+from analysis.trace.events import Reader, files, ranked
+from analysis.trace.process import Process
+from analysis.trace.scan import STRING, Block
+from analysis.trace.strings import ID, Strings, unescape
+from common.errors import UserError, printable
+from common.inputs import read_json_object
+
+DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
+Moved = dict[tuple[int, str], int]  # (READ | WRITE, file) -> bytes
+SPANS = 3  # as a direction: what spans data/read say they read
+
+
+@dataclass(frozen=True)
+class Row:
+    rank: int
+    direction: str  # "read", "written"
+    file: str
+    said: int
+    traced: int
+    launch: int = 1
+    by_spans: bool = False  # said by spans, which leave out headers and what a kill cut off
+
+    @property
+    def coverage(self) -> float:
+        return 100.0 * self.traced / self.said if self.said else 100.0
+
+    @property
+    def missed(self) -> int:
+        """Bytes that one of the two lacks."""
+        return max(0, self.said - self.traced) if self.by_spans else abs(self.said - self.traced)
+
+
+def check(run_dir: str | Path) -> tuple[list[Row], list[Process]]:
+    """One row per launch, rank, direction and file that the run names; the processes say what was lost."""
+    launched, results = by_launch(run_dir), Path(run_dir) / "results.json"
+    ended = _who_ended([job for job, _ in launched])
+    rows: list[Row] = []
+    for number, (_, traced) in enumerate(launched):
+        spans = any(direction == SPANS for seen in traced.values() for direction, _ in seen)
+        if number == ended and (os.path.lexists(results) or not spans):
+            rows += _by_results(results, traced, number + 1)
+        else:
+            rows += [
+                Row(rank, "read", file, said, _of(seen, READ, file), number + 1, True)
+                for rank, seen in sorted(traced.items())
+                for (direction, file), said in sorted(seen.items(), key=lambda item: item[0][1])
+                if direction == SPANS
+            ]
+    if not rows:
+        raise UserError(f"{printable(run_dir)}: no results.json and no spans that say what they read")
+    return rows, [process for job, _ in launched for process in job]
+
+
+def _who_ended(jobs: list[list[Process]]) -> int:
+    """The number of the launch that wrote results.json: that comes after its last barrier."""
+    ended = [number for number, job in enumerate(jobs) if any("end" in p.barriers for p in job)]
+    begun = any("start" in p.barriers for job in jobs for p in job)
+    return ended[-1] if ended else -1 if begun and len(jobs) > 1 else len(jobs) - 1
+
+
+def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Row]:
+    try:
+        results = read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; did the run end?") from None
+    rows = []
+    for key, direction in DIRECTIONS.items():
+        for rank, said in sorted(_said(results.get(key, {}), f"{printable(path)}: {key}").items()):
+            seen = traced.get(rank, {})
+            rows += [
+                Row(rank, key.removeprefix("bytes_"), file, said[file], _of(seen, direction, file), launch)
+                for file in sorted(said)
+            ]
+    if not rows:
+        raise UserError(
+            f"{printable(path)}: has no bytes_read and no bytes_written to compare with the trace"
+        )
+    return rows
+
+
+def _said(value: Any, name: str) -> dict[int, dict[str, int]]:
+    """{"0": {"/data/day_0": 123}}, and nothing else."""
+    found: dict[int, dict[str, int]] = {}
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: an object is expected, found {type(value).__name__}")
+    for rank, files_of in value.items():
+        if not re.fullmatch(r"[0-9]{1,7}", rank) or not isinstance(files_of, dict):
+            raise UserError(f"{name}: {printable(rank)[:40]}: a rank and its files are expected")
+        for file, amount in files_of.items():
+            if type(amount) is not int or not 0 <= amount < 1 << 63:
+                raise UserError(f"{name}: {rank}: {printable(file)}: a number of bytes is expected")
+        found[int(rank)] = files_of
+    return found
+
+
+def by_launch(run_dir: str | Path) -> list[tuple[list[Process], dict[int, Moved]]]:
+    """Per launch: who traced, and the bytes of every file by rank."""
+    strings, paths = Strings(), {}
+    sums: dict[Path, dict[tuple[int, int], int]] = {}
+    processes = []
+    for path in files(run_dir):
+        reader = Reader(path, strings, paths)
+        processes.append(reader.process)
+        mine = sums[path] = {}
+        for block in reader:
+            _add(block, strings, mine)
+    found = []
+    for job in launches(ranked(processes)):
+        by_rank: dict[int, Moved] = {}
+        for process in ranked(job):
+            seen = by_rank.setdefault(process.rank, {})
+            for (hashed, direction), total in sums[process.path].items():
+                file = strings.text(int(resolve(np.array([hashed]), paths, strings)[0]))
+                seen[direction, file] = seen.get((direction, file), 0) + total
+        found.append((job, by_rank))
+    return found
+
+
+def _add(block: Block, strings: Strings, sums: dict[tuple[int, int], int]) -> None:
+    """Bytes of calls by file hash, and of spans data/read by the file that they name."""
+    kinds, amounts = moved(block, strings)
+    spans = (block.cat == ID["data"]) & (block.name == ID["read"])
+    for key, mine, kind, bytes_ in (
+        (ID["fhash"], kinds > 0, kinds, amounts),
+        (ID["file"], spans, np.full(len(block), SPANS), argument(block, ID["bytes"])),
+    ):
+        owner = np.repeat(np.arange(len(block)), np.diff(block.arg_begin))
+        where = np.flatnonzero((block.arg_key == key) & mine[owner] & (block.arg_kind == STRING))
+        named = (block.arg_val[where] << 2) | kind[owner[where]]
+        unique, group = np.unique(named, return_inverse=True)
+        totals = _sums(group, bytes_[owner[where]], len(unique))
+        for number, total in zip(unique.tolist(), totals, strict=True):
+            sums[number >> 2, number & 3] = sums.get((number >> 2, number & 3), 0) + total
+
+
+def _sums(group: np.ndarray, amounts: np.ndarray, size: int) -> list[int]:
+    total = np.zeros(size, np.int64)
+    np.add.at(total, group, amounts)
+    return total.tolist()
+
+
+def _of(seen: Moved, direction: int, file: str) -> int:
+    """A file may have been opened through a link or by a path with dots in it; and see `_as_traced`."""
+    names = {file, os.path.normpath(file)}
+    with suppress(ValueError, OSError):  # a name with a zero byte, or in a loop of links
+        names.add(os.path.realpath(file))
+    names |= {each for name in list(names) for each in _as_traced(name)}
+    return sum(seen.get((direction, name), 0) for name in names)
+
+
+def _as_traced(file: str) -> list[str]:
+    """How DFTracer writes a path: quotes, backslashes and what is below a space become spaces (version 4), or
+    nothing is escaped (before). What is no UTF-8 reads as the mark of that.
+    """
+    shown = file.encode(errors="surrogateescape").decode(errors="replace")
+    return [shown, "".join(" " if c in '"\\' or c < " " else c for c in shown), unescape(shown.encode())]
+
+
+def text(rows: list[Row], processes: Iterable[Process]) -> str:
+    """A line per rank and direction, then every file that is not covered to the byte."""
+    lines = [f"{'rank':>4}  {'':7}  {'files':>5}  {'the run says':>16}  {'the trace says':>16}  coverage"]
+    numbers = sorted({row.launch for row in rows})
+    for number in numbers:
+        own = [row for row in rows if row.launch == number]
+        if own[0].by_spans:
+            lines.append(
+                f"launch {number} left no results.json: what its spans read; headers and writes not compared"
+            )
+        elif len(numbers) > 1:
+            lines.append(f"launch {number}, as results.json says:")
+        lines += _sums_of(own)
+    wrong = [row for row in rows if row.missed]
+    for row in wrong[:50]:
+        lines.append(
+            f"rank {row.rank}: {printable(row.file)}: {row.direction} {row.said:,} bytes, "
+            f"traced {row.traced:,} ({share(row)})"
+        )
+    if len(wrong) > 50:
+        lines.append(f"and {len(wrong) - 50} more files")
+    lines += [f"lost: {process.lost}" for process in processes if process.lost]
+    lines.append(
+        f"coverage {total(rows)}: "
+        + ("every byte is in the trace" if not wrong else "NOT every byte is in the trace")
+    )
+    return "\n".join(lines)
+
+
+def _sums_of(rows: list[Row]) -> list[str]:
+    lines = []
+    for rank, direction in sorted({(row.rank, row.direction) for row in rows}):
+        mine = [row for row in rows if (row.rank, row.direction) == (rank, direction)]
+        lines.append(_line(str(rank), direction, mine))
+    for direction in ("read", "written"):
+        mine = [row for row in rows if row.direction == direction]
+        if mine and len({row.rank for row in rows}) > 1:
+            lines.append(_line("all", direction, mine))
+    return lines
+
+
+def total(rows: list[Row]) -> str:
+    said = sum(row.said for row in rows)
+    return share(Row(0, "", "", said, said - sum(row.missed for row in rows)))
+
+
+def share(row: Row) -> str:
+    """Percent, and 100.0% only when it is: 99.96 is no 100.0."""
+    shown = f"{row.coverage:.1f}%"
+    return shown if shown != "100.0%" or row.said == row.traced else f"{row.coverage:.6f}%"
+
+
+def _line(rank: str, direction: str, rows: list[Row]) -> str:
+    # spans say nothing of headers: what the calls moved beyond them is not held against the trace
+    traced = sum(min(row.said, row.traced) if row.by_spans else row.traced for row in rows)
+    whole = Row(0, direction, "", sum(row.said for row in rows), traced)
+    return (
+        f"{rank:>4}  {direction:7}  {len(rows):>5}  {whole.said:>16,}  {whole.traced:>16,}  {share(whole):>8}"
+    )

@@ -1,0 +1,155 @@
+"""One clock for a run: which traces are of one job, and what brings a host's times to the first host's.
+
+A job's barriers at its start and at its end are each one moment on all ranks. The first says how far a
+host's clock is off, both together how much faster it goes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from analysis.trace.process import Process, forked
+
+LARGEST_DRIFT = 5e-4  # of real clocks; what seems more is ranks that left a barrier at different times
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What to do to a host's times; times that are in order stay so."""
+
+    shift: int = 0  # us to add at the barrier at the start
+    start: int = 0  # when that was on this host's clock
+    rate: float = 0.0  # us to add per us since then
+    drift: int = 0  # what that comes to at the barrier at the end
+
+    @property
+    def moves(self) -> bool:
+        return bool(self.shift or self.rate)
+
+    def time(self, ts: int) -> int:
+        return int(self.times(np.array([ts]))[0])
+
+    def times(self, ts: np.ndarray) -> np.ndarray:
+        if not self.rate:
+            return ts + self.shift
+        return ts + self.shift + np.rint((ts - self.start) * self.rate).astype(np.int64)
+
+    def spans(self, ts: np.ndarray, dur: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Begin and duration: both ends are moved, so that what was inside another span stays inside."""
+        begin = self.times(ts)
+        return begin, self.times(ts + dur) - begin if self.rate else dur
+
+    def frame(self, events: pl.DataFrame) -> pl.DataFrame:
+        """The columns ts and, where it is there, dur."""
+        if not self.moves:
+            return events
+        ts = events["ts"].to_numpy()
+        if "dur" not in events.columns:
+            return events.with_columns(pl.Series("ts", self.times(ts)))
+        begin, dur = self.spans(ts, events["dur"].to_numpy())
+        return events.with_columns(pl.Series("ts", begin), pl.Series("dur", dur))
+
+
+def launches(found: Iterable[Process]) -> list[list[Process]]:
+    """The traces by the job that wrote them, in the order of time: a run that was stopped has several.
+
+    Each rank is in a job once, and all say the same number of ranks. What forked goes with the latest job
+    begun before it.
+    """
+    found, made = list(found), []
+    parents = [p for p in found if not forked(p)]
+    in_time = sorted(parents, key=lambda p: (p.barriers.get("start", p.first), p.rank))
+    of_rank: dict[int, list[Process]] = {}
+    for process in in_time:
+        of_rank.setdefault(process.rank, []).append(process)
+    by_rank = [of_rank[rank] for rank in sorted(of_rank)]
+    whole = {p.world_size for p in parents} == {len(by_rank)} and len({len(each) for each in by_rank}) == 1
+    if whole:  # the n-th of each rank belong together, however far apart the hosts' clocks are
+        made = [list(job) for job in zip(*by_rank, strict=True)]
+    ranks: set[int] = set()  # of the latest job
+    for process in [] if whole else in_time:
+        if not made or process.rank in ranks or process.world_size != made[-1][0].world_size:
+            made.append([])
+            ranks = set()
+        made[-1].append(process)
+        ranks.add(process.rank)
+    begun = [min(p.first for p in job) for job in made]
+    made = made or [[]]
+    for process in found:
+        if forked(process):
+            before = [number for number, at in enumerate(begun) if at <= process.first]
+            made[max(before, default=0)].append(process)
+    return [job for job in made if job]
+
+
+def clocks(found: Iterable[Process]) -> dict[Path, Clock]:
+    """How each trace's times come to the clock of the job's first rank's host.
+
+    Ranks of one host share its clock, so they share the correction: the median of what their barriers say.
+    """
+    return {path: clock for job in launches(found) for path, clock in _of_job(job).items()}
+
+
+def _of_job(job: list[Process]) -> dict[Path, Clock]:
+    hosts = dict.fromkeys(p.host for p in job)
+    moments = {when: {host: _moment(job, host, when) for host in hosts} for when in ("start", "end")}
+    known = [at for at in moments["start"].values() if at is not None]
+    if len(hosts) < 2 or not known:
+        return {p.path: Clock() for p in job}
+    first = min(job, key=lambda p: p.rank).host
+    reference = moments["start"][first]
+    made = {
+        host: _clock(
+            at,
+            moments["end"][host],
+            min(known) if reference is None else reference,
+            None if reference is None else moments["end"][first],
+        )  # fmt: skip
+        for host, at in moments["start"].items()
+    }
+    return {p.path: made[p.host] for p in job}
+
+
+def _moment(job: list[Process], host: str, when: str) -> float | None:
+    told = [p.barriers[when] for p in job if p.host == host and when in p.barriers]
+    return float(np.median(told)) if told else None
+
+
+def _clock(start: float | None, end: float | None, first_start: float, first_end: float | None) -> Clock:
+    if start is None:
+        return Clock()
+    shift, begun = round(first_start - start), round(start)
+    if end is None or first_end is None or end <= start or first_end <= first_start:
+        return Clock(shift, begun)  # a killed rank has no barrier at the end: an offset is all there is
+    drift = (first_end - first_start) - (end - start)
+    if abs(drift) > LARGEST_DRIFT * (end - start):
+        return Clock(shift, begun)
+    return Clock(shift, begun, drift / (end - start), round(drift))
+
+
+def moves(found: Iterable[Process], known: dict[Path, Clock]) -> list[str]:
+    """What was done to the hosts' times, a sentence each."""
+    jobs = launches(found)
+    told = []
+    for number, job in enumerate(jobs, 1):
+        for host, clock in {p.host: known[p.path] for p in job if known[p.path].moves}.items():
+            launch = f" in launch {number}" if len(jobs) > 1 else ""
+            text = f"clock of {host}{launch}: moved by {clock.shift} us to meet the barrier at the start"
+            if clock.drift:
+                text += f", by {clock.drift} us more towards the end ({1e6 * clock.rate:+.3g} us per s)"
+            told.append(text)
+    return told
+
+
+def skew(found: Iterable[Process]) -> dict[str, int]:
+    """How far the clocks were apart at each barrier, in us: over all ranks of a job, as recorded."""
+    apart: dict[str, int] = {}
+    for job in launches(found):
+        for when in ("start", "end"):
+            at = [p.barriers[when] for p in job if when in p.barriers]
+            if len(at) > 1:
+                apart[when] = max(apart.get(when, 0), max(at) - min(at))
+    return apart

@@ -1,0 +1,265 @@
+"""The traces of a run as columns: `processes` who wrote them, `load` all events in one table, `batches` in
+constant memory. Hashes are resolved, ranks are known, times of different hosts stand on one clock.
+
+Columns: rank, pid, tid, cat, name, ts and dur (us), file, offset, count, ret, bytes, epoch, step, batch,
+value (counters), split, when, args (JSON of what is left). Metadata and DFTracer's own start and end
+events are no rows. What could not be read is in `Process.lost`.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from analysis.trace.clocks import clocks
+from analysis.trace.columns import COLUMNS, frame
+from analysis.trace.lines import blocks, tail
+from analysis.trace.process import Process
+from analysis.trace.scan import EVENT, MAX_WHOLE, METADATA, Block, scan
+from analysis.trace.strings import ID, PAD, Strings
+from common.errors import UserError, os_errors_as_user_errors, printable
+
+__all__ = [
+    "COLUMNS",
+    "Process",
+    "Reader",
+    "batches",
+    "files",
+    "heads",
+    "load",
+    "processes",
+]
+HEAD_BLOCKS = 100  # a barrier at the start that comes later than this is not looked for
+MAX_RECORDS = 200_000  # of metadata in a file: each is read by itself
+MAX_RANKS = 1 << 20
+MAX_THREADS = 1 << 16  # whose names are kept, of a process
+_ARGS = b'"args":{"hhash":"'
+MAX_CLOCK_LINE = 4096  # bytes of a barrier's event
+_LABEL = 255  # characters of a host's or a thread's name that are kept
+
+
+def files(run_dir: str | Path) -> list[Path]:
+    """The trace files of a run: RUN/trace, or any folder of DFTracer files, or one file."""
+    with os_errors_as_user_errors(run_dir):
+        return _files(Path(run_dir))
+
+
+def _files(run: Path) -> list[Path]:
+    shown = printable(run)
+    if not run.exists():
+        raise UserError(f"{shown}: no such folder; give the folder of a run, e.g. results/<name>")
+    if run.is_file():
+        if not run.name.endswith((".pfw", ".pfw.gz")):
+            raise UserError(f"{shown}: DFTracer's files end in .pfw.gz or .pfw; give one, or a run folder")
+        return [run]
+    for folder in (run / "trace", run):
+        found = sorted(_traces(folder), key=_parents_first)
+        if found:
+            return found
+    raise UserError(f"{shown}: no traces (*.pfw.gz) in it or in its trace/ folder; was the run traced?")
+
+
+def _traces(folder: Path) -> list[Path]:
+    """By their names alone: what is no file is refused when it is opened, and not passed over."""
+    if not folder.is_dir():
+        return []
+    return [folder / name for name in os.listdir(folder) if name.endswith((".pfw.gz", ".pfw"))]
+
+
+class Reader:
+    """Iterate over the blocks of one trace file; `process` and `paths` fill up on the way."""
+
+    def __init__(self, path: Path, strings: Strings, paths: dict[int, int] | None = None) -> None:
+        self.process = Process(path)
+        self.strings = strings
+        self.records = 0
+        # file hash -> path, both as numbers; shared between the files of a run: a forked process
+        # inherits its parent's hashes and does not write them again
+        self.paths: dict[int, int] = {} if paths is None else paths
+
+    def __iter__(self) -> Iterator[Block]:
+        process = self.process
+        for text in blocks(process.path, process.loss):
+            size = len(text)
+            text += bytes(PAD)
+            block = scan(np.frombuffer(text, np.uint8), size, self.strings)
+            for place in block.bad:
+                self._salvage(bytes(text[place : text.index(b"\n", place)]))
+            process.bad_lines += block.n_bad - len(block.bad)
+            self._records(block)
+            if process.pid < 0 and len(block):
+                process.pid = int(block.pid[0])
+            is_event = block.ph == EVENT
+            process.events += int(np.count_nonzero(is_event))
+            if is_event.any():
+                ts = block.ts[is_event]
+                first, last = int(ts.min()), int((ts + block.dur[is_event]).max())
+                process.first = min(process.first, first) if process.first else first
+                process.last = max(process.last, last)
+            yield block
+        process.events -= process.ended  # the end record does not count itself
+
+    def _records(self, block: Block) -> None:
+        """Metadata, start and end, barriers: few, so one by one."""
+        special = (block.ph == METADATA) | (block.cat == ID["dftracer"]) | (block.cat == ID["clock"])
+        found = np.flatnonzero(special)
+        self.records += len(found)
+        beyond = min(len(found), max(0, self.records - MAX_RECORDS))
+        self.process.bad_lines += beyond
+        for i in found[: len(found) - beyond].tolist():
+            args = block.args(i, self.strings)
+            if block.ph[i] == METADATA:
+                self._metadata(int(block.name[i]), int(block.tid[i]), args)
+            elif block.cat[i] == ID["clock"] and args.get("when") in ("start", "end"):
+                self.process.barriers.setdefault(str(args["when"]), int(block.ts[i]))
+            elif block.name[i] == ID["end"]:
+                self.process.ended = True
+                self.process.expected = whole_number(args.get("num_events"), MAX_WHOLE, 0)
+
+    def _metadata(self, kind: int, tid: int, args: dict) -> None:
+        key, value = str(args.get("name", "")), args.get("value", "")
+        process = self.process
+        if kind == ID["FH"]:
+            hashed, path = self.strings.add(str(value)), self.strings.add(key)
+            if hashed < 0 or path < 0:
+                process.bad_lines += 1
+            else:
+                self.paths[hashed] = path
+        elif kind == ID["HH"]:
+            process.host = process.host or printable(key[:_LABEL])
+        elif kind == ID["CM"] and key in ("rank", "local_rank", "world_size"):
+            number = whole_number(value, MAX_RANKS, -1)
+            process.bad_lines += number < 0
+            if number >= 0:
+                setattr(process, key, number)
+        elif kind == ID["CM"] and key in ("host", "role"):
+            setattr(process, key, printable(str(value)[:_LABEL]))
+        elif kind == ID["CM"] and key == "thread_name" and len(process.threads) < MAX_THREADS:
+            process.threads[tid] = str(value)[:_LABEL]
+
+    def _salvage(self, line: bytes) -> None:
+        """A path with a quote in it makes DFTracer write a record that is no JSON."""
+        if found := _record(line):
+            kind, key, value = (part.decode(errors="replace") for part in found)
+            self._metadata(ID.get(kind, 0), 0, {"name": key, "value": value})
+        else:
+            self.process.bad_lines += 1
+
+
+def _record(line: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """A metadata record that is no JSON -> its kind, name and value. Searched once from either end."""
+    line = line.rstrip(b" \r,")
+    at = line.find(_ARGS)
+    if at < 0 or not line.endswith(b'"}}'):
+        return None
+    kind = line.find(b'"name":"', 0, at)
+    hashed, found, rest = line[at + len(_ARGS) : -3].partition(b'","name":"')
+    name, found_too, value = rest.rpartition(b'","value":"')
+    if kind < 0 or line[kind + 10 : kind + 11] != b'"' or not (found and found_too and hashed.isalnum()):
+        return None
+    return line[kind + 8 : kind + 10], name, value
+
+
+def whole_number(value: object, most: int, otherwise: int) -> int:
+    """A number from 0 to `most`, perhaps as text, else `otherwise`."""
+    if isinstance(value, str):
+        value = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else None
+    if not isinstance(value, int | float) or not 0 <= value <= most:
+        return otherwise
+    return int(value)
+
+
+def processes(run_dir: str | Path) -> list[Process]:
+    """One record per trace file, by rank; reads every file once."""
+    found = []
+    strings = Strings()
+    for path in files(run_dir):
+        reader = Reader(path, strings)
+        for _ in reader:
+            pass
+        found.append(reader.process)
+    return ranked(found)
+
+
+def heads(run_dir: str | Path) -> list[Process]:
+    """Who wrote each trace file, by rank, from its first events; of several hosts with both barriers."""
+    strings = Strings()
+    found = [_head(path, strings, 1) for path in files(run_dir)]
+    if len({process.host for process in found}) > 1:
+        for number, process in enumerate(found):
+            if "start" not in process.barriers:
+                found[number] = process = _head(process.path, strings, HEAD_BLOCKS)
+            for at in end_barrier(process.path):
+                process.barriers.setdefault("end", at)
+    return ranked(found)
+
+
+def _head(path: Path, strings: Strings, most: int) -> Process:
+    """From the first blocks, up to the barrier at the start. One file is open at a time."""
+    reader = Reader(path, strings)
+    for number, _ in enumerate(reader, 1):
+        if "start" in reader.process.barriers or number == most:
+            break
+    return reader.process
+
+
+def end_barrier(path: Path) -> list[int]:
+    """When the barrier at the end was, from the file's last stretch alone."""
+    lines = [
+        line for line in tail(path).splitlines()
+        if len(line) < MAX_CLOCK_LINE and b'"clock"' in line and b'"end"' in line
+    ]  # fmt: skip
+    text = bytearray(b"\n".join([*lines[-100:], b""]))
+    if not lines:
+        return []
+    size, strings, found = len(text), Strings(), []
+    block = scan(np.frombuffer(text + bytes(PAD), np.uint8), size, strings)
+    for i in np.flatnonzero(block.cat == ID["clock"]).tolist():
+        if block.args(i, strings).get("when") == "end":
+            found.append(int(block.ts[i]))
+    return found[-1:]
+
+
+def ranked(found: list[Process]) -> list[Process]:
+    """In the order of ranks; traces that were not made by dlrm get the order of the files."""
+    named = max((process.rank for process in found), default=-1)
+    for process in found:
+        if process.rank < 0:
+            named += 1
+            process.rank = named
+    return sorted(found, key=lambda p: (p.rank, _parents_first(p.path)))
+
+
+def _parents_first(path: Path) -> tuple[bool, str]:
+    """A forked process does not repeat the file names that its parent has written."""
+    return "-fork." in path.name, path.name
+
+
+def batches(path: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator[pl.DataFrame]:
+    """The events of one trace file, a table per block of text, on the file's own clock."""
+    reader = Reader(Path(path), Strings())
+    for block in reader:
+        yield frame(block, reader.strings, reader.paths, max(0, reader.process.rank), columns)
+
+
+def load(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
+    """All events of a run, on one clock, ordered by time. `columns`: only these (less memory)."""
+    strings, paths, found, tables = Strings(), {}, [], []
+    for path in files(run_dir):
+        reader = Reader(path, strings, paths)
+        found.append(reader.process)
+        tables.append([frame(block, strings, paths, 0, (*columns, "ts")) for block in reader])
+    ranked(found)
+    known = clocks(found)
+    parts = []
+    for process, own in zip(found, tables, strict=True):
+        for table in own:
+            table = known[process.path].frame(table)
+            if "rank" in columns:
+                table = table.with_columns(pl.lit(process.rank, pl.Int32).alias("rank"))
+            parts.append(table)
+    if not parts:
+        raise UserError(f"{run_dir}: the traces hold no events")
+    return pl.concat(parts, how="vertical").sort("ts").select(columns)

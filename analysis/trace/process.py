@@ -1,0 +1,55 @@
+"""Who wrote a trace file, and what could not be read of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from analysis.trace.lines import Loss
+from analysis.trace.scan import MAX_LINE
+from common.errors import printable
+
+
+@dataclass
+class Process:
+    """One trace file and the process that wrote it."""
+
+    path: Path
+    rank: int = -1
+    local_rank: int = -1
+    world_size: int = -1
+    host: str = ""
+    role: str = ""
+    pid: int = -1
+    threads: dict[int, str] = field(default_factory=dict)  # tid -> name
+    barriers: dict[str, int] = field(default_factory=dict)  # "start", "end" -> us on this host's clock
+    events: int = 0  # as DFTracer counts them
+    first: int = 0  # us
+    last: int = 0
+    ended: bool = False  # the process closed its trace
+    expected: int = 0  # events that the process says it wrote
+    bad_lines: int = 0
+    loss: Loss = field(default_factory=Loss)
+
+    @property
+    def lost(self) -> str:
+        """What this trace lacks, as one sentence; empty when it is whole."""
+        parts = []
+        if not self.ended:
+            parts.append("no end record (killed or still running): what was not yet flushed is missing")
+        elif self.expected > self.events:
+            parts.append(f"{self.expected - self.events} of {self.expected} events missing")
+        if self.loss.cut:
+            parts.append("the gzip stream is cut")
+        if self.loss.bomb:
+            parts.append("it inflates to more than a hundred times its size and was read no further")
+        if self.loss.long:
+            parts.append(f"lines longer than {MAX_LINE >> 20} MiB left out")
+        if self.loss.bytes:
+            parts.append(f"{self.loss.bytes} bytes unreadable")
+        if self.bad_lines:
+            parts.append(f"{self.bad_lines} lines are not JSON")
+        return f"{printable(self.path.name)}: " + "; ".join(parts) if parts else ""
+
+
+def forked(process: Process) -> bool:
+    """A worker of a process that has a trace of its own."""
+    return process.role == "worker" or "-fork." in process.path.name

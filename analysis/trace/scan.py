@@ -1,0 +1,379 @@
+"""JSON lines of DFTracer -> columns, at machine speed: one numba loop over a block of text.
+
+Every string stands in the columns as its number in `Strings`. The arguments of event i are rows
+arg_begin[i] .. arg_begin[i + 1] of the argument columns (key, kind, value, and where the text stands).
+A line that is not a JSON event is left out and its place returned, so that the caller can count it. So is one
+that says what cannot be: times outside of MAX_TS and MAX_DUR, a pid or tid beyond 32 bits, more than MAX_ARGS
+arguments, values nested deeper than MAX_DEPTH, more than MAX_LINE bytes. Whoever
+reads a Block may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers
+exist, arguments that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
+
+What keeps the loops inside their arrays: the invariants of analysis.trace.strings for text; a line is an event or
+bad once, and both are compared with the arrays' lengths; MAX_ARGS rows of arguments are free before a
+line begins and `_args` stops there.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.trace.strings import (
+    ID,
+    PAD,
+    Strings,
+    bits_of,
+    byte,
+    close,
+    compiled,
+    grown,
+    intern,
+    line_end,
+    pointer,
+    pointers,
+    room_left,
+    unescape,
+)
+
+INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that Strings had no room for
+EVENT, METADATA = 1, 4
+_HHASH, _NUMERIC = ID["hhash"], tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes"))
+# Arguments that are used as whole numbers: counts, places in files, bytes, positions in the training.
+_COUNTS = tuple(ID[key] for key in (
+    "offset", "count", "ret", "size", "bytes", "epoch", "step", "batch", "num_events",
+))  # fmt: skip
+_COUNT_BITS = sum(1 << number for number in _COUNTS)  # all below 63
+MAX_LINE = 1 << 20  # bytes; DFTracer's lines have hundreds
+MAX_ARGS = 4096  # of one event
+MAX_DEPTH = 64  # of a value inside an argument
+MAX_TS, MAX_DUR = 1 << 54, 1 << 47  # us: hundreds of years, and four years
+MAX_WHOLE = 1 << 57  # of an argument that is a count
+MAX_BYTES = 1 << 50  # that one call or span moves, where bytes are added up: a petabyte
+MAX_BAD = 1000  # bad lines of a block whose places are returned; all are counted
+_LEAST_LINE = 9  # bytes of an event: {"ph":1}
+_MOST = 1.7976931348623157e308
+_DONE, _MORE_ROOM = 0, 1
+
+
+@dataclass
+class Block:
+    """Events and metadata records of one stretch of a trace file, in the order of the file."""
+
+    text: np.ndarray
+    ph: np.ndarray
+    name: np.ndarray
+    cat: np.ndarray
+    pid: np.ndarray
+    tid: np.ndarray
+    ts: np.ndarray
+    dur: np.ndarray
+    arg_begin: np.ndarray
+    arg_key: np.ndarray
+    arg_kind: np.ndarray
+    arg_val: np.ndarray  # int64; the bits of a float64; a string's number; begin << 32 | end in the text
+    arg_text: np.ndarray  # begin << 32 | end of `"key":value`
+    bad: list[int]  # where the lines that did not parse begin, the first MAX_BAD of them
+    n_bad: int = 0  # all of them
+
+    def __len__(self) -> int:
+        return len(self.ph)
+
+    def args(self, i: int, strings: Strings) -> dict[str, int | float | str]:
+        """The arguments of one event as Python values: for the few records that are read one by one."""
+        found: dict[str, int | float | str] = {}
+        for j in range(self.arg_begin[i], self.arg_begin[i + 1]):
+            kind, value = self.arg_kind[j], self.arg_val[j]
+            key = strings.text(self.arg_key[j])
+            if kind == INT:
+                found[key] = int(value)
+            elif kind == FLOAT:
+                found[key] = float(value.view(np.float64))
+            elif kind == STRING:
+                found[key] = strings.text(value)
+            else:
+                found[key] = unescape(self.text[int(value) >> 32 : int(value) & 0xFFFFFFFF].tobytes())
+        return found
+
+
+def scan(text: np.ndarray, size: int, strings: Strings) -> Block:
+    """text[:size] is whole lines; PAD bytes of anything follow."""
+    assert len(text) >= size + PAD and text[size - 1] == 10
+    lines = int(np.count_nonzero(text[:size] == 10))
+    most = min(lines, size // _LEAST_LINE + 1)
+    ints = np.empty((6, most), np.int64)
+    ph = np.empty(most, np.uint8)
+    arg_begin = np.zeros(most + 1, np.int64)
+    room = 8 * most + MAX_ARGS
+    args: tuple[np.ndarray, ...] = (
+        np.empty(room, np.int32),
+        np.empty(room, np.uint8),
+        np.empty(room, np.int64),
+        np.empty(room, np.int64),
+    )
+    bad = np.empty(min(lines, MAX_BAD), np.int64)
+    state = np.zeros(4, np.int64)  # position, events, arguments, bad lines
+    while _scan(text, size, state, ph, ints, arg_begin, args, bad, strings.arrays) == _MORE_ROOM:
+        line = int(np.argmax(text[state[0] : size] == 10)) + 1
+        strings.make_room(min(line, MAX_LINE) + (1 << 12))
+        if int(state[2]) + MAX_ARGS > len(args[0]):
+            args = tuple(grown(a, len(a)) for a in args)
+    n, m = int(state[1]), int(state[2])
+    name, cat, pid, tid, ts, dur = ints[:, :n]
+    keys, kinds, values, places = (a[:m] for a in args)
+    return Block(
+        text, ph[:n], name.astype(np.int32), cat.astype(np.int32), pid, tid, ts, dur,
+        arg_begin[: n + 1], keys, kinds, values, places, bad[: int(state[3])].tolist(),
+        int(state[3]),
+    )  # fmt: skip
+
+
+@compiled
+def _number(text, p):
+    """The number at p -> place after it, kind, whole value, real value; place -1 when there is none."""
+    negative = byte(text, p) == 45
+    if negative:
+        p += 1
+    begin, value, digits, scale, real = p, 0, 0, 0, False
+    while True:
+        c = byte(text, p)
+        if 48 <= c <= 57:
+            if digits < 18:
+                value = value * 10 + (c - 48)
+                digits += value > 0
+                scale -= real
+            else:
+                scale += not real
+        elif c == 46 and not real:
+            real = True
+        else:
+            break
+        p += 1
+    if p == begin:
+        return -1, INT, 0, 0.0
+    if c == 101 or c == 69:
+        p += 1
+        down = byte(text, p) == 45
+        p += down or byte(text, p) == 43
+        power = 0
+        while 48 <= byte(text, p) <= 57:
+            power = min(1000, power * 10 + byte(text, p) - 48)
+            p += 1
+        scale += -power if down else power
+        real = True
+    if real or scale != 0:
+        number = 0.0 if value == 0 else value / 10.0**-scale if scale < 0 else value * 10.0**scale
+        number = min(number, _MOST)
+        return p, FLOAT, 0, -number if negative else number
+    return p, INT, -value if negative else value, 0.0
+
+
+@compiled
+def _skip(text, p, end):
+    """The place after any JSON value; -1 when the line ends first or the value is nested too deeply."""
+    depth = 0
+    while p < end:
+        c = byte(text, p)
+        if c == 34:
+            p = close(text, p + 1, end)
+            if depth == 0:
+                return p + 1 if p < end else -1
+        elif c == 123 or c == 91:
+            depth += 1
+            if depth > MAX_DEPTH:
+                break
+        elif c == 125 or c == 93:
+            if depth <= 1:
+                return p + depth
+            depth -= 1
+        elif c == 44 and depth == 0:
+            return p
+        p += 1
+    return -1
+
+
+@compiled
+def _value(text, p, end, j, key, args, strings):
+    """One argument's value into row j -> the place after it, or -1."""
+    _, kinds, values, _ = args
+    if byte(text, p) == 34:
+        a = p + 1
+        q = close(text, a, end)
+        kinds[j], values[j] = STRING, intern(text, a, q - a, strings, False)
+        if values[j] < 0:
+            kinds[j], values[j] = INLINE, (a << 32) | q
+        for numeric in _NUMERIC:  # DFTracer 1 wrote these between quotes
+            if key == numeric:
+                after, kind, whole, _ = _number(text, a)
+                if after == q and kind == INT and -MAX_WHOLE <= whole <= MAX_WHOLE:
+                    kinds[j], values[j] = INT, whole
+        return q + 1 if q < end else -1
+    q, kind, whole, real = _number(text, p)
+    if q >= 0 and 0 <= key < 64 and _COUNT_BITS >> key & 1:  # noqa: SIM102
+        if abs(real) > MAX_WHOLE or whole > MAX_WHOLE or whole < -MAX_WHOLE:
+            kinds[j], values[j] = RAW, (p << 32) | q  # no number of bytes or steps: stays as text
+            return q
+    if q >= 0:
+        kinds[j], values[j] = kind, whole
+        if kind == FLOAT:
+            values[j] = bits_of(real)
+        return q
+    q = _skip(text, p, end)
+    kinds[j], values[j] = RAW, (p << 32) | q
+    return q
+
+
+@compiled
+def _args(text, p, end, j, last, args, strings):
+    """The object of arguments that begins at p -> the place after it (or -1) and the next free row, at most
+    `last`.
+    """
+    keys, _, _, places = args
+    p += 1
+    while p < end:
+        c = byte(text, p)
+        if c == 125:
+            return p + 1, j
+        if c == 34:
+            begin = p
+            p = close(text, begin + 1, end)
+            if p >= end or j >= last:
+                break
+            key = intern(text, begin + 1, p - begin - 1, strings, True)
+            if key < 0:
+                break
+            p += 1
+            while byte(text, p) == 32 or byte(text, p) == 58:
+                p += 1
+            if key == _HHASH:  # every event carries the host's hash: the HH record says it once
+                p = _skip(text, p, end)
+                if p < 0:
+                    break
+                continue
+            p = _value(text, p, end, j, key, args, strings)
+            if p < 0:
+                break
+            keys[j], places[j] = key, (begin << 32) | p
+            j += 1
+        elif c == 32 or c == 44:
+            p += 1
+        else:
+            break
+    return -1, j
+
+
+@compiled
+def _place(size, c, d):
+    """Which column a key is for, by its length and first letters: 0 name .. 5 dur, 6 ph, 7 args, -1 none."""
+    if size == 2:
+        return 4 if c == 116 else 6 if c == 112 else -1  # ts, ph
+    if size == 3:
+        if d == 105:
+            return 2 if c == 112 else 3  # pid, tid
+        return 1 if c == 99 else 5 if c == 100 else -1  # cat, dur
+    if size == 4:
+        return 0 if c == 110 else 7 if c == 97 else -1  # name, args
+    return -1
+
+
+@compiled
+def _line(text, p, end, j, row, args, strings):
+    """The event that begins at p (its brace) -> the place after it (or -1), next free argument row."""
+    for place in range(7):
+        row[place] = 0
+    last = j + MAX_ARGS
+    p += 1
+    while 0 <= p < end:
+        c = byte(text, p)
+        if c == 125:
+            return p + 1, j
+        if c == 32 or c == 44:
+            p += 1
+            continue
+        if c != 34:
+            break
+        a = p + 1
+        p = close(text, a, end)
+        if p >= end:
+            break
+        place = _place(p - a, byte(text, a), byte(text, a + 1))
+        p += 1
+        while byte(text, p) == 32 or byte(text, p) == 58:
+            p += 1
+        quoted = byte(text, p) == 34
+        if place < 0 or (place < 2 and not quoted):  # the numbers of strings are ours to give
+            p = _skip(text, p, end)
+        elif place == 7:
+            if byte(text, p) != 123:
+                break
+            p, j = _args(text, p, end, j, last, args, strings)
+        elif place < 2:
+            a = p + 1
+            p = close(text, a, end)
+            found = intern(text, a, p - a, strings, True)
+            if p >= end or found < 0:
+                break
+            row[place] = found
+            p += 1
+        elif place == 6 and quoted:  # as Chrome writes it: X, M
+            c = byte(text, p + 1)
+            row[6] = 4 if c == 77 else 1 if c == 88 else 0
+            p = _skip(text, p, end)
+        else:
+            p, kind, whole, real = _number(text, p)
+            if kind == FLOAT:
+                whole = np.int64(real) if 0.0 <= real <= MAX_TS else -1
+            most = 0xFFFFFFFF if place < 4 else MAX_TS if place == 4 else MAX_DUR if place == 5 else 255
+            if whole < 0 or whole > most:
+                break
+            row[place] = whole
+    return -1, j
+
+
+@compiled
+def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
+    p, i, j, wrong = state
+    pool, starts, _, table, count = arrays
+    keys, kinds, values, places = arg_arrays
+    args_room, events_room, bad_room = len(keys) - MAX_ARGS, len(ph), len(bad)
+    args = pointer(keys), pointer(kinds), pointer(values), pointer(places)
+    strings = pointers(arrays)
+    room = room_left(pool, starts, table, count)
+    text = pointer(text)
+    space = np.zeros(7, np.int64)
+    row = pointer(space)
+    status, known = _DONE, count[0]
+    while p < size:
+        end = line_end(text, p)
+        begin = p
+        if end - p > MAX_LINE:
+            if wrong < bad_room:
+                bad[wrong] = begin
+            wrong += 1
+            p = end + 1
+            continue
+        if end - p > room or j > args_room:
+            status = _MORE_ROOM
+            break
+        while byte(text, p) == 32 or byte(text, p) == 91 or byte(text, p) == 44 or byte(text, p) == 93:
+            p += 1
+        if byte(text, p) == 123:
+            q, next_j = _line(text, p, end, j, row, args, strings)
+            if q < 0 or row[6] == 0 or i >= events_room:
+                if wrong < bad_room:
+                    bad[wrong] = begin
+                wrong += 1
+            else:
+                ph[i] = row[6]
+                for k in range(6):
+                    ints[k, i] = row[k]
+                i, j = i + 1, next_j
+                arg_begin[i] = j
+        elif end - p > 1:
+            if wrong < bad_room:
+                bad[wrong] = begin
+            wrong += 1
+        if count[0] != known:  # rare: a string that is new
+            known = count[0]
+            room = room_left(pool, starts, table, count)
+        p = end + 1
+    state[:] = p, i, j, wrong
+    return status

@@ -1,0 +1,125 @@
+"""One narrow door to every format: `open_source(kind, folder, stage).read(start, stop)`.
+
+Stages: train = all days but the last; val and test = the halves of the last day. A folder of one day (or
+Kaggle's single train file) has no last day to spare: its last seventh is held out instead.
+`scan` checks all files of a folder once; give its result instead of the folder to open several stages,
+which then also count their bytes together.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlrm.data.memory import Mapped, Memory
+from dlrm.data.multihot import scan_multi_hot
+from dlrm.data.npy import Layout
+from dlrm.data.npy import scan as scan_npy
+from dlrm.data.rows import STAGES, Source
+from dlrm.data.stream import Stream
+from dlrm.data.synthetic import Random
+from dlrm.runtime.errors import UserError
+
+RANDOM_ROWS = 1 << 20
+
+
+AnyLayout = (
+    Any  # what a kind's scan gives: Layout or ParquetLayout, both with folder, table_sizes, bytes_read
+)
+
+
+@dataclass(frozen=True)
+class How:
+    """What a source may need to know besides its files."""
+
+    stage: str
+    read_chunk_mb: float = 16
+    rows: int = RANDOM_ROWS
+    table_sizes: Sequence[int] | None = None
+    seed: int = 0
+
+
+def random_source(_layout: AnyLayout, how: How) -> Source:
+    if how.table_sizes is None:
+        raise UserError(
+            "random data needs table sizes: give --num_embeddings or --num_embeddings_per_feature"
+        )
+    return Random(how.stage, how.rows, how.table_sizes, how.seed)
+
+
+def stream_source(layout: AnyLayout, how: How) -> Source:
+    return Stream(layout, how.stage, how.read_chunk_mb)
+
+
+def memory_source(layout: AnyLayout, how: How) -> Source:
+    return Memory(Stream(layout, how.stage, how.read_chunk_mb))
+
+
+def mapped_source(layout: AnyLayout, how: How) -> Source:
+    return Mapped(layout, how.stage)
+
+
+def parquet_source(layout: AnyLayout, how: How) -> Source:
+    from dlrm.data.parquet import Parquet  # pyarrow takes half a second to import
+
+    return Parquet(layout, how.stage)
+
+
+def scan_parquet(folder: str | os.PathLike[str]) -> AnyLayout:
+    from dlrm.data.parquet import scan_parquet
+
+    return scan_parquet(folder)
+
+
+SCANS: dict[str, Callable[[str | os.PathLike[str]], AnyLayout]] = {
+    "random": lambda folder: Layout(os.fspath(folder), {}),
+    "stream": scan_npy,
+    "memory": scan_npy,
+    "mmap": scan_npy,
+    "multi_hot": scan_multi_hot,
+    "parquet": scan_parquet,
+}
+KINDS: dict[str, Callable[[AnyLayout, How], Source]] = {
+    "random": random_source,
+    "stream": stream_source,
+    "memory": memory_source,
+    "mmap": mapped_source,
+    "multi_hot": stream_source,
+    "parquet": parquet_source,
+}
+
+
+def scan(kind: str, folder: str | os.PathLike[str]) -> AnyLayout:
+    """Check every file of the folder; UserError names all that are bad."""
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of data {kind}: one of {', '.join(KINDS)}")
+    return SCANS[kind](folder)
+
+
+def recognised(kind: str, folder: str | None) -> str:
+    """`kind`, which nobody asked for by name; it is Parquet where the folder holds nothing else."""
+    root = Path(folder) if folder else None
+    if kind not in ("stream", "memory") or root is None or any(root.glob("*.npy")):
+        return kind
+    return "parquet" if any(root.glob("*.parquet")) or any(root.glob("*/*.parquet")) else kind
+
+
+def open_source(
+    kind: str,
+    folder: str | os.PathLike[str] | AnyLayout,
+    stage: str,
+    *,
+    read_chunk_mb: float = 16,
+    rows: int = RANDOM_ROWS,
+    table_sizes: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Source:
+    """The rows of one stage. `rows`, `table_sizes` and `seed` are for random data only."""
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage}: one of {', '.join(STAGES)}")
+    layout = scan(kind, folder) if isinstance(folder, str | os.PathLike) else folder
+    source = KINDS[kind](layout, How(stage, read_chunk_mb, rows, table_sizes, seed))
+    if source.rows < 1:
+        raise UserError(f"{layout.folder}: no rows for {stage}: use a dataset with more rows")
+    return source

@@ -1,0 +1,297 @@
+"""Which rank holds which table: torchrec's planner, told what this machine has and what the user wants.
+
+A sharding file is JSON, table name -> wishes, with "*" for all tables not named:
+    {"*": {"sharding": "table_wise"}, "t_cat_0": {"sharding": ["row_wise"], "kernel": "fused"}}
+"""
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import DenseTableBatchedEmbeddingBagsCodegen
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import (
+    CacheParams,
+    KeyValueParams,
+    ModuleSharder,
+    ShardingPlan,
+    ShardingType,
+)
+
+from dlrm.cpu import pooled_embeddings
+from dlrm.embeddings.tables import initialise
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
+
+SHARDINGS = [sharding.value for sharding in ShardingType]
+KERNELS = [kernel.value for kernel in EmbeddingComputeKernel]
+STORES = ("device_mem", "cached_host_mem", "cached_ssd")
+WISHES = ("sharding", "kernel", "min_partition", "cache_load_factor", "store")
+MODEL_PARALLEL = [name for name in SHARDINGS if name != ShardingType.DATA_PARALLEL.value]
+# whole tables, balanced, when nothing is wished and they fit: on CPUs splitting them costs and brings nothing
+FIRST_CHOICE = {"cpu": [ShardingType.TABLE_WISE.value], "cuda": MODEL_PARALLEL}
+RESERVED = 0.15  # of a GPU: dense part, activations, communication buffers
+
+
+class _RowWiseToo:
+    """torchrec shards by rows on the CPU well enough, its planner just does not offer it there."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        offered = super().sharding_types(compute_device_type)  # type: ignore[misc]
+        return offered if ShardingType.ROW_WISE.value in offered else [*offered, ShardingType.ROW_WISE.value]
+
+
+class _Bags(_RowWiseToo, EmbeddingBagCollectionSharder):
+    pass
+
+
+class _Sequences(_RowWiseToo, EmbeddingCollectionSharder):
+    pass
+
+
+def sharders() -> list[ModuleSharder[nn.Module]]:
+    return [_Bags(), _Sequences()]  # type: ignore[list-item]
+
+
+def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The sharding file, checked as far as can be without the model."""
+    try:
+        wishes = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--sharding_file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--sharding_file {path}: not JSON: {error}") from None
+    if not isinstance(wishes, dict) or not all(isinstance(value, dict) for value in wishes.values()):
+        raise UserError(f'{path}: must be like {{"t_cat_0": {{"sharding": "row_wise"}}}}')
+    for table, wish in wishes.items():
+        for key, value in wish.items():
+            if wrong := _wrong(key, value):
+                raise UserError(f"{path}: {table}: {wrong}")
+    return wishes
+
+
+def _wrong(key: str, value: Any) -> str | None:
+    """What is wrong with a wish."""
+    if key not in WISHES:
+        return f"{key} is unknown; choose from {', '.join(WISHES)}"
+    allowed = {"sharding": SHARDINGS, "kernel": KERNELS, "store": STORES}.get(key)
+    if not allowed:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        return None if number else f"{key} {value}: must be a number above 0"
+    words = value if isinstance(value, list) and value and key != "store" else [value]
+    unknown = [word for word in words if word not in allowed]
+    return f"{key} {unknown[0]} is unknown: {', '.join(allowed)}" if unknown else None
+
+
+def _constraints(
+    tables: Sequence[str],
+    wishes: Mapping[str, Mapping[str, Any]],
+    poolings: Sequence[float] | None,
+    default: list[str],
+) -> dict[str, ParameterConstraints]:
+    unknown = set(wishes) - {*tables, "*"}
+    if unknown:
+        raise UserError(
+            f"sharding file: no table {', '.join(sorted(unknown))}; there are {tables[0]} .. {tables[-1]}"
+        )
+    many = [1.0] * len(tables) if poolings is None else poolings
+    made = {}
+    for table, ids in zip(tables, many, strict=True):
+        wish = wishes.get(table, wishes.get("*", {}))
+        sharding, kernel = wish.get("sharding", default), wish.get("kernel")
+        cache, storage = wish.get("cache_load_factor"), wish.get("storage")
+        made[table] = ParameterConstraints(
+            sharding_types=[sharding] if isinstance(sharding, str) else list(sharding),
+            compute_kernels=[kernel] if isinstance(kernel, str) else kernel,
+            min_partition=wish.get("min_partition"),
+            pooling_factors=[float(ids)],
+            cache_params=None if cache is None else CacheParams(load_factor=float(cache)),
+            key_value_params=storage and KeyValueParams(ssd_storage_directory=storage),
+        )
+    return made
+
+
+def make_plan(
+    module: nn.Module,
+    device: torch.device,
+    ranks: Ranks,
+    batch_size: int,
+    constraints: Mapping[str, Mapping[str, Any]] | None = None,
+    poolings: Sequence[float] | None = None,
+    memory: int | None = None,
+) -> ShardingPlan:
+    """The planner's choice, made on rank 0, the same on all. Call it after `optim.apply_in_backward`.
+
+    `poolings` are the ids per sample of each table (multi-hot), `memory` the bytes a rank may use for tables.
+    Without a wish tables are never data-parallel: those cannot be updated in backward.
+    """
+    tables = shapes(module)
+    choices = [FIRST_CHOICE[device.type], MODEL_PARALLEL]
+    wanted = [_constraints(list(tables), constraints or {}, poolings, choice) for choice in choices]
+    result: list[Any] = [None]
+    if ranks.first:
+        limit = memory_of(device, ranks) if memory is None else memory
+        for wishes in wanted:
+            result = [_plan(module, device, ranks, batch_size, wishes, limit, tables)]
+            if not isinstance(result[0], str):
+                break
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(result, src=0)
+    if isinstance(result[0], str):
+        raise UserError(result[0])
+    return result[0]
+
+
+def _plan(
+    module: nn.Module, device: torch.device, ranks: Ranks, batch_size: int,
+    wanted: dict[str, ParameterConstraints], limit: int, tables: dict[str, tuple[int, int]],
+) -> ShardingPlan | str:  # fmt: skip
+    """The plan, or why there is none."""
+    memory = {"ddr_cap_bytes" if device.type == "cpu" else "hbm_cap_bytes": limit}
+    planner = EmbeddingShardingPlanner(
+        topology=TopologyFactory.create_topology(
+            TrainerConfig(
+                world_size=ranks.world_size,
+                local_world_size=ranks.local_world_size,
+                **memory,  # type: ignore[arg-type]
+            ),
+            kernel_config=KernelConfig(compute_device=device.type),
+        ),
+        batch_size=batch_size,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED if device.type == "cuda" else 0.0),
+        constraints=wanted,
+        debug=False,
+    )
+    try:
+        return planner.plan(module, sharders())
+    except (PlannerError, RuntimeError) as error:
+        rows = {name: rows * width * 4 for name, (rows, width) in tables.items()}
+        largest = max(rows, key=lambda name: rows[name])
+        reason = (str(error).strip() or type(error).__name__).split(". ")[0].splitlines()[0]
+        if not isinstance(error, PlannerError):  # torchrec's enumerator: nothing satisfies the wishes
+            return f"sharding file: on {device.type} torchrec cannot do that: {reason}"
+        return (
+            f"no sharding plan: {len(rows)} tables of {_size(sum(rows.values()))} (largest {largest}, "
+            f"{_size(rows[largest])}) for {ranks.world_size} ranks with {_size(limit)} each: use more ranks, "
+            f"smaller tables or other sharding wishes (planner: {reason})"
+        )
+
+
+def memory_of(device: torch.device, ranks: Ranks) -> int:
+    """Bytes that one rank may fill: its GPU, or its share of the host's memory or of its control group's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        host = min(host, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return host // max(1, ranks.local_world_size)
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Rows and width of every table."""
+    shapes = {}
+    for part in module.modules():
+        configs = getattr(part, "embedding_bag_configs", None) or getattr(part, "embedding_configs", None)
+        for config in configs() if callable(configs) else []:  # type: ignore[attr-defined]
+            shapes[config.name] = (config.num_embeddings, config.embedding_dim)
+    return shapes
+
+
+def with_gradients(plan: ShardingPlan) -> ShardingPlan:
+    """The same shards, each with an ordinary gradient: for optimizers that fbgemm cannot fuse on CPUs.
+
+    torchrec's planner refuses to plan that, its modules can do it."""
+    for modules in plan.plan.values():
+        for sharding in modules.values():  # type: ignore[attr-defined]
+            sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value
+    return plan
+
+
+def _look_up_one_by_one(model: nn.Module) -> None:
+    """fbgemm's dense kernel on CPUs sums each bag even for sequences: give every id a bag of its own."""
+
+    def alone(_: Any, args: Any, named: dict[str, Any]) -> Any:
+        return args, named | {"offsets": torch.arange(len(named["indices"]) + 1)}
+
+    for part in model.modules():
+        for lookup in getattr(part, "_lookups", []):  # not among the modules that torch knows of
+            for kernel in lookup.modules():
+                dense = isinstance(kernel, DenseTableBatchedEmbeddingBagsCodegen) and kernel.use_cpu
+                if dense and kernel.pooling_mode == PoolingMode.NONE and len(kernel.embedding_specs) == 1:
+                    kernel.register_forward_pre_hook(alone, with_kwargs=True)
+
+
+def shard(
+    module: nn.Module, plan: ShardingPlan, device: torch.device, seed: int = 0, bound: float | None = None
+) -> DistributedModelParallel:
+    """Make the tables as planned, fill them (the same weights under any plan), wrap the rest in DDP."""
+    with warnings.catch_warnings():  # torchrec's own use of what torch has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders())
+    _look_up_one_by_one(model)
+    pooled_embeddings.install(model)
+    initialise(model, seed, bound)
+    return model
+
+
+def plan_as_dict(plan: ShardingPlan) -> dict[str, Any]:
+    """JSON: table -> sharding, kernel and its shards with rank, first row and column, rows and columns."""
+    tables: dict[str, Any] = {}
+    for modules in plan.plan.values():
+        for table, sharding in modules.items():  # type: ignore[attr-defined]
+            shards = [
+                {
+                    "rank": shard.placement.rank(),
+                    "device": str(shard.placement.device()),
+                    "offset": list(shard.shard_offsets),
+                    "size": list(shard.shard_sizes),
+                }
+                for shard in getattr(sharding.sharding_spec, "shards", [])
+            ]
+            kernel = sharding.compute_kernel
+            tables[table] = {"sharding": sharding.sharding_type, "kernel": kernel, "shards": shards}
+    return tables
+
+
+def describe(plan: ShardingPlan) -> str:
+    """A table for people, and what each rank holds."""
+    held: dict[int, int] = {}
+    lines = [f"{'table':<12} {'sharding':<18} {'kernel':<18} shards"]
+    for table, entry in plan_as_dict(plan).items():
+        places = []
+        for shard in entry["shards"]:
+            rows, columns = shard["size"]
+            held[shard["rank"]] = held.get(shard["rank"], 0) + rows * columns * 4
+            places.append(f"rank {shard['rank']}: {rows} x {columns}")
+        lines.append(
+            f"{table:<12} {entry['sharding']:<18} {entry['kernel']:<18} {', '.join(places) or 'every rank'}"
+        )
+    lines += [f"rank {rank} holds {_size(held[rank])} of tables" for rank in sorted(held)]
+    return "\n".join(lines)
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} TiB"

@@ -1,0 +1,112 @@
+"""The embedding tables: one config per sparse feature, and their first weights.
+
+The weights depend on the seed, the table and the row alone, so one rank and a thousand, sharded any way,
+begin with the same model.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
+
+from dlrm.data.criteo import SPARSE_NAMES
+from dlrm.runtime.errors import UserError
+
+DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
+BLOCK = 1 << 20  # weights drawn from one generator; a shard draws the blocks that it touches
+WEIGHT = re.compile(r"embedding(?:_bag)?s\.([^.]+)\.weight$")
+
+
+def table_configs(
+    sizes: Sequence[int],
+    dim: int | Sequence[int],
+    names: Sequence[str] = SPARSE_NAMES,
+    dtype: str = "fp32",
+) -> list[EmbeddingBagConfig]:
+    """One sum-pooled table `t_<feature>` per feature; `dim` is one width for all, or one each."""
+    dims = [dim] * len(sizes) if isinstance(dim, int) else list(dim)
+    for option, values in (("--num_embeddings_per_feature", sizes), ("--embedding_dim", dims)):
+        if len(values) != len(names):
+            raise UserError(f"{option}: {len(values)} values for {len(names)} tables; give one each")
+        if min(values) < 1:
+            raise UserError(f"{option}: {min(values)} is not a size; give positive numbers")
+    if any(width % 4 for width in dims):
+        raise UserError(f"--embedding_dim: {dims} must be multiples of 4, the width of fbgemm's vectors")
+    if dtype not in DTYPES:
+        raise UserError(f"tables' type {dtype} is unknown; choose from {', '.join(DTYPES)}")
+    return [
+        EmbeddingBagConfig(
+            name=f"t_{name}",
+            feature_names=[name],
+            num_embeddings=rows,
+            embedding_dim=width,
+            data_type=DTYPES[dtype],
+            init_fn=_later,
+        )
+        for name, rows, width in zip(names, sizes, dims, strict=True)
+    ]
+
+
+def _later(weight: torch.Tensor) -> torch.Tensor:
+    """torchrec's hook sees a shard without its place in the table, so `initialise` does the work."""
+    return weight
+
+
+def table_parameters(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor | ShardedTensor]]:
+    """(state name, table, weight) of every table in `module`, sharded or whole."""
+    for key, weight in module.state_dict(keep_vars=False).items():
+        match = WEIGHT.search(key)
+        if match:
+            yield key, match[1], weight
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int = 0, bound: float | None = None) -> None:
+    """Fill this rank's shards: uniform in +-`bound`, else in +-sqrt(1 / rows), as the DLRM paper does."""
+    for _, table, weight in table_parameters(module):
+        if isinstance(weight, ShardedTensor):
+            rows, width = weight.metadata().size
+            for shard in weight.local_shards():
+                first_row, first_column = shard.metadata.shard_offsets
+                fill(shard.tensor, first_row, first_column, rows, width, table, seed, bound)
+        elif not weight.is_meta:
+            fill(weight, 0, 0, weight.size(0), weight.size(1), table, seed, bound)
+
+
+def fill(
+    shard: torch.Tensor, first_row: int, first_column: int, rows: int, width: int, table: str, seed: int,
+    bound: float | None,
+) -> None:  # fmt: skip
+    bound = math.sqrt(1 / rows) if bound is None else bound
+    step = max(1, BLOCK // width)
+    last_row = first_row + shard.size(0)
+    whole = shard.dtype == torch.float32 and shard.size(1) == width and shard.is_contiguous()
+
+    @torch.no_grad()  # which each thread has for itself
+    def draw(block: int) -> None:
+        begin, end = block * step, min((block + 1) * step, rows)
+        generator = torch.Generator(shard.device)
+        generator.manual_seed(zlib.crc32(f"{seed} {table} {block}".encode()))
+        if whole and begin >= first_row and end <= last_row:
+            shard[begin - first_row : end - first_row].uniform_(-bound, bound, generator=generator)
+            return
+        drawn = torch.empty(end - begin, width, device=shard.device)
+        drawn.uniform_(-bound, bound, generator=generator)
+        low, high = max(begin, first_row), min(end, last_row)
+        columns = slice(first_column, first_column + shard.size(1))
+        shard[low - first_row : high - first_row] = drawn[low - begin : high - begin, columns].to(shard.dtype)
+
+    blocks = range(first_row // step, -(-last_row // step))
+    threads = min(len(blocks), torch.get_num_threads() if shard.device.type == "cpu" else 1)
+    if threads < 2:
+        for block in blocks:
+            draw(block)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(draw, blocks))

@@ -1,0 +1,165 @@
+"""Options of python -m dlrm.bert4rec: those of torchrec's example under their names, and ours.
+
+What training shares with DLRM (run folder, tracing, checkpoints) has the same flags as there.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlrm.config.options import Checkpoint, Run, at_least, option
+from dlrm.runtime.errors import UserError
+
+PRESETS: dict[str, Callable[[], Mapping[str, Any]]] = {"toy": lambda: TOY}
+# the demo: a minute on a laptop, and it comes near the best possible score
+TOY = {
+    "dataset_name": "markov", "random_user_count": 1500, "random_item_count": 150, "random_size": 30_000,
+    "max_len": 20, "dupe_factor": 1, "mask_prob": 0.2, "emb_dim": 32, "dropout": 0.0, "lr": 0.005,
+    "train_batch_size": 16, "num_epochs": 12, "seed": 1,
+}  # fmt: skip
+DATASETS = ("ml-1m", "ml-20m", "text", "random", "markov")
+
+
+def fixed(value: Any) -> Any:
+    """A field that is no flag here."""
+    return field(default=value, init=False)
+
+
+@dataclass(frozen=True)
+class BertData:
+    dataset_name: str = option(
+        "ml-1m", "text: lines of `user item [timestamp]`; random, markov: made here", DATASETS
+    )
+    dataset_path: str | None = option(None, "the folder (text: the file) with the ratings")
+    cache_dir: str | None = option(
+        None, "where prepared data is kept (default: .bert4rec beside the ratings; made data: nowhere)"
+    )
+    min_rating: float = option(0, "leave out ratings below this")
+    min_user_count: int = option(5, "leave out users with fewer ratings")
+    min_item_count: int = option(0, "leave out items with fewer ratings")
+    max_len: int = option(100, "items of a history that the model sees")
+    mask_prob: float = option(0.15, "share of the items hidden in training")
+    dupe_factor: int = option(3, "copies of each training sequence, each masked differently")
+    negatives: int | None = option(
+        None, "items to rank besides the right one (default: 100, random: 10, or what there is)"
+    )
+    negative_sampling: str | None = option(
+        None, "how they are drawn (default: popularity; random: uniform)", ("popularity", "uniform")
+    )
+    random_user_count: int = option(10, "random, markov: users")
+    random_item_count: int = option(30, "random, markov: items")
+    random_size: int = option(300, "random, markov: ratings")
+    train_batch_size: int = option(128, "training batch size per rank")
+    val_batch_size: int = option(128, "validation batch size per rank")
+    test_batch_size: int = option(128, "test batch size per rank")
+    prefetch_batches: int = option(4, "batches that the loading thread prepares ahead")
+    pin_memory: bool = option(True, "copy batches to a GPU through pinned memory")
+
+    def __post_init__(self) -> None:
+        at_least(
+            1, self, "max_len", "dupe_factor", "negatives", "random_user_count", "random_item_count",
+            "random_size", "train_batch_size", "val_batch_size", "test_batch_size", "prefetch_batches",
+        )  # fmt: skip
+        at_least(3, self, "min_user_count")
+        if not 0 < self.mask_prob <= 1:
+            raise UserError(f"--mask_prob {self.mask_prob}: must be above 0 and at most 1")
+
+    @property
+    def default_negatives(self) -> int:
+        return 10 if self.dataset_name == "random" else 100
+
+    @property
+    def by_popularity(self) -> bool:
+        default = "uniform" if self.dataset_name == "random" else "popularity"
+        return (self.negative_sampling or default) == "popularity"
+
+
+@dataclass(frozen=True)
+class BertModel:
+    emb_dim: int = option(256, "width of the model")
+    nhead: int = option(2, "attention heads")
+    num_layers: int = option(2, "transformer blocks")
+    dropout: float = option(0.1, "dropout rate")
+    output: str = option(
+        "linear", "output layer: its own weights, or (the paper) the item embeddings", ("linear", "tied")
+    )
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "emb_dim", "nhead")
+        at_least(0, self, "num_layers", "dropout")
+        if self.emb_dim % self.nhead or self.emb_dim % 4:
+            raise UserError(f"--emb_dim {self.emb_dim}: must be a multiple of 4 and of --nhead {self.nhead}")
+        if self.dropout >= 1:
+            raise UserError(f"--dropout {self.dropout}: must be below 1")
+
+
+@dataclass(frozen=True)
+class BertOptim:
+    lr: float = option(0.001, "learning rate")
+    decay_step: int = option(25, "epochs after which the rate is multiplied by --gamma, again and again")
+    gamma: float = option(1.0, "factor of that decay")
+    weight_decay: float = option(0.0, "weight decay")
+    optimizer: str = option(
+        "adam", "optimizer; the tables' is fused, but for adam on CPUs",
+        ("adam", "sgd", "adagrad", "rowwise_adagrad"),
+    )  # fmt: skip
+    eps: float = option(1e-8, "epsilon of adam and adagrad")
+    grad_clip: float | None = option(None, "largest norm of the dense gradients")
+    amp: str = option("off", "mixed precision of the transformer; --amp alone: bf16", ("off", "bf16", "fp16"),
+                      "bf16")  # fmt: skip
+    loss_scale_policy: str = option("dynamic", "fp16: how the loss is scaled", ("static", "dynamic"))
+    loss_scale: float = option(1024.0, "fp16: the static scale, or the first dynamic one")
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "lr", "gamma", "weight_decay", "eps")
+        at_least(1, self, "decay_step")
+        at_least(1e-30, self, "grad_clip", "loss_scale")
+
+
+@dataclass(frozen=True)
+class BertPlan:
+    mode: str = option(
+        "dmp", "item embeddings: dmp shards them over the ranks, ddp gives each rank all", ("dmp", "ddp")
+    )
+    sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel (dmp)")
+    print_sharding_plan: bool = option(False, "print how the table is sharded")
+
+    def __post_init__(self) -> None:
+        if self.mode == "ddp" and self.sharding_file:
+            raise UserError("--sharding_file says how tables are sharded: only with --mode dmp")
+
+
+@dataclass(frozen=True)
+class BertRun(Run):
+    """The run's flags, some under the example's names, some that mean nothing here left out."""
+
+    num_epochs: int = option(100, "passes over the training set")
+    evaluate_only: bool = option(False, "only test, from a checkpoint")
+    evaluate_on_epoch_end: bool = option(True, "validate after each epoch")
+    evaluate_on_training_end: bool = option(True, "test after the last epoch")
+    export_root: str | None = option(None, "where the model is saved: the same as --checkpoint_dir")
+    mode: str = fixed("train")
+    epochs: int = fixed(1)
+    validation_auroc: float | None = fixed(None)
+    compile: bool = fixed(False)
+    mllog: bool = fixed(False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, self, "num_epochs")
+        object.__setattr__(self, "epochs", self.num_epochs)
+        object.__setattr__(self, "mode", "test" if self.evaluate_only else "train")
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    data: BertData = field(default_factory=BertData)
+    model: BertModel = field(default_factory=BertModel)
+    optim: BertOptim = field(default_factory=BertOptim)
+    plan: BertPlan = field(default_factory=BertPlan)
+    run: BertRun = field(default_factory=BertRun)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+    def __post_init__(self) -> None:
+        if self.run.export_root and not self.checkpoint.checkpoint_dir:
+            object.__setattr__(self.checkpoint, "checkpoint_dir", self.run.export_root)

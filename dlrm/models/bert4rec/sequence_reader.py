@@ -1,0 +1,77 @@
+"""Histories as a source of rows, as `Batches` wants them.
+
+A training row is one masked sequence: the windows of all users, `dupe_factor` times over. A row for
+evaluation is a user: history, and the right item among candidates.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dlrm.models.bert4rec.sequences import Histories, masked, to_judge, windows
+
+
+class Sequences(NamedTuple):
+    tokens: np.ndarray  # int32 [n, max_len]
+    labels: np.ndarray  # int32 [n, max_len] in training: the hidden items; else [n]: the right ones
+    candidates: np.ndarray | None = None  # int32 [n, 1 + negatives], the right one first
+
+    def take(self, rows: np.ndarray) -> "Sequences":
+        return Sequences(*(None if each is None else each[rows] for each in self))  # type: ignore[arg-type]
+
+
+class _InMemory:
+    """What both sources have in common. Nothing is read after the start: `bytes_read` is the cache's."""
+
+    random_access, holds, contiguous = True, False, False
+
+    def __init__(self, rows: int, max_len: int, bytes_read: dict[str, int] | None) -> None:
+        self.rows, self.batch, self.row_bytes = rows, 0, 8 * max_len
+        self.bytes_read = {} if bytes_read is None else bytes_read
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        raise NotImplementedError
+
+    def read(self, start: int, stop: int, ahead: int = 0) -> Sequences:
+        return self.take(np.arange(start, stop))
+
+    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+        """Everything is in memory."""
+
+    def where(self, row: int, part: str) -> str:
+        return f"sequence {row}"
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Training(_InMemory):
+    def __init__(
+        self, data: Histories, max_len: int, mask_prob: float, dupe_factor: int, seed: int,
+        bytes_read: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.data, self.max_len, self.mask_prob, self.seed = data, max_len, mask_prob, seed
+        self.windows = windows(data, max_len)
+        self.epoch = 0
+        super().__init__(dupe_factor * len(self.windows), max_len, bytes_read)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Every epoch hides other items."""
+        self.epoch = epoch
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        spans = self.windows[rows % len(self.windows)]
+        return Sequences(*masked(self.data, spans, rows, self.max_len, self.mask_prob, self.seed, self.epoch))
+
+
+class Judging(_InMemory):
+    def __init__(self, data: Histories, negatives: np.ndarray, max_len: int, split: str) -> None:
+        self.tokens, self.right = to_judge(data, max_len, split)
+        self.negatives = negatives
+        super().__init__(data.users, max_len, None)
+
+    def take(self, rows: np.ndarray) -> Sequences:
+        right = self.right[rows]
+        return Sequences(
+            self.tokens[rows], right, np.concatenate([right[:, None], self.negatives[rows]], axis=1)
+        )

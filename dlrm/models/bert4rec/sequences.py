@@ -1,0 +1,216 @@
+"""Ratings -> what BERT4Rec trains and is judged on: each user's items in order, masked; candidates to rank.
+
+Items are numbered 1..n in the order of their own ids; 0 pads on the left, n + 1 is the mask. Of each user
+the last item is the test, the one before it the validation, the rest trains. Everything is vectorised, and
+masks depend on (seed, epoch, row, position) alone: no number of ranks changes them.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dlrm.models.bert4rec.ratings import Ratings
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.trace import span
+
+MASKED, REPLACED = 0.8, 0.2  # of the chosen positions: the mask, or a random item
+
+
+@dataclass(frozen=True)
+class Histories:
+    """All users' items, one after the other, oldest first."""
+
+    items: np.ndarray  # int32
+    starts: np.ndarray  # int64, one more than there are users
+    item_count: int
+
+    @property
+    def users(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def mask(self) -> int:
+        return self.item_count + 1
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the item table: padding and mask included."""
+        return self.item_count + 2
+
+
+class Examples(NamedTuple):
+    tokens: np.ndarray  # int32 [rows, max_len]
+    labels: np.ndarray  # int32 [rows, max_len], 0 where nothing is to be guessed
+
+
+def histories(
+    ratings: Ratings, min_rating: float = 0, min_user_count: int = 5, min_item_count: int = 0
+) -> Histories:
+    """Filter (ratings, then items, then users), number items densely, sort by user and time."""
+    if min_user_count < 3:
+        raise UserError(f"--min_user_count {min_user_count}: 3 at least, to train, validate and test with")
+    with span("prep", "histories"):
+        keep = ratings.rating >= min_rating
+        if min_item_count:
+            keep[keep] = _often(ratings.item[keep], min_item_count)
+        keep[keep] = _often(ratings.user[keep], min_user_count)
+        if not keep.any():
+            raise UserError("no rating is left: lower --min_rating, --min_user_count or --min_item_count")
+        users, user = _densely(ratings.user[keep])
+        items, item = _densely(ratings.item[keep])
+        order = np.argsort(ratings.time[keep], kind="stable")
+        order = order[np.argsort(user[order], kind="stable")]
+        starts = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=users))])
+        return Histories((item[order] + 1).astype(np.int32), starts, items)
+
+
+def _densely(ids: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many different ids there are, and each one's number in their order."""
+    if not len(ids):
+        return 0, ids
+    low, high = int(ids.min()), int(ids.max())
+    if high - low > 8 * len(ids) + (1 << 20):  # too sparse for a table of all ids between
+        known, numbers = np.unique(ids, return_inverse=True)
+        return len(known), numbers
+    there = np.zeros(high - low + 1, bool)
+    there[ids - low] = True
+    numbers = np.cumsum(there, dtype=np.int64) - 1
+    return int(numbers[-1]) + 1, numbers[ids - low]
+
+
+def _often(values: np.ndarray, least: int) -> np.ndarray:
+    """True for the values that stand there at least so many times."""
+    _, numbers = _densely(values)
+    return np.bincount(numbers)[numbers] >= least
+
+
+def windows(data: Histories, max_len: int) -> np.ndarray:
+    """[rows, 2] first and past-the-last item of each training sequence.
+
+    A history longer than `max_len` gives several, from its end backwards by a tenth of the length."""
+    begin, end = data.starts[:-1], data.starts[1:] - 2
+    step = max(1, max_len // 10)
+    more = np.maximum(0, -(-(end - begin - max_len) // step))  # besides the one at the beginning
+    user = np.repeat(np.arange(data.users), more + 1)
+    number = np.arange(len(user)) - np.repeat(np.cumsum(more + 1) - (more + 1), more + 1)
+    first = np.where(number == 0, begin[user], end[user] - max_len - (more[user] - number) * step)
+    return np.stack([first, np.minimum(first + max_len, end[user])], axis=1)
+
+
+def padded(data: Histories, spans: np.ndarray, max_len: int) -> np.ndarray:
+    """The items of each span, zeros before them."""
+    position = spans[:, 1:] - max_len + np.arange(max_len)
+    return np.where(position >= spans[:, :1], data.items[np.maximum(position, 0)], 0).astype(np.int32)
+
+
+def masked(
+    data: Histories,
+    spans: np.ndarray,
+    rows: np.ndarray,
+    max_len: int,
+    mask_prob: float,
+    seed: int,
+    epoch: int,
+) -> Examples:
+    """Training examples of these spans: some items hidden or replaced, to be guessed."""
+    tokens = padded(data, spans, max_len)
+    chance, kind, other = _chances(rows, max_len, seed, epoch)
+    chosen = (chance < mask_prob) & (tokens > 0)
+    labels = np.where(chosen, tokens, 0).astype(np.int32)
+    random_item = 1 + (other * data.item_count).astype(np.int32)
+    hidden = np.where(kind < MASKED, data.mask, random_item)
+    return Examples(np.where(chosen, hidden, tokens).astype(np.int32), labels)
+
+
+def _chances(
+    rows: np.ndarray, width: int, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Three numbers in [0, 1) for each position of each row, by hashing (splitmix64)."""
+    with np.errstate(over="ignore"):
+        key = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch)
+        base = _mix(rows.astype(np.uint64)[:, None] + _mix(key)) + np.arange(width, dtype=np.uint64)
+        drawn = [_mix(base + np.uint64(salt) * np.uint64(0xBF58476D1CE4E5B9)) for salt in (1, 2, 3)]
+    low, kind, other = ((each >> np.uint64(11)) / np.float64(1 << 53) for each in drawn)
+    return low, kind, other
+
+
+def _mix(value: np.ndarray | np.uint64) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        mixed = np.asarray(value, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def to_judge(data: Histories, max_len: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens ending in the mask, the right item) of every user."""
+    back = {"val": 2, "test": 1}[split]
+    target = data.starts[1:] - back
+    spans = np.stack([np.maximum(data.starts[:-1], target - (max_len - 1)), target], axis=1)
+    tokens = np.concatenate(
+        [padded(data, spans, max_len - 1), np.full((data.users, 1), data.mask, np.int32)], axis=1
+    )
+    return tokens, data.items[target]
+
+
+def negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np.ndarray:
+    """[users, count] distinct items that the user has never met, drawn alike or as often as they are met."""
+    seen = _met(data)
+    weights = np.bincount(data.items, minlength=data.vocabulary)[1:-1].astype(float)
+    bounds = np.cumsum(weights if by_popularity else np.ones(data.item_count))
+    generator = np.random.default_rng([seed, 1])
+    found = np.zeros((data.users, count), np.int32)
+    unfilled = np.arange(data.users)
+    with span("prep", "negatives"):
+        while len(unfilled):
+            chance = generator.random((len(unfilled), 2 * count)) * bounds[-1]
+            pool = np.concatenate([found[unfilled], 1 + np.searchsorted(bounds, chance, "right")], axis=1)
+            met = _contains(seen, unfilled[:, None] * np.int64(data.vocabulary) + pool)
+            good = _first_of_row(pool) & ~met & (pool > 0)
+            place = np.cumsum(good, axis=1) - 1
+            good &= place < count
+            row, column = np.nonzero(good)
+            found[unfilled[row], place[row, column]] = pool[row, column]
+            unfilled = unfilled[good.sum(axis=1) < count]
+    return found
+
+
+def _met(data: Histories) -> np.ndarray:
+    """user x vocabulary + item of every rating, sorted."""
+    user = np.repeat(np.arange(data.users), np.diff(data.starts))
+    return np.sort(user * np.int64(data.vocabulary) + data.items)
+
+
+def candidates(data: Histories, asked: int | None, default: int) -> int:
+    """How many items to rank besides the right one: as asked, else as many up to `default` as all users
+    have not met."""
+    most = int(np.diff(data.starts).max())
+    if data.item_count - most < (asked or default):  # else even without a look at repeated items
+        seen = _met(data)
+        new = np.ones(len(seen), bool)
+        new[1:] = seen[1:] != seen[:-1]
+        most = int(np.bincount(seen[new] // data.vocabulary).max())
+    left = data.item_count - most
+    if left < (asked or 1):
+        raise UserError(
+            f"--negatives {asked or default}: one user has met {most} of {data.item_count} items: "
+            "ask for fewer, or use more items"
+        )
+    return min(asked or default, left)
+
+
+def _first_of_row(values: np.ndarray) -> np.ndarray:
+    """True where a value stands for the first time in its row."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    new = np.ones(values.shape, bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    first = np.empty(values.shape, bool)
+    np.put_along_axis(first, order, new, axis=1)
+    return first
+
+
+def _contains(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+    place = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return ordered[place] == values

@@ -1,0 +1,152 @@
+"""The rows to train on, to validate and to test with: which source, which batches, from the options."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchrec.datasets.utils import Batch
+
+from dlrm.config.options import Config
+from dlrm.data import criteo
+from dlrm.data.batches import Batches
+from dlrm.data.collate import ToBatch
+from dlrm.data.multihot import MultiHot
+from dlrm.data.prefetch import Prefetcher
+from dlrm.data.readers import open_source, recognised, scan
+from dlrm.data.rows import Source
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
+
+KAGGLE, KAGGLE_DAYS = "criteo_kaggle", (1, 7)
+RANDOM_BATCHES = 10  # of a set, when the data is random and no limit is given
+
+
+class Frequencies:
+    """How often each id was looked up, before and after one id became several (training only)."""
+
+    def __init__(self, sizes: list[int], folder: str, name: str) -> None:
+        self.before = [np.zeros(size, np.int64) for size in sizes]
+        self.after = [np.zeros(size, np.int64) for size in sizes]
+        self.folder, self.name = Path(folder), name
+
+    def count(self, batch: Batch) -> None:
+        features = batch.sparse_features
+        ids = np.split(features.values().numpy(), features.offset_per_key()[1:-1])
+        rows = features.stride()
+        for feature, values in enumerate(ids):
+            size = len(self.after[feature])
+            self.after[feature] += np.bincount(values, minlength=size)
+            # the first of an id's several is the id itself
+            self.before[feature] += np.bincount(values.reshape(rows, -1)[:, 0], minlength=size)
+
+    def save(self) -> None:
+        """One .npz per rank, arrays 0 to 25 of counts by id."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for when, counts in (("pre", self.before), ("post", self.after)):
+            arrays = {str(feature): each for feature, each in enumerate(counts)}
+            np.savez(self.folder / f"stats_{when}_hash_{self.name}.npz", **arrays)  # type: ignore[arg-type]
+
+
+class Watched:
+    """Shows every batch given to training to `look`, else is the loader itself."""
+
+    def __init__(self, loader: Prefetcher, look: Callable[[Batch], None]) -> None:
+        self._loader, self._look = loader, look
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            self._look(batch)
+            yield batch
+
+
+@dataclass
+class Sets:
+    """The three sets as this rank's batches."""
+
+    sizes: list[int]  # rows per table
+    poolings: list[float] | None  # ids per row and table, when not one each
+    sources: list[Source]
+    train: Prefetcher
+    val: Prefetcher
+    test: Prefetcher
+    frequencies: Frequencies | None = None
+
+    def bytes_read(self) -> dict[str, int]:
+        return {path: count for source in self.sources for path, count in source.bytes_read.items()}
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+        if self.frequencies:
+            self.frequencies.save()
+
+
+def check_name(name: str, folder: str | None, layout: Any) -> None:
+    """The files themselves say what they are; a name that they contradict is a mistake."""
+    parts: dict[str, Any] = getattr(layout, "parts", {})  # Parquet has subsets in place of days
+    days = len(parts.get("dense", [])) if folder else 0
+    if name == KAGGLE and days not in (0, *KAGGLE_DAYS):
+        raise UserError(
+            f"--dataset_name {KAGGLE}: {folder} has {days} days, Kaggle's set has 7, or is one file: leave "
+            "the option out, or give the other folder"
+        )
+
+
+def open_sets(cfg: Config, here: Ranks) -> Sets:
+    data, seed = cfg.data, cfg.run.seed or 0
+    sizes, fold = criteo.table_sizes(
+        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder
+    )
+    distribution = data.multi_hot_distribution_type or "uniform"
+    hots = data.multi_hot_sizes
+    widen = MultiHot(sizes, hots, distribution) if hots else None
+    pin = data.pin_memory and torch.cuda.is_available()
+    to_batch = ToBatch(sizes, fold, pin, widen)
+    named = data.source == "memory"  # Parquet is not read for somebody who asks for .npy files in memory
+    kind = data.kind if named else recognised(data.kind, data.folder)
+    layout = scan(kind, data.folder or "")
+    check_name(data.dataset_name, data.folder, layout)
+    if kind == "multi_hot":
+        hots = tuple(layout.parts[str(feature)][0].columns for feature in range(len(sizes)))
+    sources, loaders = [], {}
+    for stage in ("train", "val", "test"):
+        limit = getattr(data, f"limit_{stage}_batches")
+        batch_size = data.batch_size if stage == "train" else data.test_batch_size or data.batch_size
+        if kind == "random":
+            limit = RANDOM_BATCHES if limit is None else limit
+        rows = (limit or 1) * batch_size * here.world_size
+        source = open_source(
+            kind, layout, stage,
+            read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes, seed=seed,
+        )  # fmt: skip
+        training = stage == "train"
+        batches = Batches(
+            source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,
+            drop_last=training and data.drop_last_training_batch,
+            shuffle_batches=training and data.shuffle_batches,
+            shuffle_set=training and data.shuffle_training_set,
+            seed=seed,
+        )  # fmt: skip
+        if training and not len(batches) and limit != 0:
+            raise UserError(
+                f"{source.rows} rows to train on are less than one batch of {batch_size} on each of "
+                f"{here.world_size} ranks: lower --batch_size, or leave out --drop_last_training_batch"
+            )
+        sources.append(source)
+        loaders[stage] = Prefetcher(batches, data.prefetch_batches)
+    frequencies = None
+    if data.collect_multi_hot_freqs_stats and hots:
+        frequencies = Frequencies(sizes, cfg.run.output_dir or ".", f"{here.rank}_{distribution}")
+        loaders["train"] = Watched(loaders["train"], frequencies.count)
+    return Sets(
+        sizes, [float(k) for k in hots] if hots else None, sources, **loaders, frequencies=frequencies
+    )

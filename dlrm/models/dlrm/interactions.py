@@ -1,0 +1,175 @@
+"""How dense and sparse embeddings meet: dot products of all pairs, DCN-v2, projection, or side by side.
+
+Each takes the dense tower's output and torchrec's KeyedTensor of pooled embeddings, whose columns come in
+the order of the sharding, and returns what torchrec's architectures return, columns in the tables' order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from dlrm.models.dlrm.mlp import Tower
+from dlrm.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything an interaction needs to know of the model around it."""
+
+    names: Sequence[str]  # features, in the tables' order
+    dims: Sequence[int]  # their widths
+    dense: int  # width of the dense tower's output
+    dcn_layers: int = 3
+    dcn_rank: int = 512
+    branch1: Sequence[int] = ()
+    branch2: Sequence[int] = ()
+    self_interaction: bool = False
+    device: torch.device | None = None
+
+    @property
+    def flat(self) -> int:
+        return self.dense + sum(self.dims)
+
+
+class Order(NamedTuple):
+    """Which column is whose, for one order of the tables' columns."""
+
+    take: torch.Tensor  # of the flat Z Z^T, in the order of the pairs
+    spread: torch.Tensor  # the way back: for each place in Z Z^T the column of its pair
+    diagonal: bool
+
+
+class PairDots(torch.autograd.Function):
+    """Dense features, then the dot products of all pairs of embeddings.
+
+    Z Z^T is symmetric, so its gradient is (G + G^T) Z: one product where autograd would make two. The pairs
+    are gathered by flat column numbers in both directions, so nothing is scattered.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dense: torch.Tensor, sparse: torch.Tensor, order: Order) -> torch.Tensor:
+        batch, dim = dense.shape
+        ctx.types, ctx.order, work = (dense.dtype, sparse.dtype), order, dense
+        if torch.is_autocast_enabled(dense.device.type):
+            half = torch.get_autocast_dtype(dense.device.type)
+            work, sparse = dense.to(half), sparse.to(half)
+        z = torch.cat((work, sparse), dim=1).view(batch, -1, dim)
+        ctx.save_for_backward(z)
+        dots = torch.bmm(z, z.mT).view(batch, -1)
+        return torch.cat((work, dots.index_select(1, order.take)), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (z,) = ctx.saved_tensors
+        batch, entries, dim = z.shape
+        both = gradient.index_select(1, ctx.order.spread).view(batch, entries, entries)
+        diagonal = both.diagonal(dim1=1, dim2=2)
+        if ctx.order.diagonal:
+            diagonal.mul_(2)
+        else:
+            diagonal.zero_()
+        dense = torch.bmm(both[:, :1], z).view(batch, dim).add_(gradient[:, :dim])
+        sparse = torch.bmm(both[:, 1:], z).view(batch, -1)
+        return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None
+
+
+class Dot(nn.Module):
+    """The original DLRM: torchrec's InteractionArch; with `self_interaction` each embedding by itself too."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        wrong = [f"{n} {d}" for n, d in zip(shape.names, shape.dims, strict=True) if d != shape.dense]
+        if wrong:
+            raise UserError(
+                f"dot products need tables as wide as the dense tower's last layer ({shape.dense}), "
+                f"not {', '.join(wrong)}: change --embedding_dim or --dense_arch_layer_sizes, "
+                "or choose --interaction_type dcn"
+            )
+        self.names, self.dim, self.diagonal = list(shape.names), shape.dense, shape.self_interaction
+        entries = len(self.names) + 1
+        self.out_features = self.dim + entries * (entries - 1) // 2 + entries * self.diagonal
+        self._orders: dict[tuple[str, ...], Order] = {}
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
+        values = sparse_features.values()
+        keys = tuple(sparse_features.keys())
+        if keys not in self._orders:
+            self._orders[keys] = self._order(keys, values.device)
+        return PairDots.apply(dense_features, values, self._orders[keys])  # type: ignore[return-value]
+
+    def _order(self, keys: tuple[str, ...], device: torch.device) -> Order:
+        place = torch.tensor([0] + [1 + keys.index(name) for name in self.names])
+        n = len(place)
+        first, second = torch.triu_indices(n, n, offset=int(not self.diagonal))
+        row, column = place[first], place[second]
+        spread = torch.zeros(n, n, dtype=torch.int64)
+        spread[row, column] = spread[column, row] = self.dim + torch.arange(len(row))
+        return Order((row * n + column).to(device), spread.view(-1).to(device), self.diagonal)
+
+
+class Flat(nn.Module):
+    """Dense features and all embeddings side by side (NVIDIA's `cat`)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.names = list(shape.names)
+        self.out_features = shape.flat
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
+        if list(sparse_features.keys()) == self.names:
+            columns = [sparse_features.values()]
+        else:
+            columns = [sparse_features.to_dict()[name] for name in self.names]
+        return torch.cat([dense_features, *columns], dim=1)
+
+
+class Cross(Flat):
+    """DCN-v2 with low-rank kernels: torchrec's InteractionDCNArch."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.crossnet = LowRankCrossNet(shape.flat, shape.dcn_layers, shape.dcn_rank).to(shape.device)
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
+        return self.crossnet(super().forward(dense_features, sparse_features))
+
+
+class Projection(Flat):
+    """Dot products of two MLPs' outputs: torchrec's InteractionProjectionArch."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        for option, layers in (("branch1", shape.branch1), ("branch2", shape.branch2)):
+            if not layers or layers[-1] % shape.dense:
+                raise UserError(
+                    f"--interaction_{option}_layer_sizes: the last of {list(layers)} must be a multiple "
+                    f"of the dense tower's last layer, {shape.dense}"
+                )
+        self.dim = shape.dense
+        self.interaction_branch1 = Tower(shape.flat, shape.branch1, shape.device)
+        self.interaction_branch2 = Tower(shape.flat, shape.branch2, shape.device)
+        pairs = (shape.branch1[-1] // self.dim) * (shape.branch2[-1] // self.dim)
+        self.out_features = self.dim + pairs
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
+        flat = super().forward(dense_features, sparse_features)
+        batch = flat.size(0)
+        left = self.interaction_branch1(flat).reshape(batch, -1, self.dim)
+        right = self.interaction_branch2(flat).reshape(batch, self.dim, -1)
+        return torch.cat((dense_features, torch.bmm(left, right).reshape(batch, -1)), dim=1)
+
+
+INTERACTIONS: dict[str, Callable[[Shape], nn.Module]] = {
+    "original": Dot,
+    "dot": Dot,
+    "dcn": Cross,
+    "projection": Projection,
+    "cat": Flat,
+}

@@ -1,0 +1,125 @@
+"""The model: embedding tables, a dense tower, their interaction, and a tower over it.
+
+Parameters carry torchrec's names (sparse_arch, dense_arch, inter_arch, over_arch), so that weights move
+between this model and torchrec.models.dlrm as they are.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from dlrm.cpu import startup
+from dlrm.embeddings.tables import initialise
+from dlrm.models.dlrm.interactions import INTERACTIONS, Shape
+from dlrm.models.dlrm.mlp import Over, Tower
+from dlrm.runtime.errors import UserError
+
+Output = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+class Sparse(nn.Module):
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], device: torch.device) -> None:
+        super().__init__()
+        self.embedding_bag_collection = EmbeddingBagCollection(tables=list(tables), device=device)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        return self.embedding_bag_collection(features)
+
+
+class DLRM(nn.Module):
+    def __init__(self, sparse: nn.Module, dense: nn.Module, interaction: nn.Module, over: nn.Module) -> None:
+        super().__init__()
+        self.sparse_arch, self.dense_arch = sparse, dense
+        self.inter_arch, self.over_arch = interaction, over
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
+        # the tables first: on several ranks their exchange runs while the dense tower computes
+        embedded = self.sparse_arch(sparse_features)
+        return self.over_arch(self.inter_arch(self.dense_arch(dense_features), embedded))
+
+
+class Train(nn.Module):
+    """(loss, (loss, logits, labels)) of a batch, as torchrec's pipelines expect from their model."""
+
+    def __init__(self, model: DLRM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Output:
+        logits = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.labels.float())
+        return loss, (loss.detach(), logits.detach(), batch.labels.detach())
+
+
+def build(
+    interaction: str,
+    tables: Sequence[EmbeddingBagConfig],
+    dense_in: int,
+    dense_layers: Sequence[int],
+    over_layers: Sequence[int],
+    dcn_layers: int = 3,
+    dcn_rank: int = 512,
+    branch1: Sequence[int] = (2048, 2048),
+    branch2: Sequence[int] = (2048, 2048),
+    self_interaction: bool = False,
+    dense_device: torch.device | None = None,
+    table_device: torch.device | None = None,
+    seed: int = 0,
+    init: str = "torch",
+) -> Train:
+    """The whole model; tables on the meta device unless told, for `plan.shard` to make and fill."""
+    if interaction not in INTERACTIONS:
+        raise UserError(f"--interaction_type {interaction} is unknown; choose from {', '.join(INTERACTIONS)}")
+    if init not in INITS:
+        raise UserError(f"weight initialisation {init} is unknown; choose from {', '.join(INITS)}")
+    for option, layers in (("dense", dense_layers), ("over", over_layers)):
+        if not layers or min(layers) < 1:
+            raise UserError(f"--{option}_arch_layer_sizes: {list(layers)}: give positive sizes")
+    if over_layers[-1] != 1:
+        raise UserError(f"--over_arch_layer_sizes: the last must be 1, the logit, not {over_layers[-1]}")
+    shape = Shape(
+        [config.feature_names[0] for config in tables],
+        [config.embedding_dim for config in tables],
+        dense_layers[-1], dcn_layers, dcn_rank, branch1, branch2, self_interaction,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):  # on the CPU, whatever the device: the same model everywhere
+        torch.manual_seed(seed)
+        dense = Tower(dense_in, dense_layers)
+        inter = INTERACTIONS[interaction](shape)
+        over = Over(int(inter.out_features), over_layers, None)  # type: ignore[arg-type]
+        for part in (dense, inter, over):
+            INITS[init](part)
+            part.to(dense_device)
+    with startup.unfilled():
+        sparse = Sparse(tables, table_device or torch.device("meta"))
+    initialise(sparse, seed)
+    return Train(DLRM(sparse, dense, inter, over))
+
+
+def _paper(module: nn.Module) -> None:
+    """The DLRM paper's code: weights normal(0, 2 / (in + out)), biases normal(0, 1 / out) by variance."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=math.sqrt(2 / (part.in_features + part.out_features)))
+            nn.init.normal_(part.bias, std=math.sqrt(1 / part.out_features))
+
+
+INITS = {"torch": lambda module: None, "paper": _paper}  # torch: what torchrec's and MLCommons' DLRM have
+
+
+def compile_dense(model: DLRM, mode: str = "default") -> None:
+    """torch.compile the towers and the interaction, in place; the tables stay as they are."""
+    if next(model.over_arch.parameters()).device.type == "cpu" and " " in torch.__file__:
+        raise UserError(  # torch 2.13 does not quote what it tells the linker
+            f"--compile: torch cannot where its path has a space, {torch.__file__}: choose another folder "
+            "for the environment with DLRM_VENV"
+        )
+    for part in (model.dense_arch, model.inter_arch, model.over_arch):
+        part.compile(mode=mode)

@@ -1,0 +1,120 @@
+"""The whole pipeline in plain numpy, in memory: the definition that the fast engines are tested against."""
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import open_regular
+from dlrm.data.criteo import NUM_SPARSE, PARTS
+from dlrm.prep.io import inputs, odd_lines, publish
+from dlrm.prep.io.files import File
+from dlrm.prep.io.folders import Folders, Output
+from dlrm.prep.job.options import MISSING, Options
+
+Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # dense int32, sparse int64, labels int32
+
+
+def run(options: Options) -> None:
+    found = inputs.find(options.input_dir, options.dataset)
+    stamps = inputs.Stamps(source.path for source in found)
+    with Output("run", options.output_dir, options.tmp_dir) as output:
+        folders = output.open([], publish.names_to_come(options, found), restart=True)
+        transform(options, found, folders, stamps)
+        if not options.keep_tmp:
+            output.clear()
+
+
+def transform(options: Options, found: list[inputs.Source], folders: Folders, stamps: inputs.Stamps) -> None:
+    tables = [read(source, options) for source in found]
+    made = inputs.outputs(found, [len(table[2]) for table in tables], options.steps)
+    dense = np.concatenate([logged(table[0], options) for table in tables])
+    sparse = np.concatenate([table[1] for table in tables])
+    labels = np.concatenate([table[2] for table in tables])[:, None]
+    if options.contiguous:
+        for column in range(NUM_SPARSE):
+            sparse[:, column] = contiguous(sparse[:, column], options)
+    last_ids = sparse.max(axis=0).tolist()
+    order = np.arange(len(labels))
+    moved = inputs.shuffled_rows(made, options.shuffle)
+    np.random.RandomState(options.random_seed).shuffle(order[:moved])
+    whole = {"dense": dense[order], "sparse": sparse[order], "labels": labels[order]}
+    if options.compat:
+        for part in ("sparse", "labels"):
+            whole[part][:moved] = publish.rounded(whole[part][:moved])
+    write(whole, made, options, folders.made)
+    publish.publish_arrays(options, folders, made, last_ids, "dlrm.prep", stamps)
+
+
+def read(source: inputs.Source, options: Options) -> Table:
+    rules = odd_lines.Rules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
+    found: list[odd_lines.Row] = []
+    for number, line in enumerate(lines_of(source), 1):
+        try:
+            if len(line) > odd_lines.LONGEST_LINE:
+                raise odd_lines.BadRow(f"a line of more than {odd_lines.LONGEST_LINE >> 20} MB")
+            found += odd_lines.read_line(line, rules)
+        except odd_lines.BadRow as error:
+            if not options.skip_bad_rows:
+                raise UserError(f"{printable(source.path)}:{number}: {error}") from None
+    if not found:
+        raise UserError(f"{printable(source.path)}: no rows in it")
+    dense, sparse, labels = zip(*found, strict=True)
+    counts = [count for row in dense for count in row if count != MISSING or not options.frequency_limit]
+    if counts:
+        options.check_counts(source.path, min(counts), max(counts))
+    return np.array(dense, np.int32), np.array(sparse, np.int64), np.array(labels, np.int32)
+
+
+def logged(dense: np.ndarray, options: Options) -> np.ndarray:
+    """log(x - min + 2), the minimum over the whole file; in NVIDIA's recipe log(x + 3), and 0 for a gap."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if options.frequency_limit:
+            return np.where(dense == MISSING, np.float32(0), np.log(dense + np.int32(3), dtype=np.float32))
+        return np.log(dense - (dense.min() - np.int32(2)), dtype=np.float32)
+
+
+def contiguous(ids: np.ndarray, options: Options) -> np.ndarray:
+    """2, 3, 4 ... in order of first appearance; 1 for the rare ones; 0 for a gap in NVIDIA's recipe."""
+    values, first, inverse, counts = np.unique(
+        ids, return_index=True, return_inverse=True, return_counts=True
+    )
+    kept = counts >= options.min_count if options.min_count > 1 else np.ones(len(values), bool)
+    if options.frequency_limit:
+        kept &= values != 0
+    new = np.ones(len(values), np.int64)
+    order = np.flatnonzero(kept)[np.argsort(first[kept])]
+    new[order] = np.arange(2, 2 + len(order))
+    if options.frequency_limit:
+        new[values == 0] = 0
+    return new[inverse]
+
+
+def lines_of(source: inputs.Source) -> Iterator[bytes]:
+    """Of one that is too long only the beginning."""
+    with os_errors_as_user_errors(source.path), os.fdopen(open_regular(source.path), "rb") as raw:
+        try:
+            file = gzip.GzipFile(fileobj=raw) if source.packed else raw
+            while line := file.readline(odd_lines.LONGEST_LINE + 1):
+                yield line
+                while len(line) > odd_lines.LONGEST_LINE and not line.endswith(b"\n"):
+                    if not (rest := file.readline(1 << 20)) or rest.endswith(b"\n"):
+                        break
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{printable(source.path)}: {error}: truncated or damaged gzip") from None
+
+
+def write(whole: dict[str, np.ndarray], made: list[inputs.Output], options: Options, folder: Path) -> None:
+    begin = 0
+    for output in made:
+        for part in PARTS:
+            name = f"{output.name}_{part}.npy"
+            shape, dtype = publish.files(made, options)[name]
+            with File(folder / name, "w") as file:
+                at = file.write(publish.header(shape, dtype), 0)
+                file.write(whole[part][begin : begin + output.rows].astype(dtype).tobytes(), at)
+        begin += output.rows

@@ -1,0 +1,225 @@
+"""The same pipeline as a PySpark job, for a site that has a Spark cluster instead of MPI: same bytes.
+
+Spark moves the rows; what a row means, the numbering's order and the permutation are the other engines'.
+Each executor reads and writes the same shared folders. Local mode when no master is configured.
+"""
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.prep.io import inputs, odd_lines, publish
+from dlrm.prep.io.folders import Folders, Output
+from dlrm.prep.io.inputs import Output as Triple
+from dlrm.prep.io.inputs import Source
+from dlrm.prep.job.options import Options
+from dlrm.runtime.errors import UserError
+
+WORDS = NUM_DENSE + NUM_SPARSE + 1
+BAD = "bad row"
+LOCAL = {
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+    "spark.driver.host": "127.0.0.1",
+    "spark.driver.bindAddress": "127.0.0.1",
+}
+
+
+def run(options: Options) -> None:
+    if options.format != "npy":
+        raise UserError("--engine spark writes --format npy only")
+    try:
+        from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("--engine spark needs pyspark: pip install pyspark, and a Java runtime") from None
+    found = inputs.find(options.input_dir, options.dataset)
+    stamps = inputs.Stamps(source.path for source in found)
+    with Output("run", options.output_dir, options.tmp_dir) as output:
+        folders = output.open([], publish.names_to_come(options, found), restart=True)
+        start(SparkSession, options, found, folders, stamps)
+        if not options.keep_tmp:
+            output.clear()
+
+
+def start(
+    session: Any, options: Options, found: list[Source], folders: Folders, stamps: inputs.Stamps
+) -> None:
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    here = str(Path(__file__).parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    builder = session.builder.appName("dlrm.prep")
+    if not os.environ.keys() & {"SPARK_MASTER", "MASTER", "SPARK_REMOTE"}:
+        builder = builder.master(f"local[{options.workers}]")
+        for name, value in LOCAL.items():
+            builder = builder.config(name, value)
+        builder = builder.config("spark.default.parallelism", options.workers)
+    spark = builder.getOrCreate()
+    try:
+        spark.sparkContext.setLogLevel("ERROR")
+        job(spark, options, found, folders, stamps)
+    finally:
+        spark.stop()
+
+
+def job(spark: Any, options: Options, found: list[Source], folders: Folders, stamps: inputs.Stamps) -> None:
+    parsed, counts = zip(*(parse(spark, options, source) for source in found), strict=True)
+    made = inputs.outputs(found, list(counts), options.steps)
+    starts = [0, *itertools.accumulate(counts)]
+    moved = inputs.shuffled_rows(made, options.shuffle)
+    tables = [table.map(shifted(start)) for table, start in zip(parsed, starts, strict=False)]
+    whole = spark.sparkContext.union(tables).coalesce(
+        max(options.workers, spark.sparkContext.defaultParallelism)
+    )
+    last_ids = [0] * NUM_SPARSE
+    if options.contiguous:
+        whole, last_ids = contiguous(whole, options)
+    else:
+        last_ids = whole.map(lambda item: ids_of(item[1])).reduce(np.maximum).tolist()
+    write(spark, options, whole, made, moved, folders)
+    publish.publish_arrays(options, folders, made, last_ids, "dlrm.prep, Spark", stamps)
+
+
+def shifted(start: int):
+    return lambda item: (item[0] + start, item[1])
+
+
+def ids_of(record: bytes) -> np.ndarray:
+    return np.frombuffer(record, np.int64)[NUM_DENSE : NUM_DENSE + NUM_SPARSE]
+
+
+def parse(spark: Any, options: Options, source: Source) -> tuple[Any, int]:
+    """(row number, 40 int64 numbers as bytes), counts made arguments of the logarithm; and how many rows."""
+    rules = odd_lines.Rules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
+    name, skip = str(source.path), options.skip_bad_rows
+    text = spark.read.text(f"file://{source.path.resolve()}", lineSep="\n").rdd
+    ends_well = ends_with_newline(source)
+    numbered = text.map(lambda row: row[0]).zipWithIndex()
+
+    def one(item: tuple[str, int]) -> Iterator[Any]:
+        line, number = item
+        try:
+            for found in odd_lines.read_line(line.encode("utf-8") + b"\n", rules):
+                yield np.array([*found[0], *found[1], found[2]], np.int64).tobytes()
+        except odd_lines.BadRow as error:
+            yield (BAD, f"{name}:{number + 1}: {error}")
+
+    read = numbered.flatMap(one).cache()
+    bad = read.filter(lambda row: isinstance(row, tuple))
+    if not skip:
+        first = bad.take(1)
+        if first:
+            raise UserError(first[0][1])
+        if not ends_well and not options.lenient:
+            raise UserError(f"{name}: no newline at the end: is the file cut short? add one if it is whole")
+    table = read.filter(lambda row: not isinstance(row, tuple)).zipWithIndex().map(lambda item: item[::-1])
+    count = table.count()
+    if not count:
+        raise UserError(f"{name}: no rows in it")
+    return logged(table, options, source.path), count
+
+
+def ends_with_newline(source: Source) -> bool:
+    if source.packed:
+        return True  # unpacking checks the rest
+    with open(source.path, "rb") as file:
+        file.seek(max(0, source.path.stat().st_size - 1))
+        return file.read(1) == b"\n"
+
+
+def logged(table: Any, options: Options, path: Path) -> Any:
+    """Counts less the file's minimum - 2, in int32 arithmetic; the logarithm itself is taken when writing."""
+    from dlrm.prep.job.options import MISSING
+
+    def low_high(record: bytes) -> tuple[int, int]:
+        counts = np.frombuffer(record, np.int64)[:NUM_DENSE]
+        counts = counts[counts != MISSING] if options.frequency_limit else counts
+        return (int(counts.min()), int(counts.max())) if len(counts) else (1 << 40, -(1 << 40))
+
+    low, high = table.values().map(low_high).reduce(lambda a, b: (min(a[0], b[0]), max(a[1], b[1])))
+    options.check_counts(path, low, high)
+    shift = -3 if options.frequency_limit else int(np.int64(low - 2).astype(np.int32))
+
+    def one(record: bytes) -> bytes:
+        numbers = np.frombuffer(record, np.int64).copy()
+        counts = numbers[:NUM_DENSE]
+        gaps = counts == MISSING if options.frequency_limit else np.zeros(NUM_DENSE, bool)
+        numbers[:NUM_DENSE] = np.where(gaps, counts, (counts - shift).astype(np.int32))
+        return numbers.tobytes()
+
+    return table.mapValues(one)
+
+
+def contiguous(whole: Any, options: Options) -> tuple[Any, list[int]]:
+    """Numbers by order of the first row: one aggregation, one sort, one join."""
+    least, recipe = options.min_count, bool(options.frequency_limit)
+
+    def cells(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        for column, value in enumerate(ids_of(item[1]).tolist()):
+            yield (column, value), (item[0], 1)
+
+    seen = whole.flatMap(cells).reduceByKey(lambda a, b: (min(a[0], b[0]), a[1] + b[1])).cache()
+    kept = seen.filter(lambda item: item[1][1] >= least and not (recipe and item[0][1] == 0))
+    ordered = kept.map(lambda item: ((item[0][0], item[1][0]), item[0][1])).sortByKey().zipWithIndex().cache()
+    per_column = ordered.map(lambda item: (item[0][0][0], 1)).reduceByKey(lambda a, b: a + b).collectAsMap()
+    before = [0, *itertools.accumulate(per_column.get(column, 0) for column in range(NUM_SPARSE))]
+    numbers = ordered.map(lambda item: ((item[0][0][0], item[0][1]), 2 + item[1] - before[item[0][0][0]]))
+
+    def spread(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
+        for column, value in enumerate(ids_of(item[1]).tolist()):
+            yield (column, value), item[0]
+
+    def named(item: Any) -> tuple[int, tuple[int, int]]:
+        (column, value), (row, number) = item
+        return row, (column, number if number is not None else 0 if recipe and value == 0 else 1)
+
+    def apply(item: Any) -> tuple[int, bytes]:
+        row, (record, cells) = item
+        values = np.frombuffer(record, np.int64).copy()
+        for column, number in cells:
+            values[NUM_DENSE + column] = number
+        return row, values.tobytes()
+
+    cells_of_rows = whole.flatMap(spread).leftOuterJoin(numbers).map(named).groupByKey()
+    return whole.join(cells_of_rows).map(apply), [
+        1 + per_column.get(column, 0) for column in range(NUM_SPARSE)
+    ]
+
+
+def write(spark: Any, options: Options, whole: Any, made: list[Triple], moved: int, folders: Folders) -> None:
+    """Rows sorted by place; each partition writes its stretch of the files."""
+    from dlrm.prep.steps.permute import write_places
+
+    folder = folders.made
+    publish.allocate(folder, options, made)
+    places = np.arange(0)
+    if moved:
+        write_places(folders.path("places_00000.u32"), moved, options.random_seed, lambda count: None)
+        places = np.fromfile(folders.path("places_00000.u32"), np.uint32)
+    shared = spark.sparkContext.broadcast(places)
+    placed = whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < moved else item[0], item[1]))
+
+    def store(items: Iterator[tuple[int, bytes]]) -> None:
+        for _, run_ in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
+            stretch = [item for _, item in run_]
+            numbers = np.frombuffer(b"".join(record for _, record in stretch), np.int64).reshape(-1, WORDS)
+            store_rows(folder, options, made, moved, stretch[0][0], numbers)
+
+    placed.sortByKey().foreachPartition(store)
+    assert all((folder / name).exists() for name in publish.files(made, options))
+
+
+def store_rows(
+    folder: Path, options: Options, made: list[Triple], moved: int, begin: int, numbers: np.ndarray
+) -> None:
+    from dlrm.prep.io.output import store
+
+    dense = np.ascontiguousarray(numbers[:, :NUM_DENSE].astype(np.int32))
+    sparse = np.ascontiguousarray(numbers[:, NUM_DENSE:-1].astype(np.uint32).view(np.int32))
+    labels = np.ascontiguousarray(numbers[:, -1:].astype(np.int32))
+    store(folder, options, made, moved, begin, dense, sparse, labels)

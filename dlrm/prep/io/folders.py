@@ -1,0 +1,217 @@
+"""The folders of one command: its output, which one process writes at a time, and its intermediate files.
+
+Whatever is not finished lies in two work folders of `common.owned`, one for intermediate files in --tmp_dir
+(or in the output folder), one for results in the output folder. Their names hold a digest of the output's
+path, so that the next run finds what a killed one has left, and no other output's. Finished results get
+their names together; a file there that the program cannot prove to have made is refused before any work.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.lock import FolderLock
+from common.owned import LEDGER, OutputFolder, WorkFolders, discard_file
+from dlrm.data.criteo import META, PARTS
+from dlrm.prep.io.files import read_values, write_whole
+from dlrm.runtime.trace import sync
+
+SUBSETS = ("train", "val", "test", "unlabelled")
+ARRAYS = rf"(day_\d+|train|test)_({'|'.join(PARTS)})\.npy"
+PARQUET = rf"({'|'.join(SUBSETS)})/part_\d+\.parquet"
+RESULTS = rf"{ARRAYS}|{PARQUET}|day_\d+_sparse\w*\.np[yz]|day_\d+|README\.md|{re.escape(META)}"
+MADE_FILES = re.compile(
+    rf"({'|'.join(SUBSETS)})/|({RESULTS})(\.partial)?|{re.escape(LEDGER)}\.[0-9a-f]{{16}}\.partial"
+)
+KEY = "key.json"
+WORK_FILES = re.compile(
+    r"((key|state)\.json|(count|lane|column|publish|md5)_\d+\.json|(message|pair)_\d+\.u32|places_\d+\.u32"
+    r"|piece_\d+\.(spill|runs|final|rewritten)|lane_\d+\.(ids|map)|bucket_\d+\.done|day_\d+\.(spill|done)"
+    r"|table_\d+\.i4|(day_\d+|train|test)\.text)(\.partial)?"
+)
+DATASET = rf"{ARRAYS}|{PARQUET}|day_\d+_sparse_multi_hot\.npz|{re.escape(META)}"  # and what it describes
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a command writes. `work` and `made` are its own."""
+
+    output_dir: Path
+    work: Path  # intermediate files
+    made: Path  # results that are not finished
+
+    def path(self, name: str) -> Path:
+        return self.work / name
+
+    def result(self, name: str) -> Path:
+        """A result before it has its name, or after."""
+        path = self.made / name
+        if os.path.lexists(path):
+            return path
+        if not OutputFolder(self.output_dir).owns(name):
+            raise UserError(f"{printable(self.output_dir / name)} is gone: start again with --restart")
+        return self.output_dir / name
+
+
+def work_kind(command: str, output_dir: Path) -> WorkFolders:
+    return WorkFolders(f"{command}-{digest_of(output_dir)}", WORK_FILES)
+
+
+def made_kind(command: str, output_dir: Path) -> WorkFolders:
+    return WorkFolders(f"{command}-made-{digest_of(output_dir)}", MADE_FILES)
+
+
+def digest_of(folder: Path) -> str:
+    return hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:12]
+
+
+def work_directly(work: Callable[[], None]) -> None:
+    work()
+
+
+class Output:
+    """The output folder in the hands of one process, from `with` on until its end.
+
+    `first_does`: in a job of many ranks the first one holds the lock, and all learn whether it got it.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        output_dir: Path,
+        tmp_dir: Path | None = None,
+        first_does: Callable[[Callable[[], None]], None] = work_directly,
+    ) -> None:
+        self.command, self.output_dir = command, output_dir
+        self.parent = tmp_dir or output_dir
+        self._first_does = first_does
+        self._lock = FolderLock(output_dir, f"python -m dlrm.prep {command}, which writes into it")
+        self._work, self._made = work_kind(command, output_dir), made_kind(command, output_dir)
+
+    def __enter__(self) -> "Output":
+        self._first_does(self._acquire)
+        return self
+
+    def _acquire(self) -> None:
+        with os_errors_as_user_errors(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+        self._lock.release()
+
+    def open(self, key: Any, names: Iterable[str], restart: bool = False) -> Folders:
+        """What a killed run of the same `key` has left, or new folders. Others of this output are removed.
+        `names`: what will be written, and must not be somebody else's.
+        """
+        refuse_foreign(self.output_dir, names)
+        found: Folders | None = None
+        for work in self._work.find(self.parent):
+            folders = None if restart or found else self._opened(work, key)
+            if folders:
+                found = folders
+            else:
+                say_left(self._work.remove(work))
+        for made in self._made.find(self.output_dir):
+            if found is None or made != found.made:
+                say_left(self._made.remove(made))
+        self._work.remove_unmarked(self.parent)
+        self._made.remove_unmarked(self.output_dir)
+        if found:
+            return found
+        made = self._made.make(self.output_dir)
+        work = self._work.make(self.parent)
+        write_whole(work / KEY, {"key": key, "made": made.name})
+        return Folders(self.output_dir, work, made)
+
+    def _opened(self, work: Path, key: Any) -> Folders | None:
+        try:
+            values = read_values(work / KEY)
+            made = self.output_dir / str(values["made"])
+            same = values["key"] == key
+        except (UserError, KeyError, TypeError):
+            return None
+        return Folders(self.output_dir, work, made) if same and self._made.is_ours(made) else None
+
+    def clear(self) -> None:
+        """Remove all work folders of this output and command."""
+        for kind, parent in ((self._work, self.parent), (self._made, self.output_dir)):
+            for folder in kind.find(parent):
+                say_left(kind.remove(folder))
+            kind.remove_unmarked(parent)
+
+    def left_behind(self) -> bool:
+        """Whether work folders lie about."""
+        return bool(self._work.find(self.parent) or self._made.find(self.output_dir))
+
+
+def say_left(left: Sequence[Path]) -> None:
+    if left:
+        print(f"dlrm.prep: {printable(left[0])}: not made by this program, left where it is", file=sys.stderr)
+
+
+def refuse_foreign(output_dir: Path, names: Iterable[str]) -> None:
+    OutputFolder(output_dir).refuse_foreign(names)
+
+
+def publish(
+    folders: Folders, names: Sequence[str], last: str, others: str, check: Callable[[], None]
+) -> None:
+    """Give results their names. `last`, without which the folder is not complete, goes first if there is an
+    old one, and comes last. An earlier result's files that match `others` and are as the program left them
+    are removed. `check` has the final word.
+    """
+    output = OutputFolder(folders.output_dir, folders.made)
+    output.refuse_foreign([*names, last])
+    check()
+    made = {name: folders.made / name for name in names if name != last}
+    made = {name: path for name, path in made.items() if os.path.lexists(path)}
+    if os.path.lexists(folders.made / last):
+        for name in (last, META) if re.fullmatch(others, META) else (last,):
+            output.remove(name)
+    output.publish(made)
+    for name in set(output.own_names()) - {*names, last}:
+        if re.fullmatch(others, name):
+            output.remove(name)
+    with os_errors_as_user_errors(folders.output_dir):
+        for folder in sorted({(folders.output_dir / name).parent for name in names}):
+            sync(folder)
+    if os.path.lexists(folders.made / last):
+        output.publish({last: folders.made / last})
+    with os_errors_as_user_errors(folders.output_dir):
+        sync(folders.output_dir)
+
+
+def refuse_overlap(option: str, folder: Path | None, inputs: Iterable[tuple[str, Path]]) -> None:
+    """UserError where `folder` is an input folder, or lies in one, or around one."""
+    if folder is None:
+        return
+    real = Path(os.path.realpath(folder))
+    for name, given in inputs:
+        other = Path(os.path.realpath(given))
+        how = "the same as" if real == other or same_folder(real, other) else ""
+        how = how or ("inside" if other in real.parents else "above" if real in other.parents else "")
+        if how:
+            raise UserError(
+                f"{option} {printable(folder)}: {how} {name} {printable(given)}; name a folder apart from it"
+            )
+
+
+def same_folder(left: Path, right: Path) -> bool:
+    try:
+        return os.path.samefile(left, right)
+    except OSError:
+        return False
+
+
+def discard(folder: Path, pattern: str) -> None:
+    """Files of a work folder that nobody needs any more."""
+    for path in folder.glob(pattern):
+        discard_file(path)

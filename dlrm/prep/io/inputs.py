@@ -1,0 +1,153 @@
+"""Which files to read, as what: Criteo 1TB's day_0.., plain or gzip, or Kaggle's train.txt and test.txt."""
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import check_regular
+from dlrm.data.criteo import rank_rows
+
+KAGGLE_DAYS = 7  # facebookresearch/dlrm cuts train.txt into seven days; the last one validates and tests
+NAMES = ("day_{}", "day_{}.gz", "day_{}.txt", "day_{}.tsv", "day_{}.txt.gz", "day_{}.tsv.gz")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text file. Its dense minimum is taken over all of it, as torchrec does."""
+
+    path: Path
+    name: str  # what its outputs are called when nothing is shuffled
+    labelled: bool = True
+
+    @property
+    def packed(self) -> bool:
+        return self.path.suffix == ".gz"
+
+
+class Stamps:
+    """What the input files were like before the first byte was read: a run refuses to mix two versions."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths = list(paths)
+        self.taken = [stamp(path) for path in self.paths]
+        # a change within the same tick of the file system's clock would leave the same times
+        if any(abs(time.time_ns() - max(times[2], times[4])) < TICK_NS for times in self.taken):
+            time.sleep(TICK_NS / 1e9)
+            self.taken = [stamp(path) for path in self.paths]
+
+    def check(self) -> None:
+        """UserError for the first file that is not as it was."""
+        for path, before in zip(self.paths, self.taken, strict=True):
+            try:
+                same = stamp(path) == before
+            except UserError:
+                same = False
+            if not same:
+                raise UserError(
+                    f"{printable(path)}: has changed while it was read; run again when it is complete"
+                )
+
+    def recorded(self) -> list[list[Any]]:
+        """For meta.json: path, size, time of change and inode, without what a chmod changes, too."""
+        return [taken[:4] for taken in self.taken]
+
+
+TICK_NS = 20_000_000
+
+
+def stamp(path: Path) -> list[Any]:
+    """Path, size, time of change, inode, and the time of any change, which cannot be set back."""
+    status = check_regular(path)
+    named = printable(os.path.realpath(path))
+    return [named, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One triple of files, `<name>_dense.npy` and so on: the next `rows` rows."""
+
+    name: str
+    rows: int
+
+
+def find(folder: Path, dataset: str = "") -> list[Source]:
+    """The input files in order, or one line that says which is missing."""
+    with os_errors_as_user_errors(folder):
+        names = sorted(os.listdir(folder))
+    kaggle = {"train.txt", "train.txt.gz"} & set(names)
+    if dataset == "criteo_kaggle" or (not dataset and kaggle):
+        return find_kaggle(folder, names)
+    days = sorted({day_of(folder, found) for name in names if (found := DAY.fullmatch(name))})
+    if not days:
+        raise UserError(f"--input_dir {printable(folder)}: no day_0, day_1 ... in it, and no train.txt")
+    for expected, day in enumerate(days):
+        if day != expected:
+            raise UserError(
+                f"{printable(folder)}/day_{expected} is missing: days run from day_0 to day_{days[-1]}"
+            )
+    return [Source(only(folder, names, day), f"day_{day}") for day in days]
+
+
+DAY = re.compile(r"day_([0-9]+)(\.\w+)*", re.ASCII)
+
+
+def day_of(folder: Path, found: re.Match[str]) -> int:
+    if found[1] != "0" and found[1].startswith("0"):
+        raise UserError(
+            f"{printable(folder / found[0])}: days are called day_0, day_1 ..., without leading zeros"
+        )
+    return int(found[1])
+
+
+def only(folder: Path, names: list[str], day: int) -> Path:
+    found = [name.format(day) for name in NAMES if name.format(day) in names]
+    if not found:
+        others = next(name for name in names if re.fullmatch(rf"day_{day}(\.\w+)+", name, re.ASCII))
+        wanted = ", ".join(name.format(day) for name in NAMES[:2])
+        raise UserError(f"{printable(folder / others)}: not called like {wanted}; rename it, or move it away")
+    if len(found) > 1:
+        raise UserError(f"{printable(folder)}: {' and '.join(found)} for day {day}; keep one")
+    return readable(folder / found[0])
+
+
+def readable(path: Path) -> Path:
+    check_regular(path)
+    return path
+
+
+def find_kaggle(folder: Path, names: list[str]) -> list[Source]:
+    found = []
+    for name in ("train", "test"):
+        files = [file for file in (f"{name}.txt", f"{name}.txt.gz") if file in names]
+        if len(files) > 1:
+            raise UserError(f"{printable(folder)}: {' and '.join(files)}; keep one")
+        found += [Source(readable(folder / file), name, labelled=name == "train") for file in files]
+    if not found:
+        raise UserError(f"--input_dir {printable(folder)}: neither train.txt nor test.txt in it")
+    return found
+
+
+def outputs(sources: list[Source], rows: list[int], steps: tuple[str, ...]) -> list[Output]:
+    """What the sources' rows, one after the other, are cut into."""
+    made = []
+    for source, count in zip(sources, rows, strict=True):
+        if source.name == "train" and steps != ("parse",):
+            made += [Output(f"day_{i}", len(rank_rows(count, i, KAGGLE_DAYS))) for i in range(KAGGLE_DAYS)]
+        else:
+            made.append(Output(source.name, count))
+    return made
+
+
+def days_of(made: list[Output]) -> list[Output]:
+    """The outputs that are days of the dataset: all but Kaggle's unlabelled test set."""
+    return [output for output in made if output.name.startswith("day_")]
+
+
+def shuffled_rows(made: list[Output], shuffle: bool) -> int:
+    """How many of the first rows change places: all days but the last."""
+    return sum(output.rows for output in days_of(made)[:-1]) if shuffle else 0

@@ -1,0 +1,93 @@
+"""Rows in their final order into the output files, whoever put them in order."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dlrm.prep.io import publish
+from dlrm.prep.io.files import File
+from dlrm.prep.io.inputs import Output
+from dlrm.prep.job.options import MISSING, Options
+from dlrm.prep.kernels.intrinsics import compiled
+
+LOG_COUNTS = 1 << 13  # stay in the first-level cache
+
+
+def store(
+    folder: Path,
+    options: Options,
+    made: list[Output],
+    moved: int,
+    begin: int,
+    dense: np.ndarray,
+    sparse: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """Rows begin .. of the whole output, into files of `folder`; the first `moved` are the shuffled ones."""
+    kinds = publish.files(made, options)
+    among = max(0, min(len(labels), moved - begin))
+    if options.compat and among:
+        through_float(sparse[:among], labels[:among], raw=not options.contiguous)
+    floats = logged(dense, options)
+    for output, start, stop, at in overlaps(made, begin, len(labels)):
+        for part, array in (("dense", floats), ("sparse", sparse), ("labels", labels)):
+            name = f"{output.name}_{part}.npy"
+            rows = array[start:stop]
+            if kinds[name][1] == "<i8":
+                rows = (rows if options.contiguous else rows.view(np.uint32)).astype(np.int64)
+            with File(folder / name, "w") as file:
+                file.write(rows, publish.HEADER_BYTES + at * rows.itemsize * rows.shape[1])
+
+
+@compiled
+def round_all(values, out):
+    """`publish.rounded` in place: on x86 what a float32 has beyond int32 becomes the smallest int32."""
+    for at in range(len(values)):
+        number = np.float32(values[at])
+        out[at] = np.int32(number) if number < np.float32(2147483648.0) else np.int32(-2147483648)
+
+
+def through_float(sparse: np.ndarray, labels: np.ndarray, raw: bool) -> None:
+    """Integers as torchrec's float32 array leaves them; raw ids have all 32 bits."""
+    for array in (sparse, labels):
+        flat = array.reshape(-1)
+        round_all(flat.view(np.uint32) if raw and array is sparse else flat, flat)
+
+
+def overlaps(made: list[Output], begin: int, rows: int) -> Iterator[tuple[Output, int, int, int]]:
+    """(output, from, to in these rows, first row in the output)."""
+    start = 0
+    for output in made:
+        low, high = max(begin, start), min(begin + rows, start + output.rows)
+        if low < high:
+            yield output, low - begin, high - begin, low - start
+        start += output.rows
+
+
+@compiled
+def to_floats(counts, shift, gaps):
+    """Counts less the shift as float32, in the same memory; of a gap what has the logarithm 0."""
+    floats = counts.view(np.float32)  # here, so that the compiler knows them to be the same
+    if gaps:
+        for at in range(len(counts)):
+            count = counts[at]
+            floats[at] = np.float32(1) if count == MISSING else np.float32(np.int32(count - shift))
+    else:
+        for at in range(len(counts)):
+            floats[at] = np.float32(np.int32(counts[at] - shift))
+
+
+def logarithms(counts: np.ndarray, shift: np.int32, gaps: bool = False) -> np.ndarray:
+    """numpy's own float32 logarithm, in place: every other one differs in the last bit of some values."""
+    flat = counts.reshape(-1)
+    with np.errstate(all="ignore"):
+        for at in range(0, len(flat), LOG_COUNTS):
+            part = flat[at : at + LOG_COUNTS]
+            to_floats(part, shift, gaps)
+            np.log(part.view(np.float32), out=part.view(np.float32))
+    return counts.view(np.float32)
+
+
+def logged(dense: np.ndarray, options: Options) -> np.ndarray:
+    return logarithms(dense, np.int32(0), bool(options.frequency_limit))

@@ -1,0 +1,109 @@
+"""Rows on their way from their place in the input to their place in the output.
+
+The output's rows, all days after each other, are cut into buckets of 2^k rows. Each piece of the input
+writes one file: for every bucket a run of records (row in the bucket, 13 counts, 26 ids, label).
+How many records go where is known beforehand, so every run has its place in the file.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.prep.io.blocks import Block
+from dlrm.prep.io.files import File
+from dlrm.prep.kernels.intrinsics import compiled, copier, get32, narrower, put32
+
+WORDS = 1 + NUM_DENSE + NUM_SPARSE + 1
+RECORD_BYTES = 4 * WORDS
+STAGING_BYTES, MOST_STAGED = 64 << 20, 256 << 10  # in all, and for one bucket
+MIN_BITS, MAX_BUCKETS = 15, 4096
+copy_counts, copy_ids, narrow_ids = copier(NUM_DENSE), copier(NUM_SPARSE), narrower(NUM_SPARSE)
+
+
+def bucket_bits(rows: int) -> int:
+    """Buckets small enough to be put in order in memory, few enough to be filled side by side."""
+    bits = MIN_BITS
+    while rows >> bits >= MAX_BUCKETS:
+        bits += 1
+    return bits
+
+
+def buckets(rows: int, bits: int) -> int:
+    return (rows + (1 << bits) - 1) >> bits
+
+
+@compiled
+def histogram(places, bits, counts):
+    """How many rows of a piece go to each bucket."""
+    for row in range(len(places)):
+        counts[np.int64(places[row]) >> bits] += 1
+
+
+@compiled
+def scatter(spots, rows, row, places, bits, first, staging, filled):
+    """Records into their buckets' staging rows, until one is full; returns (next row, full bucket or -1)."""
+    dense, dense_step, ids, ids_step = spots[0], 4 * spots[1], spots[2], 4 * spots[3]
+    wide, labels, label_step = spots[4] == 2, spots[5], spots[6]
+    mask = (np.int64(1) << bits) - 1
+    base, room = staging.ctypes.data, staging.shape[1]
+    while row < rows:
+        place = np.int64(places[row])
+        bucket = (place >> bits) - first
+        if filled[bucket] == room:
+            return row, bucket
+        record = base + RECORD_BYTES * (bucket * room + filled[bucket])
+        put32(record, 0, np.uint32(place & mask))
+        copy_counts(record + 4, dense + dense_step * row)
+        if wide:
+            narrow_ids(record + 4 + 4 * NUM_DENSE, ids + ids_step * row)
+        else:
+            copy_ids(record + 4 + 4 * NUM_DENSE, ids + ids_step * row)
+        put32(record, WORDS - 1, get32(labels, label_step * row))
+        filled[bucket] += 1
+        row += 1
+    return row, -1
+
+
+class Spill:
+    """One piece's records into its file. `places(begin, rows)` gives where its rows go."""
+
+    def __init__(self, file: File, places: Callable[[int, int], np.ndarray], rows: int, bits: int) -> None:
+        self.file, self.places, self.rows, self.bits = file, places, rows, bits
+        self.done = 0
+        self.counts = self._count()
+        self.runs = np.concatenate([[0], np.cumsum(self.counts)])  # record number where each run begins
+        room = max(16, min(STAGING_BYTES // len(self.counts), MOST_STAGED) // RECORD_BYTES)
+        self._staging = np.empty((len(self.counts), room, WORDS), np.uint32)
+        self._filled = np.zeros(len(self.counts), np.int64)
+        self._next = self.runs[:-1].copy()
+
+    def _count(self) -> np.ndarray:
+        """Records per bucket, from the first one that gets any to the last."""
+        step, counts = 1 << 16, np.zeros(MAX_BUCKETS, np.int64)
+        for begin in range(0, self.rows, step):
+            histogram(self.places(begin, min(step, self.rows - begin)), self.bits, counts)
+        used = np.flatnonzero(counts)
+        self.first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        return counts[self.first : end]
+
+    def take(self, block: Block) -> None:
+        places = self.places(self.done, block.rows)
+        row = 0
+        while row < block.rows:
+            row, full = scatter(
+                block.spots, block.rows, row, places, self.bits, self.first, self._staging, self._filled,
+            )  # fmt: skip
+            if full >= 0:
+                self._flush(full)
+        self.done += block.rows
+
+    def finish(self) -> None:
+        for bucket in np.flatnonzero(self._filled):
+            self._flush(int(bucket))
+
+    def _flush(self, bucket: int) -> None:
+        count = int(self._filled[bucket])
+        self.file.write(self._staging[bucket, :count], int(self._next[bucket]) * RECORD_BYTES)
+        self._next[bucket] += count
+        self._filled[bucket] = 0

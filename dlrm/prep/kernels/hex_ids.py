@@ -1,0 +1,91 @@
+"""Eight ids in one go, as a vector of 64-bit words: of eight hex digits each, or of any length that fits."""
+
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from dlrm.prep.kernels.fields import TAB, Words
+from dlrm.prep.kernels.intrinsics import I8, I32, I64, intrinsic
+
+FIELDS = 8
+WIDTH = 9  # bytes from one id of eight digits to the next
+
+
+def gathered(words: Words, at: Any) -> tuple[Any, Any]:
+    """The eight words, and whether a tab is behind each."""
+    builder, found = words.builder, words.each(0)
+    ends = ir.Constant(ir.VectorType(I8, FIELDS), ir.Undefined)
+    for field in range(FIELDS):
+        where = builder.add(at, I64(WIDTH * field))
+        word = builder.load(builder.inttoptr(where, I64.as_pointer()), align=1)
+        end = builder.load(builder.inttoptr(builder.add(where, I64(8)), I8.as_pointer()))
+        found = builder.insert_element(found, word, I32(field))
+        ends = builder.insert_element(ends, end, I32(field))
+    return found, builder.icmp_unsigned("==", ends, ir.Constant(ends.type, [TAB] * FIELDS))
+
+
+def are_hex(words: Words, text: Any) -> Any:
+    """Whether every byte is 0-9, a-f or A-F: adding carries into the top bit from a bound on."""
+    builder = words.builder
+
+    def within(values: Any, first: str, last: str) -> Any:
+        low = builder.add(values, words.bytes(0x80 - ord(first)))
+        high = builder.add(values, words.bytes(0x7F - ord(last)))
+        return builder.and_(low, builder.not_(high))
+
+    digits, letters = within(text, "0", "9"), within(builder.or_(text, words.bytes(0x20)), "a", "f")
+    good = builder.and_(builder.or_(digits, letters), builder.not_(text))  # a top bit that was set is bad
+    good = builder.and_(good, words.bytes(0x80))
+    return builder.icmp_unsigned("==", good, words.bytes(0x80))
+
+
+def store(words: Words, text: Any, target: Any, id_step: Any) -> None:
+    """Digits to nibbles, to bytes, to the id, which goes into words of 4 or 8 bytes (1 or 2 steps)."""
+    builder = words.builder
+    is_letter = builder.and_(builder.lshr(text, words.each(6)), words.bytes(1))
+    nine = builder.add(is_letter, builder.shl(is_letter, words.each(3)))
+    ids = builder.add(builder.and_(text, words.bytes(0x0F)), nine)
+    for bits, keep in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000FFFFFFFF)):
+        high, low = builder.shl(ids, words.each(bits)), builder.lshr(ids, words.each(2 * bits))
+        ids = builder.and_(builder.or_(high, low), words.each(keep))
+    with builder.if_else(builder.icmp_signed("==", id_step, I64(1))) as (narrow, wide):
+        with narrow:
+            kind = ir.VectorType(I32, FIELDS)
+            where = builder.inttoptr(target, kind.as_pointer())
+            builder.store(builder.trunc(ids, kind), where, align=4)
+        with wide:
+            builder.store(ids, builder.inttoptr(target, words.kind.as_pointer()), align=4)
+
+
+@intrinsic
+def eight_full(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
+    """Ids of eight digits from `at` on to `target`. Where the next begins, or -1: none is to be used."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at, target, id_step = args
+        words = Words(builder, FIELDS)
+        text, ended = gathered(words, at)
+        store(words, text, target, id_step)
+        good = words.all(builder.and_(ended, are_hex(words, text)))
+        return builder.select(good, builder.add(at, I64(FIELDS * WIDTH)), I64(-1))
+
+    return types.int64(types.int64, types.int64, types.int64), build
+
+
+@intrinsic
+def eight_any(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
+    """The same for ids of up to eight digits and gaps, when one is missing at least: all are near then."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at, target, id_step = args
+        words = Words(builder, FIELDS)
+        text, lengths, last = words.fields(at, FIELDS)
+        half = builder.and_(builder.shl(lengths, words.each(2)), words.each(63))
+        zeros = builder.lshr(builder.lshr(words.bytes(ord("0")), half), half)
+        text = builder.or_(words.right_aligned(text, lengths), zeros)
+        store(words, text, target, id_step)
+        return words.behind(at, last, words.all(builder.and_(words.short(lengths), are_hex(words, text))))
+
+    return types.int64(types.int64, types.int64, types.int64), build

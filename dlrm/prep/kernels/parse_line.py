@@ -1,0 +1,177 @@
+"""Canonical lines to numbers, eight bytes at a time; whatever is not canonical is left to `rows.read_line`.
+
+Canonical: a label and 13 counts of at most 8 digits (or empty), 26 ids of at most 8 hex digits (or empty),
+tabs between, one newline after. Nothing else is accepted here, so nothing can be misread here.
+"""
+
+import numpy as np
+
+from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.prep.kernels.counts import label_and_counts
+from dlrm.prep.kernels.hex_ids import FIELDS, eight_any, eight_full
+from dlrm.prep.kernels.intrinsics import byte_at, compiled, inlined, put32, trailing_zeros, word_at
+
+PAD = 128  # bytes that may be read behind the last one
+BLOCK_FULL, NEED_MORE, ODD_LINE = 0, 1, 2
+
+U = np.uint64
+EACH_1, EACH_80 = U(0x0101010101010101), U(0x8080808080808080)
+TABS, ZEROS = U(0x0909090909090909), U(0x3030303030303030)
+LOW_NIBBLES, TO_LOWER = U(0x0F0F0F0F0F0F0F0F), U(0x2020202020202020)
+# adding these carries into a byte's top bit where the byte is at least '0', past '9', at least 'a', past 'f'
+FROM_0, PAST_9 = U(0x5050505050505050), U(0x4646464646464646)
+FROM_A, PAST_F = U(0x1F1F1F1F1F1F1F1F), U(0x1919191919191919)
+PAIRS, QUADS = U(0x00FF00FF00FF00FF), U(0x0000FFFF0000FFFF)
+TAB, NEWLINE, RETURN, MINUS, ZERO = 9, 10, 13, 45, 48
+FAIL = -1
+
+
+@inlined
+def parse_int(at, empty):
+    """(value, address of the next field), or (0, FAIL) when the field is not canonical."""
+    sign = 1
+    if byte_at(at) == MINUS:
+        sign = -1
+        at += 1
+        if byte_at(at) == TAB:
+            return np.int64(0), FAIL
+    word = word_at(at)
+    gaps = word ^ TABS
+    ends = (gaps - EACH_1) & ~gaps & EACH_80
+    length = 8
+    if ends:
+        length = trailing_zeros(ends) >> 3
+    elif byte_at(at + 8) != TAB:
+        return np.int64(0), FAIL
+    # the digits move to the top bytes, zeros come before them; two shifts because one by 64 is undefined
+    half = U(4 * length)
+    word = ((word << (U(32) - half)) << (U(32) - half)) | ((ZEROS >> half) >> half)
+    if (word & EACH_80) or ((word + FROM_0) & ~(word + PAST_9) & EACH_80) != EACH_80:
+        return np.int64(0), FAIL
+    word = word & LOW_NIBBLES
+    word = (word * U(10) + (word >> U(8))) & PAIRS
+    word = (word * U(100) + (word >> U(16))) & QUADS
+    word = (word * U(10000) + (word >> U(32))) & U(0xFFFFFFFF)
+    value = sign * np.int64(word)
+    if length == 0:
+        value = np.int64(empty)
+    return value, at + length + 1
+
+
+@inlined
+def parse_hex(at, end_byte):
+    """The same for an id."""
+    if byte_at(at + 8) == end_byte:
+        word = word_at(at)
+        lower = word | TO_LOWER
+        digits = (word + FROM_0) & ~(word + PAST_9)
+        letters = (lower + FROM_A) & ~(lower + PAST_F)
+        if not (word & EACH_80) and ((digits | letters) & EACH_80) == EACH_80:
+            word = (word & LOW_NIBBLES) + U(9) * ((word >> U(6)) & EACH_1)
+            word = ((word << U(4)) | (word >> U(8))) & PAIRS
+            word = ((word << U(8)) | (word >> U(16))) & QUADS
+            return np.uint32(((word << U(16)) | (word >> U(32))) & U(0xFFFFFFFF)), at + 9
+    return parse_short_hex(at, end_byte)
+
+
+@compiled
+def parse_short_hex(at, end_byte):
+    value = np.uint32(0)
+    for place in range(8):
+        byte = byte_at(at + place)
+        if byte == end_byte:
+            return value, at + place + 1
+        if ZERO <= byte <= ZERO + 9:
+            digit = byte - ZERO
+        elif 97 <= (byte | 32) <= 102:
+            digit = (byte | 32) - 87
+        else:
+            break
+        value = np.uint32((value << np.uint32(4)) | np.uint32(digit))
+    return value, FAIL
+
+
+@compiled
+def parse_counts(at, labelled, empty, dense, label_at):
+    """A label, if there is one, and 13 counts one by one; returns where the ids begin."""
+    label = np.int64(-1)
+    if labelled:
+        label, at = parse_int(at, 0)
+        if at == FAIL:
+            return at
+    put32(label_at, 0, np.uint32(label))
+    for column in range(NUM_DENSE):
+        value, at = parse_int(at, empty)
+        if at == FAIL:
+            return at
+        put32(dense, column, np.uint32(value))
+    return at
+
+
+@inlined
+def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
+    """One line: 13 counts to dense, ids to every id_step-th word of sparse; returns where the next begins."""
+    ids = FAIL
+    if labelled:
+        ids = label_and_counts(at, label_at, dense, np.int64(empty))
+    if ids == FAIL:
+        ids = parse_counts(at, labelled, empty, dense, label_at)
+        if ids == FAIL:
+            return ids
+    at, column = ids, 0
+    while column < NUM_SPARSE - 1:
+        # the last id is read alone, because it ends the line; so is each of an odd group
+        if column + FIELDS < NUM_SPARSE:
+            target = sparse + 4 * column * id_step
+            following = eight_full(at, target, id_step)
+            if following == FAIL:
+                following = eight_any(at, target, id_step)
+            if following != FAIL:
+                at = following
+                column += FIELDS
+                continue
+        for _ in range(min(FIELDS, NUM_SPARSE - 1 - column)):
+            key, at = parse_hex(at, TAB)
+            if at == FAIL:
+                return at
+            put32(sparse, column * id_step, key)
+            column += 1
+    key, at = parse_hex(at, NEWLINE)
+    put32(sparse, (NUM_SPARSE - 1) * id_step, key)
+    return at
+
+
+@compiled
+def parse_lines(at, end, labelled, empty, spots, row, room):
+    """Rows from the text at addresses at..end, until the block is full, a line is odd, or none is whole.
+
+    `spots` is a block's (see `scan.Block`). Returns (rows in the block, where it stopped, why).
+    """
+    dense, dense_step, ids, ids_step = spots[0], 4 * spots[1], spots[2], 4 * spots[3]
+    id_step, labels, label_step = spots[4], spots[5], 4 * spots[6]
+    while row < room:
+        # a row that ends behind `end` was read from the bytes that happen to lie there: not taken
+        following = FAIL
+        if at < end:
+            following = parse_row(
+                at, labelled, empty, dense + dense_step * row, ids + ids_step * row, id_step,
+                labels + label_step * row,
+            )  # fmt: skip
+        if following == FAIL or following > end:
+            for place in range(at, end):
+                if byte_at(place) == NEWLINE:
+                    return row, at, ODD_LINE
+            return row, at, NEED_MORE
+        at = following
+        row += 1
+    return row, at, BLOCK_FULL
+
+
+@compiled
+def count_ends(text, count):
+    """(newlines, carriage returns) among the first `count` bytes."""
+    lines = returns = np.int32(0)
+    for at in range(count):
+        lines = np.int32(lines + np.int32(text[at] == NEWLINE))
+        returns = np.int32(returns + np.int32(text[at] == RETURN))
+    return lines, returns

@@ -1,0 +1,148 @@
+"""Ids to numbers in order of first appearance: one open-addressing table per column, all 26 in one call.
+
+A slot holds id and number + 1 in eight bytes (0 is empty), so a look-up costs one cache miss at most.
+"""
+
+import numpy as np
+
+from dlrm.data.criteo import NUM_SPARSE
+from dlrm.prep.kernels.intrinsics import compiled, get32, get64, inlined, prefetch, put32, put64
+
+SLOTS, BITS, VALUES, COUNTS, SIZE, LIMIT = range(6)  # columns of the table of tables
+FIRST_BITS = 13
+AHEAD = 8  # look-ups prefetched in advance
+GROUP = 128  # rows: their ids stay in the first-level cache while each column is walked down
+MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+@inlined
+def slot_of(key, bits):
+    return np.int64((np.uint64(key) * MIX) >> np.uint64(64 - bits))
+
+
+@compiled
+def encode(tables, ids, row_step, id_step, rows, shift):
+    """Replace ids by their numbers + 1 + shift; new ids are appended to the column's values.
+
+    The id of a row and column is the 4-byte word at ids + row_step * row + id_step * column words.
+    """
+    for begin in range(0, rows, GROUP):
+        end = min(rows, begin + GROUP)
+        for column in range(len(tables)):
+            slots, bits = tables[column, SLOTS], tables[column, BITS]
+            values, counts = tables[column, VALUES], tables[column, COUNTS]
+            size, mask = tables[column, SIZE], (np.int64(1) << bits) - 1
+            base = ids + 4 * id_step * column
+            far = bits > 15  # smaller tables are in the cache anyway
+            for row in range(begin, end):
+                if far and row + AHEAD < rows:
+                    prefetch(slots + 8 * slot_of(get32(base, (row + AHEAD) * row_step), bits))
+                key = get32(base, row * row_step)
+                at = slot_of(key, bits)
+                held = get64(slots, at)
+                while held != 0 and np.uint32(held >> np.uint64(32)) != key:
+                    at = (at + 1) & mask
+                    held = get64(slots, at)
+                if held == 0:
+                    size += 1
+                    held = (np.uint64(key) << np.uint64(32)) | np.uint64(size)
+                    put64(slots, at, held)
+                    put32(values, size - 1, key)
+                number = np.int64(np.uint32(held))
+                if counts != 0:
+                    put32(counts, number - 1, get32(counts, number - 1) + np.uint32(1))
+                put32(base, row * row_step, np.uint32(number + shift))
+            tables[column, SIZE] = size
+
+
+@compiled
+def refill(slots, bits, values, size):
+    """All values into an empty, larger table."""
+    mask = (np.int64(1) << bits) - 1
+    for number in range(size):
+        key = values[number]
+        at = slot_of(key, bits)
+        while slots[at] != 0:
+            at = (at + 1) & mask
+        slots[at] = (np.uint64(key) << np.uint64(32)) | np.uint64(number + 1)
+
+
+@compiled
+def replace(slots, final):
+    for at in range(len(slots)):
+        if slots[at] != 0:
+            number = np.int64(np.uint32(slots[at])) - 1
+            slots[at] = (slots[at] >> np.uint64(32) << np.uint64(32)) | np.uint64(final[number])
+
+
+class Vocabulary:
+    """The tables of some columns, at most half full: room is made before a block, not in it."""
+
+    def __init__(self, counting: bool, columns: int = NUM_SPARSE) -> None:
+        self.tables = np.zeros((columns, 6), np.int64)
+        self._complete = False
+        self.slots = [np.zeros(1 << FIRST_BITS, np.uint64) for _ in range(columns)]
+        self.values = [np.zeros(1 << (FIRST_BITS - 1), np.uint32) for _ in range(columns)]
+        self.counts = [
+            np.zeros(1 << (FIRST_BITS - 1), np.uint32) if counting else None for _ in range(columns)
+        ]
+        for column in range(columns):
+            self._describe(column, FIRST_BITS)
+
+    def encode(self, ids: np.ndarray, shift: int = -1) -> None:
+        """Replace ids[row, column], of 4 or 8 bytes, by numbers from 1 + shift on."""
+        rows = len(ids)
+        full = self.tables[:, SIZE] + rows > self.tables[:, LIMIT]
+        if full.any() and not self._complete:
+            for column in np.flatnonzero(full):
+                self._widen(int(column), rows)
+        steps = (ids.strides[0] // 4, ids.strides[1] // 4)
+        encode(self.tables, ids.ctypes.data, *steps, rows, shift)
+
+    def sizes(self) -> list[int]:
+        return self.tables[:, SIZE].tolist()
+
+    def ids(self, column: int) -> np.ndarray:
+        return self.values[column][: self.tables[column, SIZE]]
+
+    def seen(self, column: int) -> np.ndarray:
+        counts = self.counts[column]
+        assert counts is not None
+        return counts[: self.tables[column, SIZE]]
+
+    def renumber(self, final: list[np.ndarray]) -> None:
+        """From now on ids are only looked up, and number n of a column is final[column][n] - 1."""
+        self._complete = True
+        self.tables[:, COUNTS] = 0
+        for slots, numbers in zip(self.slots, final, strict=True):
+            replace(slots, numbers)
+
+    def clear(self) -> None:
+        """Empty again, but as wide as it has become."""
+        self.tables[:, SIZE] = 0
+        for arrays in (self.slots, self.counts):
+            for array in arrays:
+                if array is not None:
+                    array[:] = 0
+
+    def _widen(self, column: int, rows: int) -> None:
+        size, bits = int(self.tables[column, SIZE]), int(self.tables[column, BITS])
+        while (1 << bits) < 2 * (size + rows):
+            bits += 1
+        self.slots[column] = np.zeros(1 << bits, np.uint64)
+        for arrays in (self.values, self.counts):
+            old = arrays[column]
+            if old is not None:
+                wider = np.zeros(1 << (bits - 1), np.uint32)
+                wider[:size] = old[:size]
+                arrays[column] = wider
+        refill(self.slots[column], bits, self.values[column], size)
+        self._describe(column, bits)
+
+    def _describe(self, column: int, bits: int) -> None:
+        counts = self.counts[column]
+        self.tables[column, SLOTS] = self.slots[column].ctypes.data
+        self.tables[column, BITS] = bits
+        self.tables[column, VALUES] = self.values[column].ctypes.data
+        self.tables[column, COUNTS] = 0 if counts is None else counts.ctypes.data
+        self.tables[column, LIMIT] = 1 << (bits - 1)

@@ -1,0 +1,153 @@
+"""The parse step: a lane of text to numbered rows in spill files, and its ids in the order it met them."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from common.errors import UserError, printable
+from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.prep.io.blocks import Piece, Scanner, count
+from dlrm.prep.io.files import File, write_whole
+from dlrm.prep.io.inputs import Source
+from dlrm.prep.io.odd_lines import Rules
+from dlrm.prep.io.spill import Spill
+from dlrm.prep.job.options import MISSING, Options
+from dlrm.prep.job.progress import Progress
+from dlrm.prep.kernels.intrinsics import compiled
+from dlrm.prep.kernels.vocabulary import Vocabulary
+from dlrm.prep.steps.plan import Work
+from dlrm.runtime import trace
+
+
+def rules_of(options: Options, source: Source) -> Rules:
+    modulo = options.max_ind_range or options.mod_idx
+    return Rules(options.lenient, source.labelled, modulo, options.empty_dense)
+
+
+def count_piece(work: Work, number: int, progress: Progress) -> None:
+    path, piece = work.path("count", number), work.pieces[number]
+    if path.exists():
+        return
+    source, options = work.sources[piece.source], work.options
+    with (
+        trace.span("prep", "count", bytes=piece.end - piece.begin),
+        File(work.texts[piece.source]) as file,
+    ):
+        rows, lines = count(
+            file, piece, printable(source.path), rules_of(options, source), options.skip_bad_rows
+        )
+    work.save(path, [rows, lines])
+    progress.add(rows, piece.end - piece.begin)
+
+
+class Parser:
+    """Lanes to spill files. A thread's vocabulary serves it again for its next lane: fresh memory costs."""
+
+    def __init__(self, work: Work, progress: Progress) -> None:
+        self.work, self.progress = work, progress
+        self._own = threading.local()
+
+    def lane(self, lane: int) -> None:
+        if self.work.path("lane", lane).exists():
+            return
+        if not self.work.options.contiguous:
+            parse_lane(self.work, lane, None, self.progress)
+            return
+        if not hasattr(self._own, "vocabulary"):
+            self._own.vocabulary = Vocabulary(self.work.options.min_count > 1)
+        self._own.vocabulary.clear()
+        parse_lane(self.work, lane, self._own.vocabulary, self.progress)
+
+
+def parse_lane(work: Work, lane: int, vocabulary: Vocabulary | None, progress: Progress) -> None:
+    path, options = work.path("lane", lane), work.options
+    ranges, skipped, last_ids = [], [], np.zeros(NUM_SPARSE, np.int64)
+    size = sum(work.pieces[number].end - work.pieces[number].begin for number in work.lanes[lane])
+    with trace.span("prep", "parse", bytes=size):
+        for number in work.lanes[lane]:
+            low_high, scanner = parse_piece(work, number, vocabulary, last_ids, progress)
+            ranges.append(low_high)
+            if scanner.skipped:
+                skipped.append([scanner.skipped, scanner.first_bad])
+    sizes = [0] * NUM_SPARSE
+    if vocabulary:
+        sizes = vocabulary.sizes()
+        lists = [vocabulary.ids(column) for column in range(NUM_SPARSE)]
+        if options.min_count > 1:
+            lists += [vocabulary.seen(column) for column in range(NUM_SPARSE)]
+        write_whole(work.path("lane", lane, "ids"), np.concatenate(lists))
+    work.save(path, {"vocab": sizes, "dense": ranges, "skipped": skipped, "last": last_ids.tolist()})
+
+
+def parse_piece(
+    work: Work, number: int, vocabulary: Vocabulary | None, last_ids: np.ndarray, progress: Progress
+) -> tuple[list[int], Scanner]:
+    """One piece into its spill file; returns the range of its counts."""
+    piece, options = work.pieces[number], work.options
+    source = work.sources[piece.source]
+    low_high = np.array([1 << 40, -(1 << 40)])
+    with (
+        File(work.texts[piece.source]) as text,
+        File(work.path("piece", number, "spill"), "w") as file,
+        destinations(work, piece) as places,
+    ):
+        file.resize(0)
+        scanner = Scanner(
+            text, printable(source.path), piece, rules_of(options, source), options.skip_bad_rows
+        )
+        spill = Spill(file, places.read, piece.rows, work.bits) if piece.rows else None
+        for block, consumed in scanner.blocks():
+            if spill is None or spill.done + block.rows > piece.rows:
+                raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
+            widen_range(block.dense, block.rows, MISSING if options.frequency_limit else 1 << 40, low_high)
+            if vocabulary:
+                vocabulary.encode(block.sparse[: block.rows])
+            else:
+                np.maximum(last_ids, block.sparse[: block.rows].max(axis=0), out=last_ids)
+            spill.take(block)
+            progress.add(block.rows, consumed)
+        if spill:
+            if spill.done != piece.rows:
+                raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
+            spill.finish()
+            runs = np.concatenate([[spill.first], spill.runs])
+            write_whole(work.path("piece", number, "runs"), runs)
+    return low_high.tolist(), scanner
+
+
+@compiled
+def widen_range(dense, rows, missing, low_high):
+    """Smallest and largest count so far, gaps left out."""
+    low, high = low_high[0], low_high[1]
+    for row in range(rows):
+        for column in range(NUM_DENSE):
+            value = np.int64(dense[row, column])
+            if value != missing:
+                low, high = min(low, value), max(high, value)
+    low_high[0], low_high[1] = low, high
+
+
+class destinations:
+    """Where a piece's rows go: the permutation's file for those that are shuffled, their own place else."""
+
+    def __init__(self, work: Work, piece: Piece) -> None:
+        self._first, self._moved = piece.first_row, work.moved
+        self._file = File(work.path("places", 0, "u32")) if piece.first_row < work.moved else None
+        self.read: Callable[[int, int], np.ndarray] = self._read
+
+    def __enter__(self) -> "destinations":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def _read(self, begin: int, rows: int) -> np.ndarray:
+        begin += self._first
+        among = max(0, min(rows, self._moved - begin))
+        stay = np.arange(begin + among, begin + rows, dtype=np.int64)
+        if not among or not self._file:
+            return stay
+        go = self._file.read_array(among, begin * 4, np.uint32)
+        return np.concatenate([go.astype(np.int64), stay]) if len(stay) else go

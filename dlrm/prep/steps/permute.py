@@ -1,0 +1,224 @@
+"""The permutation of np.random.shuffle for a seed, exactly, in constant memory, however many rows there are.
+
+numpy walks i from the last row down and swaps it with a random j <= i. Here the positions are cut into
+partitions, worked from the top. A swap inside the partition is done; one with a lower partition becomes a
+message (i, j, value at i), which that one replays, in the same order, before its own swaps begin.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.owned import discard_file, finish_file
+from dlrm.prep.io.files import File
+from dlrm.prep.kernels.intrinsics import compiled, prefetch
+
+PARTITION_BITS = (
+    24  # 64 MB of positions: what lies in another partition costs more than what misses the cache
+)
+STAGING_BYTES = 16 << 20
+DRAWS = 1 << 14
+AHEAD = 24  # swaps whose memory is asked for in advance
+WORDS = 624
+SENT = np.uint32(0xFFFFFFFF)  # this position's row comes from a lower partition
+U = np.uint32
+UPPER, LOWER, MATRIX = U(0x80000000), U(0x7FFFFFFF), U(0x9908B0DF)
+
+
+@compiled
+def twist(state, ready):
+    """The next 624 words of the generator, and what it gives out for them."""
+    for word in range(WORDS - 397):
+        mixed = (state[word] & UPPER) | (state[word + 1] & LOWER)
+        state[word] = state[word + 397] ^ (mixed >> U(1)) ^ ((mixed & U(1)) * MATRIX)
+    for word in range(WORDS - 397, WORDS - 1):
+        mixed = (state[word] & UPPER) | (state[word + 1] & LOWER)
+        state[word] = state[word + 397 - WORDS] ^ (mixed >> U(1)) ^ ((mixed & U(1)) * MATRIX)
+    mixed = (state[WORDS - 1] & UPPER) | (state[0] & LOWER)
+    state[WORDS - 1] = state[396] ^ (mixed >> U(1)) ^ ((mixed & U(1)) * MATRIX)
+    for word in range(WORDS):
+        value = state[word]
+        value ^= value >> U(11)
+        value ^= (value << U(7)) & U(0x9D2C5680)
+        value ^= (value << U(15)) & U(0xEFC60000)
+        ready[word] = value ^ (value >> U(18))
+
+
+@compiled
+def draw(state, ready, at, last, chosen):
+    """chosen[k] = a random number of 0..last-k, as numpy draws them; returns the state's position."""
+    k = 0
+    while k < len(chosen):
+        mask = last - k
+        for shift in (1, 2, 4, 8, 16):
+            mask |= mask >> shift
+        stop = min(len(chosen), last - (mask >> 1))  # up to here the mask stays the same
+        while k < stop:
+            if at == WORDS:
+                twist(state, ready)
+                at = 0
+            value = np.int64(ready[at]) & mask
+            at += 1
+            chosen[k] = value
+            k += value <= last - k  # no branch: the next one takes its place when it is too large
+    return at
+
+
+@compiled
+def swap(rows, low, i, chosen, k, bits, staged, filled):
+    """Swaps for i, i - 1, ...; stops where a message buffer is full. Returns (next k, the full one or -1)."""
+    base = rows.ctypes.data
+    while k < len(chosen):
+        soon = np.int64(chosen[min(k + AHEAD, len(chosen) - 1)])
+        if soon >= low:
+            prefetch(base + 4 * (soon - low))
+        here, there = i - k - low, np.int64(chosen[k])
+        if there >= low:
+            rows[here], rows[there - low] = rows[there - low], rows[here]
+        else:
+            partition = there >> bits
+            if filled[partition] == staged.shape[1]:
+                return k, partition
+            message = staged[partition, filled[partition]]
+            message[0], message[1], message[2] = U(i - k), U(there), rows[here]
+            filled[partition] += 1
+            rows[here] = SENT
+        k += 1
+    return k, -1
+
+
+@compiled
+def replay(rows, low, messages, k, bits, staged, filled):
+    """What higher partitions did to this one: each message learns its row, and leaves one behind."""
+    base = rows.ctypes.data
+    while k < len(messages):
+        soon = np.int64(messages[min(k + AHEAD, len(messages) - 1), 1])
+        prefetch(base + 4 * (soon - low))
+        at = np.int64(messages[k, 1]) - low
+        partition = np.int64(rows[at]) >> bits
+        if filled[partition] == staged.shape[1]:
+            return k, partition
+        pair = staged[partition, filled[partition]]
+        pair[0], pair[1] = rows[at], messages[k, 0]
+        filled[partition] += 1
+        rows[at] = messages[k, 2]
+        k += 1
+    return k, -1
+
+
+@compiled
+def deal(rows, low, k, bits, staged, filled):
+    """Pairs (source row, its place) to the buffer of their source's partition."""
+    while k < len(rows):
+        if rows[k] != SENT:
+            partition = np.int64(rows[k]) >> bits
+            if filled[partition] == staged.shape[1]:
+                return k, partition
+            pair = staged[partition, filled[partition]]
+            pair[0], pair[1] = rows[k], U(low + k)
+            filled[partition] += 1
+        k += 1
+    return k, -1
+
+
+@compiled
+def invert(pairs, low, places):
+    base = places.ctypes.data
+    for k in range(len(pairs)):
+        prefetch(base + 4 * (np.int64(pairs[min(k + AHEAD, len(pairs) - 1), 0]) - low))
+        places[np.int64(pairs[k, 0]) - low] = pairs[k, 1]
+
+
+@compiled
+def invert_all(rows, places):
+    """The same when there is one partition only."""
+    base = places.ctypes.data
+    for k in range(len(rows)):
+        prefetch(base + 4 * np.int64(rows[min(k + AHEAD, len(rows) - 1)]))
+        places[rows[k]] = k
+
+
+class Mail:
+    """One growing file per partition, written through small buffers."""
+
+    def __init__(self, folder: Path, kind: str, partitions: int, words: int) -> None:
+        self.folder, self.kind, self.words = folder, kind, words
+        room = min(1 << 14, STAGING_BYTES // (partitions * words * 4))
+        self.staged = np.empty((partitions, max(room, 16), words), np.uint32)
+        self.filled = np.zeros(partitions, np.int64)
+        for partition in range(partitions):
+            discard_file(self.path(partition))
+
+    def path(self, partition: int) -> Path:
+        return self.folder / f"{self.kind}_{partition}.u32"
+
+    def flush(self, partition: int) -> None:
+        with File(self.path(partition), "a") as file:
+            file.append(self.staged[partition, : self.filled[partition]])
+        self.filled[partition] = 0
+
+    def send(self, step: Callable[..., tuple[int, int]], *args: Any, bits: int) -> None:
+        """Run a kernel to its end, emptying the buffers that it fills."""
+        k, full = step(*args, 0, bits, self.staged, self.filled)
+        while full >= 0:
+            self.flush(full)
+            k, full = step(*args, k, bits, self.staged, self.filled)
+
+    def take(self, partition: int) -> Iterator[np.ndarray]:
+        """All that was sent to a partition, in order, a part at a time; gone afterwards."""
+        path, size = self.path(partition), self.words * 4
+        if path.exists():
+            part = np.empty((1 << 16, self.words), np.uint32)
+            with File(path) as file:
+                for at in range(0, file.size, part.nbytes):
+                    count = file.read_into(part.data.cast("B"), at)
+                    yield part[: count // size]
+            discard_file(path)
+        yield self.staged[partition, : self.filled[partition]].copy()
+        self.filled[partition] = 0
+
+
+def write_places(
+    path: Path, rows: int, seed: int, moved: Callable[[int], None], bits: int = PARTITION_BITS
+) -> None:
+    """A file of uint32: for each of the first `rows` rows, where shuffling with this seed puts it."""
+    if rows >= SENT:
+        raise UserError(f"{rows} rows to shuffle: the reference's permutation is defined below 2^32 - 1")
+    state: Any = np.random.RandomState(seed).get_state(legacy=True)
+    words, ready, at = np.array(state[1], np.uint32), np.empty(WORDS, np.uint32), WORDS
+    partitions = max(1, (rows + (1 << bits) - 1) >> bits)
+    messages = Mail(path.parent, "message", partitions, 3)
+    pairs = Mail(path.parent, "pair", partitions, 2)
+    chosen, here = np.empty(DRAWS, np.uint32), np.empty(0, np.uint32)
+    for partition in range(partitions - 1, -1, -1):
+        low, high = partition << bits, min(rows, (partition + 1) << bits)
+        here = np.arange(low, high, dtype=np.uint32)
+        for part in messages.take(partition):
+            pairs.send(replay, here, low, part, bits=bits)
+        for i in range(high - 1, max(low, 1) - 1, -DRAWS):
+            drawn = chosen[: i - max(low, 1) + 1]
+            at = draw(words, ready, at, i, drawn)
+            messages.send(swap, here, low, i, drawn, bits=bits)
+            moved(len(drawn))
+        if partitions > 1:
+            pairs.send(deal, here, low, bits=bits)
+    collect(path, rows, here if partitions == 1 else pairs, bits)
+
+
+def collect(path: Path, rows: int, found: "np.ndarray | Mail", bits: int) -> None:
+    """From places and their rows to rows and their places: all in memory, or partition by partition."""
+    partial = path.with_name(path.name + ".partial")
+    with File(partial, "w") as file:
+        file.resize(0)
+        for low in range(0, rows, 1 << bits):
+            places = np.empty(min(rows, low + (1 << bits)) - low, np.uint32)
+            if isinstance(found, Mail):
+                for part in found.take(low >> bits):
+                    invert(part, low, places)
+            else:
+                invert_all(found, places)
+            file.write(places, low * 4)
+    finish_file(partial, path)

@@ -1,0 +1,215 @@
+"""The last step: each bucket's records into order in memory, then into the output files as long writes."""
+
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import UserError, printable
+from common.owned import discard_file, finish_file
+from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.prep.io.files import File, write_whole
+from dlrm.prep.io.output import store
+from dlrm.prep.io.spill import RECORD_BYTES, WORDS
+from dlrm.prep.job.options import MISSING
+from dlrm.prep.job.progress import Progress
+from dlrm.prep.kernels.intrinsics import compiled, copier, get32, prefetch, put32, subtracter
+from dlrm.prep.steps.plan import Work
+from dlrm.runtime import trace
+
+PART_RECORDS = 1 << 14
+OTHER_FILES = 256  # open besides
+FIRST_ID = 1 + NUM_DENSE
+
+
+AHEAD = 6  # rows that are asked for in advance: each lies in five or so cache lines
+DENSE_BYTES, SPARSE_BYTES = 4 * NUM_DENSE, 4 * NUM_SPARSE
+less, copy_ids = subtracter(NUM_DENSE), copier(NUM_SPARSE)
+
+
+@compiled
+def place(records, offsets, maps, mapped, shift, gaps, dense, sparse, labels):
+    """Each record to its row: counts less the shift (but for gaps), ids through the lane's map."""
+    counts_at, ids_at, labels_at = dense.ctypes.data, sparse.ctypes.data, labels.ctypes.data
+    map_at, record = maps.ctypes.data, records.ctypes.data
+    for k in range(len(records)):
+        if k + AHEAD < len(records):
+            row = np.int64(get32(record, AHEAD * WORDS))
+            prefetch(counts_at + DENSE_BYTES * row)
+            prefetch(counts_at + DENSE_BYTES * row + DENSE_BYTES - 4)
+            prefetch(ids_at + SPARSE_BYTES * row)
+            prefetch(ids_at + SPARSE_BYTES * row + 64)
+            prefetch(ids_at + SPARSE_BYTES * row + SPARSE_BYTES - 4)
+            prefetch(labels_at + 4 * row)
+        row = np.int64(get32(record, 0))
+        if gaps:
+            for column in range(NUM_DENSE):
+                value = np.int32(get32(record, 1 + column))
+                dense[row, column] = value if value == MISSING else np.int32(value - shift)
+        else:
+            less(counts_at + DENSE_BYTES * row, record + 4, shift)
+        if mapped:
+            for column in range(NUM_SPARSE):
+                id = get32(map_at, offsets[column] + get32(record, FIRST_ID + column))
+                put32(ids_at + SPARSE_BYTES * row, column, id)
+        else:
+            copy_ids(ids_at + SPARSE_BYTES * row, record + 4 * FIRST_ID)
+        put32(labels_at, row, get32(record, WORDS - 1))
+        record += RECORD_BYTES
+
+
+@compiled
+def translate(records, offsets, maps):
+    for k in range(len(records)):
+        for column in range(NUM_SPARSE):
+            at = FIRST_ID + column
+            records[k, at] = np.uint32(maps[offsets[column] + records[k, at]])
+
+
+@dataclass
+class Maps:
+    """From the lanes' numbers to the dataset's ids, in memory."""
+
+    offsets: list[np.ndarray]  # per lane
+    values: list[np.ndarray]
+
+
+def load_map(work: Work, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.concatenate([[0], np.cumsum(sizes[lane])])
+    if not offsets[-1]:  # a lane without a good row
+        return offsets, np.zeros(0, np.int32)
+    with File(work.path("lane", lane, "map")) as file:
+        return offsets, file.read_array(int(offsets[-1]), 0, np.int32)
+
+
+def load_maps(work: Work, sizes: np.ndarray) -> Maps:
+    found = [load_map(work, sizes, lane) for lane in range(len(work.lanes))]
+    return Maps([offsets for offsets, _ in found], [values for _, values in found])
+
+
+def records_of(file: File, begin: int, count: int, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(position, records) through one buffer."""
+    for at in range(begin, begin + count, len(buffer)):
+        part = buffer[: min(len(buffer), begin + count - at)]
+        got = file.read_into(part.data.cast("B"), at * RECORD_BYTES)
+        if got != part.nbytes:
+            raise UserError(f"{printable(file.path)}: shorter than it should be; start again with --restart")
+        yield at, part
+
+
+def translate_piece(work: Work, sizes: np.ndarray, lane: int, number: int, progress: Progress) -> None:
+    """Rewrite a piece's records with the dataset's ids, when the maps are too large to be kept together."""
+    final, spill = work.path("piece", number, "final"), work.path("piece", number, "spill")
+    rows = work.pieces[number].rows
+    if not final.exists() and rows:
+        partial = work.path("piece", number, "rewritten")
+        offsets, values = load_map(work, sizes, lane)
+        buffer = np.empty((PART_RECORDS, WORDS), np.uint32)
+        with (
+            trace.span("prep", "translate", bytes=rows * RECORD_BYTES),
+            File(spill) as source,
+            File(partial, "w") as target,
+        ):
+            target.resize(0)
+            for at, records in records_of(source, 0, rows, buffer):
+                translate(records, offsets, values)
+                target.write(records, at * RECORD_BYTES)
+                progress.add(len(records), 2 * records.nbytes)
+        finish_file(partial, final)
+    discard_file(spill)
+
+
+def may_be_open(files: int) -> int:
+    """How many of so many files may stay open; the soft limit is raised for them as far as it can be."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + OTHER_FILES
+    if 0 <= hard < wanted:
+        wanted = hard
+    if 0 <= limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(0, min(files, wanted - OTHER_FILES))
+
+
+class Placer:
+    """Buckets to output files. The files are shared by all ranks; each bucket writes its own stretch."""
+
+    def __init__(self, work: Work, maps: Maps | None, progress: Progress) -> None:
+        self.work, self.maps, self.progress = work, maps, progress
+        self._own = threading.local()
+        self._opened: list[File] = []
+        self.most_open = may_be_open(len(work.pieces) * work.options.workers) // work.options.workers
+        self.lane_of = {piece: lane for lane, pieces in enumerate(work.lanes) for piece in pieces}
+        self.shifts = work.shifts()
+        ending = "spill" if maps is not None or not work.options.contiguous else "final"
+        self.spills = [work.path("piece", number, ending) for number in range(len(work.pieces))]
+        self.runs = []
+        for number, piece in enumerate(work.pieces):
+            runs = (
+                np.fromfile(work.path("piece", number, "runs"), np.int64)
+                if piece.rows
+                else np.zeros(2, np.int64)
+            )
+            self.runs.append((int(runs[0]), runs[1:]))
+
+    def bucket(self, number: int) -> None:
+        done = self.work.path("bucket", number, "done")
+        if done.exists():
+            return
+        begin = number << self.work.bits
+        rows = min(self.work.rows, begin + (1 << self.work.bits)) - begin
+        with trace.span("prep", "place", bytes=rows * RECORD_BYTES):
+            arrays = self._gather(number, rows)
+            self.write(begin, *arrays)
+        write_whole(done, b"")
+        self.progress.add(rows, rows * RECORD_BYTES)
+
+    def _buffers(self) -> tuple[np.ndarray, ...]:
+        """Each thread's own, kept from bucket to bucket: fresh pages cost more than writing to them."""
+        if not hasattr(self._own, "buffers"):
+            rows = min(self.work.rows, 1 << self.work.bits)
+            shapes = (rows, NUM_DENSE), (rows, NUM_SPARSE), (rows, 1)
+            buffers = [np.empty(shape, np.int32) for shape in shapes]
+            self._own.buffers = (*buffers, np.empty((PART_RECORDS, WORDS), np.uint32))
+        return self._own.buffers
+
+    @contextmanager
+    def _spill(self, piece: int) -> Iterator[File]:
+        """Each thread's own, kept open as far as the system allows: every bucket has rows in every one."""
+        if not hasattr(self._own, "files"):
+            self._own.files = {}
+        kept = self._own.files
+        if piece not in kept and len(kept) >= self.most_open:
+            with File(self.spills[piece]) as file:
+                yield file
+            return
+        if piece not in kept:
+            kept[piece] = File(self.spills[piece])
+            self._opened.append(kept[piece])
+        yield kept[piece]
+
+    def close(self) -> None:
+        for file in self._opened:
+            file.close()
+
+    def _gather(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        dense, sparse, labels, buffer = self._buffers()
+        dense, sparse, labels = dense[:rows], sparse[:rows], labels[:rows]
+        gaps = bool(self.work.options.frequency_limit)
+        for piece, (first, runs) in enumerate(self.runs):
+            at = number - first
+            if not 0 <= at < len(runs) - 1 or runs[at] == runs[at + 1]:
+                continue
+            lane, shift = self.lane_of[piece], np.int32(self.shifts[self.work.pieces[piece].source])
+            offsets = self.maps.offsets[lane] if self.maps else np.zeros(1, np.int64)
+            values = self.maps.values[lane] if self.maps else np.zeros(1, np.int32)
+            with self._spill(piece) as file:
+                for _, records in records_of(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
+                    place(records, offsets, values, self.maps is not None, shift, gaps, dense, sparse, labels)
+        return dense, sparse, labels
+
+    def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
+        folder, made = self.work.folders.made, self.work.made
+        store(folder, self.work.options, made, self.work.moved, begin, dense, sparse, labels)

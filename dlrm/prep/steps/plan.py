@@ -1,0 +1,155 @@
+"""The folder of intermediate files: what is cut where, and what is done.
+
+A part of the work is done when its file exists under its own name; it gets that name when it is whole.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError, printable
+from dlrm.data.criteo import NUM_SPARSE
+from dlrm.prep.io.blocks import Piece, line_end
+from dlrm.prep.io.files import File, read_values, write_whole
+from dlrm.prep.io.folders import Folders, discard
+from dlrm.prep.io.inputs import Output, Source, outputs, shuffled_rows
+from dlrm.prep.io.spill import bucket_bits, buckets
+from dlrm.prep.job.options import Options
+
+STATE = "state.json"
+SMALLEST, LARGEST = 1 << 20, 512 << 20  # bytes of text in a lane
+PER_WORKER = 2  # a new lane begins with an empty vocabulary: more of them cost more than they balance
+LAYOUT = 3  # of the intermediate files: those of another version are not gone on with
+
+
+class Work:
+    """The plan. A lane is a stretch of input that one worker reads with one vocabulary: pieces of files."""
+
+    def __init__(self, options: Options, found: list[Source], texts: list[Path], folders: Folders) -> None:
+        self.options, self.sources, self.texts, self.folders = options, found, texts, folders
+        self.folder = folders.work
+        self.pieces: list[Piece] = []
+        self.lanes: list[list[int]] = []
+        self.made: list[Output] = []
+        self.moved = self.rows = self.bits = 0
+
+    # what is done ------------------------------------------------------------------------------------------
+
+    def path(self, kind: str, number: int = 0, ending: str = "json") -> Path:
+        return self.folder / f"{kind}_{number:05d}.{ending}"
+
+    def load(self, path: Path) -> Any:
+        return read_values(path)
+
+    def save(self, path: Path, value: Any) -> None:
+        write_whole(path, value)
+
+    # the plan ----------------------------------------------------------------------------------------------
+
+    def discard(self) -> None:
+        """What nobody needs once all rows are in place: freeing it takes a while."""
+        discard(self.folder, "piece_*")
+
+    def cut(self, ranks: int) -> None:
+        """Lanes of nearly equal size, cut at line ends; a lane holds a piece of each file that it touches."""
+        sizes = [text.stat().st_size for text in self.texts]
+        for source, size in zip(self.sources, sizes, strict=True):
+            if size == 0:
+                raise UserError(f"{printable(source.path)}: empty, it has no rows")
+        whole = sum(sizes)
+        workers = ranks * self.options.workers
+        share = whole if workers == 1 else whole // (workers * PER_WORKER)
+        target = self.options.part_bytes or min(LARGEST, max(SMALLEST, share))
+        lanes = max(1, round(whole / target))
+        marks = [whole * lane // lanes for lane in range(1, lanes + 1)]
+        pieces, cut = [], [[] for _ in range(lanes)]
+        before = lane = 0
+        for source, (text, size) in enumerate(zip(self.texts, sizes, strict=True)):
+            at = 0
+            with File(text) as file:
+                while at < size:
+                    while marks[lane] <= before + at:
+                        lane += 1
+                    end = line_end(file, marks[lane] - before, size)
+                    cut[lane].append(len(pieces))
+                    pieces.append([source, at, end])
+                    at = end
+            before += size
+        self.save(
+            self.folder / STATE,
+            {"pieces": pieces, "lanes": [numbers for numbers in cut if numbers]},
+        )
+
+    def read_plan(self) -> None:
+        state = self.load(self.folder / STATE)
+        self.pieces = [Piece(*piece) for piece in state["pieces"]]
+        self.lanes = state["lanes"]
+
+    def counted(self) -> None:
+        """Once every piece is counted: where each one's rows begin, and what the output will be."""
+        rows_of = [0] * len(self.sources)
+        lines_of = [0] * len(self.sources)
+        for number, piece in enumerate(self.pieces):
+            rows, lines = self.load(self.path("count", number))
+            piece.first_line, piece.first_row, piece.rows = lines_of[piece.source], self.rows, rows
+            self.rows += rows
+            rows_of[piece.source] += rows
+            lines_of[piece.source] += lines
+        for source, rows in zip(self.sources, rows_of, strict=True):
+            if rows == 0:
+                raise UserError(f"{printable(source.path)}: no rows in it")
+        self.made = outputs(self.sources, rows_of, self.options.steps)
+        self.moved = shuffled_rows(self.made, self.options.shuffle)
+        self.bits = bucket_bits(self.rows)
+
+    @property
+    def bucket_count(self) -> int:
+        return buckets(self.rows, self.bits)
+
+    # what parsing leaves ---------------------------------------------------------------------------------
+
+    def vocab_sizes(self) -> np.ndarray:
+        """[lanes, columns]: distinct ids that each lane met."""
+        sizes = [self.load(self.path("lane", lane))["vocab"] for lane in range(len(self.lanes))]
+        return np.array(sizes, np.int64).reshape(len(self.lanes), NUM_SPARSE)
+
+    def lane_infos(self) -> list[dict[str, Any]]:
+        return [self.load(self.path("lane", lane)) for lane in range(len(self.lanes))]
+
+    def dense_ranges(self) -> list[tuple[int, int]]:
+        """Per source: the smallest and the largest count."""
+        low, high = [1 << 40] * len(self.sources), [-(1 << 40)] * len(self.sources)
+        for pieces, info in zip(self.lanes, self.lane_infos(), strict=True):
+            for piece, (least, most) in zip(pieces, info["dense"], strict=True):
+                source = self.pieces[piece].source
+                low[source], high[source] = min(low[source], least), max(high[source], most)
+        return list(zip(low, high, strict=True))
+
+    def check_ranges(self) -> None:
+        for source, (low, high) in zip(self.sources, self.dense_ranges(), strict=True):
+            self.options.check_counts(source.path, low, high)
+
+    def shifts(self) -> list[int]:
+        """Per source: what to take from its counts before the logarithm: min - 2, in int32 arithmetic."""
+        if self.options.mod_idx:
+            return [-1] * len(self.sources)
+        if self.options.frequency_limit:
+            return [-3] * len(self.sources)
+        return [int(np.int64(low - 2).astype(np.int32)) for low, _ in self.dense_ranges()]
+
+    def kept(self) -> list[int]:
+        """Per column: how many ids have a number of their own."""
+        return [self.load(self.path("column", column))["kept"] for column in range(NUM_SPARSE)]
+
+    def last_ids(self) -> list[int]:
+        """Per column: the largest id."""
+        if self.options.contiguous:
+            if self.options.mod_idx:
+                return [self.options.mod_idx * (column + 1) - 1 for column in range(NUM_SPARSE)]
+            return [1 + count for count in self.kept()]
+        return np.max([info["last"] for info in self.lane_infos()], axis=0).tolist()
+
+    def skipped(self) -> list[list[Any]]:
+        """Per piece with bad rows: how many, and where the first one is."""
+        return [found for info in self.lane_infos() for found in info["skipped"]]

@@ -1,0 +1,48 @@
+"""gzip input to plain text among the intermediate files, because gzip cannot be read from the middle."""
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import open_regular
+from common.owned import finish_file
+from dlrm.prep.io.files import File
+from dlrm.prep.io.inputs import Source
+from dlrm.prep.job.progress import Progress
+from dlrm.runtime import trace
+
+BLOCK = 1 << 20
+
+
+def text_of(source: Source, folder: Path) -> Path:
+    """The plain text to read for this source."""
+    return folder / f"{source.name}.text" if source.packed else source.path
+
+
+def unpack(source: Source, folder: Path, progress: Progress) -> None:
+    target = text_of(source, folder)
+    if not source.packed or target.exists():
+        return
+    partial, at = target.with_name(target.name + ".partial"), 0
+    packed = source.path.stat().st_size
+    with os_errors_as_user_errors(source.path):
+        try:
+            with (
+                trace.span("prep", "unpack", bytes=packed),
+                os.fdopen(open_regular(source.path), "rb", buffering=0) as raw,
+                gzip.GzipFile(fileobj=raw) as text,
+                File(partial, "w") as out,
+            ):
+                out.resize(0)
+                before = 0
+                while data := text.read(BLOCK):
+                    at = out.write(data, at)
+                    progress.add(bytes=raw.tell() - before)
+                    before = raw.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(
+                f"{printable(source.path)}: byte {at} of its text: {error}: truncated or damaged gzip"
+            ) from None
+    finish_file(partial, target)

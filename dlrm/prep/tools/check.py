@@ -1,0 +1,146 @@
+"""Is this folder what its meta.json says: shapes, dtypes, ranges, ids, digests. One line per flaw."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, printable
+from dlrm.data.criteo import NUM_SPARSE, PARTS, Meta, part_name
+from dlrm.prep.io.digests import digests
+from dlrm.prep.io.files import File
+
+PARTIAL = ".partial"
+BLOCK_ROWS = 1 << 14
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong, in words; nothing when all is well."""
+    meta = Meta.load(folder)
+    flaws = [f"{path}: left by an unfinished run" for path in sorted(folder.glob(f"*{PARTIAL}"))]
+    if len(meta.table_sizes) != NUM_SPARSE:
+        flaws.append(f"{folder}/meta.json: {len(meta.table_sizes)} table sizes, {NUM_SPARSE} expected")
+    elif meta.format == "npy":
+        flaws += check_arrays(folder, meta)
+    found = digests([folder / name for name in meta.md5 if (folder / name).exists()])
+    for name, wanted in meta.md5.items():
+        path = folder / name
+        if path not in found:
+            if not any(line.startswith(f"{path}:") for line in flaws):
+                flaws.append(f"{path}: missing")
+        elif found[path] != wanted:
+            flaws.append(f"{path}: md5 is not the one in meta.json: changed or damaged")
+    return flaws
+
+
+def check_arrays(folder: Path, meta: Meta) -> Iterator[str]:
+    sizes = np.array(meta.table_sizes, np.int64)
+    kept = meta.parameters.get("compat", "") == "" and "contiguous" in meta.parameters.get("steps", [])
+    tested = "test_sparse.npy" in meta.md5  # Kaggle's test set has ids of its own
+    found = list(layouts_of(folder, meta))
+    whole = not any(flaw for _, _, flaw in found)
+    seen: list[np.ndarray] = []
+    if whole and kept and not tested:
+        most = sum(meta.rows) + 2  # ids that there can be, now that the files are known to have these rows
+        seen = [np.zeros(min(size, most), bool) for size in meta.table_sizes]
+    for path, part, flaw in found:
+        flaws = [flaw] if flaw else check_values(path, part, sizes, seen)
+        yield from (f"{path}: {each}" for each in flaws)
+    for column, ids in enumerate(seen):
+        holes = np.flatnonzero(~ids[2:]) + 2
+        missing = len(holes) + int(sizes[column]) - len(ids)
+        if missing:
+            first = holes[0] if len(holes) else len(ids)
+            yield f"{folder}: column {column}: {missing} ids never occur, the first is {first}"
+
+
+def layouts_of(folder: Path, meta: Meta) -> Iterator[tuple[Path, str, str]]:
+    """(file, part, flaw or nothing)."""
+    for day, rows in enumerate(meta.rows):
+        for part, columns in PARTS.items():
+            path = folder / part_name(day, part)
+            last = day == len(meta.rows) - 1
+            yield path, part, check_layout(path, (rows, columns), meta, part, last)
+
+
+HEADER = re.compile(
+    r"\{ ?'descr': ?'([<>|=]?[a-zA-Z][0-9]{0,2})', ?'fortran_order': ?False,"
+    r" ?'shape': ?\(((?:[0-9]{1,18}, ?)*(?:[0-9]{1,18})?)\),? ?\}\s*",
+    re.ASCII,
+)
+LONGEST_HEADER = 10_000  # as numpy itself takes
+
+
+def layout(path: Path, whole: bool = True) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype and length of the header of an .npy file; `whole`: it must be as long as they say."""
+    with File(path) as file:
+        start = file.read(12, 0)
+        if start[:6] != b"\x93NUMPY" or len(start) < 12:
+            raise UserError(f"{printable(path)}: not an .npy file")
+        wide = start[6] > 1
+        length = int.from_bytes(start[8 : 12 if wide else 10], "little")
+        first = 12 if wide else 10
+        text = file.read(min(length, LONGEST_HEADER), first).decode("latin1")
+        found = HEADER.fullmatch(text)
+        if not found or len(text) != length:
+            raise UserError(f"{printable(path)}: not the header of a plain array in rows")
+        shape = tuple(int(word) for word in found[2].replace(" ", "").split(",") if word)
+        try:
+            dtype = np.dtype(found[1])
+        except TypeError:
+            raise UserError(f"{printable(path)}: values of an unknown kind, {found[1]}") from None
+        size = first + length + math.prod(shape) * dtype.itemsize
+        if whole and file.size != size:
+            raise UserError(f"{printable(path)}: {file.size} bytes, {size} expected: cut short or grown")
+    return shape, dtype, first + length
+
+
+def check_layout(path: Path, shape: tuple[int, int], meta: Meta, part: str, last: bool) -> str:
+    if not path.exists():
+        return "missing"
+    try:
+        found, dtype, header = layout(path, whole=False)
+    except UserError as error:
+        return f"no readable header: {error}"
+    wanted = np.dtype(meta.dtypes[part])
+    only_copied = last or "shuffle" not in meta.parameters.get("steps", [])
+    if part == "sparse" and meta.parameters.get("compat") == "torchrec" and only_copied:
+        wanted = np.dtype(np.int64)
+    if tuple(found) != shape:
+        return f"shape {tuple(found)}, {shape} expected"
+    if dtype != wanted:
+        return f"{dtype} instead of {wanted}"
+    size = header + shape[0] * shape[1] * dtype.itemsize
+    if path.stat().st_size != size:
+        return f"{path.stat().st_size} bytes, {size} expected: cut short or grown"
+    return ""
+
+
+def check_values(path: Path, part: str, sizes: np.ndarray, seen: list[np.ndarray]) -> Iterator[str]:
+    """Ranges; and which ids occur is noted in `seen`, if there is one for each column."""
+    shape, dtype, header = layout(path)
+    rows, columns = shape
+    low, high = np.full(columns, np.inf), np.full(columns, -np.inf)
+    strange = 0
+    with File(path) as file:
+        for row in range(0, rows, BLOCK_ROWS):
+            count = min(BLOCK_ROWS, rows - row)
+            block = file.read_array(count * columns, header + row * columns * dtype.itemsize, dtype)
+            block = block.reshape(count, columns)
+            low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+            if part == "dense":
+                strange += int(np.count_nonzero(~np.isfinite(block)))
+            elif part == "sparse":
+                for column, ids in enumerate(seen):
+                    if low[column] >= 0 and high[column] < len(ids):
+                        ids[block[:, column]] = True
+    if strange:
+        yield f"{strange} values are not finite"
+    if part == "sparse":
+        for column in np.flatnonzero((low < 0) | (high >= sizes)):
+            span = f"ids from {low[column]:.0f} to {high[column]:.0f}"
+            yield f"column {column}: {span}, its table has {sizes[column]}"
+    elif part == "labels" and (low[0] < 0 or high[0] > 1):
+        yield f"labels from {low[0]:.0f} to {high[0]:.0f}, 0 and 1 expected"

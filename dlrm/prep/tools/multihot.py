@@ -1,0 +1,161 @@
+"""MLPerf DLRM v2's synthetic multi-hot data: each id becomes itself and m - 1 fixed random ids of its table.
+
+Byte for byte what MLCommons' materialisation writes, but streamed: tables lie in files when they are large,
+and no day is ever whole in memory.
+"""
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError, printable
+from common.owned import finish_file
+from dlrm.data.criteo import META, NUM_SPARSE, Meta, multi_hot_name, part_name
+from dlrm.prep.io.files import File, explained
+from dlrm.prep.io.folders import DATASET, Folders, Output, same_folder
+from dlrm.prep.io.folders import publish as publish_results
+from dlrm.prep.io.inputs import Stamps
+from dlrm.prep.io.publish import md5_of, write_meta
+from dlrm.prep.job.workers import Team
+from dlrm.prep.tools.check import layout
+from dlrm.prep.tools.torchrec_shuffle import copy
+
+DISTRIBUTIONS = ("uniform", "pareto")
+ROWS = 1 << 16  # at a time, of a table and of a day
+IN_MEMORY = 256 << 20  # bytes of one table
+LAYOUT = 1  # of the intermediate files
+
+
+@dataclass(frozen=True)
+class MultiHot:
+    input_dir: Path
+    output_dir: Path
+    sizes: tuple[int, ...]  # ids per row, per column
+    tables: tuple[int, ...]  # rows of each table; ids are taken modulo these
+    distribution: str = "uniform"
+    copy_labels_and_dense: bool = False
+
+    def checked(self) -> "MultiHot":
+        for name, values in (("multi_hot_sizes", self.sizes), ("num_embeddings_per_feature", self.tables)):
+            if len(values) != NUM_SPARSE or min(values) < 1:
+                raise UserError(f"--{name}: {NUM_SPARSE} numbers of at least 1 are needed, got {len(values)}")
+        if same_folder(self.input_dir, self.output_dir):
+            raise UserError(
+                f"--output_dir {printable(self.output_dir)}: the same as --input_dir; choose another"
+            )
+        return self
+
+    def how(self) -> tuple[tuple[Any, ...], ...]:
+        """What decides the output's bytes, besides the input's."""
+        return self.sizes, self.tables, (self.distribution, self.copy_labels_and_dense)
+
+
+def run(options: MultiHot, team: Team) -> None:
+    days = days_in(options.input_dir)
+    names = [multi_hot_name(day) for day in range(days)]
+    parts = ["sparse"]
+    if options.copy_labels_and_dense:
+        parts = ["sparse", "dense", "labels"]
+        names += [part_name(day, part) for day in range(days) for part in parts[1:]]
+    paths = [options.input_dir / part_name(day, part) for day in range(days) for part in parts]
+    stamps = team.first_gives(lambda: Stamps(paths))
+    key = json.loads(json.dumps([LAYOUT, *map(list, options.how()), stamps.taken]))
+    with Output("multihot", options.output_dir, first_does=team.first_does) as output:
+        folders = team.first_gives(lambda: output.open(key, [*names, META]))
+        team.first_does(lambda: make_tables(options, folders.work))
+        team.each(range(days), lambda day: write_day(options, folders, day))
+        team.first_does(lambda: finish(options, days, names, folders, stamps))
+        team.first_does(output.clear)
+
+
+def finish(options: MultiHot, days: int, names: list[str], folders: Folders, stamps: Stamps) -> None:
+    last, others = names[0], r"day_\d+_sparse_multi_hot\.npz|meta\.json"
+    if options.copy_labels_and_dense:  # a folder that can be read on its own
+        write_meta(folders, describe(options, days, names, folders))
+        last, others = META, DATASET
+    publish_results(folders, names, last, others, stamps.check)
+
+
+def days_in(folder: Path) -> int:
+    days = 0
+    while (folder / part_name(days, "sparse")).exists():
+        days += 1
+    if not days:
+        raise UserError(f"--input_dir {printable(folder)}: no {part_name(0, 'sparse')} in it")
+    return days
+
+
+def make_tables(options: MultiHot, scratch: Path) -> None:
+    """One generator for all tables in their order; drawing in stretches gives the same numbers."""
+    rng = np.random.RandomState(0)
+    for column, (rows, hots) in enumerate(zip(options.tables, options.sizes, strict=True)):
+        with File(scratch / f"table_{column}.i4", "w") as file:
+            file.resize(0)
+            at = 0
+            step = max(1, ROWS // hots)
+            for begin in range(0, rows, step):
+                own = np.arange(begin, min(rows, begin + step))[:, None]
+                others = DRAWS[options.distribution](rng, rows, (len(own), hots - 1))
+                at = file.write(np.concatenate((own, others), axis=1).astype(np.int32), at)
+
+
+def uniform(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.ndarray:
+    return rng.randint(0, rows, size=shape)
+
+
+def pareto(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.ndarray:
+    """Heavy-tailed: most draws are small, and those beyond int32 all become the same."""
+    with np.errstate(invalid="ignore"):
+        return rng.pareto(a=0.25, size=shape).astype(np.int32) % rows
+
+
+DRAWS = {"uniform": uniform, "pareto": pareto}
+
+
+def write_day(options: MultiHot, folders: Folders, day: int) -> None:
+    """The .npz that np.savez would write, one column after the other; it comes after the copies."""
+    source, target = options.input_dir / part_name(day, "sparse"), folders.made / multi_hot_name(day)
+    if target.exists():
+        return
+    if options.copy_labels_and_dense:
+        for part in ("labels", "dense"):
+            copy(options.input_dir / part_name(day, part), folders.made / part_name(day, part))
+    shape, dtype, first = layout(source)
+    if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
+        raise UserError(f"{printable(source)}: {shape} {dtype}, integer ids in {NUM_SPARSE} columns expected")
+    partial = target.with_name(target.name + ".partial")
+    with explained(partial), File(source) as ids, zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+        for column in range(NUM_SPARSE):
+            rows, hots = options.tables[column], options.sizes[column]
+            path = folders.work / f"table_{column}.i4"
+            table = np.memmap(path, np.int32, "r", shape=(rows, hots))
+            if table.nbytes <= IN_MEMORY:
+                table = np.array(table)
+            with archive.open(f"{column}.npy", "w", force_zip64=True) as out:
+                description = {"descr": "<i4", "fortran_order": False, "shape": (shape[0], hots)}
+                np.lib.format.write_array_header_1_0(out, description)
+                for row in range(0, shape[0], ROWS):
+                    count = min(ROWS, shape[0] - row)
+                    at = first + row * NUM_SPARSE * dtype.itemsize
+                    block = ids.read_array(count * NUM_SPARSE, at, dtype).reshape(count, NUM_SPARSE)
+                    out.write(np.ascontiguousarray(table[block[:, column] % rows]).data)
+    finish_file(partial, target)
+
+
+def describe(options: MultiHot, days: int, names: list[str], folders: Folders) -> Meta:
+    rows = [layout(options.input_dir / part_name(day, "sparse"))[0][0] for day in range(days)]
+    parameters = {"multi_hot_sizes": list(options.sizes), "distribution": options.distribution}
+    if (options.input_dir / META).exists():
+        parameters["made_from"] = Meta.load(options.input_dir).parameters
+    return Meta(
+        rows=rows,
+        table_sizes=list(options.tables),
+        format="multi_hot",
+        parameters=parameters,
+        made_by="dlrm.prep multihot",
+        md5=md5_of(folders, names),
+    )

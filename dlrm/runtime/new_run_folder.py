@@ -1,0 +1,179 @@
+"""The run folder that 3_train.sh trains into: its name, env.txt and gpu.txt, and its removal after a mistake.
+
+usage: python -m dlrm.runtime.new_run_folder name [--resume RUN] RESULTS     the path that a run would get; makes nothing
+       python -m dlrm.runtime.new_run_folder make [--resume RUN] RESULTS     makes it: prints its path and its identity
+       python -m dlrm.runtime.new_run_folder discard RUN IDENTITY            removes what `make` made, if it holds no more
+
+Output is ended by NUL bytes, so that a shell reads any path. Exit code 2 and one line for a mistake.
+"""
+
+import argparse
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from common.errors import USAGE, UserError, os_errors_as_user_errors, printable
+from common.inputs import read_bytes, read_json_object
+from common.owned import remove_made_folder, write_file
+from dlrm.runtime.environment import HEADER, describe_environment
+
+GPU_HEADER = "# The GPUs of the first node, written by dlrm-io."
+# What a run that ended before its first step leaves behind.
+FILES = re.compile(
+    r"(env|gpu|log)\.txt|(config|plan|results)\.json|metrics\.jsonl|startup\.csv|"
+    r"trace/|trace/[^/]*\.pfw(\.gz)?|\.dlrm-io\.(lock|json)"
+)
+
+
+def propose_names(environment: Mapping[str, str]) -> Iterator[str]:
+    """A batch job that is run again finds its own folder; `qsub -I` runs many commands under one id."""
+    job = environment.get("PBS_JOBID", "").replace("/", "_")
+    if job and environment.get("PBS_ENVIRONMENT") == "PBS_BATCH":
+        yield job
+        return
+    name = f"{job}-" * bool(job) + time.strftime("%Y%m%d-%H%M%S")
+    yield name
+    for number in range(2, 10_000):
+        yield f"{name}-{number}"
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether this project trained in it: an env.txt or a config.json of ours."""
+    if _begins_with(folder / "env.txt", HEADER):
+        return True
+    try:
+        config = read_json_object(folder / "config.json")
+    except UserError:
+        return False
+    return isinstance(config.get("launch"), dict) and isinstance(config.get("run"), dict)
+
+
+def check_run_folder(folder: Path, variable: str) -> None:
+    """UserError for a folder that is not a run of ours, or has foreign files where ours would go."""
+    with os_errors_as_user_errors(folder):
+        empty = not os.listdir(folder)
+    if not empty and not is_run_folder(folder):
+        raise UserError(f"{variable}={printable(folder)}: is not a run folder of this project; name another")
+    for name, header in (("env.txt", HEADER), ("gpu.txt", GPU_HEADER)):
+        path = folder / name
+        if os.path.lexists(path) and not _begins_with(path, header):
+            raise UserError(f"{printable(path)}: was not made by this program; move it away")
+    log = folder / "log.txt"
+    if os.path.lexists(log) and not stat.S_ISREG(os.lstat(log).st_mode):
+        raise UserError(f"{printable(log)}: is not a plain file; move it away")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{variable}={printable(folder)}: cannot be written by this user; name another")
+
+
+def name_run(results: Path, resume: Path | None) -> Path:
+    """The path that `make_run` would take now."""
+    if resume:
+        check_run_folder(resume, "RESUME")
+        return resume
+    check_results(results)
+    for name in propose_names(os.environ):
+        if not os.path.lexists(results / name):
+            return results / name
+        if os.environ.get("PBS_ENVIRONMENT") == "PBS_BATCH":
+            check_run_folder(results / name, "the job's folder, RESULTS")
+            return results / name
+    raise UserError(f"RESULTS={printable(results)}: holds too many runs of this second; name another")
+
+
+def check_results(results: Path) -> None:
+    """UserError unless folders can be made in it."""
+    above = results
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f"RESULTS={printable(results)}: {printable(above)} is not a folder; name another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{printable(above)}: cannot be written by this user; name a folder for the runs: RESULTS=FOLDER"
+        )
+
+
+def make_run(results: Path, resume: Path | None) -> tuple[Path, str]:
+    """The folder, with env.txt and gpu.txt in it; and its identity if this call has made it, else ''."""
+    if resume:
+        run, identity = name_run(results, resume), ""
+    else:
+        check_results(results)
+        with os_errors_as_user_errors(results):
+            results.mkdir(parents=True, exist_ok=True)
+        run, identity = _make_folder(results)
+    with write_file(run / "env.txt", lambda path: _begins_with(path, HEADER), mode=0o600) as partial:
+        partial.write_text(describe_environment(os.environ), encoding="utf-8", errors="backslashreplace")
+    with write_file(run / "gpu.txt", lambda path: _begins_with(path, GPU_HEADER)) as partial:
+        partial.write_text(f"{GPU_HEADER}\n{_describe_gpus()}")
+    return run, identity
+
+
+def _make_folder(results: Path) -> tuple[Path, str]:
+    """mkdir decides between runs that begin in the same second: each gets a folder of its own."""
+    for name in propose_names(os.environ):
+        run = results / name
+        try:
+            with os_errors_as_user_errors(run):
+                os.mkdir(run)
+        except UserError:
+            if not os.path.lexists(run):
+                raise
+            if os.environ.get("PBS_ENVIRONMENT") == "PBS_BATCH":
+                check_run_folder(run, "the job's folder, RESULTS")
+                return run, ""
+            continue
+        status = os.lstat(run)
+        return run, f"{status.st_dev}:{status.st_ino}"
+    raise UserError(f"RESULTS={printable(results)}: holds too many runs of this second; name another")
+
+
+def _describe_gpus() -> str:
+    said = ""
+    for command in (["nvidia-smi", "-L"], ["nvidia-smi"]):
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            done = None
+        if done is None or done.returncode:
+            return f"no NVIDIA GPU on {os.uname().nodename}\n"
+        said += done.stdout
+    return said
+
+
+def _begins_with(path: Path, header: str) -> bool:
+    try:
+        return not path.is_symlink() and read_bytes(path, 16 << 20).startswith(header.encode())
+    except UserError:
+        return False
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1].split("\n\n")[0])
+    parser.add_argument("command", choices=("name", "make", "discard"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("identity", nargs="?", default="")
+    parser.add_argument("--resume", type=Path)
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "discard":
+            remove_made_folder(options.folder, options.identity, FILES)
+        elif options.command == "name":
+            print(name_run(options.folder, options.resume), end="\0")
+        else:
+            print(*make_run(options.folder, options.resume), sep="\0", end="\0")
+    except UserError as error:
+        print(f"3_train.sh: {error}", file=sys.stderr)
+        return USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,233 @@
+"""Record what this process does, with DFTracer: start, span, instant, counter, stop. Free when off.
+
+The only module that imports dftracer, and only after `start`. What lands in RUN/trace/*.pfw.gz:
+  metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once a thread
+  spans           cat is the room (startup, data, train, eval, checkpoint, prep; torchrec from the patches),
+                  args carry epoch, step, and bytes, file, batch where there are any
+  instants        duration 0; cat `clock`, name `barrier`, arg `when` (start, end): all ranks at one moment
+  counters        cat `counter`, name of the counter, arg `value`
+  POSIX calls     by interception, each with its file, offset and bytes
+A process that forks (workers of a DataLoader) goes on in a file of its own, with the parent's rank.
+"""
+
+import ctypes
+import json
+import math
+import os
+import threading
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dlrm.runtime.ranks import Ranks
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FLUSH_MS = 1000  # a killed process loses at most what it did in this time
+BUFFER_BYTES = 64 << 10  # DFTracer writes when so much text has gathered: one gzip member each time
+PAD_BYTES = 15 << 10  # DFTracer takes no record of more than 16 KiB
+FEW = 3  # DFTracer deletes the file of a process that logged fewer events
+
+# DFTracer forgets a file that is opened while another thread closes one: the kernel gives the same number
+# again before the tracer has struck it off. Threads that open or close files of interest hold this.
+opening = threading.Lock()
+
+_native: Any = None  # dftracer's C++ module while tracing, else None
+_always: dict[str, tuple[int, int]] = {}  # args that every span carries (epoch, step), as DFTracer wants them
+_identity: dict[str, int | str] = {}
+_flusher: "_Flusher | None" = None
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """A file's bytes, or a folder's names, are on the disk when this returns."""
+    with opening:
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        with opening:
+            os.close(handle)
+
+
+def on() -> bool:
+    return _native is not None
+
+
+def start(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush_ms: int = FLUSH_MS) -> None:
+    """Open this process's trace file. Everything it reads or writes from here on is recorded."""
+    global _native
+    folder = Path(run_dir).absolute() / "trace"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(
+        DFTRACER_ENABLE="1",
+        DFTRACER_INC_METADATA="1",
+        DFTRACER_INIT="FUNCTION",
+        DFTRACER_BIND_SIGNALS="0",
+        DFTRACER_DATA_DIR="all",  # as the argument data_dirs, "all" would be a folder of that name
+        DFTRACER_WRITE_BUFFER_SIZE=str(BUFFER_BYTES),
+    )
+    # the C++ module itself: dftracer.python would take over SIGINT, SIGTERM and SIGABRT at import
+    import dftracer.dftracer as native
+
+    native.initialize(log_file=str(folder / f"{role}{here.rank:05d}"), data_dirs=None, process_id=-1)
+    if _native is None and not _identity:  # once: a hook at fork cannot be taken back
+        os.register_at_fork(after_in_child=_forked)
+    _native = native
+    _identity.update(
+        rank=here.rank, local_rank=here.local_rank, world_size=here.world_size, host=here.host, role=role
+    )
+    _introduce(flush_ms)
+
+
+def stop() -> None:
+    """Flush and close. Safe to call twice, from a signal handler, or when never started."""
+    global _native, _flusher
+    native, _native = _native, None
+    flusher, _flusher = _flusher, None
+    if flusher is not None:
+        flusher.end()
+    if native is not None:
+        native.finalize()
+        _always.clear()
+
+
+def set_context(**args: int) -> None:
+    """Arguments that every later span carries (epoch, step)."""
+    _always.update((key, (0, value)) for key, value in args.items())
+
+
+def name_thread(name: str) -> None:
+    if _native is not None:
+        threading.current_thread().name = name
+        _native.log_metadata_event(key="thread_name", value=_plain(name))
+
+
+def _introduce(flush_ms: int) -> None:
+    """Who writes this file, and the thread that sees to it that it is written."""
+    global _flusher
+    for key, value in _identity.items():
+        _native.log_metadata_event(key=key, value=_plain(str(value)))
+    name_thread("main")
+    for _ in range(FEW):
+        _log(_native, "dftracer", "keep", _native.get_time(), 0, {})
+    _flusher = _Flusher(_native, flush_ms)
+    _flusher.start()
+
+
+def _forked() -> None:
+    """In the child of a fork: DFTracer has opened a file for it, which does not say whose it is."""
+    if _native is not None:
+        _identity["role"] = "worker"
+        _introduce(_flusher.flush_ms if _flusher else FLUSH_MS)
+
+
+class _Flusher(threading.Thread):
+    """Bounds what a killed process loses.
+
+    DFTracer writes when its buffer is full, never because time has passed, and offers no call for it. So
+    fill the buffer with blanks (they compress to nothing), then let the C library write what it holds.
+    """
+
+    def __init__(self, native: Any, flush_ms: int) -> None:
+        super().__init__(name="trace-flush", daemon=True)
+        self.native, self.flush_ms = native, flush_ms
+        self.done = threading.Event()
+        self.libc = ctypes.CDLL(None)
+
+    def run(self) -> None:
+        blanks = " " * PAD_BYTES
+        while not self.done.wait(self.flush_ms / 1000):
+            for _ in range(BUFFER_BYTES // PAD_BYTES + 1):
+                self.native.log_metadata_event(key="flush", value=blanks)
+            self.libc.fflush(None)
+
+    def end(self) -> None:
+        self.done.set()
+        if self.is_alive() and self is not threading.current_thread():
+            self.join(timeout=10)
+
+
+class span:
+    """`with span("data", "read", bytes=n):` or `@span("eval", "auroc")`. Closed on exceptions too."""
+
+    __slots__ = ("_cat", "_name", "_args", "_begun")
+
+    def __init__(self, cat: str, name: str, **args: Any) -> None:
+        self._cat, self._name, self._args = cat, name, args
+        self._begun = 0
+
+    def __enter__(self) -> "span":
+        if _native is not None:
+            self._begun = _native.get_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        native = _native
+        if native is not None and self._begun:
+            _log(native, self._cat, self._name, self._begun, native.get_time() - self._begun, self._args)
+
+    def update(self, **args: Any) -> None:
+        self._args.update(args)
+
+    def __call__(self, function: F) -> F:
+        @wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with span(self._cat, self._name, **self._args):
+                return function(*args, **kwargs)
+
+        return wrapper  # type: ignore[return-value]
+
+
+def instant(cat: str, name: str, **args: Any) -> None:
+    native = _native
+    if native is not None:
+        _log(native, cat, name, native.get_time(), 0, args)
+
+
+def counter(name: str, value: float) -> None:
+    instant("counter", name, value=value)
+
+
+def _log(native: Any, cat: str, name: str, begun: int, duration: int, args: dict[str, Any]) -> None:
+    ints: dict[str, Any] = _always.copy()
+    floats: dict[str, Any] = {}
+    strings: dict[str, Any] = {}
+    for key, value in args.items():
+        kind = type(value)
+        if kind is not int and kind is not float and kind is not str:
+            value = _native_type(value)
+            kind = type(value)
+        if kind is int:
+            ints[key] = (0, value)
+        elif kind is str:
+            strings[key] = (0, _plain(value))
+        elif not math.isfinite(value):
+            strings[key] = (0, str(value))  # JSON knows neither nan nor inf
+        elif value.is_integer() and abs(value) < 1 << 53:
+            ints[key] = (0, int(value))  # DFTracer writes six digits of a float
+        else:
+            floats[key] = (0, value)
+    # by position (name, category, begin, duration, ints, strings, floats): keywords cost a microsecond
+    if strings or floats:
+        native.log_event(name, cat, begun, duration, ints, strings, floats)
+    else:
+        native.log_event(name, cat, begun, duration, ints)
+
+
+def _native_type(value: Any) -> Any:
+    """bool, numpy and torch scalars, paths, None -> what DFTracer takes."""
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, float) else str(value)
+
+
+@lru_cache(maxsize=1024)  # names of files and splits come again and again
+def _plain(text: str) -> str:
+    """DFTracer writes strings into JSON as they are."""
+    if text.isalnum():
+        return text
+    text = text.encode(errors="surrogateescape").decode(errors="replace")  # file names may be any bytes
+    return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -1,0 +1,129 @@
+"""Optimizers: the tables' fused into the backward pass, everything else's after it."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from dlrm.embeddings.tables import WEIGHT, table_parameters
+from dlrm.runtime.errors import UserError
+
+Make = Callable[..., torch.optim.Optimizer]
+ADAGRAD_EPS = 1e-8  # MLCommons' value; torch's own default is 1e-10
+
+
+@dataclass(frozen=True)
+class Rule:
+    fused: type[torch.optim.Optimizer]  # what torchrec maps to fbgemm's kernel
+    dense: Make  # the same rule for parameters with ordinary gradients
+    uses: tuple[str, ...] = ()  # of eps, betas
+    on_cpu: bool = True  # fbgemm has the kernel there
+
+
+RULES = {
+    "sgd": Rule(torch.optim.SGD, torch.optim.SGD),
+    "adagrad": Rule(torch.optim.Adagrad, torch.optim.Adagrad, ("eps",)),
+    "rowwise_adagrad": Rule(RowWiseAdagrad, torch.optim.Adagrad, ("eps",)),
+    "adam": Rule(torch.optim.Adam, torch.optim.Adam, ("eps", "betas"), on_cpu=False),
+}
+SPARSE = tuple(RULES)
+
+
+class ShardedState(KeyedOptimizerWrapper):
+    """For shards with ordinary gradients: tells its state as shards of the whole table's state."""
+
+    def __init__(self, params: Mapping[str, Any], make: Make, weights: Mapping[str, Any]) -> None:
+        super().__init__(params, make)
+        self.weights = weights
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        for name, values in found["state"].items():
+            weight = self.weights[name]
+            for key, value in values.items():
+                if value.dim():
+                    place = weight.local_shards()[0].metadata
+                    values[key] = ShardedTensor._init_from_local_shards_and_global_metadata(
+                        [Shard(value, place)], weight.metadata(), process_group=weight._process_group
+                    )
+        return found
+
+
+def _arguments(
+    name: str, lr: float, eps: float, betas: tuple[float, float], weight_decay: float
+) -> dict[str, Any]:
+    if name not in RULES:
+        raise UserError(f"--optimizer {name} is unknown; choose from {', '.join(RULES)}")
+    extras: dict[str, Any] = {"weight_decay": weight_decay} if weight_decay else {}
+    known = {"eps": eps, "betas": betas}
+    return {"lr": lr} | extras | {key: value for key, value in known.items() if key in RULES[name].uses}
+
+
+def apply_in_backward(
+    parameters: Iterable[nn.Parameter],
+    name: str,
+    lr: float,
+    device: torch.device,
+    eps: float = ADAGRAD_EPS,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> None:
+    """Mark the tables' parameters, before planning and sharding: the planner counts the optimizer's state."""
+    arguments = _arguments(name, lr, eps, betas, weight_decay)
+    if device.type == "cpu" and not RULES[name].on_cpu:
+        able = ", ".join(key for key, rule in RULES.items() if rule.on_cpu)
+        raise UserError(
+            f"--optimizer {name}: fbgemm cannot update tables with it on CPUs; choose from {able}"
+        )
+    apply_optimizer_in_backward(RULES[name].fused, parameters, arguments)
+
+
+def dense_optimizer(
+    model: DistributedModelParallel,
+    name: str,
+    lr: float,
+    eps: float = ADAGRAD_EPS,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> CombinedOptimizer:
+    """All of the model's optimizers in one: step, zero_grad, state_dict, param_groups.
+
+    Data-parallel tables, and shards that `plan.with_gradients` made, have ordinary gradients, which
+    torchrec's in-backward optimizers silently pass by: they get the same rule here, as parts of their own.
+    """
+    arguments = _arguments(name, lr, eps, betas, weight_decay)
+    rule = RULES[name]
+    others = dict(in_backward_optimizer_filter(model.named_parameters()))
+    replicated = {key: value for key, value in others.items() if WEIGHT.search(key)}
+    if replicated and rule.dense is not rule.fused:
+        raise UserError(
+            f"--optimizer {name}: {len(replicated)} tables are data-parallel, which it cannot train; "
+            "give them another sharding, or choose adagrad"
+        )
+    parts: list[Any] = [model.fused_optimizer]
+    weights = {key: weight for key, _, weight in table_parameters(model) if isinstance(weight, ShardedTensor)}
+    sharded = {key: value for key, value in replicated.items() if key in weights}
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        values = list(parameters)
+        # on CPUs torch's one-pass adam is five times as fast
+        once = name == "adam" and all(value.device.type == "cpu" for value in values)
+        return rule.dense(values, **{"fused" if once else "foreach": True}, **arguments)
+
+    for parameters in (
+        {k: v for k, v in others.items() if k not in replicated},
+        {k: v for k, v in replicated.items() if k not in sharded},
+    ):
+        if parameters:
+            parts.append(KeyedOptimizerWrapper(parameters, make))
+    if sharded:
+        parts.append(ShardedState(sharded, make, weights))
+    return CombinedOptimizer(parts)
