@@ -16,11 +16,10 @@ from common.errors import USAGE, UserError, printable
 SET_UP = ("numpy", "polars", "numba", "pyarrow")  # what a shell lacks that has not read env.sh
 
 
-def perfetto(options: argparse.Namespace) -> int:
+def run_perfetto(options: argparse.Namespace) -> int:
     from analysis.perfetto import chrome
-    from analysis.perfetto import convert as perfetto
 
-    convert = {"pftrace": perfetto.convert, "json": chrome.convert}[options.format]
+    convert = {"pftrace": run_perfetto.convert_to_pftrace, "json": chrome.convert_to_json}[options.format]
     summary = convert(
         options.run, options.output, options.posix, _progress() if sys.stderr.isatty() else None
     )
@@ -56,45 +55,42 @@ def _quoted(path: Path) -> str:
     return "$'" + printable(text.replace("\\", "\\\\")).replace("'", "\\'") + "'"
 
 
-def check(options: argparse.Namespace) -> int:
-    from analysis.tables import check
+def run_check(options: argparse.Namespace) -> int:
 
-    rows, processes = check.check(options.run)
-    print(check.text(rows, processes))
+    rows, processes = run_check.check_run(options.run)
+    print(run_check.format_check(rows, processes))
     return 1 if any(row.missed for row in rows) else 0
 
 
-def view(options: argparse.Namespace) -> int:
-    from analysis.perfetto import view
+def run_view(options: argparse.Namespace) -> int:
 
-    view.serve(options.run, options.file, options.port)
+    run_view.serve(options.run, options.file, options.port)
     return 0
 
 
-def report(options: argparse.Namespace) -> int:
-    from analysis.report import report
+def run_report(options: argparse.Namespace) -> int:
 
-    page, text = report.write(options.run, options.output, _over(options))
+    page, text = run_report.write_report(options.run, options.output, _choose_map(options))
     print(f"{text}\n\n{printable(page)}")
     return 0
 
 
-def summary(options: argparse.Namespace) -> int:
-    from analysis.report import report
+def run_summary(options: argparse.Namespace) -> int:
 
-    print(report.terminal(options.run, _over(options)))
+    print(run_report.render_terminal(options.run, _choose_map(options)))
     return 0
 
 
-def compare(options: argparse.Namespace) -> int:
-    from analysis.report import compare
+def run_compare(options: argparse.Namespace) -> int:
 
-    page, text = compare.write(options.run, options.other, options.output, _over(options))
+    page, text = run_compare.write_comparison(
+        options.run, options.other, options.output, _choose_map(options)
+    )
     print(f"{text}\n\n{printable(page)}")
     return 0
 
 
-def _over(options: argparse.Namespace):
+def _choose_map(options: argparse.Namespace):
     """Where ranks are read: on this machine's threads, or by a Dask cluster."""
     from analysis.tables.gather import on_threads
 
@@ -102,7 +98,7 @@ def _over(options: argparse.Namespace):
         return on_threads
     from analysis.tables import dask_cluster
 
-    return dask_cluster.on(options.dask)
+    return dask_cluster.on_cluster(options.dask)
 
 
 def _progress() -> Callable[[Path, int], None]:
@@ -130,7 +126,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help says more)")
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     top = _Parser(prog="python -m analysis", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -142,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(function=run)
         return made
 
-    made = command("perfetto", perfetto, "convert the traces for the Perfetto UI")
+    made = command("perfetto", run_perfetto, "convert the traces for the Perfetto UI")
     made.add_argument(
         "-o", dest="output", type=Path, help="file to write (default: in RUN, named after its settings)"
     )
@@ -150,8 +146,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
     )
-    command("check", check, "compare the bytes that the run says it moved with those in the trace")
-    made = command("view", view, "show the trace in a browser, without a network")
+    command("check", run_check, "compare the bytes that the run says it moved with those in the trace")
+    made = command("view", run_view, "show the trace in a browser, without a network")
     made.add_argument(
         "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
     )
@@ -160,9 +156,13 @@ def parser() -> argparse.ArgumentParser:
         help="port on the loopback interface (default: 9001, where a report's links go); 0: any",
     )  # fmt: skip
     for name, run, help in (
-        ("report", report, "report.html, summary.json and tables/*.csv: where the time and the bytes went"),
-        ("summary", summary, "the run in numbers, in the terminal"),
-        ("compare", compare, "two runs side by side: compare.html, and lines in the terminal"),
+        (
+            "report",
+            run_report,
+            "report.html, summary.json and tables/*.csv: where the time and the bytes went",
+        ),
+        ("summary", run_summary, "the run in numbers, in the terminal"),
+        ("compare", run_compare, "two runs side by side: compare.html, and lines in the terminal"),
     ):
         made = command(name, run, help)
         if name == "report":
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     run = ""
     try:
-        options = parser().parse_args(argv)
+        options = make_parser().parse_args(argv)
         run = options.run
         code = options.function(options)
         sys.stdout.flush()

@@ -23,12 +23,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dlrm.config.options import parse
-from dlrm.embeddings.tables import initialise
+from dlrm.config.options import parse_options
+from dlrm.embeddings.tables import initialize_tables
 from dlrm.models.bert4rec import trainer
-from dlrm.models.bert4rec.dataloaders import open_sets
+from dlrm.models.bert4rec.dataloaders import open_datasets
 from dlrm.models.bert4rec.options import BertConfig
-from dlrm.runtime.ranks import here
+from dlrm.runtime.ranks import find_ranks
 
 Row = tuple[torch.Tensor, torch.Tensor]
 
@@ -59,7 +59,7 @@ class Rebuilt(nn.Module):
 
 def rows_of(cfg: BertConfig, steps: int) -> tuple[list[Row], int]:
     """What our loader gives this rank in so many steps, row by row."""
-    sets = open_sets(cfg, here())
+    sets = open_datasets(cfg, find_ranks())
     rows: list[Row] = []
     batches = iter(sets.train.batches)
     for _ in range(steps):
@@ -106,7 +106,7 @@ def example(cfg: BertConfig, rows: list[Row], vocabulary: int, folder: str) -> t
     weights = {name: weight for name, weight in ours.state_dict().items() if not weight.is_meta}
     missing, unexpected = module.load_state_dict(weights, strict=False)
     assert len(missing) == 1 and not unexpected, (missing, unexpected)
-    initialise(module, cfg.run.seed or 0, trainer.BOUND)
+    initialize_tables(module, cfg.run.seed or 0, trainer.BOUND)
     trained = DistributedDataParallel(module)
     optimizer = torch.optim.Adam(trained.parameters(), lr=cfg.optim.lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=25, gamma=1.0)
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args, words = parser.parse_known_args()
-    cfg = parse(BertConfig, words, "bert4rec_reference", "")
+    cfg = parse_options(BertConfig, words, "bert4rec_reference", "")
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     rows, vocabulary = rows_of(cfg, args.steps)

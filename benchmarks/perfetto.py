@@ -196,20 +196,20 @@ def main() -> None:
             make(folder, options.events, options.ranks)
         warm = Path(scratch) / "warm"
         make(warm, 2400, 1)
-        convert.convert(warm)  # numba compiles once per installation
+        convert.convert_to_pftrace(warm)  # numba compiles once per installation
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         path = Path(scratch) / "out.pftrace"
         summary = None
 
         def ours() -> None:
             nonlocal summary
-            summary = convert.convert(folder, path)
+            summary = convert.convert_to_pftrace(folder, path)
 
         wall, cpu = timed(ours)
         assert summary is not None and not summary.moved and not summary.unresolved
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         lines = []
-        for text in _text(events.files(folder)[0]):
+        for text in _text(events.find_trace_files(folder)[0]):
             lines += text.decode().splitlines()
             if len(lines) > options.baseline:
                 break
@@ -220,7 +220,7 @@ def main() -> None:
             "events_per_cpu_second": round(summary.events / cpu),
             "bytes_per_event": round(path.stat().st_size / summary.events, 2),
             "input_bytes_per_event": round(
-                sum(f.stat().st_size for f in events.files(folder)) / summary.events, 2
+                sum(f.stat().st_size for f in events.find_trace_files(folder)) / summary.events, 2
             ),
             "peak_mb": round(peak / 1024),
             "peak_mb_before": round(before / 1024),
@@ -237,9 +237,9 @@ def main() -> None:
 
 
 def _text(path: Path) -> Iterator[bytearray]:
-    from analysis.trace.lines import Loss, blocks
+    from analysis.trace.lines import ReadLoss, read_blocks
 
-    return blocks(path, Loss())
+    return read_blocks(path, ReadLoss())
 
 
 if __name__ == "__main__":

@@ -47,12 +47,12 @@ def stretch(lane: int, distinct: int) -> tuple[int, int]:
 
 def work_folder(folder: str, least: int) -> Any:
     from dlrm.prep.io.folders import Folders
-    from dlrm.prep.job.options import Options
-    from dlrm.prep.steps.plan import Work
+    from dlrm.prep.job.options import PrepOptions
+    from dlrm.prep.steps.plan import PrepPlan
 
     path = Path(folder)
-    work = Work(
-        Options(path, path / "out", frequency_threshold=least, tmp_dir=path),
+    work = PrepPlan(
+        PrepOptions(path, path / "out", frequency_threshold=least, tmp_dir=path),
         [],
         [],
         Folders(path / "out", path, path),
@@ -75,7 +75,7 @@ def make_lists(folder: str, distinct: int) -> None:
 
 
 def number(folder: str, distinct: int, least: int) -> None:
-    from dlrm.prep.job.progress import Progress
+    from dlrm.prep.job.progress import PrepProgress
     from dlrm.prep.steps.assign_ids import merge_column
 
     work = work_folder(folder, least)
@@ -83,7 +83,7 @@ def number(folder: str, distinct: int, least: int) -> None:
     for lane in range(LANES):
         begin, end = stretch(lane, distinct)
         sizes[lane, 0] = end - begin
-    merge_column(work, sizes, 0, Progress(1, False))
+    merge_column(work, sizes, 0, PrepProgress(1, False))
 
 
 def check_maps(folder: str, distinct: int, least: int) -> int:
@@ -106,7 +106,7 @@ def check_maps(folder: str, distinct: int, least: int) -> int:
 def make_text(folder: str, rows: int) -> None:
     from dlrm.prep.tools import toy
 
-    known = toy.hashed
+    known = toy.hash_ids
     met = 0
 
     def hashed(ids: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def make_text(folder: str, rows: int) -> None:
         values[:, :WIDE] = fresh.astype(np.uint32)[:, None]
         return values
 
-    toy.hashed = hashed
+    toy.hash_ids = hashed
     toy.write_days(Path(folder), 2, rows // 2, 0)
 
 

@@ -140,17 +140,17 @@ def parse() -> argparse.Namespace:
 
 
 def use_our_weights(model: Any, args: argparse.Namespace) -> None:
-    from dlrm.embeddings.tables import initialise, table_configs
-    from dlrm.models.dlrm.model import build
+    from dlrm.embeddings.tables import initialize_tables, make_table_configs
+    from dlrm.models.dlrm.model import build_dlrm
 
-    tables = table_configs([args.num_embeddings] * CAT_FEATURE_COUNT, args.embedding_dim)
-    ours = build(args.interaction, tables, 13, args.dense, args.over, seed=0)
+    tables = make_table_configs([args.num_embeddings] * CAT_FEATURE_COUNT, args.embedding_dim)
+    ours = build_dlrm(args.interaction, tables, 13, args.dense, args.over, seed=0)
     dense = {name: weight for name, weight in ours.state_dict().items() if "sparse_arch" not in name}
     theirs = dict(model.module.named_parameters())
     with torch.no_grad():
         for name, weight in dense.items():
             theirs[name].copy_(weight)
-    initialise(model, 0)
+    initialize_tables(model, 0)
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from benchmarks.pages import PAGE, Bounded, Leaving, drop, pages_of, resident
-from dlrm.embeddings.ssd.cached_table import Table, Tier, share
+from dlrm.embeddings.ssd.cached_table import CachedTable, TableShare, share_budget
 from dlrm.embeddings.ssd.row_cache import RowCache
-from dlrm.embeddings.ssd.row_file import BUFFERS, RowStore
+from dlrm.embeddings.ssd.row_file import BUFFERS, RowFile
 
 Batches = list[np.ndarray]
 RATE = 0.01  # of learning
@@ -40,7 +40,7 @@ def kernel(slots: int, dim: int) -> Any:
 @dataclass
 class Case:
     folder: Path
-    table: Table
+    table: TableShare
     budget: float  # bytes
     warm: Batches  # large ones that fill the memory
     dense: Callable[[], None]
@@ -69,9 +69,9 @@ class Memory:
             yield time.perf_counter() - begun
 
 
-def opened(folder: Path, table: Table) -> RowStore:
+def opened(folder: Path, table: TableShare) -> RowFile:
     """All of it in the file, and as far as there is room in the page cache."""
-    store = RowStore(folder, table.name, table.rows, table.dim, table.state, "adagrad", 0)
+    store = RowFile(folder, table.name, table.rows, table.dim, table.state, "adagrad", 0)
     for block in range(len(store.blocks)):
         if store.blocks[block]:
             for _ in store.pieces(block):
@@ -89,7 +89,7 @@ class Cached:
         self.case, self.store = case, opened(case.folder, case.table)
         self.module = kernel(self._fitting(some), case.table.dim)
         weights, states = self.module.split_embedding_weights()[0], self.module.split_optimizer_states()[0]
-        self.tier = Tier(case.table, self.store, weights, states[0])
+        self.tier = CachedTable(case.table, self.store, weights, states[0])
         for ids in case.warm:
             self.tier.cache.admit(ids, True)
         slots = np.flatnonzero(self.tier.cache.row >= 0)
@@ -104,14 +104,16 @@ class Cached:
 
     def _fitting(self, some: Batches) -> int:
         """Slots, so that there is room for the page cache's pages: those of six batches' misses."""
-        most = share([self.case.table], int(self.case.budget))[self.case.table.name]
+        most = share_budget([self.case.table], int(self.case.budget))[self.case.table.name]
         if not self.case.limited:
             return most
         cache = RowCache(most)
         for ids in self.case.warm[: len(self.case.warm) // 4]:
             cache.admit(ids, True)
         missing = max(len(cache.admit(ids, True).missing) for ids in some)
-        return share([self.case.table], int(self.case.budget - 6 * missing * PAGE))[self.case.table.name]
+        return share_budget([self.case.table], int(self.case.budget - 6 * missing * PAGE))[
+            self.case.table.name
+        ]
 
     def with_thread(self) -> None:
         self.tier._beside = ThreadPoolExecutor(1)

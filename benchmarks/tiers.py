@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.pages import fetch_memory, random_reads  # noqa: E402
 from benchmarks.tier_sides import Batches, Cached, Case, Mapped, Memory, opened  # noqa: E402
-from dlrm.embeddings.ssd.cached_table import Table  # noqa: E402
+from dlrm.embeddings.ssd.cached_table import TableShare  # noqa: E402
 
 TURN = 5  # steps
 
@@ -52,7 +52,7 @@ def by_turns(batch: int, sides: Sequence[Iterator[float]]) -> list[float]:
 
 
 def measure(options: argparse.Namespace, folder: Path, kind: str, part: float) -> dict[str, Any]:
-    table, batch = Table("t_bench", options.rows, options.dim, options.dim), options.batch
+    table, batch = TableShare("t_bench", options.rows, options.dim, options.dim), options.batch
     count = options.warm if kind != "uniform" else options.warm // 4
     warm = np.concatenate(lookups(options.rows, 1 << 16, -(-count // (1 << 16)), kind))
     batches = list(lookups(options.rows, 2 * options.steps * batch, 1, kind, seed=1)[0].reshape(-1, batch))
@@ -167,7 +167,7 @@ def main() -> None:
     results = {key: getattr(options, key) for key in ("rows", "dim", "batch", "steps", "dense", "limit")}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        opened(folder, Table("t_bench", options.rows, options.dim, options.dim)).close()
+        opened(folder, TableShare("t_bench", options.rows, options.dim, options.dim)).close()
         path = folder / "t_bench.rows"
         results["disk_reads_per_second"] = {str(n): random_reads(path, n) for n in (1, 32)}
         print("disk: random reads of 4 KiB per second, 1 and 32 at once:", results["disk_reads_per_second"])

@@ -106,10 +106,10 @@ def main() -> None:
                 speeds[traced].append(found[traced])
                 cpu[traced].append(processor_ms(folder))
                 if traced:
-                    table = events.load(folder, columns=("cat", "name", "ts"))
+                    table = events.load_events(folder, columns=("cat", "name", "ts"))
                     steps = max(1, len(table.filter((table["cat"] == "train") & (table["name"] == "step"))))
                     training = table.filter(table["cat"].cast(str) != "POSIX")
-                    sizes = sum(path.stat().st_size for path in events.files(folder)) / len(table)
+                    sizes = sum(path.stat().st_size for path in events.find_trace_files(folder)) / len(table)
                     counts = len(training) / steps
             costs.append(100 * (1 - found[True] / found[False]))
             print(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrm.config import options as config
-from dlrm.config.options import at_least, option, parse
+from dlrm.config.options import check_at_least, option, parse_options
 from dlrm.config.presets import PRESETS
 from dlrm.cpu import startup
 from dlrm.data import criteo
@@ -26,7 +26,7 @@ POOL = 8  # different batches of a size, at most
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchmarkOptions:
     batch_sizes: tuple[int, ...] = option((1, 64, 4096), "rows of a batch, all ranks together")
     seconds: float = option(3.0, "time for each batch size")
     iterations: int = option(100, "of each batch size at least, when the time is over before")
@@ -46,46 +46,46 @@ class Bench:
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "iterations", "timeout")
-        at_least(0, self, "seconds", "benchmark_warmup_steps")
+        check_at_least(1, self, "iterations", "timeout")
+        check_at_least(0, self, "seconds", "benchmark_warmup_steps")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise UserError("--batch_sizes: give sizes of at least 1")
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlanOptions:
     sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel; * for all others")
 
 
 @dataclass(frozen=True)
-class Options:
-    bench: Bench = field(default_factory=Bench)
-    model: config.Model = field(default_factory=config.Model)
-    planner: Plan = field(default_factory=Plan)
+class BenchConfig:
+    bench: BenchmarkOptions = field(default_factory=BenchmarkOptions)
+    model: config.ModelOptions = field(default_factory=config.ModelOptions)
+    planner: BenchmarkPlanOptions = field(default_factory=BenchmarkPlanOptions)
 
 
-MODELS = {name: lambda make=make: _of_model(make()) for name, make in PRESETS.items()}
+MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in PRESETS.items()}
 
 
-def _of_model(options: Any) -> dict[str, Any]:
+def keep_model_options(options: Any) -> dict[str, Any]:
     """Those of the model, as its own type has them."""
-    known = config.Model.__dataclass_fields__
+    known = config.ModelOptions.__dataclass_fields__
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in known}
 
 
 def main(here: Ranks) -> None:
-    cfg = parse(Options, sys.argv[1:], "python -m dlrm.bench", __doc__ or "", MODELS)
-    if mistake := _mistake(cfg, here):
+    cfg = parse_options(BenchConfig, sys.argv[1:], "python -m dlrm.bench", __doc__ or "", MODELS)
+    if mistake := find_usage_error(cfg, here):
         mistake.shared = True
         raise mistake
     results, about = measure(cfg, here)
     if here.first:
-        show(results)
+        print_table(results)
         print(json.dumps({"results": results, "world_size": here.world_size, **about}))
 
 
-def _mistake(cfg: Options, here: Ranks) -> UserError | None:
-    if cfg.bench.load_checkpoint_path and cfg.model != config.Model():
+def find_usage_error(cfg: BenchConfig, here: Ranks) -> UserError | None:
+    if cfg.bench.load_checkpoint_path and cfg.model != config.ModelOptions():
         return UserError("--load_checkpoint_path brings its own model: leave out --preset and model options")
     for size in cfg.bench.batch_sizes:
         if size % here.world_size:
@@ -93,7 +93,7 @@ def _mistake(cfg: Options, here: Ranks) -> UserError | None:
     return None
 
 
-def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """For each batch size what was measured, and what of."""
     bench = cfg.bench
     with startup.importing():
@@ -102,58 +102,58 @@ def measure(cfg: Options, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, 
         from dlrm.checkpoint import state
         from dlrm.cpu import blas
         from dlrm.embeddings import planner
-        from dlrm.models.dlrm.build import assemble
+        from dlrm.models.dlrm.build import assemble_model
         from dlrm.runtime import session
         from dlrm.trainer import mixed_precision
 
     startup.import_optimizers()
-    with session.session(here, bench.timeout) as device:
-        blas.tune(device)
+    with session.open_session(here, bench.timeout) as device:
+        blas.tune_processor(device)
         torch.backends.cuda.matmul.allow_tf32 = bench.allow_tf32
-        with session.together():
-            stored = _checkpoint(bench.load_checkpoint_path) if bench.load_checkpoint_path else None
-            cfg = replace(cfg, model=_stored_model(stored)) if stored else cfg
-            sizes, _ = criteo.table_sizes(
+        with session.errors_on_all_ranks():
+            stored = open_checkpoint(bench.load_checkpoint_path) if bench.load_checkpoint_path else None
+            cfg = replace(cfg, model=read_model_options(stored)) if stored else cfg
+            sizes, _ = criteo.choose_table_sizes(
                 cfg.model.num_embeddings,
                 cfg.model.num_embeddings_per_feature,
                 bench.in_memory_binary_criteo_path,
             )
-            module = assemble(cfg.model, sizes, device, bench.seed, bench.compile)
+            module = assemble_model(cfg.model, sizes, device, bench.seed, bench.compile)
             wishes = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
             made = planner.make_plan(module, device, here, max(bench.batch_sizes) // here.world_size, wishes)
             with startup.unfilled():
-                model = planner.shard(module, made, device, bench.seed)
-        with session.together():
+                model = planner.shard_model(module, made, device, bench.seed)
+        with session.errors_on_all_ranks():
             if stored:
-                state.restore(stored, model, None)
+                state.restore_state(stored, model, None)
         if bench.amp != "off":
             whole: Any = model.module
-            mixed_precision.cast(whole.model, device, bench.amp)
+            mixed_precision.cast_dense_part(whole.model, device, bench.amp)
         model.eval()
         results = []
         for size in bench.batch_sizes:
-            with session.together():
-                pool = rows(bench, size, sizes, here)
+            with session.errors_on_all_ranks():
+                pool = make_batches(bench, size, sizes, here)
             with torch.no_grad():
-                results.append({"batch_size": size, **run(model, pool, bench, device)})
+                results.append({"batch_size": size, **time_batches(model, pool, bench, device)})
     return results, {"device": device.type, "tables": len(sizes), "table_rows": sum(sizes), **asdict(cfg)}
 
 
-def _checkpoint(given: str) -> Any:
+def open_checkpoint(given: str) -> Any:
     """The newest one of a run folder, or the one named; a UserError says why there is none."""
     from dlrm.checkpoint import folder
-    from dlrm.checkpoint.shards import Corrupt
+    from dlrm.checkpoint.shards import CorruptCheckpoint
 
     try:
-        path = next(folder.candidates(Path(given)), None)
+        path = next(folder.find_checkpoints(Path(given)), None)
         if path is None:
             raise UserError(f"--load_checkpoint_path {given}: no checkpoint there")
-        return folder.describe(path)
-    except (Corrupt, OSError) as error:
+        return folder.read_description(path)
+    except (CorruptCheckpoint, OSError) as error:
         raise UserError(f"--load_checkpoint_path {given}: {error}") from None
 
 
-def _stored_model(found: Any) -> config.Model:
+def read_model_options(found: Any) -> config.ModelOptions:
     """As its run's options say; the tables as long as they are."""
     options = found.state["config"]["model"]
     table = re.compile(r"model/.*t_cat_(\d+)\.weight")
@@ -161,23 +161,25 @@ def _stored_model(found: Any) -> config.Model:
     if "embedding_dim" not in options or not lengths:
         raise UserError(f"--load_checkpoint_path {found.path}: not a DLRM's checkpoint")
     each = tuple(length for _, length in sorted(lengths.items()))
-    return config.Model(**_of_model({**options, "num_embeddings": None, "num_embeddings_per_feature": each}))
+    return config.ModelOptions(
+        **keep_model_options({**options, "num_embeddings": None, "num_embeddings_per_feature": each})
+    )
 
 
-def rows(bench: Bench, size: int, sizes: list[int], here: Ranks) -> list[Any]:
+def make_batches(bench: BenchmarkOptions, size: int, sizes: list[int], here: Ranks) -> list[Any]:
     """This rank's share of up to POOL batches."""
-    from dlrm.data.batches import Batches
-    from dlrm.data.collate import ToBatch
-    from dlrm.data.readers import open_source, recognised
+    from dlrm.data.batches import BatchLoader
+    from dlrm.data.collate import BatchCollator
+    from dlrm.data.readers import detect_format, open_source
 
     where = bench.in_memory_binary_criteo_path
-    kind = recognised("stream", where) if where else "random"
+    kind = detect_format("stream", where) if where else "random"
     source = open_source(kind, where or "", "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed)
     try:
         if source.rows < size:
             raise UserError(f"--batch_sizes {size}: the test set of {where} has {source.rows} rows")
-        batches = Batches(
-            source, size // here.world_size, here.rank, here.world_size, to_batch=ToBatch(sizes, True),
+        batches = BatchLoader(
+            source, size // here.world_size, here.rank, here.world_size, to_batch=BatchCollator(sizes, True),
             drop_last=True, limit=POOL,
         )  # fmt: skip
         return list(batches)
@@ -185,7 +187,7 @@ def rows(bench: Bench, size: int, sizes: list[int], here: Ranks) -> list[Any]:
         source.close()
 
 
-def run(model: Any, pool: list[Any], bench: Bench, device: Any) -> dict[str, Any]:
+def time_batches(model: Any, pool: list[Any], bench: BenchmarkOptions, device: Any) -> dict[str, Any]:
     """Times from a batch in the host's memory to its logits there."""
     import numpy as np
     import torch
@@ -212,11 +214,11 @@ def run(model: Any, pool: list[Any], bench: Bench, device: Any) -> dict[str, Any
         "samples_per_second": scored * torch.distributed.get_world_size() / whole,
         "latency_ms": {"mean": whole / count * 1e3, **{f"p{p}": float(v) for p, v in percent.items()}},
         "iterations": count,
-        "mean_prediction": prediction(model, pool, device),
+        "mean_prediction": make_predictor(model, pool, device),
     }
 
 
-def prediction(model: Any, pool: list[Any], device: Any) -> float:
+def make_predictor(model: Any, pool: list[Any], device: Any) -> float:
     """The mean click probability over the batches of all ranks: shows that these are the weights meant."""
     import torch
     import torch.distributed
@@ -227,7 +229,7 @@ def prediction(model: Any, pool: list[Any], device: Any) -> float:
     return float(mean) / torch.distributed.get_world_size()
 
 
-def show(results: list[dict[str, Any]]) -> None:
+def print_table(results: list[dict[str, Any]]) -> None:
     heads = ["mean", *(f"p{percent}" for percent in PERCENTILES)]
     print(f"{'batch':>8} {'samples/s':>14} " + " ".join(f"{head + ' ms':>10}" for head in heads))
     for each in results:
@@ -236,4 +238,4 @@ def show(results: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(main)
+    entry.run_entry(main)

@@ -42,11 +42,11 @@ def traced_names(folder: str) -> set[str]:
             output = super().forward(batch)
             return output.sum(), output
 
-    trace.start(folder, ranks.here(), role="check")
+    trace.start_tracing(folder, ranks.find_ranks(), role="check")
     model = Model(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     TrainPipelineBase(model, optimizer, torch.device("cpu")).progress(iter([torch.ones(3, 2)] * 2))
-    trace.stop()
+    trace.stop_tracing()
     names = set()
     for path in Path(folder, "trace").glob("*.pfw.gz"):
         lines = gzip.decompress(path.read_bytes()).decode(errors="replace").splitlines()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dlrm.cpu import process_group
-from dlrm.runtime.ranks import here
+from dlrm.runtime.ranks import find_ranks
 
 TYPES = [torch.float32, torch.int64, torch.int32, torch.float16, torch.uint8]
 
@@ -61,11 +61,11 @@ def compare(rank: int, size: int, gloo: Any) -> None:
 
 
 def main(task: str) -> None:
-    ranks = here()
-    process_group.register()
+    ranks = find_ranks()
+    process_group.register_backends()
     dist.init_process_group("shared", timeout=timedelta(seconds=6))
     if task == "compare":
-        assert type(dist.group.WORLD) is process_group.Group
+        assert type(dist.group.WORLD) is process_group.ShmProcessGroup
         compare(ranks.rank, ranks.world_size, dist.new_group(backend="gloo"))
         print(f"rank {ranks.rank} agrees with gloo\n", end="", flush=True)
         dist.barrier()

@@ -12,13 +12,13 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm.cpu import process_group
-from dlrm.cpu.pooled_embeddings import Direct
-from dlrm.embeddings.planner import make_plan, plan_as_dict, shard
-from dlrm.embeddings.tables import table_configs, table_parameters
-from dlrm.models.dlrm.model import build
-from dlrm.runtime.ranks import here
+from dlrm.cpu.pooled_embeddings import ShmPooledEmbeddingDist
+from dlrm.embeddings.planner import make_plan, plan_as_dict, shard_model
+from dlrm.embeddings.tables import make_table_configs, table_parameters
+from dlrm.models.dlrm.model import build_dlrm
+from dlrm.runtime.ranks import find_ranks
 from dlrm.trainer.lr_schedule import set_lr
-from dlrm.trainer.optimizers import apply_in_backward, dense_optimizer
+from dlrm.trainer.optimizers import apply_in_backward, make_dense_optimizer
 
 NAMES = ["cat_0", "cat_1", "cat_2", "cat_3"]
 SIZES = [50, 700, 35, 401]
@@ -54,16 +54,25 @@ def gathered(weight: Any) -> torch.Tensor:
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
-    ranks, device = here(), torch.device("cpu")
-    model = build(
-        task["interaction"], table_configs(SIZES, 8, NAMES), 5, [6, 8], [7, 1], 2, 3, (16,), (16,), seed=4
+    ranks, device = find_ranks(), torch.device("cpu")
+    model = build_dlrm(
+        task["interaction"],
+        make_table_configs(SIZES, 8, NAMES),
+        5,
+        [6, 8],
+        [7, 1],
+        2,
+        3,
+        (16,),
+        (16,),
+        seed=4,
     )
     name, rate = task["optimizer"], 0.5
     apply_in_backward(model.model.sparse_arch.parameters(), name, rate, device)
     plan = make_plan(model, device, ranks, task["rows"] // ranks.world_size, task["constraints"])
-    sharded = shard(model, plan, device, seed=4)
+    sharded = shard_model(model, plan, device, seed=4)
     first = {table: gathered(weight) for _, table, weight in table_parameters(sharded)}
-    optimizer = dense_optimizer(sharded, name, rate)
+    optimizer = make_dense_optimizer(sharded, name, rate)
     pipeline = TrainPipelineSparseDist(sharded, optimizer, device)
     iterator = iter(batches(ranks.rank, ranks.world_size, task["rows"]))
     losses = []
@@ -76,7 +85,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     dists = [each for part in sharded.modules() for each in getattr(part, "_output_dists", [])]
     return {
         "losses": losses,
-        "direct": [isinstance(getattr(each, "_dist", None), Direct) for each in dists],
+        "direct": [isinstance(getattr(each, "_dist", None), ShmPooledEmbeddingDist) for each in dists],
         "plan": plan_as_dict(plan),
         "first": {table: weight.tolist() for table, weight in first.items()},
         "last": {table: weight.tolist() for table, weight in last.items()},
@@ -86,10 +95,10 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    process_group.register()
+    process_group.register_backends()
     dist.init_process_group(sys.argv[2])
     results = [main(task) for task in json.loads(sys.argv[1])]
-    if here().first:
+    if find_ranks().first:
         print(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()

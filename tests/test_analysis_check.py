@@ -130,7 +130,7 @@ def test_killed_before_results(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["check", str(run)]) == 0
     out = capsys.readouterr().out
     assert "launch 1 left no results.json" in out and "coverage 100.0%" in out
-    rows, _ = check.check(run)
+    rows, _ = check.check_run(run)
     assert {(row.rank, row.file, row.said, row.traced) for row in rows} == {
         (rank, str(run / f"data{rank}.bin"), 6000, 6000) for rank in range(2)
     }
@@ -144,7 +144,7 @@ def test_killed_before_results(run: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_bad_results(run: Path) -> None:
     (run / "results.json").write_text("{}")
     with pytest.raises(UserError, match="no bytes_read"):
-        check.check(run)
+        check.check_run(run)
     (run / "results.json").write_text('{"bytes_re')
     with pytest.raises(UserError, match="not JSON"):
-        check.check(run)
+        check.check_run(run)

@@ -11,9 +11,9 @@ import traced
 from made_traces import Made
 
 from analysis.perfetto import convert
-from analysis.tables.gather import gather
+from analysis.tables.gather import gather_tables
 from analysis.trace import clocks, events
-from analysis.trace.process import Process
+from analysis.trace.process import TracedProcess
 from common.errors import UserError
 
 
@@ -65,7 +65,7 @@ def random_records(count: int) -> list[dict]:
 @pytest.mark.parametrize("style", [{"separators": (",", ":")}, {"ensure_ascii": False}])
 def test_same_as_python_json(tmp_path: Path, style: dict) -> None:
     records = random_records(3000)
-    table = events.load(write(tmp_path / "t.pfw.gz", records, **style))
+    table = events.load_events(write(tmp_path / "t.pfw.gz", records, **style))
     records.sort(key=lambda record: record["ts"])
     assert len(table) == len(records)
     for row, record in zip(table.iter_rows(named=True), records, strict=True):
@@ -90,22 +90,22 @@ def test_same_as_python_json(tmp_path: Path, style: dict) -> None:
 
 def test_blocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "t.pfw.gz", random_records(2000))
-    whole = events.load(path)
+    whole = events.load_events(path)
     monkeypatch.setattr("analysis.trace.lines.BLOCK", 5000)
-    assert len(list(events.batches(path))) > 20
-    assert events.load(path).equals(whole)
+    assert len(list(events.read_batches(path))) > 20
+    assert events.load_events(path).equals(whole)
 
 
 def test_real_ranks(tmp_path: Path) -> None:
     run = traced.run(tmp_path, traced.TRAINING, world=3)
-    found = events.processes(run)
+    found = events.read_processes(run)
     assert [(p.rank, p.local_rank, p.world_size, p.host, p.role) for p in found] == [
         (rank, rank, 3, "node7", "train") for rank in range(3)
     ]
     assert all(sorted(p.threads.values()) == ["main", "prefetch"] for p in found)
     assert all(set(p.barriers) == {"start", "end"} and not p.lost for p in found)
     assert all(p.events == p.expected for p in found)
-    table = events.load(run)
+    table = events.load_events(run)
     preads = table.filter((table["name"] == "pread64") & (table["rank"] == 2))
     assert preads["ret"].to_list() == [1000] * 6
     assert sorted(preads["offset"].to_list()) == [0, 1000, 2000, 3000, 4000, 5000]
@@ -121,14 +121,14 @@ def test_real_ranks(tmp_path: Path) -> None:
 def test_cut_at_every_place(tmp_path: Path) -> None:
     """Whatever is left of a file is read as far as it goes, and the loss is told."""
     run = traced.run(tmp_path / "run", traced.TRAINING)
-    (path,) = events.files(run)
+    (path,) = events.find_trace_files(run)
     raw = path.read_bytes()
-    whole = len(events.load(path))
+    whole = len(events.load_events(path))
     last = -1
     for size in range(0, len(raw), max(1, len(raw) // 40)):
         cut = tmp_path / "cut.pfw.gz"
         cut.write_bytes(raw[:size])
-        (process,) = events.processes(cut)
+        (process,) = events.read_processes(cut)
         tail = process.loss.cut and size > len(raw) - 20  # only gzip's own checksum is missing
         assert tail or "no end record" in process.lost
         assert process.events >= last, size
@@ -146,10 +146,10 @@ def test_damage_in_the_middle_costs_one_member(tmp_path: Path) -> None:
     broken = members[1][:half] + bytes(8) + members[1][half + 8 :]
     path = tmp_path / "t.pfw.gz"
     path.write_bytes(members[0] + broken + members[2] + b"\0" * 512)
-    table = events.load(path)
+    table = events.load_events(path)
     assert table["ts"].to_list()[:100] == list(range(1000, 1100))
     assert table["ts"].to_list()[-100:] == list(range(1200, 1300))
-    (process,) = events.processes(path)
+    (process,) = events.read_processes(path)
     assert process.loss.bytes > 0 and "unreadable" in process.lost
 
 
@@ -159,7 +159,7 @@ def test_lines_that_are_not_json_are_counted(tmp_path: Path) -> None:
     path.write_text(
         f'[\n{good},\n{{"name":"x\n{good}\nnonsense\n{{"ph":1,"name":3}}\n{good}\n{{"name":"cut", "ca'
     )
-    (process,) = events.processes(path)
+    (process,) = events.read_processes(path)
     assert process.events == 4  # a name that is a number is still an event
     assert process.bad_lines == 2 and process.loss.partial == len('{"name":"cut", "ca')
 
@@ -170,8 +170,8 @@ def test_path_with_a_quote(tmp_path: Path) -> None:
     about = '"name":"FH","cat":"dftracer","type":1,"pid":1,"tid":1,"ph":4'
     text = f'{{{about},"args":{{"hhash":"a","name":"/d/o"dd.bin","value":"ff"}}}}\n'
     path.write_text(text + json.dumps(event(cat="POSIX", args={"fhash": "ff", "ret": 3})) + "\n")
-    assert events.load(path)["file"].to_list() == ['/d/o"dd.bin']
-    assert events.processes(path)[0].bad_lines == 0
+    assert events.load_events(path)["file"].to_list() == ['/d/o"dd.bin']
+    assert events.read_processes(path)[0].bad_lines == 0
 
 
 def test_dftracer_1_files(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_dftracer_1_files(tmp_path: Path) -> None:
                 event(ph="X", cat="POSIX", pid=7, args={"fhash": "ff", "ret": "512", "offset": "-1"}),
             ],
         )
-    table = events.load(tmp_path)
+    table = events.load_events(tmp_path)
     assert table["ret"].to_list() == [512, 512] and table["offset"].to_list() == [-1, -1]
     assert sorted(table["rank"]) == [0, 1] and set(table["file"].cast(str)) == {"/d/x"}
 
@@ -202,12 +202,12 @@ def test_hosts_meet_at_the_barrier(tmp_path: Path) -> None:
                 event(cat="clock", name="barrier", ts=30_000 + late, args={"when": "end"}),
             ],
         )
-    found = events.processes(tmp_path)
-    assert clocks.skew(found) == {"start": 5004, "end": 5004}
-    known = clocks.clocks(found)  # one offset per host: its ranks share a clock
+    found = events.read_processes(tmp_path)
+    assert clocks.clock_skew(found) == {"start": 5004, "end": 5004}
+    known = clocks.make_clocks(found)  # one offset per host: its ranks share a clock
     assert [known[p.path].shift for p in found] == [0, 0, -5000, -5000]
     assert [known[p.path].drift for p in found] == [0, 0, 0, 0]
-    table = events.load(tmp_path).filter(events.pl.col("name") == "read")
+    table = events.load_events(tmp_path).filter(events.pl.col("name") == "read")
     assert table["ts"].to_list() == [20_000, 20_000, 20_003, 20_004]
 
 
@@ -228,10 +228,10 @@ def test_a_clock_that_goes_wrong_is_set_right_along_the_way(tmp_path: Path) -> N
         made.span("train", "epoch", begin, end - begin, epoch=0)
         made.span("clock", "barrier", told(11_000_000), 0, when="end")
         made.write(tmp_path)
-    known = {clock.drift: clock for clock in clocks.clocks(events.heads(tmp_path)).values()}
+    known = {clock.drift: clock for clock in clocks.make_clocks(events.read_heads(tmp_path)).values()}
     assert set(known) == {0, -200} and known[-200].rate == pytest.approx(-20e-6, rel=1e-3)
     begun = {}
-    for table in (events.load(tmp_path), gather(tmp_path)["steps"].rename({"wall_us": "dur"})):
+    for table in (events.load_events(tmp_path), gather_tables(tmp_path)["steps"].rename({"wall_us": "dur"})):
         if "name" in table.columns:
             table = table.filter((table["cat"] == "train") & (table["name"] == "step"))
         one, two = (table.filter(table["rank"] == rank).sort("ts") for rank in (0, 1))
@@ -239,7 +239,7 @@ def test_a_clock_that_goes_wrong_is_set_right_along_the_way(tmp_path: Path) -> N
         assert (one["dur"] - two["dur"]).abs().max() <= 2  # type: ignore[operator]
         begun[len(begun)] = two["ts"].to_list()
     assert begun[0] == begun[1]
-    summary = convert.convert(tmp_path)
+    summary = convert.convert_to_pftrace(tmp_path)
     assert summary.moved == 0  # what was inside another slice still is
     assert summary.clocks == [
         "clock of b: moved by -40020 us to meet the barrier at the start, "
@@ -271,25 +271,25 @@ def test_the_barrier_at_the_end_is_found_from_the_file_s_end_alone(tmp_path: Pat
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        events.load(tmp_path / "nowhere")
+        events.load_events(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no traces"):
-        events.load(tmp_path)
+        events.load_events(tmp_path)
 
 
 def test_a_run_that_went_on_has_several_jobs() -> None:
     """Stopped, and run again on other machines ten minutes later: a barrier for each job."""
 
-    def began(rank: int, host: str, at: int, name: str) -> Process:
-        return Process(Path(name), rank, world_size=2, host=host, first=at - 5, barriers={"start": at})
+    def began(rank: int, host: str, at: int, name: str) -> TracedProcess:
+        return TracedProcess(Path(name), rank, world_size=2, host=host, first=at - 5, barriers={"start": at})
 
     one = [began(0, "a", 1000, "one0"), began(1, "b", 1030, "one1")]
     two = [began(0, "c", 600_001_000, "two0"), began(1, "d", 600_001_007, "two1")]
-    worker = Process(Path("worker"), 1, world_size=2, host="d", role="worker", first=600_002_000)
+    worker = TracedProcess(Path("worker"), 1, world_size=2, host="d", role="worker", first=600_002_000)
     found = [two[1], one[0], worker, two[0], one[1]]
     jobs = [{p.path.name for p in job} for job in clocks.launches(found)]
     assert jobs == [{"one0", "one1"}, {"two0", "two1", "worker"}]
-    shifts = {path.name: clock.shift for path, clock in clocks.clocks(found).items()}
+    shifts = {path.name: clock.shift for path, clock in clocks.make_clocks(found).items()}
     assert shifts == {"one0": 0, "one1": -30, "two0": 0, "two1": -7, "worker": -7}
-    assert clocks.skew(found) == {"start": 30}
-    told = clocks.moves(found, clocks.clocks(found))
+    assert clocks.clock_skew(found) == {"start": 30}
+    told = clocks.describe_moves(found, clocks.make_clocks(found))
     assert told[0].startswith("clock of b in launch 1: moved by -30 us")

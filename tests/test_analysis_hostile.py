@@ -109,7 +109,7 @@ def test_what_is_out_of_range_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.pfw"
     bad = [event(ts=1 << 60), event(dur=1 << 60), event(pid=1 << 32), event(ts=-1), line("[" * 99)]
     path.write_text("\n".join([GOOD, *bad, GOOD]) + "\n")
-    (process,) = events.processes(path)
+    (process,) = events.read_processes(path)
     assert (process.events, process.bad_lines) == (2, 5)
 
 
@@ -128,7 +128,7 @@ def test_a_long_line_is_left_out_and_the_rest_is_read(tmp_path: Path) -> None:
     path.write_text(
         GOOD + "\n" + " " * (12 << 20) + "\n" + GOOD + "\n" + "x" * (3 << 20) + "\n" + GOOD + "\n"
     )
-    (process,) = events.processes(path)
+    (process,) = events.read_processes(path)
     assert process.events == 3
     assert process.loss.long + process.bad_lines > 0
 
@@ -184,7 +184,7 @@ def test_check_knows_a_file_by_any_name(tmp_path: Path, file: str) -> None:
             json.dumps({"bytes_read": {"0": {file: 100}}, "bytes_written": {"0": {}}})
         )
         if number == 0 or "\udcff" not in file:
-            rows, _ = coverage.check(run_dir)
+            rows, _ = coverage.check_run(run_dir)
             assert [row.missed for row in rows] == [0]
 
 

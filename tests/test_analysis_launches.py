@@ -16,8 +16,8 @@ from analysis.report import report
 from analysis.report.facts import Facts
 from analysis.report.run import open_run
 from analysis.tables import answers, check, progress
-from analysis.tables.gather import gather
-from analysis.trace.events import files
+from analysis.tables.gather import gather_tables
+from analysis.trace.events import find_trace_files
 from dlrm.runtime.errors import STOPPED
 
 PAUSE = 600_000_000  # us
@@ -49,7 +49,7 @@ def went_on(tmp_path: Path) -> Path:
 
 
 def test_the_pause_is_nobodys_time(went_on: Path) -> None:
-    joined = gather(went_on)
+    joined = gather_tables(went_on)
     one, two = (10_000 + steps * 12_010 for steps in (30, 40))  # us of a launch
     table = progress.launches(joined)
     assert table["ranks"].to_list() == [2, 3] and table["steps"].to_list() == [30, 40]
@@ -67,15 +67,20 @@ def test_the_pause_is_nobodys_time(went_on: Path) -> None:
 
 
 def _written(run: Path) -> Path:
-    report.write(run)
+    report.write_report(run)
     return run / "tables"
 
 
 def test_each_launch_has_its_own_clock(went_on: Path) -> None:
-    table = progress.steps(gather(went_on))
+    table = progress.steps(gather_tables(went_on))
     assert len(table) == 70 and table["ranks"].to_list() == [2] * 30 + [3] * 40  # no step is two launches'
     assert table["ts"].to_list()[30] == BEGIN + PAUSE + 10_000
-    begun = gather(went_on)["steps"].group_by("launch", "rank").agg(pl.col("ts").min()).sort("launch", "rank")
+    begun = (
+        gather_tables(went_on)["steps"]
+        .group_by("launch", "rank")
+        .agg(pl.col("ts").min())
+        .sort("launch", "rank")
+    )
     assert begun["ts"].to_list() == [BEGIN + 10_000] * 2 + [BEGIN + PAUSE + 10_000] * 3
 
 
@@ -91,7 +96,7 @@ def test_it_is_said(went_on: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_in_perfetto_they_are_processes_of_their_own(went_on: Path) -> None:
-    summary = convert.convert(went_on)
+    summary = convert.convert_to_pftrace(went_on)
     assert "clock of m1 in launch 2: moved by -9000000 us to meet the barrier at the start" in summary.clocks
     with trace_processor.opened(summary.path) as trace:
         assert not trace.complaints()
@@ -113,7 +118,7 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
                 ranks.signal(signal.SIGTERM, rank=1)
             assert ranks.wait() == [0 if last else STOPPED] * 2, ranks.said
         assert last == (tmp_path / "results.json").exists()
-    assert len(files(tmp_path)) == 4
+    assert len(find_trace_files(tmp_path)) == 4
     run = open_run(tmp_path)
     steps = run.results["steps"]
     table = progress.launches(run.joined)
@@ -129,7 +134,7 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "launch 1 left no results.json" in out and "launch 2, as results.json says:" in out
     assert "coverage 100.0%" in out
-    rows, _ = check.check(tmp_path)
+    rows, _ = check.check_run(tmp_path)
     mine = [row for row in rows if row.launch == 2]
     saved = list((tmp_path / "checkpoints").glob("0*/*"))
     sizes = {path.parent.name + "/" + path.name: path.stat().st_size for path in saved}

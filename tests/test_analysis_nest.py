@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from analysis.perfetto.nest import Lane
+from analysis.perfetto.nest import SliceLane
 
 Event = tuple[int, int, bool]  # ts, end, leaf
 
@@ -27,14 +27,14 @@ def forest(rng: random.Random, begin: int, end: int, depth: int) -> list[Event]:
 
 def as_tracks(events: list[Event], block: int) -> list[list[tuple[int, int]]]:
     """Each lane's slices in the order in which the trace processor meets them: by time, then as written."""
-    lanes: list[Lane] = []
+    lanes: list[SliceLane] = []
     written: list[list[tuple[float, int, int, int]]] = []
     for start in range(0, len(events), block):
         part = events[start : start + block]
         level = 0
         while part:
             if level == len(lanes):
-                lanes.append(Lane())
+                lanes.append(SliceLane())
                 written.append([])
             ts = np.array([e[0] for e in part])
             dur = np.array([e[1] - e[0] for e in part])
@@ -88,7 +88,7 @@ def test_nothing_is_lost_when_nothing_nests(block: int) -> None:
 
 
 def test_parents_come_first_whatever_takes_no_time() -> None:
-    lane = Lane()
+    lane = SliceLane()
     # a call in the microsecond in which its span begins, and the span; then two calls in one microsecond
     ts, dur = np.array([10, 10, 30, 30]), np.array([0, 5, 0, 2])
     order, late, refused = lane.nest(ts, dur, np.array([True, False, True, True]))
@@ -96,7 +96,7 @@ def test_parents_come_first_whatever_takes_no_time() -> None:
 
 
 def test_a_late_parent_of_many_blocks() -> None:
-    lane = Lane()
+    lane = SliceLane()
     for begin in range(0, 100_000, 10):
         lane.nest(np.array([begin]), np.array([10]), np.array([False]))
     order, late, refused = lane.nest(np.array([5_0000]), np.array([50_000]), np.array([False]))

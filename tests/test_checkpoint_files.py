@@ -15,29 +15,29 @@ from torch.distributed import HashStore
 
 from common.owned import MARK
 from dlrm.checkpoint import folder, shards
-from dlrm.checkpoint.saver import Saver
-from dlrm.checkpoint.shards import Corrupt, Piece
+from dlrm.checkpoint.saver import CheckpointWriter
+from dlrm.checkpoint.shards import CorruptCheckpoint, TensorPiece
 from dlrm.runtime.ranks import Ranks
 
 
-def whole(name: str, tensor: torch.Tensor) -> Piece:
-    return Piece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+def whole(name: str, tensor: torch.Tensor) -> TensorPiece:
+    return TensorPiece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
-def cut(name: str, tensor: torch.Tensor, low: tuple[int, ...], high: tuple[int, ...]) -> Piece:
+def cut(name: str, tensor: torch.Tensor, low: tuple[int, ...], high: tuple[int, ...]) -> TensorPiece:
     part = tensor[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].clone()
-    return Piece(name, tuple(tensor.shape), low, part)
+    return TensorPiece(name, tuple(tensor.shape), low, part)
 
 
-def save(root: Path, pieces: list[Piece], step: int = 1, keep: int | None = None, **state: Any) -> Path:
-    saver = Saver(root, Ranks(), HashStore(), keep, patience=10)
+def save(root: Path, pieces: list[TensorPiece], step: int = 1, keep: int | None = None, **state: Any) -> Path:
+    saver = CheckpointWriter(root, Ranks(), HashStore(), keep, patience=10)
     saver.save(pieces, state, step)
     assert saver.wait() is None
     return Path(str(saver.last))
 
 
-def load(path: Path, piece: Piece) -> torch.Tensor:
-    found = folder.describe(path)
+def load(path: Path, piece: TensorPiece) -> torch.Tensor:
+    found = folder.read_description(path)
     count = sum(
         shards.read_into(path, found.files, each, piece) for each in found.tensors if each.name == piece.name
     )
@@ -74,7 +74,7 @@ def test_any_cut_is_read_under_any_other(tmp_path: Path, seed: int, monkeypatch:
     rng = random.Random(seed)
     tensor = torch.randn(rng.randint(1, 300), rng.randint(1, 60))
 
-    def cuts() -> list[Piece]:
+    def cuts() -> list[TensorPiece]:
         marks = [sorted({0, n, *(rng.randint(0, n) for _ in range(rng.randint(0, 3)))}) for n in tensor.shape]
         return [
             cut("t", tensor, (a, c), (b, d))
@@ -85,7 +85,7 @@ def test_any_cut_is_read_under_any_other(tmp_path: Path, seed: int, monkeypatch:
     monkeypatch.setattr(shards, "BLOCK", 1 << rng.randint(3, 12))
     path = save(tmp_path, cuts())
     for piece in cuts():
-        target = Piece("t", piece.shape, piece.offset, torch.zeros_like(piece.tensor))
+        target = TensorPiece("t", piece.shape, piece.offset, torch.zeros_like(piece.tensor))
         assert torch.equal(load(path, target), piece.tensor)
 
 
@@ -118,11 +118,11 @@ def test_damage_is_noticed(tmp_path: Path, seed: int) -> None:
     if act == "remove":
         victim.unlink()
     try:
-        found = folder.describe(path)
+        found = folder.read_description(path)
         target = whole("t", torch.zeros(200, 16))
         stored = [each for each in found.tensors if each.name == "t"]
         count = sum(shards.read_into(path, found.files, each, target) for each in stored)
-    except Corrupt as error:
+    except CorruptCheckpoint as error:
         assert str(path) in str(error)
         return
     assert count == 200 * 16 and torch.equal(target.tensor, tensor) and found.state == {"score": 0.5}
@@ -139,8 +139,8 @@ def test_an_untrusted_description_cannot_reach_outside(tmp_path: Path) -> None:
         values.pop("crc32", None)
         values["crc32"] = zlib.crc32(json.dumps(values, sort_keys=True).encode())
         (path / "checkpoint.json").write_text(json.dumps(values))
-        with pytest.raises(Corrupt, match="place"):
-            folder.describe(path)
+        with pytest.raises(CorruptCheckpoint, match="place"):
+            folder.read_description(path)
 
 
 def test_nothing_is_unpickled() -> None:
@@ -154,16 +154,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     scores = [0.1, 0.9, 0.3, 0.4, 0.5]
     for step, score in enumerate(scores):
         save(tmp_path, [whole("t", torch.ones(3))], step, keep=2, score=score)
-    kept = [path.name for path in folder.published(tmp_path)]
+    kept = [path.name for path in folder.list_checkpoints(tmp_path)]
     assert kept == ["00005-step-4", "00004-step-3", "00002-step-1"]
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
 def test_half_written_ones_are_never_seen_and_cleared_away(tmp_path: Path) -> None:
     save(tmp_path, [whole("t", torch.ones(3))], 1)
-    partial, _ = folder.begin(tmp_path, 2)  # killed before the rename
+    partial, _ = folder.begin_checkpoint(tmp_path, 2)  # killed before the rename
     (partial / "rank00000.safetensors").write_bytes(b"half")
-    assert [path.name for path in folder.published(tmp_path)] == ["00001-step-1"]
+    assert [path.name for path in folder.list_checkpoints(tmp_path)] == ["00001-step-1"]
     save(tmp_path, [whole("t", torch.ones(3))], 3)
     assert sorted(os.listdir(tmp_path)) == ["00001-step-1", "00002-step-3"]
 
@@ -171,29 +171,33 @@ def test_half_written_ones_are_never_seen_and_cleared_away(tmp_path: Path) -> No
 def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
     """Threads play the ranks: they share only the store."""
     store, tensor = HashStore(), torch.randn(9, 4)
-    savers = [Saver(tmp_path, Ranks(rank=r, world_size=3), store, None, patience=10) for r in range(3)]
+    savers = [
+        CheckpointWriter(tmp_path, Ranks(rank=r, world_size=3), store, None, patience=10) for r in range(3)
+    ]
     for rank, saver in enumerate(savers):
         saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {"from": rank}, 5)
     assert [saver.wait() for saver in savers] == [None] * 3
-    path = folder.published(tmp_path)[0]
+    path = folder.list_checkpoints(tmp_path)[0]
     assert {saver.last for saver in savers} == {str(path)}
-    assert folder.describe(path).state == {"from": 0} and len(folder.describe(path).files) == 3
+    assert (
+        folder.read_description(path).state == {"from": 0} and len(folder.read_description(path).files) == 3
+    )
     assert torch.equal(load(path, whole("t", torch.zeros(9, 4))), tensor)
     # rank 1 cannot write: nothing is published, all are told why, the one before stays
-    real = shards.write
+    real = shards.write_pieces
 
     def write(into: Path, file: str, pieces: Any) -> Any:
         if file == "rank00001.safetensors":
             raise OSError(28, "No space left on device", str(into / file))
         return real(into, file, pieces)
 
-    shards.write = write
+    shards.write_pieces = write
     try:
         for rank, saver in enumerate(savers):
             saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {}, 6)
         told = [saver.wait() for saver in savers]
     finally:
-        shards.write = real
+        shards.write_pieces = real
     assert len(set(told)) == 1 and "No space left" in str(told[0]) and "rank 1" in str(told[0])
     assert os.listdir(tmp_path) == ["00001-step-5"]
 
@@ -201,21 +205,21 @@ def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
 def test_training_waits_for_the_copy_alone(tmp_path: Path) -> None:
     """What is trained after `save` returned is not in the checkpoint."""
     tensor, gate = torch.zeros(1000, 1000), threading.Event()
-    real = shards.write
+    real = shards.write_pieces
 
     def slow(*arguments: Any) -> Any:
         gate.wait(10)
         return real(*arguments)
 
-    shards.write = slow
+    shards.write_pieces = slow
     try:
-        saver = Saver(tmp_path, Ranks(), HashStore(), None, patience=10)
+        saver = CheckpointWriter(tmp_path, Ranks(), HashStore(), None, patience=10)
         saver.save([whole("t", tensor)], {}, 1)
         tensor += 1
         gate.set()
         assert saver.wait() is None
     finally:
-        shards.write = real
+        shards.write_pieces = real
     assert not load(Path(str(saver.last)), whole("t", torch.ones(1000, 1000))).any()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from alive import metrics
 
-from dlrm.checkpoint.folder import describe, published
+from dlrm.checkpoint.folder import list_checkpoints, read_description
 from dlrm.runtime.errors import UserError
 
 TOY = ["--preset", "toy", "--report_every", 5, "--batch_size", 384]
@@ -19,7 +19,7 @@ def words(toy: Path, *more: object) -> list[object]:
 
 
 def steps(root: Path) -> list[int]:
-    return sorted(describe(path).state["step"] for path in published(root))
+    return sorted(read_description(path).state["step"] for path in list_checkpoints(root))
 
 
 def numbers(done: Any) -> dict[str, Any]:
@@ -42,8 +42,11 @@ def test_epoch_ends_and_another_folder(toy: Path, tmp_path: Path, train_here: An
     more = ["--epochs", 2, "--limit_train_batches", 5, "--checkpoint_dir", tmp_path / "a place"]
     train_here(*words(toy, *more))
     assert steps(tmp_path / "a place") == [5, 10]
-    assert [describe(path).state["epoch"] for path in published(tmp_path / "a place")] == [2, 1]
-    scores = [describe(path).score for path in published(tmp_path / "a place")]
+    assert [read_description(path).state["epoch"] for path in list_checkpoints(tmp_path / "a place")] == [
+        2,
+        1,
+    ]
+    scores = [read_description(path).score for path in list_checkpoints(tmp_path / "a place")]
     assert all(score is not None and 0 < score < 1 for score in scores)
 
 
@@ -65,7 +68,7 @@ def test_the_middle_of_an_epoch_to_the_bit(
     whole = train_here(*words(toy, *more))
     kept = ["--checkpoint_dir", tmp_path / "kept", "--keep_checkpoints", 0]
     train_here(*words(toy, *more, *kept, "--checkpoint_every_steps", 7, "--max_steps", 9))
-    (gone,) = [path for path in published(tmp_path / "kept") if path.name.endswith("-9")]
+    (gone,) = [path for path in list_checkpoints(tmp_path / "kept") if path.name.endswith("-9")]
     shutil.rmtree(gone)  # as if killed before: on from step 7, in the middle of a report
     done = train_here(*words(toy, *more, *kept))
     assert numbers(done) == numbers(whole)
@@ -79,7 +82,7 @@ def test_a_damaged_one_is_passed_over(
     whole = train_here(*words(toy, *more))
     kept = ["--checkpoint_dir", tmp_path / "kept", "--checkpoint_every_steps", 4]
     train_here(*words(toy, *more, *kept, "--max_steps", 8))
-    newest = published(tmp_path / "kept")[0]
+    newest = list_checkpoints(tmp_path / "kept")[0]
     data = newest / "rank00000.safetensors"
     with open(data, "r+b") as file:
         file.seek(data.stat().st_size // 2)
@@ -92,7 +95,7 @@ def test_a_damaged_one_is_passed_over(
     assert "skipped" in said.err and str(data) in said.err and "checksum" in said.err
     assert "-step-4: step 4" in said.out
     assert numbers(done) == numbers(whole)
-    for path in published(tmp_path / "kept"):
+    for path in list_checkpoints(tmp_path / "kept"):
         (path / "checkpoint.json").unlink()
     with pytest.raises(UserError, match="no checkpoint of .* is good"):
         train_here(*words(toy, *more, *kept))
@@ -104,7 +107,7 @@ def test_test_only_and_going_on_from_a_given_one(toy: Path, tmp_path: Path, trai
     tested = train_here(*words(toy, "--mode", "test", *given))
     assert tested.results["test_auroc"] == whole.results["test_auroc"]
     assert tested.results["test_samples"] == whole.results["test_samples"] == 1500
-    sixth = [path for path in published(whole.folder / "checkpoints") if path.name.endswith("-6")][0]
+    sixth = [path for path in list_checkpoints(whole.folder / "checkpoints") if path.name.endswith("-6")][0]
     on = train_here(*words(toy, "--max_steps", 12, "--load_checkpoint_path", sixth))
     assert numbers(on) == numbers(whole)
     anew = train_here(*words(toy, "--max_steps", 5, "--load_model_only", *given))

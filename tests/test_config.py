@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config.options import Config, dump, parse
+from dlrm.config.options import Config, dump, parse_options
 from dlrm.config.presets import PRESETS
 from dlrm.runtime.errors import UserError
 
@@ -26,7 +26,7 @@ MLCOMMONS = """
 
 
 def parsed(*argv: str) -> Config:
-    return parse(Config, argv, "python -m dlrm.train", "Train.", PRESETS)
+    return parse_options(Config, argv, "python -m dlrm.train", "Train.", PRESETS)
 
 
 def test_mlcommons_flags_are_understood() -> None:

@@ -10,9 +10,9 @@ from data_folder import PARTS, numbered_days, write_days
 from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 from torchrec.datasets.utils import Batch
 
-from dlrm.data.batches import Batches
+from dlrm.data.batches import BatchLoader
 from dlrm.data.readers import open_source
-from dlrm.data.sampler import Deal
+from dlrm.data.sampler import RowSampler
 from dlrm.runtime.errors import UserError
 
 SIZES = [3 + 7 * k for k in range(26)]
@@ -58,7 +58,7 @@ def test_equal_to_torchrec(tmp_path: Path, kind: str, world: int) -> None:
                 for rank in range(world):
                     theirs = torchrec_batches(folder, stage, days, size, rank, world, drop_last=drop)
                     source = open_source(kind, folder, stage, read_chunk_mb=0.005)
-                    batches = Batches(source, size, rank, world, SIZES, drop_last=drop)
+                    batches = BatchLoader(source, size, rank, world, SIZES, drop_last=drop)
                     mine = list(batches)
                     assert len(batches) == len(mine) == len(theirs)
                     assert all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
@@ -74,7 +74,7 @@ def test_shuffled_set_equal_to_torchrec(tmp_path: Path, kind: str, world: int) -
             shuffle_training_set=True, shuffle_training_set_random_seed=5,
         )  # fmt: skip
         source = open_source(kind, folder, "train", read_chunk_mb=0.005)
-        mine = list(Batches(source, 10, rank, world, SIZES, shuffle_set=True, seed=5))
+        mine = list(BatchLoader(source, 10, rank, world, SIZES, shuffle_set=True, seed=5))
         # the tail differs: torchrec's ranks may have unequal numbers of batches
         full = len(theirs) - 2
         assert full > 5
@@ -83,8 +83,8 @@ def test_shuffled_set_equal_to_torchrec(tmp_path: Path, kind: str, world: int) -
 
 def test_two_ranks_see_what_one_sees_with_twice_the_batch(tmp_path: Path) -> None:
     folder = numbered_days(tmp_path, [203, 9])
-    one = list(Batches(open_source("stream", folder, "train"), 20))
-    two = [list(Batches(open_source("stream", folder, "train"), 10, rank, 2)) for rank in range(2)]
+    one = list(BatchLoader(open_source("stream", folder, "train"), 20))
+    two = [list(BatchLoader(open_source("stream", folder, "train"), 10, rank, 2)) for rank in range(2)]
     assert len(one) == len(two[0]) == len(two[1])
     for step, batch in enumerate(one):
         assert row_numbers([two[0][step], two[1][step]]) == row_numbers([batch])
@@ -97,9 +97,9 @@ def test_dealing_gives_every_row_once_and_no_empty_batch(by_rank: bool) -> None:
             for size in (1, 2, 7, 16):
                 if rows < world:
                     with pytest.raises(UserError, match="too few for"):
-                        Deal(rows, size, world, by_rank)
+                        RowSampler(rows, size, world, by_rank)
                     continue
-                deal = Deal(rows, size, world, by_rank)
+                deal = RowSampler(rows, size, world, by_rank)
                 cuts = [deal.batch(step, rank) for step in range(deal.steps) for rank in range(world)]
                 sizes = [stop - start for start, stop in cuts]
                 assert min(sizes) >= 1
@@ -108,7 +108,7 @@ def test_dealing_gives_every_row_once_and_no_empty_batch(by_rank: bool) -> None:
                 for step in range(deal.steps):
                     left = sorted(n for cut in deal.left(step) for n in range(*cut))
                     assert left == sorted(n for cut in cuts[step * world :] for n in range(*cut))
-                dropped = Deal(rows, size, world, by_rank, drop_last=True)
+                dropped = RowSampler(rows, size, world, by_rank, drop_last=True)
                 assert dropped.steps == rows // (size * world)
                 for step in range(dropped.steps):
                     for rank in range(world):
@@ -132,11 +132,11 @@ def test_resume_at_other_ranks_and_batches(tmp_path: Path, kind: str, how: dict[
     """Three stretches of one epoch, each with other ranks: every row once; the same ranks go on unchanged."""
     folder = numbered_days(tmp_path, [301, 200, 9])
 
-    def ranks(world: int, size: int, state: object = None, epoch: int = 1) -> list[Batches]:
+    def ranks(world: int, size: int, state: object = None, epoch: int = 1) -> list[BatchLoader]:
         made = []
         for rank in range(world):
             source = open_source(kind, folder, "train", read_chunk_mb=0.005)
-            batches = Batches(source, size, rank, world, seed=3, **how)  # type: ignore[arg-type]
+            batches = BatchLoader(source, size, rank, world, seed=3, **how)  # type: ignore[arg-type]
             batches.set_epoch(epoch)
             if state is not None:
                 batches.load_state_dict(state)  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_shuffles_differ_by_epoch_and_seed_only(tmp_path: Path, kind: str, how: 
 
     def order(seed: int, epoch: int) -> list[int]:
         source = open_source(kind, folder, "train", read_chunk_mb=0.005)
-        batches = Batches(source, 50, seed=seed, **how)  # type: ignore[arg-type]
+        batches = BatchLoader(source, 50, seed=seed, **how)  # type: ignore[arg-type]
         batches.set_epoch(epoch)
         return row_numbers(batches)
 
@@ -181,7 +181,7 @@ def test_shuffles_differ_by_epoch_and_seed_only(tmp_path: Path, kind: str, how: 
 def test_window_shuffle_mixes_and_reads_each_byte_once(tmp_path: Path) -> None:
     folder = numbered_days(tmp_path, [4000, 9])
     source = open_source("stream", folder, "train", read_chunk_mb=0.01)
-    batches = Batches(source, 100, shuffle_set=True, window_mb=0.1)
+    batches = BatchLoader(source, 100, shuffle_set=True, window_mb=0.1)
     numbers = np.array(row_numbers(batches))
     assert sorted(numbers) == list(range(4000))
     distances = np.abs(np.diff(numbers))
@@ -192,7 +192,7 @@ def test_window_shuffle_mixes_and_reads_each_byte_once(tmp_path: Path) -> None:
 def test_limit_and_lengths(tmp_path: Path) -> None:
     folder = numbered_days(tmp_path, [100, 9])
     source = open_source("stream", folder, "train")
-    batches = Batches(source, 10, limit=4)
+    batches = BatchLoader(source, 10, limit=4)
     assert len(batches) == len(list(batches)) == 4
     assert source.bytes_read[str(folder / "day_0_dense.npy")] == 128 + 40 * 52  # and not a row more
     assert batches.state_dict()["segments"] == []
@@ -210,9 +210,10 @@ def test_limit_and_lengths(tmp_path: Path) -> None:
 
 def test_shuffled_batches_hold_the_same_rows(tmp_path: Path) -> None:
     folder = numbered_days(tmp_path, [100, 9])
-    plain = [row_numbers([b]) for b in Batches(open_source("stream", folder, "train"), 30)]
+    plain = [row_numbers([b]) for b in BatchLoader(open_source("stream", folder, "train"), 30)]
     mixed = [
-        row_numbers([b]) for b in Batches(open_source("stream", folder, "train"), 30, shuffle_batches=True)
+        row_numbers([b])
+        for b in BatchLoader(open_source("stream", folder, "train"), 30, shuffle_batches=True)
     ]
     assert plain != mixed
     assert plain == [sorted(rows) for rows in mixed]
@@ -221,18 +222,20 @@ def test_shuffled_batches_hold_the_same_rows(tmp_path: Path) -> None:
 def test_states_that_do_not_fit(tmp_path: Path) -> None:
     write_days(tmp_path / "a", [100, 9])
     write_days(tmp_path / "b", [101, 9])
-    state = Batches(open_source("stream", tmp_path / "a", "train"), 10).state_dict()
+    state = BatchLoader(open_source("stream", tmp_path / "a", "train"), 10).state_dict()
     with pytest.raises(UserError, match="made with 100 rows, this dataset has 101"):
-        Batches(open_source("stream", tmp_path / "b", "train"), 10).load_state_dict(state)
+        BatchLoader(open_source("stream", tmp_path / "b", "train"), 10).load_state_dict(state)
     with pytest.raises(UserError, match="--shuffle_training_set"):
-        Batches(open_source("stream", tmp_path / "a", "train"), 10, shuffle_set=True).load_state_dict(state)
+        BatchLoader(open_source("stream", tmp_path / "a", "train"), 10, shuffle_set=True).load_state_dict(
+            state
+        )
 
 
 def test_memory_holds_only_this_rank(tmp_path: Path) -> None:
     folder = numbered_days(tmp_path, [400, 9])
     for how in ({}, {"shuffle_set": True}):
         source = open_source("memory", folder, "train")
-        batches = Batches(source, 10, 1, 4, **how)  # type: ignore[arg-type]
+        batches = BatchLoader(source, 10, 1, 4, **how)  # type: ignore[arg-type]
         batches.prepare()
         assert len(source.arrays.labels) == 100  # type: ignore[attr-defined]
         first = dict(source.bytes_read)

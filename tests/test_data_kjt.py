@@ -7,8 +7,8 @@ import pytest
 import torch
 from data_folder import rows, write_days
 
-from dlrm.data.batches import Batches
-from dlrm.data.collate import ToBatch
+from dlrm.data.batches import BatchLoader
+from dlrm.data.collate import BatchCollator
 from dlrm.data.readers import open_source
 from dlrm.data.rows import Rows
 from dlrm.runtime.errors import UserError
@@ -28,14 +28,14 @@ def test_folding_is_the_remainder_also_of_negative_ids() -> None:
     ids = np.asarray(given.sparse)
     ids[::3] = -ids[::3]
     sizes = [1, 2, 3, *[10**k for k in range(1, 10)], *[977] * 14]
-    batch = ToBatch(sizes)(given, where)
+    batch = BatchCollator(sizes)(given, where)
     want = (ids % np.array(sizes, np.int32)).T.reshape(-1)
     np.testing.assert_array_equal(batch.sparse_features.values().numpy(), want)
 
 
 def test_the_batch_owns_its_memory() -> None:
     given = some()
-    batch = ToBatch([1000] * 26)(given, where)
+    batch = BatchCollator([1000] * 26)(given, where)
     before = [batch.dense_features.clone(), batch.sparse_features.values().clone(), batch.labels.clone()]
     for array in given:
         np.asarray(array)[:] = 0
@@ -48,13 +48,13 @@ def test_dense_values_that_are_no_numbers(value: float) -> None:
     given = some()
     given.dense[17, 4] = value
     with pytest.raises(UserError, match=rf"^dense 17: {value} in column 4"):
-        ToBatch()(given, where)
+        BatchCollator()(given, where)
 
 
 def test_large_finite_values_pass() -> None:
     given = some()
     given.dense[17, 4] = 3e38
-    assert ToBatch()(given, where).dense_features[17, 4] == np.float32(3e38)
+    assert BatchCollator()(given, where).dense_features[17, 4] == np.float32(3e38)
 
 
 @pytest.mark.parametrize("label", [2, -1, 7])
@@ -62,24 +62,24 @@ def test_labels_other_than_0_and_1(label: int) -> None:
     given = some()
     given.labels[3] = label
     with pytest.raises(UserError, match=rf"^labels 3: label {label}, expected 0 or 1"):
-        ToBatch()(given, where)
+        BatchCollator()(given, where)
 
 
 @pytest.mark.parametrize("bad", [100, -1, 2**31 - 1])
 def test_ids_outside_their_table(bad: int) -> None:
     given = some()
     np.asarray(given.sparse)[:] %= 100
-    ToBatch([100] * 26, fold=False)(given, where)
+    BatchCollator([100] * 26, fold=False)(given, where)
     np.asarray(given.sparse)[8, 25] = bad
     with pytest.raises(UserError, match=rf"^sparse 8: id {bad} of cat_25 lies outside its table of 100 rows"):
-        ToBatch([100] * 26, fold=False)(given, where)
+        BatchCollator([100] * 26, fold=False)(given, where)
 
 
 def test_negative_ids_without_table_sizes() -> None:
     given = some()
     np.asarray(given.sparse)[8, 25] = -5
     with pytest.raises(UserError, match="^sparse 8: id -5 of cat_25"):
-        ToBatch()(given, where)
+        BatchCollator()(given, where)
 
 
 @pytest.mark.parametrize(("kind", "how"), [
@@ -92,7 +92,7 @@ def test_the_message_names_file_and_row(tmp_path: Path, kind: str, how: dict[str
     dense[33, 2] = np.nan
     np.save(folder / "day_1_dense.npy", dense)
     for rank in range(2):
-        batches = Batches(open_source(kind, folder, "train"), 10, rank, 2, [1000] * 26, **how)  # type: ignore[arg-type]
+        batches = BatchLoader(open_source(kind, folder, "train"), 10, rank, 2, [1000] * 26, **how)  # type: ignore[arg-type]
         try:
             list(batches)
         except UserError as error:
@@ -104,6 +104,6 @@ def test_the_message_names_file_and_row(tmp_path: Path, kind: str, how: dict[str
 
 def test_wrong_table_sizes() -> None:
     with pytest.raises(UserError, match="num_embeddings_per_feature"):
-        ToBatch([5] * 25)
+        BatchCollator([5] * 25)
     with pytest.raises(UserError, match="num_embeddings_per_feature"):
-        ToBatch([5] * 25 + [0])
+        BatchCollator([5] * 25 + [0])

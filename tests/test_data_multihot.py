@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from data_folder import write_days
 
-from dlrm.data.batches import Batches
-from dlrm.data.collate import ToBatch
-from dlrm.data.multihot import MultiHot
-from dlrm.data.readers import open_source, scan
+from dlrm.data.batches import BatchLoader
+from dlrm.data.collate import BatchCollator
+from dlrm.data.multihot import MultiHotMaker
+from dlrm.data.readers import open_source, scan_dataset
 from dlrm.runtime.errors import UserError
 
 HOTS = [1 + k % 5 for k in range(26)]
@@ -35,7 +35,7 @@ def test_files(tmp_path: Path, world: int) -> None:
         want = [np.concatenate([file[str(k)] for file in files])[cut] for k in range(26)]
         for rank in range(world):
             source = open_source("multi_hot", folder, stage, read_chunk_mb=0.02)
-            for step, batch in enumerate(Batches(source, 5, rank, world, SIZES)):
+            for step, batch in enumerate(BatchLoader(source, 5, rank, world, SIZES)):
                 n = len(batch.labels)
                 if n < 5:
                     break  # which rows the last step deals to whom is tested elsewhere
@@ -59,7 +59,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (folder / name.format(3)).write_bytes(b"PK" * 99)
     np.savez(folder / name.format(4), **{**ids, "7": ids["8"].astype(np.int64)})
     with pytest.raises(UserError) as caught:
-        scan("multi_hot", folder)
+        scan_dataset("multi_hot", folder)
     for text in (
         "npz is compressed",
         "has no member 7.npy",
@@ -71,7 +71,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     multi_hot_days(tmp_path / "more", [20, 20], HOTS[::-1])
     (tmp_path / "more" / name.format(1)).replace(tmp_path / "other" / name.format(1))
     with pytest.raises(UserError, match="has 5 ids per row of feature 1, .* has 2: make all"):
-        scan("multi_hot", tmp_path / "other")
+        scan_dataset("multi_hot", tmp_path / "other")
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "pareto"])
@@ -89,16 +89,16 @@ def test_tables_are_the_published_ones(distribution: str) -> None:
     for draws in (7, 1 << 22):  # drawn in pieces or at once
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dlrm.data.multihot.DRAWS", draws)
-            made = MultiHot(SIZES, HOTS, distribution)
+            made = MultiHotMaker(SIZES, HOTS, distribution)
         for mine, table in zip(made.tables, want, strict=True):
             np.testing.assert_array_equal(mine, table)
 
 
 def test_made_on_the_fly(tmp_path: Path) -> None:
     folder = write_days(tmp_path, [60, 20])
-    widen = MultiHot(SIZES, HOTS)
+    widen = MultiHotMaker(SIZES, HOTS)
     source = open_source("stream", folder, "train")
-    batches = Batches(source, 60, to_batch=ToBatch(SIZES, widen=widen))
+    batches = BatchLoader(source, 60, to_batch=BatchCollator(SIZES, widen=widen))
     ids = np.load(folder / "day_0_sparse.npy") % np.array(SIZES)
     want = np.concatenate([widen.tables[k][ids[:, k]].reshape(-1) for k in range(26)])
     batch = next(iter(batches))
@@ -110,6 +110,6 @@ def test_made_on_the_fly(tmp_path: Path) -> None:
 
 def test_options_are_checked() -> None:
     with pytest.raises(UserError, match="--multi_hot_distribution_type normal"):
-        MultiHot(SIZES, HOTS, "normal")
+        MultiHotMaker(SIZES, HOTS, "normal")
     with pytest.raises(UserError, match="--multi_hot_sizes"):
-        MultiHot(SIZES, HOTS[:25])
+        MultiHotMaker(SIZES, HOTS[:25])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from data_folder import rows, write_days
 
-from dlrm.data.criteo import Meta
-from dlrm.data.readers import open_source, scan
+from dlrm.data.criteo import DatasetMeta
+from dlrm.data.readers import open_source, scan_dataset
 from dlrm.runtime.errors import UserError
 
 KINDS = ["stream", "memory", "mmap"]
@@ -50,7 +50,7 @@ def test_bytes_are_the_rows_and_the_headers(tmp_path: Path) -> None:
 
 
 def test_stages_opened_from_one_scan_count_together(tmp_path: Path) -> None:
-    layout = scan("stream", write_days(tmp_path, [100, 60]))
+    layout = scan_dataset("stream", write_days(tmp_path, [100, 60]))
     for stage in ("train", "val", "test"):
         source = open_source("stream", layout, stage)
         source.read(0, source.rows)
@@ -90,7 +90,7 @@ def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
     (folder / "day_7_labels.npy").write_bytes(b"label\n1\n0\n" * 20)
     np.save(folder / "day_8_dense.npy", np.asfortranarray(rows(40)["dense"]))
     with pytest.raises(UserError) as caught:
-        scan("stream", folder)
+        scan_dataset("stream", folder)
     text = str(caught.value)
     for wanted in (
         "day_1_dense.npy is missing",
@@ -114,30 +114,30 @@ def test_damaged_headers(tmp_path: Path, content: bytes) -> None:
     folder = write_days(tmp_path, [40, 40])
     (folder / "day_0_labels.npy").write_bytes(content)
     with pytest.raises(UserError, match=r"day_0_labels\.npy (ends inside its|is not an|has a damaged)"):
-        scan("stream", folder)
+        scan_dataset("stream", folder)
 
 
 def test_meta_says_how_many_days_and_rows(tmp_path: Path) -> None:
     folder = write_days(tmp_path, [40, 30])
-    Meta(rows=[40, 30], table_sizes=[9] * 26).save(folder)
-    assert scan("stream", folder).table_sizes == [9] * 26
-    Meta(rows=[40, 31, 5], table_sizes=[9] * 26).save(folder)
+    DatasetMeta(rows=[40, 30], table_sizes=[9] * 26).save(folder)
+    assert scan_dataset("stream", folder).table_sizes == [9] * 26
+    DatasetMeta(rows=[40, 31, 5], table_sizes=[9] * 26).save(folder)
     with pytest.raises(
         UserError, match=r"day_1_dense\.npy has 30 rows, meta\.json says 31.*day_2_dense\.npy is"
     ):
-        scan("stream", folder)
+        scan_dataset("stream", folder)
 
 
 def test_missing_days_and_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder"):
-        scan("stream", tmp_path / "none")
+        scan_dataset("stream", tmp_path / "none")
     with pytest.raises(UserError, match="no files like day_0_dense.npy"):
-        scan("stream", tmp_path)
+        scan_dataset("stream", tmp_path)
     write_days(tmp_path, [9, 9, 9])
     for file in tmp_path.glob("day_1_*"):
         file.unlink()
     with pytest.raises(UserError, match="day_1_dense.npy is missing; .*day_1_sparse.npy is missing"):
-        scan("stream", tmp_path)
+        scan_dataset("stream", tmp_path)
 
 
 def test_files_of_numpy_format_2_and_flat_labels(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_random_rows_depend_on_their_number_alone() -> None:
 
 def test_unknown_kinds_and_stages(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown kind of data tape"):
-        scan("tape", tmp_path)
+        scan_dataset("tape", tmp_path)
     with pytest.raises(UserError, match="unknown stage dev"):
         open_source("stream", write_days(tmp_path, [9, 9]), "dev")
     with pytest.raises(UserError, match="num_embeddings"):
@@ -217,4 +217,4 @@ def test_meta_of_another_make(tmp_path: Path) -> None:
     folder = write_days(tmp_path, [9, 9])
     (folder / "meta.json").write_text(json.dumps({"version": 99}))
     with pytest.raises(UserError, match="version 1 expected"):
-        scan("stream", folder)
+        scan_dataset("stream", folder)

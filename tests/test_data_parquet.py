@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from data_folder import numbered_days, rows, write_days
 
-from dlrm.data.batches import Batches
-from dlrm.data.readers import open_source, scan
+from dlrm.data.batches import BatchLoader
+from dlrm.data.readers import open_source, scan_dataset
 from dlrm.runtime.errors import UserError
 
 
@@ -59,7 +59,7 @@ def test_subsets_dealt_to_ranks(tmp_path: Path, world: int) -> None:
         numbers, bytes_read = [], 0
         for rank in range(world):
             source = open_source("parquet", tmp_path, stage)
-            for batch in Batches(source, 4, rank, world):
+            for batch in BatchLoader(source, 4, rank, world):
                 numbers += batch.sparse_features["cat_0"].values().tolist()
             bytes_read += source.bytes_read[str(tmp_path / stage / "0.parquet")]
         assert sorted(numbers) == list(range(first, first + n))
@@ -83,7 +83,7 @@ def test_bad_files_are_named_at_once(tmp_path: Path) -> None:
     with open(tmp_path / "day_3.parquet", "r+b") as file:
         file.truncate(900)
     with pytest.raises(UserError) as caught:
-        scan("parquet", tmp_path)
+        scan_dataset("parquet", tmp_path)
     text = str(caught.value)
     for wanted in (
         "day_1.parquet has no column I2, C9",
@@ -95,7 +95,7 @@ def test_bad_files_are_named_at_once(tmp_path: Path) -> None:
     assert "day_0" not in text and "day_5" not in text and "\n" not in text
     with pytest.raises(UserError, match="neither day_0.parquet nor train.parquet"):
         (tmp_path / "empty").mkdir()
-        scan("parquet", tmp_path / "empty")
+        scan_dataset("parquet", tmp_path / "empty")
 
 
 @pytest.mark.parametrize("replaced", [
@@ -114,6 +114,6 @@ def test_shuffled(tmp_path: Path) -> None:
     for number in (0, 1):
         pq.write_table(table(day(days, number)), tmp_path / f"day_{number}.parquet", row_group_size=29)
     source = open_source("parquet", tmp_path, "train")
-    batches = Batches(source, 10, shuffle_set=True, window_mb=0.005)
+    batches = BatchLoader(source, 10, shuffle_set=True, window_mb=0.005)
     numbers = [n for batch in batches for n in batch.sparse_features["cat_0"].values().tolist()]
     assert sorted(numbers) == list(range(300)) != numbers

@@ -10,7 +10,7 @@ import pytest
 import torch
 from data_folder import write_days
 
-from dlrm.data.batches import Batches
+from dlrm.data.batches import BatchLoader
 from dlrm.data.prefetch import Prefetcher
 from dlrm.data.readers import open_source
 from dlrm.runtime.errors import UserError
@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def fresh(folder: Path, depth: int = 2, **how: Any) -> Prefetcher:
-    return Prefetcher(Batches(open_source("stream", folder, "train"), 10, **how), depth)
+    return Prefetcher(BatchLoader(open_source("stream", folder, "train"), 10, **how), depth)
 
 
 def threads() -> list[str]:

@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlrm.data.batches import Batches
+from dlrm.data.batches import BatchLoader
 from dlrm.models.bert4rec import ratings
-from dlrm.models.bert4rec.cache import load, save
-from dlrm.models.bert4rec.dataloaders import prepare
+from dlrm.models.bert4rec.cache import load_prepared, save_prepared
+from dlrm.models.bert4rec.dataloaders import prepare_data
 from dlrm.models.bert4rec.options import BertData
-from dlrm.models.bert4rec.ratings import Ratings, Wanted
-from dlrm.models.bert4rec.sequence_reader import Sequences, Training
+from dlrm.models.bert4rec.ratings import Ratings, RatingsOptions
+from dlrm.models.bert4rec.sequence_reader import SequenceSource, TrainingSequences
 from dlrm.models.bert4rec.sequences import (
     Histories,
-    candidates,
-    histories,
-    masked,
-    negatives,
-    padded,
-    to_judge,
-    windows,
+    count_candidates,
+    cut_windows,
+    draw_negatives,
+    make_evaluation_sequence,
+    make_histories,
+    mask_items,
+    pad_left,
 )
 from dlrm.runtime import session
 from dlrm.runtime.errors import UserError
@@ -45,13 +45,18 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     for name, (file, content) in GOOD.items():
         (tmp_path / file).write_text(content)
         given = tmp_path / file if name == "text" else tmp_path
-        found = ratings.read(name, ratings.file_of(name, str(given)), Wanted())
+        found = ratings.read_ratings(name, ratings.find_ratings_file(name, str(given)), RatingsOptions())
         assert found.user.tolist() == [7, 7, 9, 7] and found.item.tolist() == [30, 10, 30, 20], name
         assert found.time.tolist() == [100, 300, 50, 200]
         assert found.rating.dtype == np.float32
     (tmp_path / "two").write_text("1\t5\n1\t4\n2,5\n")  # without times the order of the file counts
-    assert ratings.read("text", tmp_path / "two", Wanted()).time.tolist() == [0, 1, 2]
-    assert ratings.read("ml-20m", tmp_path / "ratings.csv", Wanted()).rating.tolist() == [5, 3.5, 3, 1]
+    assert ratings.read_ratings("text", tmp_path / "two", RatingsOptions()).time.tolist() == [0, 1, 2]
+    assert ratings.read_ratings("ml-20m", tmp_path / "ratings.csv", RatingsOptions()).rating.tolist() == [
+        5,
+        3.5,
+        3,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str, told: str)
     path = tmp_path / "ratings"
     path.write_text(content)
     with pytest.raises(UserError, match=told) as error:
-        ratings.read(name, path, Wanted())
+        ratings.read_ratings(name, path, RatingsOptions())
     assert str(path) in str(error.value)
 
 
@@ -79,8 +84,8 @@ def test_missing_paths_are_named(tmp_path: Path) -> None:
         ("text", str(tmp_path), "is a folder"),
     ):
         with pytest.raises(UserError, match=told):
-            ratings.file_of(name, path)
-    assert ratings.file_of("random", None) is None
+            ratings.find_ratings_file(name, path)
+    assert ratings.find_ratings_file("random", None) is None
 
 
 def test_histories_are_those_of_a_plain_loop() -> None:
@@ -89,7 +94,7 @@ def test_histories_are_those_of_a_plain_loop() -> None:
         draw.integers(100, 160, 2000) * 1_000_003, draw.integers(0, 90, 2000),
         draw.integers(1, 6, 2000).astype(np.float32), draw.integers(0, 40, 2000),
     )  # fmt: skip
-    found = histories(raw, min_rating=2, min_user_count=22, min_item_count=15)
+    found = make_histories(raw, min_rating=2, min_user_count=22, min_item_count=15)
     kept = [row for row in zip(*(column.tolist() for column in raw), strict=True) if row[2] >= 2]
     for column, least in ((1, 15), (0, 22)):
         values = [row[column] for row in kept]
@@ -106,7 +111,7 @@ def test_histories_are_those_of_a_plain_loop() -> None:
     for user, items in enumerate(expected):
         assert found.items[found.starts[user] : found.starts[user + 1]].tolist() == items
     with pytest.raises(UserError, match="no rating is left"):
-        histories(raw, min_rating=6)
+        make_histories(raw, min_rating=6)
 
 
 @pytest.mark.parametrize("max_len", [1, 3, 10, 24])
@@ -119,15 +124,15 @@ def test_windows_are_the_examples(max_len: int) -> None:
         for begin in reversed(begins):
             window = items[begin : begin + max_len]
             expected.append([0] * (max_len - len(window)) + window)
-    assert padded(data, windows(data, max_len), max_len).tolist() == expected
+    assert pad_left(data, cut_windows(data, max_len), max_len).tolist() == expected
 
 
 def test_masks_have_their_shares_and_depend_on_nothing_but_row_and_epoch() -> None:
     data = made([40] * 400, items=1000)
-    spans = windows(data, 20)
+    spans = cut_windows(data, 20)
     rows = np.arange(len(spans))
-    plain = padded(data, spans, 20)
-    first = masked(data, spans, rows, 20, 0.15, 1, 0)
+    plain = pad_left(data, spans, 20)
+    first = mask_items(data, spans, rows, 20, 0.15, 1, 0)
     hidden = first.labels > 0
     assert np.array_equal(first.labels[hidden], plain[hidden]) and not hidden[plain == 0].any()
     assert np.array_equal(first.tokens[~hidden], plain[~hidden])
@@ -139,10 +144,10 @@ def test_masks_have_their_shares_and_depend_on_nothing_but_row_and_epoch() -> No
     assert others.min() >= 1 and others.max() <= data.item_count and len(np.unique(others)) > 0.8 * 1000
     by_place = hidden.mean(axis=0)
     assert by_place.max() - by_place.min() < 0.06
-    again = masked(data, spans[50:60], rows[50:60], 20, 0.15, 1, 0)
+    again = mask_items(data, spans[50:60], rows[50:60], 20, 0.15, 1, 0)
     assert np.array_equal(again.tokens, first.tokens[50:60])
     for seed, epoch, moved in ((1, 1, 0), (2, 0, 0), (1, 0, len(spans))):
-        other = masked(data, spans, rows + moved, 20, 0.15, seed, epoch).labels > 0
+        other = mask_items(data, spans, rows + moved, 20, 0.15, seed, epoch).labels > 0
         both = (other & hidden).sum() / there
         assert abs(both - 0.15**2) < 0.004  # independent draws
 
@@ -150,7 +155,7 @@ def test_masks_have_their_shares_and_depend_on_nothing_but_row_and_epoch() -> No
 def test_the_last_two_items_are_held_out() -> None:
     data = made([3, 8, 30])
     for split, back in (("val", 2), ("test", 1)):
-        tokens, right = to_judge(data, 10, split)
+        tokens, right = make_evaluation_sequence(data, 10, split)
         for user in range(data.users):
             items = data.items[data.starts[user] : data.starts[user + 1]].tolist()
             assert right[user] == items[-back]
@@ -164,8 +169,8 @@ def test_negatives_are_new_distinct_and_drawn_as_asked() -> None:
     data = Histories(popular, np.arange(0, 60_001, 30), 300)
     counts = np.bincount(popular, minlength=302)[1:-1]
     for by_popularity in (True, False):
-        found = negatives(data, 20, by_popularity, seed=5)
-        assert np.array_equal(found, negatives(data, 20, by_popularity, seed=5))
+        found = draw_negatives(data, 20, by_popularity, seed=5)
+        assert np.array_equal(found, draw_negatives(data, 20, by_popularity, seed=5))
         assert found.min() >= 1 and found.max() <= 300
         for user in range(data.users):
             mine = set(found[user].tolist())
@@ -174,16 +179,16 @@ def test_negatives_are_new_distinct_and_drawn_as_asked() -> None:
         rare = counts < np.median(counts)
         share = drawn[rare].sum() / drawn.sum()
         assert (share < 0.35) if by_popularity else (0.4 < share < 0.65)
-    assert candidates(data, None, 100) == 100
+    assert count_candidates(data, None, 100) == 100
     with pytest.raises(UserError, match="--negatives 299"):
-        candidates(data, 299, 100)
+        count_candidates(data, 299, 100)
     few = Histories(np.array([1, 2, 3, 3, 3, 3, 4, 5, 6, 7], np.int32), np.array([0, 6, 10]), 9)
-    assert candidates(few, None, 100) == 5  # the second user has met four of nine
+    assert count_candidates(few, None, 100) == 5  # the second user has met four of nine
 
 
 def test_a_markov_walk_has_its_known_best_guess() -> None:
-    raw = ratings.markov(Path(), Wanted(users=500, items=40, size=20_000, seed=2))
-    data = histories(raw)
+    raw = ratings.make_markov(Path(), RatingsOptions(users=500, items=40, size=20_000, seed=2))
+    data = make_histories(raw)
     pairs = np.stack([data.items[:-1], data.items[1:]], axis=1)
     within = np.ones(len(pairs), bool)
     within[data.starts[1:-1] - 1] = False
@@ -197,11 +202,11 @@ def test_every_row_comes_once_an_epoch_in_the_same_batches_for_any_ranks() -> No
     data = made([20] * 30)
 
     def tokens(rank: int, world: int, size: int, epoch: int) -> list[np.ndarray]:
-        def keep(rows: Sequences, _: object) -> np.ndarray:
+        def keep(rows: SequenceSource, _: object) -> np.ndarray:
             return rows.tokens
 
-        batches = Batches(
-            Training(data, 8, 0.3, 2, seed=4), size, rank, world, to_batch=keep,  # type: ignore[arg-type]
+        batches = BatchLoader(
+            TrainingSequences(data, 8, 0.3, 2, seed=4), size, rank, world, to_batch=keep,  # type: ignore[arg-type]
             shuffle_set=True, by_rank=False, seed=4,
         )  # fmt: skip
         batches.set_epoch(epoch)
@@ -212,7 +217,7 @@ def test_every_row_comes_once_an_epoch_in_the_same_batches_for_any_ranks() -> No
         parts = [tokens(rank, 3, 4, epoch) for rank in range(3)]
         joined = [np.concatenate(step) for step in zip(*parts, strict=True)]
         assert all(np.array_equal(a, b) for a, b in zip(whole[:-1], joined[:-1], strict=True))
-        assert sum(map(len, whole)) == sum(map(len, joined)) == 2 * len(windows(data, 8))
+        assert sum(map(len, whole)) == sum(map(len, joined)) == 2 * len(cut_windows(data, 8))
     assert not np.array_equal(tokens(0, 1, 12, 0)[0], tokens(0, 1, 12, 1)[0])
 
 
@@ -224,14 +229,14 @@ def test_prepared_data_is_kept_until_the_source_changes(
     path.write_text("".join(f"{u} {i}\n" for u, i in draw.integers(0, 40, (900, 2))))
     data = BertData(dataset_name="text", dataset_path=str(path), negatives=5)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with session.session(Ranks(), 60):
+    with session.open_session(Ranks(), 60):
         the_cache(path, data)
 
 
 def the_cache(path: Path, data: BertData) -> None:
     read: dict[str, int] = {}
-    first = prepare(data, 0, Ranks(), {})
-    second = prepare(data, 0, Ranks(), read)
+    first = prepare_data(data, 0, Ranks(), {})
+    second = prepare_data(data, 0, Ranks(), read)
     assert np.array_equal(first.data.items, second.data.items)
     assert np.array_equal(first.negatives, second.negatives)
     arrays = (second.data.items, second.data.starts, second.negatives)
@@ -240,15 +245,15 @@ def the_cache(path: Path, data: BertData) -> None:
     folders = list((path.parent / ".bert4rec").iterdir())
     assert len(folders) == 1
     (folders[0] / "items").write_bytes(b"short")  # damaged: made again
-    assert np.array_equal(prepare(data, 0, Ranks(), {}).data.items, first.data.items)
+    assert np.array_equal(prepare_data(data, 0, Ranks(), {}).data.items, first.data.items)
     path.write_text(path.read_text() + "1 1\n")
     os.utime(path, ns=(1, 1))
-    third = prepare(data, 0, Ranks(), {})
+    third = prepare_data(data, 0, Ranks(), {})
     assert len(third.data.items) == len(first.data.items) + 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--cache_dir"):
-        save(tmp_path / "file" / "inside", {"a": np.zeros(3)}, {})
-    assert load(tmp_path / "nothing", {}) is None
+        save_prepared(tmp_path / "file" / "inside", {"a": np.zeros(3)}, {})
+    assert load_prepared(tmp_path / "nothing", {}) is None

@@ -79,7 +79,7 @@ def python_m(main: Callable[[Any], None]) -> Callable[[list[str]], int]:
 
     def run(argv: list[str]) -> int:
         sys.argv = ["python -m dlrm", *argv]
-        entry.start(main)
+        entry.run_entry(main)
 
     return run
 

@@ -21,11 +21,11 @@ from test_saving_foreign import ARRAYS, store
 
 from common.errors import UserError
 from dlrm.checkpoint import folder, state
-from dlrm.checkpoint.saver import Saver
+from dlrm.checkpoint.saver import CheckpointWriter
 from dlrm.models.bert4rec import cache
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, resume
-from dlrm.trainer.run_folder import Records
+from dlrm.trainer.run_folder import RunFolder
 
 SIZES = (9, 3)
 STATE: dict[str, Any] = {
@@ -47,14 +47,14 @@ class Small(torch.nn.Module):
 
 class Job:
     def __init__(self) -> None:
-        self.meter = loop.Meter(torch.device("cpu"))
+        self.meter = loop.ThroughputMeter(torch.device("cpu"))
 
 
 def checkpoint(root: Path) -> Path:
     job, model = Job(), Small()
     own = {"meter/0": job.meter.state()[0], "rng/cpu/0": torch.get_rng_state()}
-    pieces = state.pieces(model, None, 0) + [whole(name, value) for name, value in own.items()]
-    saver = Saver(root, Ranks(), torch.distributed.HashStore(), None, patience=10)
+    pieces = state.pieces_of_rank(model, None, 0) + [whole(name, value) for name, value in own.items()]
+    saver = CheckpointWriter(root, Ranks(), torch.distributed.HashStore(), None, patience=10)
     saver.save(pieces, STATE, 4)
     assert saver.wait() is None
     return Path(str(saver.last))
@@ -72,10 +72,10 @@ def told(work: Callable[[], Any]) -> int:
 
 def read_checkpoint(argv: list[str]) -> int:
     def read() -> None:
-        found = folder.describe(Path(argv[0]))
+        found = folder.read_description(Path(argv[0]))
         resume.check_state(found, True)
-        state.restore(found, Small(), None)
-        resume._own_state(Job(), Ranks(), found)
+        state.restore_state(found, Small(), None)
+        resume._restore_rank_state(Job(), Ranks(), found)
         assert found.score is None or isinstance(found.score, float)
 
     return told(read)
@@ -91,7 +91,7 @@ def read_store(argv: list[str]) -> int:
 
 
 def read_cache(argv: list[str]) -> int:
-    found = cache.load(Path(argv[0]), {})
+    found = cache.load_prepared(Path(argv[0]), {})
     if found is not None:
         arrays, facts = found
         table = np.zeros(facts["items"] + 2) if facts["items"] < 1 << 20 else None
@@ -103,7 +103,7 @@ def read_cache(argv: list[str]) -> int:
 
 def read_metrics(argv: list[str]) -> int:
     def read() -> None:
-        records = Records(argv[0], True)
+        records = RunFolder(argv[0], True)
         records.go_on(4, 10, 7)
         records.close()
 
@@ -153,9 +153,9 @@ def prepare(place: Path, which: str) -> tuple[Path, Callable[[list[str]], int]]:
         opened.close()
         return place / "store", read_store
     if which == "cache":
-        cache.save(place / "markov", ARRAYS, {"items": 3})
+        cache.save_prepared(place / "markov", ARRAYS, {"items": 3})
         return place / "markov", read_cache
-    records = Records(str(place / "run"), True)
+    records = RunFolder(str(place / "run"), True)
     records.start_anew()
     for step in range(1, 6):
         records.report(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0)

@@ -21,9 +21,9 @@ import pytest
 
 from analysis import __main__ as analysis
 from analysis.tables import gather
-from analysis.trace.lines import Loss, blocks
-from analysis.trace.scan import MAX_DUR, MAX_TS, scan
-from analysis.trace.strings import PAD, Strings
+from analysis.trace.lines import ReadLoss, read_blocks
+from analysis.trace.scan import MAX_DUR, MAX_TS, scan_block
+from analysis.trace.strings import PAD, StringTable
 from tests.fuzzing import EXTREMES, check, mutate, outcome
 from tests.made_traces import training
 
@@ -186,10 +186,10 @@ def scan_case(seed: int, folder: Path) -> None:
     from analysis.perfetto import convert
 
     chance = random.Random(seed)
-    strings = Strings()
+    strings = StringTable()
     text = bytearray(hostile_file(chance)[1] if chance.random() < 0.5 else random_lines(chance, 200)) + b"\n"
     size = len(text)
-    block = scan(np.frombuffer(text + chance.randbytes(PAD), np.uint8), size, strings)
+    block = scan_block(np.frombuffer(text + chance.randbytes(PAD), np.uint8), size, strings)
     assert ((block.ts >= 0) & (block.ts <= MAX_TS) & (block.dur >= 0) & (block.dur <= MAX_DUR)).all()
     assert (block.name < len(strings)).all() and (block.arg_key < len(strings)).all()
     assert (np.diff(block.arg_begin) >= 0).all() and block.arg_begin[-1] == len(block.arg_key)
@@ -201,8 +201,8 @@ def scan_case(seed: int, folder: Path) -> None:
     path.write_bytes(text)
     if len(block) and chance.random() < 0.3:
         try:
-            convert.convert(path, folder / "out")
-            gather.gather(path, on_this_thread)
+            convert.convert_to_pftrace(path, folder / "out")
+            gather.gather_tables(path, on_this_thread)
         except analysis.UserError:
             pass
 
@@ -225,7 +225,7 @@ def test_damaged_gzip_streams_give_whole_lines(tmp_path: Path) -> None:
     for seed in range(200):
         chance = random.Random(seed)
         path.write_bytes(mutate(gzip.compress(SEED, 1) + gzip.compress(SEED[:5000], 9), chance))
-        for text in blocks(path, Loss()):
+        for text in read_blocks(path, ReadLoss()):
             assert text.endswith(b"\n")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config.options import Config, parse
+from dlrm.config.options import Config, parse_options
 from dlrm.config.presets import PRESETS
 from dlrm.runtime.ranks import Ranks
 
@@ -37,7 +37,7 @@ def losses(words: str, folder: Path) -> list[float]:
     from dlrm.trainer import trainer
 
     argv = [*COMMON.split(), *words.split(), "--output_dir", str(folder)]
-    trainer.train(parse(Config, argv, "train", "", PRESETS), Ranks())
+    trainer.train(parse_options(Config, argv, "train", "", PRESETS), Ranks())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 

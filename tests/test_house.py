@@ -8,57 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {
-    "common": [["errors", "numba_cache"], ["inputs", "lock"], ["owned"]],
-    "dlrm": [
-        ["errors", "ranks", "segments", "environment", "peers", "rendezvous"],
-        ["exchange", "criteo", "config", "presets", "trace", "signals", "walltime", "runfolder"],
-        ["bert_config"],
-        ["entry"],
-        ["watch"],
-        ["dist", "records", "startup", "prep", "data"],
-        ["model"],
-        ["auroc", "checkpoint", "mlperf", "sets", "bert_sets", "advice", "amp"],
-        ["loop"],
-        ["keeper", "resume", "assembly"],
-        ["job"],
-        ["bert_job"],
-        ["train", "bench", "bert4rec"],
-    ],
-    "analysis": [
-        ["settings", "strings", "lines", "intervals", "stages", "records", "outputs"],
-        ["scan", "process"],
-        ["columns", "clocks"],
-        ["events"],
-        ["derive", "nest", "wire"],
-        ["tracks"],
-        ["perfetto", "tables", "check", "view"],
-        ["chrome"],
-        ["facts", "run", "page", "cluster"],
-        ["rules_time", "rules_io", "plots"],
-        ["findings", "plots_io"],
-        ["summary", "sections"],
-        ["report"],
-        ["compare"],
-        ["__main__"],
-    ],
-}
+PACKAGES = ("common", "dlrm", "analysis")
 
 
 def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def floor(package: str, room: str) -> int:
-    for number, rooms in enumerate(FLOORS[package]):
-        if room in rooms:
-            return number
-    raise AssertionError(f"{package}/{room} has no floor: give it one here and in README")
-
-
 def imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module in FLOORS:
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module in PACKAGES:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module
@@ -68,19 +27,81 @@ def imported(path: Path) -> Iterator[str]:
             raise AssertionError(f"{path}: write absolute imports, so that this test sees them")
 
 
-@pytest.mark.parametrize("package", FLOORS)
-def test_imports_only_go_down(package: str) -> None:
-    for path in sources(package):
-        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
-        if room == "__init__":
-            continue
-        for name in imported(path):
-            parts = name.split(".")
-            assert parts[0] not in set(FLOORS) - {package, "common"}, (
-                f"{path}: the packages talk through files"
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of all packages."""
+    found = {}
+    for package in PACKAGES:
+        for path in sources(package):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+def room(path: Path) -> str:
+    """The folder that a file belongs to; an entry (python -m ...) stands for itself, above all folders."""
+    is_entry = path.name == "__main__.py" or path.parent == ROOT / "dlrm"
+    return str((path if is_entry else path.parent).relative_to(ROOT))
+
+
+def arrows() -> Iterator[tuple[str, str]]:
+    """(importing module, imported module) within the project, imports inside functions too."""
+    known = modules()
+    for name, path in known.items():
+        for wanted in imported(path):
+            target = wanted if wanted in known else wanted.rpartition(".")[0]
+            if target in known and target != name and known[target].name != "__init__.py":
+                yield name, target
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Nodes that reach each other, or nothing."""
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return trail[trail.index(node) :]
+        if node in done:
+            return []
+        for target in sorted(graph.get(node, ())):
+            if circle := visit(target, [*trail, node]):
+                return circle
+        done.add(node)
+        return []
+
+    return next((circle for node in sorted(graph) if (circle := visit(node, []))), [])
+
+
+def test_imports_only_go_down() -> None:
+    """Folders stand on floors: no folder imports, over any number of others, one that imports it."""
+    known, graph = modules(), {}
+    for name, target in arrows():
+        if room(known[name]) != room(known[target]):
+            graph.setdefault(room(known[name]), set()).add(room(known[target]))
+    assert not find_circle(graph)
+
+
+def test_no_circle_of_files() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, target in arrows():
+        graph.setdefault(name, set()).add(target)
+    assert not find_circle(graph)
+
+
+def test_the_packages_talk_through_files() -> None:
+    """The common floor knows nothing of the two packages, and they nothing of each other."""
+    allowed = {"common": {"common"}, "dlrm": {"common", "dlrm"}, "analysis": {"common", "analysis"}}
+    for name, target in arrows():
+        top = name.partition(".")[0]
+        assert target.partition(".")[0] in allowed[top], f"{name} imports {target}"
+
+
+def test_every_folder_says_what_it_is_for() -> None:
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("__init__.py"):
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            assert 2 <= len(text.splitlines()) <= 6, (
+                f"{path}: 2 to 5 lines: what for, what comes in, what goes out"
             )
-            if parts[0] == package and len(parts) > 1 and parts[1] != room:
-                assert floor(package, parts[1]) < floor(package, room), f"{path}: {room} imports {name}"
 
 
 def test_analysis_needs_no_torch() -> None:

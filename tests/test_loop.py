@@ -73,10 +73,10 @@ class Course:
             self.validated.append(self.progress.step)
             return {"auroc": scores * self.progress.step, "seconds": 0.0}
 
-        self.good = loop.fit(
+        self.good = loop.run_training(
             Ahead(odd), self.batches, self.progress, loop.Limits(**limits), next_lr, validate,
             lambda **said: self.reports.append((said["step"], said["loss"])),
-            loop.Meter(torch.device("cpu")), loop.Hooks(),
+            loop.ThroughputMeter(torch.device("cpu")), loop.Hooks(),
         )  # fmt: skip
 
 

@@ -27,20 +27,20 @@ def test_the_trial_tells_float32_from_bfloat16() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_products_by_numpy_are_torchs() -> None:
-    assert blas.is_float32(blas.by_numpy)
+    assert blas.is_float32(blas.multiply_by_numpy)
     for shape in ((5, 7, 3), (5, 1, 3), (5, 7, 1), (0, 7, 3)):
         left, right = torch.randn(shape[:2]), torch.randn(shape[1:], requires_grad=True)
         for one, other in ((left, right), (right.t(), left.t())):
-            torch.testing.assert_close(blas.by_numpy(one, other), torch.mm(one, other).detach())
+            torch.testing.assert_close(blas.multiply_by_numpy(one, other), torch.mm(one, other).detach())
     huge = torch.full((2, 2), 1e30)
     huge[1, 1] = float("nan")
-    found = blas.by_numpy(huge, huge)
+    found = blas.multiply_by_numpy(huge, huge)
     assert found[0, 0] == float("inf") and found[1, 1].isnan()
 
 
 def test_nothing_on_cuda() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    assert blas.tune(torch.device("cuda")) == []
+    assert blas.tune_processor(torch.device("cuda")) == []
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 

@@ -10,9 +10,9 @@ from torchrec.models import dlrm as torchrec_dlrm
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from dlrm.embeddings.tables import table_configs
-from dlrm.models.dlrm.interactions import Dot, PairDots, Shape
-from dlrm.models.dlrm.model import Train, build, compile_dense
+from dlrm.embeddings.tables import make_table_configs
+from dlrm.models.dlrm.interactions import InteractionArch, InteractionConfig, PairDots
+from dlrm.models.dlrm.model import DLRMTrain, build_dlrm, compile_dense
 from dlrm.runtime.errors import UserError
 
 NAMES = ["cat_a", "cat_b", "cat_c", "cat_d"]
@@ -25,13 +25,13 @@ REFERENCES = {
 }
 
 
-def make(interaction: str, **changes: Any) -> Train:
+def make(interaction: str, **changes: Any) -> DLRMTrain:
     arguments: dict[str, Any] = {
-        "tables": table_configs([7, 9, 20, 3], 8, NAMES), "dense_in": 5, "dense_layers": DENSE,
+        "tables": make_table_configs([7, 9, 20, 3], 8, NAMES), "dense_in": 5, "dense_layers": DENSE,
         "over_layers": OVER, "dcn_layers": 2, "dcn_rank": 3, "branch1": [16, 24], "branch2": [16, 32],
         "table_device": CPU, "seed": 1,
     }  # fmt: skip
-    return build(interaction, **(arguments | changes))
+    return build_dlrm(interaction, **(arguments | changes))
 
 
 def batch_of(rows: int, seed: int = 0) -> Batch:
@@ -46,7 +46,7 @@ def batch_of(rows: int, seed: int = 0) -> Batch:
 @pytest.mark.parametrize("interaction", REFERENCES)
 def test_equals_torchrec(interaction: str) -> None:
     ours = make(interaction)
-    bags = EmbeddingBagCollection(tables=table_configs([7, 9, 20, 3], 8, NAMES), device=CPU)
+    bags = EmbeddingBagCollection(tables=make_table_configs([7, 9, 20, 3], 8, NAMES), device=CPU)
     theirs = torchrec_dlrm.DLRMTrain(REFERENCES[interaction](bags))
     theirs.load_state_dict(ours.state_dict())  # strict: the same names and shapes
     batch = batch_of(33)
@@ -65,7 +65,7 @@ def test_equals_torchrec(interaction: str) -> None:
 
 @pytest.mark.parametrize("self_interaction", [False, True])
 def test_dots_by_definition_in_any_column_order(self_interaction: bool) -> None:
-    module = Dot(Shape(NAMES, [8] * 4, 8, self_interaction=self_interaction))
+    module = InteractionArch(InteractionConfig(NAMES, [8] * 4, 8, self_interaction=self_interaction))
     dense = torch.randn(6, 8)
     pooled = {name: torch.randn(6, 8) for name in NAMES}
     entries = [dense, *(pooled[name] for name in NAMES)]
@@ -81,7 +81,7 @@ def test_dots_by_definition_in_any_column_order(self_interaction: bool) -> None:
 
 @pytest.mark.parametrize("self_interaction", [False, True])
 def test_gradient_of_the_dots(self_interaction: bool) -> None:
-    module = Dot(Shape(NAMES, [4] * 4, 4, self_interaction=self_interaction))
+    module = InteractionArch(InteractionConfig(NAMES, [4] * 4, 4, self_interaction=self_interaction))
     order = module._order(tuple(NAMES[::-1]), CPU)
     dense = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     sparse = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
@@ -98,7 +98,7 @@ def test_flat_interactions_follow_the_tables_order() -> None:
 
 
 def test_tables_of_different_widths() -> None:
-    tables = table_configs([7, 9, 20, 3], [4, 8, 16, 8], NAMES)
+    tables = make_table_configs([7, 9, 20, 3], [4, 8, 16, 8], NAMES)
     for interaction in ("dcn", "cat", "projection"):
         loss, _ = make(interaction, tables=tables)(batch_of(9))
         loss.backward()

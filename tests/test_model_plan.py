@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.embeddings.planner import describe, load_constraints, make_plan, memory_of, plan_as_dict
-from dlrm.embeddings.tables import table_configs
-from dlrm.models.dlrm.model import Train, build
+from dlrm.embeddings.planner import describe_plan, load_constraints, make_plan, memory_of_rank, plan_as_dict
+from dlrm.embeddings.tables import make_table_configs
+from dlrm.models.dlrm.model import DLRMTrain, build_dlrm
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer.optimizers import apply_in_backward
@@ -104,9 +104,9 @@ def test_through_shared_memory_all_plans_are_the_same(ranks: int) -> None:
             np.testing.assert_allclose(found["last"][table], weight, rtol=1e-4, atol=1e-6, err_msg=str(task))
 
 
-def model(sizes: list[int], optimizer: str = "sgd") -> Train:
-    tables = table_configs(sizes, 16, [f"cat_{i}" for i in range(len(sizes))])
-    made = build("dot", tables, 13, [16], [4, 1])
+def model(sizes: list[int], optimizer: str = "sgd") -> DLRMTrain:
+    tables = make_table_configs(sizes, 16, [f"cat_{i}" for i in range(len(sizes))])
+    made = build_dlrm("dot", tables, 13, [16], [4, 1])
     apply_in_backward(made.model.sparse_arch.parameters(), optimizer, 0.1, CPU)
     return made
 
@@ -120,7 +120,7 @@ def test_default_is_whole_tables_in_balance() -> None:
         held[entry["shards"][0]["rank"]] += entry["shards"][0]["size"][0]
     assert sum(held) == 1000 * 26 * 27 // 2
     assert max(held) < 1.3 * min(held)
-    text = describe(plan)
+    text = describe_plan(plan)
     assert "t_cat_25" in text and "rank 3 holds" in text and "26000 x 16" in text
 
 
@@ -136,7 +136,7 @@ def test_tables_that_fit_nowhere_are_told_with_sizes() -> None:
 
 
 def test_memory_of_a_rank_is_its_share() -> None:
-    assert memory_of(CPU, Ranks(0, 0, 4, 4)) == memory_of(CPU, Ranks()) // 4
+    assert memory_of_rank(CPU, Ranks(0, 0, 4, 4)) == memory_of_rank(CPU, Ranks()) // 4
 
 
 @pytest.mark.parametrize(

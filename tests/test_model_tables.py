@@ -12,19 +12,19 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from dlrm.cpu import startup
 from dlrm.data.criteo import SPARSE_NAMES
 from dlrm.embeddings import tables
-from dlrm.embeddings.tables import initialise, table_configs, table_parameters
+from dlrm.embeddings.tables import initialize_tables, make_table_configs, table_parameters
 from dlrm.runtime.errors import UserError
 
 
 def weights(seed: int = 0, rows: int = 40_000, dtype: str = "fp32") -> dict[str, torch.Tensor]:
-    configs = table_configs([rows, rows], 32, ["cat_0", "cat_1"], dtype)
+    configs = make_table_configs([rows, rows], 32, ["cat_0", "cat_1"], dtype)
     bags = EmbeddingBagCollection(tables=configs, device=torch.device("cpu"))
-    initialise(bags, seed)
+    initialize_tables(bags, seed)
     return {table: weight for _, table, weight in table_parameters(bags)}  # type: ignore[misc]
 
 
 def test_configs_follow_the_features() -> None:
-    configs = table_configs([10] * 26, 16)
+    configs = make_table_configs([10] * 26, 16)
     assert [config.feature_names for config in configs] == [[name] for name in SPARSE_NAMES]
     assert configs[3].name == "t_cat_3" and configs[3].embedding_dim == 16
 
@@ -60,7 +60,7 @@ def test_half_precision_tables_hold_the_same_numbers() -> None:
 def test_a_shard_is_a_cut_of_the_table(first: int, last: int, columns: slice) -> None:
     whole = weights()["t_cat_0"]
     shard = torch.empty(last - first, columns.stop - columns.start)
-    tables.fill(shard, first, columns.start, 40_000, 32, "t_cat_0", 0, None)
+    tables.fill_shard(shard, first, columns.start, 40_000, 32, "t_cat_0", 0, None)
     assert torch.equal(shard, whole[first:last, columns])
 
 
@@ -90,10 +90,10 @@ def test_large_zeros_are_made_when_they_are_touched() -> None:
 
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="25 values for 26 tables"):
-        table_configs([5] * 25, 16)
+        make_table_configs([5] * 25, 16)
     with pytest.raises(UserError, match="0 is not a size"):
-        table_configs([5] * 25 + [0], 16)
+        make_table_configs([5] * 25 + [0], 16)
     with pytest.raises(UserError, match="multiples of 4"):
-        table_configs([5] * 26, 10)
+        make_table_configs([5] * 26, 10)
     with pytest.raises(UserError, match="choose from fp32, fp16"):
-        table_configs([5] * 26, 16, dtype="int8")
+        make_table_configs([5] * 26, 16, dtype="int8")

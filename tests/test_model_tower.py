@@ -7,7 +7,7 @@ from dlrm.models.dlrm import mlp
 
 
 @pytest.mark.parametrize("layers", [[6], [8, 5], [7, 9, 4, 3]])
-@pytest.mark.parametrize("kind", [mlp.Tower, mlp.Over])
+@pytest.mark.parametrize("kind", [mlp.DenseArch, mlp.OverArch])
 @pytest.mark.parametrize("inputs_need_gradient", [False, True])
 def test_same_values_and_gradients(kind: type, layers: list[int], inputs_need_gradient: bool) -> None:
     torch.manual_seed(3)
@@ -26,6 +26,6 @@ def test_same_values_and_gradients(kind: type, layers: list[int], inputs_need_gr
 
 
 def test_mixed_precision_is_left_to_torch() -> None:
-    module = mlp.Tower(4, [4, 2])
+    module = mlp.DenseArch(4, [4, 2])
     with torch.autocast("cpu", torch.bfloat16):
         assert module(torch.randn(3, 4)).dtype == torch.bfloat16

@@ -152,9 +152,9 @@ def test_giant_columns_by_bitmap(days: Path, tmp_path: Path, least: int) -> None
 def test_exact_ids_where_torchrec_rounds(tmp_path: Path) -> None:
     """Above 2^24 torchrec's shuffle rounds ids; here only with --compat does it happen."""
     ids = np.array([[16777217, 33554435, 292775613]], np.int32)
-    from dlrm.prep.io.publish import rounded
+    from dlrm.prep.io.publish import round_through_float
 
-    assert rounded(ids).tolist() == [[16777216, 33554436, 292775616]]
+    assert round_through_float(ids).tolist() == [[16777216, 33554436, 292775616]]
 
 
 def mpiexec() -> Path:

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlrm.data.criteo import Meta
+from dlrm.data.criteo import DatasetMeta
 from dlrm.prep.__main__ import main
 from dlrm.prep.io import odd_lines
-from dlrm.prep.io.blocks import Piece, Scanner
-from dlrm.prep.io.files import File
+from dlrm.prep.io.blocks import InputPiece, LineScanner
+from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.kernels import parse_line
-from dlrm.prep.tools.toy import tsv, write_days
+from dlrm.prep.tools.toy import format_tsv, write_days
 from dlrm.runtime.errors import UserError
 
 GOOD = "1\t" + "\t".join(str(i) for i in range(13)) + "\t" + "\t".join(f"{i:08x}" for i in range(26)) + "\n"
@@ -74,7 +74,7 @@ def test_bad_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert reason in said
     write(source, GOOD * 3, GOOD * 6)  # mended: the same command goes on
     assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out")]) == 0
-    assert Meta.load(tmp_path / "out").rows == [3, 6]
+    assert DatasetMeta.load(tmp_path / "out").rows == [3, 6]
 
 
 def test_no_newline_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_no_newline_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
         main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "o"), "--compat", "torchrec"])
         == 0
     )
-    assert Meta.load(tmp_path / "o").rows == [3]
+    assert DatasetMeta.load(tmp_path / "o").rows == [3]
 
 
 def test_missing_empty_and_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +144,7 @@ def test_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert f"{source}/day_0.gz: byte " in said and "truncated" in said
     (source / "day_0.gz").write_bytes(packed)
     assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out")]) == 0
-    assert Meta.load(tmp_path / "out").rows == [500]
+    assert DatasetMeta.load(tmp_path / "out").rows == [500]
 
 
 def test_skipping_bad_rows_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,13 +187,13 @@ def test_kaggle_with_and_without_labels(tmp_path: Path) -> None:
     """train.txt becomes seven days; test.txt, which has no labels, keeps its order and shares the ids."""
     source = tmp_path / "in"
     source.mkdir()
-    train, test = tsv(703, np.random.default_rng(1), 0), tsv(90, np.random.default_rng(2), 0)
+    train, test = format_tsv(703, np.random.default_rng(1), 0), format_tsv(90, np.random.default_rng(2), 0)
     (source / "train.txt").write_bytes(train)
     (source / "test.txt").write_bytes(b"".join(line[2:] for line in test.splitlines(keepends=True)))
     for engine in ("numba", "plain"):
         flags = ["--output_dir", str(tmp_path / engine), "--engine", engine, "--part_bytes", "40000"]
         assert main(["run", "--input_dir", str(source), *flags]) == 0
-    assert Meta.load(tmp_path / "numba").rows == [101] * 3 + [100] * 4
+    assert DatasetMeta.load(tmp_path / "numba").rows == [101] * 3 + [100] * 4
     assert (np.load(tmp_path / "numba" / "test_labels.npy") == -1).all()
     for path in (tmp_path / "plain").glob("*.npy"):
         assert path.read_bytes() == (tmp_path / "numba" / path.name).read_bytes(), path.name
@@ -208,7 +208,7 @@ def test_kaggle_parsed_as_torchrec_does(tmp_path: Path, monkeypatch: pytest.Monk
     source, wanted, got = Path("in"), Path("wanted"), Path("got")
     source.mkdir()
     wanted.mkdir()
-    (source / "train.txt").write_bytes(tsv(50, np.random.default_rng(1), 0))
+    (source / "train.txt").write_bytes(format_tsv(50, np.random.default_rng(1), 0))
     (source / "test.txt").write_bytes((GOOD[2:] * 3).encode())
     torchrec_main(
         ["--input_dir", str(source), "--output_dir", str(wanted), "--dataset_name", "criteo_kaggle"]
@@ -252,7 +252,7 @@ def corrupted(random_: random.Random, line: str) -> str:
 def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
     """Never another value; what torchrec refuses is refused; what only we refuse has a known reason."""
     random_ = random.Random(5)
-    good = tsv(400, np.random.default_rng(3), 0).decode().splitlines()
+    good = format_tsv(400, np.random.default_rng(3), 0).decode().splitlines()
     path, both, ours_only = tmp_path / "line", 0, 0
     for _ in range(6000):
         line = corrupted(random_, random_.choice(good))
@@ -264,8 +264,8 @@ def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
             assert all(abs(value) < 1 << 31 for value in wanted[0] + [wanted[2]])
         except (ValueError, IndexError, AssertionError, StopIteration):
             wanted = None
-        with File(path) as file:
-            scanner = Scanner(file, "x", Piece(0, 0, file.size), odd_lines.Rules(), False)
+        with OffsetFile(path) as file:
+            scanner = LineScanner(file, "x", InputPiece(0, 0, file.size), odd_lines.LineRules(), False)
             try:
                 blocks = [
                     (block.dense[0].tolist(), block.sparse[0].tolist(), int(block.labels[0]), block.rows)
@@ -286,8 +286,8 @@ def test_block_borders(tmp_path: Path) -> None:
     text = (GOOD * 2047 + field(3, " 5 ") + GOOD * 2048 + field(3, "+7") * 3000 + GOOD).encode()
     path = tmp_path / "text"
     path.write_bytes(text)
-    with File(path) as file:
-        scanner = Scanner(file, "x", Piece(0, 0, len(text)), odd_lines.Rules(), False)
+    with OffsetFile(path) as file:
+        scanner = LineScanner(file, "x", InputPiece(0, 0, len(text)), odd_lines.LineRules(), False)
         third = np.concatenate([block.dense[: block.rows, 2].copy() for block, _ in scanner.blocks()])
     assert third.tolist() == [2] * 2047 + [5] + [2] * 2048 + [7] * 3000 + [2]
     assert parse_line.PAD >= 16

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import Finished
 
-from dlrm.data.criteo import Meta
+from dlrm.data.criteo import DatasetMeta
 from dlrm.prep.__main__ import main
-from dlrm.prep.tools.toy import log_odds, skewed, write_days
+from dlrm.prep.tools.toy import draw_log_odds, draw_skewed, write_days
 
 SIZES = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1]
 
@@ -51,8 +51,8 @@ def test_parquet_holds_the_same_rows(days: Path, dataset: Path, tmp_path: Path) 
         assert (np.stack(columns[1:14], axis=1) == wanted["dense"][stretch]).all()
         assert (np.stack(columns[14:], axis=1) == wanted["sparse"][stretch]).all()
         begin += rows
-    assert Meta.load(out).table_sizes == Meta.load(dataset).table_sizes
-    assert f"table_size_array = {Meta.load(out).table_sizes}" in (out / "README.md").read_text()
+    assert DatasetMeta.load(out).table_sizes == DatasetMeta.load(dataset).table_sizes
+    assert f"table_size_array = {DatasetMeta.load(out).table_sizes}" in (out / "README.md").read_text()
     assert main(["check", str(out)]) == 0
 
 
@@ -61,7 +61,7 @@ def test_other_format_than_the_folder_has(
 ) -> None:
     """The end says what there is and what comes next; without --format nothing is added to it."""
     out = run(days, tmp_path / "out", "--format", "parquet", "--no_md5")
-    said, small = capsys.readouterr().out, min(Meta.load(out).table_sizes)
+    said, small = capsys.readouterr().out, min(DatasetMeta.load(out).table_sizes)
     assert f"{out}: 3,003 rows in 3 days, 26 tables of {small} to " in said
     assert f"(parquet); next: DATASET_DIR={out} ./3_train.sh\n" in said
     before = sorted(out.rglob("*"))
@@ -99,7 +99,7 @@ def equal(left: Path, right: Path) -> bool:
 
 @pytest.mark.parametrize("distribution", ["uniform", "pareto"])
 def test_multi_hot_is_what_np_savez_writes(dataset: Path, tmp_path: Path, distribution: str) -> None:
-    sizes = Meta.load(dataset).table_sizes
+    sizes = DatasetMeta.load(dataset).table_sizes
     out = tmp_path / "out"
     flags = ["--multi_hot_sizes", ",".join(map(str, SIZES)), "--multi_hot_distribution_type", distribution]
     command = ["multihot", "--input_dir", str(dataset), "--output_dir", str(out), *flags]
@@ -121,7 +121,7 @@ def test_multi_hot_is_what_np_savez_writes(dataset: Path, tmp_path: Path, distri
             tmp_path / "wanted.npz"
         ).read_bytes()
         assert (out / f"day_{day}_dense.npy").read_bytes() == (dataset / f"day_{day}_dense.npy").read_bytes()
-    assert Meta.load(out).format == "multi_hot"
+    assert DatasetMeta.load(out).format == "multi_hot"
     assert main(["check", str(out)]) == 0
 
 
@@ -190,13 +190,13 @@ def test_toy_can_be_learned_and_repeats() -> None:
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(0)
-    ids = skewed(20_000, rng)
+    ids = draw_skewed(20_000, rng)
     dense = np.floor(rng.lognormal(1.5, 1.3, (20_000, 13))).astype(np.int64)
-    truth = log_odds(ids, dense, 0)
+    truth = draw_log_odds(ids, dense, 0)
     labels = rng.random(20_000) < 1 / (1 + np.exp(-truth))
     assert 0.85 < roc_auc_score(labels, truth) < 0.95
     assert 0.2 < labels.mean() < 0.6
-    assert (log_odds(ids, dense, 0) == truth).all()
+    assert (draw_log_odds(ids, dense, 0) == truth).all()
 
 
 def test_one_file_is_the_days_after_each_other(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.prep.job.workers import in_processes
+from dlrm.prep.job.workers import run_in_processes
 from dlrm.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -38,15 +38,15 @@ def test_results_in_order(workers: int, tmp_path: Path) -> None:
         work_with()
         return item * item, os.getpid()
 
-    results = in_processes(workers, work, range(12))
+    results = run_in_processes(workers, work, range(12))
     assert [square for square, _ in results] == [item * item for item in range(12)]
     assert len({process for _, process in results}) == workers
-    assert in_processes(workers, work, []) == []
+    assert run_in_processes(workers, work, []) == []
 
 
 def test_nothing_is_done_twice(tmp_path: Path) -> None:
     out = os.open(tmp_path / "done", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    in_processes(5, lambda item: os.write(out, b"%d\n" % item), range(20_000))
+    run_in_processes(5, lambda item: os.write(out, b"%d\n" % item), range(20_000))
     os.close(out)
     assert sorted(map(int, (tmp_path / "done").read_text().split())) == list(range(20_000))
 
@@ -60,7 +60,7 @@ def test_the_earliest_error_is_raised(workers: int, tmp_path: Path) -> None:
         (tmp_path / str(item)).touch()
 
     with pytest.raises(UserError, match="4 is bad"):
-        in_processes(workers, work, range(100))
+        run_in_processes(workers, work, range(100))
     assert len(list(tmp_path.iterdir())) < 10  # nobody began another
 
 
@@ -77,7 +77,7 @@ def test_a_killed_process_is_told(worse: bool, tmp_path: Path) -> None:
             raise UserError("bad row")
 
     with pytest.raises(UserError, match="bad row" if worse else "a worker ended with exit code -9"):
-        in_processes(2, work, range(4))
+        run_in_processes(2, work, range(4))
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlrm.runtime.ranks import here
+from dlrm.runtime.ranks import find_ranks
 
 MPI = {"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
@@ -22,5 +22,5 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_
     ],
 )  # fmt: skip
 def test_the_launchers_names(environment: dict[str, str], expected: tuple[int, ...]) -> None:
-    rank = here(environment)
+    rank = find_ranks(environment)
     assert (rank.rank, rank.local_rank, rank.world_size, rank.local_world_size) == expected

@@ -16,7 +16,7 @@ from alive import ROOT, Alive, free_port
 from test_survival_stop import words
 
 from common.owned import remove_dead_segments
-from dlrm.runtime.heartbeat import Note
+from dlrm.runtime.heartbeat import FailureNotice
 from dlrm.runtime.peers import LocalPeers, Process
 from dlrm.runtime.rendezvous import TOKEN, SignedStore, job_key
 
@@ -75,7 +75,7 @@ def test_values_of_others_are_not_seen() -> None:
     mine.set_first("key", "first")
     mine.set_first("key", "second")
     assert mine.get("key") == b"first"
-    shared.set("moved", shared.get("key"))  # a value counts under its own name only
+    shared.set("moved", shared.get("key"))  # type: ignore[arg-type]  # a value counts under its own name only
     assert mine.find("moved") is None
     for garbage in ("", "\x7f\x00" * 99, "0" * 64):
         shared.set("note", garbage)
@@ -86,7 +86,7 @@ def test_values_of_others_are_not_seen() -> None:
 
 @pytest.mark.parametrize(("code", "kept"), [(0, 1), (-5, 1), (75, 75), (10**30, 255)])
 def test_a_note_never_says_success(code: int, kept: int) -> None:
-    assert Note.read(json.dumps(asdict(Note("why", code=code))).encode()).code == kept
+    assert FailureNotice.read(json.dumps(asdict(FailureNotice("why", code=code))).encode()).code == kept
 
 
 FORMING = """

@@ -7,9 +7,9 @@ import pytest
 from made_traces import Made, training
 
 from analysis.report.facts import Facts, Finding
-from analysis.report.findings import findings
+from analysis.report.findings import find_all
 from analysis.tables import answers
-from analysis.tables.gather import gather
+from analysis.tables.gather import gather_tables
 
 OURS = {"data": {"batch_size": 8}, "launch": {"world_size": 1}}
 
@@ -17,7 +17,7 @@ OURS = {"data": {"batch_size": 8}, "launch": {"world_size": 1}}
 def found(run: Path, *made: Made, config: dict | None = None) -> dict[str, Finding]:
     for one in made:
         one.write(run)
-    return {f.rule: f for f in findings(Facts(gather(run), OURS if config is None else config))}
+    return {f.rule: f for f in find_all(Facts(gather_tables(run), OURS if config is None else config))}
 
 
 def problems(found: dict[str, Finding]) -> set[str]:
@@ -160,7 +160,7 @@ def test_ranks_that_take_turns_read_in_strides(tmp_path: Path) -> None:
         ranks.append(made)
     result = found(tmp_path, *ranks, config={"data": {"read_chunk_mb": 0.03}, "launch": {}})
     assert "random_access" not in result
-    reads = answers.volume(gather(tmp_path), "rank").filter(pl.col("op") == "read")
+    reads = answers.volume(gather_tables(tmp_path), "rank").filter(pl.col("op") == "read")
     assert reads.select("sequential", "strided", "random").rows() == [(2, 1498, 0)] * 2
     for rule in ("small_reads", "waiting"):
         assert "--batch_size" in result[rule].remedy and "--read_chunk_mb" not in result[rule].remedy
@@ -227,6 +227,6 @@ def test_order_and_start_up(tmp_path: Path) -> None:
 def test_no_finding_promises_more_than_the_wall(tmp_path: Path) -> None:
     made = training(wait=9_000, compute=2_000, reads=40, read_size=4096, read_us=200)
     result = found(tmp_path, made)
-    wall = float(gather(tmp_path)["time"]["wall_us"].sum()) / 1e6
+    wall = float(gather_tables(tmp_path)["time"]["wall_us"].sum()) / 1e6
     assert all(0 <= f.seconds <= wall for f in result.values())
     assert not pl.Series([f.seconds for f in result.values()]).is_nan().any()

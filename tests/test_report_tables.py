@@ -16,7 +16,7 @@ from made_traces import BEGIN, Made, training
 
 from analysis.perfetto import convert
 from analysis.tables import answers, progress
-from analysis.tables.gather import Joined, gather
+from analysis.tables.gather import JoinedTables, gather_tables
 from analysis.trace.classify import CALLS, KINDS, kind_of, op_of
 
 
@@ -112,7 +112,7 @@ def test_time_us_by_us(tmp_path: Path, seed: int) -> None:
                 expected[key]["io_behind_communication_us"] += 1
             else:
                 expected[key]["io_bare_us"] += 1
-    table = gather(tmp_path)["time"]
+    table = gather_tables(tmp_path)["time"]
     assert len(table) == len(expected)
     for row in table.iter_rows(named=True):
         for measure, us in row.items():
@@ -126,7 +126,7 @@ def test_time_us_by_us(tmp_path: Path, seed: int) -> None:
 
 def test_steps_and_timeline_add_up(tmp_path: Path) -> None:
     chaos(3).write(tmp_path)
-    joined = gather(tmp_path)
+    joined = gather_tables(tmp_path)
     begin = BEGIN + 5
     _, _, layers = painted(raw(tmp_path))
     for row in joined["steps"].iter_rows(named=True):
@@ -137,7 +137,7 @@ def test_steps_and_timeline_add_up(tmp_path: Path) -> None:
         assert joined["busy"][measure].sum() == joined["time"][measure].sum(), measure
 
 
-def test_operations_by_plain_python(run: Path, joined: Joined) -> None:
+def test_operations_by_plain_python(run: Path, joined: JoinedTables) -> None:
     expected: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
     for e in raw(run):
         if e["cat"] in CALLS:
@@ -155,8 +155,8 @@ def test_operations_by_plain_python(run: Path, joined: Joined) -> None:
     assert sizes["bytes"].sum() == sum(cell[1] for key, cell in expected.items() if key[2] == "write")
 
 
-def test_steps_by_sql(run: Path, joined: Joined, tmp_path: Path) -> None:
-    made = convert.convert(run, tmp_path / "x.pftrace")
+def test_steps_by_sql(run: Path, joined: JoinedTables, tmp_path: Path) -> None:
+    made = convert.convert_to_pftrace(run, tmp_path / "x.pftrace")
     with trace_processor.opened(made.path) as trace:
         steps = trace.rows(
             "select count(*), sum(dur), max(dur) from slice where category='train' and name='step'"
@@ -181,8 +181,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def joined(run: Path) -> Joined:
-    return gather(run)
+def joined(run: Path) -> JoinedTables:
+    return gather_tables(run)
 
 
 def test_sequential_and_random(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_sequential_and_random(tmp_path: Path) -> None:
     made.posix("read", 20, 1, "/b", ret=0)  # the end of the file is neither
     made.posix("read", 22, 1, "/b", ret=-1)
     made.write(tmp_path)
-    joined = gather(tmp_path)
+    joined = gather_tables(tmp_path)
     found = {r["file"]: (r["sequential"], r["random"], r["failed"], r["bytes"])
              for r in answers.volume(joined, "file").iter_rows(named=True)}  # fmt: skip
     assert found == {"/a": (2, 1, 0, 30), "/b": (3, 1, 1, 40)}
@@ -216,7 +216,7 @@ def test_percentiles_over_ranks_are_those_of_all_events(tmp_path: Path) -> None:
             made.posix("pread64", i * 100_000, us, "/a", ret=1, offset=i)
             all_us.append(us)
         made.write(tmp_path)
-    row = answers.operations(gather(tmp_path)).row(0, named=True)
+    row = answers.operations(gather_tables(tmp_path)).row(0, named=True)
     for q in (50, 90, 99):
         exact = np.quantile(all_us, q / 100, method="inverted_cdf")
         assert row[f"p{q}_us"] == pytest.approx(exact, rel=0.01)
@@ -230,7 +230,7 @@ def test_bytes_that_no_call_shows_count_once(tmp_path: Path) -> None:
     made.posix("open64", 10, 5, "/mapped")
     made.span("data", "read", 20, 9, file="/mapped", bytes=70)
     made.write(tmp_path)
-    found = answers.volume(gather(tmp_path), "file")
+    found = answers.volume(gather_tables(tmp_path), "file")
     assert dict(found.select("file", "bytes").iter_rows()) == {"/seen": 100, "/mapped": 70}
 
 
@@ -243,7 +243,7 @@ def test_spans_without_a_file_count_when_no_call_did_the_work(tmp_path: Path) ->
     made.span("checkpoint", "write", 200, 100, bytes=600)
     made.posix("write", 210, 50, "/log", ret=7)
     made.write(tmp_path)
-    found = answers.volume(gather(tmp_path), "file")
+    found = answers.volume(gather_tables(tmp_path), "file")
     assert dict(found.select("file", "bytes").iter_rows()) == {"/ckpt/a": 1000, None: 600, "b": 50, "/log": 7}
 
 
@@ -255,9 +255,9 @@ def test_hosts_whose_clocks_disagree(tmp_path: Path) -> None:
             if line["ph"] == 1:
                 line["ts"] += shift
         made.write(tmp_path)
-    table = progress.steps(gather(tmp_path))
+    table = progress.steps(gather_tables(tmp_path))
     assert len(table) == 40 and table["ts"][0] == BEGIN + 10_000
-    firsts = gather(tmp_path)["steps"].group_by("rank").agg(pl.col("ts").min())["ts"].to_list()
+    firsts = gather_tables(tmp_path)["steps"].group_by("rank").agg(pl.col("ts").min())["ts"].to_list()
     assert firsts == [BEGIN + 10_000] * 2
 
 
@@ -267,7 +267,7 @@ def test_forked_worker_without_hashes_of_its_own(tmp_path: Path) -> None:
     child.posix("pread64", 20_000, 10, "/data/day_0_sparse.npy", ret=5, offset=0)
     child.write(tmp_path)
     parent.write(tmp_path)
-    joined = gather(tmp_path)
+    joined = gather_tables(tmp_path)
     assert joined["time"]["rank"].unique().to_list() == [0]
     assert answers.volume(joined, "file")["file"].to_list() == ["/data/day_0_sparse.npy"]
 
@@ -276,13 +276,13 @@ def test_killed_before_the_epoch_ended(tmp_path: Path) -> None:
     made = training(steps=10)
     made.lines.pop()  # the epoch's span is written at its end
     made.write(tmp_path, end=False)
-    table = answers.phases(gather(tmp_path))
+    table = answers.phases(gather_tables(tmp_path))
     assert dict(table.select("phase", "wall_s").iter_rows())["train"] == pytest.approx(10 * 0.01201 - 1e-5)
 
 
 def test_step_ranges_hold_all_steps(tmp_path: Path) -> None:
     training(steps=47).write(tmp_path)
-    joined = gather(tmp_path)
+    joined = gather_tables(tmp_path)
     table = progress.step_ranges(joined)
     assert table["steps"].sum() == 47 and table["from_step"].to_list() == list(range(0, 47, 3))
     assert table["wall_s"].sum() == pytest.approx(float(joined["steps"]["wall_us"].sum()) / 1e6)

@@ -21,9 +21,9 @@ from test_survival_stop import words
 from common.errors import UserError
 from common.lock import FolderLock
 from dlrm.checkpoint import folder
-from dlrm.embeddings.ssd.row_file import RowStore
+from dlrm.embeddings.ssd.row_file import RowFile
 from dlrm.models.bert4rec import cache as prepared
-from dlrm.trainer.run_folder import Records
+from dlrm.trainer.run_folder import RunFolder
 
 THEIRS = b'{"step": 3, "mine": "thesis"}\n'
 
@@ -44,7 +44,7 @@ def test_a_run_folder_with_somebodys_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(THEIRS)
     before = tree(tmp_path)
     with pytest.raises(UserError, match="move it away") as refused:
-        Records(str(tmp_path), True, tensorboard=True)
+        RunFolder(str(tmp_path), True, tensorboard=True)
     assert tree(tmp_path) == before and len(str(refused.value).splitlines()) == 1
 
 
@@ -54,12 +54,12 @@ def test_a_link_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").symlink_to(theirs)
     with pytest.raises(UserError):
-        Records(str(tmp_path / "run"), True)
+        RunFolder(str(tmp_path / "run"), True)
     assert theirs.read_bytes() == THEIRS
 
 
 def report(run: Path, steps: range, **known: Any) -> dict[str, Any]:
-    records = Records(str(run), True)
+    records = RunFolder(str(run), True)
     records.go_on(**known) if known else records.start_anew()
     place: dict[str, Any] = {}
     for step in steps:
@@ -113,11 +113,11 @@ def test_checkpoints_beside_somebodys_files(tmp_path: Path) -> None:
     save(root, [whole("t", torch.ones(3))], 101, keep=1)
     after = tree(tmp_path)
     assert {name: after.get(name) for name in before} == before
-    assert copy.exists() and (with_notes / "notes").exists() and folder.describe(with_notes)
+    assert copy.exists() and (with_notes / "notes").exists() and folder.read_description(with_notes)
 
 
-def store(root: Path) -> RowStore:
-    return RowStore(root, "t_cat_0", 100, 4, 0, "sgd", 0)
+def store(root: Path) -> RowFile:
+    return RowFile(root, "t_cat_0", 100, 4, 0, "sgd", 0)
 
 
 @pytest.mark.parametrize("name", ["t_cat_0.rows", "t_cat_0.json", "t_cat_0.json.partial"])
@@ -143,11 +143,11 @@ def test_a_cache_in_place_of_which_something_else_lies(tmp_path: Path) -> None:
     (cache / "prepared.json").write_bytes(THEIRS)
     before = tree(tmp_path)
     with pytest.raises(UserError, match="--cache_dir"):
-        prepared.save(cache, ARRAYS, {"items": 3})
+        prepared.save_prepared(cache, ARRAYS, {"items": 3})
     assert tree(tmp_path) == before
-    prepared.save(tmp_path / "markov-2", ARRAYS, {"items": 3})
-    prepared.save(tmp_path / "markov-2", ARRAYS, {"items": 3})
-    found = prepared.load(tmp_path / "markov-2", {})
+    prepared.save_prepared(tmp_path / "markov-2", ARRAYS, {"items": 3})
+    prepared.save_prepared(tmp_path / "markov-2", ARRAYS, {"items": 3})
+    found = prepared.load_prepared(tmp_path / "markov-2", {})
     assert found is not None and all(np.array_equal(found[0][name], each) for name, each in ARRAYS.items())
 
 
@@ -225,4 +225,4 @@ def test_a_last_checkpoint_that_is_not_written_is_exit_code_1(toy: Path, tiny_di
     last = ranks.said.strip().splitlines()[-1]
     assert "checkpoint of step 7 was not written" in last and "No space left" in last, ranks.said
     assert (run / "results.json").exists() and "Traceback" not in ranks.said
-    assert not folder.published(run / "checkpoints")
+    assert not folder.list_checkpoints(run / "checkpoints")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from conftest import python
 
-from dlrm.data.shuffle import Order
+from dlrm.data.shuffle import ShuffledOrder
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 100, 4097])
 @pytest.mark.parametrize("window", [16, 100, 5000])
 def test_every_row_has_one_place(rows: int, window: int) -> None:
-    order = Order(rows, 3, 1, window)
+    order = ShuffledOrder(rows, 3, 1, window)
     found = []
     for number in range(len(order.starts) - 1):
         held = np.concatenate([np.arange(*block) for block in order.blocks(number)])

@@ -12,8 +12,8 @@ import pytest
 from alive import Alive
 from test_survival_stop import words
 
-from dlrm.checkpoint.folder import describe, published
-from dlrm.checkpoint.shards import blocks
+from dlrm.checkpoint.folder import list_checkpoints, read_description
+from dlrm.checkpoint.shards import read_blocks
 
 # Fails the calls of one kind on files whose path holds FAULT_PATH, after the first FAULT_AFTER of them.
 SHIM = r"""
@@ -69,9 +69,9 @@ def fault(shim: Path, call: str, path: str, number: int, after: int) -> dict[str
 
 
 def whole(path: Path) -> bool:
-    found = describe(path)
+    found = read_description(path)
     for name, facts in found.files.items():
-        for _ in blocks(path / name, facts, 0, facts["bytes"]):
+        for _ in read_blocks(path / name, facts, 0, facts["bytes"]):
             pass
     return True
 
@@ -85,7 +85,7 @@ def test_a_read_error_is_told_with_file_and_rank(toy: Path, tmp_path: Path, shim
     assert 0 not in codes, codes
     assert str(toy / "day_3_sparse.npy") in ranks.said and os.strerror(number) in ranks.said, ranks.said
     assert "Traceback" not in ranks.said
-    assert whole(published(tmp_path / "checkpoints")[0])
+    assert whole(list_checkpoints(tmp_path / "checkpoints")[0])
 
 
 @pytest.mark.mpi
@@ -99,7 +99,7 @@ def test_a_file_that_shrinks(toy: Path, tmp_path: Path) -> None:
         codes = ranks.wait()
     assert 0 not in codes, codes
     assert str(victim) in ranks.said and "Traceback" not in ranks.said, ranks.said
-    assert whole(published(tmp_path / "run" / "checkpoints")[0])
+    assert whole(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
 
 
 @pytest.mark.mpi
@@ -143,4 +143,4 @@ def test_a_disk_that_fills_up_with_the_run_folder(toy: Path, small_disk: Path) -
         codes = ranks.wait(90)
     assert "No space left on device" in ranks.said or "checkpoint not written" in ranks.said, ranks.said
     assert all(code in (0, 1) for code in codes), (codes, ranks.said)
-    assert all(whole(path) for path in published(run / "checkpoints"))
+    assert all(whole(path) for path in list_checkpoints(run / "checkpoints"))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.embeddings.ssd.cached_table import Table, Tier, Whole, share
-from dlrm.embeddings.ssd.row_cache import Full, RowCache
-from dlrm.embeddings.ssd.row_file import RowStore
-from dlrm.embeddings.tables import fill
+from dlrm.embeddings.ssd.cached_table import CachedTable, TableShare, WholeTable, share_budget
+from dlrm.embeddings.ssd.row_cache import CacheFull, RowCache
+from dlrm.embeddings.ssd.row_file import RowFile
+from dlrm.embeddings.tables import fill_shard
 from dlrm.runtime.errors import UserError
 
 ROWS, DIM = 3000, 8
@@ -23,17 +23,17 @@ ROWS, DIM = 3000, 8
 def opened(
     folder: Path, slots: int = 200, state: int = 1, rows: int = ROWS, beside: Executor | None = None,
     **changed: Any,
-) -> Tier:  # fmt: skip
+) -> CachedTable:  # fmt: skip
     arguments = {"table": "t_a", "rows": rows, "dim": DIM, "state": state, "optimizer": "x", "seed": 5}
-    store = RowStore(folder, **arguments | changed)
-    table = Table("t_a", rows, DIM, state)
+    store = RowFile(folder, **arguments | changed)
+    table = TableShare("t_a", rows, DIM, state)
     values = torch.zeros(slots, state) if state else None
-    return Tier(table, store, torch.zeros(slots, DIM), values, beside)
+    return CachedTable(table, store, torch.zeros(slots, DIM), values, beside)
 
 
 def first_values(rows: int = ROWS) -> np.ndarray:
     weights = torch.empty(rows, DIM)
-    fill(weights, 0, 0, rows, DIM, "t_a", 5, None)
+    fill_shard(weights, 0, 0, rows, DIM, "t_a", 5, None)
     return weights.numpy()
 
 
@@ -42,7 +42,7 @@ def skewed(random: np.random.Generator, count: int, rows: int = ROWS, power: int
 
 
 def work(
-    tier: Tier, weights: np.ndarray, state: np.ndarray, batches: int, seed: int, power: int = 4
+    tier: CachedTable, weights: np.ndarray, state: np.ndarray, batches: int, seed: int, power: int = 4
 ) -> None:  # fmt: skip
     """Batches of updates on the tier and on whole arrays; what is looked up is the same."""
     random = np.random.default_rng(seed)
@@ -102,7 +102,7 @@ def test_a_batch_of_too_many_rows_is_refused_and_changes_nothing(tmp_path: Path)
     tier = opened(tmp_path, slots=50)
     weights, random = first_values(), np.random.default_rng(1)
     tier.admit(np.arange(30), False)
-    with pytest.raises(Full):
+    with pytest.raises(CacheFull):
         tier.cache.admit(np.arange(51), False)
     with pytest.raises(UserError, match="touches 400 rows, its cache holds 50.*cache_memory_budget_mb"):
         tier.admit(np.arange(400), True)
@@ -124,11 +124,14 @@ def test_rows_are_those_of_a_table_in_memory_and_outlive_the_process(
         tier.close()
     tier = opened(tmp_path, slots, seed=99)  # rows not seen so far begin as the first job would have
     work(tier, weights, state, 20, 7)
-    for part, whole in ((Whole(tier.table, tier, False), weights), (Whole(tier.table, tier, True), state)):
+    for part, whole in (
+        (WholeTable(tier.table, tier, False), weights),
+        (WholeTable(tier.table, tier, True), state),
+    ):
         np.testing.assert_array_equal(all_of(part).reshape(whole.shape), whole)
 
 
-def all_of(part: Whole) -> np.ndarray:
+def all_of(part: WholeTable) -> np.ndarray:
     (later,) = part.copy()
     return np.frombuffer(b"".join(later.parts()), np.float32)
 
@@ -169,7 +172,7 @@ def test_another_table_is_refused(tmp_path: Path, changed: dict[str, Any], says:
     before = (tmp_path / "t_a.rows").read_bytes()
     facts: dict[str, Any] = {"rows": ROWS, "dim": DIM, "state": 1, "optimizer": "x", "seed": 5} | changed
     with pytest.raises(UserError, match=f"t_a.rows: made with {says}"):
-        RowStore(tmp_path, "t_a", **facts)
+        RowFile(tmp_path, "t_a", **facts)
     assert (tmp_path / "t_a.rows").read_bytes() == before
 
 
@@ -270,8 +273,12 @@ def test_a_table_of_eight_budgets_is_trained_within_one(tmp_path: Path) -> None:
 
 
 def test_small_tables_are_cached_whole_the_others_share_the_rest() -> None:
-    tables = [Table("small", 10, 16, 0), Table("a", 100_000, 16, 16), Table("b", 200_000, 16, 16, 3.0)]
-    slots = share(tables, 1_000_000)
+    tables = [
+        TableShare("small", 10, 16, 0),
+        TableShare("a", 100_000, 16, 16),
+        TableShare("b", 200_000, 16, 16, 3.0),
+    ]
+    slots = share_budget(tables, 1_000_000)
     assert slots["small"] == 10
     assert slots["b"] == pytest.approx(3 * slots["a"], abs=3)
     used = sum(slots[table.name] * table.slot_bytes for table in tables)

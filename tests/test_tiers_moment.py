@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_tiers import ROWS, first_values, opened, work
 
-from dlrm.embeddings.ssd.cached_table import Whole
+from dlrm.embeddings.ssd.cached_table import WholeTable
 
 
 def test_a_checkpoint_reads_one_moment_while_training_goes_on(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_checkpoint_reads_one_moment_while_training_goes_on(tmp_path: Path) ->
     for save in range(3):
         work(tier, weights, state, 30, save, 1)
         then = weights.copy(), state.copy()
-        parts = [Whole(tier.table, tier, each) for each in (False, True)]
+        parts = [WholeTable(tier.table, tier, each) for each in (False, True)]
         laters = [later for part in parts for later in part.copy()]
         assert laters[0].moment is laters[1].moment
         made: list[list[bytes]] = [[], []]
@@ -58,7 +58,7 @@ def test_without_room_for_old_values_only_the_checkpoint_fails(tmp_path: Path) -
     tier = opened(tmp_path, beside=ThreadPoolExecutor(1))
     weights, state = first_values(), np.zeros((ROWS, 1), np.float32)
     work(tier, weights, state, 20, 0)
-    (later,) = Whole(tier.table, tier, False).copy()
+    (later,) = WholeTable(tier.table, tier, False).copy()
     full = os.open("/dev/full", os.O_RDWR)
     os.dup2(full, later.moment._aside)
     os.close(full)

@@ -12,7 +12,7 @@ import trace_processor
 from conftest import Finished, Train, python
 
 from dlrm.embeddings.ssd import placement
-from dlrm.embeddings.ssd.cached_table import Table
+from dlrm.embeddings.ssd.cached_table import TableShare
 from dlrm.runtime.errors import UserError
 
 SMALL = [
@@ -175,7 +175,7 @@ def test_counters_in_metrics_trace_and_report(train: Train, tmp_path: Path) -> N
 
 
 def test_auto_goes_by_sizes_and_memory_and_says_why() -> None:
-    tables = [Table("a", 1_000_000, 64, 64), Table("b", 100, 64, 64)]  # 512 MB
+    tables = [TableShare("a", 1_000_000, 64, 64), TableShare("b", 100, 64, 64)]  # 512 MB
     gb = 1_000_000_000
     for cuda, memory, host, expected in (
         (False, gb, gb, "device_mem"),  # 51 %
@@ -184,12 +184,12 @@ def test_auto_goes_by_sizes_and_memory_and_says_why() -> None:
         (True, 0.1 * gb, gb, "cached_host_mem"),
         (True, 0.1 * gb, 0.2 * gb, "cached_ssd"),
     ):
-        places, why = placement.choose("auto", tables, {}, cuda, int(memory), int(host))
+        places, why = placement.choose_store_types("auto", tables, {}, cuda, int(memory), int(host))
         assert places == {"a": expected, "b": expected}
         said = f"{expected}: tables and optimizer take 0.512 GB, memory has {memory / 1e9:.3g}"
         assert why == said
     wishes = {"b": {"store": "device_mem"}}
-    places, _ = placement.choose("auto", tables, wishes, False, gb // 10, gb // 10)
+    places, _ = placement.choose_store_types("auto", tables, wishes, False, gb // 10, gb // 10)
     assert places == {"a": "cached_ssd", "b": "device_mem"}
 
 

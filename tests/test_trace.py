@@ -128,10 +128,10 @@ assert worker.exitcode == 0
 trace.stop()
 """
     traced.run(tmp_path, body)
-    found = {process.role: process for process in events.processes(tmp_path)}
+    found = {process.role: process for process in events.read_processes(tmp_path)}
     assert set(found) == {"train", "worker"} and found["worker"].rank == 0
     assert found["worker"].pid != found["train"].pid and not found["worker"].lost
-    table = events.load(tmp_path)
+    table = events.load_events(tmp_path)
     reads = table.filter((table["name"] == "read") & (table["pid"] == found["worker"].pid))
     assert reads["ret"].to_list() == [3000] and str(reads["file"][0]).endswith("data.bin")
 
@@ -152,9 +152,9 @@ while True:
     process.send_signal(signal.SIGKILL)
     rest, _ = process.communicate(timeout=20)
     last = float((said + rest.splitlines())[-1].split()[1])
-    (killed,) = events.processes(tmp_path)
+    (killed,) = events.read_processes(tmp_path)
     assert "no end record" in killed.lost
-    table = events.load(tmp_path).filter(events.pl.col("name") == "step")
+    table = events.load_events(tmp_path).filter(events.pl.col("name") == "step")
     assert len(table) > 100
     assert last - table["ts"].max() / 1e6 < 1.0  # type: ignore[operator]
 
@@ -178,7 +178,7 @@ while True:
     process.terminate()
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 7, errors
-    (ended,) = events.processes(tmp_path)
+    (ended,) = events.read_processes(tmp_path)
     assert ended.ended and not ended.lost and ended.events > 50
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from dlrm.config.options import Config, parse
+from dlrm.config.options import Config, parse_options
 from dlrm.config.presets import PRESETS
-from dlrm.models.dlrm.build import build_model, shard
-from dlrm.models.dlrm.dataloaders import open_sets
+from dlrm.models.dlrm.build import build_model, shard_dlrm
+from dlrm.models.dlrm.dataloaders import open_datasets
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop
-from dlrm.trainer.trainer import Job, open_records
+from dlrm.trainer.trainer import Trainer, open_run_folder
 
 SMALL = {
     "num_embeddings": 4, "embedding_dim": 8, "dense_arch_layer_sizes": "16,8",
@@ -31,16 +31,18 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def trained(*words: object) -> tuple[Job, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def trained(*words: object) -> tuple[Trainer, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A job after its steps; its tables and its dense weights."""
-    cfg = parse(Config, [*(f"--{k}={v}" for k, v in SMALL.items()), *map(str, words)], "train", "", PRESETS)
+    cfg = parse_options(
+        Config, [*(f"--{k}={v}" for k, v in SMALL.items()), *map(str, words)], "train", "", PRESETS
+    )
     here = Ranks()
-    with session.session(here, 60) as device:
-        records = open_records(cfg, here)
-        sets = open_sets(cfg, here)
+    with session.open_session(here, 60) as device:
+        records = open_run_folder(cfg, here)
+        sets = open_datasets(cfg, here)
         module = build_model(cfg, sets.sizes, device)
-        model, optimizer = shard(cfg, module, here, device, records)
-        job = Job(cfg, sets, model, optimizer, records, device)
+        model, optimizer = shard_dlrm(cfg, module, here, device, records)
+        job = Trainer(cfg, sets, model, optimizer, records, device)
         job.fit()
         state: dict[str, Any] = dict(model.state_dict())
     tables = {n: w.local_shards()[0].tensor.clone() for n, w in state.items() if "sparse_arch" in n}

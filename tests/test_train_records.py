@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlrm.config.options import Config, parse
-from dlrm.config.unused import unused
+from dlrm.config.options import Config, parse_options
+from dlrm.config.unused import list_unused_options
 
 ROOT = Path(__file__).parents[1]
 HOTS = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 10, 27, 10, 3, 1, 1]
@@ -114,7 +114,7 @@ def test_settings_that_do_nothing_are_named(train: Any) -> None:
 )
 def test_mapping_beside_another_source_is_told(words: list[str], why: str | None) -> None:
     common = ["--in_memory_binary_criteo_path", "x", "--mmap_mode"]
-    told = unused(parse(Config, [*common, *words], "train", ""), "cpu")
+    told = list_unused_options(parse_options(Config, [*common, *words], "train", ""), "cpu")
     assert told == ([f"--mmap_mode: not used, {why}"] if why else [])
 
 

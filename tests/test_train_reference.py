@@ -12,9 +12,9 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from dlrm.data.criteo import SPARSE_NAMES, Meta
-from dlrm.embeddings.tables import table_configs
-from dlrm.models.dlrm.model import build
+from dlrm.data.criteo import SPARSE_NAMES, DatasetMeta
+from dlrm.embeddings.tables import make_table_configs
+from dlrm.models.dlrm.model import build_dlrm
 
 DIM, DENSE, OVER, BATCH, STEPS = 8, [16, 8], [16, 1], 128, 40
 KINDS = {"original": DLRM, "dcn": DLRM_DCN}
@@ -28,7 +28,7 @@ def batches(folder: Path, stage: str, days: range, rank: int = 0, world: int = 1
 
 def reference(folder: Path, interaction: str, optimizer: str, lr: float) -> tuple[list[float], float, int]:
     """Losses of the steps, then AUROC over all validation rows, and their number."""
-    meta = Meta.load(folder)
+    meta = DatasetMeta.load(folder)
     sizes = meta.table_sizes
     tables = [
         EmbeddingBagConfig(name=f"t_{n}", embedding_dim=DIM, num_embeddings=s, feature_names=[n])
@@ -36,9 +36,9 @@ def reference(folder: Path, interaction: str, optimizer: str, lr: float) -> tupl
     ]
     more = {"dcn_num_layers": 2, "dcn_low_rank_dim": 4} if interaction == "dcn" else {}
     model = KINDS[interaction](EmbeddingBagCollection(tables=tables), 13, DENSE, OVER, **more)
-    ours = build(
+    ours = build_dlrm(
         interaction,
-        table_configs(sizes, DIM),
+        make_table_configs(sizes, DIM),
         13,
         DENSE,
         OVER,

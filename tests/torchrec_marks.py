@@ -9,8 +9,8 @@ import sys
 
 from dlrm.runtime import ranks, trace
 
-HERE = ranks.here()
-trace.start(sys.argv[1], HERE, "marks")
+HERE = ranks.find_ranks()
+trace.start_tracing(sys.argv[1], HERE, "marks")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -67,7 +67,7 @@ def main() -> None:
     with torch.profiler.profile() as profile:
         for _ in range(STEPS):
             pipeline.progress(batches)
-    trace.stop()
+    trace.stop_tracing()
     names = [event.name for event in profile.events() or () if event.name.startswith(("## ", "["))]
     print(json.dumps({"rank": HERE.rank, "markers": names}), flush=True)
     dist.destroy_process_group()

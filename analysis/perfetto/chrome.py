@@ -7,39 +7,39 @@ from pathlib import Path
 from typing import Any
 
 from analysis.perfetto.convert import new_trace, trace_name
-from analysis.perfetto.tracks import Summary, process_name
+from analysis.perfetto.tracks import ConversionSummary, process_name
 from analysis.run_folder import outputs
-from analysis.trace.clocks import clocks, launches, moves, skew
-from analysis.trace.columns import COLUMNS, frame
-from analysis.trace.events import Reader, heads, ranked
-from analysis.trace.process import Process
-from analysis.trace.strings import Strings
+from analysis.trace.clocks import clock_skew, describe_moves, launches, make_clocks
+from analysis.trace.columns import COLUMNS, to_frame
+from analysis.trace.events import TraceReader, assign_ranks, read_heads
+from analysis.trace.process import TracedProcess
+from analysis.trace.strings import StringTable
 
 _TOP = ("rank", "pid", "tid", "cat", "name", "ts", "dur", "args")
 
 
-def convert(
+def convert_to_json(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
     progress: Callable[[Path, int], None] | None = None,
-) -> Summary:  # fmt: skip
-    processes = heads(run_dir)
-    summary = Summary(Path())
-    known = clocks(processes)
-    summary.clocks = moves(processes, known)
+) -> ConversionSummary:  # fmt: skip
+    processes = read_heads(run_dir)
+    summary = ConversionSummary(Path())
+    known = make_clocks(processes)
+    summary.clocks = describe_moves(processes, known)
     jobs = launches(processes)
-    strings, paths, done = Strings(), {}, []
+    strings, paths, done = StringTable(), {}, []
     name = trace_name(run_dir, posix) + ".json"
     with new_trace(run_dir, path, name, outputs.is_own_json_trace) as (summary.path, raw):
         file = io.BufferedWriter(raw)  # pyright: ignore[reportArgumentType]
         mark = outputs.TRACE_MARK.decode()
         file.write(f'{{"displayTimeUnit":"ms","otherData":{{"mark":"{mark}"}},"traceEvents":['.encode())
         comma = b"\n"
-        for pid, process in enumerate([process for job in jobs for process in ranked(job)], 1):
+        for pid, process in enumerate([process for job in jobs for process in assign_ranks(job)], 1):
             launch = 1 + next(n for n, job in enumerate(jobs) if process in job) if len(jobs) > 1 else 0
-            reader = Reader(process.path, strings, paths)
+            reader = TraceReader(process.path, strings, paths)
             done.append(reader.process)
             for block in reader:
-                table = known[process.path].frame(frame(block, strings, paths, process.rank, COLUMNS))
+                table = known[process.path].frame(to_frame(block, strings, paths, process.rank, COLUMNS))
                 for event in _events(table.iter_rows(named=True), pid, posix):
                     file.write(comma + json.dumps(event, separators=(",", ":")).encode())
                     comma = b",\n"
@@ -53,7 +53,7 @@ def convert(
                 summary.lost.append(reader.process.lost)
         file.write(b"\n]}\n")
         file.flush()
-    summary.skew = skew(done)
+    summary.skew = clock_skew(done)
     return summary
 
 
@@ -84,7 +84,7 @@ def _parsed(text: str) -> dict[str, Any]:
         return {"args": text}
 
 
-def _metadata(process: Process, seen: Process, pid: int, launch: int) -> Iterator[dict[str, Any]]:
+def _metadata(process: TracedProcess, seen: TracedProcess, pid: int, launch: int) -> Iterator[dict[str, Any]]:
     about = {"ph": "M", "pid": pid}
     yield {**about, "name": "process_name", "args": {"name": process_name(process, launch)}}
     yield {**about, "name": "process_sort_index", "args": {"sort_index": pid}}

@@ -13,20 +13,20 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from analysis.perfetto import proto
-from analysis.perfetto.derive import Bandwidth
+from analysis.perfetto.derive import BandwidthCounter
 from analysis.perfetto.tracks import (
-    About,
+    ConversionSummary,
     FileTracks,
-    Output,
-    Shared,
-    Summary,
+    SharedTracks,
+    TraceOutput,
+    TrackLabels,
     process_name,
     write_bandwidth,
     write_counter,
 )
 from analysis.run_folder import outputs, records, run_settings
-from analysis.trace.clocks import clocks, launches, moves, skew
-from analysis.trace.events import Reader, heads, ranked
+from analysis.trace.clocks import clock_skew, describe_moves, launches, make_clocks
+from analysis.trace.events import TraceReader, assign_ranks, read_heads
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 LONGEST_NAME = 200  # bytes of a file's name, its ending not counted
@@ -36,34 +36,35 @@ _NO_COUNTERS = ("step", "epoch", "time", "split", "samples")
 _OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
 
 
-def convert(
+def convert_to_pftrace(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
     progress: Callable[[Path, int], None] | None = None,
-) -> Summary:  # fmt: skip
+) -> ConversionSummary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events."""
-    processes = heads(run_dir)
-    summary = Summary(Path())
-    known, jobs = clocks(processes), launches(processes)
-    summary.clocks = moves(processes, known)
+    processes = read_heads(run_dir)
+    summary = ConversionSummary(Path())
+    known, jobs = make_clocks(processes), launches(processes)
+    summary.clocks = describe_moves(processes, known)
     begin = min((known[p.path].time(p.first) for p in processes if p.first), default=0)
     begin = max(0, begin - EARLIER_US)
     name = trace_name(run_dir, posix) + ".pftrace"
     with new_trace(run_dir, path, name, outputs.is_own_trace) as (summary.path, file):
         file.write(outputs.mark_packet())
-        shared = Shared(Output(file), summary, posix, begin, Bandwidth(begin))
+        shared = SharedTracks(TraceOutput(file), summary, posix, begin, BandwidthCounter(begin))
         done = []
         shown = [
             (process, process_name(process, number if len(jobs) > 1 else 0))
             for number, job in enumerate(jobs, 1)
-            for process in ranked(job)
+            for process in assign_ranks(job)
         ]
         abouts = [
-            About(shared.unique(process.pid), name, order) for order, (process, name) in enumerate(shown)
+            TrackLabels(shared.unique(process.pid), name, order)
+            for order, (process, name) in enumerate(shown)
         ]
         for about in abouts:
             shared.out.write(proto.early_process(about.pid, about.name))
         for (process, _), about in zip(shown, abouts, strict=True):
-            reader = Reader(process.path, shared.strings, shared.paths)
+            reader = TraceReader(process.path, shared.strings, shared.paths)
             tracks = FileTracks(shared, process, reader, known[process.path], about)
             for block in reader:
                 tracks.add(block)
@@ -78,7 +79,7 @@ def convert(
         if not summary.events:
             told = " of POSIX calls" if posix else ""
             raise UserError(f"{printable(run_dir)}: the traces hold no events{told}")
-    summary.skew = skew(done)
+    summary.skew = clock_skew(done)
     return summary
 
 
@@ -132,7 +133,7 @@ def trace_name(run_dir: str | Path, posix: bool) -> str:
     """What the training was, as a file name; the folder's name where there is no config.json."""
     run = Path(run_dir)
     suffix = "-posix" if posix else ""
-    name = run_settings.file_name(records.read_config(run / "config.json", []))
+    name = run_settings.trace_file_name(records.read_config(run / "config.json", []))
     folder = run.resolve().name if run.is_dir() else run.name.split(".")[0]
     name = name or folder or "trace"
     while len(os.fsencode(name)) > LONGEST_NAME:
@@ -140,7 +141,7 @@ def trace_name(run_dir: str | Path, posix: bool) -> str:
     return name + suffix
 
 
-def _metrics(shared: Shared, path: Path) -> None:
+def _metrics(shared: SharedTracks, path: Path) -> None:
     """What metrics.jsonl has and the traces' own counters do not."""
     series: dict[str, list[tuple[float, float]]] = {}
     for row in records.metrics_lines(path, []):

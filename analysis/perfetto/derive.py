@@ -4,8 +4,8 @@ import numpy as np
 from numba import types
 from numba.typed import Dict
 
-from analysis.trace.scan import EVENT, FLOAT, INT, MAX_BYTES, Block
-from analysis.trace.strings import ID, Strings, compiled
+from analysis.trace.scan import EVENT, FLOAT, INT, MAX_BYTES, EventBlock
+from analysis.trace.strings import ID, StringTable, compiled
 
 READS = ("read", "pread", "pread64", "readv", "preadv", "preadv64", "preadv2")
 WRITES = ("write", "pwrite", "pwrite64", "writev", "pwritev", "pwritev64", "pwritev2")
@@ -17,17 +17,17 @@ NO_CALL, READ, WRITE = 0, 1, 2
 _CALLS = {"read": READ, "write": WRITE}
 
 
-def moved(block: Block, strings: Strings) -> tuple[np.ndarray, np.ndarray]:
+def bytes_moved(block: EventBlock, strings: StringTable) -> tuple[np.ndarray, np.ndarray]:
     """Per event: NO_CALL, READ or WRITE, and the bytes that the call moved (its return value)."""
     direction = np.zeros(len(strings) + 1, np.uint8)
     for names, value in ((READS, READ), (WRITES, WRITE)):
         direction[[ID[name] for name in names]] = value
     kinds = np.where((block.cat == ID["POSIX"]) & (block.ph == EVENT), direction[block.name], NO_CALL)
-    amounts = np.clip(argument(block, ID["ret"]), 0, MAX_BYTES)
+    amounts = np.clip(read_argument(block, ID["ret"]), 0, MAX_BYTES)
     return kinds.astype(np.uint8), np.where(kinds == NO_CALL, 0, amounts)
 
 
-def argument(block: Block, key: int, missing: int = 0) -> np.ndarray:
+def read_argument(block: EventBlock, key: int, missing: int = 0) -> np.ndarray:
     """One whole-number argument of every event."""
     found = np.full(len(block), missing, np.int64)
     _argument(block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, key, found)
@@ -42,7 +42,7 @@ def _argument(arg_begin, arg_key, arg_kind, arg_val, key, found):
                 found[i] = arg_val[j]
 
 
-def values_of(block: Block, key: int) -> np.ndarray:
+def read_real_argument(block: EventBlock, key: int) -> np.ndarray:
     """One argument of every event as a real number; nan where there is none."""
     found = np.full(len(block), np.nan)
     _real_argument(block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, key, found)
@@ -60,7 +60,7 @@ def _real_argument(arg_begin, arg_key, arg_kind, arg_val, key, found):
                 found[i] = real[j]
 
 
-class Bandwidth:
+class BandwidthCounter:
     """Bytes per window of time; a call's bytes are spread evenly over the time that it took.
 
     Windows get twice as long whenever there would be more than MAX_WINDOWS of them.
@@ -113,7 +113,7 @@ def _spread(starts, ends, amounts, window, sums):
             sums[w] += amounts[i] * (inside / (b - a))
 
 
-class Flows:
+class ReadToStepFlows:
     """From each data/read of a batch to the train/step of the same batch, within one process.
 
     A batch number may come again in the next epoch: what the step has taken is gone.
@@ -123,14 +123,14 @@ class Flows:
         self.waiting = Dict.empty(types.int64, types.int64)  # batch -> round << 20 | reads not yet taken
         self.seed = seed
 
-    def of(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, block: EventBlock) -> tuple[np.ndarray, np.ndarray]:
         """base and count for wire.events."""
         base, count = np.zeros(len(block), np.int64), np.zeros(len(block), np.int64)
         reads = (block.cat == ID["data"]) & (block.name == ID["read"])
         steps = (block.cat == ID["train"]) & (block.name == ID["step"])
         who = np.flatnonzero(reads | steps)
         if len(who):
-            batch = argument(block, ID["batch"], -1)
+            batch = read_argument(block, ID["batch"], -1)
             _flows(who, reads, batch, self.waiting, self.seed, base, count)
         return base, count
 

@@ -18,7 +18,7 @@ NORMAL, LATE, REFUSED = 0, 1, 2
 _BEFORE, _BEFORE_LATE = -1, -2  # stack entries from earlier blocks; of those, the late parents
 
 
-class Lane:
+class SliceLane:
     """What has ended on one lane of a track and may still get a parent."""
 
     def __init__(self) -> None:

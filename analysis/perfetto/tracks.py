@@ -8,14 +8,14 @@ import numpy as np
 from isal import isal_zlib
 
 from analysis.perfetto import proto
-from analysis.perfetto.derive import Bandwidth, Flows, moved, values_of
-from analysis.perfetto.nest import Lane
+from analysis.perfetto.derive import BandwidthCounter, ReadToStepFlows, bytes_moved, read_real_argument
+from analysis.perfetto.nest import SliceLane
 from analysis.trace.clocks import Clock
-from analysis.trace.columns import resolve
-from analysis.trace.events import Reader
-from analysis.trace.process import Process
-from analysis.trace.scan import EVENT, INLINE, STRING, Block
-from analysis.trace.strings import ID, Strings
+from analysis.trace.columns import resolve_paths
+from analysis.trace.events import TraceReader
+from analysis.trace.process import TracedProcess
+from analysis.trace.scan import EVENT, INLINE, STRING, EventBlock
+from analysis.trace.strings import ID, StringTable
 from common.errors import printable
 
 _PIDS = 1 << 22  # more than any kernel gives out: one of these apart, equal pids of two hosts stay apart
@@ -27,7 +27,7 @@ OTHERS = -1  # the thread number of what shares a track
 
 
 @dataclass
-class Summary:
+class ConversionSummary:
     """What was written, and what was not."""
 
     path: Path
@@ -42,7 +42,7 @@ class Summary:
 LEVEL = 1  # of ISA-L's deflate: four times the speed of zlib's level 1, at the same size
 
 
-class Output:
+class TraceOutput:
     """Packets into a file, deflated in chunks as Perfetto's own tracing service does."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -61,10 +61,10 @@ class Output:
             self.waiting.clear()
 
 
-class Names:
+class NameTable:
     """The numbers of strings that the trace has explained so far, by what they are used for."""
 
-    def __init__(self, out: Output, strings: Strings) -> None:
+    def __init__(self, out: TraceOutput, strings: StringTable) -> None:
         self.out, self.strings = out, strings
         self.known = {kind: np.zeros(1, np.bool_) for kind in proto.INTERNED_KINDS}
 
@@ -83,15 +83,15 @@ class Names:
 
 
 @dataclass
-class Shared:
+class SharedTracks:
     """What the files of one run share."""
 
-    out: Output
-    summary: Summary
+    out: TraceOutput
+    summary: ConversionSummary
     posix: bool
     begin: int  # us: the trace's times count from here
-    total: Bandwidth
-    strings: Strings = field(default_factory=Strings)
+    total: BandwidthCounter
+    strings: StringTable = field(default_factory=StringTable)
     paths: dict[int, int] = field(default_factory=dict)
     counted: set[str] = field(default_factory=set)
     uuid: int = 0
@@ -99,7 +99,7 @@ class Shared:
     buffer: np.ndarray = field(default_factory=lambda: np.empty(1 << 20, np.uint8))
 
     def __post_init__(self) -> None:
-        self.names = Names(self.out, self.strings)
+        self.names = NameTable(self.out, self.strings)
         self.out.write(proto.clock(self.begin))
 
     def new_uuid(self) -> int:
@@ -125,11 +125,11 @@ class Track:
     uuid: int
     tid: int
     name: str = ""
-    lanes: list[tuple[int, Lane]] = field(default_factory=list)
+    lanes: list[tuple[int, SliceLane]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class About:
+class TrackLabels:
     """How a process is shown."""
 
     pid: int
@@ -141,19 +141,24 @@ class FileTracks:
     """One process: feed it the blocks of its trace file."""
 
     def __init__(
-        self, shared: Shared, process: Process, reader: Reader, clock: Clock, about: "About"
+        self,
+        shared: SharedTracks,
+        process: TracedProcess,
+        reader: TraceReader,
+        clock: Clock,
+        about: "TrackLabels",
     ) -> None:
         self.shared, self.process, self.reader, self.clock = shared, process, reader, clock
         self.uuid, self.pid = shared.new_uuid(), about.pid
         self.tracks: dict[int, Track] = {}
         self.counters: dict[int, int] = {}
         self.crowded = self.uncounted = 0  # events that were left out
-        self.flows = Flows(about.order + 1)
-        self.bandwidth = Bandwidth(clock.time(process.first))
+        self.flows = ReadToStepFlows(about.order + 1)
+        self.bandwidth = BandwidthCounter(clock.time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
         shared.out.write(proto.process(self.uuid, self.pid, about.name, labels, about.order))
 
-    def add(self, block: Block) -> None:
+    def add(self, block: EventBlock) -> None:
         shared = self.shared
         block.ts, block.dur = self.clock.spans(block.ts, block.dur)
         keep = (block.ph == EVENT) & (block.cat != ID["dftracer"])
@@ -162,7 +167,7 @@ class FileTracks:
         if not keep.any():
             return
         shared.summary.events += int(np.count_nonzero(keep))
-        calls, amounts = moved(block, shared.strings)
+        calls, amounts = bytes_moved(block, shared.strings)
         for sums in (self.bandwidth, shared.total):
             sums.add(block.ts, block.dur, calls, amounts)
         counter = keep & (block.cat == ID["counter"])
@@ -219,11 +224,11 @@ class FileTracks:
         late = new[max(0, MAX_THREADS - len(self.tracks)) :]
         return np.where(np.isin(tids, late), OTHERS, tids) if len(late) else tids
 
-    def _arguments(self, block: Block) -> None:
+    def _arguments(self, block: EventBlock) -> None:
         """File hashes become paths, under the name `file`."""
         shared = self.shared
         hashed = block.arg_key == ID["fhash"]
-        paths = resolve(block.arg_val[hashed], shared.paths, shared.strings)
+        paths = resolve_paths(block.arg_val[hashed], shared.paths, shared.strings)
         shared.summary.unresolved += int(np.count_nonzero(paths == block.arg_val[hashed]))
         block.arg_val[hashed] = paths
         block.arg_key[hashed | (block.arg_key == ID["fname"])] = ID["file"]
@@ -237,14 +242,16 @@ class FileTracks:
         track = self.tracks.get(tid)
         if track is None:
             uuid = self.shared.new_uuid()
-            track = Track(uuid, self.pid if main else self.shared.unique(tid), lanes=[(uuid, Lane())])
+            track = Track(uuid, self.pid if main else self.shared.unique(tid), lanes=[(uuid, SliceLane())])
             self.tracks[tid] = track
         if track.name != name:
             track.name = name
             self.shared.out.write(proto.thread(track.uuid, self.uuid, self.pid, track.tid, name))
         return track
 
-    def _thread(self, block: Block, slices: np.ndarray, instants: np.ndarray, track: Track, flow) -> None:
+    def _thread(
+        self, block: EventBlock, slices: np.ndarray, instants: np.ndarray, track: Track, flow
+    ) -> None:
         if len(instants):
             self._events(block, instants, track.uuid, flow, True)
         level = 0
@@ -254,7 +261,7 @@ class FileTracks:
                 return
             if level == len(track.lanes):
                 uuid = self.shared.new_uuid()
-                track.lanes.append((uuid, Lane()))
+                track.lanes.append((uuid, SliceLane()))
                 about = self.pid, self.shared.unique(track.tid), f"{track.name} overlap {level}"
                 self.shared.out.write(proto.thread(uuid, self.uuid, *about))
             uuid, lane = track.lanes[level]
@@ -267,7 +274,7 @@ class FileTracks:
             self.shared.summary.moved += len(slices) if level == 0 else 0
             level += 1
 
-    def _events(self, block: Block, order: np.ndarray, uuid: int, flow, instant: bool) -> None:
+    def _events(self, block: EventBlock, order: np.ndarray, uuid: int, flow, instant: bool) -> None:
         if not len(order):
             return
         if instant:
@@ -275,7 +282,7 @@ class FileTracks:
         self.shared.out.write(proto.on_track(uuid))
         self.shared.out.write(self._encode(block, order, flow, instant))
 
-    def _encode(self, block: Block, order: np.ndarray, flow, instant: bool) -> memoryview:
+    def _encode(self, block: EventBlock, order: np.ndarray, flow, instant: bool) -> memoryview:
         texts = len(block.text) if (block.arg_kind >= INLINE).any() else 0
         base, count = flow
         ends = int(np.maximum(count[order], 0).sum()) * 10
@@ -287,7 +294,7 @@ class FileTracks:
         )  # fmt: skip
         return out.data[:used]
 
-    def _late(self, block: Block, i: int, uuid: int, flow) -> None:
+    def _late(self, block: EventBlock, i: int, uuid: int, flow) -> None:
         """A parent that began in the same microsecond as a child that is written already: 1 ns before it."""
         begin = int(block.ts[i])
         self.shared.out.write(proto.on_track(uuid))
@@ -296,10 +303,10 @@ class FileTracks:
             proto.as_boundaries(event, begin * 1000 - 1, (begin + int(block.dur[i])) * 1000)
         )
 
-    def _counters(self, block: Block, who: np.ndarray) -> None:
+    def _counters(self, block: EventBlock, who: np.ndarray) -> None:
         if not len(who):
             return
-        values = values_of(block, ID["value"])
+        values = read_real_argument(block, ID["value"])
         for number in np.unique(block.name[who]).tolist():
             mine = who[block.name[who] == number]
             mine = mine[np.argsort(block.ts[mine], kind="stable")]
@@ -314,14 +321,14 @@ class FileTracks:
             write_counter(self.shared, self.counters[number], block.ts[mine], values[mine])
 
 
-def process_name(process: Process, launch: int = 0) -> str:
+def process_name(process: TracedProcess, launch: int = 0) -> str:
     """launch: which one it was, of a run that was stopped and went on."""
     name = f"rank {process.rank}" + (f" on {process.host}" if process.host else "")
     name += f", launch {launch}" if launch else ""
     return name + (f", worker {process.pid}" if process.role == "worker" else "")
 
 
-def write_counter(shared: Shared, uuid: int, ts: np.ndarray, values: np.ndarray) -> None:
+def write_counter(shared: SharedTracks, uuid: int, ts: np.ndarray, values: np.ndarray) -> None:
     good = np.isfinite(values)
     ts, values = ts[good], np.ascontiguousarray(values[good], np.float64)
     if len(ts):
@@ -331,7 +338,7 @@ def write_counter(shared: Shared, uuid: int, ts: np.ndarray, values: np.ndarray)
         shared.out.write(out.data[:used])
 
 
-def write_bandwidth(shared: Shared, parent: int, bandwidth: Bandwidth) -> None:
+def write_bandwidth(shared: SharedTracks, parent: int, bandwidth: BandwidthCounter) -> None:
     for name in bandwidth.bytes:
         ts, rate = bandwidth.series(name)
         if len(ts):

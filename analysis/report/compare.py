@@ -5,38 +5,38 @@ from pathlib import Path
 
 from analysis.report import plots, plots_io, summary
 from analysis.report.facts import Facts, Finding
-from analysis.report.findings import findings
-from analysis.report.page import Figures, number, page
+from analysis.report.findings import find_all
+from analysis.report.page import Figures, format_number, make_page
 from analysis.report.report import findings_html, header_html
-from analysis.report.run import Run, open_run
+from analysis.report.run import TracedRun, open_run
 from analysis.run_folder import outputs, run_settings
 from analysis.tables import answers, progress
 from analysis.tables.gather import Map, on_threads
 from common.errors import os_errors_as_user_errors, printable
 
 PAGE = "compare.html"
-Side = tuple[Run, Facts, list[Finding]]
+Side = tuple[TracedRun, Facts, list[Finding]]
 NOISE = 0.02  # a change smaller than this has no colour
 LENGTHS = ("wall time", "training")  # shorter is better only where as much was done
 
 
-def side(path: str | Path, over: Map) -> Side:
+def open_side(path: str | Path, over: Map) -> Side:
     run = open_run(path, over)
     facts = Facts(run.joined, run.config)
-    return run, facts, findings(facts)
+    return run, facts, find_all(facts)
 
 
-def names(one: Side, two: Side) -> tuple[str, str]:
+def name_runs(one: Side, two: Side) -> tuple[str, str]:
     """Folders of the same name are told apart by their paths."""
     a, b = one[0], two[0]
     return (a.name, b.name) if a.name != b.name else (printable(a.path), printable(b.path))
 
 
-def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
+def compare_rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
     """name, told of A, told of B, change, verdict: better, worse or nothing."""
-    a = {name: (value, told, better) for name, value, told, better in summary.headline(one[0], one[1])}
-    b = {name: (value, told, better) for name, value, told, better in summary.headline(two[0], two[1])}
-    unfair: tuple[str, ...] = tuple(a) if others(one, two) else ()
+    a = {name: (value, told, better) for name, value, told, better in summary.list_headlines(one[0], one[1])}
+    b = {name: (value, told, better) for name, value, told, better in summary.list_headlines(two[0], two[1])}
+    unfair: tuple[str, ...] = tuple(a) if other_numbers(one, two) else ()
     if one[0].results.get("samples") != two[0].results.get("samples"):
         unfair = unfair or LENGTHS
     found = []
@@ -55,36 +55,36 @@ def rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
     return found
 
 
-def others(one: Side, two: Side) -> bool:
+def other_numbers(one: Side, two: Side) -> bool:
     """Whether these are runs of different models."""
-    a, b = run_settings.model(one[0].config), run_settings.model(two[0].config)
+    a, b = run_settings.model_of_run(one[0].config), run_settings.model_of_run(two[0].config)
     return bool(a and b and a != b)
 
 
-def differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, str]]]:
+def list_differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, str]]]:
     """What a reader must know before the numbers: a sentence, and the settings that differ."""
     a, b = one[0], two[0]
-    unlike = list(run_settings.unlike((a.config, a.plan), (b.config, b.plan)))
-    if lacking := [name for name, run in zip(names(one, two), (a, b), strict=True) if not run.config]:
+    unlike = list(run_settings.differing_settings((a.config, a.plan), (b.config, b.plan)))
+    if lacking := [name for name, run in zip(name_runs(one, two), (a, b), strict=True) if not run.config]:
         return f"{' and '.join(lacking)}: no config.json, so nobody knows which settings differ.", []
-    if others(one, two):
+    if other_numbers(one, two):
         told = (
-            f"These are different models, {run_settings.model(a.config)} and {run_settings.model(b.config)}: times "
+            f"These are different models, {run_settings.model_of_run(a.config)} and {run_settings.model_of_run(b.config)}: times "
             "and bytes stand side by side, but none is better or worse than the other's."
         )
     elif unlike:
-        told = f"The runs differ in {number(len(unlike), 'setting')}:"
+        told = f"The runs differ in {format_number(len(unlike), 'setting')}:"
     else:
         told = "The settings are the same."
     return told, unlike
 
 
-def text(one: Side, two: Side) -> str:
-    a, b = (name[-22:] for name in names(one, two))
-    told, unlike = differences(one, two)
+def format_text(one: Side, two: Side) -> str:
+    a, b = (name[-22:] for name in name_runs(one, two))
+    told, unlike = list_differences(one, two)
     lines = [told, *(f"  {name}: {x} -> {y}" for name, x, y in unlike), ""]
     lines += [f"{'':<32}{a:>24}{b:>24}{'change':>12}"]
-    lines += [f"{n:<32}{x:>24}{y:>24}{c:>12}  {v}" for n, x, y, c, v in rows(one, two)]
+    lines += [f"{n:<32}{x:>24}{y:>24}{c:>12}  {v}" for n, x, y, c, v in compare_rows(one, two)]
     for run, _, found in (one, two):
         lines += ["", f"{run.name}:"] + [f"  {finding.text}" for finding in found or []]
         lines += [] if found else ["  no findings"]
@@ -94,17 +94,21 @@ def text(one: Side, two: Side) -> str:
 def _panel(side: Side, figures: Figures) -> list[str]:
     run, facts, found = side
     j = run.joined
-    curves, sizes = progress.curves(j, run.metrics), answers.sizes(j, "phase")
+    curves, sizes = progress.curves(j, run.metrics), answers.request_sizes(j, "phase")
     steps = progress.steps(j)
     shown = [
-        ("Where each rank's time went", plots.where(facts.breakdown), "Seconds of wall clock."),
-        ("How much I/O is hidden", plots.hidden(facts.phases), "Seconds."),
-        ("Over the run", plots.over_time(progress.timeline(j), curves, progress.gaps(j)), "Drag to zoom."),
-        ("Time of each step", plots.step_times(steps, run.begin_us), "On the slowest rank."),
-        ("Distribution of steps", plots.step_histogram(steps), ""),
-        ("Request sizes", plots_io.request_sizes(sizes), "All phases."),
-        ("Time of an operation", plots_io.latency(j["latencies"]), "All phases."),
-        ("Start-up", plots.startup(progress.startup(j)), "To the end of the first step."),
+        ("Where each rank's time went", plots.plot_time_by_rank(facts.breakdown), "Seconds of wall clock."),
+        ("How much I/O is hidden", plots.plot_hidden_io(facts.phases), "Seconds."),
+        (
+            "Over the run",
+            plots.plot_over_time(progress.timeline(j), curves, progress.gaps(j)),
+            "Drag to zoom.",
+        ),
+        ("Time of each step", plots.plot_step_times(steps, run.begin_us), "On the slowest rank."),
+        ("Distribution of steps", plots.plot_step_histogram(steps), ""),
+        ("Request sizes", plots_io.plot_request_sizes(sizes), "All phases."),
+        ("Time of an operation", plots_io.plot_latency(j["latencies"]), "All phases."),
+        ("Start-up", plots.plot_startup(progress.startup(j)), "To the end of the first step."),
     ]
     blocks = [header_html(run, facts) + findings_html(found)]
     for title, spec, caption in shown:
@@ -114,14 +118,16 @@ def _panel(side: Side, figures: Figures) -> list[str]:
 
 def html(one: Side, two: Side) -> str:
     figures = Figures()
-    sides = "".join(f"<th>{escape(name)}</th>" for name in names(one, two))
-    heads = "<th></th>" + "".join(f"<th class=n>{escape(name)}</th>" for name in (*names(one, two), "change"))
+    sides = "".join(f"<th>{escape(name)}</th>" for name in name_runs(one, two))
+    heads = "<th></th>" + "".join(
+        f"<th class=n>{escape(name)}</th>" for name in (*name_runs(one, two), "change")
+    )
     body = "".join(
         f"<tr><td>{escape(n)}</td><td class=n>{escape(x)}</td><td class=n>{escape(y)}</td>"
         f'<td class="n {verdict}">{escape(change)} {verdict}</td></tr>'
-        for n, x, y, change, verdict in rows(one, two)
+        for n, x, y, change, verdict in compare_rows(one, two)
     )
-    told, unlike = differences(one, two)
+    told, unlike = list_differences(one, two)
     options = "".join(
         f"<tr><td>{escape(k)}</td><td>{escape(x)}</td><td>{escape(y)}</td></tr>" for k, x, y in unlike
     )
@@ -133,7 +139,7 @@ def html(one: Side, two: Side) -> str:
     ]
     for left, right in zip(_panel(one, figures), _panel(two, figures), strict=True):
         parts.append(f"<div class=pair><div>{left}</div><div>{right}</div></div>")
-    return page(f"{one[0].name} and {two[0].name}", parts, figures)
+    return make_page(f"{one[0].name} and {two[0].name}", parts, figures)
 
 
 def _table(heads: str, body: str) -> str:
@@ -142,21 +148,21 @@ def _table(heads: str, body: str) -> str:
     )
 
 
-def write(
+def write_comparison(
     a: str | Path, b: str | Path, output: Path | None = None, over: Map = on_threads
 ) -> tuple[Path, str]:
     home = outputs.beside(b)
     if output is None and Path(b).exists():
         outputs.check_folder(home, {PAGE: is_own_page}, "name another file with -o")
-    one, two = side(a, over), side(b, over)
+    one, two = open_side(a, over), open_side(b, over)
     made = outputs.seal(html(one, two), "compare")
     if output is not None:
         with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
             partial.write_bytes(made)
-        return output, text(one, two)
+        return output, format_text(one, two)
     with outputs.results_in(home) as results:
         results.write(PAGE, made, is_own_page)
-    return home / PAGE, text(one, two)
+    return home / PAGE, format_text(one, two)
 
 
 def is_own_page(path: Path) -> bool:

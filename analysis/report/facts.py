@@ -7,7 +7,7 @@ import polars as pl
 
 from analysis.run_folder import run_settings
 from analysis.tables import answers, progress
-from analysis.tables.gather import Joined
+from analysis.tables.gather import JoinedTables
 
 TRAIN = ("train", "run")  # `run`: traces without phases
 
@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass
 class Facts:
-    joined: Joined
+    joined: JoinedTables
     config: dict[str, Any]
     phases: pl.DataFrame = field(init=False)
     launches: pl.DataFrame = field(init=False)

@@ -8,13 +8,13 @@ from analysis.report.facts import Facts, Finding
 Rule = Callable[[Facts], Finding | None]
 
 RULES: tuple[Rule, ...] = (
-    rules_time.waiting, rules_time.slow_rank, rules_time.startup, rules_time.checkpoint,
-    rules_time.late_steps,
-    rules_io.small_reads, rules_io.mapped, rules_io.metadata, rules_io.random_access, rules_io.slow_tail,
-    rules_io.amplified, rules_io.failed,
+    rules_time.find_waiting, rules_time.find_slow_rank, rules_time.find_slow_startup, rules_time.find_checkpoint_cost,
+    rules_time.find_late_steps,
+    rules_io.find_small_reads, rules_io.find_mapped_files, rules_io.find_metadata_load, rules_io.find_random_access, rules_io.find_slow_tail,
+    rules_io.find_amplified_reads, rules_io.find_failed_calls,
 )  # fmt: skip
 
 
-def findings(facts: Facts) -> list[Finding]:
+def find_all(facts: Facts) -> list[Finding]:
     found = [finding for rule in RULES if (finding := rule(facts))]
     return sorted(found, key=lambda finding: -finding.seconds)

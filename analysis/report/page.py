@@ -12,14 +12,14 @@ from typing import Any
 
 import polars as pl
 
-from analysis.perfetto.view import link
+from analysis.perfetto.view import make_link
 
 HERE = Path(__file__).parent
 Spec = dict[str, Any]
 
 
 @dataclass
-class Entry:
+class ReportEntry:
     """One thing in the report: what it answers, the table, and the figure that is a view of it."""
 
     section: str
@@ -37,7 +37,7 @@ class Entry:
         return self.plot is not None or (self.table is not None and len(self.table) > 0)
 
 
-def size(n: float | None) -> str:
+def format_size(n: float | None) -> str:
     if n is None:
         return ""
     for unit in ("B", "KB", "MB", "GB", "TB"):
@@ -47,16 +47,16 @@ def size(n: float | None) -> str:
     raise AssertionError
 
 
-def number(n: int, of: str) -> str:
+def format_number(n: int, of: str) -> str:
     return f"{n:,} {of}{'' if n == 1 else 's'}"
 
 
-def prose(text: str) -> str:
+def to_prose(text: str) -> str:
     """Sentences as HTML: what stands between backticks is a name from the trace or a command."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
-def seconds(s: float | None) -> str:
+def format_seconds(s: float | None) -> str:
     if s is None:
         return ""
     if abs(s) >= 120:
@@ -66,16 +66,16 @@ def seconds(s: float | None) -> str:
     return f"{s * 1e3:.3g} ms" if abs(s) >= 1e-3 else f"{s * 1e6:.3g} us"
 
 
-def cell(name: str, value: Any) -> str:
+def format_cell(name: str, value: Any) -> str:
     """One value as people read it: by the unit in its column's name."""
     if value is None:
         return ""
     if name in ("bytes", "size", "mean_bytes", "moved", "asked", "reach", "bytes_from"):
-        return size(value)
+        return format_size(value)
     if name.endswith("_s") and name != "MB_per_s" or name == "seconds":
-        return seconds(value)
+        return format_seconds(value)
     if name.endswith("_us") or name in ("us", "dur"):
-        return seconds(value / 1e6)
+        return format_seconds(value / 1e6)
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and name not in ("pid", "tid", "ts", "rank", "step", "epoch", "batch"):
@@ -83,7 +83,7 @@ def cell(name: str, value: Any) -> str:
     return str(value)
 
 
-def heading(name: str) -> str:
+def format_heading(name: str) -> str:
     """The cells carry their own units, so the heading needs none."""
     known = name.removesuffix("_us") if name.endswith("_us") else name
     known = name.removesuffix("_s") if name.endswith("_s") and name != "MB_per_s" else known
@@ -93,7 +93,7 @@ def heading(name: str) -> str:
 def table_html(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
     numeric = [dtype.is_numeric() for dtype in table.dtypes]
     heads = "".join(
-        f"<th{' class=n' if n else ''}>{escape(heading(name))}</th>"
+        f"<th{' class=n' if n else ''}>{escape(format_heading(name))}</th>"
         for name, n in zip(table.columns, numeric, strict=True)
     )
     heads += "<th>in Perfetto</th>" if jump else ""
@@ -101,7 +101,7 @@ def table_html(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
     for row in table.head(rows).iter_rows():
         cells = []
         for name, value, number in zip(table.columns, row, numeric, strict=True):
-            text = escape(cell(name, value))
+            text = escape(format_cell(name, value))
             if number:
                 cells.append(f'<td class=n data-v="{"" if value is None else value}">{text}</td>')
             elif name == "file":  # the end of a path says more than its beginning
@@ -109,7 +109,7 @@ def table_html(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
             else:
                 cells.append(f"<td>{text}</td>")
         if jump:
-            href = escape(link(*(int(row[table.columns.index(name)]) for name in ("ts", jump))))
+            href = escape(make_link(*(int(row[table.columns.index(name)]) for name in ("ts", jump))))
             cells.append(f'<td><a href="{href}" target="perfetto">show</a></td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     more = (
@@ -127,10 +127,10 @@ class Figures:
 
     def html(self, spec: Spec, caption: str) -> str:
         self.specs.append(spec)
-        return f'<figure data-spec="f{len(self.specs)}"><figcaption>{prose(caption)}</figcaption></figure>'
+        return f'<figure data-spec="f{len(self.specs)}"><figcaption>{to_prose(caption)}</figcaption></figure>'
 
     def scripts(self) -> str:
-        data = [json.dumps(rounded(spec), separators=(",", ":")) for spec in self.specs]
+        data = [json.dumps(round_values(spec), separators=(",", ":")) for spec in self.specs]
         # no text may end the script, nor begin a comment or a script in it: no < at all, nor > and &
         data = [text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026") for text in data]
         return "".join(
@@ -138,23 +138,23 @@ class Figures:
         )
 
 
-def rounded(value: Any) -> Any:
+def round_values(value: Any) -> Any:
     """Six digits are more than a screen can show; what is no number is left out."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
     if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
+        return {key: round_values(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(v) for v in value]
+        return [round_values(v) for v in value]
     return value
 
 
-def entry_html(entry: Entry, figures: Figures) -> str:
+def entry_html(entry: ReportEntry, figures: Figures) -> str:
     parts = [f"<h3>{escape(entry.title)}</h3>"]
     if entry.plot is not None:
         parts.append(figures.html(entry.plot, entry.caption))
     else:
-        parts.append(f"<p class=soft>{prose(entry.caption)}</p>")
+        parts.append(f"<p class=soft>{to_prose(entry.caption)}</p>")
     if entry.table is not None and len(entry.table):
         text = table_html(entry.table, entry.rows, entry.jump)
         folded = entry.plot is not None and not entry.show
@@ -174,7 +174,7 @@ def _policy(script: str) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
-def page(title: str, body: Sequence[str], figures: Figures) -> str:
+def make_page(title: str, body: Sequence[str], figures: Figures) -> str:
     script = (HERE / "page.js").read_text()
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'

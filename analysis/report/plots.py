@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 
-from analysis.report.page import Spec, size
+from analysis.report.page import Spec, format_size
 from analysis.tables.answers import PARTS
 from analysis.tables.progress import RANKINGS
 from analysis.trace.classify import KINDS
@@ -28,7 +28,7 @@ MAX_ROWS = 64
 Gaps = Sequence[tuple[float, float]]  # from when to when nothing ran
 
 
-def where(breakdown: pl.DataFrame) -> Spec | None:
+def plot_time_by_rank(breakdown: pl.DataFrame) -> Spec | None:
     rows = []
     for row in breakdown.head(MAX_ROWS).iter_rows(named=True):
         at, parts = 0.0, []
@@ -56,7 +56,7 @@ def _rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = False) 
     }
 
 
-def hidden(phases: pl.DataFrame) -> Spec | None:
+def plot_hidden_io(phases: pl.DataFrame) -> Spec | None:
     """I/O of each rank and phase: behind compute, behind communication, bare."""
     colors = {"behind compute": "#8fd3b6", "behind communication": "#9ecae1", "bare": "#882255"}
     rows = []
@@ -71,7 +71,7 @@ def hidden(phases: pl.DataFrame) -> Spec | None:
     return _rows(rows, colors, left=150)
 
 
-def over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> Spec | None:
+def plot_over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> Spec | None:
     if not len(timeline):
         return None
     at, width = timeline["at_s"].to_list(), timeline["width_s"][0]
@@ -154,7 +154,7 @@ def _tables_in_files(curves: pl.DataFrame) -> list[dict]:
     return panels
 
 
-def step_times(steps: pl.DataFrame, begin_us: int, gaps: Gaps = ()) -> Spec | None:
+def plot_step_times(steps: pl.DataFrame, begin_us: int, gaps: Gaps = ()) -> Spec | None:
     if not len(steps):
         return None
     table = steps.gather_every(math.ceil(len(steps) / 4000))
@@ -201,7 +201,7 @@ def _step_tip(row: dict) -> str:
     )
 
 
-def step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
+def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     if len(steps) < 2:
         return None
     low, high = np.quantile(steps["wall_us"].to_numpy(), [0.0, 0.995]).tolist()
@@ -220,7 +220,7 @@ def step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     }  # fmt: skip
 
 
-def startup(table: pl.DataFrame) -> Spec | None:
+def plot_startup(table: pl.DataFrame) -> Spec | None:
     names = [n for n in table["part"].unique(maintain_order=True) if n != "between"]
     colors = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
     rows = []
@@ -231,12 +231,12 @@ def startup(table: pl.DataFrame) -> Spec | None:
     return _rows(rows[:MAX_ROWS], colors, left=150 if several else 110, gantt=True)
 
 
-def files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
+def plot_files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
     """The files with the most time in them."""
     top = volume.filter(pl.col("file").is_not_null()).top_k(n, by="seconds").sort("seconds", descending=True)
     rows = [
         {
-            "label": f"{row['file']} ({size(row['bytes'])})",
+            "label": f"{row['file']} ({format_size(row['bytes'])})",
             "parts": [[row["op"], 0.0, row["seconds"]]],
         }
         for row in top.iter_rows(named=True)
@@ -245,7 +245,7 @@ def files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
     return _rows(rows, {"read": READ, "write": WRITE}, left=420)
 
 
-def work(ranks: pl.DataFrame) -> Spec | None:
+def plot_work(ranks: pl.DataFrame) -> Spec | None:
     """Each rank's own work in its steps beside what it waited for the others."""
     if len(ranks) < 2:
         return None
@@ -263,7 +263,7 @@ def work(ranks: pl.DataFrame) -> Spec | None:
     }
 
 
-def preprocessing(table: pl.DataFrame) -> Spec | None:
+def plot_preprocessing(table: pl.DataFrame) -> Spec | None:
     rows = [
         {"label": r["name"], "parts": [["work", 0.0, r["elapsed_s"]]]} for r in table.iter_rows(named=True)
     ]

@@ -4,12 +4,12 @@ import math
 
 import polars as pl
 
-from analysis.report.page import Spec, seconds
+from analysis.report.page import Spec, format_seconds
 from analysis.report.plots import MAX_ROWS, READ, THIRD, WRITE
 from analysis.tables.calls import with_us
 
 
-def rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
+def plot_rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
     """Bytes moved per rank over time."""
     if not len(rates) or rates["rank"].n_unique() < 2:
         return None
@@ -27,11 +27,11 @@ def rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
     }  # fmt: skip
 
 
-def request_sizes(sizes: pl.DataFrame) -> Spec | None:
+def plot_request_sizes(sizes: pl.DataFrame) -> Spec | None:
     return _histogram(sizes, "count", "requests", True)
 
 
-def request_bytes(sizes: pl.DataFrame) -> Spec | None:
+def plot_request_bytes(sizes: pl.DataFrame) -> Spec | None:
     return _histogram(sizes.with_columns(pl.col("bytes") / 1e6), "bytes", "MB", False)
 
 
@@ -45,7 +45,7 @@ def _histogram(sizes: pl.DataFrame, column: str, unit: str, log: bool) -> Spec |
         found = dict(table.filter(pl.col("op") == op).select("bucket", column).iter_rows())
         if found:
             series.append({"name": op, "color": color, "y": [found.get(b, 0) for b in buckets]})
-    labels = ["0" if b < 0 else binary(b) for b in buckets]
+    labels = ["0" if b < 0 else format_binary(b) for b in buckets]
     return {
         "type": "columns",
         "labels": labels,
@@ -56,11 +56,11 @@ def _histogram(sizes: pl.DataFrame, column: str, unit: str, log: bool) -> Spec |
     }
 
 
-def binary(power: int) -> str:
+def format_binary(power: int) -> str:
     return f"{2 ** (power % 10)}{('', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi')[power // 10]}"
 
 
-def latency(latencies: pl.DataFrame) -> Spec | None:
+def plot_latency(latencies: pl.DataFrame) -> Spec | None:
     """How long operations took: read, write, and all the others, by powers of two of microseconds."""
     if not len(latencies):
         return None
@@ -77,7 +77,7 @@ def latency(latencies: pl.DataFrame) -> Spec | None:
         found = dict(table.filter(pl.col("group") == group).select("octave", "count").iter_rows())
         if found:
             series.append({"name": group, "color": color, "y": [found.get(o, 0) for o in octaves]})
-    labels = ["<1 us" if o < 0 else seconds(2.0**o / 1e6) for o in octaves]
+    labels = ["<1 us" if o < 0 else format_seconds(2.0**o / 1e6) for o in octaves]
     return {
         "type": "columns",
         "labels": labels,

@@ -9,10 +9,19 @@ import polars as pl
 
 from analysis.report import summary
 from analysis.report.facts import Facts, Finding
-from analysis.report.findings import findings
-from analysis.report.page import Entry, Figures, entry_html, number, page, prose, seconds, tiles_html
-from analysis.report.run import Run, open_run
-from analysis.report.sections import entries
+from analysis.report.findings import find_all
+from analysis.report.page import (
+    Figures,
+    ReportEntry,
+    entry_html,
+    format_number,
+    format_seconds,
+    make_page,
+    tiles_html,
+    to_prose,
+)
+from analysis.report.run import TracedRun, open_run
+from analysis.report.sections import list_entries
 from analysis.run_folder import outputs, run_settings
 from analysis.tables.gather import Map, on_threads
 from common.errors import os_errors_as_user_errors
@@ -26,22 +35,24 @@ def findings_html(found: list[Finding]) -> str:
         return "<p>No rule found anything: I/O and waiting are a small part of this run.</p>"
     items = []
     for f in found:
-        won = f"up to {seconds(f.seconds)}" if f.seconds else ""
+        won = f"up to {format_seconds(f.seconds)}" if f.seconds else ""
         kind = "" if f.seconds else " class=note"
-        remedy = re.sub(r"(--\w+)", r"<code>\1</code>", prose(f.remedy))
-        items.append(f"<li{kind}><b class=won>{won}</b>{prose(f.text)} <span class=do>{remedy}</span></li>")
+        remedy = re.sub(r"(--\w+)", r"<code>\1</code>", to_prose(f.remedy))
+        items.append(
+            f"<li{kind}><b class=won>{won}</b>{to_prose(f.text)} <span class=do>{remedy}</span></li>"
+        )
     return f"<ol class=findings>{''.join(items)}</ol>"
 
 
-def header_html(run: Run, facts: Facts) -> str:
+def header_html(run: TracedRun, facts: Facts) -> str:
     hosts = sorted({p.host for p in run.joined.processes if p.host})
     where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
-    told = [f"{number(facts.breakdown.height, 'rank')} on {where}"]
-    if name := run_settings.model(run.config):
+    told = [f"{format_number(facts.breakdown.height, 'rank')} on {where}"]
+    if name := run_settings.model_of_run(run.config):
         told.insert(0, name)
-    if tables := run_settings.tables(run.plan):
+    if tables := run_settings.list_tables(run.plan):
         told.append(f"tables: {tables}")
-    known = {called: run_settings.option(run.config, called) for called in run_settings.OPTIONS}
+    known = {called: run_settings.read_option(run.config, called) for called in run_settings.OPTIONS}
     for called in ("embedding dimension", "batch size of a rank"):
         if known[called]:
             told.append(f"{called} {run_settings.shown(known[called])}")
@@ -51,31 +62,31 @@ def header_html(run: Run, facts: Facts) -> str:
     return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(told))}</p>"
 
 
-def html(run: Run, facts: Facts, found: list[Finding], things: list[Entry]) -> str:
+def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list[ReportEntry]) -> str:
     figures, sections = Figures(), list(dict.fromkeys(e.section for e in things))
     names = ("Findings", *sections, "Notes")
-    links = "".join(f'<a href="#{anchor(name)}">{escape(name)}</a>' for name in names)
+    links = "".join(f'<a href="#{make_anchor(name)}">{escape(name)}</a>' for name in names)
     body = [
         header_html(run, facts),
         f"<nav>{links}</nav>",
-        tiles_html((name, told) for name, _, told, _ in summary.headline(run, facts)),
+        tiles_html((name, told) for name, _, told, _ in summary.list_headlines(run, facts)),
         '<h2 id="findings">Findings</h2><p class=soft>By the time there is to win, at best. '
         "What is hidden behind compute does not count.</p>",
         findings_html(found),
     ]
     for section in sections:
-        body.append(f'<h2 id="{anchor(section)}">{escape(section)}</h2>')
+        body.append(f'<h2 id="{make_anchor(section)}">{escape(section)}</h2>')
         body += [entry_html(e, figures) for e in things if e.section == section and e.has_something]
-    notes = "".join(f"<li>{prose(note)}</li>" for note in run.notes) or "<li>The traces are complete.</li>"
+    notes = "".join(f"<li>{to_prose(note)}</li>" for note in run.notes) or "<li>The traces are complete.</li>"
     body.append(f'<h2 id="notes">Notes</h2><ul>{notes}</ul>')
-    return page(f"{run.name}: I/O report", body, figures)
+    return make_page(f"{run.name}: I/O report", body, figures)
 
 
-def anchor(section: str) -> str:
+def make_anchor(section: str) -> str:
     return "".join(c for c in section.lower() if c.isalnum())
 
 
-def write(path: str | Path, output: Path | None = None, over: Map = on_threads) -> tuple[Path, str]:
+def write_report(path: str | Path, output: Path | None = None, over: Map = on_threads) -> tuple[Path, str]:
     """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
     name. Returns the page's path and the terminal's text.
     """
@@ -85,16 +96,16 @@ def write(path: str | Path, output: Path | None = None, over: Map = on_threads) 
         outputs.check_folder(folder, early, REMEDY)
     run = open_run(path, over)
     facts = Facts(run.joined, run.config)
-    found, things = findings(facts), entries(run, facts)
-    told = summary.text(run, facts, found)
-    made = outputs.seal(html(run, facts, found, things), "report")
+    found, things = find_all(facts), list_entries(run, facts)
+    told = summary.format_text(run, facts, found)
+    made = outputs.seal(render_html(run, facts, found, things), "report")
     if folder is None:
         assert output is not None
         with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
             partial.write_bytes(made)
         return output, told
     ours = is_own_page(folder / PAGE) or outputs.is_own_summary(folder / SUMMARY)
-    numbers = json.dumps(summary.summary(run, facts, found), indent=1) + "\n"
+    numbers = json.dumps(summary.make_summary(run, facts, found), indent=1) + "\n"
     with outputs.results_in(folder, complete="tables/") as results:
         for entry in things:
             if entry.name and entry.table is not None:
@@ -121,8 +132,8 @@ def csv(table: pl.DataFrame) -> bytes:
     return table.with_columns(safe).write_csv().encode()
 
 
-def terminal(path: str | Path, over: Map = on_threads) -> str:
+def render_terminal(path: str | Path, over: Map = on_threads) -> str:
     """The numbers and findings as text; writes nothing."""
     run = open_run(path, over)
     facts = Facts(run.joined, run.config)
-    return summary.text(run, facts, findings(facts))
+    return summary.format_text(run, facts, find_all(facts))

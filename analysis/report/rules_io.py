@@ -3,7 +3,7 @@
 import polars as pl
 
 from analysis.report.facts import TRAIN, Facts, Finding
-from analysis.report.page import seconds, size
+from analysis.report.page import format_seconds, format_size
 from analysis.tables import answers
 from analysis.tables.calls import with_us
 
@@ -11,7 +11,7 @@ SMALL = 64 << 10  # a request below this is small
 GOOD = 8 << 20  # a request of this size is large enough for any file system we know
 
 
-def small_reads(f: Facts) -> Finding | None:
+def find_small_reads(f: Facts) -> Finding | None:
     reads = f.after_startup("sizes").filter((pl.col("op") == "read") & (pl.col("bucket") >= 0))
     small = reads.filter(pl.col("bucket") < SMALL.bit_length() - 1)
     calls, moved, spent = (int(small[c].sum()) for c in ("count", "bytes", "us"))
@@ -22,15 +22,15 @@ def small_reads(f: Facts) -> Finding | None:
     files = f.reads.filter(pl.col("mean_bytes") < SMALL).sort("count", descending=True)
     name = files["file"][0] if len(files) and 2 * files["count"][0] > calls else None
     text = (
-        f"{calls:,} reads are smaller than {size(SMALL)}: {size(moved / calls)} on average"
-        f"{f', most of them of {name}' if name else ''}. They take {seconds(spent / 1e6)}, added up over the "
+        f"{calls:,} reads are smaller than {format_size(SMALL)}: {format_size(moved / calls)} on average"
+        f"{f', most of them of {name}' if name else ''}. They take {format_seconds(spent / 1e6)}, added up over the "
         f"ranks; {large:,} large reads would bring the same bytes."
     )
     evidence = {"reads": calls, "bytes": moved, "seconds_all_ranks": spent / 1e6, "file": name}
     return Finding("small_reads", won, text, f.larger_reads(moved / calls), evidence)
 
 
-def mapped(f: Facts) -> Finding | None:
+def find_mapped_files(f: Facts) -> Finding | None:
     """Files that the application reads and no call touches: page faults, seen only as slow spans."""
     reads = f.after_startup("ops").filter((pl.col("layer") == "spans") & (pl.col("op") == "read"))
     if not len(reads):
@@ -43,7 +43,7 @@ def mapped(f: Facts) -> Finding | None:
         return None
     slow = reads.group_by("file").agg(pl.col("us").sum()).sort("us", descending=True)["file"][0]
     text = (
-        f"{size(moved)} are read without any call, at {rate:.0f} MB/s, most of the time in {slow}: a mapped "
+        f"{format_size(moved)} are read without any call, at {rate:.0f} MB/s, most of the time in {slow}: a mapped "
         "file that is not in memory comes in by page faults, a few pages at a time."
     )
     remedy = "Read the files instead of mapping them, or advise the kernel to read ahead."
@@ -66,14 +66,14 @@ def _mapped_by_option(f: Facts) -> Finding | None:
     usual, late = (float(assembled[c].to_numpy().max()) / 1e6 for c in ("p50_us", "p99_us"))
     text = (
         "The dataset is mapped, so its bytes come in by page faults, which no trace shows: half of the "
-        f"batches are assembled in {seconds(usual)}, one in a hundred takes more than {seconds(late)}, "
-        f"and the training waits {seconds(stall)} for them."
+        f"batches are assembled in {format_seconds(usual)}, one in a hundred takes more than {format_seconds(late)}, "
+        f"and the training waits {format_seconds(stall)} for them."
     )
     remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
     return Finding("mapped", stall, text, remedy, {"p50_s": usual, "p99_s": late, "stall_s": stall})
 
 
-def metadata(f: Facts) -> Finding | None:
+def find_metadata_load(f: Facts) -> Finding | None:
     """Opens, seeks, stats and closes that cost as much as the reading."""
     calls = f.after_startup("ops").filter(pl.col("layer") == "calls")
     other = calls.filter(~pl.col("op").is_in(["read", "write"]))
@@ -86,7 +86,7 @@ def metadata(f: Facts) -> Finding | None:
     number = int(other["count"].sum())
     text = (
         f"{spent / whole:.0%} of the time in file calls moves no byte: {number:,} opens, seeks, stats and "
-        f"closes; {top['op']} alone is {top['count']:,} calls and {seconds(top['us'] / 1e6)}."
+        f"closes; {top['op']} alone is {top['count']:,} calls and {format_seconds(top['us'] / 1e6)}."
     )
     remedy = "Keep files open, and put many small files into few large ones."
     return Finding(
@@ -94,7 +94,7 @@ def metadata(f: Facts) -> Finding | None:
     )
 
 
-def random_access(f: Facts) -> Finding | None:
+def find_random_access(f: Facts) -> Finding | None:
     """Reads that jump about. A fixed skip forward is none: ranks that take turns, each with its rows."""
     sequential, strided, jumps = (int(f.reads[c].sum()) for c in ("sequential", "strided", "random"))
     if jumps < 1000 or jumps < sequential + strided:
@@ -105,7 +105,7 @@ def random_access(f: Facts) -> Finding | None:
     part = jumps / (jumps + strided + sequential)
     text = (
         f"{part:.0%} of the reads jump to another place of their file, most of them in {top['file']}, "
-        f"{size(top['mean_bytes'])} at a time: no file system reads ahead for that."
+        f"{format_size(top['mean_bytes'])} at a time: no file system reads ahead for that."
     )
     remedy = "Shuffle batches, not rows; or read long stretches and shuffle inside them."
     if f.ours and str(top["file"]).endswith(".rows"):
@@ -116,7 +116,7 @@ def random_access(f: Facts) -> Finding | None:
     return Finding("random_access", f.won(float(f.reads["seconds"].sum()) * part), text, remedy, evidence)
 
 
-def slow_tail(f: Facts) -> Finding | None:
+def find_slow_tail(f: Facts) -> Finding | None:
     """A few reads that take most of the time: the storage was busy, or cold."""
     reads = with_us(f.after_startup("latencies").filter(pl.col("op") == "read"))
     if int(reads["count"].sum()) < 1000:
@@ -131,13 +131,13 @@ def slow_tail(f: Facts) -> Finding | None:
         return None
     text = (
         f"The slowest {number:,} reads take {tail / spent:.0%} of the reading time: half of all are done in "
-        f"{seconds(middle / 1e6)}, these need {seconds(tail / number / 1e6)} each."
+        f"{format_seconds(middle / 1e6)}, these need {format_seconds(tail / number / 1e6)} each."
     )
     remedy = "The storage is shared or cold: stripe the files wider, or stage them on the node."
     return Finding("slow_tail", won, text, remedy, {"share": tail / spent, "reads": number, "p50_us": middle})
 
 
-def amplified(f: Facts) -> Finding | None:
+def find_amplified_reads(f: Facts) -> Finding | None:
     """More bytes moved than asked for."""
     table = answers.amplification(f.joined).filter(
         (pl.col("op") == "read") & (pl.col("times") > 1.2) & (pl.col("moved") - pl.col("asked") > 1 << 20)
@@ -148,14 +148,14 @@ def amplified(f: Facts) -> Finding | None:
     spent = float((table["us"] * (1 - 1 / table["times"])).sum()) / 1e6
     top = table.row(0, named=True)
     text = (
-        f"{size(extra)} more are read than the loader asked for; {top['file']} is read "
+        f"{format_size(extra)} more are read than the loader asked for; {top['file']} is read "
         f"{top['times']:.1f} times over."
     )
     remedy = "Keep what was read until it is used: whole batches per read, or fewer passes."
     return Finding("amplified", f.won(spent), text, remedy, {"bytes": extra, "file": top["file"]})
 
 
-def failed(f: Facts) -> Finding | None:
+def find_failed_calls(f: Facts) -> Finding | None:
     bad = f.joined["ops"].filter((pl.col("failed") > 0) & pl.col("op").is_in(["read", "write"]))
     if not len(bad):
         return None

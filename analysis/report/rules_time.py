@@ -3,11 +3,11 @@
 import polars as pl
 
 from analysis.report.facts import TRAIN, Facts, Finding
-from analysis.report.page import seconds, size
+from analysis.report.page import format_seconds, format_size
 from analysis.tables import progress
 
 
-def waiting(f: Facts) -> Finding | None:
+def find_waiting(f: Facts) -> Finding | None:
     """The main thread stands still for data: in data/wait, or reading itself."""
     wall = f.mean("wall_s", *TRAIN)
     stall = f.mean("wait_s", *TRAIN) + f.mean("io_s", *TRAIN)
@@ -20,7 +20,7 @@ def waiting(f: Facts) -> Finding | None:
     if len(reads):
         name = str(reads["file"][0] or "its data")
         mean = float(reads["bytes"].sum()) / max(1, int(reads["count"].sum()))
-        size_text = f"; a read moves {size(mean)} on average"
+        size_text = f"; a read moves {format_size(mean)} on average"
         evidence |= {"file": name, "mean_read_bytes": mean}
         if name.endswith(".rows"):
             remedy = "These are tables in files: raise --cache_memory_budget_mb."
@@ -34,7 +34,7 @@ def waiting(f: Facts) -> Finding | None:
     return Finding("waiting", stall, text, remedy, evidence)
 
 
-def slow_rank(f: Facts) -> Finding | None:
+def find_slow_rank(f: Facts) -> Finding | None:
     """One rank's own part of a step is longer than the others', who wait for it in communication."""
     if f.ranks.height < 2:
         return None
@@ -61,7 +61,7 @@ def slow_rank(f: Facts) -> Finding | None:
     return Finding("slow_rank", lost, text, remedy, evidence)
 
 
-def startup(f: Facts) -> Finding | None:
+def find_slow_startup(f: Facts) -> Finding | None:
     """The first step comes late."""
     table, wall = progress.startup(f.joined), f.mean("wall_s")
     if not len(table):
@@ -73,11 +73,11 @@ def startup(f: Facts) -> Finding | None:
     if first < 0.1 * wall or not len(parts):
         return None
     part, long = parts.sort("seconds", descending=True).row(0)
-    calls = f"; file calls are {seconds(f.mean('io_s', 'startup'))} per rank" if f.joined.calls else ""
+    calls = f"; file calls are {format_seconds(f.mean('io_s', 'startup'))} per rank" if f.joined.calls else ""
     text = (
         f"{'The first step ends' if jobs == 1 else f'The first steps of {jobs} launches end'} after "
-        f"{seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; its longest part "
-        f"is {part}, {seconds(long)}{calls}."
+        f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; its longest part "
+        f"is {part}, {format_seconds(long)}{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
     if part == "imports" and f.mean("io_s", "startup") > 0.2 * long:  # else it is Python's own work
@@ -91,20 +91,24 @@ def _slowest(table: pl.DataFrame) -> float:
     return float(table.group_by("launch").agg(pl.col("seconds").max())["seconds"].sum())
 
 
-def checkpoint(f: Facts) -> Finding | None:
+def find_checkpoint_cost(f: Facts) -> Finding | None:
     """Training stands still while checkpoints are written or loaded."""
     stall = f.longest("checkpoint")
     if stall < 0.02 * f.mean("wall_s"):
         return None
     written = progress.checkpoints(f.joined).filter(pl.col("name") == "write")
     moved, spent = int(written["bytes"].sum()), float(written["seconds"].sum())
-    speed = f": {size(moved)} written at {moved / spent / 1e6:.0f} MB/s per rank" if moved and spent else ""
-    text = f"Training stands still for {seconds(stall)} while checkpoints are saved or loaded{speed}."
+    speed = (
+        f": {format_size(moved)} written at {moved / spent / 1e6:.0f} MB/s per rank"
+        if moved and spent
+        else ""
+    )
+    text = f"Training stands still for {format_seconds(stall)} while checkpoints are saved or loaded{speed}."
     remedy = "Save less often, or to faster storage; or write in the background."
     return Finding("checkpoint", stall, text, remedy, {"stall_s": stall, "bytes": moved})
 
 
-def late_steps(f: Facts) -> Finding | None:
+def find_late_steps(f: Facts) -> Finding | None:
     """Few steps that take much longer than the others."""
     table = f.joined["steps"]
     if len(table) < 20:
@@ -121,9 +125,9 @@ def late_steps(f: Facts) -> Finding | None:
     why = by_step.group_by("why").agg(pl.col("excess_us").sum()).sort("excess_us", descending=True)["why"][0]
     worst = late.row(0, named=True)
     text = (
-        f"{len(by_step)} steps take more than three times the median, {seconds(lost)} in all; the extra time "
+        f"{len(by_step)} steps take more than three times the median, {format_seconds(lost)} in all; the extra time "
         f"is mostly {why}. The longest is step {worst['step']} on rank {worst['rank']}, "
-        f"{seconds(worst['wall_us'] / 1e6)}."
+        f"{format_seconds(worst['wall_us'] / 1e6)}."
     )
     evidence = {"steps": len(by_step), "mostly": why, "longest": worst["step"], "rank": worst["rank"]}
     return Finding(

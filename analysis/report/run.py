@@ -9,15 +9,15 @@ import polars as pl
 
 from analysis.run_folder import records
 from analysis.run_folder.outputs import beside
-from analysis.tables.gather import Joined, Map, gather, on_threads
-from analysis.trace.clocks import clocks, moves, skew
+from analysis.tables.gather import JoinedTables, Map, gather_tables, on_threads
+from analysis.trace.clocks import clock_skew, describe_moves, make_clocks
 from common.errors import printable
 
 
 @dataclass
-class Run:
+class TracedRun:
     path: Path
-    joined: Joined
+    joined: JoinedTables
     config: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
@@ -37,18 +37,18 @@ class Run:
         return int(self.joined["time"]["ts"].min())  # type: ignore[arg-type]
 
 
-def open_run(path: str | Path, over: Map = on_threads) -> Run:
+def open_run(path: str | Path, over: Map = on_threads) -> TracedRun:
     folder = Path(path)
-    run = Run(folder, gather(folder, over))
+    run = TracedRun(folder, gather_tables(folder, over))
     run.config = records.read_config(run.home / "config.json", run.notes)
     run.plan = records.read_plan(run.home / "plan.json", run.notes)
     run.results = records.read_results(run.home / "results.json", run.notes)
     run.metrics = records.read_metrics(run.home / "metrics.jsonl", run.notes)
-    run.notes += _notes(run.joined, bool(run.config))
+    run.notes += _list_notes(run.joined, bool(run.config))
     return run
 
 
-def _notes(joined: Joined, ours: bool) -> list[str]:
+def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
     notes = [process.lost + "." for process in joined.processes if process.lost]
     shown = notes[:8] + ([f"{len(notes) - 8} more traces are incomplete."] if len(notes) > 8 else [])
     several = len(joined.launches) > 1
@@ -79,12 +79,15 @@ def _notes(joined: Joined, ours: bool) -> list[str]:
         shown.append("No training steps (category train, name step): what is said of steps is left out.")
     if world < 0 and not ours:
         shown.append("These traces do not name their ranks: each process counts as one rank.")
-    apart = skew(joined.processes)
+    apart = clock_skew(joined.processes)
     if apart and len({p.host for p in joined.processes}) > 1:
         told = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
         shown.append(
             f"The ranks' clocks were apart by {told}; times here are set right by these barriers: "
-            + ("; ".join(moves(joined.processes, clocks(joined.processes))) or "nothing to move")
+            + (
+                "; ".join(describe_moves(joined.processes, make_clocks(joined.processes)))
+                or "nothing to move"
+            )
             + "."
         )
     return shown

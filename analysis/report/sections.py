@@ -4,8 +4,8 @@ import polars as pl
 
 from analysis.report import plots, plots_io
 from analysis.report.facts import Facts
-from analysis.report.page import Entry
-from analysis.report.run import Run
+from analysis.report.page import ReportEntry
+from analysis.report.run import TracedRun
 from analysis.tables import answers, progress
 from analysis.trace.classify import KINDS
 
@@ -25,73 +25,73 @@ KEPT = (
 SHOW = "The links show it in Perfetto while `python -m analysis view RUN` runs, here or through its ssh line."
 
 
-def entries(run: Run, facts: Facts) -> list[Entry]:
+def list_entries(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     return [*_time(run, facts), *_steps(run, facts), *_io(run), *_requests(run), *_special(run)]
 
 
-def _time(run: Run, facts: Facts) -> list[Entry]:
+def _time(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     j = run.joined
     timeline, curves, gaps = progress.timeline(j), progress.curves(j, run.metrics), progress.gaps(j)
     return [
-        Entry(
+        ReportEntry(
             "Time", "Launches", facts.launches if facts.launches.height > 1 else None, None,
             "The run was stopped and went on. What lies between two launches counts as nothing: not as I/O, "
             "not as waiting.", "launches",
         ),
-        Entry(
-            "Time", "Where each rank's time went", facts.breakdown, plots.where(facts.breakdown),
+        ReportEntry(
+            "Time", "Where each rank's time went", facts.breakdown, plots.plot_time_by_rank(facts.breakdown),
             "Seconds of wall clock. Training is cut by what its main thread did: I/O and waiting for "
             "data first, "
             "then communication, copies, compute; `rest` is training that no span covers.",
             "breakdown",
         ),
-        Entry(
-            "Time", "How much I/O is hidden", facts.phases, plots.hidden(facts.phases),
+        ReportEntry(
+            "Time", "How much I/O is hidden", facts.phases, plots.plot_hidden_io(facts.phases),
             "The union of all I/O of a rank, on any thread: behind compute or communication of the main "
             "thread, "
             "or bare. Start-up has no spans of compute, so its I/O counts as bare.",
             "phases",
         ),
-        Entry(
-            "Time", "Over the run", timeline, plots.over_time(timeline, curves, gaps),
+        ReportEntry(
+            "Time", "Over the run", timeline, plots.plot_over_time(timeline, curves, gaps),
             "All ranks on one clock. Drag to zoom, double-click to see all again.", "timeline",
         ),
-        Entry("Time", "By epoch", answers.epochs(j), None, "Training, added up over the ranks.", "epochs"),
-        Entry(
+        ReportEntry("Time", "By epoch", answers.epochs(j), None, "Training, added up over the ranks.", "epochs"),
+        ReportEntry(
             "Time", "By range of steps", progress.step_ranges(j), None,
             "The training in up to twenty ranges of steps, added up over the ranks.", "step_ranges",
         ),
     ]  # fmt: skip
 
 
-def _steps(run: Run, facts: Facts) -> list[Entry]:
+def _steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     j = run.joined
     if not len(j["steps"]):
         return []
     steps = progress.steps(j)
     late = progress.outliers(j).select(KEPT[facts.launches.height == 1 :])  # one launch needs no number
     return [
-        Entry(
-            "Steps", "Time of each step", steps, plots.step_times(steps, run.begin_us, progress.gaps(j)),
+        ReportEntry(
+            "Steps", "Time of each step", steps, plots.plot_step_times(steps, run.begin_us, progress.gaps(j)),
             "On the slowest rank. Point at a step for what it did; drag to zoom.", "steps",
         ),
-        Entry(
+        ReportEntry(
             ""
-            "Steps", "Distribution", None, plots.step_histogram(steps),
+            "Steps", "Distribution", None, plots.plot_step_histogram(steps),
             "Steps by their time on the slowest rank.",
         ),
-        Entry(
+        ReportEntry(
             "Steps", "Late steps", late, None,
             "Steps of more than twice the median, and what took the extra time. `ts` is the step's begin in "
             f"the trace, in us. {SHOW}", "late_steps", jump="wall_us",
         ),
-        Entry(
-            "Steps", "Ranks against each other", facts.ranks, plots.work(facts.ranks),
+        ReportEntry(
+            "Steps", "Ranks against each other", facts.ranks, plots.plot_work(facts.ranks),
             "A rank's own work is its steps without communication: who is slow has more of it, the "
             "others wait.",
             "ranks",
         ),
-        Entry(
+        ReportEntry(
             "Steps", "Spans by name", answers.spans(j), None,
             "Of all ranks; spans may contain each other. p50 is the middle rank's, p99 the worst "
             "rank's.", "spans",
@@ -99,11 +99,11 @@ def _steps(run: Run, facts: Facts) -> list[Entry]:
     ]  # fmt: skip
 
 
-def _io(run: Run) -> list[Entry]:
+def _io(run: TracedRun) -> list[ReportEntry]:
     j = run.joined
     files = answers.files(j)
     return [
-        Entry(
+        ReportEntry(
             "I/O", "By phase", answers.volume(j, "phase"), None,
             "`seconds` is the sum over all operations and ranks, `MB per s` what one operation moves "
             "while it runs; "
@@ -113,59 +113,59 @@ def _io(run: Run) -> list[Entry]:
             "none of the three.",
             "io_phases",
         ),
-        Entry("I/O", "By rank", answers.volume(j, "rank"), None, "", "io_ranks"),
-        Entry("I/O", "By host", answers.volume(j, "host"), None, "", "io_hosts"),
-        Entry("I/O", "By epoch", answers.volume(j, "epoch").drop_nulls("epoch"), None, "", "io_epochs"),
-        Entry(
-            "I/O", "Rank by time", None, plots_io.rank_heat(j["rates"], run.begin_us),
+        ReportEntry("I/O", "By rank", answers.volume(j, "rank"), None, "", "io_ranks"),
+        ReportEntry("I/O", "By host", answers.volume(j, "host"), None, "", "io_hosts"),
+        ReportEntry("I/O", "By epoch", answers.volume(j, "epoch").drop_nulls("epoch"), None, "", "io_epochs"),
+        ReportEntry(
+            "I/O", "Rank by time", None, plots_io.plot_rank_heat(j["rates"], run.begin_us),
             "MB/s read and written.",
         ),
-        Entry(
-            "I/O", "Files", files, plots.files(files),
+        ReportEntry(
+            "I/O", "Files", files, plots.plot_files(files),
             "The files with the most time in them, start-up left out.", "files",
         ),
     ]  # fmt: skip
 
 
-def _requests(run: Run) -> list[Entry]:
+def _requests(run: TracedRun) -> list[ReportEntry]:
     j = run.joined
-    sizes = answers.sizes(j, "phase").filter(pl.col("phase") != "startup")
+    sizes = answers.request_sizes(j, "phase").filter(pl.col("phase") != "startup")
     return [
-        Entry(
-            "Requests", "Sizes", sizes, plots_io.request_sizes(sizes),
+        ReportEntry(
+            "Requests", "Sizes", sizes, plots_io.plot_request_sizes(sizes),
             "Number of reads and writes by size, start-up left out.", "sizes",
         ),
-        Entry("Requests", "Bytes by size", None, plots_io.request_bytes(sizes), "Where the bytes go."),
-        Entry(
-            "Requests", "Operations", answers.operations(j), plots_io.latency(j["latencies"]),
+        ReportEntry("Requests", "Bytes by size", None, plots_io.plot_request_bytes(sizes), "Where the bytes go."),
+        ReportEntry(
+            "Requests", "Operations", answers.operations(j), plots_io.plot_latency(j["latencies"]),
             "Time of one operation. Percentiles are exact below 256 us, else within "
             "1%.", "operations", show=True,
         ),
-        Entry(
+        ReportEntry(
             "Requests", "Slowest operations", answers.slowest(j), None,
             f"`ts` is the moment in the trace, in us. {SHOW}", "slowest", jump="dur",
         ),
-        Entry(
+        ReportEntry(
             "Requests", "Asked and moved", answers.amplification(j), None,
             "What the loader says it read or wrote, and what the calls moved.", "asked",
         ),
     ]  # fmt: skip
 
 
-def _special(run: Run) -> list[Entry]:
+def _special(run: TracedRun) -> list[ReportEntry]:
     j = run.joined
     start, saved, prep = progress.startup(j), progress.checkpoints(j), progress.preprocessing(j)
     found = [
-        Entry(
-            "Start-up", "To the end of the first step", start, plots.startup(start),
+        ReportEntry(
+            "Start-up", "To the end of the first step", start, plots.plot_startup(start),
             "Gaps are what no span covers.", "startup",
         ),
-        Entry(
+        ReportEntry(
             "Checkpoints", "Saved and loaded", saved, None,
             "`save` and `load` on the main thread is how long training stood still.", "checkpoints",
         ),
-        Entry(
-            "Preprocessing", "Step by step", prep, plots.preprocessing(prep),
+        ReportEntry(
+            "Preprocessing", "Step by step", prep, plots.plot_preprocessing(prep),
             "Elapsed from the first worker's begin to the last one's end; work is the sum over workers.",
             "preprocessing",
         ),

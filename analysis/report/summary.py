@@ -5,15 +5,20 @@ from typing import Any
 import polars as pl
 
 from analysis.report.findings import Facts, Finding
-from analysis.report.page import number, seconds, size
-from analysis.report.run import Run
+from analysis.report.page import format_number, format_seconds, format_size
+from analysis.report.run import TracedRun
 from analysis.tables import answers, progress
 from analysis.tables.answers import PARTS
 
 Row = tuple[str, Any, str, int]  # name, value, as people read it, better: 1 more, -1 less, 0 neither
 
 
-def headline(run: Run, facts: Facts) -> list[Row]:
+def _step_row(name: str, microseconds: Any) -> Row:
+    seconds = float(microseconds or 0) / 1e6
+    return name, seconds, format_seconds(seconds), -1
+
+
+def list_headlines(run: TracedRun, facts: Facts) -> list[Row]:
     """The numbers that a run is judged by."""
     j, p = run.joined, facts.phases
     train = p.filter(pl.col("phase").is_in(["train", "run"]))
@@ -23,9 +28,9 @@ def headline(run: Run, facts: Facts) -> list[Row]:
     )
     io, bare = float(train["io_all_s"].sum()), float(train["io_bare_s"].sum())
     volume = answers.volume(j, "phase")
-    rows: list[Row] = [("wall time", facts.wall(), seconds(facts.wall()), -1)]
+    rows: list[Row] = [("wall time", facts.wall(), format_seconds(facts.wall()), -1)]
     if facts.launches.height > 1:
-        rows.append(("not running between launches", facts.pause(), seconds(facts.pause()), -1))
+        rows.append(("not running between launches", facts.pause(), format_seconds(facts.pause()), -1))
     if speed := run.results.get("samples_per_second"):
         rows.append(("samples per second", speed, f"{speed:,.0f}", 1))
     if (auroc := run.results.get("test_auroc")) is not None:
@@ -35,7 +40,7 @@ def headline(run: Run, facts: Facts) -> list[Row]:
         rows += [(f"{split} {name}", told[name], f"{told[name]:.5f}", 1) for name in names]
     if train_s:
         rows += [
-            ("training", train_s, seconds(train_s), -1),
+            ("training", train_s, format_seconds(train_s), -1),
             ("waiting for data, of training", stall / train_s, f"{stall / train_s:.1%}", -1),
         ]
         comm = facts.mean("communication_s", "train", "run")
@@ -46,19 +51,14 @@ def headline(run: Run, facts: Facts) -> list[Row]:
         first = progress.startup(j).group_by("launch", "rank").agg(pl.col("seconds").sum())["seconds"].max()
         step = progress.steps(j)["wall_us"]
         rows += [
-            ("first step ends after", first, seconds(first), -1),  # type: ignore[arg-type]
-            ("step, median", float(step.median() or 0) / 1e6, seconds(float(step.median() or 0) / 1e6), -1),  # type: ignore[arg-type]
-            (
-                "step, 99th percentile",
-                float(step.quantile(0.99) or 0) / 1e6,
-                seconds(float(step.quantile(0.99) or 0) / 1e6),
-                -1,
-            ),
+            ("first step ends after", first, format_seconds(first), -1),  # type: ignore[arg-type]
+            _step_row("step, median", step.median()),
+            _step_row("step, 99th percentile", step.quantile(0.99)),
         ]
     for op, verb in (("read", "read"), ("write", "written")):
         found = volume.filter(pl.col("op") == op)
         moved, calls = int(found["bytes"].sum()), int(found["count"].sum())
-        rows += [(f"bytes {verb}", moved, size(moved), 0), (f"{op}s", calls, f"{calls:,}", 0)]
+        rows += [(f"bytes {verb}", moved, format_size(moved), 0), (f"{op}s", calls, f"{calls:,}", 0)]
     return rows
 
 
@@ -67,13 +67,13 @@ def _last(evaluations: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, A
     return [(split, evaluations[split]) for split in ("test", "val") if evaluations.get(split)][:1]
 
 
-def summary(run: Run, facts: Facts, found: list[Finding]) -> dict[str, Any]:
+def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str, Any]:
     """All of it for programs: summary.json."""
     j = run.joined
     return {
         "run": run.name, "ranks": facts.breakdown.height, "hosts": sorted({p.host for p in j.processes}),
         "events": j.events, "calls": j.calls,
-        "headline": {name: value for name, value, _, _ in headline(run, facts)},
+        "headline": {name: value for name, value, _, _ in list_headlines(run, facts)},
         "findings": [finding.as_dict() for finding in found],
         "notes": run.notes,
         "launches": facts.launches.to_dicts(),
@@ -88,18 +88,18 @@ def summary(run: Run, facts: Facts, found: list[Finding]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def text(run: Run, facts: Facts, found: list[Finding]) -> str:
+def format_text(run: TracedRun, facts: Facts, found: list[Finding]) -> str:
     """For the terminal, 100 columns."""
     lines = [
-        f"{run.name}: {number(facts.breakdown.height, 'rank')}, {number(run.joined.events, 'event')}",
+        f"{run.name}: {format_number(facts.breakdown.height, 'rank')}, {format_number(run.joined.events, 'event')}",
         "",
     ]
-    lines += [f"  {name:<32}{told:>14}" for name, _, told, _ in headline(run, facts)]
+    lines += [f"  {name:<32}{told:>14}" for name, _, told, _ in list_headlines(run, facts)]
     for row in facts.launches.iter_rows(named=True) if facts.launches.height > 1 else ():
         lines.append(
-            f"  launch {row['launch']}: {number(row['ranks'], 'rank')}, {seconds(row['wall_s'])} from "
-            f"{seconds(row['at_s'])} on, {number(row['steps'], 'step')}"
-            + (f"; {seconds(p)} not running before" if (p := row["not_running_before_s"]) else "")
+            f"  launch {row['launch']}: {format_number(row['ranks'], 'rank')}, {format_seconds(row['wall_s'])} from "
+            f"{format_seconds(row['at_s'])} on, {format_number(row['steps'], 'step')}"
+            + (f"; {format_seconds(p)} not running before" if (p := row["not_running_before_s"]) else "")
         )
     used = [part for part in PARTS if facts.breakdown[part].sum() > 0]
     lines += ["", "  seconds      " + "".join(f"{part:>14}" for part in used)]
@@ -110,7 +110,7 @@ def text(run: Run, facts: Facts, found: list[Finding]) -> str:
     lines += ["", "  Findings, by the time to be won:" if found else "  No findings."]
     for finding in found:
         lines.append(
-            f"  {seconds(finding.seconds) if finding.seconds else '':>9}  {finding.text} {finding.remedy}"
+            f"  {format_seconds(finding.seconds) if finding.seconds else '':>9}  {finding.text} {finding.remedy}"
         )
     lines += [f"  note: {note}" for note in run.notes]
     return "\n".join(lines)

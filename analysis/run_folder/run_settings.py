@@ -25,7 +25,7 @@ _DATA = ("data.in_memory_binary_criteo_path", "data.dataset_path", "data.dataset
 _NOT_SETTINGS = ("run.output_dir", "run.num_epochs", "launch.local_world_size", "launch.hosts")
 
 
-def model(config: Config) -> str:
+def model_of_run(config: Config) -> str:
     """The model's name, or nothing where there is no config.json of ours."""
     sizes = config.get("model")
     if not isinstance(sizes, dict):
@@ -33,24 +33,24 @@ def model(config: Config) -> str:
     return "DLRM" if "embedding_dim" in sizes else "BERT4Rec" if "emb_dim" in sizes else ""
 
 
-def flat(config: Config, before: str = "") -> dict[str, Any]:
+def flatten_options(config: Config, before: str = "") -> dict[str, Any]:
     """{"data": {"batch_size": 256}} -> {"data.batch_size": 256}."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{before}{key}"
         if isinstance(value, dict):
-            found.update(flat(value, f"{name}."))
+            found.update(flatten_options(value, f"{name}."))
         else:
             found[name] = value
     return found
 
 
-def option(config: Config, called: str) -> Any:
-    options = flat(config)
+def read_option(config: Config, called: str) -> Any:
+    options = flatten_options(config)
     return next((options[name] for name in OPTIONS[called] if options.get(name) is not None), None)
 
 
-def tables(plan: Config) -> str:
+def list_tables(plan: Config) -> str:
     """How many embedding tables, and rows in all of them: the data's, whatever the options say."""
     rows = 0
     for table in plan.values():
@@ -66,24 +66,24 @@ def _end(shard: Any) -> int:
     return offset + size
 
 
-def told(config: Config, plan: Config) -> dict[str, str]:
+def run_settings(config: Config, plan: Config) -> dict[str, str]:
     """What two runs must share to be compared, by the names that people use."""
-    options = flat(config)
+    options = flatten_options(config)
     data = [str(options[name]) for name in _DATA if options.get(name) is not None]
-    known = {"model": model(config), "data": data[0] if data else "", "tables": tables(plan)}
-    known |= {called: option(config, called) for called in OPTIONS}
+    known = {"model": model_of_run(config), "data": data[0] if data else "", "tables": list_tables(plan)}
+    known |= {called: read_option(config, called) for called in OPTIONS}
     return {called: shown(value) for called, value in known.items() if value not in (None, "")}
 
 
-def unlike(a: tuple[Config, Config], b: tuple[Config, Config]) -> Iterator[tuple[str, str, str]]:
+def differing_settings(a: tuple[Config, Config], b: tuple[Config, Config]) -> Iterator[tuple[str, str, str]]:
     """name, value of A, value of B: what matters most first; of one model, all other options too."""
-    one, two = told(*a), told(*b)
+    one, two = run_settings(*a), run_settings(*b)
     for called in dict.fromkeys([*one, *two]):
         if one.get(called) != two.get(called):
             yield called, one.get(called, "-"), two.get(called, "-")
-    if model(a[0]) != model(b[0]):
+    if model_of_run(a[0]) != model_of_run(b[0]):
         return
-    left, right = flat(a[0]), flat(b[0])
+    left, right = flatten_options(a[0]), flatten_options(b[0])
     for name in sorted({*left, *right} - {*_NOT_SETTINGS, *_DATA, *sum(OPTIONS.values(), ())}):
         if left.get(name) != right.get(name):
             yield printable(name), shown(left.get(name, "-")), shown(right.get(name, "-"))
@@ -100,17 +100,17 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def file_name(config: Config) -> str:
+def trace_file_name(config: Config) -> str:
     """dlrm-n<nodes>-ppn<ranks of a node>-gpu<n>-ep<epochs>-bs<batch>-ed<dimension>-lr<rate>; or nothing."""
     try:
         launch = config["launch"]
         world, nodes = int(launch["world_size"]), int(launch["nodes"])
         ppn = int(launch.get("local_world_size") or world // max(1, nodes))
         gpus = world if launch["device"] == "cuda" else 0
-        epochs, batch = int(option(config, "epochs")), int(option(config, "batch size of a rank"))
-        dimension = int(option(config, "embedding dimension"))
-        rate = float(option(config, "learning rate"))
+        epochs, batch = int(read_option(config, "epochs")), int(read_option(config, "batch size of a rank"))
+        dimension = int(read_option(config, "embedding dimension"))
+        rate = float(read_option(config, "learning rate"))
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         return ""
-    name = (model(config) or "run").lower()
+    name = (model_of_run(config) or "run").lower()
     return f"{name}-n{nodes}-ppn{ppn}-gpu{gpus}-ep{epochs}-bs{batch}-ed{dimension}-lr{rate:g}"

@@ -6,7 +6,7 @@ Time as a whole and I/O; progress.py has what goes step by step.
 import polars as pl
 
 from analysis.tables.calls import with_us
-from analysis.tables.gather import Joined
+from analysis.tables.gather import JoinedTables
 from analysis.tables.times import MEASURES
 from analysis.trace.classify import DATA_OPS, KINDS
 
@@ -15,36 +15,36 @@ WHOLE_PHASES = ("startup", "evaluate", "checkpoint", "preprocess", "other")
 PARTS = ("startup", *reversed(KINDS), "rest", "evaluate", "checkpoint", "preprocess", "other")
 
 
-def in_seconds(*names: str) -> list[pl.Expr]:
+def to_seconds(*names: str) -> list[pl.Expr]:
     return [(pl.col(name) / S).alias(name.removesuffix("_us") + "_s") for name in names]
 
 
-def counted(*names: str) -> list[pl.Expr]:
+def count_by(*names: str) -> list[pl.Expr]:
     return [pl.col(name).sum().cast(pl.Int64) for name in names]
 
 
 SECONDS = pl.col("us").sum().truediv(S).alias("seconds")
 
 
-def phases(j: Joined, *by: str) -> pl.DataFrame:
+def phases(j: JoinedTables, *by: str) -> pl.DataFrame:
     """Per rank and phase: seconds of wall clock, by kind, and of I/O hidden and bare."""
     keys = (*by, "rank", "phase")
     sums = j["time"].group_by(keys).agg(pl.col("ts").min(), pl.col(*MEASURES).sum())
-    return sums.sort(*keys[:-1], "ts").select(*keys, *in_seconds(*MEASURES))
+    return sums.sort(*keys[:-1], "ts").select(*keys, *to_seconds(*MEASURES))
 
 
-def epochs(j: Joined) -> pl.DataFrame:
+def epochs(j: JoinedTables) -> pl.DataFrame:
     """The same for each epoch of the training, all ranks added up."""
     train = j["time"].filter(pl.col("phase") == "train")
     return (
         train.group_by("epoch")
         .agg(pl.col(*MEASURES).sum())
         .sort("epoch")
-        .select("epoch", *in_seconds(*MEASURES))
+        .select("epoch", *to_seconds(*MEASURES))
     )
 
 
-def breakdown(j: Joined) -> pl.DataFrame:
+def breakdown(j: JoinedTables) -> pl.DataFrame:
     """Where each rank's wall time went: the phases that are not training whole, the training by kind."""
     table = phases(j)
     kinds = [pl.col(f"{kind}_s").sum().alias(kind) for kind in KINDS] + [
@@ -57,36 +57,36 @@ def breakdown(j: Joined) -> pl.DataFrame:
     return found.select("rank", "wall", *(pl.col(name).fill_null(0.0) for name in PARTS))
 
 
-def volume(j: Joined, *by: str) -> pl.DataFrame:
+def volume(j: JoinedTables, *by: str) -> pl.DataFrame:
     """Operations, bytes and seconds of reads and writes, and how fast one operation moves its bytes."""
     return _volume(j, j["ops"], by)
 
 
-def files(j: Joined) -> pl.DataFrame:
+def files(j: JoinedTables) -> pl.DataFrame:
     """The same by file, start-up left out: that reads thousands of modules."""
     return _volume(
         j, j["ops"].filter((pl.col("phase") != "startup") & pl.col("file").is_not_null()), ("file",)
     )
 
 
-def _volume(j: Joined, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataFrame:
+def _volume(j: JoinedTables, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataFrame:
     data = ops.filter(pl.col("op").is_in(DATA_OPS))
     if "host" in by:
         names = {p.rank: p.host or "?" for p in j.processes}
         host = pl.col("rank").replace_strict(names, default="?", return_dtype=pl.String)
         data = data.with_columns(host.alias("host"))
     found = data.group_by(*by, "op").agg(
-        *counted("count", "bytes"), SECONDS, *counted("sequential", "strided", "random", "failed")
+        *count_by("count", "bytes"), SECONDS, *count_by("sequential", "strided", "random", "failed")
     )
     rate = pl.when(pl.col("seconds") > 0).then(pl.col("bytes") / pl.col("seconds") / 1e6).alias("MB_per_s")
     mean = (pl.col("bytes") / pl.col("count")).alias("mean_bytes")
     return found.with_columns(rate, mean).sort("bytes", *by, descending=[True] + [False] * len(by))
 
 
-def operations(j: Joined) -> pl.DataFrame:
+def operations(j: JoinedTables) -> pl.DataFrame:
     """Every operation: how often, how long in all, at the median and the 99th percentile."""
     total = j["ops"].group_by("layer", "op").agg(
-        *counted("count", "bytes", "failed"), SECONDS, pl.col("max_us").max()
+        *count_by("count", "bytes", "failed"), SECONDS, pl.col("max_us").max()
     )  # fmt: skip
     found = total.join(percentiles(j["latencies"], "layer", "op"), on=["layer", "op"], how="left")
     return found.sort("seconds", descending=True)
@@ -94,7 +94,7 @@ def operations(j: Joined) -> pl.DataFrame:
 
 def percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
     """p50, p90, p99 of latencies in us, from counts per bucket: exact below 256 us, else within 1%."""
-    counts = latencies.group_by(*by, "bucket").agg(counted("count")).sort(*by, "bucket")
+    counts = latencies.group_by(*by, "bucket").agg(count_by("count")).sort(*by, "bucket")
     counts = with_us(counts).with_columns(
         pl.col("count").cum_sum().over(by).alias("upto"), pl.col("count").sum().over(by).alias("all")
     )
@@ -104,20 +104,20 @@ def percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
     )
 
 
-def sizes(j: Joined, *by: str) -> pl.DataFrame:
+def request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
     """Requests by size: `bytes_from` is the power of two that a size begins with; 0 for nothing moved."""
     low = pl.when(pl.col("bucket") < 0).then(0).otherwise(2 ** pl.col("bucket").cast(pl.Int64).clip(0))
-    found = j["sizes"].group_by(*by, "op", "bucket").agg(*counted("count", "bytes"), SECONDS)
+    found = j["sizes"].group_by(*by, "op", "bucket").agg(*count_by("count", "bytes"), SECONDS)
     return found.with_columns(low.alias("bytes_from")).sort(*by, "op", "bucket")
 
 
-def slowest(j: Joined, n: int = 40) -> pl.DataFrame:
+def slowest(j: JoinedTables, n: int = 40) -> pl.DataFrame:
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
     found = j["slowest"].sort("dur", "ts", descending=[True, False]).head(n)
     return found.select("rank", "phase", "name", "file", "size", "dur", at, "tid", "ts")
 
 
-def amplification(j: Joined) -> pl.DataFrame:
+def amplification(j: JoinedTables) -> pl.DataFrame:
     """What the application says it read or wrote of a file, and what the calls moved after start-up."""
     calls = j["ops"].filter(
         (pl.col("layer") == "calls") & pl.col("op").is_in(DATA_OPS) & (pl.col("phase") != "startup")
@@ -130,9 +130,9 @@ def amplification(j: Joined) -> pl.DataFrame:
     )
 
 
-def spans(j: Joined) -> pl.DataFrame:
+def spans(j: JoinedTables) -> pl.DataFrame:
     """Every span by name: sums over all ranks, the middle rank's median, the worst rank's 99th percentile."""
     found = j["spans"].group_by("cat", "name", "kind").agg(
-        *counted("count", "us", "bytes"), pl.col("p50_us").median(), pl.col("p99_us", "max_us").max()
+        *count_by("count", "us", "bytes"), pl.col("p50_us").median(), pl.col("p99_us", "max_us").max()
     )  # fmt: skip
     return found.sort("us", descending=True)

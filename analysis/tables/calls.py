@@ -7,7 +7,7 @@ and no call shows, as with a mapped file. A file is in one of them, so the layer
 import numpy as np
 import polars as pl
 
-from analysis.tables.read import Events
+from analysis.tables.read import RankEvents
 from analysis.tables.times import Windows
 from analysis.trace.classify import DATA_OPS
 from analysis.trace.strings import compiled
@@ -44,16 +44,16 @@ def size_bucket(size: np.ndarray) -> np.ndarray:
 _NEEDED = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed", "order")
 
 
-def told(events: Events) -> pl.DataFrame:
+def declared_io(events: RankEvents) -> pl.DataFrame:
     """Spans of the application that say how many bytes they read or wrote."""
     return events.spans.filter(pl.col("op").is_not_null() & pl.col("bytes").is_not_null())
 
 
-def io(rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows) -> dict[str, pl.DataFrame]:
+def all_io(rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows) -> dict[str, pl.DataFrame]:
     """Tables ops, extents, claims, sizes, latencies, rates, slowest."""
     order, extents = follow(calls)
     calls = calls.with_columns(pl.Series("order", order, pl.UInt8))
-    spans = unseen(told, calls).select(
+    spans = unseen_bytes(told, calls).select(
         "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
         pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
     )  # fmt: skip
@@ -67,7 +67,7 @@ def io(rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows) -> dic
     return tables
 
 
-def unseen(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
+def unseen_bytes(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
     """What the application says it read or wrote and no call shows: mapped files, calls not intercepted.
 
     A span that names a file is seen when any call moved bytes of it (a bare name: of any file so called);

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from analysis.perfetto.derive import READ, WRITE, argument, moved
+from analysis.perfetto.derive import READ, WRITE, bytes_moved, read_argument
 from analysis.trace.clocks import launches
-from analysis.trace.columns import resolve
-from analysis.trace.events import Reader, files, ranked
-from analysis.trace.process import Process
-from analysis.trace.scan import STRING, Block
-from analysis.trace.strings import ID, Strings, unescape
+from analysis.trace.columns import resolve_paths
+from analysis.trace.events import TraceReader, assign_ranks, find_trace_files
+from analysis.trace.process import TracedProcess
+from analysis.trace.scan import STRING, EventBlock
+from analysis.trace.strings import ID, StringTable, unescape
 from common.errors import UserError, printable
 from common.inputs import read_json_object
 
@@ -31,7 +31,7 @@ SPANS = 3  # as a direction: what spans data/read say they read
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedFile:
     rank: int
     direction: str  # "read", "written"
     file: str
@@ -50,18 +50,18 @@ class Row:
         return max(0, self.said - self.traced) if self.by_spans else abs(self.said - self.traced)
 
 
-def check(run_dir: str | Path) -> tuple[list[Row], list[Process]]:
+def check_run(run_dir: str | Path) -> tuple[list[CheckedFile], list[TracedProcess]]:
     """One row per launch, rank, direction and file that the run names; the processes say what was lost."""
     launched, results = by_launch(run_dir), Path(run_dir) / "results.json"
     ended = _who_ended([job for job, _ in launched])
-    rows: list[Row] = []
+    rows: list[CheckedFile] = []
     for number, (_, traced) in enumerate(launched):
         spans = any(direction == SPANS for seen in traced.values() for direction, _ in seen)
         if number == ended and (os.path.lexists(results) or not spans):
             rows += _by_results(results, traced, number + 1)
         else:
             rows += [
-                Row(rank, "read", file, said, _of(seen, READ, file), number + 1, True)
+                CheckedFile(rank, "read", file, said, _of(seen, READ, file), number + 1, True)
                 for rank, seen in sorted(traced.items())
                 for (direction, file), said in sorted(seen.items(), key=lambda item: item[0][1])
                 if direction == SPANS
@@ -71,14 +71,14 @@ def check(run_dir: str | Path) -> tuple[list[Row], list[Process]]:
     return rows, [process for job, _ in launched for process in job]
 
 
-def _who_ended(jobs: list[list[Process]]) -> int:
+def _who_ended(jobs: list[list[TracedProcess]]) -> int:
     """The number of the launch that wrote results.json: that comes after its last barrier."""
     ended = [number for number, job in enumerate(jobs) if any("end" in p.barriers for p in job)]
     begun = any("start" in p.barriers for job in jobs for p in job)
     return ended[-1] if ended else -1 if begun and len(jobs) > 1 else len(jobs) - 1
 
 
-def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Row]:
+def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[CheckedFile]:
     try:
         results = read_json_object(path)
     except UserError as error:
@@ -88,7 +88,9 @@ def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Row]:
         for rank, said in sorted(_said(results.get(key, {}), f"{printable(path)}: {key}").items()):
             seen = traced.get(rank, {})
             rows += [
-                Row(rank, key.removeprefix("bytes_"), file, said[file], _of(seen, direction, file), launch)
+                CheckedFile(
+                    rank, key.removeprefix("bytes_"), file, said[file], _of(seen, direction, file), launch
+                )
                 for file in sorted(said)
             ]
     if not rows:
@@ -113,36 +115,36 @@ def _said(value: Any, name: str) -> dict[int, dict[str, int]]:
     return found
 
 
-def by_launch(run_dir: str | Path) -> list[tuple[list[Process], dict[int, Moved]]]:
+def by_launch(run_dir: str | Path) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
     """Per launch: who traced, and the bytes of every file by rank."""
-    strings, paths = Strings(), {}
+    strings, paths = StringTable(), {}
     sums: dict[Path, dict[tuple[int, int], int]] = {}
     processes = []
-    for path in files(run_dir):
-        reader = Reader(path, strings, paths)
+    for path in find_trace_files(run_dir):
+        reader = TraceReader(path, strings, paths)
         processes.append(reader.process)
         mine = sums[path] = {}
         for block in reader:
             _add(block, strings, mine)
     found = []
-    for job in launches(ranked(processes)):
+    for job in launches(assign_ranks(processes)):
         by_rank: dict[int, Moved] = {}
-        for process in ranked(job):
+        for process in assign_ranks(job):
             seen = by_rank.setdefault(process.rank, {})
             for (hashed, direction), total in sums[process.path].items():
-                file = strings.text(int(resolve(np.array([hashed]), paths, strings)[0]))
+                file = strings.text(int(resolve_paths(np.array([hashed]), paths, strings)[0]))
                 seen[direction, file] = seen.get((direction, file), 0) + total
         found.append((job, by_rank))
     return found
 
 
-def _add(block: Block, strings: Strings, sums: dict[tuple[int, int], int]) -> None:
+def _add(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], int]) -> None:
     """Bytes of calls by file hash, and of spans data/read by the file that they name."""
-    kinds, amounts = moved(block, strings)
+    kinds, amounts = bytes_moved(block, strings)
     spans = (block.cat == ID["data"]) & (block.name == ID["read"])
     for key, mine, kind, bytes_ in (
         (ID["fhash"], kinds > 0, kinds, amounts),
-        (ID["file"], spans, np.full(len(block), SPANS), argument(block, ID["bytes"])),
+        (ID["file"], spans, np.full(len(block), SPANS), read_argument(block, ID["bytes"])),
     ):
         owner = np.repeat(np.arange(len(block)), np.diff(block.arg_begin))
         where = np.flatnonzero((block.arg_key == key) & mine[owner] & (block.arg_kind == STRING))
@@ -176,7 +178,7 @@ def _as_traced(file: str) -> list[str]:
     return [shown, "".join(" " if c in '"\\' or c < " " else c for c in shown), unescape(shown.encode())]
 
 
-def text(rows: list[Row], processes: Iterable[Process]) -> str:
+def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) -> str:
     """A line per rank and direction, then every file that is not covered to the byte."""
     lines = [f"{'rank':>4}  {'':7}  {'files':>5}  {'the run says':>16}  {'the trace says':>16}  coverage"]
     numbers = sorted({row.launch for row in rows})
@@ -193,19 +195,19 @@ def text(rows: list[Row], processes: Iterable[Process]) -> str:
     for row in wrong[:50]:
         lines.append(
             f"rank {row.rank}: {printable(row.file)}: {row.direction} {row.said:,} bytes, "
-            f"traced {row.traced:,} ({share(row)})"
+            f"traced {row.traced:,} ({format_share(row)})"
         )
     if len(wrong) > 50:
         lines.append(f"and {len(wrong) - 50} more files")
     lines += [f"lost: {process.lost}" for process in processes if process.lost]
     lines.append(
-        f"coverage {total(rows)}: "
+        f"coverage {total_row(rows)}: "
         + ("every byte is in the trace" if not wrong else "NOT every byte is in the trace")
     )
     return "\n".join(lines)
 
 
-def _sums_of(rows: list[Row]) -> list[str]:
+def _sums_of(rows: list[CheckedFile]) -> list[str]:
     lines = []
     for rank, direction in sorted({(row.rank, row.direction) for row in rows}):
         mine = [row for row in rows if (row.rank, row.direction) == (rank, direction)]
@@ -217,21 +219,19 @@ def _sums_of(rows: list[Row]) -> list[str]:
     return lines
 
 
-def total(rows: list[Row]) -> str:
+def total_row(rows: list[CheckedFile]) -> str:
     said = sum(row.said for row in rows)
-    return share(Row(0, "", "", said, said - sum(row.missed for row in rows)))
+    return format_share(CheckedFile(0, "", "", said, said - sum(row.missed for row in rows)))
 
 
-def share(row: Row) -> str:
+def format_share(row: CheckedFile) -> str:
     """Percent, and 100.0% only when it is: 99.96 is no 100.0."""
     shown = f"{row.coverage:.1f}%"
     return shown if shown != "100.0%" or row.said == row.traced else f"{row.coverage:.6f}%"
 
 
-def _line(rank: str, direction: str, rows: list[Row]) -> str:
+def _line(rank: str, direction: str, rows: list[CheckedFile]) -> str:
     # spans say nothing of headers: what the calls moved beyond them is not held against the trace
     traced = sum(min(row.said, row.traced) if row.by_spans else row.traced for row in rows)
-    whole = Row(0, direction, "", sum(row.said for row in rows), traced)
-    return (
-        f"{rank:>4}  {direction:7}  {len(rows):>5}  {whole.said:>16,}  {whole.traced:>16,}  {share(whole):>8}"
-    )
+    whole = CheckedFile(0, direction, "", sum(row.said for row in rows), traced)
+    return f"{rank:>4}  {direction:7}  {len(rows):>5}  {whole.said:>16,}  {whole.traced:>16,}  {format_share(whole):>8}"

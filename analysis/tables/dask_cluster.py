@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from analysis.tables.gather import Job, Map, Part
+from analysis.tables.gather import Launch, Map, RankTables
 from common.errors import UserError
 
 WORKERS = 2
 
 
-def on(where: str) -> Map:
+def on_cluster(where: str) -> Map:
     """What gather() calls instead of its threads."""
     if where not in ("local", "pbs") and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
         raise UserError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
@@ -26,7 +26,7 @@ def on(where: str) -> Map:
     except ImportError as error:
         raise UserError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
 
-    def over(function: Callable[[Job], Part], work: list[Job]) -> Iterator[Part]:
+    def over(function: Callable[[Launch], RankTables], work: list[Launch]) -> Iterator[RankTables]:
         with ExitStack() as stack:
             cluster = _cluster(where, stack, len(work))
             try:
@@ -66,7 +66,9 @@ def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
     return where
 
 
-def _gathered(client: Any, function: Callable[[Job], Part], work: list[Job]) -> Iterable[Part]:
+def _gathered(
+    client: Any, function: Callable[[Launch], RankTables], work: list[Launch]
+) -> Iterable[RankTables]:
     """In the order of the ranks. The largest first, so that no worker ends up alone with one."""
     large = sorted(work, key=lambda job: -sum(path.stat().st_size for path in job.files))
     futures = {(job.launch, job.rank): client.submit(function, job, pure=False) for job in large}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.trace.classify import CALLS, legend
+from analysis.trace.classify import CALLS, classify
 from analysis.trace.clocks import Clock
-from analysis.trace.columns import frame
-from analysis.trace.events import Reader
-from analysis.trace.process import Process
-from analysis.trace.scan import MAX_BYTES, Block
-from analysis.trace.strings import Strings
+from analysis.trace.columns import to_frame
+from analysis.trace.events import TraceReader
+from analysis.trace.process import TracedProcess
+from analysis.trace.scan import MAX_BYTES, EventBlock
+from analysis.trace.strings import StringTable
 
 _COLUMNS = (
     "pid", "tid", "cat", "name", "ts", "dur", "file", "offset", "ret", "bytes",
@@ -26,28 +26,28 @@ SPAN = (
 
 
 @dataclass
-class Events:
+class RankEvents:
     """All events of one rank, times on the run's common clock."""
 
     rank: int
-    processes: list[Process]
+    processes: list[TracedProcess]
     calls: pl.DataFrame
     spans: pl.DataFrame
     paths: dict[str, str] = field(default_factory=dict)  # file hash -> path, for the ranks that lack it
 
 
-def read_rank(rank: int, files: Iterable[Path], clock: Clock | None = None) -> Events:
+def read_rank(rank: int, files: Iterable[Path], clock: Clock | None = None) -> RankEvents:
     calls, spans, found = [], [], []
-    strings, paths, clock = Strings(), {}, clock or Clock()
+    strings, paths, clock = StringTable(), {}, clock or Clock()
     for path in files:
-        reader = Reader(path, strings, paths)
+        reader = TraceReader(path, strings, paths)
         found.append(reader.process)
         for block in reader:
             one, other = _split(block, reader, clock)
             calls.append(one)
             spans.append(other)
     known = {strings.text(given): strings.text(path) for given, path in paths.items()}
-    return Events(
+    return RankEvents(
         rank,
         found,
         _resolved(pl.concat(calls, rechunk=False) if calls else _empty(CALL), known),
@@ -64,9 +64,9 @@ def _resolved(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
     return events.with_columns(pl.col("file").cast(pl.String).replace(known).cast(pl.Categorical))
 
 
-def _split(block: Block, reader: Reader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
-    events = frame(block, reader.strings, reader.paths, 0, _COLUMNS)
-    meaning = legend(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
+def _split(block: EventBlock, reader: TraceReader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
+    events = to_frame(block, reader.strings, reader.paths, 0, _COLUMNS)
+    meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
     events = events.join(
         meaning.with_columns(pl.col("kind", "op").cast(pl.Categorical)),
         on=["cat", "name"], how="left", maintain_order="left",

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from analysis.tables.intervals import Stretches, difference, union
-from analysis.tables.read import Events
+from analysis.tables.read import RankEvents
 from analysis.trace.classify import KINDS
 
 MEASURES = (
@@ -43,12 +43,12 @@ class Windows:
         return np.clip(np.searchsorted(self.starts, ts, side="right") - 1, 0, len(self.starts) - 1)
 
 
-def stretches(events: pl.DataFrame, *where: pl.Expr) -> Stretches:
+def find_stretches(events: pl.DataFrame, *where: pl.Expr) -> Stretches:
     found = events.lazy().filter(*where).select("ts", (pl.col("ts") + pl.col("dur")).alias("end")).collect()
     return union(found["ts"].to_numpy(), found["end"].to_numpy())
 
 
-def covered(of: Stretches, moments: np.ndarray) -> np.ndarray:
+def covered_time(of: Stretches, moments: np.ndarray) -> np.ndarray:
     """How much of a union lies before each moment."""
     starts, ends = of
     if not len(starts):
@@ -59,7 +59,7 @@ def covered(of: Stretches, moments: np.ndarray) -> np.ndarray:
     return sums[number] - np.where(number > 0, overhang, 0)
 
 
-def main_thread(events: Events) -> tuple[int, int]:
+def main_thread(events: RankEvents) -> tuple[int, int]:
     """pid, tid of the thread that trains: the one with the steps, else the busiest first thread."""
     spans = events.spans
     for chosen in (
@@ -74,7 +74,7 @@ def main_thread(events: Events) -> tuple[int, int]:
     return events.processes[0].pid, events.processes[0].pid
 
 
-def bounds(events: Events) -> tuple[int, int]:
+def find_bounds(events: RankEvents) -> tuple[int, int]:
     both = [frame for frame in (events.calls, events.spans) if len(frame)]
     return (
         min(int(f["ts"].to_numpy().min()) for f in both),
@@ -82,13 +82,13 @@ def bounds(events: Events) -> tuple[int, int]:
     )
 
 
-def windows(events: Events, main: pl.DataFrame) -> Windows:
-    first, last = bounds(events)
+def make_windows(events: RankEvents, main: pl.DataFrame) -> Windows:
+    first, last = find_bounds(events)
     of = {
         cat: main.filter(pl.col("cat") == cat) for cat in ("train", "eval", "checkpoint", "prep", "startup")
     }
     pieces: list[tuple[str, int | None, Stretches]] = []
-    taken = stretches(of["checkpoint"])
+    taken = find_stretches(of["checkpoint"])
     pieces.append(("checkpoint", None, taken))
 
     def add(phase: str, epoch: int | None, found: Stretches) -> None:
@@ -96,7 +96,7 @@ def windows(events: Events, main: pl.DataFrame) -> Windows:
         pieces.append((phase, epoch, difference(found, taken)))
         taken = _or(taken, found)
 
-    add("evaluate", None, stretches(of["eval"]))
+    add("evaluate", None, find_stretches(of["eval"]))
     work = of["train"].filter(pl.col("name").is_in(["epoch", "step"]))
     if work["epoch"].n_unique() > MAX_EPOCHS:
         work = work.with_columns(pl.lit(None, pl.Int64).alias("epoch"))
@@ -126,24 +126,24 @@ def _or(one: Stretches, two: Stretches) -> Stretches:
     return union(np.concatenate([one[0], two[0]]), np.concatenate([one[1], two[1]]))
 
 
-def measure(events: Events, main: pl.DataFrame, moments: np.ndarray) -> dict[str, np.ndarray]:
+def measure_times(events: RankEvents, main: pl.DataFrame, moments: np.ndarray) -> dict[str, np.ndarray]:
     """For each measure, how much of it lies before each moment: differences of two are the answer."""
     pid, tid = main_thread(events)
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
-    io_all = _or(stretches(events.calls), stretches(events.spans, pl.col("kind") == "io"))
-    all_io = covered(io_all, moments)
+    io_all = _or(find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io"))
+    all_io = covered_time(io_all, moments)
     sums: dict[str, np.ndarray] = {"wall_us": moments - moments.min()}
     none = np.zeros(0, np.int64)
     level, before, both = (none, none), np.zeros(len(moments), np.int64), {}
     for kind in KINDS:
-        level = _or(level, stretches(main, pl.col("kind") == kind))
+        level = _or(level, find_stretches(main, pl.col("kind") == kind))
         if kind == "io":
-            level = _or(level, stretches(events.calls, here))
-        now = covered(level, moments)
+            level = _or(level, find_stretches(events.calls, here))
+        now = covered_time(level, moments)
         sums[f"{kind}_us"] = now - before
         before = now
         if kind in ("wait", "copy", "compute"):
-            both[kind] = all_io + now - covered(_or(io_all, level), moments)
+            both[kind] = all_io + now - covered_time(_or(io_all, level), moments)
     sums["other_us"] = sums["wall_us"] - before
     sums["io_all_us"] = all_io
     sums["io_behind_compute_us"] = both["compute"] - both["copy"]
@@ -152,14 +152,14 @@ def measure(events: Events, main: pl.DataFrame, moments: np.ndarray) -> dict[str
     return sums
 
 
-def times(events: Events) -> tuple[dict[str, pl.DataFrame], Windows]:
+def rank_times(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
     """Tables time (per phase and epoch), steps, busy (timeline), spans (by name), marks, curves."""
     pid, tid = main_thread(events)
     main = (
         events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
         .select("cat", "name", "kind", "ts", "dur", "epoch", "step", "batch").collect()
     )  # fmt: skip
-    cuts = windows(events, main)
+    cuts = make_windows(events, main)
     steps = main.filter((pl.col("cat") == "train") & (pl.col("name") == "step")).sort("ts")
     begin = steps["ts"].to_numpy()
     end = begin + steps["dur"].to_numpy()
@@ -167,7 +167,7 @@ def times(events: Events) -> tuple[dict[str, pl.DataFrame], Windows]:
     bins = np.arange(cuts.starts[0] // width, cuts.ends[-1] // width + 2)
     edges = np.clip(bins * width, cuts.starts[0], cuts.ends[-1])
     moments = np.concatenate([cuts.starts, cuts.ends, begin, end, edges])
-    sums = measure(events, main, moments)
+    sums = measure_times(events, main, moments)
     n, m = len(cuts.starts), len(begin)
     by_piece = {k: v[n : 2 * n] - v[:n] for k, v in sums.items()}
     by_step = {k: v[2 * n + m : 2 * n + 2 * m] - v[2 * n : 2 * n + m] for k, v in sums.items()}

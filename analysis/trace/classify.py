@@ -79,7 +79,7 @@ def span_op(cat: str, name: str) -> str | None:
     return "write" if re.search(r"writ|save|dump", name, re.I) else "read"
 
 
-def legend(events: pl.DataFrame) -> pl.DataFrame:
+def classify(events: pl.DataFrame) -> pl.DataFrame:
     """cat, name -> kind, op: each distinct pair is looked at once, however many events there are."""
     pairs = events.select(pl.col("cat", "name").cast(pl.String)).unique().sort("cat", "name")
     rows = list(pairs.iter_rows())

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from analysis.trace.process import Process, forked
+from analysis.trace.process import TracedProcess, is_forked
 
 LARGEST_DRIFT = 5e-4  # of real clocks; what seems more is ranks that left a barrier at different times
 
@@ -53,16 +53,16 @@ class Clock:
         return events.with_columns(pl.Series("ts", begin), pl.Series("dur", dur))
 
 
-def launches(found: Iterable[Process]) -> list[list[Process]]:
+def launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
     """The traces by the job that wrote them, in the order of time: a run that was stopped has several.
 
     Each rank is in a job once, and all say the same number of ranks. What forked goes with the latest job
     begun before it.
     """
     found, made = list(found), []
-    parents = [p for p in found if not forked(p)]
+    parents = [p for p in found if not is_forked(p)]
     in_time = sorted(parents, key=lambda p: (p.barriers.get("start", p.first), p.rank))
-    of_rank: dict[int, list[Process]] = {}
+    of_rank: dict[int, list[TracedProcess]] = {}
     for process in in_time:
         of_rank.setdefault(process.rank, []).append(process)
     by_rank = [of_rank[rank] for rank in sorted(of_rank)]
@@ -79,13 +79,13 @@ def launches(found: Iterable[Process]) -> list[list[Process]]:
     begun = [min(p.first for p in job) for job in made]
     made = made or [[]]
     for process in found:
-        if forked(process):
+        if is_forked(process):
             before = [number for number, at in enumerate(begun) if at <= process.first]
             made[max(before, default=0)].append(process)
     return [job for job in made if job]
 
 
-def clocks(found: Iterable[Process]) -> dict[Path, Clock]:
+def make_clocks(found: Iterable[TracedProcess]) -> dict[Path, Clock]:
     """How each trace's times come to the clock of the job's first rank's host.
 
     Ranks of one host share its clock, so they share the correction: the median of what their barriers say.
@@ -93,7 +93,7 @@ def clocks(found: Iterable[Process]) -> dict[Path, Clock]:
     return {path: clock for job in launches(found) for path, clock in _of_job(job).items()}
 
 
-def _of_job(job: list[Process]) -> dict[Path, Clock]:
+def _of_job(job: list[TracedProcess]) -> dict[Path, Clock]:
     hosts = dict.fromkeys(p.host for p in job)
     moments = {when: {host: _moment(job, host, when) for host in hosts} for when in ("start", "end")}
     known = [at for at in moments["start"].values() if at is not None]
@@ -113,7 +113,7 @@ def _of_job(job: list[Process]) -> dict[Path, Clock]:
     return {p.path: made[p.host] for p in job}
 
 
-def _moment(job: list[Process], host: str, when: str) -> float | None:
+def _moment(job: list[TracedProcess], host: str, when: str) -> float | None:
     told = [p.barriers[when] for p in job if p.host == host and when in p.barriers]
     return float(np.median(told)) if told else None
 
@@ -130,7 +130,7 @@ def _clock(start: float | None, end: float | None, first_start: float, first_end
     return Clock(shift, begun, drift / (end - start), round(drift))
 
 
-def moves(found: Iterable[Process], known: dict[Path, Clock]) -> list[str]:
+def describe_moves(found: Iterable[TracedProcess], known: dict[Path, Clock]) -> list[str]:
     """What was done to the hosts' times, a sentence each."""
     jobs = launches(found)
     told = []
@@ -144,7 +144,7 @@ def moves(found: Iterable[Process], known: dict[Path, Clock]) -> list[str]:
     return told
 
 
-def skew(found: Iterable[Process]) -> dict[str, int]:
+def clock_skew(found: Iterable[TracedProcess]) -> dict[str, int]:
     """How far the clocks were apart at each barrier, in us: over all ranks of a job, as recorded."""
     apart: dict[str, int] = {}
     for job in launches(found):

@@ -6,8 +6,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from analysis.trace.scan import EVENT, FLOAT, STRING, Block
-from analysis.trace.strings import ID, Strings, compiled
+from analysis.trace.scan import EVENT, FLOAT, STRING, EventBlock
+from analysis.trace.strings import ID, StringTable, compiled
 
 COLUMNS = (
     "rank", "pid", "tid", "cat", "name", "ts", "dur", "file", "offset", "count", "ret", "bytes",
@@ -20,7 +20,7 @@ _PLACE = {name: place for place, name in enumerate(_SOURCES)}
 _NONE = -(1 << 63)
 
 
-def resolve(numbers: np.ndarray, paths: dict[int, int], strings: Strings) -> np.ndarray:
+def resolve_paths(numbers: np.ndarray, paths: dict[int, int], strings: StringTable) -> np.ndarray:
     """File hashes -> paths, all as numbers of strings; a hash without a record stays itself."""
     table = np.arange(len(strings) + 1, dtype=np.int64)
     for given, path in paths.items():
@@ -28,8 +28,8 @@ def resolve(numbers: np.ndarray, paths: dict[int, int], strings: Strings) -> np.
     return table[numbers]
 
 
-def frame(
-    block: Block, strings: Strings, paths: dict[int, int], rank: int, columns: Sequence[str]
+def to_frame(
+    block: EventBlock, strings: StringTable, paths: dict[int, int], rank: int, columns: Sequence[str]
 ) -> pl.DataFrame:
     keep = (block.ph == EVENT) & (block.cat != ID["dftracer"])
     found = np.full((len(_SOURCES), len(block)), _NONE, np.int64)
@@ -67,13 +67,13 @@ def frame(
     )
 
 
-def _file(found: np.ndarray, paths: dict[int, int], strings: Strings) -> np.ndarray:
+def _file(found: np.ndarray, paths: dict[int, int], strings: StringTable) -> np.ndarray:
     hashed, named, other = (found[_PLACE[name]] for name in ("fhash", "file", "fname"))
-    path = np.where(hashed >= 0, resolve(np.maximum(hashed, 0), paths, strings), named)
+    path = np.where(hashed >= 0, resolve_paths(np.maximum(hashed, 0), paths, strings), named)
     return np.where(path < 0, other, path)
 
 
-def _texts(numbers: np.ndarray, strings: Strings) -> pl.Series:
+def _texts(numbers: np.ndarray, strings: StringTable) -> pl.Series:
     """Numbers of strings -> a categorical column that holds only the strings in use."""
     used = np.zeros(len(strings) + 1, np.bool_)
     known = numbers >= 0
@@ -87,7 +87,7 @@ def _texts(numbers: np.ndarray, strings: Strings) -> pl.Series:
     return series.cast(pl.Categorical)
 
 
-def _json(block: Block, rest: np.ndarray, keep: np.ndarray) -> pl.Series:
+def _json(block: EventBlock, rest: np.ndarray, keep: np.ndarray) -> pl.Series:
     ends = np.zeros(len(block) + 1, np.int64)
     _json_ends(block.arg_begin, block.arg_text, rest, keep, ends)
     out = np.empty(max(1, int(ends[-1])), np.uint8)

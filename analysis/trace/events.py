@@ -1,4 +1,4 @@
-"""The traces of a run as columns: `processes` who wrote them, `load` all events in one table, `batches` in
+"""The traces of a run as columns: `read_processes` who wrote them, `load_events` all events in one table, `read_batches` in
 constant memory. Hashes are resolved, ranks are known, times of different hosts stand on one clock.
 
 Columns: rank, pid, tid, cat, name, ts and dur (us), file, offset, count, ret, bytes, epoch, step, batch,
@@ -13,23 +13,23 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from analysis.trace.clocks import clocks
-from analysis.trace.columns import COLUMNS, frame
-from analysis.trace.lines import blocks, tail
-from analysis.trace.process import Process
-from analysis.trace.scan import EVENT, MAX_WHOLE, METADATA, Block, scan
-from analysis.trace.strings import ID, PAD, Strings
+from analysis.trace.clocks import make_clocks
+from analysis.trace.columns import COLUMNS, to_frame
+from analysis.trace.lines import read_blocks, read_tail
+from analysis.trace.process import TracedProcess
+from analysis.trace.scan import EVENT, MAX_WHOLE, METADATA, EventBlock, scan_block
+from analysis.trace.strings import ID, PAD, StringTable
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 __all__ = [
     "COLUMNS",
-    "Process",
-    "Reader",
-    "batches",
-    "files",
-    "heads",
-    "load",
-    "processes",
+    "TracedProcess",
+    "TraceReader",
+    "read_batches",
+    "find_trace_files",
+    "read_heads",
+    "load_events",
+    "read_processes",
 ]
 HEAD_BLOCKS = 100  # a barrier at the start that comes later than this is not looked for
 MAX_RECORDS = 200_000  # of metadata in a file: each is read by itself
@@ -40,7 +40,7 @@ MAX_CLOCK_LINE = 4096  # bytes of a barrier's event
 _LABEL = 255  # characters of a host's or a thread's name that are kept
 
 
-def files(run_dir: str | Path) -> list[Path]:
+def find_trace_files(run_dir: str | Path) -> list[Path]:
     """The trace files of a run: RUN/trace, or any folder of DFTracer files, or one file."""
     with os_errors_as_user_errors(run_dir):
         return _files(Path(run_dir))
@@ -68,23 +68,23 @@ def _traces(folder: Path) -> list[Path]:
     return [folder / name for name in os.listdir(folder) if name.endswith((".pfw.gz", ".pfw"))]
 
 
-class Reader:
+class TraceReader:
     """Iterate over the blocks of one trace file; `process` and `paths` fill up on the way."""
 
-    def __init__(self, path: Path, strings: Strings, paths: dict[int, int] | None = None) -> None:
-        self.process = Process(path)
+    def __init__(self, path: Path, strings: StringTable, paths: dict[int, int] | None = None) -> None:
+        self.process = TracedProcess(path)
         self.strings = strings
         self.records = 0
         # file hash -> path, both as numbers; shared between the files of a run: a forked process
         # inherits its parent's hashes and does not write them again
         self.paths: dict[int, int] = {} if paths is None else paths
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[EventBlock]:
         process = self.process
-        for text in blocks(process.path, process.loss):
+        for text in read_blocks(process.path, process.loss):
             size = len(text)
             text += bytes(PAD)
-            block = scan(np.frombuffer(text, np.uint8), size, self.strings)
+            block = scan_block(np.frombuffer(text, np.uint8), size, self.strings)
             for place in block.bad:
                 self._salvage(bytes(text[place : text.index(b"\n", place)]))
             process.bad_lines += block.n_bad - len(block.bad)
@@ -101,7 +101,7 @@ class Reader:
             yield block
         process.events -= process.ended  # the end record does not count itself
 
-    def _records(self, block: Block) -> None:
+    def _records(self, block: EventBlock) -> None:
         """Metadata, start and end, barriers: few, so one by one."""
         special = (block.ph == METADATA) | (block.cat == ID["dftracer"]) | (block.cat == ID["clock"])
         found = np.flatnonzero(special)
@@ -171,34 +171,34 @@ def whole_number(value: object, most: int, otherwise: int) -> int:
     return int(value)
 
 
-def processes(run_dir: str | Path) -> list[Process]:
+def read_processes(run_dir: str | Path) -> list[TracedProcess]:
     """One record per trace file, by rank; reads every file once."""
     found = []
-    strings = Strings()
-    for path in files(run_dir):
-        reader = Reader(path, strings)
+    strings = StringTable()
+    for path in find_trace_files(run_dir):
+        reader = TraceReader(path, strings)
         for _ in reader:
             pass
         found.append(reader.process)
-    return ranked(found)
+    return assign_ranks(found)
 
 
-def heads(run_dir: str | Path) -> list[Process]:
+def read_heads(run_dir: str | Path) -> list[TracedProcess]:
     """Who wrote each trace file, by rank, from its first events; of several hosts with both barriers."""
-    strings = Strings()
-    found = [_head(path, strings, 1) for path in files(run_dir)]
+    strings = StringTable()
+    found = [_head(path, strings, 1) for path in find_trace_files(run_dir)]
     if len({process.host for process in found}) > 1:
         for number, process in enumerate(found):
             if "start" not in process.barriers:
                 found[number] = process = _head(process.path, strings, HEAD_BLOCKS)
             for at in end_barrier(process.path):
                 process.barriers.setdefault("end", at)
-    return ranked(found)
+    return assign_ranks(found)
 
 
-def _head(path: Path, strings: Strings, most: int) -> Process:
+def _head(path: Path, strings: StringTable, most: int) -> TracedProcess:
     """From the first blocks, up to the barrier at the start. One file is open at a time."""
-    reader = Reader(path, strings)
+    reader = TraceReader(path, strings)
     for number, _ in enumerate(reader, 1):
         if "start" in reader.process.barriers or number == most:
             break
@@ -208,21 +208,21 @@ def _head(path: Path, strings: Strings, most: int) -> Process:
 def end_barrier(path: Path) -> list[int]:
     """When the barrier at the end was, from the file's last stretch alone."""
     lines = [
-        line for line in tail(path).splitlines()
+        line for line in read_tail(path).splitlines()
         if len(line) < MAX_CLOCK_LINE and b'"clock"' in line and b'"end"' in line
     ]  # fmt: skip
     text = bytearray(b"\n".join([*lines[-100:], b""]))
     if not lines:
         return []
-    size, strings, found = len(text), Strings(), []
-    block = scan(np.frombuffer(text + bytes(PAD), np.uint8), size, strings)
+    size, strings, found = len(text), StringTable(), []
+    block = scan_block(np.frombuffer(text + bytes(PAD), np.uint8), size, strings)
     for i in np.flatnonzero(block.cat == ID["clock"]).tolist():
         if block.args(i, strings).get("when") == "end":
             found.append(int(block.ts[i]))
     return found[-1:]
 
 
-def ranked(found: list[Process]) -> list[Process]:
+def assign_ranks(found: list[TracedProcess]) -> list[TracedProcess]:
     """In the order of ranks; traces that were not made by dlrm get the order of the files."""
     named = max((process.rank for process in found), default=-1)
     for process in found:
@@ -237,22 +237,22 @@ def _parents_first(path: Path) -> tuple[bool, str]:
     return "-fork." in path.name, path.name
 
 
-def batches(path: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator[pl.DataFrame]:
+def read_batches(path: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator[pl.DataFrame]:
     """The events of one trace file, a table per block of text, on the file's own clock."""
-    reader = Reader(Path(path), Strings())
+    reader = TraceReader(Path(path), StringTable())
     for block in reader:
-        yield frame(block, reader.strings, reader.paths, max(0, reader.process.rank), columns)
+        yield to_frame(block, reader.strings, reader.paths, max(0, reader.process.rank), columns)
 
 
-def load(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
+def load_events(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
     """All events of a run, on one clock, ordered by time. `columns`: only these (less memory)."""
-    strings, paths, found, tables = Strings(), {}, [], []
-    for path in files(run_dir):
-        reader = Reader(path, strings, paths)
+    strings, paths, found, tables = StringTable(), {}, [], []
+    for path in find_trace_files(run_dir):
+        reader = TraceReader(path, strings, paths)
         found.append(reader.process)
-        tables.append([frame(block, strings, paths, 0, (*columns, "ts")) for block in reader])
-    ranked(found)
-    known = clocks(found)
+        tables.append([to_frame(block, strings, paths, 0, (*columns, "ts")) for block in reader])
+    assign_ranks(found)
+    known = make_clocks(found)
     parts = []
     for process, own in zip(found, tables, strict=True):
         for table in own:

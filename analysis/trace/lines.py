@@ -29,7 +29,7 @@ MAX_DAMAGES = 1000  # stretches that do not inflate
 
 
 @dataclass
-class Loss:
+class ReadLoss:
     """What was not read of one file."""
 
     skipped: int = 0  # bytes of the file that are no gzip or that do not inflate
@@ -43,7 +43,7 @@ class Loss:
         return self.skipped + self.partial + self.long
 
 
-def blocks(path: Path, loss: Loss) -> Iterator[bytearray]:
+def read_blocks(path: Path, loss: ReadLoss) -> Iterator[bytearray]:
     """Whole lines, about BLOCK bytes at a time."""
     with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
         pieces = _inflated(file, loss) if path.suffix == ".gz" else iter(lambda: file.read(_CHUNK), b"")
@@ -80,7 +80,7 @@ def blocks(path: Path, loss: Loss) -> Iterator[bytearray]:
             yield text
 
 
-def _inflated(file: BinaryIO, loss: Loss) -> Iterator[bytes]:
+def _inflated(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
     data = file.read(_CHUNK)
     made = damages = 0
     while data:
@@ -148,7 +148,7 @@ def _size_left(file: BinaryIO) -> int:
     return max(0, os.fstat(file.fileno()).st_size - file.tell())
 
 
-def tail(path: Path) -> bytearray:
+def read_tail(path: Path) -> bytearray:
     """The end of the text: what the whole gzip members in the file's last stretch hold, or the last of it."""
     with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
         size = file.seek(0, 2)

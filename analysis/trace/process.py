@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from analysis.trace.lines import Loss
+from analysis.trace.lines import ReadLoss
 from analysis.trace.scan import MAX_LINE
 from common.errors import printable
 
 
 @dataclass
-class Process:
+class TracedProcess:
     """One trace file and the process that wrote it."""
 
     path: Path
@@ -27,7 +27,7 @@ class Process:
     ended: bool = False  # the process closed its trace
     expected: int = 0  # events that the process says it wrote
     bad_lines: int = 0
-    loss: Loss = field(default_factory=Loss)
+    loss: ReadLoss = field(default_factory=ReadLoss)
 
     @property
     def lost(self) -> str:
@@ -50,6 +50,6 @@ class Process:
         return f"{printable(self.path.name)}: " + "; ".join(parts) if parts else ""
 
 
-def forked(process: Process) -> bool:
+def is_forked(process: TracedProcess) -> bool:
     """A worker of a process that has a trace of its own."""
     return process.role == "worker" or "-fork." in process.path.name

@@ -1,6 +1,6 @@
 """JSON lines of DFTracer -> columns, at machine speed: one numba loop over a block of text.
 
-Every string stands in the columns as its number in `Strings`. The arguments of event i are rows
+Every string stands in the columns as its number in `StringTable`. The arguments of event i are rows
 arg_begin[i] .. arg_begin[i + 1] of the argument columns (key, kind, value, and where the text stands).
 A line that is not a JSON event is left out and its place returned, so that the caller can count it. So is one
 that says what cannot be: times outside of MAX_TS and MAX_DUR, a pid or tid beyond 32 bits, more than MAX_ARGS
@@ -20,7 +20,7 @@ import numpy as np
 from analysis.trace.strings import (
     ID,
     PAD,
-    Strings,
+    StringTable,
     bits_of,
     byte,
     close,
@@ -55,7 +55,7 @@ _DONE, _MORE_ROOM = 0, 1
 
 
 @dataclass
-class Block:
+class EventBlock:
     """Events and metadata records of one stretch of a trace file, in the order of the file."""
 
     text: np.ndarray
@@ -77,7 +77,7 @@ class Block:
     def __len__(self) -> int:
         return len(self.ph)
 
-    def args(self, i: int, strings: Strings) -> dict[str, int | float | str]:
+    def args(self, i: int, strings: StringTable) -> dict[str, int | float | str]:
         """The arguments of one event as Python values: for the few records that are read one by one."""
         found: dict[str, int | float | str] = {}
         for j in range(self.arg_begin[i], self.arg_begin[i + 1]):
@@ -94,7 +94,7 @@ class Block:
         return found
 
 
-def scan(text: np.ndarray, size: int, strings: Strings) -> Block:
+def scan_block(text: np.ndarray, size: int, strings: StringTable) -> EventBlock:
     """text[:size] is whole lines; PAD bytes of anything follow."""
     assert len(text) >= size + PAD and text[size - 1] == 10
     lines = int(np.count_nonzero(text[:size] == 10))
@@ -119,7 +119,7 @@ def scan(text: np.ndarray, size: int, strings: Strings) -> Block:
     n, m = int(state[1]), int(state[2])
     name, cat, pid, tid, ts, dur = ints[:, :n]
     keys, kinds, values, places = (a[:m] for a in args)
-    return Block(
+    return EventBlock(
         text, ph[:n], name.astype(np.int32), cat.astype(np.int32), pid, tid, ts, dur,
         arg_begin[: n + 1], keys, kinds, values, places, bad[: int(state[3])].tolist(),
         int(state[3]),

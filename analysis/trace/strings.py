@@ -117,7 +117,7 @@ trailing_zeros: Any = intrinsic(_trailing_zeros)
 bits_of: Any = intrinsic(_bits_of)
 
 
-class Strings:
+class StringTable:
     """Each distinct string once: numbers to text and, through a hash table, text to numbers."""
 
     def __init__(self) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 from common.errors import UserError
 from common.inputs import check_regular, read_json_object
 from common.owned import WorkFolders
-from dlrm.checkpoint.shards import DTYPES, Blocks, Corrupt, Stored, write_small
-from dlrm.runtime.trace import sync
+from dlrm.checkpoint.shards import DTYPES, Blocks, CorruptCheckpoint, StoredPiece, write_synced
+from dlrm.runtime.trace import sync_to_disk
 
 MARKER = "checkpoint.json"
 VERSION = 1
@@ -39,7 +39,7 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Any]  # everything that is not a tensor
-    tensors: list[Stored]
+    tensors: list[StoredPiece]
     files: dict[str, dict[str, Any]]  # name -> bytes, block, crc32 of each block
     blocks: Blocks = field(default_factory=Blocks, compare=False)  # those read last
 
@@ -50,71 +50,73 @@ class Checkpoint:
         return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
 
 
-def describe(path: Path) -> Checkpoint:
+def read_description(path: Path) -> Checkpoint:
     """Read a checkpoint's description and hold it against what is there. Raises Corrupt."""
     marker = path / MARKER
     try:
         values = read_json_object(marker, LARGEST, nan=True)
-        if values.pop("crc32", None) != _sum(values):
-            raise Corrupt(f"{marker}: wrong checksum")
+        if values.pop("crc32", None) != _checksum(values):
+            raise CorruptCheckpoint(f"{marker}: wrong checksum")
         if values.get("version") != VERSION:
-            raise Corrupt(f"{path}: version {str(values.get('version'))[:20]}, {VERSION} expected")
+            raise CorruptCheckpoint(f"{path}: version {str(values.get('version'))[:20]}, {VERSION} expected")
         state, tensors, files = values["state"], values["tensors"], values["files"]
         if not (isinstance(state, dict) and isinstance(tensors, list) and isinstance(files, dict)):
-            raise Corrupt(f"{marker}: not a checkpoint")
-        found = Checkpoint(path, state, [Stored.parse(each) for each in tensors], files)
+            raise CorruptCheckpoint(f"{marker}: not a checkpoint")
+        found = Checkpoint(path, state, [StoredPiece.parse(each) for each in tensors], files)
         for name, facts in files.items():
             _check_file(path, name, facts)
         _check_tensors(found)
-    except Corrupt:
+    except CorruptCheckpoint:
         raise
     except FileNotFoundError as error:
-        raise Corrupt(f"{error.filename} is missing: half-written") from None
+        raise CorruptCheckpoint(f"{error.filename} is missing: half-written") from None
     except UserError as error:
         missing = not os.path.lexists(marker)
-        raise Corrupt(f"{marker} is missing: half-written" if missing else str(error)) from None
+        raise CorruptCheckpoint(f"{marker} is missing: half-written" if missing else str(error)) from None
     except OSError as error:
-        raise Corrupt(f"{error.filename}: {error.strerror}") from None
+        raise CorruptCheckpoint(f"{error.filename}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise Corrupt(f"{marker}: not a checkpoint ({type(error).__name__}: {str(error)[:100]})") from None
+        raise CorruptCheckpoint(
+            f"{marker}: not a checkpoint ({type(error).__name__}: {str(error)[:100]})"
+        ) from None
     return found
 
 
 def _check_file(folder: Path, name: str, facts: Any) -> None:
     """The file is there, of the size that is said, with as many checksums as it has blocks."""
     if not FILE.fullmatch(name) or not isinstance(facts, dict):
-        raise Corrupt(f"{folder / MARKER}: not a checkpoint, an impossible file name")
+        raise CorruptCheckpoint(f"{folder / MARKER}: not a checkpoint, an impossible file name")
     size, block, sums = facts["bytes"], facts["block"], facts["crc32"]
     if not (_is_count(size) and _is_count(block) and 0 < block <= LARGEST_BLOCK and isinstance(sums, list)):
-        raise Corrupt(f"{folder / MARKER}: not a checkpoint, impossible facts about {name}")
+        raise CorruptCheckpoint(f"{folder / MARKER}: not a checkpoint, impossible facts about {name}")
     if not os.path.lexists(folder / name):
-        raise Corrupt(f"{folder / name} is missing: half-written")
+        raise CorruptCheckpoint(f"{folder / name} is missing: half-written")
     there = check_regular(folder / name).st_size
     if there != size or len(sums) != -(-size // block):
-        raise Corrupt(f"{folder / name}: {there} bytes, {size} expected")
+        raise CorruptCheckpoint(f"{folder / name}: {there} bytes, {size} expected")
 
 
 def _check_tensors(found: Checkpoint) -> None:
     """Every rectangle lies inside its file, and all of one tensor agree: nothing is read or allocated that
     the files do not hold.
     """
-    first: dict[str, Stored] = {}
+    first: dict[str, StoredPiece] = {}
     for stored in found.tensors:
         if stored.file not in found.files:
-            raise Corrupt(f"{found.path}: a tensor in an unknown file")
+            raise CorruptCheckpoint(f"{found.path}: a tensor in an unknown file")
         whole = first.setdefault(stored.name, stored)
         if (stored.shape, stored.dtype) != (whole.shape, whole.dtype):
-            raise Corrupt(f"{found.path}: {stored.name[:100]} has two shapes or types")
+            raise CorruptCheckpoint(f"{found.path}: {stored.name[:100]} has two shapes or types")
         end = stored.at + math.prod(stored.size) * DTYPES[stored.dtype].itemsize
         if end > found.files[stored.file]["bytes"]:
-            raise Corrupt(f"{found.path / stored.file}: a tensor ends at {end}, behind the end")
+            raise CorruptCheckpoint(f"{found.path / stored.file}: a tensor ends at {end}, behind the end")
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def published(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoints under their final names, newest first."""
     try:
         found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
@@ -129,15 +131,15 @@ def _number(path: Path) -> int:
     return int(path.name.split("-")[0])
 
 
-def candidates(path: Path) -> Iterator[Path]:
+def find_checkpoints(path: Path) -> Iterator[Path]:
     """What a path given by the user may mean: a checkpoint itself, a folder of them, a run folder."""
     if (path / MARKER).exists() or NAME.fullmatch(path.name):
         yield path
         return
-    yield from published(path) or published(path / "checkpoints")
+    yield from list_checkpoints(path) or list_checkpoints(path / "checkpoints")
 
 
-def begin(root: Path, step: int) -> tuple[Path, Path]:
+def begin_checkpoint(root: Path, step: int) -> tuple[Path, Path]:
     """(where to write, the final name). Leftovers of writers that were killed go; the caller has the folder's
     lock.
     """
@@ -148,35 +150,35 @@ def begin(root: Path, step: int) -> tuple[Path, Path]:
     return partial, root / f"{max(taken, default=0) + 1:05d}-step-{step}"
 
 
-def publish(partial: Path, final: Path, description: dict[str, Any]) -> None:
+def publish_checkpoint(partial: Path, final: Path, description: dict[str, Any]) -> None:
     """The description last, everything on the disk, then the final name."""
     values = {"version": VERSION, **description}
-    text = json.dumps({**values, "crc32": _sum(values)}) + "\n"
-    write_small(partial / MARKER, text.encode())
-    sync(partial)
+    text = json.dumps({**values, "crc32": _checksum(values)}) + "\n"
+    write_synced(partial / MARKER, text.encode())
+    sync_to_disk(partial)
     KIND.publish(partial, final)
-    sync(final.parent)
+    sync_to_disk(final.parent)
 
 
-def _sum(values: dict[str, Any]) -> int:
+def _checksum(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-def discard(partial: Path) -> None:
+def discard_partial(partial: Path) -> None:
     """Remove what is not going to be published."""
     with contextlib.suppress(OSError, UserError):
         KIND.remove(partial)
 
 
-def prune(root: Path, keep: int) -> None:
+def remove_old_checkpoints(root: Path, keep: int) -> None:
     """Leave the newest `keep` of our checkpoints, the best of them, and all that is not ours: without our
     mark, damaged, or with something else inside.
     """
     found = []
-    for path in published(root):
-        with contextlib.suppress(Corrupt, OSError):
+    for path in list_checkpoints(root):
+        with contextlib.suppress(CorruptCheckpoint, OSError):
             if KIND.made(path):
-                found.append((path, describe(path).score))
+                found.append((path, read_description(path).score))
     rated = [(score, path) for path, score in found if score is not None]
     best = max(rated, key=lambda each: each[0], default=(None, None))[1]
     for path, _ in found[keep:]:

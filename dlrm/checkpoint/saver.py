@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrm.checkpoint import folder, shards, state
-from dlrm.checkpoint.shards import Piece
+from dlrm.checkpoint.shards import TensorPiece
 from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
@@ -19,7 +19,7 @@ from dlrm.runtime.ranks import Ranks
 POLL = 0.02  # seconds
 
 
-class Saver:
+class CheckpointWriter:
     """`save` returns once the copy is taken; `wait` when it is published, or says why it is not."""
 
     def __init__(
@@ -36,11 +36,11 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
 
-    def save(self, parts: list[Piece], values: dict[str, Any], step: int) -> None:
+    def save(self, parts: list[TensorPiece], values: dict[str, Any], step: int) -> None:
         """Save these tensors and values. Waits for the checkpoint before, if that is still being written."""
         self.wait()
         with trace.span("checkpoint", "save", bytes=sum(piece.tensor.nbytes for piece in parts)):
-            copied = state.copies(parts, self._staging)
+            copied = state.copy_pieces(parts, self._staging)
         self._number += 1
         self._error = None
         arguments = (self._number, copied, values, step)
@@ -56,24 +56,24 @@ class Saver:
             self.failures += self._error is not None
         return self._error
 
-    def _work(self, number: int, parts: list[Piece], values: dict[str, Any], step: int) -> None:
+    def _work(self, number: int, parts: list[TensorPiece], values: dict[str, Any], step: int) -> None:
         trace.name_thread("checkpoint")
         try:
             self._error = self._write(f"dlrm/checkpoint/{number}", parts, values, step)
         except Exception as error:  # noqa: BLE001  # a lost store: the session ends for that reason
             self._error = f"{type(error).__name__}: {error}"
 
-    def _write(self, key: str, parts: list[Piece], values: dict[str, Any], step: int) -> str | None:
+    def _write(self, key: str, parts: list[TensorPiece], values: dict[str, Any], step: int) -> str | None:
         first = self.here.first
         partial = final = None
         if first:
-            begun = _attempt(lambda: self._begin(step))
+            begun = _run_catching_os_errors(lambda: self._begin(step))
             self.store.set(f"{key}/begin", json.dumps(begun))
         begun = json.loads(self._get(f"{key}/begin"))
         if "error" not in begun:
             partial, final = (Path(path) for path in begun["done"])
             file = f"rank{self.here.rank:05d}.safetensors"
-            mine = _attempt(lambda: shards.write(partial, file, parts))
+            mine = _run_catching_os_errors(lambda: shards.write_pieces(partial, file, parts))
             self.store.set(f"{key}/{self.here.rank}", json.dumps(mine))
         if first:
             outcome = begun if partial is None else self._publish(key, partial, final, values)
@@ -86,7 +86,7 @@ class Saver:
 
     def _begin(self, step: int) -> list[str]:
         self.claim()
-        return [str(path) for path in folder.begin(self.root, step)]
+        return [str(path) for path in folder.begin_checkpoint(self.root, step)]
 
     def _publish(self, key: str, partial: Path, final: Path | None, values: dict[str, Any]) -> dict[str, Any]:
         assert final is not None
@@ -98,12 +98,12 @@ class Saver:
                     raise UserError(f"rank {rank}: {theirs['error']}")
                 tensors += theirs["done"]["tensors"]
                 files |= theirs["done"]["file"]
-            folder.publish(partial, final, {"state": values, "tensors": tensors, "files": files})
+            folder.publish_checkpoint(partial, final, {"state": values, "tensors": tensors, "files": files})
             if self.keep:
-                folder.prune(self.root, self.keep)
+                folder.remove_old_checkpoints(self.root, self.keep)
             return {"done": str(final)}
         except (OSError, UserError, TimeoutError) as error:
-            folder.discard(partial)
+            folder.discard_partial(partial)
             return {"error": str(error)}
 
     def _get(self, key: str) -> str:
@@ -115,7 +115,7 @@ class Saver:
         return self.store.get(key).decode()
 
 
-def _attempt(work: Any) -> dict[str, Any]:
+def _run_catching_os_errors(work: Any) -> dict[str, Any]:
     try:
         return {"done": work()}
     except UserError as error:

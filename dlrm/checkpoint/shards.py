@@ -33,7 +33,7 @@ bytes_written: dict[str, int] = defaultdict(int)
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """A rectangle of a named tensor, in this process's memory, or of a table in a file."""
 
     name: str
@@ -44,7 +44,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredPiece:
     """A rectangle of a named tensor, in a file: its bytes are `size` elements of `dtype` from `at`."""
 
     name: str
@@ -56,7 +56,7 @@ class Stored:
     file: str
 
     @classmethod
-    def parse(cls, values: dict[str, Any]) -> "Stored":
+    def parse(cls, values: dict[str, Any]) -> "StoredPiece":
         lists = {key: tuple(values[key]) for key in ("shape", "offset", "size")}
         stored = cls(values["name"], values["dtype"], at=values["at"], file=values["file"], **lists)
         texts = all(isinstance(each, str) for each in (stored.name, stored.dtype, stored.file))
@@ -83,7 +83,7 @@ def _bytes_of(tensor: Any) -> Iterator[memoryview]:
     yield memoryview(flat.view(torch.uint8).numpy())
 
 
-def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
+def write_pieces(folder: Path, file: str, pieces: Sequence[TensorPiece]) -> dict[str, Any]:
     """Write and fsync; returns what the checkpoint's description says about this file."""
     header: dict[str, Any] = {}
     position = 0
@@ -98,7 +98,7 @@ def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    output = _Blocks(folder / file)
+    output = _ChecksummedFile(folder / file)
     try:
         output.add(memoryview(len(text).to_bytes(8, "little") + text))
         for piece in pieces:
@@ -112,7 +112,7 @@ def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
         output.close()
     tensors = [
         asdict(
-            Stored(
+            StoredPiece(
                 piece.name,
                 entry["dtype"],
                 piece.shape,
@@ -127,9 +127,9 @@ def write(folder: Path, file: str, pieces: Sequence[Piece]) -> dict[str, Any]:
     return {"tensors": tensors, "file": {file: {"bytes": output.bytes, "block": BLOCK, "crc32": output.sums}}}
 
 
-def write_small(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
     """A small file, written and on the disk."""
-    output = _Blocks(path)
+    output = _ChecksummedFile(path)
     try:
         output.add(memoryview(data))
         output.finish()
@@ -137,7 +137,7 @@ def write_small(path: Path, data: bytes) -> None:
         output.close()
 
 
-class _Blocks:
+class _ChecksummedFile:
     """A file being written, with a running checksum for each block."""
 
     def __init__(self, path: Path) -> None:
@@ -183,7 +183,7 @@ class _Blocks:
             os.close(self.descriptor)
 
 
-class Corrupt(UserError):
+class CorruptCheckpoint(UserError):
     """A checkpoint does not hold what it says."""
 
 
@@ -213,7 +213,7 @@ class Blocks:
             self._held.popitem(last=False)
 
 
-def blocks(
+def read_blocks(
     path: Path, facts: dict[str, Any], start: int, stop: int, held: Blocks | None = None
 ) -> Iterator[tuple[int, memoryview]]:
     """(position, bytes) of the checked blocks that cover [start, stop) of a file, cut to it. What is given is
@@ -221,7 +221,7 @@ def blocks(
     """
     block, size = int(facts["block"]), int(facts["bytes"])
     if stop > size:
-        raise Corrupt(f"{path}: a tensor ends at {stop}, the file at {size}")
+        raise CorruptCheckpoint(f"{path}: a tensor ends at {stop}, the file at {size}")
     held = held or Blocks()
     with contextlib.ExitStack() as stack:
         file: FileIO | None = None
@@ -229,18 +229,18 @@ def blocks(
             begin, end = number * block, min((number + 1) * block, size)
             data = held.get(path, number)
             if data is None:
-                file = file or stack.enter_context(opened(path, "rb"))
+                file = file or stack.enter_context(open_untraced_race(path, "rb"))
                 data = held.room(path, min(block, size))
-                _fill(file, begin, data[: end - begin], path)
+                _read_exactly(file, begin, data[: end - begin], path)
                 if zlib.crc32(data[: end - begin]) != facts["crc32"][number]:
-                    raise Corrupt(f"{path}: wrong checksum at byte {begin}")
+                    raise CorruptCheckpoint(f"{path}: wrong checksum at byte {begin}")
                 held.keep(path, number, data)
             low, high = max(start, begin), min(stop, end)
             yield low, data[low - begin : high - begin]
 
 
 @contextmanager
-def opened(path: Path, mode: str) -> Iterator[FileIO]:
+def open_untraced_race(path: Path, mode: str) -> Iterator[FileIO]:
     """Opened and closed while no other thread does either: the tracer would lose a file."""
     with opening:
         file = FileIO(path, mode)
@@ -251,19 +251,19 @@ def opened(path: Path, mode: str) -> Iterator[FileIO]:
             file.close()
 
 
-def _fill(file: Any, position: int, buffer: memoryview, path: Path) -> None:
+def _read_exactly(file: Any, position: int, buffer: memoryview, path: Path) -> None:
     file.seek(position)
     filled = 0
     while filled < len(buffer):
         count = file.readinto(buffer[filled:])
         if not count:
-            raise Corrupt(f"{path}: ends at byte {position + filled}, too early")
+            raise CorruptCheckpoint(f"{path}: ends at byte {position + filled}, too early")
         filled += count
         bytes_read[os.path.abspath(path)] += count
 
 
 def read_into(
-    folder: Path, files: dict[str, Any], stored: Stored, piece: Piece, held: Blocks | None = None
+    folder: Path, files: dict[str, Any], stored: StoredPiece, piece: TensorPiece, held: Blocks | None = None
 ) -> int:
     """Copy what a stored rectangle and a wanted one have in common; returns the elements copied."""
     low = [max(a, b) for a, b in zip(stored.offset, piece.offset, strict=True)]
@@ -275,7 +275,9 @@ def read_into(
         return 0
     dtype = DTYPES[stored.dtype]
     if dtype != piece.tensor.dtype:
-        raise Corrupt(f"{piece.name}: {stored.dtype} in the checkpoint, {piece.tensor.dtype} in the model")
+        raise CorruptCheckpoint(
+            f"{piece.name}: {stored.dtype} in the checkpoint, {piece.tensor.dtype} in the model"
+        )
     # only the first dimension narrows what is read; the others are cut afterwards
     rows = (low[0] - stored.offset[0], high[0] - stored.offset[0]) if low else (0, 1)
     width = 1
@@ -288,7 +290,7 @@ def read_into(
     outer = tuple(slice(a - b, c - b) for a, b, c in zip(low[1:], stored.offset[1:], high[1:], strict=True))
     first = low[0] - piece.offset[0] if low else 0
     rest, done = bytearray(), 0  # a row may lie across two blocks
-    for _, part in blocks(folder / stored.file, files[stored.file], start, stop, held):
+    for _, part in read_blocks(folder / stored.file, files[stored.file], start, stop, held):
         data = rest + part if rest else part
         whole = len(data) // row_bytes
         if whole:

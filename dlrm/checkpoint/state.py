@@ -8,17 +8,17 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dlrm.checkpoint.folder import Checkpoint
-from dlrm.checkpoint.shards import Piece, read_into
+from dlrm.checkpoint.shards import TensorPiece, read_into
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import span
 
 # one and the same thing: in fbgemm's fused optimizers, and in torch's for data-parallel tables
-SAME = {"sum": "momentum1", "exp_avg": "momentum1", "exp_avg_sq": "momentum2"}
+EQUIVALENT_KEYS = {"sum": "momentum1", "exp_avg": "momentum1", "exp_avg_sq": "momentum2"}
 STEP = "step"  # torch's optimizers count steps for themselves, the fused ones elsewhere
 
 
 @runtime_checkable
-class Filed(Protocol):
+class FileBackedTable(Protocol):
     """All rows of a table that lies in files: `model.tier.Whole`, which takes long to import."""
 
     def size(self) -> torch.Size: ...
@@ -28,74 +28,74 @@ class Filed(Protocol):
     def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int: ...
 
 
-def _rectangles(name: str, value: Any) -> Iterator[Piece]:
+def _local_pieces(name: str, value: Any) -> Iterator[TensorPiece]:
     """This process's parts of a tensor; `offset` () marks one that every rank holds whole."""
-    if isinstance(value, Filed):
+    if isinstance(value, FileBackedTable):
         for tensor in value.copy():
-            yield Piece(name, tuple(value.size()), tensor.place, tensor, kept=True)
+            yield TensorPiece(name, tuple(value.size()), tensor.place, tensor, kept=True)
     elif isinstance(value, ShardedTensor):
         for shard in value.local_shards():
             place = tuple(shard.metadata.shard_offsets)
-            yield Piece(name, tuple(value.size()), place, shard.tensor)
+            yield TensorPiece(name, tuple(value.size()), place, shard.tensor)
     else:
-        yield Piece(name, tuple(value.shape), (0,) * value.dim(), value)
+        yield TensorPiece(name, tuple(value.shape), (0,) * value.dim(), value)
 
 
 def _optimizer_values(optimizer: Any) -> Iterator[tuple[str, Any]]:
     for parameter, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor | ShardedTensor):  # fused ones say table.momentum1
-                yield f"optim/{_plain(parameter)}/{key.rsplit('.', 1)[-1]}", value
+                yield f"optim/{_without_compile_prefix(parameter)}/{key.rsplit('.', 1)[-1]}", value
 
 
-def _plain(name: str) -> str:
+def _without_compile_prefix(name: str) -> str:
     return name.replace("_orig_mod.", "")  # a compiled part's weights are the same weights
 
 
-def named(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
+def named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
     tiers = getattr(model, "tiers", None)  # tables in files
     whole: Callable[[str, Any], Any] = tiers.whole if tiers else lambda _, value: value
     for name, value in model.state_dict().items():
-        yield f"model/{_plain(name)}", whole(name, value)
+        yield f"model/{_without_compile_prefix(name)}", whole(name, value)
     if optimizer is not None:
         for name, value in _optimizer_values(optimizer):
             yield name, whole(name, value)
 
 
-def pieces(model: nn.Module, optimizer: Any, rank: int) -> list[Piece]:
+def pieces_of_rank(model: nn.Module, optimizer: Any, rank: int) -> list[TensorPiece]:
     """What this rank writes: its shards; of what every rank has, rank 0 writes the only copy."""
     return [
         piece
-        for name, value in named(model, optimizer)
-        for piece in _rectangles(name, value)
-        if isinstance(value, ShardedTensor | Filed) or rank == 0
+        for name, value in named_tensors(model, optimizer)
+        for piece in _local_pieces(name, value)
+        if isinstance(value, ShardedTensor | FileBackedTable) or rank == 0
     ]
 
 
 @torch.no_grad()
-def restore(found: Checkpoint, model: nn.Module, optimizer: Any | None) -> int:
+def restore_state(found: Checkpoint, model: nn.Module, optimizer: Any | None) -> int:
     """Fill the model (and its optimizers' state) from a checkpoint; returns the bytes read."""
     stored: dict[str, list[Any]] = {}
     for each in found.tensors:
         stored.setdefault(each.name, []).append(each)
     if optimizer is not None:
-        _awaken(optimizer, stored)
+        _create_optimizer_state(optimizer, stored)
     read = 0
-    for name, value in named(model, optimizer):
+    for name, value in named_tensors(model, optimizer):
         shape = tuple(value.size())
-        source = _source(name, shape, stored, found)
+        source = _find_source(name, shape, stored, found)
         if source is None:  # a step counter that the fused optimizers do not have
             value.fill_(float(found.state.get("step", 0)))
             continue
-        if isinstance(value, Filed):
+        if isinstance(value, FileBackedTable):
             read += value.fill(
-                lambda at, part, name=name, shape=shape, source=source: _fill(
-                    found, source, Piece(name, shape, at, part)
+                lambda at, part, name=name, shape=shape, source=source: _fill_piece(
+                    found, source, TensorPiece(name, shape, at, part)
                 )
             )
             continue
-        for piece in _rectangles(name, value):
-            read += _fill(found, source, piece)
+        for piece in _local_pieces(name, value):
+            read += _fill_piece(found, source, piece)
     for module in model.modules():  # weights behind a cache: what it holds is old now
         reset = getattr(module, "reset_cache_states", None)
         if callable(reset):
@@ -105,11 +105,15 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: Any | None) -> int:
     return read
 
 
-def _source(name: str, shape: tuple[int, ...], stored: dict[str, Any], found: Checkpoint) -> Any:
+def _find_source(name: str, shape: tuple[int, ...], stored: dict[str, Any], found: Checkpoint) -> Any:
     head, _, key = name.rpartition("/")
     names = [name]
     if head.startswith("optim/"):
-        names += [f"{head}/{a}" for a in (SAME.get(key), *(k for k, v in SAME.items() if v == key)) if a]
+        names += [
+            f"{head}/{a}"
+            for a in (EQUIVALENT_KEYS.get(key), *(k for k, v in EQUIVALENT_KEYS.items() if v == key))
+            if a
+        ]
     for each in names:
         if each in stored:
             if stored[each][0].shape == shape:
@@ -127,7 +131,7 @@ def _source(name: str, shape: tuple[int, ...], stored: dict[str, Any], found: Ch
     )
 
 
-def _fill(found: Checkpoint, source: Sequence[Any], piece: Piece) -> int:
+def _fill_piece(found: Checkpoint, source: Sequence[Any], piece: TensorPiece) -> int:
     elements = sum(read_into(found.path, found.files, each, piece, found.blocks) for each in source)
     if elements != piece.tensor.numel():
         raise UserError(
@@ -137,13 +141,13 @@ def _fill(found: Checkpoint, source: Sequence[Any], piece: Piece) -> int:
     return elements * piece.tensor.element_size()
 
 
-def _awaken(optimizer: Any, stored: dict[str, Any]) -> None:
+def _create_optimizer_state(optimizer: Any, stored: dict[str, Any]) -> None:
     """Optimizers that make their state in the first step (adam) get a place for the stored one."""
     for _, part in getattr(optimizer, "_optims", []):
         for name, parameter in part.params.items():
             if isinstance(parameter, ShardedTensor) or parameter in part.state:
                 continue
-            prefix = f"optim/{_plain(name)}/"
+            prefix = f"optim/{_without_compile_prefix(name)}/"
             made = {}
             for key, rectangles in stored.items():
                 if key.startswith(prefix):
@@ -154,7 +158,9 @@ def _awaken(optimizer: Any, stored: dict[str, Any]) -> None:
                 part.state[parameter] = made
 
 
-def copies(parts: Sequence[Piece], before: dict[tuple[str, tuple[int, ...]], torch.Tensor]) -> list[Piece]:
+def copy_pieces(
+    parts: Sequence[TensorPiece], before: dict[tuple[str, tuple[int, ...]], torch.Tensor]
+) -> list[TensorPiece]:
     """The pieces as they are now, in memory of their own, which is used again for the next time."""
     total = sum(piece.tensor.nbytes for piece in parts if not piece.kept)
     with span("checkpoint", "copy", bytes=total):
@@ -170,5 +176,5 @@ def copies(parts: Sequence[Piece], before: dict[tuple[str, tuple[int, ...]], tor
                     piece.tensor, device="cpu", memory_format=torch.contiguous_format
                 )
             kept.copy_(piece.tensor.detach())
-            made.append(Piece(piece.name, piece.shape, piece.offset, kept))
+            made.append(TensorPiece(piece.name, piece.shape, piece.offset, kept))
     return made

@@ -23,7 +23,7 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: 
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
-def at_least(low: float, config: object, *names: str) -> None:
+def check_at_least(low: float, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
@@ -31,7 +31,7 @@ def at_least(low: float, config: object, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataOptions:
     in_memory_binary_criteo_path: str | None = option(None, "folder of day_*_{dense,sparse,labels}.npy")
     synthetic_multi_hot_criteo_path: str | None = option(None, "folder with day_*_sparse_multi_hot.npz")
     dataset_name: str = option("criteo_1t", "dataset, held against the files", ("criteo_1t", "criteo_kaggle"))
@@ -58,9 +58,9 @@ class Data:
     collect_multi_hot_freqs_stats: bool = option(False, "save how often each id was looked up")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "batch_size", "test_batch_size", "prefetch_batches")
-        at_least(0, self, "limit_train_batches", "limit_val_batches", "limit_test_batches")
-        at_least(0.001, self, "read_chunk_mb")
+        check_at_least(1, self, "batch_size", "test_batch_size", "prefetch_batches")
+        check_at_least(0, self, "limit_train_batches", "limit_val_batches", "limit_test_batches")
+        check_at_least(0.001, self, "read_chunk_mb")
         if self.folder is None and self.source not in ("auto", "random"):
             raise UserError(f"--source {self.source} needs --in_memory_binary_criteo_path, the data's folder")
         if self.in_memory_binary_criteo_path and self.synthetic_multi_hot_criteo_path:
@@ -87,7 +87,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelOptions:
     num_embeddings: int | None = option(None, "rows of every table (default: meta.json, else 100000)")
     num_embeddings_per_feature: tuple[int, ...] | None = option(None, "rows of each table, comma separated")
     embedding_dim: int = option(64, "width of the embeddings")
@@ -104,13 +104,13 @@ class Model:
     interaction_branch2_layer_sizes: tuple[int, ...] = option((2048, 2048), "projection: second branch")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "num_embeddings", "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim")
+        check_at_least(1, self, "num_embeddings", "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim")
         if self.over_arch_layer_sizes[-1] != 1:
             raise UserError("--over_arch_layer_sizes must end in 1: the model has one output, the click")
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimizerOptions:
     learning_rate: float = option(15.0, "base learning rate")
     optimizer: str = option("sgd", "optimizer", ("sgd", "adagrad", "rowwise_adagrad", "adam"))
     adagrad: bool = option(False, "the same as --optimizer adagrad")
@@ -130,8 +130,8 @@ class Optim:
     loss_scale: float = option(1024.0, "fp16: the static scale, or the first dynamic one")
 
     def __post_init__(self) -> None:
-        at_least(1e-30, self, "grad_clip", "loss_scale")
-        at_least(0, self, "learning_rate", "eps", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps")
+        check_at_least(1e-30, self, "grad_clip", "loss_scale")
+        check_at_least(0, self, "learning_rate", "eps", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps")
         if self.lr_decay_steps and self.lr_decay_start < self.lr_warmup_steps:
             raise UserError("--lr_decay_start must not come before the end of --lr_warmup_steps")
 
@@ -141,7 +141,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanOptions:
     sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel; * for all others")
     print_sharding_plan: bool = option(False, "print how each table is sharded")
     store_type: str = option(
@@ -152,11 +152,11 @@ class Plan:
     persistent_path: str | None = option(None, "folder of the tables' files (default: store in --output_dir)")
 
     def __post_init__(self) -> None:
-        at_least(0.001, self, "cache_memory_budget_mb")
+        check_at_least(0.001, self, "cache_memory_budget_mb")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOptions:
     output_dir: str | None = option(
         None, "run folder: config, metrics, results, traces (default: none written)"
     )
@@ -185,13 +185,15 @@ class Run:
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "epochs", "report_every", "timeout", "validation_freq_within_epoch", "max_steps")
+        check_at_least(
+            1, self, "epochs", "report_every", "timeout", "validation_freq_within_epoch", "max_steps"
+        )
         if self.trace and not self.output_dir:
             raise UserError("--trace needs --output_dir: the trace is written there")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointOptions:
     checkpoint_dir: str | None = option(None, "where checkpoints go (default: checkpoints in --output_dir)")
     checkpoint_every_steps: int | None = option(None, "save every so many steps")
     checkpoint_every_minutes: float | None = option(None, "save every so many minutes")
@@ -210,8 +212,8 @@ class Checkpoint:
     walltime: str | None = option(None, "the job's time, [HH:]MM:SS or seconds (default: as PBS says)")
 
     def __post_init__(self) -> None:
-        at_least(1, self, "checkpoint_every_steps")
-        at_least(0, self, "checkpoint_every_minutes", "keep_checkpoints", "stop_before_walltime")
+        check_at_least(1, self, "checkpoint_every_steps")
+        check_at_least(0, self, "checkpoint_every_minutes", "keep_checkpoints", "stop_before_walltime")
         if self.load_model_only and not self.load_checkpoint_path:
             raise UserError("--load_model_only needs --load_checkpoint_path")
 
@@ -225,25 +227,25 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Config:
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    optim: Optim = field(default_factory=Optim)
-    plan: Plan = field(default_factory=Plan)
-    run: Run = field(default_factory=Run)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optim: OptimizerOptions = field(default_factory=OptimizerOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
 
-class _Parser(argparse.ArgumentParser):
+class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
 
-def flags(kind: Any) -> list[Any]:
+def list_flags(kind: Any) -> list[Any]:
     """The fields that a command line can set."""
     return [each for each in fields(kind) if each.init]
 
 
-def numbers_with_commas(text: str) -> tuple[int, ...]:
+def parse_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part.strip())
 
 
@@ -257,7 +259,7 @@ def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[
     if bare is bool:
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
         return
-    parse = numbers_with_commas if listed else bare
+    parse = parse_numbers if listed else bare
     alone = {"nargs": "?", "const": metadata["bare"]} if metadata["bare"] else {}
     group.add_argument(
         f"--{name}", type=parse, default=default, help=text, choices=metadata["choices"],
@@ -266,7 +268,7 @@ def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[
     )  # fmt: skip
 
 
-def parse(
+def parse_options(
     kind: type[C],
     argv: Sequence[str],
     program: str,
@@ -275,20 +277,20 @@ def parse(
 ) -> C:
     """Flags -> a config of nested dataclasses. A preset gives defaults, flags on the line win."""
     try:
-        return _parse(kind, argv, program, description, presets or {})
+        return _parse_options(kind, argv, program, description, presets or {})
     except UserError as error:
         error.shared = True  # every rank has the same command line
         raise
 
 
-def _parse(
+def _parse_options(
     kind: type[C],
     argv: Sequence[str],
     program: str,
     description: str,
     presets: Mapping[str, Callable[[], Mapping[str, Any]]],
 ) -> C:
-    parser = _Parser(prog=program, description=description, allow_abbrev=False)
+    parser = OptionParser(prog=program, description=description, allow_abbrev=False)
     parser.add_argument("--check_options", action="store_true", help="only see whether the options are right")
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), help="published settings as defaults")
@@ -296,17 +298,17 @@ def _parse(
     for title, group_kind in groups.items():
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(group_kind)
-        for each in flags(group_kind):
+        for each in list_flags(group_kind):
             _add_flag(group, each.name, hints[each.name], each.default, each.metadata)
     if presets:
-        chooser = _Parser(add_help=False, allow_abbrev=False)
+        chooser = OptionParser(add_help=False, allow_abbrev=False)
         chooser.add_argument("--preset", choices=sorted(presets))
         chosen = chooser.parse_known_args(argv)[0].preset
         if chosen:
             parser.set_defaults(**presets[chosen]())
     values = vars(parser.parse_args(argv))
     made = {
-        title: group_kind(**{f.name: values[f.name] for f in flags(group_kind)})  # type: ignore[operator, misc]
+        title: group_kind(**{f.name: values[f.name] for f in list_flags(group_kind)})  # type: ignore[operator, misc]
         for title, group_kind in groups.items()
     }
     return parser.exit() if values["check_options"] else kind(**made)

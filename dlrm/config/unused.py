@@ -6,12 +6,12 @@ from dataclasses import fields
 from dlrm.config.options import Config
 
 
-def unused(cfg: Config, device: str) -> list[str]:
+def list_unused_options(cfg: Config, device: str) -> list[str]:
     """One line for each group of settings that changes nothing in this run, and why."""
-    return [f"{', '.join(names)}: not used, {why}" for names, why in _groups(cfg, device) if names]
+    return [f"{', '.join(names)}: not used, {why}" for names, why in _unused_groups(cfg, device) if names]
 
 
-def _groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
+def _unused_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
     data, model, optim, plan, run = cfg.data, cfg.model, cfg.optim, cfg.plan, cfg.run
     files = ["dataset_name", "mmap_mode", "shuffle_batches", "shuffle_training_set", "read_chunk_mb"]
     many = data.multi_hot_sizes or data.kind == "multi_hot"
@@ -41,9 +41,9 @@ def _groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
         (run, ["validation_auroc"], not validates, "nothing validates: give --evaluate_on_epoch_end"),
     ]
     for group, names, idle, why in rules:
-        yield ([f"--{name}" for name in names if name in _changed(group)] if idle else []), why
+        yield ([f"--{name}" for name in names if name in _changed_options(group)] if idle else []), why
 
 
-def _changed(group: object) -> set[str]:
+def _changed_options(group: object) -> set[str]:
     """The options that have not their default."""
     return {each.name for each in fields(group) if getattr(group, each.name) != each.default}  # type: ignore[arg-type]

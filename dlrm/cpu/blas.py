@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-mm: Product = torch.mm  # of the towers; `tune` may put a faster one here
+mm: Product = torch.mm  # of the towers; `tune_processor` may put a faster one here
 FLOAT32 = 5e-6  # relative error that products in float32 stay under; bfloat16's is a thousand times that
 AMD = "AuthenticAMD"
 # mallopt's names in glibc's malloc.h, and what they are set to
@@ -18,32 +18,32 @@ M_TRIM_THRESHOLD, KEPT = -1, 1 << 30  # bytes that stay with the process when th
 M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # glibc's limit: blocks from this size on always go back
 
 
-def plain(*tensors: torch.Tensor) -> bool:
+def is_plain_float32(*tensors: torch.Tensor) -> bool:
     """float32 on the CPU, to be computed with as it stands."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
 
 
-def tune(device: torch.device) -> list[str]:
+def tune_processor(device: torch.device) -> list[str]:
     """Switch on what helps; says what it did."""
     if device.type != "cpu":
         return []
     done = {
-        "float32 products by oneDNN": by_onednn,
-        "towers' products by OpenBLAS": by_openblas,
-        "freed memory kept for the next step": keep_memory,
+        "float32 products by oneDNN": use_onednn,
+        "towers' products by OpenBLAS": use_openblas,
+        "freed memory kept for the next step": keep_freed_memory,
     }
     return [name for name, switch_on in done.items() if switch_on()]
 
 
-def by_onednn() -> bool:
+def use_onednn() -> bool:
     """MKL holds back on processors that are not Intel's: no AVX-512, batched products at half speed.
 
     oneDNN, which torch brings too, does not, but torch asks it for float32 products only where bfloat16 is
     allowed, and with AVX-512. Without AMX it computes in float32 all the same, with AMX not: hence the trial.
     """
-    if not torch.backends.mkldnn.is_available() or vendor() != AMD or not avx512():
+    if not torch.backends.mkldnn.is_available() or read_cpu_vendor() != AMD or not has_avx512():
         return False
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
@@ -54,20 +54,20 @@ def by_onednn() -> bool:
     return False
 
 
-def by_openblas() -> bool:
+def use_openblas() -> bool:
     """Without AVX-512 MKL is slower than OpenBLAS on AMD's processors, which numpy brings.
 
     It has threads of its own, so only for ranks of one thread.
     """
     global mm
     alone = os.environ.get("OMP_NUM_THREADS") == "1" and torch.get_num_threads() == 1
-    if vendor() != AMD or avx512() or not alone or not is_float32(by_numpy):
+    if read_cpu_vendor() != AMD or has_avx512() or not alone or not is_float32(multiply_by_numpy):
         return False
-    mm = by_numpy
+    mm = multiply_by_numpy
     return True
 
 
-def by_numpy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def multiply_by_numpy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.size(1) == 1:  # OpenBLAS takes seven times as long
         return torch.mm(left, right)
     out = torch.empty(left.size(0), right.size(1))
@@ -76,11 +76,11 @@ def by_numpy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def avx512() -> bool:
+def has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def keep_memory() -> bool:
+def keep_freed_memory() -> bool:
     """Every step allocates and frees the same blocks: given back, they come again as new, zeroed pages."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -89,7 +89,7 @@ def keep_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, LARGE) and mallopt(M_TRIM_THRESHOLD, KEPT))
 
 
-def vendor() -> str:
+def read_cpu_vendor() -> str:
     """The processor's maker as /proc/cpuinfo has it, or nothing. Not a timing: runs must come out alike."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -17,46 +17,50 @@ from torchrec.distributed import comm_ops
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist
 from torchrec.distributed.types import Awaitable
 
-from dlrm.cpu.process_group import Group
-from dlrm.cpu.shared_memory import Arriving, Segments
+from dlrm.cpu.process_group import ShmProcessGroup
+from dlrm.cpu.shared_memory import ArrivingMessage, ShmChannels
 
 NOTHING = torch.empty(0)
 mark: Any = comm_ops.record_function  # type: ignore[attr-defined]  # traced where torchrec is patched
 
 
-def install(model: nn.Module) -> int:
+def install_shared_memory_dists(model: nn.Module) -> int:
     """Put it in place of torchrec's in all sharded tables that allow it. Returns how many collections."""
     found = 0
     for part in model.modules():
         for dist in getattr(part, "_output_dists", []):
             plain = type(dist) is TwPooledEmbeddingDist and not dist._callbacks and dist._codecs is None
-            if plain and isinstance(dist._pg, Group):
-                dist._dist = Direct(dist._pg.segments, dist._dim_sum_per_rank)
+            if plain and isinstance(dist._pg, ShmProcessGroup):
+                dist._dist = ShmPooledEmbeddingDist(dist._pg.segments, dist._dim_sum_per_rank)
                 found += 1
     return found
 
 
-class Direct(nn.Module):
+class ShmPooledEmbeddingDist(nn.Module):
     """Embeddings [rows of all ranks, columns of this rank's tables] -> [this rank's rows, all columns]."""
 
-    def __init__(self, segments: Segments, widths: Sequence[int]) -> None:
+    def __init__(self, segments: ShmChannels, widths: Sequence[int]) -> None:
         super().__init__()
         self.segments = segments
-        self.columns = cuts(widths)
+        self.columns = slices_of(widths)
 
-    def forward(self, embeddings: torch.Tensor, batch_size_per_rank: Sequence[int] = ()) -> "Pooled":
+    def forward(
+        self, embeddings: torch.Tensor, batch_size_per_rank: Sequence[int] = ()
+    ) -> "ShmPooledAwaitable":
         ranks = self.segments.size
-        return Pooled(self, embeddings, cuts(batch_size_per_rank or [len(embeddings) // ranks] * ranks))
+        return ShmPooledAwaitable(
+            self, embeddings, slices_of(batch_size_per_rank or [len(embeddings) // ranks] * ranks)
+        )
 
 
-def cuts(counts: Sequence[int]) -> list[slice]:
+def slices_of(counts: Sequence[int]) -> list[slice]:
     return [slice(*ends) for ends in pairwise(accumulate([0, *counts]))]
 
 
-class Pooled(Awaitable[torch.Tensor]):
+class ShmPooledAwaitable(Awaitable[torch.Tensor]):
     """One batch on its way: posted when made, in place when waited for."""
 
-    def __init__(self, direct: Direct, embeddings: torch.Tensor, rows: list[slice]) -> None:
+    def __init__(self, direct: ShmPooledEmbeddingDist, embeddings: torch.Tensor, rows: list[slice]) -> None:
         super().__init__()
         self.segments, self.columns, self.rows = direct.segments, direct.columns, rows
         self.own = direct.segments.rank
@@ -64,11 +68,11 @@ class Pooled(Awaitable[torch.Tensor]):
         mine = rows[self.own]
         self.values = torch.empty(mine.stop - mine.start, self.columns[-1].stop, dtype=self.type)
         self.gradient = NOTHING  # of the embeddings, all ranks' rows
-        self.arriving: Arriving | None = None
-        self.token: torch.Tensor = Post.apply(embeddings, self)  # type: ignore[assignment]
+        self.arriving: ArrivingMessage | None = None
+        self.token: torch.Tensor = PostEmbeddings.apply(embeddings, self)  # type: ignore[assignment]
 
     def _wait_impl(self) -> torch.Tensor:
-        values: Any = Take.apply(self.token, self)
+        values: Any = TakeEmbeddings.apply(self.token, self)
         self.token = self.values = NOTHING  # else tensors and batch would keep each other
         return values
 
@@ -79,7 +83,7 @@ class Pooled(Awaitable[torch.Tensor]):
             parts = [(rows.start * row, rows.stop * row) for rows in self.rows]
             number = segments.post(embeddings.contiguous().view(-1).view(torch.uint8), parts)
             self.values[:, self.columns[self.own]] = embeddings[self.rows[self.own]]
-            self.arriving = Arriving(segments, number, self.place)
+            self.arriving = ArrivingMessage(segments, number, self.place)
 
     def place(self, peer: int, part: torch.Tensor) -> None:
         columns = self.columns[peer]
@@ -100,7 +104,7 @@ class Pooled(Awaitable[torch.Tensor]):
             segments.send(number, parts)
             self.gradient = torch.empty(self.rows[-1].stop, widths[own], dtype=self.type)
             torch.div(gradient[:, self.columns[own]], share, out=self.gradient[self.rows[own]])
-            self.arriving = Arriving(segments, number, self.place_gradient)
+            self.arriving = ArrivingMessage(segments, number, self.place_gradient)
 
     def place_gradient(self, peer: int, part: torch.Tensor) -> None:
         target = self.gradient[self.rows[peer]]
@@ -120,11 +124,11 @@ class Pooled(Awaitable[torch.Tensor]):
             self.arriving = None
 
 
-class Post(torch.autograd.Function):
+class PostEmbeddings(torch.autograd.Function):
     """Sends embeddings; backward, receives their gradients: late, so that other work goes on meanwhile."""
 
     @staticmethod
-    def forward(ctx: Any, embeddings: torch.Tensor, batch: Pooled) -> torch.Tensor:
+    def forward(ctx: Any, embeddings: torch.Tensor, batch: ShmPooledAwaitable) -> torch.Tensor:
         ctx.batch = batch
         batch.post(embeddings)
         return embeddings.new_empty(0)
@@ -137,11 +141,11 @@ class Post(torch.autograd.Function):
         return batch.gradient, None
 
 
-class Take(torch.autograd.Function):
+class TakeEmbeddings(torch.autograd.Function):
     """Receives embeddings; backward, sends their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, batch: Pooled) -> torch.Tensor:
+    def forward(ctx: Any, token: torch.Tensor, batch: ShmPooledAwaitable) -> torch.Tensor:
         ctx.batch, ctx.token = batch, token.shape
         batch.finish()
         return batch.values

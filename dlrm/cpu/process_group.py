@@ -19,38 +19,38 @@ import torch
 import torch.distributed as dist
 
 from common.owned import remove_dead_segments
-from dlrm.cpu.shared_memory import FOLDER, HEADER, SLOTS, STRIDE, Arriving, NotShared, Segments
+from dlrm.cpu.shared_memory import FOLDER, HEADER, SLOTS, STRIDE, ArrivingMessage, NotShared, ShmChannels
 
-NAME = "shared"  # for dist.init_process_group, after `register`
+NAME = "shared"  # for dist.init_process_group, after `register_backends`
 GLOO = "gloo_uneven"  # likewise: without shared memory
 ENOUGH = 1 << 28  # free bytes in FOLDER per rank, for the exchange to be used
 
 
-def register() -> None:
+def register_backends() -> None:
     """Make the backends' names known to torch.distributed."""
-    for name, create in ((NAME, _create), (GLOO, _create_gloo)):
+    for name, create in ((NAME, _create_shared), (GLOO, _create_gloo)):
         if not hasattr(dist.Backend, name.upper()):
             dist.Backend.register_backend(name, create, devices=["cpu"])
 
 
-def _create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    store.set(f"host{rank}", _host(size))
+def _create_shared(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    store.set(f"host{rank}", _shared_memory_id(size))
     group = _create_gloo(store, rank, size, timeout)
     hosts = {store.get(f"host{peer}") for peer in range(size)}
     if size > 1 and len(hosts | {b""}) == 2:
         remove_dead_segments(FOLDER, (0, HEADER, HEADER + SLOTS * STRIDE))
         with contextlib.suppress(NotShared):
-            return Group(Segments(store, rank, size, timeout.total_seconds()), group.gloo)
+            return ShmProcessGroup(ShmChannels(store, rank, size, timeout.total_seconds()), group.gloo)
     return group
 
 
 def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
     gloo._set_sequence_number_for_group()
-    return gloo if size == 1 else Uneven(gloo)
+    return gloo if size == 1 else UnevenGloo(gloo)
 
 
-def _host(size: int) -> str:
+def _shared_memory_id(size: int) -> str:
     """The same on ranks that can share memory, different or empty where they cannot."""
     if platform.machine() != "x86_64" or not os.path.isdir(FOLDER):
         return f"none {platform.node()} {os.getpid()}"
@@ -60,11 +60,11 @@ def _host(size: int) -> str:
         return f"{text.read().strip()} {os.stat(FOLDER).st_dev} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-class _Done(dist._Work):
+class _FinishedWork(dist._Work):
     """A collective that is over, with the future that DistributedDataParallel asks for."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
@@ -79,10 +79,10 @@ class _Done(dist._Work):
         return self._future
 
 
-class _Receive(dist._Work):
+class _ReceivingWork(dist._Work):
     """An all-to-all that was posted; what the others sent is copied when it is waited for."""
 
-    def __init__(self, arriving: Arriving) -> None:
+    def __init__(self, arriving: ArrivingMessage) -> None:
         super().__init__()
         self._arriving = arriving
 
@@ -92,10 +92,10 @@ class _Receive(dist._Work):
 
     def get_future(self) -> Any:
         self._arriving.finish()
-        return _Done([]).get_future()
+        return _FinishedWork([]).get_future()
 
 
-class Uneven(dist.ProcessGroup):
+class UnevenGloo(dist.ProcessGroup):
     """gloo, which also gathers parts of different sizes: the last batch may have a row less on some ranks."""
 
     def __init__(self, gloo: Any) -> None:
@@ -114,13 +114,13 @@ class Uneven(dist.ProcessGroup):
         self.gloo.allgather([whole], [padded]).wait()
         for part, all_of_it in zip(gathered, whole, strict=True):
             part.copy_(all_of_it[: part.numel()].view(part.shape))
-        return _Done(gathered)
+        return _FinishedWork(gathered)
 
 
-class Group(Uneven):
-    """The process group: all-to-all and sums through `Segments`, all others through gloo."""
+class ShmProcessGroup(UnevenGloo):
+    """The process group: all-to-all and sums through `ShmChannels`, all others through gloo."""
 
-    def __init__(self, segments: Segments, gloo: Any) -> None:
+    def __init__(self, segments: ShmChannels, gloo: Any) -> None:
         super().__init__(gloo)
         self.segments = segments
 
@@ -135,14 +135,14 @@ class Group(Uneven):
             self._sum(flat)
             if not tensor.is_contiguous():
                 tensor.detach().copy_(flat.view(tensor.shape))
-        return _Done(tensors)
+        return _FinishedWork(tensors)
 
     def _sum(self, flat: torch.Tensor) -> None:
         """In place. Each rank adds up one section, in rank order, and gives it to all: equal bits."""
         segments, rank, size = self.segments, self.segments.rank, self.segments.size
         width = flat.element_size()
         share = -(-flat.numel() // size) * width
-        data = _bytes(flat)
+        data = _as_bytes(flat)
         cuts = [min(share * peer, data.numel()) for peer in range(size + 1)]
         number = segments.post(data, list(pairwise(cuts)))
         mine = flat[cuts[rank] // width : cuts[rank + 1] // width]
@@ -155,7 +155,7 @@ class Group(Uneven):
             mine.add_(part)
         for peer in segments.peers:
             segments.done(peer, number)
-        total = _bytes(mine)
+        total = _as_bytes(mine)
         number = segments.post(total, [(0, total.numel())] * size)
         for peer in segments.peers:
             data[cuts[peer] : cuts[peer + 1]].copy_(segments.await_part(peer, number, rank))
@@ -170,14 +170,14 @@ class Group(Uneven):
         opts: Any = None,
     ) -> Any:
         segments = self.segments
-        goes = _parts(input, input_splits, segments.size)
-        comes = _parts(output, output_splits, segments.size)
+        goes = _split_sizes(input, input_splits, segments.size)
+        comes = _split_sizes(output, output_splits, segments.size)
         if not output.is_contiguous():
             raise ValueError("all-to-all needs a contiguous output")
         (begin, end), (to, until) = goes[segments.rank], comes[segments.rank]
-        data = _bytes(input)
-        _bytes(output)[to:until].copy_(data[begin:end])
-        target, rank = _bytes(output), segments.rank
+        data = _as_bytes(input)
+        _as_bytes(output)[to:until].copy_(data[begin:end])
+        target, rank = _as_bytes(output), segments.rank
 
         def place(peer: int, part: torch.Tensor) -> None:
             begin, end = comes[peer]
@@ -186,11 +186,11 @@ class Group(Uneven):
                 raise RuntimeError(f"rank {peer} sent {sent} bytes where rank {rank} expected {wanted}")
             target[begin:end].copy_(part)
 
-        return _Receive(Arriving(segments, segments.post(data, goes), place))
+        return _ReceivingWork(ArrivingMessage(segments, segments.post(data, goes), place))
 
 
 def _through_gloo(name: str) -> Callable[..., Any]:
-    def call(self: Uneven, *arguments: Any, **options: Any) -> Any:
+    def call(self: UnevenGloo, *arguments: Any, **options: Any) -> Any:
         return getattr(self.gloo, name)(*arguments, **options)
 
     return call
@@ -210,11 +210,11 @@ for _name, _gloo_name in {
         )
     },
 }.items():  # fmt: skip
-    setattr(Uneven, _name, _through_gloo(_gloo_name))
-setattr(Group, "alltoall_base", Group.all_to_all_single)  # noqa: B010 (its older name)
+    setattr(UnevenGloo, _name, _through_gloo(_gloo_name))
+setattr(ShmProcessGroup, "alltoall_base", ShmProcessGroup.all_to_all_single)  # noqa: B010 (its older name)
 
 
-def _parts(tensor: torch.Tensor, splits: Sequence[int], size: int) -> list[tuple[int, int]]:
+def _split_sizes(tensor: torch.Tensor, splits: Sequence[int], size: int) -> list[tuple[int, int]]:
     """First and last byte of each rank's rows."""
     rows = list(splits) or [tensor.size(0) // size] * size
     if sum(rows) != tensor.size(0):

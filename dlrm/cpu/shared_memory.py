@@ -30,7 +30,7 @@ class NotShared(Exception):
     """A rank cannot open the others' files: all ranks raise it."""
 
 
-class Segments:
+class ShmChannels:
     """Every rank's file, mapped: counters in front, slots behind."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
@@ -44,7 +44,7 @@ class Segments:
         self.parts = [view[SLOTS : SLOTS * (1 + 2 * size)].reshape(SLOTS, size, 2) for view in views]
         self.read = [view[SLOTS * (1 + 2 * size) :].reshape(size, SLOTS) for view in views]
         self.reserved = [0] * SLOTS
-        self.pending: list[Arriving | None] = [None] * SLOTS
+        self.pending: list[ArrivingMessage | None] = [None] * SLOTS
         self.count = 0
 
     def begin(self, size: int) -> tuple[int, torch.Tensor]:
@@ -192,10 +192,12 @@ def _is_segment(status: os.stat_result) -> bool:
     )
 
 
-class Arriving:
+class ArrivingMessage:
     """What the others send under a number: put in its place when it is wanted, or when its slot is."""
 
-    def __init__(self, segments: Segments, number: int, place: Callable[[int, torch.Tensor], object]) -> None:
+    def __init__(
+        self, segments: ShmChannels, number: int, place: Callable[[int, torch.Tensor], object]
+    ) -> None:
         self._segments, self._number = segments, number
         self._place: Callable[[int, torch.Tensor], object] | None = place  # (peer, its bytes for this rank)
         segments.pending[number % SLOTS] = self

@@ -11,26 +11,26 @@ from typing import Any
 import numpy as np
 from torchrec.datasets.utils import Batch
 
-from dlrm.data.collate import ToBatch
-from dlrm.data.rows import Rows, Source
-from dlrm.data.sampler import Deal, Segment, cut, merge
-from dlrm.data.shuffle import Order, Window, collect
+from dlrm.data.collate import BatchCollator
+from dlrm.data.rows import Rows, RowSource
+from dlrm.data.sampler import RowSampler, Segment, merge_ranges, split_rows
+from dlrm.data.shuffle import ShuffledOrder, ShuffleWindow, collect_rows
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import span
 
 
-class Batches:
+class BatchLoader:
     """`shuffle_batches` permutes the rows inside each batch, `shuffle_set` the whole set, anew per epoch."""
 
     def __init__(
         self,
-        source: Source,
+        source: RowSource,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         table_sizes: Sequence[int] | None = None,
         *,
-        to_batch: ToBatch | None = None,
+        to_batch: BatchCollator | None = None,
         drop_last: bool = False,
         shuffle_batches: bool = False,
         shuffle_set: bool = False,
@@ -43,7 +43,7 @@ class Batches:
         if batch_size < 1:
             raise UserError(f"--batch_size {batch_size}: at least 1 is needed")
         self.source, self.batch_size, self.rank, self.world_size = source, batch_size, rank, world_size
-        self.to_batch = to_batch or ToBatch(table_sizes, pin_memory=pin_memory)
+        self.to_batch = to_batch or BatchCollator(table_sizes, pin_memory=pin_memory)
         self.drop_last, self.shuffle_batches, self.shuffle_set = drop_last, shuffle_batches, shuffle_set
         self.window = 0 if source.random_access else max(1, int(window_mb * (1 << 20)) // source.row_bytes)
         if by_rank is None:
@@ -51,8 +51,8 @@ class Batches:
         self.by_rank, self.seed, self.limit = by_rank, seed, limit
         self.epoch = 0
         self.number = -1  # of the batch given last, counted over all epochs: ties reads to steps in the trace
-        self._order: Order | None = None
-        self._served: Window | None = None
+        self._order: ShuffledOrder | None = None
+        self._served: ShuffleWindow | None = None
         self._loaded = False  # a loaded state waits for its pass
         self._begin([(0, source.rows)], 0)
 
@@ -60,7 +60,7 @@ class Batches:
         """A pass starts here: over the epoch, or over what a loaded state left of it."""
         self.segments, self.steps_before, self.steps_done = segments, steps_done, steps_done
         rows = sum(stop - start for start, stop in segments)
-        self.deal = Deal(rows, self.batch_size, self.world_size, self.by_rank, self.drop_last)
+        self.deal = RowSampler(rows, self.batch_size, self.world_size, self.by_rank, self.drop_last)
         left = self.deal.steps if self.limit is None else max(0, self.limit - steps_done)
         self.steps = min(self.deal.steps, left)
 
@@ -84,14 +84,16 @@ class Batches:
         if set_epoch:  # the rows themselves change from epoch to epoch
             set_epoch(self.epoch)
         if self.shuffle_set and (self._order is None or self._order.epoch != self.epoch):
-            self._order = Order(self.source.rows, self.seed, self.epoch, self.window)
-            self._served = Window(self.source, self._order) if self._order.window else None
+            self._order = ShuffledOrder(self.source.rows, self.seed, self.epoch, self.window)
+            self._served = ShuffleWindow(self.source, self._order) if self._order.window else None
         if self.source.holds and self.steps:
-            mine = [cut(self.segments, *self.deal.batch(step, self.rank)) for step in range(self.steps)]
-            segments = merge([segment for batch in mine for segment in batch])
+            mine = [
+                split_rows(self.segments, *self.deal.batch(step, self.rank)) for step in range(self.steps)
+            ]
+            segments = merge_ranges([segment for batch in mine for segment in batch])
             if self._order is not None:
                 rows = np.sort(np.concatenate([self._order.at(*segment) for segment in segments]))
-                self.source.hold(runs(rows), gaps=True)
+                self.source.hold(find_runs(rows), gaps=True)
             else:
                 self.source.hold(np.array(segments, np.int64), gaps=False)
 
@@ -131,7 +133,7 @@ class Batches:
     def remaining(self) -> list[Segment]:
         """What no rank has been given yet, in the order of the epoch's sequence."""
         left = self.deal.left(self.steps_done - self.steps_before)
-        return merge([part for segment in left for part in cut(self.segments, *segment)])
+        return merge_ranges([part for segment in left for part in split_rows(self.segments, *segment)])
 
     def _make(self, step: int) -> Batch:
         self.number += 1
@@ -147,7 +149,7 @@ class Batches:
     def _rows(self, step: int) -> tuple[Rows, np.ndarray]:
         """The rows of a batch and their numbers in the set."""
         start, stop = self.deal.batch(step, self.rank)
-        pieces = cut(self.segments, start, stop)
+        pieces = split_rows(self.segments, start, stop)
         if self._served is not None:
             return self._served.take(pieces)
         if self._order is not None:
@@ -155,13 +157,13 @@ class Batches:
             return self.source.take(numbers), numbers
         numbers = np.concatenate([np.arange(*piece) for piece in pieces])
         if len(pieces) > 1:
-            return collect(self.source, pieces), numbers
+            return collect_rows(self.source, pieces), numbers
         end = self.deal.batch(self.steps - 1, self.rank)[1]  # with a limit, nothing behind it is read
-        run = cut(self.segments, start, min(self.deal.ahead(step, self.rank), end))[0]
+        run = split_rows(self.segments, start, min(self.deal.ahead(step, self.rank), end))[0]
         return self.source.read(*pieces[0], run[1]), numbers
 
 
-def runs(rows: np.ndarray) -> np.ndarray:
+def find_runs(rows: np.ndarray) -> np.ndarray:
     """Sorted row numbers -> [k, 2] runs of consecutive ones."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     starts = np.concatenate([[0], breaks])

@@ -19,7 +19,7 @@ Where = Callable[[int, str], str]  # (row of the batch, part) -> file and row
 Frame = tuple[torch.Tensor, torch.Tensor, list[int], list[int]]  # lengths, offsets, per key: length, offset
 
 
-class ToBatch:
+class BatchCollator:
     """`table_sizes` None: ids are taken as they are. `fold` False: an id beyond its table is an error."""
 
     def __init__(

@@ -18,16 +18,16 @@ META = "meta.json"
 META_VERSION = 1
 
 
-def part_name(day: int, part: str) -> str:
+def array_file_name(day: int, part: str) -> str:
     return f"day_{day}_{part}.npy"
 
 
-def multi_hot_name(day: int) -> str:
+def multi_hot_file_name(day: int) -> str:
     return f"day_{day}_sparse_multi_hot.npz"
 
 
 @dataclass(frozen=True)
-class Meta:
+class DatasetMeta:
     """The dataset describes itself: nobody types 26 table sizes."""
 
     rows: list[int]  # per day
@@ -57,7 +57,7 @@ class Meta:
         os.replace(partial, path)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Meta":
+    def load(cls, folder: str | os.PathLike[str]) -> "DatasetMeta":
         path = Path(folder) / META
         try:
             values = json.loads(path.read_text())
@@ -82,7 +82,7 @@ def split_last_day(rows: int) -> tuple[range, range]:
     return range(0, half), range(half, rows)
 
 
-def rank_rows(rows: int, rank: int, world_size: int) -> range:
+def rows_of_rank(rows: int, rank: int, world_size: int) -> range:
     """This rank's contiguous share; the first `rows % world_size` ranks take one row more."""
     each, extra = divmod(rows, world_size)
     start = rank * each + min(rank, extra)
@@ -92,7 +92,7 @@ def rank_rows(rows: int, rank: int, world_size: int) -> range:
 DEFAULT_TABLE_SIZE = 100_000
 
 
-def table_sizes(
+def choose_table_sizes(
     every: int | None, each: Sequence[int] | None, folder: str | os.PathLike[str] | None
 ) -> tuple[list[int], bool]:
     """Rows per table: as asked, else from meta.json; and whether ids must be folded into them."""
@@ -101,5 +101,5 @@ def table_sizes(
             raise UserError(f"--num_embeddings_per_feature: {len(each)} sizes, {NUM_SPARSE} expected")
         return list(each), True
     if every is None and folder is not None and (Path(folder) / META).exists():
-        return [max(size, 1) for size in Meta.load(folder).table_sizes], False
+        return [max(size, 1) for size in DatasetMeta.load(folder).table_sizes], False
     return [every or DEFAULT_TABLE_SIZE] * NUM_SPARSE, True

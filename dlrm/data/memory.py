@@ -1,24 +1,24 @@
-"""Sources that work from memory: this rank's rows loaded once (`Memory`), or files mapped (`Mapped`).
+"""Sources that work from memory: this rank's rows loaded once (`MemorySource`), or files mapped (`MappedSource`).
 
-`Mapped` is fast on a page cache that holds everything, but its page faults are invisible to DFTracer: its
+`MappedSource` is fast on a page cache that holds everything, but its page faults are invisible to DFTracer: its
 `bytes_read` holds headers only, like the trace.
 """
 
 import numpy as np
 
-from dlrm.data.npy import Layout
+from dlrm.data.npy import NpyLayout
 from dlrm.data.rows import Rows
-from dlrm.data.stream import Stream, gather
+from dlrm.data.stream import StreamSource, gather_rows
 
 
-class Memory:
-    """Holds the rows of one rank and nothing else, loaded by the calls of `Stream`."""
+class MemorySource:
+    """Holds the rows of one rank and nothing else, loaded by the calls of `StreamSource`."""
 
     random_access = True
     holds = True
     contiguous = False
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: StreamSource) -> None:
         self.stream = stream
         self.rows, self.row_bytes, self.bytes_read = stream.rows, stream.row_bytes, stream.bytes_read
         self.batch = 0
@@ -42,7 +42,7 @@ class Memory:
             for (start, stop), at in zip(runs.tolist(), self.starts.tolist(), strict=False):
                 for name, part in self.stream.parts.items():
                     part.fill(start, parts[name][at : at + stop - start], self.batch)
-        self.arrays = gather(parts)
+        self.arrays = gather_rows(parts)
 
     def _pick(self, parts: dict[str, np.ndarray]) -> None:
         """Scattered rows: read everything from the first to the last, keep ours."""
@@ -81,15 +81,15 @@ class Memory:
         self.stream.close()
 
 
-class Mapped:
+class MappedSource:
     """The files as memory maps: nothing is read until it is touched, nothing is held."""
 
     random_access = True
     holds = False
     contiguous = False
 
-    def __init__(self, layout: Layout, stage: str) -> None:
-        self.stream = Stream(layout, stage)
+    def __init__(self, layout: NpyLayout, stage: str) -> None:
+        self.stream = StreamSource(layout, stage)
         self.rows, self.row_bytes, self.bytes_read = (
             self.stream.rows,
             self.stream.row_bytes,
@@ -112,7 +112,7 @@ class Mapped:
         if stop > self.starts[number + 1]:  # across two days
             return self.take(np.arange(start, stop))
         low = int(self.starts[number])
-        return gather(
+        return gather_rows(
             {
                 name: maps[number][start - low : stop - low].astype(self._dtype(name), copy=False)
                 for name, maps in self.maps.items()
@@ -128,7 +128,7 @@ class Mapped:
                 of_day = numbers == number
                 out[of_day] = maps[number][rows[of_day] - self.starts[number]]
             parts[name] = out
-        return gather(parts)
+        return gather_rows(parts)
 
     def _dtype(self, name: str) -> np.dtype:
         return self.stream.parts[name].buffer.dtype

@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dlrm.data.criteo import NUM_SPARSE, multi_hot_name, part_name
-from dlrm.data.npy import Counted, Layout, NpyFile, described, open_part, scan
+from dlrm.data.criteo import NUM_SPARSE, array_file_name, multi_hot_file_name
+from dlrm.data.npy import CountingFile, NpyFile, NpyLayout, describe_array, open_array, scan_npy
 from dlrm.runtime.errors import UserError
 
 DRAWS = 1 << 22  # ids drawn at a time: the stream of draws is the same, the memory is not
 
 
-def scan_multi_hot(folder: str | os.PathLike[str]) -> Layout:
+def scan_multi_hot_files(folder: str | os.PathLike[str]) -> NpyLayout:
     """A folder with dense and labels as .npy, sparse as .npz."""
-    layout = scan(
-        folder, lambda d, part: multi_hot_name(d) if part == "sparse" else part_name(d, part), open_any
+    layout = scan_npy(
+        folder,
+        lambda d, part: multi_hot_file_name(d) if part == "sparse" else array_file_name(d, part),
+        open_npz_or_npy,
     )
     for feature in range(NUM_SPARSE):
         files = layout.parts[str(feature)]
@@ -34,14 +36,14 @@ def scan_multi_hot(folder: str | os.PathLike[str]) -> Layout:
     return layout
 
 
-def open_any(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
-    return open_npz(path, bytes_read) if part == "sparse" else open_part(path, part, bytes_read)
+def open_npz_or_npy(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
+    return open_npz(path, bytes_read) if part == "sparse" else open_array(path, part, bytes_read)
 
 
 def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
     """Where the members' rows lie, by feature."""
     found = {}
-    with Counted(path, bytes_read) as file:
+    with CountingFile(path, bytes_read) as file:
         try:
             members = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
         except zipfile.BadZipFile as error:
@@ -57,13 +59,13 @@ def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
             extra = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
             at = members[name].header_offset + 30 + extra
             try:
-                found[str(feature)] = described(file, at, members[name].file_size, ("int32",), None)
+                found[str(feature)] = describe_array(file, at, members[name].file_size, ("int32",), None)
             except ValueError as error:
                 raise ValueError(f"member {name} {error}") from None
     return found
 
 
-class MultiHot:
+class MultiHotMaker:
     """One id per feature -> k ids, by table. Call it with ids [26, n]: gives 26 arrays [n, k]."""
 
     def __init__(self, table_sizes: Sequence[int], ids_per_row: Sequence[int], distribution: str = "uniform"):
@@ -77,7 +79,7 @@ class MultiHot:
             raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
         state = np.random.RandomState(0)
         self.tables = [
-            table(state, size, count, DISTRIBUTIONS[distribution])
+            make_offset_table(state, size, count, DISTRIBUTIONS[distribution])
             for size, count in zip(table_sizes, ids_per_row, strict=True)
         ]
 
@@ -88,19 +90,19 @@ class MultiHot:
 Draw = Callable[[np.random.RandomState, int, int], np.ndarray]  # state, table size, how many
 
 
-def uniform(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
+def draw_uniform(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
     return state.randint(0, size, count)
 
 
-def pareto(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
+def draw_pareto(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # the tail is beyond int32, and wraps as in the reference
         return state.pareto(0.25, count).astype(np.int32) % size
 
 
-DISTRIBUTIONS: dict[str, Draw] = {"uniform": uniform, "pareto": pareto}
+DISTRIBUTIONS: dict[str, Draw] = {"uniform": draw_uniform, "pareto": draw_pareto}
 
 
-def table(state: np.random.RandomState, size: int, count: int, draw: Draw) -> np.ndarray:
+def make_offset_table(state: np.random.RandomState, size: int, count: int, draw: Draw) -> np.ndarray:
     ids = np.empty((size, count), np.int32)
     ids[:, 0] = np.arange(size)
     if count > 1:

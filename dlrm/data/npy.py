@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.data.criteo import META, PARTS, Meta, part_name, split_last_day
+from dlrm.data.criteo import META, PARTS, DatasetMeta, array_file_name, split_last_day
 from dlrm.runtime.errors import UserError
 
 DTYPES = {"dense": ("float32",), "sparse": ("int32", "int64"), "labels": ("int32", "int64")}
@@ -37,7 +37,7 @@ class NpyFile:
 
 
 @dataclass
-class Layout:
+class NpyLayout:
     """The files of a dataset, per part and day, all checked."""
 
     folder: str
@@ -46,10 +46,10 @@ class Layout:
     bytes_read: dict[str, int] = field(default_factory=dict)
 
     def days(self, stage: str) -> list[tuple[int, range]]:
-        return stage_rows([file.rows for file in self.parts["dense"]], stage)
+        return rows_of_stage([file.rows for file in self.parts["dense"]], stage)
 
 
-def stage_rows(rows: list[int], stage: str) -> list[tuple[int, range]]:
+def rows_of_stage(rows: list[int], stage: str) -> list[tuple[int, range]]:
     """(day, rows of it) of a stage: all days but the last train, the last one's halves val and test."""
     last = len(rows) - 1
     held_out = rows[0] // ONE_DAY_HELD_OUT if last == 0 else rows[last]
@@ -60,7 +60,7 @@ def stage_rows(rows: list[int], stage: str) -> list[tuple[int, range]]:
     return [(last, range(first + half.start, first + half.stop))]
 
 
-class Counted(FileIO):
+class CountingFile(FileIO):
     """An unbuffered file that counts what is read from it."""
 
     def __init__(self, path: str, bytes_read: dict[str, int]) -> None:
@@ -87,7 +87,7 @@ class Counted(FileIO):
         return found
 
 
-def read_header(file: Counted) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+def read_header(file: CountingFile) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """(shape, fortran order, dtype, header's length), from the file's position on."""
     head = file.exactly(10)
     if head[:6] != MAGIC:
@@ -106,7 +106,9 @@ def read_header(file: Counted) -> tuple[tuple[int, ...], bool, np.dtype, int]:
         raise ValueError(f"has a damaged header ({error})") from None
 
 
-def described(file: Counted, at: int, size: int, dtypes: tuple[str, ...], columns: int | None) -> NpyFile:
+def describe_array(
+    file: CountingFile, at: int, size: int, dtypes: tuple[str, ...], columns: int | None
+) -> NpyFile:
     """The array that begins at byte `at` and has `size` bytes; ValueError says what is wrong with it."""
     file.seek(at)
     shape, fortran, dtype, length = read_header(file)
@@ -128,22 +130,22 @@ Names = Callable[[int, str], str]
 Opener = Callable[[str, str, dict[str, int]], dict[str, NpyFile]]
 
 
-def open_part(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
-    with Counted(path, bytes_read) as file:
+def open_array(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
+    with CountingFile(path, bytes_read) as file:
         size = os.fstat(file.fileno()).st_size
-        return {part: described(file, 0, size, DTYPES[part], PARTS[part])}
+        return {part: describe_array(file, 0, size, DTYPES[part], PARTS[part])}
 
 
-def scan(
+def scan_npy(
     folder: str | os.PathLike[str],
-    name: Names = part_name,
-    opener: Opener = open_part,
-) -> Layout:
+    name: Names = array_file_name,
+    opener: Opener = open_array,
+) -> NpyLayout:
     """Find the days of a folder and check every file; UserError names all that are bad."""
     root = Path(folder).absolute()
-    meta = Meta.load(root) if (root / META).exists() else None
+    meta = DatasetMeta.load(root) if (root / META).exists() else None
     days, name = find_days(root, name, meta)
-    layout = Layout(str(root), {}, meta.table_sizes if meta else None)
+    layout = NpyLayout(str(root), {}, meta.table_sizes if meta else None)
     bad: list[str] = []
     for day in range(days):
         found: dict[str, NpyFile] = {}
@@ -156,7 +158,7 @@ def scan(
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
                 bad.append(f"{path} {reason}")
-        bad += disagreements(found, meta.rows[day] if meta else None)
+        bad += find_disagreements(found, meta.rows[day] if meta else None)
         for part, file in found.items():
             layout.parts.setdefault(part, []).append(file)
     if bad:
@@ -164,7 +166,7 @@ def scan(
     return layout
 
 
-def find_days(root: Path, name: Names, meta: Meta | None) -> tuple[int, Names]:
+def find_days(root: Path, name: Names, meta: DatasetMeta | None) -> tuple[int, Names]:
     """How many days, and how their files are called: days by number, or Kaggle's one train file."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give the folder with the preprocessed day files")
@@ -173,8 +175,8 @@ def find_days(root: Path, name: Names, meta: Meta | None) -> tuple[int, Names]:
     names = os.listdir(root)
     pattern = [re.escape(name(0, part)).replace("day_0", r"day_(\d+)") for part in PARTS]
     numbers = [int(m.group(1)) for one in pattern for file in names if (m := re.fullmatch(one, file))]
-    if not numbers and kaggle(name, "dense") in names:
-        return 1, lambda _day, part: kaggle(name, part)
+    if not numbers and find_kaggle_files(name, "dense") in names:
+        return 1, lambda _day, part: find_kaggle_files(name, part)
     if not numbers:
         raise UserError(
             f"{root} has no files like {name(0, 'dense')}: make them with python -m dlrm.prep run"
@@ -182,12 +184,12 @@ def find_days(root: Path, name: Names, meta: Meta | None) -> tuple[int, Names]:
     return max(numbers) + 1, name
 
 
-def kaggle(name: Names, part: str) -> str:
+def find_kaggle_files(name: Names, part: str) -> str:
     """Kaggle's set is one file, without days."""
     return name(0, part).replace("day_0", "train", 1)
 
 
-def disagreements(found: dict[str, NpyFile], rows: int | None) -> list[str]:
+def find_disagreements(found: dict[str, NpyFile], rows: int | None) -> list[str]:
     """The parts of one day must have the same number of rows, the one that meta.json gives."""
     if rows is not None:
         return [

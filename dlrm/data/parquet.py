@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, Meta
-from dlrm.data.npy import Counted, stage_rows
+from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, DatasetMeta
+from dlrm.data.npy import CountingFile, rows_of_stage
 from dlrm.data.rows import STAGES, Rows, batch_name
-from dlrm.data.shuffle import join
+from dlrm.data.shuffle import join_rows
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import span
 
@@ -47,7 +47,7 @@ class ParquetLayout:
             return [(file, range(file.rows)) for file in self.files[stage]]
         days = [sum(file.rows for file in files) for files in self.files.values()]
         found = []
-        for day, wanted in stage_rows(days, stage):
+        for day, wanted in rows_of_stage(days, stage):
             first = 0
             for file in self.files[str(day)]:
                 rows = range(max(wanted.start - first, 0), min(wanted.stop - first, file.rows))
@@ -60,10 +60,10 @@ class ParquetLayout:
 def scan_parquet(folder: str | os.PathLike[str]) -> ParquetLayout:
     """Find the files and check their columns; UserError names all that are bad."""
     root = Path(folder).absolute()
-    meta = Meta.load(root) if (root / META).exists() else None
+    meta = DatasetMeta.load(root) if (root / META).exists() else None
     layout = ParquetLayout(str(root), {}, meta.table_sizes if meta else None)
     bad: list[str] = []
-    for name, stem in subsets(root).items():
+    for name, stem in find_subsets(root).items():
         one, several = root / f"{stem}.parquet", root / stem
         paths = [one] if one.exists() else sorted(several.glob("*.parquet"))
         if not paths:
@@ -79,7 +79,7 @@ def scan_parquet(folder: str | os.PathLike[str]) -> ParquetLayout:
     return layout
 
 
-def subsets(root: Path) -> dict[str, str]:
+def find_subsets(root: Path) -> dict[str, str]:
     """What the folder is made of: name -> file stem."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give the folder with the Parquet files")
@@ -97,7 +97,7 @@ def subsets(root: Path) -> dict[str, str]:
 
 
 def open_parquet(path: str, bytes_read: dict[str, int]) -> ParquetFile:
-    with Counted(path, bytes_read) as file:
+    with CountingFile(path, bytes_read) as file:
         metadata = pq.read_metadata(file)
     schema = metadata.schema.to_arrow_schema()
     missing = [name for name in COLUMNS if name not in schema.names]
@@ -113,7 +113,7 @@ def open_parquet(path: str, bytes_read: dict[str, int]) -> ParquetFile:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """The part of a row group that belongs to a set."""
 
     file: ParquetFile
@@ -122,7 +122,7 @@ class Group:
     rows: range  # which of its rows
 
 
-class Parquet:
+class ParquetSource:
     random_access = False
     holds = False
     contiguous = True  # in step order each of several ranks would read every group
@@ -131,18 +131,18 @@ class Parquet:
         self.batch_name = batch_name(stage)
         self.bytes_read, self.batch = layout.bytes_read, 0
         self.row_bytes = 4 * len(COLUMNS)
-        self.groups: list[Group] = []
+        self.groups: list[RowGroup] = []
         for file, wanted in layout.pieces(stage):
             first = 0
             for number in range(file.metadata.num_row_groups):
                 size = file.metadata.row_group(number).num_rows
                 rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
                 if len(rows):
-                    self.groups.append(Group(file, number, first, rows))
+                    self.groups.append(RowGroup(file, number, first, rows))
                 first += size
         self.starts = np.cumsum([0] + [len(group.rows) for group in self.groups])
         self.rows = int(self.starts[-1])
-        self._handle: Counted | None = None
+        self._handle: CountingFile | None = None
         self._held, self._number = None, -1
 
     def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
@@ -153,7 +153,7 @@ class Parquet:
             end = min(stop, high)
             pieces.append(self._group(number).slice(start - low, end - low))
             start = end
-        return pieces[0] if len(pieces) == 1 else join(pieces)
+        return pieces[0] if len(pieces) == 1 else join_rows(pieces)
 
     def _group(self, number: int) -> Rows:
         if number != self._number or self._held is None:
@@ -165,18 +165,18 @@ class Parquet:
                 table = self._read(group)
                 reading.update(bytes=self.bytes_read.get(path, 0) - before)
             try:
-                self._held = to_rows(table.slice(group.rows.start, len(group.rows)))
+                self._held = table_to_rows(table.slice(group.rows.start, len(group.rows)))
             except (ValueError, pa.ArrowException) as error:
                 raise UserError(f"{path}, row group {group.number}: {error}: make it again") from None
             self._number = number
         return self._held
 
-    def _read(self, group: Group) -> Any:
+    def _read(self, group: RowGroup) -> Any:
         path = group.file.path
         try:
             if self._handle is None or self._handle.path != path:
                 self.close()
-                self._handle = Counted(path, self.bytes_read)
+                self._handle = CountingFile(path, self.bytes_read)
             file = pq.ParquetFile(self._handle, metadata=group.file.metadata)
             return file.read_row_group(group.number, columns=COLUMNS, use_threads=False)
         except (OSError, pa.ArrowException) as error:
@@ -199,7 +199,7 @@ class Parquet:
             self._handle = None
 
 
-def to_rows(table: Any) -> Rows:
+def table_to_rows(table: Any) -> Rows:
     """An arrow table with our columns -> arrays; ValueError on nulls and on ids that do not fit."""
 
     def column(name: str, kind: type) -> np.ndarray:

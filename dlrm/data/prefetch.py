@@ -12,16 +12,16 @@ from typing import Any
 
 from torchrec.datasets.utils import Batch
 
-from dlrm.data.batches import Batches
+from dlrm.data.batches import BatchLoader
 from dlrm.runtime.trace import name_thread, span
 
 PATIENCE = 5.0  # seconds: a thread stuck in a read of a hung file system must not hold up the exit
 
 
 class Prefetcher:
-    """Iterates like the `Batches` that it wraps; `number` is that of the batch given last."""
+    """Iterates like the `BatchLoader` that it wraps; `number` is that of the batch given last."""
 
-    def __init__(self, batches: Batches, depth: int = 2) -> None:
+    def __init__(self, batches: BatchLoader, depth: int = 2) -> None:
         self.batches, self.depth = batches, max(1, depth)
         self.number = -1
         self._state = batches.state_dict()

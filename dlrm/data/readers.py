@@ -2,7 +2,7 @@
 
 Stages: train = all days but the last; val and test = the halves of the last day. A folder of one day (or
 Kaggle's single train file) has no last day to spare: its last seventh is held out instead.
-`scan` checks all files of a folder once; give its result instead of the folder to open several stages,
+`scan_dataset` checks all files of a folder once; give its result instead of the folder to open several stages,
 which then also count their bytes together.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlrm.data.memory import Mapped, Memory
-from dlrm.data.multihot import scan_multi_hot
-from dlrm.data.npy import Layout
-from dlrm.data.npy import scan as scan_npy
-from dlrm.data.rows import STAGES, Source
-from dlrm.data.stream import Stream
-from dlrm.data.synthetic import Random
+from dlrm.data.memory import MappedSource, MemorySource
+from dlrm.data.multihot import scan_multi_hot_files
+from dlrm.data.npy import NpyLayout
+from dlrm.data.npy import scan_npy as scan_npy
+from dlrm.data.rows import STAGES, RowSource
+from dlrm.data.stream import StreamSource
+from dlrm.data.synthetic import RandomSource
 from dlrm.runtime.errors import UserError
 
 RANDOM_ROWS = 1 << 20
@@ -30,7 +30,7 @@ AnyLayout = (
 
 
 @dataclass(frozen=True)
-class How:
+class SourceOptions:
     """What a source may need to know besides its files."""
 
     stage: str
@@ -40,30 +40,30 @@ class How:
     seed: int = 0
 
 
-def random_source(_layout: AnyLayout, how: How) -> Source:
+def open_random(_layout: AnyLayout, how: SourceOptions) -> RowSource:
     if how.table_sizes is None:
         raise UserError(
             "random data needs table sizes: give --num_embeddings or --num_embeddings_per_feature"
         )
-    return Random(how.stage, how.rows, how.table_sizes, how.seed)
+    return RandomSource(how.stage, how.rows, how.table_sizes, how.seed)
 
 
-def stream_source(layout: AnyLayout, how: How) -> Source:
-    return Stream(layout, how.stage, how.read_chunk_mb)
+def open_stream(layout: AnyLayout, how: SourceOptions) -> RowSource:
+    return StreamSource(layout, how.stage, how.read_chunk_mb)
 
 
-def memory_source(layout: AnyLayout, how: How) -> Source:
-    return Memory(Stream(layout, how.stage, how.read_chunk_mb))
+def open_memory(layout: AnyLayout, how: SourceOptions) -> RowSource:
+    return MemorySource(StreamSource(layout, how.stage, how.read_chunk_mb))
 
 
-def mapped_source(layout: AnyLayout, how: How) -> Source:
-    return Mapped(layout, how.stage)
+def open_mapped(layout: AnyLayout, how: SourceOptions) -> RowSource:
+    return MappedSource(layout, how.stage)
 
 
-def parquet_source(layout: AnyLayout, how: How) -> Source:
-    from dlrm.data.parquet import Parquet  # pyarrow takes half a second to import
+def open_parquet_source(layout: AnyLayout, how: SourceOptions) -> RowSource:
+    from dlrm.data.parquet import ParquetSource  # pyarrow takes half a second to import
 
-    return Parquet(layout, how.stage)
+    return ParquetSource(layout, how.stage)
 
 
 def scan_parquet(folder: str | os.PathLike[str]) -> AnyLayout:
@@ -73,31 +73,31 @@ def scan_parquet(folder: str | os.PathLike[str]) -> AnyLayout:
 
 
 SCANS: dict[str, Callable[[str | os.PathLike[str]], AnyLayout]] = {
-    "random": lambda folder: Layout(os.fspath(folder), {}),
+    "random": lambda folder: NpyLayout(os.fspath(folder), {}),
     "stream": scan_npy,
     "memory": scan_npy,
     "mmap": scan_npy,
-    "multi_hot": scan_multi_hot,
+    "multi_hot": scan_multi_hot_files,
     "parquet": scan_parquet,
 }
-KINDS: dict[str, Callable[[AnyLayout, How], Source]] = {
-    "random": random_source,
-    "stream": stream_source,
-    "memory": memory_source,
-    "mmap": mapped_source,
-    "multi_hot": stream_source,
-    "parquet": parquet_source,
+KINDS: dict[str, Callable[[AnyLayout, SourceOptions], RowSource]] = {
+    "random": open_random,
+    "stream": open_stream,
+    "memory": open_memory,
+    "mmap": open_mapped,
+    "multi_hot": open_stream,
+    "parquet": open_parquet_source,
 }
 
 
-def scan(kind: str, folder: str | os.PathLike[str]) -> AnyLayout:
+def scan_dataset(kind: str, folder: str | os.PathLike[str]) -> AnyLayout:
     """Check every file of the folder; UserError names all that are bad."""
     if kind not in KINDS:
         raise UserError(f"unknown kind of data {kind}: one of {', '.join(KINDS)}")
     return SCANS[kind](folder)
 
 
-def recognised(kind: str, folder: str | None) -> str:
+def detect_format(kind: str, folder: str | None) -> str:
     """`kind`, which nobody asked for by name; it is Parquet where the folder holds nothing else."""
     root = Path(folder) if folder else None
     if kind not in ("stream", "memory") or root is None or any(root.glob("*.npy")):
@@ -114,12 +114,12 @@ def open_source(
     rows: int = RANDOM_ROWS,
     table_sizes: Sequence[int] | None = None,
     seed: int = 0,
-) -> Source:
+) -> RowSource:
     """The rows of one stage. `rows`, `table_sizes` and `seed` are for random data only."""
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage}: one of {', '.join(STAGES)}")
-    layout = scan(kind, folder) if isinstance(folder, str | os.PathLike) else folder
-    source = KINDS[kind](layout, How(stage, read_chunk_mb, rows, table_sizes, seed))
+    layout = scan_dataset(kind, folder) if isinstance(folder, str | os.PathLike) else folder
+    source = KINDS[kind](layout, SourceOptions(stage, read_chunk_mb, rows, table_sizes, seed))
     if source.rows < 1:
         raise UserError(f"{layout.folder}: no rows for {stage}: use a dataset with more rows")
     return source

@@ -34,7 +34,7 @@ class Rows(NamedTuple):
         return self.each(lambda array: array[start:stop])
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """One set of rows (train, val or test), numbered from 0, whatever it is kept in."""
 
     rows: int

@@ -10,14 +10,14 @@ makes the last batch of some ranks one row longer.
 from dataclasses import dataclass
 from functools import cached_property
 
-from dlrm.data.criteo import rank_rows
+from dlrm.data.criteo import rows_of_rank
 from dlrm.runtime.errors import UserError
 
 Segment = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Deal:
+class RowSampler:
     rows: int
     batch_size: int
     world_size: int
@@ -46,7 +46,7 @@ class Deal:
         return min(-(-shares[0] // self.batch_size), shares[1])
 
     def _share(self, rank: int) -> range:
-        return rank_rows(self.rows, rank, self.world_size)
+        return rows_of_rank(self.rows, rank, self.world_size)
 
     def begin(self, step: int, rank: int) -> int:
         """First row of a rank's batch; for step == steps, the end of its last one."""
@@ -61,7 +61,7 @@ class Deal:
         base = min(step, self.full) * self.batch_size * self.world_size
         if step < self.full:
             return base + rank * self.batch_size
-        return base + rank_rows(self.rows - base, rank, self.world_size).start
+        return base + rows_of_rank(self.rows - base, rank, self.world_size).start
 
     def batch(self, step: int, rank: int) -> Segment:
         start = self.begin(step, rank)
@@ -70,7 +70,7 @@ class Deal:
         if step < self.full:
             return start, start + self.batch_size
         base = self.full * self.batch_size * self.world_size
-        return start, base + rank_rows(self.rows - base, rank, self.world_size).stop
+        return start, base + rows_of_rank(self.rows - base, rank, self.world_size).stop
 
     def ahead(self, step: int, rank: int) -> int:
         """How far a rank's next rows follow on without a gap."""
@@ -89,7 +89,7 @@ class Deal:
         return [(self.begin(step, 0), self.rows)]
 
 
-def cut(segments: list[Segment], start: int, stop: int) -> list[Segment]:
+def split_rows(segments: list[Segment], start: int, stop: int) -> list[Segment]:
     """Numbers [start, stop) of the joined segments, as segments."""
     found = []
     for low, high in segments:
@@ -102,7 +102,7 @@ def cut(segments: list[Segment], start: int, stop: int) -> list[Segment]:
     return found
 
 
-def merge(segments: list[Segment]) -> list[Segment]:
+def merge_ranges(segments: list[Segment]) -> list[Segment]:
     """Join segments that follow on each other."""
     found: list[Segment] = []
     for start, stop in segments:

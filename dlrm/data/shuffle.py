@@ -8,13 +8,13 @@ sizes, so a run can resume at others. A window that two ranks share is read by b
 
 import numpy as np
 
-from dlrm.data.rows import Rows, Source
+from dlrm.data.rows import Rows, RowSource
 from dlrm.data.sampler import Segment
 
 BLOCKS = 16  # per window
 
 
-class Order:
+class ShuffledOrder:
     def __init__(self, rows: int, seed: int, epoch: int, window: int = 0) -> None:
         self.rows, self.seed, self.epoch = rows, seed, epoch
         self.window = min(window, rows)  # 0: a source with random access
@@ -51,10 +51,10 @@ class Order:
         return np.random.default_rng([self.seed, self.epoch, window]).permutation(rows)
 
 
-class Window:
+class ShuffleWindow:
     """Serves positions of an order from a stream, holding one window at a time."""
 
-    def __init__(self, source: Source, order: Order) -> None:
+    def __init__(self, source: RowSource, order: ShuffledOrder) -> None:
         self.source, self.order = source, order
         self.number = -1
         self.held: Rows | None = None
@@ -75,31 +75,31 @@ class Window:
                 pieces.append(self.held.take(picked))
                 rows.append(self.rows[picked])
                 start = end
-        return (pieces[0] if len(pieces) == 1 else join(pieces)), np.concatenate(rows)
+        return (pieces[0] if len(pieces) == 1 else join_rows(pieces)), np.concatenate(rows)
 
     def _load(self, number: int) -> None:
         self.held = None  # the old window goes before the new one comes
         blocks = self.order.blocks(number)
-        self.held = collect(self.source, blocks)
+        self.held = collect_rows(self.source, blocks)
         self.rows = np.concatenate([np.arange(start, stop) for start, stop in blocks])
         self.numbers, self.number = self.order.within(number), number
 
 
-def collect(source: Source, segments: list[Segment]) -> Rows:
+def collect_rows(source: RowSource, segments: list[Segment]) -> Rows:
     """A copy of these rows, one segment after the other."""
     total = sum(stop - start for start, stop in segments)
     done, held = 0, None
     for start, stop in segments:
         rows = source.read(start, stop, stop)
         if held is None:
-            held = empty(rows, total)
-        copy(rows, held, done)
+            held = empty_rows(rows, total)
+        copy_rows(rows, held, done)
         done += stop - start
     assert held is not None, "no segments"
     return held
 
 
-def empty(like: Rows, rows: int) -> Rows:
+def empty_rows(like: Rows, rows: int) -> Rows:
     def one(array: np.ndarray) -> np.ndarray:
         return np.empty((rows, *array.shape[1:]), array.dtype)
 
@@ -107,7 +107,7 @@ def empty(like: Rows, rows: int) -> Rows:
     return Rows(one(like.dense), sparse, one(like.labels))
 
 
-def copy(rows: Rows, into: Rows, at: int) -> None:
+def copy_rows(rows: Rows, into: Rows, at: int) -> None:
     place = slice(at, at + len(rows.dense))
     into.dense[place], into.labels[place] = rows.dense, rows.labels
     if isinstance(into.sparse, list):
@@ -117,10 +117,10 @@ def copy(rows: Rows, into: Rows, at: int) -> None:
         into.sparse[place] = rows.sparse
 
 
-def join(pieces: list[Rows]) -> Rows:
-    joined = empty(pieces[0], sum(len(piece.dense) for piece in pieces))
+def join_rows(pieces: list[Rows]) -> Rows:
+    joined = empty_rows(pieces[0], sum(len(piece.dense) for piece in pieces))
     done = 0
     for piece in pieces:
-        copy(piece, joined, done)
+        copy_rows(piece, joined, done)
         done += len(piece.dense)
     return joined

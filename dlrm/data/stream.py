@@ -9,14 +9,14 @@ from io import FileIO
 
 import numpy as np
 
-from dlrm.data.npy import Layout
+from dlrm.data.npy import NpyLayout
 from dlrm.data.rows import Rows, batch_name
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import opening, span
 
 
 @dataclass(frozen=True)
-class Piece:
+class StreamPiece:
     """The rows of a set that lie in one file."""
 
     path: str
@@ -26,7 +26,7 @@ class Piece:
     rows: int
 
 
-class Part:
+class StreamedArray:
     """One group of columns over all files of a set, with its buffer."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Part:
         name: str,
         columns: int,
         dtype: type,
-        pieces: list[Piece],
+        pieces: list[StreamPiece],
         bytes_read: dict[str, int],
         batch_name: str = "batch",
     ) -> None:
@@ -73,7 +73,7 @@ class Part:
             done += rows
             number += 1
 
-    def _read(self, piece: Piece, inside: int, out: np.ndarray, batch: int) -> None:
+    def _read(self, piece: StreamPiece, inside: int, out: np.ndarray, batch: int) -> None:
         raw = out if piece.dtype == out.dtype else np.empty(out.shape, piece.dtype)
         offset = piece.offset + inside * self.columns * piece.dtype.itemsize
         with span("data", "read", file=piece.path, bytes=raw.nbytes, **{self.batch_name: batch}):
@@ -120,32 +120,36 @@ class Part:
             self._handle = None
 
 
-class Stream:
+class StreamSource:
     """Reads rows in order, at most `chunk_mb` ahead of what was asked for."""
 
     random_access = False
     holds = False
     contiguous = False
 
-    def __init__(self, layout: Layout, stage: str, chunk_mb: float = 16) -> None:
+    def __init__(self, layout: NpyLayout, stage: str, chunk_mb: float = 16) -> None:
         self.bytes_read = layout.bytes_read
         self.batch = 0
         days = layout.days(stage)
         self.rows = sum(len(rows) for _, rows in days)
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, StreamedArray] = {}
         for name, files in layout.parts.items():
             pieces = [
-                Piece(f.path, f.dtype, f.offset + rows.start * f.row_bytes, rows.start, len(rows))
+                StreamPiece(f.path, f.dtype, f.offset + rows.start * f.row_bytes, rows.start, len(rows))
                 for f, rows in ((files[day], rows) for day, rows in days)
             ]
             dtype = np.float32 if name == "dense" else np.int32
-            self.parts[name] = Part(name, files[0].columns, dtype, pieces, self.bytes_read, batch_name(stage))
+            self.parts[name] = StreamedArray(
+                name, files[0].columns, dtype, pieces, self.bytes_read, batch_name(stage)
+            )
         self.row_bytes = sum(part.row_bytes for part in self.parts.values())
         self.chunk_rows = max(1, int(chunk_mb * (1 << 20)) // self.row_bytes)
 
     def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
         ahead = min(ahead, start + self.chunk_rows, self.rows)
-        return gather({name: part.get(start, stop, ahead, self.batch) for name, part in self.parts.items()})
+        return gather_rows(
+            {name: part.get(start, stop, ahead, self.batch) for name, part in self.parts.items()}
+        )
 
     def take(self, rows: np.ndarray) -> Rows:
         raise NotImplementedError("a stream is read in order")
@@ -161,7 +165,7 @@ class Stream:
             part.close()
 
 
-def gather(parts: dict[str, np.ndarray]) -> Rows:
+def gather_rows(parts: dict[str, np.ndarray]) -> Rows:
     """Columns by part -> Rows: one sparse array, or one per feature."""
     sparse = parts["sparse"] if "sparse" in parts else [parts[n] for n in parts if n.isdigit()]
     return Rows(parts["dense"], sparse, parts["labels"].reshape(-1))

@@ -16,7 +16,7 @@ from dlrm.runtime.errors import UserError
 POOL = 1 << 14
 
 
-class Random:
+class RandomSource:
     random_access = True
     holds = False
     contiguous = False

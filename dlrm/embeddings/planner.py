@@ -38,7 +38,7 @@ from torchrec.distributed.types import (
 )
 
 from dlrm.cpu import pooled_embeddings
-from dlrm.embeddings.tables import initialise
+from dlrm.embeddings.tables import initialize_tables
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
@@ -68,7 +68,7 @@ class _Sequences(_RowWiseToo, EmbeddingCollectionSharder):
     pass
 
 
-def sharders() -> list[ModuleSharder[nn.Module]]:
+def make_sharders() -> list[ModuleSharder[nn.Module]]:
     return [_Bags(), _Sequences()]  # type: ignore[list-item]
 
 
@@ -84,12 +84,12 @@ def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         raise UserError(f'{path}: must be like {{"t_cat_0": {{"sharding": "row_wise"}}}}')
     for table, wish in wishes.items():
         for key, value in wish.items():
-            if wrong := _wrong(key, value):
+            if wrong := _find_error(key, value):
                 raise UserError(f"{path}: {table}: {wrong}")
     return wishes
 
 
-def _wrong(key: str, value: Any) -> str | None:
+def _find_error(key: str, value: Any) -> str | None:
     """What is wrong with a wish."""
     if key not in WISHES:
         return f"{key} is unknown; choose from {', '.join(WISHES)}"
@@ -102,7 +102,7 @@ def _wrong(key: str, value: Any) -> str | None:
     return f"{key} {unknown[0]} is unknown: {', '.join(allowed)}" if unknown else None
 
 
-def _constraints(
+def _make_constraints(
     tables: Sequence[str],
     wishes: Mapping[str, Mapping[str, Any]],
     poolings: Sequence[float] | None,
@@ -144,14 +144,14 @@ def make_plan(
     `poolings` are the ids per sample of each table (multi-hot), `memory` the bytes a rank may use for tables.
     Without a wish tables are never data-parallel: those cannot be updated in backward.
     """
-    tables = shapes(module)
+    tables = table_shapes(module)
     choices = [FIRST_CHOICE[device.type], MODEL_PARALLEL]
-    wanted = [_constraints(list(tables), constraints or {}, poolings, choice) for choice in choices]
+    wanted = [_make_constraints(list(tables), constraints or {}, poolings, choice) for choice in choices]
     result: list[Any] = [None]
     if ranks.first:
-        limit = memory_of(device, ranks) if memory is None else memory
+        limit = memory_of_rank(device, ranks) if memory is None else memory
         for wishes in wanted:
-            result = [_plan(module, device, ranks, batch_size, wishes, limit, tables)]
+            result = [_plan_or_reason(module, device, ranks, batch_size, wishes, limit, tables)]
             if not isinstance(result[0], str):
                 break
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -161,7 +161,7 @@ def make_plan(
     return result[0]
 
 
-def _plan(
+def _plan_or_reason(
     module: nn.Module, device: torch.device, ranks: Ranks, batch_size: int,
     wanted: dict[str, ParameterConstraints], limit: int, tables: dict[str, tuple[int, int]],
 ) -> ShardingPlan | str:  # fmt: skip
@@ -182,7 +182,7 @@ def _plan(
         debug=False,
     )
     try:
-        return planner.plan(module, sharders())
+        return planner.plan(module, make_sharders())
     except (PlannerError, RuntimeError) as error:
         rows = {name: rows * width * 4 for name, (rows, width) in tables.items()}
         largest = max(rows, key=lambda name: rows[name])
@@ -190,13 +190,13 @@ def _plan(
         if not isinstance(error, PlannerError):  # torchrec's enumerator: nothing satisfies the wishes
             return f"sharding file: on {device.type} torchrec cannot do that: {reason}"
         return (
-            f"no sharding plan: {len(rows)} tables of {_size(sum(rows.values()))} (largest {largest}, "
-            f"{_size(rows[largest])}) for {ranks.world_size} ranks with {_size(limit)} each: use more ranks, "
+            f"no sharding plan: {len(rows)} tables of {_format_size(sum(rows.values()))} (largest {largest}, "
+            f"{_format_size(rows[largest])}) for {ranks.world_size} ranks with {_format_size(limit)} each: use more ranks, "
             f"smaller tables or other sharding wishes (planner: {reason})"
         )
 
 
-def memory_of(device: torch.device, ranks: Ranks) -> int:
+def memory_of_rank(device: torch.device, ranks: Ranks) -> int:
     """Bytes that one rank may fill: its GPU, or its share of the host's memory or of its control group's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -206,7 +206,7 @@ def memory_of(device: torch.device, ranks: Ranks) -> int:
     return host // max(1, ranks.local_world_size)
 
 
-def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+def table_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Rows and width of every table."""
     shapes = {}
     for part in module.modules():
@@ -240,16 +240,16 @@ def _look_up_one_by_one(model: nn.Module) -> None:
                     kernel.register_forward_pre_hook(alone, with_kwargs=True)
 
 
-def shard(
+def shard_model(
     module: nn.Module, plan: ShardingPlan, device: torch.device, seed: int = 0, bound: float | None = None
 ) -> DistributedModelParallel:
     """Make the tables as planned, fill them (the same weights under any plan), wrap the rest in DDP."""
     with warnings.catch_warnings():  # torchrec's own use of what torch has renamed
         warnings.simplefilter("ignore", FutureWarning)
-        model = DistributedModelParallel(module, device=device, plan=plan, sharders=sharders())
+        model = DistributedModelParallel(module, device=device, plan=plan, sharders=make_sharders())
     _look_up_one_by_one(model)
-    pooled_embeddings.install(model)
-    initialise(model, seed, bound)
+    pooled_embeddings.install_shared_memory_dists(model)
+    initialize_tables(model, seed, bound)
     return model
 
 
@@ -272,7 +272,7 @@ def plan_as_dict(plan: ShardingPlan) -> dict[str, Any]:
     return tables
 
 
-def describe(plan: ShardingPlan) -> str:
+def describe_plan(plan: ShardingPlan) -> str:
     """A table for people, and what each rank holds."""
     held: dict[int, int] = {}
     lines = [f"{'table':<12} {'sharding':<18} {'kernel':<18} shards"]
@@ -285,11 +285,11 @@ def describe(plan: ShardingPlan) -> str:
         lines.append(
             f"{table:<12} {entry['sharding']:<18} {entry['kernel']:<18} {', '.join(places) or 'every rank'}"
         )
-    lines += [f"rank {rank} holds {_size(held[rank])} of tables" for rank in sorted(held)]
+    lines += [f"rank {rank} holds {_format_size(held[rank])} of tables" for rank in sorted(held)]
     return "\n".join(lines)
 
 
-def _size(number: float) -> str:
+def _format_size(number: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.4g} {unit}"

@@ -23,7 +23,7 @@ BLOCK = 1 << 20  # weights drawn from one generator; a shard draws the blocks th
 WEIGHT = re.compile(r"embedding(?:_bag)?s\.([^.]+)\.weight$")
 
 
-def table_configs(
+def make_table_configs(
     sizes: Sequence[int],
     dim: int | Sequence[int],
     names: Sequence[str] = SPARSE_NAMES,
@@ -47,14 +47,14 @@ def table_configs(
             num_embeddings=rows,
             embedding_dim=width,
             data_type=DTYPES[dtype],
-            init_fn=_later,
+            init_fn=_leave_unfilled,
         )
         for name, rows, width in zip(names, sizes, dims, strict=True)
     ]
 
 
-def _later(weight: torch.Tensor) -> torch.Tensor:
-    """torchrec's hook sees a shard without its place in the table, so `initialise` does the work."""
+def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
+    """torchrec's hook sees a shard without its place in the table, so `initialize_tables` does the work."""
     return weight
 
 
@@ -67,19 +67,19 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int = 0, bound: float | None = None) -> None:
+def initialize_tables(module: nn.Module, seed: int = 0, bound: float | None = None) -> None:
     """Fill this rank's shards: uniform in +-`bound`, else in +-sqrt(1 / rows), as the DLRM paper does."""
     for _, table, weight in table_parameters(module):
         if isinstance(weight, ShardedTensor):
             rows, width = weight.metadata().size
             for shard in weight.local_shards():
                 first_row, first_column = shard.metadata.shard_offsets
-                fill(shard.tensor, first_row, first_column, rows, width, table, seed, bound)
+                fill_shard(shard.tensor, first_row, first_column, rows, width, table, seed, bound)
         elif not weight.is_meta:
-            fill(weight, 0, 0, weight.size(0), weight.size(1), table, seed, bound)
+            fill_shard(weight, 0, 0, weight.size(0), weight.size(1), table, seed, bound)
 
 
-def fill(
+def fill_shard(
     shard: torch.Tensor, first_row: int, first_column: int, rows: int, width: int, table: str, seed: int,
     bound: float | None,
 ) -> None:  # fmt: skip

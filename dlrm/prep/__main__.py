@@ -12,7 +12,7 @@ from dlrm.prep.job import options as choices
 from dlrm.runtime import errors, ranks
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m dlrm.prep", description=__doc__)
     whole_words: Any = partial(argparse.ArgumentParser, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, parser_class=whole_words)
@@ -22,15 +22,15 @@ def parser() -> argparse.ArgumentParser:
     toy.add_argument("--rows", type=int, default=20_000, help="per day")
     toy.add_argument("--seed", type=int, default=0)
     toy.add_argument("--one_file", action="store_true", help="one day_0 with all the rows, to be split")
-    add_run(commands.add_parser("run", help="Criteo TSV -> a dataset folder"))
+    add_run_options(commands.add_parser("run", help="Criteo TSV -> a dataset folder"))
     check = commands.add_parser("check", help="verify a finished dataset folder")
     check.add_argument("folder", type=Path)
-    add_multihot(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
-    add_steps(commands)
+    add_multihot_options(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
+    add_script_options(commands)
     return top
 
 
-def add_run(run: argparse.ArgumentParser) -> None:
+def add_run_options(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add("--input_dir", type=Path, required=True, help="day_0, day_1 ... or train.txt, test.txt; plain or .gz")
     add("--output_dir", type=Path, required=True, help="the dataset; a run cut short goes on there")
@@ -58,18 +58,18 @@ def add_run(run: argparse.ArgumentParser) -> None:
     add("--restart", action="store_true", help="forget what an earlier run has left")
 
 
-def add_multihot(multihot: argparse.ArgumentParser) -> None:
+def add_multihot_options(multihot: argparse.ArgumentParser) -> None:
     add = multihot.add_argument
     add("--input_dir", "--in_memory_binary_criteo_path", type=Path, required=True, help="a dataset folder")
     add("--output_dir", "--output_path", type=Path, required=True)
-    add("--multi_hot_sizes", type=numbers, required=True, help="26 numbers, with commas")
-    add("--num_embeddings_per_feature", type=numbers, help="26 numbers [the table sizes of the input]")
+    add("--multi_hot_sizes", type=parse_numbers, required=True, help="26 numbers, with commas")
+    add("--num_embeddings_per_feature", type=parse_numbers, help="26 numbers [the table sizes of the input]")
     add("--multi_hot_distribution_type", choices=("uniform", "pareto"), default="uniform")
     add("--copy_labels_and_dense", action="store_true")
     add("--workers", type=int, default=1)
 
 
-def add_steps(commands: Any) -> None:
+def add_script_options(commands: Any) -> None:
     """torchrec's three scripts by their own arguments."""
     one = commands.add_parser("parse", help="npy_preproc_criteo alone: TSV -> NPY")
     two = commands.add_parser("contiguous", help="contiguous_preproc_criteo alone")
@@ -92,24 +92,24 @@ def add_steps(commands: Any) -> None:
     three.add_argument("--tmp_dir", type=Path)
 
 
-def step(args: argparse.Namespace) -> None:
+def run_script(args: argparse.Namespace) -> None:
     from dlrm.prep.tools import torchrec_scripts, torchrec_shuffle
 
     values = vars(args)
     command = values.pop("command")
     {
-        "parse": torchrec_scripts.parse,
-        "contiguous": torchrec_scripts.contiguous,
-        "shuffle": torchrec_shuffle.shuffle,
+        "parse": torchrec_scripts.parse_folder,
+        "contiguous": torchrec_scripts.number_folder,
+        "shuffle": torchrec_shuffle.shuffle_folder,
     }[command](**values)
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def parse_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
-def check(args: argparse.Namespace) -> None:
-    from dlrm.prep.tools.check import check as flaws_of
+def run_check(args: argparse.Namespace) -> None:
+    from dlrm.prep.tools.check import check_dataset as flaws_of
 
     flaws = flaws_of(args.folder)
     if flaws:
@@ -119,53 +119,53 @@ def check(args: argparse.Namespace) -> None:
     print(f"{printable(args.folder)}: complete and consistent")
 
 
-def multihot(args: argparse.Namespace) -> None:
+def run_multihot(args: argparse.Namespace) -> None:
     from dlrm.data import criteo
-    from dlrm.prep.job.workers import Team
-    from dlrm.prep.tools.multihot import MultiHot
-    from dlrm.prep.tools.multihot import run as materialise
+    from dlrm.prep.job.workers import Workers
+    from dlrm.prep.tools.multihot import MultiHotOptions
+    from dlrm.prep.tools.multihot import write_multi_hot as materialise
 
-    tables = args.num_embeddings_per_feature or tuple(criteo.Meta.load(args.input_dir).table_sizes)
-    options = MultiHot(
+    tables = args.num_embeddings_per_feature or tuple(criteo.DatasetMeta.load(args.input_dir).table_sizes)
+    options = MultiHotOptions(
         args.input_dir, args.output_dir, args.multi_hot_sizes, tables,
         args.multi_hot_distribution_type, args.copy_labels_and_dense,
     )  # fmt: skip
-    materialise(options.checked(), Team(ranks.here(), args.workers))
+    materialise(options.checked(), Workers(ranks.find_ranks(), args.workers))
 
 
-def run(args: argparse.Namespace) -> None:
+def run_pipeline(args: argparse.Namespace) -> None:
     values: dict[str, Any] = vars(args) | {"steps": tuple(args.steps.split(","))}
     del values["command"]
-    options = choices.Options(**values).checked()
+    options = choices.PrepOptions(**values).checked()
     from dlrm.prep.engines.registry import ENGINES
 
     ENGINES[options.engine](options)
 
 
-def toy(args: argparse.Namespace) -> None:
+def run_toy(args: argparse.Namespace) -> None:
     from dlrm.prep.tools.toy import write_days
 
     write_days(args.out, args.days, args.rows, args.seed, args.one_file)
 
 
-COMMANDS = {"toy": toy, "run": run, "check": check, "multihot": multihot}
-COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), step)
+COMMANDS = {"toy": run_toy, "run": run_pipeline, "check": run_check, "multihot": run_multihot}
+COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), run_script)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
             COMMANDS[args.command](args)
     except (errors.UserError, ModuleNotFoundError) as error:
-        told = errors.no_environment(error) if isinstance(error, ModuleNotFoundError) else error
+        told = errors.missing_environment(error) if isinstance(error, ModuleNotFoundError) else error
         if told is None:
             raise
-        if ranks.here().first:  # the ranks have agreed on one error
+        if ranks.find_ranks().first:  # the ranks have agreed on one error
             print(f"dlrm.prep: {printable(told)}", file=sys.stderr)
         return errors.USAGE
     except KeyboardInterrupt:
-        if ranks.here().first:
+        if ranks.find_ranks().first:
             goes_on = "; the same command goes on where it was" if args.command == "run" else ""
             print(f"\ndlrm.prep: interrupted{goes_on}", file=sys.stderr)
         return 128 + signal.SIGINT

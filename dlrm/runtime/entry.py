@@ -11,21 +11,21 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from dlrm.runtime import ranks, trace
-from dlrm.runtime.errors import STOPPED, USAGE, LostRank, NotSaved, Stopped, UserError, no_environment
+from dlrm.runtime.errors import STOPPED, USAGE, LostRank, NotSaved, Stopped, UserError, missing_environment
 from dlrm.runtime.ranks import Ranks
 
 
-def complain(here: Ranks, text: str) -> None:
+def print_error(here: Ranks, text: str) -> None:
     where = f"rank {here.rank} on {here.host}: " if here.world_size > 1 else ""
     print(f"dlrm: {where}{text}", file=sys.stderr, flush=True)
 
 
-def start(main: Callable[[Ranks], None]) -> NoReturn:
+def run_entry(main: Callable[[Ranks], None]) -> NoReturn:
     """Run `main` on this rank and leave the process with its exit code."""
-    here = ranks.here()
-    _quieten()
-    code = _outcome(main, here)
-    trace.stop()
+    here = ranks.find_ranks()
+    _quieten_libraries()
+    code = _run_for_exit_code(main, here)
+    trace.stop_tracing()
     if not code:
         atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -35,7 +35,7 @@ def start(main: Callable[[Ranks], None]) -> NoReturn:
     os._exit(code)
 
 
-def _quieten() -> None:
+def _quieten_libraries() -> None:
     """Libraries' notes to their own developers would bury what a user must read."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -44,48 +44,48 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _outcome(main: Callable[[Ranks], None], here: Ranks) -> int:
+def _run_for_exit_code(main: Callable[[Ranks], None], here: Ranks) -> int:
     try:
         main(here)
         return 0
     except UserError as error:
-        _tell(error, here)
+        _print_once(error, here)
         return USAGE
     except Stopped as error:
-        _tell(error, here)
+        _print_once(error, here)
         return STOPPED
     except NotSaved as error:
-        _tell(error, here)
+        _print_once(error, here)
         return 1
     except LostRank as error:
         if not error.told:
-            complain(here, str(error))
+            print_error(here, str(error))
         return error.code
     except KeyboardInterrupt:
-        complain(here, "interrupted")
+        print_error(here, "interrupted")
         return 130
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (lacking := no_environment(error)):
-            _tell(lacking, here)
+        if isinstance(error, ModuleNotFoundError) and (lacking := missing_environment(error)):
+            _print_once(lacking, here)
             return USAGE
         if isinstance(error, OSError) and error.strerror:  # the disk's or the network's fault, not the code's
-            complain(here, f"{error.filename or 'a file'}: {error.strerror}")
+            print_error(here, f"{error.filename or 'a file'}: {error.strerror}")
             return 1
         first_line = (str(error).splitlines() or [""])[0][:200]
         if "KeyboardInterrupt" in first_line:  # in C++, which makes it an error of its own
-            complain(here, "interrupted")
+            print_error(here, "interrupted")
             return 130
         traceback.print_exc()
-        complain(here, f"{type(error).__name__}: {first_line}")
+        print_error(here, f"{type(error).__name__}: {first_line}")
         return 1
 
 
-def _tell(error: UserError | Stopped | NotSaved, here: Ranks) -> None:
+def _print_once(error: UserError | Stopped | NotSaved, here: Ranks) -> None:
     if getattr(error, "told", False):
         return
     if not error.shared:
-        complain(here, str(error))
+        print_error(here, str(error))
     elif here.first:
-        complain(Ranks(), str(error))
+        print_error(Ranks(), str(error))
     else:
         time.sleep(1)  # a launcher may end the first rank as soon as this one is gone: let it speak

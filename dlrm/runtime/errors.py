@@ -30,7 +30,7 @@ class LostRank(Exception):
 SET_UP = ("numpy", "torch", "torchrec", "polars", "numba")  # what a shell lacks that has not read env.sh
 
 
-def no_environment(error: ModuleNotFoundError) -> UserError | None:
+def missing_environment(error: ModuleNotFoundError) -> UserError | None:
     """One of these is missing: the line that a user needs, once. None: it is another module."""
     if error.name not in SET_UP:
         return None

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dlrm.runtime import trace
-from dlrm.runtime.entry import complain
+from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import LostRank, UserError
 from dlrm.runtime.peers import ENDED_WELL, LocalPeers, Process
 from dlrm.runtime.ranks import Ranks
@@ -37,7 +37,7 @@ BROKEN = (
 
 
 @dataclass(frozen=True)
-class Note:
+class FailureNotice:
     """Why all ranks end; what is left in the store is what counts, the first wins."""
 
     reason: str
@@ -46,7 +46,7 @@ class Note:
     speaker: int | None = None  # of the others: one is enough where the one that failed has told why
 
     @classmethod
-    def read(cls, data: bytes) -> "Note":
+    def read(cls, data: bytes) -> "FailureNotice":
         """From the store; whatever it says, it is a failure: never code 0."""
         values = json.loads(data)
         reason, lost, code, speaker = (values[name] for name in ("reason", "lost", "code", "speaker"))
@@ -55,11 +55,11 @@ class Note:
         return cls(" ".join(reason.split())[:1000], lost, min(max(code, 1), 255), speaker)
 
 
-def is_broken_contact(error: BaseException) -> bool:
+def is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in BROKEN)
 
 
-def meet(here: Ranks, seconds: int) -> tuple[SignedStore, list[Process]]:
+def rendezvous(here: Ranks, seconds: int) -> tuple[SignedStore, list[Process]]:
     """The store that all ranks share, and who they are; LostRank names those that do not come."""
     myself = Process.here(here.host)
     if here.world_size == 1:
@@ -74,7 +74,7 @@ def meet(here: Ranks, seconds: int) -> tuple[SignedStore, list[Process]]:
     except LostRank as error:
         if here.first:
             with contextlib.suppress(RuntimeError):
-                note = Note(str(error).removeprefix("ends because "))
+                note = FailureNotice(str(error).removeprefix("ends because "))
                 store.set_first(FAILURE, json.dumps(asdict(note)))
                 time.sleep(SIGN_SECONDS)  # the store goes with this rank: the others read the note first
         raise
@@ -92,7 +92,7 @@ def _gather(
     pause = 0.01
     while True:
         store.set(f"dlrm/here/{here.rank}", json.dumps(asdict(myself)))
-        store.set(_sign(here.rank), "0")
+        store.set(_heartbeat_key(here.rank), "0")
         for rank in sorted(wanted - set(found)):
             if came := store.find(f"dlrm/here/{rank}"):
                 found[rank] = Process.read(json.loads(came))
@@ -109,12 +109,12 @@ def _gather(
                 )
             return processes
         if note := store.find(FAILURE):
-            raise LostRank(f"ends because {Note.read(note).reason}")
+            raise LostRank(f"ends because {FailureNotice.read(note).reason}")
         for rank, cause in peers.wait(pause).items():
             raise LostRank(f"ends because {_reason(rank, cause, found)}")
         pause = min(2 * pause, 0.2)
         if time.monotonic() > given_up:
-            missing = _ranks(wanted - set(found)) if here.first else "not all ranks"
+            missing = _name_ranks(wanted - set(found)) if here.first else "not all ranks"
             came = "did not come" if here.first else "came"
             raise LostRank(f"{missing} {came} within {seconds} s (--timeout), or with another {TOKEN}")
 
@@ -137,7 +137,7 @@ def _open_store(here: Ranks, seconds: int) -> Any:
             store = dist.TCPStore(address, port, None, False, limit, wait_for_workers=False)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             return dist.PrefixStore(f"dlrm/{attempt}", store)
-        listener = _listen(address, port, here) if here.first else None
+        listener = _open_listener(address, port, here) if here.first else None
         return dist.TCPStore(
             address, port, here.world_size, here.first, limit, wait_for_workers=False,
             master_listen_fd=listener,
@@ -150,7 +150,7 @@ def _open_store(here: Ranks, seconds: int) -> Any:
         raise LostRank(f"rank 0 at {address}, port {port}, did not answer within {seconds} s") from None
 
 
-def _listen(address: str, port: int, here: Ranks) -> int:
+def _open_listener(address: str, port: int, here: Ranks) -> int:
     """Only where the other ranks come from. A name may mean the loopback here and not elsewhere."""
     family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     if place[0].startswith(("127.", "::1")) and here.local_world_size < here.world_size:  # type: ignore[union-attr]
@@ -162,18 +162,18 @@ def _listen(address: str, port: int, here: Ranks) -> int:
     return listener.detach()
 
 
-def _sign(rank: int) -> str:
+def _heartbeat_key(rank: int) -> str:
     return f"dlrm/sign/{rank}"
 
 
-def _ranks(ranks: set[int], hosts: list[str] | None = None) -> str:
+def _name_ranks(ranks: set[int], hosts: list[str] | None = None) -> str:
     some = sorted(ranks)[:8]
     named = [f"{rank} on {hosts[rank]}" if hosts else str(rank) for rank in some]
     more = f" and {len(ranks) - len(some)} more" if len(ranks) > len(some) else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(named)}{more}"
 
 
-class Watch(threading.Thread):
+class Heartbeat(threading.Thread):
     """Gives this rank's signs of life, looks for those of the others (rank 0 for all, all for rank 0), and
     for the ends of processes on this host: the latter in a second thread, which never waits for the store.
     """
@@ -204,7 +204,7 @@ class Watch(threading.Thread):
         trace.name_thread("watch")
         watched = set(range(self._here.world_size)) if self._here.first else {0}
         watched.discard(self._here.rank)
-        signs = _Signs(self._store, watched)
+        signs = _PeerHeartbeats(self._store, watched)
         count, before = 0, time.monotonic()
         while not self._done.is_set():
             self._wake.wait(SIGN_SECONDS)
@@ -215,16 +215,16 @@ class Watch(threading.Thread):
             now = time.monotonic()
             note = None
             try:
-                self._store.set(_sign(self._here.rank), str(count))
+                self._store.set(_heartbeat_key(self._here.rank), str(count))
                 if now - before > 5 * SIGN_SECONDS:  # this process itself was stopped: judge nobody yet
                     signs.forgive()
                 note = self._note()
                 silent = signs.silent(self._timeout) if note is None and not self._ended else set()
                 if silent:
-                    self._leave(Note(self._silence(silent), sorted(silent)))
+                    self._leave(FailureNotice(self._silence(silent), sorted(silent)))
                     note = self._note()
             except RuntimeError:  # the store went with the process that keeps it
-                self._end(self._await_end_of_first() or Note(f"{self._named({0})} is gone"))
+                self._end(self._await_end_of_first() or FailureNotice(f"{self._named({0})} is gone"))
             self._answered = before = time.monotonic()
             if note:
                 self._end_for(note)
@@ -252,11 +252,11 @@ class Watch(threading.Thread):
             before = now
             if now - self._answered > self._timeout + SIGN_SECONDS:
                 self._told = False
-                self._end_for(Note(self._silence({0}), [0]))
+                self._end_for(FailureNotice(self._silence({0}), [0]))
             if now > self._forming:
-                self._end(Note(f"the ranks did not connect within {self._timeout} s (--timeout)"))
+                self._end(FailureNotice(f"the ranks did not connect within {self._timeout} s (--timeout)"))
 
-    def _ends(self, ask: bool = True) -> "Note | None":
+    def _ends(self, ask: bool = True) -> "FailureNotice | None":
         """That a process of this host has ended, as far as it is a failure."""
         for rank, cause in dict(self._ended).items():
             if self._finishing and cause in ("", ENDED_WELL):
@@ -265,48 +265,48 @@ class Watch(threading.Thread):
                 with contextlib.suppress(RuntimeError):
                     if self._store.check([_finished(rank)]):
                         continue
-            return Note(_reason(rank, cause, dict(enumerate(self._people))))
+            return FailureNotice(_reason(rank, cause, dict(enumerate(self._people))))
         return None
 
     def _silence(self, ranks: set[int]) -> str:
         return f"{self._named(ranks)} gave no sign for {self._timeout} s (--timeout)"
 
     def _named(self, ranks: set[int]) -> str:
-        return _ranks(ranks, [person.host for person in self._people])
+        return _name_ranks(ranks, [person.host for person in self._people])
 
-    def _await_end_of_first(self) -> "Note | None":
+    def _await_end_of_first(self) -> "FailureNotice | None":
         """A process closes its connections first, and counts as ended a little later."""
         given_up = time.monotonic() + (3 if self._people[0].is_local else 1) * SIGN_SECONDS
         while not (note := self._ends(ask=False)) and time.monotonic() < given_up:
             time.sleep(0.02)
         return note
 
-    def _end_for(self, note: "Note") -> None:
+    def _end_for(self, note: "FailureNotice") -> None:
         """End, but let this rank's own error come first, if it has one."""
         self._done.wait(SIGN_SECONDS)
         self._end(note)
 
-    def _end(self, note: "Note") -> None:
+    def _end(self, note: "FailureNotice") -> None:
         with self._ending:
             if self._told or self._done.is_set():
                 return
             if note.speaker in (None, self._here.rank):
-                complain(self._here, f"ends because {note.reason}")
+                print_error(self._here, f"ends because {note.reason}")
             for rank in set(note.lost) & set(range(len(self._people))) - {self._here.rank}:
                 self._people[rank].end()
             os._exit(note.code)
 
-    def _note(self) -> "Note | None":
+    def _note(self) -> "FailureNotice | None":
         found = self._store.find(FAILURE)
         try:
-            return Note.read(found) if found else None
+            return FailureNotice.read(found) if found else None
         except (ValueError, KeyError, TypeError, RecursionError):
-            return Note("a rank failed")
+            return FailureNotice("a rank failed")
 
-    def _leave(self, note: "Note") -> None:
+    def _leave(self, note: "FailureNotice") -> None:
         self._store.set_first(FAILURE, json.dumps(asdict(note)))
 
-    def _leave_quietly(self, note: "Note") -> None:
+    def _leave_quietly(self, note: "FailureNotice") -> None:
         with contextlib.suppress(RuntimeError):
             self._leave(note)
 
@@ -346,7 +346,7 @@ class Watch(threading.Thread):
         if self._here.world_size > 1:
             with contextlib.suppress(RuntimeError):
                 why = f"{self._named({self._here.rank})} failed"
-                self._leave(Note(why, code=code, speaker=1 if self._here.first else 0))
+                self._leave(FailureNotice(why, code=code, speaker=1 if self._here.first else 0))
                 self._linger()
 
     def _linger(self) -> None:
@@ -359,20 +359,20 @@ class Watch(threading.Thread):
         self.quieten()
         others = set(range(self._here.world_size)) - {self._here.rank}
         try:
-            signs = _Signs(self._store, others)
+            signs = _PeerHeartbeats(self._store, others)
             given_up = time.monotonic() + MISSING_SECONDS
             while not (note := self._note()) and not self._ends() and time.monotonic() < given_up:
                 time.sleep(0.05)
                 signs.look()
             if not note:
                 silent = signs.silent(MISSING_SECONDS - 1)
-                other = Note(f"{self._named(silent)} is gone" if silent else "a connection broke")
+                other = FailureNotice(f"{self._named(silent)} is gone" if silent else "a connection broke")
                 self._leave(self._ends() or other)
                 note = self._note()
             self._linger()
         except RuntimeError:
             note = self._await_end_of_first()
-        note = note or Note(f"{self._named({0})} is gone")
+        note = note or FailureNotice(f"{self._named({0})} is gone")
         error = LostRank(f"ends because {note.reason}")
         error.code, error.told = note.code, note.speaker not in (None, self._here.rank)
         return error
@@ -392,7 +392,7 @@ def _finished(rank: int) -> str:
     return f"dlrm/finished/{rank}"
 
 
-class _Signs:
+class _PeerHeartbeats:
     """When each of some ranks last gave a new sign."""
 
     def __init__(self, store: Any, ranks: set[int]) -> None:
@@ -401,7 +401,7 @@ class _Signs:
 
     def look(self) -> None:
         now = time.monotonic()
-        values = self._store.multi_get([_sign(rank) for rank in self._ranks])
+        values = self._store.multi_get([_heartbeat_key(rank) for rank in self._ranks])
         for rank, value in zip(self._ranks, values, strict=True):
             if value is None:  # not written by it
                 self._last.setdefault(rank, (b"", now))

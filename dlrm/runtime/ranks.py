@@ -37,7 +37,7 @@ class Ranks:
         return max(1, self.world_size // max(1, self.local_world_size))
 
 
-def here(environ: Mapping[str, str] = os.environ) -> Ranks:
+def find_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     started = max(int(environ.get(name) or 0) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
     left_over = int(environ.get("WORLD_SIZE") or 0) < started  # of an earlier job, in the user's shell
 

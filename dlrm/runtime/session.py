@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from dlrm.cpu import process_group
 from dlrm.runtime import trace
-from dlrm.runtime.entry import complain
+from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError
-from dlrm.runtime.heartbeat import Watch, is_broken_contact, meet
+from dlrm.runtime.heartbeat import Heartbeat, is_broken_connection, rendezvous
 from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.rendezvous import SignedStore
 
@@ -23,7 +23,7 @@ _store: Any = None  # of the session
 PATIENCE = 10  # a rank that gives signs of life may keep the others waiting so many times longer
 
 
-def device_of(here: Ranks) -> torch.device:
+def choose_device(here: Ranks) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
@@ -32,18 +32,18 @@ def device_of(here: Ranks) -> torch.device:
 
 
 @contextmanager
-def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[torch.device]:
+def open_session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[torch.device]:
     """The process group of all ranks: shared memory or gloo on CPU, NCCL on CUDA.
 
     A rank that fails takes the others along.
     """
     global _store
     with trace.span("startup", "process_group"):
-        device = device_of(here)
-        _store, processes = meet(here, timeout)
-        watch = Watch(_store, here, processes, timeout)
+        device = choose_device(here)
+        _store, processes = rendezvous(here, timeout)
+        watch = Heartbeat(_store, here, processes, timeout)
         try:
-            process_group.register()
+            process_group.register_backends()
             on_cpu = {"auto": process_group.NAME, "gloo": process_group.GLOO}[exchanging]
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else on_cpu,
@@ -64,7 +64,7 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
             first_line = (str(error).splitlines() or [""])[0][:200]
             raise LostRank(f"the ranks cannot connect: {type(error).__name__}: {first_line}") from None
     try:
-        with _environment(here):
+        with _rank_environment(here):
             yield device
         watch.finish()
         dist.barrier()  # nobody leaves while another still works: its store would die with rank 0
@@ -72,8 +72,8 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
     except BaseException as error:
         if getattr(error, "shared", False):
             watch.quieten()
-            _part(error, here)
-        elif here.world_size > 1 and is_broken_contact(error):
+            _leave_together(error, here)
+        elif here.world_size > 1 and is_broken_connection(error):
             raise watch.find() from None
         else:
             watch.tell(_code_of(error))
@@ -84,7 +84,7 @@ def session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[tor
 
 
 @contextmanager
-def _environment(here: Ranks) -> Iterator[None]:
+def _rank_environment(here: Ranks) -> Iterator[None]:
     """The names in which torchrec looks for its place; whoever this process starts later has another."""
     mine = {
         "RANK": here.rank, "WORLD_SIZE": here.world_size,
@@ -103,32 +103,32 @@ def _code_of(error: BaseException) -> int:
     return {UserError: USAGE, Stopped: STOPPED}.get(type(error), 1)
 
 
-def side_store() -> SignedStore:
+def clone_store() -> SignedStore:
     """Another connection to the ranks' store, for a thread: a call that waits does not hold up the others."""
     return _store.clone()
 
 
-def _part(error: BaseException, here: Ranks) -> None:
+def _leave_together(error: BaseException, here: Ranks) -> None:
     """All ranks end for the same reason: it is told, and the traces are whole, before the first one leaves
     (a launcher may kill the others as soon as one is gone).
     """
     if here.first:
-        complain(Ranks(), str(error))
+        print_error(Ranks(), str(error))
     error.told = True  # type: ignore[attr-defined]
-    trace.stop()
+    trace.stop_tracing()
     with contextlib.suppress(RuntimeError):
         dist.barrier()
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def errors_on_all_ranks() -> Iterator[None]:
     """What goes wrong on any rank in this block goes wrong on all: the same error, told once."""
     mine = ""
     try:
         yield
     except UserError as error:
         mine = str(error)
-    errors = everyone(mine)
+    errors = gather_from_all(mine)
     told = next(((rank, text) for rank, text in enumerate(errors) if text), None)
     if told:
         error = UserError(told[1])
@@ -136,14 +136,14 @@ def together() -> Iterator[None]:
         raise error
 
 
-def everyone(value: T) -> list[T]:
+def gather_from_all(value: T) -> list[T]:
     """Each rank's value, in rank order."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def from_first(value: T) -> T:
+def broadcast_from_first(value: T) -> T:
     """The first rank's value, on all."""
     values = [value]
     dist.broadcast_object_list(values, src=0)

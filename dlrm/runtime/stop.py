@@ -28,7 +28,7 @@ _attended = False  # a thread listens; before that, a signal ends the program
 _interrupted = 0.0  # when Ctrl-C was first heard
 
 
-def listen() -> None:
+def listen_for_signals() -> None:
     """Call it first of all, in the main thread: from here on these signals stop in good order."""
     global _ears
     if _ears is None:
@@ -38,10 +38,10 @@ def listen() -> None:
         signal.set_wakeup_fd(_ears[1], warn_on_full_buffer=False)
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell tells what it starts with &
-                signal.signal(number, _handle)
+                signal.signal(number, _handle_signal)
 
 
-def _handle(number: int, _: Any) -> None:
+def _handle_signal(number: int, _: Any) -> None:
     global _interrupted
     if number == signal.SIGINT:
         _interrupted = _interrupted or time.monotonic()
@@ -64,7 +64,7 @@ def _heard(seconds: float) -> str | None:
     return None
 
 
-class Accord(threading.Thread):
+class CollectiveStop(threading.Thread):
     """All ranks do the same thing before the same batch.
 
     `clock` is asked on rank 0, several times a second: "save", "stop: why", or None.

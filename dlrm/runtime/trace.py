@@ -1,6 +1,6 @@
 """Record what this process does, with DFTracer: start, span, instant, counter, stop. Free when off.
 
-The only module that imports dftracer, and only after `start`. What lands in RUN/trace/*.pfw.gz:
+The only module that imports dftracer, and only after `start_tracing`. What lands in RUN/trace/*.pfw.gz:
   metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once a thread
   spans           cat is the room (startup, data, train, eval, checkpoint, prep; torchrec from the patches),
                   args carry epoch, step, and bytes, file, batch where there are any
@@ -39,7 +39,7 @@ _identity: dict[str, int | str] = {}
 _flusher: "_Flusher | None" = None
 
 
-def sync(path: str | os.PathLike[str]) -> None:
+def sync_to_disk(path: str | os.PathLike[str]) -> None:
     """A file's bytes, or a folder's names, are on the disk when this returns."""
     with opening:
         handle = os.open(path, os.O_RDONLY)
@@ -50,11 +50,11 @@ def sync(path: str | os.PathLike[str]) -> None:
             os.close(handle)
 
 
-def on() -> bool:
+def is_tracing() -> bool:
     return _native is not None
 
 
-def start(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush_ms: int = FLUSH_MS) -> None:
+def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush_ms: int = FLUSH_MS) -> None:
     """Open this process's trace file. Everything it reads or writes from here on is recorded."""
     global _native
     folder = Path(run_dir).absolute() / "trace"
@@ -72,15 +72,15 @@ def start(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush_ms: int
 
     native.initialize(log_file=str(folder / f"{role}{here.rank:05d}"), data_dirs=None, process_id=-1)
     if _native is None and not _identity:  # once: a hook at fork cannot be taken back
-        os.register_at_fork(after_in_child=_forked)
+        os.register_at_fork(after_in_child=_restart_after_fork)
     _native = native
     _identity.update(
         rank=here.rank, local_rank=here.local_rank, world_size=here.world_size, host=here.host, role=role
     )
-    _introduce(flush_ms)
+    _record_identity(flush_ms)
 
 
-def stop() -> None:
+def stop_tracing() -> None:
     """Flush and close. Safe to call twice, from a signal handler, or when never started."""
     global _native, _flusher
     native, _native = _native, None
@@ -100,14 +100,14 @@ def set_context(**args: int) -> None:
 def name_thread(name: str) -> None:
     if _native is not None:
         threading.current_thread().name = name
-        _native.log_metadata_event(key="thread_name", value=_plain(name))
+        _native.log_metadata_event(key="thread_name", value=_plain_value(name))
 
 
-def _introduce(flush_ms: int) -> None:
+def _record_identity(flush_ms: int) -> None:
     """Who writes this file, and the thread that sees to it that it is written."""
     global _flusher
     for key, value in _identity.items():
-        _native.log_metadata_event(key=key, value=_plain(str(value)))
+        _native.log_metadata_event(key=key, value=_plain_value(str(value)))
     name_thread("main")
     for _ in range(FEW):
         _log(_native, "dftracer", "keep", _native.get_time(), 0, {})
@@ -115,11 +115,11 @@ def _introduce(flush_ms: int) -> None:
     _flusher.start()
 
 
-def _forked() -> None:
+def _restart_after_fork() -> None:
     """In the child of a fork: DFTracer has opened a file for it, which does not say whose it is."""
     if _native is not None:
         _identity["role"] = "worker"
-        _introduce(_flusher.flush_ms if _flusher else FLUSH_MS)
+        _record_identity(_flusher.flush_ms if _flusher else FLUSH_MS)
 
 
 class _Flusher(threading.Thread):
@@ -201,7 +201,7 @@ def _log(native: Any, cat: str, name: str, begun: int, duration: int, args: dict
         if kind is int:
             ints[key] = (0, value)
         elif kind is str:
-            strings[key] = (0, _plain(value))
+            strings[key] = (0, _plain_value(value))
         elif not math.isfinite(value):
             strings[key] = (0, str(value))  # JSON knows neither nan nor inf
         elif value.is_integer() and abs(value) < 1 << 53:
@@ -225,7 +225,7 @@ def _native_type(value: Any) -> Any:
 
 
 @lru_cache(maxsize=1024)  # names of files and splits come again and again
-def _plain(text: str) -> str:
+def _plain_value(text: str) -> str:
     """DFTracer writes strings into JSON as they are."""
     if text.isalnum():
         return text

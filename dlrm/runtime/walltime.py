@@ -11,7 +11,7 @@ from dlrm.runtime.errors import UserError
 ASK_SECONDS = 10  # for qstat
 
 
-def seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
     """[HH:]MM:SS or seconds."""
     try:
         parts = [float(part) for part in text.split(":")]
@@ -25,22 +25,22 @@ def seconds(text: str) -> float:
     return total
 
 
-def deadline(
+def find_deadline(
     before: float | None, walltime: str | None, environ: Mapping[str, str] = os.environ
 ) -> float | None:
     """The moment, by time.monotonic(), that lies `before` seconds ahead of the job's end."""
     if before is None:
         return None
-    limit, used = walltime, _age()
+    limit, used = walltime, _age_of_job()
     if limit is None and environ.get("PBS_JOBID"):
         limit, used = _ask_pbs(environ["PBS_JOBID"], used)
     limit = limit or environ.get("PBS_WALLTIME")
     if limit is None:
         raise UserError("--stop_before_walltime needs --walltime: neither the environment nor qstat tells it")
-    return time.monotonic() + seconds(limit) - used - before
+    return time.monotonic() + parse_seconds(limit) - used - before
 
 
-def _age() -> float:
+def _age_of_job() -> float:
     """Seconds since this process began."""
     with open("/proc/self/stat") as stat:
         ticks = int(stat.read().rpartition(")")[2].split()[19])

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 import torch
 
 from dlrm.checkpoint import state
-from dlrm.checkpoint.saver import Saver
-from dlrm.checkpoint.shards import Piece
+from dlrm.checkpoint.saver import CheckpointWriter
+from dlrm.checkpoint.shards import TensorPiece
 from dlrm.config.options import Config
 from dlrm.runtime import session
 from dlrm.runtime import stop as signals
 from dlrm.runtime.errors import NotSaved, Stopped, UserError
 from dlrm.runtime.ranks import Ranks
-from dlrm.runtime.walltime import deadline
+from dlrm.runtime.walltime import find_deadline
 from dlrm.trainer import loop
-from dlrm.trainer.run_folder import Records
+from dlrm.trainer.run_folder import RunFolder
 
 
 class Training(Protocol):
@@ -28,15 +28,15 @@ class Training(Protocol):
     model: Any
     optimizer: Any
     sets: Any
-    records: Records
+    records: RunFolder
     progress: loop.Progress
-    meter: loop.Meter
+    meter: loop.ThroughputMeter
     results: dict[str, dict[str, Any]]
     score: str  # the metric of a validation that tells the best checkpoint
     evaluating: float
 
 
-class Keeper(loop.Hooks):
+class CheckpointManager(loop.Hooks):
     def __init__(self, job: Training, here: Ranks) -> None:
         self.job, self.here = job, here
         wishes = job.cfg.checkpoint
@@ -46,16 +46,16 @@ class Keeper(loop.Hooks):
         )
         self.root = Path(root) if root else None
         patience = max(3600, 10 * job.cfg.run.timeout)
-        self.saver = self.root and Saver(
-            self.root, here, session.side_store(), wishes.keep_checkpoints, patience, self._claim
+        self.saver = self.root and CheckpointWriter(
+            self.root, here, session.clone_store(), wishes.keep_checkpoints, patience, self._claim
         )
         self.unsaved: str | None = None  # why the training's end is in no checkpoint
         self._due = False  # at the next chance
         self._scored_at: int | None = None  # step of the last validation
         self._saved_at: Any = None
         self._last_save = time.monotonic()
-        self._deadline = deadline(wishes.stop_before_walltime, wishes.walltime) if here.first else None
-        self.accord = signals.Accord(session.side_store(), here, self._clock)
+        self._deadline = find_deadline(wishes.stop_before_walltime, wishes.walltime) if here.first else None
+        self.accord = signals.CollectiveStop(session.clone_store(), here, self._clock)
 
     # --- when
 
@@ -157,7 +157,7 @@ class Keeper(loop.Hooks):
         self._due, self._saved_at, self._last_save = False, self._place(), time.monotonic()
         began = time.perf_counter()
         job = self.job
-        pieces = state.pieces(job.model, job.optimizer, self.here.rank) + self._own_pieces()
+        pieces = state.pieces_of_rank(job.model, job.optimizer, self.here.rank) + self._own_pieces()
         self.saver.save(pieces, self._values(), job.progress.step)
         job.meter.leave_out(time.perf_counter() - began)
 
@@ -171,13 +171,13 @@ class Keeper(loop.Hooks):
             session.complain(Ranks(), f"checkpoint not written, the one before stays: {error}")
         return error
 
-    def _own_pieces(self) -> list[Piece]:
+    def _own_pieces(self) -> list[TensorPiece]:
         """What each rank has for itself."""
         rank, sums = self.here.rank, self.job.meter.state()[0]
         own = {f"meter/{rank}": sums, f"rng/cpu/{rank}": torch.get_rng_state()}
         if torch.cuda.is_available():
             own[f"rng/cuda/{rank}"] = torch.cuda.get_rng_state()
-        return [Piece(name, tuple(value.shape), (0,), value) for name, value in own.items()]
+        return [TensorPiece(name, tuple(value.shape), (0,), value) for name, value in own.items()]
 
     def _values(self) -> dict[str, Any]:
         job = self.job

@@ -15,7 +15,7 @@ from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 
 
-class Batches(Sized, Iterable[Any], Protocol):
+class BatchIterable(Sized, Iterable[Any], Protocol):
     number: int  # of the batch given last, counted over all passes
 
     def set_epoch(self, epoch: int) -> None: ...
@@ -23,7 +23,7 @@ class Batches(Sized, Iterable[Any], Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
-class Collector(Protocol):
+class MetricCollector(Protocol):
     """Gathers a model's outputs; `result` is the metrics over those of all ranks."""
 
     def add(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None: ...
@@ -80,7 +80,7 @@ class Hooks:
     def after_epoch(self) -> None: ...
 
 
-class Meter:
+class ThroughputMeter:
     """Mean loss over all ranks and samples per second, from one report to the next."""
 
     def __init__(self, device: torch.device) -> None:
@@ -112,15 +112,15 @@ class Meter:
         return self._sums, self.steps
 
 
-def fit(
+def run_training(
     pipeline: Any,
-    batches: Batches,
+    batches: BatchIterable,
     progress: Progress,
     limits: Limits,
     next_lr: Callable[[], float],
     validate: Callable[[], dict[str, Any]],
     report: Report,
-    meter: Meter,
+    meter: ThroughputMeter,
     hooks: Hooks,
     during_epoch: Callable[[int], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
@@ -147,7 +147,7 @@ def fit(
         trace.set_context(epoch=progress.epoch)
         with during_epoch(progress.epoch), trace.span("train", "epoch"):
             left = None if limits.max_steps is None else limits.max_steps - progress.step
-            for _ in steps(pipeline, batches, progress, meter, next_lr, hooks, left):
+            for _ in train_steps(pipeline, batches, progress, meter, next_lr, hooks, left):
                 at_end = progress.step == limits.max_steps
                 if meter.steps == limits.report_every or at_end or progress.step == limits.warmup_steps:
                     report_step(meter, progress, report, timed=progress.step > limits.warmup_steps)
@@ -166,11 +166,11 @@ def fit(
     return False
 
 
-def steps(
+def train_steps(
     pipeline: Any,
-    batches: Batches,
+    batches: BatchIterable,
     progress: Progress,
-    meter: Meter,
+    meter: ThroughputMeter,
     next_lr: Callable[[], float],
     hooks: Hooks,
     limit: int | None = None,
@@ -205,7 +205,7 @@ def steps(
             close()
 
 
-def report_step(meter: Meter, progress: Progress, report: Report, timed: bool = True) -> None:
+def report_step(meter: ThroughputMeter, progress: Progress, report: Report, timed: bool = True) -> None:
     with trace.span("train", "report"):
         first = progress.step - meter.steps + 1
         loss, rows, seconds = meter.read()
@@ -232,9 +232,9 @@ def report_step(meter: Meter, progress: Progress, report: Report, timed: bool = 
 def evaluate(
     pipeline: Any,
     model: torch.nn.Module,
-    batches: Batches,
+    batches: BatchIterable,
     split: str,
-    predictions: Collector,
+    predictions: MetricCollector,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The metrics over exactly the rows of the set."""

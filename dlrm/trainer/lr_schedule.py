@@ -41,11 +41,11 @@ class Schedule:
             )
 
 
-def constant(step: int, base: float, schedule: Schedule) -> float:
+def constant_rate(step: int, base: float, schedule: Schedule) -> float:
     return base
 
 
-def mlperf(step: int, base: float, schedule: Schedule) -> float:
+def mlperf_rate(step: int, base: float, schedule: Schedule) -> float:
     """MLCommons' LRPolicyScheduler: it counts from 1 and, before and after a decay, holds the last rate.
 
     So a run that decays holds (warmup - 1) / warmup of the base between warm-up and decay, and ends on the
@@ -63,7 +63,7 @@ def mlperf(step: int, base: float, schedule: Schedule) -> float:
     return max(MLPERF_FLOOR, base * ((steps - done) / steps) ** 2)
 
 
-def nvidia(step: int, base: float, schedule: Schedule) -> float:
+def nvidia_rate(step: int, base: float, schedule: Schedule) -> float:
     """NVIDIA's: linear warm-up from 1 - 2^-factor, hold, polynomial decay to `end_factor` of the base."""
     count = step + 1
     warmup, start, steps = schedule.warmup_steps, schedule.decay_start, schedule.decay_steps
@@ -76,16 +76,16 @@ def nvidia(step: int, base: float, schedule: Schedule) -> float:
     return base * max(((start + steps - count) / steps) ** schedule.power, schedule.end_factor)
 
 
-def change(step: int, base: float, schedule: Schedule) -> float:
+def changed_rate(step: int, base: float, schedule: Schedule) -> float:
     """One jump (--change_lr): `change_to` from step `change_step` on."""
     return schedule.change_to if step >= schedule.change_step else base
 
 
 SCHEDULES: dict[str, Callable[[int, float, Schedule], float]] = {
-    "constant": constant,
-    "mlperf": mlperf,
-    "nvidia": nvidia,
-    "change": change,
+    "constant": constant_rate,
+    "mlperf": mlperf_rate,
+    "nvidia": nvidia_rate,
+    "change": changed_rate,
 }
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 
-class Predictions:
+class AurocCollector:
     """Collects one rank's logits and labels, five bytes a row, and the sums of the other metrics."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Predictions:
         entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if both else None
         return {
             "samples": int(rows),
-            "auroc": auroc(scores, labels),
+            "auroc": compute_auroc(scores, labels),
             "log_loss": loss / rows,
             "accuracy": right / rows,
             "normalized_entropy": loss / rows / entropy if entropy else None,
@@ -52,9 +52,9 @@ class Predictions:
         }
 
 
-def auroc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
+def compute_auroc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
     """Exact AUROC over the scores of all ranks; None when only one class is there."""
-    scores, labels = _deal_by_value(scores, labels)
+    scores, labels = _exchange_by_value(scores, labels)
     scores, order = torch.sort(scores)
     positive = labels[order].long()
     _, group, sizes = torch.unique_consecutive(scores, return_inverse=True, return_counts=True)
@@ -72,7 +72,7 @@ def auroc(scores: torch.Tensor, labels: torch.Tensor) -> float | None:
     return twice.item() / (2 * clicks * others) if clicks and others else None
 
 
-def _deal_by_value(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _exchange_by_value(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every rank ends with one range of score values, ranges rising with the rank, equal scores together."""
     world = dist.get_world_size()
     if world == 1:

@@ -50,7 +50,9 @@ class LossScale:
             at.loss_scale, at.good_steps = min(LARGEST, at.loss_scale * GROWTH), 0
 
 
-def cast(model: nn.Module, device: torch.device, kind: str, scale: LossScale | None = None) -> None:
+def cast_dense_part(
+    model: nn.Module, device: torch.device, kind: str, scale: LossScale | None = None
+) -> None:
     """Run this DLRM's towers and interaction in `kind`. Call it once."""
     dtype = TYPES[kind]
 
@@ -87,7 +89,7 @@ class Optimizer(Protocol):
     def step(self) -> None: ...
 
 
-class Careful:
+class ScaledClippedOptimizer:
     """The optimizer's step for the dense gradients: unscaled, clipped, left out when they overflowed.
 
     Those gradients are averages over all ranks, so every rank decides alike.

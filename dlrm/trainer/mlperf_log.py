@@ -16,7 +16,7 @@ NAMES = {"dcn": "dlrm_dcnv2"}  # interaction -> benchmark; the others were MLPer
 PRECISIONS = {"off": "fp32", "bf16": "bfloat16", "fp16": "fp16"}
 
 
-class MLLog:
+class MLPerfLog:
     def __init__(self, on: bool, folder: Path | None = None) -> None:
         self._to: Any = None
         self._evaluated, self._batch = False, 0

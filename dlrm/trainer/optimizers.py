@@ -21,7 +21,7 @@ ADAGRAD_EPS = 1e-8  # MLCommons' value; torch's own default is 1e-10
 
 
 @dataclass(frozen=True)
-class Rule:
+class OptimizerRule:
     fused: type[torch.optim.Optimizer]  # what torchrec maps to fbgemm's kernel
     dense: Make  # the same rule for parameters with ordinary gradients
     uses: tuple[str, ...] = ()  # of eps, betas
@@ -29,10 +29,10 @@ class Rule:
 
 
 RULES = {
-    "sgd": Rule(torch.optim.SGD, torch.optim.SGD),
-    "adagrad": Rule(torch.optim.Adagrad, torch.optim.Adagrad, ("eps",)),
-    "rowwise_adagrad": Rule(RowWiseAdagrad, torch.optim.Adagrad, ("eps",)),
-    "adam": Rule(torch.optim.Adam, torch.optim.Adam, ("eps", "betas"), on_cpu=False),
+    "sgd": OptimizerRule(torch.optim.SGD, torch.optim.SGD),
+    "adagrad": OptimizerRule(torch.optim.Adagrad, torch.optim.Adagrad, ("eps",)),
+    "rowwise_adagrad": OptimizerRule(RowWiseAdagrad, torch.optim.Adagrad, ("eps",)),
+    "adam": OptimizerRule(torch.optim.Adam, torch.optim.Adam, ("eps", "betas"), on_cpu=False),
 }
 SPARSE = tuple(RULES)
 
@@ -57,7 +57,7 @@ class ShardedState(KeyedOptimizerWrapper):
         return found
 
 
-def _arguments(
+def _optimizer_arguments(
     name: str, lr: float, eps: float, betas: tuple[float, float], weight_decay: float
 ) -> dict[str, Any]:
     if name not in RULES:
@@ -77,7 +77,7 @@ def apply_in_backward(
     weight_decay: float = 0.0,
 ) -> None:
     """Mark the tables' parameters, before planning and sharding: the planner counts the optimizer's state."""
-    arguments = _arguments(name, lr, eps, betas, weight_decay)
+    arguments = _optimizer_arguments(name, lr, eps, betas, weight_decay)
     if device.type == "cpu" and not RULES[name].on_cpu:
         able = ", ".join(key for key, rule in RULES.items() if rule.on_cpu)
         raise UserError(
@@ -86,7 +86,7 @@ def apply_in_backward(
     apply_optimizer_in_backward(RULES[name].fused, parameters, arguments)
 
 
-def dense_optimizer(
+def make_dense_optimizer(
     model: DistributedModelParallel,
     name: str,
     lr: float,
@@ -99,7 +99,7 @@ def dense_optimizer(
     Data-parallel tables, and shards that `plan.with_gradients` made, have ordinary gradients, which
     torchrec's in-backward optimizers silently pass by: they get the same rule here, as parts of their own.
     """
-    arguments = _arguments(name, lr, eps, betas, weight_decay)
+    arguments = _optimizer_arguments(name, lr, eps, betas, weight_decay)
     rule = RULES[name]
     others = dict(in_backward_optimizer_filter(model.named_parameters()))
     replicated = {key: value for key, value in others.items() if WEIGHT.search(key)}

@@ -31,7 +31,7 @@ LARGEST = 4 << 30  # bytes of it
 WRITTEN = ("config.json", "plan.json", "results.json", METRICS)
 
 
-class Records:
+class RunFolder:
     """RUN/metrics.jsonl as it goes, JSON files whole; without a folder only words on stdout."""
 
     def __init__(

@@ -16,52 +16,52 @@ from dlrm.config import unused
 from dlrm.config.options import Config
 from dlrm.cpu import blas, startup
 from dlrm.embeddings.tables import WEIGHT
-from dlrm.models.dlrm.build import InMemory, build_model, shard
-from dlrm.models.dlrm.dataloaders import open_sets
+from dlrm.models.dlrm.build import NoSsdTables, build_model, shard_dlrm
+from dlrm.models.dlrm.dataloaders import open_datasets
 from dlrm.runtime import session, trace
 from dlrm.runtime.errors import Stopped
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, mixed_precision
-from dlrm.trainer.checkpointing import Keeper
+from dlrm.trainer.checkpointing import CheckpointManager
 from dlrm.trainer.lr_schedule import Schedule, learning_rate, set_lr
-from dlrm.trainer.metrics import Predictions
-from dlrm.trainer.mlperf_log import MLLog
-from dlrm.trainer.resume import resume
-from dlrm.trainer.run_folder import Records
+from dlrm.trainer.metrics import AurocCollector
+from dlrm.trainer.mlperf_log import MLPerfLog
+from dlrm.trainer.resume import resume_training
+from dlrm.trainer.run_folder import RunFolder
 
 
 def train(cfg: Config, here: Ranks) -> None:
     run(cfg, here, make)
 
 
-def make(cfg: Config, here: Ranks, device: torch.device, records: Records) -> "Job":
+def make(cfg: Config, here: Ranks, device: torch.device, records: RunFolder) -> "Trainer":
     """Everything that a DLRM's training needs."""
-    for line in unused.unused(cfg, device.type):
+    for line in unused.list_unused_options(cfg, device.type):
         records.warn(line)
     if cfg.run.mllog:
         records.grow("mlperf.log")
-    log = MLLog(cfg.run.mllog and here.first, records.folder)
+    log = MLPerfLog(cfg.run.mllog and here.first, records.folder)
     log.begin(cfg, here.world_size)
-    with session.together(), trace.span("startup", "data"):
-        sets = open_sets(cfg, here)
-    with session.together(), trace.span("startup", "build"):
+    with session.errors_on_all_ranks(), trace.span("startup", "data"):
+        sets = open_datasets(cfg, here)
+    with session.errors_on_all_ranks(), trace.span("startup", "build"):
         module = build_model(cfg, sets.sizes, device)
-    with session.together(), trace.span("startup", "plan"):
-        model, optimizer = shard(cfg, module, here, device, records, sets.poolings)
-    job = Job(cfg, sets, model, optimizer, records, device)
+    with session.errors_on_all_ranks(), trace.span("startup", "plan"):
+        model, optimizer = shard_dlrm(cfg, module, here, device, records, sets.poolings)
+    job = Trainer(cfg, sets, model, optimizer, records, device)
     job.log = log
     return job
 
 
-def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records], "Job"]) -> None:
+def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, RunFolder], "Trainer"]) -> None:
     """Train what `make` makes: the same course for every model."""
     startup.import_optimizers()
     begun = time.perf_counter()
-    with session.session(here, cfg.run.timeout, cfg.run.exchange) as device:
+    with session.open_session(here, cfg.run.timeout, cfg.run.exchange) as device:
         session.mark_clock("start")
         torch.backends.cuda.matmul.allow_tf32 = cfg.run.allow_tf32
-        with session.together():
-            records = open_records(cfg, here)
+        with session.errors_on_all_ranks():
+            records = open_run_folder(cfg, here)
         try:
             _run(cfg, here, make, device, records, begun)
         finally:
@@ -69,16 +69,21 @@ def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, Records
 
 
 def _run(
-    cfg: Any, here: Ranks, make: Callable[..., "Job"], device: torch.device, records: Records, begun: float
+    cfg: Any,
+    here: Ranks,
+    make: Callable[..., "Trainer"],
+    device: torch.device,
+    records: RunFolder,
+    begun: float,
 ) -> None:
     describe_launch(records, cfg, here, device)
     job = make(cfg, here, device, records)
-    keeper = Keeper(job, here)
+    keeper = CheckpointManager(job, here)
     job.hooks = keeper
-    with session.together():
+    with session.errors_on_all_ranks():
         keeper.claim()
-    resume(job, here, keeper.root)
-    with session.together():
+    resume_training(job, here, keeper.root)
+    with session.errors_on_all_ranks():
         records.describe(cfg)
         job.tiers.ready()
     ready = time.perf_counter() - begun
@@ -102,32 +107,32 @@ def _run(
     keeper.check()
 
 
-def open_records(cfg: Any, here: Ranks) -> Records:
+def open_run_folder(cfg: Any, here: Ranks) -> RunFolder:
     """The run folder, for this run alone. On the first rank; a UserError says who else writes into it, or
     what lies there that is not ours.
     """
     more = ["mlperf.log"] if getattr(cfg.run, "mllog", False) else []
-    return Records(cfg.run.output_dir, here.first, cfg.run.tensorboard, more)
+    return RunFolder(cfg.run.output_dir, here.first, cfg.run.tensorboard, more)
 
 
-def describe_launch(records: Records, cfg: Any, here: Ranks, device: torch.device) -> None:
+def describe_launch(records: RunFolder, cfg: Any, here: Ranks, device: torch.device) -> None:
     """What was asked for and where it runs."""
-    hosts = session.everyone(here.host)
+    hosts = session.gather_from_all(here.host)
     launch = {
         "world_size": here.world_size,
         "local_world_size": here.local_world_size,
         "nodes": len(set(hosts)),
         "hosts": hosts,
         "device": str(device.type),
-        "tuned": blas.tune(device),
+        "tuned": blas.tune_processor(device),
     }
     records.launch = launch
-    with session.together():
+    with session.errors_on_all_ranks():
         if records.folder and not os.path.lexists(records.folder / "config.json"):
             records.describe(cfg)
 
 
-class Sets(Protocol):
+class Datasets(Protocol):
     """What is trained on, validated and tested with."""
 
     train: Any
@@ -139,28 +144,28 @@ class Sets(Protocol):
     def close(self) -> None: ...
 
 
-class Job:
+class Trainer:
     """What is being trained, and how far it has come. Another model changes what is said to be DLRM's."""
 
     score = "auroc"
-    predictions: Callable[[], loop.Collector] = Predictions
-    log = MLLog(False)
+    predictions: Callable[[], loop.MetricCollector] = AurocCollector
+    log = MLPerfLog(False)
 
     def __init__(
         self,
         cfg: Any,
-        sets: Sets,
+        sets: Datasets,
         model: DistributedModelParallel,
         optimizer: CombinedOptimizer,
-        records: Records,
+        records: RunFolder,
         device: torch.device,
     ) -> None:
         self.cfg, self.sets, self.model, self.optimizer = cfg, sets, model, optimizer
         self.records, self.device = records, device
-        self.tiers: Any = getattr(model, "tiers", None) or InMemory()  # tables in files
+        self.tiers: Any = getattr(model, "tiers", None) or NoSsdTables()  # tables in files
         self.progress = loop.Progress(loss_scale=cfg.optim.loss_scale if cfg.optim.amp == "fp16" else 1.0)
         self.epoch_steps = len(sets.train)
-        self.meter = loop.Meter(device)
+        self.meter = loop.ThroughputMeter(device)
         self.hooks = loop.Hooks()
         self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
         self.evaluating = 0.0  # seconds
@@ -185,7 +190,7 @@ class Job:
     def cast(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
         """DLRM's dense part in mixed precision."""
         whole: Any = self.model.module
-        mixed_precision.cast(whole.model, self.device, kind, scale)
+        mixed_precision.cast_dense_part(whole.model, self.device, kind, scale)
 
     def careful(self) -> Any:
         """The optimizer, with what --amp and --grad_clip put before its step."""
@@ -197,7 +202,7 @@ class Job:
         if scale is None and optimizing.grad_clip is None:
             return self.optimizer
         dense = [weight for name, weight in self.model.named_parameters() if not WEIGHT.search(name)]
-        return mixed_precision.Careful(self.optimizer, dense, optimizing.grad_clip, scale)
+        return mixed_precision.ScaledClippedOptimizer(self.optimizer, dense, optimizing.grad_clip, scale)
 
     def fit(self) -> None:
         run = self.cfg.run
@@ -213,7 +218,7 @@ class Job:
         steps = min(run.epochs * self.epoch_steps, run.max_steps or sys.maxsize)
         self.records.begin(steps, self.progress.step, run.print_progress)
         self.log.run(self.epoch_steps)
-        good = loop.fit(
+        good = loop.run_training(
             self.pipeline, self.sets.train, self.progress, limits, self.next_lr,
             lambda: self.evaluate("val"), self.report, self.meter, self.hooks, self.log.epoch,
         )  # fmt: skip
@@ -259,8 +264,8 @@ class Job:
         """results.json: what came out, and the bytes that each rank says it read and wrote."""
         progress = self.progress
         val, test = self.results.get("val", {}), self.results.get("test", {})
-        read = session.everyone(self.sets.bytes_read() | self.tiers.bytes_read() | shards.bytes_read)
-        written = session.everyone(self.tiers.bytes_written() | shards.bytes_written)
+        read = session.gather_from_all(self.sets.bytes_read() | self.tiers.bytes_read() | shards.bytes_read)
+        written = session.gather_from_all(self.tiers.bytes_written() | shards.bytes_written)
         self.records.save(
             "results.json",
             {

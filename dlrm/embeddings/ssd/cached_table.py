@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dlrm.embeddings.ssd.row_cache import NONE, SLOT_BYTES, Admitted, Full, Looked, RowCache
-from dlrm.embeddings.ssd.row_file import BUFFERS, LARGEST, RowStore
-from dlrm.embeddings.ssd.snapshot import Later, Moment
+from dlrm.embeddings.ssd.row_cache import NONE, SLOT_BYTES, AdmissionResult, CacheFull, LookupResult, RowCache
+from dlrm.embeddings.ssd.row_file import BUFFERS, LARGEST, RowFile
+from dlrm.embeddings.ssd.snapshot import SnapshotSlice, TableSnapshot
 from dlrm.runtime.errors import UserError
 
 NO_ROWS = np.empty(0, np.int64)
@@ -23,7 +23,7 @@ COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
 
 
 @dataclass(frozen=True)
-class Table:
+class TableShare:
     name: str
     rows: int
     dim: int
@@ -36,7 +36,7 @@ class Table:
         return 4 * (self.dim + self.state) + SLOT_BYTES
 
 
-def share(tables: list[Table], budget: int) -> dict[str, int]:
+def share_budget(tables: list[TableShare], budget: int) -> dict[str, int]:
     """Slots of each table: small ones whole, what they leave goes to the others by how much they look up."""
     slots = {}
     left = budget - min(BUFFERS, budget / 4)  # a budget under 38 MB is not kept to the byte
@@ -49,11 +49,11 @@ def share(tables: list[Table], budget: int) -> dict[str, int]:
     return slots
 
 
-class Tier:
+class CachedTable:
     """One table of this rank: its file, and the rows of it that fbgemm sees."""
 
     def __init__(
-        self, table: Table, store: RowStore, weights: torch.Tensor, state: torch.Tensor | None,
+        self, table: TableShare, store: RowFile, weights: torch.Tensor, state: torch.Tensor | None,
         beside: Executor | None = None,
     ) -> None:  # fmt: skip
         self.table, self.store = table, store
@@ -63,10 +63,10 @@ class Tier:
         self.sound = store.clean  # else a killed job left rows of different moments
         self.filled = False  # from a checkpoint
         self._beside = beside  # a thread that works while batches are computed
-        self._coming: Future[tuple[Looked, np.ndarray, np.ndarray]] | None = None  # of the next batch
+        self._coming: Future[tuple[LookupResult, np.ndarray, np.ndarray]] | None = None  # of the next batch
         self._going: Future[None] | None = None  # rows of the last batch are being written
         self._read = 0  # bytes, when the last batch was here
-        self._moment: Callable[[], Moment | None] = lambda: None  # that a checkpoint reads
+        self._moment: Callable[[], TableSnapshot | None] = lambda: None  # that a checkpoint reads
 
     def admit(self, ids: np.ndarray, change: bool) -> np.ndarray:
         """The slots of these rows, which are then filled."""
@@ -74,7 +74,7 @@ class Tier:
         looked, here, values = coming.result() if coming else (None, NO_ROWS, self._values(NO_ROWS))
         try:
             new = self.cache.admit(ids, change, looked)
-        except Full as full:
+        except CacheFull as full:
             needed = full.args[0] * self.table.slot_bytes
             raise UserError(
                 f"{self.table.name}: a batch touches {full.args[0]} rows, its cache holds "
@@ -109,7 +109,7 @@ class Tier:
         if self._beside is not None:
             self._coming = self._beside.submit(self._fetch, ids)
 
-    def _fetch(self, ids: np.ndarray) -> tuple[Looked, np.ndarray, np.ndarray]:
+    def _fetch(self, ids: np.ndarray) -> tuple[LookupResult, np.ndarray, np.ndarray]:
         """On the thread, after what left was written: rows and their values, as many as there is room for."""
         store, looked = self.store, self.cache.look(ids)
         rows = looked.absent
@@ -121,7 +121,7 @@ class Tier:
             values[part] = store.get(rows[part])
         return looked, rows, values
 
-    def _release(self, new: Admitted) -> None:
+    def _release(self, new: AdmissionResult) -> None:
         """Copies of changed rows go to the file; their slots are free at once."""
         if not len(new.leaving):
             return
@@ -168,12 +168,12 @@ class Tier:
             self._write(rows, self._values(part), rows)
         self.cache.dirty.fill(0)
 
-    def moment(self) -> Moment:
+    def moment(self) -> TableSnapshot:
         """All rows as they are now, until nobody refers to it any more."""
         self.flush()
         now = self._moment()
         if now is None or not now.fresh:
-            now = Moment(self.store)
+            now = TableSnapshot(self.store)
             seen = self._moment = weakref.ref(now)
 
             def before_write(ids: np.ndarray) -> None:
@@ -200,11 +200,11 @@ class Tier:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeTable:
     """All rows of a table, weights or optimizer state, for a checkpoint. On its owner `tier` is there."""
 
-    table: Table
-    tier: Tier | None
+    table: TableShare
+    tier: CachedTable | None
     state: bool
 
     def size(self) -> torch.Size:
@@ -216,12 +216,12 @@ class Whole:
     def _columns(self) -> slice:
         return slice(self.table.dim, None) if self.state else slice(0, self.table.dim)
 
-    def copy(self) -> Iterator[Later]:
+    def copy(self) -> Iterator[SnapshotSlice]:
         """As it is now. Only changed rows are written here; a checkpoint reads the others by and by."""
         if self.tier is not None:
             shape = torch.Size([self.tier.table.rows, *self.size()[1:]])
             place = (self.tier.table.first, *[0] * (len(shape) - 1))
-            yield Later(self.tier.moment(), self._columns, shape, place)
+            yield SnapshotSlice(self.tier.moment(), self._columns, shape, place)
 
     def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int:
         """Each block by `read(offset, tensor)`; what the cache held is forgotten."""

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlrm.config.options import Plan
-from dlrm.embeddings.planner import memory_of, shapes
-from dlrm.embeddings.ssd.cached_table import Table
-from dlrm.embeddings.ssd.ssd_tables import STATE, Tiers
+from dlrm.config.options import PlanOptions
+from dlrm.embeddings.planner import memory_of_rank, table_shapes
+from dlrm.embeddings.ssd.cached_table import TableShare
+from dlrm.embeddings.ssd.ssd_tables import STATE, SsdTables
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
@@ -25,11 +25,11 @@ FILED = ("table_wise", "row_wise")  # shardings that tables in files can have
 ENDLESS = 1 << 50  # bytes that the planner is told of when tables lie in files
 FULL = 0.7  # of a rank's memory that `auto` fills with tables
 
-Wishes = dict[str, dict[str, Any]]
+Constraints = dict[str, dict[str, Any]]
 
 
-def choose(
-    asked: str, tables: list[Table], wishes: Mapping[str, Mapping[str, Any]], cuda: bool, memory: int,
+def choose_store_types(
+    asked: str, tables: list[TableShare], wishes: Mapping[str, Mapping[str, Any]], cuda: bool, memory: int,
     host: int,
 ) -> tuple[dict[str, str], str]:  # fmt: skip
     """Table -> where it lives, and why. `memory`, `host`: bytes of all ranks."""
@@ -47,13 +47,13 @@ def choose(
     return places, why
 
 
-def as_wishes(
-    tables: list[Table], places: Mapping[str, str], given: Mapping[str, Mapping[str, Any]], cuda: bool,
+def make_constraints(
+    tables: list[TableShare], places: Mapping[str, str], given: Mapping[str, Mapping[str, Any]], cuda: bool,
     budget: int, folder: Path,
-) -> Wishes:  # fmt: skip
+) -> Constraints:  # fmt: skip
     """The sharding file's wishes for every table, with what its place demands."""
     cached = sum(4 * table.rows * table.dim for table in tables if places[table.name] != MEMORY)
-    made: Wishes = {}
+    made: Constraints = {}
     for table in tables:
         place = places[table.name]
         wish = {k: v for k, v in given.get(table.name, given.get("*", {})).items() if k != "store"}
@@ -74,26 +74,26 @@ def as_wishes(
     return made
 
 
-def described(
+def describe_tables(
     shapes: Mapping[str, tuple[int, int]], optimizer: str, poolings: list[float] | None
-) -> list[Table]:
+) -> list[TableShare]:
     many = poolings or [1.0] * len(shapes)
     return [
-        Table(name, rows, dim, STATE.get(optimizer, lambda dim: dim)(dim), pooling)
+        TableShare(name, rows, dim, STATE.get(optimizer, lambda dim: dim)(dim), pooling)
         for (name, (rows, dim)), pooling in zip(shapes.items(), many, strict=True)
     ]
 
 
-def prepare(
-    wanted: Plan, module: nn.Module, here: Ranks, device: torch.device, optimizer: str, seed: int,
+def prepare_ssd_tables(
+    wanted: PlanOptions, module: nn.Module, here: Ranks, device: torch.device, optimizer: str, seed: int,
     output_dir: str | None, given: Mapping[str, Mapping[str, Any]], poolings: list[float] | None,
     say: Callable[[str], None],
-) -> tuple[Tiers | None, Mapping[str, Mapping[str, Any]]]:  # fmt: skip
+) -> tuple[SsdTables | None, Mapping[str, Mapping[str, Any]]]:  # fmt: skip
     """(the tables in files, if there are any; what the planner is to be told)."""
-    tables = described(shapes(module), optimizer, poolings)
+    tables = describe_tables(table_shapes(module), optimizer, poolings)
     cuda = device.type == "cuda"
-    memory, host = (memory_of(each, here) * here.world_size for each in (device, torch.device("cpu")))
-    places, why = choose(wanted.store_type, tables, given, cuda, memory, host)
+    memory, host = (memory_of_rank(each, here) * here.world_size for each in (device, torch.device("cpu")))
+    places, why = choose_store_types(wanted.store_type, tables, given, cuda, memory, host)
     if wanted.store_type == MEMORY and set(places.values()) == {MEMORY}:
         return None, {name: {k: v for k, v in wish.items() if k != "store"} for name, wish in given.items()}
     say(f"tables: {why}")
@@ -101,6 +101,6 @@ def prepare(
     if path is None and SSD in places.values():
         raise UserError("--store_type cached_ssd: where? give --persistent_path or --output_dir")
     budget, folder = int(wanted.cache_memory_budget_mb * 1e6), Path(path or ".").absolute()
-    wishes = as_wishes(tables, places, given, cuda, budget, folder)
+    wishes = make_constraints(tables, places, given, cuda, budget, folder)
     filed = [table for table in tables if places[table.name] == SSD and not cuda]
-    return Tiers(filed, folder, budget, optimizer, seed, say) if filed else None, wishes
+    return SsdTables(filed, folder, budget, optimizer, seed, say) if filed else None, wishes

@@ -19,12 +19,12 @@ TRIED = 8  # slots that are compared to find one that can go
 SLOT_BYTES = 8 + 4 + 4 + 1 + 1 + 1 + 16 + 16
 
 
-class Full(Exception):
+class CacheFull(Exception):
     """A batch touches more rows than there are slots: `args[0]` rows."""
 
 
 @dataclass(frozen=True)
-class Looked:
+class LookupResult:
     ids: np.ndarray
     slots: np.ndarray  # -1: not here
     left: np.ndarray  # places in `ids` of those that are not here
@@ -36,7 +36,7 @@ class Looked:
 
 
 @dataclass(frozen=True)
-class Admitted:
+class AdmissionResult:
     slots: np.ndarray  # of each id
     missing: np.ndarray  # rows to read, in ascending order
     into: np.ndarray  # their slots
@@ -74,7 +74,7 @@ class RowCache:
         self.young.fill(0)
         self.at.fill(0)
 
-    def look(self, ids: np.ndarray) -> Looked:
+    def look(self, ids: np.ndarray) -> LookupResult:
         """Which of these rows are here; true until the next `admit`. On any thread."""
         self.now += 1
         self.counted += len(ids)
@@ -86,16 +86,16 @@ class RowCache:
         count, held = _look(
             ids, self.map, self.row, self.counts, self.stamp, self.uses, self.now, slots, left
         )
-        return Looked(ids, slots, left[:count], held)
+        return LookupResult(ids, slots, left[:count], held)
 
-    def admit(self, ids: np.ndarray, change: bool, looked: Looked | None = None) -> Admitted:
+    def admit(self, ids: np.ndarray, change: bool, looked: LookupResult | None = None) -> AdmissionResult:
         """Room for all of them. `change`: they are going to be updated.
 
         Raises Full, with nothing changed that matters."""
         if looked is None or not np.array_equal(ids, looked.ids):
             looked = self.look(ids)
         if len(looked.left) + looked.held > self.slots and len(np.unique(ids)) > self.slots:
-            raise Full(len(np.unique(ids)))
+            raise CacheFull(len(np.unique(ids)))
         wanted, into, leaving = (np.empty(len(looked.left), np.int64) for _ in range(3))
         near = np.zeros(len(wanted), np.bool_)
         made = _make_room(
@@ -109,7 +109,9 @@ class RowCache:
         self.lookups += len(ids)
         self.misses += made
         self.evictions += int((leaving[:made] != NONE).sum())
-        return Admitted(looked.slots, wanted[order], into[order], leaving[gone], into[gone], near[gone])
+        return AdmissionResult(
+            looked.slots, wanted[order], into[order], leaving[gone], into[gone], near[gone]
+        )
 
     def absent(self, ids: np.ndarray) -> np.ndarray:
         """Of these rows, in ascending order, those that are not here; nothing changes."""

@@ -22,8 +22,8 @@ from common.errors import UserError
 from common.inputs import read_json_object
 from common.lock import try_lock
 from common.owned import write_whole
-from dlrm.embeddings.tables import BLOCK, fill
-from dlrm.runtime.trace import opening, sync
+from dlrm.embeddings.tables import BLOCK, fill_shard
+from dlrm.runtime.trace import opening, sync_to_disk
 
 VERSION = 1
 NEAR = 4 << 10  # rows this close are read by one call, with what lies between
@@ -33,12 +33,12 @@ LARGEST_DESCRIPTION = 1 << 30  # bytes
 BUFFERS = 4 * BLOCK + 5 * LARGEST  # bytes at their most, of all that comes and goes here
 
 
-def raw(values: np.ndarray) -> memoryview:
+def as_raw_bytes(values: np.ndarray) -> memoryview:
     whole: Any = np.ascontiguousarray(values, np.float32)
     return memoryview(whole).cast("B")
 
 
-class RowStore:
+class RowFile:
     """Rows by number. One process at a time; `close` makes it good for the next."""
 
     def __init__(
@@ -142,7 +142,9 @@ class RowStore:
         try:
             with opening:
                 write_whole(self.about, json.dumps(facts).encode(), durable=True)
-            sync(self.about.parent)  # else a power cut could bring back a description that calls it clean
+            sync_to_disk(
+                self.about.parent
+            )  # else a power cut could bring back a description that calls it clean
         except UserError as error:
             raise UserError(f"{error}: make room, or give another --persistent_path") from None
         except OSError as error:
@@ -211,7 +213,7 @@ class RowStore:
 
     def _put(self, ids: np.ndarray, values: np.ndarray) -> None:
         starts, stops = self._runs(ids, 0)
-        view, ends = raw(values), (stops * self.row_bytes).tolist()
+        view, ends = as_raw_bytes(values), (stops * self.row_bytes).tolist()
         begins = (starts * self.row_bytes).tolist()
         places = (ids[starts] * self.row_bytes).tolist()
         for begin, end, place in zip(begins, ends, places, strict=True):
@@ -279,7 +281,7 @@ class RowStore:
         # the same that a table in memory begins with; a map, because malloc would keep what is freed
         room: Any = mmap.mmap(-1, 4 * (last - first) * self.dim)
         weights = torch.frombuffer(room, dtype=torch.float32).view(last - first, self.dim)
-        fill(weights, self.first + first, 0, self.total, self.dim, self.table, self.seed, None)
+        fill_shard(weights, self.first + first, 0, self.total, self.dim, self.table, self.seed, None)
         for low, high in self.parts(block):
             values = np.zeros((high - low, self.width), np.float32)
             values[:, : self.dim] = weights[low - first : high - first].numpy()
@@ -294,7 +296,7 @@ class RowStore:
 
     def _renew(self, first: int, values: np.ndarray) -> None:
         """In pieces: what the kernel keeps as one large piece makes changing a row cost 8 us instead of 1."""
-        data = raw(values)
+        data = as_raw_bytes(values)
         for begin in range(0, len(data), PIECE):
             self._pwrite(data[begin : begin + PIECE], first * self.row_bytes + begin)
 

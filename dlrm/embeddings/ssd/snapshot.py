@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dlrm.embeddings.ssd.row_file import RowStore, raw
+from dlrm.embeddings.ssd.row_file import RowFile, as_raw_bytes
 from dlrm.runtime.errors import UserError
 
 MANY = 256  # sorted lists to search
 
 
-class Moment:
+class TableSnapshot:
     """The rows of `store` as they are now, as long as this lives."""
 
-    def __init__(self, store: RowStore) -> None:
+    def __init__(self, store: RowFile) -> None:
         self.store = store
         self.blocks = store.blocks.copy()  # the others are as they begin, whatever becomes of them
         self.fresh = True  # nothing was overwritten
@@ -46,7 +46,10 @@ class Moment:
         np.bitwise_or.at(self._seen, ids >> 3, bits)
         try:
             for begin in range(0, len(ids), self.store.few):
-                data, at = raw(self.store.get(ids[begin : begin + self.store.few])), self._count + begin
+                data, at = (
+                    as_raw_bytes(self.store.get(ids[begin : begin + self.store.few])),
+                    self._count + begin,
+                )
                 written = os.pwrite(self._aside, data, at * self.store.row_bytes)
                 if written < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -83,10 +86,10 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Later:
+class SnapshotSlice:
     """Some columns of a moment's rows: what a checkpoint takes for a tensor, read when it is written."""
 
-    moment: Moment
+    moment: TableSnapshot
     columns: slice
     shape: torch.Size
     place: tuple[int, ...]  # of its first element in the whole table
@@ -110,6 +113,6 @@ class Later:
         try:
             for block in range(len(self.moment.blocks)):
                 for rows in self.moment.pieces(block):
-                    yield raw(rows[:, self.columns])
+                    yield as_raw_bytes(rows[:, self.columns])
         except UserError as error:
             raise OSError(errno.EIO, str(error)) from None

@@ -23,9 +23,9 @@ from torchrec.distributed.types import NoWait, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from common.inputs import read_json_object
-from dlrm.embeddings.ssd.cached_table import COUNTS, Table, Tier, Whole, share
-from dlrm.embeddings.ssd.row_file import RowStore
-from dlrm.models.dlrm.model import Sparse
+from dlrm.embeddings.ssd.cached_table import COUNTS, CachedTable, TableShare, WholeTable, share_budget
+from dlrm.embeddings.ssd.row_file import RowFile
+from dlrm.models.dlrm.model import SparseArch
 from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 
@@ -37,27 +37,27 @@ STATE: dict[str, Callable[[int], int]] = {  # floats of optimizer state per row
 ENTRY = re.compile(r"embedding_bags\.([^.]+)\.weight(/momentum1)?$")
 
 
-class Tiers:
+class SsdTables:
     """The tables in files: of all ranks by name, this rank's open."""
 
     def __init__(
-        self, tables: Sequence[Table] = (), folder: Path = Path(), budget: int = 0, optimizer: str = "",
+        self, tables: Sequence[TableShare] = (), folder: Path = Path(), budget: int = 0, optimizer: str = "",
         seed: int = 0, say: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         self._say = say  # on the first rank
         self.tables = {table.name: table for table in tables}
         self.folder, self.budget, self.optimizer, self.seed = folder, budget, optimizer, seed
-        self.parts: dict[str, Table] = {}  # this rank's: whole tables, or some rows of them
-        self.mine: dict[str, Tier] = {}
+        self.parts: dict[str, TableShare] = {}  # this rank's: whole tables, or some rows of them
+        self.mine: dict[str, CachedTable] = {}
         self.others: dict[str, list[Path]] = {}  # of another sharding
-        self._of_feature: dict[str, Tier] = {}
+        self._of_feature: dict[str, CachedTable] = {}
         self._beside: ThreadPoolExecutor | None = None
         self._before, self._counted, self._step = *np.zeros((2, len(COUNTS)), np.int64), 0
 
-    def narrow(self, sparse: Sparse, plan: ShardingPlan) -> Sparse:
+    def narrow(self, sparse: SparseArch, plan: ShardingPlan) -> SparseArch:
         """Tables of as many rows as there are slots, in the model and in the plan."""
         shardings: Any = next(iter(plan.plan.values()))
-        owners: dict[int, dict[str, Table]] = {}
+        owners: dict[int, dict[str, TableShare]] = {}
         for name, table in self.tables.items():
             shards = shardings[name].sharding_spec.shards
             for shard in shards:
@@ -66,7 +66,7 @@ class Tiers:
                     pooling=table.pooling / len(shards),
                 )  # fmt: skip
                 owners.setdefault(shard.placement.rank(), {})[name] = part
-        slots = {rank: share(list(parts.values()), self.budget) for rank, parts in owners.items()}
+        slots = {rank: share_budget(list(parts.values()), self.budget) for rank, parts in owners.items()}
         self.parts = owners.get(dist.get_rank(), {})
         configs: list[EmbeddingBagConfig] = sparse.embedding_bag_collection.embedding_bag_configs()
         for config in configs:
@@ -76,7 +76,7 @@ class Tiers:
                     shard.shard_offsets[0] = config.num_embeddings
                     shard.shard_sizes[0] = slots[shard.placement.rank()][config.name]
                     config.num_embeddings += shard.shard_sizes[0]
-        return Sparse(configs, torch.device("meta"))
+        return SparseArch(configs, torch.device("meta"))
 
     def attach(self, model: Any) -> None:
         """Open the files of this rank's tables and stand before their lookups."""
@@ -108,15 +108,17 @@ class Tiers:
         for name, weights, state in zip(names, module.split_embedding_weights(), states, strict=True):
             if name in self.parts and self.parts[name].rows:
                 table = self.parts[name]
-                store = RowStore(
+                store = RowFile(
                     self.folder, name, table.rows, table.dim, table.state, self.optimizer, self.seed,
                     table.first, self.tables[name].rows,
                 )  # fmt: skip
-                self.others[name] = others(store)
+                self.others[name] = find_other_row_files(store)
                 self._beside = self._beside or ThreadPoolExecutor(
                     1, initializer=trace.name_thread, initargs=("tables",)
                 )
-                self.mine[name] = Tier(table, store, weights, state[0] if table.state else None, self._beside)
+                self.mine[name] = CachedTable(
+                    table, store, weights, state[0] if table.state else None, self._beside
+                )
         tiers = [self.mine.get(name) for name in names]
         for config, tier in zip(configs, tiers, strict=True):
             self._of_feature |= {} if tier is None else dict.fromkeys(config.feature_names, tier)
@@ -127,7 +129,9 @@ class Tiers:
 
             module.register_forward_pre_hook(remap, with_kwargs=True)
 
-    def _slots(self, tiers: list[Tier | None], ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def _slots(
+        self, tiers: list[CachedTable | None], ids: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
         change = torch.is_grad_enabled()
         bags = (len(offsets) - 1) // len(tiers)
         ends = offsets[::bags].tolist() if bags else [0] * (len(tiers) + 1)
@@ -137,9 +141,9 @@ class Tiers:
             for tier, (begin, end) in zip(tiers, pairwise(ends), strict=True):
                 if tier is not None and end > begin:
                     values[begin:end] = tier.admit(values[begin:end], change)
-        if trace.on():
+        if trace.is_tracing():
             now = self.counts()
-            for name, value in _rates(now - self._counted).items():
+            for name, value in _hit_rates(now - self._counted).items():
                 trace.counter(name, value)
             self._counted = now
         return made.to(ids.dtype)
@@ -178,14 +182,14 @@ class Tiers:
         delta = torch.from_numpy(now - self._before)
         self._before = now
         dist.all_reduce(delta)
-        return _rates(delta.numpy(), max(1, steps))
+        return _hit_rates(delta.numpy(), max(1, steps))
 
     def whole(self, name: str, value: Any) -> Any:
         """What a checkpoint is to see in place of a cache."""
         found = ENTRY.search(name)
         if found is None or found[1] not in self.tables:
             return value
-        return Whole(self.tables[found[1]], self.mine.get(found[1]), found[2] is not None)
+        return WholeTable(self.tables[found[1]], self.mine.get(found[1]), found[2] is not None)
 
     def ready(self) -> None:
         """Before the first step, once a checkpoint had its chance. A collective."""
@@ -228,7 +232,7 @@ class Tiers:
             self._beside.shutdown()
 
 
-def others(store: RowStore) -> list[Path]:
+def find_other_row_files(store: RowFile) -> list[Path]:
     """Descriptions of stores beside this one that hold some of its rows, too."""
     found = []
     for path in store.about.parent.glob(f"{store.table}.*json"):
@@ -242,7 +246,7 @@ def others(store: RowStore) -> list[Path]:
     return found
 
 
-def _rates(counts: np.ndarray, steps: int = 1) -> dict[str, float]:
+def _hit_rates(counts: np.ndarray, steps: int = 1) -> dict[str, float]:
     values: Mapping[str, int] = dict(zip(COUNTS, counts.tolist(), strict=True))
     return {
         "cache_hit_rate": 1 - values["misses"] / max(1, values["lookups"]),

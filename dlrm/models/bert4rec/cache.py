@@ -20,7 +20,7 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import check_regular, read_json_object
 from common.lock import FolderLock
 from common.owned import WorkFolders, write_whole
-from dlrm.data.npy import Counted
+from dlrm.data.npy import CountingFile
 from dlrm.runtime.trace import span
 
 MARKER, VERSION = "prepared.json", 1
@@ -29,7 +29,7 @@ TYPES = {"<i4": np.int32, "<i8": np.int64}
 KIND = WorkFolders("bert4rec", re.compile(rf"{re.escape(MARKER)}|{'|'.join(sorted(ARRAYS))}"))
 
 
-def key_of(parameters: Mapping[str, Any], source: Path | None) -> str:
+def cache_key(parameters: Mapping[str, Any], source: Path | None) -> str:
     facts: dict[str, Any] = {"version": VERSION, **parameters}
     if source is not None:
         status = source.stat()
@@ -37,7 +37,7 @@ def key_of(parameters: Mapping[str, Any], source: Path | None) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+def save_prepared(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     """Write beside, then rename: a folder under its final name is whole."""
     try:
         with os_errors_as_user_errors(folder):
@@ -71,7 +71,7 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
                     view = view[out.write(view) :]
         text = json.dumps({**facts, "arrays": described}, indent=1) + "\n"
         write_whole(partial / MARKER, text.encode())
-        if os.path.lexists(folder) and not KIND.withdraw(folder):  # an older one that `load` refused
+        if os.path.lexists(folder) and not KIND.withdraw(folder):  # an older one that `load_prepared` refused
             raise UserError(f"{printable(folder)}: cannot be replaced; move it away")
         KIND.publish(partial, folder)
     except BaseException:
@@ -79,7 +79,9 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
         raise
 
 
-def load(folder: Path, bytes_read: dict[str, int]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def load_prepared(
+    folder: Path, bytes_read: dict[str, int]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """The arrays and facts, or None where there is nothing whole."""
     try:
         facts = read_json_object(folder / MARKER)
@@ -114,7 +116,10 @@ def _array(path: Path, about: Mapping[str, Any], bytes_read: dict[str, int]) -> 
     if check_regular(path).st_size != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{path} is not whole")
     array = np.empty(shape, dtype)
-    with span("data", "read", file=str(path), bytes=array.nbytes), Counted(str(path), bytes_read) as file:
+    with (
+        span("data", "read", file=str(path), bytes=array.nbytes),
+        CountingFile(str(path), bytes_read) as file,
+    ):
         view = _bytes(array)
         while view:
             got = file.readinto(view)

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dlrm.data.batches import Batches
+from dlrm.data.batches import BatchLoader
 from dlrm.data.prefetch import Prefetcher
 from dlrm.models.bert4rec import cache, ratings
-from dlrm.models.bert4rec.model import Batch, features_of
+from dlrm.models.bert4rec.model import BertBatch, make_features
 from dlrm.models.bert4rec.options import BertConfig, BertData
-from dlrm.models.bert4rec.sequence_reader import Judging, Sequences, Training
-from dlrm.models.bert4rec.sequences import Histories, candidates, histories, negatives
-from dlrm.prep.job.progress import Progress
+from dlrm.models.bert4rec.sequence_reader import EvaluationSequences, SequenceSource, TrainingSequences
+from dlrm.models.bert4rec.sequences import Histories, count_candidates, draw_negatives, make_histories
+from dlrm.prep.job.progress import PrepProgress
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
 
@@ -28,21 +28,21 @@ CACHE = ".bert4rec"
 REACHABLE = (1, 10)  # of Recall@k
 
 
-class Prepared(NamedTuple):
+class PreparedData(NamedTuple):
     data: Histories
     negatives: np.ndarray  # int32 [users, candidates]
 
 
-class ToBatch:
+class BertCollator:
     """Rows -> what the model takes."""
 
     def __init__(self, vocabulary: int, tied: bool, pin_memory: bool) -> None:
         self.vocabulary, self.tied, self.pin_memory = vocabulary, tied, pin_memory
 
-    def __call__(self, rows: Sequences, where: Callable[[int, str], str]) -> Batch:
+    def __call__(self, rows: SequenceSource, where: Callable[[int, str], str]) -> BertBatch:
         tokens = torch.from_numpy(rows.tokens)
-        batch = Batch(
-            features_of(tokens, self.vocabulary, self.tied),
+        batch = BertBatch(
+            make_features(tokens, self.vocabulary, self.tied),
             tokens,
             torch.from_numpy(rows.labels).long(),
             None if rows.candidates is None else torch.from_numpy(rows.candidates),
@@ -51,7 +51,7 @@ class ToBatch:
 
 
 @dataclass
-class BertSets:
+class BertDatasets:
     """The three sets as this rank's batches."""
 
     data: Histories
@@ -68,50 +68,50 @@ class BertSets:
         """Nothing is open."""
 
 
-def open_sets(cfg: BertConfig, here: Ranks) -> BertSets:
+def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
     data, seed = cfg.data, cfg.run.seed or 0
     bytes_read: dict[str, int] = {}
-    known = prepare(data, seed, here, bytes_read)
+    known = prepare_data(data, seed, here, bytes_read)
     pin = data.pin_memory and torch.cuda.is_available()
-    to_batch: Any = ToBatch(known.data.vocabulary, cfg.model.output == "tied", pin)
+    to_batch: Any = BertCollator(known.data.vocabulary, cfg.model.output == "tied", pin)
     loaders = {}
     for stage in ("train", "val", "test"):
         source: Any = (
-            Training(known.data, data.max_len, data.mask_prob, data.dupe_factor, seed)
+            TrainingSequences(known.data, data.max_len, data.mask_prob, data.dupe_factor, seed)
             if stage == "train"
-            else Judging(known.data, known.negatives, data.max_len, stage)
+            else EvaluationSequences(known.data, known.negatives, data.max_len, stage)
         )
-        batches = Batches(
+        batches = BatchLoader(
             source, getattr(data, f"{stage}_batch_size"), here.rank, here.world_size, to_batch=to_batch,
             shuffle_set=stage == "train", by_rank=False, seed=seed,
         )  # fmt: skip
         loaders[stage] = Prefetcher(batches, data.prefetch_batches)
-    found = reachable(known, REACHABLE) if data.dataset_name == "markov" else {}
-    return BertSets(known.data, bytes_read, **loaders, reachable=found)
+    found = best_reachable_scores(known, REACHABLE) if data.dataset_name == "markov" else {}
+    return BertDatasets(known.data, bytes_read, **loaders, reachable=found)
 
 
-def prepare(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) -> Prepared:
+def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) -> PreparedData:
     """From the cache, or made and put there. A collective, inside `dist.together`."""
-    wanted = ratings.Wanted(data.random_user_count, data.random_item_count, data.random_size, seed)
-    path = ratings.file_of(data.dataset_name, data.dataset_path)
+    wanted = ratings.RatingsOptions(data.random_user_count, data.random_item_count, data.random_size, seed)
+    path = ratings.find_ratings_file(data.dataset_name, data.dataset_path)
     folder = cache_folder(data, seed, path)
     if folder is None:
-        return make(data, wanted, path, seed, here.first)
+        return make_data(data, wanted, path, seed, here.first)
     mine = None
-    with session.together():  # once the first has written it, or has said why not
+    with session.errors_on_all_ranks():  # once the first has written it, or has said why not
         if here.first:
-            mine = _load(folder, bytes_read)
+            mine = _load_cached(folder, bytes_read)
             if mine is None:
-                mine = make(data, wanted, path, seed, True)
+                mine = make_data(data, wanted, path, seed, True)
                 arrays = {"items": mine.data.items, "starts": mine.data.starts, "negatives": mine.negatives}
-                cache.save(folder, arrays, {"items": mine.data.item_count})
-    mine = mine or _load(folder, bytes_read)
+                cache.save_prepared(folder, arrays, {"items": mine.data.item_count})
+    mine = mine or _load_cached(folder, bytes_read)
     if mine is None:
         raise OSError(f"{folder} cannot be read on {here.host}: give a --cache_dir that all nodes share")
     return mine
 
 
-def reachable(known: Prepared, lengths: tuple[int, ...]) -> dict[str, float]:
+def best_reachable_scores(known: PreparedData, lengths: tuple[int, ...]) -> dict[str, float]:
     """The best Recall@k that can be expected on walks (`markov`): of one who knows each item's follower.
 
     Such a one puts the follower of a user's last item first, the others in any order.
@@ -145,27 +145,29 @@ def cache_folder(data: BertData, seed: int, path: Path | None) -> Path | None:
     parameters["seed"] = seed
     if path is None:
         parameters["made"] = [data.random_user_count, data.random_item_count, data.random_size]
-    return Path(root) / f"{data.dataset_name}-{cache.key_of(parameters, path)}"
+    return Path(root) / f"{data.dataset_name}-{cache.cache_key(parameters, path)}"
 
 
-def make(data: BertData, wanted: ratings.Wanted, path: Path | None, seed: int, show: bool) -> Prepared:
-    progress = Progress(3, show)
+def make_data(
+    data: BertData, wanted: ratings.RatingsOptions, path: Path | None, seed: int, show: bool
+) -> PreparedData:
+    progress = PrepProgress(3, show)
     with progress.step("ratings"):
-        raw = ratings.read(data.dataset_name, path, wanted)
+        raw = ratings.read_ratings(data.dataset_name, path, wanted)
         progress.add(rows=len(raw.user))
     with progress.step("histories"):
-        found = histories(raw, data.min_rating, data.min_user_count, data.min_item_count)
+        found = make_histories(raw, data.min_rating, data.min_user_count, data.min_item_count)
         progress.add(rows=len(found.items))
     with progress.step("negatives"):
-        count = candidates(found, data.negatives, data.default_negatives)
-        drawn = negatives(found, count, data.by_popularity, seed)
+        count = count_candidates(found, data.negatives, data.default_negatives)
+        drawn = draw_negatives(found, count, data.by_popularity, seed)
         progress.add(rows=len(drawn))
-    return Prepared(found, drawn)
+    return PreparedData(found, drawn)
 
 
-def _load(folder: Path, bytes_read: dict[str, int]) -> Prepared | None:
-    found = cache.load(folder, bytes_read)
+def _load_cached(folder: Path, bytes_read: dict[str, int]) -> PreparedData | None:
+    found = cache.load_prepared(folder, bytes_read)
     if found is None:
         return None
     arrays, facts = found
-    return Prepared(Histories(arrays["items"], arrays["starts"], facts["items"]), arrays["negatives"])
+    return PreparedData(Histories(arrays["items"], arrays["starts"], facts["items"]), arrays["negatives"])

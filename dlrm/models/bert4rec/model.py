@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
         return self.w_2(self.dropout(F.relu(self.w_1(x))))
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Norm before, dropout after, and the input added."""
 
     def __init__(self, width: int, dropout: float) -> None:
@@ -58,12 +58,15 @@ class Residual(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.attention = Attention(width, heads, dropout)
         self.feed_forward = FeedForward(width, 4 * width, dropout)
-        self.input_sublayer, self.output_sublayer = Residual(width, dropout), Residual(width, dropout)
+        self.input_sublayer, self.output_sublayer = (
+            ResidualBlock(width, dropout),
+            ResidualBlock(width, dropout),
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -73,7 +76,7 @@ class Block(nn.Module):
         return self.dropout(x)
 
 
-class History(nn.Module):
+class HistoryArch(nn.Module):
     """Item embeddings, sharded by torchrec, plus positions."""
 
     def __init__(
@@ -114,8 +117,10 @@ class BERT4Rec(nn.Module):
         self.unscale: Callable[[torch.Tensor], torch.Tensor] | None = (
             None  # gradients on their way to the table
         )
-        self.history = History(vocabulary, max_len, width, dropout, table_device)
-        self.transformer_blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(layers)])
+        self.history = HistoryArch(vocabulary, max_len, width, dropout, table_device)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(width, heads, dropout) for _ in range(layers)]
+        )
         self.out = nn.Linear(width, vocabulary)
         if tied:
             self.out.weight = None  # type: ignore[assignment]
@@ -135,7 +140,7 @@ class BERT4Rec(nn.Module):
         return x, weights
 
 
-def features_of(tokens: torch.Tensor, vocabulary: int, tied: bool) -> KeyedJaggedTensor:
+def make_features(tokens: torch.Tensor, vocabulary: int, tied: bool) -> KeyedJaggedTensor:
     """What to look up: the tokens, and for tied weights then every item once."""
     values = tokens.reshape(-1)
     if tied:
@@ -145,7 +150,7 @@ def features_of(tokens: torch.Tensor, vocabulary: int, tied: bool) -> KeyedJagge
 
 
 @dataclass
-class Batch(Pipelineable):
+class BertBatch(Pipelineable):
     """What the model takes. Without candidates: train, `labels` [rows, max_len] being the hidden items."""
 
     features: KeyedJaggedTensor
@@ -153,9 +158,9 @@ class Batch(Pipelineable):
     labels: torch.Tensor
     candidates: torch.Tensor | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "BertBatch":
         rest = (self.tokens, self.labels, self.candidates)
-        return Batch(
+        return BertBatch(
             self.features.to(device, non_blocking),
             *(None if each is None else each.to(device, non_blocking=non_blocking) for each in rest),  # type: ignore[arg-type]
         )
@@ -165,15 +170,15 @@ class Batch(Pipelineable):
             if each is not None:
                 each.record_stream(stream)  # type: ignore[arg-type]
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "BertBatch":
         rest = (self.tokens, self.labels, self.candidates)
-        return Batch(
+        return BertBatch(
             self.features.pin_memory(),
             *(None if each is None else each.pin_memory() for each in rest),  # type: ignore[arg-type]
         )
 
 
-class Train(nn.Module):
+class BERT4RecTrain(nn.Module):
     """(loss, (loss, scores, labels)): of hidden items in training, of ranked candidates in evaluation.
 
     The loss is the mean over the hidden items of all ranks' rows, so that it does not matter how the rows
@@ -219,12 +224,12 @@ class Train(nn.Module):
         return total * (ranks / hidden_items), (told, batch.labels[:, -1].detach(), batch.labels.detach())
 
 
-def ranks_of_first(scores: torch.Tensor) -> torch.Tensor:
+def rank_of_first_item(scores: torch.Tensor) -> torch.Tensor:
     """Place of each row's first candidate, the right one, among all: 0 is the top; ties go against it."""
     return (scores[:, 1:] >= scores[:, :1]).sum(dim=1)
 
 
-def ranking_sums(places: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
+def sum_ranking_metrics(places: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
     """Users, then hits at each k, then the sum of NDCG at each k: sums over ranks are sums over users."""
     gain = 1 / torch.log2(places.double() + 2)
     within = [places < k for k in ks]
@@ -233,7 +238,7 @@ def ranking_sums(places: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
     return torch.stack([gain.new_tensor(len(places)), *hits, *gains])
 
 
-class Rankings:
+class RankingMetrics:
     """Recall (which is HR, there being one right item) and NDCG over the users of all ranks."""
 
     def __init__(self, ks: Sequence[int] = KS) -> None:
@@ -243,7 +248,7 @@ class Rankings:
     def add(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None:
         # among the best 20 of 11 everything is: say nothing of that
         self.ks = tuple(k for k in self.ks if k <= LEAST or k < scores.size(1))
-        sums = ranking_sums(ranks_of_first(scores), self.ks)
+        sums = sum_ranking_metrics(rank_of_first_item(scores), self.ks)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def result(self) -> dict[str, Any]:

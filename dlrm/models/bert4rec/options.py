@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlrm.config.options import Checkpoint, Run, at_least, option
+from dlrm.config.options import CheckpointOptions, RunOptions, check_at_least, option
 from dlrm.runtime.errors import UserError
 
 PRESETS: dict[str, Callable[[], Mapping[str, Any]]] = {"toy": lambda: TOY}
@@ -20,7 +20,7 @@ TOY = {
 DATASETS = ("ml-1m", "ml-20m", "text", "random", "markov")
 
 
-def fixed(value: Any) -> Any:
+def fixed_field(value: Any) -> Any:
     """A field that is no flag here."""
     return field(default=value, init=False)
 
@@ -56,11 +56,11 @@ class BertData:
     pin_memory: bool = option(True, "copy batches to a GPU through pinned memory")
 
     def __post_init__(self) -> None:
-        at_least(
+        check_at_least(
             1, self, "max_len", "dupe_factor", "negatives", "random_user_count", "random_item_count",
             "random_size", "train_batch_size", "val_batch_size", "test_batch_size", "prefetch_batches",
         )  # fmt: skip
-        at_least(3, self, "min_user_count")
+        check_at_least(3, self, "min_user_count")
         if not 0 < self.mask_prob <= 1:
             raise UserError(f"--mask_prob {self.mask_prob}: must be above 0 and at most 1")
 
@@ -85,8 +85,8 @@ class BertModel:
     )
 
     def __post_init__(self) -> None:
-        at_least(1, self, "emb_dim", "nhead")
-        at_least(0, self, "num_layers", "dropout")
+        check_at_least(1, self, "emb_dim", "nhead")
+        check_at_least(0, self, "num_layers", "dropout")
         if self.emb_dim % self.nhead or self.emb_dim % 4:
             raise UserError(f"--emb_dim {self.emb_dim}: must be a multiple of 4 and of --nhead {self.nhead}")
         if self.dropout >= 1:
@@ -111,9 +111,9 @@ class BertOptim:
     loss_scale: float = option(1024.0, "fp16: the static scale, or the first dynamic one")
 
     def __post_init__(self) -> None:
-        at_least(0, self, "lr", "gamma", "weight_decay", "eps")
-        at_least(1, self, "decay_step")
-        at_least(1e-30, self, "grad_clip", "loss_scale")
+        check_at_least(0, self, "lr", "gamma", "weight_decay", "eps")
+        check_at_least(1, self, "decay_step")
+        check_at_least(1e-30, self, "grad_clip", "loss_scale")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class BertPlan:
 
 
 @dataclass(frozen=True)
-class BertRun(Run):
+class BertRun(RunOptions):
     """The run's flags, some under the example's names, some that mean nothing here left out."""
 
     num_epochs: int = option(100, "passes over the training set")
@@ -138,15 +138,15 @@ class BertRun(Run):
     evaluate_on_epoch_end: bool = option(True, "validate after each epoch")
     evaluate_on_training_end: bool = option(True, "test after the last epoch")
     export_root: str | None = option(None, "where the model is saved: the same as --checkpoint_dir")
-    mode: str = fixed("train")
-    epochs: int = fixed(1)
-    validation_auroc: float | None = fixed(None)
-    compile: bool = fixed(False)
-    mllog: bool = fixed(False)
+    mode: str = fixed_field("train")
+    epochs: int = fixed_field(1)
+    validation_auroc: float | None = fixed_field(None)
+    compile: bool = fixed_field(False)
+    mllog: bool = fixed_field(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(0, self, "num_epochs")
+        check_at_least(0, self, "num_epochs")
         object.__setattr__(self, "epochs", self.num_epochs)
         object.__setattr__(self, "mode", "test" if self.evaluate_only else "train")
 
@@ -158,7 +158,7 @@ class BertConfig:
     optim: BertOptim = field(default_factory=BertOptim)
     plan: BertPlan = field(default_factory=BertPlan)
     run: BertRun = field(default_factory=BertRun)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def __post_init__(self) -> None:
         if self.run.export_root and not self.checkpoint.checkpoint_dir:

@@ -23,7 +23,7 @@ class Ratings(NamedTuple):
     time: np.ndarray  # int64; equal times keep the file's order
 
 
-class Wanted(NamedTuple):
+class RatingsOptions(NamedTuple):
     """What the made data sets need to know."""
 
     users: int = 10
@@ -32,19 +32,19 @@ class Wanted(NamedTuple):
     seed: int = 0
 
 
-def movielens_1m(path: Path, _: Wanted) -> Ratings:
-    return _table(path, b"::", header=False, rated=True)
+def read_movielens_1m(path: Path, _: RatingsOptions) -> Ratings:
+    return _read_table(path, b"::", header=False, rated=True)
 
 
-def movielens_20m(path: Path, _: Wanted) -> Ratings:
-    return _table(path, b",", header=True, rated=True)
+def read_movielens_20m(path: Path, _: RatingsOptions) -> Ratings:
+    return _read_table(path, b",", header=True, rated=True)
 
 
-def text(path: Path, _: Wanted) -> Ratings:
-    return _table(path, None, header=False, rated=False)
+def read_text(path: Path, _: RatingsOptions) -> Ratings:
+    return _read_table(path, None, header=False, rated=False)
 
 
-def random(_: Path, wanted: Wanted) -> Ratings:
+def make_random(_: Path, wanted: RatingsOptions) -> Ratings:
     """Each of `size` ratings by any user on any item at any time."""
     generator = np.random.default_rng(wanted.seed)
     size = wanted.size
@@ -56,7 +56,7 @@ def random(_: Path, wanted: Wanted) -> Ratings:
     )
 
 
-def markov(_: Path, wanted: Wanted) -> Ratings:
+def make_markov(_: Path, wanted: RatingsOptions) -> Ratings:
     """Each user walks over the items: from each item on to a fixed other one in MARKOV_SURE of all steps."""
     generator = np.random.default_rng(wanted.seed)
     length = max(3, wanted.size // wanted.users)
@@ -75,24 +75,24 @@ def markov(_: Path, wanted: Wanted) -> Ratings:
 
 
 MARKOV_SURE = 0.8
-SETS: dict[str, Callable[[Path, Wanted], Ratings]] = {
-    "ml-1m": movielens_1m,
-    "ml-20m": movielens_20m,
-    "text": text,
-    "random": random,
-    "markov": markov,
+SETS: dict[str, Callable[[Path, RatingsOptions], Ratings]] = {
+    "ml-1m": read_movielens_1m,
+    "ml-20m": read_movielens_20m,
+    "text": read_text,
+    "random": make_random,
+    "markov": make_markov,
 }
 MADE = ("random", "markov")
 FILES = {"ml-1m": "ratings.dat", "ml-20m": "ratings.csv"}
 
 
-def read(name: str, path: Path | None, wanted: Wanted) -> Ratings:
-    """`path`: what `file_of` says."""
+def read_ratings(name: str, path: Path | None, wanted: RatingsOptions) -> Ratings:
+    """`path`: what `find_ratings_file` says."""
     with span("prep", "ratings", bytes=path.stat().st_size if path else 0):
         return SETS[name](path or Path(), wanted)
 
 
-def file_of(name: str, path: str | None) -> Path | None:
+def find_ratings_file(name: str, path: str | None) -> Path | None:
     """The file with the ratings; None where they are made."""
     if name in MADE:
         return None
@@ -109,7 +109,7 @@ def file_of(name: str, path: str | None) -> Path | None:
     return found
 
 
-def _table(path: Path, separator: bytes | None, header: bool, rated: bool) -> Ratings:
+def _read_table(path: Path, separator: bytes | None, header: bool, rated: bool) -> Ratings:
     """user, item[, rating][, timestamp] of every line."""
     try:
         content = path.read_bytes()

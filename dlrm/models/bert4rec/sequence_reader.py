@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dlrm.models.bert4rec.sequences import Histories, masked, to_judge, windows
+from dlrm.models.bert4rec.sequences import Histories, cut_windows, make_evaluation_sequence, mask_items
 
 
-class Sequences(NamedTuple):
+class SequenceSource(NamedTuple):
     tokens: np.ndarray  # int32 [n, max_len]
     labels: np.ndarray  # int32 [n, max_len] in training: the hidden items; else [n]: the right ones
     candidates: np.ndarray | None = None  # int32 [n, 1 + negatives], the right one first
 
-    def take(self, rows: np.ndarray) -> "Sequences":
-        return Sequences(*(None if each is None else each[rows] for each in self))  # type: ignore[arg-type]
+    def take(self, rows: np.ndarray) -> "SequenceSource":
+        return SequenceSource(*(None if each is None else each[rows] for each in self))  # type: ignore[arg-type]
 
 
-class _InMemory:
+class _InMemorySource:
     """What both sources have in common. Nothing is read after the start: `bytes_read` is the cache's."""
 
     random_access, holds, contiguous = True, False, False
@@ -29,10 +29,10 @@ class _InMemory:
         self.rows, self.batch, self.row_bytes = rows, 0, 8 * max_len
         self.bytes_read = {} if bytes_read is None else bytes_read
 
-    def take(self, rows: np.ndarray) -> Sequences:
+    def take(self, rows: np.ndarray) -> SequenceSource:
         raise NotImplementedError
 
-    def read(self, start: int, stop: int, ahead: int = 0) -> Sequences:
+    def read(self, start: int, stop: int, ahead: int = 0) -> SequenceSource:
         return self.take(np.arange(start, stop))
 
     def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
@@ -45,13 +45,13 @@ class _InMemory:
         """Nothing to close."""
 
 
-class Training(_InMemory):
+class TrainingSequences(_InMemorySource):
     def __init__(
         self, data: Histories, max_len: int, mask_prob: float, dupe_factor: int, seed: int,
         bytes_read: dict[str, int] | None = None,
     ) -> None:  # fmt: skip
         self.data, self.max_len, self.mask_prob, self.seed = data, max_len, mask_prob, seed
-        self.windows = windows(data, max_len)
+        self.windows = cut_windows(data, max_len)
         self.epoch = 0
         super().__init__(dupe_factor * len(self.windows), max_len, bytes_read)
 
@@ -59,19 +59,21 @@ class Training(_InMemory):
         """Every epoch hides other items."""
         self.epoch = epoch
 
-    def take(self, rows: np.ndarray) -> Sequences:
+    def take(self, rows: np.ndarray) -> SequenceSource:
         spans = self.windows[rows % len(self.windows)]
-        return Sequences(*masked(self.data, spans, rows, self.max_len, self.mask_prob, self.seed, self.epoch))
+        return SequenceSource(
+            *mask_items(self.data, spans, rows, self.max_len, self.mask_prob, self.seed, self.epoch)
+        )
 
 
-class Judging(_InMemory):
+class EvaluationSequences(_InMemorySource):
     def __init__(self, data: Histories, negatives: np.ndarray, max_len: int, split: str) -> None:
-        self.tokens, self.right = to_judge(data, max_len, split)
+        self.tokens, self.right = make_evaluation_sequence(data, max_len, split)
         self.negatives = negatives
         super().__init__(data.users, max_len, None)
 
-    def take(self, rows: np.ndarray) -> Sequences:
+    def take(self, rows: np.ndarray) -> SequenceSource:
         right = self.right[rows]
-        return Sequences(
+        return SequenceSource(
             self.tokens[rows], right, np.concatenate([right[:, None], self.negatives[rows]], axis=1)
         )

@@ -44,7 +44,7 @@ class Examples(NamedTuple):
     labels: np.ndarray  # int32 [rows, max_len], 0 where nothing is to be guessed
 
 
-def histories(
+def make_histories(
     ratings: Ratings, min_rating: float = 0, min_user_count: int = 5, min_item_count: int = 0
 ) -> Histories:
     """Filter (ratings, then items, then users), number items densely, sort by user and time."""
@@ -53,19 +53,19 @@ def histories(
     with span("prep", "histories"):
         keep = ratings.rating >= min_rating
         if min_item_count:
-            keep[keep] = _often(ratings.item[keep], min_item_count)
-        keep[keep] = _often(ratings.user[keep], min_user_count)
+            keep[keep] = _frequent(ratings.item[keep], min_item_count)
+        keep[keep] = _frequent(ratings.user[keep], min_user_count)
         if not keep.any():
             raise UserError("no rating is left: lower --min_rating, --min_user_count or --min_item_count")
-        users, user = _densely(ratings.user[keep])
-        items, item = _densely(ratings.item[keep])
+        users, user = _number_densely(ratings.user[keep])
+        items, item = _number_densely(ratings.item[keep])
         order = np.argsort(ratings.time[keep], kind="stable")
         order = order[np.argsort(user[order], kind="stable")]
         starts = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=users))])
         return Histories((item[order] + 1).astype(np.int32), starts, items)
 
 
-def _densely(ids: np.ndarray) -> tuple[int, np.ndarray]:
+def _number_densely(ids: np.ndarray) -> tuple[int, np.ndarray]:
     """How many different ids there are, and each one's number in their order."""
     if not len(ids):
         return 0, ids
@@ -79,13 +79,13 @@ def _densely(ids: np.ndarray) -> tuple[int, np.ndarray]:
     return int(numbers[-1]) + 1, numbers[ids - low]
 
 
-def _often(values: np.ndarray, least: int) -> np.ndarray:
+def _frequent(values: np.ndarray, least: int) -> np.ndarray:
     """True for the values that stand there at least so many times."""
-    _, numbers = _densely(values)
+    _, numbers = _number_densely(values)
     return np.bincount(numbers)[numbers] >= least
 
 
-def windows(data: Histories, max_len: int) -> np.ndarray:
+def cut_windows(data: Histories, max_len: int) -> np.ndarray:
     """[rows, 2] first and past-the-last item of each training sequence.
 
     A history longer than `max_len` gives several, from its end backwards by a tenth of the length."""
@@ -98,13 +98,13 @@ def windows(data: Histories, max_len: int) -> np.ndarray:
     return np.stack([first, np.minimum(first + max_len, end[user])], axis=1)
 
 
-def padded(data: Histories, spans: np.ndarray, max_len: int) -> np.ndarray:
+def pad_left(data: Histories, spans: np.ndarray, max_len: int) -> np.ndarray:
     """The items of each span, zeros before them."""
     position = spans[:, 1:] - max_len + np.arange(max_len)
     return np.where(position >= spans[:, :1], data.items[np.maximum(position, 0)], 0).astype(np.int32)
 
 
-def masked(
+def mask_items(
     data: Histories,
     spans: np.ndarray,
     rows: np.ndarray,
@@ -114,8 +114,8 @@ def masked(
     epoch: int,
 ) -> Examples:
     """Training examples of these spans: some items hidden or replaced, to be guessed."""
-    tokens = padded(data, spans, max_len)
-    chance, kind, other = _chances(rows, max_len, seed, epoch)
+    tokens = pad_left(data, spans, max_len)
+    chance, kind, other = _random_shares(rows, max_len, seed, epoch)
     chosen = (chance < mask_prob) & (tokens > 0)
     labels = np.where(chosen, tokens, 0).astype(np.int32)
     random_item = 1 + (other * data.item_count).astype(np.int32)
@@ -123,19 +123,19 @@ def masked(
     return Examples(np.where(chosen, hidden, tokens).astype(np.int32), labels)
 
 
-def _chances(
+def _random_shares(
     rows: np.ndarray, width: int, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Three numbers in [0, 1) for each position of each row, by hashing (splitmix64)."""
     with np.errstate(over="ignore"):
         key = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(epoch)
-        base = _mix(rows.astype(np.uint64)[:, None] + _mix(key)) + np.arange(width, dtype=np.uint64)
-        drawn = [_mix(base + np.uint64(salt) * np.uint64(0xBF58476D1CE4E5B9)) for salt in (1, 2, 3)]
+        base = _mix_bits(rows.astype(np.uint64)[:, None] + _mix_bits(key)) + np.arange(width, dtype=np.uint64)
+        drawn = [_mix_bits(base + np.uint64(salt) * np.uint64(0xBF58476D1CE4E5B9)) for salt in (1, 2, 3)]
     low, kind, other = ((each >> np.uint64(11)) / np.float64(1 << 53) for each in drawn)
     return low, kind, other
 
 
-def _mix(value: np.ndarray | np.uint64) -> np.ndarray:
+def _mix_bits(value: np.ndarray | np.uint64) -> np.ndarray:
     with np.errstate(over="ignore"):
         mixed = np.asarray(value, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -143,20 +143,20 @@ def _mix(value: np.ndarray | np.uint64) -> np.ndarray:
         return mixed ^ (mixed >> np.uint64(31))
 
 
-def to_judge(data: Histories, max_len: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+def make_evaluation_sequence(data: Histories, max_len: int, split: str) -> tuple[np.ndarray, np.ndarray]:
     """(tokens ending in the mask, the right item) of every user."""
     back = {"val": 2, "test": 1}[split]
     target = data.starts[1:] - back
     spans = np.stack([np.maximum(data.starts[:-1], target - (max_len - 1)), target], axis=1)
     tokens = np.concatenate(
-        [padded(data, spans, max_len - 1), np.full((data.users, 1), data.mask, np.int32)], axis=1
+        [pad_left(data, spans, max_len - 1), np.full((data.users, 1), data.mask, np.int32)], axis=1
     )
     return tokens, data.items[target]
 
 
-def negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np.ndarray:
+def draw_negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np.ndarray:
     """[users, count] distinct items that the user has never met, drawn alike or as often as they are met."""
-    seen = _met(data)
+    seen = _seen_items(data)
     weights = np.bincount(data.items, minlength=data.vocabulary)[1:-1].astype(float)
     bounds = np.cumsum(weights if by_popularity else np.ones(data.item_count))
     generator = np.random.default_rng([seed, 1])
@@ -176,18 +176,18 @@ def negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np
     return found
 
 
-def _met(data: Histories) -> np.ndarray:
+def _seen_items(data: Histories) -> np.ndarray:
     """user x vocabulary + item of every rating, sorted."""
     user = np.repeat(np.arange(data.users), np.diff(data.starts))
     return np.sort(user * np.int64(data.vocabulary) + data.items)
 
 
-def candidates(data: Histories, asked: int | None, default: int) -> int:
+def count_candidates(data: Histories, asked: int | None, default: int) -> int:
     """How many items to rank besides the right one: as asked, else as many up to `default` as all users
     have not met."""
     most = int(np.diff(data.starts).max())
     if data.item_count - most < (asked or default):  # else even without a look at repeated items
-        seen = _met(data)
+        seen = _seen_items(data)
         new = np.ones(len(seen), bool)
         new[1:] = seen[1:] != seen[:-1]
         most = int(np.bincount(seen[new] // data.vocabulary).max())

@@ -10,15 +10,15 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.embeddings import planner
-from dlrm.models.bert4rec.dataloaders import BertSets, open_sets
-from dlrm.models.bert4rec.model import TABLE, BERT4Rec, Rankings, Train
+from dlrm.models.bert4rec.dataloaders import BertDatasets, open_datasets
+from dlrm.models.bert4rec.model import TABLE, BERT4Rec, BERT4RecTrain, RankingMetrics
 from dlrm.models.bert4rec.options import BertConfig
-from dlrm.models.dlrm.build import tell_plan
+from dlrm.models.dlrm.build import record_plan
 from dlrm.runtime import session, trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import mixed_precision, optimizers, trainer
-from dlrm.trainer.run_folder import Records
+from dlrm.trainer.run_folder import RunFolder
 
 BOUND = 1.0  # the item embeddings begin uniform in +-1, as in the example
 WITH_GRADIENTS = ("row_wise", "table_wise")  # shardings of a table whose optimizer is not fused
@@ -30,27 +30,27 @@ def train(cfg: BertConfig, here: Ranks) -> None:
     trainer.run(cfg, here, make)
 
 
-def make(cfg: BertConfig, here: Ranks, device: torch.device, records: Records) -> "BertJob":
-    with session.together(), trace.span("startup", "data"):
-        sets = open_sets(cfg, here)
+def make(cfg: BertConfig, here: Ranks, device: torch.device, records: RunFolder) -> "BertJob":
+    with session.errors_on_all_ranks(), trace.span("startup", "data"):
+        sets = open_datasets(cfg, here)
     records.say(
         f"{sets.data.users:,} users, {sets.data.item_count:,} items, {len(sets.data.items):,} ratings, "
         f"{sets.train.batches.source.rows:,} training sequences"
     )
-    with session.together(), trace.span("startup", "build"):
+    with session.errors_on_all_ranks(), trace.span("startup", "build"):
         module = build(cfg, sets.data.vocabulary, device)
-    with session.together(), trace.span("startup", "plan"):
+    with session.errors_on_all_ranks(), trace.span("startup", "plan"):
         model, optimizer = shard(cfg, module, here, device, records)
     torch.manual_seed((cfg.run.seed or 0) * here.world_size + here.rank)  # dropout: each rank its own
     return BertJob(cfg, sets, model, optimizer, records, device)
 
 
-def build(cfg: BertConfig, vocabulary: int, device: torch.device) -> Train:
+def build(cfg: BertConfig, vocabulary: int, device: torch.device) -> BERT4RecTrain:
     """The model on this device, alike on all ranks, its table still to be made."""
     model = cfg.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed or 0)
-        module = Train(
+        module = BERT4RecTrain(
             BERT4Rec(
                 vocabulary, cfg.data.max_len, model.emb_dim, model.nhead, model.num_layers, model.dropout,
                 model.output == "tied", table_device=torch.device("meta"),
@@ -64,7 +64,7 @@ def build(cfg: BertConfig, vocabulary: int, device: torch.device) -> Train:
 
 
 def shard(
-    cfg: BertConfig, module: Train, here: Ranks, device: torch.device, records: Records
+    cfg: BertConfig, module: BERT4RecTrain, here: Ranks, device: torch.device, records: RunFolder
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     how = cfg.optim
     replicated = cfg.plan.mode == "ddp"
@@ -92,17 +92,17 @@ def shard(
                 f"choose {' or '.join(WITH_GRADIENTS)}, or another optimizer"
             )
         made = planner.with_gradients(made)
-    tell_plan(made, records, cfg.plan.print_sharding_plan)
-    model = planner.shard(module, made, device, cfg.run.seed or 0, BOUND)
-    return model, optimizers.dense_optimizer(
+    record_plan(made, records, cfg.plan.print_sharding_plan)
+    model = planner.shard_model(module, made, device, cfg.run.seed or 0, BOUND)
+    return model, optimizers.make_dense_optimizer(
         model, how.optimizer, how.lr, how.eps, weight_decay=how.weight_decay
     )
 
 
-class BertJob(trainer.Job):
+class BertJob(trainer.Trainer):
     score = "NDCG@10"
-    predictions = Rankings
-    sets: BertSets
+    predictions = RankingMetrics
+    sets: BertDatasets
 
     def make_schedule(self) -> None:
         """The rate depends on the epoch alone."""

@@ -12,16 +12,16 @@ from dlrm.config.options import Config
 from dlrm.cpu import startup
 from dlrm.data import criteo
 from dlrm.embeddings import planner
-from dlrm.embeddings.tables import table_configs
-from dlrm.models.dlrm.model import Train, build, compile_dense
+from dlrm.embeddings.tables import make_table_configs
+from dlrm.models.dlrm.model import DLRMTrain, build_dlrm, compile_dense
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import optimizers
-from dlrm.trainer.run_folder import Records
+from dlrm.trainer.run_folder import RunFolder
 
 
-def build_model(cfg: Config, sizes: list[int], device: torch.device) -> Train:
+def build_model(cfg: Config, sizes: list[int], device: torch.device) -> DLRMTrain:
     """The model on this device, its tables still to be made, their optimizer already attached."""
-    module = assemble(cfg.model, sizes, device, cfg.run.seed or 0, cfg.run.compile)
+    module = assemble_model(cfg.model, sizes, device, cfg.run.seed or 0, cfg.run.compile)
     attach_optimizer(cfg, module, device)
     return module
 
@@ -32,13 +32,13 @@ def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
     )
 
 
-def assemble(
-    model: options.Model, sizes: list[int], device: torch.device, seed: int, compiled: bool
-) -> Train:
+def assemble_model(
+    model: options.ModelOptions, sizes: list[int], device: torch.device, seed: int, compiled: bool
+) -> DLRMTrain:
     """The model as its options say."""
-    module = build(
+    module = build_dlrm(
         model.interaction_type,
-        table_configs(sizes, model.embedding_dim),
+        make_table_configs(sizes, model.embedding_dim),
         criteo.NUM_DENSE,
         model.dense_arch_layer_sizes,
         model.over_arch_layer_sizes,
@@ -55,12 +55,12 @@ def assemble(
     return module
 
 
-def shard(
+def shard_dlrm(
     cfg: Config,
     module: Any,
     here: Ranks,
     device: torch.device,
-    records: Records,
+    records: RunFolder,
     poolings: list[float] | None = None,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     wishes = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else {}
@@ -68,7 +68,7 @@ def shard(
     if cfg.plan.store_type != "device_mem" or any("store" in wish for wish in wishes.values()):
         from dlrm.embeddings.ssd import placement  # and with it numba, which takes long to import
 
-        tiers, wishes = placement.prepare(
+        tiers, wishes = placement.prepare_ssd_tables(
             cfg.plan, module, here, device, cfg.optim.name, cfg.run.seed or 0, cfg.run.output_dir, wishes,
             poolings, records.say,
         )  # fmt: skip
@@ -76,18 +76,20 @@ def shard(
             records.claim(tiers.folder, "training with tables in it")
         memory = placement.ENDLESS if tiers else None
     made = planner.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings, memory)
-    tell_plan(made, records, cfg.plan.print_sharding_plan)
+    record_plan(made, records, cfg.plan.print_sharding_plan)
     if tiers:
         module.model.sparse_arch = tiers.narrow(module.model.sparse_arch, made)
         attach_optimizer(cfg, module, device)
     with startup.unfilled():
-        model = planner.shard(module, made, device, cfg.run.seed or 0)
+        model = planner.shard_model(module, made, device, cfg.run.seed or 0)
     if tiers:
         tiers.attach(model)
-    return model, optimizers.dense_optimizer(model, cfg.optim.name, cfg.optim.learning_rate, cfg.optim.eps)
+    return model, optimizers.make_dense_optimizer(
+        model, cfg.optim.name, cfg.optim.learning_rate, cfg.optim.eps
+    )
 
 
-class InMemory:
+class NoSsdTables:
     """In the place of `tiers.Tiers` where no table lies in a file."""
 
     def ready(self) -> None: ...
@@ -106,7 +108,7 @@ class InMemory:
     def close(self) -> None: ...
 
 
-def tell_plan(made: ShardingPlan, records: Records, show: bool) -> None:
+def record_plan(made: ShardingPlan, records: RunFolder, show: bool) -> None:
     records.save("plan.json", planner.plan_as_dict(made))
     if show:
-        records.say(planner.describe(made))
+        records.say(planner.describe_plan(made))

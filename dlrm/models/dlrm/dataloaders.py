@@ -11,12 +11,12 @@ from torchrec.datasets.utils import Batch
 
 from dlrm.config.options import Config
 from dlrm.data import criteo
-from dlrm.data.batches import Batches
-from dlrm.data.collate import ToBatch
-from dlrm.data.multihot import MultiHot
+from dlrm.data.batches import BatchLoader
+from dlrm.data.collate import BatchCollator
+from dlrm.data.multihot import MultiHotMaker
 from dlrm.data.prefetch import Prefetcher
-from dlrm.data.readers import open_source, recognised, scan
-from dlrm.data.rows import Source
+from dlrm.data.readers import detect_format, open_source, scan_dataset
+from dlrm.data.rows import RowSource
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
@@ -24,7 +24,7 @@ KAGGLE, KAGGLE_DAYS = "criteo_kaggle", (1, 7)
 RANDOM_BATCHES = 10  # of a set, when the data is random and no limit is given
 
 
-class Frequencies:
+class IdFrequencies:
     """How often each id was looked up, before and after one id became several (training only)."""
 
     def __init__(self, sizes: list[int], folder: str, name: str) -> None:
@@ -50,7 +50,7 @@ class Frequencies:
             np.savez(self.folder / f"stats_{when}_hash_{self.name}.npz", **arrays)  # type: ignore[arg-type]
 
 
-class Watched:
+class ObservedLoader:
     """Shows every batch given to training to `look`, else is the loader itself."""
 
     def __init__(self, loader: Prefetcher, look: Callable[[Batch], None]) -> None:
@@ -69,16 +69,16 @@ class Watched:
 
 
 @dataclass
-class Sets:
+class Datasets:
     """The three sets as this rank's batches."""
 
     sizes: list[int]  # rows per table
     poolings: list[float] | None  # ids per row and table, when not one each
-    sources: list[Source]
+    sources: list[RowSource]
     train: Prefetcher
     val: Prefetcher
     test: Prefetcher
-    frequencies: Frequencies | None = None
+    frequencies: IdFrequencies | None = None
 
     def bytes_read(self) -> dict[str, int]:
         return {path: count for source in self.sources for path, count in source.bytes_read.items()}
@@ -90,7 +90,7 @@ class Sets:
             self.frequencies.save()
 
 
-def check_name(name: str, folder: str | None, layout: Any) -> None:
+def check_dataset_name(name: str, folder: str | None, layout: Any) -> None:
     """The files themselves say what they are; a name that they contradict is a mistake."""
     parts: dict[str, Any] = getattr(layout, "parts", {})  # Parquet has subsets in place of days
     days = len(parts.get("dense", [])) if folder else 0
@@ -101,20 +101,20 @@ def check_name(name: str, folder: str | None, layout: Any) -> None:
         )
 
 
-def open_sets(cfg: Config, here: Ranks) -> Sets:
+def open_datasets(cfg: Config, here: Ranks) -> Datasets:
     data, seed = cfg.data, cfg.run.seed or 0
-    sizes, fold = criteo.table_sizes(
+    sizes, fold = criteo.choose_table_sizes(
         cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder
     )
     distribution = data.multi_hot_distribution_type or "uniform"
     hots = data.multi_hot_sizes
-    widen = MultiHot(sizes, hots, distribution) if hots else None
+    widen = MultiHotMaker(sizes, hots, distribution) if hots else None
     pin = data.pin_memory and torch.cuda.is_available()
-    to_batch = ToBatch(sizes, fold, pin, widen)
+    to_batch = BatchCollator(sizes, fold, pin, widen)
     named = data.source == "memory"  # Parquet is not read for somebody who asks for .npy files in memory
-    kind = data.kind if named else recognised(data.kind, data.folder)
-    layout = scan(kind, data.folder or "")
-    check_name(data.dataset_name, data.folder, layout)
+    kind = data.kind if named else detect_format(data.kind, data.folder)
+    layout = scan_dataset(kind, data.folder or "")
+    check_dataset_name(data.dataset_name, data.folder, layout)
     if kind == "multi_hot":
         hots = tuple(layout.parts[str(feature)][0].columns for feature in range(len(sizes)))
     sources, loaders = [], {}
@@ -129,7 +129,7 @@ def open_sets(cfg: Config, here: Ranks) -> Sets:
             read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes, seed=seed,
         )  # fmt: skip
         training = stage == "train"
-        batches = Batches(
+        batches = BatchLoader(
             source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,
             drop_last=training and data.drop_last_training_batch,
             shuffle_batches=training and data.shuffle_batches,
@@ -145,8 +145,8 @@ def open_sets(cfg: Config, here: Ranks) -> Sets:
         loaders[stage] = Prefetcher(batches, data.prefetch_batches)
     frequencies = None
     if data.collect_multi_hot_freqs_stats and hots:
-        frequencies = Frequencies(sizes, cfg.run.output_dir or ".", f"{here.rank}_{distribution}")
-        loaders["train"] = Watched(loaders["train"], frequencies.count)
-    return Sets(
+        frequencies = IdFrequencies(sizes, cfg.run.output_dir or ".", f"{here.rank}_{distribution}")
+        loaders["train"] = ObservedLoader(loaders["train"], frequencies.count)
+    return Datasets(
         sizes, [float(k) for k in hots] if hots else None, sources, **loaders, frequencies=frequencies
     )

@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from dlrm.models.dlrm.mlp import Tower
+from dlrm.models.dlrm.mlp import DenseArch
 from dlrm.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Shape:
+class InteractionConfig:
     """Everything an interaction needs to know of the model around it."""
 
     names: Sequence[str]  # features, in the tables' order
@@ -37,7 +37,7 @@ class Shape:
         return self.dense + sum(self.dims)
 
 
-class Order(NamedTuple):
+class PairOrder(NamedTuple):
     """Which column is whose, for one order of the tables' columns."""
 
     take: torch.Tensor  # of the flat Z Z^T, in the order of the pairs
@@ -53,7 +53,7 @@ class PairDots(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dense: torch.Tensor, sparse: torch.Tensor, order: Order) -> torch.Tensor:
+    def forward(ctx: Any, dense: torch.Tensor, sparse: torch.Tensor, order: PairOrder) -> torch.Tensor:
         batch, dim = dense.shape
         ctx.types, ctx.order, work = (dense.dtype, sparse.dtype), order, dense
         if torch.is_autocast_enabled(dense.device.type):
@@ -80,10 +80,10 @@ class PairDots(torch.autograd.Function):
         return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None
 
 
-class Dot(nn.Module):
+class InteractionArch(nn.Module):
     """The original DLRM: torchrec's InteractionArch; with `self_interaction` each embedding by itself too."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: InteractionConfig) -> None:
         super().__init__()
         wrong = [f"{n} {d}" for n, d in zip(shape.names, shape.dims, strict=True) if d != shape.dense]
         if wrong:
@@ -95,7 +95,7 @@ class Dot(nn.Module):
         self.names, self.dim, self.diagonal = list(shape.names), shape.dense, shape.self_interaction
         entries = len(self.names) + 1
         self.out_features = self.dim + entries * (entries - 1) // 2 + entries * self.diagonal
-        self._orders: dict[tuple[str, ...], Order] = {}
+        self._orders: dict[tuple[str, ...], PairOrder] = {}
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
         values = sparse_features.values()
@@ -104,20 +104,20 @@ class Dot(nn.Module):
             self._orders[keys] = self._order(keys, values.device)
         return PairDots.apply(dense_features, values, self._orders[keys])  # type: ignore[return-value]
 
-    def _order(self, keys: tuple[str, ...], device: torch.device) -> Order:
+    def _order(self, keys: tuple[str, ...], device: torch.device) -> PairOrder:
         place = torch.tensor([0] + [1 + keys.index(name) for name in self.names])
         n = len(place)
         first, second = torch.triu_indices(n, n, offset=int(not self.diagonal))
         row, column = place[first], place[second]
         spread = torch.zeros(n, n, dtype=torch.int64)
         spread[row, column] = spread[column, row] = self.dim + torch.arange(len(row))
-        return Order((row * n + column).to(device), spread.view(-1).to(device), self.diagonal)
+        return PairOrder((row * n + column).to(device), spread.view(-1).to(device), self.diagonal)
 
 
-class Flat(nn.Module):
+class ConcatArch(nn.Module):
     """Dense features and all embeddings side by side (NVIDIA's `cat`)."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: InteractionConfig) -> None:
         super().__init__()
         self.names = list(shape.names)
         self.out_features = shape.flat
@@ -130,10 +130,10 @@ class Flat(nn.Module):
         return torch.cat([dense_features, *columns], dim=1)
 
 
-class Cross(Flat):
+class InteractionDCNArch(ConcatArch):
     """DCN-v2 with low-rank kernels: torchrec's InteractionDCNArch."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: InteractionConfig) -> None:
         super().__init__(shape)
         self.crossnet = LowRankCrossNet(shape.flat, shape.dcn_layers, shape.dcn_rank).to(shape.device)
 
@@ -141,10 +141,10 @@ class Cross(Flat):
         return self.crossnet(super().forward(dense_features, sparse_features))
 
 
-class Projection(Flat):
+class InteractionProjectionArch(ConcatArch):
     """Dot products of two MLPs' outputs: torchrec's InteractionProjectionArch."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: InteractionConfig) -> None:
         super().__init__(shape)
         for option, layers in (("branch1", shape.branch1), ("branch2", shape.branch2)):
             if not layers or layers[-1] % shape.dense:
@@ -153,8 +153,8 @@ class Projection(Flat):
                     f"of the dense tower's last layer, {shape.dense}"
                 )
         self.dim = shape.dense
-        self.interaction_branch1 = Tower(shape.flat, shape.branch1, shape.device)
-        self.interaction_branch2 = Tower(shape.flat, shape.branch2, shape.device)
+        self.interaction_branch1 = DenseArch(shape.flat, shape.branch1, shape.device)
+        self.interaction_branch2 = DenseArch(shape.flat, shape.branch2, shape.device)
         pairs = (shape.branch1[-1] // self.dim) * (shape.branch2[-1] // self.dim)
         self.out_features = self.dim + pairs
 
@@ -166,10 +166,10 @@ class Projection(Flat):
         return torch.cat((dense_features, torch.bmm(left, right).reshape(batch, -1)), dim=1)
 
 
-INTERACTIONS: dict[str, Callable[[Shape], nn.Module]] = {
-    "original": Dot,
-    "dot": Dot,
-    "dcn": Cross,
-    "projection": Projection,
-    "cat": Flat,
+INTERACTIONS: dict[str, Callable[[InteractionConfig], nn.Module]] = {
+    "original": InteractionArch,
+    "dot": InteractionArch,
+    "dcn": InteractionDCNArch,
+    "projection": InteractionProjectionArch,
+    "cat": ConcatArch,
 }

@@ -11,7 +11,7 @@ from torchrec.modules.mlp import MLP
 from dlrm.cpu import blas
 
 
-class Chain(torch.autograd.Function):
+class LinearReluChain(torch.autograd.Function):
     """Linear layers with a ReLU after each (after the last one only if `last`): what autograd would compute,
     in place. Takes weight and bias of each layer, layer after layer.
     """
@@ -46,19 +46,19 @@ class Chain(torch.autograd.Function):
         return None, passed, *reversed(found)
 
 
-def chained(features: torch.Tensor, linears: Sequence[nn.Linear], last: bool) -> torch.Tensor | None:
-    """The layers' output by `Chain`; nothing where torch's own way is better, or told to do otherwise."""
-    if not blas.plain(features):
+def apply_chain(features: torch.Tensor, linears: Sequence[nn.Linear], last: bool) -> torch.Tensor | None:
+    """The layers' output by `LinearReluChain`; nothing where torch's own way is better, or told to do otherwise."""
+    if not blas.is_plain_float32(features):
         return None
     parameters = [each for linear in linears for each in (linear.weight, linear.bias)]
-    return Chain.apply(last, features, *parameters)  # type: ignore[return-value]
+    return LinearReluChain.apply(last, features, *parameters)  # type: ignore[return-value]
 
 
-def linears(module: nn.Module) -> list[nn.Linear]:
+def linear_layers(module: nn.Module) -> list[nn.Linear]:
     return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
-class Tower(nn.Module):
+class DenseArch(nn.Module):
     """A ReLU MLP under the name that torchrec gives it."""
 
     def __init__(self, inputs: int, layers: Sequence[int], device: torch.device | None = None) -> None:
@@ -66,11 +66,11 @@ class Tower(nn.Module):
         self.model = MLP(inputs, list(layers), bias=True, activation="relu", device=device)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        out = chained(features, linears(self.model), last=True)
+        out = apply_chain(features, linear_layers(self.model), last=True)
         return self.model(features) if out is None else out
 
 
-class Over(nn.Module):
+class OverArch(nn.Module):
     """A ReLU MLP whose last layer is linear."""
 
     def __init__(self, inputs: int, layers: Sequence[int], device: torch.device | None) -> None:
@@ -82,5 +82,5 @@ class Over(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        out = chained(features, linears(self.model), last=False)
+        out = apply_chain(features, linear_layers(self.model), last=False)
         return self.model(features) if out is None else out

@@ -16,15 +16,15 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dlrm.cpu import startup
-from dlrm.embeddings.tables import initialise
-from dlrm.models.dlrm.interactions import INTERACTIONS, Shape
-from dlrm.models.dlrm.mlp import Over, Tower
+from dlrm.embeddings.tables import initialize_tables
+from dlrm.models.dlrm.interactions import INTERACTIONS, InteractionConfig
+from dlrm.models.dlrm.mlp import DenseArch, OverArch
 from dlrm.runtime.errors import UserError
 
 Output = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-class Sparse(nn.Module):
+class SparseArch(nn.Module):
     def __init__(self, tables: Sequence[EmbeddingBagConfig], device: torch.device) -> None:
         super().__init__()
         self.embedding_bag_collection = EmbeddingBagCollection(tables=list(tables), device=device)
@@ -45,7 +45,7 @@ class DLRM(nn.Module):
         return self.over_arch(self.inter_arch(self.dense_arch(dense_features), embedded))
 
 
-class Train(nn.Module):
+class DLRMTrain(nn.Module):
     """(loss, (loss, logits, labels)) of a batch, as torchrec's pipelines expect from their model."""
 
     def __init__(self, model: DLRM) -> None:
@@ -58,7 +58,7 @@ class Train(nn.Module):
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
 
 
-def build(
+def build_dlrm(
     interaction: str,
     tables: Sequence[EmbeddingBagConfig],
     dense_in: int,
@@ -73,7 +73,7 @@ def build(
     table_device: torch.device | None = None,
     seed: int = 0,
     init: str = "torch",
-) -> Train:
+) -> DLRMTrain:
     """The whole model; tables on the meta device unless told, for `plan.shard` to make and fill."""
     if interaction not in INTERACTIONS:
         raise UserError(f"--interaction_type {interaction} is unknown; choose from {', '.join(INTERACTIONS)}")
@@ -84,26 +84,26 @@ def build(
             raise UserError(f"--{option}_arch_layer_sizes: {list(layers)}: give positive sizes")
     if over_layers[-1] != 1:
         raise UserError(f"--over_arch_layer_sizes: the last must be 1, the logit, not {over_layers[-1]}")
-    shape = Shape(
+    shape = InteractionConfig(
         [config.feature_names[0] for config in tables],
         [config.embedding_dim for config in tables],
         dense_layers[-1], dcn_layers, dcn_rank, branch1, branch2, self_interaction,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # on the CPU, whatever the device: the same model everywhere
         torch.manual_seed(seed)
-        dense = Tower(dense_in, dense_layers)
+        dense = DenseArch(dense_in, dense_layers)
         inter = INTERACTIONS[interaction](shape)
-        over = Over(int(inter.out_features), over_layers, None)  # type: ignore[arg-type]
+        over = OverArch(int(inter.out_features), over_layers, None)  # type: ignore[arg-type]
         for part in (dense, inter, over):
             INITS[init](part)
             part.to(dense_device)
     with startup.unfilled():
-        sparse = Sparse(tables, table_device or torch.device("meta"))
-    initialise(sparse, seed)
-    return Train(DLRM(sparse, dense, inter, over))
+        sparse = SparseArch(tables, table_device or torch.device("meta"))
+    initialize_tables(sparse, seed)
+    return DLRMTrain(DLRM(sparse, dense, inter, over))
 
 
-def _paper(module: nn.Module) -> None:
+def _initialize_as_in_paper(module: nn.Module) -> None:
     """The DLRM paper's code: weights normal(0, 2 / (in + out)), biases normal(0, 1 / out) by variance."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -111,7 +111,10 @@ def _paper(module: nn.Module) -> None:
             nn.init.normal_(part.bias, std=math.sqrt(1 / part.out_features))
 
 
-INITS = {"torch": lambda module: None, "paper": _paper}  # torch: what torchrec's and MLCommons' DLRM have
+INITS = {
+    "torch": lambda module: None,
+    "paper": _initialize_as_in_paper,
+}  # torch: what torchrec's and MLCommons' DLRM have
 
 
 def compile_dense(model: DLRM, mode: str = "default") -> None:

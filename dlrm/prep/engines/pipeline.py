@@ -20,29 +20,29 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import META, NUM_SPARSE, Meta
+from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta
 from dlrm.prep.io import inputs as sources
 from dlrm.prep.io import publish
 from dlrm.prep.io.files import size_text
 from dlrm.prep.io.folders import Folders, Output, discard
 from dlrm.prep.io.inputs import Stamps
 from dlrm.prep.io.spill import RECORD_BYTES
-from dlrm.prep.job.options import Options
-from dlrm.prep.job.progress import Progress
-from dlrm.prep.job.workers import Team
+from dlrm.prep.job.options import PrepOptions
+from dlrm.prep.job.progress import PrepProgress
+from dlrm.prep.job.workers import Workers
 from dlrm.prep.steps import assign_ids, parse, permute, unpack
 from dlrm.prep.steps.place import Placer, load_maps, translate_piece
-from dlrm.prep.steps.plan import LAYOUT, STATE, Work
+from dlrm.prep.steps.plan import LAYOUT, STATE, PrepPlan
 from dlrm.runtime import trace
 
 STEPS = 8
 
 
-def run(options: Options, team: Team) -> None:
-    found = team.first_gives(lambda: sources.find(options.input_dir, options.dataset))
+def run(options: PrepOptions, team: Workers) -> None:
+    found = team.first_gives(lambda: sources.find_inputs(options.input_dir, options.dataset))
     stamps = team.first_gives(lambda: Stamps(source.path for source in found))
     output = Output("run", options.output_dir, options.tmp_dir, team.first_does)
-    if team.first_gives(lambda: finished(options, stamps)):
+    if team.first_gives(lambda: is_finished(options, stamps)):
         if team.first:
             clear_left_behind(options, output)
             print(f"{printable(options.output_dir)}: complete, made with the same parameters; nothing to do")
@@ -55,7 +55,7 @@ def run(options: Options, team: Team) -> None:
         team.first_does(lambda: None if options.keep_tmp else output.clear())
 
 
-def key_of(options: Options, stamps: Stamps) -> dict[str, Any]:
+def key_of(options: PrepOptions, stamps: Stamps) -> dict[str, Any]:
     """What intermediate files were made with: others are not gone on with."""
     return {
         "layout": LAYOUT, "engine": options.engine, "parameters": options.parameters(),
@@ -63,7 +63,7 @@ def key_of(options: Options, stamps: Stamps) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def clear_left_behind(options: Options, output: Output) -> None:
+def clear_left_behind(options: PrepOptions, output: Output) -> None:
     """Of a run that was killed between its last word and its end; not where another one is at work."""
     if not options.keep_tmp and output.left_behind():
         with contextlib.suppress(UserError), output:
@@ -71,25 +71,25 @@ def clear_left_behind(options: Options, output: Output) -> None:
 
 
 def transform_and_publish(
-    options: Options, team: Team, found: list[sources.Source], stamps: Stamps, folders: Folders
+    options: PrepOptions, team: Workers, found: list[sources.InputFile], stamps: Stamps, folders: Folders
 ) -> None:
-    progress = Progress(STEPS, team.first, team.size)
-    work = Work(options, found, [unpack.text_of(source, folders.work) for source in found], folders)
+    progress = PrepProgress(STEPS, team.first, team.size)
+    work = PrepPlan(options, found, [unpack.text_path(source, folders.work) for source in found], folders)
     if any(source.packed for source in found):
         size = sum(taken[1] for source, taken in zip(found, stamps.taken, strict=True) if source.packed)
         with progress.step("unpack", bytes=size // team.size):
-            team.each(found, lambda source: unpack.unpack(source, folders.work, progress))
+            team.each(found, lambda source: unpack.unpack_file(source, folders.work, progress))
     else:
         progress.skip("unpack", "no .gz files")
     team.first_does(lambda: None if (work.folder / STATE).exists() else work.cut(team.size))
     work.read_plan()
     if not work.path("publish").exists():
-        transform(work, team, stamps, progress)
+        transform_rows(work, team, stamps, progress)
     with progress.step("publish"):
-        seal(work, team, stamps, progress)
+        publish_dataset(work, team, stamps, progress)
 
 
-def transform(work: Work, team: Team, stamps: Stamps, progress: Progress) -> None:
+def transform_rows(work: PrepPlan, team: Workers, stamps: Stamps, progress: PrepProgress) -> None:
     """Everything between the text and the finished, not yet published, files."""
     options, pieces = work.options, range(len(work.pieces))
     size = sum(piece.end - piece.begin for piece in work.pieces) // team.size
@@ -106,7 +106,7 @@ def transform(work: Work, team: Team, stamps: Stamps, progress: Progress) -> Non
     else:
         progress.skip("permute", "done before" if work.moved else "nothing to shuffle")
     with progress.step("parse", bytes=size):
-        team.each(range(len(work.lanes)), parse.Parser(work, progress).lane)
+        team.each(range(len(work.lanes)), parse.LaneParser(work, progress).lane)
     team.first_does(lambda: stamps.check())
     team.first_does(lambda: work.check_ranges())
     sizes = work.vocab_sizes()
@@ -116,10 +116,10 @@ def transform(work: Work, team: Team, stamps: Stamps, progress: Progress) -> Non
             team.each(largest_first, lambda column: assign_ids.merge_column(work, sizes, column, progress))
     else:
         progress.skip("ids", "raw ids are kept")
-    place(work, team, sizes, progress)
+    place_rows(work, team, sizes, progress)
 
 
-def place(work: Work, team: Team, sizes: np.ndarray, progress: Progress) -> None:
+def place_rows(work: PrepPlan, team: Workers, sizes: np.ndarray, progress: PrepProgress) -> None:
     options, maps = work.options, None
     if not options.contiguous or 4 * int(sizes.sum()) <= options.map_bytes:
         progress.skip("translate", "done while rows are placed" if options.contiguous else "raw ids are kept")
@@ -131,23 +131,23 @@ def place(work: Work, team: Team, sizes: np.ndarray, progress: Progress) -> None
     team.first_does(lambda: MAKE[options.format](work))
     placer = PLACERS[options.format]()(work, maps, progress)
     with progress.step("place", rows=work.rows // team.size):
-        team.each(apart(work.bucket_count, team.size * team.workers), placer.bucket)
+        team.each(spread_apart(work.bucket_count, team.size * team.workers), placer.bucket)
         placer.close()
 
 
-def apart(count: int, workers: int) -> list[int]:
+def spread_apart(count: int, workers: int) -> list[int]:
     """Numbers in such an order that workers who take turns are in different stretches: of different files."""
     stretch = -(-count // workers)
     turns = (worker * stretch + turn for turn in range(stretch) for worker in range(workers))
     return [number for number in turns if number < count]
 
 
-def make_files(work: Work) -> None:
+def make_files(work: PrepPlan) -> None:
     if publish.allocate(work.folders.made, work.options, work.made):
         discard(work.folder, "bucket_*.done")
 
 
-def make_parquet(work: Work) -> None:
+def make_parquet(work: PrepPlan) -> None:
     from dlrm.prep.steps.place_parquet import make_folders  # pyarrow takes a while to import
 
     make_folders(work)
@@ -159,26 +159,26 @@ def parquet_placer() -> type[Placer]:
     return ParquetPlacer
 
 
-def parquet_names(work: Work) -> list[str]:
-    from dlrm.prep.steps.place_parquet import names, write_sizes
+def parquet_names(work: PrepPlan) -> list[str]:
+    from dlrm.prep.steps.place_parquet import list_names, write_sizes
 
-    sizes = work.kept() if work.options.mod_idx else publish.table_sizes(work.last_ids(), work.options)
+    sizes = work.kept() if work.options.mod_idx else publish.sizes_of_tables(work.last_ids(), work.options)
     write_sizes(work, sizes)
-    return names(work)
+    return list_names(work)
 
 
 MAKE = {"npy": make_files, "parquet": make_parquet}
 PLACERS = {"npy": lambda: Placer, "parquet": parquet_placer}
 EXTRA = {"npy": [], "parquet": ["README.md"]}  # without a digest
-NAMES = {"npy": lambda work: list(publish.files(work.made, work.options)), "parquet": parquet_names}
+NAMES = {"npy": lambda work: list(publish.list_arrays(work.made, work.options)), "parquet": parquet_names}
 
 
-def check_space(work: Work) -> None:
+def check_space(work: PrepPlan) -> None:
     """Refuse to begin what the disk cannot hold."""
     options = work.options
     out = sum(
         publish.HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
-        for shape, dtype in publish.files(work.made, options).values()
+        for shape, dtype in publish.list_arrays(work.made, options).values()
     )
     spilled = work.rows * RECORD_BYTES + work.moved * 24
     needs = [([work.folders.made], out), ([work.folder], spilled)]
@@ -200,7 +200,7 @@ def check_space(work: Work) -> None:
             )
 
 
-def record(work: Work) -> None:
+def record_names(work: PrepPlan) -> None:
     """All rows are in place: what there is to publish."""
     if not work.path("publish").exists():
         discard(work.folder, "md5_*.json")
@@ -209,11 +209,11 @@ def record(work: Work) -> None:
         work.save(work.path("publish"), values)
 
 
-def seal(work: Work, team: Team, stamps: Stamps, progress: Progress) -> None:
-    team.first_does(lambda: record(work))
+def publish_dataset(work: PrepPlan, team: Workers, stamps: Stamps, progress: PrepProgress) -> None:
+    team.first_does(lambda: record_names(work))
     names = work.load(work.path("publish"))["files"]
     with ThreadPoolExecutor(2) as pool:  # each machine writes back what it wrote while digests are made
-        written = pool.submit(publish.sync_all, work.folders, names)
+        written = pool.submit(publish.sync_files, work.folders, names)
         if team.first and not work.options.keep_tmp:
             pool.submit(work.discard)
         digest(work, team, names)
@@ -221,11 +221,11 @@ def seal(work: Work, team: Team, stamps: Stamps, progress: Progress) -> None:
     team.first_does(lambda: finish(work, stamps, progress))
 
 
-def digests_so_far(work: Work) -> dict[str, str]:
+def digests_so_far(work: PrepPlan) -> dict[str, str]:
     return {name: md5 for path in work.folder.glob("md5_*.json") for name, md5 in work.load(path).items()}
 
 
-def digest(work: Work, team: Team, names: list[str]) -> None:
+def digest(work: PrepPlan, team: Workers, names: list[str]) -> None:
     """md5 of every file; a group of files for every thread of every rank."""
     if not work.options.md5:
         return
@@ -242,24 +242,24 @@ def digest(work: Work, team: Team, names: list[str]) -> None:
     team.each(groups, one)
 
 
-def finish(work: Work, stamps: Stamps, progress: Progress) -> None:
+def finish(work: PrepPlan, stamps: Stamps, progress: PrepProgress) -> None:
     options, values = work.options, work.load(work.path("publish"))
     for count, example in values["skipped"]:
         progress.say(f"skipped {count} bad rows, the first: {example}")
-    meta = publish.describe(options, values["rows"], values["last"], inputs=stamps.recorded())
+    meta = publish.make_meta(options, values["rows"], values["last"], inputs=stamps.recorded())
     if options.md5:
         found = digests_so_far(work)
         meta.md5.update({name: found[name] for name in values["files"]})
     publish.publish(work.folders, values["files"] + EXTRA[options.format], meta, stamps)
-    print(publish.summary(options.output_dir, meta))
+    print(publish.summarize(options.output_dir, meta))
 
 
-def finished(options: Options, stamps: Stamps) -> bool:
+def is_finished(options: PrepOptions, stamps: Stamps) -> bool:
     """Whether the output is complete and was made from the same input with the same parameters."""
     if options.restart or not (Path(options.output_dir) / META).exists():
         return False
     try:
-        meta = Meta.load(options.output_dir)
+        meta = DatasetMeta.load(options.output_dir)
     except UserError:
         return False
     parameters = dict(meta.parameters)

@@ -12,15 +12,15 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular
 from dlrm.data.criteo import NUM_SPARSE, PARTS
 from dlrm.prep.io import inputs, odd_lines, publish
-from dlrm.prep.io.files import File
+from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import Folders, Output
-from dlrm.prep.job.options import MISSING, Options
+from dlrm.prep.job.options import MISSING, PrepOptions
 
 Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # dense int32, sparse int64, labels int32
 
 
-def run(options: Options) -> None:
-    found = inputs.find(options.input_dir, options.dataset)
+def run(options: PrepOptions) -> None:
+    found = inputs.find_inputs(options.input_dir, options.dataset)
     stamps = inputs.Stamps(source.path for source in found)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.names_to_come(options, found), restart=True)
@@ -29,15 +29,17 @@ def run(options: Options) -> None:
             output.clear()
 
 
-def transform(options: Options, found: list[inputs.Source], folders: Folders, stamps: inputs.Stamps) -> None:
-    tables = [read(source, options) for source in found]
-    made = inputs.outputs(found, [len(table[2]) for table in tables], options.steps)
-    dense = np.concatenate([logged(table[0], options) for table in tables])
+def transform(
+    options: PrepOptions, found: list[inputs.InputFile], folders: Folders, stamps: inputs.Stamps
+) -> None:
+    tables = [read_rows(source, options) for source in found]
+    made = inputs.plan_outputs(found, [len(table[2]) for table in tables], options.steps)
+    dense = np.concatenate([take_logarithm(table[0], options) for table in tables])
     sparse = np.concatenate([table[1] for table in tables])
     labels = np.concatenate([table[2] for table in tables])[:, None]
     if options.contiguous:
         for column in range(NUM_SPARSE):
-            sparse[:, column] = contiguous(sparse[:, column], options)
+            sparse[:, column] = number_ids(sparse[:, column], options)
     last_ids = sparse.max(axis=0).tolist()
     order = np.arange(len(labels))
     moved = inputs.shuffled_rows(made, options.shuffle)
@@ -45,13 +47,13 @@ def transform(options: Options, found: list[inputs.Source], folders: Folders, st
     whole = {"dense": dense[order], "sparse": sparse[order], "labels": labels[order]}
     if options.compat:
         for part in ("sparse", "labels"):
-            whole[part][:moved] = publish.rounded(whole[part][:moved])
-    write(whole, made, options, folders.made)
+            whole[part][:moved] = publish.round_through_float(whole[part][:moved])
+    write_arrays(whole, made, options, folders.made)
     publish.publish_arrays(options, folders, made, last_ids, "dlrm.prep", stamps)
 
 
-def read(source: inputs.Source, options: Options) -> Table:
-    rules = odd_lines.Rules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
+def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:
+    rules = odd_lines.LineRules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
     found: list[odd_lines.Row] = []
     for number, line in enumerate(lines_of(source), 1):
         try:
@@ -70,7 +72,7 @@ def read(source: inputs.Source, options: Options) -> Table:
     return np.array(dense, np.int32), np.array(sparse, np.int64), np.array(labels, np.int32)
 
 
-def logged(dense: np.ndarray, options: Options) -> np.ndarray:
+def take_logarithm(dense: np.ndarray, options: PrepOptions) -> np.ndarray:
     """log(x - min + 2), the minimum over the whole file; in NVIDIA's recipe log(x + 3), and 0 for a gap."""
     with np.errstate(over="ignore", invalid="ignore"):
         if options.frequency_limit:
@@ -78,7 +80,7 @@ def logged(dense: np.ndarray, options: Options) -> np.ndarray:
         return np.log(dense - (dense.min() - np.int32(2)), dtype=np.float32)
 
 
-def contiguous(ids: np.ndarray, options: Options) -> np.ndarray:
+def number_ids(ids: np.ndarray, options: PrepOptions) -> np.ndarray:
     """2, 3, 4 ... in order of first appearance; 1 for the rare ones; 0 for a gap in NVIDIA's recipe."""
     values, first, inverse, counts = np.unique(
         ids, return_index=True, return_inverse=True, return_counts=True
@@ -94,7 +96,7 @@ def contiguous(ids: np.ndarray, options: Options) -> np.ndarray:
     return new[inverse]
 
 
-def lines_of(source: inputs.Source) -> Iterator[bytes]:
+def lines_of(source: inputs.InputFile) -> Iterator[bytes]:
     """Of one that is too long only the beginning."""
     with os_errors_as_user_errors(source.path), os.fdopen(open_regular(source.path), "rb") as raw:
         try:
@@ -108,13 +110,15 @@ def lines_of(source: inputs.Source) -> Iterator[bytes]:
             raise UserError(f"{printable(source.path)}: {error}: truncated or damaged gzip") from None
 
 
-def write(whole: dict[str, np.ndarray], made: list[inputs.Output], options: Options, folder: Path) -> None:
+def write_arrays(
+    whole: dict[str, np.ndarray], made: list[inputs.OutputDay], options: PrepOptions, folder: Path
+) -> None:
     begin = 0
     for output in made:
         for part in PARTS:
             name = f"{output.name}_{part}.npy"
-            shape, dtype = publish.files(made, options)[name]
-            with File(folder / name, "w") as file:
-                at = file.write(publish.header(shape, dtype), 0)
+            shape, dtype = publish.list_arrays(made, options)[name]
+            with OffsetFile(folder / name, "w") as file:
+                at = file.write(publish.make_npy_header(shape, dtype), 0)
                 file.write(whole[part][begin : begin + output.rows].astype(dtype).tobytes(), at)
         begin += output.rows

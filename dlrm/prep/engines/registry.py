@@ -8,21 +8,21 @@ from collections.abc import Callable
 
 from common.errors import printable
 from common.owned import OutputFolder
-from dlrm.prep.job.options import Options
+from dlrm.prep.job.options import PrepOptions
 from dlrm.runtime import errors, ranks, trace
 
 
-def run_numba(options: Options) -> None:
+def run_numba(options: PrepOptions) -> None:
     """Compiled kernels, threads, MPI ranks; with --trace_dir also a trace and what it must account for."""
     from dlrm.prep.engines.pipeline import run
     from dlrm.prep.io.files import bytes_read, bytes_written, explained
-    from dlrm.prep.job.workers import Team
+    from dlrm.prep.job.workers import Workers
 
-    here = ranks.here()
+    here = ranks.find_ranks()
     if options.trace_dir:
         with explained(options.trace_dir):
-            trace.start(options.trace_dir, here, role="prep")
-    team = Team(here, options.workers)
+            trace.start_tracing(options.trace_dir, here, role="prep")
+    team = Workers(here, options.workers)
     try:
         run(options, team)
         everywhere = team.gather((dict(bytes_read), dict(bytes_written)))
@@ -48,22 +48,22 @@ def run_numba(options: Options) -> None:
         team.abort(1)
         raise
     finally:
-        trace.stop()
+        trace.stop_tracing()
 
 
-def run_plain(options: Options) -> None:
+def run_plain(options: PrepOptions) -> None:
     from dlrm.prep.engines.reference import run
 
     run(options)
 
 
-def run_spark(options: Options) -> None:
+def run_spark(options: PrepOptions) -> None:
     from dlrm.prep.engines.spark import run
 
     run(options)
 
 
-ENGINES: dict[str, Callable[[Options], None]] = {
+ENGINES: dict[str, Callable[[PrepOptions], None]] = {
     "numba": run_numba,
     "plain": run_plain,
     "spark": run_spark,

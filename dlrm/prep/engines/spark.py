@@ -16,9 +16,9 @@ import numpy as np
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io import inputs, odd_lines, publish
 from dlrm.prep.io.folders import Folders, Output
-from dlrm.prep.io.inputs import Output as Triple
-from dlrm.prep.io.inputs import Source
-from dlrm.prep.job.options import Options
+from dlrm.prep.io.inputs import InputFile
+from dlrm.prep.io.inputs import OutputDay as Triple
+from dlrm.prep.job.options import PrepOptions
 from dlrm.runtime.errors import UserError
 
 WORDS = NUM_DENSE + NUM_SPARSE + 1
@@ -31,14 +31,14 @@ LOCAL = {
 }
 
 
-def run(options: Options) -> None:
+def run(options: PrepOptions) -> None:
     if options.format != "npy":
         raise UserError("--engine spark writes --format npy only")
     try:
         from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--engine spark needs pyspark: pip install pyspark, and a Java runtime") from None
-    found = inputs.find(options.input_dir, options.dataset)
+    found = inputs.find_inputs(options.input_dir, options.dataset)
     stamps = inputs.Stamps(source.path for source in found)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.names_to_come(options, found), restart=True)
@@ -48,7 +48,7 @@ def run(options: Options) -> None:
 
 
 def start(
-    session: Any, options: Options, found: list[Source], folders: Folders, stamps: inputs.Stamps
+    session: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.Stamps
 ) -> None:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     here = str(Path(__file__).parents[2])
@@ -62,40 +62,42 @@ def start(
     spark = builder.getOrCreate()
     try:
         spark.sparkContext.setLogLevel("ERROR")
-        job(spark, options, found, folders, stamps)
+        spark_session(spark, options, found, folders, stamps)
     finally:
         spark.stop()
 
 
-def job(spark: Any, options: Options, found: list[Source], folders: Folders, stamps: inputs.Stamps) -> None:
-    parsed, counts = zip(*(parse(spark, options, source) for source in found), strict=True)
-    made = inputs.outputs(found, list(counts), options.steps)
+def spark_session(
+    spark: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.Stamps
+) -> None:
+    parsed, counts = zip(*(parse_lines(spark, options, source) for source in found), strict=True)
+    made = inputs.plan_outputs(found, list(counts), options.steps)
     starts = [0, *itertools.accumulate(counts)]
     moved = inputs.shuffled_rows(made, options.shuffle)
-    tables = [table.map(shifted(start)) for table, start in zip(parsed, starts, strict=False)]
+    tables = [table.map(shift_counts(start)) for table, start in zip(parsed, starts, strict=False)]
     whole = spark.sparkContext.union(tables).coalesce(
         max(options.workers, spark.sparkContext.defaultParallelism)
     )
     last_ids = [0] * NUM_SPARSE
     if options.contiguous:
-        whole, last_ids = contiguous(whole, options)
+        whole, last_ids = number_ids(whole, options)
     else:
-        last_ids = whole.map(lambda item: ids_of(item[1])).reduce(np.maximum).tolist()
-    write(spark, options, whole, made, moved, folders)
+        last_ids = whole.map(lambda item: hash_ids(item[1])).reduce(np.maximum).tolist()
+    write_arrays(spark, options, whole, made, moved, folders)
     publish.publish_arrays(options, folders, made, last_ids, "dlrm.prep, Spark", stamps)
 
 
-def shifted(start: int):
+def shift_counts(start: int):
     return lambda item: (item[0] + start, item[1])
 
 
-def ids_of(record: bytes) -> np.ndarray:
+def hash_ids(record: bytes) -> np.ndarray:
     return np.frombuffer(record, np.int64)[NUM_DENSE : NUM_DENSE + NUM_SPARSE]
 
 
-def parse(spark: Any, options: Options, source: Source) -> tuple[Any, int]:
+def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[Any, int]:
     """(row number, 40 int64 numbers as bytes), counts made arguments of the logarithm; and how many rows."""
-    rules = odd_lines.Rules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
+    rules = odd_lines.LineRules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
     name, skip = str(source.path), options.skip_bad_rows
     text = spark.read.text(f"file://{source.path.resolve()}", lineSep="\n").rdd
     ends_well = ends_with_newline(source)
@@ -121,10 +123,10 @@ def parse(spark: Any, options: Options, source: Source) -> tuple[Any, int]:
     count = table.count()
     if not count:
         raise UserError(f"{name}: no rows in it")
-    return logged(table, options, source.path), count
+    return take_logarithm(table, options, source.path), count
 
 
-def ends_with_newline(source: Source) -> bool:
+def ends_with_newline(source: InputFile) -> bool:
     if source.packed:
         return True  # unpacking checks the rest
     with open(source.path, "rb") as file:
@@ -132,7 +134,7 @@ def ends_with_newline(source: Source) -> bool:
         return file.read(1) == b"\n"
 
 
-def logged(table: Any, options: Options, path: Path) -> Any:
+def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
     """Counts less the file's minimum - 2, in int32 arithmetic; the logarithm itself is taken when writing."""
     from dlrm.prep.job.options import MISSING
 
@@ -155,12 +157,12 @@ def logged(table: Any, options: Options, path: Path) -> Any:
     return table.mapValues(one)
 
 
-def contiguous(whole: Any, options: Options) -> tuple[Any, list[int]]:
+def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
     """Numbers by order of the first row: one aggregation, one sort, one join."""
     least, recipe = options.min_count, bool(options.frequency_limit)
 
     def cells(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        for column, value in enumerate(ids_of(item[1]).tolist()):
+        for column, value in enumerate(hash_ids(item[1]).tolist()):
             yield (column, value), (item[0], 1)
 
     seen = whole.flatMap(cells).reduceByKey(lambda a, b: (min(a[0], b[0]), a[1] + b[1])).cache()
@@ -171,7 +173,7 @@ def contiguous(whole: Any, options: Options) -> tuple[Any, list[int]]:
     numbers = ordered.map(lambda item: ((item[0][0][0], item[0][1]), 2 + item[1] - before[item[0][0][0]]))
 
     def spread(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
-        for column, value in enumerate(ids_of(item[1]).tolist()):
+        for column, value in enumerate(hash_ids(item[1]).tolist()):
             yield (column, value), item[0]
 
     def named(item: Any) -> tuple[int, tuple[int, int]]:
@@ -191,7 +193,9 @@ def contiguous(whole: Any, options: Options) -> tuple[Any, list[int]]:
     ]
 
 
-def write(spark: Any, options: Options, whole: Any, made: list[Triple], moved: int, folders: Folders) -> None:
+def write_arrays(
+    spark: Any, options: PrepOptions, whole: Any, made: list[Triple], moved: int, folders: Folders
+) -> None:
     """Rows sorted by place; each partition writes its stretch of the files."""
     from dlrm.prep.steps.permute import write_places
 
@@ -210,16 +214,16 @@ def write(spark: Any, options: Options, whole: Any, made: list[Triple], moved: i
             numbers = np.frombuffer(b"".join(record for _, record in stretch), np.int64).reshape(-1, WORDS)
             store_rows(folder, options, made, moved, stretch[0][0], numbers)
 
-    placed.sortByKey().foreachPartition(store)
-    assert all((folder / name).exists() for name in publish.files(made, options))
+    placed.sortByKey().foreachPartition(store_rows)
+    assert all((folder / name).exists() for name in publish.list_arrays(made, options))
 
 
 def store_rows(
-    folder: Path, options: Options, made: list[Triple], moved: int, begin: int, numbers: np.ndarray
+    folder: Path, options: PrepOptions, made: list[Triple], moved: int, begin: int, numbers: np.ndarray
 ) -> None:
-    from dlrm.prep.io.output import store
+    from dlrm.prep.io.output import store_rows
 
     dense = np.ascontiguousarray(numbers[:, :NUM_DENSE].astype(np.int32))
     sparse = np.ascontiguousarray(numbers[:, NUM_DENSE:-1].astype(np.uint32).view(np.int32))
     labels = np.ascontiguousarray(numbers[:, -1:].astype(np.int32))
-    store(folder, options, made, moved, begin, dense, sparse, labels)
+    store_rows(folder, options, made, moved, begin, dense, sparse, labels)

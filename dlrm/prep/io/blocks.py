@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.io.files import File
-from dlrm.prep.io.odd_lines import LONGEST_LINE, BadRow, Rules, read_line
+from dlrm.prep.io.files import OffsetFile
+from dlrm.prep.io.odd_lines import LONGEST_LINE, BadRow, LineRules, read_line
 from dlrm.prep.kernels import parse_line
 from dlrm.runtime.errors import UserError
 
@@ -15,7 +15,7 @@ CHUNK = 1 << 19  # stays in the core's own cache between the copy from the file 
 BLOCK_ROWS = 2048  # larger writes cost ext4 more than fewer calls save
 
 
-class Block:
+class TextBlock:
     """Rows in the file's order: 13 counts, 26 ids (of 4 or 8 bytes, below 2^32), a label, of 4 bytes each.
 
     The kernels see `spots`: where each of the three begins, and how many 4-byte words from row to row.
@@ -28,21 +28,21 @@ class Block:
         self.spots = np.array([*numbers, labels.ctypes.data, labels.strides[0] // 4], np.int64)
 
     @classmethod
-    def records(cls) -> "Block":
+    def records(cls) -> "TextBlock":
         """Each row's numbers beside each other."""
         whole = np.empty((BLOCK_ROWS, NUM_DENSE + NUM_SPARSE + 1), np.int32)
         ids = whole[:, NUM_DENSE:-1].view(np.uint32)
         return cls(whole[:, :NUM_DENSE], ids, whole[:, -1])
 
     @classmethod
-    def arrays(cls) -> "Block":
+    def arrays(cls) -> "TextBlock":
         """As torchrec's files have them. Of an id only the low half is ever written: the high stays 0."""
         ids = np.zeros((BLOCK_ROWS, NUM_SPARSE), np.int64)
         return cls(np.empty((BLOCK_ROWS, NUM_DENSE), np.int32), ids, np.empty(BLOCK_ROWS, np.int32))
 
 
 @dataclass
-class Piece:
+class InputPiece:
     """A byte range of a source that begins and ends where lines do."""
 
     source: int
@@ -57,15 +57,15 @@ def text_buffer() -> np.ndarray:
     return np.zeros(CHUNK + parse_line.PAD, np.uint8)
 
 
-class Scanner:
+class LineScanner:
     """Blocks of one piece. Odd lines go through `read_line`; what that refuses is an error, or is skipped."""
 
     def __init__(
         self,
-        file: File,
+        file: OffsetFile,
         name: str,
-        piece: Piece,
-        rules: Rules,
+        piece: InputPiece,
+        rules: LineRules,
         skip_bad: bool,
         text: np.ndarray | None = None,
     ) -> None:
@@ -76,9 +76,9 @@ class Scanner:
         self._text = text_buffer() if text is None else text
         self._waiting: list = []
 
-    def blocks(self, block: Block | None = None) -> Iterator[tuple[Block, int]]:
+    def blocks(self, block: TextBlock | None = None) -> Iterator[tuple[TextBlock, int]]:
         """(block, bytes consumed since the last one); the block is reused for the next."""
-        block = block or Block.records()
+        block = block or TextBlock.records()
         kept, at, consumed = 0, self.piece.begin, 0
         while at < self.piece.end:
             room = len(self._text) - parse_line.PAD - kept
@@ -120,7 +120,7 @@ class Scanner:
         self._lines += 1
         return line_end(self.file, at + 1, self.piece.end)
 
-    def _fill(self, block: Block, begin: int, end: int, last: bool) -> tuple[int, int]:
+    def _fill(self, block: TextBlock, begin: int, end: int, last: bool) -> tuple[int, int]:
         """Parse into the block from text[begin:end]; returns where it stopped, and why."""
         if self._waiting:
             self._take(block)
@@ -140,7 +140,7 @@ class Scanner:
             why = parse_line.ODD_LINE
         return begin, why
 
-    def _odd(self, block: Block, begin: int, end: int) -> int:
+    def _odd(self, block: TextBlock, begin: int, end: int) -> int:
         """One line by the slow rules; returns where the next begins."""
         size = 1 << 12  # not all that has been read, because every line of a file may be odd
         while b"\n" not in (text := self._text[begin : min(end, begin + size)].tobytes()):
@@ -159,7 +159,7 @@ class Scanner:
         self._take(block)
         return begin + len(line)
 
-    def _take(self, block: Block) -> None:
+    def _take(self, block: TextBlock) -> None:
         """Rows of an odd line into the block, as many as fit."""
         while self._waiting and block.rows < len(block.dense):
             dense, sparse, label = self._waiting.pop(0)
@@ -170,7 +170,7 @@ class Scanner:
         return f"{self.name}:{self.piece.first_line + self._lines + 1}"
 
 
-def line_end(file: File, at: int, size: int) -> int:
+def line_end(file: OffsetFile, at: int, size: int) -> int:
     """The first line end at or behind this offset (or the file's end)."""
     at = max(at, 1) - 1
     while at < size:
@@ -182,7 +182,9 @@ def line_end(file: File, at: int, size: int) -> int:
     return size
 
 
-def count(file: File, piece: Piece, name: str, rules: Rules, skip_bad: bool) -> tuple[int, int]:
+def count_rows(
+    file: OffsetFile, piece: InputPiece, name: str, rules: LineRules, skip_bad: bool
+) -> tuple[int, int]:
     """(rows, lines) of a piece. Rows are its lines, unless lone CRs end rows too or bad lines are skipped."""
     lines = returns = pairs = 0
     last, text = b"", np.empty(CHUNK, np.uint8)
@@ -203,5 +205,5 @@ def count(file: File, piece: Piece, name: str, rules: Rules, skip_bad: bool) -> 
     if last not in (b"\n", b"\r", b"") or (last == b"\r" and not rules.lenient):
         rows += 1
     if skip_bad:
-        rows = sum(block.rows for block, _ in Scanner(file, name, piece, rules, skip_bad).blocks())
+        rows = sum(block.rows for block, _ in LineScanner(file, name, piece, rules, skip_bad).blocks())
     return rows, lines

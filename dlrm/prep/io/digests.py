@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlrm.prep.io.files import File
+from dlrm.prep.io.files import OffsetFile
 
 CHUNK = 1 << 20  # bytes of one read
 
@@ -19,7 +19,7 @@ def digests(paths: Iterable[Path]) -> dict[Path, str]:
 
 def _digest_file(path: Path, buffer: memoryview) -> str:
     made, at = hashlib.md5(usedforsecurity=False), 0
-    with File(path) as file:
+    with OffsetFile(path) as file:
         while got := file.read_into(buffer, at):
             made.update(buffer[:got])
             at += got

@@ -26,7 +26,7 @@ _counting = threading.Lock()
 explained = os_errors_as_user_errors
 
 
-class File:
+class OffsetFile:
     """One open file. Threads may share it, but for `read_into`, which moves its position."""
 
     def __init__(self, path: Path, mode: str = "r") -> None:
@@ -40,7 +40,7 @@ class File:
         self._raw = io.FileIO(self._fd, closefd=False) if mode == "r" else None
         self._read = self._written = self._at = 0
 
-    def __enter__(self) -> "File":
+    def __enter__(self) -> "OffsetFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
@@ -126,7 +126,7 @@ def write_whole(path: Path, value: Any) -> None:
     """A file of a work folder that is there whole or not at all: bytes, an array, or a value as JSON."""
     data = json.dumps(value).encode() if isinstance(value, dict | list) else value
     partial = path.with_name(path.name + ".partial")
-    with File(partial, "w") as file:
+    with OffsetFile(partial, "w") as file:
         file.resize(0)
         file.write(data, 0)
     finish_file(partial, path)

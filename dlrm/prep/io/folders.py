@@ -21,7 +21,7 @@ from common.lock import FolderLock
 from common.owned import LEDGER, OutputFolder, WorkFolders, discard_file
 from dlrm.data.criteo import META, PARTS
 from dlrm.prep.io.files import read_values, write_whole
-from dlrm.runtime.trace import sync
+from dlrm.runtime.trace import sync_to_disk
 
 SUBSETS = ("train", "val", "test", "unlabelled")
 ARRAYS = rf"(day_\d+|train|test)_({'|'.join(PARTS)})\.npy"
@@ -182,11 +182,11 @@ def publish(
             output.remove(name)
     with os_errors_as_user_errors(folders.output_dir):
         for folder in sorted({(folders.output_dir / name).parent for name in names}):
-            sync(folder)
+            sync_to_disk(folder)
     if os.path.lexists(folders.made / last):
         output.publish({last: folders.made / last})
     with os_errors_as_user_errors(folders.output_dir):
-        sync(folders.output_dir)
+        sync_to_disk(folders.output_dir)
 
 
 def refuse_overlap(option: str, folder: Path | None, inputs: Iterable[tuple[str, Path]]) -> None:

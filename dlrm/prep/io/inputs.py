@@ -10,14 +10,14 @@ from typing import Any
 
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import check_regular
-from dlrm.data.criteo import rank_rows
+from dlrm.data.criteo import rows_of_rank
 
 KAGGLE_DAYS = 7  # facebookresearch/dlrm cuts train.txt into seven days; the last one validates and tests
 NAMES = ("day_{}", "day_{}.gz", "day_{}.txt", "day_{}.tsv", "day_{}.txt.gz", "day_{}.tsv.gz")
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One text file. Its dense minimum is taken over all of it, as torchrec does."""
 
     path: Path
@@ -68,20 +68,20 @@ def stamp(path: Path) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputDay:
     """One triple of files, `<name>_dense.npy` and so on: the next `rows` rows."""
 
     name: str
     rows: int
 
 
-def find(folder: Path, dataset: str = "") -> list[Source]:
+def find_inputs(folder: Path, dataset: str = "") -> list[InputFile]:
     """The input files in order, or one line that says which is missing."""
     with os_errors_as_user_errors(folder):
         names = sorted(os.listdir(folder))
     kaggle = {"train.txt", "train.txt.gz"} & set(names)
     if dataset == "criteo_kaggle" or (not dataset and kaggle):
-        return find_kaggle(folder, names)
+        return find_kaggle_inputs(folder, names)
     days = sorted({day_of(folder, found) for name in names if (found := DAY.fullmatch(name))})
     if not days:
         raise UserError(f"--input_dir {printable(folder)}: no day_0, day_1 ... in it, and no train.txt")
@@ -90,7 +90,7 @@ def find(folder: Path, dataset: str = "") -> list[Source]:
             raise UserError(
                 f"{printable(folder)}/day_{expected} is missing: days run from day_0 to day_{days[-1]}"
             )
-    return [Source(only(folder, names, day), f"day_{day}") for day in days]
+    return [InputFile(select_only(folder, names, day), f"day_{day}") for day in days]
 
 
 DAY = re.compile(r"day_([0-9]+)(\.\w+)*", re.ASCII)
@@ -104,7 +104,7 @@ def day_of(folder: Path, found: re.Match[str]) -> int:
     return int(found[1])
 
 
-def only(folder: Path, names: list[str], day: int) -> Path:
+def select_only(folder: Path, names: list[str], day: int) -> Path:
     found = [name.format(day) for name in NAMES if name.format(day) in names]
     if not found:
         others = next(name for name in names if re.fullmatch(rf"day_{day}(\.\w+)+", name, re.ASCII))
@@ -112,42 +112,44 @@ def only(folder: Path, names: list[str], day: int) -> Path:
         raise UserError(f"{printable(folder / others)}: not called like {wanted}; rename it, or move it away")
     if len(found) > 1:
         raise UserError(f"{printable(folder)}: {' and '.join(found)} for day {day}; keep one")
-    return readable(folder / found[0])
+    return check_readable(folder / found[0])
 
 
-def readable(path: Path) -> Path:
+def check_readable(path: Path) -> Path:
     check_regular(path)
     return path
 
 
-def find_kaggle(folder: Path, names: list[str]) -> list[Source]:
+def find_kaggle_inputs(folder: Path, names: list[str]) -> list[InputFile]:
     found = []
     for name in ("train", "test"):
         files = [file for file in (f"{name}.txt", f"{name}.txt.gz") if file in names]
         if len(files) > 1:
             raise UserError(f"{printable(folder)}: {' and '.join(files)}; keep one")
-        found += [Source(readable(folder / file), name, labelled=name == "train") for file in files]
+        found += [InputFile(check_readable(folder / file), name, labelled=name == "train") for file in files]
     if not found:
         raise UserError(f"--input_dir {printable(folder)}: neither train.txt nor test.txt in it")
     return found
 
 
-def outputs(sources: list[Source], rows: list[int], steps: tuple[str, ...]) -> list[Output]:
+def plan_outputs(sources: list[InputFile], rows: list[int], steps: tuple[str, ...]) -> list[OutputDay]:
     """What the sources' rows, one after the other, are cut into."""
     made = []
     for source, count in zip(sources, rows, strict=True):
         if source.name == "train" and steps != ("parse",):
-            made += [Output(f"day_{i}", len(rank_rows(count, i, KAGGLE_DAYS))) for i in range(KAGGLE_DAYS)]
+            made += [
+                OutputDay(f"day_{i}", len(rows_of_rank(count, i, KAGGLE_DAYS))) for i in range(KAGGLE_DAYS)
+            ]
         else:
-            made.append(Output(source.name, count))
+            made.append(OutputDay(source.name, count))
     return made
 
 
-def days_of(made: list[Output]) -> list[Output]:
+def days_of(made: list[OutputDay]) -> list[OutputDay]:
     """The outputs that are days of the dataset: all but Kaggle's unlabelled test set."""
     return [output for output in made if output.name.startswith("day_")]
 
 
-def shuffled_rows(made: list[Output], shuffle: bool) -> int:
+def shuffled_rows(made: list[OutputDay], shuffle: bool) -> int:
     """How many of the first rows change places: all days but the last."""
     return sum(output.rows for output in days_of(made)[:-1]) if shuffle else 0

@@ -23,14 +23,14 @@ class BadRow(Exception):
 
 
 @dataclass(frozen=True)
-class Rules:
+class LineRules:
     lenient: bool = False  # torchrec takes CRLF, lone CR, extra columns, a last line without newline
     labelled: bool = True  # Kaggle's test.txt has no label column; torchrec gives it -1
     max_ind_range: int = 0
     empty_dense: int = 0  # what an empty count is stored as
 
 
-def read_line(line: bytes, rules: Rules) -> list[Row]:
+def read_line(line: bytes, rules: LineRules) -> list[Row]:
     """The rows of one physical line with its newline: one row, or several where lone CRs end rows."""
     if not rules.lenient:
         if b"\r" in line:
@@ -41,10 +41,10 @@ def read_line(line: bytes, rules: Rules) -> list[Row]:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 text: {error.reason}") from None
-    return [read_fields(fields, rules) for fields in split(text)]
+    return [read_fields(fields, rules) for fields in split_fields(text)]
 
 
-def split(text: str) -> Iterator[list[str]]:
+def split_fields(text: str) -> Iterator[list[str]]:
     """As csv.reader on a text file; a quote left open would swallow the next line, so it is refused."""
     lines = list(io.StringIO(text, newline=None))
     given = 0
@@ -57,58 +57,58 @@ def split(text: str) -> Iterator[list[str]]:
 
     try:
         for row, fields in enumerate(csv.reader(feed(), delimiter="\t", strict=False), 1):
-            if given != row or (row == len(lines) and open_quote(lines[-1])):
+            if given != row or (row == len(lines) and find_open_quote(lines[-1])):
                 raise BadRow("a quote is left open")
             yield fields
     except csv.Error as error:
         raise BadRow(str(error)) from None
 
 
-def open_quote(line: str) -> bool:
+def find_open_quote(line: str) -> bool:
     """Whether csv would read on past the end of this line."""
     taken = iter([line, "\n"])
     next(csv.reader(taken, delimiter="\t"))
     return next(taken, None) is None
 
 
-def read_fields(fields: list[str], rules: Rules) -> Row:
+def read_fields(fields: list[str], rules: LineRules) -> Row:
     expected = COLUMNS if rules.labelled else COLUMNS - 1
     if not fields:
         raise BadRow("a blank line")
     if len(fields) < expected or (len(fields) > expected and not rules.lenient):
         raise BadRow(f"{len(fields)} columns, {expected} expected")
-    label = number(fields[0], "the label", 0) if rules.labelled else -1
+    label = parse_number(fields[0], "the label", 0) if rules.labelled else -1
     first = 1 if rules.labelled else 0
-    dense = [number(fields[first + i], f"I{i + 1}", rules.empty_dense) for i in range(NUM_DENSE)]
-    sparse = [hashed(fields[first + NUM_DENSE + i], f"C{i + 1}", rules) for i in range(NUM_SPARSE)]
+    dense = [parse_number(fields[first + i], f"I{i + 1}", rules.empty_dense) for i in range(NUM_DENSE)]
+    sparse = [parse_hash(fields[first + NUM_DENSE + i], f"C{i + 1}", rules) for i in range(NUM_SPARSE)]
     return dense, sparse, label
 
 
-def number(field: str, name: str, empty: int) -> int:
+def parse_number(field: str, name: str, empty: int) -> int:
     if not field:
         return empty
     try:
         value = int(field)
     except ValueError:
-        raise BadRow(f"{name} is {shown(field)}, not an integer") from None
+        raise BadRow(f"{name} is {show_text(field)}, not an integer") from None
     if value not in INT32:
-        raise BadRow(f"{name} is {shown(field)}, which does not fit 32 bits")
+        raise BadRow(f"{name} is {show_text(field)}, which does not fit 32 bits")
     if empty and value == empty:
-        raise BadRow(f"{name} is {shown(field)}, which stands for a gap here")
+        raise BadRow(f"{name} is {show_text(field)}, which stands for a gap here")
     return value
 
 
-def hashed(field: str, name: str, rules: Rules) -> int:
+def parse_hash(field: str, name: str, rules: LineRules) -> int:
     try:
         value = int(field or "0", 16)
     except ValueError:
-        raise BadRow(f"{name} is {shown(field)}, not hexadecimal") from None
+        raise BadRow(f"{name} is {show_text(field)}, not hexadecimal") from None
     if rules.max_ind_range:
         return value % rules.max_ind_range
     if value not in UINT32:
-        raise BadRow(f"{name} is {shown(field)}, which is not an id of 32 bits")
+        raise BadRow(f"{name} is {show_text(field)}, which is not an id of 32 bits")
     return value
 
 
-def shown(field: str) -> str:
+def show_text(field: str) -> str:
     return ascii(field if len(field) <= 24 else field[:21] + "...")

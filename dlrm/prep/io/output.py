@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 
 from dlrm.prep.io import publish
-from dlrm.prep.io.files import File
-from dlrm.prep.io.inputs import Output
-from dlrm.prep.job.options import MISSING, Options
+from dlrm.prep.io.files import OffsetFile
+from dlrm.prep.io.inputs import OutputDay
+from dlrm.prep.job.options import MISSING, PrepOptions
 from dlrm.prep.kernels.intrinsics import compiled
 
 LOG_COUNTS = 1 << 13  # stay in the first-level cache
 
 
-def store(
+def store_rows(
     folder: Path,
-    options: Options,
-    made: list[Output],
+    options: PrepOptions,
+    made: list[OutputDay],
     moved: int,
     begin: int,
     dense: np.ndarray,
@@ -25,24 +25,24 @@ def store(
     labels: np.ndarray,
 ) -> None:
     """Rows begin .. of the whole output, into files of `folder`; the first `moved` are the shuffled ones."""
-    kinds = publish.files(made, options)
+    kinds = publish.list_arrays(made, options)
     among = max(0, min(len(labels), moved - begin))
     if options.compat and among:
         through_float(sparse[:among], labels[:among], raw=not options.contiguous)
-    floats = logged(dense, options)
+    floats = take_logarithm(dense, options)
     for output, start, stop, at in overlaps(made, begin, len(labels)):
         for part, array in (("dense", floats), ("sparse", sparse), ("labels", labels)):
             name = f"{output.name}_{part}.npy"
             rows = array[start:stop]
             if kinds[name][1] == "<i8":
                 rows = (rows if options.contiguous else rows.view(np.uint32)).astype(np.int64)
-            with File(folder / name, "w") as file:
+            with OffsetFile(folder / name, "w") as file:
                 file.write(rows, publish.HEADER_BYTES + at * rows.itemsize * rows.shape[1])
 
 
 @compiled
 def round_all(values, out):
-    """`publish.rounded` in place: on x86 what a float32 has beyond int32 becomes the smallest int32."""
+    """`publish.round_through_float` in place: on x86 what a float32 has beyond int32 becomes the smallest int32."""
     for at in range(len(values)):
         number = np.float32(values[at])
         out[at] = np.int32(number) if number < np.float32(2147483648.0) else np.int32(-2147483648)
@@ -55,7 +55,7 @@ def through_float(sparse: np.ndarray, labels: np.ndarray, raw: bool) -> None:
         round_all(flat.view(np.uint32) if raw and array is sparse else flat, flat)
 
 
-def overlaps(made: list[Output], begin: int, rows: int) -> Iterator[tuple[Output, int, int, int]]:
+def overlaps(made: list[OutputDay], begin: int, rows: int) -> Iterator[tuple[OutputDay, int, int, int]]:
     """(output, from, to in these rows, first row in the output)."""
     start = 0
     for output in made:
@@ -89,5 +89,5 @@ def logarithms(counts: np.ndarray, shift: np.int32, gaps: bool = False) -> np.nd
     return counts.view(np.float32)
 
 
-def logged(dense: np.ndarray, options: Options) -> np.ndarray:
+def take_logarithm(dense: np.ndarray, options: PrepOptions) -> np.ndarray:
     return logarithms(dense, np.int32(0), bool(options.frequency_limit))

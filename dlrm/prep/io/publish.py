@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from common.errors import os_errors_as_user_errors, printable
-from dlrm.data.criteo import META, PARTS, Meta
+from dlrm.data.criteo import META, PARTS, DatasetMeta
 from dlrm.prep.io.digests import digests
-from dlrm.prep.io.files import File, write_whole
+from dlrm.prep.io.files import OffsetFile, write_whole
 from dlrm.prep.io.folders import DATASET, SUBSETS, Folders
 from dlrm.prep.io.folders import publish as publish_results
-from dlrm.prep.io.inputs import Output, Source, Stamps, days_of, outputs
-from dlrm.prep.job.options import Options
-from dlrm.runtime.trace import sync
+from dlrm.prep.io.inputs import InputFile, OutputDay, Stamps, days_of, plan_outputs
+from dlrm.prep.job.options import PrepOptions
+from dlrm.runtime.trace import sync_to_disk
 
 HEADER_BYTES = 128
 DTYPES = {"dense": "<f4", "labels": "<i4"}
 
 
-def header(shape: tuple[int, int], dtype: str) -> bytes:
+def make_npy_header(shape: tuple[int, int], dtype: str) -> bytes:
     """The 128 bytes that np.save writes for such an array: rows can follow in any order."""
     text = str({"descr": dtype, "fortran_order": False, "shape": shape})
     body = text[:-1] + ", }"  # np.save's spelling
@@ -34,12 +34,12 @@ def header(shape: tuple[int, int], dtype: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", room + 1) + body.ljust(room).encode() + b"\n"
 
 
-def raw_dtype(options: Options) -> str:
+def raw_dtype(options: PrepOptions) -> str:
     """Raw hashes need more than int32; numbered ids and ids under --max_ind_range do not."""
     return "int32" if options.contiguous or options.max_ind_range or options.compat else "int64"
 
 
-def files(made: list[Output], options: Options) -> dict[str, tuple[tuple[int, int], str]]:
+def list_arrays(made: list[OutputDay], options: PrepOptions) -> dict[str, tuple[tuple[int, int], str]]:
     """Every array of the finished folder: name -> shape, dtype.
 
     Ids are int32, but int64 where torchrec writes that: before its shuffle, and the day that it only copies.
@@ -54,38 +54,38 @@ def files(made: list[Output], options: Options) -> dict[str, tuple[tuple[int, in
     return found
 
 
-def names_to_come(options: Options, found: list[Source]) -> list[str]:
+def names_to_come(options: PrepOptions, found: list[InputFile]) -> list[str]:
     """What a run will write, before a row is read."""
     names = [META]
     if options.format == "npy":
-        return names + list(files(outputs(found, [1] * len(found), options.steps), options))
+        return names + list(list_arrays(plan_outputs(found, [1] * len(found), options.steps), options))
     for subset in SUBSETS:  # a part of somebody else's would be read with the dataset's own
         names += [f"{subset}/{path.name}" for path in (options.output_dir / subset).glob("part_*.parquet")]
     return [*names, "README.md", *(f"{subset}/part_00000.parquet" for subset in SUBSETS)]
 
 
-def allocate(folder: Path, options: Options, made: list[Output]) -> bool:
+def allocate(folder: Path, options: PrepOptions, made: list[OutputDay]) -> bool:
     """Files of the right size with their headers, for rows to go anywhere in them; False: all were there."""
     fresh = False
-    for name, (shape, dtype) in files(made, options).items():
+    for name, (shape, dtype) in list_arrays(made, options).items():
         path = folder / name
         size = HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
         if not path.exists() or path.stat().st_size != size:
             fresh = True
-            with File(path, "w") as file:
+            with OffsetFile(path, "w") as file:
                 file.resize(0)
                 file.resize(size)
-                file.write(header(shape, dtype), 0)
+                file.write(make_npy_header(shape, dtype), 0)
     return fresh
 
 
-def sync_all(folders: Folders, names: list[str]) -> None:
+def sync_files(folders: Folders, names: list[str]) -> None:
     """What this machine wrote, on the disk; side by side, because each one waits for the disk."""
 
     def one(name: str) -> None:
         path = folders.result(name)
         with os_errors_as_user_errors(path):
-            sync(path)
+            sync_to_disk(path)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(one, names))
@@ -97,20 +97,20 @@ def md5_of(folders: Folders, names: list[str]) -> dict[str, str]:
     return {name: found[path] for name, path in zip(names, paths, strict=True)}
 
 
-def publish(folders: Folders, names: list[str], meta: Meta, stamps: Stamps) -> None:
+def publish(folders: Folders, names: list[str], meta: DatasetMeta, stamps: Stamps) -> None:
     """What is on the disk gets its real name; meta.json last: a power cut finds all or nothing."""
     write_meta(folders, meta)
     publish_results(folders, names, META, DATASET, stamps.check)
 
 
-def write_meta(folders: Folders, meta: Meta) -> None:
+def write_meta(folders: Folders, meta: DatasetMeta) -> None:
     path = folders.made / META
     write_whole(path, (json.dumps(asdict(meta), indent=1) + "\n").encode())
     with os_errors_as_user_errors(path):
-        sync(path)
+        sync_to_disk(path)
 
 
-def summary(folder: Path, meta: Meta) -> str:
+def summarize(folder: Path, meta: DatasetMeta) -> str:
     """What there is now, and what to do with it."""
     text = f"{printable(folder)}: {sum(meta.rows):,} rows in {meta.days} days, "
     text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to "
@@ -121,13 +121,13 @@ def summary(folder: Path, meta: Meta) -> str:
     return text
 
 
-def describe(
-    options: Options, rows: list[int], last_ids: list[int], made_by: str = "dlrm.prep", **more: Any
-) -> Meta:
+def make_meta(
+    options: PrepOptions, rows: list[int], last_ids: list[int], made_by: str = "dlrm.prep", **more: Any
+) -> DatasetMeta:
     """The dataset's meta.json. `more`: what was read, for the engine that can go on where it was."""
-    return Meta(
+    return DatasetMeta(
         rows=rows,
-        table_sizes=table_sizes(last_ids, options),
+        table_sizes=sizes_of_tables(last_ids, options),
         dtypes={"dense": "float32", "sparse": raw_dtype(options), "labels": "int32"},
         parameters=json.loads(json.dumps(options.parameters() | more)),
         made_by=made_by,
@@ -136,26 +136,31 @@ def describe(
 
 
 def publish_arrays(
-    options: Options, folders: Folders, made: list[Output], last_ids: list[int], made_by: str, stamps: Stamps
+    options: PrepOptions,
+    folders: Folders,
+    made: list[OutputDay],
+    last_ids: list[int],
+    made_by: str,
+    stamps: Stamps,
 ) -> None:
     """The end of an engine that has the whole dataset in its files at once."""
     rows = [output.rows for output in days_of(made)]
-    meta = describe(options, rows, last_ids, made_by, inputs=stamps.recorded())
-    names = list(files(made, options))
-    sync_all(folders, names)
+    meta = make_meta(options, rows, last_ids, made_by, inputs=stamps.recorded())
+    names = list(list_arrays(made, options))
+    sync_files(folders, names)
     if options.md5:
         meta.md5.update(md5_of(folders, names))
     publish(folders, names, meta, stamps)
-    print(summary(options.output_dir, meta))
+    print(summarize(options.output_dir, meta))
 
 
-def rounded(ids: np.ndarray) -> np.ndarray:
+def round_through_float(ids: np.ndarray) -> np.ndarray:
     """What torchrec's shuffle leaves of an integer that went through its float32 array."""
     with np.errstate(invalid="ignore"):
         return ids.astype(np.float32).astype(np.int32)
 
 
-def table_sizes(last_ids: list[int], options: Options) -> list[int]:
+def sizes_of_tables(last_ids: list[int], options: PrepOptions) -> list[int]:
     """Largest id + 1; rounding through float32 can carry the largest id upwards."""
     if options.compat and options.shuffle:
         last_ids = [max(last, int(np.float32(last))) for last in last_ids]

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.io.blocks import Block
-from dlrm.prep.io.files import File
+from dlrm.prep.io.blocks import TextBlock
+from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.kernels.intrinsics import compiled, copier, get32, narrower, put32
 
 WORDS = 1 + NUM_DENSE + NUM_SPARSE + 1
@@ -21,7 +21,7 @@ MIN_BITS, MAX_BUCKETS = 15, 4096
 copy_counts, copy_ids, narrow_ids = copier(NUM_DENSE), copier(NUM_SPARSE), narrower(NUM_SPARSE)
 
 
-def bucket_bits(rows: int) -> int:
+def choose_bucket_bits(rows: int) -> int:
     """Buckets small enough to be put in order in memory, few enough to be filled side by side."""
     bits = MIN_BITS
     while rows >> bits >= MAX_BUCKETS:
@@ -29,19 +29,19 @@ def bucket_bits(rows: int) -> int:
     return bits
 
 
-def buckets(rows: int, bits: int) -> int:
+def count_buckets(rows: int, bits: int) -> int:
     return (rows + (1 << bits) - 1) >> bits
 
 
 @compiled
-def histogram(places, bits, counts):
+def count_per_bucket(places, bits, counts):
     """How many rows of a piece go to each bucket."""
     for row in range(len(places)):
         counts[np.int64(places[row]) >> bits] += 1
 
 
 @compiled
-def scatter(spots, rows, row, places, bits, first, staging, filled):
+def scatter_to_buckets(spots, rows, row, places, bits, first, staging, filled):
     """Records into their buckets' staging rows, until one is full; returns (next row, full bucket or -1)."""
     dense, dense_step, ids, ids_step = spots[0], 4 * spots[1], spots[2], 4 * spots[3]
     wide, labels, label_step = spots[4] == 2, spots[5], spots[6]
@@ -65,10 +65,12 @@ def scatter(spots, rows, row, places, bits, first, staging, filled):
     return row, -1
 
 
-class Spill:
+class SpillFile:
     """One piece's records into its file. `places(begin, rows)` gives where its rows go."""
 
-    def __init__(self, file: File, places: Callable[[int, int], np.ndarray], rows: int, bits: int) -> None:
+    def __init__(
+        self, file: OffsetFile, places: Callable[[int, int], np.ndarray], rows: int, bits: int
+    ) -> None:
         self.file, self.places, self.rows, self.bits = file, places, rows, bits
         self.done = 0
         self.counts = self._count()
@@ -82,16 +84,16 @@ class Spill:
         """Records per bucket, from the first one that gets any to the last."""
         step, counts = 1 << 16, np.zeros(MAX_BUCKETS, np.int64)
         for begin in range(0, self.rows, step):
-            histogram(self.places(begin, min(step, self.rows - begin)), self.bits, counts)
+            count_per_bucket(self.places(begin, min(step, self.rows - begin)), self.bits, counts)
         used = np.flatnonzero(counts)
         self.first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
         return counts[self.first : end]
 
-    def take(self, block: Block) -> None:
+    def take(self, block: TextBlock) -> None:
         places = self.places(self.done, block.rows)
         row = 0
         while row < block.rows:
-            row, full = scatter(
+            row, full = scatter_to_buckets(
                 block.spots, block.rows, row, places, self.bits, self.first, self._staging, self._filled,
             )  # fmt: skip
             if full >= 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.errors import UserError, printable
 from common.owned import OutputFolder
-from dlrm.data.criteo import NUM_SPARSE, Meta
+from dlrm.data.criteo import NUM_SPARSE, DatasetMeta
 from dlrm.prep.io.folders import refuse_overlap, same_folder
 
 STEPS = ("parse", "contiguous", "shuffle")
@@ -31,16 +31,16 @@ HOW_ONLY = {
 }
 
 
-def format_of(folder: Path) -> str:
+def read_format(folder: Path) -> str:
     """Of the dataset in this folder; nothing when there is none that can be read."""
     try:
-        return Meta.load(folder).format
+        return DatasetMeta.load(folder).format
     except UserError:
         return ""
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepOptions:
     input_dir: Path
     output_dir: Path
     frequency_threshold: int = 0
@@ -127,7 +127,7 @@ class Options:
                 )
         OutputFolder(self.trace_dir or "").refuse_foreign(["results.json"])
 
-    def checked(self) -> "Options":
+    def checked(self) -> "PrepOptions":
         """Refuse what contradicts itself, before anything is read."""
         for name, least in (("frequency_threshold", 0), ("frequency_limit", 0), ("random_seed", 0),
                             ("max_ind_range", 0), ("mod_idx", 0), ("workers", 1)):  # fmt: skip
@@ -163,7 +163,7 @@ class Options:
         refuse_overlap("--tmp_dir", self.tmp_dir, [("--input_dir", self.input_dir)])
         if self.trace_dir:
             self._check_traced()
-        found = format_of(self.output_dir)
+        found = read_format(self.output_dir)
         if found not in ("", self.format):
             raise UserError(
                 f"--output_dir {printable(self.output_dir)}: a finished {found} dataset, not {self.format}; "

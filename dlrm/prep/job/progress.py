@@ -9,7 +9,7 @@ from contextlib import contextmanager
 LINE_SECONDS, BAR_SECONDS = 5.0, 0.2
 
 
-class Progress:
+class PrepProgress:
     """Threads add what they have done; a clock thread shows it. Silent but on the first rank.
 
     With more ranks than one it counts the first one's share, and says so.

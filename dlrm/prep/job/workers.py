@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LOST = sys.maxsize  # in the place of an item: told if no item has an error
 
 
-def in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+def run_in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """The results in order; the first error is raised."""
     if workers == 1:
         return [work(item) for item in items]
@@ -31,14 +31,14 @@ def in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list
         return list(pool.map(work, items))
 
 
-def in_processes(workers: int, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def run_in_processes(workers: int, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """The same by this process and forks of it, which share no interpreter; what a fork keeps is lost."""
     if workers == 1:
-        return in_threads(1, work, items)
+        return run_in_threads(1, work, items)
     with tempfile.TemporaryFile(buffering=0) as deal:
         deal.write(b"".join(number.to_bytes(8, "little") for number in range(len(items))))
         deal.seek(0)  # all share this position, which nobody can die holding as a lock
-        found = _forked(workers, lambda: _serve(deal, work, items))
+        found = _run_forked(workers, lambda: _work_through_items(deal, work, items))
     results = [found[number] for number in sorted(found)]
     for result in results:
         if isinstance(result, Exception):
@@ -46,7 +46,7 @@ def in_processes(workers: int, work: Callable[[T], R], items: Sequence[T]) -> li
     return results  # type: ignore[return-value]
 
 
-def _serve(deal: Any, work: Callable[[T], R], items: Sequence[T]) -> dict[int, R | Exception]:
+def _work_through_items(deal: Any, work: Callable[[T], R], items: Sequence[T]) -> dict[int, R | Exception]:
     """Take items while there are some."""
     found: dict[int, R | Exception] = {}
     while word := deal.read(8):
@@ -59,7 +59,7 @@ def _serve(deal: Any, work: Callable[[T], R], items: Sequence[T]) -> dict[int, R
     return found
 
 
-def _forked(workers: int, serve: Callable[[], dict[int, Any]]) -> dict[int, Any]:
+def _run_forked(workers: int, serve: Callable[[], dict[int, Any]]) -> dict[int, Any]:
     """What this process and its forks serve, together."""
 
     parent = os.getpid()
@@ -95,7 +95,7 @@ def _forked(workers: int, serve: Callable[[], dict[int, Any]]) -> dict[int, Any]
                 process.join()
 
 
-class Team:
+class Workers:
     """Without MPI a team of one rank. The ranks see each other's files and exchange only small things."""
 
     def __init__(self, here: Ranks, workers: int) -> None:
@@ -169,5 +169,5 @@ class Team:
                     errors[number] = error
                     stop.set()
 
-        in_threads(self.workers, one, range(len(mine)))
+        run_in_threads(self.workers, one, range(len(mine)))
         self.agree(errors[min(errors)] if errors else None)

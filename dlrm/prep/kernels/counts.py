@@ -6,7 +6,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from dlrm.prep.kernels.fields import Words
+from dlrm.prep.kernels.fields import FieldWords
 from dlrm.prep.kernels.intrinsics import I32, intrinsic
 
 MINUS = 45
@@ -15,7 +15,7 @@ FIELDS = 14
 VALUES = ir.VectorType(I32, LANES)
 
 
-def numbers(words: Words, digits: Any) -> Any:
+def parse_numbers(words: FieldWords, digits: Any) -> Any:
     """Digits of 0 to 9, the first in the lowest byte, to numbers."""
     builder = words.builder
     for bits, times, keep in (
@@ -28,14 +28,14 @@ def numbers(words: Words, digits: Any) -> Any:
     return builder.trunc(digits, VALUES)
 
 
-def store(builder: Any, values: Any, label: Any, dense: Any) -> None:
+def store_counts(builder: Any, values: Any, label: Any, dense: Any) -> None:
     builder.store(builder.extract_element(values, I32(0)), builder.inttoptr(label, I32.as_pointer()))
     order = ir.Constant(ir.VectorType(I32, FIELDS - 1), list(range(1, FIELDS)))
     counts = builder.shuffle_vector(values, values, order)
     builder.store(counts, builder.inttoptr(dense, counts.type.as_pointer()), align=4)
 
 
-def filled(builder: Any, empty: Any) -> Any:
+def fill_empty(builder: Any, empty: Any) -> Any:
     """What stands for a gap: 0 for a label, the same number for all counts."""
     gaps = builder.insert_element(ir.Constant(VALUES, ir.Undefined), builder.trunc(empty, I32), I32(0))
     gaps = builder.shuffle_vector(gaps, gaps, ir.Constant(VALUES, [0] * LANES))
@@ -43,12 +43,12 @@ def filled(builder: Any, empty: Any) -> Any:
 
 
 @intrinsic
-def label_and_counts(typing: Any, at: Any, label: Any, dense: Any, empty: Any) -> Any:
+def parse_label_and_counts(typing: Any, at: Any, label: Any, dense: Any, empty: Any) -> Any:
     """Where the ids begin, or -1: something is odd or far away, and nothing that was stored is to be used."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at, label, dense, empty = args
-        words = Words(builder, LANES)
+        words = FieldWords(builder, LANES)
         first, lengths, last = words.fields(at, FIELDS)
         good = words.short(lengths)
         present = builder.icmp_unsigned("!=", lengths, words.each(0))
@@ -62,10 +62,10 @@ def label_and_counts(typing: Any, at: Any, label: Any, dense: Any, empty: Any) -
         over = builder.or_(builder.add(digits, words.bytes(0x76)), digits)  # past 9 the top bit is set
         over = builder.and_(over, words.bytes(0x80))
         good = builder.and_(good, builder.icmp_unsigned("==", over, words.each(0)))
-        values = numbers(words, digits)
+        values = parse_numbers(words, digits)
         values = builder.select(below, builder.neg(values), values)
-        values = builder.select(present, values, filled(builder, empty))
-        store(builder, values, label, dense)
+        values = builder.select(present, values, fill_empty(builder, empty))
+        store_counts(builder, values, label, dense)
         return words.behind(at, last, words.all(good))
 
     return types.int64(types.int64, types.int64, types.int64, types.int64), build

@@ -11,7 +11,7 @@ REACH = 64  # bytes in which the tabs are looked for
 TAB = 9
 
 
-class Words:
+class FieldWords:
     """So many words, and the constants that go with them."""
 
     def __init__(self, builder: Any, count: int) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from dlrm.prep.kernels.fields import TAB, Words
+from dlrm.prep.kernels.fields import TAB, FieldWords
 from dlrm.prep.kernels.intrinsics import I8, I32, I64, intrinsic
 
 FIELDS = 8
 WIDTH = 9  # bytes from one id of eight digits to the next
 
 
-def gathered(words: Words, at: Any) -> tuple[Any, Any]:
+def gather_digits(words: FieldWords, at: Any) -> tuple[Any, Any]:
     """The eight words, and whether a tab is behind each."""
     builder, found = words.builder, words.each(0)
     ends = ir.Constant(ir.VectorType(I8, FIELDS), ir.Undefined)
@@ -26,7 +26,7 @@ def gathered(words: Words, at: Any) -> tuple[Any, Any]:
     return found, builder.icmp_unsigned("==", ends, ir.Constant(ends.type, [TAB] * FIELDS))
 
 
-def are_hex(words: Words, text: Any) -> Any:
+def are_hex(words: FieldWords, text: Any) -> Any:
     """Whether every byte is 0-9, a-f or A-F: adding carries into the top bit from a bound on."""
     builder = words.builder
 
@@ -41,7 +41,7 @@ def are_hex(words: Words, text: Any) -> Any:
     return builder.icmp_unsigned("==", good, words.bytes(0x80))
 
 
-def store(words: Words, text: Any, target: Any, id_step: Any) -> None:
+def store_ids(words: FieldWords, text: Any, target: Any, id_step: Any) -> None:
     """Digits to nibbles, to bytes, to the id, which goes into words of 4 or 8 bytes (1 or 2 steps)."""
     builder = words.builder
     is_letter = builder.and_(builder.lshr(text, words.each(6)), words.bytes(1))
@@ -60,14 +60,14 @@ def store(words: Words, text: Any, target: Any, id_step: Any) -> None:
 
 
 @intrinsic
-def eight_full(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
+def parse_eight_full(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
     """Ids of eight digits from `at` on to `target`. Where the next begins, or -1: none is to be used."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at, target, id_step = args
-        words = Words(builder, FIELDS)
-        text, ended = gathered(words, at)
-        store(words, text, target, id_step)
+        words = FieldWords(builder, FIELDS)
+        text, ended = gather_digits(words, at)
+        store_ids(words, text, target, id_step)
         good = words.all(builder.and_(ended, are_hex(words, text)))
         return builder.select(good, builder.add(at, I64(FIELDS * WIDTH)), I64(-1))
 
@@ -75,17 +75,17 @@ def eight_full(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
 
 
 @intrinsic
-def eight_any(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
+def parse_eight_any(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
     """The same for ids of up to eight digits and gaps, when one is missing at least: all are near then."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at, target, id_step = args
-        words = Words(builder, FIELDS)
+        words = FieldWords(builder, FIELDS)
         text, lengths, last = words.fields(at, FIELDS)
         half = builder.and_(builder.shl(lengths, words.each(2)), words.each(63))
         zeros = builder.lshr(builder.lshr(words.bytes(ord("0")), half), half)
         text = builder.or_(words.right_aligned(text, lengths), zeros)
-        store(words, text, target, id_step)
+        store_ids(words, text, target, id_step)
         return words.behind(at, last, words.all(builder.and_(words.short(lengths), are_hex(words, text))))
 
     return types.int64(types.int64, types.int64, types.int64), build

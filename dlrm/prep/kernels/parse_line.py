@@ -7,8 +7,8 @@ tabs between, one newline after. Nothing else is accepted here, so nothing can b
 import numpy as np
 
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.kernels.counts import label_and_counts
-from dlrm.prep.kernels.hex_ids import FIELDS, eight_any, eight_full
+from dlrm.prep.kernels.counts import parse_label_and_counts
+from dlrm.prep.kernels.hex_ids import FIELDS, parse_eight_any, parse_eight_full
 from dlrm.prep.kernels.intrinsics import byte_at, compiled, inlined, put32, trailing_zeros, word_at
 
 PAD = 128  # bytes that may be read behind the last one
@@ -113,7 +113,7 @@ def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
     """One line: 13 counts to dense, ids to every id_step-th word of sparse; returns where the next begins."""
     ids = FAIL
     if labelled:
-        ids = label_and_counts(at, label_at, dense, np.int64(empty))
+        ids = parse_label_and_counts(at, label_at, dense, np.int64(empty))
     if ids == FAIL:
         ids = parse_counts(at, labelled, empty, dense, label_at)
         if ids == FAIL:
@@ -123,9 +123,9 @@ def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
         # the last id is read alone, because it ends the line; so is each of an odd group
         if column + FIELDS < NUM_SPARSE:
             target = sparse + 4 * column * id_step
-            following = eight_full(at, target, id_step)
+            following = parse_eight_full(at, target, id_step)
             if following == FAIL:
-                following = eight_any(at, target, id_step)
+                following = parse_eight_any(at, target, id_step)
             if following != FAIL:
                 at = following
                 column += FIELDS

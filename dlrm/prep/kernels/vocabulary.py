@@ -16,12 +16,12 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 @inlined
-def slot_of(key, bits):
+def find_slot(key, bits):
     return np.int64((np.uint64(key) * MIX) >> np.uint64(64 - bits))
 
 
 @compiled
-def encode(tables, ids, row_step, id_step, rows, shift):
+def encode_ids(tables, ids, row_step, id_step, rows, shift):
     """Replace ids by their numbers + 1 + shift; new ids are appended to the column's values.
 
     The id of a row and column is the 4-byte word at ids + row_step * row + id_step * column words.
@@ -36,9 +36,9 @@ def encode(tables, ids, row_step, id_step, rows, shift):
             far = bits > 15  # smaller tables are in the cache anyway
             for row in range(begin, end):
                 if far and row + AHEAD < rows:
-                    prefetch(slots + 8 * slot_of(get32(base, (row + AHEAD) * row_step), bits))
+                    prefetch(slots + 8 * find_slot(get32(base, (row + AHEAD) * row_step), bits))
                 key = get32(base, row * row_step)
-                at = slot_of(key, bits)
+                at = find_slot(key, bits)
                 held = get64(slots, at)
                 while held != 0 and np.uint32(held >> np.uint64(32)) != key:
                     at = (at + 1) & mask
@@ -56,19 +56,19 @@ def encode(tables, ids, row_step, id_step, rows, shift):
 
 
 @compiled
-def refill(slots, bits, values, size):
+def refill_slots(slots, bits, values, size):
     """All values into an empty, larger table."""
     mask = (np.int64(1) << bits) - 1
     for number in range(size):
         key = values[number]
-        at = slot_of(key, bits)
+        at = find_slot(key, bits)
         while slots[at] != 0:
             at = (at + 1) & mask
         slots[at] = (np.uint64(key) << np.uint64(32)) | np.uint64(number + 1)
 
 
 @compiled
-def replace(slots, final):
+def replace_ids(slots, final):
     for at in range(len(slots)):
         if slots[at] != 0:
             number = np.int64(np.uint32(slots[at])) - 1
@@ -97,7 +97,7 @@ class Vocabulary:
             for column in np.flatnonzero(full):
                 self._widen(int(column), rows)
         steps = (ids.strides[0] // 4, ids.strides[1] // 4)
-        encode(self.tables, ids.ctypes.data, *steps, rows, shift)
+        encode_ids(self.tables, ids.ctypes.data, *steps, rows, shift)
 
     def sizes(self) -> list[int]:
         return self.tables[:, SIZE].tolist()
@@ -115,7 +115,7 @@ class Vocabulary:
         self._complete = True
         self.tables[:, COUNTS] = 0
         for slots, numbers in zip(self.slots, final, strict=True):
-            replace(slots, numbers)
+            replace_ids(slots, numbers)
 
     def clear(self) -> None:
         """Empty again, but as wide as it has become."""
@@ -136,7 +136,7 @@ class Vocabulary:
                 wider = np.zeros(1 << (bits - 1), np.uint32)
                 wider[:size] = old[:size]
                 arrays[column] = wider
-        refill(self.slots[column], bits, self.values[column], size)
+        refill_slots(self.slots[column], bits, self.values[column], size)
         self._describe(column, bits)
 
     def _describe(self, column: int, bits: int) -> None:

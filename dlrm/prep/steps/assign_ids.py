@@ -8,11 +8,11 @@ import threading
 
 import numpy as np
 
-from dlrm.prep.io.files import File
-from dlrm.prep.job.progress import Progress
+from dlrm.prep.io.files import OffsetFile
+from dlrm.prep.job.progress import PrepProgress
 from dlrm.prep.kernels.intrinsics import compiled, ones
 from dlrm.prep.kernels.vocabulary import Vocabulary
-from dlrm.prep.steps.plan import Work
+from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
 
 PART = 1 << 16  # ids at a time
@@ -21,10 +21,10 @@ FIRST_ID, RARE, GAP = 2, 1, 0
 _one_giant = threading.Lock()  # a gigabyte or two each: one at a time in a process
 
 
-class Column:
+class ColumnMaps:
     """One column's lists in the lanes' files, and the maps that are written for them."""
 
-    def __init__(self, work: Work, sizes: np.ndarray, column: int) -> None:
+    def __init__(self, work: PrepPlan, sizes: np.ndarray, column: int) -> None:
         self.work, self.column, self.lanes = work, column, len(work.lanes)
         self.sizes = sizes[:, column]
         self.offsets = sizes[:, :column].sum(axis=1)
@@ -33,7 +33,7 @@ class Column:
     def parts(self, counted: bool = False):
         """(lane, position in its list, ids, counts or None) in order."""
         for lane in range(self.lanes):
-            with File(self.work.path("lane", lane, "ids")) as file:
+            with OffsetFile(self.work.path("lane", lane, "ids")) as file:
                 for at in range(0, int(self.sizes[lane]), PART):
                     count, begin = min(PART, int(self.sizes[lane]) - at), int(self.offsets[lane]) + at
                     ids = file.read_array(count, 4 * begin, np.uint32)
@@ -42,22 +42,22 @@ class Column:
                         seen = file.read_array(count, 4 * (begin + int(self.totals[lane])), np.uint32)
                     yield lane, at, ids, seen
 
-    def writer(self, lane: int) -> File:
-        return File(self.work.path("lane", lane, "map"), "w")
+    def writer(self, lane: int) -> OffsetFile:
+        return OffsetFile(self.work.path("lane", lane, "map"), "w")
 
-    def write(self, file: File, at: int, lane: int, numbers: np.ndarray) -> None:
+    def write(self, file: OffsetFile, at: int, lane: int, numbers: np.ndarray) -> None:
         file.write(numbers.astype(np.int32, copy=False), 4 * (int(self.offsets[lane]) + at))
 
     def numbers(self, lane: int, at: int, count: int) -> np.ndarray:
-        with File(self.work.path("lane", lane, "map")) as file:
+        with OffsetFile(self.work.path("lane", lane, "map")) as file:
             return file.read_array(count, 4 * (int(self.offsets[lane]) + at), np.int32)
 
 
-def merge_column(work: Work, sizes: np.ndarray, column: int, progress: Progress) -> None:
+def merge_column(work: PrepPlan, sizes: np.ndarray, column: int, progress: PrepProgress) -> None:
     path = work.path("column", column)
     if path.exists():
         return
-    lists = Column(work, sizes, column)
+    lists = ColumnMaps(work, sizes, column)
     total = int(lists.sizes.sum())
     with trace.span("prep", "ids", bytes=4 * total, column=column):
         if work.options.mod_idx:
@@ -71,7 +71,7 @@ def merge_column(work: Work, sizes: np.ndarray, column: int, progress: Progress)
     progress.add(bytes=4 * total)
 
 
-def merge_small(lists: Column, least: int, gaps: bool) -> int:
+def merge_small(lists: ColumnMaps, least: int, gaps: bool) -> int:
     """Through one hash table; numbers first, ids when all counts are known."""
     vocabulary, counting = Vocabulary(False, columns=1), least > 1
     totals = np.zeros(0, np.int64)
@@ -102,7 +102,7 @@ def merge_small(lists: Column, least: int, gaps: bool) -> int:
     return int(kept.sum())
 
 
-def merge_moduli(lists: Column, modulo: int) -> int:
+def merge_moduli(lists: ColumnMaps, modulo: int) -> int:
     """OneFlow's ids: the hash modulo N, each column in its own range. Returns how many there are."""
     seen = np.zeros(modulo, bool)
     for lane, at, ids, _ in lists.parts():
@@ -150,7 +150,7 @@ def number_words(words):
 
 
 @compiled
-def assign(words, given, used, ids, numbers):
+def assign_numbers(words, given, used, ids, numbers):
     """The next id for each first appearance; returns how many are used."""
     for k in range(len(ids)):
         word = words[ids[k] >> np.uint32(5)]
@@ -166,7 +166,7 @@ def assign(words, given, used, ids, numbers):
     return used
 
 
-def merge_giant(lists: Column, least: int, gaps: bool) -> int:
+def merge_giant(lists: ColumnMaps, least: int, gaps: bool) -> int:
     """Memory: 1 GiB, another for counters while there is a threshold, then 4 bytes per kept id."""
     words = np.zeros(WORDS, np.uint64)
     if least <= 1:
@@ -188,7 +188,7 @@ def merge_giant(lists: Column, least: int, gaps: bool) -> int:
     given, used = np.zeros(kept, np.int32), 0
     for lane, at, ids, _ in lists.parts():
         numbers = np.empty(len(ids), np.int32)
-        used = assign(words, given, used, ids, numbers)
+        used = assign_numbers(words, given, used, ids, numbers)
         if gaps:
             numbers[ids == 0] = GAP
         with lists.writer(lane) as file:

@@ -7,44 +7,44 @@ import numpy as np
 
 from common.errors import UserError, printable
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.io.blocks import Piece, Scanner, count
-from dlrm.prep.io.files import File, write_whole
-from dlrm.prep.io.inputs import Source
-from dlrm.prep.io.odd_lines import Rules
-from dlrm.prep.io.spill import Spill
-from dlrm.prep.job.options import MISSING, Options
-from dlrm.prep.job.progress import Progress
+from dlrm.prep.io.blocks import InputPiece, LineScanner, count_rows
+from dlrm.prep.io.files import OffsetFile, write_whole
+from dlrm.prep.io.inputs import InputFile
+from dlrm.prep.io.odd_lines import LineRules
+from dlrm.prep.io.spill import SpillFile
+from dlrm.prep.job.options import MISSING, PrepOptions
+from dlrm.prep.job.progress import PrepProgress
 from dlrm.prep.kernels.intrinsics import compiled
 from dlrm.prep.kernels.vocabulary import Vocabulary
-from dlrm.prep.steps.plan import Work
+from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
 
 
-def rules_of(options: Options, source: Source) -> Rules:
+def line_rules(options: PrepOptions, source: InputFile) -> LineRules:
     modulo = options.max_ind_range or options.mod_idx
-    return Rules(options.lenient, source.labelled, modulo, options.empty_dense)
+    return LineRules(options.lenient, source.labelled, modulo, options.empty_dense)
 
 
-def count_piece(work: Work, number: int, progress: Progress) -> None:
+def count_piece(work: PrepPlan, number: int, progress: PrepProgress) -> None:
     path, piece = work.path("count", number), work.pieces[number]
     if path.exists():
         return
     source, options = work.sources[piece.source], work.options
     with (
         trace.span("prep", "count", bytes=piece.end - piece.begin),
-        File(work.texts[piece.source]) as file,
+        OffsetFile(work.texts[piece.source]) as file,
     ):
-        rows, lines = count(
-            file, piece, printable(source.path), rules_of(options, source), options.skip_bad_rows
+        rows, lines = count_rows(
+            file, piece, printable(source.path), line_rules(options, source), options.skip_bad_rows
         )
     work.save(path, [rows, lines])
     progress.add(rows, piece.end - piece.begin)
 
 
-class Parser:
+class LaneParser:
     """Lanes to spill files. A thread's vocabulary serves it again for its next lane: fresh memory costs."""
 
-    def __init__(self, work: Work, progress: Progress) -> None:
+    def __init__(self, work: PrepPlan, progress: PrepProgress) -> None:
         self.work, self.progress = work, progress
         self._own = threading.local()
 
@@ -60,7 +60,7 @@ class Parser:
         parse_lane(self.work, lane, self._own.vocabulary, self.progress)
 
 
-def parse_lane(work: Work, lane: int, vocabulary: Vocabulary | None, progress: Progress) -> None:
+def parse_lane(work: PrepPlan, lane: int, vocabulary: Vocabulary | None, progress: PrepProgress) -> None:
     path, options = work.path("lane", lane), work.options
     ranges, skipped, last_ids = [], [], np.zeros(NUM_SPARSE, np.int64)
     size = sum(work.pieces[number].end - work.pieces[number].begin for number in work.lanes[lane])
@@ -81,22 +81,22 @@ def parse_lane(work: Work, lane: int, vocabulary: Vocabulary | None, progress: P
 
 
 def parse_piece(
-    work: Work, number: int, vocabulary: Vocabulary | None, last_ids: np.ndarray, progress: Progress
-) -> tuple[list[int], Scanner]:
+    work: PrepPlan, number: int, vocabulary: Vocabulary | None, last_ids: np.ndarray, progress: PrepProgress
+) -> tuple[list[int], LineScanner]:
     """One piece into its spill file; returns the range of its counts."""
     piece, options = work.pieces[number], work.options
     source = work.sources[piece.source]
     low_high = np.array([1 << 40, -(1 << 40)])
     with (
-        File(work.texts[piece.source]) as text,
-        File(work.path("piece", number, "spill"), "w") as file,
-        destinations(work, piece) as places,
+        OffsetFile(work.texts[piece.source]) as text,
+        OffsetFile(work.path("piece", number, "spill"), "w") as file,
+        Destinations(work, piece) as places,
     ):
         file.resize(0)
-        scanner = Scanner(
-            text, printable(source.path), piece, rules_of(options, source), options.skip_bad_rows
+        scanner = LineScanner(
+            text, printable(source.path), piece, line_rules(options, source), options.skip_bad_rows
         )
-        spill = Spill(file, places.read, piece.rows, work.bits) if piece.rows else None
+        spill = SpillFile(file, places.read, piece.rows, work.bits) if piece.rows else None
         for block, consumed in scanner.blocks():
             if spill is None or spill.done + block.rows > piece.rows:
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
@@ -128,15 +128,15 @@ def widen_range(dense, rows, missing, low_high):
     low_high[0], low_high[1] = low, high
 
 
-class destinations:
+class Destinations:
     """Where a piece's rows go: the permutation's file for those that are shuffled, their own place else."""
 
-    def __init__(self, work: Work, piece: Piece) -> None:
+    def __init__(self, work: PrepPlan, piece: InputPiece) -> None:
         self._first, self._moved = piece.first_row, work.moved
-        self._file = File(work.path("places", 0, "u32")) if piece.first_row < work.moved else None
+        self._file = OffsetFile(work.path("places", 0, "u32")) if piece.first_row < work.moved else None
         self.read: Callable[[int, int], np.ndarray] = self._read
 
-    def __enter__(self) -> "destinations":
+    def __enter__(self) -> "Destinations":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.owned import discard_file, finish_file
-from dlrm.prep.io.files import File
+from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.kernels.intrinsics import compiled, prefetch
 
 PARTITION_BITS = (
@@ -29,7 +29,7 @@ UPPER, LOWER, MATRIX = U(0x80000000), U(0x7FFFFFFF), U(0x9908B0DF)
 
 
 @compiled
-def twist(state, ready):
+def twist_state(state, ready):
     """The next 624 words of the generator, and what it gives out for them."""
     for word in range(WORDS - 397):
         mixed = (state[word] & UPPER) | (state[word + 1] & LOWER)
@@ -48,7 +48,7 @@ def twist(state, ready):
 
 
 @compiled
-def draw(state, ready, at, last, chosen):
+def draw_numbers(state, ready, at, last, chosen):
     """chosen[k] = a random number of 0..last-k, as numpy draws them; returns the state's position."""
     k = 0
     while k < len(chosen):
@@ -58,7 +58,7 @@ def draw(state, ready, at, last, chosen):
         stop = min(len(chosen), last - (mask >> 1))  # up to here the mask stays the same
         while k < stop:
             if at == WORDS:
-                twist(state, ready)
+                twist_state(state, ready)
                 at = 0
             value = np.int64(ready[at]) & mask
             at += 1
@@ -68,7 +68,7 @@ def draw(state, ready, at, last, chosen):
 
 
 @compiled
-def swap(rows, low, i, chosen, k, bits, staged, filled):
+def swap_items(rows, low, i, chosen, k, bits, staged, filled):
     """Swaps for i, i - 1, ...; stops where a message buffer is full. Returns (next k, the full one or -1)."""
     base = rows.ctypes.data
     while k < len(chosen):
@@ -91,7 +91,7 @@ def swap(rows, low, i, chosen, k, bits, staged, filled):
 
 
 @compiled
-def replay(rows, low, messages, k, bits, staged, filled):
+def replay_swaps(rows, low, messages, k, bits, staged, filled):
     """What higher partitions did to this one: each message learns its row, and leaves one behind."""
     base = rows.ctypes.data
     while k < len(messages):
@@ -110,7 +110,7 @@ def replay(rows, low, messages, k, bits, staged, filled):
 
 
 @compiled
-def deal(rows, low, k, bits, staged, filled):
+def deal_to_partitions(rows, low, k, bits, staged, filled):
     """Pairs (source row, its place) to the buffer of their source's partition."""
     while k < len(rows):
         if rows[k] != SENT:
@@ -125,7 +125,7 @@ def deal(rows, low, k, bits, staged, filled):
 
 
 @compiled
-def invert(pairs, low, places):
+def invert_permutation(pairs, low, places):
     base = places.ctypes.data
     for k in range(len(pairs)):
         prefetch(base + 4 * (np.int64(pairs[min(k + AHEAD, len(pairs) - 1), 0]) - low))
@@ -141,7 +141,7 @@ def invert_all(rows, places):
         places[rows[k]] = k
 
 
-class Mail:
+class PartitionSpool:
     """One growing file per partition, written through small buffers."""
 
     def __init__(self, folder: Path, kind: str, partitions: int, words: int) -> None:
@@ -156,7 +156,7 @@ class Mail:
         return self.folder / f"{self.kind}_{partition}.u32"
 
     def flush(self, partition: int) -> None:
-        with File(self.path(partition), "a") as file:
+        with OffsetFile(self.path(partition), "a") as file:
             file.append(self.staged[partition, : self.filled[partition]])
         self.filled[partition] = 0
 
@@ -172,7 +172,7 @@ class Mail:
         path, size = self.path(partition), self.words * 4
         if path.exists():
             part = np.empty((1 << 16, self.words), np.uint32)
-            with File(path) as file:
+            with OffsetFile(path) as file:
                 for at in range(0, file.size, part.nbytes):
                     count = file.read_into(part.data.cast("B"), at)
                     yield part[: count // size]
@@ -190,34 +190,34 @@ def write_places(
     state: Any = np.random.RandomState(seed).get_state(legacy=True)
     words, ready, at = np.array(state[1], np.uint32), np.empty(WORDS, np.uint32), WORDS
     partitions = max(1, (rows + (1 << bits) - 1) >> bits)
-    messages = Mail(path.parent, "message", partitions, 3)
-    pairs = Mail(path.parent, "pair", partitions, 2)
+    messages = PartitionSpool(path.parent, "message", partitions, 3)
+    pairs = PartitionSpool(path.parent, "pair", partitions, 2)
     chosen, here = np.empty(DRAWS, np.uint32), np.empty(0, np.uint32)
     for partition in range(partitions - 1, -1, -1):
         low, high = partition << bits, min(rows, (partition + 1) << bits)
         here = np.arange(low, high, dtype=np.uint32)
         for part in messages.take(partition):
-            pairs.send(replay, here, low, part, bits=bits)
+            pairs.send(replay_swaps, here, low, part, bits=bits)
         for i in range(high - 1, max(low, 1) - 1, -DRAWS):
             drawn = chosen[: i - max(low, 1) + 1]
-            at = draw(words, ready, at, i, drawn)
-            messages.send(swap, here, low, i, drawn, bits=bits)
+            at = draw_numbers(words, ready, at, i, drawn)
+            messages.send(swap_items, here, low, i, drawn, bits=bits)
             moved(len(drawn))
         if partitions > 1:
-            pairs.send(deal, here, low, bits=bits)
-    collect(path, rows, here if partitions == 1 else pairs, bits)
+            pairs.send(deal_to_partitions, here, low, bits=bits)
+    collect_partition(path, rows, here if partitions == 1 else pairs, bits)
 
 
-def collect(path: Path, rows: int, found: "np.ndarray | Mail", bits: int) -> None:
+def collect_partition(path: Path, rows: int, found: "np.ndarray | PartitionSpool", bits: int) -> None:
     """From places and their rows to rows and their places: all in memory, or partition by partition."""
     partial = path.with_name(path.name + ".partial")
-    with File(partial, "w") as file:
+    with OffsetFile(partial, "w") as file:
         file.resize(0)
         for low in range(0, rows, 1 << bits):
             places = np.empty(min(rows, low + (1 << bits)) - low, np.uint32)
-            if isinstance(found, Mail):
+            if isinstance(found, PartitionSpool):
                 for part in found.take(low >> bits):
-                    invert(part, low, places)
+                    invert_permutation(part, low, places)
             else:
                 invert_all(found, places)
             file.write(places, low * 4)

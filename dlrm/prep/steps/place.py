@@ -11,13 +11,13 @@ import numpy as np
 from common.errors import UserError, printable
 from common.owned import discard_file, finish_file
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.io.files import File, write_whole
-from dlrm.prep.io.output import store
+from dlrm.prep.io.files import OffsetFile, write_whole
+from dlrm.prep.io.output import store_rows
 from dlrm.prep.io.spill import RECORD_BYTES, WORDS
 from dlrm.prep.job.options import MISSING
-from dlrm.prep.job.progress import Progress
+from dlrm.prep.job.progress import PrepProgress
 from dlrm.prep.kernels.intrinsics import compiled, copier, get32, prefetch, put32, subtracter
-from dlrm.prep.steps.plan import Work
+from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
 
 PART_RECORDS = 1 << 14
@@ -31,7 +31,7 @@ less, copy_ids = subtracter(NUM_DENSE), copier(NUM_SPARSE)
 
 
 @compiled
-def place(records, offsets, maps, mapped, shift, gaps, dense, sparse, labels):
+def place_records(records, offsets, maps, mapped, shift, gaps, dense, sparse, labels):
     """Each record to its row: counts less the shift (but for gaps), ids through the lane's map."""
     counts_at, ids_at, labels_at = dense.ctypes.data, sparse.ctypes.data, labels.ctypes.data
     map_at, record = maps.ctypes.data, records.ctypes.data
@@ -62,7 +62,7 @@ def place(records, offsets, maps, mapped, shift, gaps, dense, sparse, labels):
 
 
 @compiled
-def translate(records, offsets, maps):
+def translate_ids(records, offsets, maps):
     for k in range(len(records)):
         for column in range(NUM_SPARSE):
             at = FIRST_ID + column
@@ -70,27 +70,29 @@ def translate(records, offsets, maps):
 
 
 @dataclass
-class Maps:
+class IdMaps:
     """From the lanes' numbers to the dataset's ids, in memory."""
 
     offsets: list[np.ndarray]  # per lane
     values: list[np.ndarray]
 
 
-def load_map(work: Work, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
+def load_map(work: PrepPlan, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.concatenate([[0], np.cumsum(sizes[lane])])
     if not offsets[-1]:  # a lane without a good row
         return offsets, np.zeros(0, np.int32)
-    with File(work.path("lane", lane, "map")) as file:
+    with OffsetFile(work.path("lane", lane, "map")) as file:
         return offsets, file.read_array(int(offsets[-1]), 0, np.int32)
 
 
-def load_maps(work: Work, sizes: np.ndarray) -> Maps:
+def load_maps(work: PrepPlan, sizes: np.ndarray) -> IdMaps:
     found = [load_map(work, sizes, lane) for lane in range(len(work.lanes))]
-    return Maps([offsets for offsets, _ in found], [values for _, values in found])
+    return IdMaps([offsets for offsets, _ in found], [values for _, values in found])
 
 
-def records_of(file: File, begin: int, count: int, buffer: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def read_records(
+    file: OffsetFile, begin: int, count: int, buffer: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
     """(position, records) through one buffer."""
     for at in range(begin, begin + count, len(buffer)):
         part = buffer[: min(len(buffer), begin + count - at)]
@@ -100,7 +102,9 @@ def records_of(file: File, begin: int, count: int, buffer: np.ndarray) -> Iterat
         yield at, part
 
 
-def translate_piece(work: Work, sizes: np.ndarray, lane: int, number: int, progress: Progress) -> None:
+def translate_piece(
+    work: PrepPlan, sizes: np.ndarray, lane: int, number: int, progress: PrepProgress
+) -> None:
     """Rewrite a piece's records with the dataset's ids, when the maps are too large to be kept together."""
     final, spill = work.path("piece", number, "final"), work.path("piece", number, "spill")
     rows = work.pieces[number].rows
@@ -110,12 +114,12 @@ def translate_piece(work: Work, sizes: np.ndarray, lane: int, number: int, progr
         buffer = np.empty((PART_RECORDS, WORDS), np.uint32)
         with (
             trace.span("prep", "translate", bytes=rows * RECORD_BYTES),
-            File(spill) as source,
-            File(partial, "w") as target,
+            OffsetFile(spill) as source,
+            OffsetFile(partial, "w") as target,
         ):
             target.resize(0)
-            for at, records in records_of(source, 0, rows, buffer):
-                translate(records, offsets, values)
+            for at, records in read_records(source, 0, rows, buffer):
+                translate_ids(records, offsets, values)
                 target.write(records, at * RECORD_BYTES)
                 progress.add(len(records), 2 * records.nbytes)
         finish_file(partial, final)
@@ -136,10 +140,10 @@ def may_be_open(files: int) -> int:
 class Placer:
     """Buckets to output files. The files are shared by all ranks; each bucket writes its own stretch."""
 
-    def __init__(self, work: Work, maps: Maps | None, progress: Progress) -> None:
+    def __init__(self, work: PrepPlan, maps: IdMaps | None, progress: PrepProgress) -> None:
         self.work, self.maps, self.progress = work, maps, progress
         self._own = threading.local()
-        self._opened: list[File] = []
+        self._opened: list[OffsetFile] = []
         self.most_open = may_be_open(len(work.pieces) * work.options.workers) // work.options.workers
         self.lane_of = {piece: lane for lane, pieces in enumerate(work.lanes) for piece in pieces}
         self.shifts = work.shifts()
@@ -176,17 +180,17 @@ class Placer:
         return self._own.buffers
 
     @contextmanager
-    def _spill(self, piece: int) -> Iterator[File]:
+    def _spill(self, piece: int) -> Iterator[OffsetFile]:
         """Each thread's own, kept open as far as the system allows: every bucket has rows in every one."""
         if not hasattr(self._own, "files"):
             self._own.files = {}
         kept = self._own.files
         if piece not in kept and len(kept) >= self.most_open:
-            with File(self.spills[piece]) as file:
+            with OffsetFile(self.spills[piece]) as file:
                 yield file
             return
         if piece not in kept:
-            kept[piece] = File(self.spills[piece])
+            kept[piece] = OffsetFile(self.spills[piece])
             self._opened.append(kept[piece])
         yield kept[piece]
 
@@ -206,10 +210,12 @@ class Placer:
             offsets = self.maps.offsets[lane] if self.maps else np.zeros(1, np.int64)
             values = self.maps.values[lane] if self.maps else np.zeros(1, np.int32)
             with self._spill(piece) as file:
-                for _, records in records_of(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
-                    place(records, offsets, values, self.maps is not None, shift, gaps, dense, sparse, labels)
+                for _, records in read_records(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
+                    place_records(
+                        records, offsets, values, self.maps is not None, shift, gaps, dense, sparse, labels
+                    )
         return dense, sparse, labels
 
     def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
         folder, made = self.work.folders.made, self.work.made
-        store(folder, self.work.options, made, self.work.moved, begin, dense, sparse, labels)
+        store_rows(folder, self.work.options, made, self.work.moved, begin, dense, sparse, labels)

@@ -12,46 +12,48 @@ import pyarrow.parquet as pq
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE, split_last_day
 from dlrm.prep.io.files import bytes_written, explained, write_whole
 from dlrm.prep.io.folders import discard
-from dlrm.prep.io.inputs import Output, days_of
-from dlrm.prep.io.output import logged, overlaps
+from dlrm.prep.io.inputs import OutputDay, days_of
+from dlrm.prep.io.output import overlaps, take_logarithm
 from dlrm.prep.steps.place import Placer
-from dlrm.prep.steps.plan import Work
+from dlrm.prep.steps.plan import PrepPlan
 
 NAMES = ["label", *(f"I{i + 1}" for i in range(NUM_DENSE)), *(f"C{i + 1}" for i in range(NUM_SPARSE))]
 UNLABELLED = "unlabelled"  # Kaggle's test.txt
 SIZES = "README.md"
 
 
-def subsets(work: Work) -> list[Output]:
+def list_subsets(work: PrepPlan) -> list[OutputDay]:
     """The output's rows, cut into subsets; a single day is all training data, as the loader takes it."""
     days = days_of(work.made)
     rows = [output.rows for output in days]
     if len(days) > 1:
         val, test = split_last_day(rows[-1])
-        found = [Output("train", sum(rows[:-1])), Output("val", len(val)), Output("test", len(test))]
+        found = [OutputDay("train", sum(rows[:-1])), OutputDay("val", len(val)), OutputDay("test", len(test))]
     else:
-        found = [Output("train", sum(rows))]
+        found = [OutputDay("train", sum(rows))]
     rest = work.rows - sum(rows)
-    return found + ([Output(UNLABELLED, rest)] if rest else [])
+    return found + ([OutputDay(UNLABELLED, rest)] if rest else [])
 
 
-def parts(work: Work, bucket: int) -> Iterator[tuple[str, int, int]]:
+def list_parts(work: PrepPlan, bucket: int) -> Iterator[tuple[str, int, int]]:
     """(file, from, to) for the rows of one bucket."""
     begin = bucket << work.bits
     rows = min(work.rows, begin + (1 << work.bits)) - begin
-    for output, start, stop, _ in overlaps(subsets(work), begin, rows):
+    for output, start, stop, _ in overlaps(list_subsets(work), begin, rows):
         yield f"{output.name}/part_{bucket:05d}.parquet", start, stop
 
 
-def names(work: Work) -> list[str]:
-    return [name for bucket in range(work.bucket_count) for name, _, _ in parts(work, bucket)]
+def list_names(work: PrepPlan) -> list[str]:
+    return [name for bucket in range(work.bucket_count) for name, _, _ in list_parts(work, bucket)]
 
 
-def make_folders(work: Work) -> None:
+def make_folders(work: PrepPlan) -> None:
     done = list(work.folder.glob("bucket_*.done"))
-    if done and any(not path.exists() for number in map(number_of, done) for path in files(work, number)):
+    if done and any(
+        not path.exists() for number in map(number_of, done) for path in open_files(work, number)
+    ):
         discard(work.folder, "bucket_*.done")
-    for output in subsets(work):
+    for output in list_subsets(work):
         with explained(work.folders.made / output.name):
             (work.folders.made / output.name).mkdir(exist_ok=True)
 
@@ -60,8 +62,8 @@ def number_of(done) -> int:
     return int(done.stem.split("_")[1])
 
 
-def files(work: Work, bucket: int):
-    return [work.folders.made / name for name, _, _ in parts(work, bucket)]
+def open_files(work: PrepPlan, bucket: int):
+    return [work.folders.made / name for name, _, _ in list_parts(work, bucket)]
 
 
 class ParquetPlacer(Placer):
@@ -69,10 +71,10 @@ class ParquetPlacer(Placer):
 
     def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
         work = self.work
-        counts = dense if work.options.mod_idx else logged(dense, work.options)
+        counts = dense if work.options.mod_idx else take_logarithm(dense, work.options)
         if not work.options.contiguous and not work.options.max_ind_range:
             sparse = sparse.view(np.uint32).astype(np.int64)
-        for name, start, stop in parts(work, begin >> work.bits):
+        for name, start, stop in list_parts(work, begin >> work.bits):
             columns = [labels[start:stop, 0]]
             columns += [counts[start:stop, column] for column in range(NUM_DENSE)]
             columns += [sparse[start:stop, column] for column in range(NUM_SPARSE)]
@@ -83,8 +85,8 @@ class ParquetPlacer(Placer):
                 bytes_written[str(path.absolute())] += file.tell()
 
 
-def write_sizes(work: Work, table_sizes: list[int]) -> None:
+def write_sizes(work: PrepPlan, table_sizes: list[int]) -> None:
     """The numbers that a training script is given by hand, as OneFlow's tool exports them."""
-    lines = ["## number of examples:"] + [f"{output.name}: {output.rows}" for output in subsets(work)]
+    lines = ["## number of examples:"] + [f"{output.name}: {output.rows}" for output in list_subsets(work)]
     lines += ["", "## table size array", f"table_size_array = {table_sizes}"]
     write_whole(work.folders.made / SIZES, ("\n".join(lines) + "\n").encode())

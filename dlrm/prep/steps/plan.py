@@ -10,12 +10,12 @@ import numpy as np
 
 from common.errors import UserError, printable
 from dlrm.data.criteo import NUM_SPARSE
-from dlrm.prep.io.blocks import Piece, line_end
-from dlrm.prep.io.files import File, read_values, write_whole
+from dlrm.prep.io.blocks import InputPiece, line_end
+from dlrm.prep.io.files import OffsetFile, read_values, write_whole
 from dlrm.prep.io.folders import Folders, discard
-from dlrm.prep.io.inputs import Output, Source, outputs, shuffled_rows
-from dlrm.prep.io.spill import bucket_bits, buckets
-from dlrm.prep.job.options import Options
+from dlrm.prep.io.inputs import InputFile, OutputDay, plan_outputs, shuffled_rows
+from dlrm.prep.io.spill import choose_bucket_bits, count_buckets
+from dlrm.prep.job.options import PrepOptions
 
 STATE = "state.json"
 SMALLEST, LARGEST = 1 << 20, 512 << 20  # bytes of text in a lane
@@ -23,15 +23,17 @@ PER_WORKER = 2  # a new lane begins with an empty vocabulary: more of them cost 
 LAYOUT = 3  # of the intermediate files: those of another version are not gone on with
 
 
-class Work:
+class PrepPlan:
     """The plan. A lane is a stretch of input that one worker reads with one vocabulary: pieces of files."""
 
-    def __init__(self, options: Options, found: list[Source], texts: list[Path], folders: Folders) -> None:
+    def __init__(
+        self, options: PrepOptions, found: list[InputFile], texts: list[Path], folders: Folders
+    ) -> None:
         self.options, self.sources, self.texts, self.folders = options, found, texts, folders
         self.folder = folders.work
-        self.pieces: list[Piece] = []
+        self.pieces: list[InputPiece] = []
         self.lanes: list[list[int]] = []
-        self.made: list[Output] = []
+        self.made: list[OutputDay] = []
         self.moved = self.rows = self.bits = 0
 
     # what is done ------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ class Work:
         before = lane = 0
         for source, (text, size) in enumerate(zip(self.texts, sizes, strict=True)):
             at = 0
-            with File(text) as file:
+            with OffsetFile(text) as file:
                 while at < size:
                     while marks[lane] <= before + at:
                         lane += 1
@@ -83,7 +85,7 @@ class Work:
 
     def read_plan(self) -> None:
         state = self.load(self.folder / STATE)
-        self.pieces = [Piece(*piece) for piece in state["pieces"]]
+        self.pieces = [InputPiece(*piece) for piece in state["pieces"]]
         self.lanes = state["lanes"]
 
     def counted(self) -> None:
@@ -99,13 +101,13 @@ class Work:
         for source, rows in zip(self.sources, rows_of, strict=True):
             if rows == 0:
                 raise UserError(f"{printable(source.path)}: no rows in it")
-        self.made = outputs(self.sources, rows_of, self.options.steps)
+        self.made = plan_outputs(self.sources, rows_of, self.options.steps)
         self.moved = shuffled_rows(self.made, self.options.shuffle)
-        self.bits = bucket_bits(self.rows)
+        self.bits = choose_bucket_bits(self.rows)
 
     @property
     def bucket_count(self) -> int:
-        return buckets(self.rows, self.bits)
+        return count_buckets(self.rows, self.bits)
 
     # what parsing leaves ---------------------------------------------------------------------------------
 

@@ -8,21 +8,21 @@ from pathlib import Path
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular
 from common.owned import finish_file
-from dlrm.prep.io.files import File
-from dlrm.prep.io.inputs import Source
-from dlrm.prep.job.progress import Progress
+from dlrm.prep.io.files import OffsetFile
+from dlrm.prep.io.inputs import InputFile
+from dlrm.prep.job.progress import PrepProgress
 from dlrm.runtime import trace
 
 BLOCK = 1 << 20
 
 
-def text_of(source: Source, folder: Path) -> Path:
+def text_path(source: InputFile, folder: Path) -> Path:
     """The plain text to read for this source."""
     return folder / f"{source.name}.text" if source.packed else source.path
 
 
-def unpack(source: Source, folder: Path, progress: Progress) -> None:
-    target = text_of(source, folder)
+def unpack_file(source: InputFile, folder: Path, progress: PrepProgress) -> None:
+    target = text_path(source, folder)
     if not source.packed or target.exists():
         return
     partial, at = target.with_name(target.name + ".partial"), 0
@@ -33,7 +33,7 @@ def unpack(source: Source, folder: Path, progress: Progress) -> None:
                 trace.span("prep", "unpack", bytes=packed),
                 os.fdopen(open_regular(source.path), "rb", buffering=0) as raw,
                 gzip.GzipFile(fileobj=raw) as text,
-                File(partial, "w") as out,
+                OffsetFile(partial, "w") as out,
             ):
                 out.resize(0)
                 before = 0

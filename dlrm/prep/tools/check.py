@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import NUM_SPARSE, PARTS, Meta, part_name
+from dlrm.data.criteo import NUM_SPARSE, PARTS, DatasetMeta, array_file_name
 from dlrm.prep.io.digests import digests
-from dlrm.prep.io.files import File
+from dlrm.prep.io.files import OffsetFile
 
 PARTIAL = ".partial"
 BLOCK_ROWS = 1 << 14
 
 
-def check(folder: Path) -> list[str]:
+def check_dataset(folder: Path) -> list[str]:
     """What is wrong, in words; nothing when all is well."""
-    meta = Meta.load(folder)
+    meta = DatasetMeta.load(folder)
     flaws = [f"{path}: left by an unfinished run" for path in sorted(folder.glob(f"*{PARTIAL}"))]
     if len(meta.table_sizes) != NUM_SPARSE:
         flaws.append(f"{folder}/meta.json: {len(meta.table_sizes)} table sizes, {NUM_SPARSE} expected")
@@ -35,7 +35,7 @@ def check(folder: Path) -> list[str]:
     return flaws
 
 
-def check_arrays(folder: Path, meta: Meta) -> Iterator[str]:
+def check_arrays(folder: Path, meta: DatasetMeta) -> Iterator[str]:
     sizes = np.array(meta.table_sizes, np.int64)
     kept = meta.parameters.get("compat", "") == "" and "contiguous" in meta.parameters.get("steps", [])
     tested = "test_sparse.npy" in meta.md5  # Kaggle's test set has ids of its own
@@ -56,11 +56,11 @@ def check_arrays(folder: Path, meta: Meta) -> Iterator[str]:
             yield f"{folder}: column {column}: {missing} ids never occur, the first is {first}"
 
 
-def layouts_of(folder: Path, meta: Meta) -> Iterator[tuple[Path, str, str]]:
+def layouts_of(folder: Path, meta: DatasetMeta) -> Iterator[tuple[Path, str, str]]:
     """(file, part, flaw or nothing)."""
     for day, rows in enumerate(meta.rows):
         for part, columns in PARTS.items():
-            path = folder / part_name(day, part)
+            path = folder / array_file_name(day, part)
             last = day == len(meta.rows) - 1
             yield path, part, check_layout(path, (rows, columns), meta, part, last)
 
@@ -73,9 +73,9 @@ HEADER = re.compile(
 LONGEST_HEADER = 10_000  # as numpy itself takes
 
 
-def layout(path: Path, whole: bool = True) -> tuple[tuple[int, ...], np.dtype, int]:
+def read_layout(path: Path, whole: bool = True) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, dtype and length of the header of an .npy file; `whole`: it must be as long as they say."""
-    with File(path) as file:
+    with OffsetFile(path) as file:
         start = file.read(12, 0)
         if start[:6] != b"\x93NUMPY" or len(start) < 12:
             raise UserError(f"{printable(path)}: not an .npy file")
@@ -97,11 +97,11 @@ def layout(path: Path, whole: bool = True) -> tuple[tuple[int, ...], np.dtype, i
     return shape, dtype, first + length
 
 
-def check_layout(path: Path, shape: tuple[int, int], meta: Meta, part: str, last: bool) -> str:
+def check_layout(path: Path, shape: tuple[int, int], meta: DatasetMeta, part: str, last: bool) -> str:
     if not path.exists():
         return "missing"
     try:
-        found, dtype, header = layout(path, whole=False)
+        found, dtype, header = read_layout(path, whole=False)
     except UserError as error:
         return f"no readable header: {error}"
     wanted = np.dtype(meta.dtypes[part])
@@ -120,11 +120,11 @@ def check_layout(path: Path, shape: tuple[int, int], meta: Meta, part: str, last
 
 def check_values(path: Path, part: str, sizes: np.ndarray, seen: list[np.ndarray]) -> Iterator[str]:
     """Ranges; and which ids occur is noted in `seen`, if there is one for each column."""
-    shape, dtype, header = layout(path)
+    shape, dtype, header = read_layout(path)
     rows, columns = shape
     low, high = np.full(columns, np.inf), np.full(columns, -np.inf)
     strange = 0
-    with File(path) as file:
+    with OffsetFile(path) as file:
         for row in range(0, rows, BLOCK_ROWS):
             count = min(BLOCK_ROWS, rows - row)
             block = file.read_array(count * columns, header + row * columns * dtype.itemsize, dtype)

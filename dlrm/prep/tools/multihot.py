@@ -14,15 +14,15 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.owned import finish_file
-from dlrm.data.criteo import META, NUM_SPARSE, Meta, multi_hot_name, part_name
-from dlrm.prep.io.files import File, explained
+from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta, array_file_name, multi_hot_file_name
+from dlrm.prep.io.files import OffsetFile, explained
 from dlrm.prep.io.folders import DATASET, Folders, Output, same_folder
 from dlrm.prep.io.folders import publish as publish_results
 from dlrm.prep.io.inputs import Stamps
 from dlrm.prep.io.publish import md5_of, write_meta
-from dlrm.prep.job.workers import Team
-from dlrm.prep.tools.check import layout
-from dlrm.prep.tools.torchrec_shuffle import copy
+from dlrm.prep.job.workers import Workers
+from dlrm.prep.tools.check import read_layout
+from dlrm.prep.tools.torchrec_shuffle import copy_day
 
 DISTRIBUTIONS = ("uniform", "pareto")
 ROWS = 1 << 16  # at a time, of a table and of a day
@@ -31,7 +31,7 @@ LAYOUT = 1  # of the intermediate files
 
 
 @dataclass(frozen=True)
-class MultiHot:
+class MultiHotOptions:
     input_dir: Path
     output_dir: Path
     sizes: tuple[int, ...]  # ids per row, per column
@@ -39,7 +39,7 @@ class MultiHot:
     distribution: str = "uniform"
     copy_labels_and_dense: bool = False
 
-    def checked(self) -> "MultiHot":
+    def checked(self) -> "MultiHotOptions":
         for name, values in (("multi_hot_sizes", self.sizes), ("num_embeddings_per_feature", self.tables)):
             if len(values) != NUM_SPARSE or min(values) < 1:
                 raise UserError(f"--{name}: {NUM_SPARSE} numbers of at least 1 are needed, got {len(values)}")
@@ -54,14 +54,14 @@ class MultiHot:
         return self.sizes, self.tables, (self.distribution, self.copy_labels_and_dense)
 
 
-def run(options: MultiHot, team: Team) -> None:
-    days = days_in(options.input_dir)
-    names = [multi_hot_name(day) for day in range(days)]
+def write_multi_hot(options: MultiHotOptions, team: Workers) -> None:
+    days = list_days(options.input_dir)
+    names = [multi_hot_file_name(day) for day in range(days)]
     parts = ["sparse"]
     if options.copy_labels_and_dense:
         parts = ["sparse", "dense", "labels"]
-        names += [part_name(day, part) for day in range(days) for part in parts[1:]]
-    paths = [options.input_dir / part_name(day, part) for day in range(days) for part in parts]
+        names += [array_file_name(day, part) for day in range(days) for part in parts[1:]]
+    paths = [options.input_dir / array_file_name(day, part) for day in range(days) for part in parts]
     stamps = team.first_gives(lambda: Stamps(paths))
     key = json.loads(json.dumps([LAYOUT, *map(list, options.how()), stamps.taken]))
     with Output("multihot", options.output_dir, first_does=team.first_does) as output:
@@ -72,28 +72,28 @@ def run(options: MultiHot, team: Team) -> None:
         team.first_does(output.clear)
 
 
-def finish(options: MultiHot, days: int, names: list[str], folders: Folders, stamps: Stamps) -> None:
+def finish(options: MultiHotOptions, days: int, names: list[str], folders: Folders, stamps: Stamps) -> None:
     last, others = names[0], r"day_\d+_sparse_multi_hot\.npz|meta\.json"
     if options.copy_labels_and_dense:  # a folder that can be read on its own
-        write_meta(folders, describe(options, days, names, folders))
+        write_meta(folders, make_meta(options, days, names, folders))
         last, others = META, DATASET
     publish_results(folders, names, last, others, stamps.check)
 
 
-def days_in(folder: Path) -> int:
+def list_days(folder: Path) -> int:
     days = 0
-    while (folder / part_name(days, "sparse")).exists():
+    while (folder / array_file_name(days, "sparse")).exists():
         days += 1
     if not days:
-        raise UserError(f"--input_dir {printable(folder)}: no {part_name(0, 'sparse')} in it")
+        raise UserError(f"--input_dir {printable(folder)}: no {array_file_name(0, 'sparse')} in it")
     return days
 
 
-def make_tables(options: MultiHot, scratch: Path) -> None:
+def make_tables(options: MultiHotOptions, scratch: Path) -> None:
     """One generator for all tables in their order; drawing in stretches gives the same numbers."""
     rng = np.random.RandomState(0)
     for column, (rows, hots) in enumerate(zip(options.tables, options.sizes, strict=True)):
-        with File(scratch / f"table_{column}.i4", "w") as file:
+        with OffsetFile(scratch / f"table_{column}.i4", "w") as file:
             file.resize(0)
             at = 0
             step = max(1, ROWS // hots)
@@ -103,32 +103,41 @@ def make_tables(options: MultiHot, scratch: Path) -> None:
                 at = file.write(np.concatenate((own, others), axis=1).astype(np.int32), at)
 
 
-def uniform(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.ndarray:
+def draw_uniform(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.ndarray:
     return rng.randint(0, rows, size=shape)
 
 
-def pareto(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.ndarray:
+def draw_pareto(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.ndarray:
     """Heavy-tailed: most draws are small, and those beyond int32 all become the same."""
     with np.errstate(invalid="ignore"):
         return rng.pareto(a=0.25, size=shape).astype(np.int32) % rows
 
 
-DRAWS = {"uniform": uniform, "pareto": pareto}
+DRAWS = {"uniform": draw_uniform, "pareto": draw_pareto}
 
 
-def write_day(options: MultiHot, folders: Folders, day: int) -> None:
+def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
     """The .npz that np.savez would write, one column after the other; it comes after the copies."""
-    source, target = options.input_dir / part_name(day, "sparse"), folders.made / multi_hot_name(day)
+    source, target = (
+        options.input_dir / array_file_name(day, "sparse"),
+        folders.made / multi_hot_file_name(day),
+    )
     if target.exists():
         return
     if options.copy_labels_and_dense:
         for part in ("labels", "dense"):
-            copy(options.input_dir / part_name(day, part), folders.made / part_name(day, part))
-    shape, dtype, first = layout(source)
+            copy_day(
+                options.input_dir / array_file_name(day, part), folders.made / array_file_name(day, part)
+            )
+    shape, dtype, first = read_layout(source)
     if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
         raise UserError(f"{printable(source)}: {shape} {dtype}, integer ids in {NUM_SPARSE} columns expected")
     partial = target.with_name(target.name + ".partial")
-    with explained(partial), File(source) as ids, zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+    with (
+        explained(partial),
+        OffsetFile(source) as ids,
+        zipfile.ZipFile(partial, "w", allowZip64=True) as archive,
+    ):
         for column in range(NUM_SPARSE):
             rows, hots = options.tables[column], options.sizes[column]
             path = folders.work / f"table_{column}.i4"
@@ -146,12 +155,12 @@ def write_day(options: MultiHot, folders: Folders, day: int) -> None:
     finish_file(partial, target)
 
 
-def describe(options: MultiHot, days: int, names: list[str], folders: Folders) -> Meta:
-    rows = [layout(options.input_dir / part_name(day, "sparse"))[0][0] for day in range(days)]
+def make_meta(options: MultiHotOptions, days: int, names: list[str], folders: Folders) -> DatasetMeta:
+    rows = [read_layout(options.input_dir / array_file_name(day, "sparse"))[0][0] for day in range(days)]
     parameters = {"multi_hot_sizes": list(options.sizes), "distribution": options.distribution}
     if (options.input_dir / META).exists():
-        parameters["made_from"] = Meta.load(options.input_dir).parameters
-    return Meta(
+        parameters["made_from"] = DatasetMeta.load(options.input_dir).parameters
+    return DatasetMeta(
         rows=rows,
         table_sizes=list(options.tables),
         format="multi_hot",

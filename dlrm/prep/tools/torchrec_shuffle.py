@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, part_name
+from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, array_file_name
 from dlrm.prep.io import publish
-from dlrm.prep.io.blocks import Block
-from dlrm.prep.io.files import File
+from dlrm.prep.io.blocks import TextBlock
+from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import DATASET, Folders, Output, refuse_overlap, same_folder
 from dlrm.prep.io.folders import publish as publish_results
-from dlrm.prep.io.inputs import Output as Output_
+from dlrm.prep.io.inputs import OutputDay as Output_
 from dlrm.prep.io.inputs import Stamps
 from dlrm.prep.io.output import overlaps, through_float
-from dlrm.prep.io.spill import WORDS, Spill, bucket_bits, buckets
+from dlrm.prep.io.spill import WORDS, SpillFile, choose_bucket_bits, count_buckets
 from dlrm.prep.steps import permute
-from dlrm.prep.steps.place import PART_RECORDS, place, records_of
-from dlrm.prep.tools.check import layout
-from dlrm.prep.tools.torchrec_scripts import days_in, narrow
+from dlrm.prep.steps.place import PART_RECORDS, place_records, read_records
+from dlrm.prep.tools.check import read_layout
+from dlrm.prep.tools.torchrec_scripts import list_days, narrow_ids
 from dlrm.runtime import trace
 
 EXPECTED = {
@@ -36,15 +36,15 @@ OPTIONS = {
 NO_MAP = np.zeros(1, np.int64), np.zeros(1, np.int32)
 
 
-def shuffle(
+def shuffle_folder(
     dense_dir: Path, sparse_dir: Path, output_dir: Path, seed: int, tmp_dir: Path | None = None
 ) -> None:
     """shuffle_preproc_criteo. Integers come back as torchrec's float32 array leaves them."""
     folders = {"dense": dense_dir, "sparse": sparse_dir, "labels": dense_dir}
-    days = min(days_in(folder, part) for part, folder in folders.items())
-    made = [Output_(f"day_{day}", rows_of_day(folders, day)) for day in range(days)]
+    days = min(list_days(folder, part) for part, folder in folders.items())
+    made = [Output_(f"day_{day}", count_rows_of_day(folders, day)) for day in range(days)]
     moved = sum(output.rows for output in made[:-1])
-    paths = [folder / part_name(day, part) for day in range(days) for part, folder in folders.items()]
+    paths = [folder / array_file_name(day, part) for day in range(days) for part, folder in folders.items()]
     stamps = Stamps(paths)
     names = [path.name for path in paths]
     refuse_overlap("--tmp_dir", tmp_dir, [(OPTIONS[part], folder) for part, folder in folders.items()])
@@ -56,34 +56,34 @@ def shuffle(
     with Output("shuffle", output_dir, tmp_dir) as output:
         used = output.open([], [*names, META], restart=True)
         write_days(folders, made, moved, seed, used)
-        publish_results(used, names, part_name(0, "sparse"), DATASET, stamps.check)
+        publish_results(used, names, array_file_name(0, "sparse"), DATASET, stamps.check)
         output.clear()
 
 
 def write_days(folders: dict[str, Path], made: list[Output_], moved: int, seed: int, used: Folders) -> None:
     with trace.span("prep", "permute", bytes=4 * moved):
         permute.write_places(used.path(PLACES), moved, seed, lambda rows: None)
-    bits, begin, spills = bucket_bits(moved), 0, []
+    bits, begin, spills = choose_bucket_bits(moved), 0, []
     for day, output in enumerate(made[:-1]):
         with trace.span("prep", "spill", bytes=160 * output.rows):
             spills.append(spill_day(folders, day, begin, output.rows, bits, used.work))
         begin += output.rows
     shapes = [(min(moved, 1 << bits), columns) for columns, _ in EXPECTED.values()]
     buffers = (*(np.empty(shape, np.int32) for shape in shapes), np.empty((PART_RECORDS, WORDS), np.uint32))
-    for bucket in range(buckets(moved, bits)):
+    for bucket in range(count_buckets(moved, bits)):
         with trace.span("prep", "place", bytes=160 << bits):
             write_bucket(made[:-1], spills, bucket, bits, buffers, used.made)
     last = len(made) - 1
     for part, folder in folders.items():
-        copy(folder / part_name(last, part), used.made / part_name(last, part))
+        copy_day(folder / array_file_name(last, part), used.made / array_file_name(last, part))
 
 
-def rows_of_day(folders: dict[str, Path], day: int) -> int:
+def count_rows_of_day(folders: dict[str, Path], day: int) -> int:
     """Rows, after a look at the three headers."""
     found = {}
     for part, (columns, kinds) in EXPECTED.items():
-        path = folders[part] / part_name(day, part)
-        shape, dtype, _ = layout(path)
+        path = folders[part] / array_file_name(day, part)
+        shape, dtype, _ = read_layout(path)
         if len(shape) != 2 or shape[1] != columns or dtype.str not in kinds:
             raise UserError(
                 f"{printable(path)}: {shape} {dtype}, {columns} columns of {' or '.join(kinds)} expected"
@@ -94,14 +94,14 @@ def rows_of_day(folders: dict[str, Path], day: int) -> int:
     return next(iter(found))
 
 
-def blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[Block]:
+def read_blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[TextBlock]:
     """The bits of the floats travel as integers; the ids stay where they are, only looked at by column."""
-    files = {part: File(folder / part_name(day, part)) for part, folder in folders.items()}
-    layouts = {part: layout(file.path) for part, file in files.items()}
+    files = {part: OffsetFile(folder / array_file_name(day, part)) for part, folder in folders.items()}
+    layouts = {part: read_layout(file.path) for part, file in files.items()}
     arrays = {part: np.empty((BATCH, EXPECTED[part][0]), dtype) for part, (_, dtype, _) in layouts.items()}
     rows = layouts["labels"][0][0]
     dense, sparse, labels = (arrays[part] for part in EXPECTED)
-    block = Block(dense.view(np.int32), sparse, labels[:, 0])
+    block = TextBlock(dense.view(np.int32), sparse, labels[:, 0])
     for row in range(0, rows, BATCH):
         count = min(BATCH, rows - row)
         for part, array in arrays.items():
@@ -109,7 +109,7 @@ def blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[Block]:
             wanted = array[:count].data.cast("B")
             if files[part].read_into(wanted, layouts[part][2] + row * width) != len(wanted):
                 raise UserError(f"{printable(files[part].path)}: has changed while it was read")
-        if not narrow(sparse[:count].reshape(-1)):
+        if not narrow_ids(sparse[:count].reshape(-1)):
             raise UserError(f"{printable(files['sparse'].path)}: rows from {row}: an id does not fit 32 bits")
         block.rows = count
         yield block
@@ -119,14 +119,14 @@ def blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[Block]:
 
 def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: int, tmp: Path):
     path = tmp / f"day_{day}.spill"
-    with File(tmp / PLACES) as places, File(path, "w") as file:
+    with OffsetFile(tmp / PLACES) as places, OffsetFile(path, "w") as file:
         file.resize(0)
 
         def read(at: int, count: int) -> np.ndarray:
             return places.read_array(count, 4 * (begin + at), np.uint32)
 
-        spill = Spill(file, read, rows, bits)
-        for block in blocks_of_day(folders, day):
+        spill = SpillFile(file, read, rows, bits)
+        for block in read_blocks_of_day(folders, day):
             spill.take(block)
         spill.finish()
     return path, spill.first, spill.runs
@@ -141,22 +141,22 @@ def write_bucket(
     for path, first, runs in spills:
         at = bucket - first
         if 0 <= at < len(runs) - 1:
-            with File(path) as file:
-                for _, records in records_of(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
-                    place(records, *NO_MAP, False, np.int32(0), False, dense, sparse, labels)
+            with OffsetFile(path) as file:
+                for _, records in read_records(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
+                    place_records(records, *NO_MAP, False, np.int32(0), False, dense, sparse, labels)
     through_float(sparse, labels, raw=True)
     for output, start, stop, at in overlaps(made, bucket << bits, rows):
         for part, array in (("dense", dense), ("sparse", sparse), ("labels", labels)):
-            with File(folder / f"{output.name}_{part}.npy", "w") as file:
+            with OffsetFile(folder / f"{output.name}_{part}.npy", "w") as file:
                 shape, dtype = (output.rows, array.shape[1]), "<f4" if part == "dense" else "<i4"
                 if at == 0:
-                    file.write(publish.header(shape, dtype), 0)
+                    file.write(publish.make_npy_header(shape, dtype), 0)
                 file.write(array[start:stop], publish.HEADER_BYTES + at * 4 * shape[1])
 
 
-def copy(source: Path, target: Path) -> None:
+def copy_day(source: Path, target: Path) -> None:
     """As it is, but with calls that the tracer sees."""
     block, at = memoryview(bytearray(1 << 20)), 0
-    with File(source) as file, File(target, "w") as out:
+    with OffsetFile(source) as file, OffsetFile(target, "w") as out:
         while count := file.read_into(block, at):
             at = out.write(block[:count], at)

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.io.files import File
+from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import Output, publish
 
 # ids per sparse column: a few big tables, many small ones, in the order of Criteo's own 26
@@ -35,23 +35,23 @@ def write_days(out: str | os.PathLike[str], days: int, rows: int, seed: int, one
     with Output("toy", Path(out)) as output:
         folders = output.open([], names, restart=True)
         for day in range(days):
-            with File(folders.made / names[0 if one_file else day], "a") as file:
+            with OffsetFile(folders.made / names[0 if one_file else day], "a") as file:
                 for begin in range(0, rows, BLOCK):
                     rng = np.random.default_rng([seed, day, begin])
-                    file.append(tsv(min(BLOCK, rows - begin), rng, seed))
+                    file.append(format_tsv(min(BLOCK, rows - begin), rng, seed))
         publish(folders, names, names[0], r"day_\d+", lambda: None)
         output.clear()
 
 
-def tsv(rows: int, rng: np.random.Generator, seed: int) -> bytes:
+def format_tsv(rows: int, rng: np.random.Generator, seed: int) -> bytes:
     """Rows as text: every field at full width in a byte matrix, then what is not used is cut out."""
-    ids = skewed(rows, rng)
+    ids = draw_skewed(rows, rng)
     dense = np.floor(rng.lognormal(1.5, 1.3, (rows, NUM_DENSE))).astype(np.int64).clip(max=999_999)
     dense[:, 1] -= 2  # Criteo's second count goes below zero
-    labels = rng.random(rows) < 1 / (1 + np.exp(-log_odds(ids, dense, seed)))
+    labels = rng.random(rows) < 1 / (1 + np.exp(-draw_log_odds(ids, dense, seed)))
     dense_gone = rng.random((rows, NUM_DENSE)) < np.linspace(0, 0.2, NUM_DENSE)
     sparse_gone = ids < 0
-    values = hashed(ids)
+    values = hash_ids(ids)
 
     width = 2 + NUM_DENSE * (DENSE_WIDTH + 1) + NUM_SPARSE * (HEX_WIDTH + 1)
     text = np.full((rows, width), TAB, np.uint8)
@@ -72,7 +72,7 @@ def tsv(rows: int, rng: np.random.Generator, seed: int) -> bytes:
     return text[used].tobytes()
 
 
-def skewed(rows: int, rng: np.random.Generator) -> np.ndarray:
+def draw_skewed(rows: int, rng: np.random.Generator) -> np.ndarray:
     """Few ids common, most rare, as in a zipf law with a steep head; -1 where the field is empty."""
     ends = np.log(np.array(CARDINALITIES) + 1.0)
     ids = np.floor(np.exp(rng.random((rows, NUM_SPARSE)) ** 3 * ends)).astype(np.int64) - 1
@@ -80,7 +80,7 @@ def skewed(rows: int, rng: np.random.Generator) -> np.ndarray:
     return ids
 
 
-def hashed(ids: np.ndarray) -> np.ndarray:
+def hash_ids(ids: np.ndarray) -> np.ndarray:
     """Spread ids over 32 bits, differently in each column, as Criteo's anonymised hashes are."""
     mixed = (ids + 1).astype(np.uint32) * np.uint32(0x9E3779B1) + np.arange(
         1, NUM_SPARSE + 1, dtype=np.uint32
@@ -90,7 +90,7 @@ def hashed(ids: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint32(13))
 
 
-def log_odds(ids: np.ndarray, dense: np.ndarray, seed: int) -> np.ndarray:
+def draw_log_odds(ids: np.ndarray, dense: np.ndarray, seed: int) -> np.ndarray:
     """The truth that the labels are drawn from; it depends on the seed only, not on the day."""
     rng = np.random.default_rng([seed, 0x70E])
     total = np.full(len(ids), -2.6)
