@@ -23,9 +23,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dlrm.config.options import parse_options
+from dlrm.config.parser import parse_options
 from dlrm.embeddings.tables import initialize_tables
-from dlrm.models.bert4rec import trainer
+from dlrm.models.bert4rec import build
 from dlrm.models.bert4rec.dataloaders import open_datasets
 from dlrm.models.bert4rec.options import BertConfig
 from dlrm.runtime.ranks import find_ranks
@@ -102,11 +102,11 @@ def example(cfg: BertConfig, rows: list[Row], vocabulary: int, folder: str) -> t
         vocabulary, cfg.data.max_len, emb_dim=model.emb_dim, nhead=model.nhead, num_layers=model.num_layers,
         dropout=model.dropout,
     )  # fmt: skip
-    ours = trainer.build(cfg, vocabulary, torch.device("cpu")).model
+    ours = build.build_bert4rec(cfg, vocabulary, torch.device("cpu")).model
     weights = {name: weight for name, weight in ours.state_dict().items() if not weight.is_meta}
     missing, unexpected = module.load_state_dict(weights, strict=False)
     assert len(missing) == 1 and not unexpected, (missing, unexpected)
-    initialize_tables(module, cfg.run.seed or 0, trainer.BOUND)
+    initialize_tables(module, cfg.run.seed or 0, build.BOUND)
     trained = DistributedDataParallel(module)
     optimizer = torch.optim.Adam(trained.parameters(), lr=cfg.optim.lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=25, gamma=1.0)

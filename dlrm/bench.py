@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dlrm.config import options as config
-from dlrm.config.options import check_at_least, option, parse_options
-from dlrm.config.presets import PRESETS
+from dlrm.config.parser import check_at_least, option, parse_options
 from dlrm.cpu import startup
 from dlrm.data import criteo
+from dlrm.models.dlrm.options import ModelOptions
+from dlrm.models.dlrm.presets import PRESETS
 from dlrm.runtime import entry
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
@@ -60,7 +60,7 @@ class BenchmarkPlanOptions:
 @dataclass(frozen=True)
 class BenchConfig:
     bench: BenchmarkOptions = field(default_factory=BenchmarkOptions)
-    model: config.ModelOptions = field(default_factory=config.ModelOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
     planner: BenchmarkPlanOptions = field(default_factory=BenchmarkPlanOptions)
 
 
@@ -69,7 +69,7 @@ MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in P
 
 def keep_model_options(options: Any) -> dict[str, Any]:
     """Those of the model, as its own type has them."""
-    known = config.ModelOptions.__dataclass_fields__
+    known = ModelOptions.__dataclass_fields__
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in known}
 
 
@@ -85,7 +85,7 @@ def main(here: Ranks) -> None:
 
 
 def find_usage_error(cfg: BenchConfig, here: Ranks) -> UserError | None:
-    if cfg.bench.load_checkpoint_path and cfg.model != config.ModelOptions():
+    if cfg.bench.load_checkpoint_path and cfg.model != ModelOptions():
         return UserError("--load_checkpoint_path brings its own model: leave out --preset and model options")
     for size in cfg.bench.batch_sizes:
         if size % here.world_size:
@@ -153,7 +153,7 @@ def open_checkpoint(given: str) -> Any:
         raise UserError(f"--load_checkpoint_path {given}: {error}") from None
 
 
-def read_model_options(found: Any) -> config.ModelOptions:
+def read_model_options(found: Any) -> ModelOptions:
     """As its run's options say; the tables as long as they are."""
     options = found.state["config"]["model"]
     table = re.compile(r"model/.*t_cat_(\d+)\.weight")
@@ -161,7 +161,7 @@ def read_model_options(found: Any) -> config.ModelOptions:
     if "embedding_dim" not in options or not lengths:
         raise UserError(f"--load_checkpoint_path {found.path}: not a DLRM's checkpoint")
     each = tuple(length for _, length in sorted(lengths.items()))
-    return config.ModelOptions(
+    return ModelOptions(
         **keep_model_options({**options, "num_embeddings": None, "num_embeddings_per_feature": each})
     )
 

@@ -110,8 +110,10 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """`train_here(*words)`: the same on one rank inside this process, without the start-up."""
     import torch
 
-    from dlrm.config.options import Config, parse_options
-    from dlrm.config.presets import PRESETS
+    from dlrm.config.parser import parse_options
+    from dlrm.models.dlrm.options import Config
+    from dlrm.models.dlrm.presets import PRESETS
+    from dlrm.models.dlrm.spec import SPEC
     from dlrm.runtime.ranks import Ranks
     from dlrm.trainer import trainer
 
@@ -123,7 +125,7 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name, raising=False)
         try:
-            trainer.train(parse_options(Config, argv, "train", "", PRESETS), Ranks())
+            trainer.train(SPEC, parse_options(Config, argv, "train", "", PRESETS), Ranks())
         finally:
             if torch.distributed.is_initialized():  # a process that failed would end here
                 torch.distributed.destroy_process_group()

@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import Finished, on_ranks
 
-from dlrm.config.options import parse_options
-from dlrm.models.bert4rec import trainer
+from dlrm.config.parser import parse_options
 from dlrm.models.bert4rec.dataloaders import make_data
 from dlrm.models.bert4rec.options import BertConfig
 from dlrm.models.bert4rec.ratings import RatingsOptions
+from dlrm.models.bert4rec.spec import SPEC
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
+from dlrm.trainer import trainer
 
 USERS, ITEMS, EPOCHS = 800, 100, 10
 DATA = f"""--dataset_name markov --random_user_count {USERS} --random_item_count {ITEMS}
@@ -59,7 +60,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the work is small, and others may want the cores
         try:
-            trainer.train(cfg, Ranks())
+            trainer.train(SPEC, cfg, Ranks())
         finally:
             torch.set_num_threads(threads)
             if torch.distributed.is_initialized():  # a process that failed would end here

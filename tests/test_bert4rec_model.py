@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dlrm.config.options import parse_options
-from dlrm.models.bert4rec import trainer
+from dlrm.config.parser import parse_options
 from dlrm.models.bert4rec.model import RankingMetrics
 from dlrm.models.bert4rec.options import BertConfig
+from dlrm.models.bert4rec.spec import SPEC
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer.run_folder import RunFolder
+from dlrm.trainer.trainer import make_trainer
 
 WORDS = """--dataset_name markov --random_user_count 60 --random_item_count 40 --random_size 900 --max_len 12
     --negatives 10 --negative_sampling uniform --emb_dim 16 --nhead 4 --num_layers 2 --dropout 0 --lr 0.01
@@ -74,7 +75,9 @@ class Plain(nn.Module):
 
 def job_of(words: list[str], folder: Path) -> tuple[Any, BertConfig]:
     cfg = parse_options(BertConfig, [*words, "--output_dir", str(folder)], "bert4rec", "")
-    return trainer.make(cfg, Ranks(), torch.device("cpu"), RunFolder(str(folder), True)), cfg
+    return make_trainer(
+        SPEC.load_parts(), cfg, Ranks(), torch.device("cpu"), RunFolder(str(folder), True)
+    ), cfg
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -98,13 +101,13 @@ def test_twenty_steps_are_those_of_plain_pytorch(
         job, cfg = job_of(words, tmp_path)
         plain = Plain(42, 12, 16, 4, 2, output == "tied")
         plain.take(whole(job.model))
-        batches = [batch for _, batch in zip(range(20), job.sets.train.batches, strict=False)]
-        job.sets.train.batches.number = -1  # as if nobody had looked
+        batches = [batch for _, batch in zip(range(20), job.datasets.train.batches, strict=False)]
+        job.datasets.train.batches.number = -1  # as if nobody had looked
         job.fit()
         reports = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         lines = [report["loss"] for report in reports if "loss" in report]
         ours_after = job.evaluate("val")
-        judged = list(job.sets.val)
+        judged = list(job.datasets.val)
     optimizer = torch.optim.Adam(plain.parameters(), lr=0.01, weight_decay=0.01)
     losses = []
     for batch in batches:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config.options import Config, dump, parse_options
-from dlrm.config.presets import PRESETS
+from dlrm.config.parser import as_json, parse_options
+from dlrm.models.dlrm.options import Config
+from dlrm.models.dlrm.presets import PRESETS
 from dlrm.runtime.errors import UserError
 
 # every flag of MLCommons' recommendation_v2/torchrec_dlrm/dlrm_main.py, with a value
@@ -73,7 +74,7 @@ def test_flags_win_over_presets_and_all_presets_are_valid() -> None:
 
 
 def test_the_dump_holds_every_option(tmp_path: Path) -> None:
-    dump(parsed(), tmp_path / "config.json", {"world_size": 2})
+    (tmp_path / "config.json").write_text(as_json(parsed(), {"world_size": 2}))
     values = json.loads((tmp_path / "config.json").read_text())
     assert set(values) == {"data", "model", "optim", "plan", "run", "checkpoint", "launch"}
     assert values["data"]["batch_size"] == 32 and values["launch"] == {"world_size": 2}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.config.options import Config, parse_options
-from dlrm.config.presets import PRESETS
+from dlrm.config.parser import parse_options
+from dlrm.models.dlrm.options import Config
+from dlrm.models.dlrm.presets import PRESETS
 from dlrm.runtime.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +35,11 @@ RUNS = {
 
 
 def losses(words: str, folder: Path) -> list[float]:
+    from dlrm.models.dlrm.spec import SPEC
     from dlrm.trainer import trainer
 
     argv = [*COMMON.split(), *words.split(), "--output_dir", str(folder)]
-    trainer.train(parse_options(Config, argv, "train", "", PRESETS), Ranks())
+    trainer.train(SPEC, parse_options(Config, argv, "train", "", PRESETS), Ranks())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from dlrm.config.options import Config, parse_options
-from dlrm.config.presets import PRESETS
+from dlrm.config.parser import parse_options
 from dlrm.models.dlrm.build import build_model, shard_dlrm
 from dlrm.models.dlrm.dataloaders import open_datasets
+from dlrm.models.dlrm.options import Config
+from dlrm.models.dlrm.presets import PRESETS
+from dlrm.models.dlrm.trainer import DLRMTrainer
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop
@@ -40,9 +42,9 @@ def trained(*words: object) -> tuple[Trainer, dict[str, torch.Tensor], dict[str,
     with session.open_session(here, 60) as device:
         records = open_run_folder(cfg, here)
         sets = open_datasets(cfg, here)
-        module = build_model(cfg, sets.sizes, device)
-        model, optimizer = shard_dlrm(cfg, module, here, device, records)
-        job = Trainer(cfg, sets, model, optimizer, records, device)
+        module = build_model(cfg, sets, device)
+        model, optimizer = shard_dlrm(cfg, module, sets, here, device, records)
+        job = DLRMTrainer(cfg, sets, model, optimizer, records, device)
         job.fit()
         state: dict[str, Any] = dict(model.state_dict())
     tables = {n: w.local_shards()[0].tensor.clone() for n, w in state.items() if "sparse_arch" in n}

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlrm.config.options import Config, parse_options
-from dlrm.config.unused import list_unused_options
+from dlrm.config.parser import parse_options
+from dlrm.models.dlrm.options import Config
+from dlrm.models.dlrm.unused_options import list_unused_options
 
 ROOT = Path(__file__).parents[1]
 HOTS = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 10, 27, 10, 3, 1, 1]

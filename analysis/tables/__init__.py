@@ -1,2 +1,4 @@
-"""Tables of what a trace says: one `Part` per rank (read.py, calls.py, times.py), joined in gather.py,
-finished in answers.py. A part is small and needs no other rank, so ranks may be read anywhere."""
+"""Events to tables: time, calls, steps, progress; and the check of bytes against the trace.
+
+In: one rank's events after the other. Out: joined tables as polars frames.
+"""

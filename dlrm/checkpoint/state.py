@@ -53,8 +53,8 @@ def _without_compile_prefix(name: str) -> str:
 
 
 def named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
-    tiers = getattr(model, "tiers", None)  # tables in files
-    whole: Callable[[str, Any], Any] = tiers.whole if tiers else lambda _, value: value
+    ssd_tables = getattr(model, "ssd_tables", None)  # tables in files
+    whole: Callable[[str, Any], Any] = ssd_tables.whole if ssd_tables else lambda _, value: value
     for name, value in model.state_dict().items():
         yield f"model/{_without_compile_prefix(name)}", whole(name, value)
     if optimizer is not None:

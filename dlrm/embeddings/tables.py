@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,3 +111,22 @@ def fill_shard(
         return
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(draw, blocks))
+
+
+class NoSsdTables:
+    """In the place of `ssd.ssd_tables.SsdTables` where no table lies in a file."""
+
+    def ready(self) -> None: ...
+
+    def watch(self, pipeline: Any) -> None: ...
+
+    def bytes_read(self) -> dict[str, int]:
+        return {}
+
+    def bytes_written(self) -> dict[str, int]:
+        return {}
+
+    def readings(self, step: int) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...

@@ -11,7 +11,6 @@ import torch
 from dlrm.checkpoint import state
 from dlrm.checkpoint.saver import CheckpointWriter
 from dlrm.checkpoint.shards import TensorPiece
-from dlrm.config.options import Config
 from dlrm.runtime import session
 from dlrm.runtime import stop as signals
 from dlrm.runtime.errors import NotSaved, Stopped, UserError
@@ -24,10 +23,10 @@ from dlrm.trainer.run_folder import RunFolder
 class Training(Protocol):
     """What is kept."""
 
-    cfg: Config
+    cfg: Any
     model: Any
     optimizer: Any
-    sets: Any
+    datasets: Any
     records: RunFolder
     progress: loop.Progress
     meter: loop.ThroughputMeter

@@ -5,15 +5,10 @@ Written by rank 0 alone, to stdout and to mlperf.log in the run folder; does not
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from dlrm.config.options import Config
-
-NAMES = {"dcn": "dlrm_dcnv2"}  # interaction -> benchmark; the others were MLPerf's "dlrm"
-PRECISIONS = {"off": "fp32", "bf16": "bfloat16", "fp16": "fp16"}
 
 
 class MLPerfLog:
@@ -41,38 +36,12 @@ class MLPerfLog:
         if self._to:
             self._to.end(key, None, metadata, stack_offset=2)
 
-    def begin(self, cfg: Config, world_size: int) -> None:
+    def begin(self, settings: Mapping[str, Any]) -> None:
         """Initialising starts: who, what, with which settings."""
-        optim, run = cfg.optim, cfg.run
-        self._batch = world_size * cfg.data.batch_size
+        self._batch = settings.get("global_batch_size", 0)
         # who starts a submission's run clears the caches before it; this program cannot
         self.event("cache_clear", False)
         self.start("init_start")
-        settings = {
-            "submission_benchmark": NAMES.get(cfg.model.interaction_type, "dlrm"),
-            "submission_org": run.mllog_submitter,
-            "submission_division": "closed",
-            "submission_status": "onprem",
-            "submission_platform": run.mllog_platform,
-            "global_batch_size": self._batch,
-            "gradient_accumulation_steps": 1,
-            "seed": run.seed or 0,
-            "opt_name": optim.name,
-            "opt_base_learning_rate": optim.learning_rate,
-            "opt_weight_decay": 0,
-            "opt_learning_rate_warmup_steps": optim.lr_warmup_steps,
-            "opt_learning_rate_decay_start_step": optim.lr_decay_start,
-            "opt_learning_rate_decay_steps": optim.lr_decay_steps,
-            "lowest_numerical_precision_in_linear": "tf32"
-            if run.allow_tf32 and optim.amp == "off"
-            else PRECISIONS[optim.amp],
-        }
-        if "adagrad" in optim.name:
-            settings |= {
-                "opt_adagrad_learning_rate_decay": 0,
-                "opt_adagrad_initial_accumulator_value": 0,
-                "opt_adagrad_epsilon": optim.eps,
-            }
         for key, value in settings.items():
             self.event(key, value)
 

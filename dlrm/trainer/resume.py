@@ -156,8 +156,8 @@ def _restore_progress(job: Any, here: Ranks, found: Checkpoint, old: tuple[loop.
     job.results.update(found.state["results"])
     job.evaluating = found.state["evaluating"]
     if progress.position is not None:
-        job.sets.train.set_epoch(progress.epoch)
-        job.sets.train.load_state_dict(progress.position)
+        job.datasets.train.set_epoch(progress.epoch)
+        job.datasets.train.load_state_dict(progress.position)
     job.meter.state()[0].copy_(own.sums)
     job.meter.steps = int(found.state["meter_steps"])
     if own.random is not None:

@@ -24,7 +24,7 @@ from common.errors import UserError, os_errors_as_user_errors
 from common.inputs import read_bytes
 from common.lock import FolderLock
 from common.owned import OutputFolder
-from dlrm.config import options
+from dlrm.config.parser import as_json
 
 METRICS = "metrics.jsonl"
 LARGEST = 4 << 30  # bytes of it
@@ -83,7 +83,7 @@ class RunFolder:
     def describe(self, cfg: Any) -> None:
         """Every option as it was understood. Not over an earlier run's, before it is known to go on."""
         if self._output:
-            self._output.write("config.json", options.as_json(cfg, self.launch))
+            self._output.write("config.json", as_json(cfg, self.launch))
 
     def grow(self, name: str) -> Path | None:
         """A file that somebody else here appends to, listed as our own."""
@@ -215,6 +215,12 @@ class RunFolder:
         """RUN/name as JSON, published whole."""
         if self._output:
             self._output.write(name, json.dumps(values, indent=1) + "\n")
+
+    def record_plan(self, plan: dict[str, Any], description: str, show: bool) -> None:
+        """plan.json: which rank holds which part of which table; `show`: print it, too."""
+        self.save("plan.json", plan)
+        if show:
+            self.say(description)
 
     def close(self) -> None:
         """Give the folders back; also after an error, and more than once."""

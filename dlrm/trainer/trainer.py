@@ -1,4 +1,8 @@
-"""One training job, from resolved options to results.json: data, model, plan, training, evaluation."""
+"""One training, from resolved options to results.json: the same course for every model.
+
+In: a ModelSpec, its options, this rank. Out: a run folder. What is the model's own (data, architecture,
+sharding, learning rate, metrics) comes from the spec's parts; nothing here names a model.
+"""
 
 import os
 import sys
@@ -12,113 +16,106 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.checkpoint import shards
-from dlrm.config import unused
-from dlrm.config.options import Config
 from dlrm.cpu import blas, startup
-from dlrm.embeddings.tables import WEIGHT
-from dlrm.models.dlrm.build import NoSsdTables, build_model, shard_dlrm
-from dlrm.models.dlrm.dataloaders import open_datasets
+from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
-from dlrm.runtime.errors import Stopped
+from dlrm.runtime.errors import Stopped, UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, mixed_precision
 from dlrm.trainer.checkpointing import CheckpointManager
-from dlrm.trainer.lr_schedule import Schedule, learning_rate, set_lr
-from dlrm.trainer.metrics import AurocCollector
+from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.mlperf_log import MLPerfLog
 from dlrm.trainer.resume import resume_training
 from dlrm.trainer.run_folder import RunFolder
+from dlrm.trainer.spec import ModelParts, ModelSpec
 
 
-def train(cfg: Config, here: Ranks) -> None:
-    run(cfg, here, make)
-
-
-def make(cfg: Config, here: Ranks, device: torch.device, records: RunFolder) -> "Trainer":
-    """Everything that a DLRM's training needs."""
-    for line in unused.list_unused_options(cfg, device.type):
-        records.warn(line)
-    if cfg.run.mllog:
-        records.grow("mlperf.log")
-    log = MLPerfLog(cfg.run.mllog and here.first, records.folder)
-    log.begin(cfg, here.world_size)
-    with session.errors_on_all_ranks(), trace.span("startup", "data"):
-        sets = open_datasets(cfg, here)
-    with session.errors_on_all_ranks(), trace.span("startup", "build"):
-        module = build_model(cfg, sets.sizes, device)
-    with session.errors_on_all_ranks(), trace.span("startup", "plan"):
-        model, optimizer = shard_dlrm(cfg, module, here, device, records, sets.poolings)
-    job = Trainer(cfg, sets, model, optimizer, records, device)
-    job.log = log
-    return job
-
-
-def run(cfg: Any, here: Ranks, make: Callable[[Any, Ranks, torch.device, RunFolder], "Trainer"]) -> None:
-    """Train what `make` makes: the same course for every model."""
+def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
+    """Train the model of this spec, evaluate it, write the run folder."""
+    parts = spec.load_parts()
     startup.import_optimizers()
     begun = time.perf_counter()
-    with session.open_session(here, cfg.run.timeout, cfg.run.exchange) as device:
+    with session.open_session(here, options.run.timeout, options.run.exchange) as device:
         session.mark_clock("start")
-        torch.backends.cuda.matmul.allow_tf32 = cfg.run.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = options.run.allow_tf32
         with session.errors_on_all_ranks():
-            records = open_run_folder(cfg, here)
+            run_folder = open_run_folder(options, here)
         try:
-            _run(cfg, here, make, device, records, begun)
+            record_launch(run_folder, options, here, device)
+            trainer = make_trainer(parts, options, here, device, run_folder)
+            run_training(trainer, options, here, begun)
         finally:
-            records.close()
+            run_folder.close()
 
 
-def _run(
-    cfg: Any,
-    here: Ranks,
-    make: Callable[..., "Trainer"],
-    device: torch.device,
-    records: RunFolder,
-    begun: float,
-) -> None:
-    describe_launch(records, cfg, here, device)
-    job = make(cfg, here, device, records)
-    keeper = CheckpointManager(job, here)
-    job.hooks = keeper
+def run_training(trainer: "Trainer", options: Any, here: Ranks, begun: float) -> None:
+    """From the newest checkpoint, if there is one, to results.json."""
+    checkpoints = CheckpointManager(trainer, here)
+    trainer.hooks = checkpoints
     with session.errors_on_all_ranks():
-        keeper.claim()
-    resume_training(job, here, keeper.root)
+        checkpoints.claim()
+    resume_training(trainer, here, checkpoints.root)
     with session.errors_on_all_ranks():
-        records.describe(cfg)
-        job.tiers.ready()
-    ready = time.perf_counter() - begun
+        trainer.records.describe(options)
+        trainer.ssd_tables.ready()
+    startup_seconds = time.perf_counter() - begun
+
     try:
-        keeper.begin()
-        if cfg.run.mode == "train":
-            job.fit()
-            keeper.finish()
-        if cfg.run.evaluate_on_training_end or cfg.run.mode == "test":
-            job.evaluate("test")
+        checkpoints.begin()
+        if options.run.mode == "train":
+            trainer.fit()
+            checkpoints.finish()
+        if options.run.evaluate_on_training_end or options.run.mode == "test":
+            trainer.evaluate("test")
     except Stopped as stop:
-        keeper.stop(stop)
-        job.tiers.close()
+        checkpoints.stop(stop)
+        trainer.ssd_tables.close()
         raise
     finally:
-        keeper.close()
+        checkpoints.close()
+
     session.mark_clock("end")
-    job.save_results(ready)
-    job.tiers.close()
-    job.sets.close()
-    keeper.check()
+    trainer.save_results(startup_seconds)
+    trainer.ssd_tables.close()
+    trainer.datasets.close()
+    checkpoints.check()
 
 
-def open_run_folder(cfg: Any, here: Ranks) -> RunFolder:
+def make_trainer(
+    parts: ModelParts, options: Any, here: Ranks, device: torch.device, run_folder: RunFolder
+) -> "Trainer":
+    """Data, model, sharding and optimizer, in this order; a mistake on one rank ends all with one line."""
+    for line in parts.list_unused_options(options, device.type):
+        run_folder.warn(line)
+    if options.run.mllog:
+        run_folder.grow("mlperf.log")
+    log = MLPerfLog(options.run.mllog and here.first, run_folder.folder)
+    log.begin(parts.mlperf_settings(options, here.world_size))
+
+    with session.errors_on_all_ranks(), trace.span("startup", "data"):
+        datasets = parts.open_data(options, here)
+    with session.errors_on_all_ranks(), trace.span("startup", "build"):
+        module = parts.build_model(options, datasets, device)
+    with session.errors_on_all_ranks(), trace.span("startup", "plan"):
+        model, optimizer = parts.shard_model(options, module, datasets, here, device, run_folder)
+
+    trainer = parts.trainer(options, datasets, model, optimizer, run_folder, device)
+    trainer.log = log
+    return trainer
+
+
+def open_run_folder(options: Any, here: Ranks) -> RunFolder:
     """The run folder, for this run alone. On the first rank; a UserError says who else writes into it, or
     what lies there that is not ours.
     """
-    more = ["mlperf.log"] if getattr(cfg.run, "mllog", False) else []
-    return RunFolder(cfg.run.output_dir, here.first, cfg.run.tensorboard, more)
+    more = ["mlperf.log"] if options.run.mllog else []
+    return RunFolder(options.run.output_dir, here.first, options.run.tensorboard, more)
 
 
-def describe_launch(records: RunFolder, cfg: Any, here: Ranks, device: torch.device) -> None:
+def record_launch(run_folder: RunFolder, options: Any, here: Ranks, device: torch.device) -> None:
     """What was asked for and where it runs."""
     hosts = session.gather_from_all(here.host)
-    launch = {
+    run_folder.launch = {
         "world_size": here.world_size,
         "local_world_size": here.local_world_size,
         "nodes": len(set(hosts)),
@@ -126,10 +123,9 @@ def describe_launch(records: RunFolder, cfg: Any, here: Ranks, device: torch.dev
         "device": str(device.type),
         "tuned": blas.tune_processor(device),
     }
-    records.launch = launch
     with session.errors_on_all_ranks():
-        if records.folder and not os.path.lexists(records.folder / "config.json"):
-            records.describe(cfg)
+        if run_folder.folder and not os.path.lexists(run_folder.folder / "config.json"):
+            run_folder.describe(options)
 
 
 class Datasets(Protocol):
@@ -145,54 +141,46 @@ class Datasets(Protocol):
 
 
 class Trainer:
-    """What is being trained, and how far it has come. Another model changes what is said to be DLRM's."""
+    """What is being trained, and how far it has come. A model's own class overrides what is the model's:
+    the learning rate, mixed precision, the metrics, its lines of results.json.
+    """
 
-    score = "auroc"
-    predictions: Callable[[], loop.MetricCollector] = AurocCollector
-    log = MLPerfLog(False)
+    score = "auroc"  # the metric by which validations are compared
+    predictions: Callable[[], loop.MetricCollector]  # gathers an evaluation's outputs into metrics
 
     def __init__(
         self,
         cfg: Any,
-        sets: Datasets,
+        datasets: Datasets,
         model: DistributedModelParallel,
         optimizer: CombinedOptimizer,
         records: RunFolder,
         device: torch.device,
     ) -> None:
-        self.cfg, self.sets, self.model, self.optimizer = cfg, sets, model, optimizer
+        self.cfg, self.datasets, self.model, self.optimizer = cfg, datasets, model, optimizer
         self.records, self.device = records, device
-        self.tiers: Any = getattr(model, "tiers", None) or NoSsdTables()  # tables in files
+        self.log = MLPerfLog(False)
+        self.ssd_tables: Any = getattr(model, "ssd_tables", None) or NoSsdTables()
         self.progress = loop.Progress(loss_scale=cfg.optim.loss_scale if cfg.optim.amp == "fp16" else 1.0)
-        self.epoch_steps = len(sets.train)
+        self.epoch_steps = len(datasets.train)
         self.meter = loop.ThroughputMeter(device)
         self.hooks = loop.Hooks()
         self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
         self.evaluating = 0.0  # seconds
         # two pipelines: evaluating in the middle of an epoch must not drop the batches in flight
-        self.pipeline = TrainPipelineSparseDist(model, self.careful(), device)
-        self.tiers.watch(self.pipeline)
-        self.judge = TrainPipelineSparseDist(model, optimizer, device)
-        self.schedule = self.make_schedule()
+        self.pipeline = TrainPipelineSparseDist(model, self.wrap_optimizer(), device)
+        self.ssd_tables.watch(self.pipeline)
+        self.eval_pipeline = TrainPipelineSparseDist(model, optimizer, device)
 
-    def make_schedule(self) -> Any:
-        """DLRM's learning rates."""
-        optimizing = self.cfg.optim
-        return Schedule(
-            "change" if optimizing.change_lr else optimizing.lr_schedule,
-            optimizing.lr_warmup_steps,
-            optimizing.lr_decay_start,
-            optimizing.lr_decay_steps,
-            change_step=int(optimizing.lr_change_point * self.epoch_steps),
-            change_to=optimizing.lr_after_change_point,
-        )
+    def learning_rate(self) -> float:
+        """Of the coming step: constant, unless the model's class has a schedule."""
+        return self.cfg.optim.learning_rate
 
     def cast(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
-        """DLRM's dense part in mixed precision."""
-        whole: Any = self.model.module
-        mixed_precision.cast_dense_part(whole.model, self.device, kind, scale)
+        """Put the model's dense part into mixed precision."""
+        raise UserError(f"--amp {kind}: this model has no mixed precision; leave it out")
 
-    def careful(self) -> Any:
+    def wrap_optimizer(self) -> Any:
         """The optimizer, with what --amp and --grad_clip put before its step."""
         optimizing, scale = self.cfg.optim, None
         if optimizing.amp == "fp16":
@@ -219,7 +207,7 @@ class Trainer:
         self.records.begin(steps, self.progress.step, run.print_progress)
         self.log.run(self.epoch_steps)
         good = loop.run_training(
-            self.pipeline, self.sets.train, self.progress, limits, self.next_lr,
+            self.pipeline, self.datasets.train, self.progress, limits, self.next_lr,
             lambda: self.evaluate("val"), self.report, self.meter, self.hooks, self.log.epoch,
         )  # fmt: skip
         self.log.finish(good, self.epochs_done())
@@ -229,21 +217,17 @@ class Trainer:
         within = self.progress.step - self.progress.epoch * self.epoch_steps
         return self.progress.epoch + max(0, within) / max(1, self.epoch_steps)
 
-    def rate(self) -> float:
-        """DLRM's, of the coming step."""
-        return learning_rate(self.progress.step, self.cfg.optim.learning_rate, self.schedule)
-
     def next_lr(self) -> float:
-        lr = self.rate()
+        lr = self.learning_rate()
         set_lr(self.optimizer, lr)
         if self.cfg.run.print_lr:
             self.records.say(f"lr: {self.progress.step} {lr:.6f}")
         return lr
 
     def evaluate(self, split: str) -> dict[str, Any]:
-        batches, before = getattr(self.sets, split), self.hooks.before_batch
+        batches, before = getattr(self.datasets, split), self.hooks.before_batch
         with self.log.evaluation(self.epochs_done()) as logged:
-            result = loop.evaluate(self.judge, self.model, batches, split, self.predictions(), before)
+            result = loop.evaluate(self.eval_pipeline, self.model, batches, split, self.predictions(), before)
             logged.update(result)
         self.report(step=self.progress.step, epoch=self.progress.epoch, **result)
         self.results[split] = result
@@ -253,19 +237,20 @@ class Trainer:
         return result
 
     def report(self, **values: Any) -> None:
-        self.records.report(**values, **self.tiers.readings(self.progress.step))
+        self.records.report(**values, **self.ssd_tables.readings(self.progress.step))
 
     def outcome(self) -> Mapping[str, Any]:
-        """DLRM's lines of results.json."""
-        test = self.results.get("test", {})
-        return {"val_aurocs": self.progress.val_aurocs, "test_auroc": test.get("auroc")}
+        """The model's own lines of results.json."""
+        return {"score": self.score, "val_scores": self.progress.val_aurocs}
 
     def save_results(self, startup: float) -> None:
         """results.json: what came out, and the bytes that each rank says it read and wrote."""
         progress = self.progress
         val, test = self.results.get("val", {}), self.results.get("test", {})
-        read = session.gather_from_all(self.sets.bytes_read() | self.tiers.bytes_read() | shards.bytes_read)
-        written = session.gather_from_all(self.tiers.bytes_written() | shards.bytes_written)
+        read = session.gather_from_all(
+            self.datasets.bytes_read() | self.ssd_tables.bytes_read() | shards.bytes_read
+        )
+        written = session.gather_from_all(self.ssd_tables.bytes_written() | shards.bytes_written)
         self.records.save(
             "results.json",
             {

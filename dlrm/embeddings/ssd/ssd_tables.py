@@ -21,11 +21,11 @@ from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingB
 from torchrec.distributed.sharding.rw_sharding import BaseRwEmbeddingSharding
 from torchrec.distributed.types import NoWait, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from common.inputs import read_json_object
 from dlrm.embeddings.ssd.cached_table import COUNTS, CachedTable, TableShare, WholeTable, share_budget
 from dlrm.embeddings.ssd.row_file import RowFile
-from dlrm.models.dlrm.model import SparseArch
 from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 
@@ -54,8 +54,8 @@ class SsdTables:
         self._beside: ThreadPoolExecutor | None = None
         self._before, self._counted, self._step = *np.zeros((2, len(COUNTS)), np.int64), 0
 
-    def narrow(self, sparse: SparseArch, plan: ShardingPlan) -> SparseArch:
-        """Tables of as many rows as there are slots, in the model and in the plan."""
+    def narrow(self, collection: EmbeddingBagCollection, plan: ShardingPlan) -> Sequence[EmbeddingBagConfig]:
+        """The collection's configs with as many rows as there are slots; the plan is changed to match."""
         shardings: Any = next(iter(plan.plan.values()))
         owners: dict[int, dict[str, TableShare]] = {}
         for name, table in self.tables.items():
@@ -68,7 +68,7 @@ class SsdTables:
                 owners.setdefault(shard.placement.rank(), {})[name] = part
         slots = {rank: share_budget(list(parts.values()), self.budget) for rank, parts in owners.items()}
         self.parts = owners.get(dist.get_rank(), {})
-        configs: list[EmbeddingBagConfig] = sparse.embedding_bag_collection.embedding_bag_configs()
+        configs: list[EmbeddingBagConfig] = collection.embedding_bag_configs()
         for config in configs:
             if config.name in self.tables:
                 config.num_embeddings = 0
@@ -76,11 +76,11 @@ class SsdTables:
                     shard.shard_offsets[0] = config.num_embeddings
                     shard.shard_sizes[0] = slots[shard.placement.rank()][config.name]
                     config.num_embeddings += shard.shard_sizes[0]
-        return SparseArch(configs, torch.device("meta"))
+        return configs
 
     def attach(self, model: Any) -> None:
         """Open the files of this rank's tables and stand before their lookups."""
-        model.tiers = self
+        model.ssd_tables = self
         for part in model.modules():
             for sharding in getattr(part, "_embedding_shardings", []):
                 if isinstance(sharding, BaseRwEmbeddingSharding):  # which rank has a row is said by all rows

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlrm.config.options import CheckpointOptions, RunOptions, check_at_least, option
+from dlrm.config.options import CheckpointOptions, RunOptions
+from dlrm.config.parser import check_at_least, option
 from dlrm.runtime.errors import UserError
 
 PRESETS: dict[str, Callable[[], Mapping[str, Any]]] = {"toy": lambda: TOY}

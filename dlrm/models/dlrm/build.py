@@ -4,24 +4,23 @@ from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm.config import options
-from dlrm.config.options import Config
 from dlrm.cpu import startup
 from dlrm.data import criteo
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
-from dlrm.models.dlrm.model import DLRMTrain, build_dlrm, compile_dense
+from dlrm.models.dlrm.dataloaders import Datasets
+from dlrm.models.dlrm.model import DLRMTrain, SparseArch, build_dlrm, compile_dense
+from dlrm.models.dlrm.options import Config, ModelOptions
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import optimizers
 from dlrm.trainer.run_folder import RunFolder
 
 
-def build_model(cfg: Config, sizes: list[int], device: torch.device) -> DLRMTrain:
+def build_model(cfg: Config, datasets: Datasets, device: torch.device) -> DLRMTrain:
     """The model on this device, its tables still to be made, their optimizer already attached."""
-    module = assemble_model(cfg.model, sizes, device, cfg.run.seed or 0, cfg.run.compile)
+    module = assemble_model(cfg.model, datasets.sizes, device, cfg.run.seed or 0, cfg.run.compile)
     attach_optimizer(cfg, module, device)
     return module
 
@@ -33,7 +32,7 @@ def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
 
 
 def assemble_model(
-    model: options.ModelOptions, sizes: list[int], device: torch.device, seed: int, compiled: bool
+    model: ModelOptions, sizes: list[int], device: torch.device, seed: int, compiled: bool
 ) -> DLRMTrain:
     """The model as its options say."""
     module = build_dlrm(
@@ -57,58 +56,41 @@ def assemble_model(
 
 def shard_dlrm(
     cfg: Config,
-    module: Any,
+    module: DLRMTrain,
+    datasets: Datasets,
     here: Ranks,
     device: torch.device,
-    records: RunFolder,
-    poolings: list[float] | None = None,
+    run_folder: RunFolder,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    wishes = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else {}
-    tiers, memory = None, None
-    if cfg.plan.store_type != "device_mem" or any("store" in wish for wish in wishes.values()):
-        from dlrm.embeddings.ssd import placement  # and with it numba, which takes long to import
+    """Plan the tables over the ranks, make this rank's shards, wrap the dense part in DDP."""
+    poolings = datasets.poolings
+    constraints = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else {}
+    ssd_tables, memory = None, None
+    if cfg.plan.store_type != "device_mem" or any("store" in each for each in constraints.values()):
+        # the door to tables in files: a training without them does not import numba and what follows
+        from dlrm.embeddings.ssd import placement
 
-        tiers, wishes = placement.prepare_ssd_tables(
-            cfg.plan, module, here, device, cfg.optim.name, cfg.run.seed or 0, cfg.run.output_dir, wishes,
-            poolings, records.say,
+        ssd_tables, constraints = placement.prepare_ssd_tables(
+            cfg.plan, module, here, device, cfg.optim.name, cfg.run.seed or 0, cfg.run.output_dir,
+            constraints,
+            poolings, run_folder.say,
         )  # fmt: skip
-        if tiers:
-            records.claim(tiers.folder, "training with tables in it")
-        memory = placement.ENDLESS if tiers else None
-    made = planner.make_plan(module, device, here, cfg.data.batch_size, wishes, poolings, memory)
-    record_plan(made, records, cfg.plan.print_sharding_plan)
-    if tiers:
-        module.model.sparse_arch = tiers.narrow(module.model.sparse_arch, made)
+        if ssd_tables:
+            run_folder.claim(ssd_tables.folder, "training with tables in it")
+        memory = placement.ENDLESS if ssd_tables else None
+    made = planner.make_plan(module, device, here, cfg.data.batch_size, constraints, poolings, memory)
+    run_folder.record_plan(
+        planner.plan_as_dict(made), planner.describe_plan(made), cfg.plan.print_sharding_plan
+    )
+    if ssd_tables:
+        sparse: Any = module.model.sparse_arch
+        configs = ssd_tables.narrow(sparse.embedding_bag_collection, made)
+        module.model.sparse_arch = SparseArch(configs, torch.device("meta"))
         attach_optimizer(cfg, module, device)
     with startup.unfilled():
         model = planner.shard_model(module, made, device, cfg.run.seed or 0)
-    if tiers:
-        tiers.attach(model)
+    if ssd_tables:
+        ssd_tables.attach(model)
     return model, optimizers.make_dense_optimizer(
         model, cfg.optim.name, cfg.optim.learning_rate, cfg.optim.eps
     )
-
-
-class NoSsdTables:
-    """In the place of `tiers.Tiers` where no table lies in a file."""
-
-    def ready(self) -> None: ...
-
-    def watch(self, pipeline: Any) -> None: ...
-
-    def bytes_read(self) -> dict[str, int]:
-        return {}
-
-    def bytes_written(self) -> dict[str, int]:
-        return {}
-
-    def readings(self, step: int) -> dict[str, float]:
-        return {}
-
-    def close(self) -> None: ...
-
-
-def record_plan(made: ShardingPlan, records: RunFolder, show: bool) -> None:
-    records.save("plan.json", planner.plan_as_dict(made))
-    if show:
-        records.say(planner.describe_plan(made))

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torchrec.datasets.utils import Batch
 
-from dlrm.config.options import Config
 from dlrm.data import criteo
 from dlrm.data.batches import BatchLoader
 from dlrm.data.collate import BatchCollator
@@ -17,6 +16,7 @@ from dlrm.data.multihot import MultiHotMaker
 from dlrm.data.prefetch import Prefetcher
 from dlrm.data.readers import detect_format, open_source, scan_dataset
 from dlrm.data.rows import RowSource
+from dlrm.models.dlrm.options import Config
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 

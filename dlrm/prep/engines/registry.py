@@ -52,6 +52,7 @@ def run_numba(options: PrepOptions) -> None:
 
 
 def run_plain(options: PrepOptions) -> None:
+    """The reference: numpy, a line at a time; what the others are compared with."""
     from dlrm.prep.engines.reference import run
 
     run(options)

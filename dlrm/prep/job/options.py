@@ -8,7 +8,7 @@ from typing import Any
 from common.errors import UserError, printable
 from common.owned import OutputFolder
 from dlrm.data.criteo import NUM_SPARSE, DatasetMeta
-from dlrm.prep.io.folders import refuse_overlap, same_folder
+from dlrm.prep.job.overlap import refuse_overlap, same_folder
 
 STEPS = ("parse", "contiguous", "shuffle")
 COMPAT = ("torchrec", "mlperf")

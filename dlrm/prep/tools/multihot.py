@@ -16,10 +16,11 @@ from common.errors import UserError, printable
 from common.owned import finish_file
 from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta, array_file_name, multi_hot_file_name
 from dlrm.prep.io.files import OffsetFile, explained
-from dlrm.prep.io.folders import DATASET, Folders, Output, same_folder
+from dlrm.prep.io.folders import DATASET, Folders, Output
 from dlrm.prep.io.folders import publish as publish_results
 from dlrm.prep.io.inputs import Stamps
 from dlrm.prep.io.publish import md5_of, write_meta
+from dlrm.prep.job.overlap import same_folder
 from dlrm.prep.job.workers import Workers
 from dlrm.prep.tools.check import read_layout
 from dlrm.prep.tools.torchrec_shuffle import copy_day

@@ -10,12 +10,13 @@ from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, array_file_name
 from dlrm.prep.io import publish
 from dlrm.prep.io.blocks import TextBlock
 from dlrm.prep.io.files import OffsetFile
-from dlrm.prep.io.folders import DATASET, Folders, Output, refuse_overlap, same_folder
+from dlrm.prep.io.folders import DATASET, Folders, Output
 from dlrm.prep.io.folders import publish as publish_results
 from dlrm.prep.io.inputs import OutputDay as Output_
 from dlrm.prep.io.inputs import Stamps
 from dlrm.prep.io.output import overlaps, through_float
 from dlrm.prep.io.spill import WORDS, SpillFile, choose_bucket_bits, count_buckets
+from dlrm.prep.job.overlap import refuse_overlap, same_folder
 from dlrm.prep.steps import permute
 from dlrm.prep.steps.place import PART_RECORDS, place_records, read_records
 from dlrm.prep.tools.check import read_layout

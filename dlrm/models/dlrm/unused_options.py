@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import fields
 
-from dlrm.config.options import Config
+from dlrm.models.dlrm.options import Config
 
 
 def list_unused_options(cfg: Config, device: str) -> list[str]:

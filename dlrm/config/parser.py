@@ -1,0 +1,137 @@
+"""Frozen dataclasses of options -> command-line flags -> a checked config; and its dump into the run folder.
+
+In: a dataclass whose fields are groups of options, argv, presets. Out: an instance of it. A wrong option is a
+UserError of one line, the same on all ranks.
+"""
+
+import argparse
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, field, fields
+from typing import Any, NoReturn, TypeVar
+
+from dlrm.runtime.environment import mask_secrets
+from dlrm.runtime.errors import UserError
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: str | None = None) -> Any:
+    """`bare`: what the flag means without a value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
+
+
+def check_at_least(low: float, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"--{name} {value}: must be a number of at least {low:g}")
+
+
+class OptionParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def list_flags(kind: Any) -> list[Any]:
+    """The fields that a command line can set."""
+    return [each for each in fields(kind) if each.init]
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> None:
+    of = [arm for arm in typing.get_args(kind) if arm is not type(None)]
+    bare = of[0] if isinstance(kind, types.UnionType) else kind
+    listed = typing.get_origin(bare) is tuple
+    shown = ",".join(map(str, default)) if listed and default else default
+    text = metadata["help"] + ("" if default in (None, False) else f" [{shown}]")
+    text = text.replace("%", "%%")
+    if bare is bool:
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
+        return
+    parse = parse_numbers if listed else bare
+    alone = {"nargs": "?", "const": metadata["bare"]} if metadata["bare"] else {}
+    group.add_argument(
+        f"--{name}", type=parse, default=default, help=text, choices=metadata["choices"],
+        metavar=None if metadata["choices"] else {int: "N", float: "X", str: "S"}.get(parse, "N,N,.."),
+        **alone,
+    )  # fmt: skip
+
+
+def take_model_name(argv: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """(NAME of `--model NAME`, argv without it). It comes first of all: the other options are the model's."""
+    words = list(argv)
+    for at, word in enumerate(words):
+        if word == "--model" and at + 1 < len(words):
+            return words[at + 1], words[:at] + words[at + 2 :]
+        if word.startswith("--model="):
+            return word.removeprefix("--model="), words[:at] + words[at + 1 :]
+    return default, words
+
+
+def parse_options(
+    kind: type[C],
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    presets: Mapping[str, Callable[[], Mapping[str, Any]]] | None = None,
+) -> C:
+    """Flags -> a config of nested dataclasses. A preset gives defaults, flags on the line win."""
+    try:
+        return _parse_options(kind, argv, program, description, presets or {})
+    except UserError as error:
+        error.shared = True  # every rank has the same command line
+        raise
+
+
+def _parse_options(
+    kind: type[C],
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    presets: Mapping[str, Callable[[], Mapping[str, Any]]],
+) -> C:
+    parser = OptionParser(prog=program, description=description, allow_abbrev=False)
+    parser.add_argument("--check_options", action="store_true", help="only see whether the options are right")
+    if presets:
+        parser.add_argument("--preset", choices=sorted(presets), help="published settings as defaults")
+    groups = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[arg-type, misc]
+    for title, group_kind in groups.items():
+        group = parser.add_argument_group(title)
+        hints = typing.get_type_hints(group_kind)
+        for each in list_flags(group_kind):
+            _add_flag(group, each.name, hints[each.name], each.default, each.metadata)
+    if presets:
+        chooser = OptionParser(add_help=False, allow_abbrev=False)
+        chooser.add_argument("--preset", choices=sorted(presets))
+        chosen = chooser.parse_known_args(argv)[0].preset
+        if chosen:
+            parser.set_defaults(**presets[chosen]())
+    values = vars(parser.parse_args(argv))
+    made = {
+        title: group_kind(**{f.name: values[f.name] for f in list_flags(group_kind)})  # type: ignore[operator, misc]
+        for title, group_kind in groups.items()
+    }
+    return parser.exit() if values["check_options"] else kind(**made)
+
+
+def as_json(config: Any, launch: Mapping[str, Any]) -> str:
+    """config.json's text: every option as resolved, and where the run was started; secrets are masked."""
+    return json.dumps(_mask({**asdict(config), "launch": dict(launch)}), indent=1) + "\n"
+
+
+def _mask(value: Any) -> Any:
+    """The same without what looks like a password or a key in a path or an address."""
+    if isinstance(value, str):
+        return mask_secrets(value)
+    if isinstance(value, dict):
+        return {name: _mask(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mask(each) for each in value]
+    return value

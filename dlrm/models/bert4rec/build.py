@@ -1,0 +1,91 @@
+"""A BERT4Rec from its options: the model, the plan of its item table, the shards and their optimizer."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
+
+from dlrm.embeddings import planner
+from dlrm.models.bert4rec.dataloaders import BertDatasets
+from dlrm.models.bert4rec.model import TABLE, BERT4Rec, BERT4RecTrain
+from dlrm.models.bert4rec.options import BertConfig
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
+from dlrm.trainer import optimizers
+from dlrm.trainer.run_folder import RunFolder
+
+BOUND = 1.0  # the item embeddings begin uniform in +-1, as in the example
+WITH_GRADIENTS = ("row_wise", "table_wise")  # shardings of a table whose optimizer is not fused
+
+
+def build_model(cfg: BertConfig, datasets: BertDatasets, device: torch.device) -> BERT4RecTrain:
+    """The model of these data on this device, alike on all ranks, its table still to be made."""
+    return build_bert4rec(cfg, datasets.data.vocabulary, device)
+
+
+def build_bert4rec(cfg: BertConfig, vocabulary: int, device: torch.device) -> BERT4RecTrain:
+    """The model on this device, alike on all ranks, its table still to be made."""
+    model = cfg.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.run.seed or 0)
+        module = BERT4RecTrain(
+            BERT4Rec(
+                vocabulary, cfg.data.max_len, model.emb_dim, model.nhead, model.num_layers, model.dropout,
+                model.output == "tied", table_device=torch.device("meta"),
+            )
+        )  # fmt: skip
+    for name, parameter in list(module.named_parameters()):  # all but the table
+        if not parameter.is_meta:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(parameter.data.to(device)))
+    return module
+
+
+def shard_bert4rec(
+    cfg: BertConfig,
+    module: BERT4RecTrain,
+    datasets: BertDatasets,
+    here: Ranks,
+    device: torch.device,
+    run_folder: RunFolder,
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """Plan the item table over the ranks, make this rank's shard, wrap the transformer in DDP."""
+    # fbgemm's dense kernel has a gradient (tests compare it with PyTorch's), torch misses its registration
+    warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
+    how = cfg.optim
+    replicated = cfg.plan.mode == "ddp"
+    fused = not replicated and (device.type != "cpu" or optimizers.RULES[how.optimizer].on_cpu)
+    wishes: dict[str, dict[str, Any]] = {}
+    if cfg.plan.sharding_file:
+        wishes = planner.load_constraints(cfg.plan.sharding_file)
+    elif replicated:
+        wishes = {TABLE: {"sharding": "data_parallel"}}
+    elif device.type == "cpu":
+        wishes = {TABLE: {"sharding": "row_wise"}}  # one table: whole, it would be one rank's work alone
+    if fused:
+        optimizers.apply_in_backward(
+            module.model.history.ec.parameters(), how.optimizer, how.lr, device, how.eps,
+            weight_decay=how.weight_decay,
+        )  # fmt: skip
+    made = planner.make_plan(
+        module, device, here, cfg.data.train_batch_size, wishes, [float(cfg.data.max_len)]
+    )
+    chosen = planner.plan_as_dict(made)[TABLE]["sharding"]
+    if not fused and not replicated:
+        if chosen not in WITH_GRADIENTS:
+            raise UserError(
+                f"--sharding_file: {chosen} with --optimizer {how.optimizer} does not work on CPUs: "
+                f"choose {' or '.join(WITH_GRADIENTS)}, or another optimizer"
+            )
+        made = planner.with_gradients(made)
+    run_folder.record_plan(
+        planner.plan_as_dict(made), planner.describe_plan(made), cfg.plan.print_sharding_plan
+    )
+    model = planner.shard_model(module, made, device, cfg.run.seed or 0, BOUND)
+    torch.manual_seed((cfg.run.seed or 0) * here.world_size + here.rank)  # dropout: each rank its own
+    return model, optimizers.make_dense_optimizer(
+        model, how.optimizer, how.lr, how.eps, weight_decay=how.weight_decay
+    )

@@ -1,0 +1,36 @@
+"""BERT4Rec, as the trainer and the scripts know it."""
+
+from dlrm.models.bert4rec.options import PRESETS, BertConfig
+from dlrm.trainer.spec import ModelParts, ModelSpec, ScriptOptions
+
+DESCRIPTION = """Train BERT4Rec, rank items exactly over all users, write a run folder.
+
+Every command line of torchrec's examples/bert4rec runs unchanged. Start it with launcher.sh, torchrun or
+torchx, or alone for one rank. --dataset_name random or markov needs no files.
+"""
+
+
+def load_parts() -> ModelParts:
+    from dlrm.models.bert4rec.build import build_model, shard_bert4rec
+    from dlrm.models.bert4rec.dataloaders import open_datasets
+    from dlrm.models.bert4rec.trainer import BERT4RecTrainer
+
+    return ModelParts(open_datasets, build_model, shard_bert4rec, BERT4RecTrainer)
+
+
+SPEC = ModelSpec(
+    name="bert4rec",
+    title="BERT4Rec",
+    description=DESCRIPTION,
+    options=BertConfig,
+    presets=PRESETS,
+    script=ScriptOptions(
+        dataset="dataset_path",
+        batch_size="train_batch_size",
+        embedding_dim="emb_dim",
+        epochs="num_epochs",
+        learning_rate="lr",
+        demo=("--preset", "toy"),
+    ),
+    load_parts=load_parts,
+)

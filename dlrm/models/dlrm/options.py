@@ -1,0 +1,129 @@
+"""Options of python -m dlrm.train: MLCommons' dlrm_main.py command lines run unchanged, its flags keep their
+names and meaning here; and ours.
+"""
+
+from dataclasses import dataclass, field
+
+from dlrm.config.options import CheckpointOptions, PlanOptions, RunOptions
+from dlrm.config.parser import check_at_least, option
+from dlrm.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    in_memory_binary_criteo_path: str | None = option(None, "folder of day_*_{dense,sparse,labels}.npy")
+    synthetic_multi_hot_criteo_path: str | None = option(None, "folder with day_*_sparse_multi_hot.npz")
+    dataset_name: str = option("criteo_1t", "dataset, held against the files", ("criteo_1t", "criteo_kaggle"))
+    source: str = option(
+        "auto", "how rows are read; auto: what the folder holds is streamed, if no other flag says more",
+        ("auto", "stream", "memory", "mmap", "parquet", "random"),
+    )  # fmt: skip
+    batch_size: int = option(32, "training batch size per rank")
+    test_batch_size: int | None = option(None, "batch size per rank of validation and test")
+    drop_last_training_batch: bool = option(False, "drop the last batch of an epoch when it is not full")
+    limit_train_batches: int | None = option(None, "train on so many batches per epoch and rank")
+    limit_val_batches: int | None = option(None, "validate on so many batches per rank")
+    limit_test_batches: int | None = option(None, "test on so many batches per rank")
+    mmap_mode: bool = option(False, "map the files instead of reading them (a trace cannot see page faults)")
+    pin_memory: bool = option(False, "copy batches through pinned memory")
+    shuffle_batches: bool = option(False, "shuffle the rows of each training batch")
+    shuffle_training_set: bool = option(False, "shuffle the training rows of each rank, in memory")
+    read_chunk_mb: float = option(8.0, "MB of one read of the streaming source")
+    prefetch_batches: int = option(4, "batches that the loading thread prepares ahead")
+    multi_hot_sizes: tuple[int, ...] | None = option(None, "ids per feature, made from one id on the fly")
+    multi_hot_distribution_type: str | None = option(
+        None, "distribution of the made ids (uniform when not given)", ("uniform", "pareto")
+    )
+    collect_multi_hot_freqs_stats: bool = option(False, "save how often each id was looked up")
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "batch_size", "test_batch_size", "prefetch_batches")
+        check_at_least(0, self, "limit_train_batches", "limit_val_batches", "limit_test_batches")
+        check_at_least(0.001, self, "read_chunk_mb")
+        if self.folder is None and self.source not in ("auto", "random"):
+            raise UserError(f"--source {self.source} needs --in_memory_binary_criteo_path, the data's folder")
+        if self.in_memory_binary_criteo_path and self.synthetic_multi_hot_criteo_path:
+            raise UserError("one of --in_memory_binary_criteo_path and --synthetic_multi_hot_criteo_path")
+        if self.multi_hot_sizes and self.synthetic_multi_hot_criteo_path:
+            raise UserError("--multi_hot_sizes makes ids from one-hot data: not with multi-hot files")
+
+    @property
+    def folder(self) -> str | None:
+        return self.in_memory_binary_criteo_path or self.synthetic_multi_hot_criteo_path
+
+    @property
+    def kind(self) -> str:
+        """The data source that these flags ask for."""
+        asked = {
+            "random": self.folder is None,
+            "multi_hot": self.synthetic_multi_hot_criteo_path is not None,
+            "memory": self.shuffle_training_set,
+            "mmap": self.mmap_mode,
+        }
+        if self.source == "auto" or asked["random"] or asked["multi_hot"]:
+            return next((kind for kind, yes in asked.items() if yes), "stream")
+        return self.source
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    num_embeddings: int | None = option(None, "rows of every table (default: meta.json, else 100000)")
+    num_embeddings_per_feature: tuple[int, ...] | None = option(None, "rows of each table, comma separated")
+    embedding_dim: int = option(64, "width of the embeddings")
+    dense_arch_layer_sizes: tuple[int, ...] = option((512, 256, 64), "layers of the bottom MLP")
+    over_arch_layer_sizes: tuple[int, ...] = option((512, 512, 256, 1), "layers of the top MLP")
+    interaction_type: str = option(
+        "original", "feature interaction; original is the pairwise dot product",
+        ("original", "dot", "dcn", "projection", "cat"),
+    )  # fmt: skip
+    self_interaction: bool = option(False, "dot: each feature also with itself")
+    dcn_num_layers: int = option(3, "layers of the cross network")
+    dcn_low_rank_dim: int = option(512, "rank of the cross network's matrices")
+    interaction_branch1_layer_sizes: tuple[int, ...] = option((2048, 2048), "projection: first branch")
+    interaction_branch2_layer_sizes: tuple[int, ...] = option((2048, 2048), "projection: second branch")
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "num_embeddings", "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim")
+        if self.over_arch_layer_sizes[-1] != 1:
+            raise UserError("--over_arch_layer_sizes must end in 1: the model has one output, the click")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    learning_rate: float = option(15.0, "base learning rate")
+    optimizer: str = option("sgd", "optimizer", ("sgd", "adagrad", "rowwise_adagrad", "adam"))
+    adagrad: bool = option(False, "the same as --optimizer adagrad")
+    eps: float = option(1e-8, "epsilon of adagrad and adam")
+    lr_schedule: str = option("mlperf", "how warm-up, hold and decay are joined", ("mlperf", "nvidia"))
+    lr_warmup_steps: int = option(0, "steps of linear warm-up")
+    lr_decay_start: int = option(0, "first step of the polynomial decay")
+    lr_decay_steps: int = option(0, "steps of the decay; 0: none")
+    change_lr: bool = option(False, "change the rate once, within the first epoch")
+    lr_change_point: float = option(0.8, "share of the first epoch after which --change_lr acts")
+    lr_after_change_point: float = option(0.2, "learning rate after that point")
+    grad_clip: float | None = option(None, "largest norm of the dense gradients")
+    amp: str = option(
+        "off", "mixed precision of the dense part; --amp alone: bf16", ("off", "bf16", "fp16"), "bf16"
+    )
+    loss_scale_policy: str = option("dynamic", "fp16: how the loss is scaled", ("static", "dynamic"))
+    loss_scale: float = option(1024.0, "fp16: the static scale, or the first dynamic one")
+
+    def __post_init__(self) -> None:
+        check_at_least(1e-30, self, "grad_clip", "loss_scale")
+        check_at_least(0, self, "learning_rate", "eps", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps")
+        if self.lr_decay_steps and self.lr_decay_start < self.lr_warmup_steps:
+            raise UserError("--lr_decay_start must not come before the end of --lr_warmup_steps")
+
+    @property
+    def name(self) -> str:
+        return "adagrad" if self.adagrad else self.optimizer
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optim: OptimizerOptions = field(default_factory=OptimizerOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -1,0 +1,39 @@
+"""DLRM, as the trainer and the scripts know it."""
+
+from dlrm.models.dlrm.options import Config
+from dlrm.models.dlrm.presets import PRESETS
+from dlrm.trainer.spec import ModelParts, ModelSpec, ScriptOptions
+
+DESCRIPTION = """Train a DLRM, evaluate it exactly, write a run folder.
+
+Every command line of MLCommons' torchrec dlrm_main.py runs unchanged. Start it with launcher.sh or
+torchrun, or alone for one rank. Without a dataset it trains on random data.
+"""
+
+
+def load_parts() -> ModelParts:
+    from dlrm.models.dlrm.build import build_model, shard_dlrm
+    from dlrm.models.dlrm.dataloaders import open_datasets
+    from dlrm.models.dlrm.mlperf_settings import mlperf_settings
+    from dlrm.models.dlrm.trainer import DLRMTrainer
+    from dlrm.models.dlrm.unused_options import list_unused_options
+
+    return ModelParts(
+        open_datasets, build_model, shard_dlrm, DLRMTrainer, list_unused_options, mlperf_settings
+    )
+
+
+SPEC = ModelSpec(
+    name="dlrm",
+    title="DLRM",
+    description=DESCRIPTION,
+    options=Config,
+    presets=PRESETS,
+    script=ScriptOptions(
+        dataset="in_memory_binary_criteo_path",
+        always=("--evaluate_on_epoch_end", "--evaluate_on_training_end"),
+        demo=("--preset", "toy"),
+        demo_needs_toy_dataset=True,
+    ),
+    load_parts=load_parts,
+)

@@ -1,0 +1,36 @@
+"""What is DLRM's own in a training: its learning rate, mixed precision, exact AUROC, its lines of results."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dlrm.trainer import mixed_precision
+from dlrm.trainer.lr_schedule import Schedule, learning_rate
+from dlrm.trainer.metrics import AurocCollector
+from dlrm.trainer.trainer import Trainer
+
+
+class DLRMTrainer(Trainer):
+    predictions = AurocCollector
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        optim = self.cfg.optim
+        self.schedule = Schedule(
+            "change" if optim.change_lr else optim.lr_schedule,
+            optim.lr_warmup_steps,
+            optim.lr_decay_start,
+            optim.lr_decay_steps,
+            change_step=int(optim.lr_change_point * self.epoch_steps),
+            change_to=optim.lr_after_change_point,
+        )
+
+    def learning_rate(self) -> float:
+        return learning_rate(self.progress.step, self.cfg.optim.learning_rate, self.schedule)
+
+    def cast(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
+        whole: Any = self.model.module
+        mixed_precision.cast_dense_part(whole.model, self.device, kind, scale)
+
+    def outcome(self) -> Mapping[str, Any]:
+        test = self.results.get("test", {})
+        return {"val_aurocs": self.progress.val_aurocs, "test_auroc": test.get("auroc")}

@@ -1,0 +1,37 @@
+"""Models by name: those of this package, and those of modules that DLRM_MODELS names.
+
+A new model inside the package is a folder and a line in MODULES. One outside is a module with a `SPEC`, found by
+DLRM_MODELS="my_package.two_towers another.module" in the environment.
+"""
+
+import importlib
+import os
+from collections.abc import Mapping
+
+from common.errors import UserError
+from dlrm.trainer.spec import ModelSpec
+
+MODULES = {"dlrm": "dlrm.models.dlrm.spec", "bert4rec": "dlrm.models.bert4rec.spec"}
+VARIABLE = "DLRM_MODELS"
+
+
+def find_model(name: str, environ: Mapping[str, str] = os.environ) -> ModelSpec:
+    """The spec of the model of this name; UserError names those that there are."""
+    if name in MODULES:
+        return importlib.import_module(MODULES[name]).SPEC
+    others = [_load_spec(module) for module in environ.get(VARIABLE, "").split()]
+    for spec in others:
+        if spec.name == name:
+            return spec
+    known = ", ".join([*MODULES, *(spec.name for spec in others)])
+    raise UserError(f"model {name} is unknown; there are {known} ({VARIABLE} names modules with more)")
+
+
+def _load_spec(module: str) -> ModelSpec:
+    try:
+        spec = importlib.import_module(module).SPEC
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{VARIABLE}: {module} cannot be loaded: {error}") from None
+    if not isinstance(spec, ModelSpec):
+        raise UserError(f"{VARIABLE}: {module}.SPEC is no ModelSpec")
+    return spec
