@@ -24,7 +24,7 @@ from analysis.trace import events  # noqa: E402
 
 SPANS = """
 import sys, tempfile, time
-from dlrm import ranks, trace
+from dlrm.runtime import ranks, trace
 from torchrec.dftracer_spans import record_function
 def best(make):
     costs = []
@@ -41,10 +41,10 @@ def torchrecs(number):
     return record_function(f"## forward {number} ##")
 found = {"off": best(own), "torchrec_off": best(torchrecs)}
 with tempfile.TemporaryDirectory() as folder:
-    trace.start(folder, ranks.here(), "bench")
+    trace.start_tracing(folder, ranks.find_ranks(), "bench")
     trace.set_context(epoch=0, step=1)
     found |= {"on": best(own), "torchrec_on": best(torchrecs)}
-    trace.stop()
+    trace.stop_tracing()
 print(found)
 """
 

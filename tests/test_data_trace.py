@@ -22,23 +22,23 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import json, sys
 run, folder, rank, world, *kinds = sys.argv[1:]
-from dlrm import trace
-from dlrm.ranks import Ranks
-trace.start(run, Ranks(rank=int(rank), world_size=int(world)), "train")
-from dlrm.data.source import open_source
-from dlrm.data.batches import Batches
+from dlrm.runtime import trace
+from dlrm.runtime.ranks import Ranks
+trace.start_tracing(run, Ranks(rank=int(rank), world_size=int(world)), "train")
+from dlrm.data.readers import open_source
+from dlrm.data.batches import BatchLoader
 from dlrm.data.prefetch import Prefetcher
 result = {}
 for kind in kinds:
     source = open_source(kind, f"{folder}/{kind}", "train", read_chunk_mb=0.03)
-    loader = Prefetcher(Batches(source, 30, int(rank), int(world)), 2)
+    loader = Prefetcher(BatchLoader(source, 30, int(rank), int(world)), 2)
     rows = 0
     for batch in loader:
         with trace.span("train", "step", batch=loader.number, kind=kind):
             rows += len(batch.labels)
     source.close()
     result[kind] = {"rows": rows, "bytes": source.bytes_read}
-trace.stop()
+trace.stop_tracing()
 print(json.dumps(result))
 """
 Traced = tuple[dict[str, Any], list[dict[str, Any]], int]

@@ -8,10 +8,10 @@ from alive import ROOT, free_port
 
 CODE = """
 import os, threading
-from dlrm import dist, ranks
+from dlrm.runtime import ranks, session
 
 before = dict(os.environ)
-with dist.session(ranks.here(), 30):
+with session.open_session(ranks.find_ranks(), 30):
     pass
 assert threading.active_count() == 1, threading.enumerate()  # one in C++ at exit would abort the process
 assert dict(os.environ) == before

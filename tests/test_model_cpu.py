@@ -46,7 +46,7 @@ def test_nothing_on_cuda() -> None:
 
 def test_after_tuning_products_are_float32_still() -> None:
     code = (
-        "import torch; from dlrm.model import cpu; done = cpu.tune(torch.device('cpu'));"
+        "import torch; from dlrm.cpu import blas; done = blas.tune_processor(torch.device('cpu'));"
         "a, b = torch.randn(2048, 415), torch.randn(415, 512); exact = a.double() @ b.double();"
         "error = ((a @ b).double() - exact).norm() / exact.norm(); assert error < 5e-6, error;"
         "switched = torch.backends.mkldnn.matmul.fp32_precision == 'bf16';"
@@ -60,7 +60,7 @@ def test_after_tuning_products_are_float32_still() -> None:
 def test_freed_memory_is_used_again() -> None:
     """Once the heap has settled no page comes anew; 20 MB are 4,882 pages."""
     code = (
-        "import resource, torch; from dlrm.model import cpu; done = cpu.keep_memory();"
+        "import resource, torch; from dlrm.cpu import blas; done = blas.keep_freed_memory();"
         "fresh = lambda: torch.zeros(5_000_000).sum(); [fresh() for _ in range(30)];"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; [fresh() for _ in range(10)];"
         "print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"

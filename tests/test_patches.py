@@ -152,8 +152,8 @@ def spans(folder: Path) -> list[dict]:
 def test_a_span_closes_on_exceptions(tmp_path: Path) -> None:
     code = """
 import sys, time
-from dlrm import ranks, trace
-trace.start(sys.argv[1], ranks.here(), "check")
+from dlrm.runtime import ranks, trace
+trace.start_tracing(sys.argv[1], ranks.find_ranks(), "check")
 from torchrec.dftracer_spans import record_function
 try:
     with record_function("## outer 4 ##"):
@@ -161,7 +161,7 @@ try:
         raise KeyError
 except KeyError:
     pass
-trace.stop()
+trace.stop_tracing()
 with record_function("## after the end ##"):
     pass
 """
@@ -175,8 +175,8 @@ def test_torchs_profiler_sees_its_markers_only_while_it_runs(tmp_path: Path) -> 
     """Its marker costs more than the span: nobody pays for it while nobody looks."""
     code = """
 import sys, torch
-from dlrm import ranks, trace
-trace.start(sys.argv[1], ranks.here(), "check")
+from dlrm.runtime import ranks, trace
+trace.start_tracing(sys.argv[1], ranks.find_ranks(), "check")
 from torchrec.dftracer_spans import record_function, spanned
 from torch.autograd.profiler import record_function as torchs
 entered = []
@@ -190,7 +190,7 @@ with torch.profiler.profile() as profile:
 assert step(3) == 3
 assert entered == ["## forward 7 ##"]
 assert [event.name for event in profile.events() if "forward" in event.name] == entered
-trace.stop()
+trace.stop_tracing()
 """
     sh(sys.executable, "-c", code, tmp_path)
     batches = [event["args"].get("batch") for event in spans(tmp_path)]

@@ -91,16 +91,17 @@ def test_a_note_never_says_success(code: int, kept: int) -> None:
 
 FORMING = """
 import os, sys
-from dlrm import exchange, entry, dist
+from dlrm.cpu import process_group
+from dlrm.runtime import entry, session
 if os.environ["RANK"] == sys.argv[1]:
     def create(*_):
         print("forming", flush=True)
         os.kill(os.getpid(), 9)
-    exchange._create = create
+    process_group._create_shared = create
 def main(here):
-    with dist.session(here, 300):
+    with session.open_session(here, 300):
         pass
-entry.start(main)
+entry.run_entry(main)
 """
 
 

@@ -214,7 +214,7 @@ from pathlib import Path
 import numpy as np
 sys.path.insert(0, "tests")
 from test_tiers import opened
-from dlrm.errors import UserError
+from dlrm.runtime.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
 tier = opened(folder, slots=1000, rows=400_000)
@@ -239,16 +239,16 @@ BOUNDED = """
 import sys
 from pathlib import Path
 import numpy as np, torch
-from dlrm.model.store import RowStore
-from dlrm.model.tier import Table, Tier, share
+from dlrm.embeddings.ssd.row_file import RowFile
+from dlrm.embeddings.ssd.cached_table import TableShare, CachedTable, share_budget
 def memory(what):
     return int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) * 1024 / 1e6
 budget, dim = 36e6, 32
-table = Table("t_a", int(8 * budget) // (8 * dim), dim, dim)
-slots = share([table], int(budget))["t_a"]
+table = TableShare("t_a", int(8 * budget) // (8 * dim), dim, dim)
+slots = share_budget([table], int(budget))["t_a"]
 def run(rows, slots, folder, batches):
-    store = RowStore(Path(folder), "t_a", rows, dim, dim, "adagrad", 0)
-    tier = Tier(table, store, torch.zeros(slots, dim), torch.zeros(slots, dim))
+    store = RowFile(Path(folder), "t_a", rows, dim, dim, "adagrad", 0)
+    tier = CachedTable(table, store, torch.zeros(slots, dim), torch.zeros(slots, dim))
     tier.admit(np.arange(100), True)
     random = np.random.default_rng(0)
     for _ in range(batches):

@@ -8,8 +8,8 @@ ROOT = Path(__file__).parents[1]
 HEAD = """
 import os, sys, threading, time
 sys.path.insert(0, {root!r})
-from dlrm import trace
-from dlrm.ranks import Ranks
+from dlrm.runtime import trace
+from dlrm.runtime.ranks import Ranks
 run, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 here = Ranks(rank, rank, world, world, "node7")
 """
@@ -17,7 +17,7 @@ here = Ranks(rank, rank, world, world, "node7")
 TRAINING = """
 path = f"{run}/data{rank}.bin"
 open(path, "wb").write(bytes(100_000 + rank))
-trace.start(run, here, "train")
+trace.start_tracing(run, here, "train")
 trace.instant("clock", "barrier", when="start")
 read = [threading.Event() for _ in range(3)]
 def prefetch():
@@ -45,7 +45,7 @@ thread.join()
 with open(f"{run}/out{rank}.bin", "wb", buffering=0) as out:
     out.write(bytes(5000))
 trace.instant("clock", "barrier", when="end")
-trace.stop()
+trace.stop_tracing()
 """
 
 
