@@ -17,10 +17,10 @@ SET_UP = ("numpy", "polars", "numba", "pyarrow")  # what a shell lacks that has 
 
 
 def run_perfetto(options: argparse.Namespace) -> int:
-    from analysis.perfetto import chrome
+    from analysis.perfetto import chrome, convert
 
-    convert = {"pftrace": run_perfetto.convert_to_pftrace, "json": chrome.convert_to_json}[options.format]
-    summary = convert(
+    convert_run = {"pftrace": convert.convert_to_pftrace, "json": chrome.convert_to_json}[options.format]
+    summary = convert_run(
         options.run, options.output, options.posix, _progress() if sys.stderr.isatty() else None
     )
     size = summary.path.stat().st_size
@@ -56,36 +56,39 @@ def _quoted(path: Path) -> str:
 
 
 def run_check(options: argparse.Namespace) -> int:
+    from analysis.tables import check
 
-    rows, processes = run_check.check_run(options.run)
-    print(run_check.format_check(rows, processes))
+    rows, processes = check.check_run(options.run)
+    print(check.format_check(rows, processes))
     return 1 if any(row.missed for row in rows) else 0
 
 
 def run_view(options: argparse.Namespace) -> int:
+    from analysis.perfetto import view
 
-    run_view.serve(options.run, options.file, options.port)
+    view.serve(options.run, options.file, options.port)
     return 0
 
 
 def run_report(options: argparse.Namespace) -> int:
+    from analysis.report import report
 
-    page, text = run_report.write_report(options.run, options.output, _choose_map(options))
+    page, text = report.write_report(options.run, options.output, _choose_map(options))
     print(f"{text}\n\n{printable(page)}")
     return 0
 
 
 def run_summary(options: argparse.Namespace) -> int:
+    from analysis.report import report
 
-    print(run_report.render_terminal(options.run, _choose_map(options)))
+    print(report.render_terminal(options.run, _choose_map(options)))
     return 0
 
 
 def run_compare(options: argparse.Namespace) -> int:
+    from analysis.report import compare
 
-    page, text = run_compare.write_comparison(
-        options.run, options.other, options.output, _choose_map(options)
-    )
+    page, text = compare.write_comparison(options.run, options.other, options.output, _choose_map(options))
     print(f"{text}\n\n{printable(page)}")
     return 0
 

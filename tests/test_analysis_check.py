@@ -20,7 +20,7 @@ import json, multiprocessing, numpy as np
 data = f"{run}/data.bin"
 open(data, "wb").write(bytes(300_000))
 np.save(f"{run}/array.npy", np.arange(5000, dtype=np.int64))
-trace.start(run, here, "train")
+trace.start_tracing(run, here, "train")
 with open(data, "rb") as file:
     file.read(1000); file.seek(200_000); file.read(150_000)
 with open(data, "rb", buffering=0) as file:
@@ -45,7 +45,7 @@ os.close(fd)
 with open(f"{run}/log.txt", "a") as file:
     for i in range(10):
         print(i, file=file, flush=True)
-trace.stop()
+trace.stop_tracing()
 """
 
 

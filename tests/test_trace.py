@@ -29,7 +29,7 @@ def test_off_imports_and_opens_nothing(tmp_path: Path) -> None:
     body = """
 with trace.span("train", "step", n=1):
     trace.instant("a", "b"); trace.counter("c", 1.0); trace.set_context(step=1); trace.name_thread("x")
-trace.stop()
+trace.stop_tracing()
 assert not [name for name in sys.modules if "dftracer" in name]
 """
     log = tmp_path / "strace"
@@ -66,13 +66,13 @@ def test_any_value_and_any_text(tmp_path: Path) -> None:
     body = r"""
 import numpy as np
 from pathlib import Path
-trace.start(run, here, "train")
+trace.start_tracing(run, here, "train")
 name = 'he said "no"\n\\ and é'
 with trace.span("train", "odd", i=np.int64(7), f=np.float32(0.5), b=True, nb=np.bool_(False), none=None,
                 path=Path("/x/y"), nan=float("nan"), big=1234567.0, text=name, scalar=np.array(3)):
     pass
 trace.counter("speed", np.float64(2.5))
-trace.stop()
+trace.stop_tracing()
 """
     records = lines(traced.run(tmp_path, body))
     args = next(r["args"] for r in records if r["name"] == "odd")
@@ -86,7 +86,7 @@ trace.stop()
 
 def test_spans_close_on_exceptions_and_decorate(tmp_path: Path) -> None:
     body = """
-trace.start(run, here, "train")
+trace.start_tracing(run, here, "train")
 @trace.span("eval", "auroc", split="val")
 def auroc(x):
     return x + 1
@@ -97,8 +97,8 @@ try:
         raise ValueError
 except ValueError:
     pass
-trace.stop()
-trace.stop()
+trace.stop_tracing()
+trace.stop_tracing()
 with trace.span("train", "after"):
     pass
 """
@@ -115,7 +115,7 @@ def test_forked_worker_has_its_own_file_and_its_parents_rank(tmp_path: Path) -> 
 import multiprocessing
 path = f"{run}/data.bin"
 open(path, "wb").write(bytes(3000))
-trace.start(run, here, "train")
+trace.start_tracing(run, here, "train")
 open(path, "rb").close()  # its name is in the parent's file only
 trace.instant("clock", "barrier", when="start")
 def work():
@@ -125,7 +125,7 @@ worker = multiprocessing.get_context("fork").Process(target=work)
 worker.start()
 worker.join()
 assert worker.exitcode == 0
-trace.stop()
+trace.stop_tracing()
 """
     traced.run(tmp_path, body)
     found = {process.role: process for process in events.read_processes(tmp_path)}
@@ -138,7 +138,7 @@ trace.stop()
 
 def test_killed_process_loses_little(tmp_path: Path) -> None:
     body = """
-trace.start(run, here, "train", flush_ms=200)
+trace.start_tracing(run, here, "train", flush_ms=200)
 number = 0
 while True:
     with trace.span("train", "step", number=number):
@@ -163,10 +163,10 @@ def test_stop_in_a_signal_handler(tmp_path: Path) -> None:
     body = """
 import signal
 def leave(*_):
-    trace.stop()
+    trace.stop_tracing()
     sys.exit(7)
 signal.signal(signal.SIGTERM, leave)
-trace.start(run, here, "train")
+trace.start_tracing(run, here, "train")
 print("ready", flush=True)
 while True:
     with trace.span("train", "step"):
@@ -194,9 +194,9 @@ def cost(n=20000):
         best = min(best, (time.perf_counter() - begun) / n)
     return best * 1e6
 off = cost()
-trace.start(run, here, "train")
+trace.start_tracing(run, here, "train")
 print(off, cost())
-trace.stop()
+trace.stop_tracing()
 """
     out, errors = traced.start(tmp_path, body).communicate(timeout=120)
     off, on = map(float, out.split())

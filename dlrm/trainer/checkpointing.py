@@ -167,7 +167,7 @@ class CheckpointManager(loop.Hooks):
         failures = self.saver.failures
         error = self.saver.wait()
         if error and self.saver.failures > failures and self.here.first:
-            session.complain(Ranks(), f"checkpoint not written, the one before stays: {error}")
+            session.print_error(Ranks(), f"checkpoint not written, the one before stays: {error}")
         return error
 
     def _own_pieces(self) -> list[TensorPiece]:
