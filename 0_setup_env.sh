@@ -34,6 +34,18 @@ lock_setup() {
     flock 9
 }
 
+load_site() {    # defines site_variant and the others, by the first file of sites/ that is for this machine
+    local file
+    for file in sites/*.sh; do
+        [[ $file != sites/generic.sh ]] || continue
+        source sites/generic.sh    # what a site's file leaves out is as everywhere
+        # shellcheck source=sites/polaris.sh
+        source "$file"
+        if site_is_here; then return; fi
+    done
+    source sites/generic.sh
+}
+
 read_choices() {    # sets was_variant, was_python, was_mpi, was_hashes: as an earlier setup was asked
     local line
     was_variant='' was_python='' was_mpi='' was_hashes=''
@@ -65,10 +77,7 @@ choose() {    # sets variant, mpi, hashes, python
     mpi=${DLRM_MPI:-$was_mpi}
     hashes=${DLRM_HASHES:-${was_hashes:-yes}}
     python=$(command -v "${PYTHON:-$was_python}" || true)
-    if [[ -z $variant ]]; then
-        variant=cpu
-        if [[ $site == polaris ]] || nvidia-smi -L 2> /dev/null | grep -q GPU; then variant=cuda; fi
-    fi
+    [[ -n $variant ]] || variant=$(site_variant)
     [[ $variant == cpu || $variant == cuda ]] || die "DLRM_VARIANT=$variant: wanted cpu or cuda"
     [[ $mpi == '' || $mpi == site || $mpi == pypi ]] || die "DLRM_MPI=$mpi: wanted site or pypi"
     [[ $hashes == yes || $hashes == no ]] || die "DLRM_HASHES=$hashes: wanted yes or no"
@@ -76,7 +85,7 @@ choose() {    # sets variant, mpi, hashes, python
 
 describe_setup() {    # what the stamp of a finished setup says
     local sources
-    sources=$(cat requirements/*.txt requirements/locked/*.txt patches/*.* 0_setup_env.sh | sha256sum)
+    sources=$(cat requirements/*.txt requirements/locked/*.txt patches/*.* sites/*.sh 0_setup_env.sh | sha256sum)
     echo "$sources $root $venv $variant $python $mpi $hashes"
 }
 
@@ -90,16 +99,6 @@ compile() {    # once, and not in every rank of every run
 }
 
 # --- the interpreter and the environment
-
-load_modules() {    # the site's modules, and the way out of a compute node
-    [[ $site == polaris ]] || return 0
-    export http_proxy=${http_proxy:-http://proxy.alcf.anl.gov:3128}
-    export https_proxy=${https_proxy:-$http_proxy}
-    set +u    # the module system reads variables that may be unset
-    { module use /soft/modulefiles && module load conda && conda activate base; } \
-        || die "module load conda failed"
-    set -u
-}
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
 
@@ -242,13 +241,17 @@ install_packages() {    # all but MPI
 
 find_site_mpi() {    # sets line: {N} ranks in all, {PPN} on each node, {DEPTH} cores for each; and mpiexec
     local version
-    line=''
+    line=$(site_mpiexec)
+    if [[ -n $line ]]; then
+        mpiexec=$(type -ap "${line%% *}" | grep -vF -m 1 "$venv/" || true)
+        line=${line/#mpiexec/"${mpiexec:-mpiexec}"}
+        return
+    fi
     while [[ -z $line ]] && read -r mpiexec; do
-        version=$site
-        [[ $site == polaris ]] || version=$("$mpiexec" --version 2>&1 < /dev/null || true)
+        version=$("$mpiexec" --version 2>&1 < /dev/null || true)
         # PBS brings an mpiexec of its own, which is no MPI and is passed over.
         case $version in
-            polaris | *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
+            *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
             *"Open MPI"* | *OpenRTE*)
                 line='mpiexec -n {N} --map-by ppr:{PPN}:node --oversubscribe --bind-to none'
                 line+=' -x MASTER_ADDR -x MASTER_PORT -x DLRM_JOB_TOKEN'
@@ -263,7 +266,7 @@ find_site_mpi() {    # sets line: {N} ranks in all, {PPN} on each node, {DEPTH} 
 # A launcher without its library, or with another than the one that mpi4py finds, starts ranks that are alone.
 site_mpi_works() {
     local sizes
-    [[ $site != polaris ]] || return 0    # its library comes with env.sh; patches/check.py proves it
+    [[ -z $(site_mpiexec) ]] || return 0    # its library comes with env.sh; patches/check.py proves it
     timeout 60 "$venv/bin/python" -c 'import mpi4py; mpi4py.rc.initialize = False
 from mpi4py import MPI' > /dev/null 2>&1 < /dev/null || return 1
     # Outside of a job srun would wait for one. A launcher that refuses to run here says nothing about sizes.
@@ -311,24 +314,9 @@ case ":$PATH:" in *":$VIRTUAL_ENV/bin:"*) ;; *) export PATH="$VIRTUAL_ENV/bin:$P
 export PYTHONNOUSERSITE=1
 if [[ -n ${PBS_NODEFILE:-} ]]; then export HYDRA_LAUNCHER=rsh HYDRA_LAUNCHER_EXEC=dlrm-rsh; fi
 ENV
-    [[ $site != polaris ]] || print_polaris_env
+    site_print_env
     cat <<'ENV'
 if [[ -e ${DLRM_SITE:-$DLRM_ROOT/site.sh} ]]; then source "${DLRM_SITE:-$DLRM_ROOT/site.sh}"; fi
-ENV
-}
-
-print_polaris_env() {
-    cat <<'ENV'
-# Darshan and DFTracer in one process fight over the same calls.
-if [[ ${LOADEDMODULES:-} == *darshan* ]]; then module unload darshan || true; fi
-export DLRM_GPU_ORDER=reverse    # the last GPU is nearest to the first cores
-newest() { printf '%s\n' "$@" | sort -V | tail -1; }
-libraries=${CRAY_MPICH_DIR:+$CRAY_MPICH_DIR/lib-abi-mpich:}
-libraries+=$(newest /soft/libraries/aws-ofi-nccl/*/lib):$(newest /soft/libraries/hwloc/lib*)
-export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-# If a job hangs in NCCL, unset the first four of these in site.sh.
-export NCCL_NET_GDR_LEVEL=PHB NCCL_CROSS_NIC=1 NCCL_COLLNET_ENABLE=1 NCCL_NET="AWS Libfabric"
-export FI_CXI_DISABLE_HOST_REGISTER=1 FI_MR_CACHE_MONITOR=userfaultfd FI_CXI_DEFAULT_CQ_SIZE=131072
 ENV
 }
 
@@ -344,8 +332,7 @@ main() {
     venv=${DLRM_VENV:-$root/.venv}
     [[ $venv != *[[:cntrl:]]* ]] || die "DLRM_VENV=$(printf %q "$venv") has a control character in its name"
     venv=$(realpath -m -- "$venv")    # Python makes no environment through a link
-    site=plain
-    [[ ! -d /soft/modulefiles || ! -d /opt/cray ]] || site=polaris
+    load_site
     lock_setup
     choose
     if is_ready; then
@@ -355,7 +342,7 @@ main() {
     fi
     [[ -w $root ]] || die "$root cannot be written, and is not set up as asked: its owner runs ./0_setup_env.sh"
 
-    load_modules
+    site_load_modules
     choose_python
     prepare_venv
     rm -f -- "$venv/dlrm-io.stamp" "$venv/dlrm-io.stamp--dev"

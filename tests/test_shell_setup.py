@@ -216,3 +216,22 @@ def test_help_of_the_tests_makes_no_environment(copy: Path) -> None:
     script = shutil.copy(ROOT / "tests" / "run.sh", copy / "tests")
     done = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=10)
     assert done.returncode == 0 and "usage: tests/run.sh" in done.stdout and not (copy / ".venv").exists()
+
+
+FUNCTIONS = ("site_is_here", "site_variant", "site_load_modules", "site_mpiexec", "site_print_env")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("sites/*.sh")), ids=lambda path: path.stem)
+def test_a_site_is_one_file_of_known_functions(path: Path) -> None:
+    """What a site's file does not define is as everywhere; what it defines are the functions that are called."""
+    code = f"set -euo pipefail; source sites/generic.sh; source {path}; declare -F; site_print_env"
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    defined = {line.split()[-1] for line in done.stdout.splitlines() if line.startswith("declare -f site_")}
+    assert defined == set(FUNCTIONS)
+
+
+def test_only_polaris_has_polaris_settings() -> None:
+    code = "source sites/generic.sh; site_print_env; site_mpiexec; source sites/polaris.sh; ! site_is_here"
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
