@@ -29,7 +29,7 @@ def copy(tmp_path: Path) -> Path:
     root = tmp_path / "ä copy"
     root.mkdir()
     shutil.copy(ROOT / "0_setup_env.sh", root)
-    for folder in ("patches", "requirements"):
+    for folder in ("patches", "requirements", "sites"):
         shutil.copytree(ROOT / folder, root / folder)
     return root
 
@@ -223,7 +223,7 @@ FUNCTIONS = ("site_is_here", "site_variant", "site_load_modules", "site_mpiexec"
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("sites/*.sh")), ids=lambda path: path.stem)
 def test_a_site_is_one_file_of_known_functions(path: Path) -> None:
-    """What a site's file does not define is as everywhere; what it defines are the functions that are called."""
+    """What a site's file leaves out is as everywhere; what it defines are the functions that are called."""
     code = f"set -euo pipefail; source sites/generic.sh; source {path}; declare -F; site_print_env"
     done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
