@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[1])  # not this folder: its perfetto.py would hide the package
 
 from analysis.perfetto import convert  # noqa: E402
-from analysis.trace import events
+from analysis.trace import events  # noqa: E402
 
 HHASH = "6882804a826580cd"
 STAGES = (

@@ -133,8 +133,11 @@ def test_long_values_take_no_time(piece: str) -> None:
 
 
 def test_bytes_that_are_not_text() -> None:
-    command = [sys.executable, "-c", "import os; from dlrm.runtime.environment import describe_environment as d; "
-               "os.write(1, d(os.environ).encode())"]  # fmt: skip
+    code = (
+        "import os; from dlrm.runtime.environment import describe_environment as d; "
+        "os.write(1, d(os.environ).encode())"
+    )
+    command = [sys.executable, "-c", code]
     environment = {b"NCCL_X": b"\xff\x01'", b"\xfe": b"x", b"PATH": os.environb[b"PATH"]}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=60)
     assert b"NCCL_X='\\xff\\x01'\\'''\n" in done.stdout and b"\\xfe=<not recorded>\n" in done.stdout, done

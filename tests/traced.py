@@ -1,4 +1,4 @@
-"""Real processes that trace themselves with dlrm.runtime.trace, for the tests of the trace and of its readers."""
+"""Real processes that trace themselves with dlrm.runtime.trace, for tests of the trace and of its readers."""
 
 import subprocess
 import sys

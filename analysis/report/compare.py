@@ -66,11 +66,12 @@ def list_differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, st
     a, b = one[0], two[0]
     unlike = list(run_settings.differing_settings((a.config, a.plan), (b.config, b.plan)))
     if lacking := [name for name, run in zip(name_runs(one, two), (a, b), strict=True) if not run.config]:
-        return f"{' and '.join(lacking)}: no config.json, so nobody knows which settings differ.", []
+        return f"{' and '.join(lacking)}: no config.json, so it is not known which settings differ.", []
     if other_numbers(one, two):
         told = (
-            f"These are different models, {run_settings.model_of_run(a.config)} and {run_settings.model_of_run(b.config)}: times "
-            "and bytes stand side by side, but none is better or worse than the other's."
+            f"These are different models, {run_settings.model_of_run(a.config)} and "
+            f"{run_settings.model_of_run(b.config)}: times and bytes stand side by side, "
+            "but none is better or worse than the other's."
         )
     elif unlike:
         told = f"The runs differ in {format_number(len(unlike), 'setting')}:"

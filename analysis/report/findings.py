@@ -8,11 +8,19 @@ from analysis.report.facts import Facts, Finding
 Rule = Callable[[Facts], Finding | None]
 
 RULES: tuple[Rule, ...] = (
-    rules_time.find_waiting, rules_time.find_slow_rank, rules_time.find_slow_startup, rules_time.find_checkpoint_cost,
+    rules_time.find_waiting,
+    rules_time.find_slow_rank,
+    rules_time.find_slow_startup,
+    rules_time.find_checkpoint_cost,
     rules_time.find_late_steps,
-    rules_io.find_small_reads, rules_io.find_mapped_files, rules_io.find_metadata_load, rules_io.find_random_access, rules_io.find_slow_tail,
-    rules_io.find_amplified_reads, rules_io.find_failed_calls,
-)  # fmt: skip
+    rules_io.find_small_reads,
+    rules_io.find_mapped_files,
+    rules_io.find_metadata_load,
+    rules_io.find_random_access,
+    rules_io.find_slow_tail,
+    rules_io.find_amplified_reads,
+    rules_io.find_failed_calls,
+)
 
 
 def find_all(facts: Facts) -> list[Finding]:

@@ -23,8 +23,8 @@ def find_small_reads(f: Facts) -> Finding | None:
     name = files["file"][0] if len(files) and 2 * files["count"][0] > calls else None
     text = (
         f"{calls:,} reads are smaller than {format_size(SMALL)}: {format_size(moved / calls)} on average"
-        f"{f', most of them of {name}' if name else ''}. They take {format_seconds(spent / 1e6)}, added up over the "
-        f"ranks; {large:,} large reads would bring the same bytes."
+        f"{f', most of them of {name}' if name else ''}. They take {format_seconds(spent / 1e6)}, "
+        f"added up over the ranks; {large:,} large reads would bring the same bytes."
     )
     evidence = {"reads": calls, "bytes": moved, "seconds_all_ranks": spent / 1e6, "file": name}
     return Finding("small_reads", won, text, f.larger_reads(moved / calls), evidence)
@@ -43,8 +43,8 @@ def find_mapped_files(f: Facts) -> Finding | None:
         return None
     slow = reads.group_by("file").agg(pl.col("us").sum()).sort("us", descending=True)["file"][0]
     text = (
-        f"{format_size(moved)} are read without any call, at {rate:.0f} MB/s, most of the time in {slow}: a mapped "
-        "file that is not in memory comes in by page faults, a few pages at a time."
+        f"{format_size(moved)} are read without any call, at {rate:.0f} MB/s, most of the time in {slow}: "
+        "a mapped file that is not in memory comes in by page faults, a few pages at a time."
     )
     remedy = "Read the files instead of mapping them, or advise the kernel to read ahead."
     if f.ours:
@@ -66,8 +66,8 @@ def _mapped_by_option(f: Facts) -> Finding | None:
     usual, late = (float(assembled[c].to_numpy().max()) / 1e6 for c in ("p50_us", "p99_us"))
     text = (
         "The dataset is mapped, so its bytes come in by page faults, which no trace shows: half of the "
-        f"batches are assembled in {format_seconds(usual)}, one in a hundred takes more than {format_seconds(late)}, "
-        f"and the training waits {format_seconds(stall)} for them."
+        f"batches are assembled in {format_seconds(usual)}, one in a hundred takes more than "
+        f"{format_seconds(late)}, and the training waits {format_seconds(stall)} for them."
     )
     remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
     return Finding("mapped", stall, text, remedy, {"p50_s": usual, "p99_s": late, "stall_s": stall})

@@ -76,8 +76,8 @@ def find_slow_startup(f: Facts) -> Finding | None:
     calls = f"; file calls are {format_seconds(f.mean('io_s', 'startup'))} per rank" if f.joined.calls else ""
     text = (
         f"{'The first step ends' if jobs == 1 else f'The first steps of {jobs} launches end'} after "
-        f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; its longest part "
-        f"is {part}, {format_seconds(long)}{calls}."
+        f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; "
+        f"its longest part is {part}, {format_seconds(long)}{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
     if part == "imports" and f.mean("io_s", "startup") > 0.2 * long:  # else it is Python's own work
@@ -125,8 +125,8 @@ def find_late_steps(f: Facts) -> Finding | None:
     why = by_step.group_by("why").agg(pl.col("excess_us").sum()).sort("excess_us", descending=True)["why"][0]
     worst = late.row(0, named=True)
     text = (
-        f"{len(by_step)} steps take more than three times the median, {format_seconds(lost)} in all; the extra time "
-        f"is mostly {why}. The longest is step {worst['step']} on rank {worst['rank']}, "
+        f"{len(by_step)} steps take more than three times the median, {format_seconds(lost)} in all; "
+        f"the extra time is mostly {why}. The longest is step {worst['step']} on rank {worst['rank']}, "
         f"{format_seconds(worst['wall_us'] / 1e6)}."
     )
     evidence = {"steps": len(by_step), "mostly": why, "longest": worst["step"], "rank": worst["rank"]}

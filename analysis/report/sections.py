@@ -56,7 +56,9 @@ def _time(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             "Time", "Over the run", timeline, plots.plot_over_time(timeline, curves, gaps),
             "All ranks on one clock. Drag to zoom, double-click to see all again.", "timeline",
         ),
-        ReportEntry("Time", "By epoch", answers.epochs(j), None, "Training, added up over the ranks.", "epochs"),
+        ReportEntry(
+            "Time", "By epoch", answers.epochs(j), None, "Training, added up over the ranks.", "epochs",
+        ),
         ReportEntry(
             "Time", "By range of steps", progress.step_ranges(j), None,
             "The training in up to twenty ranges of steps, added up over the ranks.", "step_ranges",
@@ -135,7 +137,9 @@ def _requests(run: TracedRun) -> list[ReportEntry]:
             "Requests", "Sizes", sizes, plots_io.plot_request_sizes(sizes),
             "Number of reads and writes by size, start-up left out.", "sizes",
         ),
-        ReportEntry("Requests", "Bytes by size", None, plots_io.plot_request_bytes(sizes), "Where the bytes go."),
+        ReportEntry(
+            "Requests", "Bytes by size", None, plots_io.plot_request_bytes(sizes), "Where the bytes go.",
+        ),
         ReportEntry(
             "Requests", "Operations", answers.operations(j), plots_io.plot_latency(j["latencies"]),
             "Time of one operation. Percentiles are exact below 256 us, else within "

@@ -91,14 +91,16 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
 def format_text(run: TracedRun, facts: Facts, found: list[Finding]) -> str:
     """For the terminal, 100 columns."""
     lines = [
-        f"{run.name}: {format_number(facts.breakdown.height, 'rank')}, {format_number(run.joined.events, 'event')}",
+        f"{run.name}: {format_number(facts.breakdown.height, 'rank')}, "
+        f"{format_number(run.joined.events, 'event')}",
         "",
     ]
     lines += [f"  {name:<32}{told:>14}" for name, _, told, _ in list_headlines(run, facts)]
     for row in facts.launches.iter_rows(named=True) if facts.launches.height > 1 else ():
         lines.append(
-            f"  launch {row['launch']}: {format_number(row['ranks'], 'rank')}, {format_seconds(row['wall_s'])} from "
-            f"{format_seconds(row['at_s'])} on, {format_number(row['steps'], 'step')}"
+            f"  launch {row['launch']}: {format_number(row['ranks'], 'rank')}, "
+            f"{format_seconds(row['wall_s'])} from {format_seconds(row['at_s'])} on, "
+            f"{format_number(row['steps'], 'step')}"
             + (f"; {format_seconds(p)} not running before" if (p := row["not_running_before_s"]) else "")
         )
     used = [part for part in PARTS if facts.breakdown[part].sum() > 0]
@@ -109,8 +111,7 @@ def format_text(run: TracedRun, facts: Facts, found: list[Finding]) -> str:
         lines.append(f"  ... {facts.breakdown.height - 32} more ranks")
     lines += ["", "  Findings, by the time to be won:" if found else "  No findings."]
     for finding in found:
-        lines.append(
-            f"  {format_seconds(finding.seconds) if finding.seconds else '':>9}  {finding.text} {finding.remedy}"
-        )
+        seconds = format_seconds(finding.seconds) if finding.seconds else ""
+        lines.append(f"  {seconds:>9}  {finding.text} {finding.remedy}")
     lines += [f"  note: {note}" for note in run.notes]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A run folder's own files as analysis reads and writes them: JSON through checked doors, outputs published whole.
+"""The files of a run folder other than its traces: checked JSON and metrics in, reports out.
 
 In: RUN. Out: checked values with notes; files that replace only our own.
 """

@@ -231,7 +231,8 @@ def format_share(row: CheckedFile) -> str:
 
 
 def _line(rank: str, direction: str, rows: list[CheckedFile]) -> str:
-    # spans say nothing of headers: what the calls moved beyond them is not held against the trace
+    # spans do not count headers, so bytes that the calls moved beyond them are no fault of the trace
     traced = sum(min(row.said, row.traced) if row.by_spans else row.traced for row in rows)
     whole = CheckedFile(0, direction, "", sum(row.said for row in rows), traced)
-    return f"{rank:>4}  {direction:7}  {len(rows):>5}  {whole.said:>16,}  {whole.traced:>16,}  {format_share(whole):>8}"
+    counted = f"{len(rows):>5}  {whole.said:>16,}  {whole.traced:>16,}"
+    return f"{rank:>4}  {direction:7}  {counted}  {format_share(whole):>8}"

@@ -1,8 +1,8 @@
 """All ranks of a run -> joined tables. One rank at a time is in memory (two, on two threads).
 
-A run that was stopped and went on has several launches: each rank of each launch is read by itself.
+A run that was stopped and resumed has several launches: each rank of each launch is read by itself.
 
-`read_rank_tables` is the unit of work: it needs the files of one rank and nothing else, so a Dask cluster can do it.
+`read_rank_tables` is the unit of work: it needs only the files of one rank, so a Dask cluster can run it.
 """
 
 import os

@@ -1,5 +1,7 @@
-"""The traces of a run as columns: `read_processes` who wrote them, `load_events` all events in one table, `read_batches` in
-constant memory. Hashes are resolved, ranks are known, times of different hosts stand on one clock.
+"""The traces of a run as columns.
+
+`read_processes` gives the processes that wrote them, `load_events` all events in one table, `read_batches`
+the same in constant memory. Hashes are resolved, ranks are known, and different hosts are on one clock.
 
 Columns: rank, pid, tid, cat, name, ts and dur (us), file, offset, count, ret, bytes, epoch, step, batch,
 value (counters), split, when, args (JSON of what is left). Metadata and DFTracer's own start and end

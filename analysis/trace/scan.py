@@ -8,9 +8,9 @@ arguments, values nested deeper than MAX_DEPTH, more than MAX_LINE bytes. Whoeve
 reads a Block may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers
 exist, arguments that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
 
-What keeps the loops inside their arrays: the invariants of analysis.trace.strings for text; a line is an event or
-bad once, and both are compared with the arrays' lengths; MAX_ARGS rows of arguments are free before a
-line begins and `_args` stops there.
+What keeps the loops inside their arrays: the invariants of analysis.trace.strings for text; a line counts
+once, as an event or as bad, and both are compared with the arrays' lengths; MAX_ARGS rows of
+arguments are free before a line begins and `_args` stops there.
 """
 
 from dataclasses import dataclass

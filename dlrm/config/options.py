@@ -1,4 +1,4 @@
-"""The groups of options that every model has: sharding, run, checkpoints. Names are MLCommons' where it has one."""
+"""Option groups that every model has: sharding, run, checkpoints. MLCommons' names where it has them."""
 
 from dataclasses import dataclass
 

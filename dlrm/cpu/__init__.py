@@ -1,4 +1,4 @@
-"""What pays on CPU ranks only: collectives through shared memory, a faster BLAS, large pages. A shed of its own.
+"""For CPU ranks only: collectives through shared memory, a faster BLAS, large pages.
 
-In: a process group's store, sharded modules. Out: the same results sooner; CUDA ranks use nothing of it.
+In: a process group's store, sharded modules. Out: the same results sooner. CUDA ranks use none of it.
 """

@@ -1,7 +1,7 @@
-"""Sources that work from memory: this rank's rows loaded once (`MemorySource`), or files mapped (`MappedSource`).
+"""Sources in memory: this rank's rows loaded once (`MemorySource`), or mapped files (`MappedSource`).
 
-`MappedSource` is fast on a page cache that holds everything, but its page faults are invisible to DFTracer: its
-`bytes_read` holds headers only, like the trace.
+`MappedSource` is fast when the page cache holds everything, but DFTracer cannot see its page faults: its
+`bytes_read` counts headers only, like the trace.
 """
 
 import numpy as np

@@ -2,8 +2,8 @@
 
 Stages: train = all days but the last; val and test = the halves of the last day. A folder of one day (or
 Kaggle's single train file) has no last day to spare: its last seventh is held out instead.
-`scan_dataset` checks all files of a folder once; give its result instead of the folder to open several stages,
-which then also count their bytes together.
+`scan_dataset` checks all files of a folder once. To open several stages, pass its result instead of the
+folder: then they also count their bytes together.
 """
 
 import os

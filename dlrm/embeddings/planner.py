@@ -191,8 +191,8 @@ def _plan_or_reason(
             return f"sharding file: on {device.type} torchrec cannot do that: {reason}"
         return (
             f"no sharding plan: {len(rows)} tables of {_format_size(sum(rows.values()))} (largest {largest}, "
-            f"{_format_size(rows[largest])}) for {ranks.world_size} ranks with {_format_size(limit)} each: use more ranks, "
-            f"smaller tables or other sharding wishes (planner: {reason})"
+            f"{_format_size(rows[largest])}) for {ranks.world_size} ranks with {_format_size(limit)} each: "
+            f"use more ranks, smaller tables or another --sharding_file (planner: {reason})"
         )
 
 

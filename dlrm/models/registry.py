@@ -1,7 +1,7 @@
 """Models by name: those of this package, and those of modules that DLRM_MODELS names.
 
-A new model inside the package is a folder and a line in MODULES. One outside is a module with a `SPEC`, found by
-DLRM_MODELS="my_package.two_towers another.module" in the environment.
+A new model inside the package is a folder and a line in MODULES. A model outside it is a module with a
+`SPEC`, found by DLRM_MODELS="my_package.two_towers another.module" in the environment.
 """
 
 import importlib

@@ -1,8 +1,10 @@
 """The run folder that 3_train.sh trains into: its name, env.txt and gpu.txt, and its removal after a mistake.
 
-usage: python -m dlrm.runtime.new_run_folder name [--resume RUN] RESULTS     the path that a run would get; makes nothing
-       python -m dlrm.runtime.new_run_folder make [--resume RUN] RESULTS     makes it: prints its path and its identity
-       python -m dlrm.runtime.new_run_folder discard RUN IDENTITY            removes what `make` made, if it holds no more
+usage: python -m dlrm.runtime.new_run_folder COMMAND
+
+    name [--resume RUN] RESULTS     the path that a run would get; makes nothing
+    make [--resume RUN] RESULTS     makes it: prints its path and its identity
+    discard RUN IDENTITY            removes what `make` made, if nothing was added
 
 Output is ended by NUL bytes, so that a shell reads any path. Exit code 2 and one line for a mistake.
 """

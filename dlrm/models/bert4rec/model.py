@@ -193,7 +193,10 @@ class BERT4RecTrain(nn.Module):
         self.scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def cast(self, device: str, dtype: torch.dtype, scale: Any | None) -> None:
-        """Mixed precision for all but the lookup; `scale` (dlrm/trainer/mixed_precision.py) lives between logits and lookup."""
+        """Mixed precision for all but the lookup.
+
+        scale: the loss scaler (dlrm/trainer/mixed_precision.py), applied between the logits and the lookup.
+        """
         self.precision = lambda: torch.autocast(device, dtype)
         if scale:
             self.scale, self.model.unscale = scale.up, scale.down

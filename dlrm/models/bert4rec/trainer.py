@@ -1,4 +1,4 @@
-"""What is BERT4Rec's own in a training: its learning rate, mixed precision, ranking metrics, lines of results."""
+"""What a training has of BERT4Rec's own: learning rate, mixed precision, ranking metrics, results."""
 
 from collections.abc import Mapping
 from typing import Any

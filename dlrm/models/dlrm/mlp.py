@@ -47,7 +47,7 @@ class LinearReluChain(torch.autograd.Function):
 
 
 def apply_chain(features: torch.Tensor, linears: Sequence[nn.Linear], last: bool) -> torch.Tensor | None:
-    """The layers' output by `LinearReluChain`; nothing where torch's own way is better, or told to do otherwise."""
+    """The layers' output by `LinearReluChain`, or None where torch's own layers are used."""
     if not blas.is_plain_float32(features):
         return None
     parameters = [each for linear in linears for each in (linear.weight, linear.bias)]

@@ -1,4 +1,4 @@
-"""Files of preprocessing: input text in blocks, spilled records, output arrays, folders, checksums, publishing.
+"""Files of preprocessing: input text in blocks, spilled records, output arrays, folders, checksums.
 
-In: paths. Out: blocks of rows; files that get their names whole.
+In: paths. Out: blocks of rows, and files that get their names when they are complete.
 """

@@ -42,7 +42,7 @@ def store_rows(
 
 @compiled
 def round_all(values, out):
-    """`publish.round_through_float` in place: on x86 what a float32 has beyond int32 becomes the smallest int32."""
+    """`publish.round_through_float` in place: beyond int32 a value becomes the smallest int32, as on x86."""
     for at in range(len(values)):
         number = np.float32(values[at])
         out[at] = np.int32(number) if number < np.float32(2147483648.0) else np.int32(-2147483648)

@@ -1,4 +1,4 @@
-"""The compiled inner loops: fields, counts, hexadecimal ids, vocabularies. They write nothing but their arrays.
+"""The compiled inner loops: fields, counts, hexadecimal ids, vocabularies.
 
-In: bytes of text or arrays. Out: arrays.
+In: bytes of text or arrays. Out: arrays; nothing else is written.
 """
