@@ -1,4 +1,4 @@
-"""Sources that work from memory: this rank's rows loaded once (`MemorySource`), or files mapped (`MappedSource`).
+"""Sources that work from memory: this rank's rows loaded once (MemorySource) or mapped (MappedSource).
 
 `MappedSource` is fast on a page cache that holds everything, but its page faults are invisible to DFTracer: its
 `bytes_read` holds headers only, like the trace.
