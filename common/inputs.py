@@ -4,6 +4,7 @@ In: a path. Out: an open descriptor of a regular file, or a JSON value within li
 socket, a folder, a dangling link, a file that is too large or nested too deeply is a UserError of one line.
 """
 
+import errno
 import json
 import os
 import stat
@@ -23,13 +24,17 @@ KINDS = {
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
     """A descriptor of a regular file. Never blocks, as opening a FIFO would; links are followed."""
     with os_errors_as_user_errors(path):
-        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-        mode = os.fstat(descriptor).st_mode
+        return open_regular_file(path, flags)
+
+
+def open_regular_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """The same with an OSError: an opener for Python's own files."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise UserError(
-            f"{printable(path)}: is {KINDS.get(stat.S_IFMT(mode), 'not a file')}, a file is expected"
-        )
+        kind = KINDS.get(stat.S_IFMT(mode), "not a file")
+        raise OSError(errno.EINVAL, f"is {kind}, a file is expected", path)
     return descriptor
 
 

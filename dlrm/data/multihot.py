@@ -55,7 +55,7 @@ def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
             if members[name].compress_type != zipfile.ZIP_STORED:
                 raise ValueError("is compressed: save it with np.savez")
             file.seek(members[name].header_offset)
-            head = file.exactly(30)  # its lengths may differ from those in the directory
+            head = file.up_to(30)  # its lengths may differ from those in the directory
             extra = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
             at = members[name].header_offset + 30 + extra
             try:

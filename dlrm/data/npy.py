@@ -4,7 +4,6 @@ Every file is checked before the first row is read, and all bad ones are named a
 with the same calls as the data, so that a trace shows these bytes too.
 """
 
-import ast
 import os
 import re
 from collections.abc import Callable
@@ -15,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from common.inputs import open_regular_file
 from dlrm.data.criteo import META, PARTS, DatasetMeta, array_file_name, split_last_day
+from dlrm.data.npy_header import read_npy_header
 from dlrm.runtime.errors import UserError
 
 DTYPES = {"dense": ("float32",), "sparse": ("int32", "int64"), "labels": ("int32", "int64")}
-MAGIC = b"\x93NUMPY"
 ONE_DAY_HELD_OUT = 7  # a set of one file: its last seventh plays the last day, as Kaggle's seventh day does
 
 
@@ -61,10 +61,12 @@ def rows_of_stage(rows: list[int], stage: str) -> list[tuple[int, range]]:
 
 
 class CountingFile(FileIO):
-    """An unbuffered file that counts what is read from it."""
+    """An unbuffered regular file that counts what is read from it."""
+
+    LARGE = 1 << 20
 
     def __init__(self, path: str, bytes_read: dict[str, int]) -> None:
-        super().__init__(path)
+        super().__init__(path, opener=open_regular_file)
         self.path, self.bytes_read = path, bytes_read
 
     def readinto(self, buffer: Any) -> int:
@@ -73,37 +75,18 @@ class CountingFile(FileIO):
         return got
 
     def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > self.LARGE:  # read(n) takes n bytes of memory before it reads
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
         found = super().read(-1 if size is None else size) or b""
         self.bytes_read[self.path] = self.bytes_read.get(self.path, 0) + len(found)
         return found
 
-    def exactly(self, size: int) -> bytes:
+    def up_to(self, size: int) -> bytes:
+        """The next bytes; fewer only at the end of the file."""
         found = b""
-        while len(found) < size:
-            more = self.read(size - len(found))
-            if not more:
-                raise ValueError("ends inside its header")
+        while len(found) < size and (more := self.read(size - len(found))):
             found += more
         return found
-
-
-def read_header(file: CountingFile) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """(shape, fortran order, dtype, header's length), from the file's position on."""
-    head = file.exactly(10)
-    if head[:6] != MAGIC:
-        raise ValueError("is not an .npy file")
-    size, length = int.from_bytes(head[8:10], "little"), 10
-    if head[6] > 1:  # versions 2 and 3 have a length of 4 bytes
-        size, length = size | int.from_bytes(file.exactly(2), "little") << 16, 12
-    if size > 1 << 16:
-        raise ValueError("has a damaged header")
-    text = file.exactly(size).decode("latin-1")
-    try:
-        values = ast.literal_eval(text)
-        shape, fortran, dtype = values["shape"], values["fortran_order"], np.dtype(values["descr"])
-        return tuple(int(n) for n in shape), bool(fortran), dtype, length + size
-    except (SyntaxError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"has a damaged header ({error})") from None
 
 
 def describe_array(
@@ -111,18 +94,15 @@ def describe_array(
 ) -> NpyFile:
     """The array that begins at byte `at` and has `size` bytes; ValueError says what is wrong with it."""
     file.seek(at)
-    shape, fortran, dtype, length = read_header(file)
+    shape, dtype, length = header = read_npy_header(file.up_to)
     if len(shape) == 1 and columns == 1:
         shape = (shape[0], 1)
-    if len(shape) != 2 or shape[1] != (columns or shape[1]):
+    if len(shape) != 2 or shape[1] < 1 or shape[1] != (columns or shape[1]):
         raise ValueError(f"has shape {list(shape)}, expected [rows, {columns or 'ids per row'}]")
     if dtype.name not in dtypes or not dtype.isnative:
         raise ValueError(f"holds {dtype}, expected {' or '.join(dtypes)}")
-    if fortran and min(shape) > 1:
-        raise ValueError("is in Fortran order, expected C order")
-    wanted = length + shape[0] * shape[1] * dtype.itemsize
-    if size != wanted:
-        raise ValueError(f"has {size} bytes, but its header promises {wanted} ({shape[0]} rows)")
+    if size != header.size:
+        raise ValueError(f"has {size} bytes, but its header promises {header.size} ({shape[0]} rows)")
     return NpyFile(file.path, shape[0], shape[1], dtype, at + length)
 
 

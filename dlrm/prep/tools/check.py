@@ -1,7 +1,5 @@
 """Is this folder what its meta.json says: shapes, dtypes, ranges, ids, digests. One line per flaw."""
 
-import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import numpy as np
 
 from common.errors import UserError, printable
 from dlrm.data.criteo import NUM_SPARSE, PARTS, DatasetMeta, array_file_name
+from dlrm.data.npy_header import read_npy_header
 from dlrm.prep.io.digests import digests
 from dlrm.prep.io.files import OffsetFile
 
@@ -65,36 +64,25 @@ def layouts_of(folder: Path, meta: DatasetMeta) -> Iterator[tuple[Path, str, str
             yield path, part, check_layout(path, (rows, columns), meta, part, last)
 
 
-HEADER = re.compile(
-    r"\{ ?'descr': ?'([<>|=]?[a-zA-Z][0-9]{0,2})', ?'fortran_order': ?False,"
-    r" ?'shape': ?\(((?:[0-9]{1,18}, ?)*(?:[0-9]{1,18})?)\),? ?\}\s*",
-    re.ASCII,
-)
-LONGEST_HEADER = 10_000  # as numpy itself takes
-
-
 def read_layout(path: Path, whole: bool = True) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, dtype and length of the header of an .npy file; `whole`: it must be as long as they say."""
     with OffsetFile(path) as file:
-        start = file.read(12, 0)
-        if start[:6] != b"\x93NUMPY" or len(start) < 12:
-            raise UserError(f"{printable(path)}: not an .npy file")
-        wide = start[6] > 1
-        length = int.from_bytes(start[8 : 12 if wide else 10], "little")
-        first = 12 if wide else 10
-        text = file.read(min(length, LONGEST_HEADER), first).decode("latin1")
-        found = HEADER.fullmatch(text)
-        if not found or len(text) != length:
-            raise UserError(f"{printable(path)}: not the header of a plain array in rows")
-        shape = tuple(int(word) for word in found[2].replace(" ", "").split(",") if word)
+        at = 0
+
+        def read(count: int) -> bytes:
+            nonlocal at
+            at += count
+            return file.read(count, at - count)
+
         try:
-            dtype = np.dtype(found[1])
-        except TypeError:
-            raise UserError(f"{printable(path)}: values of an unknown kind, {found[1]}") from None
-        size = first + length + math.prod(shape) * dtype.itemsize
-        if whole and file.size != size:
-            raise UserError(f"{printable(path)}: {file.size} bytes, {size} expected: cut short or grown")
-    return shape, dtype, first + length
+            header = read_npy_header(read)
+        except ValueError as error:
+            raise UserError(f"{printable(path)} {error}") from None
+        if whole and file.size != header.size:
+            raise UserError(
+                f"{printable(path)}: {file.size} bytes, {header.size} expected: cut short or grown"
+            )
+    return header
 
 
 def check_layout(path: Path, shape: tuple[int, int], meta: DatasetMeta, part: str, last: bool) -> str:
