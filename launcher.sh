@@ -5,6 +5,8 @@
 # variables: NPROC                       ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MPIEXEC                     instead of env.sh's line, e.g. "mpiexec -n {N} -ppn {PPN} -bind-to core"
 #            MASTER_ADDR, MASTER_PORT    where the ranks meet (default: the first node, a free port)
+#            DLRM_JOB_TOKEN              a secret that all ranks share: only its owners' messages count (default: a random
+#                                        one; with your own mpiexec line, srun or torchrun export it yourself)
 #            DLRM_THREADS                threads per rank (default: the node's cores shared out)
 #            DLRM_GPU_ORDER=reverse      last GPU to first local rank
 #            DRY_RUN=1                   print the mpiexec line instead
@@ -59,7 +61,7 @@ if [[ -z $rank ]]; then    # outside: start the ranks
         port=$(( 20000 + RANDOM % 12000 ))
         (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null || MASTER_PORT=$port
     done
-    DLRM_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')    # by which the ranks know each other's messages
+    [[ -n ${DLRM_JOB_TOKEN:-} ]] || DLRM_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')    # by which the ranks know each other's messages
     export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT DLRM_JOB_TOKEN
     read -ra mpi <<< "${MPIEXEC:-${DLRM_MPIEXEC:-mpiexec -n {N\}}}"
     mpi=("${mpi[@]//\{N\}/$n}") mpi=("${mpi[@]//\{PPN\}/$NPROC}") mpi=("${mpi[@]//\{DEPTH\}/$depth}")

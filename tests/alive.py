@@ -43,6 +43,7 @@ class Alive:
         self.processes = []
         starts = {
             "": [([sys.executable, *command], {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)],
+            "launcher.sh": [([str(ROOT / "launcher.sh"), sys.executable, *command], {"NPROC": str(count)})],
             "mpiexec": [(["mpiexec", "-n", str(count), sys.executable, *command], {})],
             "torchrun": [
                 ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count),

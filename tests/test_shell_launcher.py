@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alive import Alive
+from test_survival_stop import words
 
 ROOT = Path(__file__).parents[1]
 SHOW = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR"'
@@ -159,6 +162,20 @@ def test_a_failing_rank_ends_the_job() -> None:
     assert done.returncode == 7 and time.monotonic() - begun < 10
     done = launch("bash", "-c", "[[ $RANK == 0 ]] || kill -9 $$; sleep 50", NPROC=2)
     assert done.returncode != 0 and time.monotonic() - begun < 20
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("count", "rank"), [(2, 0), (2, 1), (3, 2)])
+def test_a_rank_killed_in_the_training_is_named(toy: Path, tmp_path: Path, count: int, rank: int) -> None:
+    """By the other ranks, before mpiexec ends them."""
+    more = words(toy, "--epochs", 1000, "--timeout", 600)
+    with Alive(tmp_path, count, *more, launcher="launcher.sh") as ranks:
+        ranks.until_step(10)
+        ranks.signal(signal.SIGKILL, rank)
+        (code,) = ranks.wait(120)
+        assert code != 0 and not ranks.pids()
+    named = f"rank {rank} on {socket.gethostname()} was killed by signal 9"
+    assert named in ranks.said and "Traceback" not in ranks.said, ranks.said
 
 
 @pytest.mark.mpi

@@ -28,6 +28,7 @@ from dlrm.runtime.rendezvous import TOKEN, SignedStore, job_key
 SIGN_SECONDS = 1.0
 PATIENCE = 300  # seconds: of the store's users, among ranks that are alive
 LEAVE_SECONDS = 5  # rank 0 keeps the store for the others so long, at the end
+END_SECONDS = 3  # a process of this host whose connections are closed counts as ended by then
 MISSING_SECONDS = 3.5  # without a sign, once a collective has broken
 FAILURE = "dlrm/failure"
 BROKEN = (
@@ -66,11 +67,11 @@ def rendezvous(here: Ranks, seconds: int) -> tuple[SignedStore, list[Process]]:
         return SignedStore(dist.HashStore(), job_key(), PATIENCE), [myself]
     store = SignedStore(_open_store(here, seconds), job_key(), seconds)
     peers = LocalPeers()
+    found = {here.rank: myself}  # by rank: who has come so far
     try:
-        processes = _gather(store, here, myself, peers, seconds)
-    except (RuntimeError, ValueError, KeyError, TypeError, RecursionError):
-        ended = peers.wait(0.3)
-        raise LostRank(f"ends because {_reason(*next(iter(ended.items()), (0, '')), {})}") from None
+        processes = _gather(store, here, found, peers, seconds)
+    except RuntimeError:  # the store is gone, and with it the process that keeps it
+        raise LostRank(f"ends because {_reason_for_lost_store(found, peers)}") from None
     except LostRank as error:
         if here.first:
             with contextlib.suppress(RuntimeError):
@@ -84,32 +85,37 @@ def rendezvous(here: Ranks, seconds: int) -> tuple[SignedStore, list[Process]]:
 
 
 def _gather(
-    store: SignedStore, here: Ranks, myself: Process, peers: LocalPeers, seconds: int
+    store: SignedStore, here: Ranks, found: dict[int, Process], peers: LocalPeers, seconds: int
 ) -> list[Process]:
-    found = {here.rank: myself}
+    """Wait until all ranks have come. `found` is filled meanwhile: an error names ranks and hosts by it.
+
+    The others come after they have read who rank 0 is: whenever rank 0 ends after that, they can name it.
+    A value that cannot be read counts as not there.
+    """
+    myself = found[here.rank]
     wanted = set(range(here.world_size)) if here.first else {0}
     given_up = time.monotonic() + seconds + (0 if here.first else 5)
     pause = 0.01
     while True:
-        store.set(f"dlrm/here/{here.rank}", json.dumps(asdict(myself)))
-        store.set(_heartbeat_key(here.rank), "0")
         for rank in sorted(wanted - set(found)):
-            if came := store.find(f"dlrm/here/{rank}"):
-                found[rank] = Process.read(json.loads(came))
-                peers.add(rank, found[rank])
+            if came := _read_processes(store.find(f"dlrm/here/{rank}"), alone=True):
+                found[rank] = came[0]
+                peers.add(rank, came[0])
+        if here.first or 0 in found:
+            store.set(f"dlrm/here/{here.rank}", json.dumps(asdict(myself)))
+            store.set(_heartbeat_key(here.rank), "0")
         if here.first and len(found) == here.world_size:
             processes = [found[rank] for rank in range(here.world_size)]
             store.set("dlrm/people", json.dumps([asdict(each) for each in processes]))
             return processes
-        if not here.first and (people := store.find("dlrm/people")):
-            processes = [Process.read(each) for each in json.loads(people)]
+        if not here.first and (processes := _read_processes(store.find("dlrm/people"))):
             if len(processes) != here.world_size:
                 raise LostRank(
                     f"rank 0 has {len(processes)} ranks, this one {here.world_size}: of another job?"
                 )
             return processes
-        if note := store.find(FAILURE):
-            raise LostRank(f"ends because {FailureNotice.read(note).reason}")
+        if note := _read_failure(store):
+            raise LostRank(f"ends because {note.reason}")
         for rank, cause in peers.wait(pause).items():
             raise LostRank(f"ends because {_reason(rank, cause, found)}")
         pause = min(2 * pause, 0.2)
@@ -117,6 +123,37 @@ def _gather(
             missing = _name_ranks(wanted - set(found)) if here.first else "not all ranks"
             came = "did not come" if here.first else "came"
             raise LostRank(f"{missing} {came} within {seconds} s (--timeout), or with another {TOKEN}")
+
+
+def _read_processes(value: bytes | None, alone: bool = False) -> list[Process]:
+    """From the store: of all ranks, or of one alone; empty where there is nothing that can be read."""
+    try:
+        values = json.loads(value) if value else []
+        return [Process.read(each) for each in ([values] if value and alone else values)]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def _read_failure(store: SignedStore) -> FailureNotice | None:
+    found = store.find(FAILURE)
+    try:
+        return FailureNotice.read(found) if found else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return FailureNotice("a rank failed")
+
+
+def _reason_for_lost_store(found: Mapping[int, Process], peers: LocalPeers) -> str:
+    """A process closes its connections first, and counts as ended a little later."""
+    given_up = time.monotonic() + (END_SECONDS if 0 in found and found[0].is_local else 0)
+    while not (ended := peers.wait(0.05)) and time.monotonic() < given_up:
+        pass
+    if not ended and _launcher_keeps_store():
+        return "torchrun's store is gone"
+    return _reason(*next(iter(ended.items()), (0, "")), found)
+
+
+def _launcher_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _reason(rank: int, cause: str, processes: Mapping[int, Process]) -> str:
@@ -133,7 +170,7 @@ def _open_store(here: Ranks, seconds: int) -> Any:
             "MASTER_ADDR and MASTER_PORT are not set: start the ranks with launcher.sh or torchrun"
         ) from None
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if _launcher_keeps_store():
             store = dist.TCPStore(address, port, None, False, limit, wait_for_workers=False)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             return dist.PrefixStore(f"dlrm/{attempt}", store)
@@ -191,14 +228,19 @@ class Heartbeat(threading.Thread):
         self._store = store
         self._answered = time.monotonic()  # when the store last did
         if here.world_size > 1:
-            self._store = SignedStore(store.clone().store, job_key(), timeout)
             self._peers = LocalPeers()
             for rank, process in enumerate(people):
                 if rank != here.rank:
                     self._peers.add(rank, process)
-            self.start()
             self._guardian = threading.Thread(target=self._guard, name="guard", daemon=True)
-            self._guardian.start()
+            self._guardian.start()  # before the store is asked, which may not answer any more
+            try:
+                self._store = SignedStore(store.clone().store, job_key(), timeout)
+            except RuntimeError:
+                note = self._await_end_of_first() or FailureNotice(f"{self._named({0})} is gone")
+                self._done.set()
+                raise LostRank(f"ends because {note.reason}") from None
+            self.start()
 
     def run(self) -> None:
         trace.name_thread("watch")
@@ -276,7 +318,7 @@ class Heartbeat(threading.Thread):
 
     def _await_end_of_first(self) -> "FailureNotice | None":
         """A process closes its connections first, and counts as ended a little later."""
-        given_up = time.monotonic() + (3 if self._people[0].is_local else 1) * SIGN_SECONDS
+        given_up = time.monotonic() + (END_SECONDS if self._people[0].is_local else SIGN_SECONDS)
         while not (note := self._ends(ask=False)) and time.monotonic() < given_up:
             time.sleep(0.02)
         return note
@@ -297,11 +339,7 @@ class Heartbeat(threading.Thread):
             os._exit(note.code)
 
     def _note(self) -> "FailureNotice | None":
-        found = self._store.find(FAILURE)
-        try:
-            return FailureNotice.read(found) if found else None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return FailureNotice("a rank failed")
+        return _read_failure(self._store)
 
     def _leave(self, note: "FailureNotice") -> None:
         self._store.set_first(FAILURE, json.dumps(asdict(note)))

@@ -79,7 +79,8 @@ def _system() -> str:
 class LocalPeers:
     """The other ranks' processes, as far as they are on this host."""
 
-    def __init__(self) -> None:
+    def __init__(self, pidfds: bool = hasattr(os, "pidfd_open")) -> None:
+        self._with_pidfds = pidfds
         self._poll = select.poll()
         self._pidfds: dict[int, int] = {}  # pidfd -> rank
         self._processes: dict[int, Process] = {}
@@ -91,14 +92,16 @@ class LocalPeers:
         if not process.is_local or process.pid == os.getpid() or rank in self._processes:
             return
         self._processes[rank] = process
+        if not self._with_pidfds:
+            return  # `wait` looks at /proc
         try:
             pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:
             self._ended[rank] = ""
             del self._processes[rank]
             return
-        except (AttributeError, OSError):
-            return  # `wait` looks at /proc
+        except OSError:  # a kernel without, or no descriptor left
+            return
         if _start(process.pid) != process.start:  # ended before, and its pid is another's
             os.close(pidfd)
             self._ended[rank] = ""

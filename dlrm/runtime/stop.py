@@ -19,7 +19,6 @@ from dlrm.runtime.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 AGAIN = 2  # seconds: of one Ctrl-C a rank may hear twice, from the terminal and from its launcher
-AGREE_SECONDS = 300  # for all ranks to say where they are; each does so within POLL, if it lives
 POLL = 0.2  # seconds between two looks at the store; a signal to this rank is heard at once
 STOP, SAVE = "stop", "save"
 
@@ -67,12 +66,13 @@ def _heard(seconds: float) -> str | None:
 class CollectiveStop(threading.Thread):
     """All ranks do the same thing before the same batch.
 
-    `clock` is asked on rank 0, several times a second: "save", "stop: why", or None.
+    `clock` is asked on rank 0, several times a second: "save", "stop: why", or None. No rank is held longer
+    than `seconds`: each says where it is within POLL, if it lives.
     """
 
-    def __init__(self, store: Any, here: Ranks, clock: Callable[[], str | None]) -> None:
+    def __init__(self, store: Any, here: Ranks, clock: Callable[[], str | None], seconds: float) -> None:
         super().__init__(name="accord", daemon=True)
-        self._store, self._here, self._clock = store, here, clock
+        self._store, self._here, self._clock, self._seconds = store, here, clock, seconds
         self._turn = threading.Condition()
         self._begun = 0  # batches that this rank has begun
         self._number = 0  # of the agreement
@@ -80,6 +80,7 @@ class CollectiveStop(threading.Thread):
         self._held = False
         self._broken = False  # the ranks could not agree
         self._agreed: tuple[int, str] | None = None
+        self._answers: dict[str, str] = {}  # rank 0's last ones, for ranks that have not read them yet
         self._closed = threading.Event()
 
     def begin(self) -> None:
@@ -115,6 +116,9 @@ class CollectiveStop(threading.Thread):
                 self._broken = self._held
 
     def _look(self) -> None:
+        for name, value in self._answers.items():
+            if not self._store.check([name]):
+                self._store.set(name, value)  # another has deleted it: a rank may still wait for it
         with self._turn:
             if self._held:
                 return
@@ -124,7 +128,7 @@ class CollectiveStop(threading.Thread):
         if not self._store.check([key]):
             return
         kind = self._store.get(key).decode()
-        given_up = time.monotonic() + AGREE_SECONDS
+        given_up = time.monotonic() + self._seconds
         with self._turn:
             self._held = True
             mine = self._begun
@@ -146,7 +150,8 @@ class CollectiveStop(threading.Thread):
             found = [self._store.find(f"{key}/{rank}") for rank in range(self._here.world_size)]
             if None in found:
                 return None
-            self._store.set(f"{key}/last", str(max(int(each) for each in found)))
+            self._answers = {f"{key}/last": str(max(int(each) for each in found))}
+            self._store.set(*next(iter(self._answers.items())))
         last = self._store.find(f"{key}/last")
         return None if last is None else int(last)
 

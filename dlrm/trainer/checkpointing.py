@@ -54,7 +54,7 @@ class CheckpointManager(loop.Hooks):
         self._saved_at: Any = None
         self._last_save = time.monotonic()
         self._deadline = find_deadline(wishes.stop_before_walltime, wishes.walltime) if here.first else None
-        self.accord = signals.CollectiveStop(session.clone_store(), here, self._clock)
+        self.accord = signals.CollectiveStop(session.clone_store(), here, self._clock, job.cfg.run.timeout)
 
     # --- when
 
