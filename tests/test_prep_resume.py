@@ -299,7 +299,7 @@ def test_more_pieces_than_files_may_be_open(
 ) -> None:
     wanted, spills = contents(run(days, tmp_path / "whole")), []
 
-    class Counted(place.File):
+    class Counted(place.OffsetFile):
         def __init__(self, path: Path, mode: str = "r") -> None:
             super().__init__(path, mode)
             spills.append(path.suffix)
