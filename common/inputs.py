@@ -7,6 +7,7 @@ socket, a folder, a dangling link, a file that is too large or nested too deeply
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+BRACKETS = re.compile(rb"[\[{]+|[\]}]+")  # a run of one direction
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -96,28 +99,17 @@ def read_json_object(
 
 
 def _check_depth(data: bytes, name: str) -> None:
-    """Before the parser recurses. Brackets inside strings count too: a harmless over-estimate is refused
-    only when a string holds dozens of unbalanced ones, so strings are stepped over.
+    """Before the parser recurses. Brackets inside strings do not count; a string that never ends hides all
+    that comes after it, as it does from the parser.
     """
-    depth, in_string, escaped = 0, False, False
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return
-    for byte in data:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise UserError(f"{name}: nested more than {MAX_JSON_DEPTH} deep")
-        elif byte in b"]}":
-            depth -= 1
+    depth = 0
+    for brackets in BRACKETS.finditer(STRING.sub(b"", data)):
+        count = brackets.end() - brackets.start()
+        depth += count if brackets[0][:1] in b"[{" else -count
+        if depth > MAX_JSON_DEPTH:
+            raise UserError(f"{name}: nested more than {MAX_JSON_DEPTH} deep")
 
 
 def _refuse_constant(text: str) -> Any:

@@ -103,7 +103,10 @@ def test_without_the_secret_there_is_nothing(server: view.Server, run: Path, pat
     ("host", "code"),
     [
         ("", 200), ("localhost:{port}", 200), ("127.0.0.1", 200), ("evil.example", 403), (None, 403),
-        ("evil.example:{port}", 403), ("127.0.0.1:1", 403), ("127.0.0.1.evil.example", 403),
+        ("evil.example:{port}", 403), ("127.0.0.1:1", 200), ("localhost:8080", 200),
+        ("127.0.0.1:x", 403), ("127.0.0.1:", 403),
+        ("127.0.0.2:{port}", 403), ("localhost:1:2", 403),
+        ("127.0.0.1.evil.example", 403),
         ("[::1]:{port}", 403),
         ("127.0.0.1:{port}\r\nHost: evil.example", 403), ("127.0.0.1@evil.example", 403),
     ],

@@ -109,7 +109,7 @@ entry.run_entry(main)
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_dies_while_the_group_forms_is_named(lost: int) -> None:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    common["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # read when torch is imported
+    common["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as run_entry, which is too late here
     begun = time.monotonic()
     ranks = [
         subprocess.Popen(
@@ -123,6 +123,15 @@ def test_a_rank_that_dies_while_the_group_forms_is_named(lost: int) -> None:
     line = f"dlrm: rank {1 - lost} on {HOST}: ends because rank {lost} on {HOST} was killed by signal 9\n"
     assert said[1 - lost] == line
     assert time.monotonic() - begun < 120  # of 300
+
+
+@pytest.mark.mpi
+def test_a_rank_that_meets_nobody_says_so_in_one_line(tmp_path: Path, toy: Path) -> None:
+    with Alive(tmp_path, 2, *words(toy, "--timeout", 3)) as ranks:
+        ranks.processes[0].kill()  # before it listens
+        assert ranks.wait(90)[1] == 1
+    said = ranks.said.splitlines()
+    assert len(said) == 1 and f"rank 1 on {HOST}: " in said[0] and "rank 0" in said[0], said
 
 
 @pytest.mark.parametrize("pidfd", [True, False])

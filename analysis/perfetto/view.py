@@ -8,6 +8,7 @@ where this browser has been before, under the address that `view` printed.
 import http.server
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -98,6 +99,13 @@ def find_interface() -> Path:
     return folder
 
 
+def _names_this_host(hosts: list[str]) -> bool:
+    """Whether the one Host is this machine's loopback interface; its port is that of the browser's end of an
+    ssh tunnel, any.
+    """
+    return len(hosts) == 1 and re.fullmatch(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", hosts[0]) is not None
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Below /TOKEN/ the UI's files, and as TOKEN/localtrace the trace, for which the bundled UI asks when it
     starts. Who does not know the token gets nothing: other users of this machine reach the port, too. Nor
@@ -115,12 +123,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
-        port = int(self.server.server_address[1])  # type: ignore[index]
-        names = ("127.0.0.1", "localhost")
-        hosts = {*names, *(f"{name}:{port}" for name in names)}
         if self.command not in ("GET", "HEAD"):
             self._refuse(405)
-        elif self.headers.get_all("Host", []) not in [[host] for host in hosts]:
+        elif not _names_this_host(self.headers.get_all("Host", [])):
             self._refuse(403)
         elif not self._enter():
             self._refuse(403, DOOR)

@@ -37,7 +37,7 @@ def run_entry(main: Callable[[Ranks], None]) -> NoReturn:
 
 def _quieten_libraries() -> None:
     """Libraries' notes to their own developers would bury what a user must read."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("torchrec", "torch.fx", "torch.distributed"):

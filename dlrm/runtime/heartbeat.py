@@ -23,7 +23,7 @@ from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import LostRank, UserError
 from dlrm.runtime.peers import ENDED_WELL, LocalPeers, Process
 from dlrm.runtime.ranks import Ranks
-from dlrm.runtime.rendezvous import TOKEN, SignedStore, job_key
+from dlrm.runtime.rendezvous import POLL_SECONDS, TOKEN, SignedStore, job_key
 
 SIGN_SECONDS = 1.0
 PATIENCE = 300  # seconds: of the store's users, among ranks that are alive
@@ -170,6 +170,8 @@ def _open_store(here: Ranks, seconds: int) -> Any:
             "MASTER_ADDR and MASTER_PORT are not set: start the ranks with launcher.sh or torchrun"
         ) from None
     try:
+        if _launcher_keeps_store() or not here.first:
+            _await_listener(address, port, seconds)
         if _launcher_keeps_store():
             store = dist.TCPStore(address, port, None, False, limit, wait_for_workers=False)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -185,6 +187,23 @@ def _open_store(here: Ranks, seconds: int) -> Any:
         if here.first:
             raise UserError(f"MASTER_PORT {port} on {address}: {str(error).splitlines()[0]}") from None
         raise LostRank(f"rank 0 at {address}, port {port}, did not answer within {seconds} s") from None
+
+
+def _await_listener(address: str, port: int, seconds: float) -> None:
+    """Until somebody listens there; RuntimeError if nobody does. torch would wait, too, and then write pages
+    of its own on stderr.
+    """
+    given_up = time.monotonic() + seconds
+    pause = POLL_SECONDS
+    while True:
+        try:
+            socket.create_connection((address, port), max(1, given_up - time.monotonic())).close()
+            return
+        except OSError:  # a name that is not known yet, too
+            if time.monotonic() > given_up:
+                raise RuntimeError(f"nobody listens on {address}, port {port}") from None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
 
 
 def _open_listener(address: str, port: int, here: Ranks) -> int:

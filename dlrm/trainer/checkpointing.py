@@ -11,7 +11,7 @@ import torch
 from dlrm.checkpoint import state
 from dlrm.checkpoint.saver import CheckpointWriter
 from dlrm.checkpoint.shards import TensorPiece
-from dlrm.runtime import session
+from dlrm.runtime import entry, session
 from dlrm.runtime import stop as signals
 from dlrm.runtime.errors import NotSaved, Stopped, UserError
 from dlrm.runtime.ranks import Ranks
@@ -167,7 +167,7 @@ class CheckpointManager(loop.Hooks):
         failures = self.saver.failures
         error = self.saver.wait()
         if error and self.saver.failures > failures and self.here.first:
-            session.print_error(Ranks(), f"checkpoint not written, the one before stays: {error}")
+            entry.print_error(Ranks(), f"checkpoint not written, the one before stays: {error}")
         return error
 
     def _own_pieces(self) -> list[TensorPiece]:
