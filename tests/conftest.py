@@ -1,93 +1,10 @@
 """What the tests of training share: a small dataset made by the real preprocessing, and real ranks."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
-
-@dataclass
-class Finished:
-    """What some ranks left behind when they ended."""
-
-    folder: Path
-    codes: list[int]
-    out: list[str]
-    err: list[str]
-    seconds: float
-
-    @property
-    def results(self) -> dict[str, Any]:
-        return json.loads((self.folder / "results.json").read_text())
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def losses(self) -> list[float]:
-        """One loss per report of training."""
-        return [line["loss"] for line in self.metrics if "loss" in line]
-
-
-def python(*words: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env=os.environ | environment,
-    )  # fmt: skip
-
-
-def on_ranks(
-    folder: Path, count: int, module: str, *words: object, timeout: float = 120, output: bool = True
-) -> Finished:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    begun = time.monotonic()
-    logs = []
-    processes = []
-    for rank in range(count):
-        names = {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-        }  # fmt: skip
-        log = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", module, *map(str, words)]
-        command += ["--output_dir", str(folder)] if output else []
-        logs.append(log)
-        processes.append(
-            subprocess.Popen(command, cwd=ROOT, env=os.environ | names, stdout=log[0], stderr=log[1])
-        )
-    codes = []
-    try:
-        for process in processes:
-            codes.append(process.wait(max(0.1, begun + timeout - time.monotonic())))
-    finally:
-        for process in processes:
-            process.kill()
-    out, err = ([whole(log[which]) for log in logs] for which in (0, 1))
-    return Finished(folder, codes, out, err, time.monotonic() - begun)
-
-
-def whole(log: IO[str]) -> str:
-    with log:
-        log.seek(0)
-        return log.read()
-
-
-Train = Callable[..., Finished]
+from support.ranks import Finished, Train, on_ranks, python
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fuzzing import outcome
 
 from dlrm import bert4rec, train
 from dlrm.prep.__main__ import main as prep
 from dlrm.runtime import entry
-from tests.fuzzing import outcome
 
 ROOT = Path(__file__).parents[1]
 NAMES = (

@@ -1,0 +1,104 @@
+"""Damaged JSON files beside good traces: every command of the analysis says so in one line, or goes on."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fuzzing import check, mutate, outcome
+from support.made_traces import training
+from support.reports import a_run, analysis
+
+from analysis.__main__ import main
+
+FILES = ("config.json", "results.json", "plan.json", "metrics.jsonl")
+VALUES: tuple[Any, ...] = (
+    None, True, [], {}, "", "abc", "\ud800", -1, 1e999, float("nan"), 10**10, 2**63, 10**30, [[1]],
+    {"a": {"b": []}},
+    "<!--<script>", "x" * 5000, {"0": None}, {"x": {}}, {"0": {"f": "1"}}, {"99999999999": {"f": 1}},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = a_run(tmp_path_factory.mktemp("fuzz") / "run")
+    for path in (folder / "trace").iterdir():
+        path.unlink()
+    training(steps=3, reads=1).write(folder)
+    config = {
+        "data": {"batch_size": 256, "dataset_path": "/d", "read_chunk_mb": 8, "mmap_mode": False},
+        "model": {"embedding_dim": 16, "interaction_type": "dot"},
+        "launch": {"device": "cpu", "world_size": 2, "nodes": 1, "local_world_size": 2},
+        "run": {"epochs": 1, "output_dir": "x"}, "optim": {"optimizer": "sgd", "learning_rate": 0.1},
+    }  # fmt: skip
+    results = {
+        "samples_per_second": 1000.0, "test_auroc": 0.8, "samples": 100,
+        "evaluations": {"val": {"NDCG@10": 0.5}}, "bytes_read": {"0": {"/data/day_0_sparse.npy": 3 << 20}},
+        "bytes_written": {"0": {}},
+    }  # fmt: skip
+    plan = {"t_cat_0": {"shards": [{"offset": [0, 0], "size": [100, 16]}]}}
+    for name, value in (("config", config), ("results", results), ("plan", plan)):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    analysis(
+        "report", folder
+    )  # in a process of its own: the threads that polars starts do not survive a fork
+    for command in ("check", "perfetto"):  # which use none; their loops are ready before the first fork
+        assert main([command, str(folder)]) in (0, 1)
+    return folder
+
+
+def replace_value(value: Any, chance: random.Random) -> Any:
+    """One value somewhere inside becomes another."""
+    if isinstance(value, dict) and value and chance.random() < 0.85:
+        key = chance.choice(list(value))
+        return {**value, key: replace_value(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.85:
+        return [replace_value(value[0], chance), *value[1:]]
+    return chance.choice(VALUES)
+
+
+def damage(name: str, data: bytes, chance: random.Random) -> bytes:
+    kind = chance.randrange(8)
+    if kind < 4:
+        lines = data.splitlines() if name.endswith("l") else [data]
+        at = chance.randrange(len(lines))
+        lines[at] = json.dumps(replace_value(json.loads(lines[at]), chance)).encode()
+        return b"\n".join(lines)
+    if kind == 4:
+        deep = chance.choice((b"[", b'{"data":', b'{"bytes_read":')) * 100_000
+        return deep if chance.random() < 0.5 else data + b"\n" + deep
+    return mutate(data, chance)
+
+
+def fuzz(run: Path, folder: Path, seed: int, cases: int, every: int) -> None:
+    """The commands read a folder of links, so that only the damaged file is written."""
+    chance = random.Random(seed)
+    good = {name: (run / name).read_bytes() for name in FILES}
+    (folder / "trace").symlink_to(run / "trace")
+    for number in range(cases):
+        changed = chance.sample(FILES, chance.choice((1, 1, 2)))
+        for name in FILES:
+            (folder / name).write_bytes(damage(name, good[name], chance) if name in changed else good[name])
+        # the tables cost most of the time: `every` so many cases are of a command that needs them
+        heavy = ("summary", "compare", "report")[number // every % 3]
+        command = ("check", "perfetto")[number % 2] if number % every else heavy
+        words = [command, folder, *([run] if command == "compare" else [])]
+        if command in ("perfetto", "compare", "report"):
+            words += ["-o", folder / f"{command}.out"]
+        found = outcome(main, words)
+        try:
+            check(found)
+        except AssertionError as error:
+            error.add_note(f"seed {seed}, case {number}: {command}; kept in {folder}")
+            raise
+
+
+def test_damaged_files(run: Path, tmp_path: Path) -> None:
+    fuzz(run, tmp_path, 1, 260, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_damaged_files_of_many_kinds(run: Path, tmp_path: Path, seed: int) -> None:
+    fuzz(run, tmp_path, seed, 500, 3)

@@ -1,0 +1,150 @@
+"""Byte coverage: the trace against strace, and the comparison with what a run says of itself."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support import traced
+from support.made_traces import Made
+
+from analysis.perfetto.derive import READ, WRITE
+from analysis.tables import check
+from common.errors import UserError
+
+# Every way in which this project reads and writes: whole files, at offsets, into buffers, in threads.
+READING = """
+import json, multiprocessing, numpy as np
+data = f"{run}/data.bin"
+open(data, "wb").write(bytes(300_000))
+np.save(f"{run}/array.npy", np.arange(5000, dtype=np.int64))
+trace.start_tracing(run, here, "train")
+with open(data, "rb") as file:
+    file.read(1000); file.seek(200_000); file.read(150_000)
+with open(data, "rb", buffering=0) as file:
+    file.readinto(bytearray(70_000))
+fd = os.open(data, os.O_RDONLY)
+thread = threading.Thread(target=lambda: [os.pread(fd, 4096, i * 8192) for i in range(20)])
+thread.start(); thread.join()
+os.pread(fd, 10_000, 295_000)  # short: only 5,000 are there
+os.close(fd)
+def work():
+    with open(data, "rb", buffering=0) as file:
+        file.read(12_345)
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start(); worker.join()
+with open(f"{run}/array.npy", "rb", buffering=0) as file:
+    file.readinto(memoryview(bytearray(40_128)))
+with open(f"{run}/out.bin", "wb") as file:
+    file.write(bytes(100_000)); file.write(b"x" * 77)
+fd = os.open(f"{run}/out.bin", os.O_WRONLY)
+os.pwrite(fd, b"y" * 500, 10)
+os.close(fd)
+with open(f"{run}/log.txt", "a") as file:
+    for i in range(10):
+        print(i, file=file, flush=True)
+trace.stop_tracing()
+"""
+
+
+def by_strace(log: str, names: set[str]) -> Counter[tuple[int, str]]:
+    """Bytes per direction and file, from strace -f -y after the files were made."""
+    found: Counter[tuple[int, str]] = Counter()
+    pattern = re.compile(r"\b(p?read64|read|p?write64|write)\(\d+<([^>]*)>.*\) = (\d+)$")
+    begun: dict[str, str] = {}  # per thread, a call that another one's line cut in two
+    for line in log.splitlines():
+        thread = line.split(maxsplit=1)[0]
+        if line.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+        elif " resumed>" in line:
+            line = begun.pop(thread, "") + line.partition(" resumed>")[2]
+        if (match := pattern.search(line)) and match[2] in names:
+            found[READ if "read" in match[1] else WRITE, match[2]] += int(match[3])
+    return found
+
+
+def test_every_byte_that_strace_sees(tmp_path: Path) -> None:
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("needs strace")
+    log, run = tmp_path / "log", tmp_path / "run"
+    calls = "trace=read,pread64,write,pwrite64,readv,preadv,writev,pwritev"
+    process = traced.start(run, READING, 0, 1, strace, "-f", "-y", "-e", calls, "-o", str(log))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    names = {str(run / name) for name in ("data.bin", "array.npy", "out.bin", "log.txt")}
+    seen = by_strace(log.read_text(), names)
+    for name, before in (("data.bin", 300_000), ("array.npy", 40_128)):  # written before the trace began
+        assert seen.pop((WRITE, str(run / name))) == before
+    [(processes, traced_bytes)] = check.by_launch(run)
+    assert set(traced_bytes) == {0} and len(processes) == 2  # the worker's bytes are its rank's
+    mine = {key: value for key, value in traced_bytes[0].items() if key[1] in names and value}
+    assert mine == dict(seen)
+    assert mine[READ, str(run / "data.bin")] >= 1000 + 100_000 + 70_000 + 20 * 4096 + 5000 + 12_345
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = traced.run(tmp_path / "run", traced.TRAINING, world=2)
+    said = {
+        "bytes_read": {str(r): {str(folder / f"data{r}.bin"): 6000} for r in range(2)},
+        "bytes_written": {str(r): {str(folder / f"out{r}.bin"): 5000} for r in range(2)},
+    }
+    (folder / "results.json").write_text(json.dumps(said))
+    return folder
+
+
+def change(run: Path, rank: int, by: int) -> None:
+    said = json.loads((run / "results.json").read_text())
+    said["bytes_read"][str(rank)][str(run / f"data{rank}.bin")] += by
+    (run / "results.json").write_text(json.dumps(said))
+
+
+def test_all_covered(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from analysis.__main__ import main
+
+    assert main(["check", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "coverage 100.0%: every byte is in the trace" in out
+    assert re.search(r"all +read +2 +12,000 +12,000 +100\.0%", out)
+
+
+@pytest.mark.parametrize("by, share", [(1, "99.995455%"), (-1, "99.995454%"), (6000, "78.6%")])
+def test_a_single_byte_is_missed(run: Path, capsys: pytest.CaptureFixture[str], by: int, share: str) -> None:
+    from analysis.__main__ import main
+
+    change(run, 1, by)
+    assert main(["check", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert "NOT every byte" in out and f"coverage {share}" in out
+    assert f"rank 1: {run / 'data1.bin'}: read {6000 + by:,} bytes, traced 6,000" in out
+
+
+def test_killed_before_results(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own spans are what there is to hold the calls against; a file that no call touched is missed."""
+    from analysis.__main__ import main
+
+    (run / "results.json").unlink()
+    assert main(["check", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "launch 1 left no results.json" in out and "coverage 100.0%" in out
+    rows, _ = check.check_run(run)
+    assert {(row.rank, row.file, row.said, row.traced) for row in rows} == {
+        (rank, str(run / f"data{rank}.bin"), 6000, 6000) for rank in range(2)
+    }
+    made = Made(2, 3)
+    made.span("data", "read", 10, 5, file="/data/mapped.npy", bytes=500)
+    made.write(run)
+    assert main(["check", str(run)]) == 1
+    assert "rank 2: /data/mapped.npy: read 500 bytes, traced 0" in capsys.readouterr().out
+
+
+def test_bad_results(run: Path) -> None:
+    (run / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="no bytes_read"):
+        check.check_run(run)
+    (run / "results.json").write_text('{"bytes_re')
+    with pytest.raises(UserError, match="not JSON"):
+        check.check_run(run)

@@ -1,0 +1,205 @@
+"""Damaged and hostile bytes in what a training reads back: checkpoints, stores, the BERT4Rec cache, metrics.
+
+Each case is a fork (`fuzzing.outcome`), which calls the reading code itself: no training is started.
+"""
+
+import json
+import random
+import shutil
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.fuzzing import EXTREMES, check, mutate, outcome
+from test_checkpoint_files import whole
+from test_foreign_saving import ARRAYS, store
+
+from common.errors import UserError
+from dlrm.checkpoint import folder, state
+from dlrm.checkpoint.saver import CheckpointWriter
+from dlrm.models.bert4rec import cache
+from dlrm.runtime.ranks import Ranks
+from dlrm.trainer import loop, resume
+from dlrm.trainer.run_folder import RunFolder
+
+SIZES = (9, 3)
+STATE: dict[str, Any] = {
+    "step": 4, "epoch": 0, "score": 0.5, "results": {"val": {"auroc": 0.5}}, "evaluating": 0.5,
+    "meter_steps": 2, "metrics_bytes": 10, "metrics_crc32": 7, "world_size": 1,
+    "progress": vars(loop.Progress(step=4, val_aurocs=[0.5], position={
+        "epoch": 0, "step": 4, "rows": 100, "segments": [[3, 50], [60, 100]], "seed": 0, "window": None,
+    })),
+}  # fmt: skip
+
+
+class Small(torch.nn.Module):
+    """Stands for a model of one layer; what is read into it is what a training would read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(*SIZES)
+
+
+class Job:
+    def __init__(self) -> None:
+        self.meter = loop.ThroughputMeter(torch.device("cpu"))
+
+
+def checkpoint(root: Path) -> Path:
+    job, model = Job(), Small()
+    own = {"meter/0": job.meter.state()[0], "rng/cpu/0": torch.get_rng_state()}
+    pieces = state.pieces_of_rank(model, None, 0) + [whole(name, value) for name, value in own.items()]
+    saver = CheckpointWriter(root, Ranks(), torch.distributed.HashStore(), None, patience=10)
+    saver.save(pieces, STATE, 4)
+    assert saver.wait() is None
+    return Path(str(saver.last))
+
+
+def told(work: Callable[[], Any]) -> int:
+    """As `entry` does it."""
+    try:
+        work()
+    except UserError as error:
+        print(f"dlrm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_checkpoint(argv: list[str]) -> int:
+    def read() -> None:
+        found = folder.read_description(Path(argv[0]))
+        resume.check_state(found, True)
+        state.restore_state(found, Small(), None)
+        resume._restore_rank_state(Job(), Ranks(), found)
+        assert found.score is None or isinstance(found.score, float)
+
+    return told(read)
+
+
+def read_store(argv: list[str]) -> int:
+    def read() -> None:
+        opened = store(Path(argv[0]))
+        opened.read(np.arange(100))
+        opened.close()
+
+    return told(read)
+
+
+def read_cache(argv: list[str]) -> int:
+    found = cache.load_prepared(Path(argv[0]), {})
+    if found is not None:
+        arrays, facts = found
+        table = np.zeros(facts["items"] + 2) if facts["items"] < 1 << 20 else None
+        if table is not None:
+            table[arrays["items"]] = table[arrays["negatives"].ravel()[:1]]
+        arrays["items"][arrays["starts"][1:] - 1]
+    return 0
+
+
+def read_metrics(argv: list[str]) -> int:
+    def read() -> None:
+        records = RunFolder(argv[0], True)
+        records.go_on(4, 10, 7)
+        records.close()
+
+    return told(read)
+
+
+def sealed(values: dict[str, Any]) -> bytes:
+    """A description whose checksum is right, whatever it says."""
+    values = {key: value for key, value in values.items() if key != "crc32"}
+    return json.dumps({**values, "crc32": zlib.crc32(json.dumps(values, sort_keys=True).encode())}).encode()
+
+
+def changed(value: Any, chance: random.Random) -> Any:
+    """The same JSON with one value anywhere replaced by another."""
+    strange = [
+        None, True, -1, 0, 99999999999, 1 << 62, -(1 << 63), 10**19, 1e308, float("nan"), "", "x" * 3000,
+        "../x",
+        "rank00000.safetensors", [], {}, [[]], {"a": {}}, [1, 2, 3], [-1, 1 << 60], "F64", [[1 << 62, 5]],
+    ]  # fmt: skip
+    if isinstance(value, dict) and value and chance.random() < 0.93:
+        key = chance.choice(sorted(value))
+        if chance.random() < 0.05:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: changed(value[key], chance)}
+    if isinstance(value, list) and value and chance.random() < 0.93:
+        at = chance.randrange(len(value))
+        return [*value[:at], changed(value[at], chance), *value[at + 1 :]]
+    return chance.choice(strange)
+
+
+def hostile(name: str, data: bytes, chance: random.Random) -> bytes:
+    if name.endswith(".json") and chance.random() < 0.7:
+        made = changed(json.loads(data), chance)
+        if name == "checkpoint.json" and isinstance(made, dict):
+            return sealed(made)
+        return json.dumps(made).encode()
+    return chance.choice(EXTREMES) * 3 if chance.random() < 0.05 else mutate(data, chance)
+
+
+def prepare(place: Path, which: str) -> tuple[Path, Callable[[list[str]], int]]:
+    """A whole one of this kind, and what reads it."""
+    if which == "checkpoint":
+        return checkpoint(place), read_checkpoint
+    if which == "store":
+        opened = store(place / "store")
+        opened.read(np.arange(100))
+        opened.close()
+        return place / "store", read_store
+    if which == "cache":
+        cache.save_prepared(place / "markov", ARRAYS, {"items": 3})
+        return place / "markov", read_cache
+    records = RunFolder(str(place / "run"), True)
+    records.start_anew()
+    for step in range(1, 6):
+        records.report(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0)
+    records.close()
+    return place / "run", read_metrics
+
+
+WHICH = ["checkpoint", "store", "cache", "metrics"]
+
+
+def run(place: Path, which: str, seeds: range) -> None:
+    good, read = prepare(place, which)
+    check(outcome(read, [good]))
+    names = sorted(path.name for path in good.iterdir() if path.is_file())
+    for seed in seeds:
+        chance = random.Random(f"{which} {seed}")
+        case = place / "case"
+        shutil.copytree(good, case)
+        # the description decides what is done with the rest
+        name = chance.choice([*names, *(each for each in names if each.endswith(".json"))])
+        (case / name).write_bytes(hostile(name, (case / name).read_bytes(), chance))
+        try:
+            check(outcome(read, [case]))
+        except AssertionError as error:
+            raise AssertionError(f"{which}, seed {seed}, {name}: {error}") from None
+        shutil.rmtree(case)
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_damaged_bytes(tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, which, range(130 if which == "checkpoint" else 50))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", WHICH)
+def test_many_damaged_bytes(tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, which, range(1000, 3000 if which == "checkpoint" else 2100))
+
+
+@pytest.mark.parametrize("key", ["world_size", "meter_steps", "step", "evaluating"])
+@pytest.mark.parametrize("value", [99999999999999999, -1, "1", None, [], float("inf")])
+def test_impossible_numbers_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = checkpoint(tmp_path)
+    values = json.loads((path / "checkpoint.json").read_text())
+    values["state"][key] = value
+    (path / "checkpoint.json").write_bytes(sealed(values))
+    check(outcome(read_checkpoint, [path]), refused=True)

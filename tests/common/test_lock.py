@@ -1,0 +1,122 @@
+"""One writer at a time: the second is told who, a killed owner holds nothing, foreign files stay."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.lock import LOCK_NAME, FolderLock
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from common.lock import FolderLock
+with FolderLock(sys.argv[1], "testing into it"):
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+
+
+def holder(folder: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_second_learns_who_since_when_and_where(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+    try:
+        with pytest.raises(UserError) as error:
+            FolderLock(tmp_path, "another").acquire()
+    finally:
+        process.kill()
+        process.wait()
+    said = str(error.value)
+    assert f"by process {process.pid} of " in said and f" on {socket.gethostname()} (testing into it)" in said
+    assert re.search(r"in use since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", said)
+
+
+def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / LOCK_NAME).exists()
+    with FolderLock(tmp_path, "next"):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+def test_one_process_cannot_hold_it_twice(tmp_path: Path) -> None:
+    with FolderLock(tmp_path, "one"):
+        with pytest.raises(UserError, match="in use"):
+            FolderLock(tmp_path, "two").acquire()
+        assert (tmp_path / LOCK_NAME).exists()
+    assert not os.listdir(tmp_path)
+
+
+def test_it_is_the_same_folder_by_another_name(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    with FolderLock(tmp_path / "out", "one"), pytest.raises(UserError, match="in use"):
+        FolderLock(tmp_path / "link", "two").acquire()
+
+
+@pytest.mark.parametrize("content", [b"mine", b"{}", b"[1]", b'{"host": 1}', b"\xff\xfe", b"[" * 5000])
+def test_a_foreign_file_of_that_name_is_not_touched(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / LOCK_NAME
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a lock file of this program"):
+        FolderLock(tmp_path, "one").acquire()
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "fifo"])
+def test_what_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    path, elsewhere = tmp_path / LOCK_NAME, tmp_path / "elsewhere"
+    if kind == "link":
+        elsewhere.write_text("")
+        path.symlink_to(elsewhere)
+    elif kind == "dangling link":
+        path.symlink_to(elsewhere)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    before = path.lstat()
+    with pytest.raises(UserError, match=re.escape(LOCK_NAME)):
+        FolderLock(tmp_path, "one").acquire()
+    assert path.lstat().st_ino == before.st_ino
+    assert elsewhere.exists() == (kind == "link")
+
+
+TURNS = """
+import os, sys, time
+from common.errors import UserError
+from common.lock import FolderLock
+folder, done = sys.argv[1], 0
+while done < 30:
+    try:
+        with FolderLock(folder, "taking turns"):
+            os.close(os.open(folder + "/alone", os.O_CREAT | os.O_EXCL))
+            os.unlink(folder + "/alone")
+            done += 1
+    except UserError:
+        time.sleep(0)
+"""
+
+
+def test_never_two_at_once(tmp_path: Path) -> None:
+    """The file is removed on release while others open it; still nobody holds a file without a name."""
+    command = [sys.executable, "-c", TURNS, str(tmp_path)]
+    processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(4)]
+    for process in processes:
+        assert process.communicate(timeout=120)[1] == b""
+        assert process.returncode == 0
+    assert not os.listdir(tmp_path)

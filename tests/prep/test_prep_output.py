@@ -1,0 +1,293 @@
+"""Parquet, multi-hot and the checker, each against something independent; and the toy can be learned."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.ranks import Finished
+
+from dlrm.data.criteo import DatasetMeta
+from dlrm.prep.__main__ import main
+from dlrm.prep.tools.toy import draw_log_odds, draw_skewed, write_days
+
+SIZES = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("days")
+    write_days(folder, 3, 1001, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(days: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(days, tmp_path_factory.mktemp("npy") / "out")
+
+
+def run(days: Path, out: Path, *flags: str) -> Path:
+    assert main(["run", "--input_dir", str(days), "--output_dir", str(out), *flags]) == 0
+    return out
+
+
+def test_parquet_holds_the_same_rows(days: Path, dataset: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    out = run(days, tmp_path / "out", "--format", "parquet")
+    wanted = {part: np.concatenate([np.load(dataset / f"day_{day}_{part}.npy") for day in range(3)])
+              for part in ("dense", "sparse", "labels")}  # fmt: skip
+    begin = 0
+    for subset, rows in (("train", 2002), ("val", 501), ("test", 500)):
+        table = pq.read_table(out / subset)
+        assert table.num_rows == rows
+        names = ["label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
+        assert table.column_names == names
+        columns = [table[name].to_numpy() for name in names]
+        stretch = slice(begin, begin + rows)
+        assert (columns[0] == wanted["labels"][stretch, 0]).all()
+        assert (np.stack(columns[1:14], axis=1) == wanted["dense"][stretch]).all()
+        assert (np.stack(columns[14:], axis=1) == wanted["sparse"][stretch]).all()
+        begin += rows
+    assert DatasetMeta.load(out).table_sizes == DatasetMeta.load(dataset).table_sizes
+    assert f"table_size_array = {DatasetMeta.load(out).table_sizes}" in (out / "README.md").read_text()
+    assert main(["check", str(out)]) == 0
+
+
+def test_other_format_than_the_folder_has(
+    days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end says what there is and what comes next; without --format nothing is added to it."""
+    out = run(days, tmp_path / "out", "--format", "parquet", "--no_md5")
+    said, small = capsys.readouterr().out, min(DatasetMeta.load(out).table_sizes)
+    assert f"{out}: 3,003 rows in 3 days, 26 tables of {small} to " in said
+    assert f"(parquet); next: DATASET_DIR={out} ./3_train.sh\n" in said
+    before = sorted(out.rglob("*"))
+    assert main(["run", "--input_dir", str(days), "--output_dir", str(out)]) == 2
+    assert f"{out}: a finished parquet dataset, not npy; say --format parquet" in capsys.readouterr().err
+    assert sorted(out.rglob("*")) == before
+
+
+def test_parquet_with_oneflow_ids(days: Path, tmp_path: Path) -> None:
+    """The unshuffled rows against the text itself: counts + 1, hash mod N + N times the column."""
+    import pyarrow.parquet as pq
+
+    flags = ["--format", "parquet", "--mod_idx", "500", "--steps", "parse,contiguous"]
+    out = run(days, tmp_path / "out", *flags)
+    table = pq.read_table(out / "train").to_pydict()
+    lines = (days / "day_0").read_text().splitlines() + (days / "day_1").read_text().splitlines()
+    distinct = [set() for _ in range(26)]
+    everything = lines + (days / "day_2").read_text().splitlines()
+    for line in everything:
+        for column, value in enumerate(line.split("\t")[14:]):
+            distinct[column].add(int(value or "0", 16) % 500)
+    for row, line in enumerate(lines):
+        fields = line.split("\t")
+        assert table["label"][row] == int(fields[0])
+        assert [table[f"I{i}"][row] for i in range(1, 14)] == [int(f or "0") + 1 for f in fields[1:14]]
+        ids = [int(f or "0", 16) % 500 + 500 * column for column, f in enumerate(fields[14:])]
+        assert [table[f"C{i}"][row] for i in range(1, 27)] == ids
+    sizes = [len(found) for found in distinct]
+    assert f"table_size_array = {sizes}" in (out / "README.md").read_text()
+
+
+def equal(left: Path, right: Path) -> bool:
+    return left.read_bytes() == right.read_bytes()
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "pareto"])
+def test_multi_hot_is_what_np_savez_writes(dataset: Path, tmp_path: Path, distribution: str) -> None:
+    sizes = DatasetMeta.load(dataset).table_sizes
+    out = tmp_path / "out"
+    flags = ["--multi_hot_sizes", ",".join(map(str, SIZES)), "--multi_hot_distribution_type", distribution]
+    command = ["multihot", "--input_dir", str(dataset), "--output_dir", str(out), *flags]
+    assert main([*command, "--copy_labels_and_dense"]) == 0
+    np.random.seed(0)
+    tables = []
+    for rows, hots in zip(sizes, SIZES, strict=True):
+        if distribution == "uniform":
+            others = np.random.randint(0, rows, size=(rows, hots - 1))
+        else:
+            with np.errstate(invalid="ignore"):
+                others = np.random.pareto(a=0.25, size=(rows, hots - 1)).astype(np.int32) % rows
+        tables.append(np.hstack([np.arange(rows)[:, None], others]).astype(np.int32))
+    for day in range(3):
+        ids = np.load(dataset / f"day_{day}_sparse.npy")
+        wanted = {str(column): table[ids[:, column]] for column, table in enumerate(tables)}
+        np.savez(tmp_path / "wanted.npz", **wanted)
+        assert (out / f"day_{day}_sparse_multi_hot.npz").read_bytes() == (
+            tmp_path / "wanted.npz"
+        ).read_bytes()
+        assert (out / f"day_{day}_dense.npy").read_bytes() == (dataset / f"day_{day}_dense.npy").read_bytes()
+    assert DatasetMeta.load(out).format == "multi_hot"
+    assert main(["check", str(out)]) == 0
+
+
+def test_multi_hot_wants_26_numbers(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["multihot", "--input_dir", str(dataset), "--output_dir", str(tmp_path / "out")]
+    assert main([*command, "--multi_hot_sizes", "1,2,3"]) == 2
+    assert "--multi_hot_sizes: 26 numbers" in capsys.readouterr().err
+
+
+def damage(folder: Path, name: str, at: int, data: bytes) -> None:
+    with open(folder / name, "r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+HUGE = b"\xff\xff\xff\x7f"
+FLAWS = {
+    "id too large": (lambda f: damage(f, "day_0_sparse.npy", 128, HUGE), "its table has"),
+    "dense not a number": (lambda f: damage(f, "day_1_dense.npy", 128, b"\0\0\xc0\x7f"), "not finite"),
+    "label": (lambda f: damage(f, "day_1_labels.npy", 128, b"\5\0\0\0"), "labels from 0 to 5"),
+    "cut short": (lambda f: truncate(f), "cut short"),
+    "missing": (lambda f: (f / "day_2_dense.npy").unlink(), "day_2_dense.npy: missing"),
+    "other shape": (lambda f: np.save(f / "day_2_dense.npy", np.zeros((2, 13), "f4")), "shape (2, 13)"),
+    "other type": (lambda f: np.save(f / "day_2_sparse.npy", np.zeros((1001, 26), "i8")), "int64 instead"),
+    "a changed value": (lambda f: damage(f, "day_0_dense.npy", 400, b"\0"), "md5 is not the one"),
+    "left over": (lambda f: (f / "day_0_dense.npy.partial").write_text(""), "left by an unfinished run"),
+    "not numpy": (lambda f: (f / "day_2_dense.npy").write_text("hello, world"), "no readable header"),
+}  # fmt: skip
+
+
+def truncate(folder: Path) -> None:
+    with open(folder / "day_0_labels.npy", "r+b") as file:
+        file.truncate(1000)
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_check_names_the_flaw(
+    name: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, reason = FLAWS[name]
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset, folder)
+    assert main(["check", str(folder)]) == 0
+    spoil(folder)
+    assert main(["check", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert reason in said and str(folder) in said
+
+
+def test_check_finds_ids_that_never_occur(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["table_sizes"][4] += 3
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert main(["check", str(folder)]) == 2
+    assert "column 4: 3 ids never occur" in capsys.readouterr().err
+
+
+def test_toy_can_be_learned_and_repeats() -> None:
+    """The labels follow the features: scoring by the truth gives an AUROC far above chance."""
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    ids = draw_skewed(20_000, rng)
+    dense = np.floor(rng.lognormal(1.5, 1.3, (20_000, 13))).astype(np.int64)
+    truth = draw_log_odds(ids, dense, 0)
+    labels = rng.random(20_000) < 1 / (1 + np.exp(-truth))
+    assert 0.85 < roc_auc_score(labels, truth) < 0.95
+    assert 0.2 < labels.mean() < 0.6
+    assert (draw_log_odds(ids, dense, 0) == truth).all()
+
+
+def test_one_file_is_the_days_after_each_other(tmp_path: Path) -> None:
+    write_days(tmp_path / "days", 3, 70, 4)
+    write_days(tmp_path / "one", 3, 70, 4, one_file=True)
+    days = b"".join((tmp_path / "days" / f"day_{day}").read_bytes() for day in range(3))
+    assert (tmp_path / "one" / "day_0").read_bytes() == days
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [".dlrm-io.json", "day_0"]
+    lines = days.splitlines()
+    assert len(lines) == 210 and {line.count(b"\t") for line in lines} == {39}
+
+
+def test_trace_accounts_for_every_byte(days: Path, tmp_path: Path) -> None:
+    """In a process of its own, because the tracer stays in a process that it was started in."""
+    import gzip
+    import subprocess
+    import sys
+    from collections import defaultdict
+
+    command = [
+        sys.executable,
+        "-m",
+        "dlrm.prep",
+        "run",
+        "--input_dir",
+        days,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    command += ["--trace_dir", tmp_path / "run", "--part_bytes", "100000", "--workers", "2"]
+    subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[2], check=True, timeout=100)
+    files, read, written, spans = {}, defaultdict(int), defaultdict(int), set()
+    for path in (tmp_path / "run" / "trace").glob("prep00000*.pfw.gz"):
+        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+            if not line.startswith("{"):
+                continue
+            event = json.loads(line.rstrip(","))
+            args = event.get("args", {})
+            if event["name"] == "FH":
+                files[args["value"]] = args["name"]
+            elif event.get("cat") == "POSIX" and "ret" in args:
+                side = read if event["name"] in ("read", "pread64") else written
+                if event["name"] in ("read", "pread64", "write", "pwrite64"):
+                    side[args["fhash"]] += max(0, int(args["ret"]))
+            elif event.get("cat") == "prep":
+                spans.add(event["name"])
+                assert args["bytes"] > 0
+    assert spans >= {"count", "permute", "parse", "ids", "place"}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for side, traced in (("bytes_read", read), ("bytes_written", written)):
+        named = {files[key]: count for key, count in traced.items()}
+        assert results[side]["0"]
+        for path, count in results[side]["0"].items():
+            assert named[path] == count, (side, path)
+
+
+def test_digests_are_hashlibs(tmp_path: Path) -> None:
+    """Files of all lengths around md5's and our own borders."""
+    import hashlib
+
+    from dlrm.prep.io.digests import CHUNK, digests
+
+    rng, paths = np.random.default_rng(0), []
+    borders = [size + more for size in (0, 56, 64, 128, CHUNK, 2 * CHUNK) for more in (-9, -8, -1, 0, 1)]
+    for number, size in enumerate([*borders[3:], 300_001]):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(rng.bytes(size))
+    wanted = {path: hashlib.md5(path.read_bytes()).hexdigest() for path in paths}
+    assert digests(paths) == wanted
+    assert digests(paths[:1]) == {paths[0]: wanted[paths[0]]}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 700, 40_000])
+@pytest.mark.parametrize("bits", [6, 11, 24])
+def test_permutation_is_numpys(tmp_path: Path, rows: int, bits: int) -> None:
+    """In one partition or in hundreds."""
+    from dlrm.prep.steps.permute import write_places
+
+    order = np.arange(rows)
+    np.random.RandomState(7).shuffle(order)
+    write_places(tmp_path / "places", rows, 7, lambda count: None, bits)
+    assert (np.fromfile(tmp_path / "places", np.uint32)[order] == np.arange(rows)).all()
+
+
+def test_two_ranks_train_on_the_parquet(toy: Path, train: Callable[..., Finished], tmp_path: Path) -> None:
+    """From text to an AUROC; every row is seen once."""
+    out = run(toy.parent / "tsv", tmp_path / "parquet", "--format", "parquet")
+    done = train(2, "--preset", "toy", "--in_memory_binary_criteo_path", out)
+    assert done.codes == [0, 0], done.err
+    assert done.results["samples"] == 15_000
+    assert done.results["val_samples"] == done.results["test_samples"] == 1500
+    assert done.results["test_auroc"] > 0.72
+    read = {path for files in done.results["bytes_read"].values() for path in files}
+    assert read == {str(path) for path in out.glob("*/*.parquet")}

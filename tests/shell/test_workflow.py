@@ -1,0 +1,268 @@
+"""2_preprocess_dataset.sh and 3_train.sh: the run folder, the environment they meet, and how they end."""
+
+import gzip
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Names that no list of secrets would hold, with values as people set them.
+SECRETS = {
+    name: secrets.token_hex(12)
+    for name in ("MY_PAT", "MYSQL_PWD", "SLURM_JWT", "X", "PBS_JOBCOOKIE", "lower")
+} | {"MULTI": f"a\npassword={secrets.token_hex(12)}", "SLURM_EXPORT_ENV": f"A={secrets.token_hex(12)}"}
+DROP = ("PBS", "PMI", "DLRM_", "MASTER", "DATASET_DIR", "WORKDIR", "ARGS", "NPROC", "CUDA", "RESUME")
+
+
+def environment(**more: object) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(DROP)}
+    return kept | {name: str(value) for name, value in more.items()}
+
+
+def run(script: str, *words: str, cwd: Path = ROOT, **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(ROOT / script), *words], cwd=cwd, env=environment(**more),
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+SMALL = "--limit_train_batches 4 --limit_val_batches 2 --limit_test_batches 2 --report_every 1"
+
+
+def only(folder: Path) -> Path:
+    [path] = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A job as PBS starts it: a copy of the script in the spool, $HOME as folder, a strict umask."""
+    folder = tmp_path_factory.mktemp("späce and more")
+    data, spool, home = folder / "the data", folder / "spool", folder / "home"
+    shutil.copytree(toy, data)
+    for path in (spool, home):
+        path.mkdir()
+    shutil.copy(ROOT / "3_train.sh", spool / "17[3].SC")
+    (folder / "nodes").write_text("localhost\n" * 2)
+    (folder / "site.sh").write_text("export DLRM_UMASK=027 FROM_SITE=yes\n")
+    job = environment(
+        PBS_ENVIRONMENT="PBS_BATCH", PBS_JOBID="17[3].pbs", PBS_O_WORKDIR=folder,
+        PBS_NODEFILE=folder / "nodes",
+        WORKDIR=ROOT, DATASET_DIR="the data", RESULTS="out of the way/results", DLRM_SITE=folder / "site.sh",
+        BATCH_SIZE=64, EMBEDDING_DIM=8, LEARNING_RATE=0.01, ARGS=f"{SMALL} --seed '7'",
+        HF_TOKEN="secret-a", my_password="secret-b", https_proxy="http://me:secret-c@proxy:1", HARMLESS="a b",
+        DLRM_ENV_KEEP="HARMLESS FROM_*", **SECRETS,
+        OMP_NUM_THREADS=1,
+    )  # fmt: skip
+    command = f"umask 077; cd '{home}' && exec bash '{spool}/17[3].SC'"
+    done = subprocess.run(["bash", "-c", command], env=job, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out of the way" / "results" / "17[3].pbs", done.stdout
+
+
+def test_the_run_folder(finished: tuple[Path, str]) -> None:
+    folder, said = finished
+    config = json.loads((folder / "config.json").read_text())
+    assert config["launch"]["world_size"] == 2  # the node file has two lines of one host
+    assert config["data"]["batch_size"] == 64 and config["model"]["embedding_dim"] == 8
+    assert config["optim"]["learning_rate"] == 0.01 and config["run"]["seed"] == 7
+    assert 0 <= json.loads((folder / "results.json").read_text())["test_auroc"] <= 1
+    assert (folder / "gpu.txt").read_text() and (folder / "metrics.jsonl").read_text()
+    assert len(list((folder / "trace").glob("train*.pfw.gz"))) == 2
+    assert (folder / "log.txt").read_text().strip() in said
+    assert f"results: {folder}" in said
+
+
+def test_it_converts_and_reports(finished: tuple[Path, str]) -> None:
+    folder, said = finished
+    assert len(list(folder.glob("*.pftrace"))) == 2 and (folder / "report.html").stat().st_size > 1000
+    assert "that failed" not in said
+
+
+def test_no_secret_is_kept(finished: tuple[Path, str]) -> None:
+    text = (finished[0] / "env.txt").read_text()
+    assert "secret" not in text and "http://***@proxy:1" in text
+    for value in SECRETS.values():
+        for path in (path for path in finished[0].rglob("*") if path.is_file()):
+            data = path.read_bytes()
+            data += gzip.decompress(data) if path.suffix == ".gz" else b""
+            assert value.rpartition("=")[2].encode() not in data, path
+        assert value.rpartition("=")[2] not in finished[1]
+    assert "HARMLESS='a b'" in text.splitlines() and "FROM_SITE='yes'" in text.splitlines()
+
+
+def test_the_group_can_read(finished: tuple[Path, str]) -> None:
+    for path in [finished[0], *finished[0].rglob("*")]:
+        assert bool(path.stat().st_mode & 0o040) == (path.name != "env.txt"), path  # it may hold more
+        assert not path.stat().st_mode & 0o007, path
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "says"),
+    [
+        ("3_train.sh", {"DATASET_DIR": "/no/such"}, "DATASET_DIR=/no/such is not a folder"),
+        ("3_train.sh", {"WORKDIR": "/no/such"}, "WORKDIR=/no/such is not the project's folder"),
+        ("3_train.sh", {"MODEL": "gpt"}, "MODEL=gpt"),
+        ("3_train.sh", {"MODEL": "a\nb"}, "MODEL=$'a\\nb'"),
+        ("3_train.sh", {"ARGS": "--seed '1"}, "ARGS=--seed\\ \\'1: is a quote left open?"),
+        ("3_train.sh", {"ARGS": "--seed 'a\nb"}, "is a quote left open?"),
+        ("3_train.sh", {"DATASET_DIR": "a\nb"}, "DATASET_DIR=$'a\\nb' has a control character"),
+        ("3_train.sh", {"RESULTS": "a\n"}, "RESULTS=$'a\\n' has a control character"),
+        ("3_train.sh", {"RESUME": "a\tb"}, "RESUME=$'a\\tb' has a control character"),
+        ("3_train.sh", {"RESULTS": "\udcff"}, "RESULTS=$'\\377' is not UTF-8"),
+        ("3_train.sh", {"DATASET_DIR": "/a/\udcff"}, "DATASET_DIR=$'/a/\\377' is not UTF-8"),
+        ("2_preprocess_dataset.sh", {"DATASET_DIR": "a\nb"}, "DATASET_DIR=$'a\\nb' has a control character"),
+        ("2_preprocess_dataset.sh", {"OUTPUT_DIR": "\udcff"}, "OUTPUT_DIR=$'\\377' is not UTF-8"),
+        ("2_preprocess_dataset.sh", {"DATASET_DIR": "/", "ARGS": '"'}, "is a quote left open?"),
+        ("2_preprocess_dataset.sh", {"WORKDIR": "/no/such"}, "WORKDIR=/no/such is not the project's folder"),
+        ("2_preprocess_dataset.sh", {}, "DATASET_DIR is not set"),
+        ("2_preprocess_dataset.sh", {"DATASET_DIR": "/no/such"}, "DATASET_DIR=/no/such is not a folder"),
+    ],
+)
+def test_mistakes(script: str, more: dict[str, Any], says: str) -> None:
+    done = run(script, **more)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["0_setup_env.sh", "2_preprocess_dataset.sh", "3_train.sh", "launcher.sh"])
+def test_help(script: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0 and f"./{script}" in done.stdout and "#" not in done.stdout
+
+
+def test_the_exit_code_of_training_is_kept(toy: Path, tmp_path: Path) -> None:
+    words = ["--embedding_dim", "12"]  # not the width of the dense tower's output
+    done = run("3_train.sh", *words, DATASET_DIR=toy, RESULTS=tmp_path, NPROC=1)
+    assert done.returncode == 2 and "dot products need tables as wide" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "code", "says"),
+    [
+        (["--no_such_flag"], {}, 2, "no_such_flag"),
+        (["--check_options"], {}, 0, ""),
+        ([], {"NPROC": "x"}, 2, "NPROC=x"),
+        (["--embedding_dim", "12"], {}, 2, "dot products need tables as wide"),
+        ([], {"DATASET_DIR": "."}, 2, "no files"),
+        (["--mode", "test"], {}, 2, "no checkpoint to test"),
+    ],
+)
+def test_a_mistake_leaves_no_run_folder(
+    toy: Path, tmp_path: Path, words: list[str], more: dict[str, str], code: int, says: str
+) -> None:
+    places = {"DATASET_DIR": str(toy), "RESULTS": str(tmp_path / "results"), "NPROC": "1"}
+    done = run("3_train.sh", *words, cwd=tmp_path, **places | more)
+    said = done.stdout + done.stderr
+    assert done.returncode == code and says in said and "results:" not in said, said
+    assert not any((tmp_path / "results").glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["results file", "resume foreign", "resume link", "resume log"])
+def test_folders_of_others_are_not_written_to(toy: Path, tmp_path: Path, kind: str) -> None:
+    mine = tmp_path / "mine"
+    (mine / "checkpoints").mkdir(parents=True)
+    for name in ("log.txt", "gpu.txt", "env.txt", "thesis.txt"):
+        (mine / name).write_text("x")
+    (tmp_path / "link").symlink_to(mine)
+    (tmp_path / "file").write_text("x")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    places = {"DATASET_DIR": toy, "NPROC": 1, "RESULTS": tmp_path / "results"} | {
+        "results file": {"RESULTS": tmp_path / "file"},
+        "resume foreign": {"RESUME": mine},
+        "resume link": {"RESUME": tmp_path / "link"},
+        "resume log": {"RESUME": mine / "checkpoints"},
+    }[kind]
+    done = run("3_train.sh", **places)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stdout + done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "results").exists()
+
+
+def test_submit_hands_everything_to_qsub(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "qsub").write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@" > "$OUT"; echo "$WORKDIR|$DATASET_DIR|$ARGS" >> "$OUT"\n'
+        "echo 17.pbs\n"
+    )
+    (tmp_path / "qsub").chmod(0o755)
+    (tmp_path / "site.sh").write_text('export DLRM_QSUB="-A mine -l select=2"\n')
+    done = run(
+        "3_train.sh", "--submit", DATASET_DIR=toy, ARGS="--a 1,2", DLRM_SITE=tmp_path / "site.sh",
+        OUT=tmp_path / "out", PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "17.pbs\n"  # what a script that submits another one after it needs
+    assert (tmp_path / "out").read_text().splitlines() == [
+        "-V", "-A", "mine", "-l", "select=2", f"{ROOT}/3_train.sh", f"{ROOT}|{toy}|--a 1,2"
+    ]  # fmt: skip
+
+
+def test_without_workdir_the_folder_is_named(tmp_path: Path) -> None:
+    for script in ("2_preprocess_dataset.sh", "3_train.sh"):
+        copied = shutil.copy(ROOT / script, tmp_path)
+        done = subprocess.run([copied], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"{tmp_path} is not the project's folder" in done.stderr and "by WORKDIR" in done.stderr
+        assert "WORKDIR=" not in done.stderr
+
+
+def test_directives_suit_any_qsub_line() -> None:
+    """No resources that a user's own -l nodes= or select= would contradict, nothing expanded, no comments."""
+    for script in ("2_preprocess_dataset.sh", "3_train.sh"):
+        lines = (ROOT / script).read_text().splitlines()
+        directives = [line for line in lines if line.startswith("#PBS")]
+        assert lines[1 : 1 + len(directives)] == directives  # any command above silences those below
+        text = "\n".join(directives)
+        assert "select" not in text and "nodes" not in text and "$" not in text
+        assert not any("#" in line[1:] for line in directives)
+
+
+@pytest.mark.mpi
+def test_a_job_that_is_stopped_ends_at_once_keeps_its_log_and_goes_on(toy: Path, tmp_path: Path) -> None:
+    words = ["--preset", "toy", "--epochs", "500", "--report_every", "1", "--checkpoint_every_steps", "2"]
+    job = subprocess.Popen(
+        [str(ROOT / "3_train.sh"), *words], cwd=tmp_path, text=True,
+        env=environment(DATASET_DIR=toy, RESULTS=tmp_path / "the out", NPROC=2), stdout=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    assert job.stdout
+    for line in job.stdout:
+        if "step 5/" in line:
+            break
+    begun = time.monotonic()
+    os.killpg(job.pid, signal.SIGTERM)  # as PBS does: every process of the session
+    rest = job.stdout.read()
+    assert job.wait(30) != 0 and time.monotonic() - begun < 15
+    assert "results: " in rest and "analysis" not in rest
+    folder = only(tmp_path / "the out")
+    assert "training ended with exit code" in (folder / "log.txt").read_text()
+    assert f"RESUME='{folder}'" in rest
+    more = {"DATASET_DIR": toy, "RESUME": f"the out/{folder.name}", "NPROC": 2, "TRACE": "no"}
+    done = run("3_train.sh", *words, "--max_steps", "12", cwd=tmp_path, **more)
+    assert done.returncode == 0 and only(tmp_path / "the out") == folder, done.stdout
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
+
+
+def test_preprocess_by_hand(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "dlrm.prep", "toy", str(tmp_path / "t s v"), "--days", "3", "--rows", "50"],
+        check=True, cwd=ROOT,
+    )  # fmt: skip
+    done = run(
+        "2_preprocess_dataset.sh", cwd=tmp_path, DATASET_DIR="t s v/", NPROC=2,
+        ARGS="--frequency_threshold 2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    meta = json.loads((tmp_path / "t s v-npy" / "meta.json").read_text())
+    assert meta["rows"] == [50] * 3 and meta["parameters"]["frequency_threshold"] == 2
+    bad = run("2_preprocess_dataset.sh", DATASET_DIR=tmp_path, NPROC=2)
+    assert bad.returncode == 2

@@ -1,0 +1,33 @@
+"""A run folder as training leaves it, with made traces, and the command line that reports on it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support.made_traces import training
+
+ROOT = Path(__file__).parents[2]
+METRICS = [
+    {"step": 1, "epoch": 0, "loss": 0.7, "samples_per_second": 900.0, "time": 1_795_252_102.05},
+    {"step": 21, "epoch": 0, "loss": 0.5, "samples_per_second": 1000.0, "time": 1_795_252_102.3},
+    {"step": 40, "epoch": 1, "split": "val", "auroc": 0.8, "time": 1_795_252_102.5},
+]
+
+
+def analysis(*arguments: object, code: int = 0) -> tuple[str, str]:
+    command = [sys.executable, "-m", "analysis", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def a_run(folder: Path, wait: int = 100) -> Path:
+    for rank in range(2):
+        training(rank, 2, wait=wait).write(folder)
+    config = {"data": {"batch_size": 256}, "model": {"embedding_dim": 16}, "launch": {"device": "cpu"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "results.json").write_text(json.dumps({"samples_per_second": 1000.0, "test_auroc": 0.81}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
+    return folder
