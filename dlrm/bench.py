@@ -61,7 +61,7 @@ class BenchmarkPlanOptions:
 class BenchConfig:
     bench: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
-    planner: BenchmarkPlanOptions = field(default_factory=BenchmarkPlanOptions)
+    plan: BenchmarkPlanOptions = field(default_factory=BenchmarkPlanOptions)
 
 
 MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in PRESETS.items()}

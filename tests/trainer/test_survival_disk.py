@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.ranks import LiveRanks, words
@@ -60,7 +61,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shim.so"
 
 
-def fault(shim: Path, call: str, path: str, number: int, after: int) -> dict[str, str]:
+def fault(shim: Path, call: str, path: str, number: int, after: int) -> dict[str, Any]:
     return {
         "LD_PRELOAD": str(shim), "FAULT_CALL": call, "FAULT_PATH": path, "FAULT_ERRNO": str(number),
         "FAULT_AFTER": str(after),
