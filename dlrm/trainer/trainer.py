@@ -16,13 +16,14 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.checkpoint import shards
-from dlrm.cpu import blas, startup
+from dlrm.config.options import list_deprecated
 from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
 from dlrm.runtime.errors import Stopped, UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, mixed_precision
 from dlrm.trainer.checkpointing import CheckpointManager
+from dlrm.trainer.device import enable_fast_path
 from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.mlperf_log import MLPerfLog
 from dlrm.trainer.resume import resume_training
@@ -33,15 +34,15 @@ from dlrm.trainer.spec import ModelParts, ModelSpec
 def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
     """Train the model of this spec, evaluate it, write the run folder."""
     parts = spec.load_parts()
-    startup.import_optimizers()
     begun = time.perf_counter()
-    with session.open_session(here, options.run.timeout, options.run.exchange) as device:
+    tuned = enable_fast_path(session.choose_device(here), options.run.cpu_fast_path)
+    with session.open_session(here, options.run.timeout) as device:
         session.mark_clock("start")
         torch.backends.cuda.matmul.allow_tf32 = options.run.allow_tf32
         with session.errors_on_all_ranks():
             run_folder = open_run_folder(options, here)
         try:
-            record_launch(run_folder, options, here, device)
+            record_launch(run_folder, options, here, device, tuned)
             trainer = make_trainer(parts, options, here, device, run_folder)
             run_training(trainer, options, here, begun)
         finally:
@@ -85,7 +86,7 @@ def make_trainer(
     parts: ModelParts, options: Any, here: Ranks, device: torch.device, run_folder: RunFolder
 ) -> "Trainer":
     """Data, model, sharding and optimizer, in this order; a mistake on one rank ends all with one line."""
-    for line in parts.list_unused_options(options, device.type):
+    for line in [*list_deprecated(options.run), *parts.list_unused_options(options, device.type)]:
         run_folder.warn(line)
     if options.run.mllog:
         run_folder.grow("mlperf.log")
@@ -112,8 +113,10 @@ def open_run_folder(options: Any, here: Ranks) -> RunFolder:
     return RunFolder(options.run.output_dir, here.first, options.run.tensorboard, more)
 
 
-def record_launch(run_folder: RunFolder, options: Any, here: Ranks, device: torch.device) -> None:
-    """What was asked for and where it runs."""
+def record_launch(
+    run_folder: RunFolder, options: Any, here: Ranks, device: torch.device, tuned: list[str]
+) -> None:
+    """Write the options and where they run to config.json; `tuned` is what `enable_fast_path` returned."""
     hosts = session.gather_from_all(here.host)
     run_folder.launch = {
         "world_size": here.world_size,
@@ -121,7 +124,7 @@ def record_launch(run_folder: RunFolder, options: Any, here: Ranks, device: torc
         "nodes": len(set(hosts)),
         "hosts": hosts,
         "device": str(device.type),
-        "tuned": blas.tune_processor(device),
+        "tuned": tuned,
     }
     with session.errors_on_all_ranks():
         if run_folder.folder and not os.path.lexists(run_folder.folder / "config.json"):
