@@ -67,7 +67,7 @@ choose_program() {    # sets `program`, `options`, `flags`
     esac
 }
 
-resolve_paths() {    # relative paths count from where the user called; sets `results`, `resume`
+resolve_paths() {    # relative paths are relative to the caller's folder; sets `results`, `resume`
     local name
     for name in DATASET_DIR RESUME; do
         [[ -z ${!name:-} || -d ${!name} ]] || die "$name=${!name} is not a folder"
@@ -85,7 +85,7 @@ submit() {
     WORKDIR=$here RESULTS=$results exec qsub -V "${resources[@]}" "$here/3_train.sh"
 }
 
-# Where the demo's data lie: in the project, or beside the runs where the project cannot be written.
+# Where the demo's data are: in the project, or beside the runs if the project cannot be written to.
 find_demo_data() {    # find_demo_data NAME: prints the folder
     local own=$here/data
     if [[ -e $own/$1/npy/meta.json || -w $own || ( ! -e $own && -w $here ) ]]; then
@@ -95,7 +95,7 @@ find_demo_data() {    # find_demo_data NAME: prints the folder
     fi
 }
 
-make_toy_data() (    # make_toy_data FOLDER, the same way that real data go
+make_toy_data() (    # make_toy_data FOLDER: the same steps as for real data
     [[ ! -e $1/npy/meta.json ]] || exit 0
     mkdir -p -- "${1%/*}"
     # A subshell holds the lock, so that neither the ranks nor anything they leave behind inherit it.
@@ -173,7 +173,7 @@ check_options() {    # a mistake ends here, before anything is made
 }
 
 start_log() {    # what is printed from here on also goes into the run folder; sets `logger`
-    # Not ended by a signal to the whole session: what is said while stopping is kept, too.
+    # A signal to the whole session does not end it: messages while stopping are logged, too.
     exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1
     logger=$!
 }
