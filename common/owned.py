@@ -293,13 +293,13 @@ class OutputFolder:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, self.folder / name)
 
-    def write(self, name: str, data: bytes | str, mode: int = 0o600) -> None:
+    def write(self, name: str, data: bytes | str, mode: int = 0o666) -> None:
         """A whole file, or none. `mode`: who may read it, less the umask."""
         with self.writing(name, mode) as partial:
             _append(partial, data.encode() if isinstance(data, str) else data)
 
     @contextmanager
-    def writing(self, name: str, mode: int = 0o600) -> Iterator[Path]:
+    def writing(self, name: str, mode: int = 0o666) -> Iterator[Path]:
         """A new, empty file to be filled by any means; it gets its name at the end of the block, if that is
         left without an error, and is removed otherwise.
         """

@@ -159,7 +159,7 @@ def test_links_in_documents(path: Path) -> None:
 
 HISTORY = ("CHANGELOG.md", "BENCHMARKS.md")  # they may name files of earlier versions
 OF_THE_PROJECT = re.compile(
-    r"`((?:analysis|benchmarks|common|dlrm|docs|patches|requirements|sites|tests)/[\w./-]+|test_\w+\.py)`"
+    r"`((?:analysis|benchmarks|common|dlrm|docs|patches|requirements|scripts|sites|tests)/[\w./-]+|test_\w+\.py)`"
 )
 
 

@@ -118,7 +118,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         tmp_path, 2, *words(toy, *more), **fault(shim, call, "step-12-*/rank00001", number, 0)
     ) as ranks:
         assert ranks.wait() == [0, 0], ranks.said
-    assert "checkpoint not written, the one before stays" in ranks.said
+    assert "checkpoint not written, the one before it is kept" in ranks.said
     assert "rank 1: " in ranks.said and f"rank00001.safetensors: {os.strerror(number)}" in ranks.said
     left = os.listdir(tmp_path / "checkpoints")
     assert len(left) == 1 and whole(tmp_path / "checkpoints" / left[0])

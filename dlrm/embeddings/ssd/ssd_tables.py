@@ -137,7 +137,7 @@ class SsdTables:
         ends = offsets[::bags].tolist() if bags else [0] * (len(tiers) + 1)
         made = ids.to(torch.int64, copy=True)
         values = made.numpy()
-        with trace.span("tiers", "fetch"):
+        with trace.span("ssd", "fetch"):
             for tier, (begin, end) in zip(tiers, pairwise(ends), strict=True):
                 if tier is not None and end > begin:
                     values[begin:end] = tier.admit(values[begin:end], change)
@@ -159,7 +159,7 @@ class SsdTables:
             requests = context.input_dist_tensors_requests
             for name, request in requests.items():
                 requests[name] = NoWait(request.wait())  # the ids, after their exchange
-                with trace.span("tiers", "expect"):
+                with trace.span("ssd", "prefetch"):
                     for features in requests[name].wait():
                         self._expect(features)
 
