@@ -2,7 +2,7 @@
 
 A model is one folder (dlrm/models/NAME/, or any importable module outside the package) that ends in one
 `SPEC = ModelSpec(...)`. `dlrm.models.registry` finds it by name. The spec itself is cheap: it imports neither
-torch nor torchrec, so that --help and --check_options are quick; `load_parts` brings what needs them.
+torch nor torchrec, so that --help and --validate_only are quick; `load_parts` brings what needs them.
 """
 
 from collections.abc import Callable, Mapping
