@@ -34,7 +34,7 @@ MOMENTS: dict[str, tuple[list[object], Callable[[LiveRanks], object]]] = {
         [*PATIENT, "--checkpoint_every_steps", 1],
         lambda ranks: (
             len(list((ranks.folder / "checkpoints").glob("0*"))) > 2
-            and list((ranks.folder / "checkpoints").glob(".0*"))
+            and list((ranks.folder / "checkpoints").glob(".dlrm-io-checkpoint-*"))
         ),
     ),
 }
