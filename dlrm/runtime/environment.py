@@ -65,8 +65,7 @@ _ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=")
 
 
 def is_recorded(name: str, more: str = "") -> bool:
-    """Whether the value of this variable is recorded. `more`: DLRM_ENV_KEEP, names and patterns of the user.
-    """
+    """Whether the value of this variable is recorded. `more`: DLRM_ENV_KEEP (names, patterns)."""
     if name in more.split():
         return True
     if name in RECORDED:
