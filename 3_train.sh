@@ -113,13 +113,13 @@ make_run() {    # sets `run`, and `made`: what proves that it was made here, or 
     made=${answer[1]}
 }
 
-check_options() {    # a mistake ends here, before anything is made
+validate_options() {    # a mistake ends here, before anything is made
     if [[ -n $resume && ! -d $run/checkpoints ]] && ! has_option --checkpoint_dir; then
         die "RESUME=$run has no checkpoints to go on from"
     fi
-    python -m dlrm.train "${options[@]}" --output_dir "$run" --check_options || exit
+    python -m dlrm.train "${options[@]}" --output_dir "$run" --validate_only || exit
     local word
-    for word in --check_options --help -h; do
+    for word in --validate_only --check_options --help -h; do
         ! has_option "$word" || exit 0
     done
 }
@@ -199,7 +199,7 @@ main() {
     name_run
     prepare_demo
     add_options "$@"
-    check_options
+    validate_options
     make_run
     start_log
     say "training, run folder $run"

@@ -1,7 +1,8 @@
-"""Reading files that somebody else may have written: type, size and nesting are checked before anything else.
+"""Read files that another program may have written: type, size and nesting are checked before the contents.
 
-In: a path. Out: an open descriptor of a regular file, or a JSON value within limits. A FIFO, a device, a
-socket, a folder, a dangling link, a file that is too large or nested too deeply is a UserError of one line.
+In: a path. Out: an open descriptor of a regular file, or a JSON value within limits. A FIFO (which would
+block for ever), a device, a socket, a folder, a dangling link, a file that is too large or nested too
+deeply: each is a UserError of one line.
 """
 
 import errno
@@ -17,7 +18,7 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-BRACKETS = re.compile(rb"[\[{]+|[\]}]+")  # a run of one direction
+BRACKETS = re.compile(rb"[\[{]+|[\]}]+")  # a run of opening or of closing ones
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -25,13 +26,13 @@ KINDS = {
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file. Never blocks, as opening a FIFO would; links are followed."""
+    """A descriptor of a regular file, or a UserError. Never blocks; links are followed."""
     with os_errors_as_user_errors(path):
         return open_regular_file(path, flags)
 
 
 def open_regular_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
-    """The same with an OSError: an opener for Python's own files."""
+    """The same with an OSError: to be used as `opener` of Python's open()."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -42,7 +43,7 @@ def open_regular_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY) ->
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
-    """The status of a file that is to be opened by a library: a regular file, or a UserError."""
+    """The status of a regular file, or a UserError; for a file that a library is going to open."""
     with os_errors_as_user_errors(path):
         status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -54,7 +55,7 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> bytes:
     """The whole content of a regular file of at most `limit` bytes."""
     with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
-        # as much room as the file is long: a large limit alone asks for no memory
+        # the buffer is as large as the file, not as the limit
         data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
         raise UserError(
@@ -64,14 +65,14 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> byt
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False) -> Any:
-    """A JSON file's value: UTF-8, of limited size and depth, without lone surrogates, and without NaN and
-    infinity unless `nan`.
+    """A JSON file's value. It must be UTF-8, of limited size and depth, without lone surrogates (which no
+    file can be written with again), and without NaN and infinity unless `nan`.
     """
     return parse_json(read_bytes(path, limit), printable(path), nan)
 
 
 def parse_json(data: bytes, name: str, nan: bool = False) -> Any:
-    """The value of JSON text that stands in the file `name`."""
+    """The value of JSON text; `name` is the file's name in messages."""
     _check_depth(data, name)
     try:
         text = data.decode("utf-8")
@@ -91,7 +92,7 @@ def parse_json(data: bytes, name: str, nan: bool = False) -> Any:
 def read_json_object(
     path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False
 ) -> dict[str, Any]:
-    """The same where only an object makes sense."""
+    """The same for a file whose value must be an object."""
     value = read_json(path, limit, nan)
     if not isinstance(value, dict):
         raise UserError(f"{printable(path)}: a JSON object is expected, found {type(value).__name__}")
@@ -99,8 +100,8 @@ def read_json_object(
 
 
 def _check_depth(data: bytes, name: str) -> None:
-    """Before the parser recurses. Brackets inside strings do not count; a string that never ends hides all
-    that comes after it, as it does from the parser.
+    """Check the depth before the parser, which recurses, sees the text. Brackets inside strings do not
+    count. After a string that never ends nothing counts: the parser fails there.
     """
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return
@@ -113,7 +114,7 @@ def _check_depth(data: bytes, name: str) -> None:
 
 
 def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _parse_int(text: str) -> int:
@@ -138,7 +139,7 @@ def _has_surrogate(value: Any) -> bool:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a regular file lies there; links are followed, nothing is opened."""
+    """Whether the path is a regular file; links are followed, nothing is opened."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
