@@ -76,7 +76,7 @@ class StoredPiece:
 
 
 def _bytes_of(tensor: Any) -> Iterator[memoryview]:
-    if not isinstance(tensor, torch.Tensor):  # model.moment.Later
+    if not isinstance(tensor, torch.Tensor):  # ssd.snapshot.SnapshotSlice
         yield from tensor.parts()
         return
     flat: Any = tensor.detach().contiguous().reshape(-1)

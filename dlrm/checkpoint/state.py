@@ -19,7 +19,7 @@ STEP = "step"  # torch's optimizers count steps for themselves, the fused ones e
 
 @runtime_checkable
 class FileBackedTable(Protocol):
-    """All rows of a table that lies in files: `model.tier.Whole`, which takes long to import."""
+    """All rows of a table in files: `ssd.cached_table.WholeTable`, imported only if there are any."""
 
     def size(self) -> torch.Size: ...
 
@@ -54,7 +54,7 @@ def _without_compile_prefix(name: str) -> str:
 
 def named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
     ssd_tables = getattr(model, "ssd_tables", None)  # tables in files
-    whole: Callable[[str, Any], Any] = ssd_tables.whole if ssd_tables else lambda _, value: value
+    whole: Callable[[str, Any], Any] = ssd_tables.whole_table if ssd_tables else lambda _, value: value
     for name, value in model.state_dict().items():
         yield f"model/{_without_compile_prefix(name)}", whole(name, value)
     if optimizer is not None:

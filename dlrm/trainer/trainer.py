@@ -58,7 +58,7 @@ def run_training(trainer: "Trainer", options: Any, here: Ranks, begun: float) ->
     resume_training(trainer, here, checkpoints.root)
     with session.errors_on_all_ranks():
         trainer.records.describe(options)
-        trainer.ssd_tables.ready()
+        trainer.ssd_tables.check_row_files()
     startup_seconds = time.perf_counter() - begun
 
     try:
@@ -172,7 +172,7 @@ class Trainer:
         self.evaluating = 0.0  # seconds
         # two pipelines: evaluating in the middle of an epoch must not drop the batches in flight
         self.pipeline = TrainPipelineSparseDist(model, self.wrap_optimizer(), device)
-        self.ssd_tables.watch(self.pipeline)
+        self.ssd_tables.install_prefetch(self.pipeline)
         self.eval_pipeline = TrainPipelineSparseDist(model, optimizer, device)
 
     def learning_rate(self) -> float:
@@ -240,7 +240,7 @@ class Trainer:
         return result
 
     def report(self, **values: Any) -> None:
-        self.records.report(**values, **self.ssd_tables.readings(self.progress.step))
+        self.records.report(**values, **self.ssd_tables.cache_metrics(self.progress.step))
 
     def outcome(self) -> Mapping[str, Any]:
         """The model's own lines of results.json."""
