@@ -38,9 +38,7 @@ class BenchmarkOptions:
         None, "a dataset: rows of its test set (default: made rows, ids uniform over the tables)"
     )
     seed: int = option(0, "of drawn weights and made rows")
-    mixed_precision: str = option(
-        "off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16"
-    )
+    amp: str = option("off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16")
     compile: bool = option(False, "torch.compile the dense part")
     allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
     cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
@@ -62,7 +60,7 @@ class BenchmarkPlanOptions:
 class BenchConfig:
     bench: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
-    planner: BenchmarkPlanOptions = field(default_factory=BenchmarkPlanOptions)
+    plan: BenchmarkPlanOptions = field(default_factory=BenchmarkPlanOptions)
 
 
 MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in PRESETS.items()}

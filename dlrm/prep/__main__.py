@@ -105,7 +105,10 @@ def run_script(args: argparse.Namespace) -> None:
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not integers separated by commas: {text!r}") from None
 
 
 def run_check(args: argparse.Namespace) -> None:

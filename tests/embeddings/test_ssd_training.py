@@ -24,7 +24,7 @@ FILES = ["--store_type", "cached_ssd", "--cache_memory_budget_mb", 1.5]
 
 def same(one: Finished, other: Finished) -> None:
     assert one.losses == other.losses and len(one.losses) == 12
-    assert one.results["val_aurocs"] == other.results["val_aurocs"]
+    assert one.results["val_scores"] == other.results["val_scores"]
     assert one.results["test_auroc"] == other.results["test_auroc"] is not None
 
 

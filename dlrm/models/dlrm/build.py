@@ -77,10 +77,10 @@ def shard_dlrm(
         ssd_tables, constraints = placement.prepare_ssd_tables(
             cfg.plan, module, here, device, cfg.optim.name, cfg.run.seed or 0, cfg.run.output_dir,
             constraints,
-            poolings, run_folder.say,
+            poolings, run_folder.print_line,
         )  # fmt: skip
         if ssd_tables:
-            run_folder.claim(ssd_tables.folder, "training with tables in it")
+            run_folder.lock_folder(ssd_tables.folder, "training with tables in it")
         memory = placement.UNLIMITED if ssd_tables else None
     made = planner.make_plan(module, device, here, cfg.data.batch_size, constraints, poolings, memory)
     run_folder.record_plan(

@@ -190,7 +190,7 @@ def test_tables_of_an_earlier_report_go(run: Path) -> None:
     other = a_run(run.parent / "other")
     for path in (other / "trace").iterdir():
         path.rename(run / "trace" / path.name)
-    from made_traces import Made
+    from support.made_traces import Made
 
     for path in (run / "trace").iterdir():
         path.unlink()

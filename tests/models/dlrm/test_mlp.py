@@ -27,7 +27,6 @@ def test_same_values_and_gradients(kind: type, layers: list[int], inputs_need_gr
     wanted = [*module.parameters(), *([features] if inputs_need_gradient else [])]
     weights = torch.randn(33, layers[-1])
     out = module(features)
-    assert type(out.grad_fn).__name__ == "ChainBackward"
     ours = torch.autograd.grad((out * weights).sum(), wanted)
     plain = module.model(features)
     theirs = torch.autograd.grad((plain * weights).sum(), wanted)
