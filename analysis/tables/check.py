@@ -80,7 +80,7 @@ def _who_ended(jobs: list[list[TracedProcess]]) -> int:
 
 def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[CheckedFile]:
     try:
-        results = read_json_object(path)
+        results = read_json_object(path, paths=True)
     except UserError as error:
         raise UserError(f"{error}; did the run end?") from None
     rows = []
