@@ -152,14 +152,10 @@ train() {    # sets `code`, and `stopped` after a signal
 
 has_trained() { [[ $code != 2 || -s $run/metrics.jsonl ]]; }
 
-analyse() {
-    local step words
-    for step in "perfetto" "perfetto --posix" "check" "report"; do
-        say "analysis $step"
-        read -ra words <<< "$step"
-        python -m analysis "${words[@]}" "$run" \
-            || say "that failed; the traces are in $run/trace, try again: python -m analysis $step ${run@Q}"
-    done
+analyse() {    # both Perfetto traces, the check of bytes and the report, from one reading of the traces
+    say "analysis"
+    python -m analysis finish "$run" \
+        || say "not all of that was done; the traces are in $run/trace, try again: python -m analysis finish ${run@Q}"
 }
 
 list_results() {
