@@ -70,7 +70,7 @@ class Memory:
 
 
 def opened(folder: Path, table: TableShare) -> RowFile:
-    """All of it in the file, and as far as there is room in the page cache."""
+    """All of it in the file, and in the page cache as far as it holds them."""
     store = RowFile(folder, table.name, table.rows, table.dim, table.state, "adagrad", 0)
     for block in range(len(store.blocks)):
         if store.blocks[block]:
@@ -103,7 +103,7 @@ class Cached:
         self.tier._write = lambda rows, *rest: (self.left.append(rows), write(rows, *rest))  # type: ignore
 
     def _fitting(self, some: Batches) -> int:
-        """Slots, so that there is room for the page cache's pages: those of six batches' misses."""
+        """Slots, less the page cache's pages: those of six batches' misses."""
         most = share_budget([self.case.table], int(self.case.budget))[self.case.table.name]
         if not self.case.limited:
             return most
@@ -134,7 +134,7 @@ class Cached:
             out.backward(torch.full_like(out, 1e-3))
             tier.settle()
             if tier._coming is not None:
-                tier._coming.result()  # not while the clock stands still
+                tier._coming.result()  # not while the clock is stopped
             seconds = time.perf_counter() - begun
             if case.limited:
                 most = max(most, resident(case.path)) if number % 4 == 0 else most
