@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from dlrm.config.parser import check_at_least, option
 from dlrm.runtime.errors import UserError
 
+CPU_FAST_PATH_HELP = (
+    "CPU ranks: collectives through shared memory, dense layers in place, the faster BLAS, huge pages "
+    "(off: torch's and torchrec's own; no effect on CUDA)"
+)
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -45,17 +50,23 @@ class RunOptions:
     mllog_submitter: str = option("dlrm-io", "submission_org of the MLPerf log")
     mllog_platform: str = option("dlrm-io", "submission_platform of the MLPerf log")
     tensorboard: bool = option(False, "scalars for TensorBoard in the run folder")
-    exchange: str = option(
-        "auto", "how CPU ranks meet; auto: through shared memory where all are on one host", ("auto", "gloo")
-    )
+    cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
+    exchange: str = option("auto", "deprecated: gloo is --no-cpu_fast_path", ("auto", "gloo"))
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:
         check_at_least(
             1, self, "epochs", "report_every", "timeout", "validation_freq_within_epoch", "max_steps"
         )
+        if self.exchange == "gloo":
+            object.__setattr__(self, "cpu_fast_path", False)
         if self.trace and not self.output_dir:
             raise UserError("--trace needs --output_dir: the trace is written there")
+
+
+def list_deprecated(run: RunOptions) -> list[str]:
+    """One line for each option of an earlier release that was given, with what to use instead."""
+    return ["--exchange gloo is deprecated: use --no-cpu_fast_path"] if run.exchange == "gloo" else []
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ def find_model(name: str, environ: Mapping[str, str] = os.environ) -> ModelSpec:
         if spec.name == name:
             return spec
     known = ", ".join([*MODULES, *(spec.name for spec in others)])
-    raise UserError(f"model {printable(name)} is unknown; there are {known} ({VARIABLE} names modules with more)")
+    unknown = f"model {printable(name)} is unknown; there are {known}"
+    raise UserError(f"{unknown} ({VARIABLE} names modules with more)")
 
 
 def _load_spec(module: str) -> ModelSpec:

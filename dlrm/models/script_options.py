@@ -2,8 +2,8 @@
 
 usage: python -m dlrm.models.script_options
 
-Reads MODEL and the variables that the model's `ScriptOptions` name from the environment. Prints, each ended by
-a NUL byte: the model's title, what the demo trains on, the name of the demo's data folder, then the options.
+Reads MODEL and the variables that the model's `ScriptOptions` name from the environment. Prints, each ended
+by a NUL byte: the model's title, what the demo trains on, the name of the demo's data folder, the options.
 """
 
 import os

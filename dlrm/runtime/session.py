@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dlrm.cpu import process_group
-from dlrm.runtime import trace
+from dlrm.runtime import accelerate, trace
 from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError
 from dlrm.runtime.heartbeat import Heartbeat, is_broken_connection, rendezvous
@@ -32,8 +31,8 @@ def choose_device(here: Ranks) -> torch.device:
 
 
 @contextmanager
-def open_session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[torch.device]:
-    """The process group of all ranks: shared memory or gloo on CPU, NCCL on CUDA.
+def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
+    """The process group of all ranks: gloo on CPU (or what a fast path has in its place), NCCL on CUDA.
 
     A rank that fails takes the others along.
     """
@@ -43,10 +42,8 @@ def open_session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterato
         _store, processes = rendezvous(here, timeout)
         watch = Heartbeat(_store, here, processes, timeout)
         try:
-            process_group.register_backends()
-            on_cpu = {"auto": process_group.NAME, "gloo": process_group.GLOO}[exchanging]
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else on_cpu,
+                accelerate.hooks.choose_backend(device),
                 store=dist.PrefixStore(_store.name_group("group"), _store.store), rank=here.rank,
                 world_size=here.world_size, timeout=PATIENCE * timedelta(seconds=timeout),
             )  # fmt: skip

@@ -92,13 +92,12 @@ def test_a_note_never_says_success(code: int, kept: int) -> None:
 
 FORMING = """
 import os, sys
-from dlrm.cpu import process_group
-from dlrm.runtime import entry, session
+from dlrm.runtime import entry, gloo, session
 if os.environ["RANK"] == sys.argv[1]:
     def create(*_):
         print("forming", flush=True)
         os.kill(os.getpid(), 9)
-    process_group._create_shared = create
+    gloo.create_gloo = create
 def main(here):
     with session.open_session(here, 300):
         pass

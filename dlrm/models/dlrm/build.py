@@ -6,13 +6,13 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm.cpu import startup
 from dlrm.data import criteo
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
 from dlrm.models.dlrm.dataloaders import Datasets
 from dlrm.models.dlrm.model import DLRMTrain, SparseArch, build_dlrm, compile_dense
 from dlrm.models.dlrm.options import Config, ModelOptions
+from dlrm.runtime import accelerate
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import optimizers
 from dlrm.trainer.run_folder import RunFolder
@@ -87,7 +87,7 @@ def shard_dlrm(
         configs = ssd_tables.narrow(sparse.embedding_bag_collection, made)
         module.model.sparse_arch = SparseArch(configs, torch.device("meta"))
         attach_optimizer(cfg, module, device)
-    with startup.unfilled():
+    with accelerate.hooks.skip_first_weights():
         model = planner.shard_model(module, made, device, cfg.run.seed or 0)
     if ssd_tables:
         ssd_tables.attach(model)

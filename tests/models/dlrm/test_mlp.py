@@ -1,9 +1,20 @@
 """The dense layers compute what torchrec's MLP under autograd computes, to the bit."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from dlrm.models.dlrm import mlp
+from dlrm.runtime import accelerate
+from dlrm.trainer.device import enable_fast_path
+
+
+@pytest.fixture(autouse=True)
+def fast_path() -> Iterator[None]:
+    enable_fast_path(torch.device("cpu"), True)
+    yield
+    accelerate.use(accelerate.PLAIN)
 
 
 @pytest.mark.parametrize("layers", [[6], [8, 5], [7, 9, 4, 3]])
