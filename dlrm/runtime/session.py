@@ -40,8 +40,8 @@ def choose_device(here: Ranks) -> torch.device:
 
 @contextmanager
 def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
-    """The process group of all ranks: gloo on CPUs (or what a fast path has in its place), NCCL on CUDA. Yields
-    this rank's device.
+    """The process group of all ranks: NCCL on CUDA, gloo on CPUs (or what a fast path has in its place).
+    Yields this rank's device.
 
     here        this rank
     timeout     --timeout: seconds without a heartbeat after which a rank counts as lost
