@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from common.memory import is_out_of_memory
 from dlrm.runtime import ranks, trace
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, NotSaved, Stopped, UserError, missing_environment
 from dlrm.runtime.ranks import Ranks
@@ -72,6 +73,9 @@ def _run_for_exit_code(main: Callable[[Ranks], None], here: Ranks) -> int:
             print_error(here, f"{error.filename or 'a file'}: {error.strerror}")
             return 1
         first_line = (str(error).splitlines() or [""])[0][:200]
+        if is_out_of_memory(error):
+            print_error(here, f"out of memory: {first_line}: lower --batch_size or the model's sizes")
+            return USAGE
         if "KeyboardInterrupt" in first_line:  # in C++, which makes it an error of its own
             print_error(here, "interrupted")
             return 130

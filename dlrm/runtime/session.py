@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from common.memory import is_out_of_memory
 from dlrm.cpu import process_group
 from dlrm.runtime import trace
 from dlrm.runtime.entry import print_error
@@ -100,6 +101,8 @@ def _rank_environment(here: Ranks) -> Iterator[None]:
 
 
 def _code_of(error: BaseException) -> int:
+    if is_out_of_memory(error):
+        return USAGE
     return {UserError: USAGE, Stopped: STOPPED}.get(type(error), 1)
 
 
