@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from common.memory import is_out_of_memory
 from dlrm.runtime import accelerate, trace
 from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError
@@ -112,6 +113,8 @@ def _rank_environment(here: Ranks) -> Iterator[None]:
 
 
 def _exit_code_of(error: BaseException) -> int:
+    if is_out_of_memory(error):
+        return USAGE
     return {UserError: USAGE, Stopped: STOPPED}.get(type(error), 1)
 
 
