@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, folder: Path, kind: str, part: float) -
     against("without_ahead", first, cached)
     cached.with_thread()
     against("cached_ssd", second, cached)
-    cached.tier.close()
+    cached.cached_table.close()
     against("mmap", first, Mapped(case))
     ours, other = found["cached_ssd"], found["mmap"]
     found["device_mem"] = ours["device_mem"]

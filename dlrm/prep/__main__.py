@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
             COMMANDS[args.command](args)
     except (errors.UserError, ModuleNotFoundError) as error:
-        told = errors.missing_environment(error) if isinstance(error, ModuleNotFoundError) else error
+        told = errors.explain_missing_module(error) if isinstance(error, ModuleNotFoundError) else error
         if told is None:
             raise
         if ranks.find_ranks().first:  # the ranks have agreed on one error

@@ -161,7 +161,7 @@ class Trainer:
         # Two pipelines: an evaluation in the middle of an epoch must not drop the training batches that the
         # first one has taken ahead.
         self.pipeline = TrainPipelineSparseDist(model, self.wrap_optimizer(), device)
-        self.ssd_tables.watch(self.pipeline)
+        self.ssd_tables.install_prefetch(self.pipeline)
         self.eval_pipeline = TrainPipelineSparseDist(model, optimizer, device)
 
     # --- what a model overrides
@@ -230,7 +230,7 @@ class Trainer:
         return self.progress.epoch + max(0, within) / max(1, self.epoch_steps)
 
     def log_metrics(self, **values: Any) -> None:
-        self.run_folder.log_metrics(**values, **self.ssd_tables.readings(self.progress.step))
+        self.run_folder.log_metrics(**values, **self.ssd_tables.cache_metrics(self.progress.step))
 
     # --- evaluation
 
@@ -296,7 +296,7 @@ def run_trainer(trainer: Trainer, here: Ranks, started: float) -> None:
     resume_training(trainer, here, checkpoints.root)
     with session.errors_on_all_ranks():
         trainer.run_folder.write_config(trainer.options)
-        trainer.ssd_tables.ready()
+        trainer.ssd_tables.check_row_files()
     startup_seconds = time.perf_counter() - started
 
     try:

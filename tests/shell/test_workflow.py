@@ -149,7 +149,7 @@ def test_the_exit_code_of_training_is_kept(toy: Path, tmp_path: Path) -> None:
     ("words", "more", "code", "says"),
     [
         (["--no_such_flag"], {}, 2, "no_such_flag"),
-        (["--check_options"], {}, 0, ""),
+        (["--validate_only"], {}, 0, ""),
         ([], {"NPROC": "x"}, 2, "NPROC=x"),
         (["--embedding_dim", "12"], {}, 2, "dot products need tables as wide"),
         ([], {"DATASET_DIR": "."}, 2, "no files"),

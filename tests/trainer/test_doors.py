@@ -1,5 +1,6 @@
 """CPU fast path and tables in files: switched off, neither is imported and training is the same."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -68,6 +69,25 @@ def test_cuda_imports_no_cpu_fast_path() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+LIBRARIES = {"torch", "torchrec", "np", "numpy", "dist", "nn", "F", "comm_ops"}
+SETTINGS = "torch.backends."  # switches that torch documents
+
+
+def test_no_global_of_a_library_is_rebound_outside_the_sheds() -> None:
+    for path in (ROOT / "dlrm").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if name.startswith(SHEDS):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets: list[ast.expr] = []
+            if isinstance(node, ast.Assign):
+                targets = [target for target in node.targets if isinstance(target, ast.Attribute)]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+                targets = node.args[:1]
+            for text in map(ast.unparse, targets):
+                assert text.partition(".")[0] not in LIBRARIES or text.startswith(SETTINGS), f"{path}: {text}"
 
 
 def test_each_hook_is_called_by_name() -> None:
