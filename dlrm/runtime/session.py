@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from common.memory import is_out_of_memory
 from dlrm.runtime import accelerate, trace
 from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError
@@ -40,8 +41,8 @@ def choose_device(here: Ranks) -> torch.device:
 
 @contextmanager
 def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
-    """The process group of all ranks: gloo on CPUs (or what a fast path has in its place), NCCL on CUDA. Yields
-    this rank's device.
+    """The process group of all ranks: NCCL on CUDA, gloo on CPUs (or what a fast path has in its place).
+    Yields this rank's device.
 
     here        this rank
     timeout     --timeout: seconds without a heartbeat after which a rank counts as lost
@@ -112,6 +113,8 @@ def _rank_environment(here: Ranks) -> Iterator[None]:
 
 
 def _exit_code_of(error: BaseException) -> int:
+    if is_out_of_memory(error):
+        return USAGE
     return {UserError: USAGE, Stopped: STOPPED}.get(type(error), 1)
 
 
