@@ -334,9 +334,9 @@ class OutputFolder:
                 raise
         return descriptor
 
-    def make_folder(self, name: str) -> Path:
-        """A folder of our own inside this one."""
-        self.refuse_foreign([name])
+    def make_folder(self, name: str, known: bool = False) -> Path:
+        """A folder of our own inside this one. `known`: the caller has seen that the one there is ours."""
+        self.refuse_foreign([] if known else [name])
         path = self.folder / name
         with os_errors_as_user_errors(path):
             if not os.path.lexists(path):
@@ -558,6 +558,12 @@ def discard_file(path: Path) -> None:
     """A file in a folder that is the program's own is not needed any more; none there is fine."""
     with os_errors_as_user_errors(path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def discard_empty_folder(path: Path) -> None:
+    """A folder that this process has made is not needed any more; it stays where something lies in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
 def _write_new(path: Path, data: bytes, mode: int = 0o600, durable: bool = False) -> None:

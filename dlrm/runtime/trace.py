@@ -10,6 +10,7 @@ The only module that imports dftracer, and only after `start_tracing`. What land
 A process that forks (workers of a DataLoader) goes on in a file of its own, with the parent's rank.
 """
 
+import contextlib
 import ctypes
 import json
 import math
@@ -20,6 +21,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.ranks import Ranks
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,6 +39,8 @@ _native: Any = None  # dftracer's C++ module while tracing, else None
 _always: dict[str, tuple[int, int]] = {}  # args that every span carries (epoch, step), as DFTracer wants them
 _identity: dict[str, int | str] = {}
 _flusher: "_Flusher | None" = None
+_folder: Path | None = None  # of the trace files
+_made_folders: list[Path] = []  # by this process
 
 
 def sync_to_disk(path: str | os.PathLike[str]) -> None:
@@ -56,9 +60,11 @@ def is_tracing() -> bool:
 
 def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush_ms: int = FLUSH_MS) -> None:
     """Open this process's trace file. Everything it reads or writes from here on is recorded."""
-    global _native
+    global _native, _folder
     folder = Path(run_dir).absolute() / "trace"
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+        _made_folders.append(folder)
     os.environ.update(
         DFTRACER_ENABLE="1",
         DFTRACER_INC_METADATA="1",
@@ -73,7 +79,7 @@ def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush
     native.initialize(log_file=str(folder / f"{role}{here.rank:05d}"), data_dirs=None, process_id=-1)
     if _native is None and not _identity:  # once: a hook at fork cannot be taken back
         os.register_at_fork(after_in_child=_restart_after_fork)
-    _native = native
+    _native, _folder = native, folder
     _identity.update(
         rank=here.rank, local_rank=here.local_rank, world_size=here.world_size, host=here.host, role=role
     )
@@ -90,6 +96,24 @@ def stop_tracing() -> None:
     if native is not None:
         native.finalize()
         _always.clear()
+
+
+def discard_tracing() -> None:
+    """Stop, and remove this process's trace file: its run was refused the folder in which it lies."""
+    files = []
+    if _native is not None and _folder is not None:
+        # DFTracer names the file by itself; it is open from the start
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                path = Path(os.readlink(f"/proc/self/fd/{number}"))
+                if path.parent == _folder.resolve() and path.name.endswith(".pfw.gz"):
+                    files.append(path)
+    stop_tracing()
+    for path in set(files):
+        discard_file(path)
+    for folder in _made_folders:
+        discard_empty_folder(folder)
+    _made_folders.clear()
 
 
 def set_context(**args: int) -> None:

@@ -38,8 +38,12 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
     with session.open_session(here, options.run.timeout, options.run.exchange) as device:
         session.mark_clock("start")
         torch.backends.cuda.matmul.allow_tf32 = options.run.allow_tf32
-        with session.errors_on_all_ranks():
-            run_folder = open_run_folder(options, here)
+        try:
+            with session.errors_on_all_ranks():
+                run_folder = open_run_folder(options, here)
+        except UserError:
+            trace.discard_tracing()  # nothing of a refused run stays in the folder
+            raise
         try:
             record_launch(run_folder, options, here, device)
             trainer = make_trainer(parts, options, here, device, run_folder)
