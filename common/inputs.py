@@ -17,8 +17,10 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
-STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+ESCAPE = re.compile(rb"\\.", re.DOTALL)
+STRING = re.compile(rb'"[^"]*(?:"|\Z)')  # where no escape is left
 BRACKETS = re.compile(rb"[\[{]+|[\]}]+")  # a run of opening or of closing ones
+SURROGATE_ESCAPES = "".join(map(chr, range(0xDC80, 0xDD00)))  # what os.fsdecode makes of bytes from 128 on
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -64,14 +66,17 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> byt
     return data
 
 
-def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False) -> Any:
+def read_json(
+    path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False, paths: bool = False
+) -> Any:
     """A JSON file's value. It must be UTF-8, of limited size and depth, without lone surrogates (which no
-    file can be written with again), and without NaN and infinity unless `nan`.
+    file can be written with again), and without NaN and infinity unless `nan`. `paths`: texts may be paths
+    that are not UTF-8, as os.fsdecode gives them.
     """
-    return parse_json(read_bytes(path, limit), printable(path), nan)
+    return parse_json(read_bytes(path, limit), printable(path), nan, paths)
 
 
-def parse_json(data: bytes, name: str, nan: bool = False) -> Any:
+def parse_json(data: bytes, name: str, nan: bool = False, paths: bool = False) -> Any:
     """The value of JSON text; `name` is the file's name in messages."""
     _check_depth(data, name)
     try:
@@ -84,16 +89,16 @@ def parse_json(data: bytes, name: str, nan: bool = False) -> Any:
         )
     except ValueError as error:
         raise UserError(f"{name}: is not JSON: {str(error)[:100]}") from None
-    if "\\u" in text and _has_surrogate(value):
+    if "\\u" in text and _has_surrogate(value, allowed=SURROGATE_ESCAPES if paths else ""):
         raise UserError(f"{name}: is not JSON: half of a surrogate pair")
     return value
 
 
 def read_json_object(
-    path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False
+    path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False, paths: bool = False
 ) -> dict[str, Any]:
     """The same for a file whose value must be an object."""
-    value = read_json(path, limit, nan)
+    value = read_json(path, limit, nan, paths)
     if not isinstance(value, dict):
         raise UserError(f"{printable(path)}: a JSON object is expected, found {type(value).__name__}")
     return value
@@ -106,7 +111,7 @@ def _check_depth(data: bytes, name: str) -> None:
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return
     depth = 0
-    for brackets in BRACKETS.finditer(STRING.sub(b"", data)):
+    for brackets in BRACKETS.finditer(STRING.sub(b"", ESCAPE.sub(b"", data))):
         count = brackets.end() - brackets.start()
         depth += count if brackets[0][:1] in b"[{" else -count
         if depth > MAX_JSON_DEPTH:
@@ -130,12 +135,15 @@ def _parse_float(text: str) -> float:
     return value
 
 
-def _has_surrogate(value: Any) -> bool:
+def _has_surrogate(value: Any, allowed: str) -> bool:
+    """Whether a text in a JSON value has half of a surrogate pair that is not one of `allowed`."""
     if isinstance(value, str):
-        return any("\ud800" <= c <= "\udfff" for c in value)
+        return any("\ud800" <= c <= "\udfff" and c not in allowed for c in value)
     if isinstance(value, dict):
-        return any(_has_surrogate(key) or _has_surrogate(each) for key, each in value.items())
-    return isinstance(value, list) and any(_has_surrogate(each) for each in value)
+        return any(
+            _has_surrogate(key, allowed) or _has_surrogate(each, allowed) for key, each in value.items()
+        )
+    return isinstance(value, list) and any(_has_surrogate(each, allowed) for each in value)
 
 
 def is_regular(path: Path) -> bool:

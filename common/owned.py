@@ -45,12 +45,13 @@ class WorkFolders:
     name: str  # part of the folders' names
     files: re.Pattern[str]  # matches what the program puts into them: paths relative to the folder, with /
 
-    def make(self, parent: Path, mode: int = 0o700) -> Path:
+    def make(self, parent: Path, mode: int = 0o700, step: int | None = None) -> Path:
         """Make a new folder inside `parent`, which is made too if it is missing. `mode`: who may read it,
-        less the umask; by default only this user.
+        less the umask; by default only this user. `step` goes into its name, for the readers of a trace.
         """
         token = secrets.token_hex(8)
-        folder = parent / f".dlrm-io-{self.name}-{token}"
+        label = "" if step is None else f"step-{step}-"
+        folder = parent / f".dlrm-io-{self.name}-{label}{token}"
         with os_errors_as_user_errors(folder):
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(folder, mode)
@@ -167,7 +168,7 @@ class WorkFolders:
                 os.unlink(folder / name)
 
     def _token(self, name: str) -> str:
-        found = re.fullmatch(rf"\.dlrm-io-{re.escape(self.name)}-([0-9a-f]{{16}})", name)
+        found = re.fullmatch(rf"\.dlrm-io-{re.escape(self.name)}-(?:step-[0-9]+-)?([0-9a-f]{{16}})", name)
         return found[1] if found else ""
 
     def _mark(self, token: str, status: os.stat_result) -> dict[str, Any]:
@@ -304,7 +305,7 @@ class OutputFolder:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, self.folder / name)
 
-    def write(self, name: str, data: bytes | str, mode: int = 0o600) -> None:
+    def write(self, name: str, data: bytes | str, mode: int = 0o666) -> None:
         """Write a file: the whole of it appears at once, or nothing. `mode`: who may read it, less the
         umask.
         """
@@ -312,7 +313,7 @@ class OutputFolder:
             _append(partial, data.encode() if isinstance(data, str) else data)
 
     @contextmanager
-    def writing(self, name: str, mode: int = 0o600) -> Iterator[Path]:
+    def writing(self, name: str, mode: int = 0o666) -> Iterator[Path]:
         """Yields the path of a new, empty file to be filled. It gets its name at the end of the block; if the
         block raises, it is removed.
         """

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from dlrm.config.parser import parse_options, take_model_name
-from dlrm.cpu import startup
 from dlrm.models.registry import find_model
-from dlrm.runtime import entry, stop, trace
+from dlrm.runtime import entry, imports, stop, trace
 from dlrm.runtime.ranks import Ranks
 
 PROGRAMS = {"dlrm": "python -m dlrm.train", "bert4rec": "python -m dlrm.bert4rec"}  # as --help shows them
@@ -31,7 +30,7 @@ def main(here: Ranks, argv: Sequence[str] | None = None, default: str = "dlrm") 
     if options.run.trace and options.run.output_dir:
         trace.start_tracing(options.run.output_dir, here, "train", options.run.trace_flush_ms)
 
-    with trace.span("startup", "imports"), startup.importing():
+    with trace.span("startup", "imports"), imports.import_quickly(options.run.cpu_fast_path):
         from dlrm.trainer.trainer import train
 
         spec.load_parts()

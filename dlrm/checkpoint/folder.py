@@ -157,7 +157,7 @@ def begin_checkpoint(root: Path, step: int) -> tuple[Path, Path]:
     """
     for old in KIND.find(root):
         KIND.remove(old)
-    partial = KIND.make(root, 0o777)
+    partial = KIND.make(root, 0o777, step)
     taken = [int(name.split("-")[0]) for name in os.listdir(root) if NAME.fullmatch(name)]
     return partial, root / f"{max(taken, default=0) + 1:05d}-step-{step}"
 

@@ -84,7 +84,7 @@ class StoredPiece:
 
 
 def _bytes_of(tensor: Any) -> Iterator[memoryview]:
-    if not isinstance(tensor, torch.Tensor):  # a slice of a table in a file, from embeddings/ssd/snapshot.py
+    if not isinstance(tensor, torch.Tensor):  # ssd.snapshot.SnapshotSlice
         yield from tensor.parts()
         return
     flat: Any = tensor.detach().contiguous().reshape(-1)

@@ -24,7 +24,7 @@ STEP = "step"  # torch's optimizers count steps in their state, the fused ones o
 
 @runtime_checkable
 class FileBackedTable(Protocol):
-    """All rows of a table in files (embeddings/ssd). A protocol, because importing that module takes long."""
+    """All rows of a table in files: `ssd.cached_table.WholeTable`, imported only if there are any."""
 
     def size(self) -> torch.Size: ...
 
@@ -65,7 +65,7 @@ def named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]
     `optimizer`: None for the weights alone.
     """
     ssd_tables = getattr(model, "ssd_tables", None)  # tables in files
-    whole: Callable[[str, Any], Any] = ssd_tables.whole if ssd_tables else lambda _, value: value
+    whole: Callable[[str, Any], Any] = ssd_tables.whole_table if ssd_tables else lambda _, value: value
     for name, value in model.state_dict().items():
         yield f"model/{_without_compile_prefix(name)}", whole(name, value)
     if optimizer is not None:

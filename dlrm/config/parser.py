@@ -18,6 +18,7 @@ from dlrm.runtime.environment import mask_secrets
 from dlrm.runtime.errors import UserError
 
 C = TypeVar("C")
+LARGEST = (1 << 63) - 1
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: str | None = None) -> Any:
@@ -32,6 +33,14 @@ def check_at_least(low: float, config: object, *names: str) -> None:
             raise UserError(f"--{name} {value}: must be a number of at least {low:g}")
 
 
+def check_at_most(high: float, config: object, *names: str) -> None:
+    """For what a longer number would break: an allocation, a clock, numbers of 32 or 64 bits."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value <= high:
+            raise UserError(f"--{name} {value}: must be a number of at most {high:,}")
+
+
 class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
@@ -43,7 +52,11 @@ def list_flags(kind: Any) -> list[Any]:
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    """A list option: 1,2,3."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not integers separated by commas: {text!r}") from None
 
 
 def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> None:
@@ -116,6 +129,10 @@ def _parse_options(
         if chosen:
             parser.set_defaults(**presets[chosen]())
     values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -LARGEST <= number <= LARGEST:
+                raise UserError(f"--{name} {number:.3g}: must be a number of 64 bits")
     made = {
         title: group_kind(**{f.name: values[f.name] for f in list_flags(group_kind)})  # type: ignore[operator, misc]
         for title, group_kind in groups.items()

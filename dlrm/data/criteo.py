@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlrm.runtime.errors import UserError
+from common.errors import UserError, printable
+from common.inputs import read_json_object
 
 NUM_DENSE = 13
 NUM_SPARSE = 26
@@ -15,7 +17,12 @@ DAYS = 24
 SPARSE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
 PARTS = {"dense": NUM_DENSE, "sparse": NUM_SPARSE, "labels": 1}  # file kind -> columns
 META = "meta.json"
+DAY_NUMBER = "(0|[1-9][0-9]{0,17})"  # in the name of a day's file
 META_VERSION = 1
+LARGEST_META = 16 << 20  # bytes; a real one has a few thousand
+MOST_DAYS = 10_000
+MOST_ROWS = 1 << 48  # of a day, as in npy_header
+MOST_IDS = 1 << 32  # of a column: raw hashes have 32 bits
 
 
 def array_file_name(day: int, part: str) -> str:
@@ -59,21 +66,84 @@ class DatasetMeta:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "DatasetMeta":
         path = Path(folder) / META
+        named, remake = printable(path), "remake it with python -m dlrm.prep run"
+        if not os.path.lexists(path):
+            raise UserError(f"{named} is missing: make the dataset with python -m dlrm.prep run")
         try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: make the dataset with python -m dlrm.prep run") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}; remake it with python -m dlrm.prep run") from None
-        if not isinstance(values, dict) or values.get("version") != META_VERSION:
-            raise UserError(
-                f"{path}: version {META_VERSION} expected; remake it with python -m dlrm.prep run"
-            )
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        missing = {"rows", "table_sizes"} - set(values)
+            values = read_json_object(path, LARGEST_META)
+        except UserError as error:
+            raise UserError(f"{error}; {remake}") from None
+        if type(values.get("version")) is not int or values["version"] != META_VERSION:
+            raise UserError(f"{named}: version {META_VERSION} expected; {remake}")
+        unknown = [printable(key)[:60] for key in sorted(set(values) - set(SCHEMA))][:5]
+        missing = sorted({"rows", "table_sizes"} - set(values))
         if unknown or missing:
-            raise UserError(f"{path}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
+            raise UserError(f"{named}: unknown keys {unknown}, missing keys {missing}; {remake}")
+        for key, value in values.items():
+            is_valid, expected = SCHEMA[key]
+            if not is_valid(value):
+                shown = printable(json.dumps(value)[:60])
+                raise UserError(f"{named}: {key} is {shown}, expected {expected}; {remake}")
         return cls(**values)
+
+
+def _are_counts(value: Any, lengths: range, most: int) -> bool:
+    """A list of so many whole numbers from 0 to `most`."""
+    return (
+        isinstance(value, list)
+        and len(value) in lengths
+        and all(type(number) is int and 0 <= number <= most for number in value)
+    )
+
+
+def _is_relative(name: Any) -> bool:
+    """A file of the dataset, in its folder or in a folder of it."""
+    return isinstance(name, str) and 0 < len(name) < 1024 and not {"", ".", ".."} & set(name.split("/"))
+
+
+def _as_list(value: Any) -> list[Any]:
+    """The value if it is a list; else a list that fits no check."""
+    return value if isinstance(value, list) else [None]
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+# what each key of meta.json must hold: (check, what the message says is expected)
+SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rows": (
+        lambda value: _are_counts(value, range(1, MOST_DAYS + 1), MOST_ROWS),
+        f"a list of 1 to {MOST_DAYS} numbers of rows",
+    ),
+    "table_sizes": (
+        lambda value: _are_counts(value, range(NUM_SPARSE, NUM_SPARSE + 1), MOST_IDS),
+        f"{NUM_SPARSE} table sizes, numbers from 0 to {MOST_IDS}",
+    ),
+    "dtypes": (
+        lambda value: _are_texts(value) and set(value) == set(PARTS) and set(value.values()) <= DTYPE_NAMES,
+        "the types of dense, sparse and labels",
+    ),
+    "format": (lambda value: value in ("npy", "parquet", "multi_hot"), "npy, parquet or multi_hot"),
+    "parameters": (
+        lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(step, str) for step in _as_list(value.get("steps", [])))
+        ),
+        "an object, its steps a list of names",
+    ),
+    "made_by": (lambda value: isinstance(value, str), "a text"),
+    "md5": (
+        lambda value: (
+            _are_texts(value)
+            and all(map(_is_relative, value))
+            and all(re.fullmatch("[0-9a-f]{32}", digest) for digest in value.values())
+        ),
+        "names of the dataset's files, each with 32 hexadecimal digits",
+    ),
+    "version": (lambda value: type(value) is int, "a number"),
+}
+DTYPE_NAMES = {"float32", "int32", "int64"}
 
 
 def split_last_day(rows: int) -> tuple[range, range]:
@@ -89,6 +159,30 @@ def rows_of_rank(rows: int, rank: int, world_size: int) -> range:
     return range(start, start + each + (rank < extra))
 
 
+MOST_NAMED = 20  # files in one message
+
+
+def join_flaws(bad: Sequence[str]) -> str:
+    """The flaws of a dataset's files as one line."""
+    more = len(bad) - MOST_NAMED
+    return "; ".join(bad[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def count_days(numbers: set[int], folder: Path, meta: DatasetMeta | None) -> int:
+    """The days of a folder, from those that its files' names give and from meta.json, if there is one."""
+    last = max(numbers, default=-1)
+    if meta is not None and last >= meta.days:
+        raise UserError(
+            f"{printable(folder)}: has files of day {last}, but its {META} says that there are {meta.days} "
+            "days: move the files of the other days away, or make the dataset again"
+        )
+    if last >= MOST_DAYS:
+        raise UserError(
+            f"{printable(folder)}: has a file of day {last}, at most {MOST_DAYS} days are read: rename it"
+        )
+    return meta.days if meta is not None else last + 1
+
+
 DEFAULT_TABLE_SIZE = 100_000
 
 
@@ -100,6 +194,6 @@ def choose_table_sizes(
         if len(each) != NUM_SPARSE:
             raise UserError(f"--num_embeddings_per_feature: {len(each)} sizes, {NUM_SPARSE} expected")
         return list(each), True
-    if every is None and folder is not None and (Path(folder) / META).exists():
+    if every is None and folder is not None and os.path.lexists(Path(folder) / META):
         return [max(size, 1) for size in DatasetMeta.load(folder).table_sizes], False
     return [every or DEFAULT_TABLE_SIZE] * NUM_SPARSE, True

@@ -6,14 +6,16 @@ drawn in turn from numpy's legacy generator with seed 0, so that every rank and 
 """
 
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from common.errors import UserError, printable
+from common.memory import refuse_too_large
 from dlrm.data.criteo import NUM_SPARSE, array_file_name, multi_hot_file_name
 from dlrm.data.npy import CountingFile, NpyFile, NpyLayout, describe_array, open_array, scan_npy
-from dlrm.runtime.errors import UserError
 
 DRAWS = 1 << 22  # ids drawn at a time: the stream of draws is the same, the memory is not
 
@@ -30,7 +32,8 @@ def scan_multi_hot_files(folder: str | os.PathLike[str]) -> NpyLayout:
         other = next((file for file in files if file.columns != files[0].columns), None)
         if other:
             raise UserError(
-                f"{other.path} has {other.columns} ids per row of feature {feature}, {files[0].path} has "
+                f"{printable(other.path)} has {other.columns} ids per row of feature {feature}, "
+                f"{printable(files[0].path)} has "
                 f"{files[0].columns}: make all days with the same --multi_hot_sizes"
             )
     return layout
@@ -44,16 +47,16 @@ def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
     """Where the members' rows lie, by feature."""
     found = {}
     with CountingFile(path, bytes_read) as file:
-        try:
-            members = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"is not an .npz file ({error})") from None
+        size = os.fstat(file.fileno()).st_size
+        members = list_members(file)
         for feature in range(NUM_SPARSE):
             name = f"{feature}.npy"
             if name not in members:
                 raise ValueError(f"has no member {name}")
             if members[name].compress_type != zipfile.ZIP_STORED:
                 raise ValueError("is compressed: save it with np.savez")
+            if not 0 <= members[name].header_offset < size:
+                raise ValueError(f"member {name} lies beyond the end of the file")
             file.seek(members[name].header_offset)
             head = file.up_to(30)  # its lengths may differ from those in the directory
             extra = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
@@ -63,6 +66,36 @@ def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
             except ValueError as error:
                 raise ValueError(f"member {name} {error}") from None
     return found
+
+
+class _DirectoryFile:
+    """What `zipfile` reads the list of members from: never more bytes at once than a list of 26 may have."""
+
+    LONGEST = 1 << 20
+
+    def __init__(self, file: CountingFile) -> None:
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > self.LONGEST:
+            size = self.LONGEST + 1
+        data = self._file.up_to(size)
+        if len(data) > self.LONGEST:
+            raise ValueError("its list of members is too long")
+        return data
+
+    def seekable(self) -> bool:
+        return True
+
+
+def list_members(file: CountingFile) -> dict[str, zipfile.ZipInfo]:
+    """The list at the end of a zip file. Whatever its bytes are, ValueError is all that comes of them."""
+    try:
+        return {info.filename: info for info in zipfile.ZipFile(_DirectoryFile(file)).infolist()}  # type: ignore[arg-type]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"is not an .npz file ({printable(error)[:100]})") from None
+    except (OverflowError, struct.error, IndexError, OSError):
+        raise ValueError("is not an .npz file (its list of members is damaged)") from None
 
 
 class MultiHotMaker:
@@ -77,6 +110,8 @@ class MultiHotMaker:
             raise UserError(f"--multi_hot_sizes: {NUM_SPARSE} numbers of at least 1 are needed")
         if len(table_sizes) != NUM_SPARSE or min(table_sizes) < 1:
             raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
+        size = sum(4 * rows * count for rows, count in zip(table_sizes, ids_per_row, strict=True))
+        refuse_too_large(size, "--multi_hot_sizes with tables of this length", "give smaller sizes or tables")
         state = np.random.RandomState(0)
         self.tables = [
             make_offset_table(state, size, count, DISTRIBUTIONS[distribution])

@@ -14,10 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular_file
-from dlrm.data.criteo import META, PARTS, DatasetMeta, array_file_name, split_last_day
+from dlrm.data.criteo import (
+    DAY_NUMBER,
+    META,
+    PARTS,
+    DatasetMeta,
+    array_file_name,
+    count_days,
+    join_flaws,
+    split_last_day,
+)
 from dlrm.data.npy_header import read_npy_header
-from dlrm.runtime.errors import UserError
 
 DTYPES = {"dense": ("float32",), "sparse": ("int32", "int64"), "labels": ("int32", "int64")}
 ONE_DAY_HELD_OUT = 7  # a set of one file: its last seventh plays the last day, as Kaggle's seventh day does
@@ -93,6 +102,8 @@ def describe_array(
     file: CountingFile, at: int, size: int, dtypes: tuple[str, ...], columns: int | None
 ) -> NpyFile:
     """The array that begins at byte `at` and has `size` bytes; ValueError says what is wrong with it."""
+    if not 0 <= at <= at + size <= os.fstat(file.fileno()).st_size:
+        raise ValueError("lies beyond the end of the file")
     file.seek(at)
     shape, dtype, length = header = read_npy_header(file.up_to)
     if len(shape) == 1 and columns == 1:
@@ -123,7 +134,7 @@ def scan_npy(
 ) -> NpyLayout:
     """Find the days of a folder and check every file; UserError names all that are bad."""
     root = Path(folder).absolute()
-    meta = DatasetMeta.load(root) if (root / META).exists() else None
+    meta = DatasetMeta.load(root) if os.path.lexists(root / META) else None
     days, name = find_days(root, name, meta)
     layout = NpyLayout(str(root), {}, meta.table_sizes if meta else None)
     bad: list[str] = []
@@ -134,34 +145,35 @@ def scan_npy(
             try:
                 found.update(opener(path, part, layout.bytes_read))
             except FileNotFoundError:
-                bad.append(f"{path} is missing")
+                dangling = " (it is a link to a file that is not there)" if os.path.islink(path) else ""
+                bad.append(f"{printable(path)} is missing{dangling}")
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) else error
-                bad.append(f"{path} {reason}")
+                bad.append(f"{printable(path)} {reason}")
         bad += find_disagreements(found, meta.rows[day] if meta else None)
         for part, file in found.items():
             layout.parts.setdefault(part, []).append(file)
     if bad:
-        raise UserError("; ".join(bad) + ": restore these files or make the dataset again")
+        raise UserError(join_flaws(bad) + ": restore these files or make the dataset again")
     return layout
 
 
 def find_days(root: Path, name: Names, meta: DatasetMeta | None) -> tuple[int, Names]:
     """How many days, and how their files are called: days by number, or Kaggle's one train file."""
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give the folder with the preprocessed day files")
-    if meta is not None:
-        return meta.days, name
-    names = os.listdir(root)
-    pattern = [re.escape(name(0, part)).replace("day_0", r"day_(\d+)") for part in PARTS]
-    numbers = [int(m.group(1)) for one in pattern for file in names if (m := re.fullmatch(one, file))]
-    if not numbers and find_kaggle_files(name, "dense") in names:
+        raise UserError(f"{printable(root)} is not a folder: give the folder with the preprocessed day files")
+    with os_errors_as_user_errors(root):
+        names = set(os.listdir(root))
+    patterns = [re.escape(name(0, part)).replace("day_0", f"day_{DAY_NUMBER}") for part in PARTS]
+    numbers = {int(m[1]) for one in patterns for file in names if (m := re.fullmatch(one, file))}
+    days = count_days(numbers, root, meta)
+    if days:
+        return days, name
+    if find_kaggle_files(name, "dense") in names:
         return 1, lambda _day, part: find_kaggle_files(name, part)
-    if not numbers:
-        raise UserError(
-            f"{root} has no files like {name(0, 'dense')}: make them with python -m dlrm.prep run"
-        )
-    return max(numbers) + 1, name
+    raise UserError(
+        f"{printable(root)} has no files like {name(0, 'dense')}: make them with python -m dlrm.prep run"
+    )
 
 
 def find_kaggle_files(name: Names, part: str) -> str:
@@ -173,11 +185,11 @@ def find_disagreements(found: dict[str, NpyFile], rows: int | None) -> list[str]
     """The parts of one day must have the same number of rows, the one that meta.json gives."""
     if rows is not None:
         return [
-            f"{file.path} has {file.rows} rows, {META} says {rows}"
+            f"{printable(file.path)} has {file.rows} rows, {META} says {rows}"
             for file in found.values()
             if file.rows != rows
         ]
     if len({file.rows for file in found.values()}) <= 1:
         return []
     seen = {file.path: file.rows for file in found.values()}
-    return [" but ".join(f"{path} has {n} rows" for path, n in seen.items())]
+    return [" but ".join(f"{printable(path)} has {n} rows" for path, n in seen.items())]

@@ -14,17 +14,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, DatasetMeta
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.memory import refuse_too_large
+from dlrm.data.criteo import DAY_NUMBER, META, NUM_DENSE, NUM_SPARSE, DatasetMeta, count_days, join_flaws
 from dlrm.data.npy import CountingFile, rows_of_stage
 from dlrm.data.rows import STAGES, Rows, batch_name
 from dlrm.data.shuffle import join_rows
-from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import span
 
 LABEL = "label"
 DENSE = [f"I{n}" for n in range(1, NUM_DENSE + 1)]
 SPARSE = [f"C{n}" for n in range(1, NUM_SPARSE + 1)]
 COLUMNS = [LABEL, *DENSE, *SPARSE]
+ROW_BYTES = 3 * 4 * len(COLUMNS)  # in memory: a decoded row group of 64-bit ids, and our arrays of it
+FREE_ROWS = 1 << 20  # of a row group, whatever the file's size
+ROWS_PER_BYTE = 1  # of a larger one: 40 columns of real rows take many bytes
 
 
 @dataclass
@@ -60,56 +64,89 @@ class ParquetLayout:
 def scan_parquet(folder: str | os.PathLike[str]) -> ParquetLayout:
     """Find the files and check their columns; UserError names all that are bad."""
     root = Path(folder).absolute()
-    meta = DatasetMeta.load(root) if (root / META).exists() else None
+    meta = DatasetMeta.load(root) if os.path.lexists(root / META) else None
     layout = ParquetLayout(str(root), {}, meta.table_sizes if meta else None)
     bad: list[str] = []
-    for name, stem in find_subsets(root).items():
+    for name, stem in find_subsets(root, meta).items():
         one, several = root / f"{stem}.parquet", root / stem
-        paths = [one] if one.exists() else sorted(several.glob("*.parquet"))
+        with os_errors_as_user_errors(several):
+            paths = [one] if os.path.lexists(one) else sorted(several.glob("*.parquet"))
         if not paths:
-            bad.append(f"{one} is missing")
+            bad.append(f"{printable(one)} is missing")
         for path in paths:
             try:
                 file = open_parquet(str(path), layout.bytes_read)
                 layout.files.setdefault(name, []).append(file)
-            except (OSError, ValueError, pa.ArrowException) as error:
-                bad.append(f"{path} {str(error).splitlines()[0]}")
+            except (OSError, *DAMAGED) as error:
+                bad.append(f"{printable(path)} {describe_error(error)}")
     if bad:
-        raise UserError("; ".join(bad) + ": restore these files or make the dataset again")
+        raise UserError(join_flaws(bad) + ": restore these files or make the dataset again")
     return layout
 
 
-def find_subsets(root: Path) -> dict[str, str]:
+# what arrow raises for bytes that are no Parquet; its ArrowMemoryError is a MemoryError
+DAMAGED = (ValueError, TypeError, KeyError, OverflowError, MemoryError, pa.ArrowException)
+
+
+def describe_error(error: BaseException) -> str:
+    """The first line of arrow's message, or the system's words; not longer than a line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable((text.strip().splitlines() or [type(error).__name__])[0][:200])
+
+
+def find_subsets(root: Path, meta: DatasetMeta | None = None) -> dict[str, str]:
     """What the folder is made of: name -> file stem."""
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give the folder with the Parquet files")
-    stems = {name.removesuffix(".parquet") for name in os.listdir(root)}
-    days = [int(m.group(1)) for stem in stems if (m := re.fullmatch(r"day_(\d+)", stem))]
+        raise UserError(f"{printable(root)} is not a folder: give the folder with the Parquet files")
+    with os_errors_as_user_errors(root):
+        stems = {name.removesuffix(".parquet") for name in os.listdir(root)}
+    days = {int(m[1]) for stem in stems if (m := re.fullmatch(f"day_{DAY_NUMBER}", stem))}
     if days:
-        return {str(day): f"day_{day}" for day in range(max(days) + 1)}
+        return {str(day): f"day_{day}" for day in range(count_days(days, root, meta))}
     if "train" in stems and not stems & {"val", "test"}:
         return {"0": "train"}  # one file, as Kaggle's: a part of it is held out
     if "train" in stems:
         return {stage: stage for stage in STAGES}
     raise UserError(
-        f"{root} has neither day_0.parquet nor train.parquet: make it with dlrm.prep run --format parquet"
+        f"{printable(root)} has neither day_0.parquet nor train.parquet: "
+        "make it with dlrm.prep run --format parquet"
     )
 
 
 def open_parquet(path: str, bytes_read: dict[str, int]) -> ParquetFile:
     with CountingFile(path, bytes_read) as file:
+        size = os.fstat(file.fileno()).st_size
         metadata = pq.read_metadata(file)
     schema = metadata.schema.to_arrow_schema()
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
         raise ValueError(f"has no column {', '.join(missing)}")
     for name in COLUMNS:
+        if schema.names.count(name) > 1:
+            raise ValueError(f"has several columns {name}")
         kind = schema.field(name).type
         if not (pa.types.is_integer(kind) or (name in DENSE and pa.types.is_floating(kind))):
             raise ValueError(
-                f"holds {kind} in column {name}, expected {'float' if name in DENSE else 'int32'}"
+                f"holds {printable(kind)[:60]} in column {name}, expected "
+                f"{'float' if name in DENSE else 'int32'}"
             )
+    check_row_groups(metadata, size)
     return ParquetFile(path, metadata.num_rows, metadata)
+
+
+def check_row_groups(metadata: Any, size: int) -> None:
+    """ValueError where the footer promises rows that the file cannot hold: a row group is read whole."""
+    rows = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        lengths = [group.column(at).total_compressed_size for at in range(group.num_columns)]
+        if group.num_rows < 0 or min(lengths, default=0) < 0 or sum(lengths) > size:
+            raise ValueError(f"has a damaged footer (row group {number})")
+        if group.num_rows > max(FREE_ROWS, ROWS_PER_BYTE * size):
+            raise ValueError(f"has a damaged footer ({group.num_rows} rows in row group {number})")
+        rows += group.num_rows
+    if rows != metadata.num_rows:
+        raise ValueError(f"has a damaged footer ({metadata.num_rows} rows, its row groups have {rows})")
 
 
 @dataclass(frozen=True)
@@ -138,6 +175,10 @@ class ParquetSource:
                 size = file.metadata.row_group(number).num_rows
                 rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
                 if len(rows):
+                    refuse_too_large(
+                        size * ROW_BYTES, f"{printable(file.path)}: row group {number} of {size} rows",
+                        "write the file with smaller row groups",
+                    )  # fmt: skip
                     self.groups.append(RowGroup(file, number, first, rows))
                 first += size
         self.starts = np.cumsum([0] + [len(group.rows) for group in self.groups])
@@ -166,8 +207,10 @@ class ParquetSource:
                 reading.update(bytes=self.bytes_read.get(path, 0) - before)
             try:
                 self._held = table_to_rows(table.slice(group.rows.start, len(group.rows)))
-            except (ValueError, pa.ArrowException) as error:
-                raise UserError(f"{path}, row group {group.number}: {error}: make it again") from None
+            except DAMAGED as error:
+                raise UserError(
+                    f"{printable(path)}, row group {group.number}: {describe_error(error)}: make it again"
+                ) from None
             self._number = number
         return self._held
 
@@ -178,9 +221,15 @@ class ParquetSource:
                 self.close()
                 self._handle = CountingFile(path, self.bytes_read)
             file = pq.ParquetFile(self._handle, metadata=group.file.metadata)
-            return file.read_row_group(group.number, columns=COLUMNS, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}, row group {group.number}: {error}: restore the file") from error
+            table = file.read_row_group(group.number, columns=COLUMNS, use_threads=False)
+            rows = group.file.metadata.row_group(group.number).num_rows
+            if table.num_rows != rows:
+                raise ValueError(f"holds {table.num_rows} rows, the footer says {rows}")
+            return table
+        except (OSError, *DAMAGED) as error:
+            raise UserError(
+                f"{printable(path)}, row group {group.number}: {describe_error(error)}: restore the file"
+            ) from None
 
     def take(self, rows: np.ndarray) -> Rows:
         raise NotImplementedError("row groups are read in order")
@@ -211,6 +260,7 @@ def table_to_rows(table: Any) -> Rows:
         parts = [  # a safe cast: what does not fit is an error
             np.frombuffer(part.buffers()[1], kind, len(part), part.offset * width)
             for part in data.cast(pa.from_numpy_dtype(kind)).chunks
+            if len(part)
         ]
         return np.concatenate([np.empty(0, kind), *parts])
 

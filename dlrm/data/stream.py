@@ -9,9 +9,10 @@ from io import FileIO
 
 import numpy as np
 
+from common.errors import UserError, printable
+from common.inputs import open_regular_file
 from dlrm.data.npy import NpyLayout
 from dlrm.data.rows import Rows, batch_name
-from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import opening, span
 
 
@@ -84,8 +85,8 @@ class StreamedArray:
             if wrong.any():
                 row, column = np.argwhere(wrong)[0]
                 raise UserError(
-                    f"{piece.path}: row {piece.first + inside + row}, column {column}: {raw[row, column]} "
-                    f"does not fit {out.dtype}: make the dataset again"
+                    f"{printable(piece.path)}: row {piece.first + inside + row}, column {column}: "
+                    f"{raw[row, column]} does not fit {out.dtype}: make the dataset again"
                 )
             out[:] = raw
 
@@ -94,24 +95,26 @@ class StreamedArray:
             if self._handle is None or self._handle.name != path:
                 self.close()
                 with opening:
-                    self._handle, self._position = FileIO(path), 0
+                    self._handle, self._position = FileIO(path, opener=open_regular_file), 0
             if self._position != offset:
                 self._handle.seek(offset)
             done = 0
             while done < len(view):
                 got = self._handle.readinto(view[done:])
                 if not got:
-                    raise UserError(f"{path}: ends at byte {offset + done}: the file was cut while in use")
+                    raise UserError(
+                        f"{printable(path)}: ends at byte {offset + done}: the file was cut while in use"
+                    )
                 done += got
                 self.bytes_read[path] = self.bytes_read.get(path, 0) + got
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror} at byte {offset}") from error
+            raise UserError(f"{printable(path)}: {error.strerror} at byte {offset}") from error
         self._position = offset + done
 
     def where(self, row: int) -> str:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         piece = self.pieces[number]
-        return f"{piece.path}, row {piece.first + row - int(self.starts[number])}"
+        return f"{printable(piece.path)}, row {piece.first + row - int(self.starts[number])}"
 
     def close(self) -> None:
         if self._handle is not None:

@@ -4,12 +4,9 @@ A sharding file is JSON, table name -> wishes, with "*" for all tables not named
     {"*": {"sharding": "table_wise"}, "t_cat_0": {"sharding": ["row_wise"], "kernel": "fused"}}
 """
 
-import contextlib
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +34,11 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
-from dlrm.cpu import pooled_embeddings
+from common.errors import UserError, printable
+from common.inputs import read_json
+from common.memory import format_size, host_memory, memory_limit
 from dlrm.embeddings.tables import initialize_tables
-from dlrm.runtime.errors import UserError
+from dlrm.runtime import accelerate
 from dlrm.runtime.ranks import Ranks
 
 SHARDINGS = [sharding.value for sharding in ShardingType]
@@ -49,6 +48,8 @@ WISHES = ("sharding", "kernel", "min_partition", "cache_load_factor", "store")
 MODEL_PARALLEL = [name for name in SHARDINGS if name != ShardingType.DATA_PARALLEL.value]
 # whole tables, balanced, when nothing is wished and they fit: on CPUs splitting them costs and brings nothing
 FIRST_CHOICE = {"cpu": [ShardingType.TABLE_WISE.value], "cuda": MODEL_PARALLEL}
+LARGEST_FILE = 1 << 20  # bytes of a sharding file
+LARGEST_NUMBER = 1 << 31
 RESERVED = 0.15  # of a GPU: dense part, activations, communication buffers
 
 
@@ -75,31 +76,33 @@ def make_sharders() -> list[ModuleSharder[nn.Module]]:
 def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The sharding file, checked as far as can be without the model."""
     try:
-        wishes = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--sharding_file {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--sharding_file {path}: not JSON: {error}") from None
+        wishes = read_json(path, LARGEST_FILE)
+    except UserError as error:
+        raise UserError(f"--sharding_file {error}") from None
     if not isinstance(wishes, dict) or not all(isinstance(value, dict) for value in wishes.values()):
-        raise UserError(f'{path}: must be like {{"t_cat_0": {{"sharding": "row_wise"}}}}')
+        raise UserError(f'{printable(path)}: must be like {{"t_cat_0": {{"sharding": "row_wise"}}}}')
     for table, wish in wishes.items():
         for key, value in wish.items():
             if wrong := _find_error(key, value):
-                raise UserError(f"{path}: {table}: {wrong}")
+                raise UserError(f"{printable(path)}: {printable(table)[:60]}: {printable(wrong)[:300]}")
     return wishes
 
 
 def _find_error(key: str, value: Any) -> str | None:
     """What is wrong with a wish."""
     if key not in WISHES:
-        return f"{key} is unknown; choose from {', '.join(WISHES)}"
+        return f"{key[:60]} is unknown; choose from {', '.join(WISHES)}"
     allowed = {"sharding": SHARDINGS, "kernel": KERNELS, "store": STORES}.get(key)
     if not allowed:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        return None if number else f"{key} {value}: must be a number above 0"
+        whole = key == "min_partition"
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if number and 0 < value <= (LARGEST_NUMBER if whole else 1):
+            return None
+        kind = "whole number above 0" if whole else "number above 0 and at most 1"
+        return f"{key} {str(value)[:60]}: must be a {kind}"
     words = value if isinstance(value, list) and value and key != "store" else [value]
     unknown = [word for word in words if word not in allowed]
-    return f"{key} {unknown[0]} is unknown: {', '.join(allowed)}" if unknown else None
+    return f"{key} {str(unknown[0])[:60]} is unknown: {', '.join(allowed)}" if unknown else None
 
 
 def _make_constraints(
@@ -110,9 +113,8 @@ def _make_constraints(
 ) -> dict[str, ParameterConstraints]:
     unknown = set(wishes) - {*tables, "*"}
     if unknown:
-        raise UserError(
-            f"sharding file: no table {', '.join(sorted(unknown))}; there are {tables[0]} .. {tables[-1]}"
-        )
+        named = printable(", ".join(sorted(unknown)))[:200]
+        raise UserError(f"sharding file: no table {named}; there are {tables[0]} .. {tables[-1]}")
     many = [1.0] * len(tables) if poolings is None else poolings
     made = {}
     for table, ids in zip(tables, many, strict=True):
@@ -190,8 +192,8 @@ def _plan_or_reason(
         if not isinstance(error, PlannerError):  # torchrec's enumerator: nothing satisfies the wishes
             return f"sharding file: on {device.type} torchrec cannot do that: {reason}"
         return (
-            f"no sharding plan: {len(rows)} tables of {_format_size(sum(rows.values()))} (largest {largest}, "
-            f"{_format_size(rows[largest])}) for {ranks.world_size} ranks with {_format_size(limit)} each: "
+            f"no sharding plan: {len(rows)} tables of {format_size(sum(rows.values()))} (largest {largest}, "
+            f"{format_size(rows[largest])}) for {ranks.world_size} ranks with {format_size(limit)} each: "
             f"use more ranks, smaller tables or another --sharding_file (planner: {reason})"
         )
 
@@ -200,10 +202,7 @@ def memory_of_rank(device: torch.device, ranks: Ranks) -> int:
     """Bytes that one rank may fill: its GPU, or its share of the host's memory or of its control group's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
-        host = min(host, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return host // max(1, ranks.local_world_size)
+    return min(host_memory() // max(1, ranks.local_world_size), memory_limit())
 
 
 def table_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -248,7 +247,7 @@ def shard_model(
         warnings.simplefilter("ignore", FutureWarning)
         model = DistributedModelParallel(module, device=device, plan=plan, sharders=make_sharders())
     _look_up_one_by_one(model)
-    pooled_embeddings.install_shared_memory_dists(model)
+    accelerate.hooks.replace_output_dists(model)
     initialize_tables(model, seed, bound)
     return model
 
@@ -285,13 +284,5 @@ def describe_plan(plan: ShardingPlan) -> str:
         lines.append(
             f"{table:<12} {entry['sharding']:<18} {entry['kernel']:<18} {', '.join(places) or 'every rank'}"
         )
-    lines += [f"rank {rank} holds {_format_size(held[rank])} of tables" for rank in sorted(held)]
+    lines += [f"rank {rank} holds {format_size(held[rank])} of tables" for rank in sorted(held)]
     return "\n".join(lines)
-
-
-def _format_size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} TiB"

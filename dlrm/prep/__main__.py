@@ -5,7 +5,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.errors import os_errors_as_user_errors, printable
 from dlrm.prep.job import options as choices
@@ -13,8 +13,8 @@ from dlrm.runtime import errors, ranks
 
 
 def make_parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m dlrm.prep", description=__doc__)
-    whole_words: Any = partial(argparse.ArgumentParser, allow_abbrev=False)
+    top = OneLineParser(prog="python -m dlrm.prep", description=__doc__)
+    whole_words: Any = partial(OneLineParser, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, parser_class=whole_words)
     toy = commands.add_parser("toy", help="write Criteo-like TSV that can be learned")
     toy.add_argument("out", type=Path)
@@ -28,6 +28,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_multihot_options(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
     add_script_options(commands)
     return top
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A wrong option is one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(errors.USAGE, f"dlrm.prep: {printable(message)} (--help lists the options)\n")
 
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
@@ -66,7 +73,7 @@ def add_multihot_options(multihot: argparse.ArgumentParser) -> None:
     add("--num_embeddings_per_feature", type=parse_numbers, help="26 numbers [the table sizes of the input]")
     add("--multi_hot_distribution_type", choices=("uniform", "pareto"), default="uniform")
     add("--copy_labels_and_dense", action="store_true")
-    add("--workers", type=int, default=1)
+    add("--workers", type=parse_workers, default=1)
 
 
 def add_script_options(commands: Any) -> None:
@@ -80,15 +87,15 @@ def add_script_options(commands: Any) -> None:
     one.add_argument("--dataset_name", dest="dataset", choices=choices.DATASETS, default="")
     one.add_argument(
         "--workers",
-        type=int,
+        type=parse_workers,
         default=1,
         help="processes that take turns at the files; if there are fewer files, threads in each [1]",
     )
-    two.add_argument("--frequency_threshold", dest="threshold", type=int, default=0)
+    two.add_argument("--frequency_threshold", dest="threshold", type=parse_count, default=0)
     three.add_argument("--input_dir_labels_and_dense", dest="dense_dir", type=Path, required=True)
     three.add_argument("--input_dir_sparse", dest="sparse_dir", type=Path, required=True)
     three.add_argument("--output_dir_shuffled", dest="output_dir", type=Path, required=True)
-    three.add_argument("--random_seed", dest="seed", type=int, default=0)
+    three.add_argument("--random_seed", dest="seed", type=parse_count, default=0)
     three.add_argument("--tmp_dir", type=Path)
 
 
@@ -105,7 +112,25 @@ def run_script(args: argparse.Namespace) -> None:
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not integers separated by commas: {text!r}") from None
+
+
+def parse_count(text: str) -> int:
+    """A seed or a threshold: numpy's generators take 32 bits."""
+    number = int(text)
+    if not 0 <= number < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not from 0 to {(1 << 32) - 1}")
+    return number
+
+
+def parse_workers(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= choices.MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not from 1 to {choices.MOST_WORKERS}")
+    return number
 
 
 def run_check(args: argparse.Namespace) -> None:
@@ -163,6 +188,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if ranks.find_ranks().first:  # the ranks have agreed on one error
             print(f"dlrm.prep: {printable(told)}", file=sys.stderr)
+        return errors.USAGE
+    except MemoryError as error:
+        if ranks.find_ranks().first:
+            print(f"dlrm.prep: out of memory: {printable(error)[:200]}: use smaller sizes", file=sys.stderr)
         return errors.USAGE
     except KeyboardInterrupt:
         if ranks.find_ranks().first:

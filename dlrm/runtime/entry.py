@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from common.memory import is_out_of_memory
 from dlrm.runtime import ranks, trace
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, NotSaved, Stopped, UserError, explain_missing_module
 from dlrm.runtime.ranks import Ranks
@@ -79,6 +80,9 @@ def _run_for_exit_code(main: Callable[[Ranks], None], here: Ranks) -> int:
             print_error(here, f"{error.filename or 'a file'}: {error.strerror}")
             return 1
         first_line = (str(error).splitlines() or [""])[0][:200]
+        if is_out_of_memory(error):
+            print_error(here, f"out of memory: {first_line}: lower --batch_size or the model's sizes")
+            return USAGE
         if "KeyboardInterrupt" in first_line:  # C++ code turns it into a RuntimeError
             print_error(here, "interrupted")
             return 130

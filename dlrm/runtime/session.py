@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dlrm.cpu import process_group
-from dlrm.runtime import trace
+from common.memory import is_out_of_memory
+from dlrm.runtime import accelerate, trace
 from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError
 from dlrm.runtime.heartbeat import Heartbeat, is_broken_connection
@@ -40,12 +40,12 @@ def choose_device(here: Ranks) -> torch.device:
 
 
 @contextmanager
-def open_session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterator[torch.device]:
-    """The process group of all ranks: NCCL on CUDA; shared memory or gloo on CPUs. Yields this rank's device.
+def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
+    """The process group of all ranks: NCCL on CUDA, gloo on CPUs (or what a fast path has in its place).
+    Yields this rank's device.
 
     here        this rank
     timeout     --timeout: seconds without a heartbeat after which a rank counts as lost
-    exchanging  --exchange: "auto" or "gloo", for CPU ranks
 
     When the block raises, all ranks exit: those whose own code raised nothing raise LostRank, or are ended by
     their heartbeat. The error's attribute `shared` says that all ranks raise it alike.
@@ -56,10 +56,8 @@ def open_session(here: Ranks, timeout: int, exchanging: str = "auto") -> Iterato
         _store, processes = rendezvous(here, timeout)
         heartbeat = Heartbeat(_store, here, processes, timeout)
         try:
-            process_group.register_backends()
-            on_cpu = {"auto": process_group.NAME, "gloo": process_group.GLOO}[exchanging]
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else on_cpu,
+                accelerate.hooks.choose_backend(device),
                 store=dist.PrefixStore(_store.name_group("group"), _store.store), rank=here.rank,
                 world_size=here.world_size, timeout=COLLECTIVE_TIMEOUT_FACTOR * timedelta(seconds=timeout),
             )  # fmt: skip
@@ -115,6 +113,8 @@ def _rank_environment(here: Ranks) -> Iterator[None]:
 
 
 def _exit_code_of(error: BaseException) -> int:
+    if is_out_of_memory(error):
+        return USAGE
     return {UserError: USAGE, Stopped: STOPPED}.get(type(error), 1)
 
 

@@ -21,16 +21,17 @@ Presets = Mapping[str, Callable[[], Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """How 3_train.sh's variables become options of the model's program."""
+    """How the variables of 3_train.sh become options of the model."""
 
-    dataset: str  # the option that DATASET_DIR is passed to, e.g. in_memory_binary_criteo_path
-    batch_size: str = "batch_size"
-    embedding_dim: str = "embedding_dim"
-    epochs: str = "epochs"
-    learning_rate: str = "learning_rate"
-    always: tuple[str, ...] = ()  # options of every run, e.g. --evaluate_on_training_end
-    demo: tuple[str, ...] = ()  # options of the run without DATASET_DIR
-    demo_needs_toy_dataset: bool = False  # the demo trains on `prep toy`'s rows, preprocessed
+    # variable -> the words that it adds, with {} for its value:
+    # DATASET_DIR, BATCH_SIZE (per rank), EMBEDDING_DIM, EPOCHS, LEARNING_RATE and what else the model offers
+    variables: Mapping[str, tuple[str, ...]]
+    always: tuple[str, ...] = ()  # of every run, e.g. --evaluate_on_training_end
+    # Without DATASET_DIR: the options, where {demo_data} is a folder that the script chooses, ...
+    demo: tuple[str, ...] = ()
+    demo_title: str = "made-up data"  # ... what they train on, for the log, ...
+    # ... and that folder's name: "toy" is filled with the toy dataset (in npy/), another one may be missing
+    demo_data: str = ""
 
 
 @dataclass(frozen=True)

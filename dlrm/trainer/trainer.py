@@ -20,13 +20,14 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.checkpoint import shards
-from dlrm.cpu import blas, startup
+from dlrm.config.options import list_deprecated
 from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
 from dlrm.runtime.errors import Stopped, UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, mixed_precision
 from dlrm.trainer.checkpointing import CheckpointManager
+from dlrm.trainer.device import enable_fast_path
 from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.mlperf_log import MLPerfLog
 from dlrm.trainer.resume import resume_training
@@ -40,11 +41,11 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
     `options` is an instance of `spec.options`. A UserError, Stopped or lost rank ends all ranks.
     """
     parts = spec.load_parts()
-    startup.import_optimizers()
     started = time.perf_counter()
 
-    # ranks: find each other, then choose the device (NCCL on CUDA, gloo or shared memory on CPUs)
-    with session.open_session(here, options.run.timeout, options.run.exchange) as device:
+    # ranks: choose the device, then find each other (NCCL on CUDA, gloo or shared memory on CPUs)
+    tuned = enable_fast_path(session.choose_device(here), options.run.cpu_fast_path)
+    with session.open_session(here, options.run.timeout) as device:
         session.mark_clock("start")
         torch.backends.cuda.matmul.allow_tf32 = options.run.allow_tf32
 
@@ -52,7 +53,7 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
         with session.errors_on_all_ranks():
             run_folder = open_run_folder(options, here)
         try:
-            record_launch(run_folder, options, here, device)
+            record_launch(run_folder, spec.title, options, here, device, tuned)
             trainer = make_trainer(parts, options, here, device, run_folder)
             run_trainer(trainer, here, started)
         finally:
@@ -67,16 +68,20 @@ def open_run_folder(options: Any, here: Ranks) -> RunFolder:
     return RunFolder(options.run.output_dir, here.first, options.run.tensorboard, more)
 
 
-def record_launch(run_folder: RunFolder, options: Any, here: Ranks, device: torch.device) -> None:
-    """Record where the run was started. A collective."""
+def record_launch(
+    run_folder: RunFolder, model: str, options: Any, here: Ranks, device: torch.device, tuned: list[str]
+) -> None:
+    """Record where the run was started; `tuned` is what `enable_fast_path` returned,
+    `model` the title of the model's spec. A collective."""
     hosts = session.gather_from_all(here.host)
     run_folder.launch = {
+        "model": model,
         "world_size": here.world_size,
         "local_world_size": here.local_world_size,
         "nodes": len(set(hosts)),
         "hosts": hosts,
         "device": str(device.type),
-        "tuned": blas.tune_processor(device),
+        "tuned": tuned,
     }
     # An earlier run's config.json stays until this run is known to resume it; a run that ends before that
     # must not have changed it.
@@ -89,7 +94,7 @@ def make_trainer(
     parts: ModelParts, options: Any, here: Ranks, device: torch.device, run_folder: RunFolder
 ) -> "Trainer":
     """Build data, model, sharding and optimizer, in this order. A UserError on one rank is raised on all."""
-    for line in parts.list_unused_options(options, device.type):
+    for line in [*list_deprecated(options.run), *parts.list_unused_options(options, device.type)]:
         run_folder.warn(line)
     if options.run.mllog:
         run_folder.register_growing_file("mlperf.log")
@@ -158,7 +163,7 @@ class Trainer:
         # Two pipelines: an evaluation in the middle of an epoch must not drop the training batches that the
         # first one has taken ahead.
         self.pipeline = TrainPipelineSparseDist(model, self.wrap_optimizer(), device)
-        self.ssd_tables.watch(self.pipeline)
+        self.ssd_tables.install_prefetch(self.pipeline)
         self.eval_pipeline = TrainPipelineSparseDist(model, optimizer, device)
 
     # --- what a model overrides
@@ -227,7 +232,7 @@ class Trainer:
         return self.progress.epoch + max(0, within) / max(1, self.epoch_steps)
 
     def log_metrics(self, **values: Any) -> None:
-        self.run_folder.log_metrics(**values, **self.ssd_tables.readings(self.progress.step))
+        self.run_folder.log_metrics(**values, **self.ssd_tables.cache_metrics(self.progress.step))
 
     # --- evaluation
 
@@ -293,7 +298,7 @@ def run_trainer(trainer: Trainer, here: Ranks, started: float) -> None:
     resume_training(trainer, here, checkpoints.root)
     with session.errors_on_all_ranks():
         trainer.run_folder.write_config(trainer.options)
-        trainer.ssd_tables.ready()
+        trainer.ssd_tables.check_row_files()
     startup_seconds = time.perf_counter() - started
 
     try:

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as torch_dist
@@ -52,7 +53,8 @@ for turn in range(60):
 def test_a_stranger_at_the_port_makes_no_job_succeed(toy: Path, tmp_path: Path, how: str) -> None:
     port = str(free_port())
     more = words(toy, "--timeout", 15, "--max_steps", 400, "--epochs", 60)
-    with LiveRanks(tmp_path, 2, *more, MASTER_PORT=port, **{TOKEN: "a secret"}) as ranks:
+    names: dict[str, Any] = {"MASTER_PORT": port, TOKEN: "a secret"}
+    with LiveRanks(tmp_path, 2, *more, **names) as ranks:
         ranks.until_step(5)
         with subprocess.Popen(
             [sys.executable, "-c", STRANGER, port, how], stderr=subprocess.PIPE, stdout=subprocess.PIPE
@@ -90,13 +92,12 @@ def test_a_note_never_says_success(code: int, kept: int) -> None:
 
 FORMING = """
 import os, sys
-from dlrm.cpu import process_group
-from dlrm.runtime import entry, session
+from dlrm.runtime import entry, gloo, session
 if os.environ["RANK"] == sys.argv[1]:
     def create(*_):
         print("forming", flush=True)
         os.kill(os.getpid(), 9)
-    process_group._create_shared = create
+    gloo.create_gloo = create
 def main(here):
     with session.open_session(here, 300):
         pass

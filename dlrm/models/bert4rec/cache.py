@@ -98,11 +98,12 @@ def load_prepared(
 def _fit(arrays: Mapping[str, np.ndarray], items: int) -> bool:
     """Whether every number is in range: they are indices."""
     seen, starts, negatives = arrays["items"], arrays["starts"], arrays["negatives"]
-    if seen.ndim != 1 or starts.ndim != 1 or negatives.ndim != 2 or not 0 < items < 1 << 31:
+    if seen.ndim != 1 or starts.ndim != 1 or negatives.ndim != 2 or not 0 < items < (1 << 31) - 2:
         return False
     if len(starts) < 2 or starts[0] != 0 or starts[-1] != len(seen) or len(negatives) != len(starts) - 1:
         return False
-    if (starts[1:] <= starts[:-1]).any():
+    # three items of a user at least, to train, validate and test with, and something to rank them against
+    if (starts[1:] - starts[:-1] < 3).any() or not negatives.shape[1]:
         return False
     return all(
         not len(each) or (each.min() >= 1 and each.max() <= items) for each in (seen, negatives.ravel())

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from common.memory import refuse_too_large
 from dlrm.data.batches import BatchLoader
 from dlrm.data.prefetch import Prefetcher
 from dlrm.models.bert4rec import cache, ratings
@@ -72,6 +73,7 @@ def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
     data, seed = cfg.data, cfg.run.seed or 0
     bytes_read: dict[str, int] = {}
     known = prepare_data(data, seed, here, bytes_read)
+    refuse_large_sequences(data, known.data)
     pin = data.pin_memory and torch.cuda.is_available()
     to_batch: Any = BertCollator(known.data.vocabulary, cfg.model.output == "tied", pin)
     loaders = {}
@@ -88,6 +90,22 @@ def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
         loaders[stage] = Prefetcher(batches, data.prefetch_batches)
     found = best_reachable_scores(known, REACHABLE) if data.dataset_name == "markov" else {}
     return BertDatasets(known.data, bytes_read, **loaders, reachable=found)
+
+
+def refuse_large_sequences(data: BertData, known: Histories) -> None:
+    """UserError where the sequences of all users, or those of a batch, cannot fit into memory."""
+    # a user's sequence is kept for both tests; while they are made, each position takes two 64-bit numbers
+    refuse_too_large(
+        24 * known.users * data.max_len, f"--max_len {data.max_len} for {known.users} users", "lower it"
+    )
+    windows = data.dupe_factor * (known.users + len(known.items) // max(1, data.max_len // 10))
+    refuse_too_large(16 * windows, f"--dupe_factor {data.dupe_factor}", "lower it")
+    for stage, rows in (("train", windows), ("val", known.users), ("test", known.users)):
+        batch = getattr(data, f"{stage}_batch_size")
+        refuse_too_large(
+            100 * min(batch, rows) * data.max_len,
+            f"--{stage}_batch_size {batch} of --max_len {data.max_len}", "lower them",
+        )  # fmt: skip
 
 
 def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) -> PreparedData:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from dlrm.runtime.errors import UserError
+from common.errors import UserError, printable
+from common.inputs import check_regular, read_bytes
+from common.memory import refuse_too_large
 from dlrm.runtime.trace import span
 
 
@@ -46,6 +48,7 @@ def read_text(path: Path, _: RatingsOptions) -> Ratings:
 
 def make_random(_: Path, wanted: RatingsOptions) -> Ratings:
     """Each of `size` ratings by any user on any item at any time."""
+    refuse_too_large(MADE_BYTES * wanted.size, f"--random_size {wanted.size}", "lower it")
     generator = np.random.default_rng(wanted.seed)
     size = wanted.size
     return Ratings(
@@ -58,8 +61,14 @@ def make_random(_: Path, wanted: RatingsOptions) -> Ratings:
 
 def make_markov(_: Path, wanted: RatingsOptions) -> Ratings:
     """Each user walks over the items: from each item on to a fixed other one in MARKOV_SURE of all steps."""
-    generator = np.random.default_rng(wanted.seed)
     length = max(3, wanted.size // wanted.users)
+    refuse_too_large(
+        MADE_BYTES * length * wanted.users + 16 * wanted.items,
+        f"--random_size {wanted.size} of --random_user_count {wanted.users} and --random_item_count "
+        f"{wanted.items}",
+        "lower them",
+    )
+    generator = np.random.default_rng(wanted.seed)
     follower = np.roll(generator.permutation(wanted.items), 1)
     item = np.empty((length, wanted.users), np.int64)
     item[0] = generator.integers(0, wanted.items, wanted.users)
@@ -75,6 +84,7 @@ def make_markov(_: Path, wanted: RatingsOptions) -> Ratings:
 
 
 MARKOV_SURE = 0.8
+MADE_BYTES = 64  # of memory for a made rating, until it is part of a history
 SETS: dict[str, Callable[[Path, RatingsOptions], Ratings]] = {
     "ml-1m": read_movielens_1m,
     "ml-20m": read_movielens_20m,
@@ -83,6 +93,9 @@ SETS: dict[str, Callable[[Path, RatingsOptions], Ratings]] = {
     "markov": make_markov,
 }
 MADE = ("random", "markov")
+LONGEST_LINE = 1 << 16
+MOST_COLUMNS = 100
+BYTES_PER_BYTE = 4  # of memory for one of the file: its text twice, and the numbers
 FILES = {"ml-1m": "ratings.dat", "ml-20m": "ratings.csv"}
 
 
@@ -102,47 +115,84 @@ def find_ratings_file(name: str, path: str | None) -> Path | None:
     if expected and found.is_dir():
         found = found / expected
     if found.is_dir():
-        raise UserError(f"{path} is a folder: give the file of `user item [timestamp]` lines")
-    if not found.is_file():
-        wanted = f"the {expected} or its folder" if expected else "the file with the lines"
-        raise UserError(f"{found} is missing: give --dataset_path {wanted}")
+        raise UserError(f"{printable(found)} is a folder: give the file of `user item [timestamp]` lines")
+    wanted = f"the {expected} or its folder" if expected else "the file with the lines"
+    if not found.exists():
+        raise UserError(f"{printable(found)} is missing: give --dataset_path {wanted}")
+    try:
+        check_regular(found)
+    except UserError as error:
+        raise UserError(f"{error}: give --dataset_path {wanted}") from None
     return found
 
 
 def _read_table(path: Path, separator: bytes | None, header: bool, rated: bool) -> Ratings:
     """user, item[, rating][, timestamp] of every line."""
+    size = check_regular(path).st_size
+    refuse_too_large(BYTES_PER_BYTE * size, printable(path), "give --dataset_path a smaller file")
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a readable --dataset_path") from None
+        content = read_bytes(path, limit=size)
+    except UserError as error:
+        raise UserError(f"{error}; give a readable --dataset_path") from None
     if separator is None:
         content = re.sub(rb"[ \t,;]+", b"\t", content)
     elif separator != b"\t":
         content = content.replace(separator, b"\t")
+    columns = _parse_columns(content, path, header)
+    least = 3 if rated else 2
+    if len(columns) < least or not len(columns[0]):
+        between = (separator or b"blanks").decode()
+        raise UserError(
+            f"{printable(path)}: {len(columns)} columns, at least {least} expected, separated by {between}"
+        )
+    for number, column in enumerate(columns[: least + 1], 1):
+        if not column.dtype.is_numeric() or column.null_count():
+            line = int(column.cast(pl.Float64, strict=False).is_null().arg_max() or 0)
+            held = f"{printable(column[line])[:60] or 'nothing'} in column {number}"
+            raise UserError(
+                f"{printable(path)}, line {line + 1 + header}: {held} is no number; repair the line"
+            )
+        if number != least or not rated:
+            _refuse_beyond_int64(column, path, number, header)
+    after = columns[least] if len(columns) > least else None
+    return Ratings(
+        columns[0].cast(pl.Int64).to_numpy(),
+        columns[1].cast(pl.Int64).to_numpy(),
+        columns[2].cast(pl.Float32).to_numpy() if rated else np.ones(len(columns[0]), np.float32),
+        after.cast(pl.Int64).to_numpy() if after is not None else np.arange(len(columns[0])),
+    )
+
+
+def _parse_columns(content: bytes, path: Path, header: bool) -> list[pl.Series]:
+    """The columns of tab-separated text. Whatever the bytes are, UserError is all that comes of them."""
+    expected = "expected user, item[, ...] lines"
+    lines = content[:LONGEST_LINE].split(b"\n", 2)
+    if len(lines) == 1 and len(content) > LONGEST_LINE:
+        raise UserError(f"{printable(path)}: its first line is longer than {LONGEST_LINE} bytes; {expected}")
+    if max(line.count(b"\t") for line in lines[:2]) >= MOST_COLUMNS:
+        raise UserError(f"{printable(path)}: more than {MOST_COLUMNS} columns; {expected}")
     try:
-        table = pl.read_csv(
+        return pl.read_csv(
             content,
             separator="\t",
             has_header=header,
             infer_schema_length=10_000,
             truncate_ragged_lines=False,
+        ).get_columns()
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, MemoryError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{printable(path)}: {printable(first_line)[:200]}; {expected}") from None
+
+
+def _refuse_beyond_int64(column: pl.Series, path: Path, number: int, header: bool) -> None:
+    """Users, items and times are whole numbers of 64 bits; ratings may be anything."""
+    if column.dtype.is_integer() and column.dtype not in (pl.UInt64, pl.Int128):
+        return
+    values = column.cast(pl.Float64, strict=False)
+    bad = (~(values.abs() < 2.0**63)).fill_null(True)  # infinite and not-a-number, too
+    if bad.any():
+        line = int(bad.arg_max() or 0)
+        raise UserError(
+            f"{printable(path)}, line {line + 1 + header}: {printable(column[line])[:60]} in column {number} "
+            "is no number of 64 bits; repair the line"
         )
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}; expected user, item[, ...] lines") from None
-    columns = table.get_columns()
-    least = 3 if rated else 2
-    if len(columns) < least or not table.height:
-        between = (separator or b"blanks").decode()
-        raise UserError(f"{path}: {len(columns)} columns, at least {least} expected, separated by {between}")
-    for number, column in enumerate(columns[: least + 1], 1):
-        if not column.dtype.is_numeric() or column.null_count():
-            line = int(column.cast(pl.Float64, strict=False).is_null().arg_max() or 0)
-            held = f"{column[line] or 'nothing'} in column {number}"
-            raise UserError(f"{path}, line {line + 1 + header}: {held} is no number; repair the line")
-    after = columns[least] if len(columns) > least else None
-    return Ratings(
-        columns[0].cast(pl.Int64).to_numpy(),
-        columns[1].cast(pl.Int64).to_numpy(),
-        columns[2].cast(pl.Float32).to_numpy() if rated else np.ones(table.height, np.float32),
-        after.cast(pl.Int64).to_numpy() if after is not None else np.arange(table.height),
-    )

@@ -18,7 +18,7 @@ class BERT4RecTrainer(Trainer):
         super().__init__(*arguments)
         data = self.datasets.data
         self.run_folder.print_line(
-            f"{data.users:,} users, {self.datasets.item_count:,} items, {len(data.items):,} ratings, "
+            f"{data.users:,} users, {data.item_count:,} items, {len(data.items):,} ratings, "
             f"{self.datasets.train.batches.source.rows:,} training sequences"
         )
 

@@ -1,31 +1,38 @@
-"""A DLRM from its options: the model, its optimizer, the plan, the shards of its tables."""
+"""A DLRM from its options: the model, its optimizer, the sharding plan, this rank's shards."""
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm.cpu import startup
+from common.memory import refuse_too_large
 from dlrm.data import criteo
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
 from dlrm.models.dlrm.dataloaders import Datasets
 from dlrm.models.dlrm.model import DLRMTrain, SparseArch, build_dlrm, compile_dense
 from dlrm.models.dlrm.options import Config, ModelOptions
+from dlrm.runtime import accelerate
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import optimizers
 from dlrm.trainer.run_folder import RunFolder
 
+WEIGHT_BYTES = 8  # of memory for a weight of the dense part: itself and its gradient
+
 
 def build_model(cfg: Config, datasets: Datasets, device: torch.device) -> DLRMTrain:
-    """The model on this device, its tables still to be made, their optimizer already attached."""
+    """The model on this device; its tables on the meta device, with their optimizer attached."""
     module = assemble_model(cfg.model, datasets.sizes, device, cfg.run.seed or 0, cfg.run.compile)
     attach_optimizer(cfg, module, device)
     return module
 
 
 def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
+    """Let fbgemm update the tables in the backward pass. `module`: a DLRMTrain."""
     optimizers.apply_in_backward(
         module.model.sparse_arch.parameters(), cfg.optim.name, cfg.optim.learning_rate, device, cfg.optim.eps
     )
@@ -34,7 +41,16 @@ def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
 def assemble_model(
     model: ModelOptions, sizes: list[int], device: torch.device, seed: int, compiled: bool
 ) -> DLRMTrain:
-    """The model as its options say."""
+    """The model of these options, its tables on the meta device.
+
+    sizes: rows of each of the 26 tables. device: of the dense part.
+    """
+    refuse_too_large(
+        WEIGHT_BYTES * count_dense_weights(model, len(sizes)),
+        "the dense part (--dense_arch_layer_sizes, --over_arch_layer_sizes, --embedding_dim and the sizes "
+        "of its --interaction_type)",
+        "give smaller sizes",
+    )
     module = build_dlrm(
         model.interaction_type,
         make_table_configs(sizes, model.embedding_dim),
@@ -54,6 +70,27 @@ def assemble_model(
     return module
 
 
+def count_dense_weights(model: ModelOptions, tables: int) -> int:
+    """Weights and biases of everything but the tables."""
+
+    def count_layers(inputs: int, layers: Sequence[int]) -> int:
+        return sum((above + 1) * below for above, below in pairwise([inputs, *layers]))
+
+    if not model.dense_arch_layer_sizes:
+        return 0
+    last = model.dense_arch_layer_sizes[-1]
+    flat, pairs = last + tables * model.embedding_dim, tables * (tables + 1)
+    found = count_layers(criteo.NUM_DENSE, model.dense_arch_layer_sizes)
+    if model.interaction_type == "dcn":
+        found += model.dcn_num_layers * (2 * flat * model.dcn_low_rank_dim + flat)
+    if model.interaction_type == "projection":
+        branches = (model.interaction_branch1_layer_sizes, model.interaction_branch2_layer_sizes)
+        found += sum(count_layers(flat, branch) for branch in branches)
+        pairs = math.prod(branch[-1] // last for branch in branches if branch)
+    over = last + pairs if model.interaction_type in ("original", "dot", "projection") else flat
+    return found + count_layers(over, model.over_arch_layer_sizes)
+
+
 def shard_dlrm(
     cfg: Config,
     module: DLRMTrain,
@@ -62,12 +99,12 @@ def shard_dlrm(
     device: torch.device,
     run_folder: RunFolder,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """Plan the tables over the ranks, make this rank's shards, wrap the dense part in DDP."""
+    """Plan the tables over the ranks, create this rank's shards, wrap the dense part in DDP."""
     poolings = datasets.poolings
     constraints = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else {}
     ssd_tables, memory = None, None
     if cfg.plan.store_type != "device_mem" or any("store" in each for each in constraints.values()):
-        # the door to tables in files: a training without them does not import numba and what follows
+        # the only import of tables in files: training without them does not load numba
         from dlrm.embeddings.ssd import placement
 
         ssd_tables, constraints = placement.prepare_ssd_tables(
@@ -77,17 +114,17 @@ def shard_dlrm(
         )  # fmt: skip
         if ssd_tables:
             run_folder.lock_folder(ssd_tables.folder, "training with tables in it")
-        memory = placement.ENDLESS if ssd_tables else None
+        memory = placement.UNLIMITED if ssd_tables else None
     made = planner.make_plan(module, device, here, cfg.data.batch_size, constraints, poolings, memory)
     run_folder.record_plan(
         planner.plan_as_dict(made), planner.describe_plan(made), cfg.plan.print_sharding_plan
     )
     if ssd_tables:
         sparse: Any = module.model.sparse_arch
-        configs = ssd_tables.narrow(sparse.embedding_bag_collection, made)
+        configs = ssd_tables.shrink_configs(sparse.embedding_bag_collection, made)
         module.model.sparse_arch = SparseArch(configs, torch.device("meta"))
         attach_optimizer(cfg, module, device)
-    with startup.unfilled():
+    with accelerate.hooks.skip_first_weights():
         model = planner.shard_model(module, made, device, cfg.run.seed or 0)
     if ssd_tables:
         ssd_tables.attach(model)

@@ -31,6 +31,10 @@ HOW_ONLY = {
 }
 
 
+MOST_WORKERS = 1024  # threads of a process
+LARGEST = 1 << 62  # compiled loops count with 64 bits
+
+
 def read_format(folder: Path) -> str:
     """Of the dataset in this folder; nothing when there is none that can be read."""
     try:
@@ -133,6 +137,13 @@ class PrepOptions:
                             ("max_ind_range", 0), ("mod_idx", 0), ("workers", 1)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        for name, most in (("workers", MOST_WORKERS), ("frequency_threshold", LARGEST),
+                           ("frequency_limit", LARGEST)):  # fmt: skip
+            if getattr(self, name) > most:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at most {most}")
+        for name in ("part_bytes", "map_bytes", "giant"):
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"--{name} {getattr(self, name)}: must be from 0 to {LARGEST}")
         if self.random_seed >= 1 << 32:
             raise UserError(f"--random_seed {self.random_seed}: must be below 2^32")
         if self.max_ind_range >= 1 << 31:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import NUM_SPARSE, PARTS, DatasetMeta, array_file_name
+from dlrm.data.criteo import PARTS, DatasetMeta, array_file_name
 from dlrm.data.npy_header import read_npy_header
 from dlrm.prep.io.digests import digests
 from dlrm.prep.io.files import OffsetFile
@@ -19,9 +19,7 @@ def check_dataset(folder: Path) -> list[str]:
     """What is wrong, in words; nothing when all is well."""
     meta = DatasetMeta.load(folder)
     flaws = [f"{path}: left by an unfinished run" for path in sorted(folder.glob(f"*{PARTIAL}"))]
-    if len(meta.table_sizes) != NUM_SPARSE:
-        flaws.append(f"{folder}/meta.json: {len(meta.table_sizes)} table sizes, {NUM_SPARSE} expected")
-    elif meta.format == "npy":
+    if meta.format == "npy":
         flaws += check_arrays(folder, meta)
     found = digests([folder / name for name in meta.md5 if (folder / name).exists()])
     for name, wanted in meta.md5.items():

@@ -5,6 +5,7 @@ and no day is ever whole in memory.
 """
 
 import json
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, printable
+from common.memory import format_size
 from common.owned import finish_file
 from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta, array_file_name, multi_hot_file_name
 from dlrm.prep.io.files import OffsetFile, explained
@@ -28,6 +30,7 @@ from dlrm.prep.tools.torchrec_shuffle import copy_day
 DISTRIBUTIONS = ("uniform", "pareto")
 ROWS = 1 << 16  # at a time, of a table and of a day
 IN_MEMORY = 256 << 20  # bytes of one table
+LARGEST = {"multi_hot_sizes": 1 << 16, "num_embeddings_per_feature": (1 << 31) - 1}  # ids have 32 bits
 LAYOUT = 1  # of the intermediate files
 
 
@@ -44,6 +47,8 @@ class MultiHotOptions:
         for name, values in (("multi_hot_sizes", self.sizes), ("num_embeddings_per_feature", self.tables)):
             if len(values) != NUM_SPARSE or min(values) < 1:
                 raise UserError(f"--{name}: {NUM_SPARSE} numbers of at least 1 are needed, got {len(values)}")
+            if max(values) > LARGEST[name]:
+                raise UserError(f"--{name} {max(values)}: at most {LARGEST[name]} is possible; lower it")
         if same_folder(self.input_dir, self.output_dir):
             raise UserError(
                 f"--output_dir {printable(self.output_dir)}: the same as --input_dir; choose another"
@@ -67,6 +72,7 @@ def write_multi_hot(options: MultiHotOptions, team: Workers) -> None:
     key = json.loads(json.dumps([LAYOUT, *map(list, options.how()), stamps.taken]))
     with Output("multihot", options.output_dir, first_does=team.first_does) as output:
         folders = team.first_gives(lambda: output.open(key, [*names, META]))
+        team.first_does(lambda: check_free_space(options, folders.work))
         team.first_does(lambda: make_tables(options, folders.work))
         team.each(range(days), lambda day: write_day(options, folders, day))
         team.first_does(lambda: finish(options, days, names, folders, stamps))
@@ -88,6 +94,18 @@ def list_days(folder: Path) -> int:
     if not days:
         raise UserError(f"--input_dir {printable(folder)}: no {array_file_name(0, 'sparse')} in it")
     return days
+
+
+def check_free_space(options: MultiHotOptions, scratch: Path) -> None:
+    """UserError where the tables, which lie in files, do not fit on the disk."""
+    need = sum(4 * rows * hots for rows, hots in zip(options.tables, options.sizes, strict=True))
+    with explained(scratch):
+        free = shutil.disk_usage(scratch).free
+    if need > free:
+        raise UserError(
+            f"--output_dir {printable(options.output_dir)}: the tables need {format_size(need)}, "
+            f"{format_size(free)} are free: make space, or give smaller --multi_hot_sizes or tables"
+        )
 
 
 def make_tables(options: MultiHotOptions, scratch: Path) -> None:
