@@ -75,8 +75,11 @@ def open_run_folder(options: Any, here: Ranks) -> RunFolder:
 def record_launch(
     run_folder: RunFolder, model: str, options: Any, here: Ranks, device: torch.device, tuned: list[str]
 ) -> None:
-    """Record where the run was started; `tuned` is what `enable_fast_path` returned,
-    `model` the title of the model's spec. A collective."""
+    """Record where the run was started. A collective.
+
+    model  the title of the model's spec
+    tuned  what `enable_fast_path` returned
+    """
     hosts = session.gather_from_all(here.host)
     run_folder.launch = {
         "model": model,
