@@ -17,7 +17,7 @@ from common.errors import os_errors_as_user_errors, printable
 PAGE = "compare.html"
 Side = tuple[TracedRun, Facts, list[Finding]]
 NOISE = 0.02  # a change smaller than this has no colour
-LENGTHS = ("wall time", "training")  # shorter is better only where as much was done
+LENGTHS = ("wall_seconds", "training_seconds")  # shorter is better only where as much was done
 
 
 def open_side(path: str | Path, over: Map) -> Side:
@@ -33,29 +33,30 @@ def name_runs(one: Side, two: Side) -> tuple[str, str]:
 
 
 def compare_rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
-    """name, told of A, told of B, change, verdict: better, worse or nothing."""
-    a = {name: (value, told, better) for name, value, told, better in summary.list_headlines(one[0], one[1])}
-    b = {name: (value, told, better) for name, value, told, better in summary.list_headlines(two[0], two[1])}
-    unfair: tuple[str, ...] = tuple(a) if other_numbers(one, two) else ()
+    """Label, value of A, value of B, change, verdict: better, worse or nothing."""
+    a = {each.key: each for each in summary.list_headlines(one[0], one[1])}
+    b = {each.key: each for each in summary.list_headlines(two[0], two[1])}
+    unfair: tuple[str, ...] = tuple(a) if are_different_models(one, two) else ()
     if one[0].results.get("samples") != two[0].results.get("samples"):
         unfair = unfair or LENGTHS
     found = []
-    for name in dict.fromkeys([*a, *b]):
-        if name not in a or name not in b:
-            found.append((name, a.get(name, ("", "-", 0))[1], b.get(name, ("", "-", 0))[1], "", ""))
+    for key in dict.fromkeys([*a, *b]):
+        old, new = a.get(key), b.get(key)
+        if old is None or new is None:
+            label = (old or new).label  # pyright: ignore[reportOptionalMemberAccess]
+            found.append((label, old.text if old else "-", new.text if new else "-", "", ""))
             continue
-        (old, told_a, better), (new, told_b, _) = a[name], b[name]
         change, verdict = "", ""
-        if old:
-            part = new / old - 1
-            change = f"{part:+.1%}" if abs(part) < 10 else f"x {new / old:.3g}"
-            if abs(part) >= NOISE and better and name not in unfair:
-                verdict = "better" if part * better > 0 else "worse"
-        found.append((name, told_a, told_b, change, verdict))
+        if old.value:
+            part = new.value / old.value - 1
+            change = f"{part:+.1%}" if abs(part) < 10 else f"x {new.value / old.value:.3g}"
+            if abs(part) >= NOISE and old.better and key not in unfair:
+                verdict = "better" if part * old.better > 0 else "worse"
+        found.append((old.label, old.text, new.text, change, verdict))
     return found
 
 
-def other_numbers(one: Side, two: Side) -> bool:
+def are_different_models(one: Side, two: Side) -> bool:
     """Whether these are runs of different models."""
     a, b = run_settings.model_of_run(one[0].config), run_settings.model_of_run(two[0].config)
     return bool(a and b and a != b)
@@ -67,7 +68,7 @@ def list_differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, st
     unlike = list(run_settings.differing_settings((a.config, a.plan), (b.config, b.plan)))
     if lacking := [name for name, run in zip(name_runs(one, two), (a, b), strict=True) if not run.config]:
         return f"{' and '.join(lacking)}: no config.json, so it is not known which settings differ.", []
-    if other_numbers(one, two):
+    if are_different_models(one, two):
         told = (
             f"These are different models, {run_settings.model_of_run(a.config)} and "
             f"{run_settings.model_of_run(b.config)}: times and bytes stand side by side, "

@@ -70,7 +70,7 @@ def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list
     body = [
         header_html(run, facts),
         f"<nav>{links}</nav>",
-        tiles_html((name, told) for name, _, told, _ in summary.list_headlines(run, facts)),
+        tiles_html((each.label, each.text) for each in summary.list_headlines(run, facts)),
         '<h2 id="findings">Findings</h2><p class=soft>By the time there is to win, at best. '
         "What is hidden behind compute does not count.</p>",
         findings_html(found),

@@ -38,7 +38,8 @@ _COMPRESSED = re.compile(rb"\x0a[\x80-\xff]{0,4}[\x00-\x7f]\x92\x03[\x80-\xff]{0
 _PROCESS = re.compile(rb"\x0a.\x50\x01\xda\x02.\x08[\x80-\xff]{0,9}[\x00-\x7f]\x32.rank ", re.S)
 _PAGE_BEGIN = b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
 _PAGE_SCRIPT = b"// Draws every <figure data-spec> from its JSON."
-_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
+_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "metrics")
+_EARLIER_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
 
 IsOwn = Callable[[Path], bool]
 
@@ -77,8 +78,9 @@ def is_own_summary(path: Path) -> bool:
     data = _content(path)
     try:
         value = json.loads(data)
-        return list(value)[: len(_SUMMARY_KEYS)] == list(_SUMMARY_KEYS) and (
-            json.dumps(value, indent=1) + "\n" == data.decode()
+        keys = tuple(value)
+        return json.dumps(value, indent=1) + "\n" == data.decode() and any(
+            keys[: len(known)] == known for known in (_SUMMARY_KEYS, _EARLIER_SUMMARY_KEYS)
         )
     except (ValueError, TypeError, RecursionError):
         return False
