@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from analysis.perfetto import proto
-from analysis.perfetto.derive import BandwidthCounter
+from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.tracks import (
     ConversionSummary,
     FileTracks,

@@ -8,8 +8,10 @@ import numpy as np
 from isal import isal_zlib
 
 from analysis.perfetto import proto
-from analysis.perfetto.derive import BandwidthCounter, ReadToStepFlows, bytes_moved, read_real_argument
+from analysis.perfetto.bandwidth import BandwidthCounter
+from analysis.perfetto.flows import ReadToStepFlows
 from analysis.perfetto.nest import SliceLane
+from analysis.trace.arguments import count_moved_bytes, read_real_argument
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import resolve_paths
 from analysis.trace.process import TracedProcess
@@ -172,12 +174,12 @@ class FileTracks:
         if not keep.any():
             return
         shared.summary.events += int(np.count_nonzero(keep))
-        calls, amounts = bytes_moved(block, shared.strings)
+        calls, amounts = count_moved_bytes(block, shared.strings)
         for sums in (self.bandwidth, shared.total):
             sums.add(block.ts, block.dur, calls, amounts)
         counter = keep & (block.cat == ID["counter"])
         self._counters(block, np.flatnonzero(counter))
-        flow = self.flows.of(block)
+        flow = self.flows.find_flows(block)
         self._arguments(block)
         instant = keep & (block.cat == ID["clock"])
         slices = keep & ~counter & ~instant
@@ -345,7 +347,7 @@ def write_counter(shared: SharedTracks, uuid: int, ts: np.ndarray, values: np.nd
 
 def write_bandwidth(shared: SharedTracks, parent: int, bandwidth: BandwidthCounter) -> None:
     for name in bandwidth.bytes:
-        ts, rate = bandwidth.series(name)
+        ts, rate = bandwidth.make_series(name)
         if len(ts):
             uuid = shared.new_uuid()
             label = f"{name} MB/s" if parent else f"{name} MB/s, all ranks"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.perfetto.derive import READ, WRITE, bytes_moved, read_argument
+from analysis.trace.arguments import READ, WRITE, count_moved_bytes, read_argument
 from analysis.trace.clocks import launches
 from analysis.trace.columns import resolve_paths
 from analysis.trace.events import assign_ranks
@@ -144,7 +144,7 @@ def by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[int, 
 
 def _add(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], int]) -> None:
     """Bytes of calls by file hash, and of spans data/read by the file that they name."""
-    kinds, amounts = bytes_moved(block, strings)
+    kinds, amounts = count_moved_bytes(block, strings)
     spans = (block.cat == ID["data"]) & (block.name == ID["read"])
     for key, mine, kind, bytes_ in (
         (ID["fhash"], kinds > 0, kinds, amounts),

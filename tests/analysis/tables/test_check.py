@@ -10,8 +10,8 @@ import pytest
 from support import traced
 from support.made_traces import Made
 
-from analysis.perfetto.derive import READ, WRITE
 from analysis.tables import check
+from analysis.trace.arguments import READ, WRITE
 from analysis.trace.source import FileSource
 from common.errors import UserError
 
