@@ -22,7 +22,7 @@ class ReadToStepFlows:
         self.seed = seed
 
     def find_flows(self, block: EventBlock) -> tuple[np.ndarray, np.ndarray]:
-        """flow_base and flow_count for proto.events, one each per event (int64)."""
+        """flow_base and flow_count for proto.encode_events, one each per event (int64)."""
         base, count = np.zeros(len(block), np.int64), np.zeros(len(block), np.int64)
         reads = (block.cat == ID["data"]) & (block.name == ID["read"])
         steps = (block.cat == ID["train"]) & (block.name == ID["step"])

@@ -93,32 +93,32 @@ def format_text(one: Side, two: Side) -> str:
     return "\n".join(lines)
 
 
-def _panel(side: Side, figures: Figures) -> list[str]:
+def _make_panel(side: Side, figures: Figures) -> list[str]:
     run, facts, found = side
     j = run.joined
-    curves, sizes = progress.curves(j, run.metrics), answers.request_sizes(j, "phase")
-    steps = progress.steps(j)
+    curves, sizes = progress.make_curves(j, run.metrics), answers.request_sizes(j, "phase")
+    steps = progress.list_steps(j)
     shown = [
         ("Where each rank's time went", plots.plot_time_by_rank(facts.breakdown), "Seconds of wall clock."),
         ("How much I/O is hidden", plots.plot_hidden_io(facts.phases), "Seconds."),
         (
             "Over the run",
-            plots.plot_over_time(progress.timeline(j), curves, progress.gaps(j)),
+            plots.plot_over_time(progress.make_timeline(j), curves, progress.find_gaps(j)),
             "Drag to zoom.",
         ),
         ("Time of each step", plots.plot_step_times(steps, run.begin_us), "On the slowest rank."),
         ("Distribution of steps", plots.plot_step_histogram(steps), ""),
         ("Request sizes", plots_io.plot_request_sizes(sizes), "All phases."),
         ("Time of an operation", plots_io.plot_latency(j["latencies"]), "All phases."),
-        ("Start-up", plots.plot_startup(progress.startup(j)), "To the end of the first step."),
+        ("Start-up", plots.plot_startup(progress.list_startup(j)), "To the end of the first step."),
     ]
     blocks = [header_html(run, facts) + findings_html(found)]
     for title, spec, caption in shown:
-        blocks.append(f"<h3>{escape(title)}</h3>{figures.html(spec, caption)}" if spec else "")
+        blocks.append(f"<h3>{escape(title)}</h3>{figures.add_figure(spec, caption)}" if spec else "")
     return blocks
 
 
-def html(one: Side, two: Side) -> str:
+def render_comparison(one: Side, two: Side) -> str:
     figures = Figures()
     sides = "".join(f"<th>{escape(name)}</th>" for name in name_runs(one, two))
     heads = "<th></th>" + "".join(
@@ -136,15 +136,15 @@ def html(one: Side, two: Side) -> str:
     parts = [
         f"<h1>{escape(one[0].name)} and {escape(two[0].name)}</h1>",
         f"<p>{escape(told)}</p>",
-        _table(f"<th>setting</th>{sides}", options) if options else "",
-        _table(heads, body),
+        _table_html(f"<th>setting</th>{sides}", options) if options else "",
+        _table_html(heads, body),
     ]
-    for left, right in zip(_panel(one, figures), _panel(two, figures), strict=True):
+    for left, right in zip(_make_panel(one, figures), _make_panel(two, figures), strict=True):
         parts.append(f"<div class=pair><div>{left}</div><div>{right}</div></div>")
     return make_page(f"{one[0].name} and {two[0].name}", parts, figures)
 
 
-def _table(heads: str, body: str) -> str:
+def _table_html(heads: str, body: str) -> str:
     return (
         f'<div class="scroll whole"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
@@ -153,11 +153,11 @@ def _table(heads: str, body: str) -> str:
 def write_comparison(
     a: str | Path, b: str | Path, output: Path | None = None, over: Map = on_threads
 ) -> tuple[Path, str]:
-    home = outputs.beside(b)
+    home = outputs.output_folder(b)
     if output is None and Path(b).exists():
         outputs.check_folder(home, {PAGE: is_own_page}, "name another file with -o")
     one, two = open_side(a, over), open_side(b, over)
-    made = outputs.seal(html(one, two), "compare")
+    made = outputs.seal_page(render_comparison(one, two), "compare")
     if output is not None:
         with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
             partial.write_bytes(made)

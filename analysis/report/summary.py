@@ -21,7 +21,7 @@ class Headline(NamedTuple):
     better: int  # 1: more is better, -1: less is, 0: neither
 
 
-def _seconds(key: str, label: str, seconds: Any) -> Headline:
+def _make_seconds(key: str, label: str, seconds: Any) -> Headline:
     value = float(seconds or 0)
     return Headline(key, label, value, format_seconds(value), -1)
 
@@ -30,12 +30,12 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
     """Times in seconds, shares from 0 to 1, amounts in bytes: docs/report.md lists the keys."""
     j, p = run.joined, facts.phases
     train = p.filter(pl.col("phase").is_in(["train", "run"]))
-    train_s = facts.mean("wall_s", "train", "run")
-    stall_s = facts.mean("wait_s", "train", "run") + facts.mean("io_s", "train", "run")
+    train_s = facts.mean_seconds("wall_s", "train", "run")
+    stall_s = facts.mean_seconds("wait_s", "train", "run") + facts.mean_seconds("io_s", "train", "run")
     io, bare = float(train["io_all_s"].sum()), float(train["io_bare_s"].sum())
-    rows = [_seconds("wall_seconds", "wall time", facts.wall())]
+    rows = [_make_seconds("wall_seconds", "wall time", facts.wall_seconds())]
     if facts.launches.height > 1:
-        rows.append(_seconds("pause_seconds", "not running between launches", facts.pause()))
+        rows.append(_make_seconds("pause_seconds", "not running between launches", facts.pause_seconds()))
     if speed := run.results.get("samples_per_second"):
         rows.append(Headline("samples_per_second", "samples per second", speed, f"{speed:,.0f}", 1))
     if (auroc := run.results.get("test_auroc")) is not None:
@@ -46,9 +46,9 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
                 key = f"{split}_{name.removesuffix('@10').lower()}_at_10"
                 rows.append(Headline(key, f"{split} {name}", scores[name], f"{scores[name]:.5f}", 1))
     if train_s:
-        wait, comm = stall_s / train_s, facts.mean("communication_s", "train", "run") / train_s
+        wait, comm = stall_s / train_s, facts.mean_seconds("communication_s", "train", "run") / train_s
         rows += [
-            _seconds("training_seconds", "training", train_s),
+            _make_seconds("training_seconds", "training", train_s),
             Headline("wait_share", "waiting for data, of training", wait, f"{wait:.1%}", -1),
             Headline("communication_share", "communication, of training", comm, f"{comm:.1%}", -1),
         ]
@@ -56,14 +56,16 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
         hidden = 1 - bare / io
         rows.append(Headline("hidden_io_share", "I/O hidden while training", hidden, f"{hidden:.1%}", 1))
     if len(j["steps"]):
-        first = progress.startup(j).group_by("launch", "rank").agg(pl.col("seconds").sum())["seconds"].max()
-        step = progress.steps(j)["wall_us"].cast(pl.Float64) / 1e6
+        first = (
+            progress.list_startup(j).group_by("launch", "rank").agg(pl.col("seconds").sum())["seconds"].max()
+        )
+        step = progress.list_steps(j)["wall_us"].cast(pl.Float64) / 1e6
         rows += [
-            _seconds("first_step_seconds", "first step ends after", first),
-            _seconds("step_median_seconds", "step, median", step.median()),
-            _seconds("step_p99_seconds", "step, 99th percentile", step.quantile(0.99)),
+            _make_seconds("first_step_seconds", "first step ends after", first),
+            _make_seconds("step_median_seconds", "step, median", step.median()),
+            _make_seconds("step_p99_seconds", "step, 99th percentile", step.quantile(0.99)),
         ]
-    volume = answers.volume(j, "phase")
+    volume = answers.sum_volume(j, "phase")
     for op, label in (("read", "bytes read"), ("write", "bytes written")):
         found = volume.filter(pl.col("op") == op)
         moved, calls = int(found["bytes"].sum()), int(found["count"].sum())
@@ -90,12 +92,12 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
         "launches": facts.launches.to_dicts(),
         "breakdown_s": facts.breakdown.to_dicts(),
         "phases_s": facts.phases.to_dicts(),
-        "io_by_phase": answers.volume(j, "phase").to_dicts(),
-        "io_by_rank": answers.volume(j, "rank").to_dicts(),
-        "operations": answers.operations(j).to_dicts(),
-        "startup_s": progress.startup(j).to_dicts(),
-        "checkpoints": progress.checkpoints(j).to_dicts(),
-        "preprocessing": progress.preprocessing(j).to_dicts(),
+        "io_by_phase": answers.sum_volume(j, "phase").to_dicts(),
+        "io_by_rank": answers.sum_volume(j, "rank").to_dicts(),
+        "operations": answers.sum_operations(j).to_dicts(),
+        "startup_s": progress.list_startup(j).to_dicts(),
+        "checkpoints": progress.list_checkpoints(j).to_dicts(),
+        "preprocessing": progress.sum_preprocessing(j).to_dicts(),
     }  # fmt: skip
 
 
