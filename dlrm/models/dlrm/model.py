@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dlrm.embeddings.tables import initialize_tables
-from dlrm.models.dlrm.interactions import INTERACTIONS, InteractionConfig
+from dlrm.models.dlrm.interactions import InteractionConfig, make_interaction
 from dlrm.models.dlrm.mlp import DenseArch, OverArch
 from dlrm.runtime import accelerate
 from dlrm.runtime.errors import UserError
@@ -75,8 +75,6 @@ def build_dlrm(
     init: str = "torch",
 ) -> DLRMTrain:
     """The whole model; tables on the meta device unless told, for `plan.shard` to make and fill."""
-    if interaction not in INTERACTIONS:
-        raise UserError(f"--interaction_type {interaction} is unknown; choose from {', '.join(INTERACTIONS)}")
     if init not in INITS:
         raise UserError(f"weight initialisation {init} is unknown; choose from {', '.join(INITS)}")
     for option, layers in (("dense", dense_layers), ("over", over_layers)):
@@ -92,7 +90,7 @@ def build_dlrm(
     with torch.random.fork_rng(devices=[]):  # on the CPU, whatever the device: the same model everywhere
         torch.manual_seed(seed)
         dense = DenseArch(dense_in, dense_layers)
-        inter = INTERACTIONS[interaction](shape)
+        inter = make_interaction(interaction, shape)
         over = OverArch(int(inter.out_features), over_layers, None)  # type: ignore[arg-type]
         for part in (dense, inter, over):
             INITS[init](part)

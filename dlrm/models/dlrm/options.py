@@ -18,6 +18,17 @@ LAYERS = (
 )  # fmt: skip
 
 
+# --interaction_type -> the class of interactions.py that computes it. By name, because options are parsed
+# before torch is imported.
+INTERACTIONS = {
+    "original": "InteractionArch",
+    "dot": "InteractionArch",
+    "dcn": "InteractionDCNArch",
+    "projection": "InteractionProjectionArch",
+    "cat": "ConcatArch",
+}
+
+
 @dataclass(frozen=True)
 class DataOptions:
     in_memory_binary_criteo_path: str | None = option(None, "folder of day_*_{dense,sparse,labels}.npy")
@@ -83,8 +94,7 @@ class ModelOptions:
     dense_arch_layer_sizes: tuple[int, ...] = option((512, 256, 64), "layers of the bottom MLP")
     over_arch_layer_sizes: tuple[int, ...] = option((512, 512, 256, 1), "layers of the top MLP")
     interaction_type: str = option(
-        "original", "feature interaction; original is the pairwise dot product",
-        ("original", "dot", "dcn", "projection", "cat"),
+        "original", "feature interaction; original is the pairwise dot product", tuple(INTERACTIONS)
     )  # fmt: skip
     self_interaction: bool = option(False, "dot: each feature also with itself")
     dcn_num_layers: int = option(3, "layers of the cross network")
