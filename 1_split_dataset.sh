@@ -19,7 +19,7 @@ file=${days[0]}
 [[ ${file##*/} == day_0* || ${#days[@]} == 1 ]] || die "$from holds ${#days[@]} day files and no day_0: nothing says which one to split"
 [[ -r $file ]] || die "$file cannot be read"
 
-# split.txt says what was cut into what: the same again is no work, anything else is not overwritten.
+# split.txt says what was cut into what: the same again does nothing, and nothing else is overwritten.
 wanted="${file##*/} $(stat -L -c '%s bytes, changed %Y' -- "$file"), $lines lines a part"
 to=$(realpath -m -- "$to")
 if [[ -e $to/split.txt && $(< "$to/split.txt") == "$wanted" ]]; then
@@ -34,7 +34,7 @@ trap 'rm -rf -- "$part"' EXIT
 echo "1_split_dataset.sh: $file -> $to, $lines lines a part"
 reader=(cat)
 [[ $file != *.gz ]] || reader=(gzip -dc)
-# One line too many, so that a 25th part tells that something was left over. Stopping early breaks the
+# One line more than needed: a 25th part then shows that something was left over. Stopping early breaks the
 # reader's pipe (141), which is no error; a damaged .gz is one.
 set +eo pipefail
 "${reader[@]}" -- "$file" | head -n $(( PARTS * lines + 1 )) | split -a 2 -d -l "$lines" - "$part/"

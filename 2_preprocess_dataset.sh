@@ -13,43 +13,51 @@
 #            NPROC        processes per node (default: its cores)
 #            ARGS         more options of python -m dlrm.prep run
 set -euo pipefail
-die() { echo "2_preprocess_dataset.sh: $*" >&2; exit 2; }
-case ${1:-} in -h | --help) sed -n '/^# Pre/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac
-[[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || cd "$PBS_O_WORKDIR"    # PBS starts in $HOME, with a copy of this script
-# Paths go into logs, traces and reports, which are text of one line each.
-for name in WORKDIR DATASET_DIR OUTPUT_DIR; do
-    value=${!name:-}
-    printf %s "$value" | iconv -f UTF-8 -t UTF-8 > /dev/null 2>&1 \
-        || die "$name=$(printf %q "$value") is not UTF-8: name another folder"
-    [[ $value != *[[:cntrl:]]* ]] \
-        || die "$name=$(printf %q "$value") has a control character in its name: name another folder"
-done
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-[[ -e $here/launcher.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
-here=$(realpath -m -- "${WORKDIR:-$here}")
-if [[ ! -e $here/launcher.sh ]]; then
-    [[ -z ${WORKDIR:-} ]] || die "WORKDIR=$here is not the project's folder: it has no launcher.sh"
-    die "$here is not the project's folder, it has no launcher.sh: name the folder by WORKDIR"
-fi
-[[ -n ${DATASET_DIR:-} ]] || die "DATASET_DIR is not set: the folder of day_0 .. day_23; see --help"
-[[ -d $DATASET_DIR ]] || die "DATASET_DIR=$DATASET_DIR is not a folder"
-from=$(realpath -- "$DATASET_DIR") to=$(realpath -m -- "${OUTPUT_DIR:-${DATASET_DIR%/}-npy}")
-mapfile -t args < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}" 2> /dev/null)
-wait "$!" || die "ARGS=$(printf %q "$ARGS"): is a quote left open?"
-cd "$here"
+script=2_preprocess_dataset.sh
 
-if [[ ${1:-} == --submit ]]; then
-    ./0_setup_env.sh >&2    # stdout is the job id alone
-else
-    ./0_setup_env.sh
-fi
-source ./env.sh
-[[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
-if [[ ${1:-} == --submit ]]; then
-    (( $# == 1 )) || die "--submit takes no options: put them into ARGS"
-    [[ -n ${DLRM_QSUB:-} ]] || die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1"'
-    read -ra resources <<< "$DLRM_QSUB"
-    DATASET_DIR=$from OUTPUT_DIR=$to WORKDIR=$here exec qsub -V "${resources[@]}" "$here/2_preprocess_dataset.sh"
-fi
-export NPROC=${NPROC:-$(env -u OMP_NUM_THREADS nproc)}
-exec ./launcher.sh python -m dlrm.prep run --input_dir "$from" --output_dir "$to" "${args[@]}" "$@"
+print_help() { sed -n '/^# Pre/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
+# PBS copies this script into its spool and starts it in $HOME.
+find_project() {    # sets `here`
+    [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || cd "$PBS_O_WORKDIR"
+    here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+    [[ -e $here/scripts/job.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
+    here=$(realpath -m -- "${WORKDIR:-$here}")
+    if [[ ! -e $here/scripts/job.sh ]]; then
+        echo "$script: ${WORKDIR:+WORKDIR=}$(printf %q "$here") is not the project's folder, it has no" \
+            "scripts/job.sh: name the folder by WORKDIR" >&2
+        exit 2
+    fi
+}
+
+resolve_paths() {    # relative paths are relative to the folder of the call; sets `from` and `to`
+    [[ -n ${DATASET_DIR:-} ]] || die "DATASET_DIR is not set: the folder of day_0 .. day_23; see --help"
+    [[ -d $DATASET_DIR ]] || die "DATASET_DIR=$DATASET_DIR is not a folder"
+    from=$(realpath -- "$DATASET_DIR")
+    to=$(realpath -m -- "${OUTPUT_DIR:-${DATASET_DIR%/}-npy}")
+}
+
+main() {
+    case ${1:-} in
+        -h | --help)
+            print_help
+            exit
+            ;;
+    esac
+    local name
+    find_project
+    source "$here/scripts/job.sh"
+    for name in WORKDIR DATASET_DIR OUTPUT_DIR; do check_path "$name"; done
+    resolve_paths
+    split_args
+    cd "$here"
+    load_environment "$@"
+    if [[ ${1:-} == --submit ]]; then
+        export DATASET_DIR=$from OUTPUT_DIR=$to WORKDIR=$here
+        submit "$here/2_preprocess_dataset.sh"
+    fi
+    export NPROC=${NPROC:-$(env -u OMP_NUM_THREADS nproc)}    # nproc believes OMP_NUM_THREADS
+    exec ./launcher.sh python -m dlrm.prep run --input_dir "$from" --output_dir "$to" "${args[@]}" "$@"
+}
+
+main "$@"

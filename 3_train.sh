@@ -13,61 +13,31 @@
 #            BATCH_SIZE (per rank), EMBEDDING_DIM, EPOCHS, LEARNING_RATE
 #            ARGS         more options of python -m dlrm.train, quoted as in a shell
 #            NPROC        ranks per node (default: as PBS was asked, else one per GPU, else 1)
-#            MODEL        dlrm or bert4rec
+#            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md)
 #            RESULTS      where run folders go (default: WORKDIR/results)
 #            RESUME       the run folder of a run to resume
 #            TRACE=no     without DFTracer
 #            DLRM_ENV_KEEP  more variables whose values go into env.txt, e.g. "MY_SETTING OTHER_*"
 set -euo pipefail
 
-say() { echo "3_train.sh: $*"; }
-
-die() {
-    say "$@" >&2
-    exit 2
-}
+script=3_train.sh
 
 print_help() { sed -n '/^# Train/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-# Paths go into logs, traces and reports, which are text of one line each.
-check_path() {    # check_path NAME: the variable's value is UTF-8 without control characters
-    local value=${!1:-}
-    if ! printf %s "$value" | iconv -f UTF-8 -t UTF-8 > /dev/null 2>&1; then
-        die "$1=$(printf %q "$value") is not UTF-8: name another folder"
-    fi
-    if [[ $value == *[[:cntrl:]]* ]]; then
-        die "$1=$(printf %q "$value") has a control character in its name: name another folder"
-    fi
-}
 
 # PBS copies this script into its spool and starts it in $HOME.
 find_project() {    # sets `here`
     [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || cd "$PBS_O_WORKDIR"
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-    [[ -e $here/launcher.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
+    [[ -e $here/scripts/job.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
     here=$(realpath -m -- "${WORKDIR:-$here}")
-    [[ ! -e $here/launcher.sh ]] || return 0
-    [[ -z ${WORKDIR:-} ]] || die "WORKDIR=$here is not the project's folder: it has no launcher.sh"
-    die "$here is not the project's folder, it has no launcher.sh: name the folder by WORKDIR"
+    if [[ ! -e $here/scripts/job.sh ]]; then
+        echo "$script: ${WORKDIR:+WORKDIR=}$(printf %q "$here") is not the project's folder, it has no" \
+            "scripts/job.sh: name the folder by WORKDIR" >&2
+        exit 2
+    fi
 }
 
-choose_program() {    # sets `program`, `options`, `flags`
-    case ${MODEL:-dlrm} in
-        dlrm)
-            program=dlrm.train
-            options=(--evaluate_on_epoch_end --evaluate_on_training_end --in_memory_binary_criteo_path)
-            flags=(batch_size embedding_dim epochs learning_rate)
-            ;;
-        bert4rec)
-            program=dlrm.bert4rec
-            options=(--dataset_path)
-            flags=(train_batch_size emb_dim num_epochs lr)
-            ;;
-        *) die "MODEL=$(printf %q "$MODEL"): wanted dlrm or bert4rec" ;;
-    esac
-}
-
-resolve_paths() {    # relative paths count from where the user called; sets `results`, `resume`
+resolve_paths() {    # relative paths are relative to the folder of the call; sets `results`, `resume`
     local name
     for name in DATASET_DIR RESUME; do
         [[ -z ${!name:-} || -d ${!name} ]] || die "$name=${!name} is not a folder"
@@ -77,15 +47,7 @@ resolve_paths() {    # relative paths count from where the user called; sets `re
     resume=${RESUME:+$(realpath -- "$RESUME")}
 }
 
-submit() {
-    local resources
-    [[ -n ${DLRM_QSUB:-} ]] || die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1"'
-    read -ra resources <<< "$DLRM_QSUB"
-    # -V and not -v: a comma inside a value would end it there
-    WORKDIR=$here RESULTS=$results exec qsub -V "${resources[@]}" "$here/3_train.sh"
-}
-
-# Where the demo's data lie: in the project, or beside the runs where the project cannot be written.
+# Where the demo's data are: in the project, or beside the runs where the project cannot be written.
 find_demo_data() {    # find_demo_data NAME: prints the folder
     local own=$here/data
     if [[ -e $own/$1/npy/meta.json || -w $own || ( ! -e $own && -w $here ) ]]; then
@@ -107,41 +69,31 @@ make_toy_data() (    # make_toy_data FOLDER, the same way that real data go
     DATASET_DIR=$1/split OUTPUT_DIR=$1/npy ARGS='' ./2_preprocess_dataset.sh
 )
 
-choose_data() {    # appends to `options`
-    local toy
-    if [[ -n ${DATASET_DIR:-} ]]; then
-        options+=("$DATASET_DIR")
-        return
-    fi
+# The model's spec says how DATASET_DIR, BATCH_SIZE and the like become options.
+read_model() {    # sets `title`, `demo` (what the demo trains on), `demo_data` and `options`
+    local answer
+    mapfile -d '' -t answer < <(python -m dlrm.models.script_options)
+    wait "$!" || exit 2
+    title=${answer[0]}
+    demo=${answer[1]}
+    demo_data=${answer[2]}
+    options=("${answer[@]:3}")
+}
+
+prepare_demo() {    # without DATASET_DIR: two ranks, data that are made here
+    local folder
+    [[ -z ${DATASET_DIR:-} ]] || return 0
     export NPROC=${NPROC:-2}
-    if [[ $program == dlrm.bert4rec ]]; then
-        say "no DATASET_DIR: the demo, on walks whose best guess is known"
-        options=(--preset toy --cache_dir "$(find_demo_data bert4rec)")
-        return
-    fi
-    say "no DATASET_DIR: the demo, on toy data"
-    toy=$(find_demo_data toy)
-    make_toy_data "$toy"
-    options+=("$toy/npy" --preset toy)
+    say "no DATASET_DIR: the demo of $title, on $demo"
+    [[ -n $demo_data ]] || return 0
+    folder=$(find_demo_data "$demo_data")
+    [[ $demo_data != toy ]] || make_toy_data "$folder"
+    options=("${options[@]//\{demo_data\}/"$folder"}")
 }
 
-split_args() {    # sets `more`
-    mapfile -t more < <(xargs -rn1 printf '%s\n' <<< "${ARGS:-}" 2> /dev/null)
-    wait "$!" || die "ARGS=$(printf %q "$ARGS"): is a quote left open?"
-}
-
-choose_options() {    # choose_options OPTION...: the variables', then ARGS', then the command line's
-    local name number=0
-    for name in BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE; do
-        [[ -z ${!name:-} ]] || options+=("--${flags[number]}" "${!name}")
-        number=$(( number + 1 ))
-    done
-    # dot products need the dense tower to end as wide as the tables; ARGS may still say otherwise
-    if [[ -n ${EMBEDDING_DIM:-} && $program == dlrm.train ]]; then
-        options+=(--dense_arch_layer_sizes "512,256,$EMBEDDING_DIM")
-    fi
+add_options() {    # add_options OPTION...: tracing, then ARGS, then the command line's; the last one wins
     [[ ${TRACE:-yes} == no ]] || options+=(--trace)
-    options+=("${more[@]}" "$@")
+    options+=("${args[@]}" "$@")
 }
 
 has_option() { [[ " ${options[*]} " == *" $1"[\ =]* ]]; }
@@ -161,13 +113,13 @@ make_run() {    # sets `run`, and `made`: what proves that it was made here, or 
     made=${answer[1]}
 }
 
-check_options() {    # a mistake ends here, before anything is made
+validate_options() {    # a mistake ends here, before anything is made
     if [[ -n $resume && ! -d $run/checkpoints ]] && ! has_option --checkpoint_dir; then
         die "RESUME=$run has no checkpoints to go on from"
     fi
-    python -m "$program" "${options[@]}" --output_dir "$run" --check_options || exit
+    python -m dlrm.train "${options[@]}" --output_dir "$run" --validate_only || exit
     local word
-    for word in --check_options --help -h; do
+    for word in --validate_only --check_options --help -h; do
         ! has_option "$word" || exit 0
     done
 }
@@ -182,7 +134,7 @@ train() {    # sets `code`, and `stopped` after a signal
     local ranks signalled status
     stopped=''
     code=0
-    ./launcher.sh python -m "$program" "${options[@]}" --output_dir "$run" < /dev/null &
+    ./launcher.sh python -m dlrm.train "${options[@]}" --output_dir "$run" < /dev/null &
     ranks=$!
     trap 'signalled=1 stopped=1; kill -TERM "$ranks" 2> /dev/null || true' INT TERM
     while :; do
@@ -200,14 +152,10 @@ train() {    # sets `code`, and `stopped` after a signal
 
 has_trained() { [[ $code != 2 || -s $run/metrics.jsonl ]]; }
 
-analyse() {
-    local step words
-    for step in "perfetto" "perfetto --posix" "check" "report"; do
-        say "analysis $step"
-        read -ra words <<< "$step"
-        python -m analysis "${words[@]}" "$run" \
-            || say "that failed; the traces are in $run/trace, try again: python -m analysis $step ${run@Q}"
-    done
+analyse() {    # both Perfetto traces, the check of bytes and the report, from one reading of the traces
+    say "analysis"
+    python -m analysis finish "$run" \
+        || say "not all of that was done; the traces are in $run/trace, try again: python -m analysis finish ${run@Q}"
 }
 
 list_results() {
@@ -231,26 +179,23 @@ main() {
             ;;
     esac
     local name
+    find_project
+    source "$here/scripts/job.sh"
     for name in WORKDIR DATASET_DIR RESULTS RESUME; do check_path "$name"; done
     split_args
-    find_project
-    choose_program
     resolve_paths
     cd "$here"
+    load_environment "$@"
     if [[ ${1:-} == --submit ]]; then
-        (( $# == 1 )) || die "--submit takes no options: put them into ARGS"
-        ./0_setup_env.sh >&2    # stdout is the job id alone
-    else
-        ./0_setup_env.sh
+        export WORKDIR=$here RESULTS=$results
+        submit "$here/3_train.sh"
     fi
-    source ./env.sh
-    [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
-    [[ ${1:-} != --submit ]] || submit
 
+    read_model
     name_run
-    choose_data
-    choose_options "$@"
-    check_options
+    prepare_demo
+    add_options "$@"
+    validate_options
     make_run
     start_log
     say "training, run folder $run"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Start COMMAND on every rank of the job; inside a rank, give it the names that torch reads.
 # usage: [NPROC=4] ./launcher.sh COMMAND [ARG...]        starts mpiexec over the job's nodes
-#        mpiexec -n N ./launcher.sh COMMAND [ARG...]     the same with your own line; srun and torchrun, too
+#        mpiexec -n N ./launcher.sh COMMAND [ARG...]     the same with your own line; also srun and torchrun
 # variables: NPROC                       ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MPIEXEC                     instead of env.sh's line, e.g. "mpiexec -n {N} -ppn {PPN} -bind-to core"
 #            MASTER_ADDR, MASTER_PORT    where the ranks meet (default: the first node, a free port)
-#            DLRM_JOB_TOKEN              a secret that all ranks share: only its owners' messages count (default: a random
-#                                        one; with your own mpiexec line, srun or torchrun export it yourself)
-#            DLRM_THREADS                threads per rank (default: the node's cores shared out)
+#            DLRM_JOB_TOKEN              a secret that all ranks share: messages without it are ignored (default: a random
+#                                        one; with your own mpiexec line, srun or torchrun, export it yourself)
+#            DLRM_THREADS                threads per rank (default: the node's cores divided by its ranks)
 #            DLRM_GPU_ORDER=reverse      last GPU to first local rank
 #            DRY_RUN=1                   print the mpiexec line instead
 set -euo pipefail
@@ -23,7 +23,7 @@ first() {    # first NAME...: the value of the first of these variables that is 
     local name
     for name; do [[ -z ${!name:-} ]] || { echo "${!name}"; return; }; done
 }
-share() {    # share N: the real cores that this process may use, dealt to N; nproc by itself believes OMP_NUM_THREADS
+share() {    # share N: the physical cores that this process may use, divided by N; nproc alone would read OMP_NUM_THREADS
     local usable real
     usable=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
     real=$(lscpu -p=CORE,SOCKET 2> /dev/null | grep -v '^#' | sort -u | wc -l)
@@ -34,7 +34,7 @@ gpus() {    # this process's devices, one a line
     if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then tr , '\n' <<< "$CUDA_VISIBLE_DEVICES"
     else find /dev -maxdepth 1 -name 'nvidia[0-9]*' | sed 's|/dev/nvidia||' | sort -n; fi
 }
-hosts() {    # the job's nodes in its own order
+hosts() {    # the job's nodes in the scheduler's order
     if [[ -r ${PBS_NODEFILE:-} ]]; then awk '!seen[$0]++' "$PBS_NODEFILE"
     elif [[ -n ${SLURM_JOB_NODELIST:-} ]]; then scontrol show hostnames "$SLURM_JOB_NODELIST"
     else echo localhost; fi
@@ -42,7 +42,7 @@ hosts() {    # the job's nodes in its own order
 
 rank=$(first PMI_RANK PALS_RANKID PMIX_RANK OMPI_COMM_WORLD_RANK)
 [[ -z ${TORCHELASTIC_RUN_ID:-} ]] || rank=$RANK
-# Slurm's batch script itself has rank 0; only a step of several tasks is what we look for.
+# Slurm's batch script itself has rank 0: only a step of several tasks counts.
 [[ -n $rank || ${SLURM_STEP_NUM_TASKS:-1} == 1 ]] || rank=$SLURM_PROCID
 
 if [[ -z $rank ]]; then    # outside: start the ranks
@@ -61,7 +61,7 @@ if [[ -z $rank ]]; then    # outside: start the ranks
         port=$(( 20000 + RANDOM % 12000 ))
         (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null || MASTER_PORT=$port
     done
-    [[ -n ${DLRM_JOB_TOKEN:-} ]] || DLRM_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')    # by which the ranks know each other's messages
+    [[ -n ${DLRM_JOB_TOKEN:-} ]] || DLRM_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')    # signs the ranks' messages
     export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT DLRM_JOB_TOKEN
     read -ra mpi <<< "${MPIEXEC:-${DLRM_MPIEXEC:-mpiexec -n {N\}}}"
     mpi=("${mpi[@]//\{N\}/$n}") mpi=("${mpi[@]//\{PPN\}/$NPROC}") mpi=("${mpi[@]//\{DEPTH\}/$depth}")
@@ -100,16 +100,15 @@ if (( ${#devices[@]} > 1 )); then
 fi
 
 [[ -n ${PMI_FD:-} && -z ${TORCHELASTIC_RUN_ID:-} ]] || exec "$@"
-# mpich's mpiexec lets the other ranks wait for ever when one fails before MPI_Init, and gloo and NCCL
-# programs never call that. So this shell stays, and speaks the one word that ends the job: unless all
-# are ending because they were told to (75: stopped in good order), and not before they had time to say why:
-# ranks on other hosts learn of it within 4 seconds.
-told='' code=0
-trap told=1 INT TERM
+# When a rank fails before MPI_Init, mpich's mpiexec keeps the other ranks waiting for ever; programs that use gloo or
+# NCCL never call MPI_Init. So this shell stays and sends PMI's abort command, which ends the job. Not if all ranks are
+# ending anyway (75: stopped cleanly), and only after 5 seconds: ranks on other hosts need 4 to report why.
+signalled='' code=0
+trap signalled=1 INT TERM
 trap : PIPE
 "$@" || code=$?
-if [[ -z $told ]] && (( code > 130 && code < 160 )); then
+if [[ -z $signalled ]] && (( code > 130 && code < 160 )); then
     echo "launcher.sh: rank $RANK on $(uname -n): killed by signal $(( code - 128 ))" >&2
 fi
-[[ $code == 0 || $code == 75 || -n $told ]] || { sleep 5; echo "cmd=abort exitcode=$code" >&"$PMI_FD" || true; }
+[[ $code == 0 || $code == 75 || -n $signalled ]] || { sleep 5; echo "cmd=abort exitcode=$code" >&"$PMI_FD" || true; }
 exit "$code"

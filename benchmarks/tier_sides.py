@@ -24,7 +24,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from benchmarks.pages import PAGE, Bounded, Leaving, drop, pages_of, resident
 from dlrm.embeddings.ssd.cached_table import CachedTable, TableShare, share_budget
 from dlrm.embeddings.ssd.row_cache import RowCache
-from dlrm.embeddings.ssd.row_file import BUFFERS, RowFile
+from dlrm.embeddings.ssd.row_file import BUFFER_BYTES, RowFile
 
 Batches = list[np.ndarray]
 RATE = 0.01  # of learning
@@ -70,40 +70,40 @@ class Memory:
 
 
 def opened(folder: Path, table: TableShare) -> RowFile:
-    """All of it in the file, and as far as there is room in the page cache."""
-    store = RowFile(folder, table.name, table.rows, table.dim, table.state, "adagrad", 0)
-    for block in range(len(store.blocks)):
-        if store.blocks[block]:
-            for _ in store.pieces(block):
+    """All of it in the file, and in the page cache as far as it holds them."""
+    row_file = RowFile(folder, table.name, table.rows, table.dim, table.state, "adagrad", 0)
+    for block in range(len(row_file.blocks)):
+        if row_file.blocks[block]:
+            for _ in row_file.read_block(block):
                 pass
         else:
-            store.make(block)
-    os.fsync(store._file)
-    return store
+            row_file.write_first_values(block)
+    os.fsync(row_file._file)
+    return row_file
 
 
 class Cached:
     """Rows in a cache; with a thread that fetches the next batch's and writes, or without it."""
 
     def __init__(self, case: Case, some: Batches) -> None:
-        self.case, self.store = case, opened(case.folder, case.table)
+        self.case, self.row_file = case, opened(case.folder, case.table)
         self.module = kernel(self._fitting(some), case.table.dim)
         weights, states = self.module.split_embedding_weights()[0], self.module.split_optimizer_states()[0]
-        self.tier = CachedTable(case.table, self.store, weights, states[0])
+        self.cached_table = CachedTable(case.table, self.row_file, weights, states[0])
         for ids in case.warm:
-            self.tier.cache.admit(ids, True)
-        slots = np.flatnonzero(self.tier.cache.row >= 0)
-        slots = slots[np.argsort(self.tier.cache.row[slots])]
-        for part in np.array_split(slots, -(-len(slots) // self.store.few)):
-            self.tier._put(part, self.store.read(self.tier.cache.row[part]))
+            self.cached_table.cache.admit(ids, True)
+        slots = np.flatnonzero(self.cached_table.cache.row >= 0)
+        slots = slots[np.argsort(self.cached_table.cache.row[slots])]
+        for part in np.array_split(slots, -(-len(slots) // self.row_file.rows_per_call)):
+            self.cached_table._fill_slots(part, self.row_file.read(self.cached_table.cache.row[part]))
         if case.limited:
-            drop(self.store._file)
-        self.left: list[np.ndarray] = []  # rows that were written
-        write = self.tier._write
-        self.tier._write = lambda rows, *rest: (self.left.append(rows), write(rows, *rest))  # type: ignore
+            drop(self.row_file._file)
+        self.written_rows: list[np.ndarray] = []  # rows that were written
+        write = self.cached_table._write
+        self.cached_table._write = lambda rows, *rest: (self.written_rows.append(rows), write(rows, *rest))  # type: ignore
 
     def _fitting(self, some: Batches) -> int:
-        """Slots, so that there is room for the page cache's pages: those of six batches' misses."""
+        """Slots, less the page cache's pages: those of six batches' misses."""
         most = share_budget([self.case.table], int(self.case.budget))[self.case.table.name]
         if not self.case.limited:
             return most
@@ -116,41 +116,41 @@ class Cached:
         ]
 
     def with_thread(self) -> None:
-        self.tier._beside = ThreadPoolExecutor(1)
+        self.cached_table._io_thread = ThreadPoolExecutor(1)
 
     def steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
-        case, tier, most = self.case, self.tier, 0
-        tier._read = tier.store.bytes_read
+        case, tier, most = self.case, self.cached_table, 0
+        tier._read = tier.row_file.bytes_read
         before = tier.counts()
-        leaving, held, last = Leaving(tier.store._file), *np.empty((2, 0), np.int64)
+        leaving, held, last = Leaving(tier.row_file._file), *np.empty((2, 0), np.int64)
         for number, ids in enumerate(batches):
-            coming = batches[number + 1 : number + 2] if tier._beside else []
+            coming = batches[number + 1 : number + 2] if tier._io_thread else []
             missing = tier.cache.absent(ids)
             begun = time.perf_counter()
             out = self.module(torch.from_numpy(tier.admit(ids, True)), torch.arange(len(ids) + 1))
             for following in coming:
-                tier.expect(following)
+                tier.prefetch(following)
             case.dense()
             out.backward(torch.full_like(out, 1e-3))
-            tier.settle()
-            if tier._coming is not None:
-                tier._coming.result()  # not while the clock stands still
+            tier.wait_for_writes()
+            if tier._prefetched is not None:
+                tier._prefetched.result()  # not while the clock is stopped
             seconds = time.perf_counter() - begun
             if case.limited:
                 most = max(most, resident(case.path)) if number % 4 == 0 else most
                 used, soon = (
-                    pages_of(np.concatenate(rows), tier.store.row_bytes)
+                    pages_of(np.concatenate(rows), tier.row_file.row_bytes)
                     for rows in (
-                        [missing, *self.left],
+                        [missing, *self.written_rows],
                         [tier.cache.absent(each) for each in (*coming, ids[:0])],
                     )
                 )
-                here = pages_of(missing, tier.store.row_bytes)
+                here = pages_of(missing, tier.row_file.row_bytes)
                 needed = np.concatenate((soon, here, last))
                 held, last = np.union1d(np.union1d(held, used), soon), here
                 held, gone = np.intersect1d(held, needed), np.setdiff1d(held, needed)
                 seconds += leaving.go(gone, needed)
-            self.left.clear()
+            self.written_rows.clear()
             yield seconds
         counts, slots = tier.counts() - before, tier.cache.slots
         found |= {
@@ -159,7 +159,7 @@ class Cached:
             "page_cache_mb": most / 1e6,
             "slots": slots,
             "slots_used": int((tier.cache.row >= 0).sum()),
-            "memory_mb": (slots * tier.table.slot_bytes + min(BUFFERS, case.budget / 4) + most) / 1e6,
+            "memory_mb": (slots * tier.table.slot_bytes + min(BUFFER_BYTES, case.budget / 4) + most) / 1e6,
         }
 
 
@@ -172,7 +172,7 @@ class Mapped:
         for ids in case.warm:
             self.bounded.use(self._pages(ids))
         if case.limited:
-            self.bounded.settle()
+            self.bounded.wait_for_writes()
 
     def _pages(self, ids: np.ndarray) -> np.ndarray:
         return pages_of(np.unique(ids), self.rows.shape[1] * 4)

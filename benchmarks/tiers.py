@@ -29,7 +29,7 @@ TURN = 5  # steps
 
 
 def lookups(rows: int, batch: int, count: int, kind: str, seed: int = 0) -> Batches:
-    """Ids of each batch; the popular ones lie anywhere in the table, as hashed ids do."""
+    """Ids of each batch; the popular ones are anywhere in the table, as hashed ids are."""
     random = np.random.default_rng(seed)
     if kind == "uniform":
         return [random.integers(0, rows, batch) for _ in range(count)]
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, folder: Path, kind: str, part: float) -
     against("without_ahead", first, cached)
     cached.with_thread()
     against("cached_ssd", second, cached)
-    cached.tier.close()
+    cached.cached_table.close()
     against("mmap", first, Mapped(case))
     ours, other = found["cached_ssd"], found["mmap"]
     found["device_mem"] = ours["device_mem"]

@@ -45,12 +45,13 @@ class WorkFolders:
     name: str
     files: re.Pattern[str]
 
-    def make(self, parent: Path, mode: int = 0o700) -> Path:
+    def make(self, parent: Path, mode: int = 0o700, step: int | None = None) -> Path:
         """A new one inside `parent`, which is made if it is missing. Others cannot read it, unless `mode`
-        (less the umask) says so.
+        (less the umask) says so. `step` goes into its name, for those who look at a trace.
         """
         token = secrets.token_hex(8)
-        folder = parent / f".dlrm-io-{self.name}-{token}"
+        label = "" if step is None else f"step-{step}-"
+        folder = parent / f".dlrm-io-{self.name}-{label}{token}"
         with os_errors_as_user_errors(folder):
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(folder, mode)
@@ -162,7 +163,7 @@ class WorkFolders:
                 os.unlink(folder / name)
 
     def _token(self, name: str) -> str:
-        found = re.fullmatch(rf"\.dlrm-io-{re.escape(self.name)}-([0-9a-f]{{16}})", name)
+        found = re.fullmatch(rf"\.dlrm-io-{re.escape(self.name)}-(?:step-[0-9]+-)?([0-9a-f]{{16}})", name)
         return found[1] if found else ""
 
     def _mark(self, token: str, status: os.stat_result) -> dict[str, Any]:
@@ -292,13 +293,13 @@ class OutputFolder:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, self.folder / name)
 
-    def write(self, name: str, data: bytes | str, mode: int = 0o600) -> None:
+    def write(self, name: str, data: bytes | str, mode: int = 0o666) -> None:
         """A whole file, or none. `mode`: who may read it, less the umask."""
         with self.writing(name, mode) as partial:
             _append(partial, data.encode() if isinstance(data, str) else data)
 
     @contextmanager
-    def writing(self, name: str, mode: int = 0o600) -> Iterator[Path]:
+    def writing(self, name: str, mode: int = 0o666) -> Iterator[Path]:
         """A new, empty file to be filled by any means; it gets its name at the end of the block, if that is
         left without an error, and is removed otherwise.
         """

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dlrm.config.options import CPU_FAST_PATH_HELP
 from dlrm.config.parser import check_at_least, option, parse_options
-from dlrm.cpu import startup
 from dlrm.data import criteo
 from dlrm.models.dlrm.options import ModelOptions
 from dlrm.models.dlrm.presets import PRESETS
-from dlrm.runtime import entry
+from dlrm.runtime import entry, imports
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
@@ -38,11 +38,10 @@ class BenchmarkOptions:
         None, "a dataset: rows of its test set (default: made rows, ids uniform over the tables)"
     )
     seed: int = option(0, "of drawn weights and made rows")
-    mixed_precision: str = option(
-        "off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16"
-    )
+    amp: str = option("off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16")
     compile: bool = option(False, "torch.compile the dense part")
     allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
+    cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:
@@ -61,7 +60,7 @@ class BenchmarkPlanOptions:
 class BenchConfig:
     bench: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
-    planner: BenchmarkPlanOptions = field(default_factory=BenchmarkPlanOptions)
+    plan: BenchmarkPlanOptions = field(default_factory=BenchmarkPlanOptions)
 
 
 MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in PRESETS.items()}
@@ -96,19 +95,18 @@ def find_usage_error(cfg: BenchConfig, here: Ranks) -> UserError | None:
 def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """For each batch size what was measured, and what of."""
     bench = cfg.bench
-    with startup.importing():
+    with imports.import_quickly(bench.cpu_fast_path):
         import torch
 
         from dlrm.checkpoint import state
-        from dlrm.cpu import blas
         from dlrm.embeddings import planner
         from dlrm.models.dlrm.build import assemble_model
-        from dlrm.runtime import session
+        from dlrm.runtime import accelerate, session
         from dlrm.trainer import mixed_precision
+        from dlrm.trainer.device import enable_fast_path
 
-    startup.import_optimizers()
+    enable_fast_path(session.choose_device(here), bench.cpu_fast_path)
     with session.open_session(here, bench.timeout) as device:
-        blas.tune_processor(device)
         torch.backends.cuda.matmul.allow_tf32 = bench.allow_tf32
         with session.errors_on_all_ranks():
             stored = open_checkpoint(bench.load_checkpoint_path) if bench.load_checkpoint_path else None
@@ -121,7 +119,7 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
             module = assemble_model(cfg.model, sizes, device, bench.seed, bench.compile)
             wishes = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
             made = planner.make_plan(module, device, here, max(bench.batch_sizes) // here.world_size, wishes)
-            with startup.unfilled():
+            with accelerate.hooks.skip_first_weights():
                 model = planner.shard_model(module, made, device, bench.seed)
         with session.errors_on_all_ranks():
             if stored:

@@ -1,34 +1,41 @@
 """python -m dlrm.train [--model NAME] OPTIONS: train a model, evaluate it exactly, write a run folder.
 
-Options come from the model's spec (default: dlrm, with the flags of MLCommons' dlrm_main.py).
+The options are those of the model's spec (default: dlrm, with the flags of MLCommons' dlrm_main.py). What
+happens afterwards, from the ranks to results.json, is `dlrm.trainer.trainer.train`.
 """
 
 import sys
 from collections.abc import Sequence
 
 from dlrm.config.parser import parse_options, take_model_name
-from dlrm.cpu import startup
 from dlrm.models.registry import find_model
-from dlrm.runtime import entry, stop, trace
+from dlrm.runtime import entry, imports, stop, trace
 from dlrm.runtime.ranks import Ranks
+
+PROGRAMS = {"dlrm": "python -m dlrm.train", "bert4rec": "python -m dlrm.bert4rec"}  # as --help shows them
 
 
 def main(here: Ranks, argv: Sequence[str] | None = None, default: str = "dlrm") -> None:
+    """Run this rank's part of a training. `default`: the model where `argv` has no --model."""
+    # first of all: from here on SIGTERM, SIGUSR1 and SIGINT stop the training cleanly
     stop.listen_for_signals()
+
+    # options: the spec is cheap to load, so --help and wrong options do not wait for torch
     name, words = take_model_name(sys.argv[1:] if argv is None else argv, default)
     spec = find_model(name)
-    program = {"dlrm": "python -m dlrm.train", "bert4rec": "python -m dlrm.bert4rec"}.get(
-        name, f"python -m dlrm.train --model {name}"
-    )
+    program = PROGRAMS.get(name, f"python -m dlrm.train --model {name}")
     options = parse_options(spec.options, words, program, spec.description, spec.presets)
 
+    # trace: before torch is imported, because reading its files is I/O too
     if options.run.trace and options.run.output_dir:
         trace.start_tracing(options.run.output_dir, here, "train", options.run.trace_flush_ms)
-    # after the trace has begun: reading torch is I/O too
-    with trace.span("startup", "imports"), startup.importing():
+
+    with trace.span("startup", "imports"), imports.import_quickly(options.run.cpu_fast_path):
         from dlrm.trainer.trainer import train
 
         spec.load_parts()
+
+    # ranks, data, model, sharding, optimizer, pipeline, loop, evaluation, run folder
     train(spec, options, here)
 
 

@@ -6,4 +6,4 @@ source ./env.sh
 ruff check .
 ruff format --check .
 pyright
-shellcheck [0-9]_*.sh launcher.sh sites/*.sh patches/*.sh tests/*.sh .ci/run
+shellcheck [0-9]_*.sh launcher.sh scripts/*.sh sites/*.sh patches/*.sh tests/*.sh .ci/run

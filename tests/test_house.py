@@ -17,10 +17,8 @@ def sources(package: str) -> list[Path]:
 
 def imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module in PACKAGES:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)  # a module, or a name in one
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -80,6 +78,39 @@ def test_imports_only_go_down() -> None:
     assert not find_circle(graph)
 
 
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """The nodes that some arrows lead to from `start`."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for target in graph.get(waiting.pop(), set()) - found:
+            found.add(target)
+            waiting.append(target)
+    return found
+
+
+def test_picture_of_the_floors() -> None:
+    """ARCHITECTURE.md draws every folder and entry; its arrows are imports, and lead to all imports."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    picture = text.partition("```mermaid")[2].partition("```")[0]
+    paths = dict(re.findall(r'^ *(\w+)\["([\w/.]+)', picture, flags=re.M))
+    drawn: dict[str, set[str]] = {}
+    for line in picture.splitlines():
+        names = line.split(" --> ") if " --> " in line else []
+        for name, target in zip(names, names[1:], strict=False):
+            drawn.setdefault(paths[name.strip()], set()).add(paths[target.strip()])
+
+    known, real = modules(), {}
+    for name, target in arrows():
+        if known[name].name != "__init__.py" and room(known[name]) != room(known[target]):
+            real.setdefault(room(known[name]), set()).add(room(known[target]))
+    assert set(paths.values()) == real.keys() | set().union(*real.values())
+    untrue = {(name, target) for name in drawn for target in drawn[name] - real.get(name, set())}
+    assert not untrue, "arrows that are no imports"
+    missing = {(name, target) for name in real for target in real[name] - reachable(drawn, name)}
+    assert not missing, "imports without an arrow, or a way over several"
+
+
 def test_no_circle_of_files() -> None:
     graph: dict[str, set[str]] = {}
     for name, target in arrows():
@@ -124,3 +155,33 @@ def test_links_in_documents(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name}: broken link {target}"
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of a document's headings: lower case, hyphens for spaces, punctuation left out."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_anchors_in_documents(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text()):
+        if "://" not in target:
+            there = path.parent / target if target else path
+            assert anchor in anchors(there), f"{path.name}: {target}#{anchor} is no heading"
+
+
+HISTORY = ("CHANGELOG.md", "BENCHMARKS.md")  # they may name files of earlier versions
+OF_THE_PROJECT = re.compile(
+    r"`((?:analysis|benchmarks|common|dlrm|docs|patches|requirements|scripts|sites|tests)/[\w./-]+|test_\w+\.py)`"
+)
+
+
+@pytest.mark.parametrize(
+    "path", [each for each in DOCUMENTS if each.name not in HISTORY], ids=lambda path: path.name
+)
+def test_files_named_in_documents(path: Path) -> None:
+    tests = {test.name for test in (ROOT / "tests").rglob("test_*.py")}
+    named = set(OF_THE_PROJECT.findall(path.read_text()))
+    gone = [name for name in sorted(named) if name not in tests and not (ROOT / name).exists()]
+    assert not gone, f"{path.name} names files that are not there"

@@ -5,7 +5,7 @@ Streamed block by block, in constant memory; written under a temporary name and 
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +26,8 @@ from analysis.perfetto.tracks import (
 )
 from analysis.run_folder import outputs, records, run_settings
 from analysis.trace.clocks import clock_skew, describe_moves, launches, make_clocks
-from analysis.trace.events import TraceReader, assign_ranks, read_heads
+from analysis.trace.events import assign_ranks
+from analysis.trace.source import FileSource, Progress, TraceSource
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 LONGEST_NAME = 200  # bytes of a file's name, its ending not counted
@@ -38,10 +39,11 @@ _OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
 
 def convert_to_pftrace(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
-    progress: Callable[[Path, int], None] | None = None,
+    progress: Progress | None = None, source: TraceSource | None = None,
 ) -> ConversionSummary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events."""
-    processes = read_heads(run_dir)
+    source = source or FileSource(run_dir)
+    processes = source.read_heads()
     summary = ConversionSummary(Path())
     known, jobs = make_clocks(processes), launches(processes)
     summary.clocks = describe_moves(processes, known)
@@ -64,7 +66,8 @@ def convert_to_pftrace(
         for about in abouts:
             shared.out.write(proto.early_process(about.pid, about.name))
         for (process, _), about in zip(shown, abouts, strict=True):
-            reader = TraceReader(process.path, shared.strings, shared.paths)
+            reader = source.open_reader(process.path, shared.strings, shared.paths)
+            shared.use(reader.strings, reader.paths)
             tracks = FileTracks(shared, process, reader, known[process.path], about)
             for block in reader:
                 tracks.add(block)

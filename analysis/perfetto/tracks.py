@@ -12,9 +12,9 @@ from analysis.perfetto.derive import BandwidthCounter, ReadToStepFlows, bytes_mo
 from analysis.perfetto.nest import SliceLane
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import resolve_paths
-from analysis.trace.events import TraceReader
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import EVENT, INLINE, STRING, EventBlock
+from analysis.trace.source import BlockReader
 from analysis.trace.strings import ID, StringTable
 from common.errors import printable
 
@@ -102,6 +102,11 @@ class SharedTracks:
         self.names = NameTable(self.out, self.strings)
         self.out.write(proto.clock(self.begin))
 
+    def use(self, strings: StringTable, paths: dict[int, int]) -> None:
+        """The tables that the reader fills: those of this object, or of a reading that is shared."""
+        self.strings = self.names.strings = strings
+        self.paths = paths
+
     def new_uuid(self) -> int:
         self.uuid += 1
         return self.uuid
@@ -144,7 +149,7 @@ class FileTracks:
         self,
         shared: SharedTracks,
         process: TracedProcess,
-        reader: TraceReader,
+        reader: BlockReader,
         clock: Clock,
         about: "TrackLabels",
     ) -> None:

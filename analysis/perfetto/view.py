@@ -12,12 +12,13 @@ import re
 import secrets
 import socket
 import sys
+import zlib
 from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, printable
+from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import check_regular, is_regular, open_regular
 
 # The UI would ask its makers' servers who the user is: the browser shall talk to this machine only.
@@ -42,6 +43,9 @@ DOOR = rb"""<!doctype html><meta charset="utf-8"><title>analysis view</title>
 }</script>
 """
 ONLY_THE_DOOR = "default-src 'none'; script-src 'unsafe-inline'; frame-ancestors 'none'"
+GZIP_MAGIC = b"\x1f\x8b"
+PACKET_TAG = b"\x0a"  # field 1 of perfetto.protos.Trace, a packet: what every native trace begins with
+SNIFFED_BYTES = 1 << 20
 PORT = 9001  # of links in reports, and unless --port says otherwise
 TYPES = {".wasm": "application/wasm", ".js": "text/javascript", ".pftrace": "application/octet-stream"}
 
@@ -62,13 +66,13 @@ def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:
     if file:
         for path in (Path(file), run / file):
             if is_regular(path):
-                return _converted(path)
+                return _check_format(path)
         raise UserError(f"{printable(file)}: no such file, neither here nor in {printable(run)}")
     if not os.path.lexists(run):
         raise UserError(f"{printable(run)}: no such folder; give the folder of a run, e.g. results/<name>")
     if not run.is_dir():
         check_regular(run)
-        return _converted(run)
+        return _check_format(run)
     found = sorted(
         filter(is_regular, run.glob("*.pftrace")), key=lambda path: ("-posix" in path.name, path.name)
     )
@@ -78,13 +82,42 @@ def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:
     return found[0]
 
 
-def _converted(path: Path) -> Path:
-    if path.name.endswith((".pfw", ".pfw.gz", ".html")):
-        raise UserError(
-            f"{printable(path)}: not a file for the Perfetto UI; "
-            "make one with: python -m analysis perfetto RUN"
-        )
-    return path
+def _check_format(path: Path) -> Path:
+    """The path, if the Perfetto UI can open the file; otherwise the UI would start and show only an error."""
+    if not path.name.endswith((".pfw", ".pfw.gz", ".html")) and _looks_like_trace(path):
+        return path
+    raise UserError(
+        f"{printable(path)}: not a trace for the Perfetto UI; make one with: python -m analysis perfetto RUN"
+    )
+
+
+def _looks_like_trace(path: Path) -> bool:
+    """By the first bytes: a native trace, Chrome's JSON, or either of them compressed with gzip."""
+    with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
+        begin = file.read(SNIFFED_BYTES)
+        size = os.fstat(file.fileno()).st_size
+    if begin.startswith(GZIP_MAGIC):
+        try:
+            begin, size = zlib.decompressobj(31).decompress(begin, SNIFFED_BYTES), 1 << 63
+        except zlib.error:
+            return False
+    if begin.startswith(PACKET_TAG):
+        return _begins_with_packet(begin, size)
+    text = begin.lstrip()
+    return re.match(rb"\[\s*\{", text) is not None or (text.startswith(b"{") and b'"traceEvents"' in text)
+
+
+def _begins_with_packet(begin: bytes, size: int) -> bool:
+    """Whether a file of `size` bytes that begins so is a list of packets. The tag is a newline, so a text may
+    begin with it: the packet has to end inside the file, and where another packet or nothing follows.
+    """
+    length = 0
+    for number, byte in enumerate(begin[1:11]):
+        length |= (byte & 0x7F) << (7 * number)
+        if byte < 0x80:
+            end = 2 + number + length
+            return end <= size and (end >= len(begin) or begin[end : end + 1] == PACKET_TAG)
+    return False
 
 
 def find_interface() -> Path:

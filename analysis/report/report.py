@@ -24,6 +24,7 @@ from analysis.report.run import TracedRun, open_run
 from analysis.report.sections import list_entries
 from analysis.run_folder import outputs, run_settings
 from analysis.tables.gather import Map, on_threads
+from analysis.trace.source import TraceSource
 from common.errors import os_errors_as_user_errors
 
 PAGE, SUMMARY = "report.html", "summary.json"
@@ -86,7 +87,9 @@ def make_anchor(section: str) -> str:
     return "".join(c for c in section.lower() if c.isalnum())
 
 
-def write_report(path: str | Path, output: Path | None = None, over: Map = on_threads) -> tuple[Path, str]:
+def write_report(
+    path: str | Path, output: Path | None = None, over: Map = on_threads, source: TraceSource | None = None
+) -> tuple[Path, str]:
     """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
     name. Returns the page's path and the terminal's text.
     """
@@ -94,7 +97,7 @@ def write_report(path: str | Path, output: Path | None = None, over: Map = on_th
     if folder is not None and Path(path).exists():
         early = {PAGE: is_own_page, SUMMARY: outputs.is_own_summary, "tables/breakdown.csv": lambda _: True}
         outputs.check_folder(folder, early, REMEDY)
-    run = open_run(path, over)
+    run = open_run(path, over, source)
     facts = Facts(run.joined, run.config)
     found, things = find_all(facts), list_entries(run, facts)
     told = summary.format_text(run, facts, found)

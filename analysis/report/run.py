@@ -11,6 +11,7 @@ from analysis.run_folder import records
 from analysis.run_folder.outputs import beside
 from analysis.tables.gather import JoinedTables, Map, gather_tables, on_threads
 from analysis.trace.clocks import clock_skew, describe_moves, make_clocks
+from analysis.trace.source import TraceSource
 from common.errors import printable
 
 
@@ -37,9 +38,9 @@ class TracedRun:
         return int(self.joined["time"]["ts"].min())  # type: ignore[arg-type]
 
 
-def open_run(path: str | Path, over: Map = on_threads) -> TracedRun:
+def open_run(path: str | Path, over: Map = on_threads, source: TraceSource | None = None) -> TracedRun:
     folder = Path(path)
-    run = TracedRun(folder, gather_tables(folder, over))
+    run = TracedRun(folder, gather_tables(folder, over, source))
     run.config = records.read_config(run.home / "config.json", run.notes)
     run.plan = records.read_plan(run.home / "plan.json", run.notes)
     run.results = records.read_results(run.home / "results.json", run.notes)

@@ -39,7 +39,7 @@ def read_plan(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     """Numbers are numbers; `evaluations` are objects of numbers."""
-    results = _read(path, notes)
+    results = _read(path, notes, paths=True)
     for name in ("samples_per_second", "test_auroc"):
         if results.get(name) is not None and not is_number(results[name]):
             notes.append(f"{path.name}: {name} is not a number and was left out.")
@@ -143,11 +143,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _read(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read(path: Path, notes: list[str], paths: bool = False) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        return read_json_object(path, MAX_BYTES)
+        return read_json_object(path, MAX_BYTES, paths=paths)
     except UserError as error:
         notes.append(_note(path, error))
         return {}

@@ -80,7 +80,9 @@ def _volume(j: JoinedTables, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataF
     )
     rate = pl.when(pl.col("seconds") > 0).then(pl.col("bytes") / pl.col("seconds") / 1e6).alias("MB_per_s")
     mean = (pl.col("bytes") / pl.col("count")).alias("mean_bytes")
-    return found.with_columns(rate, mean).sort("bytes", *by, descending=[True] + [False] * len(by))
+    return found.with_columns(rate, mean).sort(
+        "bytes", *by, "op", descending=[True] + [False] * (len(by) + 1)
+    )
 
 
 def operations(j: JoinedTables) -> pl.DataFrame:
@@ -89,7 +91,7 @@ def operations(j: JoinedTables) -> pl.DataFrame:
         *count_by("count", "bytes", "failed"), SECONDS, pl.col("max_us").max()
     )  # fmt: skip
     found = total.join(percentiles(j["latencies"], "layer", "op"), on=["layer", "op"], how="left")
-    return found.sort("seconds", descending=True)
+    return found.sort("seconds", "layer", "op", descending=[True, False, False])
 
 
 def percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
@@ -113,7 +115,7 @@ def request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
 
 def slowest(j: JoinedTables, n: int = 40) -> pl.DataFrame:
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
-    found = j["slowest"].sort("dur", "ts", descending=[True, False]).head(n)
+    found = j["slowest"].sort("dur", "ts", "rank", "tid", "name", descending=[True] + [False] * 4).head(n)
     return found.select("rank", "phase", "name", "file", "size", "dur", at, "tid", "ts")
 
 
@@ -125,9 +127,8 @@ def amplification(j: JoinedTables) -> pl.DataFrame:
     moved = calls.group_by("op", "file").agg(pl.col("bytes").sum().alias("moved"), pl.col("us").sum())
     asked = j["claims"].group_by("op", "file").agg(pl.col("bytes").sum().alias("asked"))
     both = moved.join(asked.filter(pl.col("asked") > 0), on=["op", "file"])
-    return both.with_columns((pl.col("moved") / pl.col("asked")).alias("times")).sort(
-        "moved", descending=True
-    )
+    times = (pl.col("moved") / pl.col("asked")).alias("times")
+    return both.with_columns(times).sort("moved", "op", "file", descending=[True, False, False])
 
 
 def spans(j: JoinedTables) -> pl.DataFrame:
@@ -135,4 +136,4 @@ def spans(j: JoinedTables) -> pl.DataFrame:
     found = j["spans"].group_by("cat", "name", "kind").agg(
         *count_by("count", "us", "bytes"), pl.col("p50_us").median(), pl.col("p99_us", "max_us").max()
     )  # fmt: skip
-    return found.sort("us", descending=True)
+    return found.sort("us", "cat", "name", descending=[True, False, False])

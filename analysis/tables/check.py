@@ -18,9 +18,10 @@ import numpy as np
 from analysis.perfetto.derive import READ, WRITE, bytes_moved, read_argument
 from analysis.trace.clocks import launches
 from analysis.trace.columns import resolve_paths
-from analysis.trace.events import TraceReader, assign_ranks, find_trace_files
+from analysis.trace.events import assign_ranks
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import STRING, EventBlock
+from analysis.trace.source import FileSource, TraceSource
 from analysis.trace.strings import ID, StringTable, unescape
 from common.errors import UserError, printable
 from common.inputs import read_json_object
@@ -50,9 +51,11 @@ class CheckedFile:
         return max(0, self.said - self.traced) if self.by_spans else abs(self.said - self.traced)
 
 
-def check_run(run_dir: str | Path) -> tuple[list[CheckedFile], list[TracedProcess]]:
+def check_run(
+    run_dir: str | Path, source: TraceSource | None = None
+) -> tuple[list[CheckedFile], list[TracedProcess]]:
     """One row per launch, rank, direction and file that the run names; the processes say what was lost."""
-    launched, results = by_launch(run_dir), Path(run_dir) / "results.json"
+    launched, results = by_launch(source or FileSource(run_dir)), Path(run_dir) / "results.json"
     ended = _who_ended([job for job, _ in launched])
     rows: list[CheckedFile] = []
     for number, (_, traced) in enumerate(launched):
@@ -80,7 +83,7 @@ def _who_ended(jobs: list[list[TracedProcess]]) -> int:
 
 def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[CheckedFile]:
     try:
-        results = read_json_object(path)
+        results = read_json_object(path, paths=True)
     except UserError as error:
         raise UserError(f"{error}; did the run end?") from None
     rows = []
@@ -115,13 +118,14 @@ def _said(value: Any, name: str) -> dict[int, dict[str, int]]:
     return found
 
 
-def by_launch(run_dir: str | Path) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
+def by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
     """Per launch: who traced, and the bytes of every file by rank."""
     strings, paths = StringTable(), {}
     sums: dict[Path, dict[tuple[int, int], int]] = {}
     processes = []
-    for path in find_trace_files(run_dir):
-        reader = TraceReader(path, strings, paths)
+    for path in source.list_files():
+        reader = source.open_reader(path, strings, paths)
+        strings, paths = reader.strings, reader.paths
         processes.append(reader.process)
         mine = sums[path] = {}
         for block in reader:

@@ -7,18 +7,19 @@ A run that was stopped and resumed has several launches: each rank of each launc
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
 from analysis.tables.calls import all_io, declared_io
-from analysis.tables.read import read_rank
+from analysis.tables.read import RankEvents, read_rank
 from analysis.tables.times import rank_times
 from analysis.trace.clocks import Clock, launches, make_clocks
-from analysis.trace.events import assign_ranks, read_heads
+from analysis.trace.events import assign_ranks
 from analysis.trace.process import TracedProcess
+from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError
 
 OF_A_LAUNCH = ("time", "steps", "marks")  # tables whose rows say their launch
@@ -63,8 +64,8 @@ class JoinedTables:
         return self.tables[name]
 
 
-def group_launches(run_dir: str | Path) -> list[Launch]:
-    found = read_heads(run_dir)
+def group_launches(source: TraceSource) -> list[Launch]:
+    found = source.read_heads()
     known, made = make_clocks(found), []
     for launch, job in enumerate(launches(found), 1):
         by_rank: dict[int, list[Path]] = {}
@@ -75,7 +76,10 @@ def group_launches(run_dir: str | Path) -> list[Launch]:
 
 
 def read_rank_tables(job: Launch) -> RankTables:
-    events = read_rank(job.rank, job.files, job.clock)
+    return make_rank_tables(job, read_rank(job.rank, job.files, job.clock))
+
+
+def make_rank_tables(job: Launch, events: RankEvents) -> RankTables:
     for process in events.processes:
         process.rank = job.rank
     rows = len(events.calls), len(events.spans)
@@ -101,9 +105,25 @@ def on_threads(function: Callable[[Launch], RankTables], work: list[Launch]) -> 
         yield from pool.map(function, work)
 
 
-def gather_tables(run_dir: str | Path, over: Map = on_threads) -> JoinedTables:
-    work = group_launches(run_dir)
-    parts = list(over(read_rank_tables, work))
+def read_shared(source: TraceSource, work: list[Launch]) -> list[RankTables]:
+    """One rank after the other is read; while the next one is, the tables of the last one are made."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        made: list[Future[RankTables]] = []
+        for job in work:
+            events = read_rank(job.rank, job.files, job.clock, source)
+            if made:
+                made[-1].result()  # no more than two ranks are in memory
+            made.append(pool.submit(make_rank_tables, job, events))
+            del events
+        return [future.result() for future in made]
+
+
+def gather_tables(
+    run_dir: str | Path, over: Map = on_threads, source: TraceSource | None = None
+) -> JoinedTables:
+    """source: a reading of the traces that is shared with other analyses; then `over` is not used."""
+    work = group_launches(source or FileSource(run_dir))
+    parts = list(over(read_rank_tables, work)) if source is None else read_shared(source, work)
     full = [p for p in parts if p.tables]
     if not full:
         raise UserError(f"{run_dir}: the traces hold no events; was the run killed before it flushed any?")

@@ -20,7 +20,7 @@ def steps(j: JoinedTables) -> pl.DataFrame:
         pl.col("own_us").max(), pl.col("own_us").mean().alias("own_mean_us"),
         pl.col(*KIND_US, "io_all_us", "io_bare_us").mean(),
     )  # fmt: skip
-    return found.sort("ts")
+    return found.sort("ts", "launch", "epoch", "step")
 
 
 def step_ranges(j: JoinedTables, ranges: int = 20) -> pl.DataFrame:
@@ -46,7 +46,7 @@ def outliers(j: JoinedTables, times: float = 2.0, n: int = 40) -> pl.DataFrame:
         kind.gather(most.cast(pl.UInt32)).alias("why"),
         (pl.col("wall_us") - usual["wall_us"]).cast(pl.Int64).alias("excess_us"),
     )
-    return late.sort("wall_us", descending=True).head(n)
+    return late.sort("wall_us", "ts", "rank", descending=[True, False, False]).head(n)
 
 
 def ranks(j: JoinedTables) -> pl.DataFrame:
@@ -111,7 +111,7 @@ def gaps(j: JoinedTables) -> list[tuple[float, float]]:
 def checkpoints(j: JoinedTables) -> pl.DataFrame:
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
     rate = pl.when(pl.col("dur") > 0).then(pl.col("bytes") / pl.col("dur")).alias("MB_per_s")
-    found = j["marks"].filter(pl.col("cat") == "checkpoint").sort("ts")
+    found = j["marks"].filter(pl.col("cat") == "checkpoint").sort("ts", "rank", "name")
     return found.select(
         "rank", "name", "step", at, (pl.col("dur") / S).alias("seconds"), "bytes", rate, "file"
     )
@@ -123,7 +123,7 @@ def preprocessing(j: JoinedTables) -> pl.DataFrame:
         (pl.col("ts") + pl.col("dur")).max().alias("end"),
     )  # fmt: skip
     elapsed = pl.col("end") - pl.col("ts")
-    return found.sort("ts").select(
+    return found.sort("ts", "name").select(
         "name", "count", (elapsed / S).alias("elapsed_s"), (pl.col("dur") / S).alias("work_s"), "bytes",
         pl.when(elapsed > 0).then(pl.col("bytes") / elapsed).alias("MB_per_s"),
     )  # fmt: skip

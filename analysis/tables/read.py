@@ -12,6 +12,7 @@ from analysis.trace.columns import to_frame
 from analysis.trace.events import TraceReader
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import MAX_BYTES, EventBlock
+from analysis.trace.source import BlockReader, TraceSource
 from analysis.trace.strings import StringTable
 
 _COLUMNS = (
@@ -36,11 +37,14 @@ class RankEvents:
     paths: dict[str, str] = field(default_factory=dict)  # file hash -> path, for the ranks that lack it
 
 
-def read_rank(rank: int, files: Iterable[Path], clock: Clock | None = None) -> RankEvents:
+def read_rank(
+    rank: int, files: Iterable[Path], clock: Clock | None = None, source: TraceSource | None = None
+) -> RankEvents:
     calls, spans, found = [], [], []
     strings, paths, clock = StringTable(), {}, clock or Clock()
     for path in files:
-        reader = TraceReader(path, strings, paths)
+        reader = source.open_reader(path, strings, paths) if source else TraceReader(path, strings, paths)
+        strings, paths = reader.strings, reader.paths
         found.append(reader.process)
         for block in reader:
             one, other = _split(block, reader, clock)
@@ -64,7 +68,7 @@ def _resolved(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
     return events.with_columns(pl.col("file").cast(pl.String).replace(known).cast(pl.Categorical))
 
 
-def _split(block: EventBlock, reader: TraceReader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _split(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
     events = to_frame(block, reader.strings, reader.paths, 0, _COLUMNS)
     meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
     events = events.join(

@@ -17,7 +17,7 @@ import polars as pl
 
 from analysis.trace.clocks import make_clocks
 from analysis.trace.columns import COLUMNS, to_frame
-from analysis.trace.lines import read_blocks, read_tail
+from analysis.trace.lines import Opener, open_trace, read_blocks, read_tail
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import EVENT, MAX_WHOLE, METADATA, EventBlock, scan_block
 from analysis.trace.strings import ID, PAD, StringTable
@@ -73,7 +73,14 @@ def _traces(folder: Path) -> list[Path]:
 class TraceReader:
     """Iterate over the blocks of one trace file; `process` and `paths` fill up on the way."""
 
-    def __init__(self, path: Path, strings: StringTable, paths: dict[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        strings: StringTable,
+        paths: dict[int, int] | None = None,
+        opened: Opener = open_trace,
+    ) -> None:
+        self.opened = opened
         self.process = TracedProcess(path)
         self.strings = strings
         self.records = 0
@@ -83,7 +90,7 @@ class TraceReader:
 
     def __iter__(self) -> Iterator[EventBlock]:
         process = self.process
-        for text in read_blocks(process.path, process.loss):
+        for text in read_blocks(process.path, process.loss, self.opened):
             size = len(text)
             text += bytes(PAD)
             block = scan_block(np.frombuffer(text, np.uint8), size, self.strings)
@@ -185,32 +192,32 @@ def read_processes(run_dir: str | Path) -> list[TracedProcess]:
     return assign_ranks(found)
 
 
-def read_heads(run_dir: str | Path) -> list[TracedProcess]:
+def read_heads(run_dir: str | Path, opened: Opener = open_trace) -> list[TracedProcess]:
     """Who wrote each trace file, by rank, from its first events; of several hosts with both barriers."""
     strings = StringTable()
-    found = [_head(path, strings, 1) for path in find_trace_files(run_dir)]
+    found = [_head(path, strings, 1, opened) for path in find_trace_files(run_dir)]
     if len({process.host for process in found}) > 1:
         for number, process in enumerate(found):
             if "start" not in process.barriers:
-                found[number] = process = _head(process.path, strings, HEAD_BLOCKS)
-            for at in end_barrier(process.path):
+                found[number] = process = _head(process.path, strings, HEAD_BLOCKS, opened)
+            for at in end_barrier(process.path, opened):
                 process.barriers.setdefault("end", at)
     return assign_ranks(found)
 
 
-def _head(path: Path, strings: StringTable, most: int) -> TracedProcess:
+def _head(path: Path, strings: StringTable, most: int, opened: Opener) -> TracedProcess:
     """From the first blocks, up to the barrier at the start. One file is open at a time."""
-    reader = TraceReader(path, strings)
+    reader = TraceReader(path, strings, opened=opened)
     for number, _ in enumerate(reader, 1):
         if "start" in reader.process.barriers or number == most:
             break
     return reader.process
 
 
-def end_barrier(path: Path) -> list[int]:
+def end_barrier(path: Path, opened: Opener = open_trace) -> list[int]:
     """When the barrier at the end was, from the file's last stretch alone."""
     lines = [
-        line for line in read_tail(path).splitlines()
+        line for line in read_tail(path, opened).splitlines()
         if len(line) < MAX_CLOCK_LINE and b'"clock"' in line and b'"end"' in line
     ]  # fmt: skip
     text = bytearray(b"\n".join([*lines[-100:], b""]))

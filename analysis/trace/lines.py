@@ -9,7 +9,7 @@ file that inflates to more than MAX_RATIO times its size is read no further, nor
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,7 @@ _TAIL = 1 << 20
 MAX_RATIO = 100
 _RATIO_FROM = 64 << 20  # bytes of text: below that no file is a danger
 MAX_DAMAGES = 1000  # stretches that do not inflate
+Opener = Callable[[Path], BinaryIO]
 
 
 @dataclass
@@ -43,9 +44,13 @@ class ReadLoss:
         return self.skipped + self.partial + self.long
 
 
-def read_blocks(path: Path, loss: ReadLoss) -> Iterator[bytearray]:
+def open_trace(path: Path) -> BinaryIO:
+    return os.fdopen(open_regular(path), "rb")
+
+
+def read_blocks(path: Path, loss: ReadLoss, opened: Opener = open_trace) -> Iterator[bytearray]:
     """Whole lines, about BLOCK bytes at a time."""
-    with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
+    with opened(path) as file, os_errors_as_user_errors(path):
         pieces = _inflated(file, loss) if path.suffix == ".gz" else iter(lambda: file.read(_CHUNK), b"")
         text = bytearray()
         skipping = False  # inside a line that is too long
@@ -148,9 +153,9 @@ def _size_left(file: BinaryIO) -> int:
     return max(0, os.fstat(file.fileno()).st_size - file.tell())
 
 
-def read_tail(path: Path) -> bytearray:
+def read_tail(path: Path, opened: Opener = open_trace) -> bytearray:
     """The end of the text: what the whole gzip members in the file's last stretch hold, or the last of it."""
-    with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
+    with opened(path) as file, os_errors_as_user_errors(path):
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL))
         data = file.read(_TAIL)

@@ -13,7 +13,7 @@ once, as an event or as bad, and both are compared with the arrays' lengths; MAX
 arguments are free before a line begins and `_args` stops there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -49,6 +49,14 @@ MAX_TS, MAX_DUR = 1 << 54, 1 << 47  # us: hundreds of years, and four years
 MAX_WHOLE = 1 << 57  # of an argument that is a count
 MAX_BYTES = 1 << 50  # that one call or span moves, where bytes are added up: a petabyte
 MAX_BAD = 1000  # bad lines of a block whose places are returned; all are counted
+_CHANGEABLE = (
+    "name",
+    "cat",
+    "ts",
+    "dur",
+    "arg_key",
+    "arg_val",
+)  # what the Perfetto converter works on in place
 _LEAST_LINE = 9  # bytes of an event: {"ph":1}
 _MOST = 1.7976931348623157e308
 _DONE, _MORE_ROOM = 0, 1
@@ -76,6 +84,11 @@ class EventBlock:
 
     def __len__(self) -> int:
         return len(self.ph)
+
+    def copy(self) -> "EventBlock":
+        """One whose columns can be changed without changing this one; the text is the same."""
+        columns = {name: value.copy() for name, value in vars(self).items() if name in _CHANGEABLE}
+        return replace(self, **columns)
 
     def args(self, i: int, strings: StringTable) -> dict[str, int | float | str]:
         """The arguments of one event as Python values: for the few records that are read one by one."""

@@ -16,6 +16,7 @@ the tests run both builds. The checked one is kept in a cache only where NUMBA_C
 
 import json
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,7 @@ class StringTable:
         self.table = np.full(1 << 18, -1, np.int32)
         self.count = np.zeros(1, np.int64)
         self._text: list[str] = []
+        self._lock = threading.Lock()  # several threads may ask for texts while none adds any
         for text in KNOWN:
             self.add(text)
 
@@ -153,9 +155,11 @@ class StringTable:
             _rehash(self.hashes, n, self.table)
 
     def text(self, number: int) -> str:
-        while len(self._text) <= number:
-            a, b = self.starts[len(self._text)], self.starts[len(self._text) + 1]
-            self._text.append(unescape(self.pool[a:b].tobytes()))
+        if len(self._text) <= number:
+            with self._lock:
+                while len(self._text) <= number:
+                    a, b = self.starts[len(self._text)], self.starts[len(self._text) + 1]
+                    self._text.append(unescape(self.pool[a:b].tobytes()))
         return self._text[number]
 
     def __len__(self) -> int:

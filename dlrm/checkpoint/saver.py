@@ -1,6 +1,12 @@
-"""Saving while training goes on: a copy is taken, a thread writes it, all ranks publish it together.
+"""Save a checkpoint while training goes on: copy the tensors, write them in a thread, publish on all ranks.
 
-The ranks talk through the store, not through collectives: those belong to the training.
+The ranks' threads agree through the store and never through collectives. Collectives belong to the training's
+thread: one from another thread would meet the wrong one on another rank, and both would wait for ever.
+
+For the save number N the store has, each with {"done": ...} or {"error": text} as its value:
+    dlrm/checkpoint/N/begin   from rank 0: the folder to write into, and its final name
+    dlrm/checkpoint/N/RANK    from each rank: what its file holds
+    dlrm/checkpoint/N/end     from rank 0: the published checkpoint
 """
 
 import json
@@ -16,88 +22,104 @@ from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
-POLL = 0.02  # seconds
+POLL_SECONDS = 0.02
 
 
 class CheckpointWriter:
-    """`save` returns once the copy is taken; `wait` when it is published, or says why it is not."""
+    """Writes a run's checkpoints, one at a time. All ranks make the same calls in the same order."""
 
     def __init__(
-        self, root: Path, here: Ranks, store: Any, keep: int | None, patience: float,
-        claim: Callable[[], None] = lambda: None,
+        self, root: Path, here: Ranks, store: Any, keep: int | None, timeout: float,
+        lock_root: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self.claim = claim  # makes the first rank the folder's only writer
+        """root       the folder of checkpoints
+        store      a connection to the ranks' store that no other thread uses
+        keep       how many checkpoints to keep, the newest ones; the best one besides. 0 or None: all
+        timeout    seconds in which the slowest rank must have written its file
+        lock_root  makes rank 0 the folder's only writer, or raises UserError
+        """
         self.root, self.here, self.store, self.keep = root, here, store, keep
-        self.patience = patience  # seconds for the slowest rank's disk
-        self.last: str | None = None  # the newest published one of this run
-        self.failures = 0
-        self._number = 0
-        self._staging: dict[Any, Any] = {}
+        self.timeout, self.lock_root = timeout, lock_root
+        self.last_path: str | None = None  # the newest checkpoint that this run published
+        self.failure_count = 0
+        self._number = 0  # of the save; the same on all ranks
+        self._staging: dict[Any, Any] = {}  # the copies' memory, used again for the next save
         self._thread: threading.Thread | None = None
-        self._error: str | None = None
+        self._error: str | None = None  # of the last save
 
-    def save(self, parts: list[TensorPiece], values: dict[str, Any], step: int) -> None:
-        """Save these tensors and values. Waits for the checkpoint before, if that is still being written."""
-        self.wait()
-        with trace.span("checkpoint", "save", bytes=sum(piece.tensor.nbytes for piece in parts)):
-            copied = state.copy_pieces(parts, self._staging)
+    def save(self, pieces: list[TensorPiece], values: dict[str, Any], step: int) -> None:
+        """Copy these tensors and start to write them; returns as soon as the copy is complete.
+
+        Waits first for the checkpoint before, if that is still being written.
+        """
+        self.wait_for_save()
+        with trace.span("checkpoint", "save", bytes=sum(piece.tensor.nbytes for piece in pieces)):
+            copied = state.copy_pieces(pieces, self._staging)
         self._number += 1
         self._error = None
         arguments = (self._number, copied, values, step)
-        self._thread = threading.Thread(target=self._work, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> str | None:
-        """None when the last save is published, else what went wrong: the same on all ranks."""
+    def wait_for_save(self) -> str | None:
+        """None once the last save is published, else what went wrong: the same text on all ranks."""
         if self._thread is not None:
             with trace.span("checkpoint", "wait"):
                 self._thread.join()
             self._thread = None
-            self.failures += self._error is not None
+            self.failure_count += self._error is not None
         return self._error
 
-    def _work(self, number: int, parts: list[TensorPiece], values: dict[str, Any], step: int) -> None:
+    def _run(self, number: int, pieces: list[TensorPiece], values: dict[str, Any], step: int) -> None:
         trace.name_thread("checkpoint")
         try:
-            self._error = self._write(f"dlrm/checkpoint/{number}", parts, values, step)
-        except Exception as error:  # noqa: BLE001  # a lost store: the session ends for that reason
+            self._error = self._write(f"dlrm/checkpoint/{number}", pieces, values, step)
+        except Exception as error:  # noqa: BLE001  # e.g. the store is lost: the heartbeat ends this rank
             self._error = f"{type(error).__name__}: {error}"
 
-    def _write(self, key: str, parts: list[TensorPiece], values: dict[str, Any], step: int) -> str | None:
+    def _write(self, key: str, pieces: list[TensorPiece], values: dict[str, Any], step: int) -> str | None:
+        """Write this rank's file; on rank 0 also make the folder and publish it. Returns the error, or None.
+
+        No rank learns that a checkpoint is good before rank 0 has published it.
+        """
         first = self.here.first
         partial = final = None
         if first:
-            begun = _run_catching_os_errors(lambda: self._begin(step))
+            begun = _catch_user_errors(lambda: self._begin(step))
             self.store.set(f"{key}/begin", json.dumps(begun))
-        begun = json.loads(self._get(f"{key}/begin"))
+        begun = json.loads(self._wait_for_key(f"{key}/begin"))
         if "error" not in begun:
             partial, final = (Path(path) for path in begun["done"])
             file = f"rank{self.here.rank:05d}.safetensors"
-            mine = _run_catching_os_errors(lambda: shards.write_pieces(partial, file, parts))
-            self.store.set(f"{key}/{self.here.rank}", json.dumps(mine))
+            written = _catch_user_errors(lambda: shards.write_pieces(partial, file, pieces))
+            self.store.set(f"{key}/{self.here.rank}", json.dumps(written))
         if first:
             outcome = begun if partial is None else self._publish(key, partial, final, values)
             self.store.set(f"{key}/end", json.dumps(outcome))
-        outcome = json.loads(self._get(f"{key}/end"))
+        outcome = json.loads(self._wait_for_key(f"{key}/end"))
         if "error" in outcome:
             return outcome["error"]
-        self.last = outcome["done"]
+        self.last_path = outcome["done"]
         return None
 
     def _begin(self, step: int) -> list[str]:
-        self.claim()
+        """[folder to write into, its final name], on rank 0."""
+        self.lock_root()
         return [str(path) for path in folder.begin_checkpoint(self.root, step)]
 
     def _publish(self, key: str, partial: Path, final: Path | None, values: dict[str, Any]) -> dict[str, Any]:
+        """Rank 0, once every rank's file is on the disk: write the description, rename the folder, remove old
+        checkpoints. If one rank failed, nothing is published and the older checkpoints stay.
+        """
         assert final is not None
         tensors, files = [], {}
         try:
             for rank in range(self.here.world_size):
-                theirs = json.loads(self._get(f"{key}/{rank}"))
-                if "error" in theirs:
-                    raise UserError(f"rank {rank}: {theirs['error']}")
-                tensors += theirs["done"]["tensors"]
-                files |= theirs["done"]["file"]
+                written = json.loads(self._wait_for_key(f"{key}/{rank}"))
+                if "error" in written:
+                    raise UserError(f"rank {rank}: {written['error']}")
+                tensors += written["done"]["tensors"]
+                files |= written["done"]["file"]
             folder.publish_checkpoint(partial, final, {"state": values, "tensors": tensors, "files": files})
             if self.keep:
                 folder.remove_old_checkpoints(self.root, self.keep)
@@ -106,16 +128,17 @@ class CheckpointWriter:
             folder.discard_partial(partial)
             return {"error": str(error)}
 
-    def _get(self, key: str) -> str:
-        given_up = time.monotonic() + self.patience
+    def _wait_for_key(self, key: str) -> str:
+        deadline = time.monotonic() + self.timeout
         while not self.store.check([key]):
-            if time.monotonic() > given_up:
-                raise TimeoutError(f"a rank did not finish writing within {self.patience:.0f} s")
-            time.sleep(POLL)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a rank did not finish writing within {self.timeout:.0f} s")
+            time.sleep(POLL_SECONDS)
         return self.store.get(key).decode()
 
 
-def _run_catching_os_errors(work: Any) -> dict[str, Any]:
+def _catch_user_errors(work: Callable[[], Any]) -> dict[str, Any]:
+    """{"done": result} or {"error": one line}: what the other ranks are sent."""
     try:
         return {"done": work()}
     except UserError as error:

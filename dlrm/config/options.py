@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from dlrm.config.parser import check_at_least, check_at_most, option
 from dlrm.runtime.errors import UserError
 
+CPU_FAST_PATH_HELP = (
+    "CPU ranks: collectives through shared memory, dense layers in place, the faster BLAS, huge pages "
+    "(off: torch's and torchrec's own; no effect on CUDA)"
+)
 LARGEST_SEED = (1 << 32) - 1  # numpy's generators take no more
 LONGEST_WAIT = 10**8  # in seconds or ms: torch counts ten times as many seconds in ns of 64 bits
 
@@ -48,9 +52,8 @@ class RunOptions:
     mllog_submitter: str = option("dlrm-io", "submission_org of the MLPerf log")
     mllog_platform: str = option("dlrm-io", "submission_platform of the MLPerf log")
     tensorboard: bool = option(False, "scalars for TensorBoard in the run folder")
-    exchange: str = option(
-        "auto", "how CPU ranks meet; auto: through shared memory where all are on one host", ("auto", "gloo")
-    )
+    cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
+    exchange: str = option("auto", "deprecated: gloo is --no-cpu_fast_path", ("auto", "gloo"))
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:
@@ -61,8 +64,15 @@ class RunOptions:
         check_at_least(0, self, "seed")
         check_at_most(LARGEST_SEED, self, "seed")
         check_at_most(LONGEST_WAIT, self, "timeout", "trace_flush_ms")
+        if self.exchange == "gloo":
+            object.__setattr__(self, "cpu_fast_path", False)
         if self.trace and not self.output_dir:
             raise UserError("--trace needs --output_dir: the trace is written there")
+
+
+def list_deprecated(run: RunOptions) -> list[str]:
+    """One line for each option of an earlier release that was given, with what to use instead."""
+    return ["--exchange gloo is deprecated: use --no-cpu_fast_path"] if run.exchange == "gloo" else []
 
 
 @dataclass(frozen=True)

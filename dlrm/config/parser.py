@@ -7,6 +7,7 @@ UserError of one line, the same on all ranks.
 import argparse
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +52,11 @@ def list_flags(kind: Any) -> list[Any]:
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    """A list option: 1,2,3."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not integers separated by commas: {text!r}") from None
 
 
 def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> None:
@@ -107,7 +112,8 @@ def _parse_options(
     presets: Mapping[str, Callable[[], Mapping[str, Any]]],
 ) -> C:
     parser = OptionParser(prog=program, description=description, allow_abbrev=False)
-    parser.add_argument("--check_options", action="store_true", help="only see whether the options are right")
+    parser.add_argument("--validate_only", action="store_true", help="check the options, then exit")
+    parser.add_argument("--check_options", action="store_true", help=argparse.SUPPRESS)  # its old name
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), help="published settings as defaults")
     groups = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[arg-type, misc]
@@ -131,7 +137,9 @@ def _parse_options(
         title: group_kind(**{f.name: values[f.name] for f in list_flags(group_kind)})  # type: ignore[operator, misc]
         for title, group_kind in groups.items()
     }
-    return parser.exit() if values["check_options"] else kind(**made)
+    if values["check_options"]:
+        print("dlrm: --check_options is now --validate_only; this release accepts both", file=sys.stderr)
+    return parser.exit() if values["validate_only"] or values["check_options"] else kind(**made)
 
 
 def as_json(config: Any, launch: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""For CPU ranks only: collectives through shared memory, a faster BLAS, large pages.
+"""For CPU ranks only: collectives through shared memory, dense layers in place, a faster BLAS.
 
-In: a process group's store, sharded modules. Out: the same results sooner. CUDA ranks use none of it.
+In: the hooks of `dlrm.runtime.accelerate`. Out: the same results sooner. The one door is `fast_path.enable`,
+which `dlrm.trainer.device` calls unless --no-cpu_fast_path; on CUDA nothing here is imported.
 """

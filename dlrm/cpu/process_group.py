@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from typing import Any
@@ -20,34 +20,29 @@ import torch.distributed as dist
 
 from common.owned import remove_dead_segments
 from dlrm.cpu.shared_memory import FOLDER, HEADER, SLOTS, STRIDE, ArrivingMessage, NotShared, ShmChannels
+from dlrm.runtime import gloo
+from dlrm.runtime.gloo import FinishedWork, UnevenGloo
 
-NAME = "shared"  # for dist.init_process_group, after `register_backends`
-GLOO = "gloo_uneven"  # likewise: without shared memory
-ENOUGH = 1 << 28  # free bytes in FOLDER per rank, for the exchange to be used
+NAME = "shared"  # for dist.init_process_group, after `register_backend`
+ENOUGH = 1 << 28  # free bytes in FOLDER per rank, for shared memory to be used
 
 
-def register_backends() -> None:
-    """Make the backends' names known to torch.distributed."""
-    for name, create in ((NAME, _create_shared), (GLOO, _create_gloo)):
-        if not hasattr(dist.Backend, name.upper()):
-            dist.Backend.register_backend(name, create, devices=["cpu"])
+def register_backend(device: torch.device) -> str:
+    """Make the backend known to torch.distributed; returns its name. The hook `choose_backend`."""
+    if not hasattr(dist.Backend, NAME.upper()):
+        dist.Backend.register_backend(NAME, _create_shared, devices=["cpu"])
+    return NAME
 
 
 def _create_shared(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     store.set(f"host{rank}", _shared_memory_id(size))
-    group = _create_gloo(store, rank, size, timeout)
+    group = gloo.create_gloo(store, rank, size, timeout)
     hosts = {store.get(f"host{peer}") for peer in range(size)}
     if size > 1 and len(hosts | {b""}) == 2:
         remove_dead_segments(FOLDER, (0, HEADER, HEADER + SLOTS * STRIDE))
         with contextlib.suppress(NotShared):
             return ShmProcessGroup(ShmChannels(store, rank, size, timeout.total_seconds()), group.gloo)
     return group
-
-
-def _create_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
-    gloo._set_sequence_number_for_group()
-    return gloo if size == 1 else UnevenGloo(gloo)
 
 
 def _shared_memory_id(size: int) -> str:
@@ -64,21 +59,6 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-class _FinishedWork(dist._Work):
-    """A collective that is over, with the future that DistributedDataParallel asks for."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._future: Any = torch.futures.Future()
-        self._future.set_result(tensors)
-
-    def wait(self, timeout: Any = None) -> bool:
-        return True
-
-    def get_future(self) -> Any:
-        return self._future
-
-
 class _ReceivingWork(dist._Work):
     """An all-to-all that was posted; what the others sent is copied when it is waited for."""
 
@@ -92,29 +72,7 @@ class _ReceivingWork(dist._Work):
 
     def get_future(self) -> Any:
         self._arriving.finish()
-        return _FinishedWork([]).get_future()
-
-
-class UnevenGloo(dist.ProcessGroup):
-    """gloo, which also gathers parts of different sizes: the last batch may have a row less on some ranks."""
-
-    def __init__(self, gloo: Any) -> None:
-        super().__init__(gloo.rank(), gloo.size())  # type: ignore[call-arg]
-        self.gloo = gloo
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-
-    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
-        (gathered, *_), (mine, *_) = outputs, inputs
-        if len({part.shape for part in gathered}) == 1:
-            return self.gloo.allgather(outputs, inputs, *([opts] if opts else []))
-        longest = max(part.numel() for part in gathered)
-        padded = torch.nn.functional.pad(mine.detach().reshape(-1), (0, longest - mine.numel()))
-        whole = [torch.empty_like(padded) for _ in gathered]
-        self.gloo.allgather([whole], [padded]).wait()
-        for part, all_of_it in zip(gathered, whole, strict=True):
-            part.copy_(all_of_it[: part.numel()].view(part.shape))
-        return _FinishedWork(gathered)
+        return FinishedWork([]).get_future()
 
 
 class ShmProcessGroup(UnevenGloo):
@@ -135,7 +93,7 @@ class ShmProcessGroup(UnevenGloo):
             self._sum(flat)
             if not tensor.is_contiguous():
                 tensor.detach().copy_(flat.view(tensor.shape))
-        return _FinishedWork(tensors)
+        return FinishedWork(tensors)
 
     def _sum(self, flat: torch.Tensor) -> None:
         """In place. Each rank adds up one section, in rank order, and gives it to all: equal bits."""
@@ -189,28 +147,6 @@ class ShmProcessGroup(UnevenGloo):
         return _ReceivingWork(ArrivingMessage(segments, segments.post(data, goes), place))
 
 
-def _through_gloo(name: str) -> Callable[..., Any]:
-    def call(self: UnevenGloo, *arguments: Any, **options: Any) -> Any:
-        return getattr(self.gloo, name)(*arguments, **options)
-
-    return call
-
-
-# by hand: left to torch's own dispatch to the registered backend, allgather and broadcast hang (torch 2.13)
-for _name, _gloo_name in {
-    "all_gather_single": "_allgather_base",
-    "all_to_all_single": "alltoall_base",
-    "reduce_scatter_single": "_reduce_scatter_base",
-    **{
-        name: name
-        for name in (
-            "_allgather_base", "_reduce_scatter_base", "allgather_coalesced", "allreduce",
-            "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
-            "monitored_barrier", "recv", "recv_anysource", "reduce", "reduce_scatter", "scatter", "send",
-        )
-    },
-}.items():  # fmt: skip
-    setattr(UnevenGloo, _name, _through_gloo(_gloo_name))
 setattr(ShmProcessGroup, "alltoall_base", ShmProcessGroup.all_to_all_single)  # noqa: B010 (its older name)
 
 

@@ -1,34 +1,12 @@
-"""What makes a run begin sooner: work at start-up that nothing here needs, left undone."""
+"""What makes a run start sooner: work at start-up that nothing here needs is skipped."""
 
-import gc
 import importlib
 import mmap
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
-# huge pages for large tensors: some thousand page faults less in each step. torch looks when it is imported.
-ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 LARGE = 32 << 20  # bytes of a tensor
 PLAIN = {"size", "dtype", "device"}  # what torch.zeros may be told of such a one
-
-
-def before_torch() -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Import torch, torchrec and what builds on them within."""
-    before_torch()
-    gc.disable()  # nothing that is imported is garbage
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.freeze()  # nor will it be
 
 
 def import_optimizers() -> None:
@@ -48,18 +26,18 @@ def import_optimizers() -> None:
         state.enable()
 
 
-def unfilled() -> Any:
+def skip_first_weights() -> Any:
     """A context in which torchrec does not draw first weights for tables that are filled afterwards.
 
-    Only a fill that names its own generator, as `tables.initialise` does, is done. Large zeros on the CPU are
-    memory that the kernel clears when it is first touched, and not a second time before.
+    Only a fill with a generator of its own is done, as `tables.initialize_tables` has. Large zeros on the CPU
+    are memory that the kernel clears when it is first touched, and not a second time before.
     """
     import torch
     from torch.overrides import TorchFunctionMode
 
     fills = (torch.Tensor.uniform_, torch.Tensor.normal_, torch.nn.init.uniform_, torch.nn.init.normal_)
 
-    class Unfilled(TorchFunctionMode):
+    class SkipFills(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if func in fills and kwargs.get("generator") is None:
@@ -70,7 +48,7 @@ def unfilled() -> Any:
                     return torch.frombuffer(untouched(like.nbytes), dtype=like.dtype).view(like.shape)
             return func(*args, **kwargs)
 
-    return Unfilled()
+    return SkipFills()
 
 
 def untouched(size: int) -> mmap.mmap:

@@ -37,8 +37,8 @@ from torchrec.distributed.types import (
 from common.errors import UserError, printable
 from common.inputs import read_json
 from common.memory import format_size, host_memory, memory_limit
-from dlrm.cpu import pooled_embeddings
 from dlrm.embeddings.tables import initialize_tables
+from dlrm.runtime import accelerate
 from dlrm.runtime.ranks import Ranks
 
 SHARDINGS = [sharding.value for sharding in ShardingType]
@@ -247,7 +247,7 @@ def shard_model(
         warnings.simplefilter("ignore", FutureWarning)
         model = DistributedModelParallel(module, device=device, plan=plan, sharders=make_sharders())
     _look_up_one_by_one(model)
-    pooled_embeddings.install_shared_memory_dists(model)
+    accelerate.hooks.replace_output_dists(model)
     initialize_tables(model, seed, bound)
     return model
 

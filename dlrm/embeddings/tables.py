@@ -1,7 +1,7 @@
 """The embedding tables: one config per sparse feature, and their first weights.
 
-The weights depend on the seed, the table and the row alone, so one rank and a thousand, sharded any way,
-begin with the same model.
+The weights depend on the seed, the table and the row alone, so that any number of ranks, under any sharding,
+starts with the same model.
 """
 
 import math
@@ -20,7 +20,7 @@ from dlrm.data.criteo import SPARSE_NAMES
 from dlrm.runtime.errors import UserError
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
-BLOCK = 1 << 20  # weights drawn from one generator; a shard draws the blocks that it touches
+BLOCK = 1 << 20  # weights from one random generator; a shard draws all blocks that it overlaps
 WEIGHT = re.compile(r"embedding(?:_bag)?s\.([^.]+)\.weight$")
 
 
@@ -34,13 +34,13 @@ def make_table_configs(
     dims = [dim] * len(sizes) if isinstance(dim, int) else list(dim)
     for option, values in (("--num_embeddings_per_feature", sizes), ("--embedding_dim", dims)):
         if len(values) != len(names):
-            raise UserError(f"{option}: {len(values)} values for {len(names)} tables; give one each")
+            raise UserError(f"{option}: {len(values)} values for {len(names)} tables; give one for each")
         if min(values) < 1:
             raise UserError(f"{option}: {min(values)} is not a size; give positive numbers")
     if any(width % 4 for width in dims):
         raise UserError(f"--embedding_dim: {dims} must be multiples of 4, the width of fbgemm's vectors")
     if dtype not in DTYPES:
-        raise UserError(f"tables' type {dtype} is unknown; choose from {', '.join(DTYPES)}")
+        raise UserError(f"table dtype {dtype} is unknown; choose from {', '.join(DTYPES)}")
     return [
         EmbeddingBagConfig(
             name=f"t_{name}",
@@ -55,7 +55,7 @@ def make_table_configs(
 
 
 def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
-    """torchrec's hook sees a shard without its place in the table, so `initialize_tables` does the work."""
+    """torchrec's hook sees a shard without its offset in the table, so `initialize_tables` fills instead."""
     return weight
 
 
@@ -69,7 +69,7 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor
 
 @torch.no_grad()
 def initialize_tables(module: nn.Module, seed: int = 0, bound: float | None = None) -> None:
-    """Fill this rank's shards: uniform in +-`bound`, else in +-sqrt(1 / rows), as the DLRM paper does."""
+    """Fill this rank's shards: uniform in +-`bound`, by default +-sqrt(1 / rows) as in the DLRM paper."""
     for _, table, weight in table_parameters(module):
         if isinstance(weight, ShardedTensor):
             rows, width = weight.metadata().size
@@ -84,12 +84,16 @@ def fill_shard(
     shard: torch.Tensor, first_row: int, first_column: int, rows: int, width: int, table: str, seed: int,
     bound: float | None,
 ) -> None:  # fmt: skip
+    """Fill a shard of a table of `rows` x `width` with its first weights, in place.
+
+    shard: [rows, columns] of any float type; its first element is at (first_row, first_column) of the table.
+    """
     bound = math.sqrt(1 / rows) if bound is None else bound
     step = max(1, BLOCK // width)
     last_row = first_row + shard.size(0)
     whole = shard.dtype == torch.float32 and shard.size(1) == width and shard.is_contiguous()
 
-    @torch.no_grad()  # which each thread has for itself
+    @torch.no_grad()  # a setting of each thread
     def draw(block: int) -> None:
         begin, end = block * step, min((block + 1) * step, rows)
         generator = torch.Generator(shard.device)
@@ -114,11 +118,11 @@ def fill_shard(
 
 
 class NoSsdTables:
-    """In the place of `ssd.ssd_tables.SsdTables` where no table lies in a file."""
+    """Stands in for `ssd.ssd_tables.SsdTables` where all tables are in memory."""
 
-    def ready(self) -> None: ...
+    def check_row_files(self) -> None: ...
 
-    def watch(self, pipeline: Any) -> None: ...
+    def install_prefetch(self, pipeline: Any) -> None: ...
 
     def bytes_read(self) -> dict[str, int]:
         return {}
@@ -126,7 +130,7 @@ class NoSsdTables:
     def bytes_written(self) -> dict[str, int]:
         return {}
 
-    def readings(self, step: int) -> dict[str, float]:
+    def cache_metrics(self, step: int) -> dict[str, float]:
         return {}
 
     def close(self) -> None: ...

@@ -8,7 +8,7 @@ import importlib
 import os
 from collections.abc import Mapping
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from dlrm.trainer.spec import ModelSpec
 
 MODULES = {"dlrm": "dlrm.models.dlrm.spec", "bert4rec": "dlrm.models.bert4rec.spec"}
@@ -24,7 +24,8 @@ def find_model(name: str, environ: Mapping[str, str] = os.environ) -> ModelSpec:
         if spec.name == name:
             return spec
     known = ", ".join([*MODULES, *(spec.name for spec in others)])
-    raise UserError(f"model {name} is unknown; there are {known} ({VARIABLE} names modules with more)")
+    unknown = f"model {printable(name)} is unknown; there are {known}"
+    raise UserError(f"{unknown} ({VARIABLE} names modules with more)")
 
 
 def _load_spec(module: str) -> ModelSpec:

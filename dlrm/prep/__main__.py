@@ -112,7 +112,10 @@ def run_script(args: argparse.Namespace) -> None:
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not integers separated by commas: {text!r}") from None
 
 
 def parse_count(text: str) -> int:
@@ -180,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
             COMMANDS[args.command](args)
     except (errors.UserError, ModuleNotFoundError) as error:
-        told = errors.missing_environment(error) if isinstance(error, ModuleNotFoundError) else error
+        told = errors.explain_missing_module(error) if isinstance(error, ModuleNotFoundError) else error
         if told is None:
             raise
         if ranks.find_ranks().first:  # the ranks have agreed on one error

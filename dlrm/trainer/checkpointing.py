@@ -1,4 +1,9 @@
-"""What a training keeps: checkpoints when they are due, the way back to the newest good one, the stop."""
+"""When a training saves a checkpoint and when it stops: every N steps or minutes, after an epoch, on a
+signal.
+
+In: a Trainer, and its options for checkpoints. Out: checkpoints in their folder; and for a training that is
+stopped, an exception that says where it was saved.
+"""
 
 import os
 import time
@@ -12,185 +17,216 @@ from dlrm.checkpoint import state
 from dlrm.checkpoint.saver import CheckpointWriter
 from dlrm.checkpoint.shards import TensorPiece
 from dlrm.runtime import entry, session
-from dlrm.runtime import stop as signals
 from dlrm.runtime.errors import NotSaved, Stopped, UserError
 from dlrm.runtime.ranks import Ranks
+from dlrm.runtime.stop import SAVE, STOP, CollectiveStop
 from dlrm.runtime.walltime import find_deadline
 from dlrm.trainer import loop
 from dlrm.trainer.run_folder import RunFolder
 
 
-class Training(Protocol):
-    """What is kept."""
+class CheckpointedTraining(Protocol):
+    """What a checkpoint stores of a Trainer."""
 
-    cfg: Any
+    options: Any
     model: Any
     optimizer: Any
     datasets: Any
-    records: RunFolder
+    run_folder: RunFolder
     progress: loop.Progress
     meter: loop.ThroughputMeter
     results: dict[str, dict[str, Any]]
-    score: str  # the metric of a validation that tells the best checkpoint
-    evaluating: float
+    score_metric: str  # in the validation's result: the checkpoint with the highest is the best
+    evaluate_seconds: float
 
 
 class CheckpointManager(loop.Hooks):
-    def __init__(self, job: Training, here: Ranks) -> None:
-        self.job, self.here = job, here
-        wishes = job.cfg.checkpoint
-        self.wishes = wishes
-        root = wishes.checkpoint_dir or (
-            os.path.join(job.cfg.run.output_dir, "checkpoints") if job.cfg.run.output_dir else None
+    """Saves a training's checkpoints and stops it; the loop calls it between its steps.
+
+    Every rank has one, and all ranks must save and stop at the same step, because saving gathers the state of
+    all ranks. Step counts are the same on all ranks anyway. Clocks and signals are not: `collective_stop`
+    makes the ranks agree on a step.
+    """
+
+    def __init__(self, trainer: CheckpointedTraining, here: Ranks) -> None:
+        self.trainer, self.here = trainer, here
+        run, self.options = trainer.options.run, trainer.options.checkpoint
+        root = self.options.checkpoint_dir or (
+            os.path.join(run.output_dir, "checkpoints") if run.output_dir else None
         )
         self.root = Path(root) if root else None
-        patience = max(3600, 10 * job.cfg.run.timeout)
-        self.saver = self.root and CheckpointWriter(
-            self.root, here, session.clone_store(), wishes.keep_checkpoints, patience, self._claim
+        # The slowest rank's disk may take long, and a dead rank is noticed by its heartbeat, not here.
+        timeout = max(3600, 10 * run.timeout)
+        self.writer = self.root and CheckpointWriter(
+            self.root, here, session.clone_store(), self.options.keep_checkpoints, timeout, self._lock_folder
         )
-        self.unsaved: str | None = None  # why the training's end is in no checkpoint
-        self._due = False  # at the next chance
-        self._scored_at: int | None = None  # step of the last validation
-        self._saved_at: Any = None
+        self.save_error: str | None = None  # why the state at the end of the training is in no checkpoint
+        self._save_requested = False  # save after the step that is under way
+        self._validated_step: int | None = None  # step of the last validation
+        self._saved_position: Any = None  # `_describe_position` of the newest save
         self._last_save = time.monotonic()
-        self._deadline = find_deadline(wishes.stop_before_walltime, wishes.walltime) if here.first else None
-        self.accord = signals.CollectiveStop(session.clone_store(), here, self._clock, job.cfg.run.timeout)
+        # rank 0's clock decides for all
+        self._deadline = (
+            find_deadline(self.options.stop_before_walltime, self.options.walltime) if here.first else None
+        )
+        self.collective_stop = CollectiveStop(session.clone_store(), here, self._check_clock, run.timeout)
 
-    # --- when
+    # --- when to save and when to stop
 
-    def claim(self) -> None:
-        """Be the only writer of checkpoints there, if it is known that there will be any; else the first save
-        asks for it.
+    def lock_known_folder(self) -> None:
+        """Become the only writer of the folder of checkpoints, before training starts.
+
+        Only where it is known that there will be checkpoints, or there are some to resume from. Otherwise the
+        first save locks it: a signal may ask for one, and a run without checkpoints makes no folder.
         """
-        known = self.wishes.asked or (self.root is not None and self.root.is_dir())
-        if known and self.job.cfg.run.mode == "train":
-            self._claim()
+        known = self.options.asked or (self.root is not None and self.root.is_dir())
+        if known and self.trainer.options.run.mode == "train":
+            self._lock_folder()
 
-    def begin(self) -> None:
-        self._saved_at = self._place()
-        if self.wishes.save_initial_model and self.job.progress.step == 0:
+    def start(self) -> None:
+        """Call it on all ranks, once the training is where it starts or resumes."""
+        self._saved_position = self._describe_position()
+        if self.options.save_initial_model and self.trainer.progress.step == 0:
             self.save()
         self._last_save = time.monotonic()
-        self.accord.begin()
+        self.collective_stop.begin()
 
-    def _clock(self) -> str | None:
+    def _check_clock(self) -> str | None:
+        """What is due now by rank 0's clock; called by `collective_stop`'s thread."""
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
-            return f"{signals.STOP}: walltime"
-        minutes = self.wishes.checkpoint_every_minutes
+            return f"{STOP}: walltime"
+        minutes = self.options.checkpoint_every_minutes
         if minutes and now - self._last_save >= 60 * minutes:
             self._last_save = now
-            return signals.SAVE
+            return SAVE
         return None
 
     def before_batch(self) -> None:
-        while kind := self.accord.before_batch():
-            if kind == signals.SAVE:
-                self._due = True
+        """Raises Stopped, on all ranks before the same batch."""
+        while request := self.collective_stop.before_batch():
+            if request == SAVE:
+                self._save_requested = True
                 continue
-            stop = Stopped(kind.partition(": ")[2])
-            stop.shared = True
-            raise stop
+            stopped = Stopped(request.partition(": ")[2])
+            stopped.shared = True
+            raise stopped
 
     def after_step(self) -> None:
-        every = self.wishes.checkpoint_every_steps
-        if self._due or (every and self.job.progress.step % every == 0):
+        every = self.options.checkpoint_every_steps
+        if self._save_requested or (every and self.trainer.progress.step % every == 0):
             self.save()
 
     def after_epoch(self) -> None:
-        if self._due or (self.wishes.asked and self.wishes.checkpoint_epochs):
+        if self._save_requested or (self.options.asked and self.options.checkpoint_epochs):
             self.save()
 
     def after_validation(self) -> None:
-        self._due = self._due or self.wishes.save_model_after_each_eval
-        self._scored_at = self.job.progress.step
+        # not saved at once: the loop has not yet recorded the validation's score in `progress`
+        self._save_requested = self._save_requested or self.options.save_model_after_each_eval
+        self._validated_step = self.trainer.progress.step
 
-    def finish(self) -> None:
-        """Training is over."""
-        if self.wishes.asked and self._place() != self._saved_at:
+    def finish_training(self) -> None:
+        """Save the last state, unless it is saved already, and wait until it is on the disk."""
+        if self.options.asked and self._describe_position() != self._saved_position:
             self.save()
-        self.unsaved = self._settle()
+        self.save_error = self._wait_for_save()
 
-    def stop(self, stop: Stopped) -> None:
-        """Save what there is, and say so in the exception's text."""
-        step = self.job.progress.step
-        said = f"stopped at step {step} ({stop})"
-        if self.saver is None:
-            stop.args = (f"{said}, nothing saved: give --output_dir or --checkpoint_dir",)
+    def save_when_stopped(self, stopped: Stopped) -> None:
+        """Save the state at which the training was stopped. Changes the exception's text to say where it is;
+        raises NotSaved if it could not be saved.
+        """
+        step = self.trainer.progress.step
+        text = f"stopped at step {step} ({stopped})"
+        if self.writer is None:
+            stopped.args = (f"{text}, nothing saved: give --output_dir or --checkpoint_dir",)
             return
-        if self._place() != self._saved_at:
+        if self._describe_position() != self._saved_position:
             self.save()
-        error = self._settle()
+        error = self._wait_for_save()
         if error:
-            raise NotSaved(f"{said}, but the checkpoint failed: {error}")
-        stop.args = (f"{said}, saved in {self.saver.last or 'nothing new'}: run it again to go on",)
+            raise NotSaved(f"{text}, but the checkpoint failed: {error}")
+        where = f"saved in {self.writer.last_path}" if self.writer.last_path else "no new checkpoint needed"
+        stopped.args = (f"{text}, {where}: run the same command again to resume",)
 
-    def check(self) -> None:
-        """At the very end: raises NotSaved if the last checkpoint that was asked for does not exist."""
-        if self.unsaved:
-            last = self.saver and self.saver.last
-            where = f"the one before is {last}" if last else "there is none"
+    def raise_if_not_saved(self) -> None:
+        """At the very end: raises NotSaved if the state at the end of the training is in no checkpoint."""
+        if self.save_error:
+            last = self.writer and self.writer.last_path
+            where = f"the newest one is {last}" if last else "there is none"
             raise NotSaved(
-                f"trained to step {self.job.progress.step}, but the checkpoint of step {self._saved_at[0]} "
-                f"was not written ({where}): {self.unsaved}"
+                f"trained to step {self.trainer.progress.step}, but the checkpoint of step "
+                f"{self._saved_position[0]} was not written ({where}): {self.save_error}"
             )
 
     def close(self) -> None:
-        self.accord.close()
+        self.collective_stop.close()
 
-    def _claim(self) -> None:
+    def _lock_folder(self) -> None:
         if self.root is not None:
-            self.job.records.claim(self.root, "saving checkpoints in it")
+            self.trainer.run_folder.lock_folder(self.root, "saving checkpoints in it")
 
-    # --- out
+    # --- what is saved
 
-    def _place(self) -> Any:
-        progress = self.job.progress
-        return progress.step, progress.epoch, progress.judging, progress.good, len(progress.val_aurocs)
+    def _describe_position(self) -> Any:
+        """Changes whenever there is something new to save: a step, an epoch, the start or end of a
+        validation.
+        """
+        progress = self.trainer.progress
+        return (
+            progress.step, progress.epoch, progress.validating_at, progress.target_reached,
+            len(progress.val_scores),
+        )  # fmt: skip
 
     def save(self) -> None:
-        if self.saver is None:
-            raise UserError("checkpoints need a place: give --checkpoint_dir or --output_dir")
-        self._settle()
-        self._due, self._saved_at, self._last_save = False, self._place(), time.monotonic()
-        began = time.perf_counter()
-        job = self.job
-        pieces = state.pieces_of_rank(job.model, job.optimizer, self.here.rank) + self._own_pieces()
-        self.saver.save(pieces, self._values(), job.progress.step)
-        job.meter.leave_out(time.perf_counter() - began)
+        """Copy the state now; a thread writes it meanwhile. All ranks call it at the same step."""
+        if self.writer is None:
+            raise UserError("checkpoints need a folder: give --checkpoint_dir or --output_dir")
+        self._wait_for_save()
+        self._save_requested, self._last_save = False, time.monotonic()
+        self._saved_position = self._describe_position()
+        started = time.perf_counter()
+        trainer = self.trainer
+        pieces = state.pieces_of_rank(trainer.model, trainer.optimizer, self.here.rank)
+        self.writer.save(pieces + self._list_rank_state(), self._describe_training(), trainer.progress.step)
+        trainer.meter.exclude_time(time.perf_counter() - started)
 
-    def _settle(self) -> str | None:
-        """Wait for the checkpoint that is being written; a failed one is told, and training goes on."""
-        if self.saver is None:
+    def _wait_for_save(self) -> str | None:
+        """Wait for the checkpoint that is being written. One that failed is reported, and training goes on:
+        the next one may succeed, and the one before is still there.
+        """
+        if self.writer is None:
             return None
-        failures = self.saver.failures
-        error = self.saver.wait()
-        if error and self.saver.failures > failures and self.here.first:
-            entry.print_error(Ranks(), f"checkpoint not written, the one before stays: {error}")
+        failures = self.writer.failure_count
+        error = self.writer.wait_for_save()
+        if error and self.writer.failure_count > failures and self.here.first:
+            entry.print_error(Ranks(), f"checkpoint not written, the one before it is kept: {error}")
         return error
 
-    def _own_pieces(self) -> list[TensorPiece]:
-        """What each rank has for itself."""
-        rank, sums = self.here.rank, self.job.meter.state()[0]
-        own = {f"meter/{rank}": sums, f"rng/cpu/{rank}": torch.get_rng_state()}
+    def _list_rank_state(self) -> list[TensorPiece]:
+        """What this rank alone has: the sums of its next report, and the states of its random numbers."""
+        rank = self.here.rank
+        tensors = {f"meter/{rank}": self.trainer.meter.sums, f"rng/cpu/{rank}": torch.get_rng_state()}
         if torch.cuda.is_available():
-            own[f"rng/cuda/{rank}"] = torch.cuda.get_rng_state()
-        return [TensorPiece(name, tuple(value.shape), (0,), value) for name, value in own.items()]
+            tensors[f"rng/cuda/{rank}"] = torch.cuda.get_rng_state()
+        return [TensorPiece(name, tuple(value.shape), (0,), value) for name, value in tensors.items()]
 
-    def _values(self) -> dict[str, Any]:
-        job = self.job
-        val = job.results.get("val")
+    def _describe_training(self) -> dict[str, Any]:
+        """Everything that is not a tensor, as JSON values; `resume.check_state` says what must be there."""
+        trainer = self.trainer
+        val = trainer.results.get("val")
+        just_validated = val and self._validated_step == trainer.progress.step
         return {
-            "step": job.progress.step,
-            "epoch": job.progress.epoch,
-            "score": val.get(job.score) if val and self._scored_at == job.progress.step else None,
-            "progress": asdict(job.progress),
-            "results": job.results,
-            "evaluating": job.evaluating,
-            "meter_steps": job.meter.steps,
-            **job.records.position(),
+            "step": trainer.progress.step,
+            "epoch": trainer.progress.epoch,
+            "score": val.get(trainer.score_metric) if val and just_validated else None,
+            "progress": asdict(trainer.progress),
+            "results": trainer.results,
+            "evaluate_seconds": trainer.evaluate_seconds,
+            "meter_steps": trainer.meter.steps,
+            **trainer.run_folder.metrics_position(),
             "world_size": self.here.world_size,
-            "config": asdict(job.cfg),
+            "config": asdict(trainer.options),
             "time": time.time(),
         }

@@ -1,4 +1,8 @@
-"""The training and the evaluation loop. Knows neither the command line nor files."""
+"""The training and the evaluation loop. It knows neither the command line nor files.
+
+In: a torchrec train pipeline, batches, a Progress. Out: the Progress, advanced in place after every step, so
+that a checkpoint can be taken between any two steps and the loop can start again from it.
+"""
 
 import itertools
 import math
@@ -16,62 +20,68 @@ from dlrm.runtime.errors import UserError
 
 
 class BatchIterable(Sized, Iterable[Any], Protocol):
-    number: int  # of the batch given last, counted over all passes
+    """This rank's batches of one split; `len` is the number of batches in a whole epoch."""
+
+    number: int  # of the batch that was handed out last, counted over all epochs
 
     def set_epoch(self, epoch: int) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch that was handed out last."""
+        ...
 
 
 class MetricCollector(Protocol):
-    """Gathers a model's outputs; `result` is the metrics over those of all ranks."""
+    """Gathers the outputs of an evaluation on this rank."""
 
-    def add(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None: ...
+    def update(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None: ...
 
-    def result(self) -> dict[str, Any]: ...
+    def compute(self) -> dict[str, Any]:
+        """The metrics over the rows of all ranks. A collective."""
+        ...
 
 
-Report = Callable[..., None]
+LogMetrics = Callable[..., None]  # one line of metrics.jsonl, as keyword arguments
 
 
 @dataclass
 class Progress:
-    """How far the training has come."""
+    """How far the training has come. A checkpoint stores all of it."""
 
-    step: int = 0  # optimizer steps so far
+    step: int = 0  # optimizer steps done
     epoch: int = 0
     lr: float = 0.0  # of the last step
     samples: int = 0  # rows trained on, all ranks
-    seconds: float = 0.0  # spent training, evaluation and warm-up left out
+    seconds: float = 0.0  # spent training; without evaluation, checkpoints and warm-up
     timed_samples: int = 0  # rows trained on in those seconds
-    val_aurocs: list[float | None] = field(default_factory=list)
-    position: dict[str, Any] | None = None  # in the rows, after the last step; None: the epoch begins
-    judging: str | None = None  # the validation under way: of an epoch, of a step
-    good: bool = False  # validation reached what was wanted
+    val_scores: list[float | None] = field(default_factory=list)  # one per validated epoch
+    position: dict[str, Any] | None = None  # in the rows, after the last step; None: start of the epoch
+    validating_at: str | None = None  # "epoch" or "step": a validation is running, at the end of which
+    target_reached: bool = False  # a validation reached --validation_auroc
     loss_scale: float = 1.0  # of fp16
-    good_steps: int = 0  # since it changed
+    steps_since_overflow: int = 0  # or since the loss scale changed
     skipped_steps: int = 0  # whose gradients overflowed
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When to look and when to stop."""
+    """When to report, to validate and to stop."""
 
     epochs: int = 1
     max_steps: int | None = None
-    report_every: int = 20
-    warmup_steps: int = 1  # not timed: allocation, first contact
-    validation_freq: int | None = None
-    validation_auroc: float | None = None
-    score: str = "auroc"  # the metric that says how good a validation was
+    report_every: int = 20  # steps
+    warmup_steps: int = 1  # not timed: allocations and first connections
+    validation_freq: int | None = None  # steps
+    target_score: float | None = None  # stop once a validation reaches it
+    score_metric: str = "auroc"  # the metric that is compared with it
     evaluate_on_epoch_end: bool = False
 
 
 class Hooks:
-    """What else happens between the parts of a training; this one does nothing."""
+    """Called between the parts of a training. This class does nothing; checkpointing overrides it."""
 
     def before_batch(self) -> None:
-        """Every rank comes by here before every batch, of training and of evaluation. May raise."""
+        """Called on every rank before every batch, of training and of evaluation. May raise Stopped."""
 
     def after_step(self) -> None: ...
 
@@ -81,20 +91,23 @@ class Hooks:
 
 
 class ThroughputMeter:
-    """Mean loss over all ranks and samples per second, from one report to the next."""
+    """Mean loss over all ranks, and samples per second, since the last report."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss x rows, rows
+        # [sum of loss x rows, rows] of this rank, float64: summed on the device, so that a step that is not
+        # reported never waits for the GPU
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._since = time.perf_counter()
         self.steps = 0
 
-    def add(self, loss: torch.Tensor, rows: int) -> None:
+    def add_step(self, loss: torch.Tensor, rows: int) -> None:
+        """`loss`: the mean over this rank's `rows` rows, a scalar tensor."""
         self._sums[0] += loss.detach() * rows
         self._sums[1] += rows
         self.steps += 1
 
-    def read(self) -> tuple[float, int, float]:
-        """Loss, rows, seconds since the last call. A collective: every rank calls it at the same step."""
+    def reduce_and_reset(self) -> tuple[float, int, float]:
+        """(mean loss, rows, seconds) since the last call. A collective: called at the same step."""
         dist.all_reduce(self._sums)
         loss, rows = self._sums.tolist()
         now = time.perf_counter()
@@ -103,13 +116,14 @@ class ThroughputMeter:
         self.steps = 0
         return loss / max(rows, 1), int(rows), seconds
 
-    def leave_out(self, seconds: float) -> None:
-        """Time that was not training."""
+    def exclude_time(self, seconds: float) -> None:
+        """Do not count these seconds: they were spent on a validation or a checkpoint."""
         self._since += seconds
 
-    def state(self) -> tuple[torch.Tensor, int]:
-        """What has been gathered since the last report: this rank's sums, and the steps."""
-        return self._sums, self.steps
+    @property
+    def sums(self) -> torch.Tensor:
+        """This rank's sums since the last report, [2] float64; a checkpoint stores and refills them."""
+        return self._sums
 
 
 def run_training(
@@ -117,50 +131,58 @@ def run_training(
     batches: BatchIterable,
     progress: Progress,
     limits: Limits,
-    next_lr: Callable[[], float],
+    set_next_lr: Callable[[], float],
     validate: Callable[[], dict[str, Any]],
-    report: Report,
+    log_metrics: LogMetrics,
     meter: ThroughputMeter,
     hooks: Hooks,
     during_epoch: Callable[[int], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
-    """Train until the epochs are over, `max_steps` are done, or validation is good enough (True).
+    """Train until the epochs are over, `max_steps` are done, or a validation reaches the target (True).
 
-    `progress` may stand anywhere: a training that was stopped goes on.
+    pipeline      a torchrec TrainPipelineSparseDist over the model and its optimizer
+    progress      where to start; advanced in place. A resumed training starts in the middle of an epoch, or
+                  inside a validation, which then runs again from its first batch
+    set_next_lr   sets the learning rate of the coming step and returns it
+    validate      evaluates the validation split; its result has `limits.score_metric` and "seconds"
+    during_epoch  a context manager around each epoch, given the epoch's number
     """
 
-    def good_enough(of: str) -> bool:
-        progress.judging = of
+    def validate_at(point: str) -> bool:
+        # set while the validation runs: a checkpoint taken inside it resumes with the same validation
+        progress.validating_at = point
         result = validate()
-        progress.judging = None
-        meter.leave_out(result["seconds"])
-        if of == "epoch":
-            progress.val_aurocs.append(result[limits.score])
-        wanted, reached = limits.validation_auroc, result[limits.score]
-        progress.good = wanted is not None and reached is not None and reached >= wanted
-        return progress.good
+        progress.validating_at = None
+        meter.exclude_time(result["seconds"])
+        score = result[limits.score_metric]
+        if point == "epoch":
+            progress.val_scores.append(score)
+        target = limits.target_score
+        progress.target_reached = target is not None and score is not None and score >= target
+        return progress.target_reached
 
-    if progress.good or (progress.judging and good_enough(progress.judging)):
+    # what a checkpoint may have left to do: nothing, or the rest of a validation
+    if progress.target_reached or (progress.validating_at and validate_at(progress.validating_at)):
         return True
     while progress.epoch < limits.epochs and progress.step != limits.max_steps:
         batches.set_epoch(progress.epoch)
         trace.set_context(epoch=progress.epoch)
         with during_epoch(progress.epoch), trace.span("train", "epoch"):
-            left = None if limits.max_steps is None else limits.max_steps - progress.step
-            for _ in train_steps(pipeline, batches, progress, meter, next_lr, hooks, left):
+            steps_left = None if limits.max_steps is None else limits.max_steps - progress.step
+            for _ in train_steps(pipeline, batches, progress, meter, set_next_lr, hooks, steps_left):
                 at_end = progress.step == limits.max_steps
                 if meter.steps == limits.report_every or at_end or progress.step == limits.warmup_steps:
-                    report_step(meter, progress, report, timed=progress.step > limits.warmup_steps)
+                    report_steps(meter, progress, log_metrics, timed=progress.step > limits.warmup_steps)
                 due = limits.validation_freq and progress.step % limits.validation_freq == 0
-                if due and good_enough("step"):
+                if due and validate_at("step"):
                     return True
                 if at_end:
                     return False
                 hooks.after_step()
             if meter.steps:
-                report_step(meter, progress, report)
+                report_steps(meter, progress, log_metrics)
         progress.epoch, progress.position = progress.epoch + 1, None
-        if limits.evaluate_on_epoch_end and good_enough("epoch"):
+        if limits.evaluate_on_epoch_end and validate_at("epoch"):
             return True
         hooks.after_epoch()
     return False
@@ -171,57 +193,66 @@ def train_steps(
     batches: BatchIterable,
     progress: Progress,
     meter: ThroughputMeter,
-    next_lr: Callable[[], float],
+    set_next_lr: Callable[[], float],
     hooks: Hooks,
     limit: int | None = None,
 ) -> Iterator[None]:
-    """One epoch, or what is left of it, a step at a time; yields after the step is counted."""
+    """Train the rest of the epoch (at most `limit` steps); yields after each step, once it is counted."""
     iterator = iter(batches)
     first = batches.number + 1
     count = len(batches) if limit is None else min(limit, len(batches))
-    # the pipeline takes batches ahead: not more of them than there will be steps
-    positions: dict[int, dict[str, Any]] = {}  # after each batch that was taken and not yet trained
+    # The pipeline takes batches ahead of the step that it trains. So the position to resume from is not the
+    # reader's own: it is remembered for each batch when it is taken, and used when that batch is trained.
+    positions: dict[int, dict[str, Any]] = {}
 
-    def take() -> Iterator[Any]:
-        for each in itertools.islice(iterator, count):
+    def take_batches() -> Iterator[Any]:
+        # not more batches than there will be steps: one that is taken and not trained would be lost
+        for batch in itertools.islice(iterator, count):
             positions[batches.number] = batches.state_dict()
-            yield each
+            yield batch
 
-    feed = take()
+    feed = take_batches()
     try:
-        for batch in range(first, first + count):
+        for number in range(first, first + count):
             hooks.before_batch()
             trace.set_context(step=progress.step)
-            with trace.span("train", "step", batch=batch):
-                progress.lr = next_lr()
+            with trace.span("train", "step", batch=number):
+                progress.lr = set_next_lr()
                 loss, logits, _ = pipeline.progress(feed)
-                meter.add(loss, len(logits))
+                meter.add_step(loss, len(logits))
             progress.step += 1
-            progress.position = positions.pop(batch)
+            progress.position = positions.pop(number)
             yield
     finally:
+        # also when the caller leaves the loop early: a reader's threads and files end here
         close = getattr(iterator, "close", None)
         if close:
             close()
 
 
-def report_step(meter: ThroughputMeter, progress: Progress, report: Report, timed: bool = True) -> None:
+def report_steps(
+    meter: ThroughputMeter, progress: Progress, log_metrics: LogMetrics, timed: bool = True
+) -> None:
+    """Log loss and speed since the last report; UserError on all ranks where the loss is not finite.
+
+    `timed`: count the steps in results.json's samples_per_second.
+    """
     with trace.span("train", "report"):
         first = progress.step - meter.steps + 1
-        loss, rows, seconds = meter.read()
+        loss, rows, seconds = meter.reduce_and_reset()
         if not math.isfinite(loss):
             error = UserError(
                 f"the loss became {loss} in steps {first}..{progress.step}: "
                 "lower --learning_rate, or look for NaN in the data with python -m dlrm.prep check"
             )
-            error.shared = True
+            error.shared = True  # the loss is the mean over all ranks: every rank raises this
             raise error
         progress.samples += rows
         if timed:
             progress.seconds += seconds
             progress.timed_samples += rows
         speed = rows / seconds
-        report(
+        log_metrics(
             step=progress.step, epoch=progress.epoch, loss=loss, lr=progress.lr, samples=progress.samples,
             samples_per_second=speed,
         )  # fmt: skip
@@ -234,10 +265,13 @@ def evaluate(
     model: torch.nn.Module,
     batches: BatchIterable,
     split: str,
-    predictions: MetricCollector,
+    metrics: MetricCollector,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """The metrics over exactly the rows of the set."""
+    """The metrics over exactly the rows of the split, with its name and the seconds that it took.
+
+    The pipeline is not the one that trains: that one may have batches of the epoch in flight.
+    """
     started = time.perf_counter()
     was_training = model.training
     model.eval()
@@ -247,8 +281,8 @@ def evaluate(
             before_batch()
             with trace.span("eval", "eval_step", batch=batch):
                 _, logits, labels = pipeline.progress(iterator)
-                predictions.add(logits, labels)
-        with trace.span("eval", "auroc"):
-            result = predictions.result()
+                metrics.update(logits, labels)
+        with trace.span("eval", "metrics"):
+            result = metrics.compute()
     model.train(was_training)
     return {"split": split, **result, "seconds": time.perf_counter() - started}

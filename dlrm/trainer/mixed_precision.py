@@ -1,8 +1,10 @@
 """Mixed precision of the dense part, loss scaling and gradient clipping.
 
-Tables are updated inside the backward pass, so a scaled loss would reach them scaled. Here the scale
-lives in the dense part only: gradients are multiplied where they enter it, at the logits, and divided where
-they leave it towards the tables (in fp32, rows that overflowed to zero) and before the dense step.
+Why not torch.amp.GradScaler: it scales the loss and unscales before the optimizer's step. The tables have no
+such step: torchrec updates them inside the backward pass, and they would be updated with scaled gradients. So
+the scale is limited to the dense part. Gradients are multiplied where they enter it, at the logits; they are
+divided where they leave it towards the tables (in fp32; a row that overflowed becomes zero), and before the
+step of the dense optimizer.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,75 +14,84 @@ import torch
 from torch import nn
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-GROWTH_STEPS = 2000  # without overflow, then the scale doubles
+GROWTH_STEPS = 2000  # after so many steps without overflow the scale doubles
 GROWTH, BACKOFF = 2.0, 0.5
-LARGEST, SMALLEST = 2.0**24, 2.0**-8
+MAX_SCALE, MIN_SCALE = 2.0**24, 2.0**-8
 
 
-class Scaling(Protocol):
-    """Where the scale stands; kept with the training's progress, so that checkpoints have it."""
+class ScaleState(Protocol):
+    """The current loss scale. `loop.Progress` has these fields, so that checkpoints store them."""
 
     loss_scale: float
-    good_steps: int  # since the last overflow or change
+    steps_since_overflow: int  # or since the scale changed
     skipped_steps: int
 
 
 class LossScale:
-    """Static, or halved on overflow and doubled after many good steps. The same on all ranks."""
+    """A constant scale, or (`dynamic`) one that is halved on overflow and doubled after GROWTH_STEPS without.
 
-    def __init__(self, at: Scaling, dynamic: bool) -> None:
-        self.at, self.dynamic = at, dynamic
+    The same on all ranks, because the gradients that decide are averages over the ranks.
+    """
 
-    def up(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * self.at.loss_scale
+    def __init__(self, state: ScaleState, dynamic: bool) -> None:
+        self.state, self.dynamic = state, dynamic
 
-    def down(self, gradient: torch.Tensor) -> torch.Tensor:
-        """For the tables: rows that overflowed change nothing."""
-        unscaled = gradient.float() / self.at.loss_scale
+    def scale(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * self.state.loss_scale
+
+    def unscale_for_tables(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[..., embedding_dim], same dtype. A row that overflowed becomes zero: that row is not updated."""
+        unscaled = gradient.float() / self.state.loss_scale
         finite = torch.isfinite(unscaled).all(dim=-1, keepdim=True)
         return torch.where(finite, unscaled, 0.0).to(gradient.dtype)
 
     def update(self, overflow: bool) -> None:
-        at = self.at
-        at.skipped_steps += overflow
-        at.good_steps = 0 if overflow else at.good_steps + 1
+        """After each step: did its dense gradients overflow?"""
+        state = self.state
+        state.skipped_steps += overflow
+        state.steps_since_overflow = 0 if overflow else state.steps_since_overflow + 1
         if self.dynamic and overflow:
-            at.loss_scale = max(SMALLEST, at.loss_scale * BACKOFF)
-        elif self.dynamic and at.good_steps == GROWTH_STEPS:
-            at.loss_scale, at.good_steps = min(LARGEST, at.loss_scale * GROWTH), 0
+            state.loss_scale = max(MIN_SCALE, state.loss_scale * BACKOFF)
+        elif self.dynamic and state.steps_since_overflow == GROWTH_STEPS:
+            state.loss_scale, state.steps_since_overflow = min(MAX_SCALE, state.loss_scale * GROWTH), 0
 
 
 def cast_dense_part(
     model: nn.Module, device: torch.device, kind: str, scale: LossScale | None = None
 ) -> None:
-    """Run this DLRM's towers and interaction in `kind`. Call it once."""
+    """Run a DLRM's dense arch, interaction and over arch in `kind` ("bf16" or "fp16"). Call it once per
+    model.
+
+    The parts' `forward` is wrapped, rather than the whole model's: the tables keep their own dtype, and the
+    hooks on gradients must sit exactly where the dense part begins and ends.
+    """
     dtype = TYPES[kind]
 
     def autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def within(*inputs: Any) -> Any:
+        def forward_in_autocast(*inputs: Any) -> Any:
             with torch.autocast(device.type, dtype):
                 return forward(*inputs)
 
-        return within
+        return forward_in_autocast
 
     def interact(dense: torch.Tensor, sparse: Any) -> torch.Tensor:
         values = sparse.values()
         if scale and values.requires_grad:
-            values.register_hook(scale.down)
-        return inner(dense, sparse)
+            values.register_hook(scale.unscale_for_tables)
+        return inter_arch(dense, sparse)
 
-    def last(features: torch.Tensor) -> torch.Tensor:
-        logits = over(features).float()  # the loss and the hook's product in fp32
+    def predict(features: torch.Tensor) -> torch.Tensor:
+        logits = over_arch(features).float()  # the loss, and the hook's product, in fp32
         if scale and logits.requires_grad:
-            logits.register_hook(scale.up)
+            logits.register_hook(scale.scale)
         return logits
 
     parts: Any = model
     parts.dense_arch.forward = autocast(parts.dense_arch.forward)
-    inner = autocast(parts.inter_arch.forward)
+    inter_arch = autocast(parts.inter_arch.forward)
     parts.inter_arch.forward = interact
-    over = autocast(parts.over_arch.forward)
-    parts.over_arch.forward = last
+    over_arch = autocast(parts.over_arch.forward)
+    parts.over_arch.forward = predict
 
 
 class Optimizer(Protocol):
@@ -90,9 +101,10 @@ class Optimizer(Protocol):
 
 
 class ScaledClippedOptimizer:
-    """The optimizer's step for the dense gradients: unscaled, clipped, left out when they overflowed.
+    """Before the optimizer's step: unscale the dense gradients, skip the step if they overflowed, clip them.
 
-    Those gradients are averages over all ranks, so every rank decides alike.
+    The dense gradients are averages over all ranks, so every rank takes or skips the same steps. In a skipped
+    step the tables have been updated already, except for the rows whose gradients overflowed.
     """
 
     def __init__(
@@ -111,7 +123,7 @@ class ScaledClippedOptimizer:
     def step(self) -> None:
         gradients = [parameter.grad for parameter in self.dense if parameter.grad is not None]
         if self.scale:
-            torch._foreach_div_(gradients, self.scale.at.loss_scale)
+            torch._foreach_div_(gradients, self.scale.state.loss_scale)
             overflow = not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
             self.scale.update(overflow)
             if overflow:

@@ -1,4 +1,9 @@
-"""The way back: a training goes on from the newest good checkpoint of its run folder, or from a given one."""
+"""Resume a training: from the newest readable checkpoint of its run folder, or from one that the user named.
+
+In: a Trainer as built from its options. Out: the same with the checkpoint's weights, optimizer state,
+progress, position in the data and random numbers, so that the next step is the one that would have come
+without a stop.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,189 +20,239 @@ from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop
 
 
-def resume_training(job: Any, here: Ranks, root: Path | None) -> None:
-    """Bring model, optimizers and progress of `job` to where a checkpoint stands, if there is one."""
-    wishes, run = job.cfg.checkpoint, job.cfg.run
+def resume_training(trainer: Any, here: Ranks, root: Path | None) -> None:
+    """Bring `trainer` to the state of a checkpoint, if there is one; and metrics.jsonl with it. A collective.
+
+    root  the run's own folder of checkpoints. One in it comes before --load_checkpoint_path: a run that was
+          started from another run's checkpoint, and then stopped, resumes from its own
+    """
+    options, run = trainer.options.checkpoint, trainer.options.run
+    # Rank 0 lists the folders for all: on a shared file system another rank may not see a new name yet.
     with session.errors_on_all_ranks():
-        mine = (
+        listed = (
             folder.list_checkpoints(root)
-            if here.first and root is not None and wishes.resume != "never"
+            if here.first and root is not None and options.resume != "never"
             else []
         )
-    own = session.broadcast_from_first(mine)
-    given = Path(wishes.load_checkpoint_path) if wishes.load_checkpoint_path else None
-    if own:
-        found, old = _load_newest(job, here, own, whole=run.mode == "train")
+    own_paths = session.broadcast_from_first(listed)
+    given = Path(options.load_checkpoint_path) if options.load_checkpoint_path else None
+    if own_paths:
+        found, restored = _load_newest(trainer, here, own_paths, whole=run.mode == "train")
     elif given:
         with session.errors_on_all_ranks():
-            mine = list(folder.find_checkpoints(given)) if here.first else []
-        paths = session.broadcast_from_first(mine)
+            listed = list(folder.find_checkpoints(given)) if here.first else []
+        paths = session.broadcast_from_first(listed)
         if not paths:
-            raise _on_all_ranks(UserError(f"--load_checkpoint_path {given}: no checkpoint there"))
-        found, old = _load_newest(job, here, paths, whole=run.mode == "train" and not wishes.load_model_only)
+            raise _shared(UserError(f"--load_checkpoint_path {given}: no checkpoint there"))
+        whole = run.mode == "train" and not options.load_model_only
+        found, restored = _load_newest(trainer, here, paths, whole)
     else:
         if run.mode == "test":
-            raise _on_all_ranks(UserError("there is no checkpoint to test: give --load_checkpoint_path"))
+            raise _shared(UserError("there is no checkpoint to test: give --load_checkpoint_path"))
         with session.errors_on_all_ranks():
-            job.records.start_anew()
+            trainer.run_folder.start_metrics()
         return
-    job.records.say(f"from {found.path}: step {found.state['step']}, epoch {found.state['epoch']}")
+    trainer.run_folder.print_line(
+        f"from {found.path}: step {found.state['step']}, epoch {found.state['epoch']}"
+    )
     with session.errors_on_all_ranks():
-        if old is not None:
-            _restore_progress(job, here, found, old)
-        state = found.state
+        if restored is not None:
+            _restore_progress(trainer, found, *restored)
+        stored = found.state
         if run.mode == "test":
-            job.records.append()
-        elif own:
-            job.records.go_on(state["step"], state.get("metrics_bytes"), state.get("metrics_crc32"))
+            trainer.run_folder.append_metrics()
+        elif own_paths:
+            trainer.run_folder.resume_metrics(
+                stored["step"], stored.get("metrics_bytes"), stored.get("metrics_crc32")
+            )
         else:
-            job.records.start_anew()
+            trainer.run_folder.start_metrics()
 
 
-def _on_all_ranks(error: UserError) -> UserError:
+def _shared(error: UserError) -> UserError:
+    """An error that all ranks raise alike: only rank 0 prints it."""
     error.shared = True
     return error
 
 
 def _load_newest(
-    job: Any, here: Ranks, paths: list[Path], whole: bool
-) -> tuple[Checkpoint, tuple[loop.Progress, "Own"] | None]:
-    """The newest that can be read, on all ranks, and (`whole`) what else it knows about the training."""
+    trainer: Any, here: Ranks, paths: list[Path], whole: bool
+) -> tuple[Checkpoint, tuple[loop.Progress, "RankState"] | None]:
+    """Load the first of `paths` (newest first) that all ranks can read; a damaged one is skipped with a
+    warning.
+
+    `whole`: load the optimizers' state too, and return the progress and this rank's own state; else only the
+    weights. A checkpoint that does not fit the model is a UserError and not skipped: an older one would not
+    fit either.
+    """
     for path in paths:
-        problem = mistake = ""
-        found, old = None, None
+        damage = mistake = ""
+        found = progress = rank_state = None
         try:
             with trace.span("checkpoint", "load") as loading:
                 found = folder.read_description(path)
-                old = check_state(found, whole)
-                loading.update(bytes=state.restore_state(found, job.model, job.optimizer if whole else None))
-                own = _restore_rank_state(job, here, found) if whole else None
+                progress, old_keys = check_state(found, whole)
+                if old_keys:
+                    trainer.run_folder.warn(
+                        f"{path}: has old names ({', '.join(old_keys)}); they are read in this release only"
+                    )
+                optimizer = trainer.optimizer if whole else None
+                loading.update(bytes=state.restore_state(found, trainer.model, optimizer))
+                rank_state = _read_rank_state(trainer, here, found) if whole else None
         except (CorruptCheckpoint, OSError) as error:
-            problem = str(error)
+            damage = str(error)
         except UserError as error:
             mistake = str(error)
-        told = session.gather_from_all((problem, mistake))
-        for _, text in told:
+        # all ranks take the same checkpoint: what one cannot read, none uses
+        outcomes = session.gather_from_all((damage, mistake))
+        for _, text in outcomes:
             if text:
-                raise _on_all_ranks(UserError(text))
-        problem = next((text for text, _ in told if text), "")
-        if not problem and found is not None:
-            return found, None if old is None or own is None else (old, own)
-        job.records.warn(f"checkpoint skipped: {problem}")
-    raise _on_all_ranks(
-        UserError(f"{paths[0].parent}: no checkpoint of {len(paths)} is good; --resume never begins anew")
+                raise _shared(UserError(text))
+        damage = next((text for text, _ in outcomes if text), "")
+        if not damage and found is not None:
+            return found, None if progress is None or rank_state is None else (progress, rank_state)
+        trainer.run_folder.warn(f"checkpoint skipped: {damage}")
+    raise _shared(
+        UserError(
+            f"{paths[0].parent}: none of {len(paths)} checkpoints can be read; "
+            "give --resume never to start at step 0"
+        )
     )
 
 
 COUNT = (int,)
 NUMBER = (int, float)
-MOST = 1 << 53  # steps, rows: what a double still counts
+MAX_COUNT = 1 << 53  # steps, rows: the largest range that a double holds exactly
 STATE: dict[str, tuple[type, ...]] = {
-    "step": COUNT, "epoch": COUNT, "world_size": COUNT, "meter_steps": COUNT, "evaluating": NUMBER,
+    "step": COUNT, "epoch": COUNT, "world_size": COUNT, "meter_steps": COUNT, "evaluate_seconds": NUMBER,
     "progress": (dict,), "results": (dict,),
 }  # fmt: skip
 PROGRESS: dict[str, tuple[type, ...]] = {
     "step": COUNT, "epoch": COUNT, "lr": NUMBER, "samples": COUNT, "seconds": NUMBER, "timed_samples": COUNT,
-    "val_aurocs": (list,), "position": (dict, type(None)), "judging": (str, type(None)), "good": (bool,),
-    "loss_scale": NUMBER, "good_steps": COUNT, "skipped_steps": COUNT,
+    "val_scores": (list,), "position": (dict, type(None)), "validating_at": (str, type(None)),
+    "target_reached": (bool,), "loss_scale": NUMBER, "steps_since_overflow": COUNT, "skipped_steps": COUNT,
 }  # fmt: skip
 POSITION: dict[str, tuple[type, ...]] = {
     "epoch": COUNT, "step": COUNT, "rows": COUNT, "segments": (list,), "seed": COUNT,
     "window": (int, type(None)),
 }  # fmt: skip
+# Names that checkpoints had at first; still read, with a warning, for one release.
+OLD_STATE_KEYS = {"evaluating": "evaluate_seconds"}
+OLD_PROGRESS_KEYS = {
+    "val_aurocs": "val_scores", "judging": "validating_at", "good": "target_reached",
+    "good_steps": "steps_since_overflow",
+}  # fmt: skip
 
 
-def check_state(found: Checkpoint, whole: bool) -> loop.Progress | None:
-    """How far the training had come, `whole`; Corrupt where a value is missing, of another kind or out of
-    range.
+def check_state(found: Checkpoint, whole: bool) -> tuple[loop.Progress | None, list[str]]:
+    """(how far the training had come, names of an earlier release in it); no progress unless `whole`.
+
+    Raises CorruptCheckpoint where a value is missing, of another type or out of range: nothing of a damaged
+    checkpoint reaches the training. Old names in `found.state` are replaced by the new ones.
     """
     kinds = STATE if whole else {key: STATE[key] for key in ("step", "epoch")}
+    old_keys = _rename_keys(found.state, OLD_STATE_KEYS)
     _check_values(found, "", found.state, kinds)
     if not whole:
-        return None
+        return None, []
     values = found.state["progress"]
+    old_keys += _rename_keys(values, OLD_PROGRESS_KEYS)
     _check_values(found, "progress/", values, PROGRESS)
+    marker = found.path / folder.MARKER
     if not 1 <= found.state["world_size"] <= len(found.files):  # every rank writes a file
-        raise CorruptCheckpoint(
-            f"{found.path / folder.MARKER}: world_size {found.state['world_size']} is impossible"
-        )
-    if values["judging"] not in (None, "epoch", "step"):
-        raise CorruptCheckpoint(f"{found.path / folder.MARKER}: progress/judging is impossible")
-    scores = [each for each in values["val_aurocs"] if each is not None]
+        raise CorruptCheckpoint(f"{marker}: world_size {found.state['world_size']} is impossible")
+    if values["validating_at"] not in (None, "epoch", "step"):
+        raise CorruptCheckpoint(f"{marker}: progress/validating_at is impossible")
+    scores = [each for each in values["val_scores"] if each is not None]
     if not all(type(each) in NUMBER for each in scores) or set(values) != set(PROGRESS):
-        raise CorruptCheckpoint(f"{found.path / folder.MARKER}: progress is impossible")
+        raise CorruptCheckpoint(f"{marker}: progress is impossible")
     if not all(isinstance(each, dict) for each in found.state["results"].values()):
-        raise CorruptCheckpoint(f"{found.path / folder.MARKER}: results are impossible")
+        raise CorruptCheckpoint(f"{marker}: results are impossible")
     position = values["position"]
     if position is not None:
         _check_values(found, "position/", position, POSITION)
         end = 0
-        for each in position["segments"]:
+        for each in position["segments"]:  # [begin, end) of rows, in rising order
             pair = isinstance(each, list) and len(each) == 2 and all(type(n) is int for n in each)
             if not pair or not end <= each[0] <= each[1] <= position["rows"]:
-                raise CorruptCheckpoint(f"{found.path / folder.MARKER}: position/segments are impossible")
+                raise CorruptCheckpoint(f"{marker}: position/segments are impossible")
             end = each[1]
-    return loop.Progress(**values)
+    return loop.Progress(**values), old_keys
+
+
+def _rename_keys(values: dict[str, Any], new_names: dict[str, str]) -> list[str]:
+    """Replace old keys by new ones in place; returns the old ones that were there."""
+    old_keys = [old for old, new in new_names.items() if old in values and new not in values]
+    for old in old_keys:
+        values[new_names[old]] = values.pop(old)
+    return old_keys
 
 
 def _check_values(
     found: Checkpoint, where: str, values: dict[str, Any], kinds: dict[str, tuple[type, ...]]
 ) -> None:
+    """Each key is there, of one of its types; numbers are from 0 to MAX_COUNT, not NaN."""
     for key, kind in kinds.items():
         value = values.get(key, ...)
-        good = type(value) in kind and (not isinstance(value, int | float) or 0 <= value <= MOST)
-        if not good:
+        possible = type(value) in kind and (not isinstance(value, int | float) or 0 <= value <= MAX_COUNT)
+        if not possible:
             raise CorruptCheckpoint(f"{found.path / folder.MARKER}: {where}{key} is missing or impossible")
 
 
-def _restore_progress(job: Any, here: Ranks, found: Checkpoint, old: tuple[loop.Progress, "Own"]) -> None:
-    progress, own = old
-    vars(job.progress).update(vars(progress))
-    job.results.update(found.state["results"])
-    job.evaluating = found.state["evaluating"]
-    if progress.position is not None:
-        job.datasets.train.set_epoch(progress.epoch)
-        job.datasets.train.load_state_dict(progress.position)
-    job.meter.state()[0].copy_(own.sums)
-    job.meter.steps = int(found.state["meter_steps"])
-    if own.random is not None:
-        torch.set_rng_state(own.random)
-    if own.cuda_random is not None:
-        torch.cuda.set_rng_state(own.cuda_random)
-
-
 @dataclass
-class Own:
-    """What a rank had for itself: the sums of its report, the states of its random numbers."""
+class RankState:
+    """What one rank has for itself: the sums of its next report, the states of its random numbers."""
 
-    sums: torch.Tensor
-    random: torch.Tensor | None = None
+    sums: torch.Tensor  # [2] float64, as loop.ThroughputMeter has them
+    random: torch.Tensor | None = None  # uint8, as torch.get_rng_state gives it
     cuda_random: torch.Tensor | None = None
 
 
-def _restore_rank_state(job: Any, here: Ranks, found: Checkpoint) -> Own:
-    """With other ranks than before, the sums of a report go to the first."""
-    sums = job.meter.state()[0]
-    before = int(found.state["world_size"])
-    ranks = [here.rank] if before == here.world_size else range(before) if here.first else []
-    own = Own(torch.zeros_like(sums))
-    for rank in ranks:
-        own.sums += _read_vector(found, f"meter/{rank}", sums)
-    if before == here.world_size:
-        own.random = _read_vector(found, f"rng/cpu/{here.rank}", torch.get_rng_state())
+def _restore_progress(
+    trainer: Any, found: Checkpoint, progress: loop.Progress, rank_state: RankState
+) -> None:
+    # in place: the loss scale of mixed precision has a reference to it
+    vars(trainer.progress).update(vars(progress))
+    trainer.results.update(found.state["results"])
+    trainer.evaluate_seconds = found.state["evaluate_seconds"]
+    if progress.position is not None:
+        trainer.datasets.train.set_epoch(progress.epoch)
+        trainer.datasets.train.load_state_dict(progress.position)
+    trainer.meter.sums.copy_(rank_state.sums)
+    trainer.meter.steps = int(found.state["meter_steps"])
+    if rank_state.random is not None:
+        torch.set_rng_state(rank_state.random)
+    if rank_state.cuda_random is not None:
+        torch.cuda.set_rng_state(rank_state.cuda_random)
+
+
+def _read_rank_state(trainer: Any, here: Ranks, found: Checkpoint) -> RankState:
+    """This rank's own state. With another number of ranks than before, rank 0 takes the sums of all old ranks
+    (the report adds them over the ranks anyway), and no rank takes random numbers.
+    """
+    sums = trainer.meter.sums
+    old_world_size = int(found.state["world_size"])
+    same_ranks = old_world_size == here.world_size
+    sources = [here.rank] if same_ranks else range(old_world_size) if here.first else []
+    rank_state = RankState(torch.zeros_like(sums))
+    for rank in sources:
+        rank_state.sums += _read_tensor(found, f"meter/{rank}", sums)
+    if same_ranks:
+        rank_state.random = _read_tensor(found, f"rng/cpu/{here.rank}", torch.get_rng_state())
         try:
-            torch.Generator().set_state(own.random)
+            torch.Generator().set_state(rank_state.random)  # refuses bytes that are no state
         except RuntimeError as error:
             raise CorruptCheckpoint(
                 f"{found.path}: rng/cpu/{here.rank}: {str(error).splitlines()[0][:100]}"
             ) from None
         name = f"rng/cuda/{here.rank}"
         if torch.cuda.is_available() and any(each.name == name for each in found.tensors):
-            own.cuda_random = _read_vector(found, name, torch.cuda.get_rng_state())
-    return own
+            rank_state.cuda_random = _read_tensor(found, name, torch.cuda.get_rng_state())
+    return rank_state
 
 
-def _read_vector(found: Checkpoint, name: str, like: torch.Tensor) -> torch.Tensor:
+def _read_tensor(found: Checkpoint, name: str, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the checkpoint, of the shape, dtype and device of `like`."""
     made, count = torch.zeros(like.shape, dtype=like.dtype), 0
     piece = TensorPiece(name, tuple(like.shape), (0,) * like.dim(), made)
     for stored in found.tensors:
@@ -206,5 +261,5 @@ def _read_vector(found: Checkpoint, name: str, like: torch.Tensor) -> torch.Tens
                 raise CorruptCheckpoint(f"{found.path}: {name} has another shape")
             count += read_into(found.path, found.files, stored, piece, found.blocks)
     if count != made.numel():
-        raise CorruptCheckpoint(f"{found.path}: {name} is not whole")
+        raise CorruptCheckpoint(f"{found.path}: {name} is incomplete")
     return made.to(like.device)

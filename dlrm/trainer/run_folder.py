@@ -1,9 +1,10 @@
-"""The run folder: what was asked, what happened, step by step; and the same for a person who watches.
+"""The run folder: the options, the metrics of every report, the results; and the same as lines on stdout.
 
-Rank 0 writes and speaks; on the other ranks everything here does nothing. The folder has one writer at a time
-(a lock), and what lies in it and was not written by this program is never replaced: `common.owned` lists what
-was. metrics.jsonl only grows; a run that begins anew gives an earlier one the next name of metrics-1.jsonl,
-metrics-2.jsonl, ...; one that goes on from a checkpoint cuts what came after it, since that comes again.
+Only rank 0 writes and prints; on the other ranks every method does nothing. The folder has one writer at a
+time (a lock). A file in it that this program did not write is never replaced: `common.owned` records which
+ones it wrote. metrics.jsonl is only appended to. A run that starts at step 0 renames an earlier one to
+metrics-1.jsonl, metrics-2.jsonl, ...; a run that resumes from a checkpoint cuts the lines after that
+checkpoint, because it writes them again.
 """
 
 import contextlib
@@ -28,27 +29,32 @@ from common.owned import LEDGER, OutputFolder
 from dlrm.config.parser import as_json
 
 METRICS = "metrics.jsonl"
-LARGEST = 4 << 30  # bytes of it
+MAX_METRICS_BYTES = 4 << 30
 WRITTEN = ("config.json", "plan.json", "results.json", METRICS)
 
 
 class RunFolder:
-    """RUN/metrics.jsonl as it goes, JSON files whole; without a folder only words on stdout."""
+    """RUN/metrics.jsonl line by line, JSON files whole; without a folder only lines on stdout."""
 
     def __init__(
         self, folder: str | None, first: bool, tensorboard: bool = False, more: Iterable[str] = ()
     ) -> None:
-        """`more`: other files that this run is going to write there."""
+        """Lock the folder for this run; UserError where another run writes into it, or has foreign files.
+
+        folder  --output_dir, or None: nothing is written
+        first   whether this is rank 0; the other ranks write nothing
+        more    names of other files that this run is going to write there
+        """
         self.folder = Path(folder) if folder and first else None
         self._first = first
         self.launch: dict[str, Any] = {}
         self._bar: Any = None
         self._board: Any = None
         self._metrics = -1  # descriptor
-        self._size = self._sum = 0  # bytes of metrics.jsonl, and their checksum
-        self._locks: dict[str, FolderLock] = {}
-        self._claiming = threading.Lock()
-        self._steps, self._done, self._begun = 0, 0, time.time()
+        self._size = self._sum = 0  # bytes of metrics.jsonl, and their CRC-32
+        self._locks: dict[str, FolderLock] = {}  # by the folder's real path
+        self._locking = threading.Lock()  # the thread that writes checkpoints locks their folder
+        self._total_steps, self._steps_before, self._started_at = 0, 0, time.time()
         self._output: OutputFolder | None = None
         if self.folder:
             try:
@@ -60,7 +66,7 @@ class RunFolder:
     def _open(self, folder: Path, tensorboard: bool, more: Iterable[str]) -> None:
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self.claim(folder, "training into it")
+        self.lock_folder(folder, "training into it")
         self._output = OutputFolder(folder)
         if not os.path.lexists(folder / LEDGER):
             self._adopt_earlier_run(folder)
@@ -88,11 +94,15 @@ class RunFolder:
             "over, other files stay as they are"
         )
 
-    def claim(self, folder: Path, purpose: str) -> None:
-        """Be the only writer of this folder until `close`; on the first rank."""
+    def lock_folder(self, folder: Path, purpose: str) -> None:
+        """Become the only writer of this folder until `close`, or raise UserError naming the other writer.
+
+        `purpose` is what the other run's user reads, e.g. "saving checkpoints in it". Locking it twice is
+        fine.
+        """
         if not self._first:
             return
-        with self._claiming, os_errors_as_user_errors(folder):
+        with self._locking, os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             name = os.path.realpath(folder)
             if name not in self._locks:  # --checkpoint_dir may be the run folder itself
@@ -100,13 +110,13 @@ class RunFolder:
                 lock.acquire()
                 self._locks[name] = lock
 
-    def describe(self, cfg: Any) -> None:
-        """Every option as it was understood. Not over an earlier run's, before it is known to go on."""
+    def write_config(self, options: Any) -> None:
+        """config.json: every option as resolved, and where the run was started."""
         if self._output:
-            self._output.write("config.json", as_json(cfg, self.launch))
+            self._output.write("config.json", as_json(options, self.launch))
 
-    def grow(self, name: str) -> Path | None:
-        """A file that somebody else here appends to, listed as our own."""
+    def register_growing_file(self, name: str) -> Path | None:
+        """Make a file that other code in this process appends to, and record it as this program's own."""
         if self._output is None:
             return None
         os.close(self._output.open_growing(name))
@@ -114,33 +124,35 @@ class RunFolder:
 
     # --- metrics.jsonl
 
-    def position(self) -> dict[str, int | None]:
-        """How long metrics.jsonl is now, for a checkpoint."""
+    def metrics_position(self) -> dict[str, int | None]:
+        """Length and checksum of metrics.jsonl now; a checkpoint stores them for `resume_metrics`."""
         if self._metrics < 0:
             return {"metrics_bytes": None, "metrics_crc32": None}
         return {"metrics_bytes": self._size, "metrics_crc32": self._sum}
 
-    def start_anew(self) -> None:
-        """Training begins at its start: an earlier metrics.jsonl gets another name."""
+    def start_metrics(self) -> None:
+        """Training starts at step 0: an earlier metrics.jsonl gets another name."""
         if self._output:
             other = None
-            if os.path.lexists(self._output.folder / METRICS) and self._lines():
+            if os.path.lexists(self._output.folder / METRICS) and self._read_metrics():
                 other = self._output.set_aside(METRICS)
             if other:
-                self.say(f"{METRICS} of an earlier start is now {other}")
+                self.print_line(f"{METRICS} of an earlier run was renamed to {other}")
             self._open_metrics()
 
-    def go_on(self, step: int, size: Any = None, checksum: Any = None) -> None:
-        """Training goes on behind this step, of a checkpoint which says how long metrics.jsonl was then: what
-        came after is going to come again.
+    def resume_metrics(self, step: int, size: Any = None, checksum: Any = None) -> None:
+        """Training resumes after this step: cut the lines that it is going to write again.
+
+        `size`, `checksum`: what `metrics_position` returned when the checkpoint was saved, as the checkpoint
+        has them, unchecked.
         """
         if not self._output:
             return
         path = self._output.folder / METRICS
         if os.path.lexists(path):
             self._output.refuse_foreign([METRICS])
-            data = read_bytes(path, LARGEST)
-            kept = _before(data, step, size, checksum)
+            data = read_bytes(path, MAX_METRICS_BYTES)
+            kept = _find_cut(data, step, size, checksum)
             if kept < len(data):
                 self._open_metrics()
                 os.ftruncate(self._metrics, kept)
@@ -148,25 +160,25 @@ class RunFolder:
                 return
         self._open_metrics()
 
-    def append(self) -> None:
-        """Only tests are going to be reported."""
+    def append_metrics(self) -> None:
+        """Keep all lines: a run with --mode test only adds its evaluation."""
         if self._output:
             self._open_metrics()
 
-    def _lines(self) -> bytes:
+    def _read_metrics(self) -> bytes:
         assert self._output is not None
-        return read_bytes(self._output.folder / METRICS, LARGEST)
+        return read_bytes(self._output.folder / METRICS, MAX_METRICS_BYTES)
 
     def _open_metrics(self) -> None:
         assert self._output is not None
         self._metrics = self._output.open_growing(METRICS)
-        data = self._lines()
+        data = self._read_metrics()
         whole = data.rfind(b"\n") + 1  # a killed process may have left half a line
         if whole < len(data):
             os.ftruncate(self._metrics, whole)
         self._size, self._sum = whole, zlib.crc32(data[:whole])
 
-    def _append(self, line: bytes) -> None:
+    def _append_line(self, line: bytes) -> None:
         try:
             view = memoryview(line)
             while view:
@@ -176,27 +188,33 @@ class RunFolder:
             raise OSError(error.errno, error.strerror, str(self._output.folder / METRICS)) from None
         self._size, self._sum = self._size + len(line), zlib.crc32(line, self._sum)
 
-    # --- as it goes
+    # --- while training
 
-    def begin(self, steps: int, done: int, bar: bool) -> None:
-        """Training starts: `steps` in all, some done before. A bar where a person looks on."""
-        self._steps, self._done, self._begun = steps, done, time.time()
-        if bar and self._first:
+    def start_progress(self, total_steps: int, steps_before: int, show_bar: bool) -> None:
+        """Training starts: `total_steps` in all, `steps_before` of them done by an earlier run.
+
+        `show_bar`: a progress bar, where stderr is a terminal.
+        """
+        self._total_steps, self._steps_before, self._started_at = total_steps, steps_before, time.time()
+        if show_bar and self._first:
             size = shutil.get_terminal_size((100, 24))  # some terminals say 0 x 0: tqdm would hide the bar
             self._bar = tqdm(
-                total=steps, unit="step", desc="train", disable=not sys.stderr.isatty(),
+                total=total_steps, unit="step", desc="train", disable=not sys.stderr.isatty(),
                 ncols=size.columns, nrows=size.lines,
             )  # fmt: skip
 
-    def report(self, **values: Any) -> None:
-        """One line of metrics.jsonl, one line (or a step of the bar) for people."""
+    def log_metrics(self, **values: Any) -> None:
+        """One line of metrics.jsonl, TensorBoard's scalars, and one line on stdout (or a step of the bar).
+
+        An evaluation's values have "split", a training step's do not.
+        """
         if not self._first:
             return
         if self._output and self._metrics < 0:
-            self.append()
+            self.append_metrics()
         if self._metrics >= 0:
-            clocks = {"time": time.time(), "cpu_seconds": time.process_time()}  # of this rank
-            self._append((json.dumps({**values, **clocks}) + "\n").encode())
+            clocks = {"time": time.time(), "cpu_seconds": time.process_time()}  # of rank 0
+            self._append_line((json.dumps({**values, **clocks}) + "\n").encode())
         if self._board:
             split = values.get("split", "train")
             for name, value in values.items():
@@ -204,7 +222,7 @@ class RunFolder:
                     self._board.add_scalar(f"{split}/{name}", value, values.get("step", 0))
         if "split" in values:
             shown = {k: v for k, v in values.items() if k not in ("split", "step", "epoch") and v is not None}
-            self.say(f"{values['split']}: " + ", ".join(f"{k} {v:.6g}" for k, v in shown.items()))
+            self.print_line(f"{values['split']}: " + ", ".join(f"{k} {v:.6g}" for k, v in shown.items()))
         else:
             self._show_step(values)
 
@@ -216,34 +234,39 @@ class RunFolder:
             self._bar.set_postfix_str(text)
             self._bar.update(values["step"] - self._bar.n)
             return
-        done = values["step"] - self._done
-        left = (time.time() - self._begun) * (self._steps - values["step"]) / done if done > 0 else 0
-        self.say(f"epoch {values['epoch']} step {values['step']}/{self._steps}: {text}, {left:.0f} s left")
+        done = values["step"] - self._steps_before
+        to_do = self._total_steps - values["step"]
+        left = (time.time() - self._started_at) * to_do / done if done > 0 else 0
+        self.print_line(
+            f"epoch {values['epoch']} step {values['step']}/{self._total_steps}: {text}, {left:.0f} s left"
+        )
 
     def warn(self, text: str) -> None:
+        """One line on stderr."""
         if self._first:
             print(f"dlrm: {text}", file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
+        """One line on stdout, above the progress bar if there is one."""
         if self._first:
             if self._bar is not None and not self._bar.disable:
                 self._bar.write(text)
             else:
                 print(text, flush=True)
 
-    def save(self, name: str, values: Any) -> None:
-        """RUN/name as JSON, published whole."""
+    def write_json(self, name: str, values: Any) -> None:
+        """RUN/name as JSON: the whole file appears at once, or nothing."""
         if self._output:
             self._output.write(name, json.dumps(values, indent=1) + "\n")
 
     def record_plan(self, plan: dict[str, Any], description: str, show: bool) -> None:
-        """plan.json: which rank holds which part of which table; `show`: print it, too."""
-        self.save("plan.json", plan)
+        """plan.json: which rank holds which part of which table; `show`: print `description`, too."""
+        self.write_json("plan.json", plan)
         if show:
-            self.say(description)
+            self.print_line(description)
 
     def close(self) -> None:
-        """Give the folders back; also after an error, and more than once."""
+        """Close all files and release the locks. Called after errors too, and may be called twice."""
         for each in (self._bar, self._board):
             if each is not None:
                 each.close()
@@ -252,7 +275,7 @@ class RunFolder:
             os.close(self._metrics)
             self._metrics = -1
             if self._output:
-                with contextlib.suppress(UserError, OSError):  # on a full disk the list stays as it was
+                with contextlib.suppress(UserError, OSError):  # full disk: the old list still holds
                     self._output.adopt([METRICS])
         for lock in self._locks.values():
             lock.release()
@@ -265,7 +288,7 @@ def _is_recorded(path: Path, check: Callable[[bytes], bool]) -> bool:
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             return False
-        return check(read_bytes(path, LARGEST))
+        return check(read_bytes(path, MAX_METRICS_BYTES))
     except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return False
 
@@ -309,9 +332,11 @@ RECORDED: dict[str, Callable[[bytes], bool]] = {
 }  # fmt: skip
 
 
-def _before(data: bytes, step: int, size: Any, checksum: Any) -> int:
-    """The bytes of metrics.jsonl that a checkpoint of this step had seen: as many as it says, if they are the
-    same ones (the file may be another run folder's); else the lines up to the first of a later step.
+def _find_cut(data: bytes, step: int, size: Any, checksum: Any) -> int:
+    """How many bytes of metrics.jsonl were there when the checkpoint of this step was saved.
+
+    The checkpoint's own `size` counts if its checksum fits: the file may be another run's, or edited.
+    Otherwise the file is cut before the first line of a later step, or that cannot be read.
     """
     if type(size) is int and 0 <= size <= len(data) and zlib.crc32(data[:size]) == checksum:
         return size

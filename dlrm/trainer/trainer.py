@@ -1,7 +1,11 @@
 """One training, from resolved options to results.json: the same course for every model.
 
-In: a ModelSpec, its options, this rank. Out: a run folder. What is the model's own (data, architecture,
+In: a ModelSpec, its options, this rank. Out: a run folder. What belongs to the model (data, architecture,
 sharding, learning rate, metrics) comes from the spec's parts; nothing here names a model.
+
+Read it from top to bottom: `train` opens the ranks and the run folder, `make_trainer` builds data, model,
+sharding and optimizer, `Trainer` has the pipelines, the loop and the evaluation, `run_trainer` resumes,
+trains, tests and writes the results.
 """
 
 import os
@@ -16,13 +20,14 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.checkpoint import shards
-from dlrm.cpu import blas, startup
+from dlrm.config.options import list_deprecated
 from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
 from dlrm.runtime.errors import Stopped, UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, mixed_precision
 from dlrm.trainer.checkpointing import CheckpointManager
+from dlrm.trainer.device import enable_fast_path
 from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.mlperf_log import MLPerfLog
 from dlrm.trainer.resume import resume_training
@@ -31,13 +36,20 @@ from dlrm.trainer.spec import ModelParts, ModelSpec
 
 
 def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
-    """Train the model of this spec, evaluate it, write the run folder."""
+    """Train the model of this spec, evaluate it, write the run folder.
+
+    `options` is an instance of `spec.options`. A UserError, Stopped or lost rank ends all ranks.
+    """
     parts = spec.load_parts()
-    startup.import_optimizers()
-    begun = time.perf_counter()
-    with session.open_session(here, options.run.timeout, options.run.exchange) as device:
+    started = time.perf_counter()
+
+    # ranks: choose the device, then find each other (NCCL on CUDA, gloo or shared memory on CPUs)
+    tuned = enable_fast_path(session.choose_device(here), options.run.cpu_fast_path)
+    with session.open_session(here, options.run.timeout) as device:
         session.mark_clock("start")
         torch.backends.cuda.matmul.allow_tf32 = options.run.allow_tf32
+
+        # run folder: locked before anything slow, so that a second run into it ends at once
         try:
             with session.errors_on_all_ranks():
                 run_folder = open_run_folder(options, here)
@@ -45,79 +57,25 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
             trace.discard_tracing()  # nothing of a refused run stays in the folder
             raise
         try:
-            record_launch(run_folder, options, here, device)
+            record_launch(run_folder, options, here, device, tuned)
             trainer = make_trainer(parts, options, here, device, run_folder)
-            run_training(trainer, options, here, begun)
+            run_trainer(trainer, here, started)
         finally:
             run_folder.close()
 
 
-def run_training(trainer: "Trainer", options: Any, here: Ranks, begun: float) -> None:
-    """From the newest checkpoint, if there is one, to results.json."""
-    checkpoints = CheckpointManager(trainer, here)
-    trainer.hooks = checkpoints
-    with session.errors_on_all_ranks():
-        checkpoints.claim()
-    resume_training(trainer, here, checkpoints.root)
-    with session.errors_on_all_ranks():
-        trainer.records.describe(options)
-        trainer.ssd_tables.ready()
-    startup_seconds = time.perf_counter() - begun
-
-    try:
-        checkpoints.begin()
-        if options.run.mode == "train":
-            trainer.fit()
-            checkpoints.finish()
-        if options.run.evaluate_on_training_end or options.run.mode == "test":
-            trainer.evaluate("test")
-    except Stopped as stop:
-        checkpoints.stop(stop)
-        trainer.ssd_tables.close()
-        raise
-    finally:
-        checkpoints.close()
-
-    session.mark_clock("end")
-    trainer.save_results(startup_seconds)
-    trainer.ssd_tables.close()
-    trainer.datasets.close()
-    checkpoints.check()
-
-
-def make_trainer(
-    parts: ModelParts, options: Any, here: Ranks, device: torch.device, run_folder: RunFolder
-) -> "Trainer":
-    """Data, model, sharding and optimizer, in this order; a mistake on one rank ends all with one line."""
-    for line in parts.list_unused_options(options, device.type):
-        run_folder.warn(line)
-    if options.run.mllog:
-        run_folder.grow("mlperf.log")
-    log = MLPerfLog(options.run.mllog and here.first, run_folder.folder)
-    log.begin(parts.mlperf_settings(options, here.world_size))
-
-    with session.errors_on_all_ranks(), trace.span("startup", "data"):
-        datasets = parts.open_data(options, here)
-    with session.errors_on_all_ranks(), trace.span("startup", "build"):
-        module = parts.build_model(options, datasets, device)
-    with session.errors_on_all_ranks(), trace.span("startup", "plan"):
-        model, optimizer = parts.shard_model(options, module, datasets, here, device, run_folder)
-
-    trainer = parts.trainer(options, datasets, model, optimizer, run_folder, device)
-    trainer.log = log
-    return trainer
-
-
 def open_run_folder(options: Any, here: Ranks) -> RunFolder:
-    """The run folder, for this run alone. On the first rank; a UserError says who else writes into it, or
-    what lies there that is not ours.
+    """The run folder, locked for this run. UserError on rank 0 where another run has the lock, or where a
+    file in it would be overwritten that is not this program's.
     """
     more = ["mlperf.log"] if options.run.mllog else []
     return RunFolder(options.run.output_dir, here.first, options.run.tensorboard, more)
 
 
-def record_launch(run_folder: RunFolder, options: Any, here: Ranks, device: torch.device) -> None:
-    """What was asked for and where it runs."""
+def record_launch(
+    run_folder: RunFolder, options: Any, here: Ranks, device: torch.device, tuned: list[str]
+) -> None:
+    """Record where the run was started; `tuned` is what `enable_fast_path` returned. A collective."""
     hosts = session.gather_from_all(here.host)
     run_folder.launch = {
         "world_size": here.world_size,
@@ -125,140 +83,191 @@ def record_launch(run_folder: RunFolder, options: Any, here: Ranks, device: torc
         "nodes": len(set(hosts)),
         "hosts": hosts,
         "device": str(device.type),
-        "tuned": blas.tune_processor(device),
+        "tuned": tuned,
     }
+    # An earlier run's config.json stays until this run is known to resume it; a run that ends before that
+    # must not have changed it.
     with session.errors_on_all_ranks():
         if run_folder.folder and not os.path.lexists(run_folder.folder / "config.json"):
-            run_folder.describe(options)
+            run_folder.write_config(options)
+
+
+def make_trainer(
+    parts: ModelParts, options: Any, here: Ranks, device: torch.device, run_folder: RunFolder
+) -> "Trainer":
+    """Build data, model, sharding and optimizer, in this order. A UserError on one rank is raised on all."""
+    for line in [*list_deprecated(options.run), *parts.list_unused_options(options, device.type)]:
+        run_folder.warn(line)
+    if options.run.mllog:
+        run_folder.register_growing_file("mlperf.log")
+    mlperf_log = MLPerfLog(options.run.mllog and here.first, run_folder.folder)
+    mlperf_log.log_init_start(parts.mlperf_settings(options, here.world_size))
+
+    # data: this rank's rows of the splits train, val and test
+    with session.errors_on_all_ranks(), trace.span("startup", "data"):
+        datasets = parts.open_data(options, here)
+    # model: dense layers on the device, tables on the meta device, without memory yet
+    with session.errors_on_all_ranks(), trace.span("startup", "build"):
+        module = parts.build_model(options, datasets, device)
+    # sharding and optimizer: one step, because the tables' optimizer runs inside their backward pass
+    with session.errors_on_all_ranks(), trace.span("startup", "plan"):
+        model, optimizer = parts.shard_model(options, module, datasets, here, device, run_folder)
+
+    trainer = parts.trainer(options, datasets, model, optimizer, run_folder, device)
+    trainer.mlperf_log = mlperf_log
+    return trainer
 
 
 class Datasets(Protocol):
-    """What is trained on, validated and tested with."""
+    """This rank's batches of the three splits (`loop.BatchIterable`)."""
 
     train: Any
     val: Any
     test: Any
 
-    def bytes_read(self) -> dict[str, int]: ...
+    def bytes_read(self) -> dict[str, int]:
+        """By file, what this rank read of it; the report compares it with the traces."""
+        ...
 
     def close(self) -> None: ...
 
 
 class Trainer:
-    """What is being trained, and how far it has come. A model's own class overrides what is the model's:
-    the learning rate, mixed precision, the metrics, its lines of results.json.
+    """Model, data, pipelines, and how far the training has come.
+
+    Each model has a subclass. It overrides what is the model's own: learning rate, mixed precision, metrics
+    and its entries of results.json.
     """
 
-    score = "auroc"  # the metric by which validations are compared
-    predictions: Callable[[], loop.MetricCollector]  # gathers an evaluation's outputs into metrics
+    score_metric = "auroc"  # the metric by which validations are compared, in the results of an evaluation
+    make_metrics: Callable[[], loop.MetricCollector]  # called once for each evaluation
 
     def __init__(
         self,
-        cfg: Any,
+        options: Any,
         datasets: Datasets,
         model: DistributedModelParallel,
         optimizer: CombinedOptimizer,
-        records: RunFolder,
+        run_folder: RunFolder,
         device: torch.device,
     ) -> None:
-        self.cfg, self.datasets, self.model, self.optimizer = cfg, datasets, model, optimizer
-        self.records, self.device = records, device
-        self.log = MLPerfLog(False)
+        self.options, self.datasets, self.model, self.optimizer = options, datasets, model, optimizer
+        self.run_folder, self.device = run_folder, device
+        self.mlperf_log = MLPerfLog(False)
         self.ssd_tables: Any = getattr(model, "ssd_tables", None) or NoSsdTables()
-        self.progress = loop.Progress(loss_scale=cfg.optim.loss_scale if cfg.optim.amp == "fp16" else 1.0)
+        optim = options.optim
+        self.progress = loop.Progress(loss_scale=optim.loss_scale if optim.amp == "fp16" else 1.0)
         self.epoch_steps = len(datasets.train)
         self.meter = loop.ThroughputMeter(device)
-        self.hooks = loop.Hooks()
+        self.hooks = loop.Hooks()  # `run_trainer` puts the CheckpointManager here
         self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
-        self.evaluating = 0.0  # seconds
-        # two pipelines: evaluating in the middle of an epoch must not drop the batches in flight
+        self.evaluate_seconds = 0.0
+        # Two pipelines: an evaluation in the middle of an epoch must not drop the training batches that the
+        # first one has taken ahead.
         self.pipeline = TrainPipelineSparseDist(model, self.wrap_optimizer(), device)
-        self.ssd_tables.watch(self.pipeline)
+        self.ssd_tables.install_prefetch(self.pipeline)
         self.eval_pipeline = TrainPipelineSparseDist(model, optimizer, device)
+
+    # --- what a model overrides
 
     def learning_rate(self) -> float:
         """Of the coming step: constant, unless the model's class has a schedule."""
-        return self.cfg.optim.learning_rate
+        return self.options.optim.learning_rate
 
-    def cast(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
-        """Put the model's dense part into mixed precision."""
-        raise UserError(f"--amp {kind}: this model has no mixed precision; leave it out")
+    def enable_mixed_precision(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
+        """Run the model's dense part in `kind` ("bf16" or "fp16"); `scale` is the loss scale of fp16."""
+        raise UserError(f"--amp {kind}: this model has no mixed precision; leave --amp out")
+
+    def collect_results(self) -> Mapping[str, Any]:
+        """The model's own entries of results.json."""
+        return {"score": self.score_metric}
+
+    # --- optimizer
 
     def wrap_optimizer(self) -> Any:
-        """The optimizer, with what --amp and --grad_clip put before its step."""
-        optimizing, scale = self.cfg.optim, None
-        if optimizing.amp == "fp16":
-            scale = mixed_precision.LossScale(self.progress, optimizing.loss_scale_policy == "dynamic")
-        if optimizing.amp != "off":
-            self.cast(optimizing.amp, scale)
-        if scale is None and optimizing.grad_clip is None:
+        """The optimizer; where --amp fp16 or --grad_clip ask for it, with unscaling and clipping before its
+        step.
+        """
+        optim, scale = self.options.optim, None
+        if optim.amp == "fp16":
+            scale = mixed_precision.LossScale(self.progress, optim.loss_scale_policy == "dynamic")
+        if optim.amp != "off":
+            self.enable_mixed_precision(optim.amp, scale)
+        if scale is None and optim.grad_clip is None:
             return self.optimizer
         dense = [weight for name, weight in self.model.named_parameters() if not WEIGHT.search(name)]
-        return mixed_precision.ScaledClippedOptimizer(self.optimizer, dense, optimizing.grad_clip, scale)
+        return mixed_precision.ScaledClippedOptimizer(self.optimizer, dense, optim.grad_clip, scale)
+
+    def set_next_lr(self) -> float:
+        lr = self.learning_rate()
+        set_lr(self.optimizer, lr)
+        if self.options.run.print_lr:
+            self.run_folder.print_line(f"lr: {self.progress.step} {lr:.6f}")
+        return lr
+
+    # --- loop
 
     def fit(self) -> None:
-        run = self.cfg.run
+        """Train from `progress` to the end of the last epoch, --max_steps, or the target score."""
+        run = self.options.run
         limits = loop.Limits(
             epochs=run.epochs,
             max_steps=run.max_steps,
             report_every=run.report_every,
             validation_freq=run.validation_freq_within_epoch,
-            validation_auroc=run.validation_auroc,
+            target_score=run.validation_auroc,
+            score_metric=self.score_metric,
             evaluate_on_epoch_end=run.evaluate_on_epoch_end,
-            score=self.score,
         )
-        steps = min(run.epochs * self.epoch_steps, run.max_steps or sys.maxsize)
-        self.records.begin(steps, self.progress.step, run.print_progress)
-        self.log.run(self.epoch_steps)
-        good = loop.run_training(
-            self.pipeline, self.datasets.train, self.progress, limits, self.next_lr,
-            lambda: self.evaluate("val"), self.report, self.meter, self.hooks, self.log.epoch,
+        total_steps = min(run.epochs * self.epoch_steps, run.max_steps or sys.maxsize)
+        self.run_folder.start_progress(total_steps, self.progress.step, run.print_progress)
+        self.mlperf_log.log_run_start(self.epoch_steps)
+        target_reached = loop.run_training(
+            self.pipeline, self.datasets.train, self.progress, limits, self.set_next_lr,
+            lambda: self.evaluate("val"), self.log_metrics, self.meter, self.hooks, self.mlperf_log.log_epoch,
         )  # fmt: skip
-        self.log.finish(good, self.epochs_done())
+        self.mlperf_log.log_run_stop(target_reached, self.count_epochs())
 
-    def epochs_done(self) -> float:
-        """With the share of the current one."""
+    def count_epochs(self) -> float:
+        """Epochs trained so far, with the fraction of the current one."""
         within = self.progress.step - self.progress.epoch * self.epoch_steps
         return self.progress.epoch + max(0, within) / max(1, self.epoch_steps)
 
-    def next_lr(self) -> float:
-        lr = self.learning_rate()
-        set_lr(self.optimizer, lr)
-        if self.cfg.run.print_lr:
-            self.records.say(f"lr: {self.progress.step} {lr:.6f}")
-        return lr
+    def log_metrics(self, **values: Any) -> None:
+        self.run_folder.log_metrics(**values, **self.ssd_tables.cache_metrics(self.progress.step))
+
+    # --- evaluation
 
     def evaluate(self, split: str) -> dict[str, Any]:
-        batches, before = getattr(self.datasets, split), self.hooks.before_batch
-        with self.log.evaluation(self.epochs_done()) as logged:
-            result = loop.evaluate(self.eval_pipeline, self.model, batches, split, self.predictions(), before)
+        """The metrics over all rows of "val" or "test", logged and kept for results.json."""
+        batches, before_batch = getattr(self.datasets, split), self.hooks.before_batch
+        with self.mlperf_log.log_evaluation(self.count_epochs()) as logged:
+            result = loop.evaluate(
+                self.eval_pipeline, self.model, batches, split, self.make_metrics(), before_batch
+            )
             logged.update(result)
-        self.report(step=self.progress.step, epoch=self.progress.epoch, **result)
+        self.log_metrics(step=self.progress.step, epoch=self.progress.epoch, **result)
         self.results[split] = result
-        self.evaluating += result["seconds"]
+        self.evaluate_seconds += result["seconds"]
         if split == "val":
             self.hooks.after_validation()
         return result
 
-    def report(self, **values: Any) -> None:
-        self.records.report(**values, **self.ssd_tables.readings(self.progress.step))
+    # --- results
 
-    def outcome(self) -> Mapping[str, Any]:
-        """The model's own lines of results.json."""
-        return {"score": self.score, "val_scores": self.progress.val_aurocs}
-
-    def save_results(self, startup: float) -> None:
-        """results.json: what came out, and the bytes that each rank says it read and wrote."""
+    def save_results(self, startup_seconds: float) -> None:
+        """results.json: the scores, and the bytes that each rank counts as read and written. A collective."""
         progress = self.progress
         val, test = self.results.get("val", {}), self.results.get("test", {})
         read = session.gather_from_all(
             self.datasets.bytes_read() | self.ssd_tables.bytes_read() | shards.bytes_read
         )
         written = session.gather_from_all(self.ssd_tables.bytes_written() | shards.bytes_written)
-        self.records.save(
+        self.run_folder.write_json(
             "results.json",
             {
-                **self.outcome(),
+                **self.collect_results(),
+                "val_scores": progress.val_scores,
                 "val_samples": val.get("samples"),
                 "test_samples": test.get("samples"),
                 "evaluations": self.results,
@@ -269,10 +278,48 @@ class Trainer:
                 "bytes_read": {str(rank): files for rank, files in enumerate(read)},
                 "bytes_written": {str(rank): files for rank, files in enumerate(written)},
                 "seconds": {
-                    "startup": startup,
+                    "startup": startup_seconds,
                     "train": progress.seconds,
-                    "evaluate": self.evaluating,
+                    "evaluate": self.evaluate_seconds,
                 },
                 "world_size": len(read),
             },
         )
+
+
+def run_trainer(trainer: Trainer, here: Ranks, started: float) -> None:
+    """Resume from the newest checkpoint, if there is one; train, test, write results.json.
+
+    `started`: time.perf_counter() at the start, for results.json's seconds/startup.
+    """
+    run = trainer.options.run
+    checkpoints = CheckpointManager(trainer, here)
+    trainer.hooks = checkpoints
+    with session.errors_on_all_ranks():
+        checkpoints.lock_known_folder()
+    resume_training(trainer, here, checkpoints.root)
+    with session.errors_on_all_ranks():
+        trainer.run_folder.write_config(trainer.options)
+        trainer.ssd_tables.check_row_files()
+    startup_seconds = time.perf_counter() - started
+
+    try:
+        checkpoints.start()
+        if run.mode == "train":
+            trainer.fit()
+            checkpoints.finish_training()
+        if run.evaluate_on_training_end or run.mode == "test":
+            trainer.evaluate("test")
+    except Stopped as stopped:
+        # a signal or the walltime: all ranks stop before the same batch, save, and exit with code 75
+        checkpoints.save_when_stopped(stopped)
+        trainer.ssd_tables.close()
+        raise
+    finally:
+        checkpoints.close()
+
+    session.mark_clock("end")
+    trainer.save_results(startup_seconds)
+    trainer.ssd_tables.close()
+    trainer.datasets.close()
+    checkpoints.raise_if_not_saved()  # last: the results of the training are kept in any case

@@ -30,10 +30,10 @@ def cut(name: str, tensor: torch.Tensor, low: tuple[int, ...], high: tuple[int, 
 
 
 def save(root: Path, pieces: list[TensorPiece], step: int = 1, keep: int | None = None, **state: Any) -> Path:
-    saver = CheckpointWriter(root, Ranks(), HashStore(), keep, patience=10)
+    saver = CheckpointWriter(root, Ranks(), HashStore(), keep, timeout=10)
     saver.save(pieces, state, step)
-    assert saver.wait() is None
-    return Path(str(saver.last))
+    assert saver.wait_for_save() is None
+    return Path(str(saver.last_path))
 
 
 def load(path: Path, piece: TensorPiece) -> torch.Tensor:
@@ -146,7 +146,8 @@ def test_an_untrusted_description_cannot_reach_outside(tmp_path: Path) -> None:
 def test_nothing_is_unpickled() -> None:
     """Neither the word nor its friends, in what reads checkpoints."""
     here = Path(folder.__file__).parent
-    text = "".join(path.read_text() for path in [*here.glob("*.py"), here.parent / "trainer" / "resume.py"])
+    resume = here.parent / "trainer" / "resume.py"
+    text = "".join(path.read_text() for path in [*here.glob("*.py"), resume])
     assert not any(word in text for word in ("import pickle", "torch.load", "eval(", "np.load"))
 
 
@@ -172,13 +173,13 @@ def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
     """Threads play the ranks: they share only the store."""
     store, tensor = HashStore(), torch.randn(9, 4)
     savers = [
-        CheckpointWriter(tmp_path, Ranks(rank=r, world_size=3), store, None, patience=10) for r in range(3)
+        CheckpointWriter(tmp_path, Ranks(rank=r, world_size=3), store, None, timeout=10) for r in range(3)
     ]
     for rank, saver in enumerate(savers):
         saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {"from": rank}, 5)
-    assert [saver.wait() for saver in savers] == [None] * 3
+    assert [saver.wait_for_save() for saver in savers] == [None] * 3
     path = folder.list_checkpoints(tmp_path)[0]
-    assert {saver.last for saver in savers} == {str(path)}
+    assert {saver.last_path for saver in savers} == {str(path)}
     assert (
         folder.read_description(path).state == {"from": 0} and len(folder.read_description(path).files) == 3
     )
@@ -195,7 +196,7 @@ def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
     try:
         for rank, saver in enumerate(savers):
             saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {}, 6)
-        told = [saver.wait() for saver in savers]
+        told = [saver.wait_for_save() for saver in savers]
     finally:
         shards.write_pieces = real
     assert len(set(told)) == 1 and "No space left" in str(told[0]) and "rank 1" in str(told[0])
@@ -213,14 +214,14 @@ def test_training_waits_for_the_copy_alone(tmp_path: Path) -> None:
 
     shards.write_pieces = slow
     try:
-        saver = CheckpointWriter(tmp_path, Ranks(), HashStore(), None, patience=10)
+        saver = CheckpointWriter(tmp_path, Ranks(), HashStore(), None, timeout=10)
         saver.save([whole("t", tensor)], {}, 1)
         tensor += 1
         gate.set()
-        assert saver.wait() is None
+        assert saver.wait_for_save() is None
     finally:
         shards.write_pieces = real
-    assert not load(Path(str(saver.last)), whole("t", torch.ones(1000, 1000))).any()
+    assert not load(Path(str(saver.last_path)), whole("t", torch.ones(1000, 1000))).any()
 
 
 def test_files_are_the_users_own(tmp_path: Path) -> None:

@@ -58,11 +58,11 @@ def test_a_link_in_place_of_a_file(tmp_path: Path) -> None:
 
 def report(run: Path, steps: range, **known: Any) -> dict[str, Any]:
     records = RunFolder(str(run), True)
-    records.go_on(**known) if known else records.start_anew()
+    records.resume_metrics(**known) if known else records.start_metrics()
     place: dict[str, Any] = {}
     for step in steps:
-        records.report(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0)
-        place = records.position()
+        records.log_metrics(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0)
+        place = records.metrics_position()
     records.close()
     return place
 

@@ -29,9 +29,9 @@ from dlrm.trainer.run_folder import RunFolder
 
 SIZES = (9, 3)
 STATE: dict[str, Any] = {
-    "step": 4, "epoch": 0, "score": 0.5, "results": {"val": {"auroc": 0.5}}, "evaluating": 0.5,
+    "step": 4, "epoch": 0, "score": 0.5, "results": {"val": {"auroc": 0.5}}, "evaluate_seconds": 0.5,
     "meter_steps": 2, "metrics_bytes": 10, "metrics_crc32": 7, "world_size": 1,
-    "progress": vars(loop.Progress(step=4, val_aurocs=[0.5], position={
+    "progress": vars(loop.Progress(step=4, val_scores=[0.5], position={
         "epoch": 0, "step": 4, "rows": 100, "segments": [[3, 50], [60, 100]], "seed": 0, "window": None,
     })),
 }  # fmt: skip
@@ -52,12 +52,12 @@ class Job:
 
 def checkpoint(root: Path) -> Path:
     job, model = Job(), Small()
-    own = {"meter/0": job.meter.state()[0], "rng/cpu/0": torch.get_rng_state()}
+    own = {"meter/0": job.meter.sums, "rng/cpu/0": torch.get_rng_state()}
     pieces = state.pieces_of_rank(model, None, 0) + [whole(name, value) for name, value in own.items()]
-    saver = CheckpointWriter(root, Ranks(), torch.distributed.HashStore(), None, patience=10)
+    saver = CheckpointWriter(root, Ranks(), torch.distributed.HashStore(), None, timeout=10)
     saver.save(pieces, STATE, 4)
-    assert saver.wait() is None
-    return Path(str(saver.last))
+    assert saver.wait_for_save() is None
+    return Path(str(saver.last_path))
 
 
 def told(work: Callable[[], Any]) -> int:
@@ -75,7 +75,7 @@ def read_checkpoint(argv: list[str]) -> int:
         found = folder.read_description(Path(argv[0]))
         resume.check_state(found, True)
         state.restore_state(found, Small(), None)
-        resume._restore_rank_state(Job(), Ranks(), found)
+        resume._read_rank_state(Job(), Ranks(), found)
         assert found.score is None or isinstance(found.score, float)
 
     return told(read)
@@ -104,7 +104,7 @@ def read_cache(argv: list[str]) -> int:
 def read_metrics(argv: list[str]) -> int:
     def read() -> None:
         records = RunFolder(argv[0], True)
-        records.go_on(4, 10, 7)
+        records.resume_metrics(4, 10, 7)
         records.close()
 
     return told(read)
@@ -156,9 +156,9 @@ def prepare(place: Path, which: str) -> tuple[Path, Callable[[list[str]], int]]:
         cache.save_prepared(place / "markov", ARRAYS, {"items": 3})
         return place / "markov", read_cache
     records = RunFolder(str(place / "run"), True)
-    records.start_anew()
+    records.start_metrics()
     for step in range(1, 6):
-        records.report(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0)
+        records.log_metrics(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0)
     records.close()
     return place / "run", read_metrics
 
@@ -195,7 +195,7 @@ def test_many_damaged_bytes(tmp_path: Path, which: str, capsys: pytest.CaptureFi
     run(tmp_path, which, range(1000, 3000 if which == "checkpoint" else 2100))
 
 
-@pytest.mark.parametrize("key", ["world_size", "meter_steps", "step", "evaluating"])
+@pytest.mark.parametrize("key", ["world_size", "meter_steps", "step", "evaluate_seconds"])
 @pytest.mark.parametrize("value", [99999999999999999, -1, "1", None, [], float("inf")])
 def test_impossible_numbers_are_refused(tmp_path: Path, key: str, value: Any) -> None:
     path = checkpoint(tmp_path)

@@ -38,15 +38,9 @@ def test_products_by_numpy_are_torchs() -> None:
     assert found[0, 0] == float("inf") and found[1, 1].isnan()
 
 
-def test_nothing_on_cuda() -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    assert blas.tune_processor(torch.device("cuda")) == []
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
-
-
 def test_after_tuning_products_are_float32_still() -> None:
     code = (
-        "import torch; from dlrm.cpu import blas; done = blas.tune_processor(torch.device('cpu'));"
+        "import torch; from dlrm.cpu import blas; done = blas.tune_processor();"
         "a, b = torch.randn(2048, 415), torch.randn(415, 512); exact = a.double() @ b.double();"
         "error = ((a @ b).double() - exact).norm() / exact.norm(); assert error < 5e-6, error;"
         "switched = torch.backends.mkldnn.matmul.fp32_precision == 'bf16';"

@@ -1,4 +1,4 @@
-"""The row cache and the store of tables in files: against plain arrays, reopened, damaged, full."""
+"""The row cache and the row files of tables in files: against plain arrays, reopened, damaged, full."""
 
 import os
 import subprocess
@@ -21,14 +21,14 @@ ROWS, DIM = 3000, 8
 
 
 def opened(
-    folder: Path, slots: int = 200, state: int = 1, rows: int = ROWS, beside: Executor | None = None,
+    folder: Path, slots: int = 200, state: int = 1, rows: int = ROWS, io_thread: Executor | None = None,
     **changed: Any,
 ) -> CachedTable:  # fmt: skip
     arguments = {"table": "t_a", "rows": rows, "dim": DIM, "state": state, "optimizer": "x", "seed": 5}
-    store = RowFile(folder, **arguments | changed)
+    row_file = RowFile(folder, **arguments | changed)
     table = TableShare("t_a", rows, DIM, state)
     values = torch.zeros(slots, state) if state else None
-    return CachedTable(table, store, torch.zeros(slots, DIM), values, beside)
+    return CachedTable(table, row_file, torch.zeros(slots, DIM), values, io_thread)
 
 
 def first_values(rows: int = ROWS) -> np.ndarray:
@@ -42,54 +42,62 @@ def skewed(random: np.random.Generator, count: int, rows: int = ROWS, power: int
 
 
 def work(
-    tier: CachedTable, weights: np.ndarray, state: np.ndarray, batches: int, seed: int, power: int = 4
+    table: CachedTable, weights: np.ndarray, state: np.ndarray, batches: int, seed: int, power: int = 4
 ) -> None:  # fmt: skip
-    """Batches of updates on the tier and on whole arrays; what is looked up is the same."""
+    """Batches of updates on the table and on whole arrays; what is looked up is the same."""
     random = np.random.default_rng(seed)
-    coming = [skewed(random, 150, len(weights), power) for _ in range(batches)]
-    for batch, ids in enumerate(coming):
+    all_ids = [skewed(random, 150, len(weights), power) for _ in range(batches)]
+    for batch, ids in enumerate(all_ids):
         change = batch % 3 != 2
-        slots = tier.admit(ids, change)
-        if batch % 4:  # now and then the next batch is another than was expected
-            tier.expect(coming[(batch + 1 + batch % 2) % batches])
-        np.testing.assert_array_equal(tier.weights[slots], weights[ids])
-        assert tier.state is not None
-        np.testing.assert_array_equal(tier.state[slots], state[ids])
+        slots = table.admit(ids, change)
+        if batch % 4:  # sometimes another batch follows than the one that was prefetched
+            table.prefetch(all_ids[(batch + 1 + batch % 2) % batches])
+        np.testing.assert_array_equal(table.weights[slots], weights[ids])
+        assert table.state is not None
+        np.testing.assert_array_equal(table.state[slots], state[ids])
         if change:
             rows, at = np.unique(ids, return_index=True)
             step = random.random((len(rows), DIM), np.float32)
-            for table, into in ((weights, rows), (tier.weights, slots[at])):
-                table[into] += step
-            for table, into in ((state, rows), (tier.state, slots[at])):
-                table[into] += step[:, :1]
+            for values, into in ((weights, rows), (table.weights, slots[at])):
+                values[into] += step
+            for values, into in ((state, rows), (table.state, slots[at])):
+                values[into] += step[:, :1]
 
 
-def test_slots_stay_true_under_random_batches() -> None:
+def test_slots_agree_with_a_plain_map_under_random_batches() -> None:
     random, cache = np.random.default_rng(0), RowCache(64)
-    held: dict[int, int] = {}  # row -> slot, kept by plain means
+    cached: dict[int, int] = {}  # row -> slot, kept by plain means
     changed: set[int] = set()
     for batch in range(400):
         ids = skewed(random, int(random.integers(1, 60)))
         change = bool(batch % 2)
-        looked = cache.look(skewed(random, 30) if batch % 5 else ids) if batch % 3 else None
-        new = cache.admit(ids, change, looked)
-        slots, wanted, into, leaving, places = new.slots, new.missing, new.into, new.leaving, new.places
-        assert set(wanted.tolist()) == {row for row in ids.tolist() if row not in held}
-        assert set(leaving.tolist()) <= changed
-        assert all(held[row] == slot for row, slot in zip(leaving.tolist(), places.tolist(), strict=True))
+        lookup = cache.look_up(skewed(random, 30) if batch % 5 else ids) if batch % 3 else None
+        new = cache.admit(ids, change, lookup)
+        slots, missing, into, evicted, evicted_slots = (
+            new.slots,
+            new.missing,
+            new.missing_slots,
+            new.evicted,
+            new.evicted_slots,
+        )
+        assert set(missing.tolist()) == {row for row in ids.tolist() if row not in cached}
+        assert set(evicted.tolist()) <= changed
+        assert all(
+            cached[row] == slot for row, slot in zip(evicted.tolist(), evicted_slots.tolist(), strict=True)
+        )
         freed = set(into.tolist())
-        gone = {row for row, slot in held.items() if slot in freed}
-        assert gone & changed == set(leaving.tolist()) and not gone & set(ids.tolist())
-        held = {row: slot for row, slot in held.items() if row not in gone}
-        held |= dict(zip(wanted.tolist(), into.tolist(), strict=True))
+        gone = {row for row, slot in cached.items() if slot in freed}
+        assert gone & changed == set(evicted.tolist()) and not gone & set(ids.tolist())
+        cached = {row: slot for row, slot in cached.items() if row not in gone}
+        cached |= dict(zip(missing.tolist(), into.tolist(), strict=True))
         changed -= gone
         changed |= set(ids.tolist()) if change else set()
-        assert [held[row] for row in ids.tolist()] == slots.tolist()
-        assert len(set(held.values())) == len(held) <= 64
+        assert [cached[row] for row in ids.tolist()] == slots.tolist()
+        assert len(set(cached.values())) == len(cached) <= 64
     assert cache.misses and cache.evictions
 
 
-def test_rows_that_return_outlast_those_seen_once() -> None:
+def test_rows_looked_up_again_outlast_those_looked_up_once() -> None:
     cache = RowCache(100)
     for batch in range(50):
         cache.admit(np.concatenate((np.arange(40), 1000 + np.arange(50) + 50 * batch)), False)
@@ -99,34 +107,34 @@ def test_rows_that_return_outlast_those_seen_once() -> None:
 
 
 def test_a_batch_of_too_many_rows_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    tier = opened(tmp_path, slots=50)
+    table = opened(tmp_path, slots=50)
     weights, random = first_values(), np.random.default_rng(1)
-    tier.admit(np.arange(30), False)
+    table.admit(np.arange(30), False)
     with pytest.raises(CacheFull):
-        tier.cache.admit(np.arange(51), False)
+        table.cache.admit(np.arange(51), False)
     with pytest.raises(UserError, match="touches 400 rows, its cache holds 50.*cache_memory_budget_mb"):
-        tier.admit(np.arange(400), True)
+        table.admit(np.arange(400), True)
     for _ in range(20):
         ids = random.integers(0, ROWS, 50)
-        np.testing.assert_array_equal(tier.weights[tier.admit(ids, False)], weights[ids])
+        np.testing.assert_array_equal(table.weights[table.admit(ids, False)], weights[ids])
 
 
 @pytest.mark.parametrize("slots", [150, 400, ROWS])
 @pytest.mark.parametrize("threads", [0, 1])
-def test_rows_are_those_of_a_table_in_memory_and_outlive_the_process(
+def test_rows_are_those_of_a_table_in_memory_and_survive_the_process(
     tmp_path: Path, slots: int, threads: int
 ) -> None:
     weights, state = first_values(), np.zeros((ROWS, 1), np.float32)
     for opening in range(3):
-        tier = opened(tmp_path, slots, beside=ThreadPoolExecutor(1) if threads else None)
-        assert tier.sound
-        work(tier, weights, state, 60, opening)
-        tier.close()
-    tier = opened(tmp_path, slots, seed=99)  # rows not seen so far begin as the first job would have
-    work(tier, weights, state, 20, 7)
+        table = opened(tmp_path, slots, io_thread=ThreadPoolExecutor(1) if threads else None)
+        assert table.consistent
+        work(table, weights, state, 60, opening)
+        table.close()
+    table = opened(tmp_path, slots, seed=99)  # rows not read so far get the first job's values
+    work(table, weights, state, 20, 7)
     for part, whole in (
-        (WholeTable(tier.table, tier, False), weights),
-        (WholeTable(tier.table, tier, True), state),
+        (WholeTable(table.table, table, False), weights),
+        (WholeTable(table.table, table, True), state),
     ):
         np.testing.assert_array_equal(all_of(part).reshape(whole.shape), whole)
 
@@ -137,30 +145,30 @@ def all_of(part: WholeTable) -> np.ndarray:
 
 
 def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:
-    tier = opened(tmp_path)
+    table = opened(tmp_path)
 
     def kernel() -> tuple[int, int]:
         lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
         return int(lines["rchar"]), int(lines["wchar"])
 
-    tier.admit(np.arange(10), True)  # the description is written now
-    read, written = tier.store.bytes_read, tier.store.bytes_written
+    table.admit(np.arange(10), True)  # the description is written now
+    read, written = table.row_file.bytes_read, table.row_file.bytes_written
     idle = kernel()
     noise = kernel()[0] - idle[0]  # of reading /proc/self/io itself
     begun = kernel()
     for first in range(0, ROWS, 100):
-        tier.admit(np.arange(first, first + 100), True)
-    tier.settle()
+        table.admit(np.arange(first, first + 100), True)
+    table.wait_for_writes()
     ended = kernel()
-    assert abs(ended[0] - begun[0] - noise - (tier.store.bytes_read - read)) < 64
-    assert ended[1] - begun[1] == tier.store.bytes_written - written > 0
+    assert abs(ended[0] - begun[0] - noise - (table.row_file.bytes_read - read)) < 64
+    assert ended[1] - begun[1] == table.row_file.bytes_written - written > 0
 
 
-def test_a_killed_job_leaves_a_store_that_wants_a_checkpoint(tmp_path: Path) -> None:
-    tier = opened(tmp_path)
-    tier.admit(np.arange(100), True)
-    os.close(tier.store._file)  # as a kill does: nothing flushed, the lock gone
-    assert not opened(tmp_path).sound
+def test_a_killed_job_leaves_an_inconsistent_row_file(tmp_path: Path) -> None:
+    table = opened(tmp_path)
+    table.admit(np.arange(100), True)
+    os.close(table.row_file._file)  # as a kill does: nothing flushed, the lock gone
+    assert not opened(tmp_path).consistent
 
 
 @pytest.mark.parametrize(
@@ -176,7 +184,7 @@ def test_another_table_is_refused(tmp_path: Path, changed: dict[str, Any], says:
     assert (tmp_path / "t_a.rows").read_bytes() == before
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+def test_a_damaged_row_file_is_an_error_with_its_name(tmp_path: Path) -> None:
     opened(tmp_path).close()
     rows, about = tmp_path / "t_a.rows", tmp_path / "t_a.json"
     os.truncate(rows, 1000)
@@ -192,15 +200,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_a_store_cut_while_it_is_used_is_named(tmp_path: Path) -> None:
-    tier = opened(tmp_path)
-    tier.admit(np.arange(100), True)
+def test_a_row_file_cut_while_in_use_is_an_error_with_its_name(tmp_path: Path) -> None:
+    table = opened(tmp_path)
+    table.admit(np.arange(100), True)
     os.truncate(tmp_path / "t_a.rows", 500)
     with pytest.raises(UserError, match="ends too early"):
-        tier.admit(np.arange(2900, 3000), True)
+        table.admit(np.arange(2900, 3000), True)
 
 
-def test_two_jobs_on_one_store_are_refused(tmp_path: Path) -> None:
+def test_two_jobs_on_one_row_file_are_refused(tmp_path: Path) -> None:
     first = opened(tmp_path)
     with pytest.raises(UserError, match="another job trains this table"):
         opened(tmp_path)
@@ -217,22 +225,22 @@ from test_row_cache import opened
 from dlrm.runtime.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
-tier = opened(folder, slots=1000, rows=400_000)
-tier.admit(np.arange(10), True)
+table = opened(folder, slots=1000, rows=400_000)
+table.admit(np.arange(10), True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, -1))
 try:
-    tier.admit(np.arange(399_000, 399_100), True)
+    table.admit(np.arange(399_000, 399_100), True)
 except UserError as error:
     print(error)
 """
 
 
-def test_no_room_is_named(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_with_the_file_name(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=100
     )
-    assert "t_a.rows: File too large: make room" in done.stdout, done.stderr
-    assert not opened(tmp_path, rows=400_000).sound
+    assert "t_a.rows: File too large: free some space" in done.stdout, done.stderr
+    assert not opened(tmp_path, rows=400_000).consistent
 
 
 BOUNDED = """
@@ -247,18 +255,18 @@ budget, dim = 36e6, 32
 table = TableShare("t_a", int(8 * budget) // (8 * dim), dim, dim)
 slots = share_budget([table], int(budget))["t_a"]
 def run(rows, slots, folder, batches):
-    store = RowFile(Path(folder), "t_a", rows, dim, dim, "adagrad", 0)
-    tier = CachedTable(table, store, torch.zeros(slots, dim), torch.zeros(slots, dim))
-    tier.admit(np.arange(100), True)
+    row_file = RowFile(Path(folder), "t_a", rows, dim, dim, "adagrad", 0)
+    cached = CachedTable(table, row_file, torch.zeros(slots, dim), torch.zeros(slots, dim))
+    cached.admit(np.arange(100), True)
     random = np.random.default_rng(0)
     for _ in range(batches):
-        tier.weights[tier.admit(random.integers(0, rows, 2000), True)] += 1
-    return tier
+        cached.weights[cached.admit(random.integers(0, rows, 2000), True)] += 1
+    return cached
 small = run(70_000, 3000, sys.argv[1] + "/small", 10)
 before = memory("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
-tier = run(table.rows, slots, sys.argv[1] + "/large", 250)
-print(memory("VmHWM") - before, tier.cache.evictions, (tier.cache.row >= 0).sum() / slots)
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
+cached = run(table.rows, slots, sys.argv[1] + "/large", 250)
+print(memory("VmHWM") - before, cached.cache.evictions, (cached.cache.row >= 0).sum() / slots)
 """
 
 

@@ -1,4 +1,4 @@
-"""Training with tables in files: the numbers of tables in memory, at any budget, through stops and stores."""
+"""Training with tables in files: the numbers of tables in memory, at any budget, also after a resume."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ FILES = ["--store_type", "cached_ssd", "--cache_memory_budget_mb", 1.5]
 
 def same(one: Finished, other: Finished) -> None:
     assert one.losses == other.losses and len(one.losses) == 12
-    assert one.results["val_aurocs"] == other.results["val_aurocs"]
+    assert one.results["val_scores"] == other.results["val_scores"]
     assert one.results["test_auroc"] == other.results["test_auroc"] is not None
 
 
@@ -55,8 +55,8 @@ def test_two_ranks(train: Train, toy: Path) -> None:
 
 
 def test_two_ranks_share_the_rows_of_tables(train: Train, toy: Path, tmp_path: Path) -> None:
-    wishes = tmp_path / "sharding.json"
-    wishes.write_text('{"t_cat_0": {"sharding": "row_wise"}, "t_cat_5": {"sharding": "row_wise"}}')
+    sharding_file = tmp_path / "sharding.json"
+    sharding_file.write_text('{"t_cat_0": {"sharding": "row_wise"}, "t_cat_5": {"sharding": "row_wise"}}')
     words = [
         *SMALL,
         "--in_memory_binary_criteo_path",
@@ -66,7 +66,7 @@ def test_two_ranks_share_the_rows_of_tables(train: Train, toy: Path, tmp_path: P
         "--optimizer",
         "adagrad",
     ]
-    parts = ["--sharding_file", wishes]
+    parts = ["--sharding_file", sharding_file]
     saves = ["--checkpoint_dir", tmp_path / "saved", "--checkpoint_every_steps", 5, "--keep_checkpoints", 0]
     memory, files = train(2, *words, *parts), train(2, *words, *FILES, *parts, *saves)
     assert memory.codes == files.codes == [0, 0], files.err
@@ -82,7 +82,7 @@ def test_two_ranks_share_the_rows_of_tables(train: Train, toy: Path, tmp_path: P
     assert after.results["test_auroc"] == memory.results["test_auroc"]
     whole = train(2, *words, *FILES, "--load_checkpoint_path", saved, "--persistent_path", stores)
     assert whole.losses == pytest.approx(memory.losses[5:], abs=1e-6)  # sums in another order
-    again = train(2, *words, *FILES, *parts, "--persistent_path", stores)  # whose rows?
+    again = train(2, *words, *FILES, *parts, "--persistent_path", stores)  # made for another sharding
     assert again.codes == [2, 2] and "t_cat_0.json: rows of t_cat_0 for another sharding" in "".join(
         again.err
     )
@@ -98,17 +98,17 @@ def test_stopped_and_resumed_through_either_kind_of_table(train_here: Train, tmp
         assert after.results["test_auroc"] == whole.results["test_auroc"]
 
 
-def test_tables_outlive_the_job_which_is_said(
+def test_row_files_of_an_earlier_job_are_continued_with_a_notice(
     train_here: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = ["--persistent_path", tmp_path / "store"]
     words = [*SMALL, "--limit_train_batches", 3, *FILES, *store]
     first = train_here(*words, "--checkpoint_dir", tmp_path / "saved")
-    train_here(*words, "--load_checkpoint_path", tmp_path / "saved")  # its rows, not the store's
-    told = f"stores in {tmp_path / 'store'} are there already: going on with the rows of 26 tables"
-    assert told not in capsys.readouterr().out
+    train_here(*words, "--load_checkpoint_path", tmp_path / "saved")  # the checkpoint's rows, not the files'
+    notice = f"{tmp_path / 'store'} already has row files: continuing with the rows of 26 tables"
+    assert notice not in capsys.readouterr().out
     second = train_here(*words)
-    assert told in capsys.readouterr().out
+    assert notice in capsys.readouterr().out
     assert first.losses[0] != second.losses[0]
     facts: dict[str, Any] = json.loads((tmp_path / "store" / "t_cat_0.json").read_text())
     assert facts["clean"] and facts["rows"] == 3000
@@ -116,22 +116,22 @@ def test_tables_outlive_the_job_which_is_said(
     assert (values[:, 16:].max(1) > 0).any()  # adagrad's sums
 
 
-def test_mistakes_are_told(train_here: Train, tmp_path: Path) -> None:
+def test_wrong_options_are_errors(train_here: Train, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="touches .* of --cache_memory_budget_mb"):
         train_here(*SMALL, *FILES[:3], 0.05)
     for budget in ("nan", "inf", 0):
         with pytest.raises(UserError, match=f"budget_mb {float(budget)}: must be a number of at least 0.001"):
             train_here(*SMALL, *FILES[:3], budget)
-    wishes = tmp_path / "sharding.json"
-    wishes.write_text('{"t_cat_0": {"sharding": "column_wise"}}')
+    sharding_file = tmp_path / "sharding.json"
+    sharding_file.write_text('{"t_cat_0": {"sharding": "column_wise"}}')
     with pytest.raises(UserError, match="column_wise, but tables in files are table_wise or row_wise"):
-        train_here(*SMALL, *FILES, "--sharding_file", wishes)
+        train_here(*SMALL, *FILES, "--sharding_file", sharding_file)
 
 
 def test_single_tables_by_the_sharding_file(train_here: Train, tmp_path: Path) -> None:
-    wishes = tmp_path / "sharding.json"
-    wishes.write_text('{"t_cat_3": {"store": "cached_ssd"}, "t_cat_9": {"store": "cached_ssd"}}')
-    some = train_here(*SMALL, "--cache_memory_budget_mb", 0.1, "--sharding_file", wishes)
+    sharding_file = tmp_path / "sharding.json"
+    sharding_file.write_text('{"t_cat_3": {"store": "cached_ssd"}, "t_cat_9": {"store": "cached_ssd"}}')
+    some = train_here(*SMALL, "--cache_memory_budget_mb", 0.1, "--sharding_file", sharding_file)
     same(some, train_here(*SMALL))
     assert {path.name for path in (some.folder / "store").glob("*.rows")} == {"t_cat_3.rows", "t_cat_9.rows"}
 
@@ -156,10 +156,10 @@ def test_counters_in_metrics_trace_and_report(train: Train, tmp_path: Path) -> N
         counted += [e for e in events if e.get("cat") == "counter" and e["name"] == "store_bytes_read"]
     for key, call in (("bytes_read", "pread64"), ("bytes_written", "pwrite64")):
         said = {path: n for path, n in run.results[key]["0"].items() if path.endswith(".rows")}
-        assert sum(said.values()) == moved[call] > 0  # what the stores say is what the kernel was asked for
+        assert sum(said.values()) == moved[call] > 0  # the same as the system calls in the trace
     assert moved["pwrite64"] >= sum(line["store_bytes_written"] for line in lines) > 0
-    told = [event["args"]["value"] for event in counted[:12]]  # one lookup for all tables
-    assert told == [line["store_bytes_read"] for line in lines]
+    traced = [event["args"]["value"] for event in counted[:12]]  # one lookup for all tables
+    assert traced == [line["store_bytes_read"] for line in lines]
 
     for words in (["perfetto", "-o", tmp_path / "x.pftrace"], ["report"]):
         done = python("-m", "analysis", words[0], run.folder, *words[1:])
@@ -174,7 +174,7 @@ def test_counters_in_metrics_trace_and_report(train: Train, tmp_path: Path) -> N
         assert f'"{label}"' in page
 
 
-def test_auto_goes_by_sizes_and_memory_and_says_why() -> None:
+def test_auto_decides_by_sizes_and_memory_and_gives_the_reason() -> None:
     tables = [TableShare("a", 1_000_000, 64, 64), TableShare("b", 100, 64, 64)]  # 512 MB
     gb = 1_000_000_000
     for cuda, memory, host, expected in (
@@ -188,8 +188,8 @@ def test_auto_goes_by_sizes_and_memory_and_says_why() -> None:
         assert places == {"a": expected, "b": expected}
         said = f"{expected}: tables and optimizer take 0.512 GB, memory has {memory / 1e9:.3g}"
         assert why == said
-    wishes = {"b": {"store": "device_mem"}}
-    places, _ = placement.choose_store_types("auto", tables, wishes, False, gb // 10, gb // 10)
+    constraints = {"b": {"store": "device_mem"}}
+    places, _ = placement.choose_store_types("auto", tables, constraints, False, gb // 10, gb // 10)
     assert places == {"a": "cached_ssd", "b": "device_mem"}
 
 
@@ -237,9 +237,9 @@ def test_oneflows_recipe(train: Train, tmp_path: Path) -> None:
     rates = [line["lr"] for line in run.metrics if "loss" in line]
     warm, hold = [n / 5 for n in range(1, 6)], [1.0] * 15
     assert rates == pytest.approx([*warm, *hold, *(((10 - n) / 10) ** 2 for n in range(1, 11))])
-    judged = [line for line in run.metrics if line.get("split") == "val"]
-    assert [line["step"] for line in judged] == [10, 20, 30]
-    assert all(line["samples"] == 1000 for line in judged)
+    validations = [line for line in run.metrics if line.get("split") == "val"]
+    assert [line["step"] for line in validations] == [10, 20, 30]
+    assert all(line["samples"] == 1000 for line in validations)
     assert np.mean(run.losses[-5:]) < np.mean(run.losses[:5])
     facts = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("*.json")]
     assert sorted(map(str, (f["rows"] for f in facts))) == sorted(sizes.split(","))

@@ -11,12 +11,13 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dlrm.cpu import process_group
 from dlrm.cpu.pooled_embeddings import ShmPooledEmbeddingDist
 from dlrm.embeddings.planner import make_plan, plan_as_dict, shard_model
 from dlrm.embeddings.tables import make_table_configs, table_parameters
 from dlrm.models.dlrm.model import build_dlrm
+from dlrm.runtime import accelerate, gloo
 from dlrm.runtime.ranks import find_ranks
+from dlrm.trainer.device import enable_fast_path
 from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.optimizers import apply_in_backward, make_dense_optimizer
 
@@ -95,7 +96,10 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    process_group.register_backends()
+    gloo.register_backend()
+    if sys.argv[2] == "shared":
+        enable_fast_path(torch.device("cpu"), True)
+        accelerate.hooks.choose_backend(torch.device("cpu"))
     dist.init_process_group(sys.argv[2])
     results = [main(task) for task in json.loads(sys.argv[1])]
     if find_ranks().first:

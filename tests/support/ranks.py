@@ -73,7 +73,7 @@ def same(first: Path, second: Path) -> None:
     """Two run folders hold the same training."""
     assert metrics(first) == metrics(second)
     one, two = (json.loads((folder / "results.json").read_text()) for folder in (first, second))
-    for key in ("val_aurocs", "test_auroc", "steps", "samples", "val_samples", "test_samples"):
+    for key in ("val_scores", "test_auroc", "steps", "samples", "val_samples", "test_samples"):
         assert one[key] == two[key], key
 
 
@@ -89,6 +89,7 @@ class LiveRanks:
         common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | more
         command = ["-m", module, *map(str, words)]
         command += ["--output_dir", str(folder)] if output else []
+        self.port = common["MASTER_PORT"]
         self.processes: list[subprocess.Popen[bytes]] = []
         self.logs: list[tuple[IO[str], IO[str]]] = []  # not in `folder`: its disk may be full
         starts = {
@@ -137,6 +138,8 @@ class LiveRanks:
                 if self.module.encode() not in words or str(self.folder).encode() not in words:
                     continue
                 names = dict(item.split(b"=", 1) for item in environment if b"=" in item)
+                if names.get(b"MASTER_PORT", b"").decode() != self.port:
+                    continue  # another job in the same folder
                 rank = names.get(b"RANK") or names.get(b"PMI_RANK")
                 if rank is not None and not {b"mpiexec", b"torch.distributed.run"} & set(words):
                     found[int(rank)] = int(entry.name)

@@ -65,7 +65,7 @@ class Course:
         self.validated: list[int] = []
         self.rates: list[int] = []
 
-        def next_lr() -> float:
+        def set_next_lr() -> float:
             self.rates.append(self.progress.step)
             return 0.1 * self.progress.step
 
@@ -73,8 +73,8 @@ class Course:
             self.validated.append(self.progress.step)
             return {"auroc": scores * self.progress.step, "seconds": 0.0}
 
-        self.good = loop.run_training(
-            Ahead(odd), self.batches, self.progress, loop.Limits(**limits), next_lr, validate,
+        self.target_reached = loop.run_training(
+            Ahead(odd), self.batches, self.progress, loop.Limits(**limits), set_next_lr, validate,
             lambda **said: self.reports.append((said["step"], said["loss"])),
             loop.ThroughputMeter(torch.device("cpu")), loop.Hooks(),
         )  # fmt: skip
@@ -86,9 +86,9 @@ def test_two_epochs() -> None:
     assert [step for step, _ in done.reports] == [1, 5, 9, 10, 14, 18, 20]
     assert [loss for _, loss in done.reports] == [0, 2.5, 6.5, 9, 11.5, 15.5, 18.5]
     assert done.validated == [3, 6, 9, 10, 12, 15, 18, 20]
-    assert done.progress.val_aurocs == [5, 10]  # of epochs only
+    assert done.progress.val_scores == [5, 10]  # of epochs only
     assert done.rates == list(range(20)) and done.progress.lr == pytest.approx(1.9)
-    assert (done.good, done.progress.epoch, done.batches.epochs) == (False, 2, [0, 1])
+    assert (done.target_reached, done.progress.epoch, done.batches.epochs) == (False, 2, [0, 1])
     assert (done.progress.samples, done.progress.timed_samples) == (20 * ROWS, 19 * ROWS)
     assert done.progress.position is None
 
@@ -103,14 +103,14 @@ def test_a_limit_takes_no_batch_too_many() -> None:
 
 
 def test_the_position_is_that_of_the_step_not_of_the_batches_ahead() -> None:
-    done = Course(max_steps=9, validation_freq=4, validation_auroc=2.0)
-    assert done.good and done.validated == [4]
+    done = Course(max_steps=9, validation_freq=4, target_score=2.0)
+    assert done.target_reached and done.validated == [4]
     assert done.progress.position == {"number": 3} and done.batches.number == 5
 
 
 def test_good_enough_at_an_epoch_ends_the_training() -> None:
-    done = Course(epochs=3, evaluate_on_epoch_end=True, validation_auroc=6.0)
-    assert done.good and done.validated == [10, 20] and done.progress.good
+    done = Course(epochs=3, evaluate_on_epoch_end=True, target_score=6.0)
+    assert done.target_reached and done.validated == [10, 20] and done.progress.target_reached
 
 
 def test_a_loss_that_is_no_number_is_told_with_its_steps() -> None:

@@ -18,8 +18,8 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
 data = np.load(f"{folder}/rank{rank}.npz")
 predictions = AurocCollector()
 for part in np.array_split(np.arange(len(data["logits"])), 3):
-    predictions.add(torch.from_numpy(data["logits"][part]), torch.from_numpy(data["labels"][part]))
-result = predictions.result()
+    predictions.update(torch.from_numpy(data["logits"][part]), torch.from_numpy(data["labels"][part]))
+result = predictions.compute()
 if rank == world - 1:
     print(json.dumps(result), flush=True)
 dist.barrier()

@@ -118,10 +118,10 @@ def test_the_scale_grows_after_good_steps() -> None:
         scale.update(False)
     assert (at.loss_scale, at.skipped_steps) == (16.0, 0)
     scale.update(True)
-    assert (at.loss_scale, at.skipped_steps, at.good_steps) == (8.0, 1, 0)
+    assert (at.loss_scale, at.skipped_steps, at.steps_since_overflow) == (8.0, 1, 0)
     still = LossScale(loop.Progress(loss_scale=8.0), dynamic=False)
     still.update(True)
-    assert still.at.loss_scale == 8.0
+    assert still.state.loss_scale == 8.0
 
 
 def test_clipping_bounds_the_dense_step() -> None:

@@ -51,7 +51,9 @@ def test_stopped_again_and_again_mostly_while_it_validates(toy: Path, tmp_path: 
             ranks.signal(signal.SIGTERM, turn % 2)
             assert ranks.wait(20) == [STOPPED, STOPPED], ranks.said
         newest = max((tmp_path / "often" / "checkpoints").iterdir())
-        stops.append(json.loads((newest / "checkpoint.json").read_text())["state"]["progress"]["judging"])
+        stops.append(
+            json.loads((newest / "checkpoint.json").read_text())["state"]["progress"]["validating_at"]
+        )
     assert "step" in stops, "no stop was in a validation: nothing was tested"
     with LiveRanks(tmp_path / "often", 2, *words(toy, *more)) as ranks:
         assert ranks.wait() == [0, 0], ranks.said

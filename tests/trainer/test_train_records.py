@@ -77,7 +77,7 @@ def test_tensorboard_has_the_reports(toy: Path, train_here: Any) -> None:
     found = [(event.step, event.value) for event in board.Scalars("train/loss")]
     steps = [line["step"] for line in done.metrics if "loss" in line]
     assert found == [pytest.approx(pair) for pair in zip(steps, done.losses, strict=True)]
-    assert board.Scalars("val/auroc")[0].value == pytest.approx(done.results["val_aurocs"][0])
+    assert board.Scalars("val/auroc")[0].value == pytest.approx(done.results["val_scores"][0])
     assert len(board.Scalars("test/auroc")) == 1
 
 

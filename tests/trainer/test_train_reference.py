@@ -90,4 +90,4 @@ def test_losses_and_auroc_are_torchrecs(
     assert done.losses == pytest.approx(losses, abs=1e-5)
     assert max(losses) - min(losses) > 0.01  # it trained
     assert done.results["val_samples"] == rows
-    assert done.results["val_aurocs"][0] == pytest.approx(auroc, abs=1e-5)
+    assert done.results["val_scores"][0] == pytest.approx(auroc, abs=1e-5)

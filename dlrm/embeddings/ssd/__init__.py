@@ -1,5 +1,5 @@
-"""Tables larger than memory: rows in files, a cache of them in torchrec's tables. A shed of its own.
+"""Tables larger than memory: rows in files, with a cache of rows that fbgemm sees as its table.
 
-In: table configs and a budget of memory. Out: tables of cache slots, filled and written back as batches come.
-placement.py is its only door; a training with --store_type device_mem imports nothing of it.
+In: a sharding plan, ids. Out: the numbers of a table in memory. `ssd_tables.py` has all hooks into torchrec.
+The one door is `placement.prepare_ssd_tables`, imported only if an option asks for such tables.
 """

@@ -1,4 +1,4 @@
-"""One table in a file: the rows of it that are in memory, and all of them for a checkpoint.
+"""One table in a file: those of its rows that are in memory, and all of them for a checkpoint.
 
 fbgemm's table is the cache: it has one row per slot. A batch's rows stay until its backward pass has
 updated them; changed rows are written when they leave.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dlrm.embeddings.ssd.row_cache import NONE, SLOT_BYTES, AdmissionResult, CacheFull, LookupResult, RowCache
-from dlrm.embeddings.ssd.row_file import BUFFERS, LARGEST, RowFile
+from dlrm.embeddings.ssd.row_file import BUFFER_BYTES, MAX_CALL_BYTES, RowFile
 from dlrm.embeddings.ssd.snapshot import SnapshotSlice, TableSnapshot
 from dlrm.runtime.errors import UserError
 
@@ -24,12 +24,14 @@ COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
 
 @dataclass(frozen=True)
 class TableShare:
+    """A table, or the rows of it that one rank has."""
+
     name: str
     rows: int
     dim: int
     state: int  # floats of optimizer state per row
-    pooling: float = 1.0
-    first: int = 0  # of a shard, its first row in the table
+    pooling: float = 1.0  # ids per sample
+    first: int = 0  # number of the share's first row in the table
 
     @property
     def slot_bytes(self) -> int:
@@ -37,43 +39,56 @@ class TableShare:
 
 
 def share_budget(tables: list[TableShare], budget: int) -> dict[str, int]:
-    """Slots of each table: small ones whole, what they leave goes to the others by how much they look up."""
+    """Table -> slots of its cache, within `budget` bytes.
+
+    Small tables get a slot for each row; the rest of the budget is divided among the others by their lookups.
+    """
     slots = {}
-    left = budget - min(BUFFERS, budget / 4)  # a budget under 38 MB is not kept to the byte
+    left = budget - min(BUFFER_BYTES, budget / 4)  # a budget under 38 MB is not kept to the byte
     weight = sum(table.pooling for table in tables)
     for table in sorted(tables, key=lambda each: each.rows * each.slot_bytes / each.pooling):
-        given = left * table.pooling / weight
-        slots[table.name] = min(table.rows, max(1, int(given // table.slot_bytes)))
+        share = left * table.pooling / weight
+        slots[table.name] = min(table.rows, max(1, int(share // table.slot_bytes)))
         left -= slots[table.name] * table.slot_bytes
         weight -= table.pooling
     return slots
 
 
 class CachedTable:
-    """One table of this rank: its file, and the rows of it that fbgemm sees."""
+    """One table of this rank: its row file, and the cache that is fbgemm's weight tensor.
+
+    weights: float32 [slots, dim], fbgemm's own, written to in place. state: likewise [slots, floats per row].
+    """
 
     def __init__(
-        self, table: TableShare, store: RowFile, weights: torch.Tensor, state: torch.Tensor | None,
-        beside: Executor | None = None,
+        self, table: TableShare, row_file: RowFile, weights: torch.Tensor, state: torch.Tensor | None,
+        io_thread: Executor | None = None,
     ) -> None:  # fmt: skip
-        self.table, self.store = table, store
+        self.table, self.row_file = table, row_file
         self.cache = RowCache(len(weights))
         self.weights = weights.detach().numpy()
         self.state = None if state is None else state.detach().numpy().reshape(len(weights), -1)
-        self.sound = store.clean  # else a killed job left rows of different moments
-        self.filled = False  # from a checkpoint
-        self._beside = beside  # a thread that works while batches are computed
-        self._coming: Future[tuple[LookupResult, np.ndarray, np.ndarray]] | None = None  # of the next batch
-        self._going: Future[None] | None = None  # rows of the last batch are being written
-        self._read = 0  # bytes, when the last batch was here
-        self._moment: Callable[[], TableSnapshot | None] = lambda: None  # that a checkpoint reads
+        self.consistent = row_file.clean  # else a killed job left rows of different steps
+        self.loaded = False  # a checkpoint's rows have replaced those of the file
+        self._io_thread = io_thread  # reads and writes while batches are computed
+        self._prefetched: Future[tuple[LookupResult, np.ndarray, np.ndarray]] | None = (
+            None  # of the next batch
+        )
+        self._writing: Future[None] | None = None  # rows of the last batch are being written
+        self._read = 0  # bytes read up to the last batch: those of a running prefetch are not counted yet
+        self._snapshot: Callable[[], TableSnapshot | None] = lambda: None  # weak reference
 
-    def admit(self, ids: np.ndarray, change: bool) -> np.ndarray:
-        """The slots of these rows, which are then filled."""
-        coming, self._coming = self._coming, None
-        looked, here, values = coming.result() if coming else (None, NO_ROWS, self._values(NO_ROWS))
+    def admit(self, ids: np.ndarray, will_update: bool) -> np.ndarray:
+        """The slots of these rows (int64, as `ids`), with the rows in them.
+
+        will_update: the batch's backward pass changes the rows, so they have to be written some day.
+        """
+        prefetched, self._prefetched = self._prefetched, None
+        lookup, read_rows, values = (
+            prefetched.result() if prefetched else (None, NO_ROWS, self._read_slots(NO_ROWS))
+        )
         try:
-            new = self.cache.admit(ids, change, looked)
+            new = self.cache.admit(ids, will_update, lookup)
         except CacheFull as full:
             needed = full.args[0] * self.table.slot_bytes
             raise UserError(
@@ -81,131 +96,138 @@ class CachedTable:
                 f"{self.cache.slots}: this table needs {needed / 1e6:.3g} MB of "
                 "--cache_memory_budget_mb; raise it or lower --batch_size"
             ) from None
-        if change:
-            self.store.soil()
+        if will_update:
+            self.row_file.mark_dirty()
         if len(new.missing):
-            self.settle()  # a row may be wanted again that is being written
-            here = here[: len(values)]
-            at = np.searchsorted(here, new.missing)
-            known = np.append(here, NONE)[at] == new.missing
-            rest, into = new.missing[~known], new.into[~known]
-            if coming is None:
-                self.store.expect(self.store.places(rest))
-            self._release(new)
-            self._put(new.into[known], values[at[known]])
-            for begin in range(0, len(rest), self.store.few):
-                part = slice(begin, begin + self.store.few)
-                self._put(into[part], self.store.read(rest[part]))
-        self._read = self.store.bytes_read
+            self.wait_for_writes()  # a missing row may be one that is still being written
+            read_rows = read_rows[: len(values)]
+            at = np.searchsorted(read_rows, new.missing)
+            known = np.append(read_rows, NONE)[at] == new.missing
+            rest, slots = new.missing[~known], new.missing_slots[~known]
+            if prefetched is None:
+                self.row_file.advise(self.row_file.ranges(rest))
+            self._write_evicted(new)
+            self._fill_slots(new.missing_slots[known], values[at[known]])
+            for begin in range(0, len(rest), self.row_file.rows_per_call):
+                part = slice(begin, begin + self.row_file.rows_per_call)
+                self._fill_slots(slots[part], self.row_file.read(rest[part]))
+        self._read = self.row_file.bytes_read
         return new.slots
 
-    def _put(self, slots: np.ndarray, values: np.ndarray) -> None:
+    def _fill_slots(self, slots: np.ndarray, values: np.ndarray) -> None:
         self.weights[slots] = values[:, : self.table.dim]
         if self.state is not None:
             self.state[slots] = values[:, self.table.dim :]
 
-    def expect(self, ids: np.ndarray) -> None:
-        """The next batch's: while this one is computed, those that are not here are read."""
-        if self._beside is not None:
-            self._coming = self._beside.submit(self._fetch, ids)
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Start reading those of the next batch's rows that are not cached, on the I/O thread."""
+        if self._io_thread is not None:
+            self._prefetched = self._io_thread.submit(self._fetch, ids)
 
     def _fetch(self, ids: np.ndarray) -> tuple[LookupResult, np.ndarray, np.ndarray]:
-        """On the thread, after what left was written: rows and their values, as many as there is room for."""
-        store, looked = self.store, self.cache.look(ids)
-        rows = looked.absent
-        rows = store.made(rows)
-        store.expect(store.places(rows))
-        values = np.empty((min(len(rows), max(1, LARGEST // store.row_bytes)), store.width), np.float32)
-        for begin in range(0, len(values), store.few):
-            part = slice(begin, min(begin + store.few, len(values)))
-            values[part] = store.get(rows[part])
-        return looked, rows, values
+        """(lookup, rows that are not cached, values of the first of them, up to MAX_CALL_BYTES).
 
-    def _release(self, new: AdmissionResult) -> None:
-        """Copies of changed rows go to the file; their slots are free at once."""
-        if not len(new.leaving):
+        Runs on the I/O thread, which has written the evicted rows before.
+        """
+        row_file, lookup = self.row_file, self.cache.look_up(ids)
+        rows = row_file.stored(lookup.absent)
+        row_file.advise(row_file.ranges(rows))
+        count = min(len(rows), max(1, MAX_CALL_BYTES // row_file.row_bytes))
+        values = np.empty((count, row_file.width), np.float32)
+        for begin in range(0, len(values), row_file.rows_per_call):
+            part = slice(begin, min(begin + row_file.rows_per_call, len(values)))
+            values[part] = row_file.read_stored(rows[part])
+        return lookup, rows, values
+
+    def _write_evicted(self, new: AdmissionResult) -> None:
+        """Write copies of evicted changed rows, on the I/O thread if there is one; frees their slots."""
+        if not len(new.evicted):
             return
-        values, far = self._values(new.places), new.leaving[~new.near]
-        if self._beside is None:
-            self._write(new.leaving, values, far)
+        values, far = self._read_slots(new.evicted_slots), new.evicted[~new.recent]
+        if self._io_thread is None:
+            self._write(new.evicted, values, far)
         else:
-            self._going = self._beside.submit(self._write, new.leaving, values, far)
+            self._writing = self._io_thread.submit(self._write, new.evicted, values, far)
 
     def _write(self, rows: np.ndarray, values: np.ndarray, far: np.ndarray) -> None:
-        self.store.expect(self.store.places(far))  # a page is read before a part of it is written
-        self.store.write(rows, values)
+        self.row_file.advise(self.row_file.ranges(far))  # a page is read before a part of it is written
+        self.row_file.write(rows, values)
 
-    def _values(self, slots: np.ndarray) -> np.ndarray:
-        values = np.empty((len(slots), self.store.width), np.float32)
+    def _read_slots(self, slots: np.ndarray) -> np.ndarray:
+        """float32 [slots, weights and state]: a copy."""
+        values = np.empty((len(slots), self.row_file.width), np.float32)
         values[:, : self.table.dim] = self.weights[slots]
         if self.state is not None:
             values[:, self.table.dim :] = self.state[slots]
         return values
 
-    def settle(self) -> None:
-        """What left is in the file, or it is said why not."""
-        going, self._going = self._going, None
-        if going is not None:
-            going.result()
+    def wait_for_writes(self) -> None:
+        """Wait until evicted rows are in the file; raises the I/O thread's UserError if they are not."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
-    def forget(self) -> None:
-        """The store's rows are about to be others."""
-        coming, self._coming = self._coming, None
-        if coming is not None:
-            coming.result()
-        self.settle()
+    def discard_cached_rows(self) -> None:
+        """Empty the cache without writing: the file's rows are about to be replaced."""
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None:
+            prefetched.result()
+        self.wait_for_writes()
         self.cache.clear()
 
     def flush(self) -> None:
-        """Every changed row into the file; all stay in the cache."""
-        self.settle()
-        slots = self.cache.changed()
+        """Write every changed row to the file; all stay in the cache."""
+        self.wait_for_writes()
+        slots = self.cache.dirty_slots()
         slots = slots[np.argsort(self.cache.row[slots])]
-        few = max(1, LARGEST // self.store.row_bytes)
-        for begin in range(0, len(slots), few):
-            part = slots[begin : begin + few]
+        portion = max(1, MAX_CALL_BYTES // self.row_file.row_bytes)
+        for begin in range(0, len(slots), portion):
+            part = slots[begin : begin + portion]
             rows = self.cache.row[part]
-            self._write(rows, self._values(part), rows)
+            self._write(rows, self._read_slots(part), rows)
         self.cache.dirty.fill(0)
 
-    def moment(self) -> TableSnapshot:
-        """All rows as they are now, until nobody refers to it any more."""
+    def snapshot(self) -> TableSnapshot:
+        """All rows as they are now, while something refers to it; the last one again if no row changed."""
         self.flush()
-        now = self._moment()
-        if now is None or not now.fresh:
-            now = TableSnapshot(self.store)
-            seen = self._moment = weakref.ref(now)
+        snapshot = self._snapshot()
+        if snapshot is None or not snapshot.unchanged:
+            snapshot = TableSnapshot(self.row_file)
+            reference = self._snapshot = weakref.ref(snapshot)
 
             def before_write(ids: np.ndarray) -> None:
-                moment = seen()
-                if moment is not None:
-                    moment.keep(ids)
-                else:  # its checkpoint is written
-                    self.store.before_write = None
-                    with contextlib.suppress(OSError):  # only room is lost
-                        self.store.aside()
+                current = reference()
+                if current is not None:
+                    current.save_old_rows(ids)
+                else:  # its checkpoint has been written
+                    self.row_file.before_write = None
+                    with contextlib.suppress(OSError):  # emptying it only saves space
+                        self.row_file.open_old_values()
 
-            self.store.before_write = before_write
-        return now
+            self.row_file.before_write = before_write
+        return snapshot
 
     def counts(self) -> np.ndarray:
-        cache, store = self.cache, self.store
+        cache, row_file = self.cache, self.row_file
         return np.array(
-            [cache.lookups, cache.misses, cache.evictions, self._read, store.bytes_written], np.int64
+            [cache.lookups, cache.misses, cache.evictions, self._read, row_file.bytes_written], np.int64
         )
 
     def close(self) -> None:
         self.flush()
-        self.store.close()
+        self.row_file.close()
 
 
 @dataclass(frozen=True)
 class WholeTable:
-    """All rows of a table, weights or optimizer state, for a checkpoint. On its owner `tier` is there."""
+    """All rows of a table, weights or optimizer state, as a checkpoint saves and loads them.
+
+    `cached_table` is None on ranks that have no row of it.
+    """
 
     table: TableShare
-    tier: CachedTable | None
-    state: bool
+    cached_table: CachedTable | None
+    state: bool  # optimizer state, not weights
 
     def size(self) -> torch.Size:
         width = self.table.state if self.state else self.table.dim
@@ -217,24 +239,29 @@ class WholeTable:
         return slice(self.table.dim, None) if self.state else slice(0, self.table.dim)
 
     def copy(self) -> Iterator[SnapshotSlice]:
-        """As it is now. Only changed rows are written here; a checkpoint reads the others by and by."""
-        if self.tier is not None:
-            shape = torch.Size([self.tier.table.rows, *self.size()[1:]])
-            place = (self.tier.table.first, *[0] * (len(shape) - 1))
-            yield SnapshotSlice(self.tier.moment(), self._columns, shape, place)
+        """This rank's rows as they are now. Writes changed rows to the file; the checkpoint reads later."""
+        if self.cached_table is not None:
+            shape = torch.Size([self.cached_table.table.rows, *self.size()[1:]])
+            place = (self.cached_table.table.first, *[0] * (len(shape) - 1))
+            yield SnapshotSlice(self.cached_table.snapshot(), self._columns, shape, place)
 
     def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int:
-        """Each block by `read(offset, tensor)`; what the cache held is forgotten."""
-        if self.tier is None:
+        """Replace all rows of this rank; returns the number of bytes read.
+
+        read: called with (offset in the whole table, float32 tensor to fill) for each block.
+        """
+        if self.cached_table is None:
             return 0
-        tier, store, done = self.tier, self.tier.store, 0
-        tier.forget()
-        for block in range(len(store.blocks)):
-            low, high = store.span(block)
+        table, row_file, done = self.cached_table, self.cached_table.row_file, 0
+        table.discard_cached_rows()
+        for block in range(len(row_file.blocks)):
+            low, high = row_file.block_range(block)
             shape = (high - low, *self.size()[1:])
             values = torch.empty(shape)
-            done += read((tier.table.first + low, *[0] * (len(shape) - 1)), values)
-            # the weights come first, then the optimizer's state, or it begins anew
-            store.fill(block, self._columns, values.reshape(high - low, -1).numpy(), alone=not self.state)
-        tier.sound = tier.filled = True
+            done += read((table.table.first + low, *[0] * (len(shape) - 1)), values)
+            # weights come first: they set the optimizer's state to 0, which a later call may fill
+            row_file.fill_block(
+                block, self._columns, values.reshape(high - low, -1).numpy(), zero_others=not self.state
+            )
+        table.consistent = table.loaded = True
         return done

@@ -1,8 +1,8 @@
-"""Where each table lives: --store_type, what a sharding file says of single tables, or what fits.
+"""Where each table is stored: by --store_type, the sharding file's `store` of single tables, or by size.
 
 device_mem        in the device's memory; on CPUs that is the host's
 cached_host_mem   CUDA: rows in the host's memory, fbgemm caches them on the GPU; on CPUs as device_mem
-cached_ssd        CPUs: files under --persistent_path and a cache (`tiers`); CUDA: fbgemm's SSD kernel
+cached_ssd        CPUs: files under --persistent_path and a cache (`SsdTables`); CUDA: fbgemm's SSD kernel
 """
 
 from collections.abc import Callable, Mapping
@@ -21,62 +21,73 @@ from dlrm.runtime.ranks import Ranks
 
 MEMORY, HOST, SSD = "device_mem", "cached_host_mem", "cached_ssd"
 TYPES = (MEMORY, HOST, SSD, "auto")
-FILED = ("table_wise", "row_wise")  # shardings that tables in files can have
-ENDLESS = 1 << 50  # bytes that the planner is told of when tables lie in files
-FULL = 0.7  # of a rank's memory that `auto` fills with tables
+SSD_SHARDINGS = ("table_wise", "row_wise")  # shardings that tables in files support
+UNLIMITED = 1 << 50  # bytes of memory for the planner when tables are in files
+AUTO_SHARE = 0.7  # largest share of a rank's memory that `auto` fills with tables
 
 Constraints = dict[str, dict[str, Any]]
 
 
 def choose_store_types(
-    asked: str, tables: list[TableShare], wishes: Mapping[str, Mapping[str, Any]], cuda: bool, memory: int,
-    host: int,
+    store_type: str, tables: list[TableShare], constraints: Mapping[str, Mapping[str, Any]], cuda: bool,
+    memory: int, host: int,
 ) -> tuple[dict[str, str], str]:  # fmt: skip
-    """Table -> where it lives, and why. `memory`, `host`: bytes of all ranks."""
+    """(table -> store type, the reason in words).
+
+    constraints: the sharding file's. memory, host: bytes of device and host memory of all ranks together.
+    """
     need = sum(4 * table.rows * (table.dim + table.state) for table in tables)
-    why = f"--store_type {asked}"
-    if asked == "auto":
-        asked = MEMORY if need <= FULL * memory else HOST if cuda and need <= FULL * host else SSD
-        why = f"{asked}: tables and optimizer take {need / 1e9:.3g} GB, memory has {memory / 1e9:.3g}"
-    places = {}
+    reason = f"--store_type {store_type}"
+    if store_type == "auto":
+        store_type = (
+            MEMORY if need <= AUTO_SHARE * memory else HOST if cuda and need <= AUTO_SHARE * host else SSD
+        )
+        reason = f"{store_type}: tables and optimizer take {need / 1e9:.3g} GB, memory has {memory / 1e9:.3g}"
+    stores = {}
     for table in tables:
-        place = wishes.get(table.name, wishes.get("*", {})).get("store", asked)
-        places[table.name] = MEMORY if place == HOST and not cuda else place
-    if asked == HOST and not cuda:
-        why += ": on CPUs the device's memory is the host's, tables are as with device_mem"
-    return places, why
+        store = constraints.get(table.name, constraints.get("*", {})).get("store", store_type)
+        stores[table.name] = MEMORY if store == HOST and not cuda else store
+    if store_type == HOST and not cuda:
+        reason += ": on CPUs the device's memory is the host's, tables are as with device_mem"
+    return stores, reason
 
 
 def make_constraints(
-    tables: list[TableShare], places: Mapping[str, str], given: Mapping[str, Mapping[str, Any]], cuda: bool,
+    tables: list[TableShare], stores: Mapping[str, str], given: Mapping[str, Mapping[str, Any]], cuda: bool,
     budget: int, folder: Path,
 ) -> Constraints:  # fmt: skip
-    """The sharding file's wishes for every table, with what its place demands."""
-    cached = sum(4 * table.rows * table.dim for table in tables if places[table.name] != MEMORY)
+    """The planner's constraints for every table: those of the sharding file, and what its store requires."""
+    cached = sum(4 * table.rows * table.dim for table in tables if stores[table.name] != MEMORY)
     made: Constraints = {}
     for table in tables:
-        place = places[table.name]
-        wish = {k: v for k, v in given.get(table.name, given.get("*", {})).items() if k != "store"}
-        if place == SSD and not cuda:
-            wished = wish.get("sharding", "table_wise")
-            possible = [word for word in FILED if word in ([wished] if isinstance(wished, str) else wished)]
-            if not possible:
+        store = stores[table.name]
+        constraint = {k: v for k, v in given.get(table.name, given.get("*", {})).items() if k != "store"}
+        if store == SSD and not cuda:
+            wanted = constraint.get("sharding", "table_wise")
+            allowed = [
+                name for name in SSD_SHARDINGS if name in ([wanted] if isinstance(wanted, str) else wanted)
+            ]
+            if not allowed:
                 raise UserError(
-                    f"sharding file: {table.name}: {wished}, but tables in files are {' or '.join(FILED)} on "
-                    "CPUs: leave its sharding out, or keep it in device_mem"
+                    f"sharding file: {table.name}: {wanted}, but tables in files are "
+                    f"{' or '.join(SSD_SHARDINGS)} on CPUs: remove its sharding, or store it in device_mem"
                 )
-            wish = {"sharding": possible}
-        elif place == HOST:  # not tried on a GPU, like the next
-            wish |= {"kernel": "fused_uvm_caching", "cache_load_factor": min(1.0, budget / max(1, cached))}
-        elif place == SSD:
-            wish |= {"kernel": "key_value", "storage": str(folder)}
-        made[table.name] = wish
+            constraint = {"sharding": allowed}
+        elif store == HOST:  # not tested on a GPU, like the next
+            constraint |= {
+                "kernel": "fused_uvm_caching",
+                "cache_load_factor": min(1.0, budget / max(1, cached)),
+            }
+        elif store == SSD:
+            constraint |= {"kernel": "key_value", "storage": str(folder)}
+        made[table.name] = constraint
     return made
 
 
 def describe_tables(
     shapes: Mapping[str, tuple[int, int]], optimizer: str, poolings: list[float] | None
 ) -> list[TableShare]:
+    """The tables with their optimizer state. shapes: table -> (rows, width); poolings: ids per sample."""
     many = poolings or [1.0] * len(shapes)
     return [
         TableShare(name, rows, dim, STATE.get(optimizer, lambda dim: dim)(dim), pooling)
@@ -85,22 +96,27 @@ def describe_tables(
 
 
 def prepare_ssd_tables(
-    wanted: PlanOptions, module: nn.Module, here: Ranks, device: torch.device, optimizer: str, seed: int,
+    options: PlanOptions, module: nn.Module, here: Ranks, device: torch.device, optimizer: str, seed: int,
     output_dir: str | None, given: Mapping[str, Mapping[str, Any]], poolings: list[float] | None,
     say: Callable[[str], None],
 ) -> tuple[SsdTables | None, Mapping[str, Mapping[str, Any]]]:  # fmt: skip
-    """(the tables in files, if there are any; what the planner is to be told)."""
+    """(the tables in files, or None; constraints for the planner). The one door to this folder.
+
+    given: the sharding file's constraints. say: prints on the first rank which stores were chosen, and why.
+    """
     tables = describe_tables(table_shapes(module), optimizer, poolings)
     cuda = device.type == "cuda"
     memory, host = (memory_of_rank(each, here) * here.world_size for each in (device, torch.device("cpu")))
-    places, why = choose_store_types(wanted.store_type, tables, given, cuda, memory, host)
-    if wanted.store_type == MEMORY and set(places.values()) == {MEMORY}:
-        return None, {name: {k: v for k, v in wish.items() if k != "store"} for name, wish in given.items()}
-    say(f"tables: {why}")
-    path = wanted.persistent_path or (output_dir and str(Path(output_dir) / "store"))
-    if path is None and SSD in places.values():
-        raise UserError("--store_type cached_ssd: where? give --persistent_path or --output_dir")
-    budget, folder = int(wanted.cache_memory_budget_mb * 1e6), Path(path or ".").absolute()
-    wishes = make_constraints(tables, places, given, cuda, budget, folder)
-    filed = [table for table in tables if places[table.name] == SSD and not cuda]
-    return SsdTables(filed, folder, budget, optimizer, seed, say) if filed else None, wishes
+    stores, reason = choose_store_types(options.store_type, tables, given, cuda, memory, host)
+    if options.store_type == MEMORY and set(stores.values()) == {MEMORY}:
+        return None, {
+            name: {k: v for k, v in values.items() if k != "store"} for name, values in given.items()
+        }
+    say(f"tables: {reason}")
+    path = options.persistent_path or (output_dir and str(Path(output_dir) / "store"))
+    if path is None and SSD in stores.values():
+        raise UserError("--store_type cached_ssd needs a folder: give --persistent_path or --output_dir")
+    budget, folder = int(options.cache_memory_budget_mb * 1e6), Path(path or ".").absolute()
+    constraints = make_constraints(tables, stores, given, cuda, budget, folder)
+    in_files = [table for table in tables if stores[table.name] == SSD and not cuda]
+    return SsdTables(in_files, folder, budget, optimizer, seed, say) if in_files else None, constraints

@@ -1,8 +1,9 @@
-"""Which rows of a table are in memory, and where: a hash map from row to slot, and who makes room for whom.
+"""Which rows of a table are cached, and in which slot: a hash map from row to slot, and an eviction policy.
 
-In: the row numbers of a batch. Out: their slots, what must be read into which slot, what must go first.
-A row that came last leaves first, while its page is still near, unless it was looked up more often than
-others that are here (as in TinyLFU). How often any row was looked up is estimated, and fades.
+In: the row numbers of a batch. Out: their slots, which rows to read into which slot, which to write first.
+The policy is TinyLFU's: a row that was admitted recently is evicted first, while its page is probably still
+in the page cache, unless it was lookup up more often than other cached rows. How often a row was lookup up
+is estimated by a count-min sketch whose counters are halved from time to time.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ import numba
 import numpy as np
 
 NONE = -1
-MOST = 63  # a row's estimated lookups end here
-FADE = 40  # lookups per slot after which all estimates are halved
-TRIED = 8  # slots that are compared to find one that can go
-# row, stamp, queue, young, dirty, uses; map and estimates at their most
+MAX_USES = 63  # largest estimate of a row's lookups
+LOOKUPS_PER_DECAY = 40  # lookups per slot after which all estimates are halved
+VICTIM_CANDIDATES = 8  # slots that are compared to find one to evict
+# row, stamp, queue, in_queue, dirty, uses; map and counters at their largest
 SLOT_BYTES = 8 + 4 + 4 + 1 + 1 + 1 + 16 + 16
 
 
@@ -25,45 +26,51 @@ class CacheFull(Exception):
 
 @dataclass(frozen=True)
 class LookupResult:
-    ids: np.ndarray
-    slots: np.ndarray  # -1: not here
-    left: np.ndarray  # places in `ids` of those that are not here
-    held: int  # rows that are here
+    """All arrays are int64."""
+
+    ids: np.ndarray  # rows of a batch, in any order, some more than once
+    slots: np.ndarray  # of each id; -1: not cached
+    absent_at: np.ndarray  # positions in `ids` of those that are not cached
+    present: int  # different rows that are cached
 
     @property
     def absent(self) -> np.ndarray:
-        return np.unique(self.ids[self.left])
+        """Rows that are not cached, ascending."""
+        return np.unique(self.ids[self.absent_at])
 
 
 @dataclass(frozen=True)
 class AdmissionResult:
+    """All arrays but the last are int64."""
+
     slots: np.ndarray  # of each id
-    missing: np.ndarray  # rows to read, in ascending order
-    into: np.ndarray  # their slots
-    leaving: np.ndarray  # rows to write before that, in ascending order
-    places: np.ndarray  # the slots that they are still in
-    near: np.ndarray  # which of them came so late that their page is hardly gone
+    missing: np.ndarray  # rows to read, ascending
+    missing_slots: np.ndarray  # their slots
+    evicted: np.ndarray  # changed rows to write before that, ascending
+    evicted_slots: np.ndarray  # the slots that still have their values
+    recent: np.ndarray  # bool: admitted so late that their page is probably still in the page cache
 
 
-def compiled(function: Any) -> Any:
+def compile_function(function: Any) -> Any:
+    """By numba, without the interpreter's lock."""
     return numba.njit(nogil=True, cache=True, boundscheck=False)(function)
 
 
 class RowCache:
-    """`admit` gives each row of a batch a slot; rows of the batch before may lose theirs."""
+    """`admit` gives each row of a batch a slot; rows that the batch does not have may lose theirs."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         bits = max(4, int(2 * slots).bit_length())
-        self.map = np.full(1 << bits, NONE, np.int32)  # slots, where the hash of their row says
-        self.counts = np.zeros(1 << max(4, int(8 * slots - 1).bit_length()), np.uint8)
-        self.row = np.full(slots, NONE, np.int64)  # of each slot
+        self.map = np.full(1 << bits, NONE, np.int32)  # open addressing: slot at the hash of its row
+        self.counts = np.zeros(1 << max(4, int(8 * slots - 1).bit_length()), np.uint8)  # count-min sketch
+        self.row = np.full(slots, NONE, np.int64)  # in each slot
         self.stamp = np.zeros(slots, np.int32)  # the batch that last used it
-        self.young = np.zeros(slots, np.uint8)  # in the queue
+        self.in_queue = np.zeros(slots, np.uint8)  # in the queue
         self.dirty = np.zeros(slots, np.uint8)
         self.uses = np.zeros(slots, np.uint8)  # estimated lookups of its row
-        self.queue = np.zeros(slots, np.int32)  # slots of rows that came last, a ring
-        self.at = np.zeros(4, np.int64)  # filled slots, hand, the queue's first, its length
+        self.queue = np.zeros(slots, np.int32)  # ring of slots whose rows were admitted last
+        self.cursors = np.zeros(4, np.int64)  # filled slots, clock hand, queue's start, queue's length
         self.now = self.counted = 0
         self.lookups = self.misses = self.evictions = 0
 
@@ -71,87 +78,98 @@ class RowCache:
         self.map.fill(NONE)
         self.row.fill(NONE)
         self.dirty.fill(0)
-        self.young.fill(0)
-        self.at.fill(0)
+        self.in_queue.fill(0)
+        self.cursors.fill(0)
 
-    def look(self, ids: np.ndarray) -> LookupResult:
-        """Which of these rows are here; true until the next `admit`. On any thread."""
+    def look_up(self, ids: np.ndarray) -> LookupResult:
+        """Which of these rows are cached; valid until the next `admit`. On any thread. Counts the lookups."""
         self.now += 1
         self.counted += len(ids)
-        if self.counted > FADE * self.slots:
+        if self.counted > LOOKUPS_PER_DECAY * self.slots:
             self.counts >>= 1
             self.uses >>= 1
             self.counted = 0
-        slots, left = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
-        count, held = _look(
-            ids, self.map, self.row, self.counts, self.stamp, self.uses, self.now, slots, left
+        slots, absent_at = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
+        count, present = _look_up(
+            ids, self.map, self.row, self.counts, self.stamp, self.uses, self.now, slots, absent_at
         )
-        return LookupResult(ids, slots, left[:count], held)
+        return LookupResult(ids, slots, absent_at[:count], present)
 
-    def admit(self, ids: np.ndarray, change: bool, looked: LookupResult | None = None) -> AdmissionResult:
-        """Room for all of them. `change`: they are going to be updated.
+    def admit(
+        self, ids: np.ndarray, will_update: bool, lookup: LookupResult | None = None
+    ) -> AdmissionResult:
+        """A slot for each of these rows (int64 [n], any order, repeats allowed).
 
-        Raises Full, with nothing changed that matters."""
-        if looked is None or not np.array_equal(ids, looked.ids):
-            looked = self.look(ids)
-        if len(looked.left) + looked.held > self.slots and len(np.unique(ids)) > self.slots:
+        will_update: mark the rows as changed. lookup: made since the last `admit`; ignored if it is of other
+        ids. Raises CacheFull, with the cached rows unchanged, if there are more rows than slots.
+        """
+        if lookup is None or not np.array_equal(ids, lookup.ids):
+            lookup = self.look_up(ids)
+        if len(lookup.absent_at) + lookup.present > self.slots and len(np.unique(ids)) > self.slots:
             raise CacheFull(len(np.unique(ids)))
-        wanted, into, leaving = (np.empty(len(looked.left), np.int64) for _ in range(3))
-        near = np.zeros(len(wanted), np.bool_)
-        made = _make_room(
-            ids, looked.left, self.map, self.row, self.counts, self.stamp, self.uses, self.young, self.dirty,
-            self.queue, self.at, self.now, looked.slots, wanted, into, leaving, near,
+        missing, missing_slots, evicted = (np.empty(len(lookup.absent_at), np.int64) for _ in range(3))
+        recent = np.zeros(len(missing), np.bool_)
+        count = _assign_slots(
+            ids, lookup.absent_at, self.map, self.row, self.counts, self.stamp, self.uses, self.in_queue,
+            self.dirty, self.queue, self.cursors, self.now, lookup.slots, missing, missing_slots,
+            evicted, recent,
         )  # fmt: skip
-        if change:
-            self.dirty[looked.slots] = 1
-        order, gone = np.argsort(wanted[:made]), np.argsort(leaving[:made])
-        gone = gone[np.searchsorted(leaving[gone], 0) :]
+        if will_update:
+            self.dirty[lookup.slots] = 1
+        order, written = np.argsort(missing[:count]), np.argsort(evicted[:count])
+        written = written[np.searchsorted(evicted[written], 0) :]  # negative: nothing to write
         self.lookups += len(ids)
-        self.misses += made
-        self.evictions += int((leaving[:made] != NONE).sum())
+        self.misses += count
+        self.evictions += int((evicted[:count] != NONE).sum())
         return AdmissionResult(
-            looked.slots, wanted[order], into[order], leaving[gone], into[gone], near[gone]
+            lookup.slots,
+            missing[order],
+            missing_slots[order],
+            evicted[written],
+            missing_slots[written],
+            recent[written],
         )
 
     def absent(self, ids: np.ndarray) -> np.ndarray:
-        """Of these rows, in ascending order, those that are not here; nothing changes."""
+        """Those of these rows that are not cached, ascending; counts no lookup."""
         rows = np.empty(len(ids), np.int64)
         return np.unique(rows[: _absent(ids, self.map, self.row, rows)])
 
-    def changed(self) -> np.ndarray:
-        """Slots with rows that are newer here than in the store."""
+    def dirty_slots(self) -> np.ndarray:
+        """Slots with rows that are newer than in the file."""
         return np.flatnonzero((self.dirty != 0) & (self.row >= 0))
 
 
 @numba.njit(nogil=True, inline="always")
-def _mixed(row: Any) -> Any:
-    made = np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)
-    return np.int64((made ^ (made >> np.uint64(29))) >> np.uint64(1))
+def _hash(row: Any) -> Any:
+    product = np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)
+    return np.int64((product ^ (product >> np.uint64(29))) >> np.uint64(1))
 
 
-@compiled
+@compile_function
 def _find(map: np.ndarray, rows: np.ndarray, row: int) -> int:
-    """Where `row` is in the map, or the empty place where it would be."""
+    """Position of `row` in the map, or of the empty entry where it would be."""
     mask = len(map) - 1
-    at = _mixed(row) & mask
+    at = _hash(row) & mask
     while map[at] != -1 and rows[map[at]] != row:
         at = (at + 1) & mask
     return at
 
 
-@compiled
-def _absent(ids: np.ndarray, map: np.ndarray, rows: np.ndarray, gone: np.ndarray) -> int:
+@compile_function
+def _absent(ids: np.ndarray, map: np.ndarray, rows: np.ndarray, out: np.ndarray) -> int:
+    """Write the ids that are not cached to `out`; returns how many."""
     count = 0
     for i in range(len(ids)):
         if map[_find(map, rows, ids[i])] == -1:
-            gone[count] = ids[i]
+            out[count] = ids[i]
             count += 1
     return count
 
 
-@compiled
+@compile_function
 def _remove(map: np.ndarray, rows: np.ndarray, row: Any) -> None:
-    """Without gravestones: what follows moves up."""
+    """Remove an entry without a tombstone: entries behind it move up."""
     mask = len(map) - 1
     hole = _find(map, rows, row)
     at = hole
@@ -159,21 +177,21 @@ def _remove(map: np.ndarray, rows: np.ndarray, row: Any) -> None:
         at = (at + 1) & mask
         if map[at] == -1:
             break
-        home = _mixed(rows[map[at]]) & mask
+        home = _hash(rows[map[at]]) & mask
         if ((at - home) & mask) >= ((at - hole) & mask):
             map[hole] = map[at]
             hole = at
     map[hole] = -1
 
 
-@compiled
-def _count(counts: np.ndarray, row: Any, more: Any) -> Any:
-    """How often it was looked up so far, not too low: two counters, shared with other rows."""
+@compile_function
+def _count_lookups(counts: np.ndarray, row: Any, increment: Any) -> Any:
+    """Upper estimate of a row's lookups so far: the lower of two counters, both shared with other rows."""
     mask = len(counts) - 1
-    mixed = _mixed(row)
-    one, other = (mixed >> 20) & mask, (mixed >> 37) & mask
+    hashed = _hash(row)
+    one, other = (hashed >> 20) & mask, (hashed >> 37) & mask
     least = min(counts[one], counts[other])
-    if more and least < MOST:
+    if increment and least < MAX_USES:
         if counts[one] == least:
             counts[one] += 1
         if counts[other] == least and other != one:
@@ -181,110 +199,117 @@ def _count(counts: np.ndarray, row: Any, more: Any) -> Any:
     return least
 
 
-@compiled
-def _look(
+@compile_function
+def _look_up(
     ids: np.ndarray, map: np.ndarray, rows: np.ndarray, counts: np.ndarray, stamp: np.ndarray,
-    uses: np.ndarray, now: int, out: np.ndarray, left: np.ndarray,
+    uses: np.ndarray, now: int, out: np.ndarray, absent_at: np.ndarray,
 ) -> tuple[int, int]:  # fmt: skip
-    """The slots of rows that are here; where in `ids` the others are. (How many others, how many here.)"""
-    count = held = 0
+    """Write slots to `out`, positions of absent ids to `absent_at`. (Absent ids, different cached rows.)"""
+    count = present = 0
     for i in range(len(ids)):
-        seen = _count(counts, ids[i], True)
+        before = _count_lookups(counts, ids[i], True)
         slot = map[_find(map, rows, ids[i])]
         out[i] = slot
         if slot == -1:
-            left[count] = i
+            absent_at[count] = i
             count += 1
         else:
-            uses[slot] = seen + 1
+            uses[slot] = before + 1
             if stamp[slot] != now:
                 stamp[slot] = now
-                held += 1
-    return count, held
+                present += 1
+    return count, present
 
 
-@compiled
-def _old(stamp: np.ndarray, uses: np.ndarray, young: np.ndarray, at: np.ndarray, now: int) -> int:
-    """The least looked up of some slots in their turn; -1 if all are needed."""
+@compile_function
+def _find_least_used(
+    stamp: np.ndarray, uses: np.ndarray, in_queue: np.ndarray, cursors: np.ndarray, now: int
+) -> int:
+    """The least used of the next VICTIM_CANDIDATES slots; -1 if this batch needs all of them."""
     best, least = -1, 256
-    for _ in range(TRIED):
-        slot = at[1]
-        at[1] = slot + 1 if slot + 1 < len(stamp) else 0
-        if stamp[slot] != now and not young[slot] and uses[slot] < least:
+    for _ in range(VICTIM_CANDIDATES):
+        slot = cursors[1]
+        cursors[1] = slot + 1 if slot + 1 < len(stamp) else 0
+        if stamp[slot] != now and not in_queue[slot] and uses[slot] < least:
             best, least = slot, uses[slot]
     return best
 
 
-@compiled
-def _next(young: np.ndarray, queue: np.ndarray, at: np.ndarray) -> Any:
-    """The slot that is first in the queue, and no longer is."""
-    slot = queue[at[2]]
-    at[2] = at[2] + 1 if at[2] + 1 < len(queue) else 0
-    at[3] -= 1
-    young[slot] = 0
+@compile_function
+def _pop_queue(in_queue: np.ndarray, queue: np.ndarray, cursors: np.ndarray) -> Any:
+    """Take the first slot out of the queue."""
+    slot = queue[cursors[2]]
+    cursors[2] = cursors[2] + 1 if cursors[2] + 1 < len(queue) else 0
+    cursors[3] -= 1
+    in_queue[slot] = 0
     return slot
 
 
-@compiled
-def _victim(
-    stamp: np.ndarray, uses: np.ndarray, young: np.ndarray, queue: np.ndarray, at: np.ndarray, now: int,
-    mine: int,
+@compile_function
+def _choose_victim(
+    stamp: np.ndarray, uses: np.ndarray, in_queue: np.ndarray, queue: np.ndarray, cursors: np.ndarray,
+    now: int, own: int,
 ) -> tuple[Any, bool]:  # fmt: skip
-    """(a slot that this batch does not need, whether its row is one of those that came last).
+    """(a slot that this batch does not need, whether its row was admitted recently).
 
-    `mine`: so many at the queue's end are this batch's."""
-    while at[3] > mine:
-        slot = _next(young, queue, at)
+    own: how many entries at the queue's end are this batch's.
+    """
+    while cursors[3] > own:
+        slot = _pop_queue(in_queue, queue, cursors)
         if stamp[slot] == now:
-            continue  # it came back: it stays
-        best = _old(stamp, uses, young, at, now)
+            continue  # looked up again: it leaves the queue and stays cached
+        best = _find_least_used(stamp, uses, in_queue, cursors, now)
         if best >= 0 and uses[slot] > uses[best]:
             return best, False
         return slot, True
     best = -1
     while best < 0:
-        best = _old(stamp, uses, young, at, now)
+        best = _find_least_used(stamp, uses, in_queue, cursors, now)
     return best, False
 
 
-@compiled
-def _make_room(
-    ids: np.ndarray, left: np.ndarray, map: np.ndarray, rows: np.ndarray, counts: np.ndarray,
-    stamp: np.ndarray, uses: np.ndarray, young: np.ndarray, dirty: np.ndarray, queue: np.ndarray,
-    at: np.ndarray, now: int, out: np.ndarray, wanted: np.ndarray, slots: np.ndarray, leaving: np.ndarray,
-    near: np.ndarray,
+@compile_function
+def _assign_slots(
+    ids: np.ndarray, absent_at: np.ndarray, map: np.ndarray, rows: np.ndarray, counts: np.ndarray,
+    stamp: np.ndarray, uses: np.ndarray, in_queue: np.ndarray, dirty: np.ndarray, queue: np.ndarray,
+    cursors: np.ndarray, now: int, out: np.ndarray, missing: np.ndarray, slots: np.ndarray,
+    evicted: np.ndarray, recent: np.ndarray,
 ) -> int:  # fmt: skip
-    """A slot for each row at `left`. `leaving`: the row to write first, -1: the slot was empty, -2: clean."""
-    count = mine = 0
-    while at[3] > 2 * len(left):  # of larger batches
-        _next(young, queue, at)
-    for n in range(len(left)):
-        row = ids[left[n]]
-        place = _find(map, rows, row)
-        if map[place] != -1:  # it was there twice
-            out[left[n]] = map[place]
+    """A slot for each id at `absent_at`; returns how many different rows these are.
+
+    out: gets the slot of each id. missing, slots: get the rows and their slots. evicted: gets the row that
+    was in the slot before if it has to be written; -1: the slot was empty, -2: its row was not changed.
+    """
+    count = own = 0
+    while cursors[3] > 2 * len(absent_at):  # entries of larger batches before
+        _pop_queue(in_queue, queue, cursors)
+    for n in range(len(absent_at)):
+        row = ids[absent_at[n]]
+        entry = _find(map, rows, row)
+        if map[entry] != -1:  # the same row a second time
+            out[absent_at[n]] = map[entry]
             continue
-        leaving[count] = -1
-        if at[0] < len(rows):
-            slot = at[0]
-            at[0] += 1
+        evicted[count] = -1
+        if cursors[0] < len(rows):
+            slot = cursors[0]
+            cursors[0] += 1
         else:
-            slot, near[count] = _victim(stamp, uses, young, queue, at, now, mine)
-            leaving[count] = rows[slot] if dirty[slot] else -2
+            slot, recent[count] = _choose_victim(stamp, uses, in_queue, queue, cursors, now, own)
+            evicted[count] = rows[slot] if dirty[slot] else -2
             _remove(map, rows, rows[slot])
-            place = _find(map, rows, row)
-            end = at[2] + at[3]
+            entry = _find(map, rows, row)
+            end = cursors[2] + cursors[3]
             queue[end if end < len(queue) else end - len(queue)] = slot
-            young[slot] = 1
-            at[3] += 1
-            mine += 1
-        map[place] = slot
+            in_queue[slot] = 1
+            cursors[3] += 1
+            own += 1
+        map[entry] = slot
         rows[slot] = row
         stamp[slot] = now
-        uses[slot] = _count(counts, row, False)
+        uses[slot] = _count_lookups(counts, row, False)
         dirty[slot] = 0
-        out[left[n]] = slot
-        wanted[count] = row
+        out[absent_at[n]] = slot
+        missing[count] = row
         slots[count] = slot
         count += 1
     return count

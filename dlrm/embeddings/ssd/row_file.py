@@ -1,8 +1,8 @@
-"""A table in a file: rows of [weights | optimizer state], raw float32, beside a small JSON description.
+"""A table in a file: rows of [weights | optimizer state], raw float32, with a small JSON description.
 
-t_cat_0.rows   sparse: a block of rows is drawn and written when one of them is first read
-t_cat_0.json   whose rows, which blocks there are, and whether the last user closed it in good order
-Only plain pread and pwrite, in the order of the rows, so that a trace shows every byte.
+t_cat_0.rows   a sparse file: a block of rows gets its first values when one of them is first read
+t_cat_0.json   which table, which blocks have been written, and whether the last job closed it ("clean")
+Only pread and pwrite are used, in the order of the rows, so that a trace shows every byte.
 """
 
 import json
@@ -26,41 +26,52 @@ from dlrm.embeddings.tables import BLOCK, fill_shard
 from dlrm.runtime.trace import opening, sync_to_disk
 
 VERSION = 1
-NEAR = 4 << 10  # rows this close are read by one call, with what lies between
-LARGEST = 1 << 20  # bytes of one call
-PIECE = 16 << 10  # bytes of one call that writes anew
-LARGEST_DESCRIPTION = 1 << 30  # bytes
-BUFFERS = 4 * BLOCK + 5 * LARGEST  # bytes at their most, of all that comes and goes here
+MERGE_GAP = 4 << 10  # bytes between two rows up to which one call reads both and what is between them
+MAX_CALL_BYTES = 1 << 20  # of one read or write
+WRITE_PIECE_BYTES = 16 << 10  # of one write of whole blocks
+MAX_DESCRIPTION_BYTES = 1 << 30
+BUFFER_BYTES = 4 * BLOCK + 5 * MAX_CALL_BYTES  # at most, of all buffers of one table
 
 
 def as_raw_bytes(values: np.ndarray) -> memoryview:
+    """The float32 values in row order."""
     whole: Any = np.ascontiguousarray(values, np.float32)
     return memoryview(whole).cast("B")
 
 
 class RowFile:
-    """Rows by number. One process at a time; `close` makes it good for the next."""
+    """Reads and writes rows by number: float32 [dim + state] each. Open in one process at a time.
+
+    A shard has its own file: `rows` rows of the table's `total`, beginning with number `first`. `seed` draws
+    first values; a file that exists keeps its own. After `close` another job can continue from it.
+    """
 
     def __init__(
         self, folder: Path, table: str, rows: int, dim: int, state: int, optimizer: str, seed: int,
         first: int = 0, total: int | None = None,
     ) -> None:  # fmt: skip
         self.table, self.rows, self.dim, self.seed, self.first = table, rows, dim, seed, first
-        self.total = total or rows  # of the table of which this is a shard
+        self.total = total or rows
         self.width = dim + state
         self.row_bytes = 4 * self.width
-        self.step = max(1, BLOCK // dim)  # rows of a block, as `tables.fill` draws them
-        self._skew = first % self.step  # blocks are the table's, whatever the shard
+        self.step = max(1, BLOCK // dim)  # rows of a block, as `tables.fill_shard` draws them
+        self._rows_before = (
+            first % self.step
+        )  # of the first block: blocks are the table's, a shard may begin within one
         name = table if rows == self.total else f"{table}.{first}-{first + rows}"
-        self.path, self.about = folder / f"{name}.rows", folder / f"{name}.json"
+        self.path, self.description_path = folder / f"{name}.rows", folder / f"{name}.json"
         self.bytes_read = self.bytes_written = 0
-        self.blocks = np.zeros(-(-(rows + self._skew) // self.step), bool)  # in the file
-        self.clean = True  # every row is of the same moment
-        self.lock = threading.Lock()  # of the rows, while a checkpoint reads them on a thread
-        self.counting = threading.Lock()
-        self.before_write: Callable[[np.ndarray], None] | None = None
-        self._aside: Any = None
-        self._facts = {
+        self.blocks = np.zeros(-(-(rows + self._rows_before) // self.step), bool)  # written to the file
+        self.clean = True  # every row is of the same step
+        self.lock = (
+            threading.Lock()
+        )  # held while rows are written, or read for a checkpoint on another thread
+        self.count_lock = threading.Lock()
+        self.before_write: Callable[[np.ndarray], None] | None = (
+            None  # gets the ids of rows to be overwritten
+        )
+        self._old_values: Any = None
+        self._description = {
             "version": VERSION, "table": table, "rows": rows, "dim": dim, "state": state, "dtype": "float32",
             "optimizer": optimizer, **({"first": first, "total": total} if rows != self.total else {}),
         }  # fmt: skip
@@ -76,9 +87,9 @@ class RowFile:
                 raise UserError(f"{self.path}: is not a file: give another --persistent_path")
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
             self._lock()
-            self.new = not os.path.lexists(self.about)
+            self.new = not os.path.lexists(self.description_path)
             if self.new:
-                self._begin()
+                self._create()
             else:
                 self._open()
         except BaseException:
@@ -91,25 +102,29 @@ class RowFile:
                 f"{self.path}: another job trains this table: wait for it, or give another --persistent_path"
             )
 
-    def _begin(self) -> None:
+    def _create(self) -> None:
         if os.fstat(self._file).st_size:
             raise UserError(
-                f"{self.path}: rows without {self.about.name}, not a store: move it away, or give another "
-                "--persistent_path"
+                f"{self.path}: rows without {self.description_path.name}, not a row file: move it away, or "
+                "give another --persistent_path"
             )
-        self._size(self.rows * self.row_bytes)
-        self._describe()
+        self._resize(self.rows * self.row_bytes)
+        self._write_description()
 
-    def _size(self, size: int) -> None:
+    def _resize(self, size: int) -> None:
         try:
             os.ftruncate(self._file, size)
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._disk_error(error) from None
 
     def _open(self) -> None:
         try:
-            found = read_json_object(self.about, LARGEST_DESCRIPTION)
-            if self.about.is_symlink() or type(found["clean"]) is not bool or type(found["seed"]) is not int:
+            found = read_json_object(self.description_path, MAX_DESCRIPTION_BYTES)
+            if (
+                self.description_path.is_symlink()
+                or type(found["clean"]) is not bool
+                or type(found["seed"]) is not int
+            ):
                 raise ValueError("a link, or values of another kind")
             blocks = np.frombuffer(bytes.fromhex(found["blocks"]), np.uint8)
             if len(blocks) != -(-len(self.blocks) // 8) or not 0 <= found["seed"] < 1 << 63:
@@ -117,10 +132,10 @@ class RowFile:
             self.clean, self.seed = found["clean"], found["seed"]
         except (UserError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.about}: not the description of a store ({str(error)[:200]}): give another "
-                f"--persistent_path, or move {self.path.name} and it away"
+                f"{self.description_path}: not the description of a row file ({str(error)[:200]}): give "
+                f"another --persistent_path, or move {self.path.name} and it away"
             ) from None
-        for key, value in self._facts.items():
+        for key, value in self._description.items():
             if type(found.get(key)) is not type(value) or found[key] != value:
                 raise UserError(
                     f"{self.path}: made with {key} {str(found.get(key))[:100]}, this job has {value}: "
@@ -130,88 +145,92 @@ class RowFile:
         if size != self.rows * self.row_bytes:
             raise UserError(
                 f"{self.path}: {size} bytes, {self.rows * self.row_bytes} expected, it was cut off: "
-                f"remove it and {self.about.name}, then go on from a checkpoint"
+                f"remove it and {self.description_path.name}, then resume from a checkpoint"
             )
         self.blocks = np.unpackbits(blocks, count=len(self.blocks)).astype(bool)
 
-    def _describe(self) -> None:
+    def _write_description(self) -> None:
         facts = {
-            **self._facts, "seed": self.seed, "clean": self.clean,
+            **self._description, "seed": self.seed, "clean": self.clean,
             "blocks": np.packbits(self.blocks).tobytes().hex(),
         }  # fmt: skip
         try:
             with opening:
-                write_whole(self.about, json.dumps(facts).encode(), durable=True)
+                write_whole(self.description_path, json.dumps(facts).encode(), durable=True)
             sync_to_disk(
-                self.about.parent
+                self.description_path.parent
             )  # else a power cut could bring back a description that calls it clean
         except UserError as error:
-            raise UserError(f"{error}: make room, or give another --persistent_path") from None
+            raise UserError(f"{error}: free some space, or give another --persistent_path") from None
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._disk_error(error) from None
 
-    def _failed(self, error: OSError) -> UserError:
+    def _disk_error(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.path}: {error.strerror}: make room, or give another --persistent_path; a run with "
-            "checkpoints goes on from the last one"
+            f"{self.path}: {error.strerror}: free some space, or give another --persistent_path; a run with "
+            "checkpoints resumes from the last one"
         )
 
-    def soil(self) -> None:
-        """Rows are about to change: until `close` the store says so."""
+    def mark_dirty(self) -> None:
+        """Rows will change: until `close` the description says that they may be of different steps."""
         if self.clean:
             self.clean = False
-            self._describe()
+            self._write_description()
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """Rows in ascending order of `ids`, at most `few`, no row twice; a read row can be changed."""
+        """float32 [ids, width]. `ids`: int64, ascending, no row twice, at most `rows_per_call`.
+
+        Blocks that are not in the file yet get their first values, so every row that was read can be written.
+        """
         for block in np.unique(self.block_of(ids)):
             if not self.blocks[block]:
-                self.make(int(block))
-        return self.get(ids)
+                self.write_first_values(int(block))
+        return self.read_stored(ids)
 
     def block_of(self, ids: np.ndarray) -> np.ndarray:
-        return (ids + self._skew) // self.step
+        return (ids + self._rows_before) // self.step
 
-    def made(self, ids: np.ndarray) -> np.ndarray:
-        """Those of them that are in the file."""
+    def stored(self, ids: np.ndarray) -> np.ndarray:
+        """Those of these rows that are in the file."""
         return ids[self.blocks[self.block_of(ids)]]
 
     @property
-    def few(self) -> int:
-        """Rows that are read together in little memory, wherever they lie."""
-        return max(1, LARGEST // (NEAR + self.row_bytes))
+    def rows_per_call(self) -> int:
+        """How many rows one `read` takes: within MAX_CALL_BYTES, wherever the rows are in the file."""
+        return max(1, MAX_CALL_BYTES // (MERGE_GAP + self.row_bytes))
 
-    def places(self, ids: np.ndarray) -> list[tuple[int, int]]:
-        """(position, bytes) of what `read` would read of these rows, in ascending order."""
-        ids = self.made(ids)
+    def ranges(self, ids: np.ndarray) -> list[tuple[int, int]]:
+        """(position, bytes) of what `read` would read for these rows, which are in ascending order."""
+        ids = self.stored(ids)
         if not len(ids):
             return []
-        starts, stops = self._runs(ids, NEAR // self.row_bytes)
+        starts, stops = self._runs(ids, MERGE_GAP // self.row_bytes)
         sizes = (ids[stops - 1] + 1 - ids[starts]) * self.row_bytes
         return list(zip((ids[starts] * self.row_bytes).tolist(), sizes.tolist(), strict=True))
 
-    def expect(self, places: list[tuple[int, int]]) -> None:
-        """Of what is not in the page cache the disk reads many at once; `read` alone waits for each."""
-        for place, size in places:
-            os.posix_fadvise(self._file, place, size, os.POSIX_FADV_WILLNEED)
+    def advise(self, ranges: list[tuple[int, int]]) -> None:
+        """Let the kernel read these ranges into the page cache, many at once; `read` would wait for each."""
+        for position, size in ranges:
+            os.posix_fadvise(self._file, position, size, os.POSIX_FADV_WILLNEED)
 
-    def get(self, ids: np.ndarray) -> np.ndarray:
-        starts, stops = self._runs(ids, NEAR // self.row_bytes)
+    def read_stored(self, ids: np.ndarray) -> np.ndarray:
+        """As `read`, of rows that are in the file."""
+        starts, stops = self._runs(ids, MERGE_GAP // self.row_bytes)
         first, sizes = ids[starts], ids[stops - 1] + 1 - ids[starts]
         parts = self._pread((sizes * self.row_bytes).tolist(), (first * self.row_bytes).tolist())
         at = ids - np.repeat(first - np.cumsum(sizes) + sizes, stops - starts)
         return np.frombuffer(parts, np.float32).reshape(-1, self.width)[at]
 
     def write(self, ids: np.ndarray, values: np.ndarray) -> None:
-        """Rows in ascending order of `ids`, each of them read before."""
+        """`values`: float32 [ids, width]. `ids`: ascending, each of them read before."""
         if not len(ids):
             return
         with self.lock:
             if self.before_write is not None:
                 self.before_write(ids)
-            self._put(ids, values)
+            self._write_runs(ids, values)
 
-    def _put(self, ids: np.ndarray, values: np.ndarray) -> None:
+    def _write_runs(self, ids: np.ndarray, values: np.ndarray) -> None:
         starts, stops = self._runs(ids, 0)
         view, ends = as_raw_bytes(values), (stops * self.row_bytes).tolist()
         begins = (starts * self.row_bytes).tolist()
@@ -220,10 +239,10 @@ class RowFile:
             self._pwrite(view[begin:end], place)
 
     def _runs(self, ids: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where stretches of nearly adjacent rows start and stop, none of them longer than LARGEST."""
+        """Starts and stops in `ids` of runs with gaps of at most `gap` rows, up to MAX_CALL_BYTES long."""
         apart = np.diff(ids) > gap + 1
-        if len(ids) > 1 and (ids[-1] - ids[0]) * self.row_bytes > LARGEST:
-            window = max(1, LARGEST // self.row_bytes)
+        if len(ids) > 1 and (ids[-1] - ids[0]) * self.row_bytes > MAX_CALL_BYTES:
+            window = max(1, MAX_CALL_BYTES // self.row_bytes)
             apart |= np.diff(ids // window) != 0
         cuts = np.flatnonzero(apart) + 1
         return np.concatenate(([0], cuts)), np.concatenate((cuts, [len(ids)]))
@@ -233,10 +252,10 @@ class RowFile:
         try:
             data = b"".join([os.pread(file, size, at) for size, at in zip(sizes, places, strict=True)])
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._disk_error(error) from None
         if len(data) != total:
-            raise UserError(f"{self.path}: ends too early, another program cut it: go on from a checkpoint")
-        with self.counting:
+            raise UserError(f"{self.path}: ends too early, another program cut it: resume from a checkpoint")
+        with self.count_lock:
             self.bytes_read += total
         return data
 
@@ -246,85 +265,88 @@ class RowFile:
             while done < len(data):
                 done += os.pwrite(self._file, data[done:], place + done)
         except OSError as error:
-            raise self._failed(error) from None
-        with self.counting:
+            raise self._disk_error(error) from None
+        with self.count_lock:
             self.bytes_written += done
 
-    # --- many rows side by side
+    # --- whole blocks
 
-    def span(self, block: int) -> tuple[int, int]:
-        low = block * self.step - self._skew
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Numbers of a block's first row and of the row after its last."""
+        low = block * self.step - self._rows_before
         return max(0, low), min(low + self.step, self.rows)
 
-    def parts(self, block: int) -> Iterator[tuple[int, int]]:
-        """A block in portions that take little memory."""
-        first, last = self.span(block)
-        wide = max(1, LARGEST // self.row_bytes)
-        for low in range(first, last, wide):
-            yield low, min(low + wide, last)
+    def split_block(self, block: int) -> Iterator[tuple[int, int]]:
+        """A block as ranges of rows of at most MAX_CALL_BYTES."""
+        first, last = self.block_range(block)
+        portion = max(1, MAX_CALL_BYTES // self.row_bytes)
+        for low in range(first, last, portion):
+            yield low, min(low + portion, last)
 
-    def stretch(self, low: int, high: int) -> np.ndarray:
-        """Rows that lie side by side in the file."""
+    def read_range(self, low: int, high: int) -> np.ndarray:
+        """Rows low to high - 1, as a writable float32 array [rows, width]."""
         data = self._pread([(high - low) * self.row_bytes], [low * self.row_bytes])
         return np.frombuffer(bytearray(data), np.float32).reshape(-1, self.width)
 
-    def pieces(self, block: int) -> Iterator[np.ndarray]:
-        """The rows of a block, from the file or as they begin, a portion at a time."""
+    def read_block(self, block: int) -> Iterator[np.ndarray]:
+        """The rows of a block, from the file or with their first values, a portion at a time."""
         if self.blocks[block]:
-            yield from (self.stretch(*part) for part in self.parts(block))
+            yield from (self.read_range(*part) for part in self.split_block(block))
         else:
-            yield from self.drawn(block)
+            yield from self.draw_first_values(block)
 
-    def drawn(self, block: int) -> Iterator[np.ndarray]:
-        """Its first values."""
-        first, last = self.span(block)
-        # the same that a table in memory begins with; a map, because malloc would keep what is freed
-        room: Any = mmap.mmap(-1, 4 * (last - first) * self.dim)
-        weights = torch.frombuffer(room, dtype=torch.float32).view(last - first, self.dim)
+    def draw_first_values(self, block: int) -> Iterator[np.ndarray]:
+        """A block's first values: drawn weights, optimizer state 0; a portion at a time."""
+        first, last = self.block_range(block)
+        # the values that a table in memory starts with; a map, because malloc would keep what is freed
+        memory: Any = mmap.mmap(-1, 4 * (last - first) * self.dim)
+        weights = torch.frombuffer(memory, dtype=torch.float32).view(last - first, self.dim)
         fill_shard(weights, self.first + first, 0, self.total, self.dim, self.table, self.seed, None)
-        for low, high in self.parts(block):
+        for low, high in self.split_block(block):
             values = np.zeros((high - low, self.width), np.float32)
             values[:, : self.dim] = weights[low - first : high - first].numpy()
             yield values
 
-    def make(self, block: int) -> None:
-        """Its first values into the file."""
-        self.soil()
-        for (low, _), values in zip(self.parts(block), self.pieces(block), strict=True):
-            self._renew(low, values)
+    def write_first_values(self, block: int) -> None:
+        """Write a block's first values to the file."""
+        self.mark_dirty()
+        for (low, _), values in zip(self.split_block(block), self.read_block(block), strict=True):
+            self._write_in_pieces(low, values)
         self.blocks[block] = True
 
-    def _renew(self, first: int, values: np.ndarray) -> None:
-        """In pieces: what the kernel keeps as one large piece makes changing a row cost 8 us instead of 1."""
+    def _write_in_pieces(self, first: int, values: np.ndarray) -> None:
+        """In small writes: a large one makes large folios, where changing a row takes 8 us instead of 1."""
         data = as_raw_bytes(values)
-        for begin in range(0, len(data), PIECE):
-            self._pwrite(data[begin : begin + PIECE], first * self.row_bytes + begin)
+        for begin in range(0, len(data), WRITE_PIECE_BYTES):
+            self._pwrite(data[begin : begin + WRITE_PIECE_BYTES], first * self.row_bytes + begin)
 
-    def fill(self, block: int, columns: slice, values: np.ndarray, alone: bool) -> None:
-        """These columns of a block; the others become 0, if `alone`, or stay as they are in the file."""
-        self.soil()
-        first, _ = self.span(block)
-        for low, high in self.parts(block):
-            rows = np.zeros((high - low, self.width), np.float32) if alone else self.stretch(low, high)
+    def fill_block(self, block: int, columns: slice, values: np.ndarray, zero_others: bool) -> None:
+        """Overwrite these columns of a block; the others become 0 with `zero_others`, else they stay."""
+        self.mark_dirty()
+        first, _ = self.block_range(block)
+        for low, high in self.split_block(block):
+            rows = (
+                np.zeros((high - low, self.width), np.float32) if zero_others else self.read_range(low, high)
+            )
             rows[:, columns] = values[low - first : high - first]
-            self._renew(low, rows)
+            self._write_in_pieces(low, rows)
         self.blocks[block] = True
 
-    def aside(self) -> int:
-        """An empty file without a name, for old values that a checkpoint still needs."""
-        if self._aside is None:
+    def open_old_values(self) -> int:
+        """Descriptor of an empty file without a name, for old values that a snapshot still needs."""
+        if self._old_values is None:
             with opening:
-                self._aside = tempfile.TemporaryFile(dir=self.path.parent, buffering=0)  # noqa: SIM115
-        os.ftruncate(self._aside.fileno(), 0)
-        return self._aside.fileno()
+                self._old_values = tempfile.TemporaryFile(dir=self.path.parent, buffering=0)  # noqa: SIM115
+        os.ftruncate(self._old_values.fileno(), 0)
+        return self._old_values.fileno()
 
-    def close(self, good: bool = True) -> None:
-        """With `good`, every changed row has been written: the next job can go on from here."""
-        if good and not self.clean:
+    def close(self, complete: bool = True) -> None:
+        """With `complete`, every changed row has been written: another job can continue from the file."""
+        if complete and not self.clean:
             os.fsync(self._file)
             self.clean = True
-            self._describe()
+            self._write_description()
         with opening:
             os.close(self._file)
-            if self._aside is not None:
-                self._aside.close()
+            if self._old_values is not None:
+                self._old_values.close()

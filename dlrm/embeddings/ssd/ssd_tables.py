@@ -1,4 +1,4 @@
-"""Tables larger than memory: torchrec holds as many rows as the budget allows, the rest lies in files.
+"""Tables larger than memory: torchrec holds as many rows as the budget allows, files hold all of them.
 
 torchrec's table is the cache: it has one row per slot, and ids become slots just before fbgemm looks them up.
 The rows of a batch stay until its backward pass has updated them; changed rows are written when they leave.
@@ -38,24 +38,37 @@ ENTRY = re.compile(r"embedding_bags\.([^.]+)\.weight(/momentum1)?$")
 
 
 class SsdTables:
-    """The tables in files: of all ranks by name, this rank's open."""
+    """The tables in files: all of them by name, and those of this rank opened.
+
+    In the order of their use: `shrink_configs` before the model is sharded, `attach` after it,
+    `check_row_files` once a checkpoint may have been loaded, `install_prefetch` before the first step.
+    This file has all hooks into torchrec.
+    """
 
     def __init__(
         self, tables: Sequence[TableShare] = (), folder: Path = Path(), budget: int = 0, optimizer: str = "",
         seed: int = 0, say: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        self._say = say  # on the first rank
+        self._say = say  # prints on the first rank
         self.tables = {table.name: table for table in tables}
         self.folder, self.budget, self.optimizer, self.seed = folder, budget, optimizer, seed
-        self.parts: dict[str, TableShare] = {}  # this rank's: whole tables, or some rows of them
-        self.mine: dict[str, CachedTable] = {}
-        self.others: dict[str, list[Path]] = {}  # of another sharding
-        self._of_feature: dict[str, CachedTable] = {}
-        self._beside: ThreadPoolExecutor | None = None
-        self._before, self._counted, self._step = *np.zeros((2, len(COUNTS)), np.int64), 0
+        self.local_shares: dict[str, TableShare] = {}  # this rank's: whole tables, or some of their rows
+        self.local_tables: dict[str, CachedTable] = {}
+        self.other_row_files: dict[str, list[Path]] = {}  # of another sharding
+        self._table_of_feature: dict[str, CachedTable] = {}
+        self._io_thread: ThreadPoolExecutor | None = None
+        self._counts_reported, self._counts_traced, self._step_reported = (
+            *np.zeros((2, len(COUNTS)), np.int64),
+            0,
+        )
 
-    def narrow(self, collection: EmbeddingBagCollection, plan: ShardingPlan) -> Sequence[EmbeddingBagConfig]:
-        """The collection's configs with as many rows as there are slots; the plan is changed to match."""
+    def shrink_configs(
+        self, collection: EmbeddingBagCollection, plan: ShardingPlan
+    ) -> Sequence[EmbeddingBagConfig]:
+        """The collection's configs with as many rows as the cache has slots; changes the plan to match.
+
+        The hook that `attach` installs maps ids to slots.
+        """
         shardings: Any = next(iter(plan.plan.values()))
         owners: dict[int, dict[str, TableShare]] = {}
         for name, table in self.tables.items():
@@ -67,7 +80,7 @@ class SsdTables:
                 )  # fmt: skip
                 owners.setdefault(shard.placement.rank(), {})[name] = part
         slots = {rank: share_budget(list(parts.values()), self.budget) for rank, parts in owners.items()}
-        self.parts = owners.get(dist.get_rank(), {})
+        self.local_shares = owners.get(dist.get_rank(), {})
         configs: list[EmbeddingBagConfig] = collection.embedding_bag_configs()
         for config in configs:
             if config.name in self.tables:
@@ -79,18 +92,21 @@ class SsdTables:
         return configs
 
     def attach(self, model: Any) -> None:
-        """Open the files of this rank's tables and stand before their lookups."""
+        """Open the files of this rank's tables and hook into their lookups; sets `model.ssd_tables`."""
         model.ssd_tables = self
         for part in model.modules():
             for sharding in getattr(part, "_embedding_shardings", []):
-                if isinstance(sharding, BaseRwEmbeddingSharding):  # which rank has a row is said by all rows
-                    sharding._get_feature_hash_sizes = partial(self._rows, sharding)
+                if isinstance(
+                    sharding, BaseRwEmbeddingSharding
+                ):  # it finds a row's rank by the table's real size
+                    sharding._get_feature_hash_sizes = partial(self._table_rows, sharding)
             for lookup in getattr(part, "_lookups", []):  # not among the modules that torch knows of
                 for kernel in lookup.modules():
                     if isinstance(kernel, BatchedFusedEmbeddingBag):
-                        self._attach(kernel)
+                        self._attach_kernel(kernel)
 
-    def _rows(self, sharding: Any) -> list[int]:
+    def _table_rows(self, sharding: Any) -> list[int]:
+        """Rows of the whole table behind each feature of a row-wise sharding."""
         configs = [
             config for group in sharding._grouped_embedding_configs for config in group.embedding_tables
         ]
@@ -100,148 +116,170 @@ class SsdTables:
             for _ in config.feature_names
         ]
 
-    def _attach(self, kernel: BatchedFusedEmbeddingBag) -> None:
+    def _attach_kernel(self, kernel: BatchedFusedEmbeddingBag) -> None:
+        """Open the row files of one fbgemm kernel's tables; its weights become their caches."""
         module: Any = kernel.emb_module
         configs = kernel.config.embedding_tables
         names = [config.name for config in configs]
         states = module.split_optimizer_states() or [[]] * len(names)
         for name, weights, state in zip(names, module.split_embedding_weights(), states, strict=True):
-            if name in self.parts and self.parts[name].rows:
-                table = self.parts[name]
-                store = RowFile(
-                    self.folder, name, table.rows, table.dim, table.state, self.optimizer, self.seed,
-                    table.first, self.tables[name].rows,
+            if name in self.local_shares and self.local_shares[name].rows:
+                share = self.local_shares[name]
+                row_file = RowFile(
+                    self.folder, name, share.rows, share.dim, share.state, self.optimizer, self.seed,
+                    share.first, self.tables[name].rows,
                 )  # fmt: skip
-                self.others[name] = find_other_row_files(store)
-                self._beside = self._beside or ThreadPoolExecutor(
+                self.other_row_files[name] = find_other_row_files(row_file)
+                self._io_thread = self._io_thread or ThreadPoolExecutor(
                     1, initializer=trace.name_thread, initargs=("tables",)
                 )
-                self.mine[name] = CachedTable(
-                    table, store, weights, state[0] if table.state else None, self._beside
+                self.local_tables[name] = CachedTable(
+                    share, row_file, weights, state[0] if share.state else None, self._io_thread
                 )
-        tiers = [self.mine.get(name) for name in names]
-        for config, tier in zip(configs, tiers, strict=True):
-            self._of_feature |= {} if tier is None else dict.fromkeys(config.feature_names, tier)
-        if any(tiers):
+        tables = [self.local_tables.get(name) for name in names]
+        for config, table in zip(configs, tables, strict=True):
+            self._table_of_feature |= {} if table is None else dict.fromkeys(config.feature_names, table)
+        if any(tables):
 
             def remap(_: Any, args: Any, named: dict[str, Any]) -> Any:
-                return args, named | {"indices": self._slots(tiers, named["indices"], named["offsets"])}
+                return args, named | {
+                    "indices": self._ids_to_slots(tables, named["indices"], named["offsets"])
+                }
 
             module.register_forward_pre_hook(remap, with_kwargs=True)
 
-    def _slots(
-        self, tiers: list[CachedTable | None], ids: torch.Tensor, offsets: torch.Tensor
+    def _ids_to_slots(
+        self, tables: list[CachedTable | None], ids: torch.Tensor, offsets: torch.Tensor
     ) -> torch.Tensor:
-        change = torch.is_grad_enabled()
-        bags = (len(offsets) - 1) // len(tiers)
-        ends = offsets[::bags].tolist() if bags else [0] * (len(tiers) + 1)
-        made = ids.to(torch.int64, copy=True)
-        values = made.numpy()
-        with trace.span("tiers", "fetch"):
-            for tier, (begin, end) in zip(tiers, pairwise(ends), strict=True):
-                if tier is not None and end > begin:
-                    values[begin:end] = tier.admit(values[begin:end], change)
+        """ids -> slots of the caches, same shape and dtype; the rows are in their slots afterwards.
+
+        tables: of the kernel, in its order; None: a table in memory, whose ids stay.
+        ids: int32 or int64 [all ids of all bags]; offsets: [features x batch + 1], where each bag begins.
+        """
+        will_update = torch.is_grad_enabled()
+        bags = (len(offsets) - 1) // len(tables)
+        ends = offsets[::bags].tolist() if bags else [0] * (len(tables) + 1)
+        slots = ids.to(torch.int64, copy=True)
+        values = slots.numpy()
+        with trace.span("ssd", "fetch"):
+            for table, (begin, end) in zip(tables, pairwise(ends), strict=True):
+                if table is not None and end > begin:
+                    values[begin:end] = table.admit(values[begin:end], will_update)
         if trace.is_tracing():
             now = self.counts()
-            for name, value in _hit_rates(now - self._counted).items():
+            for name, value in _hit_rates(now - self._counts_traced).items():
                 trace.counter(name, value)
-            self._counted = now
-        return made.to(ids.dtype)
+            self._counts_traced = now
+        return slots.to(ids.dtype)
 
-    def watch(self, pipeline: Any) -> None:
-        """What each batch needs from the disk is on its way while the one before is computed."""
-        if not self.mine:
+    def install_prefetch(self, pipeline: Any) -> None:
+        """Read the rows of the next batch from the files while the current batch is computed."""
+        if not self.local_tables:
             return
         wait = pipeline.wait_sparse_data_dist
 
-        def waited(context: Any) -> None:
+        def wait_and_prefetch(context: Any) -> None:
             wait(context)
             requests = context.input_dist_tensors_requests
             for name, request in requests.items():
                 requests[name] = NoWait(request.wait())  # the ids, after their exchange
-                with trace.span("tiers", "expect"):
+                with trace.span("ssd", "prefetch"):
                     for features in requests[name].wait():
-                        self._expect(features)
+                        self._prefetch(features)
 
-        pipeline.wait_sparse_data_dist = waited
+        pipeline.wait_sparse_data_dist = wait_and_prefetch
 
-    def _expect(self, features: Any) -> None:
+    def _prefetch(self, features: Any) -> None:
         ids, ends = features.values().numpy(), features.offset_per_key()
         for key, (begin, end) in zip(features.keys(), pairwise(ends), strict=True):
-            if key in self._of_feature and end > begin:
-                self._of_feature[key].expect(ids[begin:end])
+            if key in self._table_of_feature and end > begin:
+                self._table_of_feature[key].prefetch(ids[begin:end])
 
     def counts(self) -> np.ndarray:
-        return sum((tier.counts() for tier in self.mine.values()), np.zeros(len(COUNTS), np.int64))
+        return sum((table.counts() for table in self.local_tables.values()), np.zeros(len(COUNTS), np.int64))
 
-    def readings(self, step: int) -> dict[str, float]:
-        """Of all ranks since the last call, per step. A collective, but where all tables are in memory."""
+    def cache_metrics(self, step: int) -> dict[str, float]:
+        """Hit rate, evictions and bytes of all ranks since the last call, per step, for metrics.jsonl.
+
+        A collective, unless all tables are in memory."""
         if not self.tables:
             return {}
-        steps, self._step, now = step - self._step, step, self.counts()
-        delta = torch.from_numpy(now - self._before)
-        self._before = now
+        steps, self._step_reported, now = step - self._step_reported, step, self.counts()
+        delta = torch.from_numpy(now - self._counts_reported)
+        self._counts_reported = now
         dist.all_reduce(delta)
         return _hit_rates(delta.numpy(), max(1, steps))
 
-    def whole(self, name: str, value: Any) -> Any:
-        """What a checkpoint is to see in place of a cache."""
+    def whole_table(self, name: str, value: Any) -> Any:
+        """What a checkpoint saves and loads under this name: the whole table instead of its cache."""
         found = ENTRY.search(name)
         if found is None or found[1] not in self.tables:
             return value
-        return WholeTable(self.tables[found[1]], self.mine.get(found[1]), found[2] is not None)
+        return WholeTable(self.tables[found[1]], self.local_tables.get(found[1]), found[2] is not None)
 
-    def ready(self) -> None:
-        """Before the first step, once a checkpoint had its chance. A collective."""
-        tiers = list(self.mine.values())
-        unsound = [tier for tier in tiers if not tier.sound]
-        other = [name for name, tier in self.mine.items() if self.others[name] and not tier.filled]
+    def check_row_files(self) -> None:
+        """Refuse row files that cannot be continued. A collective.
+
+        Call it before the first step, after a checkpoint was loaded (which replaces all rows) or was not.
+        """
+        tables = list(self.local_tables.values())
+        inconsistent = [table for table in tables if not table.consistent]
+        other = [
+            name
+            for name, table in self.local_tables.items()
+            if self.other_row_files[name] and not table.loaded
+        ]
         found = torch.tensor(
-            [len(unsound) + len(other), sum(not (tier.store.new or tier.filled) for tier in tiers)]
+            [
+                len(inconsistent) + len(other),
+                sum(not (table.row_file.new or table.loaded) for table in tables),
+            ]
         )
         dist.all_reduce(found)
         if found.tolist()[0] == 0 < found.tolist()[1]:
             self._say(
-                f"tables: stores in {self.folder} are there already: going on with the rows of "
-                f"{found.tolist()[1]} tables; another --persistent_path begins anew"
+                f"tables: {self.folder} already has row files: continuing with the rows of "
+                f"{found.tolist()[1]} tables; give another --persistent_path to start with new rows"
             )
         for name in other:
             raise UserError(
-                f"{self.others[name][0]}: rows of {name} for another sharding or number of ranks: remove "
-                "the stores of one, go on from a checkpoint, or give another --persistent_path"
+                f"{self.other_row_files[name][0]}: rows of {name} for another sharding or number of ranks: "
+                "remove these files, resume from a checkpoint, or give another --persistent_path"
             )
-        for tier in unsound:
+        for table in inconsistent:
             raise UserError(
-                f"{tier.store.path}: a job ended before it closed this, its rows are of different "
-                "moments: go on from a checkpoint, or remove it and its .json for a new start"
+                f"{table.row_file.path}: an earlier job did not close this file, its rows are of different "
+                "steps: resume from a checkpoint, or remove it and its .json to start with new rows"
             )
 
     def bytes_read(self) -> dict[str, int]:
-        return {str(tier.store.path): tier.store.bytes_read for tier in self.mine.values()}
+        return {str(table.row_file.path): table.row_file.bytes_read for table in self.local_tables.values()}
 
     def bytes_written(self) -> dict[str, int]:
-        """After this `close` writes no more rows."""
-        for tier in self.mine.values():
-            tier.flush()
-        return {str(tier.store.path): tier.store.bytes_written for tier in self.mine.values()}
+        """Writes all changed rows first, so that `close` writes no more."""
+        for table in self.local_tables.values():
+            table.flush()
+        return {
+            str(table.row_file.path): table.row_file.bytes_written for table in self.local_tables.values()
+        }
 
     def close(self) -> None:
-        for tier in self.mine.values():
-            tier.close()
-        if self._beside:
-            self._beside.shutdown()
+        for table in self.local_tables.values():
+            table.close()
+        if self._io_thread:
+            self._io_thread.shutdown()
 
 
-def find_other_row_files(store: RowFile) -> list[Path]:
-    """Descriptions of stores beside this one that hold some of its rows, too."""
+def find_other_row_files(row_file: RowFile) -> list[Path]:
+    """Descriptions of other row files in the same folder that hold some of its rows."""
     found = []
-    for path in store.about.parent.glob(f"{store.table}.*json"):
-        if path != store.about:
+    for path in row_file.description_path.parent.glob(f"{row_file.table}.*json"):
+        if path != row_file.description_path:
             with contextlib.suppress(UserError, KeyError):
                 facts = read_json_object(path)
                 first, rows = facts.get("first", 0), facts["rows"]
-                if type(first) is int and type(rows) is int and facts["table"] == store.table:
-                    overlap = first < store.first + store.rows and store.first < first + rows
+                if type(first) is int and type(rows) is int and facts["table"] == row_file.table:
+                    overlap = first < row_file.first + row_file.rows and row_file.first < first + rows
                     found += [path] if overlap else []
     return found
 

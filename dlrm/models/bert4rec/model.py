@@ -199,7 +199,7 @@ class BERT4RecTrain(nn.Module):
         """
         self.precision = lambda: torch.autocast(device, dtype)
         if scale:
-            self.scale, self.model.unscale = scale.up, scale.down
+            self.scale, self.model.unscale = scale.scale, scale.unscale_for_tables
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         if batch.candidates is not None:
@@ -248,13 +248,13 @@ class RankingMetrics:
         self.ks = tuple(ks)
         self._sums: torch.Tensor | None = None
 
-    def add(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None:
+    def update(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None:
         # among the best 20 of 11 everything is: say nothing of that
         self.ks = tuple(k for k in self.ks if k <= LEAST or k < scores.size(1))
         sums = sum_ranking_metrics(rank_of_first_item(scores), self.ks)
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def result(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, Any]:
         sums = torch.zeros(1 + 2 * len(self.ks), dtype=torch.float64) if self._sums is None else self._sums
         dist.all_reduce(sums)
         users, *rest = sums.tolist()

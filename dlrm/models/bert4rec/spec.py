@@ -25,12 +25,16 @@ SPEC = ModelSpec(
     options=BertConfig,
     presets=PRESETS,
     script=ScriptOptions(
-        dataset="dataset_path",
-        batch_size="train_batch_size",
-        embedding_dim="emb_dim",
-        epochs="num_epochs",
-        learning_rate="lr",
-        demo=("--preset", "toy"),
+        variables={
+            "DATASET_DIR": ("--dataset_path", "{}"),
+            "BATCH_SIZE": ("--train_batch_size", "{}"),
+            "EMBEDDING_DIM": ("--emb_dim", "{}"),
+            "EPOCHS": ("--num_epochs", "{}"),
+            "LEARNING_RATE": ("--lr", "{}"),
+        },
+        demo=("--preset", "toy", "--cache_dir", "{demo_data}"),
+        demo_title="walks whose best guess is known",
+        demo_data="bert4rec",
     ),
     load_parts=load_parts,
 )

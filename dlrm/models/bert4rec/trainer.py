@@ -10,33 +10,35 @@ from dlrm.trainer.trainer import Trainer
 
 
 class BERT4RecTrainer(Trainer):
-    score = "NDCG@10"
-    predictions = RankingMetrics
+    score_metric = "NDCG@10"
+    make_metrics = RankingMetrics
     datasets: BertDatasets
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         data = self.datasets.data
-        self.records.say(
-            f"{data.users:,} users, {self.datasets.item_count:,} items, {len(data.items):,} ratings, "
+        self.run_folder.print_line(
+            f"{data.users:,} users, {data.item_count:,} items, {len(data.items):,} ratings, "
             f"{self.datasets.train.batches.source.rows:,} training sequences"
         )
 
-    def cast(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
+    def enable_mixed_precision(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
         whole: Any = self.model.module
         whole.cast(self.device.type, mixed_precision.TYPES[kind], scale)
 
     def learning_rate(self) -> float:
-        how = self.cfg.optim
-        return how.lr * how.gamma ** (self.progress.epoch // how.decay_step)
+        optim = self.options.optim
+        return optim.lr * optim.gamma ** (self.progress.epoch // optim.decay_step)
 
     def evaluate(self, split: str) -> dict[str, Any]:
         result, best = super().evaluate(split), self.datasets.reachable
         if split == "test" and best:
             reached = (f"{name} {result[name]:.4f} of {value:.4f}" for name, value in best.items())
-            self.records.say(f"{split}, reached of what can be expected at best: {', '.join(reached)}")
+            self.run_folder.print_line(
+                f"{split}, reached of what can be expected at best: {', '.join(reached)}"
+            )
         return result
 
-    def outcome(self) -> Mapping[str, Any]:
+    def collect_results(self) -> Mapping[str, Any]:
         best = {"reachable": self.datasets.reachable} if self.datasets.reachable else {}
-        return {"score": self.score, "val_scores": self.progress.val_aurocs, **best}
+        return {"score": self.score_metric, **best}

@@ -1,4 +1,4 @@
-"""A DLRM from its options: the model, its optimizer, the plan, the shards of its tables."""
+"""A DLRM from its options: the model, its optimizer, the sharding plan, this rank's shards."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from common.memory import refuse_too_large
-from dlrm.cpu import startup
 from dlrm.data import criteo
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
 from dlrm.models.dlrm.dataloaders import Datasets
 from dlrm.models.dlrm.model import DLRMTrain, SparseArch, build_dlrm, compile_dense
 from dlrm.models.dlrm.options import Config, ModelOptions
+from dlrm.runtime import accelerate
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import optimizers
 from dlrm.trainer.run_folder import RunFolder
@@ -25,13 +25,14 @@ WEIGHT_BYTES = 8  # of memory for a weight of the dense part: itself and its gra
 
 
 def build_model(cfg: Config, datasets: Datasets, device: torch.device) -> DLRMTrain:
-    """The model on this device, its tables still to be made, their optimizer already attached."""
+    """The model on this device; its tables on the meta device, with their optimizer attached."""
     module = assemble_model(cfg.model, datasets.sizes, device, cfg.run.seed or 0, cfg.run.compile)
     attach_optimizer(cfg, module, device)
     return module
 
 
 def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
+    """Let fbgemm update the tables in the backward pass. `module`: a DLRMTrain."""
     optimizers.apply_in_backward(
         module.model.sparse_arch.parameters(), cfg.optim.name, cfg.optim.learning_rate, device, cfg.optim.eps
     )
@@ -40,7 +41,10 @@ def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
 def assemble_model(
     model: ModelOptions, sizes: list[int], device: torch.device, seed: int, compiled: bool
 ) -> DLRMTrain:
-    """The model as its options say."""
+    """The model of these options, its tables on the meta device.
+
+    sizes: rows of each of the 26 tables. device: of the dense part.
+    """
     refuse_too_large(
         WEIGHT_BYTES * count_dense_weights(model, len(sizes)),
         "the dense part (--dense_arch_layer_sizes, --over_arch_layer_sizes, --embedding_dim and the sizes "
@@ -95,32 +99,32 @@ def shard_dlrm(
     device: torch.device,
     run_folder: RunFolder,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """Plan the tables over the ranks, make this rank's shards, wrap the dense part in DDP."""
+    """Plan the tables over the ranks, create this rank's shards, wrap the dense part in DDP."""
     poolings = datasets.poolings
     constraints = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else {}
     ssd_tables, memory = None, None
     if cfg.plan.store_type != "device_mem" or any("store" in each for each in constraints.values()):
-        # the door to tables in files: a training without them does not import numba and what follows
+        # the only import of tables in files: training without them does not load numba
         from dlrm.embeddings.ssd import placement
 
         ssd_tables, constraints = placement.prepare_ssd_tables(
             cfg.plan, module, here, device, cfg.optim.name, cfg.run.seed or 0, cfg.run.output_dir,
             constraints,
-            poolings, run_folder.say,
+            poolings, run_folder.print_line,
         )  # fmt: skip
         if ssd_tables:
-            run_folder.claim(ssd_tables.folder, "training with tables in it")
-        memory = placement.ENDLESS if ssd_tables else None
+            run_folder.lock_folder(ssd_tables.folder, "training with tables in it")
+        memory = placement.UNLIMITED if ssd_tables else None
     made = planner.make_plan(module, device, here, cfg.data.batch_size, constraints, poolings, memory)
     run_folder.record_plan(
         planner.plan_as_dict(made), planner.describe_plan(made), cfg.plan.print_sharding_plan
     )
     if ssd_tables:
         sparse: Any = module.model.sparse_arch
-        configs = ssd_tables.narrow(sparse.embedding_bag_collection, made)
+        configs = ssd_tables.shrink_configs(sparse.embedding_bag_collection, made)
         module.model.sparse_arch = SparseArch(configs, torch.device("meta"))
         attach_optimizer(cfg, module, device)
-    with startup.unfilled():
+    with accelerate.hooks.skip_first_weights():
         model = planner.shard_model(module, made, device, cfg.run.seed or 0)
     if ssd_tables:
         ssd_tables.attach(model)

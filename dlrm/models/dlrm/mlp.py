@@ -1,61 +1,12 @@
-"""The dense layers: ReLU multilayer perceptrons, on CPUs with a forward and backward of their own."""
+"""The dense layers: ReLU multilayer perceptrons, torchrec's MLP under torchrec's names."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torchrec.modules.mlp import MLP
 
-from dlrm.cpu import blas
-
-
-class LinearReluChain(torch.autograd.Function):
-    """Linear layers with a ReLU after each (after the last one only if `last`): what autograd would compute,
-    in place. Takes weight and bias of each layer, layer after layer.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, last: bool, features: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        weights, biases = list(parameters[::2]), parameters[1::2]
-        values = [features]
-        for weight, bias in zip(weights, biases, strict=True):
-            values.append(blas.mm(values[-1], weight.t()).add_(bias))
-            if last or len(values) <= len(weights):
-                values[-1].relu_()
-        ctx.save_for_backward(*values, *weights)
-        ctx.last = last
-        return values[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        layers = len(ctx.saved_tensors) // 2
-        values, weights = ctx.saved_tensors[: layers + 1], ctx.saved_tensors[layers + 1 :]
-        found: list[torch.Tensor] = []  # of biases and weights, from the end
-        passed: Any = gradient
-        for layer in reversed(range(layers)):
-            if layer < layers - 1:  # this layer's own tensor
-                torch.ops.aten.threshold_backward.grad_input(passed, values[layer + 1], 0, grad_input=passed)
-            elif ctx.last:
-                passed = torch.ops.aten.threshold_backward(passed, values[layer + 1], 0)
-            found += [passed.sum(0), blas.mm(passed.t(), values[layer])]
-            wanted = layer > 0 or ctx.needs_input_grad[1]
-            passed = blas.mm(passed, weights[layer]) if wanted else None
-        return None, passed, *reversed(found)
-
-
-def apply_chain(features: torch.Tensor, linears: Sequence[nn.Linear], last: bool) -> torch.Tensor | None:
-    """The layers' output by `LinearReluChain`, or None where torch's own layers are used."""
-    if not blas.is_plain_float32(features):
-        return None
-    parameters = [each for linear in linears for each in (linear.weight, linear.bias)]
-    return LinearReluChain.apply(last, features, *parameters)  # type: ignore[return-value]
-
-
-def linear_layers(module: nn.Module) -> list[nn.Linear]:
-    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+from dlrm.runtime import accelerate
 
 
 class DenseArch(nn.Module):
@@ -66,8 +17,7 @@ class DenseArch(nn.Module):
         self.model = MLP(inputs, list(layers), bias=True, activation="relu", device=device)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        out = apply_chain(features, linear_layers(self.model), last=True)
-        return self.model(features) if out is None else out
+        return accelerate.hooks.run_mlp(self.model, features, True)
 
 
 class OverArch(nn.Module):
@@ -82,5 +32,4 @@ class OverArch(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        out = apply_chain(features, linear_layers(self.model), last=False)
-        return self.model(features) if out is None else out
+        return accelerate.hooks.run_mlp(self.model, features, False)

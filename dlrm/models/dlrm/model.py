@@ -15,10 +15,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from dlrm.cpu import startup
 from dlrm.embeddings.tables import initialize_tables
 from dlrm.models.dlrm.interactions import INTERACTIONS, InteractionConfig
 from dlrm.models.dlrm.mlp import DenseArch, OverArch
+from dlrm.runtime import accelerate
 from dlrm.runtime.errors import UserError
 
 Output = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -97,7 +97,7 @@ def build_dlrm(
         for part in (dense, inter, over):
             INITS[init](part)
             part.to(dense_device)
-    with startup.unfilled():
+    with accelerate.hooks.skip_first_weights():
         sparse = SparseArch(tables, table_device or torch.device("meta"))
     initialize_tables(sparse, seed)
     return DLRMTrain(DLRM(sparse, dense, inter, over))

@@ -30,10 +30,18 @@ SPEC = ModelSpec(
     options=Config,
     presets=PRESETS,
     script=ScriptOptions(
-        dataset="in_memory_binary_criteo_path",
+        variables={
+            "DATASET_DIR": ("--in_memory_binary_criteo_path", "{}"),
+            "BATCH_SIZE": ("--batch_size", "{}"),
+            # dot products need the dense tower to end as wide as the tables; ARGS may still say otherwise
+            "EMBEDDING_DIM": ("--embedding_dim", "{}", "--dense_arch_layer_sizes", "512,256,{}"),
+            "EPOCHS": ("--epochs", "{}"),
+            "LEARNING_RATE": ("--learning_rate", "{}"),
+        },
         always=("--evaluate_on_epoch_end", "--evaluate_on_training_end"),
-        demo=("--preset", "toy"),
-        demo_needs_toy_dataset=True,
+        demo=("--in_memory_binary_criteo_path", "{demo_data}/npy", "--preset", "toy"),
+        demo_title="toy data",
+        demo_data="toy",
     ),
     load_parts=load_parts,
 )

@@ -10,11 +10,11 @@ from dlrm.trainer.trainer import Trainer
 
 
 class DLRMTrainer(Trainer):
-    predictions = AurocCollector
+    make_metrics = AurocCollector
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        optim = self.cfg.optim
+        optim = self.options.optim
         self.schedule = Schedule(
             "change" if optim.change_lr else optim.lr_schedule,
             optim.lr_warmup_steps,
@@ -25,12 +25,13 @@ class DLRMTrainer(Trainer):
         )
 
     def learning_rate(self) -> float:
-        return learning_rate(self.progress.step, self.cfg.optim.learning_rate, self.schedule)
+        return learning_rate(self.progress.step, self.options.optim.learning_rate, self.schedule)
 
-    def cast(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
+    def enable_mixed_precision(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
         whole: Any = self.model.module
         mixed_precision.cast_dense_part(whole.model, self.device, kind, scale)
 
-    def outcome(self) -> Mapping[str, Any]:
+    def collect_results(self) -> Mapping[str, Any]:
         test = self.results.get("test", {})
-        return {"val_aurocs": self.progress.val_aurocs, "test_auroc": test.get("auroc")}
+        old_names = {"val_aurocs": self.progress.val_scores}  # now val_scores; written for one release
+        return {**super().collect_results(), **old_names, "test_auroc": test.get("auroc")}

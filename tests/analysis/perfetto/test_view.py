@@ -1,5 +1,6 @@
 """The Perfetto UI from the machine itself: files, trace, and in a real browser with no other network."""
 
+import gzip
 import os
 import re
 import signal
@@ -30,11 +31,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(run: Path) -> Iterator[view.Server]:
     pytest.importorskip("viztracer")
     server = view.make_server(view.find_trace(run, None), 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     assert server.server_address[0] == "127.0.0.1"
     yield server
     server.shutdown()
@@ -144,7 +145,7 @@ def test_nothing_but_the_interface_is_served(
     (tmp_path / "viztracer" / "__init__.py").write_text("")
     monkeypatch.setattr(view, "find_interface", lambda: web)
     other = view.make_server(server.RequestHandlerClass.keywords["trace"], 0)  # pyright: ignore
-    threading.Thread(target=other.serve_forever, daemon=True).start()
+    threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
     try:
         assert ask(other, f"/{other.token}/")[0] == 200
         assert ask(other, f"/{other.token}/{path}")[0] == 404
@@ -160,6 +161,29 @@ def test_which_file(run: Path, tmp_path: Path) -> None:
         view.find_trace(run, "other.pftrace")
     with pytest.raises(UserError, match="analysis perfetto"):
         view.find_trace(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", b"some text\n" * 99, b"\nwith a newline\n" * 99, b'{"data": {}}', b"\x89PNG\r\n", b"\n\x05",
+     gzip.compress(b"some text"), b"\x1f\x8bdamaged", b"\n" + b"\xff" * 20],
+)  # fmt: skip
+def test_what_is_no_trace_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    for run_dir, file in ((path, None), (tmp_path, "notes")):
+        with pytest.raises(UserError, match="not a trace for the Perfetto UI"):
+            view.find_trace(run_dir, file)
+
+
+def test_traces_of_other_tools_are_shown(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    native = (run / "run.pftrace").read_bytes()
+    chrome = b'{"otherData":{},\n"traceEvents":[]}'
+    for content in (native, chrome, b'[ {"ph":"X"}'):
+        for data in (content, gzip.compress(content)):
+            path.write_bytes(data)
+            assert view.find_trace(tmp_path, path) == path
 
 
 def test_command_says_how_to_reach_it(run: Path) -> None:

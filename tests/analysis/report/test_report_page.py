@@ -239,7 +239,7 @@ def test_links_lead_to_one_slice(tmp_path: Path) -> None:
         ("reprt RUN", "invalid choice: 'reprt'"),
         ("compare RUN", "required: OTHER (python -m analysis compare --help says more)"),
         ("view RUN/x.pftrace --port 80000", "--port 80000: not a port's number"),
-        ("view RUN/report.html", "not a file for the Perfetto UI"),
+        ("view RUN/report.html", "not a trace for the Perfetto UI"),
         ("report RUN --dask foo", "--dask foo: local, pbs, or the host:port"),
         ("summary RUN/report.html", "end in .pfw.gz or .pfw; give one, or a run folder"),
         ("perfetto RUN -o /nowhere/x", "choose another place with -o"),
@@ -248,7 +248,7 @@ def test_links_lead_to_one_slice(tmp_path: Path) -> None:
 def test_mistakes_in_one_line(
     words: str, says: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (run / "x.pftrace").touch()
+    (run / "x.pftrace").write_bytes(b"\n\0")  # one packet without content
     assert main([word.replace("RUN", str(run)) for word in words.split()]) == 2
     errors = capsys.readouterr().err
     assert says in errors and errors.startswith("analysis: ") and errors.count("\n") == 1

@@ -145,12 +145,12 @@ def test_rankings_are_those_of_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
     with session.open_session(Ranks(), 60):
         gathered = RankingMetrics()
         for part in scores.split(77):
-            gathered.add(part, part)
-        found = gathered.result()
+            gathered.update(part, part)
+        found = gathered.compute()
         few = RankingMetrics()
-        few.add(scores[:, :11], scores)
-        short = few.result()
-        assert RankingMetrics().result()["samples"] == 0
+        few.update(scores[:, :11], scores)
+        short = few.compute()
+        assert RankingMetrics().compute()["samples"] == 0
     expected = brute(scores.numpy(), (1, 5, 10, 20, 50, 100))
     assert found.pop("samples") == 300
     assert found == pytest.approx(expected, abs=1e-12)

@@ -1,0 +1,98 @@
+"""CPU fast path and tables in files: switched off, neither is imported and training is the same."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.ranks import ROOT, Train
+
+from dlrm.runtime import accelerate
+
+SHEDS = ("dlrm.cpu", "dlrm.embeddings.ssd")
+SHORT = ["--preset", "toy", "--report_every", 1, "--batch_size", 128, "--limit_train_batches", 20]
+
+
+def loaded_sheds(out: str) -> list[str]:
+    """The last line of each rank's stdout, see support/loaded_modules.py."""
+    return json.loads(out.splitlines()[-1])
+
+
+def run_settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.mpi
+def test_both_doors_shut(toy: Path, train: Train, run_ranks: Train) -> None:
+    options = [*SHORT, "--in_memory_binary_criteo_path", toy]
+    opened = train(2, *options)
+    shut = run_ranks(2, "tests.support.loaded_modules", *options, "--no-cpu_fast_path")
+    assert shut.codes == opened.codes == [0, 0], (shut.err, opened.err)
+    assert [loaded_sheds(out) for out in shut.out] == [[], []]
+    assert len(shut.losses) == 20
+    assert shut.losses == pytest.approx(opened.losses, rel=1e-6)
+    assert run_settings(shut.folder)["run"]["cpu_fast_path"] is False
+    assert run_settings(opened.folder)["run"]["cpu_fast_path"] is True
+    assert run_settings(shut.folder)["launch"]["tuned"] == []
+
+
+@pytest.mark.mpi
+def test_both_doors_open(toy: Path, run_ranks: Train) -> None:
+    """The check of the test above finds what it looks for."""
+    run = run_ranks(
+        2, "tests.support.loaded_modules", *SHORT, "--in_memory_binary_criteo_path", toy,
+        "--store_type", "cached_ssd", "--cache_memory_budget_mb", 50,
+    )  # fmt: skip
+    assert run.codes == [0, 0], run.err
+    for out in run.out:
+        loaded = loaded_sheds(out)
+        assert all(any(name.startswith(f"{shed}.") for name in loaded) for shed in SHEDS), loaded
+
+
+def test_the_old_option_closes_the_door_with_a_warning(run_ranks: Train) -> None:
+    run = run_ranks(1, "tests.support.loaded_modules", *SHORT, "--exchange", "gloo")
+    assert run.codes == [0], run.err
+    assert "--exchange gloo is deprecated: use --no-cpu_fast_path" in run.err[0] + run.out[0]
+    assert loaded_sheds(run.out[0]) == []
+
+
+def test_cuda_imports_no_cpu_fast_path() -> None:
+    code = (
+        "import sys, torch; from dlrm.runtime import accelerate; from dlrm.trainer.device import *;"
+        "assert enable_fast_path(torch.device('cuda'), True) == [];"
+        "assert accelerate.hooks is accelerate.PLAIN;"
+        "assert accelerate.hooks.choose_backend(torch.device('cuda')) == 'nccl';"
+        "assert not [name for name in sys.modules if name.startswith('dlrm.cpu')]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+LIBRARIES = {"torch", "torchrec", "np", "numpy", "dist", "nn", "F", "comm_ops"}
+SETTINGS = "torch.backends."  # switches that torch documents
+
+
+def test_no_global_of_a_library_is_rebound_outside_the_sheds() -> None:
+    for path in (ROOT / "dlrm").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if name.startswith(SHEDS):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets: list[ast.expr] = []
+            if isinstance(node, ast.Assign):
+                targets = [target for target in node.targets if isinstance(target, ast.Attribute)]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+                targets = node.args[:1]
+            for text in map(ast.unparse, targets):
+                assert text.partition(".")[0] not in LIBRARIES or text.startswith(SETTINGS), f"{path}: {text}"
+
+
+def test_each_hook_is_called_by_name() -> None:
+    """Every field of FastPath has a caller, and nobody takes a hook out of the module before it is set."""
+    sources = {path: path.read_text() for path in (ROOT / "dlrm").rglob("*.py")}
+    for name in accelerate.FastPath.__dataclass_fields__:
+        assert any(f"accelerate.hooks.{name}(" in text for text in sources.values()), name
+    assert not [path for path, text in sources.items() if "accelerate import hooks" in text]
