@@ -1,5 +1,6 @@
 """What was run, in words, from config.json and plan.json: for headings, names of files and comparisons."""
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -26,7 +27,11 @@ _NOT_SETTINGS = ("run.output_dir", "run.num_epochs", "launch.local_world_size", 
 
 
 def model_of_run(config: Config) -> str:
-    """The model's name, or nothing where there is no config.json of ours."""
+    """The model's title, or nothing where there is no config.json of ours."""
+    launch = config.get("launch")
+    if isinstance(launch, dict) and isinstance(launch.get("model"), str):
+        return launch["model"]
+    # runs of an earlier release do not name their model: its options tell
     sizes = config.get("model")
     if not isinstance(sizes, dict):
         return ""
@@ -101,7 +106,7 @@ def number(value: Any) -> float:
 
 
 def trace_file_name(config: Config) -> str:
-    """dlrm-n<nodes>-ppn<ranks of a node>-gpu<n>-ep<epochs>-bs<batch>-ed<dimension>-lr<rate>; or nothing."""
+    """MODEL-n<nodes>-ppn<ranks of a node>-gpu<n>-ep<epochs>-bs<batch>-ed<dimension>-lr<rate>; or nothing."""
     try:
         launch = config["launch"]
         world, nodes = int(launch["world_size"]), int(launch["nodes"])
@@ -112,5 +117,5 @@ def trace_file_name(config: Config) -> str:
         rate = float(read_option(config, "learning rate"))
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         return ""
-    name = (model_of_run(config) or "run").lower()
+    name = re.sub(r"[^a-z0-9]+", "-", model_of_run(config).lower()).strip("-") or "run"
     return f"{name}-n{nodes}-ppn{ppn}-gpu{gpus}-ep{epochs}-bs{batch}-ed{dimension}-lr{rate:g}"

@@ -193,11 +193,11 @@ def remove_old_checkpoints(root: Path, keep: int) -> None:
     found = []
     for path in list_checkpoints(root):
         with contextlib.suppress(CorruptCheckpoint, OSError):
-            if KIND.made(path):
+            if KIND.holds_only_own_files(path):
                 found.append((path, read_description(path).score))
     rated = [(score, path) for path, score in found if score is not None]
     best = max(rated, key=lambda each: each[0], default=(None, None))[1]
     for path, _ in found[keep:]:
         if path != best:
             with contextlib.suppress(OSError, UserError):
-                KIND.withdraw(path)
+                KIND.remove_published(path)

@@ -209,3 +209,18 @@ def test_impossible_numbers_are_refused(whole_one: Path, tmp_path: Path, key: st
     values["state"][key] = value
     (path / "checkpoint.json").write_bytes(sealed(values))
     check(outcome(read_checkpoint, [path]), refused=True)
+
+
+def test_names_of_the_first_checkpoints_are_still_read(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path)
+    values = json.loads((path / "checkpoint.json").read_text())
+    for found, names in (
+        (values["state"], resume.OLD_STATE_KEYS),
+        (values["state"]["progress"], resume.OLD_PROGRESS_KEYS),
+    ):
+        for old, new in names.items():
+            found[old] = found.pop(new)
+    (path / "checkpoint.json").write_bytes(sealed(values))
+    progress, old_keys = resume.check_state(folder.read_description(path), True)
+    assert progress == loop.Progress(**STATE["progress"])
+    assert old_keys == [*resume.OLD_STATE_KEYS, *resume.OLD_PROGRESS_KEYS]

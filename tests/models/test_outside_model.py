@@ -33,7 +33,7 @@ def test_3_train_runs_it_and_resumes(tmp_path: Path) -> None:
     assert config["data"]["rows"] == 8 and config["launch"]["world_size"] == 2
     results = json.loads((run / "results.json").read_text())
     assert results["evaluations"]["test"]["samples"] == 6 * 8 * 2
-    assert "coverage 100.0%" in done.stdout and (run / "report.html").exists()
+    assert "coverage 100.0%" in done.stdout and "Two layers" in (run / "report.html").read_text()
 
     again = start(words[0], "--max_steps", "6", RESUME=str(run), TRACE="no", **more)
     assert again.returncode == 0 and "step 4, epoch 0" in again.stdout, again.stdout + again.stderr
