@@ -50,8 +50,12 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
         torch.backends.cuda.matmul.allow_tf32 = options.run.allow_tf32
 
         # run folder: locked before anything slow, so that a second run into it ends at once
-        with session.errors_on_all_ranks():
-            run_folder = open_run_folder(options, here)
+        try:
+            with session.errors_on_all_ranks():
+                run_folder = open_run_folder(options, here)
+        except UserError:
+            trace.discard_tracing()  # nothing of a refused run stays in the folder
+            raise
         try:
             record_launch(run_folder, spec.title, options, here, device, tuned)
             trainer = make_trainer(parts, options, here, device, run_folder)
