@@ -47,7 +47,7 @@ class WorkFolders:
 
     def make(self, parent: Path, mode: int = 0o700, step: int | None = None) -> Path:
         """Make a new folder inside `parent`, which is made too if it is missing. `mode`: who may read it,
-        less the umask; by default only this user. `step` goes into its name, for those who read a trace.
+        less the umask; by default only this user. `step` goes into its name, for the readers of a trace.
         """
         token = secrets.token_hex(8)
         label = "" if step is None else f"step-{step}-"
