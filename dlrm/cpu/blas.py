@@ -1,4 +1,4 @@
-"""What pays on this machine's processor and changes results by rounding at most; nothing on CUDA."""
+"""Settings of matrix products and memory that are faster on this processor; results change by rounding."""
 
 import contextlib
 import ctypes
@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-mm: Product = torch.mm  # of the towers; `tune_processor` may put a faster one here
-FLOAT32 = 5e-6  # relative error that products in float32 stay under; bfloat16's is a thousand times that
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # [m, k] x [k, n] -> [m, n]
+mm: Product = torch.mm  # of the dense layers; `tune_processor` may set a faster one
+FLOAT32 = 5e-6  # largest relative error of float32 products; that of bfloat16 is a thousand times larger
 AMD = "AuthenticAMD"
-# mallopt's names in glibc's malloc.h, and what they are set to
-M_TRIM_THRESHOLD, KEPT = -1, 1 << 30  # bytes that stay with the process when they are freed
-M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # glibc's limit: blocks from this size on always go back
+# mallopt's parameters in glibc's malloc.h, and their values
+M_TRIM_THRESHOLD, KEPT = -1, 1 << 30  # freed bytes that stay with the process
+M_MMAP_THRESHOLD, LARGE = -3, 32 << 20  # glibc's maximum: larger blocks always go back to the kernel
 
 
 def is_plain_float32(*tensors: torch.Tensor) -> bool:
-    """float32 on the CPU, to be computed with as it stands."""
+    """Whether all are float32 on the CPU, outside of autocast and torch.compile."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
@@ -36,10 +36,10 @@ def tune_processor() -> list[str]:
 
 
 def use_onednn() -> bool:
-    """MKL holds back on processors that are not Intel's: no AVX-512, batched products at half speed.
+    """On processors that are not Intel's MKL uses no AVX-512, and batched products take twice as long.
 
-    oneDNN, which torch brings too, does not, but torch asks it for float32 products only where bfloat16 is
-    allowed, and with AVX-512. Without AMX it computes in float32 all the same, with AMX not: hence the trial.
+    oneDNN, which is also part of torch, uses it. But torch calls oneDNN for float32 products only where
+    bfloat16 is allowed. Without AMX oneDNN still computes in float32, with AMX it does not: hence the trial.
     """
     if not torch.backends.mkldnn.is_available() or read_cpu_vendor() != AMD or not has_avx512():
         return False
@@ -53,23 +53,24 @@ def use_onednn() -> bool:
 
 
 def use_openblas() -> bool:
-    """Without AVX-512 MKL is slower than OpenBLAS on AMD's processors, which numpy brings.
+    """Without AVX-512, on AMD's processors, MKL is slower than the OpenBLAS that numpy has.
 
-    It has threads of its own, so only for ranks of one thread.
+    OpenBLAS has its own threads, so only for ranks with one thread.
     """
     global mm
-    alone = os.environ.get("OMP_NUM_THREADS") == "1" and torch.get_num_threads() == 1
-    if read_cpu_vendor() != AMD or has_avx512() or not alone or not is_float32(multiply_by_numpy):
+    one_thread = os.environ.get("OMP_NUM_THREADS") == "1" and torch.get_num_threads() == 1
+    if read_cpu_vendor() != AMD or has_avx512() or not one_thread or not is_float32(multiply_by_numpy):
         return False
     mm = multiply_by_numpy
     return True
 
 
 def multiply_by_numpy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """float32 [m, k] x [k, n] -> [m, n]."""
     if left.size(1) == 1:  # OpenBLAS takes seven times as long
         return torch.mm(left, right)
     out = torch.empty(left.size(0), right.size(1))
-    with np.errstate(all="ignore"):  # a loss that overflows is told in other words
+    with np.errstate(all="ignore"):  # an overflow shows in the loss, as with torch's product
         np.matmul(left.detach().numpy(), right.detach().numpy(), out=out.numpy())
     return out
 
@@ -79,7 +80,7 @@ def has_avx512() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Every step allocates and frees the same blocks: given back, they come again as new, zeroed pages."""
+    """Each step allocates and frees the same blocks; the kernel would return them as new, cleared pages."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
@@ -88,7 +89,8 @@ def keep_freed_memory() -> bool:
 
 
 def read_cpu_vendor() -> str:
-    """The processor's maker as /proc/cpuinfo has it, or nothing. Not a timing: runs must come out alike."""
+    """The processor's vendor_id in /proc/cpuinfo, or "". Settings follow it and not timings, so that runs on
+    one machine have equal results."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("vendor_id"):
@@ -97,7 +99,7 @@ def read_cpu_vendor() -> str:
 
 
 def is_float32(product: Product, batch: int = 0) -> bool:
-    """Whether products, forward and of both transposes, are as exact as float32 allows."""
+    """Whether products, also of transposed matrices, are as exact as float32. batch: of a batched product."""
     random = torch.Generator().manual_seed(0)
     lead = (batch,) if batch else ()
     left = torch.randn(*lead, 64, 512, generator=random)

@@ -13,8 +13,9 @@ from dlrm.cpu import blas
 
 
 class LinearReluChain(torch.autograd.Function):
-    """Linear layers with a ReLU after each (after the last one only if `last`): what autograd would compute,
-    in place. Takes weight and bias of each layer, layer after layer.
+    """Linear layers with a ReLU after each (after the last one only if `last`), as autograd computes them.
+
+    features: float32 [rows, inputs]. parameters: weight [outputs, inputs] and bias [outputs] of each layer.
     """
 
     @staticmethod
@@ -34,17 +35,19 @@ class LinearReluChain(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layers = len(ctx.saved_tensors) // 2
         values, weights = ctx.saved_tensors[: layers + 1], ctx.saved_tensors[layers + 1 :]
-        found: list[torch.Tensor] = []  # of biases and weights, from the end
-        passed: Any = gradient
+        gradients: list[torch.Tensor] = []  # of biases and weights, from the last layer to the first
+        current: Any = gradient
         for layer in reversed(range(layers)):
-            if layer < layers - 1:  # this layer's own tensor
-                torch.ops.aten.threshold_backward.grad_input(passed, values[layer + 1], 0, grad_input=passed)
+            if layer < layers - 1:  # a tensor of this function: may be overwritten
+                torch.ops.aten.threshold_backward.grad_input(
+                    current, values[layer + 1], 0, grad_input=current
+                )
             elif ctx.last:
-                passed = torch.ops.aten.threshold_backward(passed, values[layer + 1], 0)
-            found += [passed.sum(0), blas.mm(passed.t(), values[layer])]
-            wanted = layer > 0 or ctx.needs_input_grad[1]
-            passed = blas.mm(passed, weights[layer]) if wanted else None
-        return None, passed, *reversed(found)
+                current = torch.ops.aten.threshold_backward(current, values[layer + 1], 0)
+            gradients += [current.sum(0), blas.mm(current.t(), values[layer])]
+            needed = layer > 0 or ctx.needs_input_grad[1]
+            current = blas.mm(current, weights[layer]) if needed else None
+        return None, current, *reversed(gradients)
 
 
 def run_mlp(module: nn.Module, features: torch.Tensor, last_relu: bool) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Ranks of one host exchange tensors through shared memory: a torch.distributed backend, CPU only.
 
-The two collectives of every training step, all-to-all and the sum of gradients, copy through /dev/shm;
-all others go to gloo, and everything does where this room has nothing to offer: several hosts, one rank,
-a processor without x86's ordered stores, a small /dev/shm, ranks that cannot see each other's processes.
+The two collectives of every training step, all-to-all and the sum of gradients, copy through /dev/shm.
+All others use gloo, and all do where shared memory does not work: several hosts, one rank, a processor
+without x86's ordered stores, a small /dev/shm, ranks that cannot see each other's processes.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def _create_shared(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
 
 
 def _shared_memory_id(size: int) -> str:
-    """The same on ranks that can share memory, different or empty where they cannot."""
+    """A text that is the same on ranks that can share memory, and different on all others."""
     if platform.machine() != "x86_64" or not os.path.isdir(FOLDER):
         return f"none {platform.node()} {os.getpid()}"
     if shutil.disk_usage(FOLDER).free < size * ENOUGH:
@@ -76,7 +76,7 @@ class _ReceivingWork(dist._Work):
 
 
 class ShmProcessGroup(UnevenGloo):
-    """The process group: all-to-all and sums through `ShmChannels`, all others through gloo."""
+    """The process group: all-to-all and sums through `ShmChannels`, all other collectives through gloo."""
 
     def __init__(self, segments: ShmChannels, gloo: Any) -> None:
         super().__init__(gloo)
@@ -96,12 +96,15 @@ class ShmProcessGroup(UnevenGloo):
         return FinishedWork(tensors)
 
     def _sum(self, flat: torch.Tensor) -> None:
-        """In place. Each rank adds up one section, in rank order, and gives it to all: equal bits."""
+        """Sum `flat` [n] over the ranks, in place, with the same bits on all ranks.
+
+        Each rank sums one section, in rank order, and sends it to all.
+        """
         segments, rank, size = self.segments, self.segments.rank, self.segments.size
         width = flat.element_size()
-        share = -(-flat.numel() // size) * width
+        section = -(-flat.numel() // size) * width
         data = _as_bytes(flat)
-        cuts = [min(share * peer, data.numel()) for peer in range(size + 1)]
+        cuts = [min(section * peer, data.numel()) for peer in range(size + 1)]
         number = segments.post(data, list(pairwise(cuts)))
         mine = flat[cuts[rank] // width : cuts[rank + 1] // width]
         parts = [
@@ -128,30 +131,30 @@ class ShmProcessGroup(UnevenGloo):
         opts: Any = None,
     ) -> Any:
         segments = self.segments
-        goes = _split_sizes(input, input_splits, segments.size)
-        comes = _split_sizes(output, output_splits, segments.size)
+        sent = _split_sizes(input, input_splits, segments.size)
+        received = _split_sizes(output, output_splits, segments.size)
         if not output.is_contiguous():
             raise ValueError("all-to-all needs a contiguous output")
-        (begin, end), (to, until) = goes[segments.rank], comes[segments.rank]
+        (begin, end), (to, to_end) = sent[segments.rank], received[segments.rank]
         data = _as_bytes(input)
-        _as_bytes(output)[to:until].copy_(data[begin:end])
+        _as_bytes(output)[to:to_end].copy_(data[begin:end])
         target, rank = _as_bytes(output), segments.rank
 
         def place(peer: int, part: torch.Tensor) -> None:
-            begin, end = comes[peer]
+            begin, end = received[peer]
             if part.numel() != end - begin:
-                sent, wanted = part.numel(), end - begin
-                raise RuntimeError(f"rank {peer} sent {sent} bytes where rank {rank} expected {wanted}")
+                sizes = f"{part.numel()} bytes, rank {rank} expected {end - begin}"
+                raise RuntimeError(f"rank {peer} sent {sizes}")
             target[begin:end].copy_(part)
 
-        return _ReceivingWork(ArrivingMessage(segments, segments.post(data, goes), place))
+        return _ReceivingWork(ArrivingMessage(segments, segments.post(data, sent), place))
 
 
-setattr(ShmProcessGroup, "alltoall_base", ShmProcessGroup.all_to_all_single)  # noqa: B010 (its older name)
+setattr(ShmProcessGroup, "alltoall_base", ShmProcessGroup.all_to_all_single)  # noqa: B010 (torch's older name for it)
 
 
 def _split_sizes(tensor: torch.Tensor, splits: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """First and last byte of each rank's rows."""
+    """First byte, and byte after the last, of each rank's rows. splits: rows of each rank; empty: equal."""
     rows = list(splits) or [tensor.size(0) // size] * size
     if sum(rows) != tensor.size(0):
         raise ValueError(f"splits {rows} do not add up to the {tensor.size(0)} rows of the tensor")

@@ -1,8 +1,8 @@
 """Memory that the ranks of one host share: numbered messages through a file of each rank in /dev/shm.
 
-Each rank owns one file. It writes message number c into slot c % SLOTS and then its counter; the others
-wait for the counter, read what is theirs, and say so, which frees the slot. The files never have a name, so
-nothing is left behind, however a rank ends: the others open them through /proc/PID/fd.
+Each rank owns one file. It writes message number c into slot c % SLOTS and then its counter; the others wait
+for the counter, read their part, and mark it as read, which frees the slot. The files never have a name, so
+they are gone when the ranks have ended, however they end: the others open them through /proc/PID/fd.
 """
 
 import contextlib
@@ -21,17 +21,20 @@ import torch
 FOLDER = "/dev/shm"
 SLOTS = 4
 HEADER = 1 << 20
-STRIDE = 1 << 33  # between slots: room that costs nothing until it is written to
-SPINS = 200  # looks at a counter before sleeping: about 100 microseconds
-CHECK_SECONDS = 0.2  # between looks whether a silent peer still lives
+STRIDE = 1 << 33  # bytes between slots: address space, which takes no memory until it is written to
+SPINS = 200  # checks of a counter before sleeping: about 100 microseconds
+CHECK_SECONDS = 0.2  # between checks whether a peer that is waited for is still alive
 
 
 class NotShared(Exception):
-    """A rank cannot open the others' files: all ranks raise it."""
+    """A rank cannot open the others' files; raised on all ranks."""
 
 
 class ShmChannels:
-    """Every rank's file, mapped: counters in front, slots behind."""
+    """All ranks' files, mapped: counters, then slots.
+
+    store: of torch.distributed, for the files' paths. timeout: seconds to wait for a peer's data.
+    """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
@@ -39,7 +42,8 @@ class ShmChannels:
         self.files = _open_files(store, rank, size)
         self.maps = [mmap.mmap(file, HEADER + SLOTS * STRIDE) for file in self.files]
         views = [np.frombuffer(view, np.int64, SLOTS * (1 + 3 * size)) for view in self.maps]
-        # of each rank, slot by slot: its latest collective + 1; each peer's bytes of it; what it has read
+        # of each rank and slot: number of its latest message + 1; begin and end of each peer's part of it;
+        # number + 1 of the message of each peer that it has read last
         self.posted = [view[:SLOTS] for view in views]
         self.parts = [view[SLOTS : SLOTS * (1 + 2 * size)].reshape(SLOTS, size, 2) for view in views]
         self.read = [view[SLOTS * (1 + 2 * size) :].reshape(size, SLOTS) for view in views]
@@ -48,7 +52,7 @@ class ShmChannels:
         self.count = 0
 
     def begin(self, size: int) -> tuple[int, torch.Tensor]:
-        """The next message's number, and room for its bytes once all have read what was there."""
+        """(number of the next message, uint8 [size] to write it to). Waits until all have read the slot."""
         number, slot = self.count, self.count % SLOTS
         self.count += 1
         arriving = self.pending[slot]
@@ -56,19 +60,19 @@ class ShmChannels:
             arriving.finish()
         for peer in self.peers:
             done = self.read[peer][self.rank]
-            self._until(lambda done=done: done[slot] > number - SLOTS or number < SLOTS, peer)
+            self._wait_until(lambda done=done: done[slot] > number - SLOTS or number < SLOTS, peer)
         if size > self.reserved[slot]:
             self._reserve(slot, size)
         return number, self.view(self.rank, number, 0, size)
 
     def send(self, number: int, parts: Sequence[tuple[int, int]]) -> None:
-        """The message is written: peer p may read bytes parts[p][0] to parts[p][1] of it."""
+        """Publish a message that was written: bytes parts[p][0] to parts[p][1] - 1 of it are for peer p."""
         slot = number % SLOTS
         self.parts[self.rank][slot] = parts
-        self.posted[self.rank][slot] = number + 1  # last: x86 keeps the order of stores
+        self.posted[self.rank][slot] = number + 1  # written last: x86 keeps the order of stores
 
     def post(self, data: torch.Tensor, parts: Sequence[tuple[int, int]]) -> int:
-        """Send a copy of bytes. Returns the message's number."""
+        """Send a copy of `data` (uint8 [n]); parts: see `send`. Returns the message's number."""
         number, target = self.begin(data.numel())
         for begin, end in {parts[peer] for peer in self.peers}:  # not this rank's own
             target[begin:end].copy_(data[begin:end])
@@ -76,52 +80,55 @@ class ShmChannels:
         return number
 
     def _reserve(self, slot: int, size: int) -> None:
-        """Memory for the slot now, where a lack of it is an error and not a SIGBUS in mid-copy."""
+        """Allocate the slot's memory now: a lack of it is an error here, but a SIGBUS during a copy."""
         if size > STRIDE:
             raise RuntimeError(
-                f"{size} bytes in one message: more than the {STRIDE} of shared memory's slots"
+                f"{size} bytes in one message, {FOLDER} has slots of {STRIDE}: give --no-cpu_fast_path"
             )
         try:
             os.posix_fallocate(self.files[self.rank], HEADER + slot * STRIDE, size)
         except OSError as error:
-            raise RuntimeError(f"{FOLDER}: {error.strerror}: {size} bytes to exchange; enlarge it") from None
+            raise RuntimeError(
+                f"{FOLDER}: {error.strerror}: {size} bytes needed; enlarge it, or give --no-cpu_fast_path"
+            ) from None
         self.reserved[slot] = size
 
     def view(self, rank: int, number: int, begin: int, end: int) -> torch.Tensor:
-        """Bytes of a message where they are."""
+        """Bytes begin to end - 1 of a rank's message, uint8, without a copy."""
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)
         start = HEADER + number % SLOTS * STRIDE + begin
         return torch.frombuffer(self.maps[rank], dtype=torch.uint8, count=end - begin, offset=start)
 
     def await_part(self, peer: int, number: int, part: int) -> torch.Tensor:
-        """What `peer` posted under this number for `part`, once it is there."""
+        """The part for rank `part` of the peer's message, uint8, without a copy. Waits for it."""
         slot = number % SLOTS
         posted = self.posted[peer]
-        self._until(lambda: posted[slot] > number, peer)
+        self._wait_until(lambda: posted[slot] > number, peer)
         begin, end = self.parts[peer][slot][part].tolist()
         return self.view(peer, number, begin, end)
 
     def done(self, peer: int, number: int) -> None:
+        """Mark the peer's message as read by this rank."""
         self.read[self.rank][peer][number % SLOTS] = number + 1
 
-    def _until(self, ready: Callable[[], bool], peer: int) -> None:
+    def _wait_until(self, ready: Callable[[], bool], peer: int) -> None:
         for _ in range(SPINS):
             if ready():
                 return
             os.sched_yield()
-        begun = checked = now = time.monotonic()
+        start = checked = now = time.monotonic()
         while not ready():
-            time.sleep(min(max(2e-5, (now - begun) / 16), 1e-3))  # so that little is overslept
+            time.sleep(min(max(2e-5, (now - start) / 16), 1e-3))  # short sleeps after short waits
             now = time.monotonic()
             if now - checked > CHECK_SECONDS:
                 checked = now
-                if self._dead(peer) and not ready():
+                if self._has_ended(peer) and not ready():
                     raise RuntimeError(f"rank {peer} has ended while rank {self.rank} waited for its data")
-            if now - begun > self.timeout:
+            if now - start > self.timeout:
                 raise RuntimeError(f"rank {peer} has sent nothing to rank {self.rank} in {self.timeout:g} s")
 
-    def _dead(self, peer: int) -> bool:
+    def _has_ended(self, peer: int) -> bool:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self.files[peer], fcntl.LOCK_EX | fcntl.LOCK_NB)
             fcntl.flock(self.files[peer], fcntl.LOCK_UN)
@@ -150,7 +157,7 @@ def _open_files(store: Any, rank: int, size: int) -> list[int]:
 
 
 def _make_file() -> int | None:
-    """Without a name; None where the file system has no such files."""
+    """A file without a name; None where the file system cannot make one."""
     try:
         file = os.open(FOLDER, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
     except OSError:
@@ -158,18 +165,18 @@ def _make_file() -> int | None:
     try:
         os.posix_fallocate(file, 0, HEADER)
         os.ftruncate(file, HEADER + SLOTS * STRIDE)
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when this process ends
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it when this process ends
     except OSError:
         os.close(file)
         return None
     return file
 
 
-def _open_file(place: bytes) -> int | None:
-    """Another rank's: a nameless file of this user in FOLDER, of the right size, and nothing else."""
-    if not re.fullmatch(rb"[0-9]{1,10}/fd/[0-9]{1,10}", place):
+def _open_file(location: bytes) -> int | None:
+    """Another rank's file: only a file without a name, of this user, in FOLDER and of the right size."""
+    if not re.fullmatch(rb"[0-9]{1,10}/fd/[0-9]{1,10}", location):
         return None
-    path = f"/proc/{place.decode()}"
+    path = f"/proc/{location.decode()}"
     try:
         if not _is_segment(os.stat(path)):
             return None
@@ -193,7 +200,10 @@ def _is_segment(status: os.stat_result) -> bool:
 
 
 class ArrivingMessage:
-    """What the others send under a number: put in its place when it is wanted, or when its slot is."""
+    """The others' messages of one number, copied to their targets when needed, or when the slot is.
+
+    place: called once for each peer with (peer, uint8 bytes for this rank).
+    """
 
     def __init__(
         self, segments: ShmChannels, number: int, place: Callable[[int, torch.Tensor], object]

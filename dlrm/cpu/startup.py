@@ -6,13 +6,13 @@ from contextlib import suppress
 from typing import Any
 
 LARGE = 32 << 20  # bytes of a tensor
-PLAIN = {"size", "dtype", "device"}  # what torch.zeros may be told of such a one
+PLAIN = {"size", "dtype", "device"}  # arguments of torch.zeros that `skip_first_weights` supports
 
 
 def import_optimizers() -> None:
-    """torch.distributed.optim, which torchrec needs a few lines of, without half a second of TorchScript.
+    """Import torch.distributed.optim, of which torchrec needs a few lines, without compiling TorchScript.
 
-    It compiles optimizers for remote parameters when it is imported; without it they are plain Python.
+    It would compile optimizers for remote parameters, which takes half a second and which nothing here uses.
     """
     import torch.jit
 
@@ -45,15 +45,15 @@ def skip_first_weights() -> Any:
             if func is torch.zeros and str(kwargs.get("device", "cpu")) == "cpu" and kwargs.keys() <= PLAIN:
                 like = torch.empty(*args, **{**kwargs, "device": "meta"})
                 if like.nbytes >= LARGE:
-                    return torch.frombuffer(untouched(like.nbytes), dtype=like.dtype).view(like.shape)
+                    return torch.frombuffer(map_zeros(like.nbytes), dtype=like.dtype).view(like.shape)
             return func(*args, **kwargs)
 
     return SkipFills()
 
 
-def untouched(size: int) -> mmap.mmap:
-    """Bytes that are zero, in huge pages where there are."""
+def map_zeros(size: int) -> mmap.mmap:
+    """Zeroed bytes that take no memory before they are used; in huge pages where the kernel has them."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

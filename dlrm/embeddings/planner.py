@@ -1,6 +1,6 @@
-"""Which rank holds which table: torchrec's planner, told what this machine has and what the user wants.
+"""Which rank has which table: torchrec's planner, with this machine's memory and the user's constraints.
 
-A sharding file is JSON, table name -> wishes, with "*" for all tables not named:
+A sharding file is JSON, table name -> constraints, with "*" for all tables that are not named:
     {"*": {"sharding": "table_wise"}, "t_cat_0": {"sharding": ["row_wise"], "kernel": "fused"}}
 """
 
@@ -44,17 +44,17 @@ from dlrm.runtime.ranks import Ranks
 SHARDINGS = [sharding.value for sharding in ShardingType]
 KERNELS = [kernel.value for kernel in EmbeddingComputeKernel]
 STORES = ("device_mem", "cached_host_mem", "cached_ssd")
-WISHES = ("sharding", "kernel", "min_partition", "cache_load_factor", "store")
+CONSTRAINTS = ("sharding", "kernel", "min_partition", "cache_load_factor", "store")
 MODEL_PARALLEL = [name for name in SHARDINGS if name != ShardingType.DATA_PARALLEL.value]
-# whole tables, balanced, when nothing is wished and they fit: on CPUs splitting them costs and brings nothing
+# tried first without constraints: on CPUs whole tables, if they fit, because splitting them only costs time
 FIRST_CHOICE = {"cpu": [ShardingType.TABLE_WISE.value], "cuda": MODEL_PARALLEL}
 LARGEST_FILE = 1 << 20  # bytes of a sharding file
 LARGEST_NUMBER = 1 << 31
-RESERVED = 0.15  # of a GPU: dense part, activations, communication buffers
+RESERVED = 0.15  # share of a GPU's memory for the dense part, activations, communication buffers
 
 
 class _RowWiseToo:
-    """torchrec shards by rows on the CPU well enough, its planner just does not offer it there."""
+    """Adds row-wise sharding on CPUs: torchrec's modules can do it, but its planner does not offer it."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         offered = super().sharding_types(compute_device_type)  # type: ignore[misc]
@@ -74,24 +74,26 @@ def make_sharders() -> list[ModuleSharder[nn.Module]]:
 
 
 def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """The sharding file, checked as far as can be without the model."""
+    """The sharding file: table or * -> constraints. UserError for what is wrong without knowing the model."""
     try:
-        wishes = read_json(path, LARGEST_FILE)
+        constraints = read_json(path, LARGEST_FILE)
     except UserError as error:
         raise UserError(f"--sharding_file {error}") from None
-    if not isinstance(wishes, dict) or not all(isinstance(value, dict) for value in wishes.values()):
+    if not isinstance(constraints, dict) or not all(
+        isinstance(value, dict) for value in constraints.values()
+    ):
         raise UserError(f'{printable(path)}: must be like {{"t_cat_0": {{"sharding": "row_wise"}}}}')
-    for table, wish in wishes.items():
-        for key, value in wish.items():
+    for table, constraint in constraints.items():
+        for key, value in constraint.items():
             if wrong := _find_error(key, value):
                 raise UserError(f"{printable(path)}: {printable(table)[:60]}: {printable(wrong)[:300]}")
-    return wishes
+    return constraints
 
 
 def _find_error(key: str, value: Any) -> str | None:
-    """What is wrong with a wish."""
-    if key not in WISHES:
-        return f"{key[:60]} is unknown; choose from {', '.join(WISHES)}"
+    """What is wrong with one constraint, in words; None if nothing is."""
+    if key not in CONSTRAINTS:
+        return f"{key[:60]} is unknown; choose from {', '.join(CONSTRAINTS)}"
     allowed = {"sharding": SHARDINGS, "kernel": KERNELS, "store": STORES}.get(key)
     if not allowed:
         whole = key == "min_partition"
@@ -107,24 +109,29 @@ def _find_error(key: str, value: Any) -> str | None:
 
 def _make_constraints(
     tables: Sequence[str],
-    wishes: Mapping[str, Mapping[str, Any]],
+    constraints: Mapping[str, Mapping[str, Any]],
     poolings: Sequence[float] | None,
     default: list[str],
 ) -> dict[str, ParameterConstraints]:
-    unknown = set(wishes) - {*tables, "*"}
+    """torchrec's constraints for every table.
+
+    constraints: the sharding file's. poolings: ids per sample of each table, None: 1. default: the sharding
+    types of tables without a `sharding`.
+    """
+    unknown = set(constraints) - {*tables, "*"}
     if unknown:
         named = printable(", ".join(sorted(unknown)))[:200]
         raise UserError(f"sharding file: no table {named}; there are {tables[0]} .. {tables[-1]}")
-    many = [1.0] * len(tables) if poolings is None else poolings
+    ids_per_sample = [1.0] * len(tables) if poolings is None else poolings
     made = {}
-    for table, ids in zip(tables, many, strict=True):
-        wish = wishes.get(table, wishes.get("*", {}))
-        sharding, kernel = wish.get("sharding", default), wish.get("kernel")
-        cache, storage = wish.get("cache_load_factor"), wish.get("storage")
+    for table, ids in zip(tables, ids_per_sample, strict=True):
+        constraint = constraints.get(table, constraints.get("*", {}))
+        sharding, kernel = constraint.get("sharding", default), constraint.get("kernel")
+        cache, storage = constraint.get("cache_load_factor"), constraint.get("storage")
         made[table] = ParameterConstraints(
             sharding_types=[sharding] if isinstance(sharding, str) else list(sharding),
             compute_kernels=[kernel] if isinstance(kernel, str) else kernel,
-            min_partition=wish.get("min_partition"),
+            min_partition=constraint.get("min_partition"),
             pooling_factors=[float(ids)],
             cache_params=None if cache is None else CacheParams(load_factor=float(cache)),
             key_value_params=storage and KeyValueParams(ssd_storage_directory=storage),
@@ -141,19 +148,20 @@ def make_plan(
     poolings: Sequence[float] | None = None,
     memory: int | None = None,
 ) -> ShardingPlan:
-    """The planner's choice, made on rank 0, the same on all. Call it after `optim.apply_in_backward`.
+    """The planner's plan, made on rank 0 and sent to all. Call it after `optimizers.apply_in_backward`.
 
-    `poolings` are the ids per sample of each table (multi-hot), `memory` the bytes a rank may use for tables.
-    Without a wish tables are never data-parallel: those cannot be updated in backward.
+    batch_size: per rank. constraints: as `load_constraints` returns them. poolings: ids per sample of each
+    table (multi-hot). memory: bytes that a rank may use for tables; None: the device's.
+    Tables without a constraint are never data-parallel: those cannot be updated in the backward pass.
     """
     tables = table_shapes(module)
     choices = [FIRST_CHOICE[device.type], MODEL_PARALLEL]
-    wanted = [_make_constraints(list(tables), constraints or {}, poolings, choice) for choice in choices]
+    candidates = [_make_constraints(list(tables), constraints or {}, poolings, choice) for choice in choices]
     result: list[Any] = [None]
     if ranks.first:
         limit = memory_of_rank(device, ranks) if memory is None else memory
-        for wishes in wanted:
-            result = [_plan_or_reason(module, device, ranks, batch_size, wishes, limit, tables)]
+        for candidate in candidates:
+            result = [_plan_or_reason(module, device, ranks, batch_size, candidate, limit, tables)]
             if not isinstance(result[0], str):
                 break
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -165,9 +173,9 @@ def make_plan(
 
 def _plan_or_reason(
     module: nn.Module, device: torch.device, ranks: Ranks, batch_size: int,
-    wanted: dict[str, ParameterConstraints], limit: int, tables: dict[str, tuple[int, int]],
+    constraints: dict[str, ParameterConstraints], limit: int, tables: dict[str, tuple[int, int]],
 ) -> ShardingPlan | str:  # fmt: skip
-    """The plan, or why there is none."""
+    """The plan, or the message of the UserError if there is none. limit: bytes per rank."""
     memory = {"ddr_cap_bytes" if device.type == "cpu" else "hbm_cap_bytes": limit}
     planner = EmbeddingShardingPlanner(
         topology=TopologyFactory.create_topology(
@@ -180,7 +188,7 @@ def _plan_or_reason(
         ),
         batch_size=batch_size,
         storage_reservation=FixedPercentageStorageReservation(RESERVED if device.type == "cuda" else 0.0),
-        constraints=wanted,
+        constraints=constraints,
         debug=False,
     )
     try:
@@ -189,8 +197,8 @@ def _plan_or_reason(
         rows = {name: rows * width * 4 for name, (rows, width) in tables.items()}
         largest = max(rows, key=lambda name: rows[name])
         reason = (str(error).strip() or type(error).__name__).split(". ")[0].splitlines()[0]
-        if not isinstance(error, PlannerError):  # torchrec's enumerator: nothing satisfies the wishes
-            return f"sharding file: on {device.type} torchrec cannot do that: {reason}"
+        if not isinstance(error, PlannerError):  # torchrec's enumerator: nothing satisfies the constraints
+            return f"sharding file: torchrec cannot shard so on {device.type}: {reason}"
         return (
             f"no sharding plan: {len(rows)} tables of {format_size(sum(rows.values()))} (largest {largest}, "
             f"{format_size(rows[largest])}) for {ranks.world_size} ranks with {format_size(limit)} each: "
@@ -199,14 +207,14 @@ def _plan_or_reason(
 
 
 def memory_of_rank(device: torch.device, ranks: Ranks) -> int:
-    """Bytes that one rank may fill: its GPU, or its share of the host's memory or of its control group's."""
+    """Bytes that one rank may use: its GPU's, or its share of the memory of the host or its control group."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return min(host_memory() // max(1, ranks.local_world_size), memory_limit())
 
 
 def table_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Rows and width of every table."""
+    """Table -> (rows, width)."""
     shapes = {}
     for part in module.modules():
         configs = getattr(part, "embedding_bag_configs", None) or getattr(part, "embedding_configs", None)
@@ -218,42 +226,46 @@ def table_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
 def with_gradients(plan: ShardingPlan) -> ShardingPlan:
     """The same shards, each with an ordinary gradient: for optimizers that fbgemm cannot fuse on CPUs.
 
-    torchrec's planner refuses to plan that, its modules can do it."""
+    torchrec's planner refuses to plan this kernel, its modules can run it. Changes `plan`.
+    """
     for modules in plan.plan.values():
         for sharding in modules.values():  # type: ignore[attr-defined]
             sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value
     return plan
 
 
-def _look_up_one_by_one(model: nn.Module) -> None:
-    """fbgemm's dense kernel on CPUs sums each bag even for sequences: give every id a bag of its own."""
+def _give_each_id_a_bag(model: nn.Module) -> None:
+    """fbgemm's dense kernel on CPUs sums each bag even for sequences, so every id gets its own bag."""
 
-    def alone(_: Any, args: Any, named: dict[str, Any]) -> Any:
+    def replace_offsets(_: Any, args: Any, named: dict[str, Any]) -> Any:
         return args, named | {"offsets": torch.arange(len(named["indices"]) + 1)}
 
     for part in model.modules():
-        for lookup in getattr(part, "_lookups", []):  # not among the modules that torch knows of
+        for lookup in getattr(part, "_lookups", []):  # not registered as submodules
             for kernel in lookup.modules():
                 dense = isinstance(kernel, DenseTableBatchedEmbeddingBagsCodegen) and kernel.use_cpu
                 if dense and kernel.pooling_mode == PoolingMode.NONE and len(kernel.embedding_specs) == 1:
-                    kernel.register_forward_pre_hook(alone, with_kwargs=True)
+                    kernel.register_forward_pre_hook(replace_offsets, with_kwargs=True)
 
 
 def shard_model(
     module: nn.Module, plan: ShardingPlan, device: torch.device, seed: int = 0, bound: float | None = None
 ) -> DistributedModelParallel:
-    """Make the tables as planned, fill them (the same weights under any plan), wrap the rest in DDP."""
-    with warnings.catch_warnings():  # torchrec's own use of what torch has renamed
+    """Create this rank's shards, fill them (the same weights under any plan), wrap the dense part in DDP.
+
+    bound: first weights are uniform in +-bound; None: as `initialize_tables` does.
+    """
+    with warnings.catch_warnings():  # torchrec uses names that torch has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         model = DistributedModelParallel(module, device=device, plan=plan, sharders=make_sharders())
-    _look_up_one_by_one(model)
+    _give_each_id_a_bag(model)
     accelerate.hooks.replace_output_dists(model)
     initialize_tables(model, seed, bound)
     return model
 
 
 def plan_as_dict(plan: ShardingPlan) -> dict[str, Any]:
-    """JSON: table -> sharding, kernel and its shards with rank, first row and column, rows and columns."""
+    """As JSON: table -> sharding, kernel, shards with rank, device, offset and size (rows, columns)."""
     tables: dict[str, Any] = {}
     for modules in plan.plan.values():
         for table, sharding in modules.items():  # type: ignore[attr-defined]
@@ -272,17 +284,19 @@ def plan_as_dict(plan: ShardingPlan) -> dict[str, Any]:
 
 
 def describe_plan(plan: ShardingPlan) -> str:
-    """A table for people, and what each rank holds."""
-    held: dict[int, int] = {}
+    """The plan as text: a line for each table, and the bytes of each rank."""
+    bytes_of_rank: dict[int, int] = {}
     lines = [f"{'table':<12} {'sharding':<18} {'kernel':<18} shards"]
     for table, entry in plan_as_dict(plan).items():
-        places = []
+        shards = []
         for shard in entry["shards"]:
             rows, columns = shard["size"]
-            held[shard["rank"]] = held.get(shard["rank"], 0) + rows * columns * 4
-            places.append(f"rank {shard['rank']}: {rows} x {columns}")
+            bytes_of_rank[shard["rank"]] = bytes_of_rank.get(shard["rank"], 0) + rows * columns * 4
+            shards.append(f"rank {shard['rank']}: {rows} x {columns}")
         lines.append(
-            f"{table:<12} {entry['sharding']:<18} {entry['kernel']:<18} {', '.join(places) or 'every rank'}"
+            f"{table:<12} {entry['sharding']:<18} {entry['kernel']:<18} {', '.join(shards) or 'every rank'}"
         )
-    lines += [f"rank {rank} holds {format_size(held[rank])} of tables" for rank in sorted(held)]
+    lines += [
+        f"rank {rank} holds {format_size(bytes_of_rank[rank])} of tables" for rank in sorted(bytes_of_rank)
+    ]
     return "\n".join(lines)

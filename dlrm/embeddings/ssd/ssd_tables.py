@@ -100,7 +100,7 @@ class SsdTables:
                     sharding, BaseRwEmbeddingSharding
                 ):  # it finds a row's rank by the table's real size
                     sharding._get_feature_hash_sizes = partial(self._table_rows, sharding)
-            for lookup in getattr(part, "_lookups", []):  # not among the modules that torch knows of
+            for lookup in getattr(part, "_lookups", []):  # not registered as submodules
                 for kernel in lookup.modules():
                     if isinstance(kernel, BatchedFusedEmbeddingBag):
                         self._attach_kernel(kernel)
