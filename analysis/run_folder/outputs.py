@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ _PAGE_BEGIN = b'<!doctype html><html lang="en"><head><meta charset="utf-8"><titl
 _PAGE_SCRIPT = b"// Draws every <figure data-spec> from its JSON."
 _SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "metrics")
 _EARLIER_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
+
+_PUBLISHING = threading.Lock()  # some file systems lock for a process, not for each of its threads
 
 IsOwn = Callable[[Path], bool]
 
@@ -240,6 +243,12 @@ def _refuse_foreign(output: OutputFolder, names: dict[str, IsOwn], remedy: str =
 
 @contextmanager
 def _hold_lock(folder: Path) -> Iterator[None]:
+    """Against other processes, and against other threads of this one (`finish`)."""
+    with _PUBLISHING:
+        yield from _hold_folder_lock(folder)
+
+
+def _hold_folder_lock(folder: Path) -> Iterator[None]:
     lock = FolderLock(folder, "writing results of the analysis", LOCK)
     end = time.monotonic() + LOCK_SECONDS
     while True:
