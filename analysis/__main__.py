@@ -56,7 +56,7 @@ def _print_conversion(summary: "ConversionSummary") -> None:
 
 
 def _quote_for_shell(path: Path) -> str:
-    """A word for the shell, of printable characters."""
+    """A shell word of printable characters."""
     text = os.fsdecode(path)
     if printable(text) == text:
         return shlex.quote(text)
@@ -80,11 +80,11 @@ def run_finish(options: argparse.Namespace) -> int:
     failed = []
     for outcome in outcomes:
         if outcome.error is not None:
-            told = _describe_error(outcome.error, options.run)
-            if told is None:
+            message = _describe_error(outcome.error, options.run)
+            if message is None:
                 traceback.print_exception(outcome.error)
             else:
-                _print_refusal(told)
+                _print_refusal(message)
             failed.append(outcome.command)
         elif outcome.command == "check":
             rows, processes = outcome.result
@@ -174,7 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
     )
     add_command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")
-    add_command("check", run_check, "compare the bytes that the run says it moved with those in the trace")
+    add_command("check", run_check, "compare the bytes that the run counted with those in the trace")
     made = add_command("view", run_view, "show the trace in a browser, without a network")
     made.add_argument(
         "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
@@ -226,10 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        told = _describe_error(error, run)
-        if told is None:
+        message = _describe_error(error, run)
+        if message is None:
             raise
-        return _print_refusal(told)
+        return _print_refusal(message)
 
 
 def _describe_error(error: BaseException, run: str) -> str | None:

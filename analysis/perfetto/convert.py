@@ -80,8 +80,8 @@ def convert_to_pftrace(
             _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
         if not summary.events:
-            told = " of POSIX calls" if posix else ""
-            raise UserError(f"{printable(run_dir)}: the traces hold no events{told}")
+            which = " of POSIX calls" if posix else ""
+            raise UserError(f"{printable(run_dir)}: the traces hold no events{which}")
     summary.skew = clock_skew(done)
     return summary
 
@@ -96,7 +96,7 @@ def new_trace(
             yield Path(path), file
         return
     folder = outputs.output_folder(run_dir)
-    outputs.check_folder(folder, {name: is_own}, "choose another place with -o")
+    outputs.check_folder(folder, {name: is_own}, "name another file with -o")
     with (
         outputs.results_in(folder) as results,
         _open_partial(results.file(name, is_own), folder / name) as file,

@@ -26,16 +26,16 @@ class ReadToStepFlows:
         base, count = np.zeros(len(block), np.int64), np.zeros(len(block), np.int64)
         reads = (block.cat == ID["data"]) & (block.name == ID["read"])
         steps = (block.cat == ID["train"]) & (block.name == ID["step"])
-        who = np.flatnonzero(reads | steps)
-        if len(who):
+        chosen = np.flatnonzero(reads | steps)
+        if len(chosen):
             batch = read_argument(block, ID["batch"], -1)
-            _number_flows(who, reads, batch, self.waiting, self.seed, base, count)
+            _number_flows(chosen, reads, batch, self.waiting, self.seed, base, count)
         return base, count
 
 
 @compiled
-def _number_flows(who, reads, batch, waiting, seed, base, count):
-    for i in who:
+def _number_flows(chosen, reads, batch, waiting, seed, base, count):
+    for i in chosen:
         b = batch[i]
         if b < 0:
             continue

@@ -5,8 +5,8 @@ ended and has no parent yet builds the forest; walking it gives parents first. N
 a parent that ends hours after its children (an epoch) needs only the stack, not the events.
 What straddles another event's border is refused: the caller puts it on a lane of its own.
 
-The compiled loops index by numbers of events and by places on the stack, never by what a trace says: the
-stack has room for all events of a block before they begin, and each event is walked once.
+The compiled loops index by numbers of events and by positions on the stack, never by values of a trace: the
+stack is large enough for all events of a block before they begin, and each event is walked once.
 """
 
 import numpy as np

@@ -174,7 +174,7 @@ def _put_varint(out, p, value):
 
 @compiled
 def _put_size(out, p, size):
-    """A length in three bytes, so that its place can be kept before it is known."""
+    """A length in three bytes, so that its bytes can be reserved before it is known."""
     out[p] = (size & 127) | 128
     out[p + 1] = ((size >> 7) & 127) | 128
     out[p + 2] = (size >> 14) & 127
@@ -258,12 +258,12 @@ def encode_events(
     flow_base,
     flow_count,
     out,
-):  # noqa: E501
+):
     """The events in this order on a clock that began at `begin` -> bytes written.
 
-    `out` has BYTES_PER_EVENT for each, BYTES_PER_ARG for each argument of the block, room for the block's
-    text and for the flows that end (`FileTracks._encode`). An event is below 2 MiB, which its length in three
-    bytes can say: the scanner limits a line and its arguments, Flows the flows.
+    `out` has BYTES_PER_EVENT for each, BYTES_PER_ARG for each argument of the block, space for the block's
+    text and for the flows that end (`FileTracks._encode_events`). An event is below 2 MiB, so its length fits
+    into three bytes: the scanner limits a line and its arguments, ReadToStepFlows the flows.
 
     flow_count: 0 none; -1 - k: this event starts flow k of its base; n: n flows of its base end here.
     """

@@ -114,7 +114,7 @@ class SharedTracks:
         return self.uuid
 
     def reserve_number(self, number: int) -> int:
-        """A pid or tid that nobody else in this trace has."""
+        """A pid or tid that no other process or thread of this trace has."""
         number = max(1, number)
         while number in self.taken:
             number += _PIDS
@@ -197,11 +197,11 @@ class FileTracks:
             (block.arg_val, strings),
         ):
             column[where] += 1  # in Perfetto the number 0 means none
-        who = np.flatnonzero(slices | instant)
-        tids = self._limit_threads(block.tid[who])
+        chosen = np.flatnonzero(slices | instant)
+        tids = self._limit_threads(block.tid[chosen])
         order = np.argsort(tids, kind="stable")
-        who, tids = who[order], tids[order]
-        groups = np.split(who, np.flatnonzero(np.diff(tids)) + 1) if len(who) else []
+        chosen, tids = chosen[order], tids[order]
+        groups = np.split(chosen, np.flatnonzero(np.diff(tids)) + 1) if len(chosen) else []
         for tid, mine in zip(np.unique(tids).tolist(), groups, strict=True):
             is_slice = slices[mine]
             track = self._find_track(tid)
@@ -312,12 +312,12 @@ class FileTracks:
             proto.split_into_boundaries(event, begin * 1000 - 1, (begin + int(block.dur[i])) * 1000)
         )
 
-    def _write_counters(self, block: EventBlock, who: np.ndarray) -> None:
-        if not len(who):
+    def _write_counters(self, block: EventBlock, chosen: np.ndarray) -> None:
+        if not len(chosen):
             return
         values = read_real_argument(block, ID["value"])
-        for number in np.unique(block.name[who]).tolist():
-            mine = who[block.name[who] == number]
+        for number in np.unique(block.name[chosen]).tolist():
+            mine = chosen[block.name[chosen] == number]
             mine = mine[np.argsort(block.ts[mine], kind="stable")]
             name = self.shared.strings.text(number)
             if number not in self.counters and len(self.counters) == MAX_COUNTERS:
@@ -340,8 +340,8 @@ def process_name(process: TracedProcess, launch: int = 0) -> str:
 
 
 def write_counter(shared: SharedTracks, uuid: int, ts: np.ndarray, values: np.ndarray) -> None:
-    good = np.isfinite(values)
-    ts, values = ts[good], np.ascontiguousarray(values[good], np.float64)
+    finite = np.isfinite(values)
+    ts, values = ts[finite], np.ascontiguousarray(values[finite], np.float64)
     if len(ts):
         shared.out.write(proto.select_track(uuid))
         out = shared.get_buffer(proto.BYTES_PER_EVENT * len(ts))

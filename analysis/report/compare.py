@@ -27,7 +27,7 @@ def open_side(path: str | Path, over: Map) -> Side:
 
 
 def name_runs(one: Side, two: Side) -> tuple[str, str]:
-    """Folders of the same name are told apart by their paths."""
+    """Folders of the same name are named by their paths."""
     a, b = one[0], two[0]
     return (a.name, b.name) if a.name != b.name else (printable(a.path), printable(b.path))
 
@@ -69,22 +69,22 @@ def list_differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, st
     if lacking := [name for name, run in zip(name_runs(one, two), (a, b), strict=True) if not run.config]:
         return f"{' and '.join(lacking)}: no config.json, so it is not known which settings differ.", []
     if are_different_models(one, two):
-        told = (
+        sentence = (
             f"These are different models, {run_settings.model_of_run(a.config)} and "
-            f"{run_settings.model_of_run(b.config)}: times and bytes stand side by side, "
+            f"{run_settings.model_of_run(b.config)}: times and bytes are shown side by side, "
             "but none is better or worse than the other's."
         )
     elif unlike:
-        told = f"The runs differ in {format_number(len(unlike), 'setting')}:"
+        sentence = f"The runs differ in {format_number(len(unlike), 'setting')}:"
     else:
-        told = "The settings are the same."
-    return told, unlike
+        sentence = "The settings are the same."
+    return sentence, unlike
 
 
 def format_text(one: Side, two: Side) -> str:
     a, b = (name[-22:] for name in name_runs(one, two))
-    told, unlike = list_differences(one, two)
-    lines = [told, *(f"  {name}: {x} -> {y}" for name, x, y in unlike), ""]
+    sentence, unlike = list_differences(one, two)
+    lines = [sentence, *(f"  {name}: {x} -> {y}" for name, x, y in unlike), ""]
     lines += [f"{'':<32}{a:>24}{b:>24}{'change':>12}"]
     lines += [f"{n:<32}{x:>24}{y:>24}{c:>12}  {v}" for n, x, y, c, v in compare_rows(one, two)]
     for run, _, found in (one, two):
@@ -129,13 +129,13 @@ def render_comparison(one: Side, two: Side) -> str:
         f'<td class="n {verdict}">{escape(change)} {verdict}</td></tr>'
         for n, x, y, change, verdict in compare_rows(one, two)
     )
-    told, unlike = list_differences(one, two)
+    sentence, unlike = list_differences(one, two)
     options = "".join(
         f"<tr><td>{escape(k)}</td><td>{escape(x)}</td><td>{escape(y)}</td></tr>" for k, x, y in unlike
     )
     parts = [
         f"<h1>{escape(one[0].name)} and {escape(two[0].name)}</h1>",
-        f"<p>{escape(told)}</p>",
+        f"<p>{escape(sentence)}</p>",
         _table_html(f"<th>setting</th>{sides}", options) if options else "",
         _table_html(heads, body),
     ]

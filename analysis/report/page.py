@@ -52,7 +52,7 @@ def format_number(n: int, of: str) -> str:
 
 
 def to_prose(text: str) -> str:
-    """Sentences as HTML: what stands between backticks is a name from the trace or a command."""
+    """Sentences as HTML: text between backticks is a name from the trace or a command."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
@@ -67,7 +67,7 @@ def format_seconds(s: float | None) -> str:
 
 
 def format_cell(name: str, value: Any) -> str:
-    """One value as people read it: by the unit in its column's name."""
+    """One value with its unit, which its column's name ends in."""
     if value is None:
         return ""
     if name in ("bytes", "size", "mean_bytes", "moved", "asked", "reach", "bytes_from"):

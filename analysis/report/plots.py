@@ -13,7 +13,7 @@ from analysis.tables.answers import PARTS
 from analysis.tables.progress import RANKINGS
 from analysis.trace.classify import KINDS
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too
+# Okabe and Ito's colours, which colour-blind readers can distinguish too
 COLORS = {
     "compute": "#009e73", "communication": "#0072b2", "copy": "#56b4e9", "wait": "#e8601c", "io": "#882255",
     "rest": "#bbbbbb", "other": "#dddddd", "startup": "#f0c14b", "evaluate": "#9970ab",

@@ -28,7 +28,7 @@ from analysis.trace.source import TraceSource
 from common.errors import os_errors_as_user_errors
 
 PAGE, SUMMARY = "report.html", "summary.json"
-REMEDY = "say with -o where the page, or in which folder all files, shall go"
+REMEDY = "name another place with -o: a file for the page, or a folder for all files"
 
 
 def findings_html(found: list[Finding]) -> str:
@@ -48,19 +48,19 @@ def findings_html(found: list[Finding]) -> str:
 def header_html(run: TracedRun, facts: Facts) -> str:
     hosts = sorted({p.host for p in run.joined.processes if p.host})
     where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
-    told = [f"{format_number(facts.breakdown.height, 'rank')} on {where}"]
+    parts = [f"{format_number(facts.breakdown.height, 'rank')} on {where}"]
     if name := run_settings.model_of_run(run.config):
-        told.insert(0, name)
+        parts.insert(0, name)
     if tables := run_settings.list_tables(run.plan):
-        told.append(f"tables: {tables}")
+        parts.append(f"tables: {tables}")
     known = {called: run_settings.read_option(run.config, called) for called in run_settings.OPTIONS}
     for called in ("embedding dimension", "batch size of a rank"):
         if known[called]:
-            told.append(f"{called} {run_settings.format_setting(known[called])}")
+            parts.append(f"{called} {run_settings.format_setting(known[called])}")
     if known["device"]:
-        told.append(run_settings.format_setting(known["device"]))
-    told.append(f"{run.joined.events:,} events, {run.joined.calls:,} of them file calls")
-    return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(told))}</p>"
+        parts.append(run_settings.format_setting(known["device"]))
+    parts.append(f"{run.joined.events:,} events, {run.joined.calls:,} of them file calls")
+    return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(parts))}</p>"
 
 
 def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list[ReportEntry]) -> str:
@@ -100,13 +100,13 @@ def write_report(
     run = open_run(path, over, source)
     facts = Facts(run.joined, run.config)
     found, things = find_all(facts), list_entries(run, facts)
-    told = summary.format_text(run, facts, found)
+    text = summary.format_text(run, facts, found)
     made = outputs.seal_page(render_html(run, facts, found, things), "report")
     if folder is None:
         assert output is not None
         with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
             partial.write_bytes(made)
-        return output, told
+        return output, text
     ours = is_own_page(folder / PAGE) or outputs.is_own_summary(folder / SUMMARY)
     numbers = json.dumps(summary.make_summary(run, facts, found), indent=1) + "\n"
     with outputs.results_in(folder, complete="tables/") as results:
@@ -117,7 +117,7 @@ def write_report(
                 results.write(f"tables/{entry.name}.csv", data, header if ours else lambda _: False)
         results.write(SUMMARY, numbers.encode(), outputs.is_own_summary)
         results.write(PAGE, made, is_own_page)
-    return folder / PAGE, told
+    return folder / PAGE, text
 
 
 def is_own_page(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Rules over reads, writes and calls. What they say can be won is never more than what nothing hides."""
+"""Rules over reads, writes and calls. The gain they promise is never more than the I/O that nothing hides."""
 
 import polars as pl
 
@@ -8,7 +8,7 @@ from analysis.tables import answers
 from analysis.tables.calls import with_us
 
 SMALL = 64 << 10  # a request below this is small
-GOOD = 8 << 20  # a request of this size is large enough for any file system we know
+LARGE_REQUEST = 8 << 20  # a request of this size is large enough for common file systems
 
 
 def find_small_reads(f: Facts) -> Finding | None:
@@ -17,7 +17,7 @@ def find_small_reads(f: Facts) -> Finding | None:
     calls, moved, spent = (int(small[c].sum()) for c in ("count", "bytes", "us"))
     if calls < 1000 or spent < 0.2 * int(reads["us"].sum()):
         return None
-    large = max(1, round(moved / GOOD))
+    large = max(1, round(moved / LARGE_REQUEST))
     won = f.limit_gain(spent / 1e6 * (1 - large / calls))  # a call this small is mostly the cost of a call
     files = f.reads.filter(pl.col("mean_bytes") < SMALL).sort("count", descending=True)
     name = files["file"][0] if len(files) and 2 * files["count"][0] > calls else None
@@ -53,7 +53,7 @@ def find_mapped_files(f: Facts) -> Finding | None:
 
 
 def _mapped_by_option(f: Facts) -> Finding | None:
-    """Our own mapped source says nothing of its reads: what is seen is batches that take long to assemble."""
+    """The trainer's mapped source has no spans of its reads: its batches take long to assemble."""
     data = f.config.get("data", {})
     assembled = f.joined["spans"].filter((pl.col("cat") == "data") & (pl.col("name") == "assemble"))
     stall, wall = f.mean_seconds("wait_s", *TRAIN), f.mean_seconds("wall_s", *TRAIN)
@@ -100,11 +100,11 @@ def find_random_access(f: Facts) -> Finding | None:
     if jumps < 1000 or jumps < sequential + strided:
         return None
     top = f.reads.sort("random", descending=True).row(0, named=True)
-    if top["mean_bytes"] >= GOOD / 8:
+    if top["mean_bytes"] >= LARGE_REQUEST / 8:
         return None
     part = jumps / (jumps + strided + sequential)
     text = (
-        f"{part:.0%} of the reads jump to another place of their file, most of them in {top['file']}, "
+        f"{part:.0%} of the reads jump to another offset of their file, most of them in {top['file']}, "
         f"{format_size(top['mean_bytes'])} at a time: no file system reads ahead for that."
     )
     remedy = "Shuffle batches, not rows; or read long stretches and shuffle inside them."

@@ -1,4 +1,4 @@
-"""Rules over time: who waits for what, and for how long."""
+"""Rules over time: waiting, slow ranks, start-up, checkpoints, late steps."""
 
 import polars as pl
 
@@ -8,14 +8,14 @@ from analysis.tables import progress
 
 
 def find_waiting(f: Facts) -> Finding | None:
-    """The main thread stands still for data: in data/wait, or reading itself."""
+    """The main thread waits for data: in data/wait, or reading itself."""
     wall = f.mean_seconds("wall_s", *TRAIN)
     stall = f.mean_seconds("wait_s", *TRAIN) + f.mean_seconds("io_s", *TRAIN)
     if wall <= 0 or stall < 0.05 * wall:
         return None
     evidence: dict[str, object] = {"stall_s": stall, "wall_s": wall}
     name, size_text = "its data", ""
-    remedy = "Give the loader more time ahead of the step, or the data a faster place."
+    remedy = "Let the loader prefetch further ahead, or put the data on faster storage."
     reads = f.reads.filter(pl.col("phase").is_in(TRAIN)).sort("seconds", descending=True)
     if len(reads):
         name = str(reads["file"][0] or "its data")
@@ -96,7 +96,7 @@ def _sum_slowest(table: pl.DataFrame) -> float:
 
 
 def find_checkpoint_cost(f: Facts) -> Finding | None:
-    """Training stands still while checkpoints are written or loaded."""
+    """Training pauses while checkpoints are written or loaded."""
     stall = f.longest_phase_seconds("checkpoint")
     if stall < 0.02 * f.mean_seconds("wall_s"):
         return None
@@ -107,7 +107,7 @@ def find_checkpoint_cost(f: Facts) -> Finding | None:
         if moved and spent
         else ""
     )
-    text = f"Training stands still for {format_seconds(stall)} while checkpoints are saved or loaded{speed}."
+    text = f"Training pauses for {format_seconds(stall)} while checkpoints are saved or loaded{speed}."
     remedy = "Save less often, or to faster storage; or write in the background."
     return Finding("checkpoint", stall, text, remedy, {"stall_s": stall, "bytes": moved})
 

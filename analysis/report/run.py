@@ -75,16 +75,18 @@ def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
             f"{len(empty)} traces hold no events: {', '.join(empty[:3])}{'...' if len(empty) > 3 else ''}."
         )
     if joined.calls == 0:
-        shown.append("No file calls were recorded: bytes and times of I/O are the application's own word.")
+        shown.append(
+            "No file calls were recorded: bytes and times of I/O are those that the application declares."
+        )
     if not len(joined["steps"]) and "preprocess" not in joined["time"]["phase"]:
-        shown.append("No training steps (category train, name step): what is said of steps is left out.")
+        shown.append("No training steps (category train, name step): everything about steps is left out.")
     if world < 0 and not ours:
         shown.append("These traces do not name their ranks: each process counts as one rank.")
     apart = clock_skew(joined.processes)
     if apart and len({p.host for p in joined.processes}) > 1:
-        told = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
+        differences = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
         shown.append(
-            f"The ranks' clocks were apart by {told}; times here are set right by these barriers: "
+            f"The ranks' clocks were apart by {differences}; times here are corrected by these barriers: "
             + (
                 "; ".join(describe_moves(joined.processes, make_clocks(joined.processes)))
                 or "nothing to move"

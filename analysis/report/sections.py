@@ -45,7 +45,7 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     return [
         ReportEntry(
             "Time", "Launches", facts.launches if facts.launches.height > 1 else None, None,
-            "The run was stopped and went on. What lies between two launches counts as nothing: not as I/O, "
+            "The run was stopped and went on. The time between two launches is not counted: not as I/O, "
             "not as waiting.", "launches",
         ),
         ReportEntry(
@@ -102,7 +102,7 @@ def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Steps", "Ranks against each other", facts.ranks, plots.plot_work(facts.ranks),
-            "A rank's own work is its steps without communication: who is slow has more of it, the "
+            "A rank's own work is its steps without communication: a slow rank has more of it, the "
             "others wait.",
             "ranks",
         ),
@@ -124,8 +124,8 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
             "while it runs; "
             "sequential counts the requests that begin where the last one of their thread on the file ended, "
             "strided those that skip forward by a fixed distance (ranks that take turns in a file), random "
-            "those that jump elsewhere. What moves nothing (at the end of a file), or where nobody knows, is "
-            "none of the three.",
+            "those that jump elsewhere. A request that moves nothing (at the end of a file), or whose offset "
+            "is unknown, is none of the three.",
             "io_phases",
         ),
         ReportEntry("I/O", "By rank", answers.sum_volume(j, "rank"), None, "", "io_ranks"),
@@ -160,11 +160,11 @@ def _list_requests(run: TracedRun) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Requests", "Slowest operations", answers.list_slowest(j), None,
-            f"`ts` is the moment in the trace, in us. {SHOW}", "slowest", jump="dur",
+            f"`ts` is the time in the trace, in us. {SHOW}", "slowest", jump="dur",
         ),
         ReportEntry(
             "Requests", "Asked and moved", answers.compare_declared(j), None,
-            "What the loader says it read or wrote, and what the calls moved.", "asked",
+            "Bytes that the loader declares it read or wrote, and bytes that the calls moved.", "asked",
         ),
     ]  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""Where the analysis writes, and how it knows its own files again: only those are ever replaced.
+"""Where the analysis writes, and how it recognises its own files: only those are ever replaced.
 
-In a run folder the list of common.owned says which files are ours. A file that the list lacks, because an
+In a run folder the list of common.owned names the files that are ours. A file that the list lacks, because an
 earlier version of this program made it or because the folder was copied, is known by its content: a page by
 the checksum in its last line, summary.json by its keys, a table by its header, a trace by its first packet.
 A file named with -o is known by its content alone.
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ _PAGE_SCRIPT = b"// Draws every <figure data-spec> from its JSON."
 _SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "metrics")
 _EARLIER_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
 
+_PUBLISHING = threading.Lock()  # some file systems lock for a process, not for each of its threads
+
 IsOwn = Callable[[Path], bool]
 
 
@@ -48,7 +51,7 @@ IsOwn = Callable[[Path], bool]
 
 
 def seal_page(page: str, command: str) -> bytes:
-    """A page with a last line by which this program knows it again, as long as nobody has changed it."""
+    """A page with a last line by which this program recognises it, as long as it is unchanged."""
     data = page.encode()
     digest = hashlib.sha256(data).hexdigest()
     last = f"<!-- made by python -m analysis {command}; sha256 of all before this line: {digest} -->\n"
@@ -136,16 +139,18 @@ def named_file(path: Path, is_own: IsOwn) -> Iterator[Path]:
     """A new file to be filled, which becomes `path`; never over a file that this command has not made."""
     if not path.parent.is_dir():
         raise UserError(
-            f"-o {printable(path)}: cannot write there (no such folder); choose another place with -o"
+            f"-o {printable(path)}: cannot write there (no such folder); name another file with -o"
         )
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(
-            f"-o {printable(path)}: cannot write there (no permission); choose another place with -o"
+            f"-o {printable(path)}: cannot write there (no permission); name another file with -o"
         )
     with write_file(path, is_own, "-o") as partial:
         yield partial
         if os.path.lexists(path) and path.lstat().st_size and not is_own(path):
-            raise UserError(f"-o {printable(path)}: somebody else has written it meanwhile; name another")
+            raise UserError(
+                f"-o {printable(path)}: another program has written it in the meantime; name another file"
+            )
 
 
 # --- files in a run folder
@@ -165,7 +170,7 @@ class Results:
 
     def file(self, name: str, is_own: IsOwn) -> Path:
         """A file to be filled. `is_own`: whether a file of this name that is there already is ours, where
-        the folder's list does not say it.
+        the folder's list does not have it.
         """
         path = self._work / str(len(self._made))
         self._made[name] = path, is_own
@@ -204,13 +209,13 @@ def results_in(folder: Path, complete: str = "") -> Iterator[Results]:
             yield results
             results.publish(complete)
     finally:
-        with suppress(UserError, OSError):  # what was wrong before is what counts
+        with suppress(UserError, OSError):  # the first error counts
             WORK.remove(work)
 
 
 def check_folder(folder: Path, names: dict[str, IsOwn], remedy: str) -> None:
-    """Before anything is read for long: can the results be written, or does something of somebody's lie
-    there?
+    """Before anything is read for long: can the results be written, or is a foreign file in
+    the way?
     """
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{printable(folder)}: cannot be written to; {remedy}")
@@ -225,7 +230,7 @@ def _refuse_foreign(output: OutputFolder, names: dict[str, IsOwn], remedy: str =
         if not os.path.lexists(path) or output.owns(name) or os.path.islink(path):
             continue
         sizes = output.listed_sizes(name)
-        # listed, but of another size: whoever changed it wants to keep it
+        # listed, but of another size: it was changed, so it is kept
         if (not sizes or path.lstat().st_size in sizes) and path.is_file() and is_own(path):
             known.append(name)
     foreign = [name for name in names if name not in known]
@@ -238,6 +243,12 @@ def _refuse_foreign(output: OutputFolder, names: dict[str, IsOwn], remedy: str =
 
 @contextmanager
 def _hold_lock(folder: Path) -> Iterator[None]:
+    """Against other processes, and against other threads of this one (`finish`)."""
+    with _PUBLISHING:
+        yield from _hold_folder_lock(folder)
+
+
+def _hold_folder_lock(folder: Path) -> Iterator[None]:
     lock = FolderLock(folder, "writing results of the analysis", LOCK)
     end = time.monotonic() + LOCK_SECONDS
     while True:
@@ -255,7 +266,7 @@ def _hold_lock(folder: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Work folders of commands that were killed: nobody holds their locks."""
+    """Work folders of commands that were killed: no process holds their locks."""
     for work in WORK.find(folder):
         with suppress(UserError, OSError):
             if time.time() - work.lstat().st_mtime > UNUSED_SECONDS:

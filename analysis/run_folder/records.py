@@ -1,7 +1,7 @@
 """The JSON files beside the traces, with the types that the rest of the analysis relies on.
 
-Each of them may be damaged, or have been written by somebody else: what has another type is left out, and
-`notes` says so. A file that is not there is no note.
+Each of them may be damaged, or may come from another program: values of another type are left out, and
+`notes` says so. A missing file is not noted.
 """
 
 import json

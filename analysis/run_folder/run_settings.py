@@ -10,7 +10,7 @@ from common.errors import printable
 Config = dict[str, Any]
 LONGEST = 500  # characters of a setting
 
-# what people call it: where DLRM's options have it, and BERT4Rec's
+# name in reports -> the option of DLRM, and of BERT4Rec
 OPTIONS = {
     "interaction": ("model.interaction_type",),
     "batch size of a rank": ("data.batch_size", "data.train_batch_size"),
@@ -56,7 +56,7 @@ def read_option(config: Config, called: str) -> Any:
 
 
 def list_tables(plan: Config) -> str:
-    """How many embedding tables, and rows in all of them: the data's, whatever the options say."""
+    """How many embedding tables, and rows in all of them: those of the data, not of the options."""
     rows = 0
     for table in plan.values():
         with suppress(KeyError, IndexError, TypeError, ValueError, AttributeError):  # not a plan of ours
@@ -72,7 +72,7 @@ def _find_end(shard: Any) -> int:
 
 
 def run_settings(config: Config, plan: Config) -> dict[str, str]:
-    """What two runs must share to be compared, by the names that people use."""
+    """What two runs must share to be compared, by the names used in reports."""
     options = flatten_options(config)
     data = [str(options[name]) for name in _DATA if options.get(name) is not None]
     known = {"model": model_of_run(config), "data": data[0] if data else "", "tables": list_tables(plan)}

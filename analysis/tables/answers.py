@@ -1,4 +1,4 @@
-"""The joined tables of a run -> the tables that people read: seconds, bytes, a row per thing asked about.
+"""The joined tables of a run -> the tables of the report: seconds, bytes, a row per phase, rank, file, ....
 
 Time as a whole and I/O; progress.py has what goes step by step.
 """
@@ -120,7 +120,7 @@ def list_slowest(j: JoinedTables, n: int = 40) -> pl.DataFrame:
 
 
 def compare_declared(j: JoinedTables) -> pl.DataFrame:
-    """What the application says it read or wrote of a file, and what the calls moved after start-up."""
+    """Bytes that the application declares per file, and bytes that the calls moved after start-up."""
     calls = j["ops"].filter(
         (pl.col("layer") == "calls") & pl.col("op").is_in(DATA_OPS) & (pl.col("phase") != "startup")
     )

@@ -1,7 +1,7 @@
 """What one rank asked of the storage: operations, sizes, latencies, order of access, rates over time.
 
-Rows come in two layers: "calls" are intercepted calls; "spans" is what the application says it read or wrote
-and no call shows, as with a mapped file. A file is in one of them, so the layers can be added up.
+Rows come in two layers: "calls" are intercepted calls; "spans" are reads and writes that the application
+declares and no call shows, as with a mapped file. A file is in one of them, so the layers can be added up.
 """
 
 import numpy as np
@@ -45,17 +45,17 @@ _NEEDED = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "si
 
 
 def declared_io(events: RankEvents) -> pl.DataFrame:
-    """Spans of the application that say how many bytes they read or wrote."""
+    """Spans of the application that declare how many bytes they read or wrote."""
     return events.spans.filter(pl.col("op").is_not_null() & pl.col("bytes").is_not_null())
 
 
 def make_io_tables(
-    rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows
+    rank: int, calls: pl.DataFrame, declared: pl.DataFrame, cuts: Windows
 ) -> dict[str, pl.DataFrame]:
     """Tables ops, extents, claims, sizes, latencies, rates, slowest."""
     order, extents = follow_calls(calls)
     calls = calls.with_columns(pl.Series("order", order, pl.UInt8))
-    spans = find_unseen(told, calls).select(
+    spans = find_unseen(declared, calls).select(
         "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
         pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
     )  # fmt: skip
@@ -64,13 +64,13 @@ def make_io_tables(
         made.append(_one_layer(spans.select(_NEEDED), "spans", cuts))
     number = pl.lit(rank, pl.Int32).alias("rank")
     tables = {name: pl.concat([t[name] for t in made]).select(number, pl.all()) for name in made[0]}
-    tables["claims"] = sum_declared(told).select(number, pl.all())
+    tables["claims"] = sum_declared(declared).select(number, pl.all())
     tables["extents"] = extents.select(number, pl.all())
     return tables
 
 
-def find_unseen(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
-    """What the application says it read or wrote and no call shows: mapped files, calls not intercepted.
+def find_unseen(declared: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
+    """Declared reads and writes that no call shows: mapped files, calls that are not intercepted.
 
     A span that names a file is seen when any call moved bytes of it (a bare name: of any file so called);
     one that names none, when calls of its process moved at least half of its bytes while it was open.
@@ -78,13 +78,13 @@ def find_unseen(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
     moving = calls.select("pid", "op", "file", "ts", "size").filter(pl.col("size") > 0)
     paths = moving.select("op", pl.col("file")).unique().with_columns(pl.col("file").cast(pl.String))
     bare = paths.with_columns(pl.col("file").str.split("/").list.last())
-    named = told.filter(pl.col("file").is_not_null()).with_columns(
+    named = declared.filter(pl.col("file").is_not_null()).with_columns(
         pl.col("file").cast(pl.String).alias("path")
     )
     named = named.join(
         pl.concat([paths, bare]).unique(), left_on=["op", "path"], right_on=["op", "file"], how="anti"
     ).drop("path")
-    nameless = told.filter(pl.col("file").is_null())
+    nameless = declared.filter(pl.col("file").is_null())
     kept = [named]
     for (pid, op), spans in nameless.group_by("pid", "op"):
         own = moving.filter((pl.col("pid") == pid) & (pl.col("op") == op)).sort("ts")
@@ -96,9 +96,9 @@ def find_unseen(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(kept)
 
 
-def sum_declared(told: pl.DataFrame) -> pl.DataFrame:
-    """Bytes per file by the application's own word, to hold against the calls."""
-    return told.group_by("op", "file").agg(
+def sum_declared(declared: pl.DataFrame) -> pl.DataFrame:
+    """Bytes per file as the application declares them, to compare with the calls."""
+    return declared.group_by("op", "file").agg(
         pl.len().alias("count"), pl.col("bytes").sum(), pl.col("dur").sum()
     )
 
@@ -177,7 +177,7 @@ def make_rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
 def follow_calls(calls: pl.DataFrame) -> tuple[np.ndarray, pl.DataFrame]:
     """For each call how it follows on the last one of its thread on the file: it begins where that ended, or
     skips forward by as much as the time before or after, or jumps. And how far into each file the calls
-    reached, which is what a trace knows of a file's size."""
+    reached, which is all that a trace shows of a file's size."""
     group, kind, groups = _group_calls(calls)
     order, reach = np.zeros(len(calls), np.uint8), np.zeros(groups, np.int64)
     offset, size = (calls[name].fill_null(-1).to_numpy() for name in ("offset", "size"))

@@ -1,8 +1,8 @@
-"""Is every byte in the trace? What the run says it moved, against the POSIX calls that the trace saw.
+"""Is every byte in the trace? The bytes that the run counted, against the POSIX calls in the trace.
 
-The run's word is results.json: bytes_read and bytes_written, by rank and file. The trace's word is what the
-read and write calls returned, by the same rank (its forked workers included) and file.
-A launch that was stopped leaves no results.json: of it, what its own spans say they read has to be there.
+The run's count is in results.json: bytes_read and bytes_written, by rank and file. The trace's count is what
+the read and write calls returned, by the same rank (its forked workers included) and file.
+A launch that was stopped leaves no results.json: the bytes that its data/read spans declare are compared.
 """
 
 import os
@@ -28,7 +28,7 @@ from common.inputs import read_json_object
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
 Moved = dict[tuple[int, str], int]  # (READ | WRITE, file) -> bytes
-SPANS = 3  # as a direction: what spans data/read say they read
+SPANS = 3  # as a direction: bytes that data/read spans declare
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CheckedFile:
 def check_run(
     run_dir: str | Path, source: TraceSource | None = None
 ) -> tuple[list[CheckedFile], list[TracedProcess]]:
-    """One row per launch, rank, direction and file that the run names; the processes say what was lost."""
+    """One row per launch, rank, direction and file that the run names; the processes hold what was lost."""
     launched, results = sum_by_launch(source or FileSource(run_dir)), Path(run_dir) / "results.json"
     ended = _who_ended([job for job, _ in launched])
     rows: list[CheckedFile] = []
@@ -70,7 +70,9 @@ def check_run(
                 if direction == SPANS
             ]
     if not rows:
-        raise UserError(f"{printable(run_dir)}: no results.json and no spans that say what they read")
+        raise UserError(
+            f"{printable(run_dir)}: no results.json and no data/read spans with bytes; nothing to compare"
+        )
     return rows, [process for job, _ in launched for process in job]
 
 
@@ -124,7 +126,7 @@ def _read_said(value: Any, name: str) -> dict[int, dict[str, int]]:
 
 
 def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
-    """Per launch: who traced, and the bytes of every file by rank."""
+    """Per launch: the traced processes, and the bytes of every file by rank."""
     strings, paths = StringTable(), {}
     sums: dict[Path, dict[tuple[int, int], int]] = {}
     processes = []

@@ -45,7 +45,7 @@ def _find_overlap(one: Stretches, two: Stretches, depth: int) -> Stretches:
     times = np.concatenate([one[0], two[0], one[1], two[1]])
     opened = len(one[0]) + len(two[0])
     steps = np.concatenate([np.ones(opened, np.int64), -np.ones(len(times) - opened, np.int64)])
-    order = np.lexsort((steps, times))  # at one moment the closing comes first
+    order = np.lexsort((steps, times))  # at equal times the end comes first
     times, level = times[order], np.cumsum(steps[order])
     inside = np.flatnonzero(level[:-1] == depth)
     return union(times[inside], times[inside + 1])

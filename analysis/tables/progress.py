@@ -1,4 +1,4 @@
-"""The joined tables of a run, step by step and moment by moment: steps, ranks, start-up, timeline."""
+"""The joined tables of a run, by step and over time: steps, ranks, start-up, timeline."""
 
 import polars as pl
 
@@ -12,7 +12,7 @@ OWN = (pl.col("wall_us") - pl.col("communication_us")).alias("own_us")  # a step
 
 
 def list_steps(j: JoinedTables) -> pl.DataFrame:
-    """One row per step: how long on the slowest rank and on average, where its time went, who was last."""
+    """One row per step: its time on the slowest rank and on average, by kind, and which rank was last."""
     found = j["steps"].with_columns(OWN).group_by("launch", "epoch", "step").agg(
         pl.col("ts").min(), pl.len().alias("ranks"),
         pl.col("wall_us").max(), pl.col("wall_us").mean().alias("mean_us"),
@@ -149,7 +149,7 @@ CURVES = (
     "store_bytes_written",
 )  # fmt: skip
 
-RANKINGS = ("Recall@", "NDCG@")  # how a recommender that ranks items is judged, at some length of its list
+RANKINGS = ("Recall@", "NDCG@")  # metrics of a recommender that ranks items, at some length of its list
 
 
 def make_curves(j: JoinedTables, metrics: pl.DataFrame) -> pl.DataFrame:
@@ -160,11 +160,11 @@ def make_curves(j: JoinedTables, metrics: pl.DataFrame) -> pl.DataFrame:
         for name, dtype in {"step": pl.Int64, "split": pl.String, "time": pl.Float64}.items()
         if name not in metrics.columns
     ]
-    told = metrics.with_columns(lacking) if len(metrics) else pl.DataFrame()
+    logged = metrics.with_columns(lacking) if len(metrics) else pl.DataFrame()
     rows, have = [], []
-    for name in (*CURVES, *(column for column in told.columns if column.startswith(RANKINGS))):
-        if name in told.columns and told["time"].dtype.is_numeric():
-            found = told.filter(pl.col(name).is_not_null() & pl.col("time").is_not_null())
+    for name in (*CURVES, *(column for column in logged.columns if column.startswith(RANKINGS))):
+        if name in logged.columns and logged["time"].dtype.is_numeric():
+            found = logged.filter(pl.col(name).is_not_null() & pl.col("time").is_not_null())
             rows.append(
                 found.select(
                     pl.lit(name).alias("name"), (pl.col("time") - begin / S).alias("at_s"),

@@ -5,7 +5,7 @@ the same in constant memory. Hashes are resolved, ranks are known, and different
 
 Columns: rank, pid, tid, cat, name, ts and dur (us), file, offset, count, ret, bytes, epoch, step, batch,
 value (counters), split, when, args (JSON of what is left). Metadata and DFTracer's own start and end
-events are no rows. What could not be read is in `Process.lost`.
+events are no rows. What could not be read is in `TracedProcess.lost`.
 """
 
 import os
@@ -193,7 +193,7 @@ def read_processes(run_dir: str | Path) -> list[TracedProcess]:
 
 
 def read_heads(run_dir: str | Path, opened: Opener = open_trace) -> list[TracedProcess]:
-    """Who wrote each trace file, by rank, from its first events; of several hosts with both barriers."""
+    """The process of each trace file, by rank, from its first events; of several hosts with both barriers."""
     strings = StringTable()
     found = [_read_head(path, strings, 1, opened) for path in find_trace_files(run_dir)]
     if len({process.host for process in found}) > 1:

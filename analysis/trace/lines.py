@@ -77,7 +77,7 @@ def read_blocks(path: Path, loss: ReadLoss, opened: Opener = open_trace) -> Iter
         if rest.endswith(
             b"}"
         ):  # a last line that only lacks its newline, or an event that was cut at a brace:
-            text, end = text + b"\n", len(text) + 1  # the scanner will say
+            text, end = text + b"\n", len(text) + 1  # the scanner finds out which
         elif rest != b"]":  # how DFTracer 1 ends a file
             loss.partial += len(rest)
         del text[end:]

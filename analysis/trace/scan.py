@@ -1,16 +1,16 @@
 """JSON lines of DFTracer -> columns, at machine speed: one numba loop over a block of text.
 
-Every string stands in the columns as its number in `StringTable`. The arguments of event i are rows
-arg_begin[i] .. arg_begin[i + 1] of the argument columns (key, kind, value, and where the text stands).
-A line that is not a JSON event is left out and its place returned, so that the caller can count it. So is one
-that says what cannot be: times outside of MAX_TS and MAX_DUR, a pid or tid beyond 32 bits, more than MAX_ARGS
-arguments, values nested deeper than MAX_DEPTH, more than MAX_LINE bytes. Whoever
-reads a Block may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers
-exist, arguments that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
+The columns hold each string as its number in `StringTable`. The arguments of event i are rows
+arg_begin[i] .. arg_begin[i + 1] of the argument columns (key, kind, value, and the place of the text).
+A line that is not a JSON event is left out and its place returned, so that the caller can count it. So is a
+line with impossible values: times outside of MAX_TS and MAX_DUR, a pid or tid beyond 32 bits, more than
+MAX_ARGS arguments, values nested deeper than MAX_DEPTH, more than MAX_LINE bytes. A reader of an EventBlock
+may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers exist, arguments
+that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
 
 What keeps the loops inside their arrays: the invariants of analysis.trace.strings for text; a line counts
 once, as an event or as bad, and both are compared with the arrays' lengths; MAX_ARGS rows of
-arguments are free before a line begins and `_args` stops there.
+arguments are free before a line begins and `_scan_args` stops there.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from analysis.trace.strings import (
     unescape_text,
 )
 
-INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that Strings had no room for
+INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that StringTable is too full for
 EVENT, METADATA = 1, 4
 _HHASH, _NUMERIC = ID["hhash"], tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes"))
 # Arguments that are used as whole numbers: counts, places in files, bytes, positions in the training.
@@ -256,7 +256,7 @@ def _scan_args(text, p, end, j, last, args, strings):
             p += 1
             while byte(text, p) == 32 or byte(text, p) == 58:
                 p += 1
-            if key == _HHASH:  # every event carries the host's hash: the HH record says it once
+            if key == _HHASH:  # every event carries the host's hash: the HH record holds it once
                 p = _skip_value(text, p, end)
                 if p < 0:
                     break
@@ -312,7 +312,7 @@ def _scan_line(text, p, end, j, row, args, strings):
         while byte(text, p) == 32 or byte(text, p) == 58:
             p += 1
         quoted = byte(text, p) == 34
-        if place < 0 or (place < 2 and not quoted):  # the numbers of strings are ours to give
+        if place < 0 or (place < 2 and not quoted):  # numbers of strings are assigned here only
             p = _skip_value(text, p, end)
         elif place == 7:
             if byte(text, p) != 123:

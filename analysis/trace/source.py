@@ -3,8 +3,8 @@
 An analysis asks a source who wrote the traces (`read_heads`), in which order to read them (`list_files`), and
 for a reader of each. In a shared reading every analysis runs in a thread of its own. All work on the same
 block at the same time, and the next block is read when the last of them has asked for it: so the tables of
-strings and paths, which reading extends, do not change under anybody's hands, and what an analysis gets does
-not depend on the others.
+strings and paths, which reading extends, do not change while an analysis uses them, and what an analysis gets
+does not depend on the others.
 """
 
 import os
@@ -132,7 +132,7 @@ class SharedReading:
             while sharers := self._wait_for_sharers():
                 try:
                     block = next(blocks, None)
-                except Exception as error:  # each analysis says that it failed, and why
+                except Exception as error:  # each analysis reports it
                     for sharer in sharers:
                         sharer.inbox.put(error)
                     return

@@ -4,11 +4,11 @@ Also the three machine instructions that reading text quickly wants: a byte, eig
 
 Compiled loops do not check bounds; these invariants stand in for the checks, whatever the bytes are:
 - Text ends with a newline and PAD more bytes follow it. Every loop over text either has a limit `end`, the
-  place of its line's newline, or stops at any byte that it does not want, and a newline is one. So a place p
+  place of its line's newline, or stops at any byte that it does not expect, such as a newline. So a place p
   is never beyond `end`; eight bytes from there lie inside the padding.
-- `close` is called with p <= end and returns a place from p to end: sizes are never negative. Who steps over
-  the quote that it found checks first that there is one (p < end).
-- `intern` writes only after it has compared with the lengths of the arrays; what does not fit has no
+- `find_quote` is called with p <= end and returns a place from p to end: sizes are never negative. A caller
+  that steps over the quote checks first that there is one (p < end).
+- `intern_text` writes only after it has compared with the lengths of the arrays; what does not fit has no
   number (-1).
 With NUMBA_BOUNDSCHECK=1 in the environment every access is checked instead, and a wrong one is an IndexError:
 the tests run both builds. The checked one is kept in a cache only where NUMBA_CACHE_DIR names one for it.
@@ -24,7 +24,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-# Strings whose numbers the code knows: KNOWN.index(text) is the number in every Strings.
+# Strings with fixed numbers: KNOWN.index(text) is the number in every StringTable.
 KNOWN = (
     "(none)", "hhash", "fhash", "offset", "count", "ret", "epoch", "step", "batch", "value", "split", "when",
     "file", "bytes", "name", "POSIX", "STDIO", "counter", "clock", "dftracer", "data", "read", "train",
@@ -133,7 +133,7 @@ class StringTable:
             self.add(text)
 
     def add(self, text: str) -> int:
-        """Its number; -1 when there is no room for more."""
+        """Its number; -1 when the table is full."""
         raw = text.encode(errors="replace")
         self.make_room(len(raw))
         padded = np.frombuffer(bytearray(raw + bytes(PAD)), np.uint8)
@@ -249,7 +249,7 @@ def find_quote(text, p, end):
 
 @compiled
 def intern_text(text, a, size, strings, keep):
-    """The number of text[a : a + size], a new one if need be; -1 when there is no room for more."""
+    """The number of text[a : a + size], a new one if need be; -1 when the table is full."""
     pool, starts, hashes, table, count, mask, room, most = strings
     h = np.uint64(size)
     for i in range(0, size - 7, 8):

@@ -245,7 +245,7 @@ def test_links_lead_to_one_slice(tmp_path: Path) -> None:
         ("view RUN/report.html", "not a trace for the Perfetto UI"),
         ("report RUN --dask foo", "--dask foo: local, pbs, or the host:port"),
         ("summary RUN/report.html", "end in .pfw.gz or .pfw; give one, or a run folder"),
-        ("perfetto RUN -o /nowhere/x", "choose another place with -o"),
+        ("perfetto RUN -o /nowhere/x", "name another file with -o"),
     ],
 )
 def test_mistakes_in_one_line(
