@@ -51,11 +51,11 @@ def _print_conversion(summary: "ConversionSummary") -> None:
         print(f"analysis: {summary.unresolved} events name their file only by a hash", file=sys.stderr)
     print(
         f"{printable(summary.path)} ({summary.events:,} events, {size / 1e6:.1f} MB); "
-        f"to see it: python -m analysis view {_quoted(summary.path)}"
+        f"to see it: python -m analysis view {_quote_for_shell(summary.path)}"
     )
 
 
-def _quoted(path: Path) -> str:
+def _quote_for_shell(path: Path) -> str:
     """A word for the shell, of printable characters."""
     text = os.fsdecode(path)
     if printable(text) == text:
@@ -84,7 +84,7 @@ def run_finish(options: argparse.Namespace) -> int:
             if told is None:
                 traceback.print_exception(outcome.error)
             else:
-                _refuse(told)
+                _print_refusal(told)
             failed.append(outcome.command)
         elif outcome.command == "check":
             rows, processes = outcome.result
@@ -98,7 +98,9 @@ def run_finish(options: argparse.Namespace) -> int:
             _print_conversion(outcome.result)
     if not failed:
         return 0
-    again = " and ".join(f"python -m analysis {command} {_quoted(Path(options.run))}" for command in failed)
+    again = " and ".join(
+        f"python -m analysis {command} {_quote_for_shell(Path(options.run))}" for command in failed
+    )
     print(f"analysis: failed: {', '.join(failed)}; to do it again: {again}", file=sys.stderr)
     return FAILED
 
@@ -106,7 +108,7 @@ def run_finish(options: argparse.Namespace) -> int:
 def run_view(options: argparse.Namespace) -> int:
     from analysis.perfetto import view
 
-    view.serve(options.run, options.file, options.port)
+    view.serve_trace(options.run, options.file, options.port)
     return 0
 
 
@@ -153,7 +155,9 @@ def make_parser() -> argparse.ArgumentParser:
     top = _Parser(prog="python -m analysis", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    def add_command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help)
         made.add_argument(
             "run", metavar="RUN", help="run folder, or any folder of DFTracer traces, or one of them"
@@ -161,7 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
         made.set_defaults(function=run)
         return made
 
-    made = command("perfetto", run_perfetto, "convert the traces for the Perfetto UI")
+    made = add_command("perfetto", run_perfetto, "convert the traces for the Perfetto UI")
     made.add_argument(
         "-o", dest="output", type=Path, help="file to write (default: in RUN, named after its settings)"
     )
@@ -169,9 +173,9 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
     )
-    command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")
-    command("check", run_check, "compare the bytes that the run says it moved with those in the trace")
-    made = command("view", run_view, "show the trace in a browser, without a network")
+    add_command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")
+    add_command("check", run_check, "compare the bytes that the run says it moved with those in the trace")
+    made = add_command("view", run_view, "show the trace in a browser, without a network")
     made.add_argument(
         "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
     )
@@ -188,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("summary", run_summary, "the run in numbers, in the terminal"),
         ("compare", run_compare, "two runs side by side: compare.html, and lines in the terminal"),
     ):
-        made = command(name, run, help)
+        made = add_command(name, run, help)
         if name == "report":
             made.add_argument(
                 "-o", dest="output", type=Path, metavar="WHERE",
@@ -225,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = _describe_error(error, run)
         if told is None:
             raise
-        return _refuse(told)
+        return _print_refusal(told)
 
 
 def _describe_error(error: BaseException, run: str) -> str | None:
@@ -241,7 +245,7 @@ def _describe_error(error: BaseException, run: str) -> str | None:
     return None
 
 
-def _refuse(error: object) -> int:
+def _print_refusal(error: object) -> int:
     """One line, whatever the names in it are."""
     print(f"analysis: {printable(error)}", file=sys.stderr)
     with contextlib.suppress(OSError):

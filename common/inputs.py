@@ -60,9 +60,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> byt
         # the buffer is as large as the file, not as the limit
         data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
-        raise UserError(
-            f"{printable(path)}: larger than {limit:,} bytes, the most that is read of such a file"
-        )
+        raise UserError(f"{printable(path)}: larger than {limit:,} bytes, the limit for such a file")
     return data
 
 

@@ -47,7 +47,7 @@ class WorkFolders:
 
     def make(self, parent: Path, mode: int = 0o700, step: int | None = None) -> Path:
         """Make a new folder inside `parent`, which is made too if it is missing. `mode`: who may read it,
-        less the umask; by default only this user. `step` goes into its name, for those who read a trace.
+        less the umask; by default only this user. `step` goes into its name, for the readers of a trace.
         """
         token = secrets.token_hex(8)
         label = "" if step is None else f"step-{step}-"
@@ -349,9 +349,11 @@ class OutputFolder:
                 raise
         return descriptor
 
-    def make_folder(self, name: str) -> Path:
-        """Make a folder inside this one, recorded as the program's own."""
-        self.refuse_foreign([name])
+    def make_folder(self, name: str, known: bool = False) -> Path:
+        """Make a folder inside this one, recorded as the program's own. `known`: the caller has checked that
+        an existing one is.
+        """
+        self.refuse_foreign([] if known else [name])
         path = self.folder / name
         with os_errors_as_user_errors(path):
             if not os.path.lexists(path):
@@ -585,6 +587,12 @@ def discard_file(path: Path) -> None:
     """Remove a file in a folder of the program's own; a missing one is no error."""
     with os_errors_as_user_errors(path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def discard_empty_folder(path: Path) -> None:
+    """A folder that this process has made is not needed any more; it stays where something lies in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
 def _write_new(path: Path, data: bytes, mode: int = 0o600, durable: bool = False) -> None:

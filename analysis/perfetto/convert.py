@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from analysis.perfetto import proto
-from analysis.perfetto.derive import BandwidthCounter
+from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.tracks import (
     ConversionSummary,
     FileTracks,
@@ -25,7 +25,7 @@ from analysis.perfetto.tracks import (
     write_counter,
 )
 from analysis.run_folder import outputs, records, run_settings
-from analysis.trace.clocks import clock_skew, describe_moves, launches, make_clocks
+from analysis.trace.clocks import clock_skew, describe_moves, group_launches, make_clocks
 from analysis.trace.events import assign_ranks
 from analysis.trace.source import FileSource, Progress, TraceSource
 from common.errors import UserError, os_errors_as_user_errors, printable
@@ -45,7 +45,7 @@ def convert_to_pftrace(
     source = source or FileSource(run_dir)
     processes = source.read_heads()
     summary = ConversionSummary(Path())
-    known, jobs = make_clocks(processes), launches(processes)
+    known, jobs = make_clocks(processes), group_launches(processes)
     summary.clocks = describe_moves(processes, known)
     begin = min((known[p.path].time(p.first) for p in processes if p.first), default=0)
     begin = max(0, begin - EARLIER_US)
@@ -60,24 +60,24 @@ def convert_to_pftrace(
             for process in assign_ranks(job)
         ]
         abouts = [
-            TrackLabels(shared.unique(process.pid), name, order)
+            TrackLabels(shared.reserve_number(process.pid), name, order)
             for order, (process, name) in enumerate(shown)
         ]
         for about in abouts:
-            shared.out.write(proto.early_process(about.pid, about.name))
+            shared.out.write(proto.describe_process_early(about.pid, about.name))
         for (process, _), about in zip(shown, abouts, strict=True):
             reader = source.open_reader(process.path, shared.strings, shared.paths)
-            shared.use(reader.strings, reader.paths)
+            shared.use_tables(reader.strings, reader.paths)
             tracks = FileTracks(shared, process, reader, known[process.path], about)
             for block in reader:
-                tracks.add(block)
+                tracks.add_block(block)
                 if progress:
                     progress(process.path, len(block))
-            tracks.finish()
+            tracks.finish_file()
             done.append(reader.process)
         write_bandwidth(shared, 0, shared.total)
         if not posix:
-            _metrics(shared, Path(run_dir) / "metrics.jsonl")
+            _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
         if not summary.events:
             told = " of POSIX calls" if posix else ""
@@ -92,20 +92,20 @@ def new_trace(
 ) -> Iterator[tuple[Path, BinaryIO]]:
     """A file that appears under its name only when it is whole: `path`, else `name` in the run's folder."""
     if path is not None:
-        with outputs.named_file(Path(path), is_own) as partial, _filled(partial, Path(path)) as file:
+        with outputs.named_file(Path(path), is_own) as partial, _open_partial(partial, Path(path)) as file:
             yield Path(path), file
         return
-    folder = outputs.beside(run_dir)
+    folder = outputs.output_folder(run_dir)
     outputs.check_folder(folder, {name: is_own}, "choose another place with -o")
     with (
         outputs.results_in(folder) as results,
-        _filled(results.file(name, is_own), folder / name) as file,
+        _open_partial(results.file(name, is_own), folder / name) as file,
     ):
         yield folder / name, file
 
 
 @contextmanager
-def _filled(partial: Path, path: Path) -> Iterator[BinaryIO]:
+def _open_partial(partial: Path, path: Path) -> Iterator[BinaryIO]:
     """Only what goes wrong with this file is said of it: traces are read in the meantime."""
     with os_errors_as_user_errors(path):
         file = _Named(partial, path)
@@ -144,7 +144,7 @@ def trace_name(run_dir: str | Path, posix: bool) -> str:
     return name + suffix
 
 
-def _metrics(shared: SharedTracks, path: Path) -> None:
+def _write_metrics(shared: SharedTracks, path: Path) -> None:
     """What metrics.jsonl has and the traces' own counters do not."""
     series: dict[str, list[tuple[float, float]]] = {}
     for row in records.metrics_lines(path, []):
@@ -158,6 +158,6 @@ def _metrics(shared: SharedTracks, path: Path) -> None:
                 series.setdefault(prefix + key, []).append((row["time"], float(value)))
     for name, points in series.items():
         uuid = shared.new_uuid()
-        shared.out.write(proto.counter_track(uuid, 0, name, ""))
+        shared.out.write(proto.describe_counter_track(uuid, 0, name, ""))
         times, values = np.array(sorted(points)).T
         write_counter(shared, uuid, (times * 1e6).astype(np.int64), values)

@@ -157,16 +157,16 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         if self.command not in ("GET", "HEAD"):
-            self._refuse(405)
+            self._send_refusal(405)
         elif not _names_this_host(self.headers.get_all("Host", [])):
-            self._refuse(403)
-        elif not self._enter():
-            self._refuse(403, DOOR)
+            self._send_refusal(403)
+        elif not self._strip_token():
+            self._send_refusal(403, DOOR)
         else:
             return True
         return False
 
-    def _enter(self) -> bool:
+    def _strip_token(self) -> bool:
         """Takes the secret off the path."""
         length, asked = len(self.token) + 2, str(self.path)
         begin, rest = asked[:length], asked[length:]
@@ -175,20 +175,20 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.path = "/" + rest
         return True
 
-    def _refuse(self, status: int, page: bytes = b"") -> None:
+    def _send_refusal(self, status: int, page: bytes = b"") -> None:
         self.close_connection = True
         self.policy = ONLY_THE_DOOR
-        self._send("text/html", page, status)
+        self._send_answer("text/html", page, status)
 
     def do_GET(self) -> None:
         page = self.path.partition("?")[0].partition("#")[0]
         if page == "/localtrace":
-            self._trace()
+            self._send_trace()
         elif page in ("/vizviewer_info", "/file_info"):
-            self._send("application/json", json.dumps({}).encode())
+            self._send_answer("application/json", json.dumps({}).encode())
         elif page in ("/", "/index.html"):
             index = (self.folder / "index.html").read_bytes()
-            self._send("text/html", index.replace(b"<head>", b"<head>" + BELOW_THE_TOKEN, 1))
+            self._send_answer("text/html", index.replace(b"<head>", b"<head>" + BELOW_THE_TOKEN, 1))
         else:
             super().do_GET()
 
@@ -200,11 +200,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         inside = found.startswith(os.path.realpath(self.folder) + os.sep) and os.path.isfile(found)
         return found if inside else os.path.join(self.folder, "no such file")
 
-    def _trace(self) -> None:
+    def _send_trace(self) -> None:
         try:
             descriptor = open_regular(self.trace)
         except UserError:  # removed meanwhile
-            self._send("text/plain", b"the trace cannot be read any more", 404)
+            self._send_answer("text/plain", b"the trace cannot be read any more", 404)
             return
         with os.fdopen(descriptor, "rb") as file:
             left = os.fstat(file.fileno()).st_size
@@ -217,7 +217,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
                 left -= len(data)
             self.close_connection = self.close_connection or left > 0  # it has become shorter
 
-    def _send(self, kind: str, body: bytes, status: int = 200) -> None:
+    def _send_answer(self, kind: str, body: bytes, status: int = 200) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -280,7 +280,7 @@ def format_instructions(trace: Path, address: str, port: int) -> str:
     )
 
 
-def serve(run_dir: str | Path, file: str | Path | None, port: int) -> None:
+def serve_trace(run_dir: str | Path, file: str | Path | None, port: int) -> None:
     trace = find_trace(run_dir, file)
     with make_server(trace, port) as http_server:
         print(format_instructions(trace, http_server.address, http_server.server_address[1]), flush=True)

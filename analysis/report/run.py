@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from analysis.run_folder import records
-from analysis.run_folder.outputs import beside
+from analysis.run_folder.outputs import output_folder
 from analysis.tables.gather import JoinedTables, Map, gather_tables, on_threads
 from analysis.trace.clocks import clock_skew, describe_moves, make_clocks
 from analysis.trace.source import TraceSource
@@ -27,7 +27,7 @@ class TracedRun:
 
     @property
     def home(self) -> Path:
-        return beside(self.path)
+        return output_folder(self.path)
 
     @property
     def name(self) -> str:

@@ -38,7 +38,8 @@ _COMPRESSED = re.compile(rb"\x0a[\x80-\xff]{0,4}[\x00-\x7f]\x92\x03[\x80-\xff]{0
 _PROCESS = re.compile(rb"\x0a.\x50\x01\xda\x02.\x08[\x80-\xff]{0,9}[\x00-\x7f]\x32.rank ", re.S)
 _PAGE_BEGIN = b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
 _PAGE_SCRIPT = b"// Draws every <figure data-spec> from its JSON."
-_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
+_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "metrics")
+_EARLIER_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
 
 IsOwn = Callable[[Path], bool]
 
@@ -46,7 +47,7 @@ IsOwn = Callable[[Path], bool]
 # --- own files by their content
 
 
-def seal(page: str, command: str) -> bytes:
+def seal_page(page: str, command: str) -> bytes:
     """A page with a last line by which this program knows it again, as long as nobody has changed it."""
     data = page.encode()
     digest = hashlib.sha256(data).hexdigest()
@@ -55,7 +56,7 @@ def seal(page: str, command: str) -> bytes:
 
 
 def is_own_page(path: Path, command: str) -> bool:
-    data = _content(path)
+    data = _read_content(path)
     begin = data.rfind(b"<!-- made by")
     found = _SEAL.fullmatch(data[begin:]) if begin >= 0 else None
     return (
@@ -67,18 +68,19 @@ def is_own_page(path: Path, command: str) -> bool:
 
 def is_earlier_page(path: Path) -> bool:
     """As versions before the checksum left them."""
-    data = _content(path)
+    data = _read_content(path)
     return (
         data.startswith(_PAGE_BEGIN) and data.endswith(b"</script></body></html>\n") and _PAGE_SCRIPT in data
     )
 
 
 def is_own_summary(path: Path) -> bool:
-    data = _content(path)
+    data = _read_content(path)
     try:
         value = json.loads(data)
-        return list(value)[: len(_SUMMARY_KEYS)] == list(_SUMMARY_KEYS) and (
-            json.dumps(value, indent=1) + "\n" == data.decode()
+        keys = tuple(value)
+        return json.dumps(value, indent=1) + "\n" == data.decode() and any(
+            keys[: len(known)] == known for known in (_SUMMARY_KEYS, _EARLIER_SUMMARY_KEYS)
         )
     except (ValueError, TypeError, RecursionError):
         return False
@@ -86,12 +88,12 @@ def is_own_summary(path: Path) -> bool:
 
 def has_header(header: bytes) -> IsOwn:
     """A table that begins with the same line as the one to be written."""
-    return lambda path: _content(path, len(header) + 1, part=True)[: len(header)] == header
+    return lambda path: _read_content(path, len(header) + 1, part=True)[: len(header)] == header
 
 
 def is_own_trace(path: Path) -> bool:
     """The first packet is the mark, or, as earlier versions wrote, describes the process of a rank."""
-    begin = _content(path, 1 << 16, part=True)
+    begin = _read_content(path, 1 << 16, part=True)
     if begin.startswith(mark_packet()):
         return True
     found = _COMPRESSED.match(begin)
@@ -112,10 +114,10 @@ def mark_packet() -> bytes:
 
 
 def is_own_json_trace(path: Path) -> bool:
-    return TRACE_MARK in _content(path, 128, part=True)
+    return TRACE_MARK in _read_content(path, 128, part=True)
 
 
-def _content(path: Path, limit: int = MAX_PAGE_BYTES, part: bool = False) -> bytes:
+def _read_content(path: Path, limit: int = MAX_PAGE_BYTES, part: bool = False) -> bytes:
     """Of a plain file; nothing where it cannot be read or is larger. `part`: its beginning."""
     with suppress(UserError, OSError):
         if not path.is_symlink():
@@ -149,7 +151,7 @@ def named_file(path: Path, is_own: IsOwn) -> Iterator[Path]:
 # --- files in a run folder
 
 
-def beside(run: str | Path) -> Path:
+def output_folder(run: str | Path) -> Path:
     """Where the files of a run go: its folder, or the one that a single trace is in."""
     return Path(run) if Path(run).is_dir() else Path(run).parent
 
@@ -175,7 +177,7 @@ class Results:
 
     def publish(self, complete: str = "") -> None:
         """`complete`: a folder in which own files of earlier times go if there are no new ones."""
-        with _lock(self.folder):
+        with _hold_lock(self.folder):
             output = OutputFolder(self.folder)
             known = _refuse_foreign(output, {name: is_own for name, (_, is_own) in self._made.items()})
             if known:
@@ -184,7 +186,7 @@ class Results:
                 with os_errors_as_user_errors(self.folder / name):
                     (self.folder / name).parent.mkdir(exist_ok=True)
             for path, _ in self._made.values():
-                os.chmod(path, 0o666 & ~_umask())
+                os.chmod(path, 0o666 & ~_read_umask())
             output.publish({name: path for name, (path, _) in self._made.items()})
             for name in output.names():
                 if complete and name.startswith(complete) and name not in self._made:
@@ -235,7 +237,7 @@ def _refuse_foreign(output: OutputFolder, names: dict[str, IsOwn], remedy: str =
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _hold_lock(folder: Path) -> Iterator[None]:
     lock = FolderLock(folder, "writing results of the analysis", LOCK)
     end = time.monotonic() + LOCK_SECONDS
     while True:
@@ -262,7 +264,7 @@ def _remove_unused(folder: Path) -> None:
                 WORK.remove(work)
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -60,11 +60,11 @@ def list_tables(plan: Config) -> str:
     rows = 0
     for table in plan.values():
         with suppress(KeyError, IndexError, TypeError, ValueError, AttributeError):  # not a plan of ours
-            rows += max((_end(shard) for shard in table["shards"]), default=0)
+            rows += max((_find_end(shard) for shard in table["shards"]), default=0)
     return f"{len(plan)} of {rows:,} rows" if rows else ""
 
 
-def _end(shard: Any) -> int:
+def _find_end(shard: Any) -> int:
     offset, size = shard["offset"][0], shard["size"][0]
     if type(offset) is not int or type(size) is not int or not 0 <= offset + size < 1 << 62:
         raise ValueError
@@ -77,7 +77,7 @@ def run_settings(config: Config, plan: Config) -> dict[str, str]:
     data = [str(options[name]) for name in _DATA if options.get(name) is not None]
     known = {"model": model_of_run(config), "data": data[0] if data else "", "tables": list_tables(plan)}
     known |= {called: read_option(config, called) for called in OPTIONS}
-    return {called: shown(value) for called, value in known.items() if value not in (None, "")}
+    return {called: format_setting(value) for called, value in known.items() if value not in (None, "")}
 
 
 def differing_settings(a: tuple[Config, Config], b: tuple[Config, Config]) -> Iterator[tuple[str, str, str]]:
@@ -91,16 +91,16 @@ def differing_settings(a: tuple[Config, Config], b: tuple[Config, Config]) -> It
     left, right = flatten_options(a[0]), flatten_options(b[0])
     for name in sorted({*left, *right} - {*_NOT_SETTINGS, *_DATA, *sum(OPTIONS.values(), ())}):
         if left.get(name) != right.get(name):
-            yield printable(name), shown(left.get(name, "-")), shown(right.get(name, "-"))
+            yield printable(name), format_setting(left.get(name, "-")), format_setting(right.get(name, "-"))
 
 
-def shown(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A setting on one line; a text as long as a file is cut."""
     text = printable(str(value))
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
-def number(value: Any) -> float:
+def to_number(value: Any) -> float:
     """0 where it is none."""
     return float(value) if isinstance(value, int | float) else 0.0
 

@@ -38,7 +38,7 @@ class Windows:
         span = max(1, int(self.ends[-1] - self.starts[0]))
         return 1 << max(0, math.ceil(math.log2(span / BINS)))
 
-    def of(self, ts: np.ndarray) -> np.ndarray:
+    def find_pieces(self, ts: np.ndarray) -> np.ndarray:
         """The number of the piece that each moment is in."""
         return np.clip(np.searchsorted(self.starts, ts, side="right") - 1, 0, len(self.starts) - 1)
 
@@ -94,7 +94,7 @@ def make_windows(events: RankEvents, main: pl.DataFrame) -> Windows:
     def add(phase: str, epoch: int | None, found: Stretches) -> None:
         nonlocal taken
         pieces.append((phase, epoch, difference(found, taken)))
-        taken = _or(taken, found)
+        taken = _unite(taken, found)
 
     add("evaluate", None, find_stretches(of["eval"]))
     work = of["train"].filter(pl.col("name").is_in(["epoch", "step"]))
@@ -122,7 +122,7 @@ def _in_order(pieces: list[tuple[str, int | None, Stretches]], first: int, last:
     return Windows(list(phases), list(epochs), np.array(starts), np.array(ends))
 
 
-def _or(one: Stretches, two: Stretches) -> Stretches:
+def _unite(one: Stretches, two: Stretches) -> Stretches:
     return union(np.concatenate([one[0], two[0]]), np.concatenate([one[1], two[1]]))
 
 
@@ -130,20 +130,20 @@ def measure_times(events: RankEvents, main: pl.DataFrame, moments: np.ndarray) -
     """For each measure, how much of it lies before each moment: differences of two are the answer."""
     pid, tid = main_thread(events)
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
-    io_all = _or(find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io"))
+    io_all = _unite(find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io"))
     all_io = covered_time(io_all, moments)
     sums: dict[str, np.ndarray] = {"wall_us": moments - moments.min()}
     none = np.zeros(0, np.int64)
     level, before, both = (none, none), np.zeros(len(moments), np.int64), {}
     for kind in KINDS:
-        level = _or(level, find_stretches(main, pl.col("kind") == kind))
+        level = _unite(level, find_stretches(main, pl.col("kind") == kind))
         if kind == "io":
-            level = _or(level, find_stretches(events.calls, here))
+            level = _unite(level, find_stretches(events.calls, here))
         now = covered_time(level, moments)
         sums[f"{kind}_us"] = now - before
         before = now
         if kind in ("wait", "copy", "compute"):
-            both[kind] = all_io + now - covered_time(_or(io_all, level), moments)
+            both[kind] = all_io + now - covered_time(_unite(io_all, level), moments)
     sums["other_us"] = sums["wall_us"] - before
     sums["io_all_us"] = all_io
     sums["io_behind_compute_us"] = both["compute"] - both["copy"]

@@ -53,7 +53,7 @@ class Clock:
         return events.with_columns(pl.Series("ts", begin), pl.Series("dur", dur))
 
 
-def launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
+def group_launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
     """The traces by the job that wrote them, in the order of time: a run that was stopped has several.
 
     Each rank is in a job once, and all say the same number of ranks. What forked goes with the latest job
@@ -90,19 +90,19 @@ def make_clocks(found: Iterable[TracedProcess]) -> dict[Path, Clock]:
 
     Ranks of one host share its clock, so they share the correction: the median of what their barriers say.
     """
-    return {path: clock for job in launches(found) for path, clock in _of_job(job).items()}
+    return {path: clock for job in group_launches(found) for path, clock in _make_job_clocks(job).items()}
 
 
-def _of_job(job: list[TracedProcess]) -> dict[Path, Clock]:
+def _make_job_clocks(job: list[TracedProcess]) -> dict[Path, Clock]:
     hosts = dict.fromkeys(p.host for p in job)
-    moments = {when: {host: _moment(job, host, when) for host in hosts} for when in ("start", "end")}
+    moments = {when: {host: _median_barrier(job, host, when) for host in hosts} for when in ("start", "end")}
     known = [at for at in moments["start"].values() if at is not None]
     if len(hosts) < 2 or not known:
         return {p.path: Clock() for p in job}
     first = min(job, key=lambda p: p.rank).host
     reference = moments["start"][first]
     made = {
-        host: _clock(
+        host: _make_clock(
             at,
             moments["end"][host],
             min(known) if reference is None else reference,
@@ -113,12 +113,12 @@ def _of_job(job: list[TracedProcess]) -> dict[Path, Clock]:
     return {p.path: made[p.host] for p in job}
 
 
-def _moment(job: list[TracedProcess], host: str, when: str) -> float | None:
+def _median_barrier(job: list[TracedProcess], host: str, when: str) -> float | None:
     told = [p.barriers[when] for p in job if p.host == host and when in p.barriers]
     return float(np.median(told)) if told else None
 
 
-def _clock(start: float | None, end: float | None, first_start: float, first_end: float | None) -> Clock:
+def _make_clock(start: float | None, end: float | None, first_start: float, first_end: float | None) -> Clock:
     if start is None:
         return Clock()
     shift, begun = round(first_start - start), round(start)
@@ -132,7 +132,7 @@ def _clock(start: float | None, end: float | None, first_start: float, first_end
 
 def describe_moves(found: Iterable[TracedProcess], known: dict[Path, Clock]) -> list[str]:
     """What was done to the hosts' times, a sentence each."""
-    jobs = launches(found)
+    jobs = group_launches(found)
     told = []
     for number, job in enumerate(jobs, 1):
         for host, clock in {p.host: known[p.path] for p in job if known[p.path].moves}.items():
@@ -147,7 +147,7 @@ def describe_moves(found: Iterable[TracedProcess], known: dict[Path, Clock]) -> 
 def clock_skew(found: Iterable[TracedProcess]) -> dict[str, int]:
     """How far the clocks were apart at each barrier, in us: over all ranks of a job, as recorded."""
     apart: dict[str, int] = {}
-    for job in launches(found):
+    for job in group_launches(found):
         for when in ("start", "end"):
             at = [p.barriers[when] for p in job if when in p.barriers]
             if len(at) > 1:

@@ -51,7 +51,7 @@ def open_trace(path: Path) -> BinaryIO:
 def read_blocks(path: Path, loss: ReadLoss, opened: Opener = open_trace) -> Iterator[bytearray]:
     """Whole lines, about BLOCK bytes at a time."""
     with opened(path) as file, os_errors_as_user_errors(path):
-        pieces = _inflated(file, loss) if path.suffix == ".gz" else iter(lambda: file.read(_CHUNK), b"")
+        pieces = _inflate(file, loss) if path.suffix == ".gz" else iter(lambda: file.read(_CHUNK), b"")
         text = bytearray()
         skipping = False  # inside a line that is too long
         for piece in pieces:
@@ -85,7 +85,7 @@ def read_blocks(path: Path, loss: ReadLoss, opened: Opener = open_trace) -> Iter
             yield text
 
 
-def _inflated(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
+def _inflate(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
     data = file.read(_CHUNK)
     made = damages = 0
     while data:
@@ -104,7 +104,7 @@ def _inflated(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
                 made += len(piece)
             except zlib.error:
                 damages += 1
-                good, used = _salvage(before, data)
+                good, used = _salvage_text(before, data)
                 yield good + b"\n"  # what follows the damage begins a line
                 data = data[used + 1 :] or file.read(_CHUNK)
                 loss.skipped += 1
@@ -137,7 +137,7 @@ def _to_member(data: bytes, file: BinaryIO) -> tuple[bytes, int]:
         data = keep + more
 
 
-def _salvage(stream: "zlib._Decompress", data: bytes) -> tuple[bytes, int]:  # type: ignore[name-defined]
+def _salvage_text(stream: "zlib._Decompress", data: bytes) -> tuple[bytes, int]:  # type: ignore[name-defined]
     """Inflate up to the damage: the text, and how many bytes of data were good."""
     good, used = bytearray(), 0
     try:

@@ -23,15 +23,15 @@ from analysis.trace.strings import (
     StringTable,
     bits_of,
     byte,
-    close,
     compiled,
-    grown,
-    intern,
+    find_quote,
+    grow_array,
+    intern_text,
     line_end,
+    make_pointers,
     pointer,
-    pointers,
     room_left,
-    unescape,
+    unescape_text,
 )
 
 INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that Strings had no room for
@@ -103,7 +103,7 @@ class EventBlock:
             elif kind == STRING:
                 found[key] = strings.text(value)
             else:
-                found[key] = unescape(self.text[int(value) >> 32 : int(value) & 0xFFFFFFFF].tobytes())
+                found[key] = unescape_text(self.text[int(value) >> 32 : int(value) & 0xFFFFFFFF].tobytes())
         return found
 
 
@@ -124,11 +124,11 @@ def scan_block(text: np.ndarray, size: int, strings: StringTable) -> EventBlock:
     )
     bad = np.empty(min(lines, MAX_BAD), np.int64)
     state = np.zeros(4, np.int64)  # position, events, arguments, bad lines
-    while _scan(text, size, state, ph, ints, arg_begin, args, bad, strings.arrays) == _MORE_ROOM:
+    while _scan_text(text, size, state, ph, ints, arg_begin, args, bad, strings.arrays) == _MORE_ROOM:
         line = int(np.argmax(text[state[0] : size] == 10)) + 1
         strings.make_room(min(line, MAX_LINE) + (1 << 12))
         if int(state[2]) + MAX_ARGS > len(args[0]):
-            args = tuple(grown(a, len(a)) for a in args)
+            args = tuple(grow_array(a, len(a)) for a in args)
     n, m = int(state[1]), int(state[2])
     name, cat, pid, tid, ts, dur = ints[:, :n]
     keys, kinds, values, places = (a[:m] for a in args)
@@ -140,7 +140,7 @@ def scan_block(text: np.ndarray, size: int, strings: StringTable) -> EventBlock:
 
 
 @compiled
-def _number(text, p):
+def _scan_number(text, p):
     """The number at p -> place after it, kind, whole value, real value; place -1 when there is none."""
     negative = byte(text, p) == 45
     if negative:
@@ -180,13 +180,13 @@ def _number(text, p):
 
 
 @compiled
-def _skip(text, p, end):
+def _skip_value(text, p, end):
     """The place after any JSON value; -1 when the line ends first or the value is nested too deeply."""
     depth = 0
     while p < end:
         c = byte(text, p)
         if c == 34:
-            p = close(text, p + 1, end)
+            p = find_quote(text, p + 1, end)
             if depth == 0:
                 return p + 1 if p < end else -1
         elif c == 123 or c == 91:
@@ -204,22 +204,22 @@ def _skip(text, p, end):
 
 
 @compiled
-def _value(text, p, end, j, key, args, strings):
+def _scan_value(text, p, end, j, key, args, strings):
     """One argument's value into row j -> the place after it, or -1."""
     _, kinds, values, _ = args
     if byte(text, p) == 34:
         a = p + 1
-        q = close(text, a, end)
-        kinds[j], values[j] = STRING, intern(text, a, q - a, strings, False)
+        q = find_quote(text, a, end)
+        kinds[j], values[j] = STRING, intern_text(text, a, q - a, strings, False)
         if values[j] < 0:
             kinds[j], values[j] = INLINE, (a << 32) | q
         for numeric in _NUMERIC:  # DFTracer 1 wrote these between quotes
             if key == numeric:
-                after, kind, whole, _ = _number(text, a)
+                after, kind, whole, _ = _scan_number(text, a)
                 if after == q and kind == INT and -MAX_WHOLE <= whole <= MAX_WHOLE:
                     kinds[j], values[j] = INT, whole
         return q + 1 if q < end else -1
-    q, kind, whole, real = _number(text, p)
+    q, kind, whole, real = _scan_number(text, p)
     if q >= 0 and 0 <= key < 64 and _COUNT_BITS >> key & 1:  # noqa: SIM102
         if abs(real) > MAX_WHOLE or whole > MAX_WHOLE or whole < -MAX_WHOLE:
             kinds[j], values[j] = RAW, (p << 32) | q  # no number of bytes or steps: stays as text
@@ -229,13 +229,13 @@ def _value(text, p, end, j, key, args, strings):
         if kind == FLOAT:
             values[j] = bits_of(real)
         return q
-    q = _skip(text, p, end)
+    q = _skip_value(text, p, end)
     kinds[j], values[j] = RAW, (p << 32) | q
     return q
 
 
 @compiled
-def _args(text, p, end, j, last, args, strings):
+def _scan_args(text, p, end, j, last, args, strings):
     """The object of arguments that begins at p -> the place after it (or -1) and the next free row, at most
     `last`.
     """
@@ -247,21 +247,21 @@ def _args(text, p, end, j, last, args, strings):
             return p + 1, j
         if c == 34:
             begin = p
-            p = close(text, begin + 1, end)
+            p = find_quote(text, begin + 1, end)
             if p >= end or j >= last:
                 break
-            key = intern(text, begin + 1, p - begin - 1, strings, True)
+            key = intern_text(text, begin + 1, p - begin - 1, strings, True)
             if key < 0:
                 break
             p += 1
             while byte(text, p) == 32 or byte(text, p) == 58:
                 p += 1
             if key == _HHASH:  # every event carries the host's hash: the HH record says it once
-                p = _skip(text, p, end)
+                p = _skip_value(text, p, end)
                 if p < 0:
                     break
                 continue
-            p = _value(text, p, end, j, key, args, strings)
+            p = _scan_value(text, p, end, j, key, args, strings)
             if p < 0:
                 break
             keys[j], places[j] = key, (begin << 32) | p
@@ -274,7 +274,7 @@ def _args(text, p, end, j, last, args, strings):
 
 
 @compiled
-def _place(size, c, d):
+def _find_column(size, c, d):
     """Which column a key is for, by its length and first letters: 0 name .. 5 dur, 6 ph, 7 args, -1 none."""
     if size == 2:
         return 4 if c == 116 else 6 if c == 112 else -1  # ts, ph
@@ -288,7 +288,7 @@ def _place(size, c, d):
 
 
 @compiled
-def _line(text, p, end, j, row, args, strings):
+def _scan_line(text, p, end, j, row, args, strings):
     """The event that begins at p (its brace) -> the place after it (or -1), next free argument row."""
     for place in range(7):
         row[place] = 0
@@ -304,24 +304,24 @@ def _line(text, p, end, j, row, args, strings):
         if c != 34:
             break
         a = p + 1
-        p = close(text, a, end)
+        p = find_quote(text, a, end)
         if p >= end:
             break
-        place = _place(p - a, byte(text, a), byte(text, a + 1))
+        place = _find_column(p - a, byte(text, a), byte(text, a + 1))
         p += 1
         while byte(text, p) == 32 or byte(text, p) == 58:
             p += 1
         quoted = byte(text, p) == 34
         if place < 0 or (place < 2 and not quoted):  # the numbers of strings are ours to give
-            p = _skip(text, p, end)
+            p = _skip_value(text, p, end)
         elif place == 7:
             if byte(text, p) != 123:
                 break
-            p, j = _args(text, p, end, j, last, args, strings)
+            p, j = _scan_args(text, p, end, j, last, args, strings)
         elif place < 2:
             a = p + 1
-            p = close(text, a, end)
-            found = intern(text, a, p - a, strings, True)
+            p = find_quote(text, a, end)
+            found = intern_text(text, a, p - a, strings, True)
             if p >= end or found < 0:
                 break
             row[place] = found
@@ -329,9 +329,9 @@ def _line(text, p, end, j, row, args, strings):
         elif place == 6 and quoted:  # as Chrome writes it: X, M
             c = byte(text, p + 1)
             row[6] = 4 if c == 77 else 1 if c == 88 else 0
-            p = _skip(text, p, end)
+            p = _skip_value(text, p, end)
         else:
-            p, kind, whole, real = _number(text, p)
+            p, kind, whole, real = _scan_number(text, p)
             if kind == FLOAT:
                 whole = np.int64(real) if 0.0 <= real <= MAX_TS else -1
             most = 0xFFFFFFFF if place < 4 else MAX_TS if place == 4 else MAX_DUR if place == 5 else 255
@@ -342,13 +342,13 @@ def _line(text, p, end, j, row, args, strings):
 
 
 @compiled
-def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
+def _scan_text(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
     p, i, j, wrong = state
     pool, starts, _, table, count = arrays
     keys, kinds, values, places = arg_arrays
     args_room, events_room, bad_room = len(keys) - MAX_ARGS, len(ph), len(bad)
     args = pointer(keys), pointer(kinds), pointer(values), pointer(places)
-    strings = pointers(arrays)
+    strings = make_pointers(arrays)
     room = room_left(pool, starts, table, count)
     text = pointer(text)
     space = np.zeros(7, np.int64)
@@ -369,7 +369,7 @@ def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
         while byte(text, p) == 32 or byte(text, p) == 91 or byte(text, p) == 44 or byte(text, p) == 93:
             p += 1
         if byte(text, p) == 123:
-            q, next_j = _line(text, p, end, j, row, args, strings)
+            q, next_j = _scan_line(text, p, end, j, row, args, strings)
             if q < 0 or row[6] == 0 or i >= events_room:
                 if wrong < bad_room:
                     bad[wrong] = begin

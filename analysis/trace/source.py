@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, Protocol
 
-from analysis.trace.clocks import launches
+from analysis.trace.clocks import group_launches
 from analysis.trace.events import TraceReader, assign_ranks, find_trace_files, read_heads
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import EventBlock
@@ -96,7 +96,7 @@ class SharedReading:
     def __init__(self, run_dir: str | Path) -> None:
         self._files = OpenFiles()
         self._heads = read_heads(run_dir, self._files.open)
-        self.order = [p for job in launches(self._heads) for p in assign_ranks(job)]
+        self.order = [p for job in group_launches(self._heads) for p in assign_ranks(job)]
         self.strings, self.paths = StringTable(), {}
         self._sharers: list[_Sharer] = []
 

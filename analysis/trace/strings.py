@@ -137,7 +137,7 @@ class StringTable:
         raw = text.encode(errors="replace")
         self.make_room(len(raw))
         padded = np.frombuffer(bytearray(raw + bytes(PAD)), np.uint8)
-        return int(_add(padded, len(raw), self.arrays))
+        return int(_add_text(padded, len(raw), self.arrays))
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -147,9 +147,12 @@ class StringTable:
         """After this, all strings in a line of `length` bytes fit."""
         n = int(self.count[0])
         if self.starts[n] + length + PAD > len(self.pool):
-            self.pool = grown(self.pool, int(self.starts[n]) + length + PAD)
+            self.pool = grow_array(self.pool, int(self.starts[n]) + length + PAD)
         if n + length // 2 + 2 > len(self.starts):
-            self.starts, self.hashes = grown(self.starts, n + length), grown(self.hashes, n + length)
+            self.starts, self.hashes = (
+                grow_array(self.starts, n + length),
+                grow_array(self.hashes, n + length),
+            )
         if 2 * (n + length // 2) > len(self.table):
             self.table = np.full(1 << (4 * (n + length)).bit_length(), -1, np.int32)
             _rehash(self.hashes, n, self.table)
@@ -159,14 +162,14 @@ class StringTable:
             with self._lock:
                 while len(self._text) <= number:
                     a, b = self.starts[len(self._text)], self.starts[len(self._text) + 1]
-                    self._text.append(unescape(self.pool[a:b].tobytes()))
+                    self._text.append(unescape_text(self.pool[a:b].tobytes()))
         return self._text[number]
 
     def __len__(self) -> int:
         return int(self.count[0])
 
 
-def unescape(raw: bytes) -> str:
+def unescape_text(raw: bytes) -> str:
     text = raw.decode(errors="replace")
     if "\\" not in text:
         return text
@@ -177,7 +180,7 @@ def unescape(raw: bytes) -> str:
     return found.encode(errors="replace").decode()  # half of a surrogate pair is no text
 
 
-def grown(array: np.ndarray, need: int) -> np.ndarray:
+def grow_array(array: np.ndarray, need: int) -> np.ndarray:
     bigger = np.zeros(2 * max(need, len(array)), array.dtype)
     bigger[: len(array)] = array
     return bigger
@@ -211,12 +214,12 @@ def line_end(text, p):
 
 
 @compiled
-def _add(text, size, arrays):
-    return intern(pointer(text), 0, size, pointers(arrays), True)
+def _add_text(text, size, arrays):
+    return intern_text(pointer(text), 0, size, make_pointers(arrays), True)
 
 
 @compiled
-def pointers(arrays):
+def make_pointers(arrays):
     pool, starts, hashes, table, count = arrays
     room = min(len(pool), MAX_POOL) - PAD
     most = min(MAX_NAMES, len(hashes), len(starts) - 1, len(table) // 2)
@@ -227,7 +230,7 @@ def pointers(arrays):
 
 
 @compiled
-def close(text, p, end):
+def find_quote(text, p, end):
     """Where the string that runs at p has its closing quote; `end` when it has none before that."""
     while p < end:
         w = word(text, p)
@@ -245,7 +248,7 @@ def close(text, p, end):
 
 
 @compiled
-def intern(text, a, size, strings, keep):
+def intern_text(text, a, size, strings, keep):
     """The number of text[a : a + size], a new one if need be; -1 when there is no room for more."""
     pool, starts, hashes, table, count, mask, room, most = strings
     h = np.uint64(size)

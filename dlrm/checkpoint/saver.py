@@ -87,7 +87,7 @@ class CheckpointWriter:
         if first:
             begun = _catch_user_errors(lambda: self._begin(step))
             self.store.set(f"{key}/begin", json.dumps(begun))
-        begun = json.loads(self._wait_for_key(f"{key}/begin"))
+        begun = json.loads(self._wait_for_key(f"{key}/begin", "rank 0 did not start to save"))
         if "error" not in begun:
             partial, final = (Path(path) for path in begun["done"])
             file = f"rank{self.here.rank:05d}.safetensors"
@@ -96,7 +96,7 @@ class CheckpointWriter:
         if first:
             outcome = begun if partial is None else self._publish(key, partial, final, values)
             self.store.set(f"{key}/end", json.dumps(outcome))
-        outcome = json.loads(self._wait_for_key(f"{key}/end"))
+        outcome = json.loads(self._wait_for_key(f"{key}/end", "rank 0 did not publish the checkpoint"))
         if "error" in outcome:
             return outcome["error"]
         self.last_path = outcome["done"]
@@ -115,7 +115,9 @@ class CheckpointWriter:
         tensors, files = [], {}
         try:
             for rank in range(self.here.world_size):
-                written = json.loads(self._wait_for_key(f"{key}/{rank}"))
+                written = json.loads(
+                    self._wait_for_key(f"{key}/{rank}", f"rank {rank} did not write its file")
+                )
                 if "error" in written:
                     raise UserError(f"rank {rank}: {written['error']}")
                 tensors += written["done"]["tensors"]
@@ -128,11 +130,12 @@ class CheckpointWriter:
             folder.discard_partial(partial)
             return {"error": str(error)}
 
-    def _wait_for_key(self, key: str) -> str:
+    def _wait_for_key(self, key: str, failure: str) -> str:
+        """The value that another rank sets; TimeoutError with the text `failure` after `timeout` seconds."""
         deadline = time.monotonic() + self.timeout
         while not self.store.check([key]):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"a rank did not finish writing within {self.timeout:.0f} s")
+                raise TimeoutError(f"{failure} within {self.timeout:.0f} s")
             time.sleep(POLL_SECONDS)
         return self.store.get(key).decode()
 

@@ -1,8 +1,8 @@
 """This rank's batches of one epoch, and the position in it as state.
 
 An epoch is a sequence of rows (in file order, or shuffled); what is left of it is a list of segments of that
-sequence, the same on all ranks and known without talking. So a state can be loaded at another world size
-and batch size: each remaining row still comes exactly once. How rows are dealt to ranks: see `deal`.
+sequence, computed alike on all ranks without communication. So a state can be loaded at another world size
+and batch size: each remaining row still comes exactly once. Which rank gets which rows: see `sampler`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,12 @@ from dlrm.runtime.trace import span
 
 
 class BatchLoader:
-    """`shuffle_batches` permutes the rows inside each batch, `shuffle_set` the whole set, anew per epoch."""
+    """Iterates over this rank's batches of the current epoch, or of what a loaded state left of it.
+
+    shuffle_batches: permute the rows inside each batch. shuffle_set: permute the whole set, each epoch
+    differently; sources without random access in windows of `window_mb`. by_rank: see RowSampler; None: as
+    suits the source. limit: largest number of batches of an epoch.
+    """
 
     def __init__(
         self,
@@ -41,28 +46,32 @@ class BatchLoader:
         pin_memory: bool = False,
     ) -> None:
         if batch_size < 1:
-            raise UserError(f"--batch_size {batch_size}: at least 1 is needed")
+            raise UserError(f"--batch_size {batch_size}: must be at least 1")
         self.source, self.batch_size, self.rank, self.world_size = source, batch_size, rank, world_size
         self.to_batch = to_batch or BatchCollator(table_sizes, pin_memory=pin_memory)
         self.drop_last, self.shuffle_batches, self.shuffle_set = drop_last, shuffle_batches, shuffle_set
-        self.window = 0 if source.random_access else max(1, int(window_mb * (1 << 20)) // source.row_bytes)
+        self.window_rows = (
+            0 if source.random_access else max(1, int(window_mb * (1 << 20)) // source.row_bytes)
+        )
         if by_rank is None:
             by_rank = shuffle_set or source.contiguous
         self.by_rank, self.seed, self.limit = by_rank, seed, limit
         self.epoch = 0
-        self.number = -1  # of the batch given last, counted over all epochs: ties reads to steps in the trace
+        self.batch_number = (
+            -1
+        )  # of the last batch, counted over all epochs: relates reads to steps in a trace
         self._order: ShuffledOrder | None = None
-        self._served: ShuffleWindow | None = None
-        self._loaded = False  # a loaded state waits for its pass
-        self._begin([(0, source.rows)], 0)
+        self._shuffle_window: ShuffleWindow | None = None
+        self._loaded = False  # a state was loaded and not iterated over yet
+        self._start_pass([(0, source.rows)], 0)
 
-    def _begin(self, segments: list[Segment], steps_done: int) -> None:
-        """A pass starts here: over the epoch, or over what a loaded state left of it."""
+    def _start_pass(self, segments: list[Segment], steps_done: int) -> None:
+        """Set up a pass over these segments of the epoch, of which `steps_done` steps are done."""
         self.segments, self.steps_before, self.steps_done = segments, steps_done, steps_done
         rows = sum(stop - start for start, stop in segments)
-        self.deal = RowSampler(rows, self.batch_size, self.world_size, self.by_rank, self.drop_last)
-        left = self.deal.steps if self.limit is None else max(0, self.limit - steps_done)
-        self.steps = min(self.deal.steps, left)
+        self.sampler = RowSampler(rows, self.batch_size, self.world_size, self.by_rank, self.drop_last)
+        allowed = self.sampler.steps if self.limit is None else max(0, self.limit - steps_done)
+        self.steps = min(self.sampler.steps, allowed)
 
     def __len__(self) -> int:
         """Batches of the current pass."""
@@ -70,49 +79,50 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._loaded:
-            self._begin([(0, self.source.rows)], 0)
+            self._start_pass([(0, self.source.rows)], 0)
         self._loaded = False
         self.prepare()
         for step in range(self.steps):
-            batch = self._make(step)
+            batch = self._make_batch(step)
             self.steps_done = self.steps_before + step + 1
             yield batch
 
     def prepare(self) -> None:
-        """Load what has to be in memory before the first batch (else the first batch does it)."""
+        """Load what must be in memory before the first batch; iterating calls it, too."""
         set_epoch = getattr(self.source, "set_epoch", None)
         if set_epoch:  # the rows themselves change from epoch to epoch
             set_epoch(self.epoch)
         if self.shuffle_set and (self._order is None or self._order.epoch != self.epoch):
-            self._order = ShuffledOrder(self.source.rows, self.seed, self.epoch, self.window)
-            self._served = ShuffleWindow(self.source, self._order) if self._order.window else None
-        if self.source.holds and self.steps:
+            self._order = ShuffledOrder(self.source.rows, self.seed, self.epoch, self.window_rows)
+            self._shuffle_window = ShuffleWindow(self.source, self._order) if self._order.window else None
+        if self.source.in_memory and self.steps:
             mine = [
-                split_rows(self.segments, *self.deal.batch(step, self.rank)) for step in range(self.steps)
+                split_rows(self.segments, *self.sampler.batch_rows(step, self.rank))
+                for step in range(self.steps)
             ]
             segments = merge_ranges([segment for batch in mine for segment in batch])
             if self._order is not None:
-                rows = np.sort(np.concatenate([self._order.at(*segment) for segment in segments]))
-                self.source.hold(find_runs(rows), gaps=True)
+                rows = np.sort(np.concatenate([self._order.rows_at(*segment) for segment in segments]))
+                self.source.load(find_runs(rows), scattered=True)
             else:
-                self.source.hold(np.array(segments, np.int64), gaps=False)
+                self.source.load(np.array(segments, np.int64), scattered=False)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; naming the current one leaves a loaded position alone."""
+        """Go to the start of an epoch; with the number of the current one a loaded position stays."""
         if epoch != self.epoch:
             self.epoch, self._loaded = epoch, False
-            self._begin([(0, self.source.rows)], 0)
+            self._start_pass([(0, self.source.rows)], 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this epoch stands, for all ranks together. Plain values, fit for JSON."""
-        left = [] if self.steps_done - self.steps_before >= self.steps else self.remaining()
+        """The position in this epoch, of all ranks together, as JSON values."""
+        remaining = [] if self.steps_done - self.steps_before >= self.steps else self.remaining_segments()
         return {
             "epoch": self.epoch,
             "step": self.steps_done,
             "rows": self.source.rows,
-            "segments": [list(segment) for segment in left],
+            "segments": [list(segment) for segment in remaining],
             "seed": self.seed,
-            "window": self.window if self.shuffle_set else None,
+            "window": self.window_rows if self.shuffle_set else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -123,48 +133,48 @@ class BatchLoader:
             )
         if (state["window"] is not None) != self.shuffle_set:
             raise UserError("the checkpoint and this run differ in --shuffle_training_set: give the same")
-        if self.shuffle_set and (state["window"] == 0) != (self.window == 0):
+        if self.shuffle_set and (state["window"] == 0) != (self.window_rows == 0):
             raise UserError("the checkpoint was shuffled for another kind of source: give the same kind")
         self.seed, self.epoch = state["seed"], state["epoch"]
-        self.window, self._order = state["window"] or self.window, None
-        self._begin([(int(start), int(stop)) for start, stop in state["segments"]], int(state["step"]))
+        self.window_rows, self._order = state["window"] or self.window_rows, None
+        self._start_pass([(int(start), int(stop)) for start, stop in state["segments"]], int(state["step"]))
         self._loaded = True
 
-    def remaining(self) -> list[Segment]:
+    def remaining_segments(self) -> list[Segment]:
         """What no rank has been given yet, in the order of the epoch's sequence."""
-        left = self.deal.left(self.steps_done - self.steps_before)
-        return merge_ranges([part for segment in left for part in split_rows(self.segments, *segment)])
+        remaining = self.sampler.remaining(self.steps_done - self.steps_before)
+        return merge_ranges([part for segment in remaining for part in split_rows(self.segments, *segment)])
 
-    def _make(self, step: int) -> Batch:
-        self.number += 1
-        self.source.batch = self.number
-        rows, numbers = self._rows(step)
-        with span("data", "assemble", batch=self.number):
+    def _make_batch(self, step: int) -> Batch:
+        self.batch_number += 1
+        self.source.batch = self.batch_number
+        rows, numbers = self._read_rows(step)
+        with span("data", "assemble", batch=self.batch_number):
             if self.shuffle_batches:
                 key = [self.seed, self.epoch, self.steps_before + step, self.rank]
                 order = np.random.default_rng(key).permutation(len(rows.labels))
                 rows, numbers = rows.take(order), numbers[order]
-            return self.to_batch(rows, lambda row, part: self.source.where(int(numbers[row]), part))
+            return self.to_batch(rows, lambda row, part: self.source.locate_row(int(numbers[row]), part))
 
-    def _rows(self, step: int) -> tuple[Rows, np.ndarray]:
-        """The rows of a batch and their numbers in the set."""
-        start, stop = self.deal.batch(step, self.rank)
+    def _read_rows(self, step: int) -> tuple[Rows, np.ndarray]:
+        """The rows of a batch and their numbers in the set, int64 [n]."""
+        start, stop = self.sampler.batch_rows(step, self.rank)
         pieces = split_rows(self.segments, start, stop)
-        if self._served is not None:
-            return self._served.take(pieces)
+        if self._shuffle_window is not None:
+            return self._shuffle_window.read_positions(pieces)
         if self._order is not None:
-            numbers = np.concatenate([self._order.at(*piece) for piece in pieces])
+            numbers = np.concatenate([self._order.rows_at(*piece) for piece in pieces])
             return self.source.take(numbers), numbers
         numbers = np.concatenate([np.arange(*piece) for piece in pieces])
         if len(pieces) > 1:
             return collect_rows(self.source, pieces), numbers
-        end = self.deal.batch(self.steps - 1, self.rank)[1]  # with a limit, nothing behind it is read
-        run = split_rows(self.segments, start, min(self.deal.ahead(step, self.rank), end))[0]
+        end = self.sampler.batch_rows(self.steps - 1, self.rank)[1]  # nothing beyond the limit is read
+        run = split_rows(self.segments, start, min(self.sampler.contiguous_end(step, self.rank), end))[0]
         return self.source.read(*pieces[0], run[1]), numbers
 
 
 def find_runs(rows: np.ndarray) -> np.ndarray:
-    """Sorted row numbers -> [k, 2] runs of consecutive ones."""
+    """Sorted row numbers, int64 [n] -> runs of consecutive ones, int64 [k, 2]: first, past the last."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     starts = np.concatenate([[0], breaks])
     stops = np.concatenate([breaks, [len(rows)]])

@@ -1,6 +1,6 @@
 """Sources in memory: this rank's rows loaded once (`MemorySource`), or mapped files (`MappedSource`).
 
-`MappedSource` is fast when the page cache holds everything, but DFTracer cannot see its page faults: its
+`MappedSource` is fast when everything is in the page cache, but DFTracer cannot see its page faults: its
 `bytes_read` counts headers only, like the trace.
 """
 
@@ -12,40 +12,40 @@ from dlrm.data.stream import StreamSource, gather_rows
 
 
 class MemorySource:
-    """Holds the rows of one rank and nothing else, loaded by the calls of `StreamSource`."""
+    """The rows of one rank in memory, loaded through `StreamSource`."""
 
     random_access = True
-    holds = True
+    in_memory = True
     contiguous = False
 
     def __init__(self, stream: StreamSource) -> None:
         self.stream = stream
         self.rows, self.row_bytes, self.bytes_read = stream.rows, stream.row_bytes, stream.bytes_read
         self.batch = 0
-        self.runs = np.empty((0, 2), np.int64)  # held rows, ascending
-        self.starts = np.zeros(1, np.int64)  # where each run begins in the arrays
+        self.runs = np.empty((0, 2), np.int64)  # [k, 2] loaded rows: first, past the last; ascending
+        self.starts = np.zeros(1, np.int64)  # position of each run in the arrays
         self.arrays: Rows | None = None
 
-    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+    def load(self, runs: np.ndarray, scattered: bool = False) -> None:
         runs = runs[np.argsort(runs[:, 0])]
-        if self.arrays is not None and self._has(runs):
+        if self.arrays is not None and self._contains(runs):
             return
-        self.arrays = None  # the old rows go before the new ones come
+        self.arrays = None  # free the old rows before the new ones are read
         self.runs, self.starts = runs, np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0])])
         parts = {
             name: np.empty((int(self.starts[-1]), part.columns), part.buffer.dtype)
             for name, part in self.stream.parts.items()
         }
-        if gaps and len(runs):
-            self._pick(parts)
+        if scattered and len(runs):
+            self._read_scattered(parts)
         else:
             for (start, stop), at in zip(runs.tolist(), self.starts.tolist(), strict=False):
                 for name, part in self.stream.parts.items():
-                    part.fill(start, parts[name][at : at + stop - start], self.batch)
+                    part.read_into(start, parts[name][at : at + stop - start], self.batch)
         self.arrays = gather_rows(parts)
 
-    def _pick(self, parts: dict[str, np.ndarray]) -> None:
-        """Scattered rows: read everything from the first to the last, keep ours."""
+    def _read_scattered(self, parts: dict[str, np.ndarray]) -> None:
+        """Read everything from the first row to the last, keep the rows of `runs`."""
         wanted = np.arange(self.starts[-1]) + np.repeat(
             self.runs[:, 0] - self.starts[:-1], np.diff(self.starts)
         )
@@ -55,26 +55,26 @@ class MemorySource:
             first, last = np.searchsorted(wanted, [start, stop])
             for name, part in self.stream.parts.items():
                 part.low = part.high = 0
-                parts[name][first:last] = part.get(start, stop, stop, self.batch)[wanted[first:last] - start]
+                parts[name][first:last] = part.read_rows(start, stop, stop, self.batch)[wanted[first:last] - start]
 
-    def _has(self, runs: np.ndarray) -> bool:
+    def _contains(self, runs: np.ndarray) -> bool:
         numbers = np.searchsorted(self.runs[:, 0], runs[:, 0], side="right") - 1
         return bool((numbers >= 0).all() and (runs[:, 1] <= self.runs[numbers, 1]).all())
 
     def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
-        self.hold(np.array([[start, stop]]))
+        self.load(np.array([[start, stop]]))
         assert self.arrays is not None
         number = int(np.searchsorted(self.runs[:, 0], start, side="right")) - 1
         at = int(self.starts[number] + start - self.runs[number, 0])
         return self.arrays.slice(at, at + stop - start)
 
     def take(self, rows: np.ndarray) -> Rows:
-        assert self.arrays is not None, "hold before take"
+        assert self.arrays is not None, "load before take"
         numbers = np.searchsorted(self.runs[:, 0], rows, side="right") - 1
         return self.arrays.take(self.starts[numbers] + rows - self.runs[numbers, 0])
 
-    def where(self, row: int, part: str) -> str:
-        return self.stream.where(row, part)
+    def locate_row(self, row: int, part: str) -> str:
+        return self.stream.locate_row(row, part)
 
     def close(self) -> None:
         self.arrays = None
@@ -82,10 +82,10 @@ class MemorySource:
 
 
 class MappedSource:
-    """The files as memory maps: nothing is read until it is touched, nothing is held."""
+    """The files as memory maps: the kernel reads a page when it is first used."""
 
     random_access = True
-    holds = False
+    in_memory = False
     contiguous = False
 
     def __init__(self, layout: NpyLayout, stage: str) -> None:
@@ -125,19 +125,19 @@ class MappedSource:
         for name, maps in self.maps.items():
             out = np.empty((len(rows), self.stream.parts[name].columns), self._dtype(name))
             for number in np.unique(numbers):
-                of_day = numbers == number
-                out[of_day] = maps[number][rows[of_day] - self.starts[number]]
+                in_file = numbers == number
+                out[in_file] = maps[number][rows[in_file] - self.starts[number]]
             parts[name] = out
         return gather_rows(parts)
 
     def _dtype(self, name: str) -> np.dtype:
         return self.stream.parts[name].buffer.dtype
 
-    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+    def load(self, runs: np.ndarray, scattered: bool = False) -> None:
         """Nothing to load."""
 
-    def where(self, row: int, part: str) -> str:
-        return self.stream.where(row, part)
+    def locate_row(self, row: int, part: str) -> str:
+        return self.stream.locate_row(row, part)
 
     def close(self) -> None:
         self.maps = {}

@@ -1,8 +1,8 @@
 """Several ids per row and feature: read from `day_N_sparse_multi_hot.npz`, or made from one id by tables.
 
-The .npz members 0.npy to 25.npy (int32 [rows, k]) lie uncompressed in the file, so they are read like .npy
-files at an offset. The tables are MLCommons': row i of a feature's table is i followed by k-1 drawn ids, all
-drawn in turn from numpy's legacy generator with seed 0, so that every rank and every tool has the same ones.
+The .npz members 0.npy to 25.npy (int32 [rows, k]) are not compressed, so they are read like .npy files at an
+offset. The tables are MLCommons': row i of a feature's table is i followed by k - 1 random ids, all drawn one
+after the other from numpy's legacy generator with seed 0, so that every rank and every tool has the same.
 """
 
 import os
@@ -17,7 +17,7 @@ from common.memory import refuse_too_large
 from dlrm.data.criteo import NUM_SPARSE, array_file_name, multi_hot_file_name
 from dlrm.data.npy import CountingFile, NpyFile, NpyLayout, describe_array, open_array, scan_npy
 
-DRAWS = 1 << 22  # ids drawn at a time: the stream of draws is the same, the memory is not
+DRAWS = 1 << 22  # ids drawn by one call: limits memory, the ids are the same
 
 
 def scan_multi_hot_files(folder: str | os.PathLike[str]) -> NpyLayout:
@@ -44,7 +44,7 @@ def open_npz_or_npy(path: str, part: str, bytes_read: dict[str, int]) -> dict[st
 
 
 def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
-    """Where the members' rows lie, by feature."""
+    """Feature -> where its member's rows are in the file."""
     found = {}
     with CountingFile(path, bytes_read) as file:
         size = os.fstat(file.fileno()).st_size
@@ -58,7 +58,7 @@ def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
             if not 0 <= members[name].header_offset < size:
                 raise ValueError(f"member {name} lies beyond the end of the file")
             file.seek(members[name].header_offset)
-            head = file.up_to(30)  # its lengths may differ from those in the directory
+            head = file.up_to(30)  # the lengths in it may differ from those in the directory
             extra = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
             at = members[name].header_offset + 30 + extra
             try:
@@ -99,12 +99,12 @@ def list_members(file: CountingFile) -> dict[str, zipfile.ZipInfo]:
 
 
 class MultiHotMaker:
-    """One id per feature -> k ids, by table. Call it with ids [26, n]: gives 26 arrays [n, k]."""
+    """One id per feature -> k ids, by table. Call it with int32 [26, n]; returns 26 int32 arrays [n, k]."""
 
     def __init__(self, table_sizes: Sequence[int], ids_per_row: Sequence[int], distribution: str = "uniform"):
         if distribution not in DISTRIBUTIONS:
             raise UserError(
-                f"--multi_hot_distribution_type {distribution}: one of {', '.join(DISTRIBUTIONS)} is needed"
+                f"--multi_hot_distribution_type {distribution}: choose from {', '.join(DISTRIBUTIONS)}"
             )
         if len(ids_per_row) != NUM_SPARSE or min(ids_per_row) < 1:
             raise UserError(f"--multi_hot_sizes: {NUM_SPARSE} numbers of at least 1 are needed")
@@ -122,7 +122,7 @@ class MultiHotMaker:
         return [table.take(column, axis=0) for table, column in zip(self.tables, ids, strict=True)]
 
 
-Draw = Callable[[np.random.RandomState, int, int], np.ndarray]  # state, table size, how many
+Draw = Callable[[np.random.RandomState, int, int], np.ndarray]  # (generator, table size, number of ids)
 
 
 def draw_uniform(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
@@ -130,7 +130,7 @@ def draw_uniform(state: np.random.RandomState, size: int, count: int) -> np.ndar
 
 
 def draw_pareto(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # the tail is beyond int32, and wraps as in the reference
+    with np.errstate(invalid="ignore"):  # values beyond int32 wrap, as in the reference
         return state.pareto(0.25, count).astype(np.int32) % size
 
 
@@ -138,6 +138,7 @@ DISTRIBUTIONS: dict[str, Draw] = {"uniform": draw_uniform, "pareto": draw_pareto
 
 
 def make_offset_table(state: np.random.RandomState, size: int, count: int, draw: Draw) -> np.ndarray:
+    """int32 [size, count]: row i is id i, then count - 1 random ids."""
     ids = np.empty((size, count), np.int32)
     ids[:, 0] = np.arange(size)
     if count > 1:

@@ -18,7 +18,7 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 from common.memory import refuse_too_large
 from dlrm.data.criteo import DAY_NUMBER, META, NUM_DENSE, NUM_SPARSE, DatasetMeta, count_days, join_flaws
 from dlrm.data.npy import CountingFile, rows_of_stage
-from dlrm.data.rows import STAGES, Rows, batch_name
+from dlrm.data.rows import STAGES, Rows, batch_key
 from dlrm.data.shuffle import join_rows
 from dlrm.runtime.trace import span
 
@@ -161,11 +161,11 @@ class RowGroup:
 
 class ParquetSource:
     random_access = False
-    holds = False
+    in_memory = False
     contiguous = True  # in step order each of several ranks would read every group
 
     def __init__(self, layout: ParquetLayout, stage: str) -> None:
-        self.batch_name = batch_name(stage)
+        self.batch_key = batch_key(stage)
         self.bytes_read, self.batch = layout.bytes_read, 0
         self.row_bytes = 4 * len(COLUMNS)
         self.groups: list[RowGroup] = []
@@ -202,7 +202,7 @@ class ParquetSource:
             group = self.groups[number]
             path = group.file.path
             before = self.bytes_read.get(path, 0)
-            with span("data", "read", file=path, **{self.batch_name: self.batch}) as reading:
+            with span("data", "read", file=path, **{self.batch_key: self.batch}) as reading:
                 table = self._read(group)
                 reading.update(bytes=self.bytes_read.get(path, 0) - before)
             try:
@@ -234,10 +234,10 @@ class ParquetSource:
     def take(self, rows: np.ndarray) -> Rows:
         raise NotImplementedError("row groups are read in order")
 
-    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+    def load(self, runs: np.ndarray, scattered: bool = False) -> None:
         """Nothing to do: groups are read when they are asked for."""
 
-    def where(self, row: int, part: str) -> str:
+    def locate_row(self, row: int, part: str) -> str:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         group = self.groups[number]
         return f"{group.file.path}, row {group.first + group.rows.start + row - int(self.starts[number])}"

@@ -1,7 +1,7 @@
-"""A thread that prepares the next batches while this one trains; at most `depth` wait in line.
+"""A thread that prepares the next batches while the current one trains; at most `depth` of them are queued.
 
-The position it reports is that of the batch last given out, not of the one last prepared. Leaving the loop
-in any way (end, break, exception, Ctrl-C) stops the thread before control goes on.
+`state_dict` is the position after the batch that was returned last, not after the one prepared last. Leaving
+the loop in any way (end, break, exception, Ctrl-C) stops the thread first.
 """
 
 import queue
@@ -15,15 +15,15 @@ from torchrec.datasets.utils import Batch
 from dlrm.data.batches import BatchLoader
 from dlrm.runtime.trace import name_thread, span
 
-PATIENCE = 5.0  # seconds: a thread stuck in a read of a hung file system must not hold up the exit
+STOP_SECONDS = 5.0  # a thread that hangs in a read of a file system must not delay the exit longer
 
 
 class Prefetcher:
-    """Iterates like the `BatchLoader` that it wraps; `number` is that of the batch given last."""
+    """Iterates like the `BatchLoader` that it wraps; `batch_number` is that of the last batch."""
 
     def __init__(self, batches: BatchLoader, depth: int = 2) -> None:
         self.batches, self.depth = batches, max(1, depth)
-        self.number = -1
+        self.batch_number = -1
         self._state = batches.state_dict()
 
     def __len__(self) -> int:
@@ -41,31 +41,33 @@ class Prefetcher:
         self._state = self.batches.state_dict()
 
     def __iter__(self) -> Iterator[Batch]:
-        line: queue.Queue[tuple[Batch | None, int, Any]] = queue.Queue(self.depth)
+        ready: queue.Queue[tuple[Batch | None, int, Any]] = queue.Queue(self.depth)
         stop = threading.Event()
-        worker = threading.Thread(target=self._work, args=(line, stop), name="prefetch", daemon=True)
+        worker = threading.Thread(target=self._fill_queue, args=(ready, stop), name="prefetch", daemon=True)
         worker.start()
         try:
             while True:
-                with span("data", "wait", batch=self.number + 1) as waiting:
-                    batch, number, state = line.get()
+                with span("data", "wait", batch=self.batch_number + 1) as waiting:
+                    batch, number, state = ready.get()
                     waiting.update(batch=number)
                 if batch is None:
                     if state is not None:
-                        raise state  # with the traceback it got in the thread
+                        raise state  # with its traceback of the thread
                     return
-                self.number, self._state = number, state
+                self.batch_number, self._state = number, state
                 yield batch
         finally:
             stop.set()
-            given_up = time.monotonic() + PATIENCE
-            while worker.is_alive() and time.monotonic() < given_up:  # it may be waiting for room
+            deadline = time.monotonic() + STOP_SECONDS
+            while (
+                worker.is_alive() and time.monotonic() < deadline
+            ):  # it may be waiting for a free place in the queue
                 try:
-                    line.get_nowait()
+                    ready.get_nowait()
                 except queue.Empty:
                     worker.join(0.01)
 
-    def _work(self, line: queue.Queue[tuple[Batch | None, int, Any]], stop: threading.Event) -> None:
+    def _fill_queue(self, ready: queue.Queue[tuple[Batch | None, int, Any]], stop: threading.Event) -> None:
         name_thread("prefetch")
         failure: BaseException | None = None
         batches = iter(self.batches)
@@ -74,10 +76,10 @@ class Prefetcher:
                 batch = next(batches, None)
                 if batch is None:
                     break
-                line.put((batch, self.batches.number, self.batches.state_dict()))
-        except BaseException as error:  # noqa: BLE001  # handed to the main thread, whatever it is
+                ready.put((batch, self.batches.batch_number, self.batches.state_dict()))
+        except BaseException as error:  # noqa: BLE001  # raised again in the main thread
             failure = error
         finally:
             batches.close()  # type: ignore[attr-defined]  # a generator
             if not stop.is_set():
-                line.put((None, self.batches.number, failure))
+                ready.put((None, self.batches.batch_number, failure))

@@ -1,9 +1,9 @@
-"""One narrow door to every format: `open_source(kind, folder, stage).read(start, stop)`.
+"""Opens the rows of any format: `open_source(kind, folder, stage).read(start, stop)`.
 
 Stages: train = all days but the last; val and test = the halves of the last day. A folder of one day (or
-Kaggle's single train file) has no last day to spare: its last seventh is held out instead.
+Kaggle's single train file) uses its last seventh instead of a last day.
 `scan_dataset` checks all files of a folder once. To open several stages, pass its result instead of the
-folder: then they also count their bytes together.
+folder: then their `bytes_read` is also one.
 """
 
 import os
@@ -24,14 +24,12 @@ from dlrm.runtime.errors import UserError
 RANDOM_ROWS = 1 << 20
 
 
-AnyLayout = (
-    Any  # what a kind's scan gives: Layout or ParquetLayout, both with folder, table_sizes, bytes_read
-)
+AnyLayout = Any  # NpyLayout or ParquetLayout, what `scan_dataset` returns; both have folder, bytes_read
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a source may need to know besides its files."""
+    """What a source needs to know besides its files."""
 
     stage: str
     read_chunk_mb: float = 16
@@ -40,30 +38,30 @@ class SourceOptions:
     seed: int = 0
 
 
-def open_random(_layout: AnyLayout, how: SourceOptions) -> RowSource:
-    if how.table_sizes is None:
+def open_random(_layout: AnyLayout, options: SourceOptions) -> RowSource:
+    if options.table_sizes is None:
         raise UserError(
             "random data needs table sizes: give --num_embeddings or --num_embeddings_per_feature"
         )
-    return RandomSource(how.stage, how.rows, how.table_sizes, how.seed)
+    return RandomSource(options.stage, options.rows, options.table_sizes, options.seed)
 
 
-def open_stream(layout: AnyLayout, how: SourceOptions) -> RowSource:
-    return StreamSource(layout, how.stage, how.read_chunk_mb)
+def open_stream(layout: AnyLayout, options: SourceOptions) -> RowSource:
+    return StreamSource(layout, options.stage, options.read_chunk_mb)
 
 
-def open_memory(layout: AnyLayout, how: SourceOptions) -> RowSource:
-    return MemorySource(StreamSource(layout, how.stage, how.read_chunk_mb))
+def open_memory(layout: AnyLayout, options: SourceOptions) -> RowSource:
+    return MemorySource(StreamSource(layout, options.stage, options.read_chunk_mb))
 
 
-def open_mapped(layout: AnyLayout, how: SourceOptions) -> RowSource:
-    return MappedSource(layout, how.stage)
+def open_mapped(layout: AnyLayout, options: SourceOptions) -> RowSource:
+    return MappedSource(layout, options.stage)
 
 
-def open_parquet_source(layout: AnyLayout, how: SourceOptions) -> RowSource:
+def open_parquet_source(layout: AnyLayout, options: SourceOptions) -> RowSource:
     from dlrm.data.parquet import ParquetSource  # pyarrow takes half a second to import
 
-    return ParquetSource(layout, how.stage)
+    return ParquetSource(layout, options.stage)
 
 
 def scan_parquet(folder: str | os.PathLike[str]) -> AnyLayout:
@@ -91,14 +89,14 @@ KINDS: dict[str, Callable[[AnyLayout, SourceOptions], RowSource]] = {
 
 
 def scan_dataset(kind: str, folder: str | os.PathLike[str]) -> AnyLayout:
-    """Check every file of the folder; UserError names all that are bad."""
+    """Check every file of the folder; the UserError names all bad ones."""
     if kind not in KINDS:
-        raise UserError(f"unknown kind of data {kind}: one of {', '.join(KINDS)}")
+        raise UserError(f"unknown kind of data {kind}: choose from {', '.join(KINDS)}")
     return SCANS[kind](folder)
 
 
 def detect_format(kind: str, folder: str | None) -> str:
-    """`kind`, which nobody asked for by name; it is Parquet where the folder holds nothing else."""
+    """`kind`, a default; or "parquet" where the folder has Parquet files and no .npy files."""
     root = Path(folder) if folder else None
     if kind not in ("stream", "memory") or root is None or any(root.glob("*.npy")):
         return kind
@@ -117,7 +115,7 @@ def open_source(
 ) -> RowSource:
     """The rows of one stage. `rows`, `table_sizes` and `seed` are for random data only."""
     if stage not in STAGES:
-        raise UserError(f"unknown stage {stage}: one of {', '.join(STAGES)}")
+        raise UserError(f"unknown stage {stage}: choose from {', '.join(STAGES)}")
     layout = scan_dataset(kind, folder) if isinstance(folder, str | os.PathLike) else folder
     source = KINDS[kind](layout, SourceOptions(stage, read_chunk_mb, rows, table_sizes, seed))
     if source.rows < 1:

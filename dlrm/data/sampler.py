@@ -1,10 +1,10 @@
-"""How a sequence of rows is dealt to ranks, step by step: pure arithmetic, the same on every rank.
+"""Which rows each rank gets in each step: pure arithmetic, the same on every rank.
 
-`by step` (the reference's order): step s takes the next batch of every rank from the front, so W ranks
-with batch B see what one rank with batch W*B sees. `by rank`: every rank has one contiguous share.
-Either way all ranks have the same number of steps, none of them empty, and no row is left out or given
-twice: the last step is spread evenly, and what cannot make a step of its own (fewer rows than ranks)
-makes the last batch of some ranks one row longer.
+Two orders. By step, the reference's: a step takes the next batch of every rank from the front, so W ranks
+with batch B learn from what one rank with batch W * B does. By rank: every rank has one contiguous share.
+Either way all ranks have the same number of steps, no batch is empty, and each row comes exactly once: the
+rows of the last step are spread evenly, and fewer rows than ranks at the end make the last batch of some
+ranks one row longer.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ Segment = tuple[int, int]
 
 @dataclass(frozen=True)
 class RowSampler:
+    """Row numbers 0 to rows - 1 over `world_size` ranks, in batches of `batch_size` per rank."""
+
     rows: int
     batch_size: int
     world_size: int
@@ -31,24 +33,25 @@ class RowSampler:
             )
 
     @cached_property
-    def full(self) -> int:
-        """Steps in which every rank has a whole batch."""
+    def full_steps(self) -> int:
+        """Steps in which every rank has a full batch."""
         steps, rest = divmod(self.rows, self.batch_size * self.world_size)
         return steps - (0 < rest < self.world_size and not self.drop_last)
 
     @cached_property
     def steps(self) -> int:
+        """Batches of each rank."""
         if self.drop_last:
-            return self.full
+            return self.full_steps
         if not self.by_rank:
-            return self.full + (self.full * self.batch_size * self.world_size < self.rows)
+            return self.full_steps + (self.full_steps * self.batch_size * self.world_size < self.rows)
         shares = [len(self._share(rank)) for rank in (0, self.world_size - 1)]  # the longest, the shortest
         return min(-(-shares[0] // self.batch_size), shares[1])
 
     def _share(self, rank: int) -> range:
         return rows_of_rank(self.rows, rank, self.world_size)
 
-    def begin(self, step: int, rank: int) -> int:
+    def first_row(self, step: int, rank: int) -> int:
         """First row of a rank's batch; for step == steps, the end of its last one."""
         if self.by_rank:
             share = self._share(rank)
@@ -56,41 +59,42 @@ class RowSampler:
                 return share.start + step * self.batch_size
             if step >= self.steps:
                 return share.stop
-            # each later step must keep a row
+            # each later step must have a row
             return share.start + min(step * self.batch_size, len(share) - (self.steps - step))
-        base = min(step, self.full) * self.batch_size * self.world_size
-        if step < self.full:
+        base = min(step, self.full_steps) * self.batch_size * self.world_size
+        if step < self.full_steps:
             return base + rank * self.batch_size
         return base + rows_of_rank(self.rows - base, rank, self.world_size).start
 
-    def batch(self, step: int, rank: int) -> Segment:
-        start = self.begin(step, rank)
+    def batch_rows(self, step: int, rank: int) -> Segment:
+        """(first row, row after the last) of a rank's batch."""
+        start = self.first_row(step, rank)
         if self.by_rank:
-            return start, self.begin(step + 1, rank)
-        if step < self.full:
+            return start, self.first_row(step + 1, rank)
+        if step < self.full_steps:
             return start, start + self.batch_size
-        base = self.full * self.batch_size * self.world_size
+        base = self.full_steps * self.batch_size * self.world_size
         return start, base + rows_of_rank(self.rows - base, rank, self.world_size).stop
 
-    def ahead(self, step: int, rank: int) -> int:
-        """How far a rank's next rows follow on without a gap."""
+    def contiguous_end(self, step: int, rank: int) -> int:
+        """The row after the last that follows this batch on the same rank without a gap."""
         if self.by_rank:
-            return self.begin(self.steps, rank)
+            return self.first_row(self.steps, rank)
         if self.world_size == 1:
-            return self.batch(self.steps - 1, rank)[1]
-        return self.batch(step, rank)[1]
+            return self.batch_rows(self.steps - 1, rank)[1]
+        return self.batch_rows(step, rank)[1]
 
-    def left(self, step: int) -> list[Segment]:
-        """What no rank has been given before this step."""
+    def remaining(self, step: int) -> list[Segment]:
+        """The rows that no rank has been given before this step."""
         if step >= self.steps:
             return []
         if self.by_rank:
-            return [(self.begin(step, rank), self._share(rank).stop) for rank in range(self.world_size)]
-        return [(self.begin(step, 0), self.rows)]
+            return [(self.first_row(step, rank), self._share(rank).stop) for rank in range(self.world_size)]
+        return [(self.first_row(step, 0), self.rows)]
 
 
 def split_rows(segments: list[Segment], start: int, stop: int) -> list[Segment]:
-    """Numbers [start, stop) of the joined segments, as segments."""
+    """Positions start to stop - 1 of the concatenated segments, as segments."""
     found = []
     for low, high in segments:
         begin, end = low + max(start, 0), min(high, low + stop)
@@ -103,7 +107,7 @@ def split_rows(segments: list[Segment], start: int, stop: int) -> list[Segment]:
 
 
 def merge_ranges(segments: list[Segment]) -> list[Segment]:
-    """Join segments that follow on each other."""
+    """Join segments of which one ends where the next begins; drops empty ones."""
     found: list[Segment] = []
     for start, stop in segments:
         if found and found[-1][1] == start:

@@ -1,4 +1,4 @@
-"""Rows from .npy files by large sequential reads into reusable buffers: bounded memory, each byte once.
+"""Rows from .npy files by large sequential reads into reused buffers: bounded memory, each byte read once.
 
 FileIO.seek and readinto are used because DFTracer sees them; it sees neither np.load's reads (a FILE* over
 a duplicated descriptor) nor os.preadv nor page faults of a memory map.
@@ -12,23 +12,23 @@ import numpy as np
 from common.errors import UserError, printable
 from common.inputs import open_regular_file
 from dlrm.data.npy import NpyLayout
-from dlrm.data.rows import Rows, batch_name
+from dlrm.data.rows import Rows, batch_key
 from dlrm.runtime.trace import opening, span
 
 
 @dataclass(frozen=True)
 class StreamPiece:
-    """The rows of a set that lie in one file."""
+    """The rows of a set that are in one file."""
 
     path: str
     dtype: np.dtype
-    offset: int  # byte offset of the first of these rows
-    first: int  # its number in the file
+    offset: int  # bytes before the first of these rows
+    first: int  # number of that row in the file
     rows: int
 
 
 class StreamedArray:
-    """One group of columns over all files of a set, with its buffer."""
+    """One group of columns (dense, sparse, labels, a feature) over all files of a set, with its buffer."""
 
     def __init__(
         self,
@@ -37,19 +37,19 @@ class StreamedArray:
         dtype: type,
         pieces: list[StreamPiece],
         bytes_read: dict[str, int],
-        batch_name: str = "batch",
+        batch_key: str = "batch",
     ) -> None:
-        self.batch_name = batch_name
+        self.batch_key = batch_key
         self.name, self.columns, self.pieces, self.bytes_read = name, columns, pieces, bytes_read
         self.starts = np.cumsum([0] + [piece.rows for piece in pieces])
         self.row_bytes = columns * max(piece.dtype.itemsize for piece in pieces)
         self.buffer = np.empty((0, columns), dtype)
-        self.low = self.high = 0  # the rows that the buffer holds
+        self.low = self.high = 0  # the buffer has rows low to high - 1
         self._handle: FileIO | None = None
         self._position = 0
 
-    def get(self, start: int, stop: int, ahead: int, batch: int) -> np.ndarray:
-        """A view of rows [start, stop); what is missing is read on, up to `ahead`."""
+    def read_rows(self, start: int, stop: int, ahead: int, batch: int) -> np.ndarray:
+        """A view of rows start to stop - 1. Reads those that the buffer lacks, and the rows up to `ahead`."""
         if not (self.low <= start and stop <= self.high):
             kept = self.high - start if self.low <= start < self.high else 0
             high = max(stop, ahead)
@@ -58,13 +58,13 @@ class StreamedArray:
             else:
                 old = self.buffer
             self.buffer[:kept] = old[start - self.low : start - self.low + kept]
-            self.low = self.high = start  # nothing is held should the read fail
-            self.fill(start + kept, self.buffer[kept : high - start], batch)
+            self.low = self.high = start  # the buffer is empty if the read fails
+            self.read_into(start + kept, self.buffer[kept : high - start], batch)
             self.high = high
         return self.buffer[start - self.low : stop - self.low]
 
-    def fill(self, start: int, out: np.ndarray, batch: int) -> None:
-        """Read the rows from `start` on into `out`."""
+    def read_into(self, start: int, out: np.ndarray, batch: int) -> None:
+        """Fill `out` [rows, columns] with the rows from `start` on."""
         number = int(np.searchsorted(self.starts, start, side="right")) - 1
         done = 0
         while done < len(out):
@@ -77,9 +77,9 @@ class StreamedArray:
     def _read(self, piece: StreamPiece, inside: int, out: np.ndarray, batch: int) -> None:
         raw = out if piece.dtype == out.dtype else np.empty(out.shape, piece.dtype)
         offset = piece.offset + inside * self.columns * piece.dtype.itemsize
-        with span("data", "read", file=piece.path, bytes=raw.nbytes, **{self.batch_name: batch}):
+        with span("data", "read", file=piece.path, bytes=raw.nbytes, **{self.batch_key: batch}):
             self._read_bytes(piece.path, offset, memoryview(raw.data).cast("B"))
-        if raw is not out:  # int64 ids, as torchrec's scripts leave the last day
+        if raw is not out:  # int64 ids, as torchrec's scripts write the last day
             limits = np.iinfo(out.dtype)
             wrong = (raw < limits.min) | (raw > limits.max)
             if wrong.any():
@@ -103,7 +103,7 @@ class StreamedArray:
                 got = self._handle.readinto(view[done:])
                 if not got:
                     raise UserError(
-                        f"{printable(path)}: ends at byte {offset + done}: the file was cut while in use"
+                        f"{printable(path)}: ends at byte {offset + done}: the file was cut while it was read"
                     )
                 done += got
                 self.bytes_read[path] = self.bytes_read.get(path, 0) + got
@@ -111,7 +111,8 @@ class StreamedArray:
             raise UserError(f"{printable(path)}: {error.strerror} at byte {offset}") from error
         self._position = offset + done
 
-    def where(self, row: int) -> str:
+    def locate_row(self, row: int) -> str:
+        """File and row in it, for messages."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         piece = self.pieces[number]
         return f"{printable(piece.path)}, row {piece.first + row - int(self.starts[number])}"
@@ -124,10 +125,10 @@ class StreamedArray:
 
 
 class StreamSource:
-    """Reads rows in order, at most `chunk_mb` ahead of what was asked for."""
+    """Reads rows in order, in chunks of at most `chunk_mb`."""
 
     random_access = False
-    holds = False
+    in_memory = False
     contiguous = False
 
     def __init__(self, layout: NpyLayout, stage: str, chunk_mb: float = 16) -> None:
@@ -143,7 +144,7 @@ class StreamSource:
             ]
             dtype = np.float32 if name == "dense" else np.int32
             self.parts[name] = StreamedArray(
-                name, files[0].columns, dtype, pieces, self.bytes_read, batch_name(stage)
+                name, files[0].columns, dtype, pieces, self.bytes_read, batch_key(stage)
             )
         self.row_bytes = sum(part.row_bytes for part in self.parts.values())
         self.chunk_rows = max(1, int(chunk_mb * (1 << 20)) // self.row_bytes)
@@ -151,17 +152,17 @@ class StreamSource:
     def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
         ahead = min(ahead, start + self.chunk_rows, self.rows)
         return gather_rows(
-            {name: part.get(start, stop, ahead, self.batch) for name, part in self.parts.items()}
+            {name: part.read_rows(start, stop, ahead, self.batch) for name, part in self.parts.items()}
         )
 
     def take(self, rows: np.ndarray) -> Rows:
         raise NotImplementedError("a stream is read in order")
 
-    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
-        """Nothing to do: rows are read when they are asked for."""
+    def load(self, runs: np.ndarray, scattered: bool = False) -> None:
+        """Nothing: rows are read when `read` is called."""
 
-    def where(self, row: int, part: str) -> str:
-        return self.parts.get(part, self.parts["dense"]).where(row)
+    def locate_row(self, row: int, part: str) -> str:
+        return self.parts.get(part, self.parts["dense"]).locate_row(row)
 
     def close(self) -> None:
         for part in self.parts.values():
@@ -169,6 +170,6 @@ class StreamSource:
 
 
 def gather_rows(parts: dict[str, np.ndarray]) -> Rows:
-    """Columns by part -> Rows: one sparse array, or one per feature."""
+    """Arrays by part -> Rows. Parts: dense, labels, and sparse or 0 to 25."""
     sparse = parts["sparse"] if "sparse" in parts else [parts[n] for n in parts if n.isdigit()]
     return Rows(parts["dense"], sparse, parts["labels"].reshape(-1))

@@ -1,8 +1,8 @@
-"""Rows out of thin air: dense normal, ids uniform in the table sizes, labels by a coin.
+"""Random rows: dense values normal, ids uniform over the tables, labels 0 or 1 with equal chance.
 
 A row depends on its number and the seed alone, so that ranks, batch sizes and resuming change nothing.
-Drawing afresh would cost more than a training step's loader: a pool of rows is drawn once, and each turn
-through it flips other bits of the ids, so that all of a large table is touched.
+Drawing every row would take longer than reading one: a pool of rows is drawn once and repeated, and each pass
+through it flips other bits of the ids, so that all rows of a large table are looked up.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.data.rows import STAGES, Rows
 from dlrm.runtime.errors import UserError
 
-POOL = 1 << 14
+POOL = 1 << 14  # rows
 
 
 class RandomSource:
     random_access = True
-    holds = False
+    in_memory = False
     contiguous = False
 
     def __init__(
@@ -37,39 +37,39 @@ class RandomSource:
         self.dense = draw.standard_normal((POOL, NUM_DENSE), np.float32)
         self.bits = draw.integers(0, 1 << 32, (POOL, NUM_SPARSE), np.uint32)
         self.labels = draw.integers(0, 2, POOL, np.int32)
-        self._turn, self._flips = -1, np.zeros(0, np.uint32)
+        self._pass, self._flips = -1, np.zeros(0, np.uint32)
         self.row_bytes = 4 * (NUM_DENSE + NUM_SPARSE + 1)
         self.bytes_read: dict[str, int] = {}
 
     def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
-        turn, at = divmod(start, POOL)
+        pass_number, at = divmod(start, POOL)
         if at + stop - start > POOL:
             return self.take(np.arange(start, stop))
         place = slice(at, at + stop - start)
-        return self._rows(place, self.bits[place] ^ self._turned(turn))
+        return self._rows(place, self.bits[place] ^ self._draw_flips(pass_number))
 
     def take(self, rows: np.ndarray) -> Rows:
-        turns, at = np.divmod(rows, POOL)
+        passes, at = np.divmod(rows, POOL)
         bits = self.bits[at]
-        for turn in np.unique(turns):
-            bits[turns == turn] ^= self._turned(int(turn))
+        for pass_number in np.unique(passes):
+            bits[passes == pass_number] ^= self._draw_flips(int(pass_number))
         return self._rows(at, bits)
 
-    def _turned(self, turn: int) -> np.ndarray:
-        """What this turn through the pool flips, per column."""
-        if turn != self._turn:
-            draw = np.random.default_rng([*self.key, 1, turn])
-            self._turn, self._flips = turn, draw.integers(0, 1 << 32, len(self.sizes), np.uint32)
+    def _draw_flips(self, pass_number: int) -> np.ndarray:
+        """uint32 [26]: the bits that this pass through the pool flips in each column."""
+        if pass_number != self._pass:
+            draw = np.random.default_rng([*self.key, 1, pass_number])
+            self._pass, self._flips = pass_number, draw.integers(0, 1 << 32, len(self.sizes), np.uint32)
         return self._flips
 
     def _rows(self, at: slice | np.ndarray, bits: np.ndarray) -> Rows:
         ids = ((bits * self.sizes) >> np.uint64(32)).astype(np.int32)
         return Rows(self.dense[at], ids, self.labels[at])
 
-    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+    def load(self, runs: np.ndarray, scattered: bool = False) -> None:
         """Nothing to load."""
 
-    def where(self, row: int, part: str) -> str:
+    def locate_row(self, row: int, part: str) -> str:
         return f"random row {row}"
 
     def close(self) -> None:

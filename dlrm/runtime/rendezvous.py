@@ -114,7 +114,7 @@ def _exchange_processes(
                 )
             else:
                 text = f"not all ranks connected within {timeout} s (--timeout)"
-            raise LostRank(f"{text}, or with another {TOKEN}")
+            raise LostRank(f"{text}; all ranks need the same MASTER_PORT and {TOKEN}")
 
 
 def _read_processes(value: bytes | None, single: bool = False) -> list[RankProcess]:

@@ -2,15 +2,15 @@
 
 The only module that imports dftracer, and only in `start_tracing`. What is in RUN/trace/*.pfw.gz:
   metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once per thread
-  spans           cat is the phase (startup, data, train, eval, checkpoint, ssd, prep; torchrec from the
-  patches),
+  spans           cat is the phase (startup, data, train, eval, checkpoint, ssd, prep; torchrec: the patches),
                   args are epoch, step, and bytes, file, batch where there are any
-  instants        duration 0; cat `clock`, name `barrier`, arg `when` (start, end): all ranks leave one
-  barrier counters        cat `counter`, name of the counter, arg `value` POSIX calls     by interception,
-  each with its file, offset and bytes
+  instants        duration 0; cat `clock`, name `barrier`, arg `when` (start, end): all ranks leave a barrier
+  counters        cat `counter`, name of the counter, arg `value`
+  POSIX calls     by interception, each with its file, offset and bytes
 A process that forks (workers of a DataLoader) continues in a file of its own, with the parent's rank.
 """
 
+import contextlib
 import ctypes
 import json
 import math
@@ -21,6 +21,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.ranks import Ranks
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,6 +40,8 @@ _native: Any = None  # dftracer's C++ module while tracing, else None
 _context: dict[str, tuple[int, int]] = {}  # args of every span (epoch, step), in the form that DFTracer takes
 _identity: dict[str, int | str] = {}  # the metadata that says whose file this is
 _flusher: "_Flusher | None" = None
+_folder: Path | None = None  # of the trace files
+_made_folders: list[Path] = []  # by this process
 
 
 def sync_to_disk(path: str | os.PathLike[str]) -> None:
@@ -62,9 +65,11 @@ def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush
     role      "train" or "prep": the start of the file's name
     flush_ms  a killed process loses at most the events of this time
     """
-    global _native
+    global _native, _folder
     folder = Path(run_dir).absolute() / "trace"
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+        _made_folders.append(folder)
     os.environ.update(
         DFTRACER_ENABLE="1",
         DFTRACER_INC_METADATA="1",
@@ -79,7 +84,7 @@ def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush
     native.initialize(log_file=str(folder / f"{role}{here.rank:05d}"), data_dirs=None, process_id=-1)
     if _native is None and not _identity:  # only once: a fork hook cannot be removed
         os.register_at_fork(after_in_child=_restart_after_fork)
-    _native = native
+    _native, _folder = native, folder
     _identity.update(
         rank=here.rank, local_rank=here.local_rank, world_size=here.world_size, host=here.host, role=role
     )
@@ -96,6 +101,24 @@ def stop_tracing() -> None:
     if native is not None:
         native.finalize()
         _context.clear()
+
+
+def discard_tracing() -> None:
+    """Stop, and remove this process's trace file: its run was refused the folder in which it lies."""
+    files = []
+    if _native is not None and _folder is not None:
+        # DFTracer names the file by itself; it is open from the start
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                path = Path(os.readlink(f"/proc/self/fd/{number}"))
+                if path.parent == _folder.resolve() and path.name.endswith(".pfw.gz"):
+                    files.append(path)
+    stop_tracing()
+    for path in set(files):
+        discard_file(path)
+    for folder in _made_folders:
+        discard_empty_folder(folder)
+    _made_folders.clear()
 
 
 def set_context(**args: int) -> None:

@@ -22,7 +22,7 @@ from dlrm.runtime.errors import UserError
 class BatchIterable(Sized, Iterable[Any], Protocol):
     """This rank's batches of one split; `len` is the number of batches in a whole epoch."""
 
-    number: int  # of the batch that was handed out last, counted over all epochs
+    batch_number: int  # of the last batch, counted over all epochs
 
     def set_epoch(self, epoch: int) -> None: ...
 
@@ -199,7 +199,7 @@ def train_steps(
 ) -> Iterator[None]:
     """Train the rest of the epoch (at most `limit` steps); yields after each step, once it is counted."""
     iterator = iter(batches)
-    first = batches.number + 1
+    first = batches.batch_number + 1
     count = len(batches) if limit is None else min(limit, len(batches))
     # The pipeline takes batches ahead of the step that it trains. So the position to resume from is not the
     # reader's own: it is remembered for each batch when it is taken, and used when that batch is trained.
@@ -208,7 +208,7 @@ def train_steps(
     def take_batches() -> Iterator[Any]:
         # not more batches than there will be steps: one that is taken and not trained would be lost
         for batch in itertools.islice(iterator, count):
-            positions[batches.number] = batches.state_dict()
+            positions[batches.batch_number] = batches.state_dict()
             yield batch
 
     feed = take_batches()

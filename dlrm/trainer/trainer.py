@@ -50,8 +50,12 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
         torch.backends.cuda.matmul.allow_tf32 = options.run.allow_tf32
 
         # run folder: locked before anything slow, so that a second run into it ends at once
-        with session.errors_on_all_ranks():
-            run_folder = open_run_folder(options, here)
+        try:
+            with session.errors_on_all_ranks():
+                run_folder = open_run_folder(options, here)
+        except UserError:
+            trace.discard_tracing()  # nothing of a refused run stays in the folder
+            raise
         try:
             record_launch(run_folder, spec.title, options, here, device, tuned)
             trainer = make_trainer(parts, options, here, device, run_folder)
@@ -71,8 +75,11 @@ def open_run_folder(options: Any, here: Ranks) -> RunFolder:
 def record_launch(
     run_folder: RunFolder, model: str, options: Any, here: Ranks, device: torch.device, tuned: list[str]
 ) -> None:
-    """Record where the run was started; `tuned` is what `enable_fast_path` returned,
-    `model` the title of the model's spec. A collective."""
+    """Record where the run was started. A collective.
+
+    model  the title of the model's spec
+    tuned  what `enable_fast_path` returned
+    """
     hosts = session.gather_from_all(here.host)
     run_folder.launch = {
         "model": model,

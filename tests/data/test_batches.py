@@ -99,20 +99,22 @@ def test_dealing_gives_every_row_once_and_no_empty_batch(by_rank: bool) -> None:
                     with pytest.raises(UserError, match="too few for"):
                         RowSampler(rows, size, world, by_rank)
                     continue
-                deal = RowSampler(rows, size, world, by_rank)
-                cuts = [deal.batch(step, rank) for step in range(deal.steps) for rank in range(world)]
+                sampler = RowSampler(rows, size, world, by_rank)
+                cuts = [
+                    sampler.batch_rows(step, rank) for step in range(sampler.steps) for rank in range(world)
+                ]
                 sizes = [stop - start for start, stop in cuts]
                 assert min(sizes) >= 1
                 assert max(sizes) <= size + 1
                 assert sorted(n for cut in cuts for n in range(*cut)) == list(range(rows))
-                for step in range(deal.steps):
-                    left = sorted(n for cut in deal.left(step) for n in range(*cut))
+                for step in range(sampler.steps):
+                    left = sorted(n for cut in sampler.remaining(step) for n in range(*cut))
                     assert left == sorted(n for cut in cuts[step * world :] for n in range(*cut))
                 dropped = RowSampler(rows, size, world, by_rank, drop_last=True)
                 assert dropped.steps == rows // (size * world)
                 for step in range(dropped.steps):
                     for rank in range(world):
-                        start, stop = dropped.batch(step, rank)
+                        start, stop = dropped.batch_rows(step, rank)
                         assert stop - start == size
 
 

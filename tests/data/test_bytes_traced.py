@@ -34,7 +34,7 @@ for kind in kinds:
     loader = Prefetcher(BatchLoader(source, 30, int(rank), int(world)), 2)
     rows = 0
     for batch in loader:
-        with trace.span("train", "step", batch=loader.number, kind=kind):
+        with trace.span("train", "step", batch=loader.batch_number, kind=kind):
             rows += len(batch.labels)
     source.close()
     result[kind] = {"rows": rows, "bytes": source.bytes_read}

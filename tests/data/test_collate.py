@@ -71,7 +71,7 @@ def test_ids_outside_their_table(bad: int) -> None:
     np.asarray(given.sparse)[:] %= 100
     BatchCollator([100] * 26, fold=False)(given, where)
     np.asarray(given.sparse)[8, 25] = bad
-    with pytest.raises(UserError, match=rf"^sparse 8: id {bad} of cat_25 lies outside its table of 100 rows"):
+    with pytest.raises(UserError, match=rf"^sparse 8: id {bad} of cat_25 is outside its table of 100 rows"):
         BatchCollator([100] * 26, fold=False)(given, where)
 
 

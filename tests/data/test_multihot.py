@@ -98,7 +98,7 @@ def test_made_on_the_fly(tmp_path: Path) -> None:
     folder = write_days(tmp_path, [60, 20])
     widen = MultiHotMaker(SIZES, HOTS)
     source = open_source("stream", folder, "train")
-    batches = BatchLoader(source, 60, to_batch=BatchCollator(SIZES, widen=widen))
+    batches = BatchLoader(source, 60, to_batch=BatchCollator(SIZES, make_multi_hot=widen))
     ids = np.load(folder / "day_0_sparse.npy") % np.array(SIZES)
     want = np.concatenate([widen.tables[k][ids[:, k]].reshape(-1) for k in range(26)])
     batch = next(iter(batches))

@@ -74,7 +74,7 @@ def test_kaggle_is_one_file(tmp_path: Path) -> None:
         np.save(tmp_path / f"test_{part}.npy", array)  # without labels: never read
     source = open_source("stream", tmp_path, "train")
     assert source.rows == 60
-    assert source.where(3, "dense") == f"{tmp_path / 'train_dense.npy'}, row 3"
+    assert source.locate_row(3, "dense") == f"{tmp_path / 'train_dense.npy'}, row 3"
 
 
 def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:

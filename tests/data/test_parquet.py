@@ -44,8 +44,8 @@ def test_days_are_as_in_npy(tmp_path: Path, group: int) -> None:
             for a, b in zip(mine.read(start, stop), other.read(start, stop), strict=True):
                 np.testing.assert_array_equal(a, b)
                 assert np.asarray(a).dtype == np.asarray(b).dtype
-    assert mine.where(3, "dense") == f"{folder}/day_2/part-0.parquet, row 19"
-    assert mine.where(4, "dense") == f"{folder}/day_2/part-1.parquet, row 0"
+    assert mine.locate_row(3, "dense") == f"{folder}/day_2/part-0.parquet, row 19"
+    assert mine.locate_row(4, "dense") == f"{folder}/day_2/part-1.parquet, row 0"
 
 
 @pytest.mark.parametrize("world", [1, 3])

@@ -38,7 +38,7 @@ def test_same_batches_in_the_same_order(folder: Path) -> None:
             loader.set_epoch(epoch)
             got = list(loader)
             assert [torch.equal(a.dense_features, b.dense_features) for a, b in zip(got, plain, strict=True)]
-            assert loader.number == 19 + 20 * epoch
+            assert loader.batch_number == 19 + 20 * epoch
     assert not threads()
 
 
@@ -47,7 +47,7 @@ def test_the_line_is_bounded(folder: Path) -> None:
     batches = iter(loader)
     next(batches)
     time.sleep(0.2)
-    assert loader.batches.number <= 1 + 3 + 1  # given, waiting, in the thread's hands
+    assert loader.batches.batch_number <= 1 + 3 + 1  # given, waiting, in the thread's hands
     batches.close()  # type: ignore[attr-defined]
     assert not threads()
 

@@ -24,21 +24,21 @@ class Numbers:
     """An epoch of batches; counts those that were taken."""
 
     def __init__(self) -> None:
-        self.number, self.epochs = -1, []
+        self.batch_number, self.epochs = -1, []
 
     def __len__(self) -> int:
         return BATCHES
 
     def __iter__(self) -> Iterator[int]:
         for _ in range(BATCHES):
-            self.number += 1
-            yield self.number
+            self.batch_number += 1
+            yield self.batch_number
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"number": self.number}
+        return {"number": self.batch_number}
 
 
 class Ahead:
@@ -96,16 +96,16 @@ def test_two_epochs() -> None:
 def test_a_limit_takes_no_batch_too_many() -> None:
     done = Course(epochs=5, max_steps=7, report_every=100)
     assert [step for step, _ in done.reports] == [1, 7]
-    assert (done.progress.step, done.batches.number) == (7, 6)
+    assert (done.progress.step, done.batches.batch_number) == (7, 6)
     assert done.progress.position == {"number": 6}
     over = Course(epochs=5, max_steps=13, report_every=100)
-    assert (over.progress.step, over.progress.epoch, over.batches.number) == (13, 1, 12)
+    assert (over.progress.step, over.progress.epoch, over.batches.batch_number) == (13, 1, 12)
 
 
 def test_the_position_is_that_of_the_step_not_of_the_batches_ahead() -> None:
     done = Course(max_steps=9, validation_freq=4, target_score=2.0)
     assert done.target_reached and done.validated == [4]
-    assert done.progress.position == {"number": 3} and done.batches.number == 5
+    assert done.progress.position == {"number": 3} and done.batches.batch_number == 5
 
 
 def test_good_enough_at_an_epoch_ends_the_training() -> None:

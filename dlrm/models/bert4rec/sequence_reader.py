@@ -23,7 +23,7 @@ class SequenceSource(NamedTuple):
 class _InMemorySource:
     """What both sources have in common. Nothing is read after the start: `bytes_read` is the cache's."""
 
-    random_access, holds, contiguous = True, False, False
+    random_access, in_memory, contiguous = True, False, False
 
     def __init__(self, rows: int, max_len: int, bytes_read: dict[str, int] | None) -> None:
         self.rows, self.batch, self.row_bytes = rows, 0, 8 * max_len
@@ -35,10 +35,10 @@ class _InMemorySource:
     def read(self, start: int, stop: int, ahead: int = 0) -> SequenceSource:
         return self.take(np.arange(start, stop))
 
-    def hold(self, runs: np.ndarray, gaps: bool = False) -> None:
+    def load(self, runs: np.ndarray, scattered: bool = False) -> None:
         """Everything is in memory."""
 
-    def where(self, row: int, part: str) -> str:
+    def locate_row(self, row: int, part: str) -> str:
         return f"sequence {row}"
 
     def close(self) -> None:

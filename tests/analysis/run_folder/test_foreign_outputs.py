@@ -1,5 +1,6 @@
 """Somebody's files beside every analysis command: not one byte of them changes, and one line says why."""
 
+import json
 import os
 import shutil
 import stat
@@ -178,6 +179,9 @@ def test_a_folder_of_an_earlier_version_and_a_copy_go_on(run: Path) -> None:
             (run / ".dlrm-io.json").unlink()
             page = (run / "report.html").read_text()
             (run / "report.html").write_text(page[: page.rindex("<!-- made by")])
+            numbers = json.loads((run / "summary.json").read_text())
+            del numbers["metrics"]
+            (run / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n")
         analysis("report", run)
         analysis("perfetto", run)
 
