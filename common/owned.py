@@ -590,7 +590,7 @@ def discard_file(path: Path) -> None:
 
 
 def discard_empty_folder(path: Path) -> None:
-    """A folder that this process has made is not needed any more; it stays where something lies in it."""
+    """Remove a folder that this process has made; it stays where it holds anything."""
     with contextlib.suppress(OSError):
         os.rmdir(path)
 

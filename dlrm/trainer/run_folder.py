@@ -295,9 +295,8 @@ def _is_recorded(path: Path, check: Callable[[bytes], bool]) -> bool:
 
 def _is_config(data: bytes) -> bool:
     values = parse_json(data, "config.json")
-    return {"data", "model", "optim", "plan", "run", "checkpoint", "launch"} <= set(values) and all(
-        isinstance(value, dict) for value in values.values()
-    )
+    groups = ("data", "model", "optim", "plan", "run", "checkpoint", "launch")
+    return all(isinstance(values[group], dict) for group in groups)
 
 
 def _is_plan(data: bytes) -> bool:

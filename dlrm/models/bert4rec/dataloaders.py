@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from common.errors import UserError, printable
 from common.memory import refuse_too_large
 from dlrm.data.batches import BatchLoader
 from dlrm.data.prefetch import Prefetcher
@@ -125,7 +126,9 @@ def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, i
                 cache.save_prepared(folder, arrays, {"items": mine.data.item_count})
     mine = mine or _load_cached(folder, bytes_read)
     if mine is None:
-        raise OSError(f"{folder} cannot be read on {here.host}: give a --cache_dir that all nodes share")
+        raise UserError(
+            f"{printable(folder)} cannot be read on {here.host}: give a --cache_dir that all nodes share"
+        )
     return mine
 
 
