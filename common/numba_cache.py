@@ -19,14 +19,14 @@ def use_private_cache(environ: MutableMapping[str, str] = os.environ) -> None:
     """Set NUMBA_CACHE_DIR, which child processes inherit, unless the user has set it."""
     if environ.get(VARIABLE):
         return
-    for folder in _candidates(environ):
+    for folder in _list_candidates(environ):
         if _is_private(folder):
             environ[VARIABLE] = str(folder)
             return
     environ[VARIABLE] = tempfile.mkdtemp(prefix="dlrm-io-numba-")  # for this process and its children
 
 
-def _candidates(environ: MutableMapping[str, str]) -> Iterator[Path]:
+def _list_candidates(environ: MutableMapping[str, str]) -> Iterator[Path]:
     home = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if os.path.isabs(home):
         yield Path(home, "dlrm-io", "numba")

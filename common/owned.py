@@ -56,7 +56,7 @@ class WorkFolders:
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(folder, mode)
             try:
-                mark = self._mark(token, os.lstat(folder))
+                mark = self._describe_mark(token, os.lstat(folder))
                 _write_new(folder / MARK, json.dumps(mark).encode(), mode & 0o666)
             except BaseException:
                 self._remove_unmarked(folder)
@@ -67,7 +67,7 @@ class WorkFolders:
         """The folders of this kind that earlier processes of this user left in `parent`, oldest first."""
         try:
             with os.scandir(parent) as entries:
-                found = [Path(entry.path) for entry in entries if self._token(entry.name)]
+                found = [Path(entry.path) for entry in entries if self._parse_token(entry.name)]
         except OSError:
             return []
         return sorted(filter(self.is_ours, found), key=lambda path: path.lstat().st_mtime_ns)
@@ -79,7 +79,7 @@ class WorkFolders:
         """
         with contextlib.suppress(OSError), os.scandir(parent) as entries:
             for entry in list(entries):
-                if self._token(entry.name) and entry.is_dir(follow_symlinks=False):
+                if self._parse_token(entry.name) and entry.is_dir(follow_symlinks=False):
                     self._remove_unmarked(Path(entry.path))
 
     def _remove_unmarked(self, folder: Path) -> None:
@@ -93,7 +93,7 @@ class WorkFolders:
         """Whether `make` made this folder: name, mark, inode, owner and device agree. A link or a copy does
         not.
         """
-        token = self._token(folder.name)
+        token = self._parse_token(folder.name)
         try:
             status, mark = os.lstat(folder), os.lstat(folder / MARK)
             if not token or not stat.S_ISDIR(status.st_mode) or not stat.S_ISREG(mark.st_mode):
@@ -102,7 +102,7 @@ class WorkFolders:
             content = json.loads(read_bytes(folder / MARK, 4096))
         except (OSError, ValueError, UserError, RecursionError):
             return False
-        return same_device and status.st_uid == os.geteuid() and content == self._mark(token, status)
+        return same_device and status.st_uid == os.geteuid() and content == self._describe_mark(token, status)
 
     def publish(self, folder: Path, final: Path) -> None:
         """Rename a finished folder to `final`, which must not exist. Its mark stays inside."""
@@ -146,7 +146,7 @@ class WorkFolders:
             token = content["token"]
             known = isinstance(token, str) and re.fullmatch("[0-9a-f]{16}", token)
             owned = status.st_uid == os.geteuid() and mark.st_dev == status.st_dev
-            return token if known and owned and content == self._mark(token, status) else ""
+            return token if known and owned and content == self._describe_mark(token, status) else ""
         except (OSError, ValueError, KeyError, TypeError, UserError, RecursionError):
             return ""
 
@@ -167,11 +167,11 @@ class WorkFolders:
             with os_errors_as_user_errors(folder / name), contextlib.suppress(FileNotFoundError):
                 os.unlink(folder / name)
 
-    def _token(self, name: str) -> str:
+    def _parse_token(self, name: str) -> str:
         found = re.fullmatch(rf"\.dlrm-io-{re.escape(self.name)}-(?:step-[0-9]+-)?([0-9a-f]{{16}})", name)
         return found[1] if found else ""
 
-    def _mark(self, token: str, status: os.stat_result) -> dict[str, Any]:
+    def _describe_mark(self, token: str, status: os.stat_result) -> dict[str, Any]:
         """The mark. Without the device: that of a network file system differs from node to node."""
         return {
             "made_by": "dlrm-io", "kind": self.name, "token": token, "inode": status.st_ino,
@@ -310,7 +310,7 @@ class OutputFolder:
         umask.
         """
         with self.writing(name, mode) as partial:
-            _append(partial, data.encode() if isinstance(data, str) else data)
+            _append_bytes(partial, data.encode() if isinstance(data, str) else data)
 
     @contextmanager
     def writing(self, name: str, mode: int = 0o666) -> Iterator[Path]:
@@ -607,7 +607,7 @@ def _write_new(path: Path, data: bytes, mode: int = 0o600, durable: bool = False
         os.close(descriptor)
 
 
-def _append(path: Path, data: bytes) -> None:
+def _append_bytes(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with os_errors_as_user_errors(path):

@@ -61,7 +61,7 @@ def read_description(path: Path) -> Checkpoint:
     marker = path / MARKER
     try:
         values = read_json_object(marker, MAX_DESCRIPTION_BYTES, nan=True)
-        if values.pop("crc32", None) != _checksum(values):
+        if values.pop("crc32", None) != _compute_checksum(values):
             raise CorruptCheckpoint(f"{marker}: wrong checksum")
         if values.get("version") != VERSION:
             raise CorruptCheckpoint(
@@ -134,10 +134,10 @@ def list_checkpoints(root: Path) -> list[Path]:
         return []
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}; give another folder of checkpoints") from None
-    return sorted(found, key=_number, reverse=True)
+    return sorted(found, key=_read_number, reverse=True)
 
 
-def _number(path: Path) -> int:
+def _read_number(path: Path) -> int:
     return int(path.name.split("-")[0])
 
 
@@ -167,14 +167,14 @@ def publish_checkpoint(partial: Path, final: Path, description: dict[str, Any]) 
     and each step here is synced before the next: after a crash of the host the name implies the contents.
     """
     values = {"version": VERSION, **description}
-    text = json.dumps({**values, "crc32": _checksum(values)}) + "\n"
+    text = json.dumps({**values, "crc32": _compute_checksum(values)}) + "\n"
     write_synced(partial / MARKER, text.encode())
     sync_to_disk(partial)
     KIND.publish(partial, final)
     sync_to_disk(final.parent)
 
 
-def _checksum(values: dict[str, Any]) -> int:
+def _compute_checksum(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 

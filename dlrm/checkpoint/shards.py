@@ -110,11 +110,11 @@ def write_pieces(folder: Path, file: str, pieces: Sequence[TensorPiece]) -> dict
     start = 8 + len(text)
     output = _ChecksummedFile(folder / file)
     try:
-        output.add(memoryview(len(text).to_bytes(8, "little") + text))
+        output.add_bytes(memoryview(len(text).to_bytes(8, "little") + text))
         for piece in pieces:
             with span("checkpoint", "write", file=file, bytes=piece.tensor.nbytes, tensor=piece.name):
                 for part in _bytes_of(piece.tensor):
-                    output.add(part)
+                    output.add_bytes(part)
         output.finish()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / file)) from None
@@ -141,7 +141,7 @@ def write_synced(path: Path, data: bytes) -> None:
     """Write a small file and fsync it."""
     output = _ChecksummedFile(path)
     try:
-        output.add(memoryview(data))
+        output.add_bytes(memoryview(data))
         output.finish()
     finally:
         output.close()
@@ -157,19 +157,19 @@ class _ChecksummedFile:
         self.bytes, self.sums, self._sum = 0, [], 0
         self._small = bytearray()  # not written yet: a hundred biases and counters become one call
 
-    def add(self, data: memoryview) -> None:
+    def add_bytes(self, data: memoryview) -> None:
         if len(data) < SMALL_BYTES:
             self._small += data
         if len(data) >= SMALL_BYTES or len(self._small) >= SMALL_BYTES:
             self._flush_small()
         if len(data) >= SMALL_BYTES:
-            self._write(data)
+            self._write_blocks(data)
 
     def _flush_small(self) -> None:
         small, self._small = self._small, bytearray()
-        self._write(memoryview(small))
+        self._write_blocks(memoryview(small))
 
-    def _write(self, data: memoryview) -> None:
+    def _write_blocks(self, data: memoryview) -> None:
         position = 0
         while position < len(data):
             part = data[position : position + BLOCK - self.bytes % BLOCK]  # to the end of the block

@@ -70,12 +70,12 @@ def is_recorded(name: str, more: str = "") -> bool:
         return True
     if name in RECORDED:
         return True
-    if _SECRET_NAME.search(name) or _matches(name.upper(), NOT_RECORDED_NAMES):
+    if _SECRET_NAME.search(name) or _matches_any(name.upper(), NOT_RECORDED_NAMES):
         return False
-    return _matches(name, [*RECORDED, *more.split()])
+    return _matches_any(name, [*RECORDED, *more.split()])
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -118,9 +118,9 @@ def describe_environment(environment: Mapping[str, str]) -> str:
             lines.append(f"{printable(name)}={NOT_RECORDED}")
             continue
         value = mask_secrets(_mask_assignments(value, more, environment), environment)
-        lines.append(f"{printable(name)}={_quote(printable(value))}")
+        lines.append(f"{printable(name)}={_quote_for_shell(printable(value))}")
     return "\n".join(lines) + "\n"
 
 
-def _quote(text: str) -> str:
+def _quote_for_shell(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"

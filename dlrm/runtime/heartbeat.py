@@ -122,13 +122,13 @@ class Heartbeat:
                     post_notice(self._store, FailureNotice(self._describe_silence(silent), sorted(silent)))
                     notice = read_notice(self._store)  # another rank may have been first
             except RuntimeError:  # the store is gone, and with it the process that keeps it
-                self._exit(self._explain_lost_store())
+                self._exit_process(self._explain_lost_store())
             self._last_answer = before = time.monotonic()
             if notice:
                 self._exit_after_own_error(notice)
             elif failed := self._find_failed_process():
                 try_post_notice(self._store, failed)
-                self._exit(failed)
+                self._exit_process(failed)
 
     def _guard_processes(self) -> None:
         """The guard thread: never asks the store. It notices ends of processes, and a store that is stuck."""
@@ -146,7 +146,7 @@ class Heartbeat:
                     return
                 # it has not ended this process, so the store does not answer
                 if failed := self._find_failed_process(ask_store=False):
-                    self._exit(failed)
+                    self._exit_process(failed)
             if now - before > 5 * BEAT_SECONDS:  # this process itself was stopped
                 self._last_answer = now
             before = now
@@ -156,7 +156,9 @@ class Heartbeat:
                 self._main_thread_exits = False
                 self._exit_after_own_error(FailureNotice(self._describe_silence({0}), [0]))
             if now > self._group_deadline:
-                self._exit(FailureNotice(f"the ranks did not connect within {self._timeout} s (--timeout)"))
+                self._exit_process(
+                    FailureNotice(f"the ranks did not connect within {self._timeout} s (--timeout)")
+                )
 
     # --- what the threads find
 
@@ -194,9 +196,9 @@ class Heartbeat:
     def _exit_after_own_error(self, notice: FailureNotice) -> None:
         """Exit, but give the main thread a second to end with an error of its own: that one says more."""
         self._closed.wait(BEAT_SECONDS)
-        self._exit(notice)
+        self._exit_process(notice)
 
-    def _exit(self, notice: FailureNotice) -> None:
+    def _exit_process(self, notice: FailureNotice) -> None:
         """End this process with one line, unless the main thread is ending it."""
         with self._exiting:
             if self._main_thread_exits or self._closed.is_set():

@@ -47,16 +47,16 @@ def find_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     # too.
     left_over = int(environ.get("WORLD_SIZE") or 0) < mpi_size
 
-    def value(meaning: str, default: int) -> int:
+    def read_value(meaning: str, default: int) -> int:
         names = NAMES[meaning][left_over:]
         return next((int(environ[name]) for name in names if environ.get(name)), default)
 
-    world = value("world_size", 1)
-    rank = value("rank", 0)
+    world = read_value("world_size", 1)
+    rank = read_value("rank", 0)
     return Ranks(
         rank=rank,
-        local_rank=value("local_rank", 0 if world == 1 else rank),
+        local_rank=read_value("local_rank", 0 if world == 1 else rank),
         world_size=world,
-        local_world_size=value("local_world_size", world),
+        local_world_size=read_value("local_world_size", world),
         host=socket.gethostname(),
     )

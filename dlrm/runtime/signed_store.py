@@ -50,7 +50,7 @@ class SignedStore:
         """A prefix for the keys that torch's process group writes. They are not signed, so they are made hard
         to guess.
         """
-        return f"{name}-{self._digest(name, b'prefix').hex()}"
+        return f"{name}-{self._compute_digest(name, b'prefix').hex()}"
 
     def set(self, name: str, value: str) -> None:
         self.store.set(name, self._sign(name, value))
@@ -97,17 +97,17 @@ class SignedStore:
         for name in names:
             self.get(name)
 
-    def _digest(self, name: str, value: bytes) -> bytes:
+    def _compute_digest(self, name: str, value: bytes) -> bytes:
         return hmac.digest(self._key, len(name).to_bytes(8, "big") + name.encode() + value, "sha256")
 
     def _sign(self, name: str, value: str) -> Any:
         data = value.encode()
-        return self._digest(name, data).hex().encode() + data
+        return self._compute_digest(name, data).hex().encode() + data
 
     def _verify(self, name: str, signed: bytes) -> bytes | None:
         digest, data = bytes(signed[: 2 * DIGEST_BYTES]), bytes(signed[2 * DIGEST_BYTES :])
         if len(signed) > MAX_VALUE_BYTES or not hmac.compare_digest(
-            digest, self._digest(name, data).hex().encode()
+            digest, self._compute_digest(name, data).hex().encode()
         ):
             return None
         return data

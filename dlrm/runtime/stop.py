@@ -100,7 +100,7 @@ class CollectiveStop(threading.Thread):
         self._failed = False  # the ranks could not agree
         self._agreed: tuple[int, str] | None = None  # (number of batches, request)
 
-    def begin(self) -> None:
+    def start_listening(self) -> None:
         """From here on signals are requests, and no longer end the program."""
         global _has_listener
         _has_listener = True

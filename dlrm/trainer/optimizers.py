@@ -124,7 +124,7 @@ def make_dense_optimizer(
     weights = {key: weight for key, _, weight in table_parameters(model) if isinstance(weight, ShardedTensor)}
     sharded = {key: value for key, value in replicated.items() if key in weights}
 
-    def make(parameters: Any) -> torch.optim.Optimizer:
+    def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
         values = list(parameters)
         # on CPUs torch's fused adam is five times as fast as foreach
         fused = name == "adam" and all(value.device.type == "cpu" for value in values)
@@ -135,7 +135,7 @@ def make_dense_optimizer(
         {k: v for k, v in replicated.items() if k not in sharded},
     ):
         if parameters:
-            parts.append(KeyedOptimizerWrapper(parameters, make))
+            parts.append(KeyedOptimizerWrapper(parameters, make_optimizer))
     if sharded:
-        parts.append(ShardedState(sharded, make, weights))
+        parts.append(ShardedState(sharded, make_optimizer, weights))
     return CombinedOptimizer(parts)

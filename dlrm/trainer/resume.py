@@ -43,12 +43,12 @@ def resume_training(trainer: Any, here: Ranks, root: Path | None) -> None:
             listed = list(folder.find_checkpoints(given)) if here.first else []
         paths = session.broadcast_from_first(listed)
         if not paths:
-            raise _shared(UserError(f"--load_checkpoint_path {given}: no checkpoint there"))
+            raise _mark_shared(UserError(f"--load_checkpoint_path {given}: no checkpoint there"))
         with_progress = run.mode == "train" and not options.load_model_only
         found, restored = _load_newest(trainer, here, paths, with_progress)
     else:
         if run.mode == "test":
-            raise _shared(UserError("there is no checkpoint to test: give --load_checkpoint_path"))
+            raise _mark_shared(UserError("there is no checkpoint to test: give --load_checkpoint_path"))
         with session.errors_on_all_ranks():
             trainer.run_folder.start_metrics()
         return
@@ -69,7 +69,7 @@ def resume_training(trainer: Any, here: Ranks, root: Path | None) -> None:
             trainer.run_folder.start_metrics()
 
 
-def _shared(error: UserError) -> UserError:
+def _mark_shared(error: UserError) -> UserError:
     """An error that all ranks raise alike: only rank 0 prints it."""
     error.shared = True
     return error
@@ -107,12 +107,12 @@ def _load_newest(
         outcomes = session.gather_from_all((damage, mistake))
         for _, text in outcomes:
             if text:
-                raise _shared(UserError(text))
+                raise _mark_shared(UserError(text))
         damage = next((text for text, _ in outcomes if text), "")
         if not damage and found is not None:
             return found, None if progress is None or rank_state is None else (progress, rank_state)
         trainer.run_folder.warn(f"checkpoint skipped: {damage}")
-    raise _shared(
+    raise _mark_shared(
         UserError(
             f"{paths[0].parent}: none of {len(paths)} checkpoints can be read; "
             "give --resume never to start at step 0"

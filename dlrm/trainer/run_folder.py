@@ -58,12 +58,12 @@ class RunFolder:
         self._output: OutputFolder | None = None
         if self.folder:
             try:
-                self._open(self.folder, tensorboard, more)
+                self._open_folder(self.folder, tensorboard, more)
             except BaseException:
                 self.close()
                 raise
 
-    def _open(self, folder: Path, tensorboard: bool, more: Iterable[str]) -> None:
+    def _open_folder(self, folder: Path, tensorboard: bool, more: Iterable[str]) -> None:
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.lock_folder(folder, "training into it")
