@@ -391,6 +391,7 @@ def test_damaged_bytes(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_bytes(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     (run_apart if kind in WITH_POLARS else run)(tmp_path, kind, range(1000, 1400))
