@@ -208,13 +208,13 @@ def write_arrays(
     shared = spark.sparkContext.broadcast(places)
     placed = whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < moved else item[0], item[1]))
 
-    def store(items: Iterator[tuple[int, bytes]]) -> None:
+    def write_runs(items: Iterator[tuple[int, bytes]]) -> None:
         for _, run_ in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
             stretch = [item for _, item in run_]
             numbers = np.frombuffer(b"".join(record for _, record in stretch), np.int64).reshape(-1, WORDS)
             store_rows(folder, options, made, moved, stretch[0][0], numbers)
 
-    placed.sortByKey().foreachPartition(store_rows)
+    placed.sortByKey().foreachPartition(write_runs)
     assert all((folder / name).exists() for name in publish.list_arrays(made, options))
 
 
