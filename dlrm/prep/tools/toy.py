@@ -14,7 +14,7 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 from common.memory import format_size
 from dlrm.data.criteo import MOST_DAYS, NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io.files import OffsetFile
-from dlrm.prep.io.folders import Output, publish
+from dlrm.prep.io.folders import Output, publish_results
 
 # ids per sparse column: a few big tables, many small ones, in the order of Criteo's own 26
 CARDINALITIES = (
@@ -46,11 +46,11 @@ def write_days(out: str | os.PathLike[str], days: int, rows: int, seed: int, one
     with Output("toy", Path(out)) as output:
         folders = output.open([], names, restart=True)
         for day in range(days):
-            with OffsetFile(folders.made / names[0 if one_file else day], "a") as file:
+            with OffsetFile(folders.unfinished / names[0 if one_file else day], "a") as file:
                 for begin in range(0, rows, BLOCK):
                     rng = np.random.default_rng([seed, day, begin])
                     file.append(format_tsv(min(BLOCK, rows - begin), rng, seed))
-        publish(folders, names, names[0], r"day_\d+", lambda: None)
+        publish_results(folders, names, names[0], r"day_\d+", lambda: None)
         output.clear()
 
 
