@@ -1,7 +1,7 @@
 """Inference benchmark: throughput and latency of the model at several batch sizes.
 
-Weights are drawn, or a checkpoint's; rows are made, or of a dataset's test set. Runs on as many ranks as it
-is started on; a batch is of all ranks together. The last line of stdout is one JSON object.
+Weights are random or a checkpoint's; rows are random or a dataset's test set. Runs on any number of ranks; a
+batch size is that of all ranks together. The last line of stdout is one JSON object.
 """
 
 import json
@@ -22,22 +22,22 @@ from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
 PERCENTILES = (50, 90, 95, 99)
-POOL = 8  # different batches of a size, at most
+POOL = 8  # different batches per batch size, at most
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
     batch_sizes: tuple[int, ...] = option((1, 64, 4096), "rows of a batch, all ranks together")
     seconds: float = option(3.0, "time for each batch size")
-    iterations: int = option(100, "of each batch size at least, when the time is over before")
+    iterations: int = option(100, "at least N iterations of each batch size, even after --seconds")
     benchmark_warmup_steps: int = option(10, "iterations before the clock starts")
     load_checkpoint_path: str | None = option(
         None, "a run folder or checkpoint: its weights, and its model's options"
     )
     in_memory_binary_criteo_path: str | None = option(
-        None, "a dataset: rows of its test set (default: made rows, ids uniform over the tables)"
+        None, "a dataset: rows of its test set (default: random rows, ids uniform over the tables)"
     )
-    seed: int = option(0, "of drawn weights and made rows")
+    seed: int = option(0, "of random weights and rows")
     amp: str = option("off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16")
     compile: bool = option(False, "torch.compile the dense part")
     allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
@@ -67,7 +67,7 @@ MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in P
 
 
 def keep_model_options(options: Any) -> dict[str, Any]:
-    """Those of the model, as its own type has them."""
+    """The entries that are fields of ModelOptions, with lists as tuples."""
     known = ModelOptions.__dataclass_fields__
     return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in known}
 
@@ -85,7 +85,7 @@ def main(here: Ranks) -> None:
 
 def find_usage_error(cfg: BenchConfig, here: Ranks) -> UserError | None:
     if cfg.bench.load_checkpoint_path and cfg.model != ModelOptions():
-        return UserError("--load_checkpoint_path brings its own model: leave out --preset and model options")
+        return UserError("--load_checkpoint_path has its own model: remove --preset and model options")
     for size in cfg.bench.batch_sizes:
         if size % here.world_size:
             return UserError(f"--batch_sizes {size}: not a multiple of the {here.world_size} ranks")
@@ -93,7 +93,7 @@ def find_usage_error(cfg: BenchConfig, here: Ranks) -> UserError | None:
 
 
 def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """For each batch size what was measured, and what of."""
+    """(one dict of results for each batch size, a dict that describes model and data)."""
     bench = cfg.bench
     with imports.import_quickly(bench.cpu_fast_path):
         import torch
@@ -117,8 +117,10 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
                 bench.in_memory_binary_criteo_path,
             )
             module = assemble_model(cfg.model, sizes, device, bench.seed, bench.compile)
-            wishes = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
-            made = planner.make_plan(module, device, here, max(bench.batch_sizes) // here.world_size, wishes)
+            constraints = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
+            made = planner.make_plan(
+                module, device, here, max(bench.batch_sizes) // here.world_size, constraints
+            )
             with accelerate.hooks.skip_first_weights():
                 model = planner.shard_model(module, made, device, bench.seed)
         with session.errors_on_all_ranks():
@@ -138,7 +140,7 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
 
 
 def open_checkpoint(given: str) -> Any:
-    """The newest one of a run folder, or the one named; a UserError says why there is none."""
+    """The newest checkpoint of a run folder, or the one given; UserError if there is none."""
     from dlrm.checkpoint import folder
     from dlrm.checkpoint.shards import CorruptCheckpoint
 
@@ -152,7 +154,7 @@ def open_checkpoint(given: str) -> Any:
 
 
 def read_model_options(found: Any) -> ModelOptions:
-    """As its run's options say; the tables as long as they are."""
+    """The model options of the checkpoint's run, with its tables' real sizes."""
     options = found.state["config"]["model"]
     table = re.compile(r"model/.*t_cat_(\d+)\.weight")
     lengths = {int(m[1]): s.shape[0] for s in found.tensors if (m := table.fullmatch(s.name))}
@@ -186,25 +188,27 @@ def make_batches(bench: BenchmarkOptions, size: int, sizes: list[int], here: Ran
 
 
 def time_batches(model: Any, pool: list[Any], bench: BenchmarkOptions, device: Any) -> dict[str, Any]:
-    """Times from a batch in the host's memory to its logits there."""
+    """Latencies and throughput, from a batch in host memory to its logits in host memory."""
     import numpy as np
     import torch
     import torch.distributed
 
-    def once(number: int) -> float:
+    def time_batch(number: int) -> float:
         begun = time.perf_counter()
         _, (_, logits, _) = model(pool[number % len(pool)].to(device))
         logits.cpu()
         return time.perf_counter() - begun
 
     for number in range(bench.benchmark_warmup_steps):
-        once(number)
-    each = torch.tensor([once(number) for number in range(3)]).mean()
-    torch.distributed.all_reduce(each, torch.distributed.ReduceOp.MAX)  # all ranks: as many iterations
+        time_batch(number)
+    each = torch.tensor([time_batch(number) for number in range(3)]).mean()
+    torch.distributed.all_reduce(
+        each, torch.distributed.ReduceOp.MAX
+    )  # so that all ranks do the same number of iterations
     count = max(bench.iterations, int(bench.seconds / float(each)))
     torch.distributed.barrier()
     begun = time.perf_counter()
-    seconds = [once(number) for number in range(count)]
+    seconds = [time_batch(number) for number in range(count)]
     whole = time.perf_counter() - begun
     scored = sum(len(pool[number % len(pool)].labels) for number in range(count))
     percent = dict(zip(PERCENTILES, np.percentile(seconds, PERCENTILES) * 1e3, strict=True))
@@ -212,12 +216,12 @@ def time_batches(model: Any, pool: list[Any], bench: BenchmarkOptions, device: A
         "samples_per_second": scored * torch.distributed.get_world_size() / whole,
         "latency_ms": {"mean": whole / count * 1e3, **{f"p{p}": float(v) for p, v in percent.items()}},
         "iterations": count,
-        "mean_prediction": make_predictor(model, pool, device),
+        "mean_prediction": mean_prediction(model, pool, device),
     }
 
 
-def make_predictor(model: Any, pool: list[Any], device: Any) -> float:
-    """The mean click probability over the batches of all ranks: shows that these are the weights meant."""
+def mean_prediction(model: Any, pool: list[Any], device: Any) -> float:
+    """Mean click probability over the batches of all ranks: shows whether the right weights were loaded."""
     import torch
     import torch.distributed
 

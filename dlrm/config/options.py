@@ -18,10 +18,12 @@ class PlanOptions:
     sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel; * for all others")
     print_sharding_plan: bool = option(False, "print how each table is sharded")
     store_type: str = option(
-        "device_mem", "where tables live; auto: where they fit",
+        "device_mem", "where tables are stored; auto: where they fit",
         ("device_mem", "cached_host_mem", "cached_ssd", "auto"),
     )  # fmt: skip
-    cache_memory_budget_mb: float = option(8192, "memory per rank for the rows of tables that live elsewhere")
+    cache_memory_budget_mb: float = option(
+        8192, "memory per rank for cached rows of tables that are stored elsewhere"
+    )
     persistent_path: str | None = option(None, "folder of the tables' files (default: store in --output_dir)")
 
     def __post_init__(self) -> None:
@@ -38,9 +40,9 @@ class RunOptions:
     seed: int | None = option(None, "makes a run reproducible")
     evaluate_on_epoch_end: bool = option(False, "validate after each epoch")
     evaluate_on_training_end: bool = option(False, "test after the last epoch")
-    validation_freq_within_epoch: int | None = option(None, "validate every so many steps")
+    validation_freq_within_epoch: int | None = option(None, "validate every N steps")
     validation_auroc: float | None = option(None, "stop once validation reaches this AUROC")
-    max_steps: int | None = option(None, "stop after so many steps in all")
+    max_steps: int | None = option(None, "stop after N steps in all")
     report_every: int = option(20, "steps between two reports of loss and samples per second")
     print_lr: bool = option(False, "print the learning rate of every step")
     print_progress: bool = option(False, "a progress bar on rank 0")
@@ -78,20 +80,20 @@ def list_deprecated(run: RunOptions) -> list[str]:
 @dataclass(frozen=True)
 class CheckpointOptions:
     checkpoint_dir: str | None = option(None, "where checkpoints go (default: checkpoints in --output_dir)")
-    checkpoint_every_steps: int | None = option(None, "save every so many steps")
-    checkpoint_every_minutes: float | None = option(None, "save every so many minutes")
-    checkpoint_epochs: bool = option(True, "where checkpoints are asked for: also save after each epoch")
-    keep_checkpoints: int = option(3, "how many to keep, the best one besides; 0: all")
+    checkpoint_every_steps: int | None = option(None, "save every N steps")
+    checkpoint_every_minutes: float | None = option(None, "save every N minutes")
+    checkpoint_epochs: bool = option(True, "if checkpoints are enabled: also save after each epoch")
+    keep_checkpoints: int = option(3, "how many to keep, in addition to the best one; 0: all")
     save_initial_model: bool = option(False, "save before the first step")
     save_model_after_each_eval: bool = option(False, "save after each validation")
     resume: str = option(
-        "auto", "auto: go on from the newest good checkpoint of this run folder", ("auto", "never")
+        "auto", "auto: resume from the newest intact checkpoint of this run folder", ("auto", "never")
     )
     load_checkpoint_path: str | None = option(
-        None, "a checkpoint, or a folder of them, to go on from (or to test)"
+        None, "a checkpoint, or a folder of them, to resume from (or to test)"
     )
-    load_model_only: bool = option(False, "take the weights of --load_checkpoint_path, begin at step 0")
-    stop_before_walltime: float | None = option(None, "save and stop so many seconds before the job's end")
+    load_model_only: bool = option(False, "take only the weights of --load_checkpoint_path, start at step 0")
+    stop_before_walltime: float | None = option(None, "save and stop N seconds before the job's end")
     walltime: str | None = option(None, "the job's time, [HH:]MM:SS or seconds (default: as PBS says)")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses of options -> command-line flags -> a checked config; and its dump into the run folder.
+"""Frozen dataclasses of options -> command-line flags -> a checked config; and its JSON for the run folder.
 
 In: a dataclass whose fields are groups of options, argv, presets. Out: an instance of it. A wrong option is a
 UserError of one line, the same on all ranks.
@@ -22,7 +22,7 @@ LARGEST = (1 << 63) - 1
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: str | None = None) -> Any:
-    """`bare`: what the flag means without a value."""
+    """A field that becomes the flag --NAME. bare: the value of the flag when it is given without one."""
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
@@ -148,7 +148,7 @@ def as_json(config: Any, launch: Mapping[str, Any]) -> str:
 
 
 def _mask(value: Any) -> Any:
-    """The same without what looks like a password or a key in a path or an address."""
+    """The same, with what looks like a password or a key replaced by a mask."""
     if isinstance(value, str):
         return mask_secrets(value)
     if isinstance(value, dict):

@@ -17,17 +17,17 @@ from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import optimizers
 from dlrm.trainer.run_folder import RunFolder
 
-BOUND = 1.0  # the item embeddings begin uniform in +-1, as in the example
+BOUND = 1.0  # first item embeddings are uniform in +-1, as in the example
 WITH_GRADIENTS = ("row_wise", "table_wise")  # shardings of a table whose optimizer is not fused
 
 
 def build_model(cfg: BertConfig, datasets: BertDatasets, device: torch.device) -> BERT4RecTrain:
-    """The model of these data on this device, alike on all ranks, its table still to be made."""
+    """The model for these data on this device, the same on all ranks; its table on the meta device."""
     return build_bert4rec(cfg, datasets.data.vocabulary, device)
 
 
 def build_bert4rec(cfg: BertConfig, vocabulary: int, device: torch.device) -> BERT4RecTrain:
-    """The model on this device, alike on all ranks, its table still to be made."""
+    """The model on this device, the same on all ranks; its table on the meta device."""
     model = cfg.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.run.seed or 0)
@@ -52,32 +52,34 @@ def shard_bert4rec(
     device: torch.device,
     run_folder: RunFolder,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
-    """Plan the item table over the ranks, make this rank's shard, wrap the transformer in DDP."""
+    """Plan the item table over the ranks, create this rank's shard, wrap the transformer in DDP."""
     # fbgemm's dense kernel has a gradient (tests compare it with PyTorch's), torch misses its registration
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
-    how = cfg.optim
+    optim = cfg.optim
     replicated = cfg.plan.mode == "ddp"
-    fused = not replicated and (device.type != "cpu" or optimizers.RULES[how.optimizer].on_cpu)
-    wishes: dict[str, dict[str, Any]] = {}
+    fused = not replicated and (device.type != "cpu" or optimizers.RULES[optim.optimizer].on_cpu)
+    constraints: dict[str, dict[str, Any]] = {}
     if cfg.plan.sharding_file:
-        wishes = planner.load_constraints(cfg.plan.sharding_file)
+        constraints = planner.load_constraints(cfg.plan.sharding_file)
     elif replicated:
-        wishes = {TABLE: {"sharding": "data_parallel"}}
+        constraints = {TABLE: {"sharding": "data_parallel"}}
     elif device.type == "cpu":
-        wishes = {TABLE: {"sharding": "row_wise"}}  # one table: whole, it would be one rank's work alone
+        constraints = {
+            TABLE: {"sharding": "row_wise"}
+        }  # there is one table: whole, only one rank would look up
     if fused:
         optimizers.apply_in_backward(
-            module.model.history.ec.parameters(), how.optimizer, how.lr, device, how.eps,
-            weight_decay=how.weight_decay,
+            module.model.history.ec.parameters(), optim.optimizer, optim.lr, device, optim.eps,
+            weight_decay=optim.weight_decay,
         )  # fmt: skip
     made = planner.make_plan(
-        module, device, here, cfg.data.train_batch_size, wishes, [float(cfg.data.max_len)]
+        module, device, here, cfg.data.train_batch_size, constraints, [float(cfg.data.max_len)]
     )
     chosen = planner.plan_as_dict(made)[TABLE]["sharding"]
     if not fused and not replicated:
         if chosen not in WITH_GRADIENTS:
             raise UserError(
-                f"--sharding_file: {chosen} with --optimizer {how.optimizer} does not work on CPUs: "
+                f"--sharding_file: {chosen} with --optimizer {optim.optimizer} does not work on CPUs: "
                 f"choose {' or '.join(WITH_GRADIENTS)}, or another optimizer"
             )
         made = planner.with_gradients(made)
@@ -85,7 +87,7 @@ def shard_bert4rec(
         planner.plan_as_dict(made), planner.describe_plan(made), cfg.plan.print_sharding_plan
     )
     model = planner.shard_model(module, made, device, cfg.run.seed or 0, BOUND)
-    torch.manual_seed((cfg.run.seed or 0) * here.world_size + here.rank)  # dropout: each rank its own
+    torch.manual_seed((cfg.run.seed or 0) * here.world_size + here.rank)  # dropout differs between ranks
     return model, optimizers.make_dense_optimizer(
-        model, how.optimizer, how.lr, how.eps, weight_decay=how.weight_decay
+        model, optim.optimizer, optim.lr, optim.eps, weight_decay=optim.weight_decay
     )

@@ -1,7 +1,7 @@
-"""The sequences to train on and the users to validate and test with, prepared once and kept.
+"""The training sequences, and the users for validation and test, prepared once and cached.
 
-Rank 0 prepares; the others wait and read what it has written. Made data without --cache_dir is made by
-each rank for itself: the seed makes them the same.
+Rank 0 prepares them; the others wait and read its files. Random data without --cache_dir is made by each
+rank, alike because of the seed.
 """
 
 import os
@@ -20,14 +20,14 @@ from dlrm.data.prefetch import Prefetcher
 from dlrm.models.bert4rec import cache, ratings
 from dlrm.models.bert4rec.model import BertBatch, make_features
 from dlrm.models.bert4rec.options import BertConfig, BertData
-from dlrm.models.bert4rec.sequence_reader import EvaluationSequences, SequenceSource, TrainingSequences
+from dlrm.models.bert4rec.sequence_reader import EvaluationSequences, SequenceRows, TrainingSequences
 from dlrm.models.bert4rec.sequences import Histories, count_candidates, draw_negatives, make_histories
 from dlrm.prep.job.progress import PrepProgress
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
 
 CACHE = ".bert4rec"
-REACHABLE = (1, 10)  # of Recall@k
+REACHABLE = (1, 10)  # k of the best reachable Recall@k
 
 
 class PreparedData(NamedTuple):
@@ -36,12 +36,12 @@ class PreparedData(NamedTuple):
 
 
 class BertCollator:
-    """Rows -> what the model takes."""
+    """SequenceRows -> BertBatch."""
 
     def __init__(self, vocabulary: int, tied: bool, pin_memory: bool) -> None:
         self.vocabulary, self.tied, self.pin_memory = vocabulary, tied, pin_memory
 
-    def __call__(self, rows: SequenceSource, where: Callable[[int, str], str]) -> BertBatch:
+    def __call__(self, rows: SequenceRows, where: Callable[[int, str], str]) -> BertBatch:
         tokens = torch.from_numpy(rows.tokens)
         batch = BertBatch(
             make_features(tokens, self.vocabulary, self.tied),
@@ -61,7 +61,7 @@ class BertDatasets:
     train: Prefetcher
     val: Prefetcher
     test: Prefetcher
-    reachable: dict[str, float]  # of the test, where the data's rule is known: Recall@k of who knows it
+    reachable: dict[str, float]  # best expected Recall@k of the test, if the rule behind the data is known
 
     def bytes_read(self) -> dict[str, int]:
         return self.read
@@ -73,24 +73,24 @@ class BertDatasets:
 def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
     data, seed = cfg.data, cfg.run.seed or 0
     bytes_read: dict[str, int] = {}
-    known = prepare_data(data, seed, here, bytes_read)
-    refuse_large_sequences(data, known.data)
+    prepared = prepare_data(data, seed, here, bytes_read)
+    refuse_large_sequences(data, prepared.data)
     pin = data.pin_memory and torch.cuda.is_available()
-    to_batch: Any = BertCollator(known.data.vocabulary, cfg.model.output == "tied", pin)
+    to_batch: Any = BertCollator(prepared.data.vocabulary, cfg.model.output == "tied", pin)
     loaders = {}
     for stage in ("train", "val", "test"):
         source: Any = (
-            TrainingSequences(known.data, data.max_len, data.mask_prob, data.dupe_factor, seed)
+            TrainingSequences(prepared.data, data.max_len, data.mask_prob, data.dupe_factor, seed)
             if stage == "train"
-            else EvaluationSequences(known.data, known.negatives, data.max_len, stage)
+            else EvaluationSequences(prepared.data, prepared.negatives, data.max_len, stage)
         )
         batches = BatchLoader(
             source, getattr(data, f"{stage}_batch_size"), here.rank, here.world_size, to_batch=to_batch,
             shuffle_set=stage == "train", by_rank=False, seed=seed,
         )  # fmt: skip
         loaders[stage] = Prefetcher(batches, data.prefetch_batches)
-    found = best_reachable_scores(known, REACHABLE) if data.dataset_name == "markov" else {}
-    return BertDatasets(known.data, bytes_read, **loaders, reachable=found)
+    found = best_reachable_scores(prepared, REACHABLE) if data.dataset_name == "markov" else {}
+    return BertDatasets(prepared.data, bytes_read, **loaders, reachable=found)
 
 
 def refuse_large_sequences(data: BertData, known: Histories) -> None:
@@ -110,41 +110,43 @@ def refuse_large_sequences(data: BertData, known: Histories) -> None:
 
 
 def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) -> PreparedData:
-    """From the cache, or made and put there. A collective, inside `dist.together`."""
-    wanted = ratings.RatingsOptions(data.random_user_count, data.random_item_count, data.random_size, seed)
+    """From the cache, else made and put there. A collective."""
+    options = ratings.RatingsOptions(data.random_user_count, data.random_item_count, data.random_size, seed)
     path = ratings.find_ratings_file(data.dataset_name, data.dataset_path)
     folder = cache_folder(data, seed, path)
     if folder is None:
-        return make_data(data, wanted, path, seed, here.first)
-    mine = None
-    with session.errors_on_all_ranks():  # once the first has written it, or has said why not
+        return make_data(data, options, path, seed, here.first)
+    prepared = None
+    # the other ranks continue once rank 0 has written it, or fail with its error
+    with session.errors_on_all_ranks():
         if here.first:
-            mine = _load_cached(folder, bytes_read)
-            if mine is None:
-                mine = make_data(data, wanted, path, seed, True)
-                arrays = {"items": mine.data.items, "starts": mine.data.starts, "negatives": mine.negatives}
-                cache.save_prepared(folder, arrays, {"items": mine.data.item_count})
-    mine = mine or _load_cached(folder, bytes_read)
-    if mine is None:
+            prepared = _load_cached(folder, bytes_read)
+            if prepared is None:
+                prepared = make_data(data, options, path, seed, True)
+                found = prepared.data
+                arrays = {"items": found.items, "starts": found.starts, "negatives": prepared.negatives}
+                cache.save_prepared(folder, arrays, {"items": found.item_count})
+    prepared = prepared or _load_cached(folder, bytes_read)
+    if prepared is None:
         raise UserError(
             f"{printable(folder)} cannot be read on {here.host}: give a --cache_dir that all nodes share"
         )
-    return mine
+    return prepared
 
 
-def best_reachable_scores(known: PreparedData, lengths: tuple[int, ...]) -> dict[str, float]:
-    """The best Recall@k that can be expected on walks (`markov`): of one who knows each item's follower.
-
-    Such a one puts the follower of a user's last item first, the others in any order.
+def best_reachable_scores(prepared: PreparedData, lengths: tuple[int, ...]) -> dict[str, float]:
+    """The best Recall@k that can be expected on `markov` data: that of a predictor which knows each item's
+    follower, ranks the follower of a user's last item first, and all others in random order.
     """
-    items, starts = known.data.items.astype(np.int64), known.data.starts
-    pairs, often = np.unique(items[:-1] * known.data.vocabulary + items[1:], return_counts=True)
-    follower = np.zeros(known.data.vocabulary, np.int64)
-    last, after = np.divmod(pairs[np.argsort(often, kind="stable")], known.data.vocabulary)
-    follower[last] = after  # of several the last stays: the most frequent
+    items, starts = prepared.data.items.astype(np.int64), prepared.data.starts
+    pairs, often = np.unique(items[:-1] * prepared.data.vocabulary + items[1:], return_counts=True)
+    follower = np.zeros(prepared.data.vocabulary, np.int64)
+    last, after = np.divmod(pairs[np.argsort(often, kind="stable")], prepared.data.vocabulary)
+    follower[last] = after  # the last of several assignments stays: the most frequent follower
     guess, right = follower[items[starts[1:] - 2]], items[starts[1:] - 1]
-    offered = (known.negatives == guess[:, None]).any(axis=1)  # a wrong guess is ranked above the right item
-    ranked = known.negatives.shape[1] + 1
+    # a wrong guess is ranked above the right item
+    offered = (prepared.negatives == guess[:, None]).any(axis=1)
+    ranked = prepared.negatives.shape[1] + 1
     return {
         f"Recall@{k}": float(
             np.where(guess == right, 1, np.where(offered, (k - 1) / (ranked - 1), k / ranked)).mean()
@@ -170,11 +172,11 @@ def cache_folder(data: BertData, seed: int, path: Path | None) -> Path | None:
 
 
 def make_data(
-    data: BertData, wanted: ratings.RatingsOptions, path: Path | None, seed: int, show: bool
+    data: BertData, options: ratings.RatingsOptions, path: Path | None, seed: int, show: bool
 ) -> PreparedData:
     progress = PrepProgress(3, show)
     with progress.step("ratings"):
-        raw = ratings.read_ratings(data.dataset_name, path, wanted)
+        raw = ratings.read_ratings(data.dataset_name, path, options)
         progress.add(rows=len(raw.user))
     with progress.step("histories"):
         found = make_histories(raw, data.min_rating, data.min_user_count, data.min_item_count)

@@ -1,8 +1,8 @@
-"""BERT4Rec: items of a history, hidden here and there, guessed from both sides (arxiv.org/abs/1904.06690).
+"""BERT4Rec: masked items of a history are predicted from both sides (arxiv.org/abs/1904.06690).
 
 The architecture, the initial weights and the parameters' names are those of torchrec's example, so the same
-weights give the same losses; only the work differs: logits are computed where there is something to guess,
-and for the candidates that are ranked, never for the whole vocabulary at every position.
+weights give the same losses. But logits are computed only at masked positions, and for the candidates that
+are ranked, not for the whole vocabulary at every position.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torchrec.streamable import Pipelineable
 
 FEATURE, TABLE = "item", "item_embedding"
 KS = (1, 5, 10, 20, 50, 100)
-LEAST = 10  # reported in any case
+LEAST = 10  # up to this k metrics are always reported
 
 
 class Attention(nn.Module):
@@ -36,8 +36,10 @@ class Attention(nn.Module):
         query, key, value = (
             linear(x).view(batch, length, self.heads, -1).transpose(1, 2) for linear in self.linear_layers
         )
-        met = F.scaled_dot_product_attention(query, key, value, mask, self.rate if self.training else 0.0)
-        return self.output_linear(met.transpose(1, 2).reshape(batch, length, width))
+        attended = F.scaled_dot_product_attention(
+            query, key, value, mask, self.rate if self.training else 0.0
+        )
+        return self.output_linear(attended.transpose(1, 2).reshape(batch, length, width))
 
 
 class FeedForward(nn.Module):
@@ -141,7 +143,7 @@ class BERT4Rec(nn.Module):
 
 
 def make_features(tokens: torch.Tensor, vocabulary: int, tied: bool) -> KeyedJaggedTensor:
-    """What to look up: the tokens, and for tied weights then every item once."""
+    """The ids to look up: tokens int32 [rows, max_len], then, for tied weights, every item once."""
     values = tokens.reshape(-1)
     if tied:
         values = torch.cat([values, torch.arange(vocabulary, dtype=values.dtype)])
@@ -151,7 +153,11 @@ def make_features(tokens: torch.Tensor, vocabulary: int, tied: bool) -> KeyedJag
 
 @dataclass
 class BertBatch(Pipelineable):
-    """What the model takes. Without candidates: train, `labels` [rows, max_len] being the hidden items."""
+    """The model's input. In training without candidates, labels are the masked items [rows, max_len].
+
+    tokens: int32 [rows, max_len]. In evaluation labels are the right items int64 [rows], candidates int32
+    [rows, 1 + negatives], the right one first.
+    """
 
     features: KeyedJaggedTensor
     tokens: torch.Tensor
@@ -179,11 +185,11 @@ class BertBatch(Pipelineable):
 
 
 class BERT4RecTrain(nn.Module):
-    """(loss, (loss, scores, labels)): of hidden items in training, of ranked candidates in evaluation.
+    """(loss, (loss, scores, labels)): of masked items in training, of ranked candidates in evaluation.
 
-    The loss is the mean over the hidden items of all ranks' rows, so that it does not matter how the rows
-    are dealt: DDP takes the mean of the ranks' gradients, hence the factor. The loss that is told is
-    weighted for a mean by rows.
+    The loss is the mean over the masked items of all ranks, so that it does not depend on how rows are
+    distributed; DDP averages the ranks' gradients, hence the factor `ranks`. The reported loss is scaled so
+    that its mean over the ranks' rows is that loss.
     """
 
     def __init__(self, model: BERT4Rec) -> None:
@@ -208,32 +214,38 @@ class BERT4RecTrain(nn.Module):
                 ranked, bias = batch.candidates, self.model.out.bias
                 scores = torch.bmm(weights[ranked], hidden[:, -1, :, None]).squeeze(-1) + bias[ranked]
             return scores.new_zeros(()), (scores.new_zeros(()), scores.detach(), batch.labels)
-        wanted = batch.labels.reshape(-1)
-        place = wanted.nonzero().squeeze(1)
-        counts = torch.tensor([len(place), len(batch.tokens)], dtype=torch.float32, device=wanted.device)
+        targets = batch.labels.reshape(-1)
+        masked = targets.nonzero().squeeze(1)
+        counts = torch.tensor([len(masked), len(batch.tokens)], dtype=torch.float32, device=targets.device)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         summing = dist.all_reduce(counts, async_op=True) if ranks > 1 else None
         with self.precision():
             hidden, weights = self.model(batch.features, batch.tokens)
-            guesses = F.linear(hidden.reshape(-1, hidden.size(-1))[place], weights, self.model.out.bias)
-        guesses = guesses.float()
-        if self.scale and guesses.requires_grad:
-            guesses.register_hook(self.scale)
-        total = F.cross_entropy(guesses, wanted[place], reduction="sum")
+            logits = F.linear(hidden.reshape(-1, hidden.size(-1))[masked], weights, self.model.out.bias)
+        logits = logits.float()
+        if self.scale and logits.requires_grad:
+            logits.register_hook(self.scale)
+        total = F.cross_entropy(logits, targets[masked], reduction="sum")
         if summing is not None:
             summing.wait()
-        hidden_items, rows = counts[0].clamp(min=1), counts[1]  # with nothing to guess the loss is 0
-        told = total.detach() / hidden_items * (rows / len(batch.tokens))
-        return total * (ranks / hidden_items), (told, batch.labels[:, -1].detach(), batch.labels.detach())
+        masked_items, rows = counts[0].clamp(min=1), counts[1]  # without masked items the loss is 0
+        reported = total.detach() / masked_items * (rows / len(batch.tokens))
+        return total * (ranks / masked_items), (reported, batch.labels[:, -1].detach(), batch.labels.detach())
 
 
 def rank_of_first_item(scores: torch.Tensor) -> torch.Tensor:
-    """Place of each row's first candidate, the right one, among all: 0 is the top; ties go against it."""
+    """Rank of the right item, the first candidate: scores [rows, candidates] -> int64 [rows], 0 is best.
+
+    Of equal scores it counts as the last.
+    """
     return (scores[:, 1:] >= scores[:, :1]).sum(dim=1)
 
 
 def sum_ranking_metrics(places: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
-    """Users, then hits at each k, then the sum of NDCG at each k: sums over ranks are sums over users."""
+    """float64 [1 + 2 * len(ks)]: users, hits at each k, sums of NDCG at each k; they add up over ranks.
+
+    places: rank of the right item, int64 [users].
+    """
     gain = 1 / torch.log2(places.double() + 2)
     within = [places < k for k in ks]
     hits = [inside.double().sum() for inside in within]
@@ -249,7 +261,7 @@ class RankingMetrics:
         self._sums: torch.Tensor | None = None
 
     def update(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None:
-        # among the best 20 of 11 everything is: say nothing of that
+        # no metric at a k that all candidates reach
         self.ks = tuple(k for k in self.ks if k <= LEAST or k < scores.size(1))
         sums = sum_ranking_metrics(rank_of_first_item(scores), self.ks)
         self._sums = sums if self._sums is None else self._sums + sums

@@ -13,7 +13,7 @@ from dlrm.config.parser import check_at_least, check_at_most, option
 from dlrm.runtime.errors import UserError
 
 PRESETS: dict[str, Callable[[], Mapping[str, Any]]] = {"toy": lambda: TOY}
-# the demo: a minute on a laptop, and it comes near the best possible score
+# the demo: takes a minute on a laptop and comes close to the best possible score
 TOY = {
     "dataset_name": "markov", "random_user_count": 1500, "random_item_count": 150, "random_size": 30_000,
     "max_len": 20, "dupe_factor": 1, "mask_prob": 0.2, "emb_dim": 32, "dropout": 0.0, "lr": 0.005,
@@ -23,7 +23,7 @@ DATASETS = ("ml-1m", "ml-20m", "text", "random", "markov")
 
 
 def fixed_field(value: Any) -> Any:
-    """A field that is no flag here."""
+    """A field that is not a flag of this model."""
     return field(default=value, init=False)
 
 
@@ -38,7 +38,7 @@ class BertData:
     )
     dataset_path: str | None = option(None, "the folder (text: the file) with the ratings")
     cache_dir: str | None = option(
-        None, "where prepared data is kept (default: .bert4rec beside the ratings; made data: nowhere)"
+        None, "folder for prepared data (default: .bert4rec next to the ratings; none for random, markov)"
     )
     min_rating: float = option(0, "leave out ratings below this")
     min_user_count: int = option(5, "leave out users with fewer ratings")
@@ -47,7 +47,8 @@ class BertData:
     mask_prob: float = option(0.15, "share of the items hidden in training")
     dupe_factor: int = option(3, "copies of each training sequence, each masked differently")
     negatives: int | None = option(
-        None, "items to rank besides the right one (default: 100, random: 10, or what there is)"
+        None,
+        "items ranked with the right one (default: 100, random: 10; fewer if there are not enough)",
     )
     negative_sampling: str | None = option(
         None, "how they are drawn (default: popularity; random: uniform)", ("popularity", "uniform")
@@ -109,11 +110,11 @@ class BertModel:
 @dataclass(frozen=True)
 class BertOptim:
     lr: float = option(0.001, "learning rate")
-    decay_step: int = option(25, "epochs after which the rate is multiplied by --gamma, again and again")
-    gamma: float = option(1.0, "factor of that decay")
+    decay_step: int = option(25, "multiply the rate by --gamma after every N epochs")
+    gamma: float = option(1.0, "factor of the learning rate decay")
     weight_decay: float = option(0.0, "weight decay")
     optimizer: str = option(
-        "adam", "optimizer; the tables' is fused, but for adam on CPUs",
+        "adam", "optimizer; fused for the tables, except adam on CPUs",
         ("adam", "sgd", "adagrad", "rowwise_adagrad"),
     )  # fmt: skip
     eps: float = option(1e-8, "epsilon of adam and adagrad")
@@ -144,7 +145,7 @@ class BertPlan:
 
 @dataclass(frozen=True)
 class BertRun(RunOptions):
-    """The run's flags, some under the example's names, some that mean nothing here left out."""
+    """The run's flags: some under the example's names, without those that have no meaning here."""
 
     num_epochs: int = option(100, "passes over the training set")
     evaluate_only: bool = option(False, "only test, from a checkpoint")

@@ -1,4 +1,4 @@
-"""Histories as a source of rows, as `Batches` wants them.
+"""Histories as sources of rows for `BatchLoader`.
 
 A training row is one masked sequence: the windows of all users, `dupe_factor` times over. A row for
 evaluation is a user: history, and the right item among candidates.
@@ -11,17 +11,19 @@ import numpy as np
 from dlrm.models.bert4rec.sequences import Histories, cut_windows, make_evaluation_sequence, mask_items
 
 
-class SequenceSource(NamedTuple):
+class SequenceRows(NamedTuple):
     tokens: np.ndarray  # int32 [n, max_len]
-    labels: np.ndarray  # int32 [n, max_len] in training: the hidden items; else [n]: the right ones
+    labels: (
+        np.ndarray
+    )  # int32 [n, max_len] in training: the masked items, else 0; in evaluation [n]: the right items
     candidates: np.ndarray | None = None  # int32 [n, 1 + negatives], the right one first
 
-    def take(self, rows: np.ndarray) -> "SequenceSource":
-        return SequenceSource(*(None if each is None else each[rows] for each in self))  # type: ignore[arg-type]
+    def take(self, rows: np.ndarray) -> "SequenceRows":
+        return SequenceRows(*(None if each is None else each[rows] for each in self))  # type: ignore[arg-type]
 
 
 class _InMemorySource:
-    """What both sources have in common. Nothing is read after the start: `bytes_read` is the cache's."""
+    """What both sources have in common. `bytes_read` is that of the cache: nothing is read later."""
 
     random_access, in_memory, contiguous = True, False, False
 
@@ -29,10 +31,10 @@ class _InMemorySource:
         self.rows, self.batch, self.row_bytes = rows, 0, 8 * max_len
         self.bytes_read = {} if bytes_read is None else bytes_read
 
-    def take(self, rows: np.ndarray) -> SequenceSource:
+    def take(self, rows: np.ndarray) -> SequenceRows:
         raise NotImplementedError
 
-    def read(self, start: int, stop: int, ahead: int = 0) -> SequenceSource:
+    def read(self, start: int, stop: int, ahead: int = 0) -> SequenceRows:
         return self.take(np.arange(start, stop))
 
     def load(self, runs: np.ndarray, scattered: bool = False) -> None:
@@ -56,12 +58,12 @@ class TrainingSequences(_InMemorySource):
         super().__init__(dupe_factor * len(self.windows), max_len, bytes_read)
 
     def set_epoch(self, epoch: int) -> None:
-        """Every epoch hides other items."""
+        """Other items are masked in each epoch."""
         self.epoch = epoch
 
-    def take(self, rows: np.ndarray) -> SequenceSource:
+    def take(self, rows: np.ndarray) -> SequenceRows:
         spans = self.windows[rows % len(self.windows)]
-        return SequenceSource(
+        return SequenceRows(
             *mask_items(self.data, spans, rows, self.max_len, self.mask_prob, self.seed, self.epoch)
         )
 
@@ -72,8 +74,8 @@ class EvaluationSequences(_InMemorySource):
         self.negatives = negatives
         super().__init__(data.users, max_len, None)
 
-    def take(self, rows: np.ndarray) -> SequenceSource:
+    def take(self, rows: np.ndarray) -> SequenceRows:
         right = self.right[rows]
-        return SequenceSource(
+        return SequenceRows(
             self.tokens[rows], right, np.concatenate([right[:, None], self.negatives[rows]], axis=1)
         )

@@ -1,8 +1,8 @@
-"""Ratings -> what BERT4Rec trains and is judged on: each user's items in order, masked; candidates to rank.
+"""Ratings -> BERT4Rec's sequences: each user's items in order, masked; and candidates to rank.
 
 Items are numbered 1..n in the order of their own ids; 0 pads on the left, n + 1 is the mask. Of each user
-the last item is the test, the one before it the validation, the rest trains. Everything is vectorised, and
-masks depend on (seed, epoch, row, position) alone: no number of ranks changes them.
+the last item is for the test, the one before it for validation, the rest for training. Everything is
+vectorised, and masks depend on (seed, epoch, row, position) alone, not on the number of ranks.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dlrm.models.bert4rec.ratings import Ratings
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import span
 
-MASKED, REPLACED = 0.8, 0.2  # of the chosen positions: the mask, or a random item
+MASKED, REPLACED = 0.8, 0.2  # shares of the chosen positions that get the mask, or a random item
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Histories:
 
 class Examples(NamedTuple):
     tokens: np.ndarray  # int32 [rows, max_len]
-    labels: np.ndarray  # int32 [rows, max_len], 0 where nothing is to be guessed
+    labels: np.ndarray  # int32 [rows, max_len]: the items to predict, else 0
 
 
 def make_histories(
@@ -53,8 +53,8 @@ def make_histories(
     with span("prep", "histories"):
         keep = ratings.rating >= min_rating
         if min_item_count:
-            keep[keep] = _frequent(ratings.item[keep], min_item_count)
-        keep[keep] = _frequent(ratings.user[keep], min_user_count)
+            keep[keep] = _are_frequent(ratings.item[keep], min_item_count)
+        keep[keep] = _are_frequent(ratings.user[keep], min_user_count)
         if not keep.any():
             raise UserError("no rating is left: lower --min_rating, --min_user_count or --min_item_count")
         users, user = _number_densely(ratings.user[keep])
@@ -66,29 +66,30 @@ def make_histories(
 
 
 def _number_densely(ids: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many different ids there are, and each one's number in their order."""
+    """(number of different ids, int64 [n]: each id's position among the different ids, sorted)."""
     if not len(ids):
         return 0, ids
     low, high = int(ids.min()), int(ids.max())
     if high - low > 8 * len(ids) + (1 << 20):  # too sparse for a table of all ids between
         known, numbers = np.unique(ids, return_inverse=True)
         return len(known), numbers
-    there = np.zeros(high - low + 1, bool)
-    there[ids - low] = True
-    numbers = np.cumsum(there, dtype=np.int64) - 1
+    present = np.zeros(high - low + 1, bool)
+    present[ids - low] = True
+    numbers = np.cumsum(present, dtype=np.int64) - 1
     return int(numbers[-1]) + 1, numbers[ids - low]
 
 
-def _frequent(values: np.ndarray, least: int) -> np.ndarray:
-    """True for the values that stand there at least so many times."""
+def _are_frequent(values: np.ndarray, least: int) -> np.ndarray:
+    """bool [n]: whether a value occurs at least `least` times."""
     _, numbers = _number_densely(values)
     return np.bincount(numbers)[numbers] >= least
 
 
 def cut_windows(data: Histories, max_len: int) -> np.ndarray:
-    """[rows, 2] first and past-the-last item of each training sequence.
+    """int64 [rows, 2]: first item, and item after the last, of each training sequence in `data.items`.
 
-    A history longer than `max_len` gives several, from its end backwards by a tenth of the length."""
+    A history longer than `max_len` gives several sequences, each a tenth of `max_len` before the next.
+    """
     begin, end = data.starts[:-1], data.starts[1:] - 2
     step = max(1, max_len // 10)
     more = np.maximum(0, -(-(end - begin - max_len) // step))  # besides the one at the beginning
@@ -99,7 +100,7 @@ def cut_windows(data: Histories, max_len: int) -> np.ndarray:
 
 
 def pad_left(data: Histories, spans: np.ndarray, max_len: int) -> np.ndarray:
-    """The items of each span, zeros before them."""
+    """int32 [spans, max_len]: the items of each span, with zeros before them."""
     position = spans[:, 1:] - max_len + np.arange(max_len)
     return np.where(position >= spans[:, :1], data.items[np.maximum(position, 0)], 0).astype(np.int32)
 
@@ -113,7 +114,10 @@ def mask_items(
     seed: int,
     epoch: int,
 ) -> Examples:
-    """Training examples of these spans: some items hidden or replaced, to be guessed."""
+    """Training examples of these spans (int64 [n, 2]), with some items masked or replaced.
+
+    rows: numbers of the training sequences, int64 [n], which seed the masks.
+    """
     tokens = pad_left(data, spans, max_len)
     chance, kind, other = _random_shares(rows, max_len, seed, epoch)
     chosen = (chance < mask_prob) & (tokens > 0)
@@ -144,7 +148,7 @@ def _mix_bits(value: np.ndarray | np.uint64) -> np.ndarray:
 
 
 def make_evaluation_sequence(data: Histories, max_len: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens ending in the mask, the right item) of every user."""
+    """(tokens int32 [users, max_len] that end in the mask, the right items int32 [users])."""
     back = {"val": 2, "test": 1}[split]
     target = data.starts[1:] - back
     spans = np.stack([np.maximum(data.starts[:-1], target - (max_len - 1)), target], axis=1)
@@ -158,7 +162,7 @@ MOST_ROUNDS = 200  # of drawing for all users together
 
 
 def draw_negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np.ndarray:
-    """[users, count] distinct items that the user has never met, drawn alike or as often as they are met."""
+    """int32 [users, count]: different items that the user has not rated, drawn uniformly or by popularity."""
     seen = _seen_items(data)
     weights = np.bincount(data.items, minlength=data.vocabulary)[1:-1].astype(float)
     bounds = np.cumsum(weights if by_popularity else np.ones(data.item_count))
@@ -171,8 +175,8 @@ def draw_negatives(data: Histories, count: int, by_popularity: bool, seed: int) 
                 break
             chance = generator.random((len(unfilled), 2 * count)) * bounds[-1]
             pool = np.concatenate([found[unfilled], 1 + np.searchsorted(bounds, chance, "right")], axis=1)
-            met = _contains(seen, unfilled[:, None] * np.int64(data.vocabulary) + pool)
-            good = _first_of_row(pool) & ~met & (pool > 0)
+            rated = _contains(seen, unfilled[:, None] * np.int64(data.vocabulary) + pool)
+            good = _first_of_row(pool) & ~rated & (pool > 0)
             place = np.cumsum(good, axis=1) - 1
             good &= place < count
             row, column = np.nonzero(good)
@@ -207,10 +211,9 @@ def _seen_items(data: Histories) -> np.ndarray:
 
 
 def count_candidates(data: Histories, asked: int | None, default: int) -> int:
-    """How many items to rank besides the right one: as asked, else as many up to `default` as all users
-    have not met."""
+    """Number of items to rank with the right one: `asked`, else `default` or fewer, unrated by all users."""
     most = int(np.diff(data.starts).max())
-    if data.item_count - most < (asked or default):  # else even without a look at repeated items
+    if data.item_count - most < (asked or default):  # else repeated ratings of an item need not be counted
         seen = _seen_items(data)
         new = np.ones(len(seen), bool)
         new[1:] = seen[1:] != seen[:-1]
@@ -218,14 +221,14 @@ def count_candidates(data: Histories, asked: int | None, default: int) -> int:
     left = data.item_count - most
     if left < (asked or 1):
         raise UserError(
-            f"--negatives {asked or default}: one user has met {most} of {data.item_count} items: "
-            "ask for fewer, or use more items"
+            f"--negatives {asked or default}: one user has rated {most} of {data.item_count} items: "
+            "give a smaller number, or use more items"
         )
     return min(asked or default, left)
 
 
 def _first_of_row(values: np.ndarray) -> np.ndarray:
-    """True where a value stands for the first time in its row."""
+    """bool [n, k]: whether a value occurs for the first time in its row."""
     order = np.argsort(values, axis=1, kind="stable")
     ordered = np.take_along_axis(values, order, axis=1)
     new = np.ones(values.shape, bool)

@@ -1,4 +1,4 @@
-"""The rows to train on, to validate and to test with: which source, which batches, from the options."""
+"""From options to this rank's batches of the three sets: the source of rows, and how they are batched."""
 
 import os
 import zipfile
@@ -26,14 +26,14 @@ from dlrm.models.dlrm.options import Config
 from dlrm.runtime.ranks import Ranks
 
 KAGGLE, KAGGLE_DAYS = "criteo_kaggle", (1, 7)
-RANDOM_BATCHES = 10  # of a set, when the data is random and no limit is given
+RANDOM_BATCHES = 10  # batches of random data per set, if there is no limit
 
 
 FREQUENCIES = b"dlrm-io: how often each id was looked up"  # comment of the .npz files
 
 
 class IdFrequencies:
-    """How often each id was looked up, before and after one id became several (training only)."""
+    """How often each id was looked up in training, before and after one id became several (multi-hot)."""
 
     def __init__(self, sizes: list[int], folder: str, name: str) -> None:
         refuse_too_large(
@@ -57,7 +57,7 @@ class IdFrequencies:
         for feature, values in enumerate(ids):
             size = len(self.after[feature])
             self.after[feature] += np.bincount(values, minlength=size)
-            # the first of an id's several is the id itself
+            # the first of the ids made from one is that one
             self.before[feature] += np.bincount(values.reshape(rows, -1)[:, 0], minlength=size)
 
     def save(self) -> None:
@@ -90,10 +90,10 @@ def is_frequencies(path: Path) -> bool:
 
 
 class ObservedLoader:
-    """Shows every batch given to training to `look`, else is the loader itself."""
+    """A loader that calls `observe` with every batch; otherwise like the loader that it wraps."""
 
-    def __init__(self, loader: Prefetcher, look: Callable[[Batch], None]) -> None:
-        self._loader, self._look = loader, look
+    def __init__(self, loader: Prefetcher, observe: Callable[[Batch], None]) -> None:
+        self._loader, self._observe = loader, observe
 
     def __getattr__(self, name: str):
         return getattr(self._loader, name)
@@ -103,7 +103,7 @@ class ObservedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
-            self._look(batch)
+            self._observe(batch)
             yield batch
 
 
@@ -112,7 +112,7 @@ class Datasets:
     """The three sets as this rank's batches."""
 
     sizes: list[int]  # rows per table
-    poolings: list[float] | None  # ids per row and table, when not one each
+    poolings: list[float] | None  # ids per row of each table; None: one
     sources: list[RowSource]
     train: Prefetcher
     val: Prefetcher
@@ -130,8 +130,8 @@ class Datasets:
 
 
 def check_dataset_name(name: str, folder: str | None, layout: Any) -> None:
-    """The files themselves say what they are; a name that they contradict is a mistake."""
-    parts: dict[str, Any] = getattr(layout, "parts", {})  # Parquet has subsets in place of days
+    """UserError where --dataset_name does not fit the files."""
+    parts: dict[str, Any] = getattr(layout, "parts", {})  # a Parquet layout has no `parts`
     days = len(parts.get("dense", [])) if folder else 0
     if name == KAGGLE and days not in (0, *KAGGLE_DAYS):
         raise UserError(
@@ -167,17 +167,18 @@ def refuse_large_batches(
 
 
 def open_datasets(cfg: Config, here: Ranks) -> Datasets:
+    """Open the source of each set and make this rank's loaders."""
     data, seed = cfg.data, cfg.run.seed or 0
     sizes, fold = criteo.choose_table_sizes(
         cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder
     )
     distribution = data.multi_hot_distribution_type or "uniform"
     hots = data.multi_hot_sizes
-    widen = MultiHotMaker(sizes, hots, distribution) if hots else None
+    make_multi_hot = MultiHotMaker(sizes, hots, distribution) if hots else None
     pin = data.pin_memory and torch.cuda.is_available()
-    to_batch = BatchCollator(sizes, fold, pin, widen)
-    named = data.source == "memory"  # Parquet is not read for somebody who asks for .npy files in memory
-    kind = data.kind if named else detect_format(data.kind, data.folder)
+    to_batch = BatchCollator(sizes, fold, pin, make_multi_hot)
+    by_name = data.source == "memory"  # asks for .npy files: then Parquet files are not looked for
+    kind = data.kind if by_name else detect_format(data.kind, data.folder)
     layout = scan_dataset(kind, data.folder or "")
     check_dataset_name(data.dataset_name, data.folder, layout)
     if kind == "multi_hot":
@@ -206,7 +207,7 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
         )  # fmt: skip
         if training and not len(batches) and limit != 0:
             raise UserError(
-                f"{source.rows} rows to train on are less than one batch of {batch_size} on each of "
+                f"{source.rows} training rows are fewer than one batch of {batch_size} on each of "
                 f"{here.world_size} ranks: lower --batch_size, or leave out --drop_last_training_batch"
             )
         sources.append(source)

@@ -1,7 +1,7 @@
-"""How dense and sparse embeddings meet: dot products of all pairs, DCN-v2, projection, or side by side.
+"""Feature interactions: dot products of all pairs, DCN-v2, projection, or concatenation.
 
-Each takes the dense tower's output and torchrec's KeyedTensor of pooled embeddings, whose columns come in
-the order of the sharding, and returns what torchrec's architectures return, columns in the tables' order.
+In: the dense layers' output [rows, dense] and torchrec's KeyedTensor of pooled embeddings, whose columns are
+in the order of the sharding. Out: what torchrec's architectures return, columns in the tables' order.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from dlrm.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class InteractionConfig:
-    """Everything an interaction needs to know of the model around it."""
+    """What an interaction needs to know of the model."""
 
     names: Sequence[str]  # features, in the tables' order
     dims: Sequence[int]  # their widths
-    dense: int  # width of the dense tower's output
+    dense: int  # width of the dense layers' output
     dcn_layers: int = 3
     dcn_rank: int = 512
     branch1: Sequence[int] = ()
@@ -35,19 +35,22 @@ class InteractionConfig:
 
     @property
     def flat(self) -> int:
+        """Width of all embeddings and dense features together."""
         return self.dense + sum(self.dims)
 
 
 class PairOrder(NamedTuple):
-    """Which column is whose, for one order of the tables' columns."""
+    """Column numbers of the pairs, for one order of the tables' columns."""
 
-    take: torch.Tensor  # of the flat Z Z^T, in the order of the pairs
-    spread: torch.Tensor  # the way back: for each place in Z Z^T the column of its pair
+    take: torch.Tensor  # int64 [pairs]: columns of the flat Z Z^T
+    spread: (
+        torch.Tensor
+    )  # int64 [entries * entries]: for each element of Z Z^T the column of its pair in the output
     diagonal: bool
 
 
 class PairDots(torch.autograd.Function):
-    """Dense features, then the dot products of all pairs of embeddings.
+    """[rows, dim], [rows, tables * dim] -> [rows, dim + pairs]: dense features, dot products of all pairs.
 
     Z Z^T is symmetric, so its gradient is (G + G^T) Z: one product where autograd would make two. The pairs
     are gathered by flat column numbers in both directions, so nothing is scattered.
@@ -70,26 +73,26 @@ class PairDots(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (z,) = ctx.saved_tensors
         batch, entries, dim = z.shape
-        both = gradient.index_select(1, ctx.order.spread).view(batch, entries, entries)
-        diagonal = both.diagonal(dim1=1, dim2=2)
+        pairs = gradient.index_select(1, ctx.order.spread).view(batch, entries, entries)
+        diagonal = pairs.diagonal(dim1=1, dim2=2)
         if ctx.order.diagonal:
             diagonal.mul_(2)
         else:
             diagonal.zero_()
-        dense = torch.bmm(both[:, :1], z).view(batch, dim).add_(gradient[:, :dim])
-        sparse = torch.bmm(both[:, 1:], z).view(batch, -1)
+        dense = torch.bmm(pairs[:, :1], z).view(batch, dim).add_(gradient[:, :dim])
+        sparse = torch.bmm(pairs[:, 1:], z).view(batch, -1)
         return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None
 
 
 class InteractionArch(nn.Module):
-    """The original DLRM: torchrec's InteractionArch; with `self_interaction` each embedding by itself too."""
+    """The original DLRM: torchrec's; `self_interaction` adds each embedding's product with itself."""
 
     def __init__(self, shape: InteractionConfig) -> None:
         super().__init__()
         wrong = [f"{n} {d}" for n, d in zip(shape.names, shape.dims, strict=True) if d != shape.dense]
         if wrong:
             raise UserError(
-                f"dot products need tables as wide as the dense tower's last layer ({shape.dense}), "
+                f"dot products need tables as wide as the last dense layer ({shape.dense}), "
                 f"not {', '.join(wrong)}: change --embedding_dim or --dense_arch_layer_sizes, "
                 "or choose --interaction_type dcn"
             )
@@ -106,10 +109,10 @@ class InteractionArch(nn.Module):
         return PairDots.apply(dense_features, values, self._orders[keys])  # type: ignore[return-value]
 
     def _order(self, keys: tuple[str, ...], device: torch.device) -> PairOrder:
-        place = torch.tensor([0] + [1 + keys.index(name) for name in self.names])
-        n = len(place)
+        entry = torch.tensor([0] + [1 + keys.index(name) for name in self.names])
+        n = len(entry)
         first, second = torch.triu_indices(n, n, offset=int(not self.diagonal))
-        row, column = place[first], place[second]
+        row, column = entry[first], entry[second]
         spread = torch.zeros(n, n, dtype=torch.int64)
         spread[row, column] = spread[column, row] = self.dim + torch.arange(len(row))
         return PairOrder((row * n + column).to(device), spread.view(-1).to(device), self.diagonal)
@@ -151,7 +154,7 @@ class InteractionProjectionArch(ConcatArch):
             if not layers or layers[-1] % shape.dense:
                 raise UserError(
                     f"--interaction_{option}_layer_sizes: the last of {list(layers)} must be a multiple "
-                    f"of the dense tower's last layer, {shape.dense}"
+                    f"of the width of the last dense layer, {shape.dense}"
                 )
         self.dim = shape.dense
         self.interaction_branch1 = DenseArch(shape.flat, shape.branch1, shape.device)

@@ -1,4 +1,4 @@
-"""The model: embedding tables, a dense tower, their interaction, and a tower over it.
+"""The model: embedding tables, a dense MLP, their interaction, and an MLP over it.
 
 Parameters carry torchrec's names (sparse_arch, dense_arch, inter_arch, over_arch), so that weights move
 between this model and torchrec.models.dlrm as they are.
@@ -25,6 +25,8 @@ Output = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class SparseArch(nn.Module):
+    """The embedding tables: ids -> pooled embeddings."""
+
     def __init__(self, tables: Sequence[EmbeddingBagConfig], device: torch.device) -> None:
         super().__init__()
         self.embedding_bag_collection = EmbeddingBagCollection(tables=list(tables), device=device)
@@ -34,13 +36,15 @@ class SparseArch(nn.Module):
 
 
 class DLRM(nn.Module):
+    """dense_features float32 [rows, 13] and ids -> logits [rows, 1]."""
+
     def __init__(self, sparse: nn.Module, dense: nn.Module, interaction: nn.Module, over: nn.Module) -> None:
         super().__init__()
         self.sparse_arch, self.dense_arch = sparse, dense
         self.inter_arch, self.over_arch = interaction, over
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
-        # the tables first: on several ranks their exchange runs while the dense tower computes
+        # tables first: on several ranks their all-to-all runs while the dense layers compute
         embedded = self.sparse_arch(sparse_features)
         return self.over_arch(self.inter_arch(self.dense_arch(dense_features), embedded))
 
@@ -74,7 +78,11 @@ def build_dlrm(
     seed: int = 0,
     init: str = "torch",
 ) -> DLRMTrain:
-    """The whole model; tables on the meta device unless told, for `plan.shard` to make and fill."""
+    """The whole model.
+
+    dense_in: number of dense features. dense_device: of all but the tables. table_device: None: meta, for
+    `planner.shard_model` to create and fill the tables. init: a key of INITS.
+    """
     if init not in INITS:
         raise UserError(f"weight initialisation {init} is unknown; choose from {', '.join(INITS)}")
     for option, layers in (("dense", dense_layers), ("over", over_layers)):
@@ -87,7 +95,7 @@ def build_dlrm(
         [config.embedding_dim for config in tables],
         dense_layers[-1], dcn_layers, dcn_rank, branch1, branch2, self_interaction,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):  # on the CPU, whatever the device: the same model everywhere
+    with torch.random.fork_rng(devices=[]):  # on the CPU, so that weights do not depend on the device
         torch.manual_seed(seed)
         dense = DenseArch(dense_in, dense_layers)
         inter = make_interaction(interaction, shape)
@@ -116,9 +124,9 @@ INITS = {
 
 
 def compile_dense(model: DLRM, mode: str = "default") -> None:
-    """torch.compile the towers and the interaction, in place; the tables stay as they are."""
+    """torch.compile the dense layers and the interaction, in place; not the tables."""
     if next(model.over_arch.parameters()).device.type == "cpu" and " " in torch.__file__:
-        raise UserError(  # torch 2.13 does not quote what it tells the linker
+        raise UserError(  # torch 2.13 does not quote paths for the linker
             f"--compile: torch cannot where its path has a space, {torch.__file__}: choose another folder "
             "for the environment with DLRM_VENV"
         )

@@ -33,17 +33,19 @@ INTERACTIONS = {
 class DataOptions:
     in_memory_binary_criteo_path: str | None = option(None, "folder of day_*_{dense,sparse,labels}.npy")
     synthetic_multi_hot_criteo_path: str | None = option(None, "folder with day_*_sparse_multi_hot.npz")
-    dataset_name: str = option("criteo_1t", "dataset, held against the files", ("criteo_1t", "criteo_kaggle"))
+    dataset_name: str = option(
+        "criteo_1t", "name of the dataset, checked against the files", ("criteo_1t", "criteo_kaggle")
+    )
     source: str = option(
-        "auto", "how rows are read; auto: what the folder holds is streamed, if no other flag says more",
+        "auto", "how rows are read; auto: streamed, unless another flag asks for something else",
         ("auto", "stream", "memory", "mmap", "parquet", "random"),
     )  # fmt: skip
     batch_size: int = option(32, "training batch size per rank")
     test_batch_size: int | None = option(None, "batch size per rank of validation and test")
     drop_last_training_batch: bool = option(False, "drop the last batch of an epoch when it is not full")
-    limit_train_batches: int | None = option(None, "train on so many batches per epoch and rank")
-    limit_val_batches: int | None = option(None, "validate on so many batches per rank")
-    limit_test_batches: int | None = option(None, "test on so many batches per rank")
+    limit_train_batches: int | None = option(None, "train on N batches per epoch and rank")
+    limit_val_batches: int | None = option(None, "validate on N batches per rank")
+    limit_test_batches: int | None = option(None, "test on N batches per rank")
     mmap_mode: bool = option(False, "map the files instead of reading them (a trace cannot see page faults)")
     pin_memory: bool = option(False, "copy batches through pinned memory")
     shuffle_batches: bool = option(False, "shuffle the rows of each training batch")
@@ -74,7 +76,7 @@ class DataOptions:
 
     @property
     def kind(self) -> str:
-        """The data source that these flags ask for."""
+        """The kind of source that these flags select, see `dlrm.data.readers`."""
         asked = {
             "random": self.folder is None,
             "multi_hot": self.synthetic_multi_hot_criteo_path is not None,

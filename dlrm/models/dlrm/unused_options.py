@@ -1,4 +1,4 @@
-"""Settings that a run was given and does not use: said once, instead of silently ignored."""
+"""Options that were given and have no effect in this run: a warning each, instead of silence."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -7,7 +7,7 @@ from dlrm.models.dlrm.options import Config
 
 
 def list_unused_options(cfg: Config, device: str) -> list[str]:
-    """One line for each group of settings that changes nothing in this run, and why."""
+    """One line for each group of given options without effect in this run, with the reason."""
     return [f"{', '.join(names)}: not used, {why}" for names, why in _unused_groups(cfg, device) if names]
 
 
@@ -28,6 +28,7 @@ def _unused_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
         (data, ["collect_multi_hot_freqs_stats"], not many, "each feature has one id"),
         (data, ["pin_memory"], device == "cpu", "there is no GPU"),
         (run, ["allow_tf32"], device == "cpu", "there is no GPU"),
+        (run, ["cpu_fast_path"], device != "cpu", "the ranks run on GPUs"),
         (model, ["dcn_num_layers", "dcn_low_rank_dim"], kind != "dcn", "--interaction_type is not dcn"),
         (model, layers, kind != "projection", "--interaction_type is not projection"),
         (model, ["self_interaction"], kind not in ("original", "dot"), "the interaction has no dot products"),
@@ -45,5 +46,5 @@ def _unused_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
 
 
 def _changed_options(group: object) -> set[str]:
-    """The options that have not their default."""
+    """Names of the options that do not have their default."""
     return {each.name for each in fields(group) if getattr(group, each.name) != each.default}  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from dlrm.models.bert4rec.cache import load_prepared, save_prepared
 from dlrm.models.bert4rec.dataloaders import prepare_data
 from dlrm.models.bert4rec.options import BertData
 from dlrm.models.bert4rec.ratings import Ratings, RatingsOptions
-from dlrm.models.bert4rec.sequence_reader import SequenceSource, TrainingSequences
+from dlrm.models.bert4rec.sequence_reader import SequenceRows, TrainingSequences
 from dlrm.models.bert4rec.sequences import (
     Histories,
     count_candidates,
@@ -215,7 +215,7 @@ def test_every_row_comes_once_an_epoch_in_the_same_batches_for_any_ranks() -> No
     data = made([20] * 30)
 
     def tokens(rank: int, world: int, size: int, epoch: int) -> list[np.ndarray]:
-        def keep(rows: SequenceSource, _: object) -> np.ndarray:
+        def keep(rows: SequenceRows, _: object) -> np.ndarray:
             return rows.tokens
 
         batches = BatchLoader(
