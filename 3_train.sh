@@ -113,13 +113,13 @@ make_run() {    # sets `run`, and `made`: what proves that it was made here, or 
     made=${answer[1]}
 }
 
-check_options() {    # a mistake ends here, before anything is made
+validate_options() {    # a mistake ends here, before anything is made
     if [[ -n $resume && ! -d $run/checkpoints ]] && ! has_option --checkpoint_dir; then
         die "RESUME=$run has no checkpoints to go on from"
     fi
-    python -m dlrm.train "${options[@]}" --output_dir "$run" --check_options || exit
+    python -m dlrm.train "${options[@]}" --output_dir "$run" --validate_only || exit
     local word
-    for word in --check_options --help -h; do
+    for word in --validate_only --check_options --help -h; do
         ! has_option "$word" || exit 0
     done
 }
@@ -152,14 +152,10 @@ train() {    # sets `code`, and `stopped` after a signal
 
 has_trained() { [[ $code != 2 || -s $run/metrics.jsonl ]]; }
 
-analyse() {
-    local step words
-    for step in "perfetto" "perfetto --posix" "check" "report"; do
-        say "analysis $step"
-        read -ra words <<< "$step"
-        python -m analysis "${words[@]}" "$run" \
-            || say "that failed; the traces are in $run/trace, try again: python -m analysis $step ${run@Q}"
-    done
+analyse() {    # both Perfetto traces, the check of bytes and the report, from one reading of the traces
+    say "analysis"
+    python -m analysis finish "$run" \
+        || say "not all of that was done; the traces are in $run/trace, try again: python -m analysis finish ${run@Q}"
 }
 
 list_results() {
@@ -199,7 +195,7 @@ main() {
     name_run
     prepare_demo
     add_options "$@"
-    check_options
+    validate_options
     make_run
     start_log
     say "training, run folder $run"

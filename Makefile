@@ -1,4 +1,4 @@
-# The commands of a working day.
+# Shortcuts for contributors.
 .PHONY: setup test lint format check lock audit
 
 setup:     # the environment with what the tests need
@@ -10,7 +10,7 @@ test:      # every test
 lint:      # ruff, pyright, shellcheck
 	tests/lint.sh
 
-format:    # what ruff can put right by itself
+format:    # what ruff can fix by itself
 	bash -c 'source ./env.sh && ruff check --fix . && ruff format .'
 
 lock:      # the hashes of the pins, after a change in requirements/*.txt

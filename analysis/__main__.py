@@ -6,31 +6,40 @@ import io
 import os
 import shlex
 import sys
-import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from analysis.progress_bar import show_progress
 from common.errors import USAGE, UserError, printable
 
-SET_UP = ("numpy", "polars", "numba", "pyarrow")  # what a shell lacks that has not read env.sh
+if TYPE_CHECKING:
+    from analysis.perfetto.tracks import ConversionSummary
+
+FAILED = 1  # exit code: bytes are missing in the trace, or an analysis of `finish` failed
+SET_UP = ("numpy", "polars", "numba", "pyarrow", "isal", "tqdm")  # what a shell lacks without env.sh
 
 
 def run_perfetto(options: argparse.Namespace) -> int:
     from analysis.perfetto import chrome, convert
 
     convert_run = {"pftrace": convert.convert_to_pftrace, "json": chrome.convert_to_json}[options.format]
-    summary = convert_run(
-        options.run, options.output, options.posix, _progress() if sys.stderr.isatty() else None
-    )
+    with show_progress() as advance:
+        summary = convert_run(options.run, options.output, options.posix, advance)
+    _print_conversion(summary)
+    return 0
+
+
+def _print_conversion(summary: "ConversionSummary") -> None:
     size = summary.path.stat().st_size
     for lost in summary.lost:
         print(f"analysis: lost: {lost}", file=sys.stderr)
-    for told in summary.clocks:
-        print(f"analysis: {told}", file=sys.stderr)
+    for moved in summary.clocks:
+        print(f"analysis: {moved}", file=sys.stderr)
     for when, apart in summary.skew.items():
         print(
-            f"analysis: ranks left the barrier at the {when} within {apart} us, as their clocks say",
+            f"analysis: ranks left the barrier at the {when} within {apart} us, by their own clocks",
             file=sys.stderr,
         )
     if summary.moved:
@@ -42,13 +51,12 @@ def run_perfetto(options: argparse.Namespace) -> int:
         print(f"analysis: {summary.unresolved} events name their file only by a hash", file=sys.stderr)
     print(
         f"{printable(summary.path)} ({summary.events:,} events, {size / 1e6:.1f} MB); "
-        f"to see it: python -m analysis view {_quoted(summary.path)}"
+        f"to see it: python -m analysis view {_quote_for_shell(summary.path)}"
     )
-    return 0
 
 
-def _quoted(path: Path) -> str:
-    """A word for the shell, of printable characters."""
+def _quote_for_shell(path: Path) -> str:
+    """A shell word of printable characters."""
     text = os.fsdecode(path)
     if printable(text) == text:
         return shlex.quote(text)
@@ -63,10 +71,44 @@ def run_check(options: argparse.Namespace) -> int:
     return 1 if any(row.missed for row in rows) else 0
 
 
+def run_finish(options: argparse.Namespace) -> int:
+    from analysis import finish
+    from analysis.tables import check
+
+    with show_progress() as advance:
+        outcomes = finish.run_analyses(options.run, advance)
+    failed = []
+    for outcome in outcomes:
+        if outcome.error is not None:
+            message = _describe_error(outcome.error, options.run)
+            if message is None:
+                traceback.print_exception(outcome.error)
+            else:
+                _print_refusal(message)
+            failed.append(outcome.command)
+        elif outcome.command == "check":
+            rows, processes = outcome.result
+            print(f"\n{check.format_check(rows, processes)}\n")
+            if any(row.missed for row in rows):
+                failed.append(outcome.command)
+        elif outcome.command == "report":
+            page, text = outcome.result
+            print(f"{text}\n\n{printable(page)}")
+        else:
+            _print_conversion(outcome.result)
+    if not failed:
+        return 0
+    again = " and ".join(
+        f"python -m analysis {command} {_quote_for_shell(Path(options.run))}" for command in failed
+    )
+    print(f"analysis: failed: {', '.join(failed)}; to do it again: {again}", file=sys.stderr)
+    return FAILED
+
+
 def run_view(options: argparse.Namespace) -> int:
     from analysis.perfetto import view
 
-    view.serve(options.run, options.file, options.port)
+    view.serve_trace(options.run, options.file, options.port)
     return 0
 
 
@@ -104,26 +146,6 @@ def _choose_map(options: argparse.Namespace):
     return dask_cluster.on_cluster(options.dask)
 
 
-def _progress() -> Callable[[Path, int], None]:
-    """One line on the terminal, rewritten; four times a second at most."""
-    begun = last = time.monotonic()
-    total = 0
-
-    def show(path: Path, events: int) -> None:
-        nonlocal last, total
-        total += events
-        now = time.monotonic()
-        if now - last > 0.25:
-            last = now
-            print(
-                f"\r\033[K{total:,} events, {total / (now - begun):,.0f}/s, {path.name}",
-                end="\r",
-                file=sys.stderr,
-            )
-
-    return show
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help says more)")
@@ -133,7 +155,9 @@ def make_parser() -> argparse.ArgumentParser:
     top = _Parser(prog="python -m analysis", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    def add_command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help)
         made.add_argument(
             "run", metavar="RUN", help="run folder, or any folder of DFTracer traces, or one of them"
@@ -141,7 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
         made.set_defaults(function=run)
         return made
 
-    made = command("perfetto", run_perfetto, "convert the traces for the Perfetto UI")
+    made = add_command("perfetto", run_perfetto, "convert the traces for the Perfetto UI")
     made.add_argument(
         "-o", dest="output", type=Path, help="file to write (default: in RUN, named after its settings)"
     )
@@ -149,8 +173,9 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
     )
-    command("check", run_check, "compare the bytes that the run says it moved with those in the trace")
-    made = command("view", run_view, "show the trace in a browser, without a network")
+    add_command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")
+    add_command("check", run_check, "compare the bytes that the run counted with those in the trace")
+    made = add_command("view", run_view, "show the trace in a browser, without a network")
     made.add_argument(
         "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
     )
@@ -167,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("summary", run_summary, "the run in numbers, in the terminal"),
         ("compare", run_compare, "two runs side by side: compare.html, and lines in the terminal"),
     ):
-        made = command(name, run, help)
+        made = add_command(name, run, help)
         if name == "report":
             made.add_argument(
                 "-o", dest="output", type=Path, metavar="WHERE",
@@ -195,26 +220,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = options.function(options)
         sys.stdout.flush()
         return code
-    except UserError as error:
-        return _refuse(error)
-    except ModuleNotFoundError as error:
-        if error.name not in SET_UP:
-            raise
-        return _refuse(
-            f"{sys.executable} has no {error.name}: source ./env.sh first (./0_setup_env.sh makes it)"
-        )
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # who reads has seen enough; the interpreter would say so at its end
+    except BrokenPipeError:  # the reader closed the pipe; the interpreter would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        return _refuse(f"{printable(error.filename or run or 'standard output')}: {error.strerror or error}")
-    except MemoryError:
-        return _refuse(f"{printable(run)}: not enough memory to read it; a damaged trace?")
+    except Exception as error:
+        message = _describe_error(error, run)
+        if message is None:
+            raise
+        return _print_refusal(message)
 
 
-def _refuse(error: object) -> int:
+def _describe_error(error: BaseException, run: str) -> str | None:
+    """One line about what the user or the system has to mend; None: a mistake in this program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in SET_UP:
+        return f"{sys.executable} has no {error.name}: source ./env.sh first (./0_setup_env.sh makes it)"
+    if isinstance(error, OSError):
+        return f"{printable(error.filename or run or 'standard output')}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return f"{printable(run)}: not enough memory to read it; a damaged trace?"
+    return None
+
+
+def _print_refusal(error: object) -> int:
     """One line, whatever the names in it are."""
     print(f"analysis: {printable(error)}", file=sys.stderr)
     with contextlib.suppress(OSError):

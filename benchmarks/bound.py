@@ -56,7 +56,7 @@ def operations(inputs: int, dense: Sequence[int], over: Sequence[int], tables: i
     entries = tables + 1
     pairs = entries * (entries - 1) // 2
     layers = list(zip([inputs, *dense], dense, strict=False))
-    first = 2 * inputs * dense[0]  # nobody needs the gradient of the inputs
+    first = 2 * inputs * dense[0]  # the gradient of the inputs is not needed
     layers += list(zip([dense[-1] + pairs, *over], over, strict=False))
     interaction = 2 * pairs * width + 2 * entries * entries * width
     return sum(6 * a * b for a, b in layers) - first + interaction

@@ -20,9 +20,9 @@ WAIT_BEFORE, WRITE, WAIT_AFTER = 1, 2, 4  # of sync_file_range
 
 def fetch_memory() -> None:
     """A virtual machine's unused memory goes back to its host; a page cache fills slowly until it is back."""
-    with mmap.mmap(-1, 2 << 30) as room:
-        for page in range(0, len(room), PAGE):
-            room[page] = 1
+    with mmap.mmap(-1, 2 << 30) as memory:
+        for page in range(0, len(memory), PAGE):
+            memory[page] = 1
 
 
 def _sync(file: int, begin: int, size: int, how: int) -> float:

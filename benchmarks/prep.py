@@ -1,8 +1,8 @@
-"""Preprocessing beside torchrec's own: the same files and core, in turns, the bytes compared.
+"""Preprocessing against torchrec's own: the same files and core, alternately, the bytes compared.
 
 python benchmarks/prep.py [--rows N] [--rounds N] [--folder DIR]
 Each round runs every step of both once; the table holds the medians, of the ratios as well.
-A table for people on stderr; the last line of stdout is one JSON object with the same numbers.
+A table to read on stderr; the last line of stdout is one JSON object with the same numbers.
 """
 
 import argparse

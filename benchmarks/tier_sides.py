@@ -70,7 +70,7 @@ class Memory:
 
 
 def opened(folder: Path, table: TableShare) -> RowFile:
-    """All of it in the file, and as far as there is room in the page cache."""
+    """All of it in the file, and in the page cache as far as it holds them."""
     row_file = RowFile(folder, table.name, table.rows, table.dim, table.state, "adagrad", 0)
     for block in range(len(row_file.blocks)):
         if row_file.blocks[block]:
@@ -103,7 +103,7 @@ class Cached:
         self.cached_table._write = lambda rows, *rest: (self.written_rows.append(rows), write(rows, *rest))  # type: ignore
 
     def _fitting(self, some: Batches) -> int:
-        """Slots, so that there is room for the page cache's pages: those of six batches' misses."""
+        """Slots, less the page cache's pages: those of six batches' misses."""
         most = share_budget([self.case.table], int(self.case.budget))[self.case.table.name]
         if not self.case.limited:
             return most
@@ -134,7 +134,7 @@ class Cached:
             out.backward(torch.full_like(out, 1e-3))
             tier.wait_for_writes()
             if tier._prefetched is not None:
-                tier._prefetched.result()  # not while the clock stands still
+                tier._prefetched.result()  # not while the clock is stopped
             seconds = time.perf_counter() - begun
             if case.limited:
                 most = max(most, resident(case.path)) if number % 4 == 0 else most

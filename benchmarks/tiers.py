@@ -29,7 +29,7 @@ TURN = 5  # steps
 
 
 def lookups(rows: int, batch: int, count: int, kind: str, seed: int = 0) -> Batches:
-    """Ids of each batch; the popular ones lie anywhere in the table, as hashed ids do."""
+    """Ids of each batch; the popular ones are anywhere in the table, as hashed ids are."""
     random = np.random.default_rng(seed)
     if kind == "uniform":
         return [random.integers(0, rows, batch) for _ in range(count)]

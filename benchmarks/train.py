@@ -4,7 +4,7 @@
 
 Prints each run, then ratios with their spread, and a JSON object as the last line. Start-up is the time from
 starting the processes to the end of the first step, on files of a million rows, of which the reference loads
-all before it begins. Both find bytecode of all modules and, after a pause, memory that nobody used lately:
+all before it begins. Both find bytecode of all modules and, after a pause, memory that was not used lately:
 some virtual machines have given it back by then. `others` is what foreign work took meanwhile, in cores:
 above 0.2 the ratios of wall times say little, and those of processor time (step_cpu, start_cpu) are left.
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import bound  # beside this file
+import bound  # next to this file
 import numpy as np
 import torch
 

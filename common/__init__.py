@@ -1,5 +1,5 @@
-"""What dlrm/ and analysis/ both stand on: reading foreign files, writing and removing own ones, locks.
+"""What dlrm/ and analysis/ share: reading files that others wrote, writing and removing own ones, locks.
 
-In: paths that a user named. Out: checked bytes, files written whole, folders removed only where they are
-provably ours. Imports nothing but the standard library, and nothing of dlrm/ or analysis/.
+In: paths that a user gave. Out: checked bytes, files written as a whole, folders removed only where they are
+provably this program's. Imports only the standard library, and nothing of dlrm/ or analysis/.
 """

@@ -1,4 +1,4 @@
-"""The user's mistakes and the system's refusals: one line that names the file or option and the remedy."""
+"""Errors that are the user's to mend: one line that names the file or option, and the remedy."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,9 @@ class UserError(Exception):
 
 @contextmanager
 def os_errors_as_user_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """No permission, no space, no such file: the system's words behind the name of the file."""
+    """An OSError in the block becomes a UserError: the file's name and the system's message (no such file, no
+    space left). `path` is named where the OSError names no file.
+    """
     try:
         yield
     except OSError as error:
@@ -24,7 +26,7 @@ def os_errors_as_user_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def printable(path: object) -> str:
-    """A path as one line of text: newlines and bytes that are not UTF-8 are shown escaped."""
+    """A path as one line of text; newlines, control characters and bytes that are not UTF-8 are escaped."""
     text = os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path)
     shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return shown if shown.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)

@@ -1,7 +1,8 @@
-"""Reading files that somebody else may have written: type, size and nesting are checked before anything else.
+"""Read files that another program may have written: type, size and nesting are checked before the contents.
 
-In: a path. Out: an open descriptor of a regular file, or a JSON value within limits. A FIFO, a device, a
-socket, a folder, a dangling link, a file that is too large or nested too deeply is a UserError of one line.
+In: a path. Out: an open descriptor of a regular file, or a JSON value within limits. A FIFO (which would
+block for ever), a device, a socket, a folder, a dangling link, a file that is too large or nested too
+deeply: each is a UserError of one line.
 """
 
 import errno
@@ -16,8 +17,10 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
-STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-BRACKETS = re.compile(rb"[\[{]+|[\]}]+")  # a run of one direction
+ESCAPE = re.compile(rb"\\.", re.DOTALL)
+STRING = re.compile(rb'"[^"]*(?:"|\Z)')  # where no escape is left
+BRACKETS = re.compile(rb"[\[{]+|[\]}]+")  # a run of opening or of closing ones
+SURROGATE_ESCAPES = "".join(map(chr, range(0xDC80, 0xDD00)))  # what os.fsdecode makes of bytes from 128 on
 KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -25,13 +28,13 @@ KINDS = {
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file. Never blocks, as opening a FIFO would; links are followed."""
+    """A descriptor of a regular file, or a UserError. Never blocks; links are followed."""
     with os_errors_as_user_errors(path):
         return open_regular_file(path, flags)
 
 
 def open_regular_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
-    """The same with an OSError: an opener for Python's own files."""
+    """The same with an OSError: to be used as `opener` of Python's open()."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -42,7 +45,7 @@ def open_regular_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY) ->
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
-    """The status of a file that is to be opened by a library: a regular file, or a UserError."""
+    """The status of a regular file, or a UserError; for a file that a library is going to open."""
     with os_errors_as_user_errors(path):
         status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -54,24 +57,25 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> bytes:
     """The whole content of a regular file of at most `limit` bytes."""
     with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
-        # as much room as the file is long: a large limit alone asks for no memory
+        # the buffer is as large as the file, not as the limit
         data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
-        raise UserError(
-            f"{printable(path)}: larger than {limit:,} bytes, the most that is read of such a file"
-        )
+        raise UserError(f"{printable(path)}: larger than {limit:,} bytes, the limit for such a file")
     return data
 
 
-def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False) -> Any:
-    """A JSON file's value: UTF-8, of limited size and depth, without lone surrogates, and without NaN and
-    infinity unless `nan`.
+def read_json(
+    path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False, paths: bool = False
+) -> Any:
+    """A JSON file's value. It must be UTF-8, of limited size and depth, without lone surrogates (which no
+    file can be written with again), and without NaN and infinity unless `nan`. `paths`: texts may be paths
+    that are not UTF-8, as os.fsdecode gives them.
     """
-    return parse_json(read_bytes(path, limit), printable(path), nan)
+    return parse_json(read_bytes(path, limit), printable(path), nan, paths)
 
 
-def parse_json(data: bytes, name: str, nan: bool = False) -> Any:
-    """The value of JSON text that stands in the file `name`."""
+def parse_json(data: bytes, name: str, nan: bool = False, paths: bool = False) -> Any:
+    """The value of JSON text; `name` is the file's name in messages."""
     _check_depth(data, name)
     try:
         text = data.decode("utf-8")
@@ -83,29 +87,29 @@ def parse_json(data: bytes, name: str, nan: bool = False) -> Any:
         )
     except ValueError as error:
         raise UserError(f"{name}: is not JSON: {str(error)[:100]}") from None
-    if "\\u" in text and _has_surrogate(value):
+    if "\\u" in text and _has_surrogate(value, allowed=SURROGATE_ESCAPES if paths else ""):
         raise UserError(f"{name}: is not JSON: half of a surrogate pair")
     return value
 
 
 def read_json_object(
-    path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False
+    path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES, nan: bool = False, paths: bool = False
 ) -> dict[str, Any]:
-    """The same where only an object makes sense."""
-    value = read_json(path, limit, nan)
+    """The same for a file whose value must be an object."""
+    value = read_json(path, limit, nan, paths)
     if not isinstance(value, dict):
         raise UserError(f"{printable(path)}: a JSON object is expected, found {type(value).__name__}")
     return value
 
 
 def _check_depth(data: bytes, name: str) -> None:
-    """Before the parser recurses. Brackets inside strings do not count; a string that never ends hides all
-    that comes after it, as it does from the parser.
+    """Check the depth before the parser, which recurses, sees the text. Brackets inside strings do not
+    count. After a string that never ends nothing counts: the parser fails there.
     """
     if data.count(b"[") + data.count(b"{") <= MAX_JSON_DEPTH:
         return
     depth = 0
-    for brackets in BRACKETS.finditer(STRING.sub(b"", data)):
+    for brackets in BRACKETS.finditer(STRING.sub(b"", ESCAPE.sub(b"", data))):
         count = brackets.end() - brackets.start()
         depth += count if brackets[0][:1] in b"[{" else -count
         if depth > MAX_JSON_DEPTH:
@@ -113,7 +117,7 @@ def _check_depth(data: bytes, name: str) -> None:
 
 
 def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _parse_int(text: str) -> int:
@@ -129,16 +133,19 @@ def _parse_float(text: str) -> float:
     return value
 
 
-def _has_surrogate(value: Any) -> bool:
+def _has_surrogate(value: Any, allowed: str) -> bool:
+    """Whether a text in a JSON value has half of a surrogate pair that is not one of `allowed`."""
     if isinstance(value, str):
-        return any("\ud800" <= c <= "\udfff" for c in value)
+        return any("\ud800" <= c <= "\udfff" and c not in allowed for c in value)
     if isinstance(value, dict):
-        return any(_has_surrogate(key) or _has_surrogate(each) for key, each in value.items())
-    return isinstance(value, list) and any(_has_surrogate(each) for each in value)
+        return any(
+            _has_surrogate(key, allowed) or _has_surrogate(each, allowed) for key, each in value.items()
+        )
+    return isinstance(value, list) and any(_has_surrogate(each, allowed) for each in value)
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a regular file lies there; links are followed, nothing is opened."""
+    """Whether the path is a regular file; links are followed, nothing is opened."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:

@@ -1,13 +1,15 @@
 """One writer at a time for a folder, across processes and nodes.
 
-FolderLock(folder, purpose) holds a byte-range lock of an open file (F_OFD_SETLK) on FOLDER/.dlrm-io.lock:
-the kernel takes it back when its owner dies, whatever the reason, and NFS, Lustre (mounted with `flock`, as
-Polaris does), GPFS and BeeGFS carry such locks to every node, and take them back when a node is lost. A
-flock(2) would be local to a node on some of these. Where the file system has no locks at all, a lock file
-made with O_EXCL takes their place: it outlives a killed owner, is taken over where that owner can be seen to
-be dead (same host), and is otherwise named with what to do.
+FolderLock(folder, purpose) holds a byte-range lock of an open file (F_OFD_SETLK) on FOLDER/.dlrm-io.lock. The
+kernel releases it when its owner dies, whatever the cause. NFS, Lustre (mounted with `flock`, as on Polaris),
+GPFS and BeeGFS share such locks between all nodes, and release them when a node is lost. Why not flock(2): on
+some of these it locks on one node only.
 
-The second writer learns who holds the lock, since when and on which host, as a UserError (exit code 2).
+Where the file system has no locks at all, a lock file made with link(2) takes their place. It outlives a
+killed owner. It is taken over where that owner is known to be dead (same host, no such process); else the
+message says which file to remove.
+
+A second writer gets a UserError (exit code 2) that says who has the lock, since when and on which host.
 """
 
 import contextlib
@@ -27,8 +29,8 @@ from typing import Any
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 LOCK_NAME = ".dlrm-io.lock"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system without locks answers
-HELD = {errno.EACCES, errno.EAGAIN}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # from a file system without locks
+HELD = {errno.EACCES, errno.EAGAIN}  # another process has the lock
 
 
 class FolderInUse(UserError):
@@ -36,15 +38,17 @@ class FolderInUse(UserError):
 
 
 class FolderLock:
-    """Holds FOLDER for one writer; a context manager. `purpose` is what the second one reads, e.g.
-    "preprocessing into it". Locks of different `name` have nothing to do with each other.
+    """A lock on a folder; a context manager.
+
+    purpose  what a second writer reads, e.g. "preprocessing into it"
+    name     of the lock file in the folder; locks of different names are independent
     """
 
     def __init__(self, folder: str | os.PathLike[str], purpose: str, name: str = LOCK_NAME) -> None:
         self.folder, self.purpose = Path(folder), purpose
         self.path = self.folder / name
         self._descriptor = -1
-        self._marker: Path | None = None  # of the O_EXCL kind
+        self._marker: Path | None = None  # the lock file that takes a lock's place
 
     def __enter__(self) -> "FolderLock":
         self.acquire()
@@ -57,9 +61,10 @@ class FolderLock:
         """Take the lock or raise UserError at once; the folder must exist."""
         with os_errors_as_user_errors(self.path):
             while self._descriptor < 0 and self._marker is None:
-                self._try()
+                self._try_lock()
 
-    def _try(self) -> None:
+    def _try_lock(self) -> None:
+        """Take the lock, or raise FolderInUse. Returns without it where the lock file was just replaced."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         descriptor = os.open(self.path, flags, 0o644)
         try:
@@ -67,12 +72,13 @@ class FolderLock:
         except OSError as error:
             os.close(descriptor)
             if error.errno in HELD:
-                raise FolderInUse(self._told(_owner_soon(self.path))) from None
+                raise FolderInUse(self._describe_owner(_wait_for_owner(self.path))) from None
             if error.errno not in NO_LOCKS:
                 raise
-            self._mark()
+            self._link_marker()
             return
-        # whoever had the lock before removed the file: what was locked may be a file without a name
+        # The owner before removes the file when it releases the lock. If that was after this process opened
+        # it, the locked file has no name any more, and the next process would lock another one: try again.
         try:
             same = os.path.samestat(os.fstat(descriptor), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
@@ -80,28 +86,28 @@ class FolderLock:
         if not same:
             os.close(descriptor)
             return
-        if os.fstat(descriptor).st_size and not _owner(self.path):
+        if os.fstat(descriptor).st_size and not _read_owner(self.path):
             os.close(descriptor)
             raise UserError(f"{printable(self.path)}: not a lock file of this program; move it away")
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, _description(self.purpose))
+        os.write(descriptor, _describe_this_process(self.purpose))
         self._descriptor = descriptor
 
-    def _mark(self) -> None:
-        """A file system without locks: a second file, made whole under another name and linked, which is
-        atomic on NFS too.
+    def _link_marker(self) -> None:
+        """On a file system without locks: write a file under another name, then link it to the marker's name.
+        link(2) fails where that name is taken, and is atomic on NFS too.
         """
         marker = self.path.with_name(self.path.name + ".held")
         fresh = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            os.write(descriptor, _description(self.purpose))
+            os.write(descriptor, _describe_this_process(self.purpose))
             os.link(fresh, marker)
         except FileExistsError:
-            owner = _owner(marker)
+            owner = _read_owner(marker)
             if not _is_dead(owner):
                 raise FolderInUse(
-                    f"{self._told(owner)} (this file system has no locks: if that process is gone, "
+                    f"{self._describe_owner(owner)} (this file system has no locks: if that process is gone, "
                     f"remove {printable(marker)})"
                 ) from None
             os.unlink(marker)
@@ -112,7 +118,7 @@ class FolderLock:
             os.unlink(fresh)
 
     def release(self) -> None:
-        """Give it back. The file goes while the lock is still held, so that nothing is left behind."""
+        """Release the lock. The file is removed first, while the lock still protects it."""
         if self._marker is not None:
             _unlink_quietly(self._marker)
             _unlink_quietly(self.path)
@@ -122,7 +128,8 @@ class FolderLock:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _told(self, owner: dict[str, Any]) -> str:
+    def _describe_owner(self, owner: dict[str, Any]) -> str:
+        """The line that the second writer reads."""
         if not owner:
             return f"{printable(self.folder)}: in use by another process; wait for it or name another folder"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
@@ -133,8 +140,8 @@ class FolderLock:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file for its only writer; False: another process, here or on another node, has it. True
-    also where the file system has no locks. Closing the file gives it back.
+    """Lock an open file until it is closed. False: another process, here or on another node, has the lock.
+    True also where the file system has no locks.
     """
     try:
         _lock_range(descriptor)
@@ -148,7 +155,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def _lock_range(descriptor: int) -> None:
-    """The whole file, for as long as this open file lives; not blocking."""
+    """Lock the whole file until this descriptor is closed; OSError at once where another process has it."""
     kind, whence, start, length, pid = fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0
     wanted = struct.pack("hhqqi4x", kind, whence, start, length, pid)
     try:
@@ -156,18 +163,19 @@ def _lock_range(descriptor: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kernel or file system without the OFD kind
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kernel or file system without OFD locks
 
 
 def _start_time(pid: int) -> str:
-    """Tells a process from a later one of the same number; empty: there is none."""
+    """In clock ticks since boot: tells a process from a later one with the same pid; "": no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 
 
-def _description(purpose: str) -> bytes:
+def _describe_this_process(purpose: str) -> bytes:
+    """The contents of a lock file."""
     return json.dumps({
         "host": socket.gethostname(), "pid": os.getpid(), "start_time": _start_time(os.getpid()),
         "user": os.environ.get("USER") or str(os.getuid()), "since": time.time(), "purpose": purpose,
@@ -175,8 +183,8 @@ def _description(purpose: str) -> bytes:
     }).encode()  # fmt: skip
 
 
-def _owner(path: Path) -> dict[str, Any]:
-    """Who wrote this lock file; empty where it cannot be told (yet)."""
+def _read_owner(path: Path) -> dict[str, Any]:
+    """The process that wrote this lock file; empty where it is not written yet, or is no lock file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -192,10 +200,10 @@ def _owner(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _owner_soon(path: Path) -> dict[str, Any]:
-    """The same of a lock that is held: its owner may be about to write who it is."""
+def _wait_for_owner(path: Path) -> dict[str, Any]:
+    """The same for a lock that is held: its owner writes the file only after it has the lock."""
     for _ in range(20):
-        if owner := _owner(path):
+        if owner := _read_owner(path):
             return owner
         time.sleep(0.01)
     return {}
@@ -210,5 +218,5 @@ def _is_dead(owner: dict[str, Any]) -> bool:
 
 
 def _unlink_quietly(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the lock is what counts, its file may stay
+    with contextlib.suppress(OSError):  # the lock counts, not its file, which may stay
         os.unlink(path)

@@ -1,8 +1,8 @@
-"""Where numba keeps compiled code: in a folder that only this user can write to.
+"""Set numba's cache of compiled code to a folder that only this user can write to.
 
-What numba loads from its cache is run as it is, so a cache beside the sources (numba's default) would let
-whoever can write to a shared checkout run code as its users; and a checkout that cannot be written to has no
-place for one. Called from the packages' __init__, before numba is imported.
+numba runs what it loads from its cache unchecked. With a cache beside the sources (numba's default),
+everybody who can write to a shared checkout could run code as its users; and in a read-only checkout there
+could be none. Called from the packages' __init__, before numba is imported.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ VARIABLE = "NUMBA_CACHE_DIR"
 
 
 def use_private_cache(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Name the folder in NUMBA_CACHE_DIR, which ranks and forks inherit; a value of the user's stays."""
+    """Set NUMBA_CACHE_DIR, which child processes inherit, unless the user has set it."""
     if environ.get(VARIABLE):
         return
-    for folder in _candidates(environ):
+    for folder in _list_candidates(environ):
         if _is_private(folder):
             environ[VARIABLE] = str(folder)
             return
-    environ[VARIABLE] = tempfile.mkdtemp(prefix="dlrm-io-numba-")  # of this process and its children
+    environ[VARIABLE] = tempfile.mkdtemp(prefix="dlrm-io-numba-")  # for this process and its children
 
 
-def _candidates(environ: MutableMapping[str, str]) -> Iterator[Path]:
+def _list_candidates(environ: MutableMapping[str, str]) -> Iterator[Path]:
     home = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if os.path.isabs(home):
         yield Path(home, "dlrm-io", "numba")
-    yield Path(tempfile.gettempdir(), f".dlrm-io-numba-{os.geteuid()}")  # no home that can be written to
+    yield Path(tempfile.gettempdir(), f".dlrm-io-numba-{os.geteuid()}")  # where the home cannot be written to
 
 
 def _is_private(folder: Path) -> bool:
-    """Make the folder where it is missing; it must be this user's own, no link, and closed to all others."""
+    """Make the folder if it is missing. It must be this user's, no link, and not writable for others."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):

@@ -1,15 +1,17 @@
 """Files and folders that this program makes, and the only module that removes or replaces any.
 
-No path that a user named is removed or overwritten unless this module can prove that the program made it:
+No path that a user gave is removed or overwritten unless this module can prove that the program made it:
 
-WorkFolders   intermediate files, in a folder of their own: freshly made under an unguessable name, with a
-              mark inside that names the kind, the token of the folder's name, its inode and its owner.
-              Removing one checks all of these, follows no link, crosses to no other device and takes only
-              files whose names the kind knows; what else lies there stays, and the folder with it.
-OutputFolder  results, in a folder that the user named. FOLDER/.dlrm-io.json lists what was put there, by
-              name, size and time of change. Only a file that is still as listed is replaced or removed.
-write_file    one file that the user named (-o FILE): never over an existing one, unless it is empty or the
-              caller recognises its content as the program's own.
+WorkFolders   Intermediate files, in a folder of their own. It is made under an unguessable name, with a mark
+              inside that records the kind, the token in the folder's name, its inode and its owner. Removing
+              one checks all of these, follows no link, stays on the device, and removes only files whose
+              names the kind knows. Anything else in it stays, and then the folder stays too.
+OutputFolder  Results, in a folder that the user gave. FOLDER/.dlrm-io.json (the ledger) lists what was put
+              there, by name, size and time of change. Only a file that is still as listed is replaced or
+              removed.
+write_file    One file that the user gave (-o FILE). An existing one is not replaced, unless it is empty or
+the
+              caller recognizes its contents as the program's own.
 """
 
 import contextlib
@@ -38,16 +40,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class WorkFolders:
-    """One kind of intermediate folders: `name` goes into their names, `files` matches what the program puts
-    into them (paths relative to the folder, with /).
-    """
+    """One kind of intermediate folders, e.g. checkpoints that are being written."""
 
-    name: str
-    files: re.Pattern[str]
+    name: str  # part of the folders' names
+    files: re.Pattern[str]  # matches what the program puts into them: paths relative to the folder, with /
 
     def make(self, parent: Path, mode: int = 0o700, step: int | None = None) -> Path:
-        """A new one inside `parent`, which is made if it is missing. Others cannot read it, unless `mode`
-        (less the umask) says so. `step` goes into its name, for those who look at a trace.
+        """Make a new folder inside `parent`, which is made too if it is missing. `mode`: who may read it,
+        less the umask; by default only this user. `step` goes into its name, for the readers of a trace.
         """
         token = secrets.token_hex(8)
         label = "" if step is None else f"step-{step}-"
@@ -56,7 +56,7 @@ class WorkFolders:
             parent.mkdir(parents=True, exist_ok=True)
             os.mkdir(folder, mode)
             try:
-                mark = self._mark(token, os.lstat(folder))
+                mark = self._describe_mark(token, os.lstat(folder))
                 _write_new(folder / MARK, json.dumps(mark).encode(), mode & 0o666)
             except BaseException:
                 self._remove_unmarked(folder)
@@ -64,21 +64,22 @@ class WorkFolders:
         return folder
 
     def find(self, parent: Path) -> list[Path]:
-        """Those that earlier processes of this user left in `parent`, oldest first."""
+        """The folders of this kind that earlier processes of this user left in `parent`, oldest first."""
         try:
             with os.scandir(parent) as entries:
-                found = [Path(entry.path) for entry in entries if self._token(entry.name)]
+                found = [Path(entry.path) for entry in entries if self._parse_token(entry.name)]
         except OSError:
             return []
         return sorted(filter(self.is_ours, found), key=lambda path: path.lstat().st_mtime_ns)
 
     def remove_unmarked(self, parent: Path) -> None:
-        """Folders by our name that are empty, or hold an empty mark: their making, or their removal, was cut
-        short. Only where no other process can be making one: with a lock, or a name that is one output's.
+        """Remove folders of this kind's name that are empty or contain only an empty mark: a process was
+        killed while it made or removed them. Call it only where no other process can be making one: with a
+        lock held.
         """
         with contextlib.suppress(OSError), os.scandir(parent) as entries:
             for entry in list(entries):
-                if self._token(entry.name) and entry.is_dir(follow_symlinks=False):
+                if self._parse_token(entry.name) and entry.is_dir(follow_symlinks=False):
                     self._remove_unmarked(Path(entry.path))
 
     def _remove_unmarked(self, folder: Path) -> None:
@@ -86,11 +87,13 @@ class WorkFolders:
             names = os.listdir(folder)
             if names == [MARK] and _is_empty_file(folder / MARK):
                 os.unlink(folder / MARK)
-            os.rmdir(folder)  # fails where anything lies in it
+            os.rmdir(folder)  # fails unless it is empty
 
     def is_ours(self, folder: Path) -> bool:
-        """Name, mark, inode, owner and device agree; a link or a copy is not ours."""
-        token = self._token(folder.name)
+        """Whether `make` made this folder: name, mark, inode, owner and device agree. A link or a copy does
+        not.
+        """
+        token = self._parse_token(folder.name)
         try:
             status, mark = os.lstat(folder), os.lstat(folder / MARK)
             if not token or not stat.S_ISDIR(status.st_mode) or not stat.S_ISREG(mark.st_mode):
@@ -99,31 +102,32 @@ class WorkFolders:
             content = json.loads(read_bytes(folder / MARK, 4096))
         except (OSError, ValueError, UserError, RecursionError):
             return False
-        return same_device and status.st_uid == os.geteuid() and content == self._mark(token, status)
+        return same_device and status.st_uid == os.geteuid() and content == self._describe_mark(token, status)
 
     def publish(self, folder: Path, final: Path) -> None:
-        """Give a finished folder a name of its own, under which nothing lies; its mark stays inside."""
+        """Rename a finished folder to `final`, which must not exist. Its mark stays inside."""
         if not self.is_ours(folder):
             raise UserError(f"{printable(folder)}: was not made by this program, or was changed since")
         with os_errors_as_user_errors(final):
             if os.path.lexists(final):
-                raise UserError(f"{printable(final)}: is there already; move it away")
+                raise UserError(f"{printable(final)}: exists already; move it away")
             os.rename(folder, final)
 
-    def made(self, final: Path) -> bool:
-        """Whether a folder under any name was made by `make` and holds nothing but this program's files. A
-        copy does not count: its inode is another.
+    def holds_only_own_files(self, final: Path) -> bool:
+        """Whether a folder under any name was made by `make`, and has no other files in it than this
+        program's. False for a copy: it has another inode.
         """
         return bool(self._published_token(final)) and not _foreign_files(
             final, "", self.files, os.lstat(final).st_dev
         )
 
-    def withdraw(self, final: Path) -> bool:
-        """Remove a published folder: it loses its name first, so that nobody takes it for whole. False, and
-        nothing done, where it was not `made` by this program or something else lies in it.
+    def remove_published(self, final: Path) -> bool:
+        """Remove a published folder. It is renamed first: a process that is killed meanwhile must not leave a
+        folder under the final name with some files missing. False, and nothing is changed, unless the folder
+        `holds_only_own_files`.
         """
         token = self._published_token(final)
-        if not token or not self.made(final):
+        if not token or not self.holds_only_own_files(final):
             return False
         leaving = final.with_name(f".dlrm-io-{self.name}-{token}")
         with os_errors_as_user_errors(final):
@@ -133,6 +137,7 @@ class WorkFolders:
         return not self.remove(leaving)
 
     def _published_token(self, final: Path) -> str:
+        """The token in the mark of a folder that was made by `make`, whatever its name is now; else ""."""
         try:
             status, mark = os.lstat(final), os.lstat(final / MARK)
             if not stat.S_ISDIR(status.st_mode) or not stat.S_ISREG(mark.st_mode):
@@ -141,12 +146,12 @@ class WorkFolders:
             token = content["token"]
             known = isinstance(token, str) and re.fullmatch("[0-9a-f]{16}", token)
             owned = status.st_uid == os.geteuid() and mark.st_dev == status.st_dev
-            return token if known and owned and content == self._mark(token, status) else ""
+            return token if known and owned and content == self._describe_mark(token, status) else ""
         except (OSError, ValueError, KeyError, TypeError, UserError, RecursionError):
             return ""
 
     def remove(self, folder: Path) -> list[Path]:
-        """Remove what the program put there, and the folder; returns what was left because it is not ours."""
+        """Remove the program's files, and the folder if nothing else is in it; returns what is left."""
         if not self.is_ours(folder):
             return [folder]
         with os_errors_as_user_errors(folder):
@@ -157,17 +162,17 @@ class WorkFolders:
         return left
 
     def remove_file(self, folder: Path, name: str) -> None:
-        """One file of a folder that `is_ours` has been asked of; none there is fine."""
+        """Remove one file of a folder for which `is_ours` was true; a missing one is no error."""
         if self.files.fullmatch(name):
             with os_errors_as_user_errors(folder / name), contextlib.suppress(FileNotFoundError):
                 os.unlink(folder / name)
 
-    def _token(self, name: str) -> str:
+    def _parse_token(self, name: str) -> str:
         found = re.fullmatch(rf"\.dlrm-io-{re.escape(self.name)}-(?:step-[0-9]+-)?([0-9a-f]{{16}})", name)
         return found[1] if found else ""
 
-    def _mark(self, token: str, status: os.stat_result) -> dict[str, Any]:
-        """No device: that of a network file system differs from node to node."""
+    def _describe_mark(self, token: str, status: os.stat_result) -> dict[str, Any]:
+        """The mark. Without the device: that of a network file system differs from node to node."""
         return {
             "made_by": "dlrm-io", "kind": self.name, "token": token, "inode": status.st_ino,
             "owner": status.st_uid, "note": "intermediate files; can be deleted when no run uses them",
@@ -175,7 +180,7 @@ class WorkFolders:
 
 
 def _foreign_files(folder: Path, below: str, files: re.Pattern[str], device: int) -> list[Path]:
-    """What `_remove_files` would leave."""
+    """What `_remove_files` would leave, of a folder on `device`; `below` is its path in the work folder."""
     left: list[Path] = []
     with os.scandir(folder) as entries:
         for entry in list(entries):
@@ -191,6 +196,9 @@ def _foreign_files(folder: Path, below: str, files: re.Pattern[str], device: int
 
 
 def _remove_files(folder: Path, below: str, files: re.Pattern[str], device: int) -> list[Path]:
+    """Remove the files and folders below `folder` that match `files` and are this user's; returns the
+    others.
+    """
     left: list[Path] = []
     with os.scandir(folder) as entries:
         for entry in list(entries):
@@ -211,8 +219,8 @@ def _remove_files(folder: Path, below: str, files: re.Pattern[str], device: int)
 
 
 def remove_made_folder(folder: Path, identity: str, files: re.Pattern[str]) -> list[Path]:
-    """Remove a folder that the caller has made a moment ago, as its device and inode (`DEVICE:INODE`) prove,
-    and of its contents only files that `files` matches; returns what was left because it is not ours.
+    """Remove a folder that the caller has just made, and those of its files that match `files`; returns what
+    is left. `identity`, "DEVICE:INODE" of the folder when it was made, proves that it is the same folder.
     """
     with os_errors_as_user_errors(folder):
         status = os.lstat(folder)
@@ -228,47 +236,51 @@ def remove_made_folder(folder: Path, identity: str, files: re.Pattern[str]) -> l
 
 
 class OutputFolder:
-    """What this program has put into a folder that a user named. `names` are relative to it, with /.
-    `scratch`: a work folder on the same file system, where a killed process leaves its half-written list.
+    """What this program has put into a folder that a user gave. All names are relative to it, with /.
+
+    scratch  a work folder on the same file system, in which new versions of the ledger are written
     """
 
     def __init__(self, folder: str | os.PathLike[str], scratch: Path | None = None) -> None:
         self.folder = Path(folder)
         self.scratch = scratch or self.folder
-        self._made: dict[str, list[list[int]]] = {}  # name -> the [size, mtime_ns] that are ours: new, before
+        # The ledger: name -> the [size, mtime_ns] that are the program's own. Two of them while a file is
+        # being replaced, of the new file and of the one before: a kill in between leaves one or the other.
+        self._files: dict[str, list[list[int]]] = {}
         self._growing: dict[str, int] = {}  # name -> inode of a file that is appended to, or of a folder
-        self._named: set[str] = set()  # by this object; what the list says of others may change meanwhile
-        made, growing = _read_ledger(self.folder / LEDGER)
-        self._made.update(made)
+        # Names that this object has changed. Other processes may change the ledger's other entries meanwhile.
+        self._changed_names: set[str] = set()
+        files, growing = _read_ledger(self.folder / LEDGER)
+        self._files.update(files)
         self._growing.update(growing)
 
     def owns(self, name: str) -> bool:
-        """Whether the file is there and as the program left it."""
+        """Whether the file exists and is as the program left it."""
         try:
             status = os.lstat(self.folder / name)
         except OSError:
             return False
         if status.st_uid == os.geteuid() and status.st_ino == self._growing.get(name):
             return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-        return stat.S_ISREG(status.st_mode) and _print(status) in self._made.get(name, [])
+        return stat.S_ISREG(status.st_mode) and _fingerprint(status) in self._files.get(name, [])
 
     def names(self) -> list[str]:
-        """All that the list has, whether it is still there or not."""
-        return list(self._made)
+        """All names in the ledger, whether the files still exist or not."""
+        return list(self._files)
 
     def listed_sizes(self, name: str) -> set[int]:
-        """Of a listed file; empty where the program has never made one of this name here."""
-        return {size for size, _ in self._made.get(name, [])}
+        """The sizes that the ledger has of this file; empty where the program never made one of this name."""
+        return {size for size, _ in self._files.get(name, [])}
 
     def own_names(self) -> list[str]:
-        """What was put there and is as the program left it."""
-        return [name for name in self._made if self.owns(name)]
+        """The names of the files that exist and are as the program left them."""
+        return [name for name in self._files if self.owns(name)]
 
     def refuse_foreign(
         self, names: Iterable[str], remedy: str = "move it away or name another folder"
     ) -> None:
-        """UserError for the first of these names under which something lies that is not the program's own, or
-        where the list of what is our own cannot be written because a foreign file has its name.
+        """UserError for the first of these names that is taken by a file that is not the program's own; also
+        where a foreign file has the ledger's name.
         """
         self._refuse_foreign_ledger()
         for name in names:
@@ -280,28 +292,30 @@ class OutputFolder:
                 )
 
     def publish(self, made: Mapping[str, Path]) -> None:
-        """Give finished files (name -> where it lies, on the same file system) their names, over own ones, in
-        the order given.
+        """Move finished files (name -> its present path, on the same file system) to their names, in this
+        order. Own files of these names are replaced.
         """
         self.refuse_foreign(made)
         for name, path in made.items():
             with os_errors_as_user_errors(path):
-                self._expect(name, os.lstat(path))
-        self._save()
+                self._record_replacement(name, os.lstat(path))
+        self._write_ledger()
         for name, path in made.items():
             with os_errors_as_user_errors(self.folder / name):
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, self.folder / name)
 
     def write(self, name: str, data: bytes | str, mode: int = 0o666) -> None:
-        """A whole file, or none. `mode`: who may read it, less the umask."""
+        """Write a file: the whole of it appears at once, or nothing. `mode`: who may read it, less the
+        umask.
+        """
         with self.writing(name, mode) as partial:
-            _append(partial, data.encode() if isinstance(data, str) else data)
+            _append_bytes(partial, data.encode() if isinstance(data, str) else data)
 
     @contextmanager
     def writing(self, name: str, mode: int = 0o666) -> Iterator[Path]:
-        """A new, empty file to be filled by any means; it gets its name at the end of the block, if that is
-        left without an error, and is removed otherwise.
+        """Yields the path of a new, empty file to be filled. It gets its name at the end of the block; if the
+        block raises, it is removed.
         """
         self.refuse_foreign([name])
         target = self.folder / name
@@ -318,8 +332,8 @@ class OutputFolder:
             raise
 
     def open_growing(self, name: str) -> int:
-        """A descriptor of a file that is appended to, made if it is missing. It stays ours however long it
-        grows: while a program writes, size and time cannot be listed.
+        """A descriptor of a file to append to, made if it is missing. The ledger knows it by its inode:
+        while it grows, its size and time change.
         """
         self.refuse_foreign([name])
         path = self.folder / name
@@ -327,28 +341,32 @@ class OutputFolder:
         with os_errors_as_user_errors(path):
             descriptor = os.open(path, flags, 0o666)
             try:
-                self._named.add(name)
+                self._changed_names.add(name)
                 self._growing[name] = os.fstat(descriptor).st_ino
-                self._save()
+                self._write_ledger()
             except BaseException:
                 os.close(descriptor)
                 raise
         return descriptor
 
-    def make_folder(self, name: str) -> Path:
-        """A folder of our own inside this one."""
-        self.refuse_foreign([name])
+    def make_folder(self, name: str, known: bool = False) -> Path:
+        """Make a folder inside this one, recorded as the program's own. `known`: the caller has checked that
+        an existing one is.
+        """
+        self.refuse_foreign([] if known else [name])
         path = self.folder / name
         with os_errors_as_user_errors(path):
             if not os.path.lexists(path):
                 os.mkdir(path)
-            self._named.add(name)
+            self._changed_names.add(name)
             self._growing[name] = os.lstat(path).st_ino
-            self._save()
+            self._write_ledger()
         return path
 
     def set_aside(self, name: str) -> str | None:
-        """Give an own file the next free name of the kind stem-1.ext, stem-2.ext; None: there is none."""
+        """Rename an own file to the next free name of STEM-1.EXT, STEM-2.EXT, ...; None: there is no such
+        file.
+        """
         path = self.folder / name
         if not os.path.lexists(path):
             return None
@@ -359,22 +377,22 @@ class OutputFolder:
         other = f"{path.stem}-{number}{path.suffix}"
         with os_errors_as_user_errors(path):
             os.rename(path, path.with_name(other))
-        self._named |= {name, other}
-        for listed in (self._made, self._growing):
+        self._changed_names |= {name, other}
+        for listed in (self._files, self._growing):
             if name in listed:
                 listed[other] = listed.pop(name)  # type: ignore[assignment,index]
-        self._save()
+        self._write_ledger()
         return other
 
     def adopt(self, names: Iterable[str]) -> None:
-        """List files that this process has just made by other means, as they are now."""
+        """Record files that this process has just written by other means, as they are now."""
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                self._expect(name, os.lstat(self.folder / name))
-        self._save()
+                self._record_replacement(name, os.lstat(self.folder / name))
+        self._write_ledger()
 
     def remove(self, name: str) -> bool:
-        """Remove an own file; False where it is not, or not as the program left it."""
+        """Remove an own file; False where it does not exist, or is not as the program left it."""
         if not self.owns(name):
             return False
         with os_errors_as_user_errors(self.folder / name):
@@ -382,10 +400,10 @@ class OutputFolder:
         return True
 
     def remove_folder(self) -> bool:
-        """Remove all own files and then the folder; False when something else lies in it."""
-        for name in list(self._made):
+        """Remove all own files, then the folder; False where something else is in it, which stays."""
+        for name in list(self._files):
             self.remove(name)
-        for below in sorted({str(Path(name).parent) for name in self._made if "/" in name}, reverse=True):
+        for below in sorted({str(Path(name).parent) for name in self._files if "/" in name}, reverse=True):
             with contextlib.suppress(OSError):
                 os.rmdir(self.folder / below)
         rest = set(os.listdir(self.folder))
@@ -396,33 +414,35 @@ class OutputFolder:
         os.rmdir(self.folder)
         return True
 
-    def _expect(self, name: str, status: os.stat_result) -> None:
-        """The file that is to come, and the one that lies there until then, however often this is cut off."""
-        self._named.add(name)
-        found = [_print(status)]
+    def _record_replacement(self, name: str, status: os.stat_result) -> None:
+        """Record the file that is about to get this name, and the own file that has it until then."""
+        self._changed_names.add(name)
+        found = [_fingerprint(status)]
         if self.owns(name):
-            found.append(_print(os.lstat(self.folder / name)))
-        self._made[name] = found[: 1 if found[0] == found[-1] else 2]
+            found.append(_fingerprint(os.lstat(self.folder / name)))
+        self._files[name] = found[: 1 if found[0] == found[-1] else 2]
 
     def _refuse_foreign_ledger(self) -> None:
         path = self.folder / LEDGER
         if os.path.lexists(path) and not _is_ledger(path):
             raise UserError(f"{printable(path)}: was not made by this program; move it away")
 
-    def _save(self) -> None:
-        """The list comes before the files: a kill in between leaves a listed file that is not there."""
+    def _write_ledger(self) -> None:
+        """Write the ledger. Always before the files themselves: a kill in between then leaves an entry
+        without a file, and never a file without an entry, which nothing would remove again.
+        """
         path = self.folder / LEDGER
         self._refuse_foreign_ledger()
-        made, growing = _read_ledger(path)  # another command may have added its own meanwhile
-        self._made |= {name: prints for name, prints in made.items() if name not in self._named}
-        self._growing |= {name: inode for name, inode in growing.items() if name not in self._named}
+        files, growing = _read_ledger(path)  # another command may have added entries meanwhile
+        self._files |= {name: prints for name, prints in files.items() if name not in self._changed_names}
+        self._growing |= {name: inode for name, inode in growing.items() if name not in self._changed_names}
         partial = self.scratch / f"{LEDGER}.{secrets.token_hex(8)}.partial"
         note = "what dlrm-io put into this folder: name, size, time of change; only these may be replaced"
         values = {
             "made_by": "dlrm-io",
             "version": VERSION,
             "note": note,
-            "files": self._made,
+            "files": self._files,
             "growing": self._growing,
         }
         with os_errors_as_user_errors(path):
@@ -435,12 +455,13 @@ class OutputFolder:
                 raise
 
 
-def _print(status: os.stat_result) -> list[int]:
+def _fingerprint(status: os.stat_result) -> list[int]:
+    """What the ledger records of a file."""
     return [status.st_size, status.st_mtime_ns]
 
 
 def _read_ledger(path: Path) -> tuple[dict[str, list[list[int]]], dict[str, int]]:
-    """What the list says of files and of growing ones; empty where there is none, or none of ours."""
+    """(files, growing files) of the ledger; empty where there is none, or not this program's."""
     try:
         listed = json.loads(read_bytes(path, 16 << 20))
         if listed["made_by"] != "dlrm-io" or path.is_symlink():
@@ -467,7 +488,9 @@ def _is_empty_file(path: Path) -> bool:
 
 
 def _refuse_linked_folders(folder: Path, name: str) -> None:
-    """A link inside the folder would lead writes to somewhere else. The folder itself may be one."""
+    """UserError where a folder on the way to `name` is a link: it would lead a write to somewhere else. The
+    output folder itself may be a link.
+    """
     for parent in list(Path(name).parents)[:-1]:
         path = folder / parent
         if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
@@ -480,8 +503,10 @@ def _refuse_linked_folders(folder: Path, name: str) -> None:
 
 
 def remove_dead_segments(folder: str, sizes: Iterable[int]) -> None:
-    """Remove shared memory that ended runs of this user, of earlier versions, left in `folder` under a name:
-    dlrm-PID-TIME, of one of these sizes, and no process holds its lock. Newer ones never have a name.
+    """Remove shared memory that killed runs of earlier versions left in `folder` (/dev/shm).
+
+    Only this user's files named dlrm-PID-TIME, of one of these sizes, whose process is gone and whose lock no
+    process holds. This version's shared memory has no name, so it is freed with its last process.
     """
     try:
         with os.scandir(folder) as entries:
@@ -512,15 +537,18 @@ def remove_dead_segments(folder: str, sizes: Iterable[int]) -> None:
 def write_file(
     path: Path, is_own: Callable[[Path], bool] = lambda _: False, option: str = "", mode: int = 0o666
 ) -> Iterator[Path]:
-    """A new file to be filled, which becomes `path` at the end of the block. `is_own`: may an existing file
-    be replaced? `option` (e.g. "-o") opens the message. `mode`: who may read it, less the umask.
+    """Yields a new file to be filled, which is renamed to `path` at the end of the block.
+
+    is_own  whether an existing file may be replaced; an empty one may be in any case
+    option  e.g. "-o": the first word of the message
+    mode    who may read it, less the umask
     """
     named = f"{option} {printable(path)}".lstrip()
     if os.path.lexists(path):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise UserError(f"{named}: is there and is not a plain file; name another")
+            raise UserError(f"{named}: exists and is not a plain file; name another")
         if not _is_empty_file(path) and not is_own(path):
-            raise UserError(f"{named}: is there and was not made by this command; remove it or name another")
+            raise UserError(f"{named}: exists and was not made by this command; remove it or name another")
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     with os_errors_as_user_errors(path):
         _write_new(partial, b"", mode=mode)
@@ -535,8 +563,8 @@ def write_file(
 
 
 def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
-    """A file in a folder that is the program's own (a work folder, a cache): whole or not at all. `durable`:
-    its bytes are on the disk before it gets its name.
+    """Write a file in a folder of the program's own (a work folder, a cache): the whole of it, or nothing.
+    `durable`: fsync it before it gets its name.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     with os_errors_as_user_errors(path):
@@ -550,19 +578,25 @@ def write_whole(path: Path, data: bytes, durable: bool = False) -> None:
 
 
 def finish_file(partial: Path, path: Path) -> None:
-    """A file in a folder that is the program's own is complete, and gets the name that says so."""
+    """Rename a complete file, in a folder of the program's own, to the name that says that it is complete."""
     with os_errors_as_user_errors(path):
         os.replace(partial, path)
 
 
 def discard_file(path: Path) -> None:
-    """A file in a folder that is the program's own is not needed any more; none there is fine."""
+    """Remove a file in a folder of the program's own; a missing one is no error."""
     with os_errors_as_user_errors(path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
+def discard_empty_folder(path: Path) -> None:
+    """Remove a folder that this process has made; it stays where it holds anything."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
 def _write_new(path: Path, data: bytes, mode: int = 0o600, durable: bool = False) -> None:
-    """A file that was not there before; an existing one or a link is an error."""
+    """Make a new file; OSError where the path exists, also as a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags, mode)
     try:
@@ -573,7 +607,7 @@ def _write_new(path: Path, data: bytes, mode: int = 0o600, durable: bool = False
         os.close(descriptor)
 
 
-def _append(path: Path, data: bytes) -> None:
+def _append_bytes(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with os_errors_as_user_errors(path):

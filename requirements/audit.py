@@ -20,7 +20,7 @@ from pip._vendor.packaging.requirements import Requirement
 HERE = Path(__file__).parent
 TOOL = HERE.parent / ".cache" / "audit"
 LOCK = HERE / "locked" / "audit.txt"
-PYTHONS = ("3.10", "3.13")  # between them stand all pins: markers ask for older or newer than 3.11
+PYTHONS = ("3.10", "3.13")  # enough for all pins: their markers distinguish only older and newer than 3.11
 SERVICES = ("pypi", "osv")  # of pip-audit, the second where the first knows nothing
 SECONDS = 300
 
@@ -40,7 +40,7 @@ def run(*words: object) -> "subprocess.CompletedProcess[str]":
 
 
 def install_tool() -> Path:
-    """pip-audit in an environment of its own, made anew when its pins have changed."""
+    """pip-audit in an environment of its own, made again when its pins have changed."""
     stamp, wanted = TOOL / "installed", LOCK.read_text()
     program = TOOL / "bin" / "pip-audit"
     if program.exists() and stamp.exists() and stamp.read_text() == wanted:

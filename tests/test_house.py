@@ -157,6 +157,20 @@ def test_links_in_documents(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name}: broken link {target}"
 
 
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of a document's headings: lower case, hyphens for spaces, punctuation left out."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_anchors_in_documents(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text()):
+        if "://" not in target:
+            there = path.parent / target if target else path
+            assert anchor in anchors(there), f"{path.name}: {target}#{anchor} is no heading"
+
+
 HISTORY = ("CHANGELOG.md", "BENCHMARKS.md")  # they may name files of earlier versions
 OF_THE_PROJECT = re.compile(
     r"`((?:analysis|benchmarks|common|dlrm|docs|patches|requirements|scripts|sites|tests)/[\w./-]+|test_\w+\.py)`"

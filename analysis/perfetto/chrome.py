@@ -9,7 +9,7 @@ from typing import Any
 from analysis.perfetto.convert import new_trace, trace_name
 from analysis.perfetto.tracks import ConversionSummary, process_name
 from analysis.run_folder import outputs
-from analysis.trace.clocks import clock_skew, describe_moves, launches, make_clocks
+from analysis.trace.clocks import clock_skew, describe_moves, group_launches, make_clocks
 from analysis.trace.columns import COLUMNS, to_frame
 from analysis.trace.events import TraceReader, assign_ranks, read_heads
 from analysis.trace.process import TracedProcess
@@ -26,7 +26,7 @@ def convert_to_json(
     summary = ConversionSummary(Path())
     known = make_clocks(processes)
     summary.clocks = describe_moves(processes, known)
-    jobs = launches(processes)
+    jobs = group_launches(processes)
     strings, paths, done = StringTable(), {}, []
     name = trace_name(run_dir, posix) + ".json"
     with new_trace(run_dir, path, name, outputs.is_own_json_trace) as (summary.path, raw):
@@ -40,13 +40,13 @@ def convert_to_json(
             done.append(reader.process)
             for block in reader:
                 table = known[process.path].frame(to_frame(block, strings, paths, process.rank, COLUMNS))
-                for event in _events(table.iter_rows(named=True), pid, posix):
+                for event in _make_events(table.iter_rows(named=True), pid, posix):
                     file.write(comma + json.dumps(event, separators=(",", ":")).encode())
                     comma = b",\n"
                     summary.events += 1
                 if progress:
                     progress(process.path, len(block))
-            for event in _metadata(process, reader.process, pid, launch):
+            for event in _make_metadata(process, reader.process, pid, launch):
                 file.write(comma + json.dumps(event, separators=(",", ":")).encode())
                 comma = b",\n"
             if reader.process.lost:
@@ -57,13 +57,13 @@ def convert_to_json(
     return summary
 
 
-def _events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[dict[str, Any]]:
+def _make_events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[dict[str, Any]]:
     for row in rows:
         if posix and row["cat"] not in ("POSIX", "STDIO"):
             continue
         args = {key: value for key, value in row.items() if key not in _TOP and value is not None}
         if row["args"]:
-            args.update(_parsed(row["args"]))
+            args.update(_parse_arguments(row["args"]))
         event = {
             "name": row["name"], "cat": row["cat"], "pid": pid, "tid": row["tid"],
             "ts": row["ts"], "args": args,
@@ -76,7 +76,7 @@ def _events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[d
             yield {**event, "ph": "X", "dur": row["dur"]}
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parse_arguments(text: str) -> dict[str, Any]:
     """Arguments without a column. The scanner does not look closely: what is no JSON is shown as text."""
     try:
         return json.loads(text)
@@ -84,7 +84,9 @@ def _parsed(text: str) -> dict[str, Any]:
         return {"args": text}
 
 
-def _metadata(process: TracedProcess, seen: TracedProcess, pid: int, launch: int) -> Iterator[dict[str, Any]]:
+def _make_metadata(
+    process: TracedProcess, seen: TracedProcess, pid: int, launch: int
+) -> Iterator[dict[str, Any]]:
     about = {"ph": "M", "pid": pid}
     yield {**about, "name": "process_name", "args": {"name": process_name(process, launch)}}
     yield {**about, "name": "process_sort_index", "args": {"sort_index": pid}}

@@ -5,7 +5,7 @@ Streamed block by block, in constant memory; written under a temporary name and 
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from analysis.perfetto import proto
-from analysis.perfetto.derive import BandwidthCounter
+from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.tracks import (
     ConversionSummary,
     FileTracks,
@@ -25,8 +25,9 @@ from analysis.perfetto.tracks import (
     write_counter,
 )
 from analysis.run_folder import outputs, records, run_settings
-from analysis.trace.clocks import clock_skew, describe_moves, launches, make_clocks
-from analysis.trace.events import TraceReader, assign_ranks, read_heads
+from analysis.trace.clocks import clock_skew, describe_moves, group_launches, make_clocks
+from analysis.trace.events import assign_ranks
+from analysis.trace.source import FileSource, Progress, TraceSource
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 LONGEST_NAME = 200  # bytes of a file's name, its ending not counted
@@ -38,12 +39,13 @@ _OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
 
 def convert_to_pftrace(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
-    progress: Callable[[Path, int], None] | None = None,
+    progress: Progress | None = None, source: TraceSource | None = None,
 ) -> ConversionSummary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events."""
-    processes = read_heads(run_dir)
+    source = source or FileSource(run_dir)
+    processes = source.read_heads()
     summary = ConversionSummary(Path())
-    known, jobs = make_clocks(processes), launches(processes)
+    known, jobs = make_clocks(processes), group_launches(processes)
     summary.clocks = describe_moves(processes, known)
     begin = min((known[p.path].time(p.first) for p in processes if p.first), default=0)
     begin = max(0, begin - EARLIER_US)
@@ -58,27 +60,28 @@ def convert_to_pftrace(
             for process in assign_ranks(job)
         ]
         abouts = [
-            TrackLabels(shared.unique(process.pid), name, order)
+            TrackLabels(shared.reserve_number(process.pid), name, order)
             for order, (process, name) in enumerate(shown)
         ]
         for about in abouts:
-            shared.out.write(proto.early_process(about.pid, about.name))
+            shared.out.write(proto.describe_process_early(about.pid, about.name))
         for (process, _), about in zip(shown, abouts, strict=True):
-            reader = TraceReader(process.path, shared.strings, shared.paths)
+            reader = source.open_reader(process.path, shared.strings, shared.paths)
+            shared.use_tables(reader.strings, reader.paths)
             tracks = FileTracks(shared, process, reader, known[process.path], about)
             for block in reader:
-                tracks.add(block)
+                tracks.add_block(block)
                 if progress:
                     progress(process.path, len(block))
-            tracks.finish()
+            tracks.finish_file()
             done.append(reader.process)
         write_bandwidth(shared, 0, shared.total)
         if not posix:
-            _metrics(shared, Path(run_dir) / "metrics.jsonl")
+            _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
         if not summary.events:
-            told = " of POSIX calls" if posix else ""
-            raise UserError(f"{printable(run_dir)}: the traces hold no events{told}")
+            which = " of POSIX calls" if posix else ""
+            raise UserError(f"{printable(run_dir)}: the traces hold no events{which}")
     summary.skew = clock_skew(done)
     return summary
 
@@ -89,20 +92,20 @@ def new_trace(
 ) -> Iterator[tuple[Path, BinaryIO]]:
     """A file that appears under its name only when it is whole: `path`, else `name` in the run's folder."""
     if path is not None:
-        with outputs.named_file(Path(path), is_own) as partial, _filled(partial, Path(path)) as file:
+        with outputs.named_file(Path(path), is_own) as partial, _open_partial(partial, Path(path)) as file:
             yield Path(path), file
         return
-    folder = outputs.beside(run_dir)
-    outputs.check_folder(folder, {name: is_own}, "choose another place with -o")
+    folder = outputs.output_folder(run_dir)
+    outputs.check_folder(folder, {name: is_own}, "name another file with -o")
     with (
         outputs.results_in(folder) as results,
-        _filled(results.file(name, is_own), folder / name) as file,
+        _open_partial(results.file(name, is_own), folder / name) as file,
     ):
         yield folder / name, file
 
 
 @contextmanager
-def _filled(partial: Path, path: Path) -> Iterator[BinaryIO]:
+def _open_partial(partial: Path, path: Path) -> Iterator[BinaryIO]:
     """Only what goes wrong with this file is said of it: traces are read in the meantime."""
     with os_errors_as_user_errors(path):
         file = _Named(partial, path)
@@ -141,7 +144,7 @@ def trace_name(run_dir: str | Path, posix: bool) -> str:
     return name + suffix
 
 
-def _metrics(shared: SharedTracks, path: Path) -> None:
+def _write_metrics(shared: SharedTracks, path: Path) -> None:
     """What metrics.jsonl has and the traces' own counters do not."""
     series: dict[str, list[tuple[float, float]]] = {}
     for row in records.metrics_lines(path, []):
@@ -155,6 +158,6 @@ def _metrics(shared: SharedTracks, path: Path) -> None:
                 series.setdefault(prefix + key, []).append((row["time"], float(value)))
     for name, points in series.items():
         uuid = shared.new_uuid()
-        shared.out.write(proto.counter_track(uuid, 0, name, ""))
+        shared.out.write(proto.describe_counter_track(uuid, 0, name, ""))
         times, values = np.array(sorted(points)).T
         write_counter(shared, uuid, (times * 1e6).astype(np.int64), values)

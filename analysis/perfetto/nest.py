@@ -5,8 +5,8 @@ ended and has no parent yet builds the forest; walking it gives parents first. N
 a parent that ends hours after its children (an epoch) needs only the stack, not the events.
 What straddles another event's border is refused: the caller puts it on a lane of its own.
 
-The compiled loops index by numbers of events and by places on the stack, never by what a trace says: the
-stack has room for all events of a block before they begin, and each event is walked once.
+The compiled loops index by numbers of events and by positions on the stack, never by values of a trace: the
+stack is large enough for all events of a block before they begin, and each event is walked once.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ class SliceLane:
         self.nodes = np.empty(64, np.int64)
         self.size = 0
 
-    def nest(
+    def nest_slices(
         self, ts: np.ndarray, dur: np.ndarray, leaf: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Numbers of the events in the order of the track; of late parents; of those that do not fit.
@@ -39,12 +39,14 @@ class SliceLane:
         ends = ts + dur
         if n > 1 and (ends[1:] < ends[:-1]).any():  # not as it ended: merged or foreign traces
             order = np.lexsort((np.arange(n), -ts, ends))
-            found = self.nest(ts[order], dur[order], leaf[order])
+            found = self.nest_slices(ts[order], dur[order], leaf[order])
             return order[found[0]], order[found[1]], order[found[2]]
         self._make_room(n)
         status = np.empty(n, np.uint8)
         walk = np.empty(n, np.int64)
-        self.size, count = _nest(ts, ends, leaf, self.starts, self.ends, self.nodes, self.size, status, walk)
+        self.size, count = _nest_slices(
+            ts, ends, leaf, self.starts, self.ends, self.nodes, self.size, status, walk
+        )
         return walk[:count], np.flatnonzero(status == LATE), np.flatnonzero(status == REFUSED)
 
     def _make_room(self, n: int) -> None:
@@ -66,7 +68,7 @@ class SliceLane:
 
 
 @compiled
-def _nest(ts, ends, leaf, stack_start, stack_end, stack_node, size, status, walk):
+def _nest_slices(ts, ends, leaf, stack_start, stack_end, stack_node, size, status, walk):
     n = len(ts)
     child, sibling = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
     for i in range(n):
@@ -105,11 +107,11 @@ def _nest(ts, ends, leaf, stack_start, stack_end, stack_node, size, status, walk
         stack_start[k + 1], stack_end[k + 1], stack_node[k + 1] = s, e, i
         if status[i] == LATE:
             stack_node[k + 1] = _BEFORE_LATE - 1 - i  # its children of this block are roots of their own
-    return size, _preorder(child, sibling, status, stack_node, size, walk)
+    return size, _walk_preorder(child, sibling, status, stack_node, size, walk)
 
 
 @compiled
-def _preorder(child, sibling, status, stack_node, size, walk):
+def _walk_preorder(child, sibling, status, stack_node, size, walk):
     todo = np.empty(len(child) + 1, np.int64)
     count = 0
     for j in range(size):

@@ -23,7 +23,7 @@ INTERNED_KINDS = (CATEGORIES, NAMES, KEYS, VALUES)
 BYTES_PER_EVENT, BYTES_PER_ARG = 80, 32  # upper bounds, texts apart
 
 
-def varint(value: int) -> bytes:
+def encode_varint(value: int) -> bytes:
     value &= (1 << 64) - 1
     out = bytearray()
     while value > 127:
@@ -33,86 +33,109 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def number(field: int, value: int) -> bytes:
-    return varint(field << 3) + varint(value)
+def encode_number(field: int, value: int) -> bytes:
+    return encode_varint(field << 3) + encode_varint(value)
 
 
-def double(field: int, value: float) -> bytes:
-    return varint(field << 3 | 1) + struct.pack("<d", value)
+def encode_double(field: int, value: float) -> bytes:
+    return encode_varint(field << 3 | 1) + struct.pack("<d", value)
 
 
-def nested(field: int, *parts: bytes | str) -> bytes:
+def encode_nested(field: int, *parts: bytes | str) -> bytes:
     body = b"".join(part.encode(errors="replace") if isinstance(part, str) else part for part in parts)
-    return varint(field << 3 | 2) + varint(len(body)) + body
+    return encode_varint(field << 3 | 2) + encode_varint(len(body)) + body
 
 
-def packet(*fields: bytes) -> bytes:
-    return nested(PACKET, number(SEQUENCE_ID, SEQUENCE), *fields)
+def encode_packet(*fields: bytes) -> bytes:
+    return encode_nested(PACKET, encode_number(SEQUENCE_ID, SEQUENCE), *fields)
 
 
-def process(uuid: int, pid: int, name: str, labels: list[str], order: int) -> bytes:
-    about = number(1, pid) + nested(6, name) + number(3, order)
-    return packet(
-        nested(DESCRIPTOR, number(1, uuid), nested(3, about, *(nested(8, label) for label in labels)))
+def describe_process(uuid: int, pid: int, name: str, labels: list[str], order: int) -> bytes:
+    about = encode_number(1, pid) + encode_nested(6, name) + encode_number(3, order)
+    return encode_packet(
+        encode_nested(
+            DESCRIPTOR,
+            encode_number(1, uuid),
+            encode_nested(3, about, *(encode_nested(8, label) for label in labels)),
+        )
     )
 
 
-def thread(uuid: int, parent: int, pid: int, tid: int, name: str) -> bytes:
-    about = number(1, pid) + number(2, tid) + nested(5, name)
-    return packet(nested(DESCRIPTOR, number(1, uuid), number(5, parent), nested(4, about)))
+def describe_thread(uuid: int, parent: int, pid: int, tid: int, name: str) -> bytes:
+    about = encode_number(1, pid) + encode_number(2, tid) + encode_nested(5, name)
+    return encode_packet(
+        encode_nested(DESCRIPTOR, encode_number(1, uuid), encode_number(5, parent), encode_nested(4, about))
+    )
 
 
-def early_process(pid: int, name: str) -> bytes:
+def describe_process_early(pid: int, name: str) -> bytes:
     """The older way to describe a process: it is numbered as this is read, not as its events come."""
-    return packet(nested(PROCESS_DESCRIPTOR, number(1, pid), nested(6, name)))
+    return encode_packet(encode_nested(PROCESS_DESCRIPTOR, encode_number(1, pid), encode_nested(6, name)))
 
 
-def counter_track(uuid: int, parent: int, name: str, unit: str) -> bytes:
-    above = number(5, parent) if parent else b""
-    return packet(nested(DESCRIPTOR, number(1, uuid), above, nested(2, name), nested(8, nested(6, unit))))
+def describe_counter_track(uuid: int, parent: int, name: str, unit: str) -> bytes:
+    above = encode_number(5, parent) if parent else b""
+    return encode_packet(
+        encode_nested(
+            DESCRIPTOR,
+            encode_number(1, uuid),
+            above,
+            encode_nested(2, name),
+            encode_nested(8, encode_nested(6, unit)),
+        )
+    )
 
 
-def interned(entries: list[tuple[int, int, str]]) -> bytes:
+def encode_interned(entries: list[tuple[int, int, str]]) -> bytes:
     """entries: (CATEGORIES | NAMES | KEYS | VALUES, number, text)."""
     texts = [
-        nested(kind, number(1, iid), nested(2, text.encode(errors="replace"))) for kind, iid, text in entries
+        encode_nested(kind, encode_number(1, iid), encode_nested(2, text.encode(errors="replace")))
+        for kind, iid, text in entries
     ]
-    return packet(number(FLAGS, NEEDED), nested(INTERNED, *texts))
+    return encode_packet(encode_number(FLAGS, NEEDED), encode_nested(INTERNED, *texts))
 
 
-def clock(begin_us: int) -> bytes:
+def encode_clock(begin_us: int) -> bytes:
     """Times of events are microseconds since begin_us: small numbers. To be written once, first of all."""
     ns = begin_us * 1000
-    clocks = [nested(1, number(1, id), number(2, ns)) for id in (BOOTTIME, REALTIME)]
-    return packet(
-        number(FLAGS, CLEARED),
-        nested(SNAPSHOT, *clocks, nested(1, number(1, CLOCK), number(2, 0), number(4, 1000))),
+    clocks = [encode_nested(1, encode_number(1, id), encode_number(2, ns)) for id in (BOOTTIME, REALTIME)]
+    return encode_packet(
+        encode_number(FLAGS, CLEARED),
+        encode_nested(
+            SNAPSHOT,
+            *clocks,
+            encode_nested(1, encode_number(1, CLOCK), encode_number(2, 0), encode_number(4, 1000)),
+        ),
     )
 
 
-def on_track(uuid: int) -> bytes:
+def select_track(uuid: int) -> bytes:
     """From here on events belong to this track."""
-    defaults = nested(DEFAULTS, number(CLOCK_ID, CLOCK), nested(TRACK_EVENT, number(11, uuid)))
-    return packet(number(FLAGS, NEEDED), defaults)
+    defaults = encode_nested(
+        DEFAULTS, encode_number(CLOCK_ID, CLOCK), encode_nested(TRACK_EVENT, encode_number(11, uuid))
+    )
+    return encode_packet(encode_number(FLAGS, NEEDED), defaults)
 
 
-def as_boundaries(event: bytes, begin_ns: int, end_ns: int) -> bytes:
+def split_into_boundaries(event: bytes, begin_ns: int, end_ns: int) -> bytes:
     """One packet of `events` as a slice's begin and its end, at exact times."""
-    track_event = _field(_field(event, PACKET), TRACK_EVENT)
-    rest = b"".join(raw for field, raw, _ in _fields(track_event) if field != LEGACY)
+    track_event = _find_field(_find_field(event, PACKET), TRACK_EVENT)
+    rest = b"".join(raw for field, raw, _ in _list_fields(track_event) if field != LEGACY)
 
-    def boundary(kind: int, time: int, *about: bytes) -> bytes:
-        when = number(TIMESTAMP, time) + number(CLOCK_ID, BOOTTIME)
-        return packet(when, number(FLAGS, NEEDED), nested(TRACK_EVENT, number(9, kind), *about))
+    def encode_boundary(kind: int, time: int, *about: bytes) -> bytes:
+        when = encode_number(TIMESTAMP, time) + encode_number(CLOCK_ID, BOOTTIME)
+        return encode_packet(
+            when, encode_number(FLAGS, NEEDED), encode_nested(TRACK_EVENT, encode_number(9, kind), *about)
+        )
 
-    return boundary(SLICE_BEGIN, begin_ns, rest) + boundary(SLICE_END, end_ns)
-
-
-def _field(message: bytes, wanted: int) -> bytes:
-    return next(body for field, _, body in _fields(message) if field == wanted)
+    return encode_boundary(SLICE_BEGIN, begin_ns, rest) + encode_boundary(SLICE_END, end_ns)
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+def _find_field(message: bytes, wanted: int) -> bytes:
+    return next(body for field, _, body in _list_fields(message) if field == wanted)
+
+
+def _list_fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
     """field number, its bytes with tag, its body (of nested ones)."""
     p = 0
     while p < len(message):
@@ -139,7 +162,7 @@ def _read_varint(message: bytes, p: int) -> tuple[int, int]:
 
 
 @compiled
-def _varint(out, p, value):
+def _put_varint(out, p, value):
     rest = np.uint64(value)
     while rest > np.uint64(127):
         out[p] = np.uint8(rest & np.uint64(127)) | np.uint8(128)
@@ -150,38 +173,38 @@ def _varint(out, p, value):
 
 
 @compiled
-def _size3(out, p, size):
-    """A length in three bytes, so that its place can be kept before it is known."""
+def _put_size(out, p, size):
+    """A length in three bytes, so that its bytes can be reserved before it is known."""
     out[p] = (size & 127) | 128
     out[p + 1] = ((size >> 7) & 127) | 128
     out[p + 2] = (size >> 14) & 127
 
 
 @compiled
-def _head(out, p, time):
+def _put_head(out, p, time):
     """packet { timestamp, sequence, flags, track_event { -> place, places of the two lengths."""
     out[p] = 10
     start = p + 1
     p = start + 3
     out[p] = TIMESTAMP << 3
-    p = _varint(out, p + 1, time)
+    p = _put_varint(out, p + 1, time)
     out[p], out[p + 1], out[p + 2], out[p + 3] = SEQUENCE_ID << 3, SEQUENCE, FLAGS << 3, NEEDED
     out[p + 4] = TRACK_EVENT << 3 | 2
     return p + 8, start, p + 5
 
 
 @compiled
-def _annotation(out, p, key, kind, value, text):
+def _put_annotation(out, p, key, kind, value, text):
     """debug_annotations { name_iid, value }."""
     out[p] = 34
     start = p + 1
     wide = kind != INT and kind != FLOAT and kind != STRING
     p = start + (3 if wide else 1)
     out[p] = 8
-    p = _varint(out, p + 1, key)
+    p = _put_varint(out, p + 1, key)
     if kind == INT:
         out[p] = 32
-        p = _varint(out, p + 1, value)
+        p = _put_varint(out, p + 1, value)
     elif kind == FLOAT:
         out[p] = 41
         for i in range(8):
@@ -189,24 +212,24 @@ def _annotation(out, p, key, kind, value, text):
         p += 9
     elif kind == STRING:
         out[p], out[p + 1] = 0x88, 0x01
-        p = _varint(out, p + 2, value)
+        p = _put_varint(out, p + 2, value)
     else:
         a, b = value >> 32, value & 0xFFFFFFFF
         out[p] = 50
-        p = _varint(out, p + 1, b - a)
+        p = _put_varint(out, p + 1, b - a)
         for i in range(a, b):
             out[p] = text[i]
             p += 1
     if wide:
-        _size3(out, start, p - start - 3)
+        _put_size(out, start, p - start - 3)
     else:
         out[start] = p - start - 1
     return p
 
 
 @compiled
-def _flow(out, p, field, flow):
-    p = _varint(out, p, field << 3 | 1)
+def _put_flow(out, p, field, flow):
+    p = _put_varint(out, p, field << 3 | 1)
     for i in range(8):
         out[p + i] = (flow >> np.uint64(8 * i)) & np.uint64(255)
     return p + 8
@@ -219,7 +242,7 @@ def flow_id(base, k):
 
 
 @compiled
-def events(
+def encode_events(
     order,
     begin,
     ts,
@@ -235,23 +258,23 @@ def events(
     flow_base,
     flow_count,
     out,
-):  # noqa: E501
+):
     """The events in this order on a clock that began at `begin` -> bytes written.
 
-    `out` has BYTES_PER_EVENT for each, BYTES_PER_ARG for each argument of the block, room for the block's
-    text and for the flows that end (`FileTracks._encode`). An event is below 2 MiB, which its length in three
-    bytes can say: the scanner limits a line and its arguments, Flows the flows.
+    `out` has BYTES_PER_EVENT for each, BYTES_PER_ARG for each argument of the block, space for the block's
+    text and for the flows that end (`FileTracks._encode_events`). An event is below 2 MiB, so its length fits
+    into three bytes: the scanner limits a line and its arguments, ReadToStepFlows the flows.
 
     flow_count: 0 none; -1 - k: this event starts flow k of its base; n: n flows of its base end here.
     """
     q, text_p, p = pointer(out), pointer(text), 0
     keys, kinds, values = pointer(arg_key), pointer(arg_kind), pointer(arg_val)
     for i in order:
-        p, packet_at, event_at = _head(q, p, ts[i] - begin)
+        p, packet_at, event_at = _put_head(q, p, ts[i] - begin)
         q[p] = 24
-        p = _varint(q, p + 1, cat[i])
+        p = _put_varint(q, p + 1, cat[i])
         q[p] = 80
-        p = _varint(q, p + 1, name[i])
+        p = _put_varint(q, p + 1, name[i])
         if instant:
             q[p], q[p + 1] = 72, INSTANT
             p += 2
@@ -259,30 +282,30 @@ def events(
             q[p] = 50
             size_at = p + 1
             q[p + 2], q[p + 3], q[p + 4] = 16, 88, 24
-            p = _varint(q, p + 5, dur[i])
+            p = _put_varint(q, p + 5, dur[i])
             q[size_at] = p - size_at - 1
         for j in range(arg_begin[i], arg_begin[i + 1]):
-            p = _annotation(q, p, keys[j], kinds[j], values[j], text_p)
+            p = _put_annotation(q, p, keys[j], kinds[j], values[j], text_p)
         if flow_count[i] < 0:
-            p = _flow(q, p, 47, flow_id(flow_base[i], -1 - flow_count[i]))
+            p = _put_flow(q, p, 47, flow_id(flow_base[i], -1 - flow_count[i]))
         for k in range(flow_count[i]):
-            p = _flow(q, p, 48, flow_id(flow_base[i], k))
-        _size3(q, event_at, p - event_at - 3)
-        _size3(q, packet_at, p - packet_at - 3)
+            p = _put_flow(q, p, 48, flow_id(flow_base[i], k))
+        _put_size(q, event_at, p - event_at - 3)
+        _put_size(q, packet_at, p - packet_at - 3)
     return p
 
 
 @compiled
-def counters(ts, values, begin, out):
+def encode_counters(ts, values, begin, out):
     q, p = pointer(out), 0
     bits = values.view(np.int64)
     for i in range(len(ts)):
-        p, packet_at, event_at = _head(q, p, ts[i] - begin)
+        p, packet_at, event_at = _put_head(q, p, ts[i] - begin)
         q[p], q[p + 1] = 72, COUNTER
-        p = _varint(q, p + 2, 44 << 3 | 1)
+        p = _put_varint(q, p + 2, 44 << 3 | 1)
         for k in range(8):
             q[p + k] = (bits[i] >> (8 * k)) & 255
         p += 8
-        _size3(q, event_at, p - event_at - 3)
-        _size3(q, packet_at, p - packet_at - 3)
+        _put_size(q, event_at, p - event_at - 3)
+        _put_size(q, packet_at, p - packet_at - 3)
     return p

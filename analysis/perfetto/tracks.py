@@ -8,13 +8,15 @@ import numpy as np
 from isal import isal_zlib
 
 from analysis.perfetto import proto
-from analysis.perfetto.derive import BandwidthCounter, ReadToStepFlows, bytes_moved, read_real_argument
+from analysis.perfetto.bandwidth import BandwidthCounter
+from analysis.perfetto.flows import ReadToStepFlows
 from analysis.perfetto.nest import SliceLane
+from analysis.trace.arguments import count_moved_bytes, read_real_argument
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import resolve_paths
-from analysis.trace.events import TraceReader
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import EVENT, INLINE, STRING, EventBlock
+from analysis.trace.source import BlockReader
 from analysis.trace.strings import ID, StringTable
 from common.errors import printable
 
@@ -56,8 +58,8 @@ class TraceOutput:
 
     def flush(self) -> None:
         if self.waiting:
-            deflated = proto.nested(proto.COMPRESSED, isal_zlib.compress(self.waiting, LEVEL))
-            self.file.write(proto.nested(proto.PACKET, deflated))
+            deflated = proto.encode_nested(proto.COMPRESSED, isal_zlib.compress(self.waiting, LEVEL))
+            self.file.write(proto.encode_nested(proto.PACKET, deflated))
             self.waiting.clear()
 
 
@@ -68,7 +70,7 @@ class NameTable:
         self.out, self.strings = out, strings
         self.known = {kind: np.zeros(1, np.bool_) for kind in proto.INTERNED_KINDS}
 
-    def explain(self, used: dict[int, np.ndarray]) -> None:
+    def explain_names(self, used: dict[int, np.ndarray]) -> None:
         entries = []
         for kind, numbers in used.items():
             needed = np.zeros(len(self.strings), np.bool_)
@@ -79,7 +81,7 @@ class NameTable:
             entries += [(kind, n + 1, self.strings.text(n)) for n in np.flatnonzero(needed & ~known).tolist()]
             self.known[kind] = known | needed
         if entries:
-            self.out.write(proto.interned(entries))
+            self.out.write(proto.encode_interned(entries))
 
 
 @dataclass
@@ -100,21 +102,26 @@ class SharedTracks:
 
     def __post_init__(self) -> None:
         self.names = NameTable(self.out, self.strings)
-        self.out.write(proto.clock(self.begin))
+        self.out.write(proto.encode_clock(self.begin))
+
+    def use_tables(self, strings: StringTable, paths: dict[int, int]) -> None:
+        """The tables that the reader fills: those of this object, or of a reading that is shared."""
+        self.strings = self.names.strings = strings
+        self.paths = paths
 
     def new_uuid(self) -> int:
         self.uuid += 1
         return self.uuid
 
-    def unique(self, number: int) -> int:
-        """A pid or tid that nobody else in this trace has."""
+    def reserve_number(self, number: int) -> int:
+        """A pid or tid that no other process or thread of this trace has."""
         number = max(1, number)
         while number in self.taken:
             number += _PIDS
         self.taken.add(number)
         return number
 
-    def room(self, size: int) -> np.ndarray:
+    def get_buffer(self, size: int) -> np.ndarray:
         if size > len(self.buffer):
             self.buffer = np.empty(2 * size, np.uint8)
         return self.buffer
@@ -144,7 +151,7 @@ class FileTracks:
         self,
         shared: SharedTracks,
         process: TracedProcess,
-        reader: TraceReader,
+        reader: BlockReader,
         clock: Clock,
         about: "TrackLabels",
     ) -> None:
@@ -156,9 +163,9 @@ class FileTracks:
         self.flows = ReadToStepFlows(about.order + 1)
         self.bandwidth = BandwidthCounter(clock.time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
-        shared.out.write(proto.process(self.uuid, self.pid, about.name, labels, about.order))
+        shared.out.write(proto.describe_process(self.uuid, self.pid, about.name, labels, about.order))
 
-    def add(self, block: EventBlock) -> None:
+    def add_block(self, block: EventBlock) -> None:
         shared = self.shared
         block.ts, block.dur = self.clock.spans(block.ts, block.dur)
         keep = (block.ph == EVENT) & (block.cat != ID["dftracer"])
@@ -167,17 +174,17 @@ class FileTracks:
         if not keep.any():
             return
         shared.summary.events += int(np.count_nonzero(keep))
-        calls, amounts = bytes_moved(block, shared.strings)
+        calls, amounts = count_moved_bytes(block, shared.strings)
         for sums in (self.bandwidth, shared.total):
             sums.add(block.ts, block.dur, calls, amounts)
         counter = keep & (block.cat == ID["counter"])
-        self._counters(block, np.flatnonzero(counter))
-        flow = self.flows.of(block)
-        self._arguments(block)
+        self._write_counters(block, np.flatnonzero(counter))
+        flow = self.flows.find_flows(block)
+        self._resolve_files(block)
         instant = keep & (block.cat == ID["clock"])
         slices = keep & ~counter & ~instant
         strings = block.arg_kind == STRING
-        shared.names.explain(
+        shared.names.explain_names(
             {
                 proto.CATEGORIES: block.cat[keep], proto.NAMES: block.name[keep],
                 proto.KEYS: block.arg_key, proto.VALUES: block.arg_val[strings],
@@ -190,17 +197,17 @@ class FileTracks:
             (block.arg_val, strings),
         ):
             column[where] += 1  # in Perfetto the number 0 means none
-        who = np.flatnonzero(slices | instant)
-        tids = self._known(block.tid[who])
+        chosen = np.flatnonzero(slices | instant)
+        tids = self._limit_threads(block.tid[chosen])
         order = np.argsort(tids, kind="stable")
-        who, tids = who[order], tids[order]
-        groups = np.split(who, np.flatnonzero(np.diff(tids)) + 1) if len(who) else []
+        chosen, tids = chosen[order], tids[order]
+        groups = np.split(chosen, np.flatnonzero(np.diff(tids)) + 1) if len(chosen) else []
         for tid, mine in zip(np.unique(tids).tolist(), groups, strict=True):
             is_slice = slices[mine]
-            track = self._track(tid)
-            self._thread(block, mine[is_slice], mine[~is_slice], track, flow)
+            track = self._find_track(tid)
+            self._write_thread(block, mine[is_slice], mine[~is_slice], track, flow)
 
-    def finish(self) -> None:
+    def finish_file(self) -> None:
         """The counters that need the whole file, and what the file lacks."""
         shared = self.shared
         write_bandwidth(shared, self.uuid, self.bandwidth)
@@ -217,14 +224,14 @@ class FileTracks:
                 f"{name}: {self.uncounted} values of counters left out, beyond {MAX_COUNTERS} counters"
             )
 
-    def _known(self, tids: np.ndarray) -> np.ndarray:
+    def _limit_threads(self, tids: np.ndarray) -> np.ndarray:
         """Thread numbers; those that get no track of their own any more as OTHERS."""
         found = np.unique(tids)
         new = found[~np.isin(found, np.fromiter(self.tracks, np.int64, len(self.tracks)))]
         late = new[max(0, MAX_THREADS - len(self.tracks)) :]
         return np.where(np.isin(tids, late), OTHERS, tids) if len(late) else tids
 
-    def _arguments(self, block: EventBlock) -> None:
+    def _resolve_files(self, block: EventBlock) -> None:
         """File hashes become paths, under the name `file`."""
         shared = self.shared
         hashed = block.arg_key == ID["fhash"]
@@ -233,7 +240,7 @@ class FileTracks:
         block.arg_val[hashed] = paths
         block.arg_key[hashed | (block.arg_key == ID["fname"])] = ID["file"]
 
-    def _track(self, tid: int) -> Track:
+    def _find_track(self, tid: int) -> Track:
         process = self.process
         main = tid == process.pid
         name = self.reader.process.threads.get(tid) or (
@@ -242,18 +249,20 @@ class FileTracks:
         track = self.tracks.get(tid)
         if track is None:
             uuid = self.shared.new_uuid()
-            track = Track(uuid, self.pid if main else self.shared.unique(tid), lanes=[(uuid, SliceLane())])
+            track = Track(
+                uuid, self.pid if main else self.shared.reserve_number(tid), lanes=[(uuid, SliceLane())]
+            )
             self.tracks[tid] = track
         if track.name != name:
             track.name = name
-            self.shared.out.write(proto.thread(track.uuid, self.uuid, self.pid, track.tid, name))
+            self.shared.out.write(proto.describe_thread(track.uuid, self.uuid, self.pid, track.tid, name))
         return track
 
-    def _thread(
+    def _write_thread(
         self, block: EventBlock, slices: np.ndarray, instants: np.ndarray, track: Track, flow
     ) -> None:
         if len(instants):
-            self._events(block, instants, track.uuid, flow, True)
+            self._write_events(block, instants, track.uuid, flow, True)
         level = 0
         while len(slices):
             if level == MAX_LANES:
@@ -262,53 +271,53 @@ class FileTracks:
             if level == len(track.lanes):
                 uuid = self.shared.new_uuid()
                 track.lanes.append((uuid, SliceLane()))
-                about = self.pid, self.shared.unique(track.tid), f"{track.name} overlap {level}"
-                self.shared.out.write(proto.thread(uuid, self.uuid, *about))
+                about = self.pid, self.shared.reserve_number(track.tid), f"{track.name} overlap {level}"
+                self.shared.out.write(proto.describe_thread(uuid, self.uuid, *about))
             uuid, lane = track.lanes[level]
             leaf = (block.cat[slices] == ID["POSIX"] + 1) | (block.cat[slices] == ID["STDIO"] + 1)
-            order, late, refused = lane.nest(block.ts[slices], block.dur[slices], leaf)
+            order, late, refused = lane.nest_slices(block.ts[slices], block.dur[slices], leaf)
             for i in slices[late].tolist():
-                self._late(block, i, uuid, flow)
-            self._events(block, slices[order], uuid, flow, False)
+                self._write_late_parent(block, i, uuid, flow)
+            self._write_events(block, slices[order], uuid, flow, False)
             slices = slices[refused]
             self.shared.summary.moved += len(slices) if level == 0 else 0
             level += 1
 
-    def _events(self, block: EventBlock, order: np.ndarray, uuid: int, flow, instant: bool) -> None:
+    def _write_events(self, block: EventBlock, order: np.ndarray, uuid: int, flow, instant: bool) -> None:
         if not len(order):
             return
         if instant:
             order = order[np.argsort(block.ts[order], kind="stable")]
-        self.shared.out.write(proto.on_track(uuid))
-        self.shared.out.write(self._encode(block, order, flow, instant))
+        self.shared.out.write(proto.select_track(uuid))
+        self.shared.out.write(self._encode_events(block, order, flow, instant))
 
-    def _encode(self, block: EventBlock, order: np.ndarray, flow, instant: bool) -> memoryview:
+    def _encode_events(self, block: EventBlock, order: np.ndarray, flow, instant: bool) -> memoryview:
         texts = len(block.text) if (block.arg_kind >= INLINE).any() else 0
         base, count = flow
         ends = int(np.maximum(count[order], 0).sum()) * 10
         size = proto.BYTES_PER_EVENT * len(order) + proto.BYTES_PER_ARG * len(block.arg_key) + texts + ends
-        out = self.shared.room(size)
-        used = proto.events(
+        out = self.shared.get_buffer(size)
+        used = proto.encode_events(
             order, self.shared.begin, block.ts, block.dur, block.name, block.cat, instant,
             block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, block.text, base, count, out,
         )  # fmt: skip
         return out.data[:used]
 
-    def _late(self, block: EventBlock, i: int, uuid: int, flow) -> None:
+    def _write_late_parent(self, block: EventBlock, i: int, uuid: int, flow) -> None:
         """A parent that began in the same microsecond as a child that is written already: 1 ns before it."""
         begin = int(block.ts[i])
-        self.shared.out.write(proto.on_track(uuid))
-        event = bytes(self._encode(block, np.array([i]), flow, False))
+        self.shared.out.write(proto.select_track(uuid))
+        event = bytes(self._encode_events(block, np.array([i]), flow, False))
         self.shared.out.write(
-            proto.as_boundaries(event, begin * 1000 - 1, (begin + int(block.dur[i])) * 1000)
+            proto.split_into_boundaries(event, begin * 1000 - 1, (begin + int(block.dur[i])) * 1000)
         )
 
-    def _counters(self, block: EventBlock, who: np.ndarray) -> None:
-        if not len(who):
+    def _write_counters(self, block: EventBlock, chosen: np.ndarray) -> None:
+        if not len(chosen):
             return
         values = read_real_argument(block, ID["value"])
-        for number in np.unique(block.name[who]).tolist():
-            mine = who[block.name[who] == number]
+        for number in np.unique(block.name[chosen]).tolist():
+            mine = chosen[block.name[chosen] == number]
             mine = mine[np.argsort(block.ts[mine], kind="stable")]
             name = self.shared.strings.text(number)
             if number not in self.counters and len(self.counters) == MAX_COUNTERS:
@@ -316,7 +325,9 @@ class FileTracks:
                 continue
             if number not in self.counters:
                 self.counters[number] = self.shared.new_uuid()
-                self.shared.out.write(proto.counter_track(self.counters[number], self.uuid, name, ""))
+                self.shared.out.write(
+                    proto.describe_counter_track(self.counters[number], self.uuid, name, "")
+                )
                 self.shared.counted.add(name)
             write_counter(self.shared, self.counters[number], block.ts[mine], values[mine])
 
@@ -329,20 +340,20 @@ def process_name(process: TracedProcess, launch: int = 0) -> str:
 
 
 def write_counter(shared: SharedTracks, uuid: int, ts: np.ndarray, values: np.ndarray) -> None:
-    good = np.isfinite(values)
-    ts, values = ts[good], np.ascontiguousarray(values[good], np.float64)
+    finite = np.isfinite(values)
+    ts, values = ts[finite], np.ascontiguousarray(values[finite], np.float64)
     if len(ts):
-        shared.out.write(proto.on_track(uuid))
-        out = shared.room(proto.BYTES_PER_EVENT * len(ts))
-        used = proto.counters(ts, values, shared.begin, out)
+        shared.out.write(proto.select_track(uuid))
+        out = shared.get_buffer(proto.BYTES_PER_EVENT * len(ts))
+        used = proto.encode_counters(ts, values, shared.begin, out)
         shared.out.write(out.data[:used])
 
 
 def write_bandwidth(shared: SharedTracks, parent: int, bandwidth: BandwidthCounter) -> None:
     for name in bandwidth.bytes:
-        ts, rate = bandwidth.series(name)
+        ts, rate = bandwidth.make_series(name)
         if len(ts):
             uuid = shared.new_uuid()
             label = f"{name} MB/s" if parent else f"{name} MB/s, all ranks"
-            shared.out.write(proto.counter_track(uuid, parent, label, "MB/s"))
+            shared.out.write(proto.describe_counter_track(uuid, parent, label, "MB/s"))
             write_counter(shared, uuid, ts, rate / 1e6)

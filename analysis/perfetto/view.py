@@ -21,7 +21,7 @@ from typing import Any
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import check_regular, is_regular, open_regular
 
-# The UI would ask its makers' servers who the user is: the browser shall talk to this machine only.
+# The UI would contact Google's servers: the browser may talk to this machine only.
 ONLY_HERE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 # Put into the UI's page, which asks for its trace at the root: here it has to ask below the secret. The
 # secret is kept for this address and port alone, so that the links of a report find the way.
@@ -53,7 +53,7 @@ TYPES = {".wasm": "application/wasm", ".js": "text/javascript", ".pftrace": "app
 def make_link(ts: int, dur: int) -> str:
     """Where the UI shows the slice that begins at `ts` and takes `dur`, both in us, while `view` runs.
 
-    The time stands there twice: what follows # is read on loading, and a new ? makes a browser load.
+    The time is in it twice: the part after # is read on loading, and a new ? makes a browser load.
     """
     around = max(dur, 100)
     sight = f"visStart={(ts - around) * 1000}&visEnd={(ts + dur + around) * 1000}"
@@ -141,8 +141,8 @@ def _names_this_host(hosts: list[str]) -> bool:
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Below /TOKEN/ the UI's files, and as TOKEN/localtrace the trace, for which the bundled UI asks when it
-    starts. Who does not know the token gets nothing: other users of this machine reach the port, too. Nor
-    does a page of another host whose name was made to point here: it says its own name as Host.
+    starts. A request without the token gets nothing: other users of this machine can reach the port, too. Nor
+    does a page of another host whose name was made to point here: it sends its own name as Host.
     """
 
     extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **TYPES}
@@ -157,16 +157,16 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         if self.command not in ("GET", "HEAD"):
-            self._refuse(405)
+            self._send_refusal(405)
         elif not _names_this_host(self.headers.get_all("Host", [])):
-            self._refuse(403)
-        elif not self._enter():
-            self._refuse(403, DOOR)
+            self._send_refusal(403)
+        elif not self._strip_token():
+            self._send_refusal(403, DOOR)
         else:
             return True
         return False
 
-    def _enter(self) -> bool:
+    def _strip_token(self) -> bool:
         """Takes the secret off the path."""
         length, asked = len(self.token) + 2, str(self.path)
         begin, rest = asked[:length], asked[length:]
@@ -175,36 +175,36 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.path = "/" + rest
         return True
 
-    def _refuse(self, status: int, page: bytes = b"") -> None:
+    def _send_refusal(self, status: int, page: bytes = b"") -> None:
         self.close_connection = True
         self.policy = ONLY_THE_DOOR
-        self._send("text/html", page, status)
+        self._send_answer("text/html", page, status)
 
     def do_GET(self) -> None:
         page = self.path.partition("?")[0].partition("#")[0]
         if page == "/localtrace":
-            self._trace()
+            self._send_trace()
         elif page in ("/vizviewer_info", "/file_info"):
-            self._send("application/json", json.dumps({}).encode())
+            self._send_answer("application/json", json.dumps({}).encode())
         elif page in ("/", "/index.html"):
             index = (self.folder / "index.html").read_bytes()
-            self._send("text/html", index.replace(b"<head>", b"<head>" + BELOW_THE_TOKEN, 1))
+            self._send_answer("text/html", index.replace(b"<head>", b"<head>" + BELOW_THE_TOKEN, 1))
         else:
             super().do_GET()
 
     do_HEAD = do_GET  # noqa: N815  # nothing is sent as a body then
 
     def translate_path(self, path: str) -> str:
-        """A file of the UI; what lies elsewhere, though a link in its folder leads there, is not found."""
+        """A file of the UI; a file elsewhere, to which a link in its folder leads, is not found."""
         found = os.path.realpath(super().translate_path(path))
         inside = found.startswith(os.path.realpath(self.folder) + os.sep) and os.path.isfile(found)
         return found if inside else os.path.join(self.folder, "no such file")
 
-    def _trace(self) -> None:
+    def _send_trace(self) -> None:
         try:
             descriptor = open_regular(self.trace)
-        except UserError:  # removed meanwhile
-            self._send("text/plain", b"the trace cannot be read any more", 404)
+        except UserError:  # removed in the meantime
+            self._send_answer("text/plain", b"the trace cannot be read any more", 404)
             return
         with os.fdopen(descriptor, "rb") as file:
             left = os.fstat(file.fileno()).st_size
@@ -217,7 +217,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
                 left -= len(data)
             self.close_connection = self.close_connection or left > 0  # it has become shorter
 
-    def _send(self, kind: str, body: bytes, status: int = 200) -> None:
+    def _send_answer(self, kind: str, body: bytes, status: int = 200) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -259,8 +259,8 @@ def make_server(trace: Path, port: int) -> Server:
     try:
         return Server(trace, port)
     except (OSError, OverflowError) as error:
-        told = getattr(error, "strerror", None) or "not a port's number"
-        raise UserError(f"--port {port}: {told}; choose another, or 0 for any free one") from error
+        reason = getattr(error, "strerror", None) or "not a port's number"
+        raise UserError(f"--port {port}: {reason}; choose another, or 0 for any free one") from error
 
 
 def format_instructions(trace: Path, address: str, port: int) -> str:
@@ -273,14 +273,14 @@ def format_instructions(trace: Path, address: str, port: int) -> str:
             f"  here:           {address}",
             f"  from a laptop:  ssh -N -L {port}:127.0.0.1:{port} {host}",
             "                  then open the same address there",
-            "  The address is the key to the trace: whoever has it, and an account here, can read it.",
+            "  The address is the key to the trace: anyone who has it, and an account here, can read it.",
             "  without this:   drop the file on https://ui.perfetto.dev (read in the browser, not uploaded)",
             "Ctrl-C ends it.",
         )
     )
 
 
-def serve(run_dir: str | Path, file: str | Path | None, port: int) -> None:
+def serve_trace(run_dir: str | Path, file: str | Path | None, port: int) -> None:
     trace = find_trace(run_dir, file)
     with make_server(trace, port) as http_server:
         print(format_instructions(trace, http_server.address, http_server.server_address[1]), flush=True)

@@ -38,51 +38,51 @@ class Facts:
     reads: pl.DataFrame = field(init=False)  # by phase and file, start-up left out
 
     def __post_init__(self) -> None:
-        self.phases = answers.phases(self.joined)
-        self.launches = progress.launches(self.joined)
+        self.phases = answers.sum_phases(self.joined)
+        self.launches = progress.list_launches(self.joined)
         ranks = self.launches.select("launch", "ranks")
-        self.launched = answers.phases(self.joined, "launch").join(ranks, on="launch")
-        self.breakdown = answers.breakdown(self.joined)
-        self.ranks = progress.ranks(self.joined)
-        volume = answers.volume(self.joined, "phase", "file")
+        self.launched = answers.sum_phases(self.joined, "launch").join(ranks, on="launch")
+        self.breakdown = answers.sum_breakdown(self.joined)
+        self.ranks = progress.compare_ranks(self.joined)
+        volume = answers.sum_volume(self.joined, "phase", "file")
         self.reads = volume.filter((pl.col("op") == "read") & (pl.col("phase") != "startup"))
 
     @property
-    def ours(self) -> bool:
+    def is_own_run(self) -> bool:
         """Whether remedies may name the trainer's own options."""
         return "data" in self.config and "launch" in self.config
 
-    def longest(self, phase: str) -> float:
+    def longest_phase_seconds(self, phase: str) -> float:
         """Of the rank that took longest, in each launch: the ranks run side by side."""
         found = self.launched.filter(pl.col("phase") == phase).group_by("launch").agg(pl.col("wall_s").max())
         return float(found["wall_s"].sum())
 
-    def wall(self) -> float:
+    def wall_seconds(self) -> float:
         """Seconds that the run ran: of the rank that took longest, in each launch."""
         of_rank = self.launched.group_by("launch", "rank").agg(pl.col("wall_s").sum())
         return float(of_rank.group_by("launch").agg(pl.col("wall_s").max())["wall_s"].sum())
 
-    def pause(self) -> float:
+    def pause_seconds(self) -> float:
         """Seconds between the launches, in which nothing ran."""
         return float(self.launches["not_running_before_s"].sum())
 
-    def mean(self, column: str, *phases: str) -> float:
+    def mean_seconds(self, column: str, *phases: str) -> float:
         """Seconds per rank, on average over the ranks of each launch."""
         found = self.launched.filter(pl.col("phase").is_in(phases)) if phases else self.launched
         return float((found[column] / found["ranks"]).sum())
 
-    def exposed(self) -> float:
+    def exposed_seconds(self) -> float:
         """Seconds of I/O and of waiting for data per rank that nothing hides, start-up left out."""
         work = self.launched.filter(pl.col("phase") != "startup")
         return float(((work["io_s"] + work["wait_s"]) / work["ranks"]).sum())
 
-    def won(self, seconds_of_all_ranks: float) -> float:
+    def limit_gain(self, seconds_of_all_ranks: float) -> float:
         """What less I/O brings: a rank's share of it, but no more than what is not hidden anyway."""
-        return min(seconds_of_all_ranks / self.breakdown.height, self.exposed())
+        return min(seconds_of_all_ranks / self.breakdown.height, self.exposed_seconds())
 
-    def larger_reads(self, mean_bytes: float) -> str:
+    def advise_larger_reads(self, mean_bytes: float) -> str:
         """How to have larger reads: what keeps them small is the trainer's option, or the data's layout."""
-        if not self.ours:
+        if not self.is_own_run:
             return "Read larger pieces and hand them out from memory."
         reads = self.reads.filter(pl.col("phase").is_in(TRAIN))
         sums = reads.select(pl.col("sequential", "strided", "random").sum()).row(0, named=True)
@@ -91,7 +91,7 @@ class Facts:
                 "The ranks take turns in each file, so a read is one rank's rows of one batch: raise "
                 "--batch_size, or give --shuffle_training_set: each rank then reads a stretch of its own."
             )
-        if run_settings.number(self.config["data"].get("read_chunk_mb")) * 1e6 < 4 * mean_bytes:
+        if run_settings.to_number(self.config["data"].get("read_chunk_mb")) * 1e6 < 4 * mean_bytes:
             return "Raise --read_chunk_mb."
         return (
             "A read ends where this rank's rows or the file end: larger batches, or fewer and larger files."

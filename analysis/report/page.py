@@ -52,7 +52,7 @@ def format_number(n: int, of: str) -> str:
 
 
 def to_prose(text: str) -> str:
-    """Sentences as HTML: what stands between backticks is a name from the trace or a command."""
+    """Sentences as HTML: text between backticks is a name from the trace or a command."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
@@ -67,7 +67,7 @@ def format_seconds(s: float | None) -> str:
 
 
 def format_cell(name: str, value: Any) -> str:
-    """One value as people read it: by the unit in its column's name."""
+    """One value with its unit, which its column's name ends in."""
     if value is None:
         return ""
     if name in ("bytes", "size", "mean_bytes", "moved", "asked", "reach", "bytes_from"):
@@ -125,11 +125,11 @@ class Figures:
     def __init__(self) -> None:
         self.specs: list[Spec] = []
 
-    def html(self, spec: Spec, caption: str) -> str:
+    def add_figure(self, spec: Spec, caption: str) -> str:
         self.specs.append(spec)
         return f'<figure data-spec="f{len(self.specs)}"><figcaption>{to_prose(caption)}</figcaption></figure>'
 
-    def scripts(self) -> str:
+    def render_scripts(self) -> str:
         data = [json.dumps(round_values(spec), separators=(",", ":")) for spec in self.specs]
         # no text may end the script, nor begin a comment or a script in it: no < at all, nor > and &
         data = [text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026") for text in data]
@@ -152,7 +152,7 @@ def round_values(value: Any) -> Any:
 def entry_html(entry: ReportEntry, figures: Figures) -> str:
     parts = [f"<h3>{escape(entry.title)}</h3>"]
     if entry.plot is not None:
-        parts.append(figures.html(entry.plot, entry.caption))
+        parts.append(figures.add_figure(entry.plot, entry.caption))
     else:
         parts.append(f"<p class=soft>{to_prose(entry.caption)}</p>")
     if entry.table is not None and len(entry.table):
@@ -168,7 +168,7 @@ def tiles_html(tiles: Iterable[tuple[str, str]]) -> str:
     ) + "</div>"  # fmt: skip
 
 
-def _policy(script: str) -> str:
+def _make_policy(script: str) -> str:
     """The page runs this script and no other, and loads nothing."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -180,8 +180,8 @@ def make_page(title: str, body: Sequence[str], figures: Figures) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
         f'<meta name="viewport" content="width=device-width">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_make_policy(script)}">'
         f"<style>{(HERE / 'page.css').read_text()}</style></head>"
-        f'<body>{"".join(body)}<div id="tip"></div>{figures.scripts()}'
+        f'<body>{"".join(body)}<div id="tip"></div>{figures.render_scripts()}'
         f"<script>{script}</script></body></html>\n"
     )

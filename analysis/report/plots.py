@@ -13,7 +13,7 @@ from analysis.tables.answers import PARTS
 from analysis.tables.progress import RANKINGS
 from analysis.trace.classify import KINDS
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too
+# Okabe and Ito's colours, which colour-blind readers can distinguish too
 COLORS = {
     "compute": "#009e73", "communication": "#0072b2", "copy": "#56b4e9", "wait": "#e8601c", "io": "#882255",
     "rest": "#bbbbbb", "other": "#dddddd", "startup": "#f0c14b", "evaluate": "#9970ab",
@@ -37,10 +37,10 @@ def plot_time_by_rank(breakdown: pl.DataFrame) -> Spec | None:
                 parts.append([name, at, row[name]])
                 at += row[name]
         rows.append({"label": f"rank {row['rank']}", "parts": parts})
-    return _rows(rows, COLORS)
+    return _make_rows(rows, COLORS)
 
 
-def _rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = False) -> Spec | None:
+def _make_rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = False) -> Spec | None:
     used = {part[0] for row in rows for part in row["parts"]}
     if not used:
         return None
@@ -68,7 +68,7 @@ def plot_hidden_io(phases: pl.DataFrame) -> Spec | None:
                 parts.append([name, at, value])
                 at += value
         rows.append({"label": f"rank {row['rank']}, {row['phase']}", "parts": parts})
-    return _rows(rows, colors, left=150)
+    return _make_rows(rows, colors, left=150)
 
 
 def plot_over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> Spec | None:
@@ -101,14 +101,16 @@ def plot_over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()
                     "zero": name != "loss",
                 }
             )
-    panels += _scores(curves) + _tables_in_files(curves)
+    panels += _make_score_panels(curves) + _make_cache_panels(curves)
     return {"type": "time", "panels": panels, "unit": "s", "gaps": list(gaps)}
 
 
-def _scores(curves: pl.DataFrame) -> list[dict]:
+def _make_score_panels(curves: pl.DataFrame) -> list[dict]:
     """AUROC; of a model that ranks items Recall and NDCG, of ten items or else the longest list."""
     named = curves["name"].unique().to_list()
-    longest = [max((n for n in named if n.startswith(kind)), key=_length, default="") for kind in RANKINGS]
+    longest = [
+        max((n for n in named if n.startswith(kind)), key=_list_length, default="") for kind in RANKINGS
+    ]
     panels = []
     for name in filter(None, ("auroc", *longest)):
         found = curves.filter((pl.col("name") == name) & pl.col("value").is_finite())
@@ -124,7 +126,7 @@ def _scores(curves: pl.DataFrame) -> list[dict]:
     return panels
 
 
-def _length(name: str) -> int:
+def _list_length(name: str) -> int:
     """NDCG@100 -> 100; ten is what is quoted."""
     digits = name.partition("@")[2]
     return (1 << 30 if digits == "10" else int(digits)) if digits.isdecimal() else 0
@@ -137,7 +139,7 @@ CACHE = (
 )
 
 
-def _tables_in_files(curves: pl.DataFrame) -> list[dict]:
+def _make_cache_panels(curves: pl.DataFrame) -> list[dict]:
     """Of training; runs whose tables are all in memory have none of it."""
     panels = []
     for label, unit, names in CACHE:
@@ -228,7 +230,7 @@ def plot_startup(table: pl.DataFrame) -> Spec | None:
     for (launch, rank), group in table.drop_nulls("at_s").group_by("launch", "rank", maintain_order=True):
         label = f"rank {rank}, launch {launch}" if several else f"rank {rank}"
         rows.append({"label": label, "parts": list(group.select("part", "at_s", "seconds").iter_rows())})
-    return _rows(rows[:MAX_ROWS], colors, left=150 if several else 110, gantt=True)
+    return _make_rows(rows[:MAX_ROWS], colors, left=150 if several else 110, gantt=True)
 
 
 def plot_files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
@@ -242,7 +244,7 @@ def plot_files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
         for row in top.iter_rows(named=True)
         if row["seconds"] > 0
     ]
-    return _rows(rows, {"read": READ, "write": WRITE}, left=420)
+    return _make_rows(rows, {"read": READ, "write": WRITE}, left=420)
 
 
 def plot_work(ranks: pl.DataFrame) -> Spec | None:
@@ -267,4 +269,4 @@ def plot_preprocessing(table: pl.DataFrame) -> Spec | None:
     rows = [
         {"label": r["name"], "parts": [["work", 0.0, r["elapsed_s"]]]} for r in table.iter_rows(named=True)
     ]
-    return _rows(rows, {"work": COLORS["preprocess"]}, left=200)
+    return _make_rows(rows, {"work": COLORS["preprocess"]}, left=200)

@@ -28,14 +28,14 @@ def plot_rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
 
 
 def plot_request_sizes(sizes: pl.DataFrame) -> Spec | None:
-    return _histogram(sizes, "count", "requests", True)
+    return _make_histogram(sizes, "count", "requests", True)
 
 
 def plot_request_bytes(sizes: pl.DataFrame) -> Spec | None:
-    return _histogram(sizes.with_columns(pl.col("bytes") / 1e6), "bytes", "MB", False)
+    return _make_histogram(sizes.with_columns(pl.col("bytes") / 1e6), "bytes", "MB", False)
 
 
-def _histogram(sizes: pl.DataFrame, column: str, unit: str, log: bool) -> Spec | None:
+def _make_histogram(sizes: pl.DataFrame, column: str, unit: str, log: bool) -> Spec | None:
     table = sizes.group_by("op", "bucket").agg(pl.col(column).sum())
     if not len(table):
         return None

@@ -24,10 +24,11 @@ from analysis.report.run import TracedRun, open_run
 from analysis.report.sections import list_entries
 from analysis.run_folder import outputs, run_settings
 from analysis.tables.gather import Map, on_threads
+from analysis.trace.source import TraceSource
 from common.errors import os_errors_as_user_errors
 
 PAGE, SUMMARY = "report.html", "summary.json"
-REMEDY = "say with -o where the page, or in which folder all files, shall go"
+REMEDY = "name another place with -o: a file for the page, or a folder for all files"
 
 
 def findings_html(found: list[Finding]) -> str:
@@ -47,19 +48,19 @@ def findings_html(found: list[Finding]) -> str:
 def header_html(run: TracedRun, facts: Facts) -> str:
     hosts = sorted({p.host for p in run.joined.processes if p.host})
     where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
-    told = [f"{format_number(facts.breakdown.height, 'rank')} on {where}"]
+    parts = [f"{format_number(facts.breakdown.height, 'rank')} on {where}"]
     if name := run_settings.model_of_run(run.config):
-        told.insert(0, name)
+        parts.insert(0, name)
     if tables := run_settings.list_tables(run.plan):
-        told.append(f"tables: {tables}")
+        parts.append(f"tables: {tables}")
     known = {called: run_settings.read_option(run.config, called) for called in run_settings.OPTIONS}
     for called in ("embedding dimension", "batch size of a rank"):
         if known[called]:
-            told.append(f"{called} {run_settings.shown(known[called])}")
+            parts.append(f"{called} {run_settings.format_setting(known[called])}")
     if known["device"]:
-        told.append(run_settings.shown(known["device"]))
-    told.append(f"{run.joined.events:,} events, {run.joined.calls:,} of them file calls")
-    return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(told))}</p>"
+        parts.append(run_settings.format_setting(known["device"]))
+    parts.append(f"{run.joined.events:,} events, {run.joined.calls:,} of them file calls")
+    return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(parts))}</p>"
 
 
 def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list[ReportEntry]) -> str:
@@ -69,7 +70,7 @@ def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list
     body = [
         header_html(run, facts),
         f"<nav>{links}</nav>",
-        tiles_html((name, told) for name, _, told, _ in summary.list_headlines(run, facts)),
+        tiles_html((each.label, each.text) for each in summary.list_headlines(run, facts)),
         '<h2 id="findings">Findings</h2><p class=soft>By the time there is to win, at best. '
         "What is hidden behind compute does not count.</p>",
         findings_html(found),
@@ -86,42 +87,44 @@ def make_anchor(section: str) -> str:
     return "".join(c for c in section.lower() if c.isalnum())
 
 
-def write_report(path: str | Path, output: Path | None = None, over: Map = on_threads) -> tuple[Path, str]:
+def write_report(
+    path: str | Path, output: Path | None = None, over: Map = on_threads, source: TraceSource | None = None
+) -> tuple[Path, str]:
     """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
     name. Returns the page's path and the terminal's text.
     """
-    folder = outputs.beside(path) if output is None else output if output.is_dir() else None
+    folder = outputs.output_folder(path) if output is None else output if output.is_dir() else None
     if folder is not None and Path(path).exists():
         early = {PAGE: is_own_page, SUMMARY: outputs.is_own_summary, "tables/breakdown.csv": lambda _: True}
         outputs.check_folder(folder, early, REMEDY)
-    run = open_run(path, over)
+    run = open_run(path, over, source)
     facts = Facts(run.joined, run.config)
     found, things = find_all(facts), list_entries(run, facts)
-    told = summary.format_text(run, facts, found)
-    made = outputs.seal(render_html(run, facts, found, things), "report")
+    text = summary.format_text(run, facts, found)
+    made = outputs.seal_page(render_html(run, facts, found, things), "report")
     if folder is None:
         assert output is not None
         with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
             partial.write_bytes(made)
-        return output, told
+        return output, text
     ours = is_own_page(folder / PAGE) or outputs.is_own_summary(folder / SUMMARY)
     numbers = json.dumps(summary.make_summary(run, facts, found), indent=1) + "\n"
     with outputs.results_in(folder, complete="tables/") as results:
         for entry in things:
             if entry.name and entry.table is not None:
-                data = csv(entry.table)
+                data = encode_csv(entry.table)
                 header = outputs.has_header(data[: data.index(b"\n") + 1])
                 results.write(f"tables/{entry.name}.csv", data, header if ours else lambda _: False)
         results.write(SUMMARY, numbers.encode(), outputs.is_own_summary)
         results.write(PAGE, made, is_own_page)
-    return folder / PAGE, told
+    return folder / PAGE, text
 
 
 def is_own_page(path: Path) -> bool:
     return outputs.is_own_page(path, "report") or outputs.is_earlier_page(path)
 
 
-def csv(table: pl.DataFrame) -> bytes:
+def encode_csv(table: pl.DataFrame) -> bytes:
     """Text that a spreadsheet would take for a formula begins with an apostrophe."""
     texts = [name for name, dtype in table.schema.items() if dtype == pl.String]
     formula = [pl.col(name).str.contains(r"^[=+\-@\t\r]") for name in texts]

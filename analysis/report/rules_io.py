@@ -1,4 +1,4 @@
-"""Rules over reads, writes and calls. What they say can be won is never more than what nothing hides."""
+"""Rules over reads, writes and calls. The gain they promise is never more than the I/O that nothing hides."""
 
 import polars as pl
 
@@ -8,7 +8,7 @@ from analysis.tables import answers
 from analysis.tables.calls import with_us
 
 SMALL = 64 << 10  # a request below this is small
-GOOD = 8 << 20  # a request of this size is large enough for any file system we know
+LARGE_REQUEST = 8 << 20  # a request of this size is large enough for common file systems
 
 
 def find_small_reads(f: Facts) -> Finding | None:
@@ -17,8 +17,8 @@ def find_small_reads(f: Facts) -> Finding | None:
     calls, moved, spent = (int(small[c].sum()) for c in ("count", "bytes", "us"))
     if calls < 1000 or spent < 0.2 * int(reads["us"].sum()):
         return None
-    large = max(1, round(moved / GOOD))
-    won = f.won(spent / 1e6 * (1 - large / calls))  # a call this small is mostly the cost of a call
+    large = max(1, round(moved / LARGE_REQUEST))
+    won = f.limit_gain(spent / 1e6 * (1 - large / calls))  # a call this small is mostly the cost of a call
     files = f.reads.filter(pl.col("mean_bytes") < SMALL).sort("count", descending=True)
     name = files["file"][0] if len(files) and 2 * files["count"][0] > calls else None
     text = (
@@ -27,7 +27,7 @@ def find_small_reads(f: Facts) -> Finding | None:
         f"added up over the ranks; {large:,} large reads would bring the same bytes."
     )
     evidence = {"reads": calls, "bytes": moved, "seconds_all_ranks": spent / 1e6, "file": name}
-    return Finding("small_reads", won, text, f.larger_reads(moved / calls), evidence)
+    return Finding("small_reads", won, text, f.advise_larger_reads(moved / calls), evidence)
 
 
 def find_mapped_files(f: Facts) -> Finding | None:
@@ -38,8 +38,8 @@ def find_mapped_files(f: Facts) -> Finding | None:
     if f.joined.calls == 0:
         return None
     moved, spent = int(reads["bytes"].sum()), float(reads["us"].sum()) / 1e6
-    rate, won = moved / max(spent, 1e-9) / 1e6, f.won(spent)
-    if rate > 2000 or won < 0.02 * f.mean("wall_s", "train", "run", "preprocess"):
+    rate, won = moved / max(spent, 1e-9) / 1e6, f.limit_gain(spent)
+    if rate > 2000 or won < 0.02 * f.mean_seconds("wall_s", "train", "run", "preprocess"):
         return None
     slow = reads.group_by("file").agg(pl.col("us").sum()).sort("us", descending=True)["file"][0]
     text = (
@@ -47,16 +47,16 @@ def find_mapped_files(f: Facts) -> Finding | None:
         "a mapped file that is not in memory comes in by page faults, a few pages at a time."
     )
     remedy = "Read the files instead of mapping them, or advise the kernel to read ahead."
-    if f.ours:
+    if f.is_own_run:
         remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
     return Finding("mapped", won, text, remedy, {"bytes": moved, "MB_per_s": rate, "file": slow})
 
 
 def _mapped_by_option(f: Facts) -> Finding | None:
-    """Our own mapped source says nothing of its reads: what is seen is batches that take long to assemble."""
+    """The trainer's mapped source has no spans of its reads: its batches take long to assemble."""
     data = f.config.get("data", {})
     assembled = f.joined["spans"].filter((pl.col("cat") == "data") & (pl.col("name") == "assemble"))
-    stall, wall = f.mean("wait_s", *TRAIN), f.mean("wall_s", *TRAIN)
+    stall, wall = f.mean_seconds("wait_s", *TRAIN), f.mean_seconds("wall_s", *TRAIN)
     if (
         not (data.get("mmap_mode") or data.get("source") == "mmap")
         or not len(assembled)
@@ -78,8 +78,8 @@ def find_metadata_load(f: Facts) -> Finding | None:
     calls = f.after_startup("ops").filter(pl.col("layer") == "calls")
     other = calls.filter(~pl.col("op").is_in(["read", "write"]))
     spent, whole = float(other["us"].sum()) / 1e6, float(calls["us"].sum()) / 1e6
-    won = f.won(spent)
-    if not len(other) or spent < 0.3 * whole or won < 0.01 * f.mean("wall_s"):
+    won = f.limit_gain(spent)
+    if not len(other) or spent < 0.3 * whole or won < 0.01 * f.mean_seconds("wall_s"):
         return None
     sums = other.group_by("op").agg(pl.col("us").sum(), pl.col("count").sum())
     top = sums.sort("us", descending=True).row(0, named=True)
@@ -100,20 +100,22 @@ def find_random_access(f: Facts) -> Finding | None:
     if jumps < 1000 or jumps < sequential + strided:
         return None
     top = f.reads.sort("random", descending=True).row(0, named=True)
-    if top["mean_bytes"] >= GOOD / 8:
+    if top["mean_bytes"] >= LARGE_REQUEST / 8:
         return None
     part = jumps / (jumps + strided + sequential)
     text = (
-        f"{part:.0%} of the reads jump to another place of their file, most of them in {top['file']}, "
+        f"{part:.0%} of the reads jump to another offset of their file, most of them in {top['file']}, "
         f"{format_size(top['mean_bytes'])} at a time: no file system reads ahead for that."
     )
     remedy = "Shuffle batches, not rows; or read long stretches and shuffle inside them."
-    if f.ours and str(top["file"]).endswith(".rows"):
+    if f.is_own_run and str(top["file"]).endswith(".rows"):
         remedy = "Raise --cache_memory_budget_mb: more of the tables' rows stay in memory."
-    elif f.ours:
+    elif f.is_own_run:
         remedy = "Shuffle in memory: --shuffle_batches, or --shuffle_training_set (reads long stretches)."
     evidence = {"random": jumps, "strided": strided, "sequential": sequential, "file": top["file"]}
-    return Finding("random_access", f.won(float(f.reads["seconds"].sum()) * part), text, remedy, evidence)
+    return Finding(
+        "random_access", f.limit_gain(float(f.reads["seconds"].sum()) * part), text, remedy, evidence
+    )
 
 
 def find_slow_tail(f: Facts) -> Finding | None:
@@ -121,13 +123,13 @@ def find_slow_tail(f: Facts) -> Finding | None:
     reads = with_us(f.after_startup("latencies").filter(pl.col("op") == "read"))
     if int(reads["count"].sum()) < 1000:
         return None
-    middle, last = answers.percentiles(reads, "op").select("p50_us", "p99_us").row(0)
+    middle, last = answers.find_percentiles(reads, "op").select("p50_us", "p99_us").row(0)
     total = pl.col("us") * pl.col("count")
     spent = float(reads.select(total.sum()).item())
     slow = reads.filter(pl.col("us") > last)
     tail, number = float(slow.select(total.sum()).item()), max(1, int(slow["count"].sum()))
-    won = f.won(tail / 1e6)
-    if tail < 0.3 * spent or tail / number < 10 * middle or won < 0.005 * f.mean("wall_s"):
+    won = f.limit_gain(tail / 1e6)
+    if tail < 0.3 * spent or tail / number < 10 * middle or won < 0.005 * f.mean_seconds("wall_s"):
         return None
     text = (
         f"The slowest {number:,} reads take {tail / spent:.0%} of the reading time: half of all are done in "
@@ -139,7 +141,7 @@ def find_slow_tail(f: Facts) -> Finding | None:
 
 def find_amplified_reads(f: Facts) -> Finding | None:
     """More bytes moved than asked for."""
-    table = answers.amplification(f.joined).filter(
+    table = answers.compare_declared(f.joined).filter(
         (pl.col("op") == "read") & (pl.col("times") > 1.2) & (pl.col("moved") - pl.col("asked") > 1 << 20)
     )
     if not len(table):
@@ -152,7 +154,7 @@ def find_amplified_reads(f: Facts) -> Finding | None:
         f"{top['times']:.1f} times over."
     )
     remedy = "Keep what was read until it is used: whole batches per read, or fewer passes."
-    return Finding("amplified", f.won(spent), text, remedy, {"bytes": extra, "file": top["file"]})
+    return Finding("amplified", f.limit_gain(spent), text, remedy, {"bytes": extra, "file": top["file"]})
 
 
 def find_failed_calls(f: Facts) -> Finding | None:

@@ -1,4 +1,4 @@
-"""Rules over time: who waits for what, and for how long."""
+"""Rules over time: waiting, slow ranks, start-up, checkpoints, late steps."""
 
 import polars as pl
 
@@ -8,14 +8,14 @@ from analysis.tables import progress
 
 
 def find_waiting(f: Facts) -> Finding | None:
-    """The main thread stands still for data: in data/wait, or reading itself."""
-    wall = f.mean("wall_s", *TRAIN)
-    stall = f.mean("wait_s", *TRAIN) + f.mean("io_s", *TRAIN)
+    """The main thread waits for data: in data/wait, or reading itself."""
+    wall = f.mean_seconds("wall_s", *TRAIN)
+    stall = f.mean_seconds("wait_s", *TRAIN) + f.mean_seconds("io_s", *TRAIN)
     if wall <= 0 or stall < 0.05 * wall:
         return None
     evidence: dict[str, object] = {"stall_s": stall, "wall_s": wall}
     name, size_text = "its data", ""
-    remedy = "Give the loader more time ahead of the step, or the data a faster place."
+    remedy = "Let the loader prefetch further ahead, or put the data on faster storage."
     reads = f.reads.filter(pl.col("phase").is_in(TRAIN)).sort("seconds", descending=True)
     if len(reads):
         name = str(reads["file"][0] or "its data")
@@ -25,8 +25,8 @@ def find_waiting(f: Facts) -> Finding | None:
         if name.endswith(".rows"):
             remedy = "These are tables in files: raise --cache_memory_budget_mb."
         elif mean < 1 << 20:
-            remedy = f.larger_reads(mean)
-        elif f.ours:
+            remedy = f.advise_larger_reads(mean)
+        elif f.is_own_run:
             remedy = "Raise --prefetch_batches, stage the data on the node, or hold it in memory."
     text = (
         f"{stall / wall:.0%} of the training's time is waiting for data, most of all for {name}{size_text}."
@@ -44,7 +44,7 @@ def find_slow_rank(f: Facts) -> Finding | None:
     own = float(others["own_ms"].quantile(0.5) or 0.0)
     if own <= 0 or late["own_ms"] < 1.25 * own:
         return None
-    steps = progress.steps(f.joined)
+    steps = progress.list_steps(f.joined)
     lost = float((steps["own_us"] - steps["own_mean_us"]).sum()) / 1e6
     what = max(usual, key=lambda c: late[c] - usual[c]).removesuffix("_s")
     host = next((p.host for p in f.joined.processes if p.rank == late["rank"]), "")
@@ -63,47 +63,51 @@ def find_slow_rank(f: Facts) -> Finding | None:
 
 def find_slow_startup(f: Facts) -> Finding | None:
     """The first step comes late."""
-    table, wall = progress.startup(f.joined), f.mean("wall_s")
+    table, wall = progress.list_startup(f.joined), f.mean_seconds("wall_s")
     if not len(table):
         return None
     jobs = f.launches.height
-    first = _slowest(table.group_by("launch", "rank").agg(pl.col("seconds").sum()))
+    first = _sum_slowest(table.group_by("launch", "rank").agg(pl.col("seconds").sum()))
     of_parts = table.filter(pl.col("part") != "first step").group_by("launch", "part")
     parts = of_parts.agg(pl.col("seconds").max()).group_by("part").agg(pl.col("seconds").sum())
     if first < 0.1 * wall or not len(parts):
         return None
     part, long = parts.sort("seconds", descending=True).row(0)
-    calls = f"; file calls are {format_seconds(f.mean('io_s', 'startup'))} per rank" if f.joined.calls else ""
+    calls = (
+        f"; file calls are {format_seconds(f.mean_seconds('io_s', 'startup'))} per rank"
+        if f.joined.calls
+        else ""
+    )
     text = (
         f"{'The first step ends' if jobs == 1 else f'The first steps of {jobs} launches end'} after "
         f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; "
         f"its longest part is {part}, {format_seconds(long)}{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
-    if part == "imports" and f.mean("io_s", "startup") > 0.2 * long:  # else it is Python's own work
+    if part == "imports" and f.mean_seconds("io_s", "startup") > 0.2 * long:  # else it is Python's own work
         remedy = "Put the environment on node-local storage; it is paid once per job, so run longer jobs."
     evidence = {"first_step_s": first, "part": part, "part_s": long}
     return Finding("startup", long, text, remedy, evidence)
 
 
-def _slowest(table: pl.DataFrame) -> float:
+def _sum_slowest(table: pl.DataFrame) -> float:
     """Of each launch the rank that took longest, added up."""
     return float(table.group_by("launch").agg(pl.col("seconds").max())["seconds"].sum())
 
 
 def find_checkpoint_cost(f: Facts) -> Finding | None:
-    """Training stands still while checkpoints are written or loaded."""
-    stall = f.longest("checkpoint")
-    if stall < 0.02 * f.mean("wall_s"):
+    """Training pauses while checkpoints are written or loaded."""
+    stall = f.longest_phase_seconds("checkpoint")
+    if stall < 0.02 * f.mean_seconds("wall_s"):
         return None
-    written = progress.checkpoints(f.joined).filter(pl.col("name") == "write")
+    written = progress.list_checkpoints(f.joined).filter(pl.col("name") == "write")
     moved, spent = int(written["bytes"].sum()), float(written["seconds"].sum())
     speed = (
         f": {format_size(moved)} written at {moved / spent / 1e6:.0f} MB/s per rank"
         if moved and spent
         else ""
     )
-    text = f"Training stands still for {format_seconds(stall)} while checkpoints are saved or loaded{speed}."
+    text = f"Training pauses for {format_seconds(stall)} while checkpoints are saved or loaded{speed}."
     remedy = "Save less often, or to faster storage; or write in the background."
     return Finding("checkpoint", stall, text, remedy, {"stall_s": stall, "bytes": moved})
 
@@ -113,14 +117,14 @@ def find_late_steps(f: Facts) -> Finding | None:
     table = f.joined["steps"]
     if len(table) < 20:
         return None
-    late = progress.outliers(f.joined, times=3.0, n=len(table))
+    late = progress.find_late_steps(f.joined, times=3.0, n=len(table))
     first = table.group_by("launch", "rank").agg(pl.col("ts").min())["ts"]
     late = late.filter(~pl.col("ts").is_in(first.to_list()))  # a first step warms up
     if not len(late):
         return None
     by_step = late.group_by("launch", "epoch", "step").agg(pl.col("excess_us").max(), pl.col("why").first())
     lost = float(by_step["excess_us"].sum()) / 1e6
-    if lost < 0.02 * f.mean("wall_s", *TRAIN):
+    if lost < 0.02 * f.mean_seconds("wall_s", *TRAIN):
         return None
     why = by_step.group_by("why").agg(pl.col("excess_us").sum()).sort("excess_us", descending=True)["why"][0]
     worst = late.row(0, named=True)

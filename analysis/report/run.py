@@ -8,9 +8,10 @@ from typing import Any
 import polars as pl
 
 from analysis.run_folder import records
-from analysis.run_folder.outputs import beside
+from analysis.run_folder.outputs import output_folder
 from analysis.tables.gather import JoinedTables, Map, gather_tables, on_threads
 from analysis.trace.clocks import clock_skew, describe_moves, make_clocks
+from analysis.trace.source import TraceSource
 from common.errors import printable
 
 
@@ -26,7 +27,7 @@ class TracedRun:
 
     @property
     def home(self) -> Path:
-        return beside(self.path)
+        return output_folder(self.path)
 
     @property
     def name(self) -> str:
@@ -37,9 +38,9 @@ class TracedRun:
         return int(self.joined["time"]["ts"].min())  # type: ignore[arg-type]
 
 
-def open_run(path: str | Path, over: Map = on_threads) -> TracedRun:
+def open_run(path: str | Path, over: Map = on_threads, source: TraceSource | None = None) -> TracedRun:
     folder = Path(path)
-    run = TracedRun(folder, gather_tables(folder, over))
+    run = TracedRun(folder, gather_tables(folder, over, source))
     run.config = records.read_config(run.home / "config.json", run.notes)
     run.plan = records.read_plan(run.home / "plan.json", run.notes)
     run.results = records.read_results(run.home / "results.json", run.notes)
@@ -74,16 +75,18 @@ def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
             f"{len(empty)} traces hold no events: {', '.join(empty[:3])}{'...' if len(empty) > 3 else ''}."
         )
     if joined.calls == 0:
-        shown.append("No file calls were recorded: bytes and times of I/O are the application's own word.")
+        shown.append(
+            "No file calls were recorded: bytes and times of I/O are those that the application declares."
+        )
     if not len(joined["steps"]) and "preprocess" not in joined["time"]["phase"]:
-        shown.append("No training steps (category train, name step): what is said of steps is left out.")
+        shown.append("No training steps (category train, name step): everything about steps is left out.")
     if world < 0 and not ours:
         shown.append("These traces do not name their ranks: each process counts as one rank.")
     apart = clock_skew(joined.processes)
     if apart and len({p.host for p in joined.processes}) > 1:
-        told = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
+        differences = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
         shown.append(
-            f"The ranks' clocks were apart by {told}; times here are set right by these barriers: "
+            f"The ranks' clocks were apart by {differences}; times here are corrected by these barriers: "
             + (
                 "; ".join(describe_moves(joined.processes, make_clocks(joined.processes)))
                 or "nothing to move"

@@ -26,16 +26,26 @@ SHOW = "The links show it in Perfetto while `python -m analysis view RUN` runs, 
 
 
 def list_entries(run: TracedRun, facts: Facts) -> list[ReportEntry]:
-    return [*_time(run, facts), *_steps(run, facts), *_io(run), *_requests(run), *_special(run)]
+    return [
+        *_list_times(run, facts),
+        *_list_steps(run, facts),
+        *_list_io(run),
+        *_list_requests(run),
+        *_list_special(run),
+    ]
 
 
-def _time(run: TracedRun, facts: Facts) -> list[ReportEntry]:
+def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     j = run.joined
-    timeline, curves, gaps = progress.timeline(j), progress.curves(j, run.metrics), progress.gaps(j)
+    timeline, curves, gaps = (
+        progress.make_timeline(j),
+        progress.make_curves(j, run.metrics),
+        progress.find_gaps(j),
+    )
     return [
         ReportEntry(
             "Time", "Launches", facts.launches if facts.launches.height > 1 else None, None,
-            "The run was stopped and went on. What lies between two launches counts as nothing: not as I/O, "
+            "The run was stopped and went on. The time between two launches is not counted: not as I/O, "
             "not as waiting.", "launches",
         ),
         ReportEntry(
@@ -57,24 +67,27 @@ def _time(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             "All ranks on one clock. Drag to zoom, double-click to see all again.", "timeline",
         ),
         ReportEntry(
-            "Time", "By epoch", answers.epochs(j), None, "Training, added up over the ranks.", "epochs",
+            "Time", "By epoch", answers.sum_epochs(j), None, "Training, added up over the ranks.", "epochs",
         ),
         ReportEntry(
-            "Time", "By range of steps", progress.step_ranges(j), None,
+            "Time", "By range of steps", progress.sum_step_ranges(j), None,
             "The training in up to twenty ranges of steps, added up over the ranks.", "step_ranges",
         ),
     ]  # fmt: skip
 
 
-def _steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
+def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     j = run.joined
     if not len(j["steps"]):
         return []
-    steps = progress.steps(j)
-    late = progress.outliers(j).select(KEPT[facts.launches.height == 1 :])  # one launch needs no number
+    steps = progress.list_steps(j)
+    late = progress.find_late_steps(j).select(
+        KEPT[facts.launches.height == 1 :]
+    )  # one launch needs no number
     return [
         ReportEntry(
-            "Steps", "Time of each step", steps, plots.plot_step_times(steps, run.begin_us, progress.gaps(j)),
+            "Steps", "Time of each step", steps,
+            plots.plot_step_times(steps, run.begin_us, progress.find_gaps(j)),
             "On the slowest rank. Point at a step for what it did; drag to zoom.", "steps",
         ),
         ReportEntry(
@@ -89,35 +102,35 @@ def _steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Steps", "Ranks against each other", facts.ranks, plots.plot_work(facts.ranks),
-            "A rank's own work is its steps without communication: who is slow has more of it, the "
+            "A rank's own work is its steps without communication: a slow rank has more of it, the "
             "others wait.",
             "ranks",
         ),
         ReportEntry(
-            "Steps", "Spans by name", answers.spans(j), None,
+            "Steps", "Spans by name", answers.sum_spans(j), None,
             "Of all ranks; spans may contain each other. p50 is the middle rank's, p99 the worst "
             "rank's.", "spans",
         ),
     ]  # fmt: skip
 
 
-def _io(run: TracedRun) -> list[ReportEntry]:
+def _list_io(run: TracedRun) -> list[ReportEntry]:
     j = run.joined
-    files = answers.files(j)
+    files, epochs = answers.sum_files(j), answers.sum_volume(j, "epoch").drop_nulls("epoch")
     return [
         ReportEntry(
-            "I/O", "By phase", answers.volume(j, "phase"), None,
+            "I/O", "By phase", answers.sum_volume(j, "phase"), None,
             "`seconds` is the sum over all operations and ranks, `MB per s` what one operation moves "
             "while it runs; "
             "sequential counts the requests that begin where the last one of their thread on the file ended, "
             "strided those that skip forward by a fixed distance (ranks that take turns in a file), random "
-            "those that jump elsewhere. What moves nothing (at the end of a file), or where nobody knows, is "
-            "none of the three.",
+            "those that jump elsewhere. A request that moves nothing (at the end of a file), or whose offset "
+            "is unknown, is none of the three.",
             "io_phases",
         ),
-        ReportEntry("I/O", "By rank", answers.volume(j, "rank"), None, "", "io_ranks"),
-        ReportEntry("I/O", "By host", answers.volume(j, "host"), None, "", "io_hosts"),
-        ReportEntry("I/O", "By epoch", answers.volume(j, "epoch").drop_nulls("epoch"), None, "", "io_epochs"),
+        ReportEntry("I/O", "By rank", answers.sum_volume(j, "rank"), None, "", "io_ranks"),
+        ReportEntry("I/O", "By host", answers.sum_volume(j, "host"), None, "", "io_hosts"),
+        ReportEntry("I/O", "By epoch", epochs, None, "", "io_epochs"),
         ReportEntry(
             "I/O", "Rank by time", None, plots_io.plot_rank_heat(j["rates"], run.begin_us),
             "MB/s read and written.",
@@ -129,7 +142,7 @@ def _io(run: TracedRun) -> list[ReportEntry]:
     ]  # fmt: skip
 
 
-def _requests(run: TracedRun) -> list[ReportEntry]:
+def _list_requests(run: TracedRun) -> list[ReportEntry]:
     j = run.joined
     sizes = answers.request_sizes(j, "phase").filter(pl.col("phase") != "startup")
     return [
@@ -141,24 +154,24 @@ def _requests(run: TracedRun) -> list[ReportEntry]:
             "Requests", "Bytes by size", None, plots_io.plot_request_bytes(sizes), "Where the bytes go.",
         ),
         ReportEntry(
-            "Requests", "Operations", answers.operations(j), plots_io.plot_latency(j["latencies"]),
+            "Requests", "Operations", answers.sum_operations(j), plots_io.plot_latency(j["latencies"]),
             "Time of one operation. Percentiles are exact below 256 us, else within "
             "1%.", "operations", show=True,
         ),
         ReportEntry(
-            "Requests", "Slowest operations", answers.slowest(j), None,
-            f"`ts` is the moment in the trace, in us. {SHOW}", "slowest", jump="dur",
+            "Requests", "Slowest operations", answers.list_slowest(j), None,
+            f"`ts` is the time in the trace, in us. {SHOW}", "slowest", jump="dur",
         ),
         ReportEntry(
-            "Requests", "Asked and moved", answers.amplification(j), None,
-            "What the loader says it read or wrote, and what the calls moved.", "asked",
+            "Requests", "Asked and moved", answers.compare_declared(j), None,
+            "Bytes that the loader declares it read or wrote, and bytes that the calls moved.", "asked",
         ),
     ]  # fmt: skip
 
 
-def _special(run: TracedRun) -> list[ReportEntry]:
+def _list_special(run: TracedRun) -> list[ReportEntry]:
     j = run.joined
-    start, saved, prep = progress.startup(j), progress.checkpoints(j), progress.preprocessing(j)
+    start, saved, prep = progress.list_startup(j), progress.list_checkpoints(j), progress.sum_preprocessing(j)
     found = [
         ReportEntry(
             "Start-up", "To the end of the first step", start, plots.plot_startup(start),

@@ -1,6 +1,6 @@
 """The run in numbers: summary.json, the tiles of the report, and the table in the terminal."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -10,81 +10,94 @@ from analysis.report.run import TracedRun
 from analysis.tables import answers, progress
 from analysis.tables.answers import PARTS
 
-Row = tuple[str, Any, str, int]  # name, value, as people read it, better: 1 more, -1 less, 0 neither
+
+class Headline(NamedTuple):
+    """One of the numbers by which runs are compared."""
+
+    key: str  # in summary.json
+    label: str  # on pages and in the terminal
+    value: Any
+    text: str  # the value with its unit
+    better: int  # 1: more is better, -1: less is, 0: neither
 
 
-def _step_row(name: str, microseconds: Any) -> Row:
-    seconds = float(microseconds or 0) / 1e6
-    return name, seconds, format_seconds(seconds), -1
+def _make_seconds(key: str, label: str, seconds: Any) -> Headline:
+    value = float(seconds or 0)
+    return Headline(key, label, value, format_seconds(value), -1)
 
 
-def list_headlines(run: TracedRun, facts: Facts) -> list[Row]:
-    """The numbers that a run is judged by."""
+def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
+    """Times in seconds, shares from 0 to 1, amounts in bytes: docs/report.md lists the keys."""
     j, p = run.joined, facts.phases
     train = p.filter(pl.col("phase").is_in(["train", "run"]))
-    train_s, stall = (
-        facts.mean("wall_s", "train", "run"),
-        facts.mean("wait_s", "train", "run") + facts.mean("io_s", "train", "run"),
-    )
+    train_s = facts.mean_seconds("wall_s", "train", "run")
+    stall_s = facts.mean_seconds("wait_s", "train", "run") + facts.mean_seconds("io_s", "train", "run")
     io, bare = float(train["io_all_s"].sum()), float(train["io_bare_s"].sum())
-    volume = answers.volume(j, "phase")
-    rows: list[Row] = [("wall time", facts.wall(), format_seconds(facts.wall()), -1)]
+    rows = [_make_seconds("wall_seconds", "wall time", facts.wall_seconds())]
     if facts.launches.height > 1:
-        rows.append(("not running between launches", facts.pause(), format_seconds(facts.pause()), -1))
+        rows.append(_make_seconds("pause_seconds", "not running between launches", facts.pause_seconds()))
     if speed := run.results.get("samples_per_second"):
-        rows.append(("samples per second", speed, f"{speed:,.0f}", 1))
+        rows.append(Headline("samples_per_second", "samples per second", speed, f"{speed:,.0f}", 1))
     if (auroc := run.results.get("test_auroc")) is not None:
-        rows.append(("test AUROC", auroc, f"{auroc:.5f}", 1))
-    for split, told in _last(run.results.get("evaluations") or {}):
-        names = sorted(name for name in told if name.startswith(progress.RANKINGS) and name.endswith("@10"))
-        rows += [(f"{split} {name}", told[name], f"{told[name]:.5f}", 1) for name in names]
+        rows.append(Headline("test_auroc", "test AUROC", auroc, f"{auroc:.5f}", 1))
+    for split, scores in _last_scores(run.results.get("evaluations") or {}):
+        for name in sorted(scores):
+            if name.startswith(progress.RANKINGS) and name.endswith("@10"):
+                key = f"{split}_{name.removesuffix('@10').lower()}_at_10"
+                rows.append(Headline(key, f"{split} {name}", scores[name], f"{scores[name]:.5f}", 1))
     if train_s:
+        wait, comm = stall_s / train_s, facts.mean_seconds("communication_s", "train", "run") / train_s
         rows += [
-            ("training", train_s, format_seconds(train_s), -1),
-            ("waiting for data, of training", stall / train_s, f"{stall / train_s:.1%}", -1),
+            _make_seconds("training_seconds", "training", train_s),
+            Headline("wait_share", "waiting for data, of training", wait, f"{wait:.1%}", -1),
+            Headline("communication_share", "communication, of training", comm, f"{comm:.1%}", -1),
         ]
-        comm = facts.mean("communication_s", "train", "run")
-        rows.append(("communication, of training", comm / train_s, f"{comm / train_s:.1%}", -1))
     if io:
-        rows.append(("I/O hidden while training", 1 - bare / io, f"{1 - bare / io:.1%}", 1))
+        hidden = 1 - bare / io
+        rows.append(Headline("hidden_io_share", "I/O hidden while training", hidden, f"{hidden:.1%}", 1))
     if len(j["steps"]):
-        first = progress.startup(j).group_by("launch", "rank").agg(pl.col("seconds").sum())["seconds"].max()
-        step = progress.steps(j)["wall_us"]
+        first = (
+            progress.list_startup(j).group_by("launch", "rank").agg(pl.col("seconds").sum())["seconds"].max()
+        )
+        step = progress.list_steps(j)["wall_us"].cast(pl.Float64) / 1e6
         rows += [
-            ("first step ends after", first, format_seconds(first), -1),  # type: ignore[arg-type]
-            _step_row("step, median", step.median()),
-            _step_row("step, 99th percentile", step.quantile(0.99)),
+            _make_seconds("first_step_seconds", "first step ends after", first),
+            _make_seconds("step_median_seconds", "step, median", step.median()),
+            _make_seconds("step_p99_seconds", "step, 99th percentile", step.quantile(0.99)),
         ]
-    for op, verb in (("read", "read"), ("write", "written")):
+    volume = answers.sum_volume(j, "phase")
+    for op, label in (("read", "bytes read"), ("write", "bytes written")):
         found = volume.filter(pl.col("op") == op)
         moved, calls = int(found["bytes"].sum()), int(found["count"].sum())
-        rows += [(f"bytes {verb}", moved, format_size(moved), 0), (f"{op}s", calls, f"{calls:,}", 0)]
+        rows.append(Headline(f"{op}_bytes", label, moved, format_size(moved), 0))
+        rows.append(Headline(f"{op}_count", f"{op}s", calls, f"{calls:,}", 0))
     return rows
 
 
-def _last(evaluations: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+def _last_scores(evaluations: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """The test, or where there was none the last validation."""
     return [(split, evaluations[split]) for split in ("test", "val") if evaluations.get(split)][:1]
 
 
 def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str, Any]:
     """All of it for programs: summary.json."""
-    j = run.joined
+    j, headlines = run.joined, list_headlines(run, facts)
     return {
         "run": run.name, "ranks": facts.breakdown.height, "hosts": sorted({p.host for p in j.processes}),
         "events": j.events, "calls": j.calls,
-        "headline": {name: value for name, value, _, _ in list_headlines(run, facts)},
+        "metrics": {each.key: each.value for each in headlines},
+        "headline": {each.label: each.value for each in headlines},  # until the next release
         "findings": [finding.as_dict() for finding in found],
         "notes": run.notes,
         "launches": facts.launches.to_dicts(),
         "breakdown_s": facts.breakdown.to_dicts(),
         "phases_s": facts.phases.to_dicts(),
-        "io_by_phase": answers.volume(j, "phase").to_dicts(),
-        "io_by_rank": answers.volume(j, "rank").to_dicts(),
-        "operations": answers.operations(j).to_dicts(),
-        "startup_s": progress.startup(j).to_dicts(),
-        "checkpoints": progress.checkpoints(j).to_dicts(),
-        "preprocessing": progress.preprocessing(j).to_dicts(),
+        "io_by_phase": answers.sum_volume(j, "phase").to_dicts(),
+        "io_by_rank": answers.sum_volume(j, "rank").to_dicts(),
+        "operations": answers.sum_operations(j).to_dicts(),
+        "startup_s": progress.list_startup(j).to_dicts(),
+        "checkpoints": progress.list_checkpoints(j).to_dicts(),
+        "preprocessing": progress.sum_preprocessing(j).to_dicts(),
     }  # fmt: skip
 
 
@@ -95,7 +108,7 @@ def format_text(run: TracedRun, facts: Facts, found: list[Finding]) -> str:
         f"{format_number(run.joined.events, 'event')}",
         "",
     ]
-    lines += [f"  {name:<32}{told:>14}" for name, _, told, _ in list_headlines(run, facts)]
+    lines += [f"  {each.label:<32}{each.text:>14}" for each in list_headlines(run, facts)]
     for row in facts.launches.iter_rows(named=True) if facts.launches.height > 1 else ():
         lines.append(
             f"  launch {row['launch']}: {format_number(row['ranks'], 'rank')}, "

@@ -1,6 +1,6 @@
-"""Where the analysis writes, and how it knows its own files again: only those are ever replaced.
+"""Where the analysis writes, and how it recognises its own files: only those are ever replaced.
 
-In a run folder the list of common.owned says which files are ours. A file that the list lacks, because an
+In a run folder the list of common.owned names the files that are ours. A file that the list lacks, because an
 earlier version of this program made it or because the folder was copied, is known by its content: a page by
 the checksum in its last line, summary.json by its keys, a table by its header, a trace by its first packet.
 A file named with -o is known by its content alone.
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -38,7 +39,10 @@ _COMPRESSED = re.compile(rb"\x0a[\x80-\xff]{0,4}[\x00-\x7f]\x92\x03[\x80-\xff]{0
 _PROCESS = re.compile(rb"\x0a.\x50\x01\xda\x02.\x08[\x80-\xff]{0,9}[\x00-\x7f]\x32.rank ", re.S)
 _PAGE_BEGIN = b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
 _PAGE_SCRIPT = b"// Draws every <figure data-spec> from its JSON."
-_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
+_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "metrics")
+_EARLIER_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
+
+_PUBLISHING = threading.Lock()  # some file systems lock for a process, not for each of its threads
 
 IsOwn = Callable[[Path], bool]
 
@@ -46,8 +50,8 @@ IsOwn = Callable[[Path], bool]
 # --- own files by their content
 
 
-def seal(page: str, command: str) -> bytes:
-    """A page with a last line by which this program knows it again, as long as nobody has changed it."""
+def seal_page(page: str, command: str) -> bytes:
+    """A page with a last line by which this program recognises it, as long as it is unchanged."""
     data = page.encode()
     digest = hashlib.sha256(data).hexdigest()
     last = f"<!-- made by python -m analysis {command}; sha256 of all before this line: {digest} -->\n"
@@ -55,7 +59,7 @@ def seal(page: str, command: str) -> bytes:
 
 
 def is_own_page(path: Path, command: str) -> bool:
-    data = _content(path)
+    data = _read_content(path)
     begin = data.rfind(b"<!-- made by")
     found = _SEAL.fullmatch(data[begin:]) if begin >= 0 else None
     return (
@@ -67,18 +71,19 @@ def is_own_page(path: Path, command: str) -> bool:
 
 def is_earlier_page(path: Path) -> bool:
     """As versions before the checksum left them."""
-    data = _content(path)
+    data = _read_content(path)
     return (
         data.startswith(_PAGE_BEGIN) and data.endswith(b"</script></body></html>\n") and _PAGE_SCRIPT in data
     )
 
 
 def is_own_summary(path: Path) -> bool:
-    data = _content(path)
+    data = _read_content(path)
     try:
         value = json.loads(data)
-        return list(value)[: len(_SUMMARY_KEYS)] == list(_SUMMARY_KEYS) and (
-            json.dumps(value, indent=1) + "\n" == data.decode()
+        keys = tuple(value)
+        return json.dumps(value, indent=1) + "\n" == data.decode() and any(
+            keys[: len(known)] == known for known in (_SUMMARY_KEYS, _EARLIER_SUMMARY_KEYS)
         )
     except (ValueError, TypeError, RecursionError):
         return False
@@ -86,12 +91,12 @@ def is_own_summary(path: Path) -> bool:
 
 def has_header(header: bytes) -> IsOwn:
     """A table that begins with the same line as the one to be written."""
-    return lambda path: _content(path, len(header) + 1, part=True)[: len(header)] == header
+    return lambda path: _read_content(path, len(header) + 1, part=True)[: len(header)] == header
 
 
 def is_own_trace(path: Path) -> bool:
     """The first packet is the mark, or, as earlier versions wrote, describes the process of a rank."""
-    begin = _content(path, 1 << 16, part=True)
+    begin = _read_content(path, 1 << 16, part=True)
     if begin.startswith(mark_packet()):
         return True
     found = _COMPRESSED.match(begin)
@@ -112,10 +117,10 @@ def mark_packet() -> bytes:
 
 
 def is_own_json_trace(path: Path) -> bool:
-    return TRACE_MARK in _content(path, 128, part=True)
+    return TRACE_MARK in _read_content(path, 128, part=True)
 
 
-def _content(path: Path, limit: int = MAX_PAGE_BYTES, part: bool = False) -> bytes:
+def _read_content(path: Path, limit: int = MAX_PAGE_BYTES, part: bool = False) -> bytes:
     """Of a plain file; nothing where it cannot be read or is larger. `part`: its beginning."""
     with suppress(UserError, OSError):
         if not path.is_symlink():
@@ -134,22 +139,24 @@ def named_file(path: Path, is_own: IsOwn) -> Iterator[Path]:
     """A new file to be filled, which becomes `path`; never over a file that this command has not made."""
     if not path.parent.is_dir():
         raise UserError(
-            f"-o {printable(path)}: cannot write there (no such folder); choose another place with -o"
+            f"-o {printable(path)}: cannot write there (no such folder); name another file with -o"
         )
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(
-            f"-o {printable(path)}: cannot write there (no permission); choose another place with -o"
+            f"-o {printable(path)}: cannot write there (no permission); name another file with -o"
         )
     with write_file(path, is_own, "-o") as partial:
         yield partial
         if os.path.lexists(path) and path.lstat().st_size and not is_own(path):
-            raise UserError(f"-o {printable(path)}: somebody else has written it meanwhile; name another")
+            raise UserError(
+                f"-o {printable(path)}: another program has written it in the meantime; name another file"
+            )
 
 
 # --- files in a run folder
 
 
-def beside(run: str | Path) -> Path:
+def output_folder(run: str | Path) -> Path:
     """Where the files of a run go: its folder, or the one that a single trace is in."""
     return Path(run) if Path(run).is_dir() else Path(run).parent
 
@@ -163,7 +170,7 @@ class Results:
 
     def file(self, name: str, is_own: IsOwn) -> Path:
         """A file to be filled. `is_own`: whether a file of this name that is there already is ours, where
-        the folder's list does not say it.
+        the folder's list does not have it.
         """
         path = self._work / str(len(self._made))
         self._made[name] = path, is_own
@@ -175,7 +182,7 @@ class Results:
 
     def publish(self, complete: str = "") -> None:
         """`complete`: a folder in which own files of earlier times go if there are no new ones."""
-        with _lock(self.folder):
+        with _hold_lock(self.folder):
             output = OutputFolder(self.folder)
             known = _refuse_foreign(output, {name: is_own for name, (_, is_own) in self._made.items()})
             if known:
@@ -184,7 +191,7 @@ class Results:
                 with os_errors_as_user_errors(self.folder / name):
                     (self.folder / name).parent.mkdir(exist_ok=True)
             for path, _ in self._made.values():
-                os.chmod(path, 0o666 & ~_umask())
+                os.chmod(path, 0o666 & ~_read_umask())
             output.publish({name: path for name, (path, _) in self._made.items()})
             for name in output.names():
                 if complete and name.startswith(complete) and name not in self._made:
@@ -202,13 +209,13 @@ def results_in(folder: Path, complete: str = "") -> Iterator[Results]:
             yield results
             results.publish(complete)
     finally:
-        with suppress(UserError, OSError):  # what was wrong before is what counts
+        with suppress(UserError, OSError):  # the first error counts
             WORK.remove(work)
 
 
 def check_folder(folder: Path, names: dict[str, IsOwn], remedy: str) -> None:
-    """Before anything is read for long: can the results be written, or does something of somebody's lie
-    there?
+    """Before anything is read for long: can the results be written, or is a foreign file in
+    the way?
     """
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{printable(folder)}: cannot be written to; {remedy}")
@@ -223,7 +230,7 @@ def _refuse_foreign(output: OutputFolder, names: dict[str, IsOwn], remedy: str =
         if not os.path.lexists(path) or output.owns(name) or os.path.islink(path):
             continue
         sizes = output.listed_sizes(name)
-        # listed, but of another size: whoever changed it wants to keep it
+        # listed, but of another size: it was changed, so it is kept
         if (not sizes or path.lstat().st_size in sizes) and path.is_file() and is_own(path):
             known.append(name)
     foreign = [name for name in names if name not in known]
@@ -235,7 +242,13 @@ def _refuse_foreign(output: OutputFolder, names: dict[str, IsOwn], remedy: str =
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _hold_lock(folder: Path) -> Iterator[None]:
+    """Against other processes, and against other threads of this one (`finish`)."""
+    with _PUBLISHING:
+        yield from _hold_folder_lock(folder)
+
+
+def _hold_folder_lock(folder: Path) -> Iterator[None]:
     lock = FolderLock(folder, "writing results of the analysis", LOCK)
     end = time.monotonic() + LOCK_SECONDS
     while True:
@@ -253,7 +266,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Work folders of commands that were killed: nobody holds their locks."""
+    """Work folders of commands that were killed: no process holds their locks."""
     for work in WORK.find(folder):
         with suppress(UserError, OSError):
             if time.time() - work.lstat().st_mtime > UNUSED_SECONDS:
@@ -262,7 +275,7 @@ def _remove_unused(folder: Path) -> None:
                 WORK.remove(work)
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

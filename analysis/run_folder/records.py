@@ -1,7 +1,7 @@
 """The JSON files beside the traces, with the types that the rest of the analysis relies on.
 
-Each of them may be damaged, or have been written by somebody else: what has another type is left out, and
-`notes` says so. A file that is not there is no note.
+Each of them may be damaged, or may come from another program: values of another type are left out, and
+`notes` says so. A missing file is not noted.
 """
 
 import json
@@ -25,7 +25,7 @@ LARGEST = 1 << 62
 
 def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     """Sections are objects; a value in them is a number, a text, or a list."""
-    config = _read(path, notes)
+    config = _read_object(path, notes)
     wrong = [name for name in SECTIONS if name in config and not isinstance(config[name], dict)]
     for name in wrong:
         notes.append(f"{path.name}: {name} is not an object and was left out.")
@@ -34,12 +34,12 @@ def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def read_plan(path: Path, notes: list[str]) -> dict[str, Any]:
-    return _read(path, notes)
+    return _read_object(path, notes)
 
 
 def read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     """Numbers are numbers; `evaluations` are objects of numbers."""
-    results = _read(path, notes)
+    results = _read_object(path, notes, paths=True)
     for name in ("samples_per_second", "test_auroc"):
         if results.get(name) is not None and not is_number(results[name]):
             notes.append(f"{path.name}: {name} is not a number and was left out.")
@@ -91,7 +91,7 @@ def metrics_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                     while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                         pass
                     continue
-                row = _row(line)
+                row = _parse_row(line)
                 if row is None:
                     bad += 1
                     continue
@@ -104,7 +104,7 @@ def metrics_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                         more += 1
                 yield kept
     except UserError as error:
-        notes.append(_note(path, error))
+        notes.append(_make_note(path, error))
     except OSError as error:
         notes.append(f"{printable(path)}: {error.strerror}; the rest was left out.")
     if bad:
@@ -113,7 +113,7 @@ def metrics_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{path.name}: has more than {MAX_NAMES} different values; the others were left out.")
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     """NaN is a value here: the loss of a run that went wrong."""
     try:
         found = json.loads(line)
@@ -143,16 +143,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _read(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_object(path: Path, notes: list[str], paths: bool = False) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        return read_json_object(path, MAX_BYTES)
+        return read_json_object(path, MAX_BYTES, paths=paths)
     except UserError as error:
-        notes.append(_note(path, error))
+        notes.append(_make_note(path, error))
         return {}
 
 
-def _note(path: Path, error: UserError) -> str:
+def _make_note(path: Path, error: UserError) -> str:
     """Within a report the name of the file will do."""
     return f"{path.name}{str(error).removeprefix(printable(path))}; it was left out."

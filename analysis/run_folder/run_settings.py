@@ -1,5 +1,6 @@
 """What was run, in words, from config.json and plan.json: for headings, names of files and comparisons."""
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -9,7 +10,7 @@ from common.errors import printable
 Config = dict[str, Any]
 LONGEST = 500  # characters of a setting
 
-# what people call it: where DLRM's options have it, and BERT4Rec's
+# name in reports -> the option of DLRM, and of BERT4Rec
 OPTIONS = {
     "interaction": ("model.interaction_type",),
     "batch size of a rank": ("data.batch_size", "data.train_batch_size"),
@@ -26,7 +27,11 @@ _NOT_SETTINGS = ("run.output_dir", "run.num_epochs", "launch.local_world_size", 
 
 
 def model_of_run(config: Config) -> str:
-    """The model's name, or nothing where there is no config.json of ours."""
+    """The model's title, or nothing where there is no config.json of ours."""
+    launch = config.get("launch")
+    if isinstance(launch, dict) and isinstance(launch.get("model"), str):
+        return launch["model"]
+    # runs of an earlier release do not name their model: its options tell
     sizes = config.get("model")
     if not isinstance(sizes, dict):
         return ""
@@ -51,15 +56,15 @@ def read_option(config: Config, called: str) -> Any:
 
 
 def list_tables(plan: Config) -> str:
-    """How many embedding tables, and rows in all of them: the data's, whatever the options say."""
+    """How many embedding tables, and rows in all of them: those of the data, not of the options."""
     rows = 0
     for table in plan.values():
         with suppress(KeyError, IndexError, TypeError, ValueError, AttributeError):  # not a plan of ours
-            rows += max((_end(shard) for shard in table["shards"]), default=0)
+            rows += max((_find_end(shard) for shard in table["shards"]), default=0)
     return f"{len(plan)} of {rows:,} rows" if rows else ""
 
 
-def _end(shard: Any) -> int:
+def _find_end(shard: Any) -> int:
     offset, size = shard["offset"][0], shard["size"][0]
     if type(offset) is not int or type(size) is not int or not 0 <= offset + size < 1 << 62:
         raise ValueError
@@ -67,12 +72,12 @@ def _end(shard: Any) -> int:
 
 
 def run_settings(config: Config, plan: Config) -> dict[str, str]:
-    """What two runs must share to be compared, by the names that people use."""
+    """What two runs must share to be compared, by the names used in reports."""
     options = flatten_options(config)
     data = [str(options[name]) for name in _DATA if options.get(name) is not None]
     known = {"model": model_of_run(config), "data": data[0] if data else "", "tables": list_tables(plan)}
     known |= {called: read_option(config, called) for called in OPTIONS}
-    return {called: shown(value) for called, value in known.items() if value not in (None, "")}
+    return {called: format_setting(value) for called, value in known.items() if value not in (None, "")}
 
 
 def differing_settings(a: tuple[Config, Config], b: tuple[Config, Config]) -> Iterator[tuple[str, str, str]]:
@@ -86,22 +91,22 @@ def differing_settings(a: tuple[Config, Config], b: tuple[Config, Config]) -> It
     left, right = flatten_options(a[0]), flatten_options(b[0])
     for name in sorted({*left, *right} - {*_NOT_SETTINGS, *_DATA, *sum(OPTIONS.values(), ())}):
         if left.get(name) != right.get(name):
-            yield printable(name), shown(left.get(name, "-")), shown(right.get(name, "-"))
+            yield printable(name), format_setting(left.get(name, "-")), format_setting(right.get(name, "-"))
 
 
-def shown(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A setting on one line; a text as long as a file is cut."""
     text = printable(str(value))
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
-def number(value: Any) -> float:
+def to_number(value: Any) -> float:
     """0 where it is none."""
     return float(value) if isinstance(value, int | float) else 0.0
 
 
 def trace_file_name(config: Config) -> str:
-    """dlrm-n<nodes>-ppn<ranks of a node>-gpu<n>-ep<epochs>-bs<batch>-ed<dimension>-lr<rate>; or nothing."""
+    """MODEL-n<nodes>-ppn<ranks of a node>-gpu<n>-ep<epochs>-bs<batch>-ed<dimension>-lr<rate>; or nothing."""
     try:
         launch = config["launch"]
         world, nodes = int(launch["world_size"]), int(launch["nodes"])
@@ -112,5 +117,5 @@ def trace_file_name(config: Config) -> str:
         rate = float(read_option(config, "learning rate"))
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         return ""
-    name = (model_of_run(config) or "run").lower()
+    name = re.sub(r"[^a-z0-9]+", "-", model_of_run(config).lower()).strip("-") or "run"
     return f"{name}-n{nodes}-ppn{ppn}-gpu{gpus}-ep{epochs}-bs{batch}-ed{dimension}-lr{rate:g}"

@@ -1,4 +1,4 @@
-"""The joined tables of a run -> the tables that people read: seconds, bytes, a row per thing asked about.
+"""The joined tables of a run -> the tables of the report: seconds, bytes, a row per phase, rank, file, ....
 
 Time as a whole and I/O; progress.py has what goes step by step.
 """
@@ -26,14 +26,14 @@ def count_by(*names: str) -> list[pl.Expr]:
 SECONDS = pl.col("us").sum().truediv(S).alias("seconds")
 
 
-def phases(j: JoinedTables, *by: str) -> pl.DataFrame:
+def sum_phases(j: JoinedTables, *by: str) -> pl.DataFrame:
     """Per rank and phase: seconds of wall clock, by kind, and of I/O hidden and bare."""
     keys = (*by, "rank", "phase")
     sums = j["time"].group_by(keys).agg(pl.col("ts").min(), pl.col(*MEASURES).sum())
     return sums.sort(*keys[:-1], "ts").select(*keys, *to_seconds(*MEASURES))
 
 
-def epochs(j: JoinedTables) -> pl.DataFrame:
+def sum_epochs(j: JoinedTables) -> pl.DataFrame:
     """The same for each epoch of the training, all ranks added up."""
     train = j["time"].filter(pl.col("phase") == "train")
     return (
@@ -44,9 +44,9 @@ def epochs(j: JoinedTables) -> pl.DataFrame:
     )
 
 
-def breakdown(j: JoinedTables) -> pl.DataFrame:
+def sum_breakdown(j: JoinedTables) -> pl.DataFrame:
     """Where each rank's wall time went: the phases that are not training whole, the training by kind."""
-    table = phases(j)
+    table = sum_phases(j)
     kinds = [pl.col(f"{kind}_s").sum().alias(kind) for kind in KINDS] + [
         pl.col("other_s").sum().alias("rest")
     ]
@@ -57,19 +57,19 @@ def breakdown(j: JoinedTables) -> pl.DataFrame:
     return found.select("rank", "wall", *(pl.col(name).fill_null(0.0) for name in PARTS))
 
 
-def volume(j: JoinedTables, *by: str) -> pl.DataFrame:
+def sum_volume(j: JoinedTables, *by: str) -> pl.DataFrame:
     """Operations, bytes and seconds of reads and writes, and how fast one operation moves its bytes."""
-    return _volume(j, j["ops"], by)
+    return _sum_volume(j, j["ops"], by)
 
 
-def files(j: JoinedTables) -> pl.DataFrame:
+def sum_files(j: JoinedTables) -> pl.DataFrame:
     """The same by file, start-up left out: that reads thousands of modules."""
-    return _volume(
+    return _sum_volume(
         j, j["ops"].filter((pl.col("phase") != "startup") & pl.col("file").is_not_null()), ("file",)
     )
 
 
-def _volume(j: JoinedTables, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataFrame:
+def _sum_volume(j: JoinedTables, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataFrame:
     data = ops.filter(pl.col("op").is_in(DATA_OPS))
     if "host" in by:
         names = {p.rank: p.host or "?" for p in j.processes}
@@ -80,19 +80,21 @@ def _volume(j: JoinedTables, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataF
     )
     rate = pl.when(pl.col("seconds") > 0).then(pl.col("bytes") / pl.col("seconds") / 1e6).alias("MB_per_s")
     mean = (pl.col("bytes") / pl.col("count")).alias("mean_bytes")
-    return found.with_columns(rate, mean).sort("bytes", *by, descending=[True] + [False] * len(by))
+    return found.with_columns(rate, mean).sort(
+        "bytes", *by, "op", descending=[True] + [False] * (len(by) + 1)
+    )
 
 
-def operations(j: JoinedTables) -> pl.DataFrame:
+def sum_operations(j: JoinedTables) -> pl.DataFrame:
     """Every operation: how often, how long in all, at the median and the 99th percentile."""
     total = j["ops"].group_by("layer", "op").agg(
         *count_by("count", "bytes", "failed"), SECONDS, pl.col("max_us").max()
     )  # fmt: skip
-    found = total.join(percentiles(j["latencies"], "layer", "op"), on=["layer", "op"], how="left")
-    return found.sort("seconds", descending=True)
+    found = total.join(find_percentiles(j["latencies"], "layer", "op"), on=["layer", "op"], how="left")
+    return found.sort("seconds", "layer", "op", descending=[True, False, False])
 
 
-def percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
+def find_percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
     """p50, p90, p99 of latencies in us, from counts per bucket: exact below 256 us, else within 1%."""
     counts = latencies.group_by(*by, "bucket").agg(count_by("count")).sort(*by, "bucket")
     counts = with_us(counts).with_columns(
@@ -111,28 +113,27 @@ def request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
     return found.with_columns(low.alias("bytes_from")).sort(*by, "op", "bucket")
 
 
-def slowest(j: JoinedTables, n: int = 40) -> pl.DataFrame:
+def list_slowest(j: JoinedTables, n: int = 40) -> pl.DataFrame:
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
-    found = j["slowest"].sort("dur", "ts", descending=[True, False]).head(n)
+    found = j["slowest"].sort("dur", "ts", "rank", "tid", "name", descending=[True] + [False] * 4).head(n)
     return found.select("rank", "phase", "name", "file", "size", "dur", at, "tid", "ts")
 
 
-def amplification(j: JoinedTables) -> pl.DataFrame:
-    """What the application says it read or wrote of a file, and what the calls moved after start-up."""
+def compare_declared(j: JoinedTables) -> pl.DataFrame:
+    """Bytes that the application declares per file, and bytes that the calls moved after start-up."""
     calls = j["ops"].filter(
         (pl.col("layer") == "calls") & pl.col("op").is_in(DATA_OPS) & (pl.col("phase") != "startup")
     )
     moved = calls.group_by("op", "file").agg(pl.col("bytes").sum().alias("moved"), pl.col("us").sum())
     asked = j["claims"].group_by("op", "file").agg(pl.col("bytes").sum().alias("asked"))
     both = moved.join(asked.filter(pl.col("asked") > 0), on=["op", "file"])
-    return both.with_columns((pl.col("moved") / pl.col("asked")).alias("times")).sort(
-        "moved", descending=True
-    )
+    times = (pl.col("moved") / pl.col("asked")).alias("times")
+    return both.with_columns(times).sort("moved", "op", "file", descending=[True, False, False])
 
 
-def spans(j: JoinedTables) -> pl.DataFrame:
+def sum_spans(j: JoinedTables) -> pl.DataFrame:
     """Every span by name: sums over all ranks, the middle rank's median, the worst rank's 99th percentile."""
     found = j["spans"].group_by("cat", "name", "kind").agg(
         *count_by("count", "us", "bytes"), pl.col("p50_us").median(), pl.col("p99_us", "max_us").max()
     )  # fmt: skip
-    return found.sort("us", descending=True)
+    return found.sort("us", "cat", "name", descending=[True, False, False])

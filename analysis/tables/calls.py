@@ -1,7 +1,7 @@
 """What one rank asked of the storage: operations, sizes, latencies, order of access, rates over time.
 
-Rows come in two layers: "calls" are intercepted calls; "spans" is what the application says it read or wrote
-and no call shows, as with a mapped file. A file is in one of them, so the layers can be added up.
+Rows come in two layers: "calls" are intercepted calls; "spans" are reads and writes that the application
+declares and no call shows, as with a mapped file. A file is in one of them, so the layers can be added up.
 """
 
 import numpy as np
@@ -45,15 +45,17 @@ _NEEDED = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "si
 
 
 def declared_io(events: RankEvents) -> pl.DataFrame:
-    """Spans of the application that say how many bytes they read or wrote."""
+    """Spans of the application that declare how many bytes they read or wrote."""
     return events.spans.filter(pl.col("op").is_not_null() & pl.col("bytes").is_not_null())
 
 
-def all_io(rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows) -> dict[str, pl.DataFrame]:
+def make_io_tables(
+    rank: int, calls: pl.DataFrame, declared: pl.DataFrame, cuts: Windows
+) -> dict[str, pl.DataFrame]:
     """Tables ops, extents, claims, sizes, latencies, rates, slowest."""
-    order, extents = follow(calls)
+    order, extents = follow_calls(calls)
     calls = calls.with_columns(pl.Series("order", order, pl.UInt8))
-    spans = unseen_bytes(told, calls).select(
+    spans = find_unseen(declared, calls).select(
         "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
         pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
     )  # fmt: skip
@@ -62,13 +64,13 @@ def all_io(rank: int, calls: pl.DataFrame, told: pl.DataFrame, cuts: Windows) ->
         made.append(_one_layer(spans.select(_NEEDED), "spans", cuts))
     number = pl.lit(rank, pl.Int32).alias("rank")
     tables = {name: pl.concat([t[name] for t in made]).select(number, pl.all()) for name in made[0]}
-    tables["claims"] = claims(told).select(number, pl.all())
+    tables["claims"] = sum_declared(declared).select(number, pl.all())
     tables["extents"] = extents.select(number, pl.all())
     return tables
 
 
-def unseen_bytes(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
-    """What the application says it read or wrote and no call shows: mapped files, calls not intercepted.
+def find_unseen(declared: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
+    """Declared reads and writes that no call shows: mapped files, calls that are not intercepted.
 
     A span that names a file is seen when any call moved bytes of it (a bare name: of any file so called);
     one that names none, when calls of its process moved at least half of its bytes while it was open.
@@ -76,13 +78,13 @@ def unseen_bytes(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
     moving = calls.select("pid", "op", "file", "ts", "size").filter(pl.col("size") > 0)
     paths = moving.select("op", pl.col("file")).unique().with_columns(pl.col("file").cast(pl.String))
     bare = paths.with_columns(pl.col("file").str.split("/").list.last())
-    named = told.filter(pl.col("file").is_not_null()).with_columns(
+    named = declared.filter(pl.col("file").is_not_null()).with_columns(
         pl.col("file").cast(pl.String).alias("path")
     )
     named = named.join(
         pl.concat([paths, bare]).unique(), left_on=["op", "path"], right_on=["op", "file"], how="anti"
     ).drop("path")
-    nameless = told.filter(pl.col("file").is_null())
+    nameless = declared.filter(pl.col("file").is_null())
     kept = [named]
     for (pid, op), spans in nameless.group_by("pid", "op"):
         own = moving.filter((pl.col("pid") == pid) & (pl.col("op") == op)).sort("ts")
@@ -94,15 +96,15 @@ def unseen_bytes(told: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(kept)
 
 
-def claims(told: pl.DataFrame) -> pl.DataFrame:
-    """Bytes per file by the application's own word, to hold against the calls."""
-    return told.group_by("op", "file").agg(
+def sum_declared(declared: pl.DataFrame) -> pl.DataFrame:
+    """Bytes per file as the application declares them, to compare with the calls."""
+    return declared.group_by("op", "file").agg(
         pl.len().alias("count"), pl.col("bytes").sum(), pl.col("dur").sum()
     )
 
 
 def _one_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.DataFrame]:
-    frame = frame.with_columns(pl.Series("piece", cuts.of(frame["ts"].to_numpy()), pl.Int32))
+    frame = frame.with_columns(pl.Series("piece", cuts.find_pieces(frame["ts"].to_numpy()), pl.Int32))
     pieces = pl.DataFrame(
         {"piece": range(len(cuts.phase)), "phase": cuts.phase, "epoch": cuts.epoch},
         schema={"piece": pl.Int32, "phase": pl.String, "epoch": pl.Int64},
@@ -148,14 +150,14 @@ def _one_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
         "ops": ops.select(name, pl.all()),
         "sizes": sizes.select(name, pl.all()),
         "latencies": latencies.select(name, pl.all()),
-        "rates": rates(data, cuts).select(name, pl.all()),
+        "rates": make_rates(data, cuts).select(name, pl.all()),
         "slowest": slowest.select(
             name, "phase", "pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size"
         ),
     }
 
 
-def rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
+def make_rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
     """Bytes and operations per stretch of time; a long operation's bytes are spread over its time."""
     width = cuts.bin_us
     first = int(cuts.starts[0] // width)
@@ -165,29 +167,29 @@ def rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
         rows = data.filter(pl.col("op") == op)
         moved, count = np.zeros(n), np.zeros(n, np.int64)
         ts, dur, size = (rows[c].to_numpy() for c in ("ts", "dur", "size"))
-        _spread(ts, dur, size, first, width, moved, count)
+        _spread_bytes(ts, dur, size, first, width, moved, count)
         found.append(pl.DataFrame({"bin": np.arange(first, first + n), "bytes": moved, "count": count})
                      .select(pl.lit(op).alias("op"), pl.lit(width, pl.Int64).alias("width_us"), pl.all())
                      .filter((pl.col("bytes") > 0) | (pl.col("count") > 0)))  # fmt: skip
     return pl.concat(found)
 
 
-def follow(calls: pl.DataFrame) -> tuple[np.ndarray, pl.DataFrame]:
+def follow_calls(calls: pl.DataFrame) -> tuple[np.ndarray, pl.DataFrame]:
     """For each call how it follows on the last one of its thread on the file: it begins where that ended, or
     skips forward by as much as the time before or after, or jumps. And how far into each file the calls
-    reached, which is what a trace knows of a file's size."""
-    group, kind, groups = _groups(calls)
+    reached, which is all that a trace shows of a file's size."""
+    group, kind, groups = _group_calls(calls)
     order, reach = np.zeros(len(calls), np.uint8), np.zeros(groups, np.int64)
     offset, size = (calls[name].fill_null(-1).to_numpy() for name in ("offset", "size"))
     # of each group: position, end of the last call, how far the last skip went, and which call skipped
     position, end, skip, skipped = (np.full(groups, -1) for _ in range(4))
-    _follow(group, kind, offset, size, position, end, skip, skipped, reach, order)
+    _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order)
     far = calls.select("file", pl.Series("reach", reach[group], pl.Int64))
     far = far.filter(pl.col("file").is_not_null() & (pl.col("reach") > 0))
     return order, far.group_by("file").agg(pl.col("reach").max())
 
 
-def _groups(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
+def _group_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
     """A number per (thread, file), and what the call means for the position in the file."""
     threads = calls["tid"].unique().sort().to_numpy()
     files = calls["file"].to_physical().fill_null(0).to_numpy().astype(np.int64)
@@ -201,7 +203,7 @@ def _groups(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 @compiled
-def _follow(group, kind, offset, size, position, end, skip, skipped, reach, order):
+def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order):
     for i in range(len(group)):
         g = group[i]
         if kind[i] == _OPEN:
@@ -223,7 +225,7 @@ def _follow(group, kind, offset, size, position, end, skip, skipped, reach, orde
 
 
 @compiled
-def _spread(ts, dur, size, first, width, moved, count):
+def _spread_bytes(ts, dur, size, first, width, moved, count):
     """What begins before the first bin or ends after the last one counts there."""
     most = len(moved) - 1
     for i in range(len(ts)):

@@ -1,8 +1,8 @@
-"""Is every byte in the trace? What the run says it moved, against the POSIX calls that the trace saw.
+"""Is every byte in the trace? The bytes that the run counted, against the POSIX calls in the trace.
 
-The run's word is results.json: bytes_read and bytes_written, by rank and file. The trace's word is what the
-read and write calls returned, by the same rank (its forked workers included) and file.
-A launch that was stopped leaves no results.json: of it, what its own spans say they read has to be there.
+The run's count is in results.json: bytes_read and bytes_written, by rank and file. The trace's count is what
+the read and write calls returned, by the same rank (its forked workers included) and file.
+A launch that was stopped leaves no results.json: the bytes that its data/read spans declare are compared.
 """
 
 import os
@@ -15,19 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from analysis.perfetto.derive import READ, WRITE, bytes_moved, read_argument
-from analysis.trace.clocks import launches
+from analysis.trace.arguments import READ, WRITE, count_moved_bytes, read_argument
+from analysis.trace.clocks import group_launches
 from analysis.trace.columns import resolve_paths
-from analysis.trace.events import TraceReader, assign_ranks, find_trace_files
+from analysis.trace.events import assign_ranks
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import STRING, EventBlock
-from analysis.trace.strings import ID, StringTable, unescape
+from analysis.trace.source import FileSource, TraceSource
+from analysis.trace.strings import ID, StringTable, unescape_text
 from common.errors import UserError, printable
 from common.inputs import read_json_object
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
 Moved = dict[tuple[int, str], int]  # (READ | WRITE, file) -> bytes
-SPANS = 3  # as a direction: what spans data/read say they read
+SPANS = 3  # as a direction: bytes that data/read spans declare
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ class CheckedFile:
         return max(0, self.said - self.traced) if self.by_spans else abs(self.said - self.traced)
 
 
-def check_run(run_dir: str | Path) -> tuple[list[CheckedFile], list[TracedProcess]]:
-    """One row per launch, rank, direction and file that the run names; the processes say what was lost."""
-    launched, results = by_launch(run_dir), Path(run_dir) / "results.json"
+def check_run(
+    run_dir: str | Path, source: TraceSource | None = None
+) -> tuple[list[CheckedFile], list[TracedProcess]]:
+    """One row per launch, rank, direction and file that the run names; the processes hold what was lost."""
+    launched, results = sum_by_launch(source or FileSource(run_dir)), Path(run_dir) / "results.json"
     ended = _who_ended([job for job, _ in launched])
     rows: list[CheckedFile] = []
     for number, (_, traced) in enumerate(launched):
@@ -61,13 +64,15 @@ def check_run(run_dir: str | Path) -> tuple[list[CheckedFile], list[TracedProces
             rows += _by_results(results, traced, number + 1)
         else:
             rows += [
-                CheckedFile(rank, "read", file, said, _of(seen, READ, file), number + 1, True)
+                CheckedFile(rank, "read", file, said, _find_traced(seen, READ, file), number + 1, True)
                 for rank, seen in sorted(traced.items())
                 for (direction, file), said in sorted(seen.items(), key=lambda item: item[0][1])
                 if direction == SPANS
             ]
     if not rows:
-        raise UserError(f"{printable(run_dir)}: no results.json and no spans that say what they read")
+        raise UserError(
+            f"{printable(run_dir)}: no results.json and no data/read spans with bytes; nothing to compare"
+        )
     return rows, [process for job, _ in launched for process in job]
 
 
@@ -80,16 +85,21 @@ def _who_ended(jobs: list[list[TracedProcess]]) -> int:
 
 def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[CheckedFile]:
     try:
-        results = read_json_object(path)
+        results = read_json_object(path, paths=True)
     except UserError as error:
         raise UserError(f"{error}; did the run end?") from None
     rows = []
     for key, direction in DIRECTIONS.items():
-        for rank, said in sorted(_said(results.get(key, {}), f"{printable(path)}: {key}").items()):
+        for rank, said in sorted(_read_said(results.get(key, {}), f"{printable(path)}: {key}").items()):
             seen = traced.get(rank, {})
             rows += [
                 CheckedFile(
-                    rank, key.removeprefix("bytes_"), file, said[file], _of(seen, direction, file), launch
+                    rank,
+                    key.removeprefix("bytes_"),
+                    file,
+                    said[file],
+                    _find_traced(seen, direction, file),
+                    launch,
                 )
                 for file in sorted(said)
             ]
@@ -100,7 +110,7 @@ def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Check
     return rows
 
 
-def _said(value: Any, name: str) -> dict[int, dict[str, int]]:
+def _read_said(value: Any, name: str) -> dict[int, dict[str, int]]:
     """{"0": {"/data/day_0": 123}}, and nothing else."""
     found: dict[int, dict[str, int]] = {}
     if not isinstance(value, dict):
@@ -115,19 +125,20 @@ def _said(value: Any, name: str) -> dict[int, dict[str, int]]:
     return found
 
 
-def by_launch(run_dir: str | Path) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
-    """Per launch: who traced, and the bytes of every file by rank."""
+def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
+    """Per launch: the traced processes, and the bytes of every file by rank."""
     strings, paths = StringTable(), {}
     sums: dict[Path, dict[tuple[int, int], int]] = {}
     processes = []
-    for path in find_trace_files(run_dir):
-        reader = TraceReader(path, strings, paths)
+    for path in source.list_files():
+        reader = source.open_reader(path, strings, paths)
+        strings, paths = reader.strings, reader.paths
         processes.append(reader.process)
         mine = sums[path] = {}
         for block in reader:
-            _add(block, strings, mine)
+            _add_block(block, strings, mine)
     found = []
-    for job in launches(assign_ranks(processes)):
+    for job in group_launches(assign_ranks(processes)):
         by_rank: dict[int, Moved] = {}
         for process in assign_ranks(job):
             seen = by_rank.setdefault(process.rank, {})
@@ -138,9 +149,9 @@ def by_launch(run_dir: str | Path) -> list[tuple[list[TracedProcess], dict[int, 
     return found
 
 
-def _add(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], int]) -> None:
+def _add_block(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], int]) -> None:
     """Bytes of calls by file hash, and of spans data/read by the file that they name."""
-    kinds, amounts = bytes_moved(block, strings)
+    kinds, amounts = count_moved_bytes(block, strings)
     spans = (block.cat == ID["data"]) & (block.name == ID["read"])
     for key, mine, kind, bytes_ in (
         (ID["fhash"], kinds > 0, kinds, amounts),
@@ -150,18 +161,18 @@ def _add(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], in
         where = np.flatnonzero((block.arg_key == key) & mine[owner] & (block.arg_kind == STRING))
         named = (block.arg_val[where] << 2) | kind[owner[where]]
         unique, group = np.unique(named, return_inverse=True)
-        totals = _sums(group, bytes_[owner[where]], len(unique))
+        totals = _sum_groups(group, bytes_[owner[where]], len(unique))
         for number, total in zip(unique.tolist(), totals, strict=True):
             sums[number >> 2, number & 3] = sums.get((number >> 2, number & 3), 0) + total
 
 
-def _sums(group: np.ndarray, amounts: np.ndarray, size: int) -> list[int]:
+def _sum_groups(group: np.ndarray, amounts: np.ndarray, size: int) -> list[int]:
     total = np.zeros(size, np.int64)
     np.add.at(total, group, amounts)
     return total.tolist()
 
 
-def _of(seen: Moved, direction: int, file: str) -> int:
+def _find_traced(seen: Moved, direction: int, file: str) -> int:
     """A file may have been opened through a link or by a path with dots in it; and see `_as_traced`."""
     names = {file, os.path.normpath(file)}
     with suppress(ValueError, OSError):  # a name with a zero byte, or in a loop of links
@@ -175,7 +186,7 @@ def _as_traced(file: str) -> list[str]:
     nothing is escaped (before). What is no UTF-8 reads as the mark of that.
     """
     shown = file.encode(errors="surrogateescape").decode(errors="replace")
-    return [shown, "".join(" " if c in '"\\' or c < " " else c for c in shown), unescape(shown.encode())]
+    return [shown, "".join(" " if c in '"\\' or c < " " else c for c in shown), unescape_text(shown.encode())]
 
 
 def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) -> str:
@@ -190,7 +201,7 @@ def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) ->
             )
         elif len(numbers) > 1:
             lines.append(f"launch {number}, as results.json says:")
-        lines += _sums_of(own)
+        lines += _format_sums(own)
     wrong = [row for row in rows if row.missed]
     for row in wrong[:50]:
         lines.append(
@@ -201,25 +212,25 @@ def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) ->
         lines.append(f"and {len(wrong) - 50} more files")
     lines += [f"lost: {process.lost}" for process in processes if process.lost]
     lines.append(
-        f"coverage {total_row(rows)}: "
+        f"coverage {format_total(rows)}: "
         + ("every byte is in the trace" if not wrong else "NOT every byte is in the trace")
     )
     return "\n".join(lines)
 
 
-def _sums_of(rows: list[CheckedFile]) -> list[str]:
+def _format_sums(rows: list[CheckedFile]) -> list[str]:
     lines = []
     for rank, direction in sorted({(row.rank, row.direction) for row in rows}):
         mine = [row for row in rows if (row.rank, row.direction) == (rank, direction)]
-        lines.append(_line(str(rank), direction, mine))
+        lines.append(_format_line(str(rank), direction, mine))
     for direction in ("read", "written"):
         mine = [row for row in rows if row.direction == direction]
         if mine and len({row.rank for row in rows}) > 1:
-            lines.append(_line("all", direction, mine))
+            lines.append(_format_line("all", direction, mine))
     return lines
 
 
-def total_row(rows: list[CheckedFile]) -> str:
+def format_total(rows: list[CheckedFile]) -> str:
     said = sum(row.said for row in rows)
     return format_share(CheckedFile(0, "", "", said, said - sum(row.missed for row in rows)))
 
@@ -230,7 +241,7 @@ def format_share(row: CheckedFile) -> str:
     return shown if shown != "100.0%" or row.said == row.traced else f"{row.coverage:.6f}%"
 
 
-def _line(rank: str, direction: str, rows: list[CheckedFile]) -> str:
+def _format_line(rank: str, direction: str, rows: list[CheckedFile]) -> str:
     # spans do not count headers, so bytes that the calls moved beyond them are no fault of the trace
     traced = sum(min(row.said, row.traced) if row.by_spans else row.traced for row in rows)
     whole = CheckedFile(0, direction, "", sum(row.said for row in rows), traced)

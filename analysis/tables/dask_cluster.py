@@ -1,8 +1,8 @@
 """The same tables from traces larger than one machine: a Dask cluster reads the ranks, parts come back.
 
 `local` starts two worker processes here; `pbs` asks the scheduler for them as the user's Dask configuration
-says (jobqueue.pbs in ~/.config/dask); host:port is a scheduler that already runs. Workers need this package
-and the trace folder at the same paths.
+describes (jobqueue.pbs in ~/.config/dask); host:port is a scheduler that already runs. Workers need this
+package and the trace folder at the same paths.
 """
 
 import logging
@@ -18,7 +18,7 @@ WORKERS = 2
 
 
 def on_cluster(where: str) -> Map:
-    """What gather() calls instead of its threads."""
+    """What gather_tables calls instead of its threads."""
     if where not in ("local", "pbs") and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
         raise UserError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
     try:
@@ -28,18 +28,18 @@ def on_cluster(where: str) -> Map:
 
     def over(function: Callable[[Launch], RankTables], work: list[Launch]) -> Iterator[RankTables]:
         with ExitStack() as stack:
-            cluster = _cluster(where, stack, len(work))
+            cluster = _start_cluster(where, stack, len(work))
             try:
                 client = stack.enter_context(distributed.Client(cluster, timeout=60))
             except (OSError, ValueError) as error:
-                told = str(error).splitlines()[0]
-                raise UserError(f"--dask {where}: {told}; does a scheduler listen there?") from error
-            yield from _gathered(client, function, work)
+                reason = str(error).splitlines()[0]
+                raise UserError(f"--dask {where}: {reason}; does a scheduler listen there?") from error
+            yield from _gather_results(client, function, work)
 
     return over
 
 
-def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
+def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:
     import distributed  # pyright: ignore[reportMissingImports]
 
     if where == "local":
@@ -66,7 +66,7 @@ def _cluster(where: str, stack: ExitStack, jobs: int) -> Any:
     return where
 
 
-def _gathered(
+def _gather_results(
     client: Any, function: Callable[[Launch], RankTables], work: list[Launch]
 ) -> Iterable[RankTables]:
     """In the order of the ranks. The largest first, so that no worker ends up alone with one."""

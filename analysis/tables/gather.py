@@ -7,21 +7,22 @@ A run that was stopped and resumed has several launches: each rank of each launc
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
-from analysis.tables.calls import all_io, declared_io
-from analysis.tables.read import read_rank
+from analysis.tables.calls import declared_io, make_io_tables
+from analysis.tables.read import RankEvents, read_rank
 from analysis.tables.times import rank_times
-from analysis.trace.clocks import Clock, launches, make_clocks
-from analysis.trace.events import assign_ranks, read_heads
+from analysis.trace.clocks import Clock, group_launches, make_clocks
+from analysis.trace.events import assign_ranks
 from analysis.trace.process import TracedProcess
+from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError
 
-OF_A_LAUNCH = ("time", "steps", "marks")  # tables whose rows say their launch
+OF_A_LAUNCH = ("time", "steps", "marks")  # tables whose rows hold their launch
 Map = Callable[..., Iterable["RankTables"]]
 
 
@@ -63,10 +64,10 @@ class JoinedTables:
         return self.tables[name]
 
 
-def group_launches(run_dir: str | Path) -> list[Launch]:
-    found = read_heads(run_dir)
+def plan_ranks(source: TraceSource) -> list[Launch]:
+    found = source.read_heads()
     known, made = make_clocks(found), []
-    for launch, job in enumerate(launches(found), 1):
+    for launch, job in enumerate(group_launches(found), 1):
         by_rank: dict[int, list[Path]] = {}
         for process in assign_ranks(job):
             by_rank.setdefault(process.rank, []).append(process.path)
@@ -75,7 +76,10 @@ def group_launches(run_dir: str | Path) -> list[Launch]:
 
 
 def read_rank_tables(job: Launch) -> RankTables:
-    events = read_rank(job.rank, job.files, job.clock)
+    return make_rank_tables(job, read_rank(job.rank, job.files, job.clock))
+
+
+def make_rank_tables(job: Launch, events: RankEvents) -> RankTables:
     for process in events.processes:
         process.rank = job.rank
     rows = len(events.calls), len(events.spans)
@@ -84,14 +88,14 @@ def read_rank_tables(job: Launch) -> RankTables:
         made.tables, cuts = rank_times(events)
         calls, spans = events.calls, declared_io(events)
         del events  # most of the memory: the spans are not needed any more
-        made.tables |= all_io(job.rank, calls, spans, cuts)
-        made.tables = {name: _plain(table) for name, table in made.tables.items()}
+        made.tables |= make_io_tables(job.rank, calls, spans, cuts)
+        made.tables = {name: _cast_categories(table) for name, table in made.tables.items()}
         launch = pl.lit(job.launch, pl.Int32).alias("launch")
         made.tables |= {name: made.tables[name].with_columns(launch) for name in OF_A_LAUNCH}
     return made
 
 
-def _plain(table: pl.DataFrame) -> pl.DataFrame:
+def _cast_categories(table: pl.DataFrame) -> pl.DataFrame:
     """Categories as text: they are few rows now, and text travels between machines."""
     return table.with_columns(pl.col(pl.Categorical).cast(pl.String))
 
@@ -101,14 +105,30 @@ def on_threads(function: Callable[[Launch], RankTables], work: list[Launch]) -> 
         yield from pool.map(function, work)
 
 
-def gather_tables(run_dir: str | Path, over: Map = on_threads) -> JoinedTables:
-    work = group_launches(run_dir)
-    parts = list(over(read_rank_tables, work))
+def read_shared(source: TraceSource, work: list[Launch]) -> list[RankTables]:
+    """One rank after the other is read; while the next one is, the tables of the last one are made."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        made: list[Future[RankTables]] = []
+        for job in work:
+            events = read_rank(job.rank, job.files, job.clock, source)
+            if made:
+                made[-1].result()  # no more than two ranks are in memory
+            made.append(pool.submit(make_rank_tables, job, events))
+            del events
+        return [future.result() for future in made]
+
+
+def gather_tables(
+    run_dir: str | Path, over: Map = on_threads, source: TraceSource | None = None
+) -> JoinedTables:
+    """source: a reading of the traces that is shared with other analyses; then `over` is not used."""
+    work = plan_ranks(source or FileSource(run_dir))
+    parts = list(over(read_rank_tables, work)) if source is None else read_shared(source, work)
     full = [p for p in parts if p.tables]
     if not full:
         raise UserError(f"{run_dir}: the traces hold no events; was the run killed before it flushed any?")
     paths = {given: path for p in parts for given, path in p.paths.items()}
-    tables = {name: _join([p.tables[name] for p in full], paths) for name in full[0].tables}
+    tables = {name: _join_tables([p.tables[name] for p in full], paths) for name in full[0].tables}
     by_launch: dict[int, list[TracedProcess]] = {}
     for job, made in zip(work, parts, strict=True):
         by_launch.setdefault(job.launch, []).extend(made.processes)
@@ -117,7 +137,7 @@ def gather_tables(run_dir: str | Path, over: Map = on_threads) -> JoinedTables:
     )
 
 
-def _join(tables: list[pl.DataFrame], paths: dict[str, str]) -> pl.DataFrame:
+def _join_tables(tables: list[pl.DataFrame], paths: dict[str, str]) -> pl.DataFrame:
     table = pl.concat(tables)
     if "file" in table.columns:  # a forked process does not write its parent's hashes again
         table = table.with_columns(pl.col("file").replace(paths))

@@ -27,7 +27,7 @@ def total(starts: np.ndarray, ends: np.ndarray) -> int | float:
 
 
 def intersection(one: Stretches, two: Stretches) -> Stretches:
-    return _both(union(*one), union(*two), 2)
+    return _find_overlap(union(*one), union(*two), 2)
 
 
 def difference(one: Stretches, two: Stretches) -> Stretches:
@@ -37,15 +37,15 @@ def difference(one: Stretches, two: Stretches) -> Stretches:
         return a
     low, high = a[0][0], a[1][-1]
     outside = (np.concatenate([[low], b[1]]), np.concatenate([b[0], [high]]))
-    return _both(a, union(*outside), 2)
+    return _find_overlap(a, union(*outside), 2)
 
 
-def _both(one: Stretches, two: Stretches, depth: int) -> Stretches:
+def _find_overlap(one: Stretches, two: Stretches, depth: int) -> Stretches:
     """Where `depth` of two sets without overlap of their own are open at once."""
     times = np.concatenate([one[0], two[0], one[1], two[1]])
     opened = len(one[0]) + len(two[0])
     steps = np.concatenate([np.ones(opened, np.int64), -np.ones(len(times) - opened, np.int64)])
-    order = np.lexsort((steps, times))  # at one moment the closing comes first
+    order = np.lexsort((steps, times))  # at equal times the end comes first
     times, level = times[order], np.cumsum(steps[order])
     inside = np.flatnonzero(level[:-1] == depth)
     return union(times[inside], times[inside + 1])

@@ -1,4 +1,4 @@
-"""The joined tables of a run, step by step and moment by moment: steps, ranks, start-up, timeline."""
+"""The joined tables of a run, by step and over time: steps, ranks, start-up, timeline."""
 
 import polars as pl
 
@@ -11,8 +11,8 @@ KIND_US = [f"{kind}_us" for kind in (*KINDS, "other")]
 OWN = (pl.col("wall_us") - pl.col("communication_us")).alias("own_us")  # a step without what waits for others
 
 
-def steps(j: JoinedTables) -> pl.DataFrame:
-    """One row per step: how long on the slowest rank and on average, where its time went, who was last."""
+def list_steps(j: JoinedTables) -> pl.DataFrame:
+    """One row per step: its time on the slowest rank and on average, by kind, and which rank was last."""
     found = j["steps"].with_columns(OWN).group_by("launch", "epoch", "step").agg(
         pl.col("ts").min(), pl.len().alias("ranks"),
         pl.col("wall_us").max(), pl.col("wall_us").mean().alias("mean_us"),
@@ -20,10 +20,10 @@ def steps(j: JoinedTables) -> pl.DataFrame:
         pl.col("own_us").max(), pl.col("own_us").mean().alias("own_mean_us"),
         pl.col(*KIND_US, "io_all_us", "io_bare_us").mean(),
     )  # fmt: skip
-    return found.sort("ts")
+    return found.sort("ts", "launch", "epoch", "step")
 
 
-def step_ranges(j: JoinedTables, ranges: int = 20) -> pl.DataFrame:
+def sum_step_ranges(j: JoinedTables, ranges: int = 20) -> pl.DataFrame:
     """The training in ranges of steps: the same measures as of an epoch."""
     table = j["steps"].filter(pl.col("step").is_not_null())
     if not len(table):
@@ -35,7 +35,7 @@ def step_ranges(j: JoinedTables, ranges: int = 20) -> pl.DataFrame:
     return found.select("from_step", "steps", *to_seconds(*MEASURES))
 
 
-def outliers(j: JoinedTables, times: float = 2.0, n: int = 40) -> pl.DataFrame:
+def find_late_steps(j: JoinedTables, times: float = 2.0, n: int = 40) -> pl.DataFrame:
     """Steps longer than `times` the median of their run, and what took the extra time."""
     usual = j["steps"].select(pl.col("wall_us", *KIND_US).median()).row(0, named=True)
     late = j["steps"].filter(pl.col("wall_us") > times * (usual["wall_us"] or 0))
@@ -46,10 +46,10 @@ def outliers(j: JoinedTables, times: float = 2.0, n: int = 40) -> pl.DataFrame:
         kind.gather(most.cast(pl.UInt32)).alias("why"),
         (pl.col("wall_us") - usual["wall_us"]).cast(pl.Int64).alias("excess_us"),
     )
-    return late.sort("wall_us", descending=True).head(n)
+    return late.sort("wall_us", "ts", "rank", descending=[True, False, False]).head(n)
 
 
-def ranks(j: JoinedTables) -> pl.DataFrame:
+def compare_ranks(j: JoinedTables) -> pl.DataFrame:
     """Skew: each rank's own work in its steps (all but communication), against the others."""
     table = j["steps"].with_columns(OWN).group_by("rank").agg(
         pl.len().alias("steps"),
@@ -63,7 +63,7 @@ def ranks(j: JoinedTables) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def startup(j: JoinedTables) -> pl.DataFrame:
+def list_startup(j: JoinedTables) -> pl.DataFrame:
     """From a launch's first event to the end of its first step; `between` is what no span covers."""
     rows: list[tuple[int, int, str, float | None, float]] = []
     for (launch, rank), own in j["steps"].sort("ts").group_by("launch", "rank", maintain_order=True):
@@ -83,7 +83,7 @@ def startup(j: JoinedTables) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema, orient="row").sort("launch", "rank", "at_s", nulls_last=True)
 
 
-def launches(j: JoinedTables) -> pl.DataFrame:
+def list_launches(j: JoinedTables) -> pl.DataFrame:
     """A row per launch: when it began and how long it ran; before it, for how long nothing did."""
     own = j["time"].group_by("launch", "rank").agg(pl.col("ts").min(), pl.col("wall_us").sum())
     table = own.group_by("launch").agg(
@@ -102,34 +102,34 @@ def launches(j: JoinedTables) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def gaps(j: JoinedTables) -> list[tuple[float, float]]:
+def find_gaps(j: JoinedTables) -> list[tuple[float, float]]:
     """From when to when, in seconds of the run, nothing ran: between two launches."""
-    table = launches(j).filter(pl.col("not_running_before_s") > 0)
+    table = list_launches(j).filter(pl.col("not_running_before_s") > 0)
     return [(at - pause, at) for at, pause in table.select("at_s", "not_running_before_s").iter_rows()]
 
 
-def checkpoints(j: JoinedTables) -> pl.DataFrame:
+def list_checkpoints(j: JoinedTables) -> pl.DataFrame:
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
     rate = pl.when(pl.col("dur") > 0).then(pl.col("bytes") / pl.col("dur")).alias("MB_per_s")
-    found = j["marks"].filter(pl.col("cat") == "checkpoint").sort("ts")
+    found = j["marks"].filter(pl.col("cat") == "checkpoint").sort("ts", "rank", "name")
     return found.select(
         "rank", "name", "step", at, (pl.col("dur") / S).alias("seconds"), "bytes", rate, "file"
     )
 
 
-def preprocessing(j: JoinedTables) -> pl.DataFrame:
+def sum_preprocessing(j: JoinedTables) -> pl.DataFrame:
     found = j["marks"].filter(pl.col("cat") == "prep").group_by("name").agg(
         pl.len().alias("count"), pl.col("ts").min(), pl.col("dur").sum(), pl.col("bytes").sum(),
         (pl.col("ts") + pl.col("dur")).max().alias("end"),
     )  # fmt: skip
     elapsed = pl.col("end") - pl.col("ts")
-    return found.sort("ts").select(
+    return found.sort("ts", "name").select(
         "name", "count", (elapsed / S).alias("elapsed_s"), (pl.col("dur") / S).alias("work_s"), "bytes",
         pl.when(elapsed > 0).then(pl.col("bytes") / elapsed).alias("MB_per_s"),
     )  # fmt: skip
 
 
-def timeline(j: JoinedTables) -> pl.DataFrame:
+def make_timeline(j: JoinedTables) -> pl.DataFrame:
     """Per stretch of time: share of the ranks' time by kind, and MB/s read and written, all ranks."""
     busy = j["busy"]
     width = int(busy["width_us"].to_numpy().max())
@@ -149,10 +149,10 @@ CURVES = (
     "store_bytes_written",
 )  # fmt: skip
 
-RANKINGS = ("Recall@", "NDCG@")  # how a recommender that ranks items is judged, at some length of its list
+RANKINGS = ("Recall@", "NDCG@")  # metrics of a recommender that ranks items, at some length of its list
 
 
-def curves(j: JoinedTables, metrics: pl.DataFrame) -> pl.DataFrame:
+def make_curves(j: JoinedTables, metrics: pl.DataFrame) -> pl.DataFrame:
     """What changes over a run, on its clock: metrics.jsonl, and of the trace's counters what it lacks."""
     begin = int(j["time"]["ts"].to_numpy().min())
     lacking = [
@@ -160,11 +160,11 @@ def curves(j: JoinedTables, metrics: pl.DataFrame) -> pl.DataFrame:
         for name, dtype in {"step": pl.Int64, "split": pl.String, "time": pl.Float64}.items()
         if name not in metrics.columns
     ]
-    told = metrics.with_columns(lacking) if len(metrics) else pl.DataFrame()
+    logged = metrics.with_columns(lacking) if len(metrics) else pl.DataFrame()
     rows, have = [], []
-    for name in (*CURVES, *(column for column in told.columns if column.startswith(RANKINGS))):
-        if name in told.columns and told["time"].dtype.is_numeric():
-            found = told.filter(pl.col(name).is_not_null() & pl.col("time").is_not_null())
+    for name in (*CURVES, *(column for column in logged.columns if column.startswith(RANKINGS))):
+        if name in logged.columns and logged["time"].dtype.is_numeric():
+            found = logged.filter(pl.col(name).is_not_null() & pl.col("time").is_not_null())
             rows.append(
                 found.select(
                     pl.lit(name).alias("name"), (pl.col("time") - begin / S).alias("at_s"),

@@ -12,6 +12,7 @@ from analysis.trace.columns import to_frame
 from analysis.trace.events import TraceReader
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import MAX_BYTES, EventBlock
+from analysis.trace.source import BlockReader, TraceSource
 from analysis.trace.strings import StringTable
 
 _COLUMNS = (
@@ -36,27 +37,30 @@ class RankEvents:
     paths: dict[str, str] = field(default_factory=dict)  # file hash -> path, for the ranks that lack it
 
 
-def read_rank(rank: int, files: Iterable[Path], clock: Clock | None = None) -> RankEvents:
+def read_rank(
+    rank: int, files: Iterable[Path], clock: Clock | None = None, source: TraceSource | None = None
+) -> RankEvents:
     calls, spans, found = [], [], []
     strings, paths, clock = StringTable(), {}, clock or Clock()
     for path in files:
-        reader = TraceReader(path, strings, paths)
+        reader = source.open_reader(path, strings, paths) if source else TraceReader(path, strings, paths)
+        strings, paths = reader.strings, reader.paths
         found.append(reader.process)
         for block in reader:
-            one, other = _split(block, reader, clock)
+            one, other = _split_block(block, reader, clock)
             calls.append(one)
             spans.append(other)
     known = {strings.text(given): strings.text(path) for given, path in paths.items()}
     return RankEvents(
         rank,
         found,
-        _resolved(pl.concat(calls, rechunk=False) if calls else _empty(CALL), known),
-        _resolved(pl.concat(spans) if spans else _empty(SPAN), known),
+        _resolve_files(pl.concat(calls, rechunk=False) if calls else _make_empty(CALL), known),
+        _resolve_files(pl.concat(spans) if spans else _make_empty(SPAN), known),
         known,
     )
 
 
-def _resolved(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
+def _resolve_files(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
     """A forked process does not write its parent's hashes again, and its file may have been read first."""
     texts = events["file"].unique().cast(pl.String)
     if not any(text in known for text in texts):
@@ -64,7 +68,7 @@ def _resolved(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
     return events.with_columns(pl.col("file").cast(pl.String).replace(known).cast(pl.Categorical))
 
 
-def _split(block: EventBlock, reader: TraceReader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
     events = to_frame(block, reader.strings, reader.paths, 0, _COLUMNS)
     meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
     events = events.join(
@@ -85,7 +89,7 @@ def _split(block: EventBlock, reader: TraceReader, clock: Clock) -> tuple[pl.Dat
     return calls.select(CALL), events.filter(~is_call).select(SPAN)
 
 
-def _empty(columns: Iterable[str]) -> pl.DataFrame:
+def _make_empty(columns: Iterable[str]) -> pl.DataFrame:
     types = dict.fromkeys(("cat", "name", "op", "kind", "file", "split"), pl.Categorical)
     types |= dict.fromkeys(("pid", "tid"), pl.UInt32)
     types |= {"failed": pl.Boolean, "value": pl.Float64}

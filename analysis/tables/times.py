@@ -1,6 +1,6 @@
 """Where one rank's time went: phases of the run, kinds of the main thread's time, steps; exact, in us.
 
-Only unions of stretches are ever built. How much of a union lies before given moments answers the rest:
+Only unions of stretches are ever built. The length of a union before given times gives the rest:
 what is in A but not in B is |A or B| - |B|, what is in both is |A| + |B| - |A or B|.
 """
 
@@ -19,7 +19,7 @@ MEASURES = (
     "io_all_us", "io_behind_compute_us", "io_behind_communication_us", "io_bare_us",
 )  # fmt: skip
 BINS = 600  # stretches of the timeline, at most, of one rank
-MAX_EPOCHS = 1000  # that are told apart
+MAX_EPOCHS = 1000  # that are kept apart
 KEPT_CATS = ("startup", "eval", "checkpoint", "prep")
 
 
@@ -38,8 +38,8 @@ class Windows:
         span = max(1, int(self.ends[-1] - self.starts[0]))
         return 1 << max(0, math.ceil(math.log2(span / BINS)))
 
-    def of(self, ts: np.ndarray) -> np.ndarray:
-        """The number of the piece that each moment is in."""
+    def find_pieces(self, ts: np.ndarray) -> np.ndarray:
+        """The number of the piece that each time is in."""
         return np.clip(np.searchsorted(self.starts, ts, side="right") - 1, 0, len(self.starts) - 1)
 
 
@@ -48,14 +48,14 @@ def find_stretches(events: pl.DataFrame, *where: pl.Expr) -> Stretches:
     return union(found["ts"].to_numpy(), found["end"].to_numpy())
 
 
-def covered_time(of: Stretches, moments: np.ndarray) -> np.ndarray:
-    """How much of a union lies before each moment."""
+def covered_time(of: Stretches, times: np.ndarray) -> np.ndarray:
+    """The length of a union before each time."""
     starts, ends = of
     if not len(starts):
-        return np.zeros(len(moments), np.int64)
+        return np.zeros(len(times), np.int64)
     sums = np.concatenate([[0], np.cumsum(ends - starts)])
-    number = np.searchsorted(starts, moments, side="right")
-    overhang = np.maximum(0, ends[np.maximum(number - 1, 0)] - moments)
+    number = np.searchsorted(starts, times, side="right")
+    overhang = np.maximum(0, ends[np.maximum(number - 1, 0)] - times)
     return sums[number] - np.where(number > 0, overhang, 0)
 
 
@@ -94,7 +94,7 @@ def make_windows(events: RankEvents, main: pl.DataFrame) -> Windows:
     def add(phase: str, epoch: int | None, found: Stretches) -> None:
         nonlocal taken
         pieces.append((phase, epoch, difference(found, taken)))
-        taken = _or(taken, found)
+        taken = _unite(taken, found)
 
     add("evaluate", None, find_stretches(of["eval"]))
     work = of["train"].filter(pl.col("name").is_in(["epoch", "step"]))
@@ -122,28 +122,28 @@ def _in_order(pieces: list[tuple[str, int | None, Stretches]], first: int, last:
     return Windows(list(phases), list(epochs), np.array(starts), np.array(ends))
 
 
-def _or(one: Stretches, two: Stretches) -> Stretches:
+def _unite(one: Stretches, two: Stretches) -> Stretches:
     return union(np.concatenate([one[0], two[0]]), np.concatenate([one[1], two[1]]))
 
 
-def measure_times(events: RankEvents, main: pl.DataFrame, moments: np.ndarray) -> dict[str, np.ndarray]:
-    """For each measure, how much of it lies before each moment: differences of two are the answer."""
+def measure_times(events: RankEvents, main: pl.DataFrame, times: np.ndarray) -> dict[str, np.ndarray]:
+    """For each measure, its amount before each time (int64, us): two of them differ by what is between."""
     pid, tid = main_thread(events)
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
-    io_all = _or(find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io"))
-    all_io = covered_time(io_all, moments)
-    sums: dict[str, np.ndarray] = {"wall_us": moments - moments.min()}
+    io_all = _unite(find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io"))
+    all_io = covered_time(io_all, times)
+    sums: dict[str, np.ndarray] = {"wall_us": times - times.min()}
     none = np.zeros(0, np.int64)
-    level, before, both = (none, none), np.zeros(len(moments), np.int64), {}
+    level, before, both = (none, none), np.zeros(len(times), np.int64), {}
     for kind in KINDS:
-        level = _or(level, find_stretches(main, pl.col("kind") == kind))
+        level = _unite(level, find_stretches(main, pl.col("kind") == kind))
         if kind == "io":
-            level = _or(level, find_stretches(events.calls, here))
-        now = covered_time(level, moments)
+            level = _unite(level, find_stretches(events.calls, here))
+        now = covered_time(level, times)
         sums[f"{kind}_us"] = now - before
         before = now
         if kind in ("wait", "copy", "compute"):
-            both[kind] = all_io + now - covered_time(_or(io_all, level), moments)
+            both[kind] = all_io + now - covered_time(_unite(io_all, level), times)
     sums["other_us"] = sums["wall_us"] - before
     sums["io_all_us"] = all_io
     sums["io_behind_compute_us"] = both["compute"] - both["copy"]
@@ -166,8 +166,8 @@ def rank_times(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
     width = cuts.bin_us
     bins = np.arange(cuts.starts[0] // width, cuts.ends[-1] // width + 2)
     edges = np.clip(bins * width, cuts.starts[0], cuts.ends[-1])
-    moments = np.concatenate([cuts.starts, cuts.ends, begin, end, edges])
-    sums = measure_times(events, main, moments)
+    times = np.concatenate([cuts.starts, cuts.ends, begin, end, edges])
+    sums = measure_times(events, main, times)
     n, m = len(cuts.starts), len(begin)
     by_piece = {k: v[n : 2 * n] - v[:n] for k, v in sums.items()}
     by_step = {k: v[2 * n + m : 2 * n + 2 * m] - v[2 * n : 2 * n + m] for k, v in sums.items()}

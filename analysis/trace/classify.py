@@ -1,7 +1,7 @@
 """What an event means: its kind (io, wait, communication, copy, compute) and, for a call, its operation.
 
 Names are the trainer's own, torchrec's markers, and those that DFTracer's users give by habit. What no
-rule knows has no kind: its time counts as "other", it is never guessed to be work.
+rule knows has no kind: its time counts as "other", it is never counted as work.
 """
 
 import re
@@ -32,10 +32,10 @@ _SPANS = [  # category, name, kind; the first that matches wins
     (r"prep", r".*", "compute"),
     (r"startup|train|eval|checkpoint", r".*", None),  # whole phases, not work
     (r"torchrec", r"wait_for_batch|copy_batch_to_(gpu|device).*|.*h2d.*", "copy"),
-    (r"torchrec", r"next_batch|.*dataloader.*", None),  # data/wait inside says what of it is waiting
+    (r"torchrec", r"next_batch|.*dataloader.*", None),  # the data/wait span inside is the waiting
     (r"torchrec", f".*({'|'.join(_EXCHANGE)}).*", "communication"),
     (r"torchrec", r".*", "compute"),
-    # other people's traces: the categories of dftracer's own AI logging, of DLIO, of MPI-IO and HDF5
+    # traces of other programs: the categories of dftracer's own AI logging, of DLIO, of MPI-IO and HDF5
     (r"mpiio|hdf5", r".*(read|write|open|close|sync).*", "io"),
     (r"comm|communication|nccl|mpi", r".*", "communication"),
     (r"device|transfer", r".*", "copy"),
@@ -73,7 +73,7 @@ def op_of(name: str) -> str:
 
 
 def span_op(cat: str, name: str) -> str | None:
-    """Whether a span of the application says how many bytes it read or wrote."""
+    """The operation of a span of the application that reads or writes, or None."""
     if kind_of(cat, name) != "io" or cat in CALLS:
         return None
     return "write" if re.search(r"writ|save|dump", name, re.I) else "read"

@@ -1,6 +1,6 @@
 """One clock for a run: which traces are of one job, and what brings a host's times to the first host's.
 
-A job's barriers at its start and at its end are each one moment on all ranks. The first says how far a
+A job's barriers at its start and at its end happen at one time on all ranks. The first shows how far a
 host's clock is off, both together how much faster it goes.
 """
 
@@ -13,7 +13,7 @@ import polars as pl
 
 from analysis.trace.process import TracedProcess, is_forked
 
-LARGEST_DRIFT = 5e-4  # of real clocks; what seems more is ranks that left a barrier at different times
+LARGEST_DRIFT = 5e-4  # of real clocks; a larger difference means that ranks left a barrier at different times
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Clock:
         return events.with_columns(pl.Series("ts", begin), pl.Series("dur", dur))
 
 
-def launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
+def group_launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
     """The traces by the job that wrote them, in the order of time: a run that was stopped has several.
 
-    Each rank is in a job once, and all say the same number of ranks. What forked goes with the latest job
-    begun before it.
+    Each rank is in a job once, and all of a job have the same world size. A forked process belongs to the
+    latest job that began before it.
     """
     found, made = list(found), []
     parents = [p for p in found if not is_forked(p)]
@@ -88,37 +88,37 @@ def launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
 def make_clocks(found: Iterable[TracedProcess]) -> dict[Path, Clock]:
     """How each trace's times come to the clock of the job's first rank's host.
 
-    Ranks of one host share its clock, so they share the correction: the median of what their barriers say.
+    Ranks of one host share its clock, so they share the correction: the median over their barriers.
     """
-    return {path: clock for job in launches(found) for path, clock in _of_job(job).items()}
+    return {path: clock for job in group_launches(found) for path, clock in _make_job_clocks(job).items()}
 
 
-def _of_job(job: list[TracedProcess]) -> dict[Path, Clock]:
+def _make_job_clocks(job: list[TracedProcess]) -> dict[Path, Clock]:
     hosts = dict.fromkeys(p.host for p in job)
-    moments = {when: {host: _moment(job, host, when) for host in hosts} for when in ("start", "end")}
-    known = [at for at in moments["start"].values() if at is not None]
+    barriers = {when: {host: _median_barrier(job, host, when) for host in hosts} for when in ("start", "end")}
+    known = [at for at in barriers["start"].values() if at is not None]
     if len(hosts) < 2 or not known:
         return {p.path: Clock() for p in job}
     first = min(job, key=lambda p: p.rank).host
-    reference = moments["start"][first]
+    reference = barriers["start"][first]
     made = {
-        host: _clock(
+        host: _make_clock(
             at,
-            moments["end"][host],
+            barriers["end"][host],
             min(known) if reference is None else reference,
-            None if reference is None else moments["end"][first],
+            None if reference is None else barriers["end"][first],
         )  # fmt: skip
-        for host, at in moments["start"].items()
+        for host, at in barriers["start"].items()
     }
     return {p.path: made[p.host] for p in job}
 
 
-def _moment(job: list[TracedProcess], host: str, when: str) -> float | None:
-    told = [p.barriers[when] for p in job if p.host == host and when in p.barriers]
-    return float(np.median(told)) if told else None
+def _median_barrier(job: list[TracedProcess], host: str, when: str) -> float | None:
+    times = [p.barriers[when] for p in job if p.host == host and when in p.barriers]
+    return float(np.median(times)) if times else None
 
 
-def _clock(start: float | None, end: float | None, first_start: float, first_end: float | None) -> Clock:
+def _make_clock(start: float | None, end: float | None, first_start: float, first_end: float | None) -> Clock:
     if start is None:
         return Clock()
     shift, begun = round(first_start - start), round(start)
@@ -131,23 +131,23 @@ def _clock(start: float | None, end: float | None, first_start: float, first_end
 
 
 def describe_moves(found: Iterable[TracedProcess], known: dict[Path, Clock]) -> list[str]:
-    """What was done to the hosts' times, a sentence each."""
-    jobs = launches(found)
-    told = []
+    """How the hosts' times were moved, a sentence each."""
+    jobs = group_launches(found)
+    sentences = []
     for number, job in enumerate(jobs, 1):
         for host, clock in {p.host: known[p.path] for p in job if known[p.path].moves}.items():
             launch = f" in launch {number}" if len(jobs) > 1 else ""
             text = f"clock of {host}{launch}: moved by {clock.shift} us to meet the barrier at the start"
             if clock.drift:
                 text += f", by {clock.drift} us more towards the end ({1e6 * clock.rate:+.3g} us per s)"
-            told.append(text)
-    return told
+            sentences.append(text)
+    return sentences
 
 
 def clock_skew(found: Iterable[TracedProcess]) -> dict[str, int]:
     """How far the clocks were apart at each barrier, in us: over all ranks of a job, as recorded."""
     apart: dict[str, int] = {}
-    for job in launches(found):
+    for job in group_launches(found):
         for when in ("start", "end"):
             at = [p.barriers[when] for p in job if when in p.barriers]
             if len(at) > 1:

@@ -37,7 +37,7 @@ def to_frame(
     for name, row in _PLACE.items():
         place[ID[name]] = row
     rest = np.zeros(len(block.arg_key), np.bool_)
-    _spread(
+    _spread_arguments(
         block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, place, _PLACE["value"], found, rest
     )
     made: dict[str, pa.Array | pl.Series] = {}
@@ -47,7 +47,7 @@ def to_frame(
         elif name in ("pid", "tid", "ts", "dur"):
             made[name] = pa.array(getattr(block, name)[keep])
         elif name in ("cat", "name"):
-            made[name] = _texts(getattr(block, name)[keep].astype(np.int64), strings)
+            made[name] = _make_texts(getattr(block, name)[keep].astype(np.int64), strings)
         elif name in _WHOLE:
             values = found[_PLACE[name]][keep]
             made[name] = pa.array(values, mask=values == _NONE)
@@ -55,11 +55,11 @@ def to_frame(
             values = found[_PLACE[name]][keep]
             made[name] = pa.array(values.view(np.float64), mask=values == _NONE)
         elif name in _TEXT:
-            made[name] = _texts(found[_PLACE[name]][keep], strings)
+            made[name] = _make_texts(found[_PLACE[name]][keep], strings)
         elif name == "file":
-            made[name] = _texts(_file(found, paths, strings)[keep], strings)
+            made[name] = _make_texts(_find_files(found, paths, strings)[keep], strings)
         elif name == "args":
-            made[name] = _json(block, rest, keep)
+            made[name] = _make_json(block, rest, keep)
         else:
             raise KeyError(f"no column {name!r} in a trace; there are {', '.join(COLUMNS)}")
     return pl.DataFrame(
@@ -67,13 +67,13 @@ def to_frame(
     )
 
 
-def _file(found: np.ndarray, paths: dict[int, int], strings: StringTable) -> np.ndarray:
+def _find_files(found: np.ndarray, paths: dict[int, int], strings: StringTable) -> np.ndarray:
     hashed, named, other = (found[_PLACE[name]] for name in ("fhash", "file", "fname"))
     path = np.where(hashed >= 0, resolve_paths(np.maximum(hashed, 0), paths, strings), named)
     return np.where(path < 0, other, path)
 
 
-def _texts(numbers: np.ndarray, strings: StringTable) -> pl.Series:
+def _make_texts(numbers: np.ndarray, strings: StringTable) -> pl.Series:
     """Numbers of strings -> a categorical column that holds only the strings in use."""
     used = np.zeros(len(strings) + 1, np.bool_)
     known = numbers >= 0
@@ -87,7 +87,7 @@ def _texts(numbers: np.ndarray, strings: StringTable) -> pl.Series:
     return series.cast(pl.Categorical)
 
 
-def _json(block: EventBlock, rest: np.ndarray, keep: np.ndarray) -> pl.Series:
+def _make_json(block: EventBlock, rest: np.ndarray, keep: np.ndarray) -> pl.Series:
     ends = np.zeros(len(block) + 1, np.int64)
     _json_ends(block.arg_begin, block.arg_text, rest, keep, ends)
     out = np.empty(max(1, int(ends[-1])), np.uint8)
@@ -105,7 +105,7 @@ def _json(block: EventBlock, rest: np.ndarray, keep: np.ndarray) -> pl.Series:
 
 
 @compiled
-def _spread(arg_begin, arg_key, arg_kind, arg_val, place, value_row, found, rest):
+def _spread_arguments(arg_begin, arg_key, arg_kind, arg_val, place, value_row, found, rest):
     """Arguments to columns; `rest` marks those that have none."""
     real = arg_val.view(np.float64)
     found_real = found.view(np.float64)

@@ -5,7 +5,7 @@ the same in constant memory. Hashes are resolved, ranks are known, and different
 
 Columns: rank, pid, tid, cat, name, ts and dur (us), file, offset, count, ret, bytes, epoch, step, batch,
 value (counters), split, when, args (JSON of what is left). Metadata and DFTracer's own start and end
-events are no rows. What could not be read is in `Process.lost`.
+events are no rows. What could not be read is in `TracedProcess.lost`.
 """
 
 import os
@@ -17,7 +17,7 @@ import polars as pl
 
 from analysis.trace.clocks import make_clocks
 from analysis.trace.columns import COLUMNS, to_frame
-from analysis.trace.lines import read_blocks, read_tail
+from analysis.trace.lines import Opener, open_trace, read_blocks, read_tail
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import EVENT, MAX_WHOLE, METADATA, EventBlock, scan_block
 from analysis.trace.strings import ID, PAD, StringTable
@@ -45,10 +45,10 @@ _LABEL = 255  # characters of a host's or a thread's name that are kept
 def find_trace_files(run_dir: str | Path) -> list[Path]:
     """The trace files of a run: RUN/trace, or any folder of DFTracer files, or one file."""
     with os_errors_as_user_errors(run_dir):
-        return _files(Path(run_dir))
+        return _list_files(Path(run_dir))
 
 
-def _files(run: Path) -> list[Path]:
+def _list_files(run: Path) -> list[Path]:
     shown = printable(run)
     if not run.exists():
         raise UserError(f"{shown}: no such folder; give the folder of a run, e.g. results/<name>")
@@ -57,13 +57,13 @@ def _files(run: Path) -> list[Path]:
             raise UserError(f"{shown}: DFTracer's files end in .pfw.gz or .pfw; give one, or a run folder")
         return [run]
     for folder in (run / "trace", run):
-        found = sorted(_traces(folder), key=_parents_first)
+        found = sorted(_list_traces(folder), key=_parents_first)
         if found:
             return found
     raise UserError(f"{shown}: no traces (*.pfw.gz) in it or in its trace/ folder; was the run traced?")
 
 
-def _traces(folder: Path) -> list[Path]:
+def _list_traces(folder: Path) -> list[Path]:
     """By their names alone: what is no file is refused when it is opened, and not passed over."""
     if not folder.is_dir():
         return []
@@ -73,7 +73,14 @@ def _traces(folder: Path) -> list[Path]:
 class TraceReader:
     """Iterate over the blocks of one trace file; `process` and `paths` fill up on the way."""
 
-    def __init__(self, path: Path, strings: StringTable, paths: dict[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        strings: StringTable,
+        paths: dict[int, int] | None = None,
+        opened: Opener = open_trace,
+    ) -> None:
+        self.opened = opened
         self.process = TracedProcess(path)
         self.strings = strings
         self.records = 0
@@ -83,14 +90,14 @@ class TraceReader:
 
     def __iter__(self) -> Iterator[EventBlock]:
         process = self.process
-        for text in read_blocks(process.path, process.loss):
+        for text in read_blocks(process.path, process.loss, self.opened):
             size = len(text)
             text += bytes(PAD)
             block = scan_block(np.frombuffer(text, np.uint8), size, self.strings)
             for place in block.bad:
-                self._salvage(bytes(text[place : text.index(b"\n", place)]))
+                self._salvage_record(bytes(text[place : text.index(b"\n", place)]))
             process.bad_lines += block.n_bad - len(block.bad)
-            self._records(block)
+            self._read_records(block)
             if process.pid < 0 and len(block):
                 process.pid = int(block.pid[0])
             is_event = block.ph == EVENT
@@ -103,7 +110,7 @@ class TraceReader:
             yield block
         process.events -= process.ended  # the end record does not count itself
 
-    def _records(self, block: EventBlock) -> None:
+    def _read_records(self, block: EventBlock) -> None:
         """Metadata, start and end, barriers: few, so one by one."""
         special = (block.ph == METADATA) | (block.cat == ID["dftracer"]) | (block.cat == ID["clock"])
         found = np.flatnonzero(special)
@@ -113,14 +120,14 @@ class TraceReader:
         for i in found[: len(found) - beyond].tolist():
             args = block.args(i, self.strings)
             if block.ph[i] == METADATA:
-                self._metadata(int(block.name[i]), int(block.tid[i]), args)
+                self._read_metadata(int(block.name[i]), int(block.tid[i]), args)
             elif block.cat[i] == ID["clock"] and args.get("when") in ("start", "end"):
                 self.process.barriers.setdefault(str(args["when"]), int(block.ts[i]))
             elif block.name[i] == ID["end"]:
                 self.process.ended = True
                 self.process.expected = whole_number(args.get("num_events"), MAX_WHOLE, 0)
 
-    def _metadata(self, kind: int, tid: int, args: dict) -> None:
+    def _read_metadata(self, kind: int, tid: int, args: dict) -> None:
         key, value = str(args.get("name", "")), args.get("value", "")
         process = self.process
         if kind == ID["FH"]:
@@ -141,16 +148,16 @@ class TraceReader:
         elif kind == ID["CM"] and key == "thread_name" and len(process.threads) < MAX_THREADS:
             process.threads[tid] = str(value)[:_LABEL]
 
-    def _salvage(self, line: bytes) -> None:
+    def _salvage_record(self, line: bytes) -> None:
         """A path with a quote in it makes DFTracer write a record that is no JSON."""
-        if found := _record(line):
+        if found := _parse_record(line):
             kind, key, value = (part.decode(errors="replace") for part in found)
-            self._metadata(ID.get(kind, 0), 0, {"name": key, "value": value})
+            self._read_metadata(ID.get(kind, 0), 0, {"name": key, "value": value})
         else:
             self.process.bad_lines += 1
 
 
-def _record(line: bytes) -> tuple[bytes, bytes, bytes] | None:
+def _parse_record(line: bytes) -> tuple[bytes, bytes, bytes] | None:
     """A metadata record that is no JSON -> its kind, name and value. Searched once from either end."""
     line = line.rstrip(b" \r,")
     at = line.find(_ARGS)
@@ -185,32 +192,32 @@ def read_processes(run_dir: str | Path) -> list[TracedProcess]:
     return assign_ranks(found)
 
 
-def read_heads(run_dir: str | Path) -> list[TracedProcess]:
-    """Who wrote each trace file, by rank, from its first events; of several hosts with both barriers."""
+def read_heads(run_dir: str | Path, opened: Opener = open_trace) -> list[TracedProcess]:
+    """The process of each trace file, by rank, from its first events; of several hosts with both barriers."""
     strings = StringTable()
-    found = [_head(path, strings, 1) for path in find_trace_files(run_dir)]
+    found = [_read_head(path, strings, 1, opened) for path in find_trace_files(run_dir)]
     if len({process.host for process in found}) > 1:
         for number, process in enumerate(found):
             if "start" not in process.barriers:
-                found[number] = process = _head(process.path, strings, HEAD_BLOCKS)
-            for at in end_barrier(process.path):
+                found[number] = process = _read_head(process.path, strings, HEAD_BLOCKS, opened)
+            for at in end_barrier(process.path, opened):
                 process.barriers.setdefault("end", at)
     return assign_ranks(found)
 
 
-def _head(path: Path, strings: StringTable, most: int) -> TracedProcess:
+def _read_head(path: Path, strings: StringTable, most: int, opened: Opener) -> TracedProcess:
     """From the first blocks, up to the barrier at the start. One file is open at a time."""
-    reader = TraceReader(path, strings)
+    reader = TraceReader(path, strings, opened=opened)
     for number, _ in enumerate(reader, 1):
         if "start" in reader.process.barriers or number == most:
             break
     return reader.process
 
 
-def end_barrier(path: Path) -> list[int]:
+def end_barrier(path: Path, opened: Opener = open_trace) -> list[int]:
     """When the barrier at the end was, from the file's last stretch alone."""
     lines = [
-        line for line in read_tail(path).splitlines()
+        line for line in read_tail(path, opened).splitlines()
         if len(line) < MAX_CLOCK_LINE and b'"clock"' in line and b'"end"' in line
     ]  # fmt: skip
     text = bytearray(b"\n".join([*lines[-100:], b""]))

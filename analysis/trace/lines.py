@@ -9,7 +9,7 @@ file that inflates to more than MAX_RATIO times its size is read no further, nor
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,7 @@ _TAIL = 1 << 20
 MAX_RATIO = 100
 _RATIO_FROM = 64 << 20  # bytes of text: below that no file is a danger
 MAX_DAMAGES = 1000  # stretches that do not inflate
+Opener = Callable[[Path], BinaryIO]
 
 
 @dataclass
@@ -43,10 +44,14 @@ class ReadLoss:
         return self.skipped + self.partial + self.long
 
 
-def read_blocks(path: Path, loss: ReadLoss) -> Iterator[bytearray]:
+def open_trace(path: Path) -> BinaryIO:
+    return os.fdopen(open_regular(path), "rb")
+
+
+def read_blocks(path: Path, loss: ReadLoss, opened: Opener = open_trace) -> Iterator[bytearray]:
     """Whole lines, about BLOCK bytes at a time."""
-    with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
-        pieces = _inflated(file, loss) if path.suffix == ".gz" else iter(lambda: file.read(_CHUNK), b"")
+    with opened(path) as file, os_errors_as_user_errors(path):
+        pieces = _inflate(file, loss) if path.suffix == ".gz" else iter(lambda: file.read(_CHUNK), b"")
         text = bytearray()
         skipping = False  # inside a line that is too long
         for piece in pieces:
@@ -72,7 +77,7 @@ def read_blocks(path: Path, loss: ReadLoss) -> Iterator[bytearray]:
         if rest.endswith(
             b"}"
         ):  # a last line that only lacks its newline, or an event that was cut at a brace:
-            text, end = text + b"\n", len(text) + 1  # the scanner will say
+            text, end = text + b"\n", len(text) + 1  # the scanner finds out which
         elif rest != b"]":  # how DFTracer 1 ends a file
             loss.partial += len(rest)
         del text[end:]
@@ -80,7 +85,7 @@ def read_blocks(path: Path, loss: ReadLoss) -> Iterator[bytearray]:
             yield text
 
 
-def _inflated(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
+def _inflate(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
     data = file.read(_CHUNK)
     made = damages = 0
     while data:
@@ -99,7 +104,7 @@ def _inflated(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
                 made += len(piece)
             except zlib.error:
                 damages += 1
-                good, used = _salvage(before, data)
+                good, used = _salvage_text(before, data)
                 yield good + b"\n"  # what follows the damage begins a line
                 data = data[used + 1 :] or file.read(_CHUNK)
                 loss.skipped += 1
@@ -132,7 +137,7 @@ def _to_member(data: bytes, file: BinaryIO) -> tuple[bytes, int]:
         data = keep + more
 
 
-def _salvage(stream: "zlib._Decompress", data: bytes) -> tuple[bytes, int]:  # type: ignore[name-defined]
+def _salvage_text(stream: "zlib._Decompress", data: bytes) -> tuple[bytes, int]:  # type: ignore[name-defined]
     """Inflate up to the damage: the text, and how many bytes of data were good."""
     good, used = bytearray(), 0
     try:
@@ -148,9 +153,9 @@ def _size_left(file: BinaryIO) -> int:
     return max(0, os.fstat(file.fileno()).st_size - file.tell())
 
 
-def read_tail(path: Path) -> bytearray:
+def read_tail(path: Path, opened: Opener = open_trace) -> bytearray:
     """The end of the text: what the whole gzip members in the file's last stretch hold, or the last of it."""
-    with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
+    with opened(path) as file, os_errors_as_user_errors(path):
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL))
         data = file.read(_TAIL)

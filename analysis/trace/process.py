@@ -1,4 +1,4 @@
-"""Who wrote a trace file, and what could not be read of it."""
+"""The process that wrote a trace file, and what could not be read of it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ class TracedProcess:
     first: int = 0  # us
     last: int = 0
     ended: bool = False  # the process closed its trace
-    expected: int = 0  # events that the process says it wrote
+    expected: int = 0  # events that the process recorded, by its end record
     bad_lines: int = 0
     loss: ReadLoss = field(default_factory=ReadLoss)
 

@@ -1,19 +1,19 @@
 """JSON lines of DFTracer -> columns, at machine speed: one numba loop over a block of text.
 
-Every string stands in the columns as its number in `StringTable`. The arguments of event i are rows
-arg_begin[i] .. arg_begin[i + 1] of the argument columns (key, kind, value, and where the text stands).
-A line that is not a JSON event is left out and its place returned, so that the caller can count it. So is one
-that says what cannot be: times outside of MAX_TS and MAX_DUR, a pid or tid beyond 32 bits, more than MAX_ARGS
-arguments, values nested deeper than MAX_DEPTH, more than MAX_LINE bytes. Whoever
-reads a Block may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers
-exist, arguments that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
+The columns hold each string as its number in `StringTable`. The arguments of event i are rows
+arg_begin[i] .. arg_begin[i + 1] of the argument columns (key, kind, value, and the place of the text).
+A line that is not a JSON event is left out and its place returned, so that the caller can count it. So is a
+line with impossible values: times outside of MAX_TS and MAX_DUR, a pid or tid beyond 32 bits, more than
+MAX_ARGS arguments, values nested deeper than MAX_DEPTH, more than MAX_LINE bytes. A reader of an EventBlock
+may rely on: ts + dur (and a thousand times that, in ns) does not overflow, string numbers exist, arguments
+that become columns of whole numbers are within MAX_WHOLE, real numbers are finite.
 
 What keeps the loops inside their arrays: the invariants of analysis.trace.strings for text; a line counts
 once, as an event or as bad, and both are compared with the arrays' lengths; MAX_ARGS rows of
-arguments are free before a line begins and `_args` stops there.
+arguments are free before a line begins and `_scan_args` stops there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,18 +23,18 @@ from analysis.trace.strings import (
     StringTable,
     bits_of,
     byte,
-    close,
     compiled,
-    grown,
-    intern,
+    find_quote,
+    grow_array,
+    intern_text,
     line_end,
+    make_pointers,
     pointer,
-    pointers,
     room_left,
-    unescape,
+    unescape_text,
 )
 
-INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that Strings had no room for
+INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that StringTable is too full for
 EVENT, METADATA = 1, 4
 _HHASH, _NUMERIC = ID["hhash"], tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes"))
 # Arguments that are used as whole numbers: counts, places in files, bytes, positions in the training.
@@ -49,6 +49,14 @@ MAX_TS, MAX_DUR = 1 << 54, 1 << 47  # us: hundreds of years, and four years
 MAX_WHOLE = 1 << 57  # of an argument that is a count
 MAX_BYTES = 1 << 50  # that one call or span moves, where bytes are added up: a petabyte
 MAX_BAD = 1000  # bad lines of a block whose places are returned; all are counted
+_CHANGEABLE = (
+    "name",
+    "cat",
+    "ts",
+    "dur",
+    "arg_key",
+    "arg_val",
+)  # what the Perfetto converter works on in place
 _LEAST_LINE = 9  # bytes of an event: {"ph":1}
 _MOST = 1.7976931348623157e308
 _DONE, _MORE_ROOM = 0, 1
@@ -77,6 +85,11 @@ class EventBlock:
     def __len__(self) -> int:
         return len(self.ph)
 
+    def copy(self) -> "EventBlock":
+        """One whose columns can be changed without changing this one; the text is the same."""
+        columns = {name: value.copy() for name, value in vars(self).items() if name in _CHANGEABLE}
+        return replace(self, **columns)
+
     def args(self, i: int, strings: StringTable) -> dict[str, int | float | str]:
         """The arguments of one event as Python values: for the few records that are read one by one."""
         found: dict[str, int | float | str] = {}
@@ -90,7 +103,7 @@ class EventBlock:
             elif kind == STRING:
                 found[key] = strings.text(value)
             else:
-                found[key] = unescape(self.text[int(value) >> 32 : int(value) & 0xFFFFFFFF].tobytes())
+                found[key] = unescape_text(self.text[int(value) >> 32 : int(value) & 0xFFFFFFFF].tobytes())
         return found
 
 
@@ -111,11 +124,11 @@ def scan_block(text: np.ndarray, size: int, strings: StringTable) -> EventBlock:
     )
     bad = np.empty(min(lines, MAX_BAD), np.int64)
     state = np.zeros(4, np.int64)  # position, events, arguments, bad lines
-    while _scan(text, size, state, ph, ints, arg_begin, args, bad, strings.arrays) == _MORE_ROOM:
+    while _scan_text(text, size, state, ph, ints, arg_begin, args, bad, strings.arrays) == _MORE_ROOM:
         line = int(np.argmax(text[state[0] : size] == 10)) + 1
         strings.make_room(min(line, MAX_LINE) + (1 << 12))
         if int(state[2]) + MAX_ARGS > len(args[0]):
-            args = tuple(grown(a, len(a)) for a in args)
+            args = tuple(grow_array(a, len(a)) for a in args)
     n, m = int(state[1]), int(state[2])
     name, cat, pid, tid, ts, dur = ints[:, :n]
     keys, kinds, values, places = (a[:m] for a in args)
@@ -127,7 +140,7 @@ def scan_block(text: np.ndarray, size: int, strings: StringTable) -> EventBlock:
 
 
 @compiled
-def _number(text, p):
+def _scan_number(text, p):
     """The number at p -> place after it, kind, whole value, real value; place -1 when there is none."""
     negative = byte(text, p) == 45
     if negative:
@@ -167,13 +180,13 @@ def _number(text, p):
 
 
 @compiled
-def _skip(text, p, end):
+def _skip_value(text, p, end):
     """The place after any JSON value; -1 when the line ends first or the value is nested too deeply."""
     depth = 0
     while p < end:
         c = byte(text, p)
         if c == 34:
-            p = close(text, p + 1, end)
+            p = find_quote(text, p + 1, end)
             if depth == 0:
                 return p + 1 if p < end else -1
         elif c == 123 or c == 91:
@@ -191,22 +204,22 @@ def _skip(text, p, end):
 
 
 @compiled
-def _value(text, p, end, j, key, args, strings):
+def _scan_value(text, p, end, j, key, args, strings):
     """One argument's value into row j -> the place after it, or -1."""
     _, kinds, values, _ = args
     if byte(text, p) == 34:
         a = p + 1
-        q = close(text, a, end)
-        kinds[j], values[j] = STRING, intern(text, a, q - a, strings, False)
+        q = find_quote(text, a, end)
+        kinds[j], values[j] = STRING, intern_text(text, a, q - a, strings, False)
         if values[j] < 0:
             kinds[j], values[j] = INLINE, (a << 32) | q
         for numeric in _NUMERIC:  # DFTracer 1 wrote these between quotes
             if key == numeric:
-                after, kind, whole, _ = _number(text, a)
+                after, kind, whole, _ = _scan_number(text, a)
                 if after == q and kind == INT and -MAX_WHOLE <= whole <= MAX_WHOLE:
                     kinds[j], values[j] = INT, whole
         return q + 1 if q < end else -1
-    q, kind, whole, real = _number(text, p)
+    q, kind, whole, real = _scan_number(text, p)
     if q >= 0 and 0 <= key < 64 and _COUNT_BITS >> key & 1:  # noqa: SIM102
         if abs(real) > MAX_WHOLE or whole > MAX_WHOLE or whole < -MAX_WHOLE:
             kinds[j], values[j] = RAW, (p << 32) | q  # no number of bytes or steps: stays as text
@@ -216,13 +229,13 @@ def _value(text, p, end, j, key, args, strings):
         if kind == FLOAT:
             values[j] = bits_of(real)
         return q
-    q = _skip(text, p, end)
+    q = _skip_value(text, p, end)
     kinds[j], values[j] = RAW, (p << 32) | q
     return q
 
 
 @compiled
-def _args(text, p, end, j, last, args, strings):
+def _scan_args(text, p, end, j, last, args, strings):
     """The object of arguments that begins at p -> the place after it (or -1) and the next free row, at most
     `last`.
     """
@@ -234,21 +247,21 @@ def _args(text, p, end, j, last, args, strings):
             return p + 1, j
         if c == 34:
             begin = p
-            p = close(text, begin + 1, end)
+            p = find_quote(text, begin + 1, end)
             if p >= end or j >= last:
                 break
-            key = intern(text, begin + 1, p - begin - 1, strings, True)
+            key = intern_text(text, begin + 1, p - begin - 1, strings, True)
             if key < 0:
                 break
             p += 1
             while byte(text, p) == 32 or byte(text, p) == 58:
                 p += 1
-            if key == _HHASH:  # every event carries the host's hash: the HH record says it once
-                p = _skip(text, p, end)
+            if key == _HHASH:  # every event carries the host's hash: the HH record holds it once
+                p = _skip_value(text, p, end)
                 if p < 0:
                     break
                 continue
-            p = _value(text, p, end, j, key, args, strings)
+            p = _scan_value(text, p, end, j, key, args, strings)
             if p < 0:
                 break
             keys[j], places[j] = key, (begin << 32) | p
@@ -261,7 +274,7 @@ def _args(text, p, end, j, last, args, strings):
 
 
 @compiled
-def _place(size, c, d):
+def _find_column(size, c, d):
     """Which column a key is for, by its length and first letters: 0 name .. 5 dur, 6 ph, 7 args, -1 none."""
     if size == 2:
         return 4 if c == 116 else 6 if c == 112 else -1  # ts, ph
@@ -275,7 +288,7 @@ def _place(size, c, d):
 
 
 @compiled
-def _line(text, p, end, j, row, args, strings):
+def _scan_line(text, p, end, j, row, args, strings):
     """The event that begins at p (its brace) -> the place after it (or -1), next free argument row."""
     for place in range(7):
         row[place] = 0
@@ -291,24 +304,24 @@ def _line(text, p, end, j, row, args, strings):
         if c != 34:
             break
         a = p + 1
-        p = close(text, a, end)
+        p = find_quote(text, a, end)
         if p >= end:
             break
-        place = _place(p - a, byte(text, a), byte(text, a + 1))
+        place = _find_column(p - a, byte(text, a), byte(text, a + 1))
         p += 1
         while byte(text, p) == 32 or byte(text, p) == 58:
             p += 1
         quoted = byte(text, p) == 34
-        if place < 0 or (place < 2 and not quoted):  # the numbers of strings are ours to give
-            p = _skip(text, p, end)
+        if place < 0 or (place < 2 and not quoted):  # numbers of strings are assigned here only
+            p = _skip_value(text, p, end)
         elif place == 7:
             if byte(text, p) != 123:
                 break
-            p, j = _args(text, p, end, j, last, args, strings)
+            p, j = _scan_args(text, p, end, j, last, args, strings)
         elif place < 2:
             a = p + 1
-            p = close(text, a, end)
-            found = intern(text, a, p - a, strings, True)
+            p = find_quote(text, a, end)
+            found = intern_text(text, a, p - a, strings, True)
             if p >= end or found < 0:
                 break
             row[place] = found
@@ -316,9 +329,9 @@ def _line(text, p, end, j, row, args, strings):
         elif place == 6 and quoted:  # as Chrome writes it: X, M
             c = byte(text, p + 1)
             row[6] = 4 if c == 77 else 1 if c == 88 else 0
-            p = _skip(text, p, end)
+            p = _skip_value(text, p, end)
         else:
-            p, kind, whole, real = _number(text, p)
+            p, kind, whole, real = _scan_number(text, p)
             if kind == FLOAT:
                 whole = np.int64(real) if 0.0 <= real <= MAX_TS else -1
             most = 0xFFFFFFFF if place < 4 else MAX_TS if place == 4 else MAX_DUR if place == 5 else 255
@@ -329,13 +342,13 @@ def _line(text, p, end, j, row, args, strings):
 
 
 @compiled
-def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
+def _scan_text(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
     p, i, j, wrong = state
     pool, starts, _, table, count = arrays
     keys, kinds, values, places = arg_arrays
     args_room, events_room, bad_room = len(keys) - MAX_ARGS, len(ph), len(bad)
     args = pointer(keys), pointer(kinds), pointer(values), pointer(places)
-    strings = pointers(arrays)
+    strings = make_pointers(arrays)
     room = room_left(pool, starts, table, count)
     text = pointer(text)
     space = np.zeros(7, np.int64)
@@ -356,7 +369,7 @@ def _scan(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
         while byte(text, p) == 32 or byte(text, p) == 91 or byte(text, p) == 44 or byte(text, p) == 93:
             p += 1
         if byte(text, p) == 123:
-            q, next_j = _line(text, p, end, j, row, args, strings)
+            q, next_j = _scan_line(text, p, end, j, row, args, strings)
             if q < 0 or row[6] == 0 or i >= events_room:
                 if wrong < bad_room:
                     bad[wrong] = begin

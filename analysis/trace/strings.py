@@ -4,11 +4,11 @@ Also the three machine instructions that reading text quickly wants: a byte, eig
 
 Compiled loops do not check bounds; these invariants stand in for the checks, whatever the bytes are:
 - Text ends with a newline and PAD more bytes follow it. Every loop over text either has a limit `end`, the
-  place of its line's newline, or stops at any byte that it does not want, and a newline is one. So a place p
+  place of its line's newline, or stops at any byte that it does not expect, such as a newline. So a place p
   is never beyond `end`; eight bytes from there lie inside the padding.
-- `close` is called with p <= end and returns a place from p to end: sizes are never negative. Who steps over
-  the quote that it found checks first that there is one (p < end).
-- `intern` writes only after it has compared with the lengths of the arrays; what does not fit has no
+- `find_quote` is called with p <= end and returns a place from p to end: sizes are never negative. A caller
+  that steps over the quote checks first that there is one (p < end).
+- `intern_text` writes only after it has compared with the lengths of the arrays; what does not fit has no
   number (-1).
 With NUMBA_BOUNDSCHECK=1 in the environment every access is checked instead, and a wrong one is an IndexError:
 the tests run both builds. The checked one is kept in a cache only where NUMBA_CACHE_DIR names one for it.
@@ -16,6 +16,7 @@ the tests run both builds. The checked one is kept in a cache only where NUMBA_C
 
 import json
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-# Strings whose numbers the code knows: KNOWN.index(text) is the number in every Strings.
+# Strings with fixed numbers: KNOWN.index(text) is the number in every StringTable.
 KNOWN = (
     "(none)", "hhash", "fhash", "offset", "count", "ret", "epoch", "step", "batch", "value", "split", "when",
     "file", "bytes", "name", "POSIX", "STDIO", "counter", "clock", "dftracer", "data", "read", "train",
@@ -127,15 +128,16 @@ class StringTable:
         self.table = np.full(1 << 18, -1, np.int32)
         self.count = np.zeros(1, np.int64)
         self._text: list[str] = []
+        self._lock = threading.Lock()  # several threads may ask for texts while none adds any
         for text in KNOWN:
             self.add(text)
 
     def add(self, text: str) -> int:
-        """Its number; -1 when there is no room for more."""
+        """Its number; -1 when the table is full."""
         raw = text.encode(errors="replace")
         self.make_room(len(raw))
         padded = np.frombuffer(bytearray(raw + bytes(PAD)), np.uint8)
-        return int(_add(padded, len(raw), self.arrays))
+        return int(_add_text(padded, len(raw), self.arrays))
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -145,24 +147,29 @@ class StringTable:
         """After this, all strings in a line of `length` bytes fit."""
         n = int(self.count[0])
         if self.starts[n] + length + PAD > len(self.pool):
-            self.pool = grown(self.pool, int(self.starts[n]) + length + PAD)
+            self.pool = grow_array(self.pool, int(self.starts[n]) + length + PAD)
         if n + length // 2 + 2 > len(self.starts):
-            self.starts, self.hashes = grown(self.starts, n + length), grown(self.hashes, n + length)
+            self.starts, self.hashes = (
+                grow_array(self.starts, n + length),
+                grow_array(self.hashes, n + length),
+            )
         if 2 * (n + length // 2) > len(self.table):
             self.table = np.full(1 << (4 * (n + length)).bit_length(), -1, np.int32)
             _rehash(self.hashes, n, self.table)
 
     def text(self, number: int) -> str:
-        while len(self._text) <= number:
-            a, b = self.starts[len(self._text)], self.starts[len(self._text) + 1]
-            self._text.append(unescape(self.pool[a:b].tobytes()))
+        if len(self._text) <= number:
+            with self._lock:
+                while len(self._text) <= number:
+                    a, b = self.starts[len(self._text)], self.starts[len(self._text) + 1]
+                    self._text.append(unescape_text(self.pool[a:b].tobytes()))
         return self._text[number]
 
     def __len__(self) -> int:
         return int(self.count[0])
 
 
-def unescape(raw: bytes) -> str:
+def unescape_text(raw: bytes) -> str:
     text = raw.decode(errors="replace")
     if "\\" not in text:
         return text
@@ -173,7 +180,7 @@ def unescape(raw: bytes) -> str:
     return found.encode(errors="replace").decode()  # half of a surrogate pair is no text
 
 
-def grown(array: np.ndarray, need: int) -> np.ndarray:
+def grow_array(array: np.ndarray, need: int) -> np.ndarray:
     bigger = np.zeros(2 * max(need, len(array)), array.dtype)
     bigger[: len(array)] = array
     return bigger
@@ -207,12 +214,12 @@ def line_end(text, p):
 
 
 @compiled
-def _add(text, size, arrays):
-    return intern(pointer(text), 0, size, pointers(arrays), True)
+def _add_text(text, size, arrays):
+    return intern_text(pointer(text), 0, size, make_pointers(arrays), True)
 
 
 @compiled
-def pointers(arrays):
+def make_pointers(arrays):
     pool, starts, hashes, table, count = arrays
     room = min(len(pool), MAX_POOL) - PAD
     most = min(MAX_NAMES, len(hashes), len(starts) - 1, len(table) // 2)
@@ -223,7 +230,7 @@ def pointers(arrays):
 
 
 @compiled
-def close(text, p, end):
+def find_quote(text, p, end):
     """Where the string that runs at p has its closing quote; `end` when it has none before that."""
     while p < end:
         w = word(text, p)
@@ -241,8 +248,8 @@ def close(text, p, end):
 
 
 @compiled
-def intern(text, a, size, strings, keep):
-    """The number of text[a : a + size], a new one if need be; -1 when there is no room for more."""
+def intern_text(text, a, size, strings, keep):
+    """The number of text[a : a + size], a new one if need be; -1 when the table is full."""
     pool, starts, hashes, table, count, mask, room, most = strings
     h = np.uint64(size)
     for i in range(0, size - 7, 8):

@@ -1,10 +1,11 @@
-"""The folder of checkpoints: names, publishing as a whole, finding the newest good one, clearing away.
+"""The folder of checkpoints: names, publishing, reading descriptions, removing old ones.
 
 checkpoints/00003-step-1200/            rank00000.safetensors, ..., and checkpoint.json, written last
-checkpoints/.dlrm-io-checkpoint-TOKEN/  being written: renamed once every byte is on the disk
+checkpoints/.dlrm-io-checkpoint-TOKEN/  being written; renamed once every byte is on the disk
 
-The folder may hold other things. Each checkpoint carries the mark of `common.owned.WorkFolders`: only one
-with its mark, and with nothing in it but files of ours, is ever removed.
+So a folder with a final name is complete, whenever the job was killed. The folder of checkpoints may contain
+other things. Each checkpoint has the mark of `common.owned.WorkFolders`: only a folder with that mark, and
+with no other files in it than a checkpoint's, is ever removed.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ VERSION = 1
 NAME = re.compile(r"(\d{5,12})-step-(\d{1,18})", re.ASCII)
 FILE = re.compile(r"rank\d{5,7}\.safetensors", re.ASCII)
 KIND = WorkFolders("checkpoint", re.compile(rf"{FILE.pattern}|{re.escape(MARKER)}", re.ASCII))
-LARGEST = 1 << 30  # bytes of a description
-LARGEST_BLOCK = 64 << 20  # bytes under one checksum
+MAX_DESCRIPTION_BYTES = 1 << 30
+MAX_BLOCK_BYTES = 64 << 20  # bytes under one checksum
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,32 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]  # everything that is not a tensor
     tensors: list[StoredPiece]
-    files: dict[str, dict[str, Any]]  # name -> bytes, block, crc32 of each block
-    blocks: Blocks = field(default_factory=Blocks, compare=False)  # those read last
+    files: dict[str, dict[str, Any]]  # name -> bytes, block (size), crc32 of each block
+    blocks: Blocks = field(default_factory=Blocks, compare=False)  # the blocks read last
 
     @property
     def score(self) -> float | None:
-        """How good its validation was."""
+        """Of the validation at its step; None where there was none."""
         score = self.state.get("score")
         return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
 
 
 def read_description(path: Path) -> Checkpoint:
-    """Read a checkpoint's description and hold it against what is there. Raises Corrupt."""
+    """Read a checkpoint's description and compare it with the files that are there.
+
+    Raises CorruptCheckpoint, with one line, for anything but a complete checkpoint: a description is data
+    from a file that may be damaged or forged, and nothing in it is used unchecked. The files' contents are
+    compared with their checksums later, when they are read.
+    """
     marker = path / MARKER
     try:
-        values = read_json_object(marker, LARGEST, nan=True)
-        if values.pop("crc32", None) != _checksum(values):
+        values = read_json_object(marker, MAX_DESCRIPTION_BYTES, nan=True)
+        if values.pop("crc32", None) != _compute_checksum(values):
             raise CorruptCheckpoint(f"{marker}: wrong checksum")
         if values.get("version") != VERSION:
-            raise CorruptCheckpoint(f"{path}: version {str(values.get('version'))[:20]}, {VERSION} expected")
+            raise CorruptCheckpoint(
+                f"{path}: version {str(values.get('version'))[:20]}, {VERSION} is expected"
+            )
         state, tensors, files = values["state"], values["tensors"], values["files"]
         if not (isinstance(state, dict) and isinstance(tensors, list) and isinstance(files, dict)):
             raise CorruptCheckpoint(f"{marker}: not a checkpoint")
@@ -83,33 +91,35 @@ def read_description(path: Path) -> Checkpoint:
 
 
 def _check_file(folder: Path, name: str, facts: Any) -> None:
-    """The file is there, of the size that is said, with as many checksums as it has blocks."""
+    """The file is there and has the described size, and one checksum for each block."""
     if not FILE.fullmatch(name) or not isinstance(facts, dict):
-        raise CorruptCheckpoint(f"{folder / MARKER}: not a checkpoint, an impossible file name")
+        raise CorruptCheckpoint(f"{folder / MARKER}: not a checkpoint, impossible file name")
     size, block, sums = facts["bytes"], facts["block"], facts["crc32"]
-    if not (_is_count(size) and _is_count(block) and 0 < block <= LARGEST_BLOCK and isinstance(sums, list)):
-        raise CorruptCheckpoint(f"{folder / MARKER}: not a checkpoint, impossible facts about {name}")
+    if not (_is_count(size) and _is_count(block) and 0 < block <= MAX_BLOCK_BYTES and isinstance(sums, list)):
+        raise CorruptCheckpoint(f"{folder / MARKER}: not a checkpoint, impossible sizes of {name}")
     if not os.path.lexists(folder / name):
         raise CorruptCheckpoint(f"{folder / name} is missing: half-written")
-    there = check_regular(folder / name).st_size
-    if there != size or len(sums) != -(-size // block):
-        raise CorruptCheckpoint(f"{folder / name}: {there} bytes, {size} expected")
+    found = check_regular(folder / name).st_size
+    if found != size or len(sums) != -(-size // block):
+        raise CorruptCheckpoint(f"{folder / name}: has {found} bytes, {size} are expected")
 
 
 def _check_tensors(found: Checkpoint) -> None:
-    """Every rectangle lies inside its file, and all of one tensor agree: nothing is read or allocated that
-    the files do not hold.
+    """Every rectangle is inside its file, and all rectangles of a tensor agree on its shape and dtype. So
+    what is read or allocated later is never larger than the files.
     """
     first: dict[str, StoredPiece] = {}
     for stored in found.tensors:
         if stored.file not in found.files:
-            raise CorruptCheckpoint(f"{found.path}: a tensor in an unknown file")
+            raise CorruptCheckpoint(f"{found.path}: a tensor is in a file that is not listed")
         whole = first.setdefault(stored.name, stored)
         if (stored.shape, stored.dtype) != (whole.shape, whole.dtype):
             raise CorruptCheckpoint(f"{found.path}: {stored.name[:100]} has two shapes or types")
         end = stored.at + math.prod(stored.size) * DTYPES[stored.dtype].itemsize
         if end > found.files[stored.file]["bytes"]:
-            raise CorruptCheckpoint(f"{found.path / stored.file}: a tensor ends at {end}, behind the end")
+            raise CorruptCheckpoint(
+                f"{found.path / stored.file}: a tensor ends at byte {end}, after the end of the file"
+            )
 
 
 def _is_count(value: Any) -> bool:
@@ -123,16 +133,18 @@ def list_checkpoints(root: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise UserError(f"{root}: {error.strerror}; name another folder of checkpoints") from None
-    return sorted(found, key=_number, reverse=True)
+        raise UserError(f"{root}: {error.strerror}; give another folder of checkpoints") from None
+    return sorted(found, key=_read_number, reverse=True)
 
 
-def _number(path: Path) -> int:
+def _read_number(path: Path) -> int:
     return int(path.name.split("-")[0])
 
 
 def find_checkpoints(path: Path) -> Iterator[Path]:
-    """What a path given by the user may mean: a checkpoint itself, a folder of them, a run folder."""
+    """The checkpoints, newest first, at a path that the user gave: a checkpoint itself, a folder of
+    checkpoints, or a run folder.
+    """
     if (path / MARKER).exists() or NAME.fullmatch(path.name):
         yield path
         return
@@ -140,8 +152,8 @@ def find_checkpoints(path: Path) -> Iterator[Path]:
 
 
 def begin_checkpoint(root: Path, step: int) -> tuple[Path, Path]:
-    """(where to write, the final name). Leftovers of writers that were killed go; the caller has the folder's
-    lock.
+    """(folder to write into, its final name). Removes what killed writers left; the caller holds the lock of
+    `root`, so no other writer is at work there.
     """
     for old in KIND.find(root):
         KIND.remove(old)
@@ -151,37 +163,41 @@ def begin_checkpoint(root: Path, step: int) -> tuple[Path, Path]:
 
 
 def publish_checkpoint(partial: Path, final: Path, description: dict[str, Any]) -> None:
-    """The description last, everything on the disk, then the final name."""
+    """Write the description and give the folder its final name. The ranks' files are synced to disk before,
+    and each step here is synced before the next: after a crash of the host the name implies the contents.
+    """
     values = {"version": VERSION, **description}
-    text = json.dumps({**values, "crc32": _checksum(values)}) + "\n"
+    text = json.dumps({**values, "crc32": _compute_checksum(values)}) + "\n"
     write_synced(partial / MARKER, text.encode())
     sync_to_disk(partial)
     KIND.publish(partial, final)
     sync_to_disk(final.parent)
 
 
-def _checksum(values: dict[str, Any]) -> int:
+def _compute_checksum(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def discard_partial(partial: Path) -> None:
-    """Remove what is not going to be published."""
+    """Remove a folder that is not going to be published."""
     with contextlib.suppress(OSError, UserError):
         KIND.remove(partial)
 
 
 def remove_old_checkpoints(root: Path, keep: int) -> None:
-    """Leave the newest `keep` of our checkpoints, the best of them, and all that is not ours: without our
-    mark, damaged, or with something else inside.
+    """Remove this program's checkpoints except the newest `keep` and the best one.
+
+    A folder without this program's mark, a damaged checkpoint, or one with other files inside, is neither
+    counted nor removed.
     """
     found = []
     for path in list_checkpoints(root):
         with contextlib.suppress(CorruptCheckpoint, OSError):
-            if KIND.made(path):
+            if KIND.holds_only_own_files(path):
                 found.append((path, read_description(path).score))
     rated = [(score, path) for path, score in found if score is not None]
     best = max(rated, key=lambda each: each[0], default=(None, None))[1]
     for path, _ in found[keep:]:
         if path != best:
             with contextlib.suppress(OSError, UserError):
-                KIND.withdraw(path)
+                KIND.remove_published(path)

@@ -58,7 +58,7 @@ class CheckpointWriter:
         self._number += 1
         self._error = None
         arguments = (self._number, copied, values, step)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run_save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait_for_save(self) -> str | None:
@@ -70,14 +70,16 @@ class CheckpointWriter:
             self.failure_count += self._error is not None
         return self._error
 
-    def _run(self, number: int, pieces: list[TensorPiece], values: dict[str, Any], step: int) -> None:
+    def _run_save(self, number: int, pieces: list[TensorPiece], values: dict[str, Any], step: int) -> None:
         trace.name_thread("checkpoint")
         try:
-            self._error = self._write(f"dlrm/checkpoint/{number}", pieces, values, step)
+            self._error = self._write_checkpoint(f"dlrm/checkpoint/{number}", pieces, values, step)
         except Exception as error:  # noqa: BLE001  # e.g. the store is lost: the heartbeat ends this rank
             self._error = f"{type(error).__name__}: {error}"
 
-    def _write(self, key: str, pieces: list[TensorPiece], values: dict[str, Any], step: int) -> str | None:
+    def _write_checkpoint(
+        self, key: str, pieces: list[TensorPiece], values: dict[str, Any], step: int
+    ) -> str | None:
         """Write this rank's file; on rank 0 also make the folder and publish it. Returns the error, or None.
 
         No rank learns that a checkpoint is good before rank 0 has published it.
@@ -85,29 +87,31 @@ class CheckpointWriter:
         first = self.here.first
         partial = final = None
         if first:
-            begun = _catch_user_errors(lambda: self._begin(step))
+            begun = _catch_user_errors(lambda: self._begin_checkpoint(step))
             self.store.set(f"{key}/begin", json.dumps(begun))
-        begun = json.loads(self._wait_for_key(f"{key}/begin"))
+        begun = json.loads(self._wait_for_key(f"{key}/begin", "rank 0 did not start to save"))
         if "error" not in begun:
             partial, final = (Path(path) for path in begun["done"])
             file = f"rank{self.here.rank:05d}.safetensors"
             written = _catch_user_errors(lambda: shards.write_pieces(partial, file, pieces))
             self.store.set(f"{key}/{self.here.rank}", json.dumps(written))
         if first:
-            outcome = begun if partial is None else self._publish(key, partial, final, values)
+            outcome = begun if partial is None else self._publish_checkpoint(key, partial, final, values)
             self.store.set(f"{key}/end", json.dumps(outcome))
-        outcome = json.loads(self._wait_for_key(f"{key}/end"))
+        outcome = json.loads(self._wait_for_key(f"{key}/end", "rank 0 did not publish the checkpoint"))
         if "error" in outcome:
             return outcome["error"]
         self.last_path = outcome["done"]
         return None
 
-    def _begin(self, step: int) -> list[str]:
+    def _begin_checkpoint(self, step: int) -> list[str]:
         """[folder to write into, its final name], on rank 0."""
         self.lock_root()
         return [str(path) for path in folder.begin_checkpoint(self.root, step)]
 
-    def _publish(self, key: str, partial: Path, final: Path | None, values: dict[str, Any]) -> dict[str, Any]:
+    def _publish_checkpoint(
+        self, key: str, partial: Path, final: Path | None, values: dict[str, Any]
+    ) -> dict[str, Any]:
         """Rank 0, once every rank's file is on the disk: write the description, rename the folder, remove old
         checkpoints. If one rank failed, nothing is published and the older checkpoints stay.
         """
@@ -115,7 +119,9 @@ class CheckpointWriter:
         tensors, files = [], {}
         try:
             for rank in range(self.here.world_size):
-                written = json.loads(self._wait_for_key(f"{key}/{rank}"))
+                written = json.loads(
+                    self._wait_for_key(f"{key}/{rank}", f"rank {rank} did not write its file")
+                )
                 if "error" in written:
                     raise UserError(f"rank {rank}: {written['error']}")
                 tensors += written["done"]["tensors"]
@@ -128,11 +134,12 @@ class CheckpointWriter:
             folder.discard_partial(partial)
             return {"error": str(error)}
 
-    def _wait_for_key(self, key: str) -> str:
+    def _wait_for_key(self, key: str, failure: str) -> str:
+        """The value that another rank sets; TimeoutError with the text `failure` after `timeout` seconds."""
         deadline = time.monotonic() + self.timeout
         while not self.store.check([key]):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"a rank did not finish writing within {self.timeout:.0f} s")
+                raise TimeoutError(f"{failure} within {self.timeout:.0f} s")
             time.sleep(POLL_SECONDS)
         return self.store.get(key).decode()
 

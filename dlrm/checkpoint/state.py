@@ -1,4 +1,9 @@
-"""A sharded model and its optimizers as named rectangles, and back, under any world size and plan."""
+"""A sharded model and its optimizers as named rectangles, and back, under any world size and sharding plan.
+
+Names: model/NAME for a weight or buffer, optim/NAME/KEY for the optimizer's state of a weight (KEY:
+momentum1, step, ...). A rectangle's offset is in the whole table, so names and offsets do not depend on the
+sharding.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -12,9 +17,9 @@ from dlrm.checkpoint.shards import TensorPiece, read_into
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import span
 
-# one and the same thing: in fbgemm's fused optimizers, and in torch's for data-parallel tables
+# The same state under two names: torch's optimizers (for data-parallel tables), fbgemm's fused ones.
 EQUIVALENT_KEYS = {"sum": "momentum1", "exp_avg": "momentum1", "exp_avg_sq": "momentum2"}
-STEP = "step"  # torch's optimizers count steps for themselves, the fused ones elsewhere
+STEP = "step"  # torch's optimizers count steps in their state, the fused ones outside of it
 
 
 @runtime_checkable
@@ -29,7 +34,7 @@ class FileBackedTable(Protocol):
 
 
 def _local_pieces(name: str, value: Any) -> Iterator[TensorPiece]:
-    """This process's parts of a tensor; `offset` () marks one that every rank holds whole."""
+    """This rank's rectangles of a tensor; one that is not sharded is a single rectangle on every rank."""
     if isinstance(value, FileBackedTable):
         for tensor in value.copy():
             yield TensorPiece(name, tuple(value.size()), tensor.place, tensor, kept=True)
@@ -44,15 +49,21 @@ def _local_pieces(name: str, value: Any) -> Iterator[TensorPiece]:
 def _optimizer_values(optimizer: Any) -> Iterator[tuple[str, Any]]:
     for parameter, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
-            if isinstance(value, torch.Tensor | ShardedTensor):  # fused ones say table.momentum1
+            if isinstance(
+                value, torch.Tensor | ShardedTensor
+            ):  # the fused optimizers' keys are TABLE.momentum1
                 yield f"optim/{_without_compile_prefix(parameter)}/{key.rsplit('.', 1)[-1]}", value
 
 
 def _without_compile_prefix(name: str) -> str:
-    return name.replace("_orig_mod.", "")  # a compiled part's weights are the same weights
+    return name.replace("_orig_mod.", "")  # torch.compile adds it; the weights are the same
 
 
 def named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of everything that a checkpoint stores: torch.Tensor, ShardedTensor or FileBackedTable.
+
+    `optimizer`: None for the weights alone.
+    """
     ssd_tables = getattr(model, "ssd_tables", None)  # tables in files
     whole: Callable[[str, Any], Any] = ssd_tables.whole_table if ssd_tables else lambda _, value: value
     for name, value in model.state_dict().items():
@@ -63,7 +74,7 @@ def named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]
 
 
 def pieces_of_rank(model: nn.Module, optimizer: Any, rank: int) -> list[TensorPiece]:
-    """What this rank writes: its shards; of what every rank has, rank 0 writes the only copy."""
+    """What this rank writes: its shards; and on rank 0 the tensors that are the same on every rank."""
     return [
         piece
         for name, value in named_tensors(model, optimizer)
@@ -74,7 +85,11 @@ def pieces_of_rank(model: nn.Module, optimizer: Any, rank: int) -> list[TensorPi
 
 @torch.no_grad()
 def restore_state(found: Checkpoint, model: nn.Module, optimizer: Any | None) -> int:
-    """Fill the model (and its optimizers' state) from a checkpoint; returns the bytes read."""
+    """Fill the model, and its optimizers' state unless `optimizer` is None; returns the bytes read.
+
+    Raises UserError where the checkpoint is of another model or optimizer, CorruptCheckpoint where it is
+    damaged.
+    """
     stored: dict[str, list[Any]] = {}
     for each in found.tensors:
         stored.setdefault(each.name, []).append(each)
@@ -96,7 +111,7 @@ def restore_state(found: Checkpoint, model: nn.Module, optimizer: Any | None) ->
             continue
         for piece in _local_pieces(name, value):
             read += _fill_piece(found, source, piece)
-    for module in model.modules():  # weights behind a cache: what it holds is old now
+    for module in model.modules():  # tables with a cache (UVM, SSD): its rows are outdated now
         reset = getattr(module, "reset_cache_states", None)
         if callable(reset):
             reset()
@@ -106,6 +121,9 @@ def restore_state(found: Checkpoint, model: nn.Module, optimizer: Any | None) ->
 
 
 def _find_source(name: str, shape: tuple[int, ...], stored: dict[str, Any], found: Checkpoint) -> Any:
+    """The stored rectangles of a tensor, also under the other name of the same optimizer state; None for a
+    step counter that the checkpoint does not have.
+    """
     head, _, key = name.rpartition("/")
     names = [name]
     if head.startswith("optim/"):
@@ -119,15 +137,15 @@ def _find_source(name: str, shape: tuple[int, ...], stored: dict[str, Any], foun
             if stored[each][0].shape == shape:
                 return stored[each]
             raise UserError(
-                f"{found.path}: {each} is {list(stored[each][0].shape)}, here it is {list(shape)}: give the "
-                "model options that it was made with (or --resume never for a new start)"
+                f"{found.path}: {each} is {list(stored[each][0].shape)}, this model has {list(shape)}: give "
+                "the model options that it was made with, or --resume never to start at step 0"
             )
     if key == STEP and head.startswith("optim/"):
         return None
     what = "another optimizer" if head.startswith("optim/") else "another model"
     raise UserError(
-        f"{found.path}: has no {name}, it was made with {what}: give the options that it was made with "
-        "(or --resume never for a new start)"
+        f"{found.path}: has no {name}, it was made with {what}: give the options that it was made with, "
+        "or --resume never to start at step 0"
     )
 
 
@@ -135,14 +153,14 @@ def _fill_piece(found: Checkpoint, source: Sequence[Any], piece: TensorPiece) ->
     elements = sum(read_into(found.path, found.files, each, piece, found.blocks) for each in source)
     if elements != piece.tensor.numel():
         raise UserError(
-            f"{found.path}: holds {elements} of {piece.tensor.numel()} elements of {piece.name}: "
+            f"{found.path}: has {elements} of {piece.tensor.numel()} elements of {piece.name}: "
             "give another checkpoint"
         )
     return elements * piece.tensor.element_size()
 
 
 def _create_optimizer_state(optimizer: Any, stored: dict[str, Any]) -> None:
-    """Optimizers that make their state in the first step (adam) get a place for the stored one."""
+    """Allocate the state of optimizers that create it in their first step (adam), to be filled."""
     for _, part in getattr(optimizer, "_optims", []):
         for name, parameter in part.params.items():
             if isinstance(parameter, ShardedTensor) or parameter in part.state:
@@ -161,7 +179,11 @@ def _create_optimizer_state(optimizer: Any, stored: dict[str, Any]) -> None:
 def copy_pieces(
     parts: Sequence[TensorPiece], before: dict[tuple[str, tuple[int, ...]], torch.Tensor]
 ) -> list[TensorPiece]:
-    """The pieces as they are now, in memory of their own, which is used again for the next time."""
+    """Copies of the pieces in CPU memory, so that training may change the originals while they are written.
+
+    `before`: the copies of the last save, by (name, offset). They are overwritten and added to: allocating
+    memory of the model's size anew for each checkpoint would take longer than the copy.
+    """
     total = sum(piece.tensor.nbytes for piece in parts if not piece.kept)
     with span("checkpoint", "copy", bytes=total):
         made = []

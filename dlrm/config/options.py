@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
-from dlrm.config.parser import check_at_least, option
+from dlrm.config.parser import check_at_least, check_at_most, option
 from dlrm.runtime.errors import UserError
 
 CPU_FAST_PATH_HELP = (
     "CPU ranks: collectives through shared memory, dense layers in place, the faster BLAS, huge pages "
     "(off: torch's and torchrec's own; no effect on CUDA)"
 )
+LARGEST_SEED = (1 << 32) - 1  # numpy's generators take no more
+LONGEST_WAIT = 10**8  # in seconds or ms: torch counts ten times as many seconds in ns of 64 bits
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,12 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_at_least(
-            1, self, "epochs", "report_every", "timeout", "validation_freq_within_epoch", "max_steps"
-        )
+            1, self, "epochs", "report_every", "timeout", "validation_freq_within_epoch", "max_steps",
+            "trace_flush_ms",
+        )  # fmt: skip
+        check_at_least(0, self, "seed")
+        check_at_most(LARGEST_SEED, self, "seed")
+        check_at_most(LONGEST_WAIT, self, "timeout", "trace_flush_ms")
         if self.exchange == "gloo":
             object.__setattr__(self, "cpu_fast_path", False)
         if self.trace and not self.output_dir:

@@ -7,6 +7,7 @@ UserError of one line, the same on all ranks.
 import argparse
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dlrm.runtime.environment import mask_secrets
 from dlrm.runtime.errors import UserError
 
 C = TypeVar("C")
+LARGEST = (1 << 63) - 1
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: str | None = None) -> Any:
@@ -29,6 +31,14 @@ def check_at_least(low: float, config: object, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"--{name} {value}: must be a number of at least {low:g}")
+
+
+def check_at_most(high: float, config: object, *names: str) -> None:
+    """For what a longer number would break: an allocation, a clock, numbers of 32 or 64 bits."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value <= high:
+            raise UserError(f"--{name} {value}: must be a number of at most {high:,}")
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -102,7 +112,8 @@ def _parse_options(
     presets: Mapping[str, Callable[[], Mapping[str, Any]]],
 ) -> C:
     parser = OptionParser(prog=program, description=description, allow_abbrev=False)
-    parser.add_argument("--check_options", action="store_true", help="check the options and exit")
+    parser.add_argument("--validate_only", action="store_true", help="check the options, then exit")
+    parser.add_argument("--check_options", action="store_true", help=argparse.SUPPRESS)  # its old name
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), help="published settings as defaults")
     groups = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[arg-type, misc]
@@ -118,11 +129,17 @@ def _parse_options(
         if chosen:
             parser.set_defaults(**presets[chosen]())
     values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -LARGEST <= number <= LARGEST:
+                raise UserError(f"--{name} {number:.3g}: must be a number of 64 bits")
     made = {
         title: group_kind(**{f.name: values[f.name] for f in list_flags(group_kind)})  # type: ignore[operator, misc]
         for title, group_kind in groups.items()
     }
-    return parser.exit() if values["check_options"] else kind(**made)
+    if values["check_options"]:
+        print("dlrm: --check_options is now --validate_only; this release accepts both", file=sys.stderr)
+    return parser.exit() if values["validate_only"] or values["check_options"] else kind(**made)
 
 
 def as_json(config: Any, launch: Mapping[str, Any]) -> str:

@@ -55,9 +55,8 @@ class MemorySource:
             first, last = np.searchsorted(wanted, [start, stop])
             for name, part in self.stream.parts.items():
                 part.low = part.high = 0
-                parts[name][first:last] = part.read_rows(start, stop, stop, self.batch)[
-                    wanted[first:last] - start
-                ]
+                read = part.read_rows(start, stop, stop, self.batch)
+                parts[name][first:last] = read[wanted[first:last] - start]
 
     def _contains(self, runs: np.ndarray) -> bool:
         numbers = np.searchsorted(self.runs[:, 0], runs[:, 0], side="right") - 1

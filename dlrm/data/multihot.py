@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from common.errors import UserError, printable
+from common.memory import refuse_too_large
 from dlrm.data.criteo import NUM_SPARSE, array_file_name, multi_hot_file_name
 from dlrm.data.npy import CountingFile, NpyFile, NpyLayout, describe_array, open_array, scan_npy
 
@@ -109,6 +110,8 @@ class MultiHotMaker:
             raise UserError(f"--multi_hot_sizes: {NUM_SPARSE} numbers of at least 1 are needed")
         if len(table_sizes) != NUM_SPARSE or min(table_sizes) < 1:
             raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
+        size = sum(4 * rows * count for rows, count in zip(table_sizes, ids_per_row, strict=True))
+        refuse_too_large(size, "--multi_hot_sizes with tables of this length", "give smaller sizes or tables")
         state = np.random.RandomState(0)
         self.tables = [
             make_offset_table(state, size, count, DISTRIBUTIONS[distribution])

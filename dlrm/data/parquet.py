@@ -28,7 +28,7 @@ SPARSE = [f"C{n}" for n in range(1, NUM_SPARSE + 1)]
 COLUMNS = [LABEL, *DENSE, *SPARSE]
 ROW_BYTES = 3 * 4 * len(COLUMNS)  # in memory: a decoded row group of 64-bit ids, and our arrays of it
 FREE_ROWS = 1 << 20  # of a row group, whatever the file's size
-ROWS_PER_BYTE = 16  # of a larger one: 40 columns of real rows take more than a 16th of a byte
+ROWS_PER_BYTE = 1  # of a larger one: 40 columns of real rows take many bytes
 
 
 @dataclass

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlrm.data.memory import MappedSource, MemorySource
 from dlrm.data.multihot import scan_multi_hot_files
@@ -70,21 +70,20 @@ def scan_parquet(folder: str | os.PathLike[str]) -> AnyLayout:
     return scan_parquet(folder)
 
 
-SCANS: dict[str, Callable[[str | os.PathLike[str]], AnyLayout]] = {
-    "random": lambda folder: NpyLayout(os.fspath(folder), {}),
-    "stream": scan_npy,
-    "memory": scan_npy,
-    "mmap": scan_npy,
-    "multi_hot": scan_multi_hot_files,
-    "parquet": scan_parquet,
-}
-KINDS: dict[str, Callable[[AnyLayout, SourceOptions], RowSource]] = {
-    "random": open_random,
-    "stream": open_stream,
-    "memory": open_memory,
-    "mmap": open_mapped,
-    "multi_hot": open_stream,
-    "parquet": open_parquet_source,
+class SourceKind(NamedTuple):
+    """One way to keep rows."""
+
+    scan: Callable[[str | os.PathLike[str]], AnyLayout]  # check a folder's files, once
+    open: Callable[[AnyLayout, SourceOptions], RowSource]  # the rows of one stage
+
+
+KINDS: dict[str, SourceKind] = {
+    "random": SourceKind(lambda folder: NpyLayout(os.fspath(folder), {}), open_random),
+    "stream": SourceKind(scan_npy, open_stream),
+    "memory": SourceKind(scan_npy, open_memory),
+    "mmap": SourceKind(scan_npy, open_mapped),
+    "multi_hot": SourceKind(scan_multi_hot_files, open_stream),
+    "parquet": SourceKind(scan_parquet, open_parquet_source),
 }
 
 
@@ -92,7 +91,7 @@ def scan_dataset(kind: str, folder: str | os.PathLike[str]) -> AnyLayout:
     """Check every file of the folder; the UserError names all bad ones."""
     if kind not in KINDS:
         raise UserError(f"unknown kind of data {kind}: choose from {', '.join(KINDS)}")
-    return SCANS[kind](folder)
+    return KINDS[kind].scan(folder)
 
 
 def detect_format(kind: str, folder: str | None) -> str:
@@ -117,7 +116,7 @@ def open_source(
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage}: choose from {', '.join(STAGES)}")
     layout = scan_dataset(kind, folder) if isinstance(folder, str | os.PathLike) else folder
-    source = KINDS[kind](layout, SourceOptions(stage, read_chunk_mb, rows, table_sizes, seed))
+    source = KINDS[kind].open(layout, SourceOptions(stage, read_chunk_mb, rows, table_sizes, seed))
     if source.rows < 1:
         raise UserError(f"{layout.folder}: no rows for {stage}: use a dataset with more rows")
     return source

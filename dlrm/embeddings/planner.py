@@ -78,7 +78,9 @@ def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     try:
         constraints = read_json(path, LARGEST_FILE)
     except UserError as error:
-        raise UserError(f"--sharding_file {error}") from None
+        raise UserError(
+            f'--sharding_file {error}; give a JSON file like {{"t_cat_0": {{"sharding": "row_wise"}}}}'
+        ) from None
     if not isinstance(constraints, dict) or not all(
         isinstance(value, dict) for value in constraints.values()
     ):

@@ -1,95 +1,143 @@
-"""python -m dlrm.prep: toy (make TSV), run (TSV -> dataset folder), check (a dataset folder)."""
+"""Preprocessing of Criteo-like data: toy makes TSV, run turns TSV into a dataset folder, check verifies one.
+
+multihot adds synthetic multi-hot ids. parse, contiguous and shuffle are torchrec's scripts one by one.
+"""
 
 import argparse
 import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.errors import os_errors_as_user_errors, printable
-from dlrm.prep.job import options as choices
+from dlrm.prep.job import options as prep_options
 from dlrm.runtime import errors, ranks
 
 
 def make_parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m dlrm.prep", description=__doc__)
-    whole_words: Any = partial(argparse.ArgumentParser, allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True, parser_class=whole_words)
-    toy = commands.add_parser("toy", help="write Criteo-like TSV that can be learned")
-    toy.add_argument("out", type=Path)
-    toy.add_argument("--days", type=int, default=24)
-    toy.add_argument("--rows", type=int, default=20_000, help="per day")
-    toy.add_argument("--seed", type=int, default=0)
-    toy.add_argument("--one_file", action="store_true", help="one day_0 with all the rows, to be split")
+    parser = OneLineParser(prog="python -m dlrm.prep", description=__doc__)
+    parser_class: Any = partial(OneLineParser, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=parser_class)
+    toy = commands.add_parser("toy", help="write Criteo-like TSV that a model can learn")
+    toy.add_argument("out", type=Path, help="folder for day_0, day_1 ...")
+    toy.add_argument("--days", type=int, default=24, help="number of days [24]")
+    toy.add_argument("--rows", type=int, default=20_000, help="rows per day [20000]")
+    toy.add_argument("--seed", type=int, default=0, help="random seed [0]")
+    toy.add_argument("--one_file", action="store_true", help="write all rows to one file, day_0")
     add_run_options(commands.add_parser("run", help="Criteo TSV -> a dataset folder"))
     check = commands.add_parser("check", help="verify a finished dataset folder")
     check.add_argument("folder", type=Path)
     add_multihot_options(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
     add_script_options(commands)
-    return top
+    return parser
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong option in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(errors.USAGE, f"dlrm.prep: {printable(message)} (--help lists the options)\n")
 
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add("--input_dir", type=Path, required=True, help="day_0, day_1 ... or train.txt, test.txt; plain or .gz")
-    add("--output_dir", type=Path, required=True, help="the dataset; a run cut short goes on there")
-    add("--frequency_threshold", type=int, default=0, help="ids seen less often become id 1 [0: none]")
-    add("--frequency_limit", type=int, default=0, help="NVIDIA's recipe: rarer ids 1, gaps 0, log(x + 3)")
-    add("--random_seed", type=int, default=0, help="of the shuffle [0]")
-    add("--workers", type=int, default=1, help="threads in each process [1]")
-    add("--tmp_dir", type=Path, help="for intermediate files, seen by every rank [OUTPUT_DIR]")
-    add("--compat", choices=choices.COMPAT, default="", help="byte for byte what these wrote")
-    add("--format", choices=choices.FORMATS, default="npy", help="of the dataset [npy]")
-    add("--engine", choices=choices.ENGINES, default="numba", help="what does the work, same result [numba]")
-    add("--dataset", choices=choices.DATASETS, default="", help="[what is found in the input]")
-    add("--steps", default=",".join(choices.STEPS), help="parse[,contiguous][,shuffle] [all]")
-    add("--max_ind_range", type=int, default=0, help="take raw ids modulo this")
+    add("--output_dir", type=Path, required=True, help="dataset folder; run again to resume a killed run")
+    add("--frequency_threshold", type=int, default=0, help="ids that occur less often get id 1 [0: off]")
     add(
-        "--mod_idx", type=int, default=0, help="Parquet: OneFlow's ids, modulo this plus an offset per column"
+        "--frequency_limit",
+        type=int,
+        default=0,
+        help="like --frequency_threshold, by NVIDIA's rules: missing ids get 0, counts log(x + 3) [0: off]",
     )
-    add("--skip_bad_rows", action="store_true", help="count and report bad lines instead of stopping")
-    add("--no_md5", dest="md5", action="store_false", help="no digests in meta.json")
+    add("--random_seed", type=int, default=0, help="seed of the shuffle [0]")
+    add("--workers", type=int, default=1, help="threads in each process [1]")
+    add("--tmp_dir", type=Path, help="folder for intermediate files, shared by all ranks [OUTPUT_DIR]")
+    add(
+        "--compat",
+        choices=prep_options.COMPAT,
+        default="",
+        help="write the same bytes as this implementation",
+    )
+    add("--format", choices=prep_options.FORMATS, default="npy", help="format of the dataset [npy]")
+    add(
+        "--engine",
+        choices=prep_options.ENGINES,
+        default="numba",
+        help="implementation; all write the same bytes [numba]",
+    )
+    add("--dataset", choices=prep_options.DATASETS, default="", help="[by the files in INPUT_DIR]")
+    add("--steps", default=",".join(prep_options.STEPS), help="parse[,contiguous][,shuffle] [all]")
+    add("--max_ind_range", type=int, default=0, help="take raw ids modulo this number [0: off]")
+    add(
+        "--mod_idx",
+        type=int,
+        default=0,
+        help="for Parquet: OneFlow's ids, modulo this number plus an offset per column [0: off]",
+    )
+    add(
+        "--skip_bad_rows",
+        action="store_true",
+        help="skip and count bad lines instead of stopping at the first",
+    )
+    add("--no_md5", dest="md5", action="store_false", help="write no md5 sums to meta.json")
     add("--trace_dir", type=Path, help="run folder for a DFTracer trace of this preprocessing")
-    add("--part_bytes", type=int, default=0, help="cut the input into parts of about this size [by workers]")
-    add("--map_bytes", type=int, default=96 << 20, help="id maps kept in memory; larger ones are streamed")
-    add("--giant", type=int, default=8 << 20, help="ids of a column above which a bitmap numbers them")
-    add("--keep_tmp", action="store_true", help="leave the intermediate files")
-    add("--restart", action="store_true", help="forget what an earlier run has left")
+    add(
+        "--part_bytes", type=int, default=0, help="cut the input into parts of about this size [by --workers]"
+    )
+    add(
+        "--map_bytes",
+        type=int,
+        default=96 << 20,
+        help="id maps up to this size stay in memory; larger ones are read from disk [96 MiB]",
+    )
+    add(
+        "--giant",
+        type=int,
+        default=8 << 20,
+        help="number the ids of a column with more entries than this by a bitmap [8 Mi]",
+    )
+    add("--keep_tmp", action="store_true", help="keep the intermediate files")
+    add("--restart", action="store_true", help="discard the files of an earlier, unfinished run")
 
 
 def add_multihot_options(multihot: argparse.ArgumentParser) -> None:
     add = multihot.add_argument
     add("--input_dir", "--in_memory_binary_criteo_path", type=Path, required=True, help="a dataset folder")
-    add("--output_dir", "--output_path", type=Path, required=True)
-    add("--multi_hot_sizes", type=parse_numbers, required=True, help="26 numbers, with commas")
-    add("--num_embeddings_per_feature", type=parse_numbers, help="26 numbers [the table sizes of the input]")
-    add("--multi_hot_distribution_type", choices=("uniform", "pareto"), default="uniform")
-    add("--copy_labels_and_dense", action="store_true")
-    add("--workers", type=int, default=1)
+    add("--output_dir", "--output_path", type=Path, required=True, help="folder for the .npz files")
+    add("--multi_hot_sizes", type=parse_numbers, required=True, help="ids per row: 26 numbers, with commas")
+    add(
+        "--num_embeddings_per_feature",
+        type=parse_numbers,
+        help="rows of each table: 26 numbers, with commas [the table sizes of the input]",
+    )
+    add("--multi_hot_distribution_type", choices=("uniform", "pareto"), default="uniform", help="[uniform]")
+    add("--copy_labels_and_dense", action="store_true", help="also copy labels and counts: a whole dataset")
+    add("--workers", type=parse_workers, default=1, help="threads in each process [1]")
 
 
 def add_script_options(commands: Any) -> None:
-    """torchrec's three scripts by their own arguments."""
-    one = commands.add_parser("parse", help="npy_preproc_criteo alone: TSV -> NPY")
-    two = commands.add_parser("contiguous", help="contiguous_preproc_criteo alone")
-    three = commands.add_parser("shuffle", help="shuffle_preproc_criteo alone")
-    for command in (one, two):
+    """The commands for torchrec's three scripts, with the scripts' own arguments."""
+    parse = commands.add_parser("parse", help="npy_preproc_criteo alone: TSV -> NPY")
+    contiguous = commands.add_parser("contiguous", help="contiguous_preproc_criteo alone")
+    shuffle = commands.add_parser("shuffle", help="shuffle_preproc_criteo alone")
+    for command in (parse, contiguous):
         command.add_argument("--input_dir", type=Path, required=True)
         command.add_argument("--output_dir", type=Path, required=True)
-    one.add_argument("--dataset_name", dest="dataset", choices=choices.DATASETS, default="")
-    one.add_argument(
+    parse.add_argument("--dataset_name", dest="dataset", choices=prep_options.DATASETS, default="")
+    parse.add_argument(
         "--workers",
-        type=int,
+        type=parse_workers,
         default=1,
-        help="processes that take turns at the files; if there are fewer files, threads in each [1]",
+        help="processes, at most one per input file; more than that become threads within them [1]",
     )
-    two.add_argument("--frequency_threshold", dest="threshold", type=int, default=0)
-    three.add_argument("--input_dir_labels_and_dense", dest="dense_dir", type=Path, required=True)
-    three.add_argument("--input_dir_sparse", dest="sparse_dir", type=Path, required=True)
-    three.add_argument("--output_dir_shuffled", dest="output_dir", type=Path, required=True)
-    three.add_argument("--random_seed", dest="seed", type=int, default=0)
-    three.add_argument("--tmp_dir", type=Path)
+    contiguous.add_argument("--frequency_threshold", dest="threshold", type=parse_count, default=0)
+    shuffle.add_argument("--input_dir_labels_and_dense", dest="dense_dir", type=Path, required=True)
+    shuffle.add_argument("--input_dir_sparse", dest="sparse_dir", type=Path, required=True)
+    shuffle.add_argument("--output_dir_shuffled", dest="output_dir", type=Path, required=True)
+    shuffle.add_argument("--random_seed", dest="seed", type=parse_count, default=0)
+    shuffle.add_argument("--tmp_dir", type=Path, help="folder for intermediate files [OUTPUT_DIR_SHUFFLED]")
 
 
 def run_script(args: argparse.Namespace) -> None:
@@ -99,47 +147,61 @@ def run_script(args: argparse.Namespace) -> None:
     command = values.pop("command")
     {
         "parse": torchrec_scripts.parse_folder,
-        "contiguous": torchrec_scripts.number_folder,
+        "contiguous": torchrec_scripts.number_ids_of_folder,
         "shuffle": torchrec_shuffle.shuffle_folder,
     }[command](**values)
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(word) for word in text.split(","))
+        return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"not integers separated by commas: {text!r}") from None
 
 
-def run_check(args: argparse.Namespace) -> None:
-    from dlrm.prep.tools.check import check_dataset as flaws_of
+def parse_count(text: str) -> int:
+    """A seed or a threshold. numpy's generators take seeds of 32 bits."""
+    number = int(text)
+    if not 0 <= number < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not from 0 to {(1 << 32) - 1}")
+    return number
 
-    flaws = flaws_of(args.folder)
-    if flaws:
-        for flaw in flaws[:-1]:
-            print(f"dlrm.prep: {printable(flaw)}", file=sys.stderr)
-        raise errors.UserError(flaws[-1])
+
+def parse_workers(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= prep_options.MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not from 1 to {prep_options.MAX_WORKERS}")
+    return number
+
+
+def run_check(args: argparse.Namespace) -> None:
+    from dlrm.prep.tools.check import check_dataset
+
+    problems = check_dataset(args.folder)
+    if problems:
+        for problem in problems[:-1]:
+            print(f"dlrm.prep: {printable(problem)}", file=sys.stderr)
+        raise errors.UserError(problems[-1])  # printed by `main`, with the exit code
     print(f"{printable(args.folder)}: complete and consistent")
 
 
 def run_multihot(args: argparse.Namespace) -> None:
     from dlrm.data import criteo
     from dlrm.prep.job.workers import Workers
-    from dlrm.prep.tools.multihot import MultiHotOptions
-    from dlrm.prep.tools.multihot import write_multi_hot as materialise
+    from dlrm.prep.tools.multihot import MultiHotOptions, write_multi_hot
 
     tables = args.num_embeddings_per_feature or tuple(criteo.DatasetMeta.load(args.input_dir).table_sizes)
     options = MultiHotOptions(
         args.input_dir, args.output_dir, args.multi_hot_sizes, tables,
         args.multi_hot_distribution_type, args.copy_labels_and_dense,
     )  # fmt: skip
-    materialise(options.checked(), Workers(ranks.find_ranks(), args.workers))
+    write_multi_hot(options.checked(), Workers(ranks.find_ranks(), args.workers))
 
 
 def run_pipeline(args: argparse.Namespace) -> None:
     values: dict[str, Any] = vars(args) | {"steps": tuple(args.steps.split(","))}
     del values["command"]
-    options = choices.PrepOptions(**values).checked()
+    options = prep_options.PrepOptions(**values).checked()
     from dlrm.prep.engines.registry import ENGINES
 
     ENGINES[options.engine](options)
@@ -156,21 +218,26 @@ COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), run_script)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code; a UserError becomes one line on stderr, from rank 0 only."""
     args = make_parser().parse_args(argv)
     try:
         with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
             COMMANDS[args.command](args)
     except (errors.UserError, ModuleNotFoundError) as error:
-        told = errors.missing_environment(error) if isinstance(error, ModuleNotFoundError) else error
-        if told is None:
+        message = errors.explain_missing_module(error) if isinstance(error, ModuleNotFoundError) else error
+        if message is None:
             raise
-        if ranks.find_ranks().first:  # the ranks have agreed on one error
-            print(f"dlrm.prep: {printable(told)}", file=sys.stderr)
+        if ranks.find_ranks().first:  # all ranks have the same error, see Workers.raise_shared_error
+            print(f"dlrm.prep: {printable(message)}", file=sys.stderr)
+        return errors.USAGE
+    except MemoryError as error:
+        if ranks.find_ranks().first:
+            print(f"dlrm.prep: out of memory: {printable(error)[:200]}: use smaller sizes", file=sys.stderr)
         return errors.USAGE
     except KeyboardInterrupt:
         if ranks.find_ranks().first:
-            goes_on = "; the same command goes on where it was" if args.command == "run" else ""
-            print(f"\ndlrm.prep: interrupted{goes_on}", file=sys.stderr)
+            remedy = "; run the same command again to resume" if args.command == "run" else ""
+            print(f"\ndlrm.prep: interrupted{remedy}", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 

@@ -1,7 +1,8 @@
-"""The environment of a run as it is recorded: variables on a list with their values, all others by name.
+"""What a run records of its environment: the values of variables on a list, only the names of all others.
 
-In: the process's environment. Out: the text of RUN/env.txt, and `mask_secrets` for any text that is
-recorded. A list of what is kept, and not of what is left out: nobody can list the names of all secrets.
+In: the process's environment. Out: the text of RUN/env.txt, and `mask_secrets` for any text that is recorded.
+Why a list of what is recorded, and not of what is hidden: run folders are shared, and nobody can list the
+names of all secrets.
 """
 
 import fnmatch
@@ -15,7 +16,7 @@ HEADER = "# The environment of this run, written by dlrm-io. Values: see DLRM_EN
 NOT_RECORDED = "<not recorded>"
 MASK = "***"
 
-KEEP = """
+RECORDED = """
 PATH LD_LIBRARY_PATH LD_PRELOAD LIBRARY_PATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHON*
 HOME HOSTNAME HOST USER LOGNAME SHELL PWD TMPDIR LANG LANGUAGE LC_* TZ TERM
 LOADEDMODULES _LMFILES_ MODULEPATH PE_ENV CRAY_* CRAYPE_* GLIBC_TUNABLES MALLOC_*
@@ -28,13 +29,13 @@ DFTRACER_* DLRM_* MPIEXEC NPROC DRY_RUN MODEL DATASET_DIR OUTPUT_DIR WORKDIR RES
 BATCH_SIZE EMBEDDING_DIM EPOCHS LEARNING_RATE ARGS TRACE
 """.split()  # noqa: SIM905
 
-# Schedulers and MPIs that repeat other variables, with their values, inside one of their own.
-LEAVE_OUT = """
+# Never recorded: variables of schedulers and MPIs that contain other variables with their values.
+NOT_RECORDED_NAMES = """
 SLURM_EXPORT_ENV SLURM_SPANK_* SLURM_COMMENT OMPI_*_ENV_LIST OMPI_*ENV_LIST* *_EXPORT *_EXPORT_ENV
 HYDRA_ENV* PMIX_*ENV_LIST* PRTE_*ENV_LIST*
 """.split()  # noqa: SIM905
 
-# Names that are never kept by a pattern; DLRM_ENV_KEEP may still give one of them in full.
+# Names that no pattern of RECORDED includes; DLRM_ENV_KEEP may still name one of them in full.
 _SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|PASSCODE|CREDENTIAL|COOKIE|AUTH|JWT|BEARER|WEBHOOK|SIGNATURE|PRIVATE|APIKEY"
     r"|(?:^|_)(?:KEY|KEYS|PASS|PWD|PW|PAT|SAS|SIG|CREDS?|API|CERT|SESSION|DSN|PIN|OTP|SALT)(?:_|\d*$)",
@@ -44,7 +45,7 @@ _WORD = (
     r"(?:pass(?:w|code|phrase)?|pwd|secret|token|credential|creds?\b|auth|jwt|bearer|cookie|sig\b|signature|"
     r"key|sas\b|session|webhook|dsn|pin\b|otp)"
 )
-# What follows is masked to the value's end: where a secret ends cannot be known. Group 1 stays.
+# Group 1 stays, what follows is masked to the end of the value: where a secret ends cannot be known.
 _MASKS = [
     re.compile(pattern, re.IGNORECASE | re.DOTALL)
     for pattern in (
@@ -58,33 +59,33 @@ _MASKS = [
         r"()\b(?:AKIA|ASIA|AIza)[\w-]{12,}",
     )
 ]
-# What ends before the last @: user:password, token, with a scheme or without; a password may hold / and @.
+# user:password or a token before the last @, with or without scheme://; a password may contain / and @.
 _USER = re.compile(r"://|(?:^|(?<=[\s\"'=,;]))(?=[^\s/:\"'=,;]+:(?!//))")
 _ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=")
 
 
-def is_kept(name: str, more: str = "") -> bool:
-    """Whether the value of this variable is recorded. `more`: DLRM_ENV_KEEP, names and patterns."""
+def is_recorded(name: str, more: str = "") -> bool:
+    """Whether the value of this variable is recorded. `more`: DLRM_ENV_KEEP (names, patterns)."""
     if name in more.split():
         return True
-    if name in KEEP:
+    if name in RECORDED:
         return True
-    if _SECRET_NAME.search(name) or _matches(name.upper(), LEAVE_OUT):
+    if _SECRET_NAME.search(name) or _matches_any(name.upper(), NOT_RECORDED_NAMES):
         return False
-    return _matches(name, [*KEEP, *more.split()])
+    return _matches_any(name, [*RECORDED, *more.split()])
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def mask_secrets(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The same text without what looks like a secret, and without the value of any variable of
-    `environment` (default: this process's) whose name says that it is one. Rather too much than too little.
+    """The text with *** for whatever looks like a secret, and for the value of every variable of
+    `environment` (default: this process's) whose name says that it is one. In doubt it masks too much.
     """
     environment = os.environ if environment is None else environment
     for name, value in environment.items():
-        if len(value) >= 6 and value in text and name not in KEEP and _SECRET_NAME.search(name):
+        if len(value) >= 6 and value in text and name not in RECORDED and _SECRET_NAME.search(name):
             text = text.replace(value, MASK)
     spans = [(found.end(1), found.end()) for pattern in _MASKS for found in pattern.finditer(text)]
     at = text.rfind("@")
@@ -99,27 +100,27 @@ def mask_secrets(text: str, environment: Mapping[str, str] | None = None) -> str
 
 
 def _mask_assignments(text: str, more: str, environment: Mapping[str, str]) -> str:
-    """`-v NAME=value`, `--env NAME=value`: other variables inside a value follow the list, too."""
+    """Mask variables inside a value, `-v NAME=value` or `--env NAME=value`, that are not on the list."""
     for found in _ASSIGNMENT.finditer(text):
         name = found[1]
-        if (name.isupper() or name in environment) and not is_kept(name, more):
+        if (name.isupper() or name in environment) and not is_recorded(name, more):
             return text[: found.end()] + MASK
     return text
 
 
 def describe_environment(environment: Mapping[str, str]) -> str:
-    """One line per variable, in a form that a shell reads; what is not on the list by name alone."""
+    """The text of env.txt: one NAME='value' per line, as a shell reads it; NOT_RECORDED for other values."""
     more = environment.get("DLRM_ENV_KEEP", "")
     lines = [HEADER]
     for name in sorted(environment):
         value = environment[name]
-        if not is_kept(name, more) or "\n" in value or "\r" in value:
+        if not is_recorded(name, more) or "\n" in value or "\r" in value:
             lines.append(f"{printable(name)}={NOT_RECORDED}")
             continue
         value = mask_secrets(_mask_assignments(value, more, environment), environment)
-        lines.append(f"{printable(name)}={_quote(printable(value))}")
+        lines.append(f"{printable(name)}={_quote_for_shell(printable(value))}")
     return "\n".join(lines) + "\n"
 
 
-def _quote(text: str) -> str:
+def _quote_for_shell(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"

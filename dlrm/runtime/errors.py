@@ -1,38 +1,42 @@
-"""The user's mistakes: one line that names the file, option or rank and the remedy."""
+"""How a rank ends other than by success: one exception class for each exit code.
+
+Each exception's text is one line that names the file, option or rank, and the remedy. `entry.run_entry`
+prints it. `shared` means that all ranks raise the same error, so only rank 0 prints it.
+"""
 
 import sys
 
 from common.errors import USAGE as USAGE
 from common.errors import UserError as UserError
 
-STOPPED = 75  # EX_TEMPFAIL: run it again and it goes on
+STOPPED = 75  # exit code EX_TEMPFAIL: the same command again resumes the run
 
 
 class Stopped(Exception):
-    """Told to stop, by a signal or the clock, and stopped in good order. Exit code 75."""
+    """A signal or the walltime stopped the run cleanly. Exit code 75."""
 
     shared = False
 
 
 class NotSaved(Exception):
-    """The training is over, and a checkpoint that was asked for could not be written. Exit code 1."""
+    """The training is done, but its last checkpoint could not be written. Exit code 1."""
 
-    shared = True  # all ranks know
+    shared = True
 
 
 class LostRank(Exception):
-    """Another rank is gone, or never came: its text names it."""
+    """Another rank is gone, or never connected; the text names it."""
 
-    code = 1  # what this rank exits with: the other's code when it ended with an error of its own
-    told = False  # another rank says it
-
-
-SET_UP = ("numpy", "torch", "torchrec", "polars", "numba")  # what a shell lacks that has not read env.sh
+    code = 1  # what this rank exits with: the other rank's code, if that one ended with an error of its own
+    is_printed = False  # another rank prints the reason
 
 
-def missing_environment(error: ModuleNotFoundError) -> UserError | None:
-    """One of these is missing: the line that a user needs, once. None: it is another module."""
-    if error.name not in SET_UP:
+ENVIRONMENT_MODULES = ("numpy", "torch", "torchrec", "polars", "numba")
+
+
+def explain_missing_module(error: ModuleNotFoundError) -> UserError | None:
+    """The error for a shell in which env.sh was not sourced; None where another module is missing."""
+    if error.name not in ENVIRONMENT_MODULES:
         return None
     found = UserError(
         f"{sys.executable} has no {error.name}: source ./env.sh first (./0_setup_env.sh makes it)"

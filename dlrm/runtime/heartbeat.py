@@ -1,474 +1,337 @@
-"""When a rank fails, all others end and name it.
+"""When a rank fails, all other ranks exit within seconds and name it.
 
-The end of a process on this host is noticed at once. Besides, each rank gives signs of life through the
-store: a rank counts as lost when it gives none for `timeout` seconds, whatever the reason: stopped, its host
-gone. When a collective breaks, the others need not wait so long to name the one that is missing.
+Without this, a rank that is gone leaves the others waiting in a collective until its timeout, and the job
+holds its nodes. Three things are watched:
+
+  processes of this host  The kernel reports the end of a process at once (`peers.LocalPeers`).
+  heartbeats              Each rank counts up a number in the store once a second. Rank 0 reads those of all
+                          ranks, the others read rank 0's. A number that has not changed for --timeout seconds
+                          means a lost rank, whatever the cause: its process is stopped, its host is down.
+  the failure notice      The first rank that notices a failure leaves the reason in the store.
+
+When a collective breaks, which the main thread sees as an exception, 3.5 seconds without a heartbeat are
+enough to name the missing rank: that something is wrong is known by then.
+
+Two threads, because a store that does not answer blocks whoever asks it: "watch" asks the store, "guard"
+never does. Both must be able to end the process while the main thread is inside a collective, so they call
+os._exit.
 """
 
 import contextlib
-import json
 import os
-import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
-
-import torch.distributed as dist
 
 from dlrm.runtime import trace
 from dlrm.runtime.entry import print_error
-from dlrm.runtime.errors import LostRank, UserError
-from dlrm.runtime.peers import ENDED_WELL, LocalPeers, Process
+from dlrm.runtime.errors import LostRank
+from dlrm.runtime.failure_notice import (
+    FailureNotice,
+    describe_end,
+    name_ranks,
+    post_notice,
+    read_notice,
+    try_post_notice,
+)
+from dlrm.runtime.peers import ENDED_WELL, LocalPeers, RankProcess
 from dlrm.runtime.ranks import Ranks
-from dlrm.runtime.rendezvous import POLL_SECONDS, TOKEN, SignedStore, job_key
+from dlrm.runtime.rendezvous import END_SECONDS, heartbeat_key
+from dlrm.runtime.signed_store import SignedStore, job_key
 
-SIGN_SECONDS = 1.0
-PATIENCE = 300  # seconds: of the store's users, among ranks that are alive
-LEAVE_SECONDS = 5  # rank 0 keeps the store for the others so long, at the end
-END_SECONDS = 3  # a process of this host whose connections are closed counts as ended by then
-MISSING_SECONDS = 3.5  # without a sign, once a collective has broken
-FAILURE = "dlrm/failure"
-BROKEN = (
+BEAT_SECONDS = 1.0
+LEAVE_SECONDS = 5  # at the end rank 0 keeps the store for the others at most so long
+MISSING_SECONDS = 3.5  # without a heartbeat, once a collective has broken
+# What the messages of torch's, gloo's and NCCL's errors contain when a peer is gone. Their type does not
+# tell: most are a plain RuntimeError.
+BROKEN_CONNECTION = (
     "connection reset", "connection closed", "timed out", "broken pipe", "socket", "connectfullmesh",
     "connection was likely closed", "nccl error", "connection refused", "has ended while", "has sent nothing",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FailureNotice:
-    """Why all ranks end; what is left in the store is what counts, the first wins."""
-
-    reason: str
-    lost: Sequence[int] = ()  # ranks to be killed, should they only stand still
-    code: int = 1  # what all exit with
-    speaker: int | None = None  # of the others: one is enough where the one that failed has told why
-
-    @classmethod
-    def read(cls, data: bytes) -> "FailureNotice":
-        """From the store; whatever it says, it is a failure: never code 0."""
-        values = json.loads(data)
-        reason, lost, code, speaker = (values[name] for name in ("reason", "lost", "code", "speaker"))
-        if not isinstance(reason, str) or not all(type(rank) is int for rank in [*lost, code, speaker or 0]):
-            raise ValueError("not a note")
-        return cls(" ".join(reason.split())[:1000], lost, min(max(code, 1), 255), speaker)
-
-
 def is_broken_connection(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in BROKEN)
+    """Whether this error of a collective may mean that another rank is gone."""
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in BROKEN_CONNECTION)
 
 
-def rendezvous(here: Ranks, seconds: int) -> tuple[SignedStore, list[Process]]:
-    """The store that all ranks share, and who they are; LostRank names those that do not come."""
-    myself = Process.here(here.host)
-    if here.world_size == 1:
-        return SignedStore(dist.HashStore(), job_key(), PATIENCE), [myself]
-    store = SignedStore(_open_store(here, seconds), job_key(), seconds)
-    peers = LocalPeers()
-    found = {here.rank: myself}  # by rank: who has come so far
-    try:
-        processes = _gather(store, here, found, peers, seconds)
-    except RuntimeError:  # the store is gone, and with it the process that keeps it
-        raise LostRank(f"ends because {_reason_for_lost_store(found, peers)}") from None
-    except LostRank as error:
-        if here.first:
-            with contextlib.suppress(RuntimeError):
-                note = FailureNotice(str(error).removeprefix("ends because "))
-                store.set_first(FAILURE, json.dumps(asdict(note)))
-                time.sleep(SIGN_SECONDS)  # the store goes with this rank: the others read the note first
-        raise
-    finally:
-        peers.close()
-    return SignedStore(store.store, job_key(), PATIENCE), processes
+class Heartbeat:
+    """This rank's heartbeat, and its watch over the other ranks. With one rank it does nothing.
 
-
-def _gather(
-    store: SignedStore, here: Ranks, found: dict[int, Process], peers: LocalPeers, seconds: int
-) -> list[Process]:
-    """Wait until all ranks have come. `found` is filled meanwhile: an error names ranks and hosts by it.
-
-    The others come after they have read who rank 0 is: whenever rank 0 ends after that, they can name it.
-    A value that cannot be read counts as not there.
-    """
-    myself = found[here.rank]
-    wanted = set(range(here.world_size)) if here.first else {0}
-    given_up = time.monotonic() + seconds + (0 if here.first else 5)
-    pause = 0.01
-    while True:
-        for rank in sorted(wanted - set(found)):
-            if came := _read_processes(store.find(f"dlrm/here/{rank}"), alone=True):
-                found[rank] = came[0]
-                peers.add(rank, came[0])
-        if here.first or 0 in found:
-            store.set(f"dlrm/here/{here.rank}", json.dumps(asdict(myself)))
-            store.set(_heartbeat_key(here.rank), "0")
-        if here.first and len(found) == here.world_size:
-            processes = [found[rank] for rank in range(here.world_size)]
-            store.set("dlrm/people", json.dumps([asdict(each) for each in processes]))
-            return processes
-        if not here.first and (processes := _read_processes(store.find("dlrm/people"))):
-            if len(processes) != here.world_size:
-                raise LostRank(
-                    f"rank 0 has {len(processes)} ranks, this one {here.world_size}: of another job?"
-                )
-            return processes
-        if note := _read_failure(store):
-            raise LostRank(f"ends because {note.reason}")
-        for rank, cause in peers.wait(pause).items():
-            raise LostRank(f"ends because {_reason(rank, cause, found)}")
-        pause = min(2 * pause, 0.2)
-        if time.monotonic() > given_up:
-            missing = _name_ranks(wanted - set(found)) if here.first else "not all ranks"
-            came = "did not come" if here.first else "came"
-            raise LostRank(f"{missing} {came} within {seconds} s (--timeout), or with another {TOKEN}")
-
-
-def _read_processes(value: bytes | None, alone: bool = False) -> list[Process]:
-    """From the store: of all ranks, or of one alone; empty where there is nothing that can be read."""
-    try:
-        values = json.loads(value) if value else []
-        return [Process.read(each) for each in ([values] if value and alone else values)]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return []
-
-
-def _read_failure(store: SignedStore) -> FailureNotice | None:
-    found = store.find(FAILURE)
-    try:
-        return FailureNotice.read(found) if found else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return FailureNotice("a rank failed")
-
-
-def _reason_for_lost_store(found: Mapping[int, Process], peers: LocalPeers) -> str:
-    """A process closes its connections first, and counts as ended a little later."""
-    given_up = time.monotonic() + (END_SECONDS if 0 in found and found[0].is_local else 0)
-    while not (ended := peers.wait(0.05)) and time.monotonic() < given_up:
-        pass
-    if not ended and _launcher_keeps_store():
-        return "torchrun's store is gone"
-    return _reason(*next(iter(ended.items()), (0, "")), found)
-
-
-def _launcher_keeps_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _reason(rank: int, cause: str, processes: Mapping[int, Process]) -> str:
-    named = f"rank {rank} on {processes[rank].host}" if rank in processes else f"rank {rank}"
-    return f"{named} {cause.replace('killed', 'was killed') or 'is gone'}"
-
-
-def _open_store(here: Ranks, seconds: int) -> Any:
-    limit = timedelta(seconds=seconds)
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except (KeyError, ValueError):
-        raise UserError(
-            "MASTER_ADDR and MASTER_PORT are not set: start the ranks with launcher.sh or torchrun"
-        ) from None
-    try:
-        if _launcher_keeps_store() or not here.first:
-            _await_listener(address, port, seconds)
-        if _launcher_keeps_store():
-            store = dist.TCPStore(address, port, None, False, limit, wait_for_workers=False)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            return dist.PrefixStore(f"dlrm/{attempt}", store)
-        listener = _open_listener(address, port, here) if here.first else None
-        return dist.TCPStore(
-            address, port, here.world_size, here.first, limit, wait_for_workers=False,
-            master_listen_fd=listener,
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"MASTER_PORT {port} on {address}: {error.strerror}; give another port") from None
-    except RuntimeError as error:
-        if here.first:
-            raise UserError(f"MASTER_PORT {port} on {address}: {str(error).splitlines()[0]}") from None
-        raise LostRank(f"rank 0 at {address}, port {port}, did not answer within {seconds} s") from None
-
-
-def _await_listener(address: str, port: int, seconds: float) -> None:
-    """Until somebody listens there; RuntimeError if nobody does. torch would wait, too, and then write pages
-    of its own on stderr.
-    """
-    given_up = time.monotonic() + seconds
-    pause = POLL_SECONDS
-    while True:
-        try:
-            socket.create_connection((address, port), max(1, given_up - time.monotonic())).close()
-            return
-        except OSError:  # a name that is not known yet, too
-            if time.monotonic() > given_up:
-                raise RuntimeError(f"nobody listens on {address}, port {port}") from None
-        time.sleep(pause)
-        pause = min(2 * pause, 0.5)
-
-
-def _open_listener(address: str, port: int, here: Ranks) -> int:
-    """Only where the other ranks come from. A name may mean the loopback here and not elsewhere."""
-    family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    if place[0].startswith(("127.", "::1")) and here.local_world_size < here.world_size:  # type: ignore[union-attr]
-        family, place = socket.AF_INET, ("", port)
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(place)
-    listener.listen(4096)
-    return listener.detach()
-
-
-def _heartbeat_key(rank: int) -> str:
-    return f"dlrm/sign/{rank}"
-
-
-def _name_ranks(ranks: set[int], hosts: list[str] | None = None) -> str:
-    some = sorted(ranks)[:8]
-    named = [f"{rank} on {hosts[rank]}" if hosts else str(rank) for rank in some]
-    more = f" and {len(ranks) - len(some)} more" if len(ranks) > len(some) else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(named)}{more}"
-
-
-class Heartbeat(threading.Thread):
-    """Gives this rank's signs of life, looks for those of the others (rank 0 for all, all for rank 0), and
-    for the ends of processes on this host: the latter in a second thread, which never waits for the store.
+    Life of a session: made after the rendezvous; `mark_group_formed`; the work; `mark_finished`, a barrier,
+    `leave_store`; `close`. After an error the main thread calls `announce_failure` or `find_lost_rank`, then
+    `close`.
     """
 
-    def __init__(self, store: SignedStore, here: Ranks, people: list[Process], timeout: int) -> None:
-        super().__init__(name="watch", daemon=True)
-        self._here, self._people, self._timeout = here, people, timeout
-        self._done = threading.Event()
-        self._wake = threading.Event()  # the watch thread looks now
-        self._ending = threading.Lock()  # held by the thread that ends the process
-        self._told = False  # the main thread has its own reason to end
-        self._finishing = False  # the work is done: that others leave is no failure
-        self._forming = time.monotonic() + timeout  # so long may the process group take to form
-        self._ended: dict[int, str] = {}  # ranks of this host whose process ended, and why
+    def __init__(self, store: SignedStore, here: Ranks, processes: list[RankProcess], timeout: int) -> None:
+        """`processes`: in rank order. `timeout`: a rank without a heartbeat for so many seconds is lost."""
+        self._here, self._processes, self._timeout = here, processes, timeout
+        self._closed = threading.Event()
+        self._wake_watch = threading.Event()  # the watch thread looks now, not after the next second
+        self._exiting = threading.Lock()  # held by the thread that ends the process: one line, one exit code
+        self._main_thread_exits = False  # it has printed, or is going to print, its own reason
+        self._finished = False  # this rank's work is done: that other ranks leave is no failure any more
+        self._group_deadline = time.monotonic() + timeout  # for the process group to form
+        self._ended: dict[int, str] = {}  # ranks of this host whose process ended, and the cause or ""
         self._store = store
-        self._answered = time.monotonic()  # when the store last did
+        self._last_answer = time.monotonic()  # of the store
         if here.world_size > 1:
             self._peers = LocalPeers()
-            for rank, process in enumerate(people):
+            for rank, process in enumerate(processes):
                 if rank != here.rank:
                     self._peers.add(rank, process)
-            self._guardian = threading.Thread(target=self._guard, name="guard", daemon=True)
-            self._guardian.start()  # before the store is asked, which may not answer any more
+            self._guard = threading.Thread(target=self._guard_processes, name="guard", daemon=True)
+            self._guard.start()  # before the store is asked, which may not answer any more
             try:
                 self._store = SignedStore(store.clone().store, job_key(), timeout)
             except RuntimeError:
-                note = self._await_end_of_first() or FailureNotice(f"{self._named({0})} is gone")
-                self._done.set()
-                raise LostRank(f"ends because {note.reason}") from None
-            self.start()
+                notice = self._explain_lost_store()
+                self._closed.set()
+                raise LostRank(f"ends because {notice.reason}") from None
+            self._watch = threading.Thread(target=self._watch_ranks, name="watch", daemon=True)
+            self._watch.start()
 
-    def run(self) -> None:
+    # --- the two threads
+
+    def _watch_ranks(self) -> None:
+        """The watch thread: send this rank's heartbeat, read the others' and the failure notice."""
         trace.name_thread("watch")
         watched = set(range(self._here.world_size)) if self._here.first else {0}
         watched.discard(self._here.rank)
-        signs = _PeerHeartbeats(self._store, watched)
+        heartbeats = _PeerHeartbeats(self._store, watched)
         count, before = 0, time.monotonic()
-        while not self._done.is_set():
-            self._wake.wait(SIGN_SECONDS)
-            self._wake.clear()
-            if self._done.is_set():
+        while not self._closed.is_set():
+            self._wake_watch.wait(BEAT_SECONDS)
+            self._wake_watch.clear()
+            if self._closed.is_set():
                 return
             count += 1
             now = time.monotonic()
-            note = None
+            notice = None
             try:
-                self._store.set(_heartbeat_key(self._here.rank), str(count))
-                if now - before > 5 * SIGN_SECONDS:  # this process itself was stopped: judge nobody yet
-                    signs.forgive()
-                note = self._note()
-                silent = signs.silent(self._timeout) if note is None and not self._ended else set()
+                self._store.set(heartbeat_key(self._here.rank), str(count))
+                if now - before > 5 * BEAT_SECONDS:
+                    # this process itself was stopped (Ctrl-Z, a debugger): it has missed the others'
+                    # heartbeats
+                    heartbeats.reset_timers()
+                notice = read_notice(self._store)
+                silent = set()
+                if notice is None and not self._ended:
+                    silent = heartbeats.find_silent(self._timeout)
                 if silent:
-                    self._leave(FailureNotice(self._silence(silent), sorted(silent)))
-                    note = self._note()
-            except RuntimeError:  # the store went with the process that keeps it
-                self._end(self._await_end_of_first() or FailureNotice(f"{self._named({0})} is gone"))
-            self._answered = before = time.monotonic()
-            if note:
-                self._end_for(note)
-            elif found := self._ends():
-                self._leave_quietly(found)
-                self._end(found)
+                    post_notice(self._store, FailureNotice(self._describe_silence(silent), sorted(silent)))
+                    notice = read_notice(self._store)  # another rank may have been first
+            except RuntimeError:  # the store is gone, and with it the process that keeps it
+                self._exit_process(self._explain_lost_store())
+            self._last_answer = before = time.monotonic()
+            if notice:
+                self._exit_after_own_error(notice)
+            elif failed := self._find_failed_process():
+                try_post_notice(self._store, failed)
+                self._exit_process(failed)
 
-    def _guard(self) -> None:
-        """A store that does not answer holds up whoever asks it: its process stands still."""
+    def _guard_processes(self) -> None:
+        """The guard thread: never asks the store. It notices ends of processes, and a store that is stuck."""
         before = time.monotonic()
-        while not self._done.is_set():
-            ended = self._peers.wait(SIGN_SECONDS)
-            if self._done.is_set():
+        while not self._closed.is_set():
+            ended = self._peers.wait(BEAT_SECONDS)
+            if self._closed.is_set():
                 return
             now = time.monotonic()
             if ended:
                 self._ended |= ended
-                self._wake.set()  # one that failed by itself has left a note: the watch thread looks for it
-                if self._done.wait(1.5 * SIGN_SECONDS):
+                # A rank that failed by itself has left a notice, which says more: the watch thread reads it.
+                self._wake_watch.set()
+                if self._closed.wait(1.5 * BEAT_SECONDS):
                     return
-                if found := self._ends(ask=False):  # it has not ended this process: the store does not answer
-                    self._end(found)
-            if now - before > 5 * SIGN_SECONDS:
-                self._answered = now
+                # it has not ended this process, so the store does not answer
+                if failed := self._find_failed_process(ask_store=False):
+                    self._exit_process(failed)
+            if now - before > 5 * BEAT_SECONDS:  # this process itself was stopped
+                self._last_answer = now
             before = now
-            if now - self._answered > self._timeout + SIGN_SECONDS:
-                self._told = False
-                self._end_for(FailureNotice(self._silence({0}), [0]))
-            if now > self._forming:
-                self._end(FailureNotice(f"the ranks did not connect within {self._timeout} s (--timeout)"))
+            if now - self._last_answer > self._timeout + BEAT_SECONDS:
+                # rank 0 keeps the store. Its process is there, but stands still: killing it frees the
+                # launcher
+                self._main_thread_exits = False
+                self._exit_after_own_error(FailureNotice(self._describe_silence({0}), [0]))
+            if now > self._group_deadline:
+                self._exit_process(
+                    FailureNotice(f"the ranks did not connect within {self._timeout} s (--timeout)")
+                )
 
-    def _ends(self, ask: bool = True) -> "FailureNotice | None":
-        """That a process of this host has ended, as far as it is a failure."""
+    # --- what the threads find
+
+    def _find_failed_process(self, ask_store: bool = True) -> FailureNotice | None:
+        """A process of this host that ended although the job is not done.
+
+        Once this rank is finished, others may have left: those ended with code 0, or (where the kernel does
+        not tell the code) had marked themselves as finished in the store.
+        """
         for rank, cause in dict(self._ended).items():
-            if self._finishing and cause in ("", ENDED_WELL):
-                if cause == ENDED_WELL or not ask:
+            if self._finished and cause in ("", ENDED_WELL):
+                if cause == ENDED_WELL or not ask_store:
                     continue
                 with contextlib.suppress(RuntimeError):
-                    if self._store.check([_finished(rank)]):
+                    if self._store.check([_finished_key(rank)]):
                         continue
-            return FailureNotice(_reason(rank, cause, dict(enumerate(self._people))))
+            return FailureNotice(describe_end(rank, cause, dict(enumerate(self._processes))))
         return None
 
-    def _silence(self, ranks: set[int]) -> str:
-        return f"{self._named(ranks)} gave no sign for {self._timeout} s (--timeout)"
-
-    def _named(self, ranks: set[int]) -> str:
-        return _name_ranks(ranks, [person.host for person in self._people])
-
-    def _await_end_of_first(self) -> "FailureNotice | None":
-        """A process closes its connections first, and counts as ended a little later."""
-        given_up = time.monotonic() + (END_SECONDS if self._people[0].is_local else SIGN_SECONDS)
-        while not (note := self._ends(ask=False)) and time.monotonic() < given_up:
+    def _explain_lost_store(self) -> FailureNotice:
+        """Which process ended, now that the store is gone."""
+        deadline = time.monotonic() + (END_SECONDS if self._processes[0].is_local else BEAT_SECONDS)
+        while not (failed := self._find_failed_process(ask_store=False)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        return note
+        return failed or FailureNotice(f"{self._name_ranks({0})} is gone")
 
-    def _end_for(self, note: "FailureNotice") -> None:
-        """End, but let this rank's own error come first, if it has one."""
-        self._done.wait(SIGN_SECONDS)
-        self._end(note)
+    def _describe_silence(self, ranks: set[int]) -> str:
+        return f"{self._name_ranks(ranks)} sent no heartbeat for {self._timeout} s (--timeout)"
 
-    def _end(self, note: "FailureNotice") -> None:
-        with self._ending:
-            if self._told or self._done.is_set():
+    def _name_ranks(self, ranks: set[int]) -> str:
+        return name_ranks(ranks, [process.host for process in self._processes])
+
+    # --- how the threads end this process
+
+    def _exit_after_own_error(self, notice: FailureNotice) -> None:
+        """Exit, but give the main thread a second to end with an error of its own: that one says more."""
+        self._closed.wait(BEAT_SECONDS)
+        self._exit_process(notice)
+
+    def _exit_process(self, notice: FailureNotice) -> None:
+        """End this process with one line, unless the main thread is ending it."""
+        with self._exiting:
+            if self._main_thread_exits or self._closed.is_set():
                 return
-            if note.speaker in (None, self._here.rank):
-                print_error(self._here, f"ends because {note.reason}")
-            for rank in set(note.lost) & set(range(len(self._people))) - {self._here.rank}:
-                self._people[rank].end()
-            os._exit(note.code)
+            if notice.reporter_rank in (None, self._here.rank):
+                print_error(self._here, f"ends because {notice.reason}")
+            # a process that stands still would hold up the launcher; those of other hosts kill their own
+            for rank in set(notice.lost) & set(range(len(self._processes))) - {self._here.rank}:
+                self._processes[rank].kill()
+            os._exit(notice.code)
 
-    def _note(self) -> "FailureNotice | None":
-        return _read_failure(self._store)
+    # --- what the main thread calls
 
-    def _leave(self, note: "FailureNotice") -> None:
-        self._store.set_first(FAILURE, json.dumps(asdict(note)))
+    def mark_group_formed(self) -> None:
+        """The process group is there: its deadline is over."""
+        self._group_deadline = float("inf")
 
-    def _leave_quietly(self, note: "FailureNotice") -> None:
-        with contextlib.suppress(RuntimeError):
-            self._leave(note)
+    def let_main_thread_exit(self) -> None:
+        """The main thread ends this process and prints why: the threads must not."""
+        with self._exiting:
+            self._main_thread_exits = True
 
-    def formed(self) -> None:
-        """The process group is there."""
-        self._forming = float("inf")
-
-    def quieten(self) -> None:
-        """All ranks end for a reason that the main thread tells."""
-        with self._ending:
-            self._told = True
-
-    def finish(self) -> None:
+    def mark_finished(self) -> None:
         """The work of this rank is done; it still waits for the others."""
         if self._here.world_size > 1:
-            self._store.set(_finished(self._here.rank), "")
-            self._finishing = True
+            self._store.set(_finished_key(self._here.rank), "")
+            self._finished = True
 
-    def leave(self) -> None:
-        """The work of all ranks is done. The store goes with rank 0, which leaves last."""
+    def leave_store(self) -> None:
+        """The work of all ranks is done. Rank 0 waits until the others have left: the store ends with it."""
         if self._here.world_size == 1:
             return
         with contextlib.suppress(RuntimeError):
             if not self._here.first:
-                self._store.set(f"dlrm/left/{self._here.rank}", "")
-                self._done.set()
+                self._store.set(_left_key(self._here.rank), "")
+                self._closed.set()
                 return
             missing = set(range(1, self._here.world_size))
-            given_up = time.monotonic() + LEAVE_SECONDS
-            while missing and time.monotonic() < given_up and not self._ended.keys() >= missing:
-                missing = {rank for rank in missing if not self._store.check([f"dlrm/left/{rank}"])}
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while missing and time.monotonic() < deadline and not self._ended.keys() >= missing:
+                missing = {rank for rank in missing if not self._store.check([_left_key(rank)])}
                 time.sleep(0.002)
 
-    def tell(self, code: int = 1) -> None:
-        """This rank ends with an error of its own: the others shall know why they end, and end likewise."""
-        self.quieten()
+    def announce_failure(self, code: int = 1) -> None:
+        """This rank ends with an error of its own, which it prints: the others exit with the same code."""
+        self.let_main_thread_exit()
         if self._here.world_size > 1:
             with contextlib.suppress(RuntimeError):
-                why = f"{self._named({self._here.rank})} failed"
-                self._leave(FailureNotice(why, code=code, speaker=1 if self._here.first else 0))
-                self._linger()
+                reason = f"{self._name_ranks({self._here.rank})} failed"
+                reporter_rank = 1 if self._here.first else 0  # one of the others, whichever is there for sure
+                post_notice(self._store, FailureNotice(reason, code=code, reporter_rank=reporter_rank))
+                self._keep_store_for_readers()
 
-    def _linger(self) -> None:
-        """The store may go with this rank: the others read the note first."""
+    def _keep_store_for_readers(self) -> None:
+        """Rank 0 waits: the store ends with it, and the others read the notice first."""
         if self._here.first:
-            time.sleep(2 * SIGN_SECONDS)
+            time.sleep(2 * BEAT_SECONDS)
 
-    def find(self) -> LostRank:
-        """A collective broke: who is missing? This rank goes on giving signs meanwhile."""
-        self.quieten()
+    def find_lost_rank(self) -> LostRank:
+        """A collective broke: wait a little for the reason, and return an error that names the lost rank.
+
+        The watch thread goes on meanwhile: this rank must not look lost to the others.
+        """
+        self.let_main_thread_exit()
         others = set(range(self._here.world_size)) - {self._here.rank}
         try:
-            signs = _PeerHeartbeats(self._store, others)
-            given_up = time.monotonic() + MISSING_SECONDS
-            while not (note := self._note()) and not self._ends() and time.monotonic() < given_up:
+            heartbeats = _PeerHeartbeats(self._store, others)
+            deadline = time.monotonic() + MISSING_SECONDS
+            while (
+                not (notice := read_notice(self._store))
+                and not self._find_failed_process()
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.05)
-                signs.look()
-            if not note:
-                silent = signs.silent(MISSING_SECONDS - 1)
-                other = FailureNotice(f"{self._named(silent)} is gone" if silent else "a connection broke")
-                self._leave(self._ends() or other)
-                note = self._note()
-            self._linger()
+                heartbeats.read_all()
+            if not notice:
+                silent = heartbeats.find_silent(MISSING_SECONDS - BEAT_SECONDS)
+                reason = f"{self._name_ranks(silent)} is gone" if silent else "a connection broke"
+                post_notice(self._store, self._find_failed_process() or FailureNotice(reason))
+                notice = read_notice(self._store)  # another rank may have been first
+            self._keep_store_for_readers()
         except RuntimeError:
-            note = self._await_end_of_first()
-        note = note or FailureNotice(f"{self._named({0})} is gone")
-        error = LostRank(f"ends because {note.reason}")
-        error.code, error.told = note.code, note.speaker not in (None, self._here.rank)
+            notice = self._explain_lost_store()
+        notice = notice or FailureNotice(f"{self._name_ranks({0})} is gone")
+        error = LostRank(f"ends because {notice.reason}")
+        error.code = notice.code
+        error.is_printed = notice.reporter_rank not in (None, self._here.rank)
         return error
 
     def close(self) -> None:
-        self._done.set()
-        self._wake.set()
+        """End the threads. A guard that does not end in time keeps its descriptors: it may still use them."""
+        self._closed.set()
+        self._wake_watch.set()
         if self._here.world_size > 1:
             self._peers.wake()
-            self.join(2 * SIGN_SECONDS)
-            self._guardian.join(SIGN_SECONDS)
-            if not self._guardian.is_alive():
+            self._watch.join(2 * BEAT_SECONDS)
+            self._guard.join(BEAT_SECONDS)
+            if not self._guard.is_alive():
                 self._peers.close()
 
 
-def _finished(rank: int) -> str:
+def _finished_key(rank: int) -> str:
     return f"dlrm/finished/{rank}"
 
 
+def _left_key(rank: int) -> str:
+    return f"dlrm/left/{rank}"
+
+
 class _PeerHeartbeats:
-    """When each of some ranks last gave a new sign."""
+    """The last heartbeat of each of some ranks, and when it changed, by this process's clock.
+
+    Clocks of hosts differ, so a heartbeat has no time in it: it counts as new when its number is another.
+    """
 
     def __init__(self, store: Any, ranks: set[int]) -> None:
         self._store, self._ranks = store, sorted(ranks)
-        self._last: dict[int, tuple[bytes, float]] = {}
+        self._last: dict[int, tuple[bytes, float]] = {}  # by rank: the number, time.monotonic()
 
-    def look(self) -> None:
+    def read_all(self) -> None:
         now = time.monotonic()
-        values = self._store.multi_get([_heartbeat_key(rank) for rank in self._ranks])
+        values = self._store.multi_get([heartbeat_key(rank) for rank in self._ranks])
         for rank, value in zip(self._ranks, values, strict=True):
-            if value is None:  # not written by it
+            if value is None:  # not signed by a rank of this job: keep the time, the rank may be gone
                 self._last.setdefault(rank, (b"", now))
             elif rank not in self._last or self._last[rank][0] != value:
                 self._last[rank] = value, now
 
-    def silent(self, seconds: float) -> set[int]:
-        self.look()
+    def find_silent(self, seconds: float) -> set[int]:
+        """The ranks whose heartbeat has not changed for so long."""
+        self.read_all()
         now = time.monotonic()
         return {rank for rank, (_, since) in self._last.items() if now - since > seconds}
 
-    def forgive(self) -> None:
+    def reset_timers(self) -> None:
         self._last.clear()

@@ -1,12 +1,14 @@
-"""The run folder that 3_train.sh trains into: its name, env.txt and gpu.txt, and its removal after a mistake.
+"""The run folder that 3_train.sh trains into: its name, its env.txt and gpu.txt, and its removal after a
+mistake.
 
 usage: python -m dlrm.runtime.new_run_folder COMMAND
 
-    name [--resume RUN] RESULTS     the path that a run would get; makes nothing
-    make [--resume RUN] RESULTS     makes it: prints its path and its identity
-    discard RUN IDENTITY            removes what `make` made, if nothing was added
+    name [--resume RUN] RESULTS     print the path that a run would get; makes nothing
+    make [--resume RUN] RESULTS     make it; print its path and its identity
+    discard RUN IDENTITY            remove what `make` made, unless other files were added
 
-Output is ended by NUL bytes, so that a shell reads any path. Exit code 2 and one line for a mistake.
+Each printed value ends with a NUL byte, so that a shell can read any path. A mistake: one line and exit code
+2.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from common.owned import remove_made_folder, write_file
 from dlrm.runtime.environment import HEADER, describe_environment
 
 GPU_HEADER = "# The GPUs of the first node, written by dlrm-io."
-# What a run that ended before its first step leaves behind.
+# What a run that ended before its first step leaves in its folder.
 FILES = re.compile(
     r"(env|gpu|log)\.txt|(config|plan|results)\.json|metrics\.jsonl|startup\.csv|"
     r"trace/|trace/[^/]*\.pfw(\.gz)?|\.dlrm-io\.(lock|json)"
@@ -33,7 +35,11 @@ FILES = re.compile(
 
 
 def propose_names(environment: Mapping[str, str]) -> Iterator[str]:
-    """A batch job that is run again finds its own folder; `qsub -I` runs many commands under one id."""
+    """Names for the run folder, to be tried in this order.
+
+    A batch job is named by its job id alone, so that PBS's rerun of the job finds its folder and resumes in
+    it. In an interactive job (`qsub -I`) many runs have one id: there the time tells them apart.
+    """
     job = environment.get("PBS_JOBID", "").replace("/", "_")
     if job and environment.get("PBS_ENVIRONMENT") == "PBS_BATCH":
         yield job
@@ -45,8 +51,8 @@ def propose_names(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether this project trained in it: an env.txt or a config.json of ours."""
-    if _begins_with(folder / "env.txt", HEADER):
+    """Whether this project trained in it: it has this project's env.txt or config.json."""
+    if _starts_with(folder / "env.txt", HEADER):
         return True
     try:
         config = read_json_object(folder / "config.json")
@@ -56,14 +62,16 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path, variable: str) -> None:
-    """UserError for a folder that is not a run of ours, or has foreign files where ours would go."""
+    """UserError for a folder that is not a run of this project, or where another program's files would be
+    overwritten. `variable` (e.g. RESUME) is named in the message.
+    """
     with os_errors_as_user_errors(folder):
         empty = not os.listdir(folder)
     if not empty and not is_run_folder(folder):
         raise UserError(f"{variable}={printable(folder)}: is not a run folder of this project; name another")
     for name, header in (("env.txt", HEADER), ("gpu.txt", GPU_HEADER)):
         path = folder / name
-        if os.path.lexists(path) and not _begins_with(path, header):
+        if os.path.lexists(path) and not _starts_with(path, header):
             raise UserError(f"{printable(path)}: was not made by this program; move it away")
     log = folder / "log.txt"
     if os.path.lexists(log) and not stat.S_ISREG(os.lstat(log).st_mode):
@@ -73,7 +81,7 @@ def check_run_folder(folder: Path, variable: str) -> None:
 
 
 def name_run(results: Path, resume: Path | None) -> Path:
-    """The path that `make_run` would take now."""
+    """The path that `make_run` would return now."""
     if resume:
         check_run_folder(resume, "RESUME")
         return resume
@@ -84,7 +92,7 @@ def name_run(results: Path, resume: Path | None) -> Path:
         if os.environ.get("PBS_ENVIRONMENT") == "PBS_BATCH":
             check_run_folder(results / name, "the job's folder, RESULTS")
             return results / name
-    raise UserError(f"RESULTS={printable(results)}: holds too many runs of this second; name another")
+    raise UserError(f"RESULTS={printable(results)}: has too many runs of this second; name another folder")
 
 
 def check_results(results: Path) -> None:
@@ -101,7 +109,9 @@ def check_results(results: Path) -> None:
 
 
 def make_run(results: Path, resume: Path | None) -> tuple[Path, str]:
-    """The folder, with env.txt and gpu.txt in it; and its identity if this call has made it, else ''."""
+    """(run folder with env.txt and gpu.txt in it, identity). The identity is "" for a folder that was there
+    before: only a new one may be removed again.
+    """
     if resume:
         run, identity = name_run(results, resume), ""
     else:
@@ -109,15 +119,15 @@ def make_run(results: Path, resume: Path | None) -> tuple[Path, str]:
         with os_errors_as_user_errors(results):
             results.mkdir(parents=True, exist_ok=True)
         run, identity = _make_folder(results)
-    with write_file(run / "env.txt", lambda path: _begins_with(path, HEADER), mode=0o600) as partial:
+    with write_file(run / "env.txt", lambda path: _starts_with(path, HEADER), mode=0o600) as partial:
         partial.write_text(describe_environment(os.environ), encoding="utf-8", errors="backslashreplace")
-    with write_file(run / "gpu.txt", lambda path: _begins_with(path, GPU_HEADER)) as partial:
+    with write_file(run / "gpu.txt", lambda path: _starts_with(path, GPU_HEADER)) as partial:
         partial.write_text(f"{GPU_HEADER}\n{_describe_gpus()}")
     return run, identity
 
 
 def _make_folder(results: Path) -> tuple[Path, str]:
-    """mkdir decides between runs that begin in the same second: each gets a folder of its own."""
+    """Runs that start in the same second get a folder each: only one of them succeeds with mkdir."""
     for name in propose_names(os.environ):
         run = results / name
         try:
@@ -132,11 +142,12 @@ def _make_folder(results: Path) -> tuple[Path, str]:
             continue
         status = os.lstat(run)
         return run, f"{status.st_dev}:{status.st_ino}"
-    raise UserError(f"RESULTS={printable(results)}: holds too many runs of this second; name another")
+    raise UserError(f"RESULTS={printable(results)}: has too many runs of this second; name another folder")
 
 
 def _describe_gpus() -> str:
-    said = ""
+    """The text of gpu.txt: what nvidia-smi prints on this host."""
+    text = ""
     for command in (["nvidia-smi", "-L"], ["nvidia-smi"]):
         try:
             done = subprocess.run(
@@ -146,11 +157,11 @@ def _describe_gpus() -> str:
             done = None
         if done is None or done.returncode:
             return f"no NVIDIA GPU on {os.uname().nodename}\n"
-        said += done.stdout
-    return said
+        text += done.stdout
+    return text
 
 
-def _begins_with(path: Path, header: str) -> bool:
+def _starts_with(path: Path, header: str) -> bool:
     try:
         return not path.is_symlink() and read_bytes(path, 16 << 20).startswith(header.encode())
     except UserError:

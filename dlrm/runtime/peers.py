@@ -1,7 +1,7 @@
-"""Ranks as processes, and the end of those on this host: noticed at once, with the cause if it can be known.
+"""Ranks as processes, and the end of those on this host: reported at once, with the cause where it is known.
 
-A pidfd becomes readable when its process ends. Where there is none (Linux before 5.3), the start times in
-/proc are looked at.
+A pidfd becomes readable when its process ends. Where the kernel has none (Linux before 5.3), /proc is read
+four times a second.
 """
 
 import contextlib
@@ -14,27 +14,29 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-LOOK_SECONDS = 0.25  # between looks at processes without a pidfd
-GET_INFO = 0xC0000000 | 64 << 16 | 0xFF << 8 | 11  # PIDFD_GET_INFO: Linux 6.13, exit status from 6.15
-INFO_EXIT = 8
+POLL_SECONDS = 0.25  # for processes without a pidfd
+# ioctl PIDFD_GET_INFO, _IOWR(0xFF, 11, 64 bytes): Linux 6.13, with the exit status from 6.15 on
+GET_INFO = 0xC0000000 | 64 << 16 | 0xFF << 8 | 11
+INFO_EXIT = 8  # PIDFD_INFO_EXIT: the mask's bit for the exit status
+ENDED_WELL = "ended with code 0"
 
 
 @dataclass(frozen=True)
-class Process:
-    """A rank as a process of a host."""
+class RankProcess:
+    """Which process of which host a rank is."""
 
     host: str
     pid: int
-    start: str  # pids are used again
-    system: str  # boot and pid namespace: where the same, pids mean the same
+    start_time: str  # clock ticks since boot: tells the process from a later one with the same pid
+    pid_namespace: str  # boot id and namespace: pids can only be compared where this is the same
 
     @classmethod
-    def here(cls, host: str) -> "Process":
-        return cls(host, os.getpid(), _start(os.getpid()), _system())
+    def current(cls, host: str) -> "RankProcess":
+        return cls(host, os.getpid(), _read_start_time(os.getpid()), _find_pid_namespace())
 
     @classmethod
-    def read(cls, values: Any) -> "Process":
-        """From JSON; ValueError for anything else."""
+    def from_json(cls, values: Any) -> "RankProcess":
+        """ValueError for anything else than a process: the values come from the store."""
         names = {field.name: field.type for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != set(names):
             raise ValueError("not a process")
@@ -46,29 +48,30 @@ class Process:
 
     @property
     def is_local(self) -> bool:
-        return bool(self.start and self.system) and self.system == _system()
+        """Whether it is on this host, so that its pid means something here."""
+        return bool(self.start_time and self.pid_namespace) and self.pid_namespace == _find_pid_namespace()
 
-    def end(self) -> None:
-        """Kill it, if it is on this host: a process that stands still holds up the launcher."""
-        if self.is_local and _start(self.pid) == self.start:
+    def kill(self) -> None:
+        """SIGKILL, if it is on this host: a process that stands still would hold up the launcher."""
+        if self.is_local and _read_start_time(self.pid) == self.start_time:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name: state, parent, ..."""
+def _read_stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name: state, parent, ...; empty: no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
 
 
-def _start(pid: int) -> str:
-    found = _stat(pid)
+def _read_start_time(pid: int) -> str:
+    found = _read_stat(pid)
     return found[19] if len(found) > 19 else ""
 
 
-def _system() -> str:
+def _find_pid_namespace() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -77,32 +80,33 @@ def _system() -> str:
 
 
 class LocalPeers:
-    """The other ranks' processes, as far as they are on this host."""
+    """The other ranks' processes on this host. One thread waits; another may wake it."""
 
     def __init__(self, pidfds: bool = hasattr(os, "pidfd_open")) -> None:
         self._with_pidfds = pidfds
         self._poll = select.poll()
         self._pidfds: dict[int, int] = {}  # pidfd -> rank
-        self._processes: dict[int, Process] = {}
-        self._ended: dict[int, str] = {}  # found when they were added
+        self._processes: dict[int, RankProcess] = {}  # by rank: those that have not ended
+        self._ended: dict[int, str] = {}  # those that had ended before they were added
         self._wake = os.pipe()
         self._poll.register(self._wake[0], select.POLLIN)
 
-    def add(self, rank: int, process: Process) -> None:
+    def add(self, rank: int, process: RankProcess) -> None:
+        """Watch this process; one of another host, or this process itself, is ignored."""
         if not process.is_local or process.pid == os.getpid() or rank in self._processes:
             return
         self._processes[rank] = process
         if not self._with_pidfds:
-            return  # `wait` looks at /proc
+            return  # `wait` reads /proc
         try:
             pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:
             self._ended[rank] = ""
             del self._processes[rank]
             return
-        except OSError:  # a kernel without, or no descriptor left
+        except OSError:  # a kernel without pidfds, or no descriptor left: `wait` reads /proc
             return
-        if _start(process.pid) != process.start:  # ended before, and its pid is another's
+        if _read_start_time(process.pid) != process.start_time:  # it ended, and its pid is another's now
             os.close(pidfd)
             self._ended[rank] = ""
             del self._processes[rank]
@@ -111,27 +115,31 @@ class LocalPeers:
         self._poll.register(pidfd, select.POLLIN)
 
     def wait(self, seconds: float) -> dict[int, str]:
-        """Wait so long for ends of processes: each rank, and the cause or "". Empty too after `wake`."""
+        """Wait at most so long for processes to end. Returns the ranks that ended, each with the cause, or ""
+        where the kernel does not tell it: "killed by signal 9", "ended with code 1", ENDED_WELL. Empty after
+        `seconds`, and after `wake`.
+        """
         if self._ended:
             ended, self._ended = self._ended, {}
             return ended
-        watched = set(self._pidfds.values())
-        looked_at = {rank: each for rank, each in self._processes.items() if rank not in watched}
-        ready = self._poll.poll(1000 * (min(seconds, LOOK_SECONDS) if looked_at else seconds))
+        with_pidfd = set(self._pidfds.values())
+        polled = {rank: each for rank, each in self._processes.items() if rank not in with_pidfd}
+        ready = self._poll.poll(1000 * (min(seconds, POLL_SECONDS) if polled else seconds))
         ended = {}
         for descriptor, _ in ready:
             if descriptor in self._pidfds:
                 rank = self._pidfds.pop(descriptor)
-                ended[rank] = _cause(self._processes.pop(rank), descriptor)
+                ended[rank] = _find_cause(self._processes.pop(rank), descriptor)
                 self._poll.unregister(descriptor)
                 os.close(descriptor)
-        for rank, process in looked_at.items():
-            found = _stat(process.pid)
-            if len(found) < 20 or found[19] != process.start or found[0] in "ZX":
-                ended[rank] = _cause(self._processes.pop(rank), None)
+        for rank, process in polled.items():
+            found = _read_stat(process.pid)
+            if len(found) < 20 or found[19] != process.start_time or found[0] in "ZX":
+                ended[rank] = _find_cause(self._processes.pop(rank), None)
         return ended
 
     def wake(self) -> None:
+        """Make a `wait` in another thread return."""
         os.write(self._wake[1], b"x")
 
     def close(self) -> None:
@@ -140,12 +148,14 @@ class LocalPeers:
         self._pidfds.clear()
 
 
-def _cause(process: Process, pidfd: int | None) -> str:
-    """From /proc until its parent has asked, from the pidfd afterwards; "" where neither says."""
-    found = _stat(process.pid)
+def _find_cause(process: RankProcess, pidfd: int | None) -> str:
+    """How it ended, or "". /proc has the status as long as the process is a zombie, that is until its parent
+    has waited for it; afterwards a pidfd has it, on new kernels.
+    """
+    found = _read_stat(process.pid)
     status = 0
-    if len(found) > 20 and found[19] == process.start and found[0] in "ZX" and found[-1].isdigit():
-        status = int(found[-1])  # 0 also where this user may not see it
+    if len(found) > 20 and found[19] == process.start_time and found[0] in "ZX" and found[-1].isdigit():
+        status = int(found[-1])  # 0 also where this user may not read it
     if not status and pidfd is not None:
         info = bytearray(struct.pack("Q", INFO_EXIT) + bytes(56))
         try:
@@ -160,6 +170,3 @@ def _cause(process: Process, pidfd: int | None) -> str:
     if status & 0x7F:
         return f"killed by signal {status & 0x7F}"
     return f"ended with code {status >> 8}" if status else ""
-
-
-ENDED_WELL = "ended with code 0"

@@ -1,4 +1,4 @@
-"""Who am I in this job: rank, local rank and sizes, whatever started the process."""
+"""This process's place in the job: rank, local rank and sizes, whatever launcher started it."""
 
 import os
 import socket
@@ -22,6 +22,8 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process's rank, and the size of the job. In the code a value of it is called `here`."""
+
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -30,6 +32,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is rank 0, which writes and prints for all."""
         return self.rank == 0
 
     @property
@@ -38,19 +41,22 @@ class Ranks:
 
 
 def find_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
-    started = max(int(environ.get(name) or 0) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-    left_over = int(environ.get("WORLD_SIZE") or 0) < started  # of an earlier job, in the user's shell
+    """From the environment, of which `NAMES` lists the variables; one rank where there are none."""
+    mpi_size = max(int(environ.get(name) or 0) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    # A WORLD_SIZE smaller than MPI's is an old one from the user's shell: then RANK and the others are old
+    # too.
+    left_over = int(environ.get("WORLD_SIZE") or 0) < mpi_size
 
-    def value(meaning: str, default: int) -> int:
+    def read_value(meaning: str, default: int) -> int:
         names = NAMES[meaning][left_over:]
         return next((int(environ[name]) for name in names if environ.get(name)), default)
 
-    world = value("world_size", 1)
-    rank = value("rank", 0)
+    world = read_value("world_size", 1)
+    rank = read_value("rank", 0)
     return Ranks(
         rank=rank,
-        local_rank=value("local_rank", 0 if world == 1 else rank),
+        local_rank=read_value("local_rank", 0 if world == 1 else rank),
         world_size=world,
-        local_world_size=value("local_world_size", world),
+        local_world_size=read_value("local_world_size", world),
         host=socket.gethostname(),
     )

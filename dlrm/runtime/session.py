@@ -1,4 +1,8 @@
-"""Ranks that work together: the process group, agreement on errors, clock marks, one end for all."""
+"""The session of all ranks: process group, heartbeat, shared errors, exchange of values, clock marks.
+
+In: this rank. Out: a device, and a process group in which every rank is watched. All functions here are
+collectives: every rank calls them, in the same order.
+"""
 
 import contextlib
 import os
@@ -10,19 +14,24 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from common.memory import is_out_of_memory
 from dlrm.runtime import accelerate, trace
 from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError
-from dlrm.runtime.heartbeat import Heartbeat, is_broken_connection, rendezvous
+from dlrm.runtime.heartbeat import Heartbeat, is_broken_connection
 from dlrm.runtime.ranks import Ranks
-from dlrm.runtime.rendezvous import SignedStore
+from dlrm.runtime.rendezvous import rendezvous
+from dlrm.runtime.signed_store import SignedStore
 
 T = TypeVar("T")
-_store: Any = None  # of the session
-PATIENCE = 10  # a rank that gives signs of life may keep the others waiting so many times longer
+_store: Any = None  # of the open session
+# A collective may take so many times --timeout: a rank that is slow (a full file system, a long compilation)
+# but sends its heartbeat is not lost.
+COLLECTIVE_TIMEOUT_FACTOR = 10
 
 
 def choose_device(here: Ranks) -> torch.device:
+    """This rank's GPU, by its local rank; the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
@@ -32,63 +41,70 @@ def choose_device(here: Ranks) -> torch.device:
 
 @contextmanager
 def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
-    """The process group of all ranks: gloo on CPU (or what a fast path has in its place), NCCL on CUDA.
+    """The process group of all ranks: NCCL on CUDA, gloo on CPUs (or what a fast path has in its place).
+    Yields this rank's device.
 
-    A rank that fails takes the others along.
+    here        this rank
+    timeout     --timeout: seconds without a heartbeat after which a rank counts as lost
+
+    When the block raises, all ranks exit: those whose own code raised nothing raise LostRank, or are ended by
+    their heartbeat. The error's attribute `shared` says that all ranks raise it alike.
     """
     global _store
     with trace.span("startup", "process_group"):
         device = choose_device(here)
         _store, processes = rendezvous(here, timeout)
-        watch = Heartbeat(_store, here, processes, timeout)
+        heartbeat = Heartbeat(_store, here, processes, timeout)
         try:
             dist.init_process_group(
                 accelerate.hooks.choose_backend(device),
                 store=dist.PrefixStore(_store.name_group("group"), _store.store), rank=here.rank,
-                world_size=here.world_size, timeout=PATIENCE * timedelta(seconds=timeout),
+                world_size=here.world_size, timeout=COLLECTIVE_TIMEOUT_FACTOR * timedelta(seconds=timeout),
             )  # fmt: skip
-            watch.formed()
+            heartbeat.mark_group_formed()
         except (UserError, Stopped, KeyboardInterrupt) as error:
-            watch.tell(_code_of(error))
-            watch.close()
+            heartbeat.announce_failure(_exit_code_of(error))
+            heartbeat.close()
             raise
         except Exception as error:
-            # whatever a rank that is gone, or a stranger's bytes in the store, make of it
-            found = watch.find() if here.world_size > 1 else None
-            watch.close()
-            if found is None or found.told or "a connection broke" not in str(found):
+            # torch raises whatever a lost rank, or a stranger's bytes in the store, lead to
+            found = heartbeat.find_lost_rank() if here.world_size > 1 else None
+            heartbeat.close()
+            if found is None or found.is_printed or "a connection broke" not in str(found):
                 raise found or error from None
             first_line = (str(error).splitlines() or [""])[0][:200]
             raise LostRank(f"the ranks cannot connect: {type(error).__name__}: {first_line}") from None
     try:
         with _rank_environment(here):
             yield device
-        watch.finish()
-        dist.barrier()  # nobody leaves while another still works: its store would die with rank 0
-        watch.leave()
+        heartbeat.mark_finished()
+        dist.barrier()  # no rank leaves while another still works: the store ends with rank 0
+        heartbeat.leave_store()
     except BaseException as error:
         if getattr(error, "shared", False):
-            watch.quieten()
-            _leave_together(error, here)
+            heartbeat.let_main_thread_exit()
+            _end_together(error, here)
         elif here.world_size > 1 and is_broken_connection(error):
-            raise watch.find() from None
+            raise heartbeat.find_lost_rank() from None
         else:
-            watch.tell(_code_of(error))
+            heartbeat.announce_failure(_exit_code_of(error))
         raise
     finally:
-        watch.close()
+        heartbeat.close()
     dist.destroy_process_group()
 
 
 @contextmanager
 def _rank_environment(here: Ranks) -> Iterator[None]:
-    """The names in which torchrec looks for its place; whoever this process starts later has another."""
-    mine = {
+    """The variables that torchrec reads its rank from, set for the block only: a process that is started
+    afterwards must not take them for its own.
+    """
+    values = {
         "RANK": here.rank, "WORLD_SIZE": here.world_size,
         "LOCAL_RANK": here.local_rank, "LOCAL_WORLD_SIZE": here.local_world_size,
     }  # fmt: skip
-    before = {name: os.environ.get(name) for name in mine}
-    os.environ.update({name: str(value) for name, value in mine.items()})
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: str(value) for name, value in values.items()})
     try:
         yield
     finally:
@@ -96,22 +112,24 @@ def _rank_environment(here: Ranks) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _code_of(error: BaseException) -> int:
+def _exit_code_of(error: BaseException) -> int:
+    if is_out_of_memory(error):
+        return USAGE
     return {UserError: USAGE, Stopped: STOPPED}.get(type(error), 1)
 
 
 def clone_store() -> SignedStore:
-    """Another connection to the ranks' store, for a thread: a call that waits does not hold up the others."""
+    """Another connection to the ranks' store, for a thread of its own."""
     return _store.clone()
 
 
-def _leave_together(error: BaseException, here: Ranks) -> None:
-    """All ranks end for the same reason: it is told, and the traces are whole, before the first one leaves
-    (a launcher may kill the others as soon as one is gone).
+def _end_together(error: BaseException, here: Ranks) -> None:
+    """All ranks raise the same error. Print it and close all traces before the first rank exits: a launcher
+    may kill the others as soon as one is gone.
     """
     if here.first:
         print_error(Ranks(), str(error))
-    error.told = True  # type: ignore[attr-defined]
+    error.is_printed = True  # type: ignore[attr-defined]
     trace.stop_tracing()
     with contextlib.suppress(RuntimeError):
         dist.barrier()
@@ -119,35 +137,42 @@ def _leave_together(error: BaseException, here: Ranks) -> None:
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """What goes wrong on any rank in this block goes wrong on all: the same error, told once."""
+    """A UserError that one rank raises in this block is raised on all ranks, and printed once.
+
+    Without it the others would wait for that rank in their next collective. If several ranks raise one, the
+    lowest rank's counts. The block must not contain a collective that only some ranks reach.
+    """
     mine = ""
     try:
         yield
     except UserError as error:
         mine = str(error)
     errors = gather_from_all(mine)
-    told = next(((rank, text) for rank, text in enumerate(errors) if text), None)
-    if told:
-        error = UserError(told[1])
+    text = next((text for text in errors if text), None)
+    if text:
+        error = UserError(text)
         error.shared = True
         raise error
 
 
 def gather_from_all(value: T) -> list[T]:
-    """Each rank's value, in rank order."""
+    """The values of all ranks, in rank order. They must be picklable."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def broadcast_from_first(value: T) -> T:
-    """The first rank's value, on all."""
+    """Rank 0's value, on all ranks; what the others pass is ignored."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def mark_clock(when: str) -> None:
-    """Note one moment in every rank's trace: the converter aligns the nodes' clocks by it."""
+    """Mark in every rank's trace the end of one barrier, which all ranks leave at nearly the same time.
+
+    Clocks of nodes differ by milliseconds and more. The analysis aligns them by the marks "start" and "end".
+    """
     dist.barrier()
     trace.instant("clock", "barrier", when=when)

@@ -1,8 +1,16 @@
-"""When to stop or to save: told by a signal, a clock or another rank, agreed on by all ranks.
+"""Stop or save on all ranks before the same batch: on a signal to any rank, or by rank 0's clock.
 
-No rank can stop alone: the others would wait for it in their next collective. So a thread of each rank says
-through the store how many batches its rank has begun, and holds it before the next one; the largest number
-is where all of them stop. Until somebody asks, a batch costs one lock.
+Why the ranks must agree: a rank that stops alone leaves the others waiting for it in their next collective.
+
+How: a thread of each rank looks at the store five times a second. Any rank posts a request ("stop: SIGTERM").
+Each rank then pauses before its next batch and posts how many batches it has started. Rank 0 posts the
+largest of these numbers, and every rank goes on until it has started so many batches; there it does what was
+requested. The training loop never waits for the store: without a request, a batch costs one lock.
+
+Keys in the store, for the request number N:
+    dlrm/stop/N         what is requested
+    dlrm/stop/N/RANK    how many batches this rank has started
+    dlrm/stop/N/last    the largest of them, from rank 0
 """
 
 import contextlib
@@ -18,140 +26,158 @@ from dlrm.runtime.errors import Stopped
 from dlrm.runtime.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-AGAIN = 2  # seconds: of one Ctrl-C a rank may hear twice, from the terminal and from its launcher
-POLL = 0.2  # seconds between two looks at the store; a signal to this rank is heard at once
-STOP, SAVE = "stop", "save"
+# One Ctrl-C may arrive twice, from the terminal and from the launcher. A later one is a second Ctrl-C: the
+# user does not want to wait for the checkpoint.
+SECOND_INTERRUPT_SECONDS = 2
+POLL_SECONDS = 0.2  # between two looks at the store; a signal to this rank is noticed at once
+STOP, SAVE = "stop", "save"  # a request is "save", or "stop: " and the reason
 
-_ears: tuple[int, int] | None = None  # the ends of a pipe: the interpreter writes the signal's number
-_attended = False  # a thread listens; before that, a signal ends the program
-_interrupted = 0.0  # when Ctrl-C was first heard
+_wakeup_pipe: tuple[int, int] | None = None  # (read, write): the interpreter writes each signal's number
+_has_listener = False  # a CollectiveStop reads the pipe; before that, a signal ends the program
+_first_interrupt = 0.0  # time.monotonic() of the first Ctrl-C
 
 
 def listen_for_signals() -> None:
-    """Call it first of all, in the main thread: from here on these signals stop in good order."""
-    global _ears
-    if _ears is None:
-        _ears = os.pipe()
-        for end in _ears:
+    """Call it first of all, in the main thread: from here on SIGTERM, SIGUSR1 and SIGINT stop cleanly."""
+    global _wakeup_pipe
+    if _wakeup_pipe is None:
+        _wakeup_pipe = os.pipe()
+        for end in _wakeup_pipe:
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(_ears[1], warn_on_full_buffer=False)
+        # A Python handler runs only when the main thread returns from C++, which may take a whole collective.
+        # The interpreter writes the signal's number into the pipe at once, and a thread can wait for that.
+        signal.set_wakeup_fd(_wakeup_pipe[1], warn_on_full_buffer=False)
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell tells what it starts with &
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's `command &` ignores SIGINT
                 signal.signal(number, _handle_signal)
 
 
 def _handle_signal(number: int, _: Any) -> None:
-    global _interrupted
+    global _first_interrupt
     if number == signal.SIGINT:
-        _interrupted = _interrupted or time.monotonic()
-        if time.monotonic() - _interrupted > AGAIN:  # the user will not wait
+        _first_interrupt = _first_interrupt or time.monotonic()
+        if time.monotonic() - _first_interrupt > SECOND_INTERRUPT_SECONDS:
             raise KeyboardInterrupt
-    if not _attended:
+    if not _has_listener:
         raise Stopped(f"stopped by {signal.Signals(number).name} before training began: nothing to save")
 
 
-def _heard(seconds: float) -> str | None:
-    """Wait for a signal so long; its name."""
-    if _ears is None:
+def _wait_for_signal(seconds: float) -> str | None:
+    """The name of the signal that arrives within `seconds`, or None."""
+    if _wakeup_pipe is None:
         time.sleep(seconds)
         return None
-    select.select([_ears[0]], [], [], seconds)
+    select.select([_wakeup_pipe[0]], [], [], seconds)
     with contextlib.suppress(BlockingIOError):
-        for number in os.read(_ears[0], 64):
+        for number in os.read(_wakeup_pipe[0], 64):
             if number in SIGNALS:
                 return signal.Signals(number).name
     return None
 
 
 class CollectiveStop(threading.Thread):
-    """All ranks do the same thing before the same batch.
+    """Makes all ranks do what one of them requests, before the same batch.
 
-    `clock` is asked on rank 0, several times a second: "save", "stop: why", or None. No rank is held longer
-    than `seconds`: each says where it is within POLL, if it lives.
+    store        a connection to the ranks' store that no other thread uses
+    check_clock  called on rank 0 several times a second: returns a request, or None
+    timeout      seconds in which all ranks must have answered a request. A rank that is alive answers within
+                 POLL_SECONDS
     """
 
-    def __init__(self, store: Any, here: Ranks, clock: Callable[[], str | None], seconds: float) -> None:
-        super().__init__(name="accord", daemon=True)
-        self._store, self._here, self._clock, self._seconds = store, here, clock, seconds
-        self._turn = threading.Condition()
-        self._begun = 0  # batches that this rank has begun
-        self._number = 0  # of the agreement
-        self._wish: str | None = None  # of this rank
-        self._held = False
-        self._broken = False  # the ranks could not agree
-        self._agreed: tuple[int, str] | None = None
-        self._answers: dict[str, str] = {}  # rank 0's last ones, for ranks that have not read them yet
+    def __init__(
+        self, store: Any, here: Ranks, check_clock: Callable[[], str | None], timeout: float
+    ) -> None:
+        super().__init__(name="collective-stop", daemon=True)
+        self._store, self._here, self._check_clock, self._timeout = store, here, check_clock, timeout
+        self._request: str | None = None  # of this rank, not yet carried out
         self._closed = threading.Event()
+        self._replies: dict[str, str] = {}  # rank 0's last ones, for ranks that have not read them yet
+        # The training's thread and this one share the following; `_changed` guards it.
+        self._changed = threading.Condition()
+        self._started_batches = 0  # on this rank
+        self._number = 0  # of the next request, the same on all ranks
+        self._paused = False  # the next batch must not start before `_agreed` is known
+        self._failed = False  # the ranks could not agree
+        self._agreed: tuple[int, str] | None = None  # (number of batches, request)
 
-    def begin(self) -> None:
-        global _attended
-        _attended = True
+    def start_listening(self) -> None:
+        """From here on signals are requests, and no longer end the program."""
+        global _has_listener
+        _has_listener = True
         self.start()
 
     def before_batch(self) -> str | None:
-        """The next batch may begin (None), or what all ranks do now instead. Call it again afterwards."""
-        with self._turn:
-            while self._held and self._agreed is None:
-                if self._broken:
+        """None: the next batch may start. Else a request, which all ranks carry out at this point; call it
+        again afterwards.
+        """
+        with self._changed:
+            while self._paused and self._agreed is None:
+                if self._failed:
                     raise RuntimeError("timed out: the ranks could not agree on where to stop")
-                self._turn.wait(1)
-            if self._agreed is not None and self._begun >= self._agreed[0]:
-                kind = self._agreed[1]
-                self._held, self._agreed = False, None
+                self._changed.wait(1)
+            if self._agreed is not None and self._started_batches >= self._agreed[0]:
+                request = self._agreed[1]
+                self._paused, self._agreed = False, None
                 self._number += 1
-                return kind
-            self._begun += 1
+                return request
+            self._started_batches += 1
             return None
 
     def run(self) -> None:
         while not self._closed.is_set():
-            name = _heard(POLL)
+            name = _wait_for_signal(POLL_SECONDS)
             if name:
-                self._wish = f"{STOP}: {name}"
-            elif self._here.first and not self._wish:
-                self._wish = self._clock()
+                self._request = f"{STOP}: {name}"
+            elif self._here.first and not self._request:
+                self._request = self._check_clock()
             try:
-                self._look()
-            except RuntimeError:  # a lost store: the session ends for that reason
-                self._broken = self._held
+                self._handle_requests()
+            except RuntimeError:  # the store is gone: the heartbeat ends this rank
+                self._failed = self._paused
 
-    def _look(self) -> None:
-        for name, value in self._answers.items():
+    def _handle_requests(self) -> None:
+        """Post this rank's request, if it has one; agree with the other ranks on whatever was requested."""
+        for name, value in self._replies.items():
             if not self._store.check([name]):
-                self._store.set(name, value)  # another has deleted it: a rank may still wait for it
-        with self._turn:
-            if self._held:
-                return
-            key = f"dlrm/accord/{self._number}"
-        if self._wish:
-            self._store.compare_set(key, "", self._wish)
+                self._store.set(name, value)  # a stranger deleted it, and a rank may still wait for it
+        with self._changed:
+            if self._paused:
+                return  # agreed already: the training's thread has not reached that batch yet
+            key = f"dlrm/stop/{self._number}"
+        if self._request:
+            self._store.compare_set(key, "", self._request)
         if not self._store.check([key]):
             return
-        kind = self._store.get(key).decode()
-        given_up = time.monotonic() + self._seconds
-        with self._turn:
-            self._held = True
-            mine = self._begun
-        while (last := self._exchange(key, kind, mine)) is None:
-            if time.monotonic() > given_up or self._closed.is_set():
+        request = self._store.get(key).decode()  # another rank's may have been first
+        deadline = time.monotonic() + self._timeout
+        with self._changed:
+            # from here on this number is exact: the training's thread starts no batch before there is an
+            # answer
+            self._paused = True
+            started = self._started_batches
+        while (last := self._exchange_batches(key, request, started)) is None:
+            if time.monotonic() > deadline or self._closed.is_set():
                 raise RuntimeError("timed out: another rank did not answer")
-            time.sleep(POLL / 20)
-        if self._wish and self._wish.split(":")[0] == kind.split(":")[0]:
-            self._wish = None
-        with self._turn:
-            self._agreed = (last, kind)
-            self._turn.notify_all()
+            time.sleep(POLL_SECONDS / 20)
+        if self._request and self._request.split(":")[0] == request.split(":")[0]:
+            self._request = None  # another rank wanted the same
+        with self._changed:
+            self._agreed = (last, request)
+            self._changed.notify_all()
 
-    def _exchange(self, key: str, kind: str, mine: int) -> int | None:
-        """Where all stop, once all have said where they are. What was set is set again, should it be gone."""
-        self._store.set_first(key, kind)
-        self._store.set(f"{key}/{self._here.rank}", str(mine))
+    def _exchange_batches(self, key: str, request: str, started: int) -> int | None:
+        """The batch at which all ranks act, once all have posted theirs, else None.
+
+        Everything is posted again in each turn, in case a stranger deleted it.
+        """
+        self._store.set_first(key, request)
+        self._store.set(f"{key}/{self._here.rank}", str(started))
         if self._here.first:
             found = [self._store.find(f"{key}/{rank}") for rank in range(self._here.world_size)]
             if None in found:
                 return None
-            self._answers = {f"{key}/last": str(max(int(each) for each in found))}
-            self._store.set(*next(iter(self._answers.items())))
+            self._replies = {f"{key}/last": str(max(int(each) for each in found))}
+            self._store.set(*next(iter(self._replies.items())))
         last = self._store.find(f"{key}/last")
         return None if last is None else int(last)
 

@@ -1,15 +1,16 @@
-"""Record what this process does, with DFTracer: start, span, instant, counter, stop. Free when off.
+"""Record what this process does, with DFTracer: spans, instants, counters. Costs nothing while not tracing.
 
-The only module that imports dftracer, and only after `start_tracing`. What lands in RUN/trace/*.pfw.gz:
-  metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once a thread
-  spans           cat is the room (startup, data, train, eval, checkpoint, prep; torchrec from the patches),
-                  args carry epoch, step, and bytes, file, batch where there are any
-  instants        duration 0; cat `clock`, name `barrier`, arg `when` (start, end): all ranks at one moment
+The only module that imports dftracer, and only in `start_tracing`. What is in RUN/trace/*.pfw.gz:
+  metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once per thread
+  spans           cat is the phase (startup, data, train, eval, checkpoint, ssd, prep; torchrec: the patches),
+                  args are epoch, step, and bytes, file, batch where there are any
+  instants        duration 0; cat `clock`, name `barrier`, arg `when` (start, end): all ranks leave a barrier
   counters        cat `counter`, name of the counter, arg `value`
   POSIX calls     by interception, each with its file, offset and bytes
-A process that forks (workers of a DataLoader) goes on in a file of its own, with the parent's rank.
+A process that forks (workers of a DataLoader) continues in a file of its own, with the parent's rank.
 """
 
+import contextlib
 import ctypes
 import json
 import math
@@ -20,27 +21,31 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.ranks import Ranks
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FLUSH_MS = 1000  # a killed process loses at most what it did in this time
-BUFFER_BYTES = 64 << 10  # DFTracer writes when so much text has gathered: one gzip member each time
+BUFFER_BYTES = 64 << 10  # DFTracer writes when its buffer has so much text: one gzip member each time
 PAD_BYTES = 15 << 10  # DFTracer takes no record of more than 16 KiB
-FEW = 3  # DFTracer deletes the file of a process that logged fewer events
+MIN_EVENTS = 3  # DFTracer deletes the file of a process that logged fewer events
 
-# DFTracer forgets a file that is opened while another thread closes one: the kernel gives the same number
-# again before the tracer has struck it off. Threads that open or close files of interest hold this.
+# DFTracer loses a file that is opened while another thread closes one: the kernel gives out the same
+# descriptor again before the tracer has removed it from its table. So a thread that opens or closes a file
+# whose reads the trace must show holds this lock while it does.
 opening = threading.Lock()
 
 _native: Any = None  # dftracer's C++ module while tracing, else None
-_always: dict[str, tuple[int, int]] = {}  # args that every span carries (epoch, step), as DFTracer wants them
-_identity: dict[str, int | str] = {}
+_context: dict[str, tuple[int, int]] = {}  # args of every span (epoch, step), in the form that DFTracer takes
+_identity: dict[str, int | str] = {}  # the metadata that says whose file this is
 _flusher: "_Flusher | None" = None
+_folder: Path | None = None  # of the trace files
+_made_folders: list[Path] = []  # by this process
 
 
 def sync_to_disk(path: str | os.PathLike[str]) -> None:
-    """A file's bytes, or a folder's names, are on the disk when this returns."""
+    """fsync a file's bytes, or a folder's names."""
     with opening:
         handle = os.open(path, os.O_RDONLY)
     try:
@@ -55,25 +60,31 @@ def is_tracing() -> bool:
 
 
 def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush_ms: int = FLUSH_MS) -> None:
-    """Open this process's trace file. Everything it reads or writes from here on is recorded."""
-    global _native
+    """Open this process's trace file. From here on every read and write is recorded.
+
+    role      "train" or "prep": the start of the file's name
+    flush_ms  a killed process loses at most the events of this time
+    """
+    global _native, _folder
     folder = Path(run_dir).absolute() / "trace"
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+        _made_folders.append(folder)
     os.environ.update(
         DFTRACER_ENABLE="1",
         DFTRACER_INC_METADATA="1",
         DFTRACER_INIT="FUNCTION",
         DFTRACER_BIND_SIGNALS="0",
-        DFTRACER_DATA_DIR="all",  # as the argument data_dirs, "all" would be a folder of that name
+        DFTRACER_DATA_DIR="all",  # not as the argument data_dirs: there it would be a folder named "all"
         DFTRACER_WRITE_BUFFER_SIZE=str(BUFFER_BYTES),
     )
-    # the C++ module itself: dftracer.python would take over SIGINT, SIGTERM and SIGABRT at import
+    # the C++ module directly: importing dftracer.python installs handlers for SIGINT, SIGTERM and SIGABRT
     import dftracer.dftracer as native
 
     native.initialize(log_file=str(folder / f"{role}{here.rank:05d}"), data_dirs=None, process_id=-1)
-    if _native is None and not _identity:  # once: a hook at fork cannot be taken back
+    if _native is None and not _identity:  # only once: a fork hook cannot be removed
         os.register_at_fork(after_in_child=_restart_after_fork)
-    _native = native
+    _native, _folder = native, folder
     _identity.update(
         rank=here.rank, local_rank=here.local_rank, world_size=here.world_size, host=here.host, role=role
     )
@@ -81,52 +92,71 @@ def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush
 
 
 def stop_tracing() -> None:
-    """Flush and close. Safe to call twice, from a signal handler, or when never started."""
+    """Flush and close. May be called twice, from a signal handler, or without `start_tracing`."""
     global _native, _flusher
     native, _native = _native, None
     flusher, _flusher = _flusher, None
     if flusher is not None:
-        flusher.end()
+        flusher.stop()
     if native is not None:
         native.finalize()
-        _always.clear()
+        _context.clear()
+
+
+def discard_tracing() -> None:
+    """Stop, and remove this process's trace file: its run was refused the folder in which it lies."""
+    files = []
+    if _native is not None and _folder is not None:
+        # DFTracer names the file by itself; it is open from the start
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                path = Path(os.readlink(f"/proc/self/fd/{number}"))
+                if path.parent == _folder.resolve() and path.name.endswith(".pfw.gz"):
+                    files.append(path)
+    stop_tracing()
+    for path in set(files):
+        discard_file(path)
+    for folder in _made_folders:
+        discard_empty_folder(folder)
+    _made_folders.clear()
 
 
 def set_context(**args: int) -> None:
-    """Arguments that every later span carries (epoch, step)."""
-    _always.update((key, (0, value)) for key, value in args.items())
+    """Arguments of every span from here on (epoch, step)."""
+    _context.update((key, (0, value)) for key, value in args.items())
 
 
 def name_thread(name: str) -> None:
+    """Name the calling thread in the trace."""
     if _native is not None:
         threading.current_thread().name = name
         _native.log_metadata_event(key="thread_name", value=_plain_value(name))
 
 
 def _record_identity(flush_ms: int) -> None:
-    """Who writes this file, and the thread that sees to it that it is written."""
+    """Write whose file this is, and start the thread that flushes it."""
     global _flusher
     for key, value in _identity.items():
         _native.log_metadata_event(key=key, value=_plain_value(str(value)))
     name_thread("main")
-    for _ in range(FEW):
+    for _ in range(MIN_EVENTS):
         _log(_native, "dftracer", "keep", _native.get_time(), 0, {})
     _flusher = _Flusher(_native, flush_ms)
     _flusher.start()
 
 
 def _restart_after_fork() -> None:
-    """In the child of a fork: DFTracer has opened a file for it, which does not say whose it is."""
+    """In the child of a fork: DFTracer has opened a new file for it, still without the metadata."""
     if _native is not None:
         _identity["role"] = "worker"
         _record_identity(_flusher.flush_ms if _flusher else FLUSH_MS)
 
 
 class _Flusher(threading.Thread):
-    """Bounds what a killed process loses.
+    """Flushes the trace every `flush_ms`, so that a killed process loses no more than that.
 
-    DFTracer writes when its buffer is full, never because time has passed, and offers no call for it. So
-    fill the buffer with blanks (they compress to nothing), then let the C library write what it holds.
+    DFTracer writes only when its buffer is full, and has no call to flush it. So this thread fills the buffer
+    with blanks (they compress to almost nothing), then makes the C library write its own buffer.
     """
 
     def __init__(self, native: Any, flush_ms: int) -> None:
@@ -142,32 +172,33 @@ class _Flusher(threading.Thread):
                 self.native.log_metadata_event(key="flush", value=blanks)
             self.libc.fflush(None)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self.done.set()
         if self.is_alive() and self is not threading.current_thread():
             self.join(timeout=10)
 
 
 class span:
-    """`with span("data", "read", bytes=n):` or `@span("eval", "auroc")`. Closed on exceptions too."""
+    """`with span("data", "read", bytes=n):` or `@span("eval", "metrics")`. Ends on exceptions, too."""
 
-    __slots__ = ("_cat", "_name", "_args", "_begun")
+    __slots__ = ("_cat", "_name", "_args", "_begin")
 
     def __init__(self, cat: str, name: str, **args: Any) -> None:
         self._cat, self._name, self._args = cat, name, args
-        self._begun = 0
+        self._begin = 0
 
     def __enter__(self) -> "span":
         if _native is not None:
-            self._begun = _native.get_time()
+            self._begin = _native.get_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         native = _native
-        if native is not None and self._begun:
-            _log(native, self._cat, self._name, self._begun, native.get_time() - self._begun, self._args)
+        if native is not None and self._begin:
+            _log(native, self._cat, self._name, self._begin, native.get_time() - self._begin, self._args)
 
     def update(self, **args: Any) -> None:
+        """Add arguments that are known only later, such as the bytes read."""
         self._args.update(args)
 
     def __call__(self, function: F) -> F:
@@ -180,6 +211,7 @@ class span:
 
 
 def instant(cat: str, name: str, **args: Any) -> None:
+    """An event without duration."""
     native = _native
     if native is not None:
         _log(native, cat, name, native.get_time(), 0, args)
@@ -189,8 +221,8 @@ def counter(name: str, value: float) -> None:
     instant("counter", name, value=value)
 
 
-def _log(native: Any, cat: str, name: str, begun: int, duration: int, args: dict[str, Any]) -> None:
-    ints: dict[str, Any] = _always.copy()
+def _log(native: Any, cat: str, name: str, begin: int, duration: int, args: dict[str, Any]) -> None:
+    ints: dict[str, Any] = _context.copy()
     floats: dict[str, Any] = {}
     strings: dict[str, Any] = {}
     for key, value in args.items():
@@ -208,15 +240,16 @@ def _log(native: Any, cat: str, name: str, begun: int, duration: int, args: dict
             ints[key] = (0, int(value))  # DFTracer writes six digits of a float
         else:
             floats[key] = (0, value)
-    # by position (name, category, begin, duration, ints, strings, floats): keywords cost a microsecond
+    # by position (name, category, begin, duration, ints, strings, floats): keywords would cost a microsecond
+    # for each event
     if strings or floats:
-        native.log_event(name, cat, begun, duration, ints, strings, floats)
+        native.log_event(name, cat, begin, duration, ints, strings, floats)
     else:
-        native.log_event(name, cat, begun, duration, ints)
+        native.log_event(name, cat, begin, duration, ints)
 
 
 def _native_type(value: Any) -> Any:
-    """bool, numpy and torch scalars, paths, None -> what DFTracer takes."""
+    """bool, numpy and torch scalars, paths, None as int, float or str, the types that DFTracer takes."""
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         value = value.item()
     if isinstance(value, int):
@@ -224,9 +257,9 @@ def _native_type(value: Any) -> Any:
     return float(value) if isinstance(value, float) else str(value)
 
 
-@lru_cache(maxsize=1024)  # names of files and splits come again and again
+@lru_cache(maxsize=1024)  # the names of files and splits repeat
 def _plain_value(text: str) -> str:
-    """DFTracer writes strings into JSON as they are."""
+    """Escaped for JSON: DFTracer writes strings between quotes as they are."""
     if text.isalnum():
         return text
     text = text.encode(errors="surrogateescape").decode(errors="replace")  # file names may be any bytes

@@ -1,4 +1,4 @@
-"""How much time the job has left: from an option, from the environment, or from PBS itself."""
+"""How much walltime the job has left: from --walltime, from PBS (qstat), or from the environment."""
 
 import json
 import os
@@ -8,17 +8,17 @@ from collections.abc import Mapping
 
 from dlrm.runtime.errors import UserError
 
-ASK_SECONDS = 10  # for qstat
+QSTAT_SECONDS = 10
 
 
 def parse_seconds(text: str) -> float:
-    """[HH:]MM:SS or seconds."""
+    """Seconds of a walltime as PBS writes it: [HH:]MM:SS or seconds."""
     try:
         parts = [float(part) for part in text.split(":")]
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 3 or min(parts) < 0:
-        raise UserError(f"--walltime {text}: wanted [HH:]MM:SS or seconds")
+        raise UserError(f"--walltime {text}: give [HH:]MM:SS or seconds")
     total = 0.0
     for part in parts:
         total = total * 60 + part
@@ -28,33 +28,40 @@ def parse_seconds(text: str) -> float:
 def find_deadline(
     before: float | None, walltime: str | None, environ: Mapping[str, str] = os.environ
 ) -> float | None:
-    """The moment, by time.monotonic(), that lies `before` seconds ahead of the job's end."""
+    """When to stop, as time.monotonic() counts: `before` seconds before the job's walltime is over.
+
+    before    --stop_before_walltime; None: no deadline
+    walltime  --walltime; None: ask PBS
+
+    The job's time is counted from its start. PBS knows that; else the age of this process is taken, which is
+    less, and so stops later than it should by the time that the job spent before.
+    """
     if before is None:
         return None
-    limit, used = walltime, _age_of_job()
+    limit, used = walltime, _find_process_age()
     if limit is None and environ.get("PBS_JOBID"):
         limit, used = _ask_pbs(environ["PBS_JOBID"], used)
     limit = limit or environ.get("PBS_WALLTIME")
     if limit is None:
-        raise UserError("--stop_before_walltime needs --walltime: neither the environment nor qstat tells it")
+        raise UserError("--stop_before_walltime needs --walltime: neither qstat nor PBS_WALLTIME has it")
     return time.monotonic() + parse_seconds(limit) - used - before
 
 
-def _age_of_job() -> float:
-    """Seconds since this process began."""
+def _find_process_age() -> float:
+    """Seconds since this process started."""
     with open("/proc/self/stat") as stat:
         ticks = int(stat.read().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _ask_pbs(job: str, age: float) -> tuple[str | None, float]:
-    """(walltime, seconds used), as far as qstat says."""
+    """(walltime, seconds used) from qstat; (None, `age`) where qstat does not answer or is not understood."""
     try:
-        asking = ["qstat", "-f", "-F", "json", job]
-        told = subprocess.run(asking, capture_output=True, text=True, timeout=ASK_SECONDS, check=True)
-        facts = next(iter(json.loads(told.stdout)["Jobs"].values()))
-        limit = facts["Resource_List"]["walltime"]
-        begun = time.mktime(time.strptime(facts["stime"], "%a %b %d %H:%M:%S %Y"))
-        return limit, max(age, time.time() - begun)
+        command = ["qstat", "-f", "-F", "json", job]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=QSTAT_SECONDS, check=True)
+        job_facts = next(iter(json.loads(answer.stdout)["Jobs"].values()))
+        limit = job_facts["Resource_List"]["walltime"]
+        started = time.mktime(time.strptime(job_facts["stime"], "%a %b %d %H:%M:%S %Y"))
+        return limit, max(age, time.time() - started)
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, StopIteration, AttributeError):
         return None, age

@@ -89,7 +89,7 @@ class CheckpointManager(loop.Hooks):
         if self.options.save_initial_model and self.trainer.progress.step == 0:
             self.save()
         self._last_save = time.monotonic()
-        self.collective_stop.begin()
+        self.collective_stop.start_listening()
 
     def _check_clock(self) -> str | None:
         """What is due now by rank 0's clock; called by `collective_stop`'s thread."""

@@ -1,6 +1,7 @@
-"""Learning rates as pure functions of the step: what step `n` (the first is 0) trains with.
+"""Learning rates as pure functions of the step (the first is step 0).
 
-Nothing is remembered between calls, so a resumed run goes on exactly where it stopped.
+torch's schedulers keep state from step to step, which a checkpoint would have to store. A function of the
+step alone gives a resumed run exactly the rates of one that never stopped.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,12 +10,14 @@ from typing import Any, Protocol
 
 from dlrm.runtime.errors import UserError
 
-MLPERF_FLOOR = 1e-7  # MLCommons' decay ends here, not at zero
+MLPERF_FLOOR = 1e-7  # MLCommons' decay ends at this rate, not at zero
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Names of MLCommons' --lr_* flags; `power`, `end_factor`, `warmup_factor` are NVIDIA's."""
+    """A schedule and its parameters, in steps. The names are those of MLCommons' --lr_* flags; `power`,
+    `end_factor` and `warmup_factor` are NVIDIA's.
+    """
 
     name: str = "constant"
     warmup_steps: int = 0
@@ -46,10 +49,11 @@ def constant_rate(step: int, base: float, schedule: Schedule) -> float:
 
 
 def mlperf_rate(step: int, base: float, schedule: Schedule) -> float:
-    """MLCommons' LRPolicyScheduler: it counts from 1 and, before and after a decay, holds the last rate.
+    """MLCommons' LRPolicyScheduler, with its two surprises: it counts steps from 1, and between and after the
+    phases it holds the last rate.
 
-    So a run that decays holds (warmup - 1) / warmup of the base between warm-up and decay, and ends on the
-    last step's rate; a run that does not decay goes to the base.
+    So with a decay the rate between warm-up and decay is (warmup - 1) / warmup of the base, and after the
+    decay it is the last step's. Without a decay the rate after the warm-up is the base.
     """
     count = step + 1
     warmup, start, steps = schedule.warmup_steps, schedule.decay_start, schedule.decay_steps
@@ -64,7 +68,9 @@ def mlperf_rate(step: int, base: float, schedule: Schedule) -> float:
 
 
 def nvidia_rate(step: int, base: float, schedule: Schedule) -> float:
-    """NVIDIA's: linear warm-up from 1 - 2^-factor, hold, polynomial decay to `end_factor` of the base."""
+    """NVIDIA's schedule: linear warm-up from 1 - 2^-factor, hold, polynomial decay to `end_factor` of the
+    base.
+    """
     count = step + 1
     warmup, start, steps = schedule.warmup_steps, schedule.decay_start, schedule.decay_steps
     if count <= warmup:
@@ -90,6 +96,7 @@ SCHEDULES: dict[str, Callable[[int, float, Schedule], float]] = {
 
 
 def learning_rate(step: int, base: float, schedule: Schedule) -> float:
+    """The rate that step `step` trains with; `base` is --learning_rate."""
     return SCHEDULES[schedule.name](step, base, schedule)
 
 
@@ -99,6 +106,8 @@ class HasGroups(Protocol):
 
 
 def set_lr(optimizer: HasGroups, lr: float) -> None:
-    """For all parameters. Tables fused in backward take it up at the next `zero_grad`, so call this first."""
+    """Set it for all parameters, before the step's `zero_grad`: there the fused optimizers, which update the
+    tables in the backward pass, read it.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr

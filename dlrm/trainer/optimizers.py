@@ -1,4 +1,7 @@
-"""Optimizers: the tables' fused into the backward pass, everything else's after it."""
+"""Optimizers: the tables' run inside the backward pass (fbgemm's fused kernels), all others after it.
+
+`apply_in_backward` comes before planning and sharding, `make_dense_optimizer` after it.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,10 +25,12 @@ ADAGRAD_EPS = 1e-8  # MLCommons' value; torch's own default is 1e-10
 
 @dataclass(frozen=True)
 class OptimizerRule:
-    fused: type[torch.optim.Optimizer]  # what torchrec maps to fbgemm's kernel
+    """One value of --optimizer."""
+
+    fused: type[torch.optim.Optimizer]  # for tables: torchrec maps this class to fbgemm's kernel
     dense: Make  # the same rule for parameters with ordinary gradients
-    uses: tuple[str, ...] = ()  # of eps, betas
-    on_cpu: bool = True  # fbgemm has the kernel there
+    uses: tuple[str, ...] = ()  # which of the arguments eps and betas it takes
+    on_cpu: bool = True  # whether fbgemm has the kernel for CPUs
 
 
 RULES = {
@@ -38,7 +43,9 @@ SPARSE = tuple(RULES)
 
 
 class ShardedState(KeyedOptimizerWrapper):
-    """For shards with ordinary gradients: tells its state as shards of the whole table's state."""
+    """The optimizer of table shards with ordinary gradients. Its `state_dict` has ShardedTensors, as the
+    fused optimizers' do, so that a checkpoint can be loaded under another sharding.
+    """
 
     def __init__(self, params: Mapping[str, Any], make: Make, weights: Mapping[str, Any]) -> None:
         super().__init__(params, make)
@@ -50,9 +57,9 @@ class ShardedState(KeyedOptimizerWrapper):
             weight = self.weights[name]
             for key, value in values.items():
                 if value.dim():
-                    place = weight.local_shards()[0].metadata
+                    shard = weight.local_shards()[0].metadata
                     values[key] = ShardedTensor._init_from_local_shards_and_global_metadata(
-                        [Shard(value, place)], weight.metadata(), process_group=weight._process_group
+                        [Shard(value, shard)], weight.metadata(), process_group=weight._process_group
                     )
         return found
 
@@ -76,7 +83,11 @@ def apply_in_backward(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> None:
-    """Mark the tables' parameters, before planning and sharding: the planner counts the optimizer's state."""
+    """Attach the fused optimizer to the tables' parameters. Before planning and sharding: the planner counts
+    the memory of the optimizer's state.
+
+    name  a key of RULES;  eps, betas  ignored by the optimizers that do not use them
+    """
     arguments = _optimizer_arguments(name, lr, eps, betas, weight_decay)
     if device.type == "cpu" and not RULES[name].on_cpu:
         able = ", ".join(key for key, rule in RULES.items() if rule.on_cpu)
@@ -94,10 +105,11 @@ def make_dense_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> CombinedOptimizer:
-    """All of the model's optimizers in one: step, zero_grad, state_dict, param_groups.
+    """All of the model's optimizers as one, with step, zero_grad, state_dict and param_groups.
 
-    Data-parallel tables, and shards that `plan.with_gradients` made, have ordinary gradients, which
-    torchrec's in-backward optimizers silently pass by: they get the same rule here, as parts of their own.
+    Some tables have ordinary gradients: data-parallel ones, and the shards that `planner.with_gradients`
+    makes. torchrec's in-backward optimizers silently skip them, so they would never be trained. They get the
+    same rule here, each kind as a part of its own.
     """
     arguments = _optimizer_arguments(name, lr, eps, betas, weight_decay)
     rule = RULES[name]
@@ -112,18 +124,18 @@ def make_dense_optimizer(
     weights = {key: weight for key, _, weight in table_parameters(model) if isinstance(weight, ShardedTensor)}
     sharded = {key: value for key, value in replicated.items() if key in weights}
 
-    def make(parameters: Any) -> torch.optim.Optimizer:
+    def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
         values = list(parameters)
-        # on CPUs torch's one-pass adam is five times as fast
-        once = name == "adam" and all(value.device.type == "cpu" for value in values)
-        return rule.dense(values, **{"fused" if once else "foreach": True}, **arguments)
+        # on CPUs torch's fused adam is five times as fast as foreach
+        fused = name == "adam" and all(value.device.type == "cpu" for value in values)
+        return rule.dense(values, **{"fused" if fused else "foreach": True}, **arguments)
 
     for parameters in (
         {k: v for k, v in others.items() if k not in replicated},
         {k: v for k, v in replicated.items() if k not in sharded},
     ):
         if parameters:
-            parts.append(KeyedOptimizerWrapper(parameters, make))
+            parts.append(KeyedOptimizerWrapper(parameters, make_optimizer))
     if sharded:
-        parts.append(ShardedState(sharded, make, weights))
+        parts.append(ShardedState(sharded, make_optimizer, weights))
     return CombinedOptimizer(parts)

@@ -37,18 +37,18 @@ def resume_training(trainer: Any, here: Ranks, root: Path | None) -> None:
     own_paths = session.broadcast_from_first(listed)
     given = Path(options.load_checkpoint_path) if options.load_checkpoint_path else None
     if own_paths:
-        found, restored = _load_newest(trainer, here, own_paths, whole=run.mode == "train")
+        found, restored = _load_newest(trainer, here, own_paths, with_progress=run.mode == "train")
     elif given:
         with session.errors_on_all_ranks():
             listed = list(folder.find_checkpoints(given)) if here.first else []
         paths = session.broadcast_from_first(listed)
         if not paths:
-            raise _shared(UserError(f"--load_checkpoint_path {given}: no checkpoint there"))
-        whole = run.mode == "train" and not options.load_model_only
-        found, restored = _load_newest(trainer, here, paths, whole)
+            raise _mark_shared(UserError(f"--load_checkpoint_path {given}: no checkpoint there"))
+        with_progress = run.mode == "train" and not options.load_model_only
+        found, restored = _load_newest(trainer, here, paths, with_progress)
     else:
         if run.mode == "test":
-            raise _shared(UserError("there is no checkpoint to test: give --load_checkpoint_path"))
+            raise _mark_shared(UserError("there is no checkpoint to test: give --load_checkpoint_path"))
         with session.errors_on_all_ranks():
             trainer.run_folder.start_metrics()
         return
@@ -69,21 +69,21 @@ def resume_training(trainer: Any, here: Ranks, root: Path | None) -> None:
             trainer.run_folder.start_metrics()
 
 
-def _shared(error: UserError) -> UserError:
+def _mark_shared(error: UserError) -> UserError:
     """An error that all ranks raise alike: only rank 0 prints it."""
     error.shared = True
     return error
 
 
 def _load_newest(
-    trainer: Any, here: Ranks, paths: list[Path], whole: bool
+    trainer: Any, here: Ranks, paths: list[Path], with_progress: bool
 ) -> tuple[Checkpoint, tuple[loop.Progress, "RankState"] | None]:
     """Load the first of `paths` (newest first) that all ranks can read; a damaged one is skipped with a
     warning.
 
-    `whole`: load the optimizers' state too, and return the progress and this rank's own state; else only the
-    weights. A checkpoint that does not fit the model is a UserError and not skipped: an older one would not
-    fit either.
+    `with_progress`: load the optimizers' state too, and return the progress and this rank's own state; else
+    only the weights. A checkpoint that does not fit the model is a UserError and not skipped: an older one
+    would not fit either.
     """
     for path in paths:
         damage = mistake = ""
@@ -91,14 +91,14 @@ def _load_newest(
         try:
             with trace.span("checkpoint", "load") as loading:
                 found = folder.read_description(path)
-                progress, old_keys = check_state(found, whole)
+                progress, old_keys = check_state(found, with_progress)
                 if old_keys:
                     trainer.run_folder.warn(
                         f"{path}: has old names ({', '.join(old_keys)}); they are read in this release only"
                     )
-                optimizer = trainer.optimizer if whole else None
+                optimizer = trainer.optimizer if with_progress else None
                 loading.update(bytes=state.restore_state(found, trainer.model, optimizer))
-                rank_state = _read_rank_state(trainer, here, found) if whole else None
+                rank_state = _read_rank_state(trainer, here, found) if with_progress else None
         except (CorruptCheckpoint, OSError) as error:
             damage = str(error)
         except UserError as error:
@@ -107,12 +107,12 @@ def _load_newest(
         outcomes = session.gather_from_all((damage, mistake))
         for _, text in outcomes:
             if text:
-                raise _shared(UserError(text))
+                raise _mark_shared(UserError(text))
         damage = next((text for text, _ in outcomes if text), "")
         if not damage and found is not None:
             return found, None if progress is None or rank_state is None else (progress, rank_state)
         trainer.run_folder.warn(f"checkpoint skipped: {damage}")
-    raise _shared(
+    raise _mark_shared(
         UserError(
             f"{paths[0].parent}: none of {len(paths)} checkpoints can be read; "
             "give --resume never to start at step 0"
@@ -144,16 +144,16 @@ OLD_PROGRESS_KEYS = {
 }  # fmt: skip
 
 
-def check_state(found: Checkpoint, whole: bool) -> tuple[loop.Progress | None, list[str]]:
-    """(how far the training had come, names of an earlier release in it); no progress unless `whole`.
+def check_state(found: Checkpoint, with_progress: bool) -> tuple[loop.Progress | None, list[str]]:
+    """(how far the training had come, names of an earlier release in it); no progress unless `with_progress`.
 
     Raises CorruptCheckpoint where a value is missing, of another type or out of range: nothing of a damaged
     checkpoint reaches the training. Old names in `found.state` are replaced by the new ones.
     """
-    kinds = STATE if whole else {key: STATE[key] for key in ("step", "epoch")}
+    kinds = STATE if with_progress else {key: STATE[key] for key in ("step", "epoch")}
     old_keys = _rename_keys(found.state, OLD_STATE_KEYS)
     _check_values(found, "", found.state, kinds)
-    if not whole:
+    if not with_progress:
         return None, []
     values = found.state["progress"]
     old_keys += _rename_keys(values, OLD_PROGRESS_KEYS)

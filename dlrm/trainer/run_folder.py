@@ -11,20 +11,21 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from common.errors import UserError, os_errors_as_user_errors
-from common.inputs import read_bytes
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import parse_json, read_bytes
 from common.lock import FolderLock
-from common.owned import OutputFolder
+from common.owned import LEDGER, OutputFolder
 from dlrm.config.parser import as_json
 
 METRICS = "metrics.jsonl"
@@ -57,22 +58,41 @@ class RunFolder:
         self._output: OutputFolder | None = None
         if self.folder:
             try:
-                self._open(self.folder, tensorboard, more)
+                self._open_folder(self.folder, tensorboard, more)
             except BaseException:
                 self.close()
                 raise
 
-    def _open(self, folder: Path, tensorboard: bool, more: Iterable[str]) -> None:
+    def _open_folder(self, folder: Path, tensorboard: bool, more: Iterable[str]) -> None:
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.lock_folder(folder, "training into it")
         self._output = OutputFolder(folder)
+        if not os.path.lexists(folder / LEDGER):
+            self._adopt_earlier_run(folder)
         boards = ["tensorboard"] if tensorboard else []
         self._output.refuse_foreign([*WRITTEN, *more, *boards], "move it away or name another --output_dir")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._output.make_folder("tensorboard")))
+
+    def _adopt_earlier_run(self, folder: Path) -> None:
+        """A run of an earlier version, or a copy of one without its list of files: what can be recognised as
+        written by this program becomes our own. Everything else stays the user's.
+        """
+        if not _is_recorded(folder / "config.json", _is_config):
+            return
+        assert self._output is not None
+        found = [name for name, check in RECORDED.items() if _is_recorded(folder / name, check)]
+        self._output.adopt(found)
+        board = folder / "tensorboard"
+        if board.is_dir() and not board.is_symlink() and all(map(_is_board_file, board.rglob("*"))):
+            self._output.make_folder("tensorboard", known=True)
+        self.warn(
+            f"{printable(folder)}: a run of an earlier version or a copy; its {', '.join(found)} are taken "
+            "over, other files stay as they are"
+        )
 
     def lock_folder(self, folder: Path, purpose: str) -> None:
         """Become the only writer of this folder until `close`, or raise UserError naming the other writer.
@@ -260,6 +280,55 @@ class RunFolder:
         for lock in self._locks.values():
             lock.release()
         self._locks.clear()
+
+
+def _is_recorded(path: Path, check: Callable[[bytes], bool]) -> bool:
+    """Whether this is a plain file of this user's whose content passes the check."""
+    try:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        return check(read_bytes(path, MAX_METRICS_BYTES))
+    except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return False
+
+
+def _is_config(data: bytes) -> bool:
+    values = parse_json(data, "config.json")
+    groups = ("data", "model", "optim", "plan", "run", "checkpoint", "launch")
+    return all(isinstance(values[group], dict) for group in groups)
+
+
+def _is_plan(data: bytes) -> bool:
+    tables = parse_json(data, "plan.json").values()
+    return bool(tables) and all(set(table) == {"sharding", "kernel", "shards"} for table in tables)
+
+
+def _is_results(data: bytes) -> bool:
+    return {"steps", "samples", "world_size", "seconds", "bytes_read"} <= set(parse_json(data, "", nan=True))
+
+
+def _is_metrics(data: bytes) -> bool:
+    """Lines of `report`; the last may have been cut off when the run was killed."""
+    lines = data.splitlines()[:-1] or data.splitlines()
+    for line in (lines[0], lines[-1]):
+        if not {"step", "epoch", "time"} <= set(parse_json(line, METRICS, nan=True)):
+            return False
+    return True
+
+
+def _is_mlperf_log(data: bytes) -> bool:
+    return bool(data) and all(line.startswith(b":::MLLOG ") for line in data.splitlines())
+
+
+def _is_board_file(path: Path) -> bool:
+    return path.name.startswith("events.out.tfevents.") and _is_recorded(path, lambda _: True)
+
+
+RECORDED: dict[str, Callable[[bytes], bool]] = {
+    "config.json": _is_config, "plan.json": _is_plan, "results.json": _is_results, METRICS: _is_metrics,
+    "mlperf.log": _is_mlperf_log,
+}  # fmt: skip
 
 
 def _find_cut(data: bytes, step: int, size: Any, checksum: Any) -> int:

@@ -1,8 +1,9 @@
 """What the trainer, the scripts and the report need to know of a model.
 
-A model is one folder (dlrm/models/NAME/, or any importable module outside the package) that ends in one
-`SPEC = ModelSpec(...)`. `dlrm.models.registry` finds it by name. The spec itself is cheap: it imports neither
-torch nor torchrec, so that --help and --check_options are quick; `load_parts` brings what needs them.
+A model is one folder (dlrm/models/NAME/, or any importable module outside the package) with one
+`SPEC = ModelSpec(...)`. `dlrm.models.registry` finds it by name. The spec itself is cheap to import: it needs
+neither torch nor torchrec, so that --help and --validate_only are quick. `load_parts` imports what needs
+them.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,30 +36,33 @@ class ScriptOptions:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What the trainer calls, in this order. `options` is an instance of the spec's options type."""
+    """What `trainer.make_trainer` calls, in this order. `options`: an instance of the spec's options type."""
 
-    # this rank's batches to train on, to validate and to test with: `trainer.Datasets`
+    # (options, ranks) -> this rank's batches of train, val and test: `trainer.Datasets`
     open_data: Callable[[Any, "Ranks"], Any]
-    # the model on its device, its tables on the meta device; the same on all ranks
+    # (options, data, device) -> dense layers on the device, tables on the meta device, with the tables'
+    # optimizer attached; the same on all ranks, whose dense weights must be equal
     build_model: Callable[[Any, Any, "torch.device"], "nn.Module"]
     # (options, model, data, ranks, device, run folder) -> (DistributedModelParallel, CombinedOptimizer)
     shard_model: Callable[..., tuple[Any, Any]]
-    # a subclass of `trainer.Trainer`: its learning rate, its metrics, its lines of results.json
+    # a subclass of `trainer.Trainer`: learning rate, mixed precision, metrics, entries of results.json
     trainer: type[Any]
-    # one line for each group of options that change nothing in this run
+    # (options, device type) -> one line for each group of options that have no effect in this run
     list_unused_options: Callable[[Any, str], list[str]] = field(default=lambda options, device: [])
-    # what MLPerf's log says of the settings, of (options, number of ranks)
+    # (options, number of ranks) -> hyperparameters for the MLPerf log, by MLPerf's keys
     mlperf_settings: Callable[[Any, int], Mapping[str, Any]] = field(default=lambda options, ranks: {})
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model: its name, its options and where its parts are."""
+    """One model: its name, its options, and how to load its parts."""
 
     name: str  # MODEL=name of 3_train.sh, --model name of python -m dlrm.train
     title: str  # what the report and the log call it
     description: str  # the first lines of --help
-    options: type  # a dataclass of option groups, with `run` (RunOptions) and `checkpoint`
+    options: (
+        type  # a dataclass of option groups, among them run: RunOptions, checkpoint: CheckpointOptions, optim
+    )
     presets: Presets
     script: ScriptOptions
     load_parts: Callable[[], ModelParts]

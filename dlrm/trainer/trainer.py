@@ -50,10 +50,14 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
         torch.backends.cuda.matmul.allow_tf32 = options.run.allow_tf32
 
         # run folder: locked before anything slow, so that a second run into it ends at once
-        with session.errors_on_all_ranks():
-            run_folder = open_run_folder(options, here)
         try:
-            record_launch(run_folder, options, here, device, tuned)
+            with session.errors_on_all_ranks():
+                run_folder = open_run_folder(options, here)
+        except UserError:
+            trace.discard_tracing()  # nothing of a refused run stays in the folder
+            raise
+        try:
+            record_launch(run_folder, spec.title, options, here, device, tuned)
             trainer = make_trainer(parts, options, here, device, run_folder)
             run_trainer(trainer, here, started)
         finally:
@@ -69,11 +73,16 @@ def open_run_folder(options: Any, here: Ranks) -> RunFolder:
 
 
 def record_launch(
-    run_folder: RunFolder, options: Any, here: Ranks, device: torch.device, tuned: list[str]
+    run_folder: RunFolder, model: str, options: Any, here: Ranks, device: torch.device, tuned: list[str]
 ) -> None:
-    """Record where the run was started; `tuned` is what `enable_fast_path` returned. A collective."""
+    """Record where the run was started. A collective.
+
+    model  the title of the model's spec
+    tuned  what `enable_fast_path` returned
+    """
     hosts = session.gather_from_all(here.host)
     run_folder.launch = {
+        "model": model,
         "world_size": here.world_size,
         "local_world_size": here.local_world_size,
         "nodes": len(set(hosts)),

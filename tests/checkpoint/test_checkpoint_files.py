@@ -139,7 +139,7 @@ def test_an_untrusted_description_cannot_reach_outside(tmp_path: Path) -> None:
         values.pop("crc32", None)
         values["crc32"] = zlib.crc32(json.dumps(values, sort_keys=True).encode())
         (path / "checkpoint.json").write_text(json.dumps(values))
-        with pytest.raises(CorruptCheckpoint, match="place"):
+        with pytest.raises(CorruptCheckpoint, match="position"):
             folder.read_description(path)
 
 

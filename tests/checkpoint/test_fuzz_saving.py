@@ -186,7 +186,7 @@ def run(place: Path, which: str, seeds: range) -> None:
 
 @pytest.mark.parametrize("which", WHICH)
 def test_damaged_bytes(tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, which, range(130 if which == "checkpoint" else 50))
+    run(tmp_path, which, range(80 if which == "checkpoint" else 30))
 
 
 @pytest.mark.slow
@@ -195,11 +195,32 @@ def test_many_damaged_bytes(tmp_path: Path, which: str, capsys: pytest.CaptureFi
     run(tmp_path, which, range(1000, 3000 if which == "checkpoint" else 2100))
 
 
+@pytest.fixture(scope="module")
+def whole_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("key", ["world_size", "meter_steps", "step", "evaluate_seconds"])
 @pytest.mark.parametrize("value", [99999999999999999, -1, "1", None, [], float("inf")])
-def test_impossible_numbers_are_refused(tmp_path: Path, key: str, value: Any) -> None:
-    path = checkpoint(tmp_path)
+def test_impossible_numbers_are_refused(whole_one: Path, tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / whole_one.name
+    shutil.copytree(whole_one, path)
     values = json.loads((path / "checkpoint.json").read_text())
     values["state"][key] = value
     (path / "checkpoint.json").write_bytes(sealed(values))
     check(outcome(read_checkpoint, [path]), refused=True)
+
+
+def test_names_of_the_first_checkpoints_are_still_read(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path)
+    values = json.loads((path / "checkpoint.json").read_text())
+    for found, names in (
+        (values["state"], resume.OLD_STATE_KEYS),
+        (values["state"]["progress"], resume.OLD_PROGRESS_KEYS),
+    ):
+        for old, new in names.items():
+            found[old] = found.pop(new)
+    (path / "checkpoint.json").write_bytes(sealed(values))
+    progress, old_keys = resume.check_state(folder.read_description(path), True)
+    assert progress == loop.Progress(**STATE["progress"])
+    assert old_keys == [*resume.OLD_STATE_KEYS, *resume.OLD_PROGRESS_KEYS]

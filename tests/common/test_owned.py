@@ -168,8 +168,8 @@ def test_however_often_publishing_is_cut_off_the_old_file_stays_own(tmp_path: Pa
         missing = tmp_path / "gone"
         write_whole(missing, b"y" * (10 + attempt))
         real = os.lstat(missing)
-        output._expect("a", real)
-        output._save()  # and killed
+        output._record_replacement("a", real)
+        output._write_ledger()  # and killed
         assert OutputFolder(out).owns("a")
     OutputFolder(out).write("a", "last")
     assert (out / "a").read_text() == "last"

@@ -61,10 +61,19 @@ def test_a_wrong_option_is_named(argv: list[str], names: str) -> None:
 
 def test_options_can_be_checked_alone() -> None:
     with pytest.raises(SystemExit) as ended:
-        parsed("--batch_size", "7", "--check_options")
+        parsed("--batch_size", "7", "--validate_only")
     assert ended.value.code in (0, None)
     with pytest.raises(UserError, match="--batch_size"):
-        parsed("--batch_size", "0", "--check_options")
+        parsed("--batch_size", "0", "--validate_only")
+
+
+def test_the_old_name_of_validate_only_is_accepted_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed("--batch_size", "7", "--check_options")
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().err == (
+        "dlrm: --check_options is now --validate_only; this release accepts both\n"
+    )
 
 
 def test_flags_win_over_presets_and_all_presets_are_valid() -> None:

@@ -180,7 +180,7 @@ def test_full_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
     source = write(tmp_path / "in", GOOD * 100)
     said = refused(capsys, source, tmp_path / "out")
-    assert f"{tmp_path}/out: " in said and "kB needed, 1.0 kB free: make room" in said
+    assert f"{tmp_path}/out: " in said and "kB needed, 1.0 kB free: free some space" in said
 
 
 def test_kaggle_with_and_without_labels(tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_digests_are_hashlibs(tmp_path: Path) -> None:
     """Files of all lengths around md5's and our own borders."""
     import hashlib
 
-    from dlrm.prep.io.digests import CHUNK, digests
+    from dlrm.prep.io.digests import CHUNK, compute_digests
 
     rng, paths = np.random.default_rng(0), []
     borders = [size + more for size in (0, 56, 64, 128, CHUNK, 2 * CHUNK) for more in (-9, -8, -1, 0, 1)]
@@ -265,8 +265,8 @@ def test_digests_are_hashlibs(tmp_path: Path) -> None:
         paths.append(tmp_path / str(number))
         paths[-1].write_bytes(rng.bytes(size))
     wanted = {path: hashlib.md5(path.read_bytes()).hexdigest() for path in paths}
-    assert digests(paths) == wanted
-    assert digests(paths[:1]) == {paths[0]: wanted[paths[0]]}
+    assert compute_digests(paths) == wanted
+    assert compute_digests(paths[:1]) == {paths[0]: wanted[paths[0]]}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 700, 40_000])

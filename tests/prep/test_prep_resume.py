@@ -1,4 +1,4 @@
-"""Killed at any moment, the same command goes on where it was and ends with the same bytes."""
+"""Killed at any point, the same command resumes where the run stopped and ends with the same bytes."""
 
 import os
 import random
@@ -178,7 +178,7 @@ def test_interrupted(days: Path, tmp_path: Path) -> None:
     said = child.stderr.readline() + child.stderr.readline()
     child.send_signal(signal.SIGINT)
     said += child.communicate(timeout=30)[1]
-    assert said.endswith("\ndlrm.prep: interrupted; the same command goes on where it was\n")
+    assert said.endswith("\ndlrm.prep: interrupted; run the same command again to resume\n")
     assert "Traceback" not in said
     assert child.returncode == 130
     assert not (out / "meta.json").exists()
@@ -294,7 +294,7 @@ def test_machine_code_goes_with_what_is_built_into_it(tmp_path: Path) -> None:
     assert [from_disk(), from_disk()] == ["0\n", "1\n"]
 
 
-def test_more_pieces_than_files_may_be_open(
+def test_more_pieces_than_files_reserve_open_files(
     days: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, spills = contents(run(days, tmp_path / "whole")), []
@@ -308,7 +308,7 @@ def test_more_pieces_than_files_may_be_open(
     monkeypatch.setattr(spill, "MIN_BITS", 12)
     opened = {}
     for most in (100, 2):
-        monkeypatch.setattr(place, "may_be_open", lambda files, most=most: most)
+        monkeypatch.setattr(place, "reserve_open_files", lambda files, most=most: most)
         spills.clear()
         out = run(days, tmp_path / str(most), "--part_bytes", "4000000")
         assert contents(out) == wanted

@@ -1,4 +1,4 @@
-"""Work dealt to processes: each result in its place, one error, nobody left behind."""
+"""Items handled by processes: results in order, the earliest error, no process left running."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def all_at_work(workers: int, folder: Path) -> Callable[[], None]:
-    """Something to do that takes until every worker has begun it."""
+    """A function that returns once every worker has called it."""
 
     def wait() -> None:
         (folder / str(os.getpid())).touch()
@@ -61,12 +61,12 @@ def test_the_earliest_error_is_raised(workers: int, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="4 is bad"):
         run_in_processes(workers, work, range(100))
-    assert len(list(tmp_path.iterdir())) < 10  # nobody began another
+    assert len(list(tmp_path.iterdir())) < 10  # the workers stop after the error
 
 
 @pytest.mark.parametrize("worse", [False, True])
-def test_a_killed_process_is_told(worse: bool, tmp_path: Path) -> None:
-    """If there is nothing else to tell."""
+def test_a_killed_process_is_reported(worse: bool, tmp_path: Path) -> None:
+    """Another error is raised instead, if there is one."""
     first, wait = os.getpid(), all_at_work(2, tmp_path)
 
     def work(item: int) -> None:
@@ -81,11 +81,11 @@ def test_a_killed_process_is_told(worse: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nobody_is_left_behind(ended_by: signal.Signals) -> None:
+def test_no_process_outlives_the_parent(ended_by: signal.Signals) -> None:
     code = (
-        "import os, time; from dlrm.prep.job.workers import in_processes\n"
+        "import os, time; from dlrm.prep.job.workers import run_in_processes\n"
         "def work(item): os.write(1, b'%d\\n' % os.getpid()); time.sleep(100)\n"
-        "in_processes(3, work, range(3))"
+        "run_in_processes(3, work, range(3))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -101,7 +101,7 @@ def test_nobody_is_left_behind(ended_by: signal.Signals) -> None:
 
 
 def alive(number: int) -> bool:
-    """Not so a process that nobody has asked how it ended."""
+    """Whether the process runs; a zombie does not."""
     with contextlib.suppress(FileNotFoundError):
         return "State:\tZ" not in Path(f"/proc/{number}/status").read_text()
     return False

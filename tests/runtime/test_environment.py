@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dlrm.runtime.environment import HEADER, describe_environment, is_kept, mask_secrets
+from dlrm.runtime.environment import HEADER, describe_environment, is_recorded, mask_secrets
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,7 +108,7 @@ def test_what_the_user_adds() -> None:
         "DLRM_ENV_KEEP": f"'{keep}'", "MY_SETTING": "'1'", "OTHER_A": "'2'", "OTHER_TOKEN": "<not recorded>",
         "MY_KEY": "'4'", "MORE": "<not recorded>",
     }  # fmt: skip
-    assert is_kept("MY_KEY", keep) and not is_kept("MY_KEYS", keep)
+    assert is_recorded("MY_KEY", keep) and not is_recorded("MY_KEYS", keep)
 
 
 def test_random_names_and_values() -> None:
@@ -117,7 +117,7 @@ def test_random_names_and_values() -> None:
     for _ in range(1000):
         secret = "".join(chance.choices(letters, k=chance.randrange(8, 40)))
         name = "".join(chance.choices(string.ascii_letters + "_", k=chance.randrange(4, 16)))
-        if not is_kept(name):
+        if not is_recorded(name):
             text = describe_environment({name: secret, "PATH": "/bin"})
             assert text == f"{HEADER}\n" + "".join(sorted([f"{name}=<not recorded>\n", "PATH='/bin'\n"]))
 

@@ -16,9 +16,9 @@ import torch.distributed as torch_dist
 from support.ranks import ROOT, LiveRanks, free_port, words
 
 from common.owned import remove_dead_segments
-from dlrm.runtime.heartbeat import FailureNotice
-from dlrm.runtime.peers import LocalPeers, Process
-from dlrm.runtime.rendezvous import TOKEN, SignedStore, job_key
+from dlrm.runtime.failure_notice import FailureNotice
+from dlrm.runtime.peers import LocalPeers, RankProcess
+from dlrm.runtime.signed_store import TOKEN, SignedStore, job_key
 
 HOST = socket.gethostname()
 STRANGER = """
@@ -28,12 +28,12 @@ import torch.distributed as dist
 
 port, how = int(sys.argv[1]), sys.argv[2]
 store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=5), wait_for_workers=False)
-note = json.dumps({"reason": "nothing", "lost": [0, 1], "code": 0, "speaker": None})
+note = json.dumps({"reason": "nothing", "lost": [0, 1], "code": 0, "reporter_rank": None})
 garbage = [note, "", "0", "{" * 5000, "\\udcff".encode("utf-8", "surrogateescape"), "x" * 1000000]
 garbage.append("0" * 64 + note)
-names = ["dlrm/failure", "dlrm/people", "dlrm/accord/0", "dlrm/accord/0/last", "dlrm/checkpoint/0/begin"]
+names = ["dlrm/failure", "dlrm/processes", "dlrm/stop/0", "dlrm/stop/0/last", "dlrm/checkpoint/0/begin"]
 for rank in range(2):
-    names += [f"dlrm/{each}/{rank}" for each in ("here", "sign", "finished", "left", "accord/0")]
+    names += [f"dlrm/{each}/{rank}" for each in ("process", "heartbeat", "finished", "left", "stop/0")]
     names += [f"group/{rank}", f"group/host{rank}", f"group/file{rank}", f"group/opened{rank}"]
 print("there", flush=True)
 for turn in range(60):
@@ -87,7 +87,7 @@ def test_values_of_others_are_not_seen() -> None:
 
 @pytest.mark.parametrize(("code", "kept"), [(0, 1), (-5, 1), (75, 75), (10**30, 255)])
 def test_a_note_never_says_success(code: int, kept: int) -> None:
-    assert FailureNotice.read(json.dumps(asdict(FailureNotice("why", code=code))).encode()).code == kept
+    assert FailureNotice.from_json(json.dumps(asdict(FailureNotice("why", code=code))).encode()).code == kept
 
 
 FORMING = """
@@ -142,11 +142,11 @@ def test_the_end_of_a_process_is_noticed(how: str, cause: str, pidfd: bool) -> N
     before = len(os.listdir("/proc/self/fd"))
     child = subprocess.Popen(["bash", "-c", f"read; {how}"], stdin=subprocess.PIPE)
     assert child.stdin
-    here = Process.here(HOST)
+    here = RankProcess.current(HOST)
     start = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
     peers = LocalPeers(pidfds=pidfd)  # without: as on an old kernel
-    peers.add(3, Process(HOST, child.pid, start, here.system))
-    peers.add(4, Process(HOST, child.pid, "0", here.system))  # its pid is another's now
+    peers.add(3, RankProcess(HOST, child.pid, start, here.pid_namespace))
+    peers.add(4, RankProcess(HOST, child.pid, "0", here.pid_namespace))  # its pid is another's now
     assert not pidfd or peers.wait(0) == {4: ""}
     assert pidfd or 4 in peers.wait(1)
     assert peers.wait(0.01) == {}

@@ -87,7 +87,7 @@ trace.stop_tracing()
 def test_spans_close_on_exceptions_and_decorate(tmp_path: Path) -> None:
     body = """
 trace.start_tracing(run, here, "train")
-@trace.span("eval", "auroc", split="val")
+@trace.span("eval", "metrics", split="val")
 def auroc(x):
     return x + 1
 assert auroc(1) == 2 and auroc(2) == 3

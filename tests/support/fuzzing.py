@@ -32,7 +32,7 @@ class Outcome:
 def outcome(
     main: Callable[[list[str]], int | None],
     argv: Iterable[object],
-    memory: int = MEMORY,
+    memory: int | None = MEMORY,
     seconds: int = SECONDS,
 ) -> Outcome:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -50,7 +50,12 @@ def outcome(
 
 
 def _run_child(
-    main: Callable[[list[str]], int | None], argv: list[str], out: int, err: int, memory: int, seconds: int
+    main: Callable[[list[str]], int | None],
+    argv: list[str],
+    out: int,
+    err: int,
+    memory: int | None,
+    seconds: int,
 ) -> None:
     code = 1
     try:
@@ -58,9 +63,10 @@ def _run_child(
         os.dup2(err, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        if memory is not None:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * os.sysconf("SC_PAGE_SIZE") + memory
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)

@@ -1,10 +1,9 @@
 """A run folder as training leaves it, with made traces, and the command line that reports on it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+from support.analysis_command import run_command
 from support.made_traces import training
 
 ROOT = Path(__file__).parents[2]
@@ -16,11 +15,11 @@ METRICS = [
 
 
 def analysis(*arguments: object, code: int = 0) -> tuple[str, str]:
-    command = [sys.executable, "-m", "analysis", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
+    """What `python -m analysis` prints to stdout and to stderr, in a fork."""
+    done = run_command(*arguments)
+    assert done.code == code, done.err + done.out
+    assert "Traceback" not in done.err
+    return done.out, done.err
 
 
 def a_run(folder: Path, wait: int = 100) -> Path:

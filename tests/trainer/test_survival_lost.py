@@ -34,7 +34,7 @@ MOMENTS: dict[str, tuple[list[object], Callable[[LiveRanks], object]]] = {
         [*PATIENT, "--checkpoint_every_steps", 1],
         lambda ranks: (
             len(list((ranks.folder / "checkpoints").glob("0*"))) > 2
-            and list((ranks.folder / "checkpoints").glob(".0*"))
+            and list((ranks.folder / "checkpoints").glob(".dlrm-io-checkpoint-*"))
         ),
     ),
 }
@@ -140,7 +140,7 @@ def test_a_rank_that_stands_still_counts_as_lost_after_the_timeout(
         assert 0 not in ranks.wait(60)  # the one that stands still is ended, too
         assert time.monotonic() - begun > 3
         assert not ranks.pids()
-    assert f"rank {rank} on {HOST} gave no sign for 5 s" in ranks.said, ranks.said
+    assert f"rank {rank} on {HOST} sent no heartbeat for 5 s" in ranks.said, ranks.said
 
 
 @pytest.mark.mpi

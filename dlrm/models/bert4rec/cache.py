@@ -51,7 +51,7 @@ def save_prepared(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping
 def _save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
     for old in KIND.find(folder.parent):  # of writers that were killed
         KIND.remove(old)
-    if os.path.lexists(folder) and not KIND.made(folder):
+    if os.path.lexists(folder) and not KIND.holds_only_own_files(folder):
         raise UserError(
             f"{printable(folder)}: is not whole, and was not made by this program or was changed since; "
             "move it away"
@@ -71,7 +71,8 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
                     view = view[out.write(view) :]
         text = json.dumps({**facts, "arrays": described}, indent=1) + "\n"
         write_whole(partial / MARKER, text.encode())
-        if os.path.lexists(folder) and not KIND.withdraw(folder):  # an older one that `load_prepared` refused
+        # an older one is there that `load_prepared` refused
+        if os.path.lexists(folder) and not KIND.remove_published(folder):
             raise UserError(f"{printable(folder)}: cannot be replaced; move it away")
         KIND.publish(partial, folder)
     except BaseException:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from common.errors import UserError, printable
+from common.memory import refuse_too_large
 from dlrm.data.batches import BatchLoader
 from dlrm.data.prefetch import Prefetcher
 from dlrm.models.bert4rec import cache, ratings
@@ -72,6 +74,7 @@ def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
     data, seed = cfg.data, cfg.run.seed or 0
     bytes_read: dict[str, int] = {}
     prepared = prepare_data(data, seed, here, bytes_read)
+    refuse_large_sequences(data, prepared.data)
     pin = data.pin_memory and torch.cuda.is_available()
     to_batch: Any = BertCollator(prepared.data.vocabulary, cfg.model.output == "tied", pin)
     loaders = {}
@@ -90,6 +93,24 @@ def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
     return BertDatasets(prepared.data, bytes_read, **loaders, reachable=found)
 
 
+def refuse_large_sequences(data: BertData, histories: Histories) -> None:
+    """UserError where the sequences of all users, or those of a batch, cannot fit into memory."""
+    # a user's sequence is kept for both tests; while they are made, each position takes two 64-bit numbers
+    refuse_too_large(
+        24 * histories.users * data.max_len,
+        f"--max_len {data.max_len} for {histories.users} users",
+        "lower it",
+    )
+    windows = data.dupe_factor * (histories.users + len(histories.items) // max(1, data.max_len // 10))
+    refuse_too_large(16 * windows, f"--dupe_factor {data.dupe_factor}", "lower it")
+    for stage, rows in (("train", windows), ("val", histories.users), ("test", histories.users)):
+        batch = getattr(data, f"{stage}_batch_size")
+        refuse_too_large(
+            100 * min(batch, rows) * data.max_len,
+            f"--{stage}_batch_size {batch} of --max_len {data.max_len}", "lower them",
+        )  # fmt: skip
+
+
 def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) -> PreparedData:
     """From the cache, else made and put there. A collective."""
     options = ratings.RatingsOptions(data.random_user_count, data.random_item_count, data.random_size, seed)
@@ -98,9 +119,8 @@ def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, i
     if folder is None:
         return make_data(data, options, path, seed, here.first)
     prepared = None
-    with (
-        session.errors_on_all_ranks()
-    ):  # the others continue once rank 0 has written it, or fail with its error
+    # the others continue once rank 0 has written it, or fail with its error
+    with session.errors_on_all_ranks():
         if here.first:
             prepared = _load_cached(folder, bytes_read)
             if prepared is None:
@@ -113,7 +133,9 @@ def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, i
                 cache.save_prepared(folder, arrays, {"items": prepared.data.item_count})
     prepared = prepared or _load_cached(folder, bytes_read)
     if prepared is None:
-        raise OSError(f"{folder} cannot be read on {here.host}: give a --cache_dir that all nodes share")
+        raise UserError(
+            f"{printable(folder)} cannot be read on {here.host}: give a --cache_dir that all nodes share"
+        )
     return prepared
 
 
@@ -127,9 +149,8 @@ def best_reachable_scores(prepared: PreparedData, lengths: tuple[int, ...]) -> d
     last, after = np.divmod(pairs[np.argsort(often, kind="stable")], prepared.data.vocabulary)
     follower[last] = after  # the last of several assignments stays: the most frequent follower
     guess, right = follower[items[starts[1:] - 2]], items[starts[1:] - 1]
-    offered = (prepared.negatives == guess[:, None]).any(
-        axis=1
-    )  # a wrong guess is ranked above the right item
+    # a wrong guess among the candidates is ranked above the right item
+    offered = (prepared.negatives == guess[:, None]).any(axis=1)
     ranked = prepared.negatives.shape[1] + 1
     return {
         f"Recall@{k}": float(

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.memory import refuse_too_large
 from dlrm.config.options import CheckpointOptions, RunOptions
-from dlrm.config.parser import check_at_least, option
+from dlrm.config.parser import check_at_least, check_at_most, option
 from dlrm.runtime.errors import UserError
 
 PRESETS: dict[str, Callable[[], Mapping[str, Any]]] = {"toy": lambda: TOY}
@@ -24,6 +25,10 @@ DATASETS = ("ml-1m", "ml-20m", "text", "random", "markov")
 def fixed_field(value: Any) -> Any:
     """A field that is not a flag of this model."""
     return field(default=value, init=False)
+
+
+LARGEST = (1 << 31) - 3  # items, users and positions are counted with 32 bits, two item numbers are taken
+MOST_COPIES = 10_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class BertData:
             "random_size", "train_batch_size", "val_batch_size", "test_batch_size", "prefetch_batches",
         )  # fmt: skip
         check_at_least(3, self, "min_user_count")
+        check_at_most(LARGEST, self, "max_len", "random_user_count", "random_item_count", "random_size")
+        check_at_most(MOST_COPIES, self, "dupe_factor")
+        check_at_most(LARGEST // self.max_len, self, "train_batch_size", "val_batch_size", "test_batch_size")
         if not 0 < self.mask_prob <= 1:
             raise UserError(f"--mask_prob {self.mask_prob}: must be above 0 and at most 1")
 
@@ -89,6 +97,10 @@ class BertModel:
     def __post_init__(self) -> None:
         check_at_least(1, self, "emb_dim", "nhead")
         check_at_least(0, self, "num_layers", "dropout")
+        weights = self.num_layers * 12 * self.emb_dim**2 + 2 * self.emb_dim
+        refuse_too_large(
+            8 * weights, f"--num_layers {self.num_layers} of --emb_dim {self.emb_dim}", "lower them"
+        )
         if self.emb_dim % self.nhead or self.emb_dim % 4:
             raise UserError(f"--emb_dim {self.emb_dim}: must be a multiple of 4 and of --nhead {self.nhead}")
         if self.dropout >= 1:

@@ -1,11 +1,15 @@
 """A DLRM from its options: the model, its optimizer, the sharding plan, this rank's shards."""
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from common.memory import refuse_too_large
 from dlrm.data import criteo
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
@@ -16,6 +20,8 @@ from dlrm.runtime import accelerate
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import optimizers
 from dlrm.trainer.run_folder import RunFolder
+
+WEIGHT_BYTES = 8  # of memory for a weight of the dense part: itself and its gradient
 
 
 def build_model(cfg: Config, datasets: Datasets, device: torch.device) -> DLRMTrain:
@@ -39,6 +45,12 @@ def assemble_model(
 
     sizes: rows of each of the 26 tables. device: of the dense part.
     """
+    refuse_too_large(
+        WEIGHT_BYTES * count_dense_weights(model, len(sizes)),
+        "the dense part (--dense_arch_layer_sizes, --over_arch_layer_sizes, --embedding_dim and the sizes "
+        "of its --interaction_type)",
+        "give smaller sizes",
+    )
     module = build_dlrm(
         model.interaction_type,
         make_table_configs(sizes, model.embedding_dim),
@@ -56,6 +68,27 @@ def assemble_model(
     if compiled:
         compile_dense(module.model)
     return module
+
+
+def count_dense_weights(model: ModelOptions, tables: int) -> int:
+    """Weights and biases of everything but the tables."""
+
+    def count_layers(inputs: int, layers: Sequence[int]) -> int:
+        return sum((above + 1) * below for above, below in pairwise([inputs, *layers]))
+
+    if not model.dense_arch_layer_sizes:
+        return 0
+    last = model.dense_arch_layer_sizes[-1]
+    flat, pairs = last + tables * model.embedding_dim, tables * (tables + 1)
+    found = count_layers(criteo.NUM_DENSE, model.dense_arch_layer_sizes)
+    if model.interaction_type == "dcn":
+        found += model.dcn_num_layers * (2 * flat * model.dcn_low_rank_dim + flat)
+    if model.interaction_type == "projection":
+        branches = (model.interaction_branch1_layer_sizes, model.interaction_branch2_layer_sizes)
+        found += sum(count_layers(flat, branch) for branch in branches)
+        pairs = math.prod(branch[-1] // last for branch in branches if branch)
+    over = last + pairs if model.interaction_type in ("original", "dot", "projection") else flat
+    return found + count_layers(over, model.over_arch_layer_sizes)
 
 
 def shard_dlrm(

@@ -1,6 +1,8 @@
 """From options to this rank's batches of the three sets: the source of rows, and how they are batched."""
 
-from collections.abc import Callable, Iterator
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,10 @@ import numpy as np
 import torch
 from torchrec.datasets.utils import Batch
 
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import open_regular_file
+from common.memory import refuse_too_large
+from common.owned import write_file
 from dlrm.data import criteo
 from dlrm.data.batches import BatchLoader
 from dlrm.data.collate import BatchCollator
@@ -17,20 +23,32 @@ from dlrm.data.prefetch import Prefetcher
 from dlrm.data.readers import detect_format, open_source, scan_dataset
 from dlrm.data.rows import RowSource
 from dlrm.models.dlrm.options import Config
-from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
 KAGGLE, KAGGLE_DAYS = "criteo_kaggle", (1, 7)
 RANDOM_BATCHES = 10  # batches of random data per set, if there is no limit
 
 
+FREQUENCIES = b"dlrm-io: how often each id was looked up"  # comment of the .npz files
+
+
 class IdFrequencies:
     """How often each id was looked up in training, before and after one id became several (multi-hot)."""
 
     def __init__(self, sizes: list[int], folder: str, name: str) -> None:
+        refuse_too_large(
+            16 * sum(sizes), "--collect_multi_hot_freqs_stats", "leave it out, or use smaller tables"
+        )
         self.before = [np.zeros(size, np.int64) for size in sizes]
         self.after = [np.zeros(size, np.int64) for size in sizes]
         self.folder, self.name = Path(folder), name
+        for when in ("pre", "post"):
+            path = self._path(when)
+            if os.path.lexists(path) and not is_frequencies(path):
+                raise UserError(
+                    f"{printable(path)}: is there and was not made by this program; move it away or name "
+                    "another --output_dir"
+                )
 
     def count(self, batch: Batch) -> None:
         features = batch.sparse_features
@@ -44,10 +62,31 @@ class IdFrequencies:
 
     def save(self) -> None:
         """One .npz per rank, arrays 0 to 25 of counts by id."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with os_errors_as_user_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         for when, counts in (("pre", self.before), ("post", self.after)):
-            arrays = {str(feature): each for feature, each in enumerate(counts)}
-            np.savez(self.folder / f"stats_{when}_hash_{self.name}.npz", **arrays)  # type: ignore[arg-type]
+            arrays: dict[str, Any] = {str(feature): each for feature, each in enumerate(counts)}
+            path = self._path(when)
+            with write_file(path, is_frequencies) as partial, os_errors_as_user_errors(path):
+                with open(partial, "wb") as file:
+                    np.savez(file, **arrays)
+                with zipfile.ZipFile(partial, "a") as archive:
+                    archive.comment = FREQUENCIES
+
+    def _path(self, when: str) -> Path:
+        return self.folder / f"stats_{when}_hash_{self.name}.npz"
+
+
+def is_frequencies(path: Path) -> bool:
+    """Whether `IdFrequencies` has made this file: a zip file's comment is its last bytes."""
+    try:
+        with open(
+            path, "rb", opener=lambda name, flags: open_regular_file(name, flags | os.O_NOFOLLOW)
+        ) as file:
+            file.seek(-len(FREQUENCIES), os.SEEK_END)
+            return file.read() == FREQUENCIES
+    except OSError:
+        return False
 
 
 class ObservedLoader:
@@ -101,6 +140,32 @@ def check_dataset_name(name: str, folder: str | None, layout: Any) -> None:
         )
 
 
+def refuse_large_batches(
+    cfg: Config, source: RowSource, stage: str, batch_size: int, hots: Sequence[int] | None
+) -> None:
+    """UserError where the batches of a stage cannot fit into memory; one has never more rows than its set."""
+    rows = min(batch_size, source.rows)
+    option = f"--{'batch_size' if stage == 'train' else 'test_batch_size'} {batch_size}"
+    ids = sum(hots or [1] * criteo.NUM_SPARSE)
+    if rows * ids >= 1 << 31:
+        raise UserError(f"{option}: {ids} ids in each row are more than 2^31 in a batch: lower it")
+    row_bytes = 4 * (criteo.NUM_DENSE + 1 + ids)
+    ahead = max(1, min(cfg.data.prefetch_batches, source.rows // rows))
+    refuse_too_large(
+        rows * row_bytes * (ahead + 1), f"{option} with --prefetch_batches {cfg.data.prefetch_batches}",
+        "lower them",
+    )  # fmt: skip
+    if not torch.cuda.is_available():
+        model = cfg.model
+        layers = sum(model.dense_arch_layer_sizes) + sum(model.over_arch_layer_sizes)
+        width = layers + criteo.NUM_SPARSE * model.embedding_dim
+        refuse_too_large(4 * rows * width, f"{option}: a batch in this model", "lower it")
+    refuse_too_large(
+        min(int(cfg.data.read_chunk_mb * (1 << 20)), source.rows * source.row_bytes),
+        f"--read_chunk_mb {cfg.data.read_chunk_mb:g}", "lower it",
+    )  # fmt: skip
+
+
 def open_datasets(cfg: Config, here: Ranks) -> Datasets:
     """Open the source of each set and make this rank's loaders."""
     data, seed = cfg.data, cfg.run.seed or 0
@@ -125,10 +190,13 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
         if kind == "random":
             limit = RANDOM_BATCHES if limit is None else limit
         rows = (limit or 1) * batch_size * here.world_size
+        if rows >= 1 << 62:
+            raise UserError(f"--limit_{stage}_batches {limit}: too many rows; lower it")
         source = open_source(
             kind, layout, stage,
             read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes, seed=seed,
         )  # fmt: skip
+        refuse_large_batches(cfg, source, stage, batch_size, hots)
         training = stage == "train"
         batches = BatchLoader(
             source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,

@@ -4,7 +4,7 @@ In: the dense layers' output [rows, dense] and torchrec's KeyedTensor of pooled 
 in the order of the sharding. Out: what torchrec's architectures return, columns in the tables' order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from dlrm.models.dlrm.mlp import DenseArch
+from dlrm.models.dlrm.options import INTERACTIONS
 from dlrm.runtime.errors import UserError
 
 
@@ -169,10 +170,8 @@ class InteractionProjectionArch(ConcatArch):
         return torch.cat((dense_features, torch.bmm(left, right).reshape(batch, -1)), dim=1)
 
 
-INTERACTIONS: dict[str, Callable[[InteractionConfig], nn.Module]] = {
-    "original": InteractionArch,
-    "dot": InteractionArch,
-    "dcn": InteractionDCNArch,
-    "projection": InteractionProjectionArch,
-    "cat": ConcatArch,
-}
+def make_interaction(name: str, config: InteractionConfig) -> nn.Module:
+    """The interaction that --interaction_type names; `out_features` of it says how wide its output is."""
+    if name not in INTERACTIONS:
+        raise UserError(f"--interaction_type {name} is unknown; choose from {', '.join(INTERACTIONS)}")
+    return globals()[INTERACTIONS[name]](config)

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dlrm.embeddings.tables import initialize_tables
-from dlrm.models.dlrm.interactions import INTERACTIONS, InteractionConfig
+from dlrm.models.dlrm.interactions import InteractionConfig, make_interaction
 from dlrm.models.dlrm.mlp import DenseArch, OverArch
 from dlrm.runtime import accelerate
 from dlrm.runtime.errors import UserError
@@ -83,8 +83,6 @@ def build_dlrm(
     dense_in: number of dense features. dense_device: of all but the tables. table_device: None: meta, for
     `planner.shard_model` to create and fill the tables. init: a key of INITS.
     """
-    if interaction not in INTERACTIONS:
-        raise UserError(f"--interaction_type {interaction} is unknown; choose from {', '.join(INTERACTIONS)}")
     if init not in INITS:
         raise UserError(f"weight initialisation {init} is unknown; choose from {', '.join(INITS)}")
     for option, layers in (("dense", dense_layers), ("over", over_layers)):
@@ -100,7 +98,7 @@ def build_dlrm(
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that weights do not depend on the device
         torch.manual_seed(seed)
         dense = DenseArch(dense_in, dense_layers)
-        inter = INTERACTIONS[interaction](shape)
+        inter = make_interaction(interaction, shape)
         over = OverArch(int(inter.out_features), over_layers, None)  # type: ignore[arg-type]
         for part in (dense, inter, over):
             INITS[init](part)

@@ -5,8 +5,28 @@ names and meaning here; and ours.
 from dataclasses import dataclass, field
 
 from dlrm.config.options import CheckpointOptions, PlanOptions, RunOptions
-from dlrm.config.parser import check_at_least, option
+from dlrm.config.parser import check_at_least, check_at_most, option
+from dlrm.data.criteo import NUM_SPARSE
 from dlrm.runtime.errors import UserError
+
+LARGEST_BATCH = ((1 << 31) - 1) // NUM_SPARSE  # rows: the ids of a batch are counted with 32 bits
+LARGEST_TABLE = (1 << 31) - 1  # rows: ids have 32 bits
+LARGEST_LAYER = 1 << 24  # what fits into memory is seen once the whole model is known
+LAYERS = (
+    "dense_arch_layer_sizes", "over_arch_layer_sizes", "interaction_branch1_layer_sizes",
+    "interaction_branch2_layer_sizes",
+)  # fmt: skip
+
+
+# --interaction_type -> the class of interactions.py that computes it. By name, because options are parsed
+# before torch is imported.
+INTERACTIONS = {
+    "original": "InteractionArch",
+    "dot": "InteractionArch",
+    "dcn": "InteractionDCNArch",
+    "projection": "InteractionProjectionArch",
+    "cat": "ConcatArch",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "batch_size", "test_batch_size", "prefetch_batches")
+        check_at_most(LARGEST_BATCH, self, "batch_size", "test_batch_size")
         check_at_least(0, self, "limit_train_batches", "limit_val_batches", "limit_test_batches")
         check_at_least(0.001, self, "read_chunk_mb")
         if self.folder is None and self.source not in ("auto", "random"):
@@ -75,8 +96,7 @@ class ModelOptions:
     dense_arch_layer_sizes: tuple[int, ...] = option((512, 256, 64), "layers of the bottom MLP")
     over_arch_layer_sizes: tuple[int, ...] = option((512, 512, 256, 1), "layers of the top MLP")
     interaction_type: str = option(
-        "original", "feature interaction; original is the pairwise dot product",
-        ("original", "dot", "dcn", "projection", "cat"),
+        "original", "feature interaction; original is the pairwise dot product", tuple(INTERACTIONS)
     )  # fmt: skip
     self_interaction: bool = option(False, "dot: each feature also with itself")
     dcn_num_layers: int = option(3, "layers of the cross network")
@@ -86,7 +106,16 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "num_embeddings", "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim")
-        if self.over_arch_layer_sizes[-1] != 1:
+        check_at_most(LARGEST_TABLE, self, "num_embeddings")
+        check_at_most(LARGEST_LAYER, self, "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim")
+        for rows in self.num_embeddings_per_feature or ():
+            if not 1 <= rows <= LARGEST_TABLE:
+                raise UserError(f"--num_embeddings_per_feature {rows}: must be from 1 to {LARGEST_TABLE:,}")
+        for name in LAYERS:
+            for size in getattr(self, name):
+                if not 1 <= size <= LARGEST_LAYER:
+                    raise UserError(f"--{name} {size}: must be from 1 to {LARGEST_LAYER:,}")
+        if self.over_arch_layer_sizes[-1:] != (1,):
             raise UserError("--over_arch_layer_sizes must end in 1: the model has one output, the click")
 
 

@@ -1,12 +1,17 @@
 """TSV to a finished dataset folder, step by step, in constant memory, on any number of threads and ranks.
 
-count      rows of every piece of input                            -> count_*.json
-permute    where the shuffle puts each row                         -> places.u32
-parse      text to records on their way to their bucket, local ids -> piece_*.spill, lane_*.ids
-ids        the lanes' ids to the dataset's                         -> lane_*.map
-translate  records with the dataset's ids, when the maps are large -> piece_*.final
-place      buckets in order                                        -> results not yet named
-publish    real names, md5, meta.json
+unpack     .gz input to plain text                                         -> *.text
+count      count the rows of every piece of input                          -> count_*.json
+permute    draw the shuffle: the output row of each input row              -> places_*.u32
+parse      text to records, sorted by bucket, with ids numbered per lane   -> piece_*.spill, lane_*.ids
+ids        map each lane's id numbers to the dataset's ids                 -> lane_*.map
+translate  rewrite the records with the dataset's ids (large maps only)    -> piece_*.final
+place      put each bucket's rows in order and write them                  -> results without final names
+publish    md5, final names, meta.json
+
+A piece is a range of one input file. A lane is a list of pieces that share one vocabulary. A bucket is a
+range of output rows that fits in memory (see `steps/plan.py` and `io/spill.py`). Each step skips what an
+earlier, killed run has finished.
 """
 
 import contextlib
@@ -21,11 +26,10 @@ import numpy as np
 
 from common.errors import UserError, printable
 from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta
-from dlrm.prep.io import inputs as sources
-from dlrm.prep.io import publish
-from dlrm.prep.io.files import size_text
+from dlrm.prep.io import inputs, publish
+from dlrm.prep.io.files import format_bytes
 from dlrm.prep.io.folders import Folders, Output, discard
-from dlrm.prep.io.inputs import Stamps
+from dlrm.prep.io.inputs import FileStamps
 from dlrm.prep.io.spill import RECORD_BYTES
 from dlrm.prep.job.options import PrepOptions
 from dlrm.prep.job.progress import PrepProgress
@@ -35,226 +39,260 @@ from dlrm.prep.steps.place import Placer, load_maps, translate_piece
 from dlrm.prep.steps.plan import LAYOUT, STATE, PrepPlan
 from dlrm.runtime import trace
 
-STEPS = 8
+STEPS = 8  # of the list above
 
 
-def run(options: PrepOptions, team: Workers) -> None:
-    found = team.first_gives(lambda: sources.find_inputs(options.input_dir, options.dataset))
-    stamps = team.first_gives(lambda: Stamps(source.path for source in found))
-    output = Output("run", options.output_dir, options.tmp_dir, team.first_does)
-    if team.first_gives(lambda: is_finished(options, stamps)):
-        if team.first:
-            clear_left_behind(options, output)
+def run(options: PrepOptions, workers: Workers) -> None:
+    """Make the dataset of `options`; all ranks call it. Does nothing if it is there already."""
+    input_files = workers.compute_on_first(lambda: inputs.find_inputs(options.input_dir, options.dataset))
+    stamps = workers.compute_on_first(lambda: FileStamps(source.path for source in input_files))
+    output = Output("run", options.output_dir, options.tmp_dir, workers.run_on_first)
+    if workers.compute_on_first(lambda: is_finished(options, stamps)):
+        if workers.first:
+            clear_leftovers(options, output)
             print(f"{printable(options.output_dir)}: complete, made with the same parameters; nothing to do")
         return
     with output:
-        names = publish.names_to_come(options, found)
-        key = key_of(options, stamps)
-        folders = team.first_gives(lambda: output.open(key, names, options.restart))
-        transform_and_publish(options, team, found, stamps, folders)
-        team.first_does(lambda: None if options.keep_tmp else output.clear())
+        names = publish.list_result_names(options, input_files)
+        key = make_resume_key(options, stamps)
+        folders = workers.compute_on_first(lambda: output.open(key, names, options.restart))
+        transform_and_publish(options, workers, input_files, stamps, folders)
+        workers.run_on_first(lambda: None if options.keep_tmp else output.clear())
 
 
-def key_of(options: PrepOptions, stamps: Stamps) -> dict[str, Any]:
-    """What intermediate files were made with: others are not gone on with."""
+def make_resume_key(options: PrepOptions, stamps: FileStamps) -> dict[str, Any]:
+    """Everything that intermediate files depend on: a run resumes only from files with the same key."""
     return {
         "layout": LAYOUT, "engine": options.engine, "parameters": options.parameters(),
-        "inputs": stamps.taken,
+        "inputs": stamps.stamps,
     }  # fmt: skip
 
 
-def clear_left_behind(options: PrepOptions, output: Output) -> None:
-    """Of a run that was killed between its last word and its end; not where another one is at work."""
-    if not options.keep_tmp and output.left_behind():
-        with contextlib.suppress(UserError), output:
+def clear_leftovers(options: PrepOptions, output: Output) -> None:
+    """Remove the intermediate files of a run that was killed after it had published its results."""
+    if not options.keep_tmp and output.has_leftovers():
+        with contextlib.suppress(UserError), output:  # UserError: another process is writing here
             output.clear()
 
 
 def transform_and_publish(
-    options: PrepOptions, team: Workers, found: list[sources.InputFile], stamps: Stamps, folders: Folders
+    options: PrepOptions,
+    workers: Workers,
+    input_files: list[inputs.InputFile],
+    stamps: FileStamps,
+    folders: Folders,
 ) -> None:
-    progress = PrepProgress(STEPS, team.first, team.size)
-    work = PrepPlan(options, found, [unpack.text_path(source, folders.work) for source in found], folders)
-    if any(source.packed for source in found):
-        size = sum(taken[1] for source, taken in zip(found, stamps.taken, strict=True) if source.packed)
-        with progress.step("unpack", bytes=size // team.size):
-            team.each(found, lambda source: unpack.unpack_file(source, folders.work, progress))
+    progress = PrepProgress(STEPS, workers.first, workers.size)
+    plan = PrepPlan(
+        options, input_files, [unpack.find_text_path(source, folders.work) for source in input_files], folders
+    )
+    if any(source.compressed for source in input_files):
+        size = sum(
+            stamp[1] for source, stamp in zip(input_files, stamps.stamps, strict=True) if source.compressed
+        )
+        with progress.step("unpack", bytes=size // workers.size):
+            workers.run_each(input_files, lambda source: unpack.unpack_file(source, folders.work, progress))
     else:
         progress.skip("unpack", "no .gz files")
-    team.first_does(lambda: None if (work.folder / STATE).exists() else work.cut(team.size))
-    work.read_plan()
-    if not work.path("publish").exists():
-        transform_rows(work, team, stamps, progress)
+    workers.run_on_first(lambda: None if (plan.folder / STATE).exists() else plan.cut_input(workers.size))
+    plan.read_plan()
+    if not plan.path("publish").exists():
+        transform_rows(plan, workers, stamps, progress)
     with progress.step("publish"):
-        publish_dataset(work, team, stamps, progress)
+        digest_and_publish(plan, workers, stamps, progress)
 
 
-def transform_rows(work: PrepPlan, team: Workers, stamps: Stamps, progress: PrepProgress) -> None:
-    """Everything between the text and the finished, not yet published, files."""
-    options, pieces = work.options, range(len(work.pieces))
-    size = sum(piece.end - piece.begin for piece in work.pieces) // team.size
+def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progress: PrepProgress) -> None:
+    """From plain text to result files that are complete but not published: the steps count to place."""
+    options, pieces = plan.options, range(len(plan.pieces))
+    size = sum(piece.end - piece.begin for piece in plan.pieces) // workers.size
     with progress.step("count", bytes=size):
-        team.each(pieces, lambda number: parse.count_piece(work, number, progress))
-    work.counted()
-    team.first_does(lambda: check_space(work))
-    places = work.path("places", 0, "u32")
-    if work.moved and not places.exists():
-        with progress.step("permute", rows=work.moved), trace.span("prep", "permute", bytes=4 * work.moved):
-            team.first_does(
-                lambda: permute.write_places(places, work.moved, options.random_seed, progress.add)
+        workers.run_each(pieces, lambda number: parse.count_piece(plan, number, progress))
+    plan.add_row_counts()
+    workers.run_on_first(lambda: check_free_space(plan))
+    places = plan.path("places", 0, "u32")
+    if plan.shuffled_rows and not places.exists():
+        with (
+            progress.step("permute", rows=plan.shuffled_rows),
+            trace.span("prep", "permute", bytes=4 * plan.shuffled_rows),
+        ):
+            workers.run_on_first(
+                lambda: permute.write_places(places, plan.shuffled_rows, options.random_seed, progress.add)
             )
     else:
-        progress.skip("permute", "done before" if work.moved else "nothing to shuffle")
+        progress.skip("permute", "done before" if plan.shuffled_rows else "nothing to shuffle")
     with progress.step("parse", bytes=size):
-        team.each(range(len(work.lanes)), parse.LaneParser(work, progress).lane)
-    team.first_does(lambda: stamps.check())
-    team.first_does(lambda: work.check_ranges())
-    sizes = work.vocab_sizes()
+        workers.run_each(range(len(plan.lanes)), parse.LaneParser(plan, progress).parse)
+    workers.run_on_first(lambda: stamps.check())
+    workers.run_on_first(lambda: plan.check_ranges())
+    sizes = plan.load_vocab_sizes()
     if options.contiguous:
         largest_first = sorted(range(NUM_SPARSE), key=lambda column: -int(sizes[:, column].sum()))
-        with progress.step("ids", bytes=4 * int(sizes.sum()) // team.size):
-            team.each(largest_first, lambda column: assign_ids.merge_column(work, sizes, column, progress))
+        with progress.step("ids", bytes=4 * int(sizes.sum()) // workers.size):
+            workers.run_each(
+                largest_first, lambda column: assign_ids.merge_column(plan, sizes, column, progress)
+            )
     else:
         progress.skip("ids", "raw ids are kept")
-    place_rows(work, team, sizes, progress)
+    place_rows(plan, workers, sizes, progress)
 
 
-def place_rows(work: PrepPlan, team: Workers, sizes: np.ndarray, progress: PrepProgress) -> None:
-    options, maps = work.options, None
+def place_rows(plan: PrepPlan, workers: Workers, sizes: np.ndarray, progress: PrepProgress) -> None:
+    """The steps translate and place. `sizes`: int64 [lanes, 26], distinct ids of each lane and column."""
+    options, maps = plan.options, None
     if not options.contiguous or 4 * int(sizes.sum()) <= options.map_bytes:
         progress.skip("translate", "done while rows are placed" if options.contiguous else "raw ids are kept")
-        maps = load_maps(work, sizes) if options.contiguous else None
+        maps = load_maps(plan, sizes) if options.contiguous else None
     else:
-        owners = [(lane, number) for lane, numbers in enumerate(work.lanes) for number in numbers]
-        with progress.step("translate", rows=work.rows // team.size):
-            team.each(owners, lambda owner: translate_piece(work, sizes, *owner, progress))
-    team.first_does(lambda: MAKE[options.format](work))
-    placer = PLACERS[options.format]()(work, maps, progress)
-    with progress.step("place", rows=work.rows // team.size):
-        team.each(spread_apart(work.bucket_count, team.size * team.workers), placer.bucket)
+        pairs = [(lane, piece) for lane, pieces in enumerate(plan.lanes) for piece in pieces]
+        with progress.step("translate", rows=plan.rows // workers.size):
+            workers.run_each(pairs, lambda pair: translate_piece(plan, sizes, *pair, progress))
+    workers.run_on_first(lambda: PREPARE_RESULTS[options.format](plan))
+    placer = PLACERS[options.format]()(plan, maps, progress)
+    with progress.step("place", rows=plan.rows // workers.size):
+        order = interleave_ranges(plan.bucket_count, workers.size * workers.threads)
+        workers.run_each(order, placer.place_bucket)
         placer.close()
 
 
-def spread_apart(count: int, workers: int) -> list[int]:
-    """Numbers in such an order that workers who take turns are in different stretches: of different files."""
-    stretch = -(-count // workers)
-    turns = (worker * stretch + turn for turn in range(stretch) for worker in range(workers))
+def interleave_ranges(count: int, threads: int) -> list[int]:
+    """The numbers below `count`, ordered so that threads that take turns work in ranges far from each other:
+    then they mostly write to different files.
+    """
+    length = -(-count // threads)
+    turns = (thread * length + turn for turn in range(length) for thread in range(threads))
     return [number for number in turns if number < count]
 
 
-def make_files(work: PrepPlan) -> None:
-    if publish.allocate(work.folders.made, work.options, work.made):
-        discard(work.folder, "bucket_*.done")
+def allocate_results(plan: PrepPlan) -> None:
+    if publish.allocate_arrays(plan.folders.unfinished, plan.options, plan.outputs):
+        discard(plan.folder, "bucket_*.done")  # their rows were in files that had to be made anew
 
 
-def make_parquet(work: PrepPlan) -> None:
+def make_parquet_folders(plan: PrepPlan) -> None:
     from dlrm.prep.steps.place_parquet import make_folders  # pyarrow takes a while to import
 
-    make_folders(work)
+    make_folders(plan)
 
 
-def parquet_placer() -> type[Placer]:
+def load_parquet_placer() -> type[Placer]:
     from dlrm.prep.steps.place_parquet import ParquetPlacer
 
     return ParquetPlacer
 
 
-def parquet_names(work: PrepPlan) -> list[str]:
+def list_parquet_names(plan: PrepPlan) -> list[str]:
     from dlrm.prep.steps.place_parquet import list_names, write_sizes
 
-    sizes = work.kept() if work.options.mod_idx else publish.sizes_of_tables(work.last_ids(), work.options)
-    write_sizes(work, sizes)
-    return list_names(work)
-
-
-MAKE = {"npy": make_files, "parquet": make_parquet}
-PLACERS = {"npy": lambda: Placer, "parquet": parquet_placer}
-EXTRA = {"npy": [], "parquet": ["README.md"]}  # without a digest
-NAMES = {"npy": lambda work: list(publish.list_arrays(work.made, work.options)), "parquet": parquet_names}
-
-
-def check_space(work: PrepPlan) -> None:
-    """Refuse to begin what the disk cannot hold."""
-    options = work.options
-    out = sum(
-        publish.HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
-        for shape, dtype in publish.list_arrays(work.made, options).values()
+    sizes = (
+        plan.count_kept_ids()
+        if plan.options.mod_idx
+        else publish.compute_table_sizes(plan.find_last_ids(), plan.options)
     )
-    spilled = work.rows * RECORD_BYTES + work.moved * 24
-    needs = [([work.folders.made], out), ([work.folder], spilled)]
-    if os.stat(work.folders.made).st_dev == os.stat(work.folder).st_dev:
-        needs = [([work.folders.made, work.folder], out + spilled)]
+    write_sizes(plan, sizes)
+    return list_names(plan)
+
+
+PREPARE_RESULTS = {"npy": allocate_results, "parquet": make_parquet_folders}
+PLACERS = {"npy": lambda: Placer, "parquet": load_parquet_placer}
+WITHOUT_MD5 = {"npy": [], "parquet": ["README.md"]}  # published with the results, not listed in meta.json
+LIST_NAMES = {
+    "npy": lambda plan: list(publish.list_arrays(plan.outputs, plan.options)),
+    "parquet": list_parquet_names,
+}
+
+
+def check_free_space(plan: PrepPlan) -> None:
+    """UserError where the disk cannot hold the results and the intermediate files."""
+    options = plan.options
+    result_bytes = sum(
+        publish.HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
+        for shape, dtype in publish.list_arrays(plan.outputs, options).values()
+    )
+    # the permutation needs 4 bytes a row, and at most 20 for its messages and pairs
+    work_bytes = plan.rows * RECORD_BYTES + plan.shuffled_rows * 24
+    needs = [([plan.folders.unfinished], result_bytes), ([plan.folder], work_bytes)]
+    if os.stat(plan.folders.unfinished).st_dev == os.stat(plan.folder).st_dev:
+        needs = [([plan.folders.unfinished, plan.folder], result_bytes + work_bytes)]
     for folders, need in needs:
-        there = sum(
+        present = sum(
             entry.stat().st_blocks * 512
             for folder in folders
             for entry in folder.rglob("*")
             if entry.is_file()
         )
         free = shutil.disk_usage(folders[0]).free
-        if free + there < need:
-            where = options.output_dir if folders[0] == work.folders.made else work.folder.parent
+        if free + present < need:
+            where = options.output_dir if folders[0] == plan.folders.unfinished else plan.folder.parent
             raise UserError(
-                f"{printable(where)}: {size_text(need - there)} needed, {size_text(free)} free: make room, "
-                "or name another --output_dir or --tmp_dir"
+                f"{printable(where)}: {format_bytes(need - present)} needed, {format_bytes(free)} free: "
+                "free some space, or give another --output_dir or --tmp_dir"
             )
 
 
-def record_names(work: PrepPlan) -> None:
-    """All rows are in place: what there is to publish."""
-    if not work.path("publish").exists():
-        discard(work.folder, "md5_*.json")
-        values = {"rows": [output.rows for output in sources.days_of(work.made)], "last": work.last_ids(),
-                  "files": NAMES[work.options.format](work), "skipped": work.skipped()}  # fmt: skip
-        work.save(work.path("publish"), values)
+def record_results(plan: PrepPlan) -> None:
+    """Once all rows are in place: save what there is to publish, so that a resumed run starts from here."""
+    if not plan.path("publish").exists():
+        discard(plan.folder, "md5_*.json")
+        values = {
+            "rows": [output.rows for output in inputs.select_days(plan.outputs)],
+            "last": plan.find_last_ids(),
+            "files": LIST_NAMES[plan.options.format](plan),
+            "skipped": plan.list_skipped_rows(),
+        }
+        plan.save_json(plan.path("publish"), values)
 
 
-def publish_dataset(work: PrepPlan, team: Workers, stamps: Stamps, progress: PrepProgress) -> None:
-    team.first_does(lambda: record_names(work))
-    names = work.load(work.path("publish"))["files"]
-    with ThreadPoolExecutor(2) as pool:  # each machine writes back what it wrote while digests are made
-        written = pool.submit(publish.sync_files, work.folders, names)
-        if team.first and not work.options.keep_tmp:
-            pool.submit(work.discard)
-        digest(work, team, names)
-    team.agree(written.exception())
-    team.first_does(lambda: finish(work, stamps, progress))
+def digest_and_publish(plan: PrepPlan, workers: Workers, stamps: FileStamps, progress: PrepProgress) -> None:
+    workers.run_on_first(lambda: record_results(plan))
+    names = plan.load_json(plan.path("publish"))["files"]
+    # Each node flushes its own writes to disk; meanwhile the digests are computed and spill files removed.
+    with ThreadPoolExecutor(2) as pool:
+        synced = pool.submit(publish.sync_files, plan.folders, names)
+        if workers.first and not plan.options.keep_tmp:
+            pool.submit(plan.discard_spills)
+        write_digests(plan, workers, names)
+    workers.raise_shared_error(synced.exception())
+    workers.run_on_first(lambda: publish_with_meta(plan, stamps, progress))
 
 
-def digests_so_far(work: PrepPlan) -> dict[str, str]:
-    return {name: md5 for path in work.folder.glob("md5_*.json") for name, md5 in work.load(path).items()}
+def load_digests(plan: PrepPlan) -> dict[str, str]:
+    """File name -> md5, for all files digested so far, by any rank or an earlier run."""
+    return {
+        name: md5 for path in plan.folder.glob("md5_*.json") for name, md5 in plan.load_json(path).items()
+    }
 
 
-def digest(work: PrepPlan, team: Workers, names: list[str]) -> None:
-    """md5 of every file; a group of files for every thread of every rank."""
-    if not work.options.md5:
+def write_digests(plan: PrepPlan, workers: Workers, names: list[str]) -> None:
+    """Compute the md5 of every result: one group of files per thread of each rank, largest files first."""
+    if not plan.options.md5:
         return
-    done = team.gather(sorted(digests_so_far(work)))[0]
+    done = workers.all_gather(sorted(load_digests(plan)))[0]
     numbers = [number for number, name in enumerate(names) if name not in done]
-    numbers.sort(key=lambda number: -work.folders.result(names[number]).stat().st_size)
-    parts = team.size * team.workers
-    groups = [group for group in (numbers[part::parts] for part in range(parts)) if group]
+    numbers.sort(key=lambda number: -plan.folders.find_result(names[number]).stat().st_size)
+    threads = workers.size * workers.threads
+    groups = [group for group in (numbers[thread::threads] for thread in range(threads)) if group]
 
-    def one(group: list[int]) -> None:
-        found = publish.md5_of(work.folders, [names[number] for number in group])
-        work.save(work.path("md5", group[0]), found)
+    def digest_group(group: list[int]) -> None:
+        digests = publish.compute_md5(plan.folders, [names[number] for number in group])
+        plan.save_json(plan.path("md5", group[0]), digests)
 
-    team.each(groups, one)
+    workers.run_each(groups, digest_group)
 
 
-def finish(work: PrepPlan, stamps: Stamps, progress: PrepProgress) -> None:
-    options, values = work.options, work.load(work.path("publish"))
+def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: PrepProgress) -> None:
+    options, values = plan.options, plan.load_json(plan.path("publish"))
     for count, example in values["skipped"]:
-        progress.say(f"skipped {count} bad rows, the first: {example}")
-    meta = publish.make_meta(options, values["rows"], values["last"], inputs=stamps.recorded())
+        progress.print_line(f"skipped {count} bad rows, the first: {example}")
+    meta = publish.make_meta(options, values["rows"], values["last"], inputs=stamps.list_recorded())
     if options.md5:
-        found = digests_so_far(work)
-        meta.md5.update({name: found[name] for name in values["files"]})
-    publish.publish(work.folders, values["files"] + EXTRA[options.format], meta, stamps)
-    print(publish.summarize(options.output_dir, meta))
+        digests = load_digests(plan)
+        meta.md5.update({name: digests[name] for name in values["files"]})
+    publish.publish_files(plan.folders, values["files"] + WITHOUT_MD5[options.format], meta, stamps)
+    print(publish.describe_dataset(options.output_dir, meta))
 
 
-def is_finished(options: PrepOptions, stamps: Stamps) -> bool:
+def is_finished(options: PrepOptions, stamps: FileStamps) -> bool:
     """Whether the output is complete and was made from the same input with the same parameters."""
     if options.restart or not (Path(options.output_dir) / META).exists():
         return False
@@ -263,15 +301,17 @@ def is_finished(options: PrepOptions, stamps: Stamps) -> bool:
     except UserError:
         return False
     parameters = dict(meta.parameters)
-    inputs, wanted = parameters.pop("inputs", None), json.loads(json.dumps(options.parameters()))
+    recorded, wanted = parameters.pop("inputs", None), json.loads(json.dumps(options.parameters()))
     if (
         parameters != wanted
-        or not isinstance(inputs, list)
-        or not all(isinstance(each, list) for each in inputs)
+        or not isinstance(recorded, list)
+        or not all(isinstance(stamp, list) for stamp in recorded)
     ):
         return False
-    found = stamps.recorded()  # without the inode in what earlier versions wrote
-    same = len(inputs) == len(found) and all(
-        len(old) >= 3 and old == new[: len(old)] for old, new in zip(inputs, found, strict=False)
+    present = stamps.list_recorded()
+    same = len(recorded) == len(present) and all(
+        # earlier versions recorded path, size and time without the inode
+        len(old) >= 3 and old == new[: len(old)]
+        for old, new in zip(recorded, present, strict=False)
     )
     return same and all((options.output_dir / name).exists() for name in meta.md5)

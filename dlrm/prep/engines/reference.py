@@ -20,20 +20,20 @@ Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # dense int32, sparse int64, 
 
 
 def run(options: PrepOptions) -> None:
-    found = inputs.find_inputs(options.input_dir, options.dataset)
-    stamps = inputs.Stamps(source.path for source in found)
+    input_files = inputs.find_inputs(options.input_dir, options.dataset)
+    stamps = inputs.FileStamps(source.path for source in input_files)
     with Output("run", options.output_dir, options.tmp_dir) as output:
-        folders = output.open([], publish.names_to_come(options, found), restart=True)
-        transform(options, found, folders, stamps)
+        folders = output.open([], publish.list_result_names(options, input_files), restart=True)
+        transform(options, input_files, folders, stamps)
         if not options.keep_tmp:
             output.clear()
 
 
 def transform(
-    options: PrepOptions, found: list[inputs.InputFile], folders: Folders, stamps: inputs.Stamps
+    options: PrepOptions, input_files: list[inputs.InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
-    tables = [read_rows(source, options) for source in found]
-    made = inputs.plan_outputs(found, [len(table[2]) for table in tables], options.steps)
+    tables = [read_rows(source, options) for source in input_files]
+    outputs = inputs.plan_outputs(input_files, [len(table[2]) for table in tables], options.steps)
     dense = np.concatenate([take_logarithm(table[0], options) for table in tables])
     sparse = np.concatenate([table[1] for table in tables])
     labels = np.concatenate([table[2] for table in tables])[:, None]
@@ -42,30 +42,30 @@ def transform(
             sparse[:, column] = number_ids(sparse[:, column], options)
     last_ids = sparse.max(axis=0).tolist()
     order = np.arange(len(labels))
-    moved = inputs.shuffled_rows(made, options.shuffle)
-    np.random.RandomState(options.random_seed).shuffle(order[:moved])
+    shuffled = inputs.count_shuffled_rows(outputs, options.shuffle)
+    np.random.RandomState(options.random_seed).shuffle(order[:shuffled])
     whole = {"dense": dense[order], "sparse": sparse[order], "labels": labels[order]}
     if options.compat:
         for part in ("sparse", "labels"):
-            whole[part][:moved] = publish.round_through_float(whole[part][:moved])
-    write_arrays(whole, made, options, folders.made)
-    publish.publish_arrays(options, folders, made, last_ids, "dlrm.prep", stamps)
+            whole[part][:shuffled] = publish.round_through_float(whole[part][:shuffled])
+    write_arrays(whole, outputs, options, folders.unfinished)
+    publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep", stamps)
 
 
 def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:
     rules = odd_lines.LineRules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
-    found: list[odd_lines.Row] = []
+    input_files: list[odd_lines.Row] = []
     for number, line in enumerate(lines_of(source), 1):
         try:
             if len(line) > odd_lines.LONGEST_LINE:
                 raise odd_lines.BadRow(f"a line of more than {odd_lines.LONGEST_LINE >> 20} MB")
-            found += odd_lines.read_line(line, rules)
+            input_files += odd_lines.read_line(line, rules)
         except odd_lines.BadRow as error:
             if not options.skip_bad_rows:
                 raise UserError(f"{printable(source.path)}:{number}: {error}") from None
-    if not found:
+    if not input_files:
         raise UserError(f"{printable(source.path)}: no rows in it")
-    dense, sparse, labels = zip(*found, strict=True)
+    dense, sparse, labels = zip(*input_files, strict=True)
     counts = [count for row in dense for count in row if count != MISSING or not options.frequency_limit]
     if counts:
         options.check_counts(source.path, min(counts), max(counts))
@@ -100,7 +100,7 @@ def lines_of(source: inputs.InputFile) -> Iterator[bytes]:
     """Of one that is too long only the beginning."""
     with os_errors_as_user_errors(source.path), os.fdopen(open_regular(source.path), "rb") as raw:
         try:
-            file = gzip.GzipFile(fileobj=raw) if source.packed else raw
+            file = gzip.GzipFile(fileobj=raw) if source.compressed else raw
             while line := file.readline(odd_lines.LONGEST_LINE + 1):
                 yield line
                 while len(line) > odd_lines.LONGEST_LINE and not line.endswith(b"\n"):
@@ -111,13 +111,13 @@ def lines_of(source: inputs.InputFile) -> Iterator[bytes]:
 
 
 def write_arrays(
-    whole: dict[str, np.ndarray], made: list[inputs.OutputDay], options: PrepOptions, folder: Path
+    whole: dict[str, np.ndarray], outputs: list[inputs.OutputDay], options: PrepOptions, folder: Path
 ) -> None:
     begin = 0
-    for output in made:
+    for output in outputs:
         for part in PARTS:
             name = f"{output.name}_{part}.npy"
-            shape, dtype = publish.list_arrays(made, options)[name]
+            shape, dtype = publish.list_arrays(outputs, options)[name]
             with OffsetFile(folder / name, "w") as file:
                 at = file.write(publish.make_npy_header(shape, dtype), 0)
                 file.write(whole[part][begin : begin + output.rows].astype(dtype).tobytes(), at)

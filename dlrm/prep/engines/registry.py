@@ -1,4 +1,4 @@
-"""The ways to do the same thing, by name; all give the same bytes."""
+"""--engine by name: the function that makes the dataset. All engines write the same bytes."""
 
 import json
 import signal
@@ -13,52 +13,55 @@ from dlrm.runtime import errors, ranks, trace
 
 
 def run_numba(options: PrepOptions) -> None:
-    """Compiled kernels, threads, MPI ranks; with --trace_dir also a trace and what it must account for."""
+    """Compiled kernels on threads and MPI ranks. With --trace_dir it also writes a trace, and
+    results.json: the bytes that each rank read and wrote per file, which `analysis check` compares with it.
+    """
     from dlrm.prep.engines.pipeline import run
-    from dlrm.prep.io.files import bytes_read, bytes_written, explained
+    from dlrm.prep.io.files import bytes_read, bytes_written, os_errors_as_user_errors
     from dlrm.prep.job.workers import Workers
 
     here = ranks.find_ranks()
     if options.trace_dir:
-        with explained(options.trace_dir):
+        with os_errors_as_user_errors(options.trace_dir):
             trace.start_tracing(options.trace_dir, here, role="prep")
-    team = Workers(here, options.workers)
+    workers = Workers(here, options.workers)
     try:
-        run(options, team)
-        everywhere = team.gather((dict(bytes_read), dict(bytes_written)))
-        if options.trace_dir and team.first:
+        run(options, workers)
+        counters = workers.all_gather((dict(bytes_read), dict(bytes_written)))
+        if options.trace_dir and workers.first:
             results = {
-                "bytes_read": {str(rank): read for rank, (read, _) in enumerate(everywhere)},
-                "bytes_written": {str(rank): written for rank, (_, written) in enumerate(everywhere)},
-                "world_size": team.size,
+                "bytes_read": {str(rank): read for rank, (read, _) in enumerate(counters)},
+                "bytes_written": {str(rank): written for rank, (_, written) in enumerate(counters)},
+                "world_size": workers.size,
             }
             text = json.dumps(results, indent=1) + "\n"
             OutputFolder(options.trace_dir).write("results.json", text, mode=0o666)
     except errors.UserError as error:
-        if not team.agreed and not team.first:
+        if not workers.error_is_shared and not workers.first:  # `main` prints the first rank's errors
             print(f"dlrm.prep: {printable(error)}", file=sys.stderr)
-        team.abort(errors.USAGE)
+        workers.abort_ranks(errors.USAGE)
         raise
     except KeyboardInterrupt:
-        team.abort(128 + signal.SIGINT)
+        workers.abort_ranks(128 + signal.SIGINT)
         raise
     except BaseException:
-        if team.size > 1:
+        if workers.size > 1:
             traceback.print_exc()
-        team.abort(1)
+        workers.abort_ranks(1)
         raise
     finally:
         trace.stop_tracing()
 
 
 def run_plain(options: PrepOptions) -> None:
-    """The reference: numpy, a line at a time; what the others are compared with."""
+    """The reference that the other engines are tested against: numpy, one line at a time, all in memory."""
     from dlrm.prep.engines.reference import run
 
     run(options)
 
 
 def run_spark(options: PrepOptions) -> None:
+    """PySpark: local, or on the cluster that its environment variables name."""
     from dlrm.prep.engines.spark import run
 
     run(options)

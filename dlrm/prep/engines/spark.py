@@ -39,16 +39,16 @@ def run(options: PrepOptions) -> None:
     except ImportError:
         raise UserError("--engine spark needs pyspark: pip install pyspark, and a Java runtime") from None
     found = inputs.find_inputs(options.input_dir, options.dataset)
-    stamps = inputs.Stamps(source.path for source in found)
+    stamps = inputs.FileStamps(source.path for source in found)
     with Output("run", options.output_dir, options.tmp_dir) as output:
-        folders = output.open([], publish.names_to_come(options, found), restart=True)
+        folders = output.open([], publish.list_result_names(options, found), restart=True)
         start(SparkSession, options, found, folders, stamps)
         if not options.keep_tmp:
             output.clear()
 
 
 def start(
-    session: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.Stamps
+    session: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     here = str(Path(__file__).parents[2])
@@ -68,12 +68,12 @@ def start(
 
 
 def spark_session(
-    spark: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.Stamps
+    spark: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
     parsed, counts = zip(*(parse_lines(spark, options, source) for source in found), strict=True)
-    made = inputs.plan_outputs(found, list(counts), options.steps)
+    outputs = inputs.plan_outputs(found, list(counts), options.steps)
     starts = [0, *itertools.accumulate(counts)]
-    moved = inputs.shuffled_rows(made, options.shuffle)
+    shuffled = inputs.count_shuffled_rows(outputs, options.shuffle)
     tables = [table.map(shift_counts(start)) for table, start in zip(parsed, starts, strict=False)]
     whole = spark.sparkContext.union(tables).coalesce(
         max(options.workers, spark.sparkContext.defaultParallelism)
@@ -83,8 +83,8 @@ def spark_session(
         whole, last_ids = number_ids(whole, options)
     else:
         last_ids = whole.map(lambda item: hash_ids(item[1])).reduce(np.maximum).tolist()
-    write_arrays(spark, options, whole, made, moved, folders)
-    publish.publish_arrays(options, folders, made, last_ids, "dlrm.prep, Spark", stamps)
+    write_arrays(spark, options, whole, outputs, shuffled, folders)
+    publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep, Spark", stamps)
 
 
 def shift_counts(start: int):
@@ -127,7 +127,7 @@ def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[An
 
 
 def ends_with_newline(source: InputFile) -> bool:
-    if source.packed:
+    if source.compressed:
         return True  # unpacking checks the rest
     with open(source.path, "rb") as file:
         file.seek(max(0, source.path.stat().st_size - 1))
@@ -194,36 +194,36 @@ def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
 
 
 def write_arrays(
-    spark: Any, options: PrepOptions, whole: Any, made: list[Triple], moved: int, folders: Folders
+    spark: Any, options: PrepOptions, whole: Any, outputs: list[Triple], shuffled: int, folders: Folders
 ) -> None:
     """Rows sorted by place; each partition writes its stretch of the files."""
     from dlrm.prep.steps.permute import write_places
 
-    folder = folders.made
-    publish.allocate(folder, options, made)
+    folder = folders.unfinished
+    publish.allocate_arrays(folder, options, outputs)
     places = np.arange(0)
-    if moved:
-        write_places(folders.path("places_00000.u32"), moved, options.random_seed, lambda count: None)
+    if shuffled:
+        write_places(folders.path("places_00000.u32"), shuffled, options.random_seed, lambda count: None)
         places = np.fromfile(folders.path("places_00000.u32"), np.uint32)
     shared = spark.sparkContext.broadcast(places)
-    placed = whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < moved else item[0], item[1]))
+    placed = whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < shuffled else item[0], item[1]))
 
-    def store(items: Iterator[tuple[int, bytes]]) -> None:
+    def write_runs(items: Iterator[tuple[int, bytes]]) -> None:
         for _, run_ in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
             stretch = [item for _, item in run_]
             numbers = np.frombuffer(b"".join(record for _, record in stretch), np.int64).reshape(-1, WORDS)
-            store_rows(folder, options, made, moved, stretch[0][0], numbers)
+            store_rows(folder, options, outputs, shuffled, stretch[0][0], numbers)
 
-    placed.sortByKey().foreachPartition(store_rows)
-    assert all((folder / name).exists() for name in publish.list_arrays(made, options))
+    placed.sortByKey().foreachPartition(write_runs)
+    assert all((folder / name).exists() for name in publish.list_arrays(outputs, options))
 
 
 def store_rows(
-    folder: Path, options: PrepOptions, made: list[Triple], moved: int, begin: int, numbers: np.ndarray
+    folder: Path, options: PrepOptions, outputs: list[Triple], shuffled: int, begin: int, numbers: np.ndarray
 ) -> None:
     from dlrm.prep.io.output import store_rows
 
     dense = np.ascontiguousarray(numbers[:, :NUM_DENSE].astype(np.int32))
     sparse = np.ascontiguousarray(numbers[:, NUM_DENSE:-1].astype(np.uint32).view(np.int32))
     labels = np.ascontiguousarray(numbers[:, -1:].astype(np.int32))
-    store_rows(folder, options, made, moved, begin, dense, sparse, labels)
+    store_rows(folder, options, outputs, shuffled, begin, dense, sparse, labels)

@@ -25,7 +25,7 @@ class TextBlock:
         self.dense, self.sparse, self.labels, self.rows = dense, sparse, labels, rows
         numbers = [dense.ctypes.data, dense.strides[0] // 4]
         numbers += [sparse.ctypes.data, sparse.strides[0] // 4, sparse.strides[1] // 4]
-        self.spots = np.array([*numbers, labels.ctypes.data, labels.strides[0] // 4], np.int64)
+        self.addresses = np.array([*numbers, labels.ctypes.data, labels.strides[0] // 4], np.int64)
 
     @classmethod
     def records(cls) -> "TextBlock":
@@ -53,7 +53,7 @@ class InputPiece:
     rows: int = -1
 
 
-def text_buffer() -> np.ndarray:
+def make_text_buffer() -> np.ndarray:
     return np.zeros(CHUNK + parse_line.PAD, np.uint8)
 
 
@@ -73,7 +73,7 @@ class LineScanner:
         self.skipped = 0
         self.first_bad = ""
         self._lines = 0  # lines of the piece already taken
-        self._text = text_buffer() if text is None else text
+        self._text = make_text_buffer() if text is None else text
         self._waiting: list = []
 
     def blocks(self, block: TextBlock | None = None) -> Iterator[tuple[TextBlock, int]]:
@@ -118,7 +118,7 @@ class LineScanner:
         self.skipped += 1
         self.first_bad = self.first_bad or said
         self._lines += 1
-        return line_end(self.file, at + 1, self.piece.end)
+        return find_line_end(self.file, at + 1, self.piece.end)
 
     def _fill(self, block: TextBlock, begin: int, end: int, last: bool) -> tuple[int, int]:
         """Parse into the block from text[begin:end]; returns where it stopped, and why."""
@@ -129,7 +129,7 @@ class LineScanner:
         before = block.rows
         block.rows, stopped, why = parse_line.parse_lines(
             base + begin, base + end, self.rules.labelled, self.rules.empty_dense,
-            block.spots, block.rows, len(block.dense),
+            block.addresses, block.rows, len(block.dense),
         )  # fmt: skip
         if self.rules.max_ind_range:
             block.sparse[before : block.rows] %= self.rules.max_ind_range
@@ -170,7 +170,7 @@ class LineScanner:
         return f"{self.name}:{self.piece.first_line + self._lines + 1}"
 
 
-def line_end(file: OffsetFile, at: int, size: int) -> int:
+def find_line_end(file: OffsetFile, at: int, size: int) -> int:
     """The first line end at or behind this offset (or the file's end)."""
     at = max(at, 1) - 1
     while at < size:

@@ -11,7 +11,7 @@ from dlrm.prep.io.files import OffsetFile
 CHUNK = 1 << 20  # bytes of one read
 
 
-def digests(paths: Iterable[Path]) -> dict[Path, str]:
+def compute_digests(paths: Iterable[Path]) -> dict[Path, str]:
     """Path -> md5 of the file, as 32 hexadecimal digits."""
     buffer = np.empty(CHUNK, np.uint8).data
     return {path: _digest_file(path, buffer) for path in paths}

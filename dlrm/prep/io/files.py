@@ -23,7 +23,7 @@ bytes_written: dict[str, int] = defaultdict(int)
 _counting = threading.Lock()
 
 
-explained = os_errors_as_user_errors
+os_errors_as_user_errors = os_errors_as_user_errors
 
 
 class OffsetFile:
@@ -31,7 +31,7 @@ class OffsetFile:
 
     def __init__(self, path: Path, mode: str = "r") -> None:
         self.path = path
-        with explained(path), opening:
+        with os_errors_as_user_errors(path), opening:
             if mode == "r":
                 self._fd = open_regular(path)
             else:
@@ -63,13 +63,13 @@ class OffsetFile:
 
     def resize(self, size: int) -> None:
         """Not when it has that size: ext4 writes a file that was cut to nothing back to disk on closing."""
-        with explained(self.path):
+        with os_errors_as_user_errors(self.path):
             if self.size != size:
                 os.ftruncate(self._fd, size)
 
     def read(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes; fewer only at the end of the file."""
-        with explained(self.path):
+        with os_errors_as_user_errors(self.path):
             data = os.pread(self._fd, count, offset)
             self._read += len(data)
             while len(data) < count:
@@ -84,7 +84,7 @@ class OffsetFile:
         """Fill the buffer from this offset, without a copy; returns how much there was."""
         assert self._raw is not None
         done = 0
-        with explained(self.path):
+        with os_errors_as_user_errors(self.path):
             if offset != self._at:
                 self._raw.seek(offset)
             self._at = -1  # unknown after an error
@@ -105,7 +105,7 @@ class OffsetFile:
     def write(self, data: Any, offset: int) -> int:
         """All of it, at this offset; returns the offset behind it."""
         view = memoryview(data).cast("B")
-        with explained(self.path):
+        with os_errors_as_user_errors(self.path):
             while view:
                 count = os.pwrite(self._fd, view, offset)
                 self._written += count
@@ -115,14 +115,14 @@ class OffsetFile:
 
     def append(self, data: Any) -> None:
         view = memoryview(data).cast("B")
-        with explained(self.path):
+        with os_errors_as_user_errors(self.path):
             while view:
                 count = os.write(self._fd, view)
                 self._written += count
                 view = view[count:]
 
 
-def write_whole(path: Path, value: Any) -> None:
+def write_atomically(path: Path, value: Any) -> None:
     """A file of a work folder that is there whole or not at all: bytes, an array, or a value as JSON."""
     data = json.dumps(value).encode() if isinstance(value, dict | list) else value
     partial = path.with_name(path.name + ".partial")
@@ -132,12 +132,12 @@ def write_whole(path: Path, value: Any) -> None:
     finish_file(partial, path)
 
 
-def read_values(path: Path) -> Any:
+def read_json_file(path: Path) -> Any:
     """The value of a JSON file of a work folder."""
     return read_json(path, LARGEST_JSON)
 
 
-def size_text(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes with a unit that leaves digits before the point."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:

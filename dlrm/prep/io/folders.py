@@ -20,7 +20,7 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 from common.lock import FolderLock
 from common.owned import LEDGER, OutputFolder, WorkFolders, discard_file
 from dlrm.data.criteo import META, PARTS
-from dlrm.prep.io.files import read_values, write_whole
+from dlrm.prep.io.files import read_json_file, write_atomically
 from dlrm.runtime.trace import sync_to_disk
 
 SUBSETS = ("train", "val", "test", "unlabelled")
@@ -45,14 +45,14 @@ class Folders:
 
     output_dir: Path
     work: Path  # intermediate files
-    made: Path  # results that are not finished
+    unfinished: Path  # results that have no name of their own yet
 
     def path(self, name: str) -> Path:
         return self.work / name
 
-    def result(self, name: str) -> Path:
+    def find_result(self, name: str) -> Path:
         """A result before it has its name, or after."""
-        path = self.made / name
+        path = self.unfinished / name
         if os.path.lexists(path):
             return path
         if not OutputFolder(self.output_dir).owns(name):
@@ -60,19 +60,19 @@ class Folders:
         return self.output_dir / name
 
 
-def work_kind(command: str, output_dir: Path) -> WorkFolders:
-    return WorkFolders(f"{command}-{digest_of(output_dir)}", WORK_FILES)
+def name_work_folders(command: str, output_dir: Path) -> WorkFolders:
+    return WorkFolders(f"{command}-{hash_path(output_dir)}", WORK_FILES)
 
 
-def made_kind(command: str, output_dir: Path) -> WorkFolders:
-    return WorkFolders(f"{command}-made-{digest_of(output_dir)}", MADE_FILES)
+def name_result_folders(command: str, output_dir: Path) -> WorkFolders:
+    return WorkFolders(f"{command}-made-{hash_path(output_dir)}", MADE_FILES)
 
 
-def digest_of(folder: Path) -> str:
+def hash_path(folder: Path) -> str:
     return hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:12]
 
 
-def work_directly(work: Callable[[], None]) -> None:
+def call_directly(work: Callable[[], None]) -> None:
     work()
 
 
@@ -87,13 +87,16 @@ class Output:
         command: str,
         output_dir: Path,
         tmp_dir: Path | None = None,
-        first_does: Callable[[Callable[[], None]], None] = work_directly,
+        run_on_first: Callable[[Callable[[], None]], None] = call_directly,
     ) -> None:
         self.command, self.output_dir = command, output_dir
         self.parent = tmp_dir or output_dir
-        self._first_does = first_does
+        self._first_does = run_on_first
         self._lock = FolderLock(output_dir, f"python -m dlrm.prep {command}, which writes into it")
-        self._work, self._made = work_kind(command, output_dir), made_kind(command, output_dir)
+        self._work, self._made = (
+            name_work_folders(command, output_dir),
+            name_result_folders(command, output_dir),
+        )
 
     def __enter__(self) -> "Output":
         self._first_does(self._acquire)
@@ -118,22 +121,22 @@ class Output:
             if folders:
                 found = folders
             else:
-                say_left(self._work.remove(work))
+                report_kept(self._work.remove(work))
         for made in self._made.find(self.output_dir):
-            if found is None or made != found.made:
-                say_left(self._made.remove(made))
+            if found is None or made != found.unfinished:
+                report_kept(self._made.remove(made))
         self._work.remove_unmarked(self.parent)
         self._made.remove_unmarked(self.output_dir)
         if found:
             return found
         made = self._made.make(self.output_dir)
         work = self._work.make(self.parent)
-        write_whole(work / KEY, {"key": key, "made": made.name})
+        write_atomically(work / KEY, {"key": key, "made": made.name})
         return Folders(self.output_dir, work, made)
 
     def _opened(self, work: Path, key: Any) -> Folders | None:
         try:
-            values = read_values(work / KEY)
+            values = read_json_file(work / KEY)
             made = self.output_dir / str(values["made"])
             same = values["key"] == key
         except (UserError, KeyError, TypeError):
@@ -144,15 +147,15 @@ class Output:
         """Remove all work folders of this output and command."""
         for kind, parent in ((self._work, self.parent), (self._made, self.output_dir)):
             for folder in kind.find(parent):
-                say_left(kind.remove(folder))
+                report_kept(kind.remove(folder))
             kind.remove_unmarked(parent)
 
-    def left_behind(self) -> bool:
+    def has_leftovers(self) -> bool:
         """Whether work folders lie about."""
         return bool(self._work.find(self.parent) or self._made.find(self.output_dir))
 
 
-def say_left(left: Sequence[Path]) -> None:
+def report_kept(left: Sequence[Path]) -> None:
     if left:
         print(f"dlrm.prep: {printable(left[0])}: not made by this program, left where it is", file=sys.stderr)
 
@@ -161,19 +164,19 @@ def refuse_foreign(output_dir: Path, names: Iterable[str]) -> None:
     OutputFolder(output_dir).refuse_foreign(names)
 
 
-def publish(
+def publish_results(
     folders: Folders, names: Sequence[str], last: str, others: str, check: Callable[[], None]
 ) -> None:
     """Give results their names. `last`, without which the folder is not complete, goes first if there is an
     old one, and comes last. An earlier result's files that match `others` and are as the program left them
     are removed. `check` has the final word.
     """
-    output = OutputFolder(folders.output_dir, folders.made)
+    output = OutputFolder(folders.output_dir, folders.unfinished)
     output.refuse_foreign([*names, last])
     check()
-    made = {name: folders.made / name for name in names if name != last}
+    made = {name: folders.unfinished / name for name in names if name != last}
     made = {name: path for name, path in made.items() if os.path.lexists(path)}
-    if os.path.lexists(folders.made / last):
+    if os.path.lexists(folders.unfinished / last):
         for name in (last, META) if re.fullmatch(others, META) else (last,):
             output.remove(name)
     output.publish(made)
@@ -183,8 +186,8 @@ def publish(
     with os_errors_as_user_errors(folders.output_dir):
         for folder in sorted({(folders.output_dir / name).parent for name in names}):
             sync_to_disk(folder)
-    if os.path.lexists(folders.made / last):
-        output.publish({last: folders.made / last})
+    if os.path.lexists(folders.unfinished / last):
+        output.publish({last: folders.unfinished / last})
     with os_errors_as_user_errors(folders.output_dir):
         sync_to_disk(folders.output_dir)
 

@@ -25,26 +25,26 @@ class InputFile:
     labelled: bool = True
 
     @property
-    def packed(self) -> bool:
+    def compressed(self) -> bool:
         return self.path.suffix == ".gz"
 
 
-class Stamps:
+class FileStamps:
     """What the input files were like before the first byte was read: a run refuses to mix two versions."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = list(paths)
-        self.taken = [stamp(path) for path in self.paths]
+        self.stamps = [describe_file(path) for path in self.paths]
         # a change within the same tick of the file system's clock would leave the same times
-        if any(abs(time.time_ns() - max(times[2], times[4])) < TICK_NS for times in self.taken):
+        if any(abs(time.time_ns() - max(times[2], times[4])) < TICK_NS for times in self.stamps):
             time.sleep(TICK_NS / 1e9)
-            self.taken = [stamp(path) for path in self.paths]
+            self.stamps = [describe_file(path) for path in self.paths]
 
     def check(self) -> None:
         """UserError for the first file that is not as it was."""
-        for path, before in zip(self.paths, self.taken, strict=True):
+        for path, before in zip(self.paths, self.stamps, strict=True):
             try:
-                same = stamp(path) == before
+                same = describe_file(path) == before
             except UserError:
                 same = False
             if not same:
@@ -52,15 +52,15 @@ class Stamps:
                     f"{printable(path)}: has changed while it was read; run again when it is complete"
                 )
 
-    def recorded(self) -> list[list[Any]]:
+    def list_recorded(self) -> list[list[Any]]:
         """For meta.json: path, size, time of change and inode, without what a chmod changes, too."""
-        return [taken[:4] for taken in self.taken]
+        return [taken[:4] for taken in self.stamps]
 
 
 TICK_NS = 20_000_000
 
 
-def stamp(path: Path) -> list[Any]:
+def describe_file(path: Path) -> list[Any]:
     """Path, size, time of change, inode, and the time of any change, which cannot be set back."""
     status = check_regular(path)
     named = printable(os.path.realpath(path))
@@ -82,7 +82,7 @@ def find_inputs(folder: Path, dataset: str = "") -> list[InputFile]:
     kaggle = {"train.txt", "train.txt.gz"} & set(names)
     if dataset == "criteo_kaggle" or (not dataset and kaggle):
         return find_kaggle_inputs(folder, names)
-    days = sorted({day_of(folder, found) for name in names if (found := DAY.fullmatch(name))})
+    days = sorted({parse_day(folder, found) for name in names if (found := DAY.fullmatch(name))})
     if not days:
         raise UserError(f"--input_dir {printable(folder)}: no day_0, day_1 ... in it, and no train.txt")
     for expected, day in enumerate(days):
@@ -96,7 +96,7 @@ def find_inputs(folder: Path, dataset: str = "") -> list[InputFile]:
 DAY = re.compile(r"day_([0-9]+)(\.\w+)*", re.ASCII)
 
 
-def day_of(folder: Path, found: re.Match[str]) -> int:
+def parse_day(folder: Path, found: re.Match[str]) -> int:
     if found[1] != "0" and found[1].startswith("0"):
         raise UserError(
             f"{printable(folder / found[0])}: days are called day_0, day_1 ..., without leading zeros"
@@ -145,11 +145,11 @@ def plan_outputs(sources: list[InputFile], rows: list[int], steps: tuple[str, ..
     return made
 
 
-def days_of(made: list[OutputDay]) -> list[OutputDay]:
+def select_days(made: list[OutputDay]) -> list[OutputDay]:
     """The outputs that are days of the dataset: all but Kaggle's unlabelled test set."""
     return [output for output in made if output.name.startswith("day_")]
 
 
-def shuffled_rows(made: list[OutputDay], shuffle: bool) -> int:
+def count_shuffled_rows(made: list[OutputDay], shuffle: bool) -> int:
     """How many of the first rows change places: all days but the last."""
-    return sum(output.rows for output in days_of(made)[:-1]) if shuffle else 0
+    return sum(output.rows for output in select_days(made)[:-1]) if shuffle else 0

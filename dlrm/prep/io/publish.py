@@ -12,11 +12,10 @@ import numpy as np
 
 from common.errors import os_errors_as_user_errors, printable
 from dlrm.data.criteo import META, PARTS, DatasetMeta
-from dlrm.prep.io.digests import digests
-from dlrm.prep.io.files import OffsetFile, write_whole
-from dlrm.prep.io.folders import DATASET, SUBSETS, Folders
-from dlrm.prep.io.folders import publish as publish_results
-from dlrm.prep.io.inputs import InputFile, OutputDay, Stamps, days_of, plan_outputs
+from dlrm.prep.io.digests import compute_digests
+from dlrm.prep.io.files import OffsetFile, write_atomically
+from dlrm.prep.io.folders import DATASET, SUBSETS, Folders, publish_results
+from dlrm.prep.io.inputs import FileStamps, InputFile, OutputDay, plan_outputs, select_days
 from dlrm.prep.job.options import PrepOptions
 from dlrm.runtime.trace import sync_to_disk
 
@@ -34,7 +33,7 @@ def make_npy_header(shape: tuple[int, int], dtype: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", room + 1) + body.ljust(room).encode() + b"\n"
 
 
-def raw_dtype(options: PrepOptions) -> str:
+def find_sparse_dtype(options: PrepOptions) -> str:
     """Raw hashes need more than int32; numbered ids and ids under --max_ind_range do not."""
     return "int32" if options.contiguous or options.max_ind_range or options.compat else "int64"
 
@@ -44,8 +43,8 @@ def list_arrays(made: list[OutputDay], options: PrepOptions) -> dict[str, tuple[
 
     Ids are int32, but int64 where torchrec writes that: before its shuffle, and the day that it only copies.
     """
-    ids, found = {"int32": "<i4", "int64": "<i8"}[raw_dtype(options)], {}
-    shuffled = {output.name for output in days_of(made)[:-1]} if options.shuffle else set()
+    ids, found = {"int32": "<i4", "int64": "<i8"}[find_sparse_dtype(options)], {}
+    shuffled = {output.name for output in select_days(made)[:-1]} if options.shuffle else set()
     for output in made:
         wide = options.compat == "torchrec" and output.name not in shuffled
         dtypes = DTYPES | {"sparse": "<i8" if wide else ids}
@@ -54,7 +53,7 @@ def list_arrays(made: list[OutputDay], options: PrepOptions) -> dict[str, tuple[
     return found
 
 
-def names_to_come(options: PrepOptions, found: list[InputFile]) -> list[str]:
+def list_result_names(options: PrepOptions, found: list[InputFile]) -> list[str]:
     """What a run will write, before a row is read."""
     names = [META]
     if options.format == "npy":
@@ -64,7 +63,7 @@ def names_to_come(options: PrepOptions, found: list[InputFile]) -> list[str]:
     return [*names, "README.md", *(f"{subset}/part_00000.parquet" for subset in SUBSETS)]
 
 
-def allocate(folder: Path, options: PrepOptions, made: list[OutputDay]) -> bool:
+def allocate_arrays(folder: Path, options: PrepOptions, made: list[OutputDay]) -> bool:
     """Files of the right size with their headers, for rows to go anywhere in them; False: all were there."""
     fresh = False
     for name, (shape, dtype) in list_arrays(made, options).items():
@@ -83,7 +82,7 @@ def sync_files(folders: Folders, names: list[str]) -> None:
     """What this machine wrote, on the disk; side by side, because each one waits for the disk."""
 
     def one(name: str) -> None:
-        path = folders.result(name)
+        path = folders.find_result(name)
         with os_errors_as_user_errors(path):
             sync_to_disk(path)
 
@@ -91,26 +90,26 @@ def sync_files(folders: Folders, names: list[str]) -> None:
         list(pool.map(one, names))
 
 
-def md5_of(folders: Folders, names: list[str]) -> dict[str, str]:
-    paths = [folders.result(name) for name in names]
-    found = digests(paths)
+def compute_md5(folders: Folders, names: list[str]) -> dict[str, str]:
+    paths = [folders.find_result(name) for name in names]
+    found = compute_digests(paths)
     return {name: found[path] for name, path in zip(names, paths, strict=True)}
 
 
-def publish(folders: Folders, names: list[str], meta: DatasetMeta, stamps: Stamps) -> None:
+def publish_files(folders: Folders, names: list[str], meta: DatasetMeta, stamps: FileStamps) -> None:
     """What is on the disk gets its real name; meta.json last: a power cut finds all or nothing."""
     write_meta(folders, meta)
     publish_results(folders, names, META, DATASET, stamps.check)
 
 
 def write_meta(folders: Folders, meta: DatasetMeta) -> None:
-    path = folders.made / META
-    write_whole(path, (json.dumps(asdict(meta), indent=1) + "\n").encode())
+    path = folders.unfinished / META
+    write_atomically(path, (json.dumps(asdict(meta), indent=1) + "\n").encode())
     with os_errors_as_user_errors(path):
         sync_to_disk(path)
 
 
-def summarize(folder: Path, meta: DatasetMeta) -> str:
+def describe_dataset(folder: Path, meta: DatasetMeta) -> str:
     """What there is now, and what to do with it."""
     text = f"{printable(folder)}: {sum(meta.rows):,} rows in {meta.days} days, "
     text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to "
@@ -127,8 +126,8 @@ def make_meta(
     """The dataset's meta.json. `more`: what was read, for the engine that can go on where it was."""
     return DatasetMeta(
         rows=rows,
-        table_sizes=sizes_of_tables(last_ids, options),
-        dtypes={"dense": "float32", "sparse": raw_dtype(options), "labels": "int32"},
+        table_sizes=compute_table_sizes(last_ids, options),
+        dtypes={"dense": "float32", "sparse": find_sparse_dtype(options), "labels": "int32"},
         parameters=json.loads(json.dumps(options.parameters() | more)),
         made_by=made_by,
         format=options.format,
@@ -141,17 +140,17 @@ def publish_arrays(
     made: list[OutputDay],
     last_ids: list[int],
     made_by: str,
-    stamps: Stamps,
+    stamps: FileStamps,
 ) -> None:
     """The end of an engine that has the whole dataset in its files at once."""
-    rows = [output.rows for output in days_of(made)]
-    meta = make_meta(options, rows, last_ids, made_by, inputs=stamps.recorded())
+    rows = [output.rows for output in select_days(made)]
+    meta = make_meta(options, rows, last_ids, made_by, inputs=stamps.list_recorded())
     names = list(list_arrays(made, options))
     sync_files(folders, names)
     if options.md5:
-        meta.md5.update(md5_of(folders, names))
-    publish(folders, names, meta, stamps)
-    print(summarize(options.output_dir, meta))
+        meta.md5.update(compute_md5(folders, names))
+    publish_files(folders, names, meta, stamps)
+    print(describe_dataset(options.output_dir, meta))
 
 
 def round_through_float(ids: np.ndarray) -> np.ndarray:
@@ -160,7 +159,7 @@ def round_through_float(ids: np.ndarray) -> np.ndarray:
         return ids.astype(np.float32).astype(np.int32)
 
 
-def sizes_of_tables(last_ids: list[int], options: PrepOptions) -> list[int]:
+def compute_table_sizes(last_ids: list[int], options: PrepOptions) -> list[int]:
     """Largest id + 1; rounding through float32 can carry the largest id upwards."""
     if options.compat and options.shuffle:
         last_ids = [max(last, int(np.float32(last))) for last in last_ids]

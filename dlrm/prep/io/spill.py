@@ -12,13 +12,13 @@ import numpy as np
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io.blocks import TextBlock
 from dlrm.prep.io.files import OffsetFile
-from dlrm.prep.kernels.intrinsics import compiled, copier, get32, narrower, put32
+from dlrm.prep.kernels.intrinsics import compiled, load32, make_copier, make_narrower, store32
 
 WORDS = 1 + NUM_DENSE + NUM_SPARSE + 1
 RECORD_BYTES = 4 * WORDS
 STAGING_BYTES, MOST_STAGED = 64 << 20, 256 << 10  # in all, and for one bucket
 MIN_BITS, MAX_BUCKETS = 15, 4096
-copy_counts, copy_ids, narrow_ids = copier(NUM_DENSE), copier(NUM_SPARSE), narrower(NUM_SPARSE)
+copy_counts, copy_ids, narrow_ids = make_copier(NUM_DENSE), make_copier(NUM_SPARSE), make_narrower(NUM_SPARSE)
 
 
 def choose_bucket_bits(rows: int) -> int:
@@ -41,10 +41,10 @@ def count_per_bucket(places, bits, counts):
 
 
 @compiled
-def scatter_to_buckets(spots, rows, row, places, bits, first, staging, filled):
+def scatter_to_buckets(addresses, rows, row, places, bits, first, staging, filled):
     """Records into their buckets' staging rows, until one is full; returns (next row, full bucket or -1)."""
-    dense, dense_step, ids, ids_step = spots[0], 4 * spots[1], spots[2], 4 * spots[3]
-    wide, labels, label_step = spots[4] == 2, spots[5], spots[6]
+    dense, dense_step, ids, ids_step = addresses[0], 4 * addresses[1], addresses[2], 4 * addresses[3]
+    wide, labels, label_step = addresses[4] == 2, addresses[5], addresses[6]
     mask = (np.int64(1) << bits) - 1
     base, room = staging.ctypes.data, staging.shape[1]
     while row < rows:
@@ -53,13 +53,13 @@ def scatter_to_buckets(spots, rows, row, places, bits, first, staging, filled):
         if filled[bucket] == room:
             return row, bucket
         record = base + RECORD_BYTES * (bucket * room + filled[bucket])
-        put32(record, 0, np.uint32(place & mask))
+        store32(record, 0, np.uint32(place & mask))
         copy_counts(record + 4, dense + dense_step * row)
         if wide:
             narrow_ids(record + 4 + 4 * NUM_DENSE, ids + ids_step * row)
         else:
             copy_ids(record + 4 + 4 * NUM_DENSE, ids + ids_step * row)
-        put32(record, WORDS - 1, get32(labels, label_step * row))
+        store32(record, WORDS - 1, load32(labels, label_step * row))
         filled[bucket] += 1
         row += 1
     return row, -1
@@ -94,7 +94,7 @@ class SpillFile:
         row = 0
         while row < block.rows:
             row, full = scatter_to_buckets(
-                block.spots, block.rows, row, places, self.bits, self.first, self._staging, self._filled,
+                block.addresses, block.rows, row, places, self.bits, self.first, self._staging, self._filled,
             )  # fmt: skip
             if full >= 0:
                 self._flush(full)

@@ -17,7 +17,7 @@ ENGINES = ("numba", "plain", "spark")
 DATASETS = ("criteo_1tb", "criteo_kaggle")
 MISSING = -(1 << 31)  # an empty count, where NVIDIA's recipe must tell it from 0
 # what the output's bytes do not depend on
-HOW_ONLY = {
+NOT_IN_OUTPUT = {
     "workers",
     "tmp_dir",
     "engine",
@@ -29,6 +29,10 @@ HOW_ONLY = {
     "giant",
     "map_bytes",
 }
+
+
+MAX_WORKERS = 1024  # threads of a process
+LARGEST = 1 << 62  # compiled loops count with 64 bits
 
 
 def read_format(folder: Path) -> str:
@@ -105,7 +109,7 @@ class PrepOptions:
 
     def parameters(self) -> dict[str, Any]:
         """What decides the output's bytes: goes to meta.json, and a resumed run must have the same."""
-        values = {key: value for key, value in asdict(self).items() if key not in HOW_ONLY}
+        values = {key: value for key, value in asdict(self).items() if key not in NOT_IN_OUTPUT}
         values["input_dir"] = printable(os.path.realpath(self.input_dir))
         del values["output_dir"]
         return values | {"steps": list(self.steps)}
@@ -133,6 +137,13 @@ class PrepOptions:
                             ("max_ind_range", 0), ("mod_idx", 0), ("workers", 1)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
+        for name, most in (("workers", MAX_WORKERS), ("frequency_threshold", LARGEST),
+                           ("frequency_limit", LARGEST)):  # fmt: skip
+            if getattr(self, name) > most:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at most {most}")
+        for name in ("part_bytes", "map_bytes", "giant"):
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"--{name} {getattr(self, name)}: must be from 0 to {LARGEST}")
         if self.random_seed >= 1 << 32:
             raise UserError(f"--random_seed {self.random_seed}: must be below 2^32")
         if self.max_ind_range >= 1 << 31:

@@ -28,7 +28,7 @@ class PrepProgress:
             self.rows += rows
             self.bytes += bytes
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         if self._show:
             print(text, file=sys.stderr, flush=True)
 
@@ -59,11 +59,11 @@ class PrepProgress:
             if self._show:
                 clock.join()
         done = self._text(name, 0, 0, time.monotonic() - begun) + " done"
-        self.say(f"\r\033[K{done}" if self._live else done)
+        self.print_line(f"\r\033[K{done}" if self._live else done)
 
     def skip(self, name: str, why: str) -> None:
         self._number += 1
-        self.say(f"step {self._number} of {self._steps} {name}: {why}")
+        self.print_line(f"step {self._number} of {self._steps} {name}: {why}")
 
     def _text(self, name: str, rows: int, bytes: int, seconds: float) -> str:
         text = f"step {self._number} of {self._steps} {name}{self._whose}:"

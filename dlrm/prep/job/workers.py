@@ -1,4 +1,7 @@
-"""Who does what: items dealt to MPI ranks and, within a rank, to threads, or to forks; one error for all."""
+"""Parallel work: items shared among MPI ranks, and within a rank among threads or forked processes.
+
+In: a function and the items to call it with. Out: the results, or one error that is the same on all ranks.
+"""
 
 import ctypes
 import gc
@@ -19,74 +22,83 @@ from dlrm.runtime.ranks import Ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-LOST = sys.maxsize  # in the place of an item: told if no item has an error
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+LOST = (
+    sys.maxsize
+)  # key for a lost worker's error, behind all item numbers: it is raised only if no item failed
 
 
-def run_in_threads(workers: int, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """The results in order; the first error is raised."""
-    if workers == 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, items))
+def run_in_threads(threads: int, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The results in the order of the items. The error of the earliest item that failed is raised."""
+    if threads == 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
 
 
-def run_in_processes(workers: int, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """The same by this process and forks of it, which share no interpreter; what a fork keeps is lost."""
-    if workers == 1:
-        return run_in_threads(1, work, items)
-    with tempfile.TemporaryFile(buffering=0) as deal:
-        deal.write(b"".join(number.to_bytes(8, "little") for number in range(len(items))))
-        deal.seek(0)  # all share this position, which nobody can die holding as a lock
-        found = _run_forked(workers, lambda: _work_through_items(deal, work, items))
-    results = [found[number] for number in sorted(found)]
-    for result in results:
+def run_in_processes(processes: int, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Like `run_in_threads`, in this process and `processes` - 1 forks of it, so that no two share a GIL.
+
+    Results are pickled back to this process; other changes that a fork makes in memory are lost with it.
+    """
+    if processes == 1:
+        return run_in_threads(1, function, items)
+    with tempfile.TemporaryFile(buffering=0) as queue:
+        queue.write(b"".join(number.to_bytes(8, "little") for number in range(len(items))))
+        # The forks inherit the open file and share its position, so each read of 8 bytes takes another item.
+        # Unlike a lock, the position cannot be held by a process that was killed.
+        queue.seek(0)
+        results = _run_forked(processes, lambda: _process_queue(queue, function, items))
+    in_order = [results[number] for number in sorted(results)]
+    for result in in_order:
         if isinstance(result, Exception):
             raise result
-    return results  # type: ignore[return-value]
+    return in_order  # type: ignore[return-value]
 
 
-def _work_through_items(deal: Any, work: Callable[[T], R], items: Sequence[T]) -> dict[int, R | Exception]:
-    """Take items while there are some."""
-    found: dict[int, R | Exception] = {}
-    while word := deal.read(8):
-        number = int.from_bytes(word, "little")
+def _process_queue(queue: Any, function: Callable[[T], R], items: Sequence[T]) -> dict[int, R | Exception]:
+    """Take item numbers from the queue until it is empty. Returns item number -> result or error."""
+    results: dict[int, R | Exception] = {}
+    while entry := queue.read(8):
+        number = int.from_bytes(entry, "little")
         try:
-            found[number] = work(items[number])
+            results[number] = function(items[number])
         except Exception as error:
-            found[number] = error
-            deal.seek(0, io.SEEK_END)  # nobody begins another
-    return found
+            results[number] = error
+            queue.seek(0, io.SEEK_END)  # no process starts another item
+    return results
 
 
-def _run_forked(workers: int, serve: Callable[[], dict[int, Any]]) -> dict[int, Any]:
-    """What this process and its forks serve, together."""
+def _run_forked(processes: int, run_share: Callable[[], dict[int, Any]]) -> dict[int, Any]:
+    """Call `run_share` in this process and in its forks. Returns all their results in one dict."""
 
     parent = os.getpid()
 
-    def serve_and_tell(out: Connection) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its forks
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nor do they outlive it
+    def run_and_send(out: Connection) -> None:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C reaches all processes; the parent ends its forks
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork ends when its parent does
         if os.getppid() == parent:
-            out.send(serve())
+            out.send(run_share())
 
-    gc.freeze()  # what is there is garbage to nobody: looking at it would copy its pages
+    gc.freeze()  # a collection in a fork would write to the objects' headers and so copy the parent's pages
     fork = multiprocessing.get_context("fork")
-    ends = [fork.Pipe(duplex=False) for _ in range(workers - 1)]
-    forks = [fork.Process(target=serve_and_tell, args=(out,)) for _, out in ends]
+    pipes = [fork.Pipe(duplex=False) for _ in range(processes - 1)]
+    forks = [fork.Process(target=run_and_send, args=(out,)) for _, out in pipes]
     try:
-        for process, (_, out) in zip(forks, ends, strict=True):
+        for process, (_, out) in zip(forks, pipes, strict=True):
             process.start()
             out.close()
-        found = serve()
-        for process, (into, _) in zip(forks, ends, strict=True):
+        results = run_share()
+        for process, (receiver, _) in zip(forks, pipes, strict=True):
             try:
-                found |= into.recv()
+                results |= receiver.recv()
             except (EOFError, OSError):
                 process.join()
                 lost = f"a worker ended with exit code {process.exitcode} (-9: killed, for memory?)"
-                found.setdefault(LOST, UserError(f"{lost}: try fewer --workers"))
-        return found
+                results.setdefault(LOST, UserError(f"{lost}: try fewer --workers"))
+        return results
     finally:
         gc.unfreeze()
         for process in forks:
@@ -96,12 +108,16 @@ def _run_forked(workers: int, serve: Callable[[], dict[int, Any]]) -> dict[int, 
 
 
 class Workers:
-    """Without MPI a team of one rank. The ranks see each other's files and exchange only small things."""
+    """All ranks of this job and the number of threads in each. Without MPI it is one rank.
 
-    def __init__(self, here: Ranks, workers: int) -> None:
-        self.rank, self.size, self.workers = here.rank, here.world_size, workers
+    The ranks share the file system; over MPI they exchange only small values. Every method except
+    `abort_ranks` is collective: all ranks must call it, in the same order.
+    """
+
+    def __init__(self, here: Ranks, threads: int) -> None:
+        self.rank, self.size, self.threads = here.rank, here.world_size, threads
         self._comm: Any = None
-        self.agreed = False  # an error that all ranks know of
+        self.error_is_shared = False  # all ranks are about to raise the same error: no need to abort them
         if self.size > 1:
             from mpi4py import MPI
 
@@ -115,59 +131,62 @@ class Workers:
     def first(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
         return self._comm.allgather(value) if self._comm else [value]
 
-    def agree(self, error: BaseException | None = None) -> None:
-        """All ranks meet; if one has failed, all stop, with the first one's error."""
+    def raise_shared_error(self, error: BaseException | None = None) -> None:
+        """`error`: this rank's own, if it failed. If any rank failed, all raise the error of the first."""
         mine = None if error is None else (type(error), str(error))
-        failed = [found for found in self.gather(mine) if found]
-        self.agreed = bool(failed)
-        if error is not None and mine == failed[0]:
+        failures = [failure for failure in self.all_gather(mine) if failure]
+        self.error_is_shared = bool(failures)
+        if error is not None and mine == failures[0]:
             raise error
-        if failed:
-            kind, text = failed[0]
+        if failures:
+            kind, text = failures[0]
             raise UserError(text) if kind is UserError else RuntimeError(f"another rank failed: {text}")
 
-    def abort(self, code: int) -> None:
-        """End the other ranks too, which may be waiting for this one."""
-        if self._comm and not self.agreed:
+    def abort_ranks(self, code: int) -> None:
+        """End all ranks, unless they fail with a shared error anyway: they may be waiting for this one."""
+        if self._comm and not self.error_is_shared:
             sys.stderr.flush()
             self._comm.Abort(code)
 
-    def first_does(self, work: Callable[[], None]) -> None:
-        """Rank 0 works, the others wait."""
-        error: BaseException | None = None
+    def run_on_first(self, function: Callable[[], None]) -> None:
+        """Rank 0 calls the function; the others wait for it."""
+        failure: BaseException | None = None
         if self.first:
             try:
-                work()
-            except Exception as found:
-                error = found
-        self.agree(error)
+                function()
+            except Exception as error:
+                failure = error
+        self.raise_shared_error(failure)
 
-    def first_gives(self, work: Callable[[], T]) -> T:
-        """What rank 0 has found out, on all ranks."""
-        found: list[Any] = [None]
+    def compute_on_first(self, function: Callable[[], T]) -> T:
+        """The value that the function returns on rank 0, on all ranks."""
+        value: list[Any] = [None]
 
-        def keep() -> None:
-            found[0] = work()
+        def keep_value() -> None:
+            value[0] = function()
 
-        self.first_does(keep)
-        return self.gather(found[0])[0]
+        self.run_on_first(keep_value)
+        return self.all_gather(value[0])[0]
 
-    def each(self, items: Sequence[T], work: Callable[[T], None]) -> None:
-        """Every item once, somewhere; in order, so that the earliest bad one is reported."""
+    def run_each(self, items: Sequence[T], function: Callable[[T], None]) -> None:
+        """Call the function with every item, each on one thread of one rank. Items start in order, and of the
+        errors on a rank the earliest item's is raised.
+        """
         mine = list(items[self.rank :: self.size])
         errors: dict[int, BaseException] = {}
-        stop = threading.Event()
+        failed = threading.Event()
 
-        def one(number: int) -> None:
-            if not stop.is_set():
+        def run_one(number: int) -> None:
+            if not failed.is_set():
                 try:
-                    work(mine[number])
+                    function(mine[number])
                 except Exception as error:
                     errors[number] = error
-                    stop.set()
+                    failed.set()
 
-        run_in_threads(self.workers, one, range(len(mine)))
-        self.agree(errors[min(errors)] if errors else None)
+        run_in_threads(self.threads, run_one, range(len(mine)))
+        self.raise_shared_error(errors[min(errors)] if errors else None)

@@ -26,7 +26,7 @@ def gather_digits(words: FieldWords, at: Any) -> tuple[Any, Any]:
     return found, builder.icmp_unsigned("==", ends, ir.Constant(ends.type, [TAB] * FIELDS))
 
 
-def are_hex(words: FieldWords, text: Any) -> Any:
+def find_hex(words: FieldWords, text: Any) -> Any:
     """Whether every byte is 0-9, a-f or A-F: adding carries into the top bit from a bound on."""
     builder = words.builder
 
@@ -68,7 +68,7 @@ def parse_eight_full(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
         words = FieldWords(builder, FIELDS)
         text, ended = gather_digits(words, at)
         store_ids(words, text, target, id_step)
-        good = words.all(builder.and_(ended, are_hex(words, text)))
+        good = words.all(builder.and_(ended, find_hex(words, text)))
         return builder.select(good, builder.add(at, I64(FIELDS * WIDTH)), I64(-1))
 
     return types.int64(types.int64, types.int64, types.int64), build
@@ -86,6 +86,6 @@ def parse_eight_any(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
         zeros = builder.lshr(builder.lshr(words.bytes(ord("0")), half), half)
         text = builder.or_(words.right_aligned(text, lengths), zeros)
         store_ids(words, text, target, id_step)
-        return words.behind(at, last, words.all(builder.and_(words.short(lengths), are_hex(words, text))))
+        return words.behind(at, last, words.all(builder.and_(words.short(lengths), find_hex(words, text))))
 
     return types.int64(types.int64, types.int64, types.int64), build

@@ -33,7 +33,7 @@ def inlined(function: Any) -> Any:
 
 
 @intrinsic
-def byte_at(typing: Any, base: Any) -> Any:
+def load_byte(typing: Any, base: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(builder.inttoptr(args[0], I8.as_pointer()))
 
@@ -41,7 +41,7 @@ def byte_at(typing: Any, base: Any) -> Any:
 
 
 @intrinsic
-def word_at(typing: Any, base: Any) -> Any:
+def load_word(typing: Any, base: Any) -> Any:
     """Eight bytes from any address, the first in the lowest byte."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -55,7 +55,7 @@ def pointer(builder: Any, base: Any, index: Any, kind: Any) -> Any:
 
 
 @intrinsic
-def get64(typing: Any, base: Any, index: Any) -> Any:
+def load64(typing: Any, base: Any, index: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(pointer(builder, args[0], args[1], I64))
 
@@ -63,7 +63,7 @@ def get64(typing: Any, base: Any, index: Any) -> Any:
 
 
 @intrinsic
-def put64(typing: Any, base: Any, index: Any, value: Any) -> Any:
+def store64(typing: Any, base: Any, index: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], pointer(builder, args[0], args[1], I64))
         return context.get_dummy_value()
@@ -72,7 +72,7 @@ def put64(typing: Any, base: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
-def get32(typing: Any, base: Any, index: Any) -> Any:
+def load32(typing: Any, base: Any, index: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(pointer(builder, args[0], args[1], I32))
 
@@ -80,7 +80,7 @@ def get32(typing: Any, base: Any, index: Any) -> Any:
 
 
 @intrinsic
-def put32(typing: Any, base: Any, index: Any, value: Any) -> Any:
+def store32(typing: Any, base: Any, index: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], pointer(builder, args[0], args[1], I32))
         return context.get_dummy_value()
@@ -106,7 +106,7 @@ def vector(builder: Any, address: Any, kind: Any, words: int) -> Any:
     return builder.inttoptr(address, ir.VectorType(kind, words).as_pointer())
 
 
-def copier(words: int) -> Any:
+def make_copier(words: int) -> Any:
     """A function (target, source) that copies so many 4-byte words between two addresses."""
 
     @intrinsic
@@ -121,7 +121,7 @@ def copier(words: int) -> Any:
     return copy
 
 
-def narrower(words: int) -> Any:
+def make_narrower(words: int) -> Any:
     """The same from 8-byte words, of which the low halves are kept."""
 
     @intrinsic
@@ -137,7 +137,7 @@ def narrower(words: int) -> Any:
     return narrow
 
 
-def subtracter(words: int) -> Any:
+def make_subtracter(words: int) -> Any:
     """A function (target, source, less) that copies so many 4-byte words, each less a number."""
 
     @intrinsic
@@ -157,7 +157,7 @@ def subtracter(words: int) -> Any:
 
 
 @intrinsic
-def trailing_zeros(typing: Any, value: Any) -> Any:
+def count_trailing_zeros(typing: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.IntType(1)(0))
 

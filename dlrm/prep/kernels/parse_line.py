@@ -9,7 +9,14 @@ import numpy as np
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.kernels.counts import parse_label_and_counts
 from dlrm.prep.kernels.hex_ids import FIELDS, parse_eight_any, parse_eight_full
-from dlrm.prep.kernels.intrinsics import byte_at, compiled, inlined, put32, trailing_zeros, word_at
+from dlrm.prep.kernels.intrinsics import (
+    compiled,
+    count_trailing_zeros,
+    inlined,
+    load_byte,
+    load_word,
+    store32,
+)
 
 PAD = 128  # bytes that may be read behind the last one
 BLOCK_FULL, NEED_MORE, ODD_LINE = 0, 1, 2
@@ -30,18 +37,18 @@ FAIL = -1
 def parse_int(at, empty):
     """(value, address of the next field), or (0, FAIL) when the field is not canonical."""
     sign = 1
-    if byte_at(at) == MINUS:
+    if load_byte(at) == MINUS:
         sign = -1
         at += 1
-        if byte_at(at) == TAB:
+        if load_byte(at) == TAB:
             return np.int64(0), FAIL
-    word = word_at(at)
+    word = load_word(at)
     gaps = word ^ TABS
     ends = (gaps - EACH_1) & ~gaps & EACH_80
     length = 8
     if ends:
-        length = trailing_zeros(ends) >> 3
-    elif byte_at(at + 8) != TAB:
+        length = count_trailing_zeros(ends) >> 3
+    elif load_byte(at + 8) != TAB:
         return np.int64(0), FAIL
     # the digits move to the top bytes, zeros come before them; two shifts because one by 64 is undefined
     half = U(4 * length)
@@ -61,8 +68,8 @@ def parse_int(at, empty):
 @inlined
 def parse_hex(at, end_byte):
     """The same for an id."""
-    if byte_at(at + 8) == end_byte:
-        word = word_at(at)
+    if load_byte(at + 8) == end_byte:
+        word = load_word(at)
         lower = word | TO_LOWER
         digits = (word + FROM_0) & ~(word + PAST_9)
         letters = (lower + FROM_A) & ~(lower + PAST_F)
@@ -78,7 +85,7 @@ def parse_hex(at, end_byte):
 def parse_short_hex(at, end_byte):
     value = np.uint32(0)
     for place in range(8):
-        byte = byte_at(at + place)
+        byte = load_byte(at + place)
         if byte == end_byte:
             return value, at + place + 1
         if ZERO <= byte <= ZERO + 9:
@@ -99,12 +106,12 @@ def parse_counts(at, labelled, empty, dense, label_at):
         label, at = parse_int(at, 0)
         if at == FAIL:
             return at
-    put32(label_at, 0, np.uint32(label))
+    store32(label_at, 0, np.uint32(label))
     for column in range(NUM_DENSE):
         value, at = parse_int(at, empty)
         if at == FAIL:
             return at
-        put32(dense, column, np.uint32(value))
+        store32(dense, column, np.uint32(value))
     return at
 
 
@@ -134,21 +141,21 @@ def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
             key, at = parse_hex(at, TAB)
             if at == FAIL:
                 return at
-            put32(sparse, column * id_step, key)
+            store32(sparse, column * id_step, key)
             column += 1
     key, at = parse_hex(at, NEWLINE)
-    put32(sparse, (NUM_SPARSE - 1) * id_step, key)
+    store32(sparse, (NUM_SPARSE - 1) * id_step, key)
     return at
 
 
 @compiled
-def parse_lines(at, end, labelled, empty, spots, row, room):
+def parse_lines(at, end, labelled, empty, addresses, row, room):
     """Rows from the text at addresses at..end, until the block is full, a line is odd, or none is whole.
 
     `spots` is a block's (see `scan.Block`). Returns (rows in the block, where it stopped, why).
     """
-    dense, dense_step, ids, ids_step = spots[0], 4 * spots[1], spots[2], 4 * spots[3]
-    id_step, labels, label_step = spots[4], spots[5], 4 * spots[6]
+    dense, dense_step, ids, ids_step = addresses[0], 4 * addresses[1], addresses[2], 4 * addresses[3]
+    id_step, labels, label_step = addresses[4], addresses[5], 4 * addresses[6]
     while row < room:
         # a row that ends behind `end` was read from the bytes that happen to lie there: not taken
         following = FAIL
@@ -159,7 +166,7 @@ def parse_lines(at, end, labelled, empty, spots, row, room):
             )  # fmt: skip
         if following == FAIL or following > end:
             for place in range(at, end):
-                if byte_at(place) == NEWLINE:
+                if load_byte(place) == NEWLINE:
                     return row, at, ODD_LINE
             return row, at, NEED_MORE
         at = following

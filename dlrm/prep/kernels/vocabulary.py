@@ -6,7 +6,7 @@ A slot holds id and number + 1 in eight bytes (0 is empty), so a look-up costs o
 import numpy as np
 
 from dlrm.data.criteo import NUM_SPARSE
-from dlrm.prep.kernels.intrinsics import compiled, get32, get64, inlined, prefetch, put32, put64
+from dlrm.prep.kernels.intrinsics import compiled, inlined, load32, load64, prefetch, store32, store64
 
 SLOTS, BITS, VALUES, COUNTS, SIZE, LIMIT = range(6)  # columns of the table of tables
 FIRST_BITS = 13
@@ -36,22 +36,22 @@ def encode_ids(tables, ids, row_step, id_step, rows, shift):
             far = bits > 15  # smaller tables are in the cache anyway
             for row in range(begin, end):
                 if far and row + AHEAD < rows:
-                    prefetch(slots + 8 * find_slot(get32(base, (row + AHEAD) * row_step), bits))
-                key = get32(base, row * row_step)
+                    prefetch(slots + 8 * find_slot(load32(base, (row + AHEAD) * row_step), bits))
+                key = load32(base, row * row_step)
                 at = find_slot(key, bits)
-                held = get64(slots, at)
+                held = load64(slots, at)
                 while held != 0 and np.uint32(held >> np.uint64(32)) != key:
                     at = (at + 1) & mask
-                    held = get64(slots, at)
+                    held = load64(slots, at)
                 if held == 0:
                     size += 1
                     held = (np.uint64(key) << np.uint64(32)) | np.uint64(size)
-                    put64(slots, at, held)
-                    put32(values, size - 1, key)
+                    store64(slots, at, held)
+                    store32(values, size - 1, key)
                 number = np.int64(np.uint32(held))
                 if counts != 0:
-                    put32(counts, number - 1, get32(counts, number - 1) + np.uint32(1))
-                put32(base, row * row_step, np.uint32(number + shift))
+                    store32(counts, number - 1, load32(counts, number - 1) + np.uint32(1))
+                store32(base, row * row_step, np.uint32(number + shift))
             tables[column, SIZE] = size
 
 

@@ -24,8 +24,8 @@ _one_giant = threading.Lock()  # a gigabyte or two each: one at a time in a proc
 class ColumnMaps:
     """One column's lists in the lanes' files, and the maps that are written for them."""
 
-    def __init__(self, work: PrepPlan, sizes: np.ndarray, column: int) -> None:
-        self.work, self.column, self.lanes = work, column, len(work.lanes)
+    def __init__(self, plan: PrepPlan, sizes: np.ndarray, column: int) -> None:
+        self.plan, self.column, self.lanes = plan, column, len(plan.lanes)
         self.sizes = sizes[:, column]
         self.offsets = sizes[:, :column].sum(axis=1)
         self.totals = sizes.sum(axis=1)
@@ -33,7 +33,7 @@ class ColumnMaps:
     def parts(self, counted: bool = False):
         """(lane, position in its list, ids, counts or None) in order."""
         for lane in range(self.lanes):
-            with OffsetFile(self.work.path("lane", lane, "ids")) as file:
+            with OffsetFile(self.plan.path("lane", lane, "ids")) as file:
                 for at in range(0, int(self.sizes[lane]), PART):
                     count, begin = min(PART, int(self.sizes[lane]) - at), int(self.offsets[lane]) + at
                     ids = file.read_array(count, 4 * begin, np.uint32)
@@ -43,31 +43,31 @@ class ColumnMaps:
                     yield lane, at, ids, seen
 
     def writer(self, lane: int) -> OffsetFile:
-        return OffsetFile(self.work.path("lane", lane, "map"), "w")
+        return OffsetFile(self.plan.path("lane", lane, "map"), "w")
 
     def write(self, file: OffsetFile, at: int, lane: int, numbers: np.ndarray) -> None:
         file.write(numbers.astype(np.int32, copy=False), 4 * (int(self.offsets[lane]) + at))
 
     def numbers(self, lane: int, at: int, count: int) -> np.ndarray:
-        with OffsetFile(self.work.path("lane", lane, "map")) as file:
+        with OffsetFile(self.plan.path("lane", lane, "map")) as file:
             return file.read_array(count, 4 * (int(self.offsets[lane]) + at), np.int32)
 
 
-def merge_column(work: PrepPlan, sizes: np.ndarray, column: int, progress: PrepProgress) -> None:
-    path = work.path("column", column)
+def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: PrepProgress) -> None:
+    path = plan.path("column", column)
     if path.exists():
         return
-    lists = ColumnMaps(work, sizes, column)
+    lists = ColumnMaps(plan, sizes, column)
     total = int(lists.sizes.sum())
     with trace.span("prep", "ids", bytes=4 * total, column=column):
-        if work.options.mod_idx:
-            kept = merge_moduli(lists, work.options.mod_idx)
-        elif total > work.options.giant:
+        if plan.options.mod_idx:
+            kept = merge_moduli(lists, plan.options.mod_idx)
+        elif total > plan.options.giant:
             with _one_giant:
-                kept = merge_giant(lists, work.options.min_count, bool(work.options.frequency_limit))
+                kept = merge_giant(lists, plan.options.min_count, bool(plan.options.frequency_limit))
         else:
-            kept = merge_small(lists, work.options.min_count, bool(work.options.frequency_limit))
-    work.save(path, {"kept": kept})
+            kept = merge_small(lists, plan.options.min_count, bool(plan.options.frequency_limit))
+    plan.save_json(path, {"kept": kept})
     progress.add(bytes=4 * total)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from common.errors import UserError, printable
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io.blocks import InputPiece, LineScanner, count_rows
-from dlrm.prep.io.files import OffsetFile, write_whole
+from dlrm.prep.io.files import OffsetFile, write_atomically
 from dlrm.prep.io.inputs import InputFile
 from dlrm.prep.io.odd_lines import LineRules
 from dlrm.prep.io.spill import SpillFile
@@ -25,48 +25,48 @@ def line_rules(options: PrepOptions, source: InputFile) -> LineRules:
     return LineRules(options.lenient, source.labelled, modulo, options.empty_dense)
 
 
-def count_piece(work: PrepPlan, number: int, progress: PrepProgress) -> None:
-    path, piece = work.path("count", number), work.pieces[number]
+def count_piece(plan: PrepPlan, number: int, progress: PrepProgress) -> None:
+    path, piece = plan.path("count", number), plan.pieces[number]
     if path.exists():
         return
-    source, options = work.sources[piece.source], work.options
+    source, options = plan.sources[piece.source], plan.options
     with (
         trace.span("prep", "count", bytes=piece.end - piece.begin),
-        OffsetFile(work.texts[piece.source]) as file,
+        OffsetFile(plan.texts[piece.source]) as file,
     ):
         rows, lines = count_rows(
             file, piece, printable(source.path), line_rules(options, source), options.skip_bad_rows
         )
-    work.save(path, [rows, lines])
+    plan.save_json(path, [rows, lines])
     progress.add(rows, piece.end - piece.begin)
 
 
 class LaneParser:
     """Lanes to spill files. A thread's vocabulary serves it again for its next lane: fresh memory costs."""
 
-    def __init__(self, work: PrepPlan, progress: PrepProgress) -> None:
-        self.work, self.progress = work, progress
+    def __init__(self, plan: PrepPlan, progress: PrepProgress) -> None:
+        self.plan, self.progress = plan, progress
         self._own = threading.local()
 
-    def lane(self, lane: int) -> None:
-        if self.work.path("lane", lane).exists():
+    def parse(self, lane: int) -> None:
+        if self.plan.path("lane", lane).exists():
             return
-        if not self.work.options.contiguous:
-            parse_lane(self.work, lane, None, self.progress)
+        if not self.plan.options.contiguous:
+            parse_lane(self.plan, lane, None, self.progress)
             return
         if not hasattr(self._own, "vocabulary"):
-            self._own.vocabulary = Vocabulary(self.work.options.min_count > 1)
+            self._own.vocabulary = Vocabulary(self.plan.options.min_count > 1)
         self._own.vocabulary.clear()
-        parse_lane(self.work, lane, self._own.vocabulary, self.progress)
+        parse_lane(self.plan, lane, self._own.vocabulary, self.progress)
 
 
-def parse_lane(work: PrepPlan, lane: int, vocabulary: Vocabulary | None, progress: PrepProgress) -> None:
-    path, options = work.path("lane", lane), work.options
+def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progress: PrepProgress) -> None:
+    path, options = plan.path("lane", lane), plan.options
     ranges, skipped, last_ids = [], [], np.zeros(NUM_SPARSE, np.int64)
-    size = sum(work.pieces[number].end - work.pieces[number].begin for number in work.lanes[lane])
+    size = sum(plan.pieces[number].end - plan.pieces[number].begin for number in plan.lanes[lane])
     with trace.span("prep", "parse", bytes=size):
-        for number in work.lanes[lane]:
-            low_high, scanner = parse_piece(work, number, vocabulary, last_ids, progress)
+        for number in plan.lanes[lane]:
+            low_high, scanner = parse_piece(plan, number, vocabulary, last_ids, progress)
             ranges.append(low_high)
             if scanner.skipped:
                 skipped.append([scanner.skipped, scanner.first_bad])
@@ -76,27 +76,27 @@ def parse_lane(work: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
         lists = [vocabulary.ids(column) for column in range(NUM_SPARSE)]
         if options.min_count > 1:
             lists += [vocabulary.seen(column) for column in range(NUM_SPARSE)]
-        write_whole(work.path("lane", lane, "ids"), np.concatenate(lists))
-    work.save(path, {"vocab": sizes, "dense": ranges, "skipped": skipped, "last": last_ids.tolist()})
+        write_atomically(plan.path("lane", lane, "ids"), np.concatenate(lists))
+    plan.save_json(path, {"vocab": sizes, "dense": ranges, "skipped": skipped, "last": last_ids.tolist()})
 
 
 def parse_piece(
-    work: PrepPlan, number: int, vocabulary: Vocabulary | None, last_ids: np.ndarray, progress: PrepProgress
+    plan: PrepPlan, number: int, vocabulary: Vocabulary | None, last_ids: np.ndarray, progress: PrepProgress
 ) -> tuple[list[int], LineScanner]:
     """One piece into its spill file; returns the range of its counts."""
-    piece, options = work.pieces[number], work.options
-    source = work.sources[piece.source]
+    piece, options = plan.pieces[number], plan.options
+    source = plan.sources[piece.source]
     low_high = np.array([1 << 40, -(1 << 40)])
     with (
-        OffsetFile(work.texts[piece.source]) as text,
-        OffsetFile(work.path("piece", number, "spill"), "w") as file,
-        Destinations(work, piece) as places,
+        OffsetFile(plan.texts[piece.source]) as text,
+        OffsetFile(plan.path("piece", number, "spill"), "w") as file,
+        Destinations(plan, piece) as places,
     ):
         file.resize(0)
         scanner = LineScanner(
             text, printable(source.path), piece, line_rules(options, source), options.skip_bad_rows
         )
-        spill = SpillFile(file, places.read, piece.rows, work.bits) if piece.rows else None
+        spill = SpillFile(file, places.read, piece.rows, plan.bits) if piece.rows else None
         for block, consumed in scanner.blocks():
             if spill is None or spill.done + block.rows > piece.rows:
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
@@ -112,7 +112,7 @@ def parse_piece(
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
             spill.finish()
             runs = np.concatenate([[spill.first], spill.runs])
-            write_whole(work.path("piece", number, "runs"), runs)
+            write_atomically(plan.path("piece", number, "runs"), runs)
     return low_high.tolist(), scanner
 
 
@@ -131,9 +131,11 @@ def widen_range(dense, rows, missing, low_high):
 class Destinations:
     """Where a piece's rows go: the permutation's file for those that are shuffled, their own place else."""
 
-    def __init__(self, work: PrepPlan, piece: InputPiece) -> None:
-        self._first, self._moved = piece.first_row, work.moved
-        self._file = OffsetFile(work.path("places", 0, "u32")) if piece.first_row < work.moved else None
+    def __init__(self, plan: PrepPlan, piece: InputPiece) -> None:
+        self._first, self._moved = piece.first_row, plan.shuffled_rows
+        self._file = (
+            OffsetFile(plan.path("places", 0, "u32")) if piece.first_row < plan.shuffled_rows else None
+        )
         self.read: Callable[[int, int], np.ndarray] = self._read
 
     def __enter__(self) -> "Destinations":

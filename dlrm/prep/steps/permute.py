@@ -110,7 +110,7 @@ def replay_swaps(rows, low, messages, k, bits, staged, filled):
 
 
 @compiled
-def deal_to_partitions(rows, low, k, bits, staged, filled):
+def send_to_partitions(rows, low, k, bits, staged, filled):
     """Pairs (source row, its place) to the buffer of their source's partition."""
     while k < len(rows):
         if rows[k] != SENT:
@@ -204,7 +204,7 @@ def write_places(
             messages.send(swap_items, here, low, i, drawn, bits=bits)
             moved(len(drawn))
         if partitions > 1:
-            pairs.send(deal_to_partitions, here, low, bits=bits)
+            pairs.send(send_to_partitions, here, low, bits=bits)
     collect_partition(path, rows, here if partitions == 1 else pairs, bits)
 
 

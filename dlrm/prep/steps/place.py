@@ -11,12 +11,12 @@ import numpy as np
 from common.errors import UserError, printable
 from common.owned import discard_file, finish_file
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.io.files import OffsetFile, write_whole
+from dlrm.prep.io.files import OffsetFile, write_atomically
 from dlrm.prep.io.output import store_rows
 from dlrm.prep.io.spill import RECORD_BYTES, WORDS
 from dlrm.prep.job.options import MISSING
 from dlrm.prep.job.progress import PrepProgress
-from dlrm.prep.kernels.intrinsics import compiled, copier, get32, prefetch, put32, subtracter
+from dlrm.prep.kernels.intrinsics import compiled, load32, make_copier, make_subtracter, prefetch, store32
 from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
 
@@ -27,7 +27,7 @@ FIRST_ID = 1 + NUM_DENSE
 
 AHEAD = 6  # rows that are asked for in advance: each lies in five or so cache lines
 DENSE_BYTES, SPARSE_BYTES = 4 * NUM_DENSE, 4 * NUM_SPARSE
-less, copy_ids = subtracter(NUM_DENSE), copier(NUM_SPARSE)
+less, copy_ids = make_subtracter(NUM_DENSE), make_copier(NUM_SPARSE)
 
 
 @compiled
@@ -37,27 +37,27 @@ def place_records(records, offsets, maps, mapped, shift, gaps, dense, sparse, la
     map_at, record = maps.ctypes.data, records.ctypes.data
     for k in range(len(records)):
         if k + AHEAD < len(records):
-            row = np.int64(get32(record, AHEAD * WORDS))
+            row = np.int64(load32(record, AHEAD * WORDS))
             prefetch(counts_at + DENSE_BYTES * row)
             prefetch(counts_at + DENSE_BYTES * row + DENSE_BYTES - 4)
             prefetch(ids_at + SPARSE_BYTES * row)
             prefetch(ids_at + SPARSE_BYTES * row + 64)
             prefetch(ids_at + SPARSE_BYTES * row + SPARSE_BYTES - 4)
             prefetch(labels_at + 4 * row)
-        row = np.int64(get32(record, 0))
+        row = np.int64(load32(record, 0))
         if gaps:
             for column in range(NUM_DENSE):
-                value = np.int32(get32(record, 1 + column))
+                value = np.int32(load32(record, 1 + column))
                 dense[row, column] = value if value == MISSING else np.int32(value - shift)
         else:
             less(counts_at + DENSE_BYTES * row, record + 4, shift)
         if mapped:
             for column in range(NUM_SPARSE):
-                id = get32(map_at, offsets[column] + get32(record, FIRST_ID + column))
-                put32(ids_at + SPARSE_BYTES * row, column, id)
+                id = load32(map_at, offsets[column] + load32(record, FIRST_ID + column))
+                store32(ids_at + SPARSE_BYTES * row, column, id)
         else:
             copy_ids(ids_at + SPARSE_BYTES * row, record + 4 * FIRST_ID)
-        put32(labels_at, row, get32(record, WORDS - 1))
+        store32(labels_at, row, load32(record, WORDS - 1))
         record += RECORD_BYTES
 
 
@@ -77,16 +77,16 @@ class IdMaps:
     values: list[np.ndarray]
 
 
-def load_map(work: PrepPlan, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
+def load_map(plan: PrepPlan, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.concatenate([[0], np.cumsum(sizes[lane])])
     if not offsets[-1]:  # a lane without a good row
         return offsets, np.zeros(0, np.int32)
-    with OffsetFile(work.path("lane", lane, "map")) as file:
+    with OffsetFile(plan.path("lane", lane, "map")) as file:
         return offsets, file.read_array(int(offsets[-1]), 0, np.int32)
 
 
-def load_maps(work: PrepPlan, sizes: np.ndarray) -> IdMaps:
-    found = [load_map(work, sizes, lane) for lane in range(len(work.lanes))]
+def load_maps(plan: PrepPlan, sizes: np.ndarray) -> IdMaps:
+    found = [load_map(plan, sizes, lane) for lane in range(len(plan.lanes))]
     return IdMaps([offsets for offsets, _ in found], [values for _, values in found])
 
 
@@ -103,14 +103,14 @@ def read_records(
 
 
 def translate_piece(
-    work: PrepPlan, sizes: np.ndarray, lane: int, number: int, progress: PrepProgress
+    plan: PrepPlan, sizes: np.ndarray, lane: int, number: int, progress: PrepProgress
 ) -> None:
     """Rewrite a piece's records with the dataset's ids, when the maps are too large to be kept together."""
-    final, spill = work.path("piece", number, "final"), work.path("piece", number, "spill")
-    rows = work.pieces[number].rows
+    final, spill = plan.path("piece", number, "final"), plan.path("piece", number, "spill")
+    rows = plan.pieces[number].rows
     if not final.exists() and rows:
-        partial = work.path("piece", number, "rewritten")
-        offsets, values = load_map(work, sizes, lane)
+        partial = plan.path("piece", number, "rewritten")
+        offsets, values = load_map(plan, sizes, lane)
         buffer = np.empty((PART_RECORDS, WORDS), np.uint32)
         with (
             trace.span("prep", "translate", bytes=rows * RECORD_BYTES),
@@ -126,7 +126,7 @@ def translate_piece(
     discard_file(spill)
 
 
-def may_be_open(files: int) -> int:
+def reserve_open_files(files: int) -> int:
     """How many of so many files may stay open; the soft limit is raised for them as far as it can be."""
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files + OTHER_FILES
@@ -140,40 +140,40 @@ def may_be_open(files: int) -> int:
 class Placer:
     """Buckets to output files. The files are shared by all ranks; each bucket writes its own stretch."""
 
-    def __init__(self, work: PrepPlan, maps: IdMaps | None, progress: PrepProgress) -> None:
-        self.work, self.maps, self.progress = work, maps, progress
+    def __init__(self, plan: PrepPlan, maps: IdMaps | None, progress: PrepProgress) -> None:
+        self.plan, self.maps, self.progress = plan, maps, progress
         self._own = threading.local()
         self._opened: list[OffsetFile] = []
-        self.most_open = may_be_open(len(work.pieces) * work.options.workers) // work.options.workers
-        self.lane_of = {piece: lane for lane, pieces in enumerate(work.lanes) for piece in pieces}
-        self.shifts = work.shifts()
-        ending = "spill" if maps is not None or not work.options.contiguous else "final"
-        self.spills = [work.path("piece", number, ending) for number in range(len(work.pieces))]
+        self.most_open = reserve_open_files(len(plan.pieces) * plan.options.workers) // plan.options.workers
+        self.lane_of = {piece: lane for lane, pieces in enumerate(plan.lanes) for piece in pieces}
+        self.shifts = plan.find_log_shifts()
+        ending = "spill" if maps is not None or not plan.options.contiguous else "final"
+        self.spills = [plan.path("piece", number, ending) for number in range(len(plan.pieces))]
         self.runs = []
-        for number, piece in enumerate(work.pieces):
+        for number, piece in enumerate(plan.pieces):
             runs = (
-                np.fromfile(work.path("piece", number, "runs"), np.int64)
+                np.fromfile(plan.path("piece", number, "runs"), np.int64)
                 if piece.rows
                 else np.zeros(2, np.int64)
             )
             self.runs.append((int(runs[0]), runs[1:]))
 
-    def bucket(self, number: int) -> None:
-        done = self.work.path("bucket", number, "done")
+    def place_bucket(self, number: int) -> None:
+        done = self.plan.path("bucket", number, "done")
         if done.exists():
             return
-        begin = number << self.work.bits
-        rows = min(self.work.rows, begin + (1 << self.work.bits)) - begin
+        begin = number << self.plan.bits
+        rows = min(self.plan.rows, begin + (1 << self.plan.bits)) - begin
         with trace.span("prep", "place", bytes=rows * RECORD_BYTES):
             arrays = self._gather(number, rows)
             self.write(begin, *arrays)
-        write_whole(done, b"")
+        write_atomically(done, b"")
         self.progress.add(rows, rows * RECORD_BYTES)
 
     def _buffers(self) -> tuple[np.ndarray, ...]:
         """Each thread's own, kept from bucket to bucket: fresh pages cost more than writing to them."""
         if not hasattr(self._own, "buffers"):
-            rows = min(self.work.rows, 1 << self.work.bits)
+            rows = min(self.plan.rows, 1 << self.plan.bits)
             shapes = (rows, NUM_DENSE), (rows, NUM_SPARSE), (rows, 1)
             buffers = [np.empty(shape, np.int32) for shape in shapes]
             self._own.buffers = (*buffers, np.empty((PART_RECORDS, WORDS), np.uint32))
@@ -201,12 +201,12 @@ class Placer:
     def _gather(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         dense, sparse, labels, buffer = self._buffers()
         dense, sparse, labels = dense[:rows], sparse[:rows], labels[:rows]
-        gaps = bool(self.work.options.frequency_limit)
+        gaps = bool(self.plan.options.frequency_limit)
         for piece, (first, runs) in enumerate(self.runs):
             at = number - first
             if not 0 <= at < len(runs) - 1 or runs[at] == runs[at + 1]:
                 continue
-            lane, shift = self.lane_of[piece], np.int32(self.shifts[self.work.pieces[piece].source])
+            lane, shift = self.lane_of[piece], np.int32(self.shifts[self.plan.pieces[piece].source])
             offsets = self.maps.offsets[lane] if self.maps else np.zeros(1, np.int64)
             values = self.maps.values[lane] if self.maps else np.zeros(1, np.int32)
             with self._spill(piece) as file:
@@ -217,5 +217,5 @@ class Placer:
         return dense, sparse, labels
 
     def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
-        folder, made = self.work.folders.made, self.work.made
-        store_rows(folder, self.work.options, made, self.work.moved, begin, dense, sparse, labels)
+        folder, made = self.plan.folders.unfinished, self.plan.outputs
+        store_rows(folder, self.plan.options, made, self.plan.shuffled_rows, begin, dense, sparse, labels)

@@ -10,10 +10,10 @@ import numpy as np
 
 from common.errors import UserError, printable
 from dlrm.data.criteo import NUM_SPARSE
-from dlrm.prep.io.blocks import InputPiece, line_end
-from dlrm.prep.io.files import OffsetFile, read_values, write_whole
+from dlrm.prep.io.blocks import InputPiece, find_line_end
+from dlrm.prep.io.files import OffsetFile, read_json_file, write_atomically
 from dlrm.prep.io.folders import Folders, discard
-from dlrm.prep.io.inputs import InputFile, OutputDay, plan_outputs, shuffled_rows
+from dlrm.prep.io.inputs import InputFile, OutputDay, count_shuffled_rows, plan_outputs
 from dlrm.prep.io.spill import choose_bucket_bits, count_buckets
 from dlrm.prep.job.options import PrepOptions
 
@@ -33,27 +33,27 @@ class PrepPlan:
         self.folder = folders.work
         self.pieces: list[InputPiece] = []
         self.lanes: list[list[int]] = []
-        self.made: list[OutputDay] = []
-        self.moved = self.rows = self.bits = 0
+        self.outputs: list[OutputDay] = []
+        self.shuffled_rows = self.rows = self.bits = 0
 
     # what is done ------------------------------------------------------------------------------------------
 
     def path(self, kind: str, number: int = 0, ending: str = "json") -> Path:
         return self.folder / f"{kind}_{number:05d}.{ending}"
 
-    def load(self, path: Path) -> Any:
-        return read_values(path)
+    def load_json(self, path: Path) -> Any:
+        return read_json_file(path)
 
-    def save(self, path: Path, value: Any) -> None:
-        write_whole(path, value)
+    def save_json(self, path: Path, value: Any) -> None:
+        write_atomically(path, value)
 
     # the plan ----------------------------------------------------------------------------------------------
 
-    def discard(self) -> None:
+    def discard_spills(self) -> None:
         """What nobody needs once all rows are in place: freeing it takes a while."""
         discard(self.folder, "piece_*")
 
-    def cut(self, ranks: int) -> None:
+    def cut_input(self, ranks: int) -> None:
         """Lanes of nearly equal size, cut at line ends; a lane holds a piece of each file that it touches."""
         sizes = [text.stat().st_size for text in self.texts]
         for source, size in zip(self.sources, sizes, strict=True):
@@ -73,27 +73,27 @@ class PrepPlan:
                 while at < size:
                     while marks[lane] <= before + at:
                         lane += 1
-                    end = line_end(file, marks[lane] - before, size)
+                    end = find_line_end(file, marks[lane] - before, size)
                     cut[lane].append(len(pieces))
                     pieces.append([source, at, end])
                     at = end
             before += size
-        self.save(
+        self.save_json(
             self.folder / STATE,
             {"pieces": pieces, "lanes": [numbers for numbers in cut if numbers]},
         )
 
     def read_plan(self) -> None:
-        state = self.load(self.folder / STATE)
+        state = self.load_json(self.folder / STATE)
         self.pieces = [InputPiece(*piece) for piece in state["pieces"]]
         self.lanes = state["lanes"]
 
-    def counted(self) -> None:
+    def add_row_counts(self) -> None:
         """Once every piece is counted: where each one's rows begin, and what the output will be."""
         rows_of = [0] * len(self.sources)
         lines_of = [0] * len(self.sources)
         for number, piece in enumerate(self.pieces):
-            rows, lines = self.load(self.path("count", number))
+            rows, lines = self.load_json(self.path("count", number))
             piece.first_line, piece.first_row, piece.rows = lines_of[piece.source], self.rows, rows
             self.rows += rows
             rows_of[piece.source] += rows
@@ -101,8 +101,8 @@ class PrepPlan:
         for source, rows in zip(self.sources, rows_of, strict=True):
             if rows == 0:
                 raise UserError(f"{printable(source.path)}: no rows in it")
-        self.made = plan_outputs(self.sources, rows_of, self.options.steps)
-        self.moved = shuffled_rows(self.made, self.options.shuffle)
+        self.outputs = plan_outputs(self.sources, rows_of, self.options.steps)
+        self.shuffled_rows = count_shuffled_rows(self.outputs, self.options.shuffle)
         self.bits = choose_bucket_bits(self.rows)
 
     @property
@@ -111,47 +111,47 @@ class PrepPlan:
 
     # what parsing leaves ---------------------------------------------------------------------------------
 
-    def vocab_sizes(self) -> np.ndarray:
+    def load_vocab_sizes(self) -> np.ndarray:
         """[lanes, columns]: distinct ids that each lane met."""
-        sizes = [self.load(self.path("lane", lane))["vocab"] for lane in range(len(self.lanes))]
+        sizes = [self.load_json(self.path("lane", lane))["vocab"] for lane in range(len(self.lanes))]
         return np.array(sizes, np.int64).reshape(len(self.lanes), NUM_SPARSE)
 
-    def lane_infos(self) -> list[dict[str, Any]]:
-        return [self.load(self.path("lane", lane)) for lane in range(len(self.lanes))]
+    def load_lane_infos(self) -> list[dict[str, Any]]:
+        return [self.load_json(self.path("lane", lane)) for lane in range(len(self.lanes))]
 
-    def dense_ranges(self) -> list[tuple[int, int]]:
+    def find_dense_ranges(self) -> list[tuple[int, int]]:
         """Per source: the smallest and the largest count."""
         low, high = [1 << 40] * len(self.sources), [-(1 << 40)] * len(self.sources)
-        for pieces, info in zip(self.lanes, self.lane_infos(), strict=True):
+        for pieces, info in zip(self.lanes, self.load_lane_infos(), strict=True):
             for piece, (least, most) in zip(pieces, info["dense"], strict=True):
                 source = self.pieces[piece].source
                 low[source], high[source] = min(low[source], least), max(high[source], most)
         return list(zip(low, high, strict=True))
 
     def check_ranges(self) -> None:
-        for source, (low, high) in zip(self.sources, self.dense_ranges(), strict=True):
+        for source, (low, high) in zip(self.sources, self.find_dense_ranges(), strict=True):
             self.options.check_counts(source.path, low, high)
 
-    def shifts(self) -> list[int]:
+    def find_log_shifts(self) -> list[int]:
         """Per source: what to take from its counts before the logarithm: min - 2, in int32 arithmetic."""
         if self.options.mod_idx:
             return [-1] * len(self.sources)
         if self.options.frequency_limit:
             return [-3] * len(self.sources)
-        return [int(np.int64(low - 2).astype(np.int32)) for low, _ in self.dense_ranges()]
+        return [int(np.int64(low - 2).astype(np.int32)) for low, _ in self.find_dense_ranges()]
 
-    def kept(self) -> list[int]:
+    def count_kept_ids(self) -> list[int]:
         """Per column: how many ids have a number of their own."""
-        return [self.load(self.path("column", column))["kept"] for column in range(NUM_SPARSE)]
+        return [self.load_json(self.path("column", column))["kept"] for column in range(NUM_SPARSE)]
 
-    def last_ids(self) -> list[int]:
+    def find_last_ids(self) -> list[int]:
         """Per column: the largest id."""
         if self.options.contiguous:
             if self.options.mod_idx:
                 return [self.options.mod_idx * (column + 1) - 1 for column in range(NUM_SPARSE)]
-            return [1 + count for count in self.kept()]
-        return np.max([info["last"] for info in self.lane_infos()], axis=0).tolist()
+            return [1 + count for count in self.count_kept_ids()]
+        return np.max([info["last"] for info in self.load_lane_infos()], axis=0).tolist()
 
-    def skipped(self) -> list[list[Any]]:
+    def list_skipped_rows(self) -> list[list[Any]]:
         """Per piece with bad rows: how many, and where the first one is."""
-        return [found for info in self.lane_infos() for found in info["skipped"]]
+        return [found for info in self.load_lane_infos() for found in info["skipped"]]

@@ -16,21 +16,21 @@ from dlrm.runtime import trace
 BLOCK = 1 << 20
 
 
-def text_path(source: InputFile, folder: Path) -> Path:
+def find_text_path(source: InputFile, folder: Path) -> Path:
     """The plain text to read for this source."""
-    return folder / f"{source.name}.text" if source.packed else source.path
+    return folder / f"{source.name}.text" if source.compressed else source.path
 
 
 def unpack_file(source: InputFile, folder: Path, progress: PrepProgress) -> None:
-    target = text_path(source, folder)
-    if not source.packed or target.exists():
+    target = find_text_path(source, folder)
+    if not source.compressed or target.exists():
         return
     partial, at = target.with_name(target.name + ".partial"), 0
-    packed = source.path.stat().st_size
+    compressed = source.path.stat().st_size
     with os_errors_as_user_errors(source.path):
         try:
             with (
-                trace.span("prep", "unpack", bytes=packed),
+                trace.span("prep", "unpack", bytes=compressed),
                 os.fdopen(open_regular(source.path), "rb", buffering=0) as raw,
                 gzip.GzipFile(fileobj=raw) as text,
                 OffsetFile(partial, "w") as out,

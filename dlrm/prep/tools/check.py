@@ -8,7 +8,7 @@ import numpy as np
 from common.errors import UserError, printable
 from dlrm.data.criteo import PARTS, DatasetMeta, array_file_name
 from dlrm.data.npy_header import read_npy_header
-from dlrm.prep.io.digests import digests
+from dlrm.prep.io.digests import compute_digests
 from dlrm.prep.io.files import OffsetFile
 
 PARTIAL = ".partial"
@@ -21,7 +21,7 @@ def check_dataset(folder: Path) -> list[str]:
     flaws = [f"{path}: left by an unfinished run" for path in sorted(folder.glob(f"*{PARTIAL}"))]
     if meta.format == "npy":
         flaws += check_arrays(folder, meta)
-    found = digests([folder / name for name in meta.md5 if (folder / name).exists()])
+    found = compute_digests([folder / name for name in meta.md5 if (folder / name).exists()])
     for name, wanted in meta.md5.items():
         path = folder / name
         if path not in found:
@@ -36,7 +36,7 @@ def check_arrays(folder: Path, meta: DatasetMeta) -> Iterator[str]:
     sizes = np.array(meta.table_sizes, np.int64)
     kept = meta.parameters.get("compat", "") == "" and "contiguous" in meta.parameters.get("steps", [])
     tested = "test_sparse.npy" in meta.md5  # Kaggle's test set has ids of its own
-    found = list(layouts_of(folder, meta))
+    found = list(check_layouts(folder, meta))
     whole = not any(flaw for _, _, flaw in found)
     seen: list[np.ndarray] = []
     if whole and kept and not tested:
@@ -53,7 +53,7 @@ def check_arrays(folder: Path, meta: DatasetMeta) -> Iterator[str]:
             yield f"{folder}: column {column}: {missing} ids never occur, the first is {first}"
 
 
-def layouts_of(folder: Path, meta: DatasetMeta) -> Iterator[tuple[Path, str, str]]:
+def check_layouts(folder: Path, meta: DatasetMeta) -> Iterator[tuple[Path, str, str]]:
     """(file, part, flaw or nothing)."""
     for day, rows in enumerate(meta.rows):
         for part, columns in PARTS.items():

@@ -5,6 +5,7 @@ and no day is ever whole in memory.
 """
 
 import json
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, printable
+from common.memory import format_size
 from common.owned import finish_file
 from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta, array_file_name, multi_hot_file_name
-from dlrm.prep.io.files import OffsetFile, explained
-from dlrm.prep.io.folders import DATASET, Folders, Output
-from dlrm.prep.io.folders import publish as publish_results
-from dlrm.prep.io.inputs import Stamps
-from dlrm.prep.io.publish import md5_of, write_meta
+from dlrm.prep.io.files import OffsetFile, os_errors_as_user_errors
+from dlrm.prep.io.folders import DATASET, Folders, Output, publish_results
+from dlrm.prep.io.inputs import FileStamps
+from dlrm.prep.io.publish import compute_md5, write_meta
 from dlrm.prep.job.overlap import same_folder
 from dlrm.prep.job.workers import Workers
 from dlrm.prep.tools.check import read_layout
@@ -28,6 +29,7 @@ from dlrm.prep.tools.torchrec_shuffle import copy_day
 DISTRIBUTIONS = ("uniform", "pareto")
 ROWS = 1 << 16  # at a time, of a table and of a day
 IN_MEMORY = 256 << 20  # bytes of one table
+LARGEST = {"multi_hot_sizes": 1 << 16, "num_embeddings_per_feature": (1 << 31) - 1}  # ids have 32 bits
 LAYOUT = 1  # of the intermediate files
 
 
@@ -44,6 +46,8 @@ class MultiHotOptions:
         for name, values in (("multi_hot_sizes", self.sizes), ("num_embeddings_per_feature", self.tables)):
             if len(values) != NUM_SPARSE or min(values) < 1:
                 raise UserError(f"--{name}: {NUM_SPARSE} numbers of at least 1 are needed, got {len(values)}")
+            if max(values) > LARGEST[name]:
+                raise UserError(f"--{name} {max(values)}: at most {LARGEST[name]} is possible; lower it")
         if same_folder(self.input_dir, self.output_dir):
             raise UserError(
                 f"--output_dir {printable(self.output_dir)}: the same as --input_dir; choose another"
@@ -55,7 +59,7 @@ class MultiHotOptions:
         return self.sizes, self.tables, (self.distribution, self.copy_labels_and_dense)
 
 
-def write_multi_hot(options: MultiHotOptions, team: Workers) -> None:
+def write_multi_hot(options: MultiHotOptions, workers: Workers) -> None:
     days = list_days(options.input_dir)
     names = [multi_hot_file_name(day) for day in range(days)]
     parts = ["sparse"]
@@ -63,17 +67,20 @@ def write_multi_hot(options: MultiHotOptions, team: Workers) -> None:
         parts = ["sparse", "dense", "labels"]
         names += [array_file_name(day, part) for day in range(days) for part in parts[1:]]
     paths = [options.input_dir / array_file_name(day, part) for day in range(days) for part in parts]
-    stamps = team.first_gives(lambda: Stamps(paths))
-    key = json.loads(json.dumps([LAYOUT, *map(list, options.how()), stamps.taken]))
-    with Output("multihot", options.output_dir, first_does=team.first_does) as output:
-        folders = team.first_gives(lambda: output.open(key, [*names, META]))
-        team.first_does(lambda: make_tables(options, folders.work))
-        team.each(range(days), lambda day: write_day(options, folders, day))
-        team.first_does(lambda: finish(options, days, names, folders, stamps))
-        team.first_does(output.clear)
+    stamps = workers.compute_on_first(lambda: FileStamps(paths))
+    key = json.loads(json.dumps([LAYOUT, *map(list, options.how()), stamps.stamps]))
+    with Output("multihot", options.output_dir, run_on_first=workers.run_on_first) as output:
+        folders = workers.compute_on_first(lambda: output.open(key, [*names, META]))
+        workers.run_on_first(lambda: check_free_space(options, folders.work))
+        workers.run_on_first(lambda: make_tables(options, folders.work))
+        workers.run_each(range(days), lambda day: write_day(options, folders, day))
+        workers.run_on_first(lambda: finish(options, days, names, folders, stamps))
+        workers.run_on_first(output.clear)
 
 
-def finish(options: MultiHotOptions, days: int, names: list[str], folders: Folders, stamps: Stamps) -> None:
+def finish(
+    options: MultiHotOptions, days: int, names: list[str], folders: Folders, stamps: FileStamps
+) -> None:
     last, others = names[0], r"day_\d+_sparse_multi_hot\.npz|meta\.json"
     if options.copy_labels_and_dense:  # a folder that can be read on its own
         write_meta(folders, make_meta(options, days, names, folders))
@@ -88,6 +95,18 @@ def list_days(folder: Path) -> int:
     if not days:
         raise UserError(f"--input_dir {printable(folder)}: no {array_file_name(0, 'sparse')} in it")
     return days
+
+
+def check_free_space(options: MultiHotOptions, scratch: Path) -> None:
+    """UserError where the tables, which lie in files, do not fit on the disk."""
+    need = sum(4 * rows * hots for rows, hots in zip(options.tables, options.sizes, strict=True))
+    with os_errors_as_user_errors(scratch):
+        free = shutil.disk_usage(scratch).free
+    if need > free:
+        raise UserError(
+            f"--output_dir {printable(options.output_dir)}: the tables need {format_size(need)}, "
+            f"{format_size(free)} are free: make space, or give smaller --multi_hot_sizes or tables"
+        )
 
 
 def make_tables(options: MultiHotOptions, scratch: Path) -> None:
@@ -121,21 +140,22 @@ def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
     """The .npz that np.savez would write, one column after the other; it comes after the copies."""
     source, target = (
         options.input_dir / array_file_name(day, "sparse"),
-        folders.made / multi_hot_file_name(day),
+        folders.unfinished / multi_hot_file_name(day),
     )
     if target.exists():
         return
     if options.copy_labels_and_dense:
         for part in ("labels", "dense"):
             copy_day(
-                options.input_dir / array_file_name(day, part), folders.made / array_file_name(day, part)
+                options.input_dir / array_file_name(day, part),
+                folders.unfinished / array_file_name(day, part),
             )
     shape, dtype, first = read_layout(source)
     if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
         raise UserError(f"{printable(source)}: {shape} {dtype}, integer ids in {NUM_SPARSE} columns expected")
     partial = target.with_name(target.name + ".partial")
     with (
-        explained(partial),
+        os_errors_as_user_errors(partial),
         OffsetFile(source) as ids,
         zipfile.ZipFile(partial, "w", allowZip64=True) as archive,
     ):
@@ -167,5 +187,5 @@ def make_meta(options: MultiHotOptions, days: int, names: list[str], folders: Fo
         format="multi_hot",
         parameters=parameters,
         made_by="dlrm.prep multihot",
-        md5=md5_of(folders, names),
+        md5=compute_md5(folders, names),
     )

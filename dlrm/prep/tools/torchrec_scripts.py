@@ -19,14 +19,13 @@ from dlrm.prep.io.blocks import (
     LineScanner,
     TextBlock,
     count_rows,
-    line_end,
-    text_buffer,
+    find_line_end,
+    make_text_buffer,
 )
 from dlrm.prep.io.files import OffsetFile
-from dlrm.prep.io.folders import DATASET, Output
-from dlrm.prep.io.folders import publish as publish_results
+from dlrm.prep.io.folders import DATASET, Output, publish_results
 from dlrm.prep.io.odd_lines import LineRules
-from dlrm.prep.io.output import logarithms
+from dlrm.prep.io.output import take_logarithm_in_place
 from dlrm.prep.job.workers import run_in_processes, run_in_threads
 from dlrm.prep.kernels.intrinsics import compiled
 from dlrm.prep.kernels.parse_line import count_ends, parse_lines
@@ -39,7 +38,7 @@ class WholeFile(threading.local):
     """Each thread's buffers, kept from file to file: fresh pages cost more than writing to them."""
 
     def __init__(self) -> None:
-        self.block, self.text = TextBlock.arrays(), text_buffer()
+        self.block, self.text = TextBlock.arrays(), make_text_buffer()
 
 
 _own = WholeFile()
@@ -48,7 +47,7 @@ _own = WholeFile()
 def parse_folder(input_dir: Path, output_dir: Path, dataset: str = "", workers: int = 1) -> None:
     """npy_preproc_criteo: TSV to float32 logarithms, int64 hashes, int32 labels."""
     found = inputs.find_inputs(input_dir, dataset)
-    stamps = inputs.Stamps(source.path for source in found)
+    stamps = inputs.FileStamps(source.path for source in found)
     each = -(-workers // len(found))  # a file is cut only where there are more workers than files
     names = [f"{source.name}_{part}.npy" for source in found for part in PARTS]
     with Output("parse", output_dir) as output:
@@ -56,7 +55,7 @@ def parse_folder(input_dir: Path, output_dir: Path, dataset: str = "", workers: 
 
         def one(source: inputs.InputFile) -> None:
             with trace.span("prep", "parse", bytes=source.path.stat().st_size):
-                parse_file(source, folders.made, each)
+                parse_file(source, folders.unfinished, each)
 
         load_array()
         run_in_processes(min(workers, len(found)), one, found)
@@ -67,8 +66,8 @@ def parse_folder(input_dir: Path, output_dir: Path, dataset: str = "", workers: 
 def load_array() -> None:
     """Have the kernels' machine code before the process forks: by calling each on nothing, or a row."""
     block = _own.block
-    parse_lines(0, 0, True, 0, block.spots, 0, 0)
-    logarithms(block.dense[:1], np.int32(0))
+    parse_lines(0, 0, True, 0, block.addresses, 0, 0)
+    take_logarithm_in_place(block.dense[:1], np.int32(0))
     count_ends(block.labels.view(np.uint8), 0)
 
 
@@ -104,7 +103,9 @@ def cut_file(source: inputs.InputFile, rules: LineRules, workers: int) -> list[I
     if workers == 1:
         return [InputPiece(0, 0, size, rows=0)]
     with OffsetFile(source.path) as file:
-        ends = sorted({line_end(file, size * part // (4 * workers), size) for part in range(1, 4 * workers)})
+        ends = sorted(
+            {find_line_end(file, size * part // (4 * workers), size) for part in range(1, 4 * workers)}
+        )
     pieces = [
         InputPiece(0, begin, end) for begin, end in zip([0, *ends], [*ends, size], strict=True) if begin < end
     ]
@@ -148,7 +149,7 @@ def take_logarithm_of_rows(out: OffsetFile, rows: int, shift: np.int32, workers:
         counts = _own.block.dense[: min(BLOCK_ROWS, rows - at)]
         offset = publish.HEADER_BYTES + at * counts[:1].nbytes
         own.file.read_into(counts.data.cast("B"), offset)
-        out.write(logarithms(counts, shift), offset)
+        out.write(take_logarithm_in_place(counts, shift), offset)
 
     opened: list[OffsetFile] = []
     run_in_threads(workers, one, range(0, rows, BLOCK_ROWS))
@@ -165,16 +166,16 @@ def narrow_ids(ids):
     return 0 <= extra < 1 << 32
 
 
-def number_folder(
+def number_ids_of_folder(
     input_dir: Path, output_dir: Path, threshold: int, suffix: str = "_contig_freq.npy"
 ) -> None:
     """contiguous_preproc_criteo: hashes to 2, 3, ... in order of first appearance, 1 for the rare ones."""
     paths = [input_dir / array_file_name(day, "sparse") for day in range(list_days(input_dir, "sparse"))]
-    stamps = inputs.Stamps(paths)
+    stamps = inputs.FileStamps(paths)
     names = [path.name.removesuffix(".npy") + suffix for path in paths]
     with Output("contiguous", output_dir) as output:
         folders = output.open([], names, restart=True)
-        number(paths, [folders.made / name for name in names], threshold)
+        number(paths, [folders.unfinished / name for name in names], threshold)
         publish_results(folders, names, names[0], rf"day_\d+_sparse{re.escape(suffix)}", stamps.check)
         output.clear()
 

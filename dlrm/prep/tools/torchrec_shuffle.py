@@ -10,11 +10,10 @@ from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, array_file_name
 from dlrm.prep.io import publish
 from dlrm.prep.io.blocks import TextBlock
 from dlrm.prep.io.files import OffsetFile
-from dlrm.prep.io.folders import DATASET, Folders, Output
-from dlrm.prep.io.folders import publish as publish_results
+from dlrm.prep.io.folders import DATASET, Folders, Output, publish_results
+from dlrm.prep.io.inputs import FileStamps
 from dlrm.prep.io.inputs import OutputDay as Output_
-from dlrm.prep.io.inputs import Stamps
-from dlrm.prep.io.output import overlaps, through_float
+from dlrm.prep.io.output import find_overlaps, round_in_place
 from dlrm.prep.io.spill import WORDS, SpillFile, choose_bucket_bits, count_buckets
 from dlrm.prep.job.overlap import refuse_overlap, same_folder
 from dlrm.prep.steps import permute
@@ -46,7 +45,7 @@ def shuffle_folder(
     made = [Output_(f"day_{day}", count_rows_of_day(folders, day)) for day in range(days)]
     moved = sum(output.rows for output in made[:-1])
     paths = [folder / array_file_name(day, part) for day in range(days) for part, folder in folders.items()]
-    stamps = Stamps(paths)
+    stamps = FileStamps(paths)
     names = [path.name for path in paths]
     refuse_overlap("--tmp_dir", tmp_dir, [(OPTIONS[part], folder) for part, folder in folders.items()])
     for part, folder in folders.items():
@@ -73,10 +72,10 @@ def write_days(folders: dict[str, Path], made: list[Output_], moved: int, seed: 
     buffers = (*(np.empty(shape, np.int32) for shape in shapes), np.empty((PART_RECORDS, WORDS), np.uint32))
     for bucket in range(count_buckets(moved, bits)):
         with trace.span("prep", "place", bytes=160 << bits):
-            write_bucket(made[:-1], spills, bucket, bits, buffers, used.made)
+            write_bucket(made[:-1], spills, bucket, bits, buffers, used.unfinished)
     last = len(made) - 1
     for part, folder in folders.items():
-        copy_day(folder / array_file_name(last, part), used.made / array_file_name(last, part))
+        copy_day(folder / array_file_name(last, part), used.unfinished / array_file_name(last, part))
 
 
 def count_rows_of_day(folders: dict[str, Path], day: int) -> int:
@@ -145,8 +144,8 @@ def write_bucket(
             with OffsetFile(path) as file:
                 for _, records in read_records(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
                     place_records(records, *NO_MAP, False, np.int32(0), False, dense, sparse, labels)
-    through_float(sparse, labels, raw=True)
-    for output, start, stop, at in overlaps(made, bucket << bits, rows):
+    round_in_place(sparse, labels, raw=True)
+    for output, start, stop, at in find_overlaps(made, bucket << bits, rows):
         for part, array in (("dense", dense), ("sparse", sparse), ("labels", labels)):
             with OffsetFile(folder / f"{output.name}_{part}.npy", "w") as file:
                 shape, dtype = (output.rows, array.shape[1]), "<f4" if part == "dense" else "<i4"

@@ -5,14 +5,16 @@ a model that learns those tables reaches an AUROC near 0.85; the big columns are
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from common.errors import UserError, os_errors_as_user_errors, printable
+from common.memory import format_size
+from dlrm.data.criteo import MOST_DAYS, NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io.files import OffsetFile
-from dlrm.prep.io.folders import Output, publish
+from dlrm.prep.io.folders import Output, publish_results
 
 # ids per sparse column: a few big tables, many small ones, in the order of Criteo's own 26
 CARDINALITIES = (
@@ -20,6 +22,7 @@ CARDINALITIES = (
     1_000, 3_000, 155, 4, 500, 14, 150_000, 50_000, 120_000, 25_000, 3_000, 108, 36,
 )  # fmt: skip
 TELLING = [column for column, ids in enumerate(CARDINALITIES) if ids <= 200]
+ROW_BYTES = 150  # of text, at least
 BLOCK = 50_000  # rows made at a time: memory stays small however long the file is
 DENSE_WIDTH, HEX_WIDTH = 7, 8
 TAB, NEWLINE = 9, 10
@@ -31,16 +34,33 @@ def write_days(out: str | os.PathLike[str], days: int, rows: int, seed: int, one
     """
     if days < 1 or rows < 1:
         raise UserError(f"--days {days} --rows {rows}: both must be at least 1")
+    if days > MOST_DAYS or not 0 <= seed < 1 << 63:
+        raise UserError(f"--days {days} --seed {seed}: at most {MOST_DAYS} days, and a seed of 63 bits")
+    need = days * rows * ROW_BYTES
+    if need > (free := free_bytes(Path(out))):
+        raise UserError(
+            f"{printable(out)}: --days {days} of --rows {rows} need {format_size(need)}, {format_size(free)} "
+            "are free: make fewer"
+        )
     names = ["day_0"] if one_file else [f"day_{day}" for day in range(days)]
     with Output("toy", Path(out)) as output:
         folders = output.open([], names, restart=True)
         for day in range(days):
-            with OffsetFile(folders.made / names[0 if one_file else day], "a") as file:
+            with OffsetFile(folders.unfinished / names[0 if one_file else day], "a") as file:
                 for begin in range(0, rows, BLOCK):
                     rng = np.random.default_rng([seed, day, begin])
                     file.append(format_tsv(min(BLOCK, rows - begin), rng, seed))
-        publish(folders, names, names[0], r"day_\d+", lambda: None)
+        publish_results(folders, names, names[0], r"day_\d+", lambda: None)
         output.clear()
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk where this folder is, or is going to be made."""
+    above = folder.absolute()
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    with os_errors_as_user_errors(above):
+        return shutil.disk_usage(above).free
 
 
 def format_tsv(rows: int, rng: np.random.Generator, seed: int) -> bytes:

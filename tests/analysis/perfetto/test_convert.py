@@ -3,12 +3,11 @@
 import gzip
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support import traced
+from support.reports import analysis
 from support.trace_processor import Trace, opened
 
 from analysis.perfetto import chrome, convert
@@ -259,19 +258,9 @@ def test_same_pids_on_two_hosts_stay_apart(tmp_path: Path) -> None:
         assert rows == [("rank 0 on node0", 10_000), ("rank 1 on node1", 11_000)]
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "analysis", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=traced.ROOT,
-    )
-
-
 def test_command_line(run: Path, tmp_path: Path) -> None:
-    done = command("perfetto", run, "-o", tmp_path / "x.pftrace")
-    assert done.returncode == 0 and str(tmp_path / "x.pftrace") in done.stdout
+    out, _ = analysis("perfetto", run, "-o", tmp_path / "x.pftrace")
+    assert str(tmp_path / "x.pftrace") in out
     assert (tmp_path / "x.pftrace").stat().st_size > 1000
     (tmp_path / "empty").mkdir()
     for words, text in (
@@ -281,8 +270,8 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
         (("view", tmp_path / "empty"), "no *.pftrace"),
         (("check", tmp_path / "empty"), "no traces"),
     ):
-        done = command(*words)
-        assert done.returncode == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1
+        _, errors = analysis(*words, code=2)
+        assert text in errors and errors.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["empty", "x.pftrace"]  # no temporary file stays
 
 

@@ -38,7 +38,7 @@ def as_tracks(events: list[Event], block: int) -> list[list[tuple[int, int]]]:
                 written.append([])
             ts = np.array([e[0] for e in part])
             dur = np.array([e[1] - e[0] for e in part])
-            order, late, refused = lanes[level].nest(ts, dur, np.array([e[2] for e in part]))
+            order, late, refused = lanes[level].nest_slices(ts, dur, np.array([e[2] for e in part]))
             assert sorted([*order, *late, *refused]) == list(range(len(part)))
             for i in late:
                 written[level].append((part[i][0] - 0.001, len(written[level]), part[i][0], part[i][1]))
@@ -91,16 +91,16 @@ def test_parents_come_first_whatever_takes_no_time() -> None:
     lane = SliceLane()
     # a call in the microsecond in which its span begins, and the span; then two calls in one microsecond
     ts, dur = np.array([10, 10, 30, 30]), np.array([0, 5, 0, 2])
-    order, late, refused = lane.nest(ts, dur, np.array([True, False, True, True]))
+    order, late, refused = lane.nest_slices(ts, dur, np.array([True, False, True, True]))
     assert order.tolist() == [1, 0, 2, 3] and not len(late) and not len(refused)
 
 
 def test_a_late_parent_of_many_blocks() -> None:
     lane = SliceLane()
     for begin in range(0, 100_000, 10):
-        lane.nest(np.array([begin]), np.array([10]), np.array([False]))
-    order, late, refused = lane.nest(np.array([5_0000]), np.array([50_000]), np.array([False]))
+        lane.nest_slices(np.array([begin]), np.array([10]), np.array([False]))
+    order, late, refused = lane.nest_slices(np.array([5_0000]), np.array([50_000]), np.array([False]))
     assert (len(order), len(late), len(refused)) == (0, 0, 1)  # began where a neighbour ended: ambiguous
-    order, late, refused = lane.nest(np.array([0]), np.array([100_000]), np.array([False]))
+    order, late, refused = lane.nest_slices(np.array([0]), np.array([100_000]), np.array([False]))
     assert (len(order), late.tolist(), len(refused)) == (0, [0], 0)
     assert lane.size == 1

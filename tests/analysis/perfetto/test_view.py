@@ -31,11 +31,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(run: Path) -> Iterator[view.Server]:
     pytest.importorskip("viztracer")
     server = view.make_server(view.find_trace(run, None), 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     assert server.server_address[0] == "127.0.0.1"
     yield server
     server.shutdown()
@@ -145,7 +145,7 @@ def test_nothing_but_the_interface_is_served(
     (tmp_path / "viztracer" / "__init__.py").write_text("")
     monkeypatch.setattr(view, "find_interface", lambda: web)
     other = view.make_server(server.RequestHandlerClass.keywords["trace"], 0)  # pyright: ignore
-    threading.Thread(target=other.serve_forever, daemon=True).start()
+    threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
     try:
         assert ask(other, f"/{other.token}/")[0] == 200
         assert ask(other, f"/{other.token}/{path}")[0] == 404

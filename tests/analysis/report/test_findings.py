@@ -160,7 +160,7 @@ def test_ranks_that_take_turns_read_in_strides(tmp_path: Path) -> None:
         ranks.append(made)
     result = found(tmp_path, *ranks, config={"data": {"read_chunk_mb": 0.03}, "launch": {}})
     assert "random_access" not in result
-    reads = answers.volume(gather_tables(tmp_path), "rank").filter(pl.col("op") == "read")
+    reads = answers.sum_volume(gather_tables(tmp_path), "rank").filter(pl.col("op") == "read")
     assert reads.select("sequential", "strided", "random").rows() == [(2, 1498, 0)] * 2
     for rule in ("small_reads", "waiting"):
         assert "--batch_size" in result[rule].remedy and "--read_chunk_mb" not in result[rule].remedy

@@ -169,7 +169,7 @@ def test_steps_by_sql(run: Path, joined: JoinedTables, tmp_path: Path) -> None:
     reads = joined["ops"].filter(pl.col("name").str.starts_with("pread"))
     assert preads == [(reads["count"].sum(), reads["us"].sum() * 1000)]
     by_name = {(c, n): (k, us // 1000) for c, n, k, us in spans}
-    for cat, name, count, us in answers.spans(joined).select("cat", "name", "count", "us").iter_rows():
+    for cat, name, count, us in answers.sum_spans(joined).select("cat", "name", "count", "us").iter_rows():
         assert by_name[cat, name] == (count, us), (cat, name)
 
 
@@ -201,7 +201,7 @@ def test_sequential_and_random(tmp_path: Path) -> None:
     made.write(tmp_path)
     joined = gather_tables(tmp_path)
     found = {r["file"]: (r["sequential"], r["random"], r["failed"], r["bytes"])
-             for r in answers.volume(joined, "file").iter_rows(named=True)}  # fmt: skip
+             for r in answers.sum_volume(joined, "file").iter_rows(named=True)}  # fmt: skip
     assert found == {"/a": (2, 1, 0, 30), "/b": (3, 1, 1, 40)}
     assert dict(joined["extents"].select("file", "reach").iter_rows()) == {"/a": 120, "/b": 510}
 
@@ -215,7 +215,7 @@ def test_percentiles_over_ranks_are_those_of_all_events(tmp_path: Path) -> None:
             made.posix("pread64", i * 100_000, us, "/a", ret=1, offset=i)
             all_us.append(us)
         made.write(tmp_path)
-    row = answers.operations(gather_tables(tmp_path)).row(0, named=True)
+    row = answers.sum_operations(gather_tables(tmp_path)).row(0, named=True)
     for q in (50, 90, 99):
         exact = np.quantile(all_us, q / 100, method="inverted_cdf")
         assert row[f"p{q}_us"] == pytest.approx(exact, rel=0.01)
@@ -229,7 +229,7 @@ def test_bytes_that_no_call_shows_count_once(tmp_path: Path) -> None:
     made.posix("open64", 10, 5, "/mapped")
     made.span("data", "read", 20, 9, file="/mapped", bytes=70)
     made.write(tmp_path)
-    found = answers.volume(gather_tables(tmp_path), "file")
+    found = answers.sum_volume(gather_tables(tmp_path), "file")
     assert dict(found.select("file", "bytes").iter_rows()) == {"/seen": 100, "/mapped": 70}
 
 
@@ -242,7 +242,7 @@ def test_spans_without_a_file_count_when_no_call_did_the_work(tmp_path: Path) ->
     made.span("checkpoint", "write", 200, 100, bytes=600)
     made.posix("write", 210, 50, "/log", ret=7)
     made.write(tmp_path)
-    found = answers.volume(gather_tables(tmp_path), "file")
+    found = answers.sum_volume(gather_tables(tmp_path), "file")
     assert dict(found.select("file", "bytes").iter_rows()) == {"/ckpt/a": 1000, None: 600, "b": 50, "/log": 7}
 
 
@@ -254,7 +254,7 @@ def test_hosts_whose_clocks_disagree(tmp_path: Path) -> None:
             if line["ph"] == 1:
                 line["ts"] += shift
         made.write(tmp_path)
-    table = progress.steps(gather_tables(tmp_path))
+    table = progress.list_steps(gather_tables(tmp_path))
     assert len(table) == 40 and table["ts"][0] == BEGIN + 10_000
     firsts = gather_tables(tmp_path)["steps"].group_by("rank").agg(pl.col("ts").min())["ts"].to_list()
     assert firsts == [BEGIN + 10_000] * 2
@@ -268,20 +268,20 @@ def test_forked_worker_without_hashes_of_its_own(tmp_path: Path) -> None:
     parent.write(tmp_path)
     joined = gather_tables(tmp_path)
     assert joined["time"]["rank"].unique().to_list() == [0]
-    assert answers.volume(joined, "file")["file"].to_list() == ["/data/day_0_sparse.npy"]
+    assert answers.sum_volume(joined, "file")["file"].to_list() == ["/data/day_0_sparse.npy"]
 
 
 def test_killed_before_the_epoch_ended(tmp_path: Path) -> None:
     made = training(steps=10)
     made.lines.pop()  # the epoch's span is written at its end
     made.write(tmp_path, end=False)
-    table = answers.phases(gather_tables(tmp_path))
+    table = answers.sum_phases(gather_tables(tmp_path))
     assert dict(table.select("phase", "wall_s").iter_rows())["train"] == pytest.approx(10 * 0.01201 - 1e-5)
 
 
 def test_step_ranges_hold_all_steps(tmp_path: Path) -> None:
     training(steps=47).write(tmp_path)
     joined = gather_tables(tmp_path)
-    table = progress.step_ranges(joined)
+    table = progress.sum_step_ranges(joined)
     assert table["steps"].sum() == 47 and table["from_step"].to_list() == list(range(0, 47, 3))
     assert table["wall_s"].sum() == pytest.approx(float(joined["steps"]["wall_us"].sum()) / 1e6)

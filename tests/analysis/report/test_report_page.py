@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from support.browser import chromium
 from support.made_traces import Made, training
-from support.reports import METRICS, a_run, analysis
+from support.reports import METRICS, ROOT, a_run, analysis
 from support.trace_processor import opened
 
 from analysis.__main__ import main
@@ -26,9 +26,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_files(run: Path) -> None:
     told = json.loads((run / "summary.json").read_text())
     assert told["ranks"] == 2 and told["hosts"] == ["n0"]
-    assert told["headline"]["samples per second"] == 1000.0
-    assert told["headline"]["waiting for data, of training"] == pytest.approx(0.5, abs=0.01)
-    assert told["headline"]["bytes read"] == 2 * 40 * 4 << 20
+    assert told["metrics"]["samples_per_second"] == told["headline"]["samples per second"] == 1000.0
+    assert told["metrics"]["wait_share"] == pytest.approx(0.5, abs=0.01)
+    assert told["metrics"]["read_bytes"] == told["headline"]["bytes read"] == 2 * 40 * 4 << 20
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", key) for key in (*told, *told["metrics"]))
+    documented = (ROOT / "docs" / "report.md").read_text()
+    assert [key for key in (*told, *told["metrics"]) if f"`{key}`" not in documented] == []
     assert {f["rule"] for f in told["findings"]} == {"waiting"}
     assert told["breakdown_s"][1]["wait"] == pytest.approx(0.24)
     steps = pl.read_csv(run / "tables" / "steps.csv")
@@ -47,9 +50,9 @@ def test_a_model_that_ranks_items(tmp_path: Path) -> None:
     lines = [{"step": 40, "epoch": 1, "split": "val", **scores, "time": 1_795_252_102.5}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS[:2] + lines))
     out, _ = analysis("report", folder)
-    told = json.loads((folder / "summary.json").read_text())["headline"]
-    assert told["val NDCG@10"] == told["val Recall@10"] == 0.5
-    assert "val NDCG@10" in out and "AUROC" not in out and not any("AUROC" in name for name in told)
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert metrics["val_ndcg_at_10"] == metrics["val_recall_at_10"] == 0.5
+    assert "val NDCG@10" in out and "AUROC" not in out and not any("auroc" in name for name in metrics)
     page = (folder / "report.html").read_text()
     assert '"label":"NDCG@10"' in page and '"label":"Recall@10"' in page and '"label":"AUROC"' not in page
 
@@ -242,7 +245,7 @@ def test_links_lead_to_one_slice(tmp_path: Path) -> None:
         ("view RUN/report.html", "not a trace for the Perfetto UI"),
         ("report RUN --dask foo", "--dask foo: local, pbs, or the host:port"),
         ("summary RUN/report.html", "end in .pfw.gz or .pfw; give one, or a run folder"),
-        ("perfetto RUN -o /nowhere/x", "choose another place with -o"),
+        ("perfetto RUN -o /nowhere/x", "name another file with -o"),
     ],
 )
 def test_mistakes_in_one_line(

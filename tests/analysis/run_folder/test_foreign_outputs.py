@@ -1,5 +1,6 @@
 """Somebody's files beside every analysis command: not one byte of them changes, and one line says why."""
 
+import json
 import os
 import shutil
 import stat
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.made_traces import Made
 from support.reports import ROOT, a_run, analysis
 
 Make = Callable[[Path], None]
@@ -177,6 +179,9 @@ def test_a_folder_of_an_earlier_version_and_a_copy_go_on(run: Path) -> None:
             (run / ".dlrm-io.json").unlink()
             page = (run / "report.html").read_text()
             (run / "report.html").write_text(page[: page.rindex("<!-- made by")])
+            numbers = json.loads((run / "summary.json").read_text())
+            del numbers["metrics"]
+            (run / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n")
         analysis("report", run)
         analysis("perfetto", run)
 
@@ -190,8 +195,6 @@ def test_tables_of_an_earlier_report_go(run: Path) -> None:
     other = a_run(run.parent / "other")
     for path in (other / "trace").iterdir():
         path.rename(run / "trace" / path.name)
-    from support.made_traces import Made
-
     for path in (run / "trace").iterdir():
         path.unlink()
     made = Made(0, 1, role="prep")
@@ -215,8 +218,8 @@ def test_two_at_once(run: Path) -> None:
 @pytest.mark.parametrize("name", ['it\'s "quoted"', "new\nline", "back\\slash", "=1+1", "<!--<script>", "-o"])
 def test_odd_names_of_runs(run: Path, name: str) -> None:
     odd = run.rename(run.with_name(name))
-    for words in (["report"], ["summary"], ["perfetto"], ["perfetto", "--posix"]):
-        _, errors = analysis(*words, odd)
+    for command in ("report", "perfetto"):
+        _, errors = analysis(command, odd)
         assert errors == ""
     analysis("compare", odd, odd)
     page = (odd / "report.html").read_text()

@@ -51,16 +51,16 @@ def went_on(tmp_path: Path) -> Path:
 def test_the_pause_is_nobodys_time(went_on: Path) -> None:
     joined = gather_tables(went_on)
     one, two = (10_000 + steps * 12_010 for steps in (30, 40))  # us of a launch
-    table = progress.launches(joined)
+    table = progress.list_launches(joined)
     assert table["ranks"].to_list() == [2, 3] and table["steps"].to_list() == [30, 40]
     assert table["wall_s"].to_list() == pytest.approx([one / 1e6, two / 1e6])
     assert table["not_running_before_s"].to_list() == pytest.approx([0, (PAUSE - one) / 1e6])
-    walls = dict(answers.breakdown(joined).select("rank", "wall").iter_rows())
+    walls = dict(answers.sum_breakdown(joined).select("rank", "wall").iter_rows())
     assert walls == pytest.approx({0: (one + two) / 1e6, 1: (one + two) / 1e6, 2: two / 1e6})
     facts = Facts(joined, {})
-    assert facts.wall() == pytest.approx((one + two) / 1e6)
-    assert facts.mean("wall_s") == pytest.approx((one + two) / 1e6)
-    assert facts.mean("wait_s", "train") == pytest.approx(70 * 100e-6)
+    assert facts.wall_seconds() == pytest.approx((one + two) / 1e6)
+    assert facts.mean_seconds("wall_s") == pytest.approx((one + two) / 1e6)
+    assert facts.mean_seconds("wait_s", "train") == pytest.approx(70 * 100e-6)
     shares = pl.read_csv(_written(went_on) / "timeline.csv")
     inside = shares.filter((pl.col("at_s") > one / 1e6 + 2) & (pl.col("at_s") < PAUSE / 1e6 - 2))
     assert len(inside) == 0
@@ -72,7 +72,7 @@ def _written(run: Path) -> Path:
 
 
 def test_each_launch_has_its_own_clock(went_on: Path) -> None:
-    table = progress.steps(gather_tables(went_on))
+    table = progress.list_steps(gather_tables(went_on))
     assert len(table) == 70 and table["ranks"].to_list() == [2] * 30 + [3] * 40  # no step is two launches'
     assert table["ts"].to_list()[30] == BEGIN + PAUSE + 10_000
     begun = (
@@ -121,12 +121,12 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     assert len(find_trace_files(tmp_path)) == 4
     run = open_run(tmp_path)
     steps = run.results["steps"]
-    table = progress.launches(run.joined)
+    table = progress.list_launches(run.joined)
     assert table["ranks"].to_list() == [2, 2] and sum(table["steps"]) == steps
     assert table["first_step"].to_list() == [0, table["last_step"][0] + 1]
     assert run.joined["steps"]["step"].n_unique() == steps
     pause = table["not_running_before_s"][1]
-    both = answers.breakdown(run.joined)["wall"]
+    both = answers.sum_breakdown(run.joined)["wall"]
     begin = min(p.first for p in run.joined.processes)
     end = max(p.last for p in run.joined.processes)
     assert 0 < pause < 30 and both.max() <= (end - begin) / 1e6 - pause + 0.001  # type: ignore[operator]
@@ -136,11 +136,10 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     assert "coverage 100.0%" in out
     rows, _ = check.check_run(tmp_path)
     mine = [row for row in rows if row.launch == 2]
-    saved = list((tmp_path / "checkpoints").glob("0*/*"))
-    sizes = {path.parent.name + "/" + path.name: path.stat().st_size for path in saved}
-    written = [row for row in mine if row.direction == "written"]
-    named = {row.file.rpartition("checkpoints/.")[2]: row.said for row in written}
-    assert named.items() <= sizes.items() and len(named) >= 3 * (steps - table["first_step"][1]) // 3
+    # a checkpoint is written in a work folder, which gets the name of its step when it is complete
+    saved = [(path.name, path.stat().st_size) for path in (tmp_path / "checkpoints").glob("0*/*")]
+    written = [(Path(row.file).name, row.said) for row in mine if row.direction == "written"]
+    assert set(written) <= set(saved) and len(written) >= 3 * (steps - table["first_step"][1]) // 3
     assert [row.said for row in mine if "checkpoints" in row.file and row.direction == "read"]  # gone on from
     said = sum(row.said for row in mine)
     assert said == sum(sum(of.values()) for key in ("bytes_read", "bytes_written")

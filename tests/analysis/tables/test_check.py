@@ -10,8 +10,9 @@ import pytest
 from support import traced
 from support.made_traces import Made
 
-from analysis.perfetto.derive import READ, WRITE
 from analysis.tables import check
+from analysis.trace.arguments import READ, WRITE
+from analysis.trace.source import FileSource
 from common.errors import UserError
 
 # Every way in which this project reads and writes: whole files, at offsets, into buffers, in threads.
@@ -78,7 +79,7 @@ def test_every_byte_that_strace_sees(tmp_path: Path) -> None:
     seen = by_strace(log.read_text(), names)
     for name, before in (("data.bin", 300_000), ("array.npy", 40_128)):  # written before the trace began
         assert seen.pop((WRITE, str(run / name))) == before
-    [(processes, traced_bytes)] = check.by_launch(run)
+    [(processes, traced_bytes)] = check.sum_by_launch(FileSource(run))
     assert set(traced_bytes) == {0} and len(processes) == 2  # the worker's bytes are its rank's
     mine = {key: value for key, value in traced_bytes[0].items() if key[1] in names and value}
     assert mine == dict(seen)

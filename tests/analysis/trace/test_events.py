@@ -285,7 +285,7 @@ def test_a_run_that_went_on_has_several_jobs() -> None:
     two = [began(0, "c", 600_001_000, "two0"), began(1, "d", 600_001_007, "two1")]
     worker = TracedProcess(Path("worker"), 1, world_size=2, host="d", role="worker", first=600_002_000)
     found = [two[1], one[0], worker, two[0], one[1]]
-    jobs = [{p.path.name for p in job} for job in clocks.launches(found)]
+    jobs = [{p.path.name for p in job} for job in clocks.group_launches(found)]
     assert jobs == [{"one0", "one1"}, {"two0", "two1", "worker"}]
     shifts = {path.name: clock.shift for path, clock in clocks.make_clocks(found).items()}
     assert shifts == {"one0": 0, "one1": -30, "two0": 0, "two1": -7, "worker": -7}

@@ -1,8 +1,7 @@
-# ruff: noqa: E501
 """Random damage to traces, and random lines: no command ends by a signal or a traceback, or takes 1 GB.
 
-Each seed is a case of its own and stands in the message: `python -m tests.test_fuzz_traces commands SEED 1`
-(or `cases SEED 1`) repeats it.
+Each seed is a case of its own, and a failure names it: `run_command_case(folder, SEED)` and
+`scan_case(SEED, folder)` repeat it, and so does `PYTHONPATH=.:tests python THIS_FILE SEED 1` for the scanner.
 """
 
 import gzip
@@ -18,30 +17,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.fuzzing import EXTREMES, check, mutate, outcome
+from support.analysis_command import run_hostile
+from support.fuzzing import EXTREMES, check, mutate
 from support.made_traces import training
 
-from analysis import __main__ as analysis
 from analysis.tables import gather
 from analysis.trace.lines import ReadLoss, read_blocks
 from analysis.trace.scan import MAX_DUR, MAX_TS, scan_block
 from analysis.trace.strings import PAD, StringTable
+from common.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = (["perfetto"], ["report"], ["check"], ["summary"], ["perfetto", "--format", "json"])
 NUMBERS = (
-    "0", "1", "-1", "3.5", "1e3", "1e999", "-1e308", "1e-999", "0e999", "null", "true", "[]", "{}", '""', '"7"',
-    "4294967296", "18446744073709551615", "9223372036854775807", "-9223372036854775808", "9" * 400, "-", "1+1",
+    "0", "1", "-1", "3.5", "1e3", "1e999", "-1e308", "1e-999", "0e999", "null", "true", "[]", "{}", '""',
+    '"7"', "4294967296", "18446744073709551615", "9223372036854775807", "-9223372036854775808", "9" * 400,
+    "-", "1+1",
     "0." + "0" * 400 + "1", str(MAX_TS), str(MAX_TS + 1), str(MAX_DUR), str(MAX_DUR + 1), "[" * 80 + "]" * 80,
 )  # fmt: skip
 TEXTS = (
-    "a", "", "read", "write", "pread64", "step", "epoch", "POSIX", "STDIO", "counter", "clock", "dftracer", "train",
-    "data", "barrier", "end", "start", "HH", "FH", "SH", "CM", "rank", "world_size", "host", "role", "thread_name",
+    "a", "", "read", "write", "pread64", "step", "epoch", "POSIX", "STDIO", "counter", "clock", "dftracer",
+    "train", "data", "barrier", "end", "start", "HH", "FH", "SH", "CM", "rank", "world_size", "host", "role",
+    "thread_name",
     "é", "\\ud800", "\\", 'x"y', "\\u0000", "\\n", "\x01", "q" * 300, "value",
 )  # fmt: skip
 KEYS = (
     "name", "cat", "ph", "pid", "tid", "ts", "dur", "args", "id", "type", "hhash", "fhash", "offset", "count",
-    "ret", "epoch", "step", "batch", "value", "split", "when", "file", "bytes", "fname", "size", "num_events", "k",
+    "ret", "epoch", "step", "batch", "value", "split", "when", "file", "bytes", "fname", "size",
+    "num_events", "k",
 )  # fmt: skip
 
 
@@ -127,58 +130,35 @@ def write_run(folder: Path, chance: random.Random) -> None:
 
 def on_this_thread(
     function, work
-):  # a pool of threads for each of thousands of forks is all that they would do
+):  # a pool of threads for each of thousands of files would take most of the time
     return map(function, work)
 
 
-def run_case(folder: Path, seed: int) -> None:
+def run_command_case(folder: Path, seed: int) -> None:
     chance = random.Random(seed)
     write_run(folder, chance)
     command = COMMANDS[chance.randrange(len(COMMANDS))]
     try:
-        check(outcome(analysis.main, [command[0], folder, *command[1:]]))
+        check(run_hostile(command[0], folder, *command[1:]))
     except AssertionError as error:
-        raise AssertionError(f"seed {seed}, {' '.join(command)}: {error}") from error
+        error.add_note(f"seed {seed}: {' '.join(command)}; kept in {folder}")
+        raise
 
 
-def run_cases(seeds: Iterable[int]) -> list[str]:
-    """What broke. Forks of a process that has used polars would wait for its threads for ever, so this one
-    has not: what needs it is compiled by a child, and the rest is loaded here.
-    """
-    wrong = []
-    with tempfile.TemporaryDirectory() as scratch:
-        training(0, 1, steps=5).write(Path(scratch) / "warm")
-        for command in COMMANDS:
-            outcome(
-                analysis.main, [command[0], Path(scratch) / "warm", *command[1:]], seconds=300, memory=4 << 30
-            )
-        for command in ("perfetto", "check"):
-            analysis.main([command, str(Path(scratch) / "warm")])
-        for seed in seeds:
-            try:
-                run_case(Path(scratch) / str(seed), seed)
-            except AssertionError as error:
-                wrong.append(str(error)[-1500:])
-            shutil.rmtree(Path(scratch) / str(seed))
-    return wrong
+def run_command_cases(folder: Path, seeds: Iterable[int]) -> None:
+    for seed in seeds:
+        run_command_case(folder / str(seed), seed)
+        shutil.rmtree(folder / str(seed))
 
 
-def in_own_process(*words: object, timeout: int, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_fuzz_traces", *map(str, words)],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
-def test_commands_survive_damaged_traces() -> None:
-    in_own_process("commands", 0, 40, timeout=300)
+def test_commands_survive_damaged_traces(tmp_path: Path) -> None:
+    run_command_cases(tmp_path, range(20))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", range(1000, 9000, 1000))
-def test_commands_survive_thousands_of_damaged_traces(start: int) -> None:
-    in_own_process("commands", start, 1000, timeout=3600)
+@pytest.mark.parametrize("start", range(0, 8000, 1000))
+def test_commands_survive_thousands_of_damaged_traces(tmp_path: Path, start: int) -> None:
+    run_command_cases(tmp_path, range(start, start + 1000))
 
 
 def scan_case(seed: int, folder: Path) -> None:
@@ -203,21 +183,30 @@ def scan_case(seed: int, folder: Path) -> None:
         try:
             convert.convert_to_pftrace(path, folder / "out")
             gather.gather_tables(path, on_this_thread)
-        except analysis.UserError:
+        except UserError:
             pass
 
 
 def test_the_scanner_survives_random_lines(tmp_path: Path) -> None:
-    for seed in range(400):
+    for seed in range(150):
         scan_case(seed, tmp_path)
 
 
-@pytest.mark.parametrize("first, count", [(0, 60), pytest.param(100_000, 8000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first, count", [(0, 40), pytest.param(100_000, 8000, marks=pytest.mark.slow)])
 def test_the_build_with_checked_bounds_finds_no_access_outside(
-    tmp_path: Path, first: int, count: int
+    tmp_path: Path, request: pytest.FixtureRequest, first: int, count: int
 ) -> None:
-    cache = str(tmp_path / "numba-checked")
-    in_own_process("cases", first, count, timeout=3600, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=cache)
+    """numba reads NUMBA_BOUNDSCHECK when it compiles, so these cases have a process of their own, and the
+    checked code, which takes most of a minute to compile, a folder in pytest's cache.
+    """
+    cache = getattr(request.config, "cache", None)
+    compiled = cache.mkdir("numba-checked") if cache else tmp_path / "numba-checked"
+    environment = {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(compiled)}
+    done = subprocess.run(
+        [sys.executable, __file__, str(first), str(count)], cwd=ROOT, capture_output=True, text=True,
+        timeout=3600, env=os.environ | environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def test_damaged_gzip_streams_give_whole_lines(tmp_path: Path) -> None:
@@ -229,22 +218,15 @@ def test_damaged_gzip_streams_give_whole_lines(tmp_path: Path) -> None:
             assert text.endswith(b"\n")
 
 
-def main(argv: list[str]) -> int:
-    """`cases FIRST COUNT`: the scanner, in this process; `commands FIRST COUNT`: a fork each."""
-    seeds = range(int(argv[1]), int(argv[1]) + int(argv[2]))
-    if argv[0] == "commands":
-        wrong = run_cases(seeds)
-        print("\n".join(wrong), file=sys.stderr)
-        return 1 if wrong else 0
+def main(first: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for seed in seeds:
+        for seed in range(first, first + count):
             try:
                 scan_case(seed, Path(folder))
             except BaseException:
                 print(f"seed {seed}", file=sys.stderr)
                 raise
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

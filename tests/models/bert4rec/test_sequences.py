@@ -186,6 +186,19 @@ def test_negatives_are_new_distinct_and_drawn_as_asked() -> None:
     assert count_candidates(few, None, 100) == 5  # the second user has met four of nine
 
 
+def test_rare_items_are_drawn_too() -> None:
+    """Where nearly all ratings are one item's, drawing until all others have come would not end."""
+    items = np.concatenate([np.full(3_000_000, 1), np.arange(2, 41), [1, 2, 3]]).astype(np.int32)
+    data = Histories(items, np.array([0, 3_000_000, 3_000_039, 3_000_042]), 40)
+    found = draw_negatives(data, 37, True, 0)
+    assert sorted(found[2].tolist()) == list(range(4, 41))
+    assert len(set(found[0].tolist())) == 37 and 1 not in found[0]
+    few = draw_negatives(
+        data, 5, True, 0
+    )  # of a user who has not met the popular item there is only that one
+    assert all(len(set(row)) == 5 for row in few[[0, 2]].tolist())
+
+
 def test_a_markov_walk_has_its_known_best_guess() -> None:
     raw = ratings.make_markov(Path(), RatingsOptions(users=500, items=40, size=20_000, seed=2))
     data = make_histories(raw)

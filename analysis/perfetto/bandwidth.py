@@ -1,0 +1,65 @@
+"""Bytes per second over time, for Perfetto's counter tracks."""
+
+import numpy as np
+
+from analysis.trace.arguments import READ, WRITE
+from analysis.trace.strings import compiled
+
+WINDOW_US = 100_000
+MAX_WINDOWS = 1 << 20  # of a counter; the windows get longer instead of more
+# On average over a block. Spreading a call as long as the run costs as much as the run has windows.
+_WINDOWS_PER_CALL = 64
+_DIRECTIONS = {"read": READ, "write": WRITE}
+
+
+class BandwidthCounter:
+    """Bytes per window of time; a call's bytes are spread evenly over the time that it took.
+
+    Windows get twice as long whenever there would be more than MAX_WINDOWS of them.
+    """
+
+    def __init__(self, begin: int) -> None:
+        self.begin, self.window = begin, WINDOW_US
+        self.bytes = {"read": np.zeros(1024), "write": np.zeros(1024)}
+
+    def add(self, ts: np.ndarray, dur: np.ndarray, kinds: np.ndarray, amounts: np.ndarray) -> None:
+        for name in self.bytes:
+            mine = (kinds == _DIRECTIONS[name]) & (amounts > 0)
+            if mine.any():
+                starts = np.maximum(ts[mine] - self.begin, 0)
+                ends = np.maximum(ts[mine] + dur[mine] - self.begin, starts)
+                most = int(ends.max())
+                while most // self.window + 2 > MAX_WINDOWS or (ends - starts).sum(
+                    dtype=np.float64
+                ) / self.window > MAX_WINDOWS + _WINDOWS_PER_CALL * len(starts):
+                    self._widen()
+                windows = most // self.window + 2
+                if windows > len(self.bytes[name]):
+                    self.bytes[name] = np.concatenate([self.bytes[name], np.zeros(2 * windows)])
+                _spread_bytes(starts, ends, amounts[mine], self.window, self.bytes[name])
+
+    def _widen(self) -> None:
+        """Add up pairs of windows."""
+        self.window *= 2
+        for name, sums in self.bytes.items():
+            self.bytes[name] = sums[: len(sums) // 2 * 2].reshape(-1, 2).sum(1)
+
+    def make_series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Times (us, int64) and bytes per second (float64), only where the rate changes."""
+        rate = np.append(self.bytes[name], 0.0) * (1e6 / self.window)
+        changed = np.flatnonzero(np.diff(rate, prepend=0.0))
+        return self.begin + changed * self.window, rate[changed]
+
+
+@compiled
+def _spread_bytes(starts, ends, amounts, window, sums):
+    """0 <= starts <= ends, and sums has a window for the latest end: `BandwidthCounter.add` ensures both."""
+    for i in range(len(starts)):
+        a, b = starts[i], ends[i]
+        first, last = a // window, b // window
+        if first == last:
+            sums[first] += amounts[i]
+            continue
+        for w in range(first, last + 1):
+            inside = min(b, (w + 1) * window) - max(a, w * window)
+            sums[w] += amounts[i] * (inside / (b - a))
