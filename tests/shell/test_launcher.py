@@ -202,7 +202,7 @@ time.sleep(50)
 
 
 @pytest.mark.mpi
-def test_ranks_that_stop_in_good_order_do_not_cut_each_other_short() -> None:
+def test_ranks_that_stop_cleanly_do_not_cut_each_other_short() -> None:
     """75 is how training says: all ranks stopped after the same batch, run me again."""
     program = (
         "import os, time; time.sleep(3 * int(os.environ['RANK'])); os.write(1, b'done\\n'); os._exit(75)"

@@ -48,7 +48,7 @@ def went_on(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_pause_is_nobodys_time(went_on: Path) -> None:
+def test_the_pause_belongs_to_no_launch(went_on: Path) -> None:
     joined = gather_tables(went_on)
     one, two = (10_000 + steps * 12_010 for steps in (30, 40))  # us of a launch
     table = progress.list_launches(joined)

@@ -130,7 +130,7 @@ def test_same_seed_same_model_and_the_papers_weights() -> None:
     assert paper.get_parameter(f"{layer}.bias").std().item() == pytest.approx((1 / 400) ** 0.5, rel=0.15)
 
 
-def test_mistakes_are_told() -> None:
+def test_mistakes_are_reported() -> None:
     with pytest.raises(UserError, match="--interaction_type mlp is unknown"):
         make("mlp")
     with pytest.raises(UserError, match="branch2_layer_sizes: the last of"):
