@@ -107,7 +107,7 @@ def test_numbers_that_float_would_lose(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 LIMITED = {
-    "-3": "/day_0: count -3; the recipe's log(x + 3) needs at least -2",
+    "-3": "/day_0: count -3: --frequency_limit needs at least -2",
     "2147483645": "/day_0: count 2147483645: with 3 added it does not fit 32 bits",
     "-2147483648": "/day_0:2: I1 is '-2147483648', which stands for a gap here",
 }

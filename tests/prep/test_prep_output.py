@@ -66,7 +66,7 @@ def test_other_format_than_the_folder_has(
     assert f"(parquet); next: DATASET_DIR={out} ./3_train.sh\n" in said
     before = sorted(out.rglob("*"))
     assert main(["run", "--input_dir", str(days), "--output_dir", str(out)]) == 2
-    assert f"{out}: a finished parquet dataset, not npy; say --format parquet" in capsys.readouterr().err
+    assert f"{out}: a finished parquet dataset, not npy; give --format parquet" in capsys.readouterr().err
     assert sorted(out.rglob("*")) == before
 
 

@@ -1,7 +1,9 @@
-"""The same pipeline as a PySpark job, for a site that has a Spark cluster instead of MPI: same bytes.
+"""The same pipeline as a PySpark job, for a site with a Spark cluster instead of MPI. It writes the same
+bytes.
 
-Spark moves the rows; what a row means, the numbering's order and the permutation are the other engines'.
-Each executor reads and writes the same shared folders. Local mode when no master is configured.
+Spark distributes the rows; parsing of lines, the order of ids and the permutation are shared with the other
+engines. All executors must see the input, output and temporary folders. Without a configured master it runs
+locally.
 """
 
 import itertools
@@ -42,12 +44,12 @@ def run(options: PrepOptions) -> None:
     stamps = inputs.FileStamps(source.path for source in found)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.list_result_names(options, found), restart=True)
-        start(SparkSession, options, found, folders, stamps)
+        start_session(SparkSession, options, found, folders, stamps)
         if not options.keep_tmp:
             output.clear()
 
 
-def start(
+def start_session(
     session: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -62,12 +64,12 @@ def start(
     spark = builder.getOrCreate()
     try:
         spark.sparkContext.setLogLevel("ERROR")
-        spark_session(spark, options, found, folders, stamps)
+        make_dataset(spark, options, found, folders, stamps)
     finally:
         spark.stop()
 
 
-def spark_session(
+def make_dataset(
     spark: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
     parsed, counts = zip(*(parse_lines(spark, options, source) for source in found), strict=True)
@@ -96,7 +98,10 @@ def hash_ids(record: bytes) -> np.ndarray:
 
 
 def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[Any, int]:
-    """(row number, 40 int64 numbers as bytes), counts made arguments of the logarithm; and how many rows."""
+    """Parse an input file. Returns (an RDD of (row number, record), number of rows).
+
+    A record is the bytes of 40 int64 numbers: 13 counts, already shifted for the logarithm, 26 ids, label.
+    """
     rules = odd_lines.LineRules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
     name, skip = str(source.path), options.skip_bad_rows
     text = spark.read.text(f"file://{source.path.resolve()}", lineSep="\n").rdd
@@ -128,14 +133,14 @@ def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[An
 
 def ends_with_newline(source: InputFile) -> bool:
     if source.compressed:
-        return True  # unpacking checks the rest
+        return True  # the end of gzip's text is not known; gzip's own checksum finds a truncated file
     with open(source.path, "rb") as file:
         file.seek(max(0, source.path.stat().st_size - 1))
         return file.read(1) == b"\n"
 
 
 def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
-    """Counts less the file's minimum - 2, in int32 arithmetic; the logarithm itself is taken when writing."""
+    """Subtract the file's minimum - 2 from its counts, in int32 arithmetic. Logs are taken when writing."""
     from dlrm.prep.job.options import MISSING
 
     def low_high(record: bytes) -> tuple[int, int]:
@@ -158,7 +163,10 @@ def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
 
 
 def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
-    """Numbers by order of the first row: one aggregation, one sort, one join."""
+    """Number each column's ids in order of first appearance: one aggregation, one sort, one join.
+
+    Returns (RDD of (row number, record), the largest id of each column).
+    """
     least, recipe = options.min_count, bool(options.frequency_limit)
 
     def cells(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -196,7 +204,7 @@ def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
 def write_arrays(
     spark: Any, options: PrepOptions, whole: Any, outputs: list[Triple], shuffled: int, folders: Folders
 ) -> None:
-    """Rows sorted by place; each partition writes its stretch of the files."""
+    """Sort the rows by their place in the output; each partition then writes its ranges of the files."""
     from dlrm.prep.steps.permute import write_places
 
     folder = folders.unfinished
@@ -209,16 +217,17 @@ def write_arrays(
     placed = whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < shuffled else item[0], item[1]))
 
     def write_runs(items: Iterator[tuple[int, bytes]]) -> None:
-        for _, run_ in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
-            stretch = [item for _, item in run_]
-            numbers = np.frombuffer(b"".join(record for _, record in stretch), np.int64).reshape(-1, WORDS)
-            store_rows(folder, options, outputs, shuffled, stretch[0][0], numbers)
+        # consecutive places have the same difference to their index: each group is one write
+        for _, group in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
+            rows = [item for _, item in group]
+            numbers = np.frombuffer(b"".join(record for _, record in rows), np.int64).reshape(-1, WORDS)
+            store_records(folder, options, outputs, shuffled, rows[0][0], numbers)
 
     placed.sortByKey().foreachPartition(write_runs)
     assert all((folder / name).exists() for name in publish.list_arrays(outputs, options))
 
 
-def store_rows(
+def store_records(
     folder: Path, options: PrepOptions, outputs: list[Triple], shuffled: int, begin: int, numbers: np.ndarray
 ) -> None:
     from dlrm.prep.io.output import store_rows
