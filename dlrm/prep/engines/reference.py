@@ -24,12 +24,12 @@ def run(options: PrepOptions) -> None:
     stamps = inputs.FileStamps(source.path for source in input_files)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.list_result_names(options, input_files), restart=True)
-        transform(options, input_files, folders, stamps)
+        make_dataset(options, input_files, folders, stamps)
         if not options.keep_tmp:
             output.clear()
 
 
-def transform(
+def make_dataset(
     options: PrepOptions, input_files: list[inputs.InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
     tables = [read_rows(source, options) for source in input_files]

@@ -18,8 +18,7 @@ import numpy as np
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io import inputs, odd_lines, publish
 from dlrm.prep.io.folders import Folders, Output
-from dlrm.prep.io.inputs import InputFile
-from dlrm.prep.io.inputs import OutputDay as Triple
+from dlrm.prep.io.inputs import InputFile, OutputDay
 from dlrm.prep.job.options import PrepOptions
 from dlrm.runtime.errors import UserError
 
@@ -84,7 +83,7 @@ def make_dataset(
     if options.contiguous:
         whole, last_ids = number_ids(whole, options)
     else:
-        last_ids = whole.map(lambda item: hash_ids(item[1])).reduce(np.maximum).tolist()
+        last_ids = whole.map(lambda item: get_ids(item[1])).reduce(np.maximum).tolist()
     write_arrays(spark, options, whole, outputs, shuffled, folders)
     publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep, Spark", stamps)
 
@@ -93,7 +92,7 @@ def shift_counts(start: int):
     return lambda item: (item[0] + start, item[1])
 
 
-def hash_ids(record: bytes) -> np.ndarray:
+def get_ids(record: bytes) -> np.ndarray:
     return np.frombuffer(record, np.int64)[NUM_DENSE : NUM_DENSE + NUM_SPARSE]
 
 
@@ -108,7 +107,7 @@ def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[An
     ends_well = ends_with_newline(source)
     numbered = text.map(lambda row: row[0]).zipWithIndex()
 
-    def one(item: tuple[str, int]) -> Iterator[Any]:
+    def parse_one(item: tuple[str, int]) -> Iterator[Any]:
         line, number = item
         try:
             for found in odd_lines.read_line(line.encode("utf-8") + b"\n", rules):
@@ -116,7 +115,7 @@ def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[An
         except odd_lines.BadRow as error:
             yield (BAD, f"{name}:{number + 1}: {error}")
 
-    read = numbered.flatMap(one).cache()
+    read = numbered.flatMap(parse_one).cache()
     bad = read.filter(lambda row: isinstance(row, tuple))
     if not skip:
         first = bad.take(1)
@@ -152,14 +151,14 @@ def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
     options.check_counts(path, low, high)
     shift = -3 if options.frequency_limit else int(np.int64(low - 2).astype(np.int32))
 
-    def one(record: bytes) -> bytes:
+    def shift_one(record: bytes) -> bytes:
         numbers = np.frombuffer(record, np.int64).copy()
         counts = numbers[:NUM_DENSE]
         gaps = counts == MISSING if options.frequency_limit else np.zeros(NUM_DENSE, bool)
         numbers[:NUM_DENSE] = np.where(gaps, counts, (counts - shift).astype(np.int32))
         return numbers.tobytes()
 
-    return table.mapValues(one)
+    return table.mapValues(shift_one)
 
 
 def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
@@ -169,40 +168,40 @@ def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
     """
     least, recipe = options.min_count, bool(options.frequency_limit)
 
-    def cells(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        for column, value in enumerate(hash_ids(item[1]).tolist()):
+    def list_cells(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        for column, value in enumerate(get_ids(item[1]).tolist()):
             yield (column, value), (item[0], 1)
 
-    seen = whole.flatMap(cells).reduceByKey(lambda a, b: (min(a[0], b[0]), a[1] + b[1])).cache()
+    seen = whole.flatMap(list_cells).reduceByKey(lambda a, b: (min(a[0], b[0]), a[1] + b[1])).cache()
     kept = seen.filter(lambda item: item[1][1] >= least and not (recipe and item[0][1] == 0))
     ordered = kept.map(lambda item: ((item[0][0], item[1][0]), item[0][1])).sortByKey().zipWithIndex().cache()
     per_column = ordered.map(lambda item: (item[0][0][0], 1)).reduceByKey(lambda a, b: a + b).collectAsMap()
     before = [0, *itertools.accumulate(per_column.get(column, 0) for column in range(NUM_SPARSE))]
     numbers = ordered.map(lambda item: ((item[0][0][0], item[0][1]), 2 + item[1] - before[item[0][0][0]]))
 
-    def spread(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
-        for column, value in enumerate(hash_ids(item[1]).tolist()):
+    def list_rows(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
+        for column, value in enumerate(get_ids(item[1]).tolist()):
             yield (column, value), item[0]
 
-    def named(item: Any) -> tuple[int, tuple[int, int]]:
+    def choose_number(item: Any) -> tuple[int, tuple[int, int]]:
         (column, value), (row, number) = item
         return row, (column, number if number is not None else 0 if recipe and value == 0 else 1)
 
-    def apply(item: Any) -> tuple[int, bytes]:
+    def replace_ids(item: Any) -> tuple[int, bytes]:
         row, (record, cells) = item
         values = np.frombuffer(record, np.int64).copy()
         for column, number in cells:
             values[NUM_DENSE + column] = number
         return row, values.tobytes()
 
-    cells_of_rows = whole.flatMap(spread).leftOuterJoin(numbers).map(named).groupByKey()
-    return whole.join(cells_of_rows).map(apply), [
+    cells_of_rows = whole.flatMap(list_rows).leftOuterJoin(numbers).map(choose_number).groupByKey()
+    return whole.join(cells_of_rows).map(replace_ids), [
         1 + per_column.get(column, 0) for column in range(NUM_SPARSE)
     ]
 
 
 def write_arrays(
-    spark: Any, options: PrepOptions, whole: Any, outputs: list[Triple], shuffled: int, folders: Folders
+    spark: Any, options: PrepOptions, whole: Any, outputs: list[OutputDay], shuffled: int, folders: Folders
 ) -> None:
     """Sort the rows by their place in the output; each partition then writes its ranges of the files."""
     from dlrm.prep.steps.permute import write_places
@@ -228,7 +227,12 @@ def write_arrays(
 
 
 def store_records(
-    folder: Path, options: PrepOptions, outputs: list[Triple], shuffled: int, begin: int, numbers: np.ndarray
+    folder: Path,
+    options: PrepOptions,
+    outputs: list[OutputDay],
+    shuffled: int,
+    begin: int,
+    numbers: np.ndarray,
 ) -> None:
     from dlrm.prep.io.output import store_rows
 

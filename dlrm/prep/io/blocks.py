@@ -31,14 +31,14 @@ class TextBlock:
         self.addresses = np.array([*numbers, labels.ctypes.data, labels.strides[0] // 4], np.int64)
 
     @classmethod
-    def records(cls) -> "TextBlock":
+    def make_records(cls) -> "TextBlock":
         """A block whose rows are records: the 40 numbers of a row are adjacent."""
         whole = np.empty((BLOCK_ROWS, NUM_DENSE + NUM_SPARSE + 1), np.int32)
         ids = whole[:, NUM_DENSE:-1].view(np.uint32)
         return cls(whole[:, :NUM_DENSE], ids, whole[:, -1])
 
     @classmethod
-    def arrays(cls) -> "TextBlock":
+    def make_arrays(cls) -> "TextBlock":
         """A block of three arrays like those in torchrec's files. The kernels write only the low 4 bytes of
         an id, so the array must be zeros at the start.
         """
@@ -87,9 +87,9 @@ class LineScanner:
         self._text = make_text_buffer() if text is None else text
         self._waiting_rows: list = []  # rows of an odd line for which the block had no space left
 
-    def blocks(self, block: TextBlock | None = None) -> Iterator[tuple[TextBlock, int]]:
+    def read_blocks(self, block: TextBlock | None = None) -> Iterator[tuple[TextBlock, int]]:
         """(block, bytes consumed since the last one). The same block object is filled again each time."""
-        block = block or TextBlock.records()
+        block = block or TextBlock.make_records()
         kept, at, consumed = 0, self.piece.begin, 0
         while at < self.piece.end:
             space = len(self._text) - parse_line.PAD - kept
@@ -219,5 +219,5 @@ def count_rows(
     if last not in (b"\n", b"\r", b"") or (last == b"\r" and not rules.lenient):
         rows += 1
     if skip_bad:
-        rows = sum(block.rows for block, _ in LineScanner(file, name, piece, rules, skip_bad).blocks())
+        rows = sum(block.rows for block, _ in LineScanner(file, name, piece, rules, skip_bad).read_blocks())
     return rows, lines

@@ -94,7 +94,7 @@ class Output:
     ) -> None:
         self.command, self.output_dir = command, output_dir
         self.parent = tmp_dir or output_dir
-        self._first_does = run_on_first
+        self._run_on_first = run_on_first
         self._lock = FolderLock(output_dir, f"python -m dlrm.prep {command}, which writes into it")
         self._work, self._made = (
             name_work_folders(command, output_dir),
@@ -102,7 +102,7 @@ class Output:
         )
 
     def __enter__(self) -> "Output":
-        self._first_does(self._acquire)
+        self._run_on_first(self._acquire)
         return self
 
     def _acquire(self) -> None:
@@ -202,7 +202,7 @@ def publish_results(
         sync_to_disk(folders.output_dir)
 
 
-def discard(folder: Path, pattern: str) -> None:
+def discard_files(folder: Path, pattern: str) -> None:
     """Remove the files of a work folder that match a glob pattern."""
     for path in folder.glob(pattern):
         discard_file(path)

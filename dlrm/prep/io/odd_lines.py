@@ -99,7 +99,7 @@ def parse_number(field: str, name: str, empty: int) -> int:
     if value not in INT32:
         raise BadRow(f"{name} is {show_text(field)}, which does not fit 32 bits")
     if empty and value == empty:
-        raise BadRow(f"{name} is {show_text(field)}, which stands for a gap here")
+        raise BadRow(f"{name} is {show_text(field)}, which is reserved for an empty field")
     return value
 
 

@@ -55,13 +55,13 @@ def scatter_to_buckets(addresses, rows, row, places, bits, first, staging, fille
     dense, dense_step, ids, ids_step = addresses[0], 4 * addresses[1], addresses[2], 4 * addresses[3]
     wide, labels, label_step = addresses[4] == 2, addresses[5], addresses[6]
     mask = (np.int64(1) << bits) - 1
-    base, room = staging.ctypes.data, staging.shape[1]
+    base, capacity = staging.ctypes.data, staging.shape[1]
     while row < rows:
         place = np.int64(places[row])
         bucket = (place >> bits) - first
-        if filled[bucket] == room:
+        if filled[bucket] == capacity:
             return row, bucket
-        record = base + RECORD_BYTES * (bucket * room + filled[bucket])
+        record = base + RECORD_BYTES * (bucket * capacity + filled[bucket])
         store32(record, 0, np.uint32(place & mask))
         copy_counts(record + 4, dense + dense_step * row)
         if wide:

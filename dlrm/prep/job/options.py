@@ -111,7 +111,7 @@ class PrepOptions:
             )
 
     def parameters(self) -> dict[str, Any]:
-        """What decides the output's bytes: goes to meta.json, and a resumed run must have the same."""
+        """Everything that the output's bytes depend on: in meta.json, and the same in a resumed run."""
         values = {key: value for key, value in asdict(self).items() if key not in NOT_IN_OUTPUT}
         values["input_dir"] = printable(os.path.realpath(self.input_dir))
         del values["output_dir"]
@@ -125,7 +125,7 @@ class PrepOptions:
             if path := getattr(self, name):
                 object.__setattr__(self, name, Path(path).absolute())
 
-    def _check_traced(self) -> None:
+    def _check_trace_paths(self) -> None:
         """Refuse paths that would break the trace: DFTracer writes them to JSON without escaping."""
         for name in ("trace_dir", "input_dir", "output_dir", "tmp_dir"):
             path = getattr(self, name)
@@ -181,7 +181,7 @@ class PrepOptions:
             )
         refuse_overlap("--tmp_dir", self.tmp_dir, [("--input_dir", self.input_dir)])
         if self.trace_dir:
-            self._check_traced()
+            self._check_trace_paths()
         found = read_format(self.output_dir)
         if found not in ("", self.format):
             raise UserError(

@@ -57,24 +57,24 @@ def parse_label_and_counts(typing: Any, at: Any, label: Any, dense: Any, empty: 
         at, label, dense, empty = args
         words = FieldWords(builder, LANES)
         first, lengths, last = words.split_fields(at, FIELDS)
-        good = words.fit_word(lengths)
+        canonical = words.fit_word(lengths)
         present = builder.icmp_unsigned("!=", lengths, words.repeat_word(0))
         below = builder.icmp_unsigned(
             "==", builder.and_(first, words.repeat_word(0xFF)), words.repeat_word(MINUS)
         )
         below = builder.and_(below, present)
         lone = builder.and_(below, builder.icmp_unsigned("==", lengths, words.repeat_word(1)))
-        good = builder.and_(good, builder.not_(lone))
+        canonical = builder.and_(canonical, builder.not_(lone))
         lengths = builder.sub(lengths, builder.zext(below, words.kind))
         first = builder.select(below, builder.lshr(first, words.repeat_word(8)), first)
         digits = words.align_right(builder.xor(first, words.repeat_byte(ord("0"))), lengths)
         over = builder.or_(builder.add(digits, words.repeat_byte(0x76)), digits)  # past 9 the top bit is set
         over = builder.and_(over, words.repeat_byte(0x80))
-        good = builder.and_(good, builder.icmp_unsigned("==", over, words.repeat_word(0)))
+        canonical = builder.and_(canonical, builder.icmp_unsigned("==", over, words.repeat_word(0)))
         values = parse_numbers(words, digits)
         values = builder.select(below, builder.neg(values), values)
         values = builder.select(present, values, fill_empty(builder, empty))
         store_counts(builder, values, label, dense)
-        return words.choose_end(at, last, words.all_true(good))
+        return words.choose_end(at, last, words.all_true(canonical))
 
     return types.int64(types.int64, types.int64, types.int64, types.int64), build

@@ -60,8 +60,8 @@ class FieldWords:
         half = builder.and_(half, self.repeat_word(63))
         return builder.shl(builder.shl(words, half), half)  # two shifts because one by 64 is undefined
 
-    def choose_end(self, at: Any, last: Any, good: Any) -> Any:
-        """The address after the last tab, or -1 unless `good` is set and the tab is within REACH."""
+    def choose_end(self, at: Any, last: Any, canonical: Any) -> Any:
+        """The address after the last tab, or -1 unless `canonical` is set and the tab is within REACH."""
         builder = self.builder
-        good = builder.and_(good, builder.icmp_unsigned("<", last, I64(REACH)))
-        return builder.select(good, builder.add(builder.add(at, last), I64(1)), I64(-1))
+        canonical = builder.and_(canonical, builder.icmp_unsigned("<", last, I64(REACH)))
+        return builder.select(canonical, builder.add(builder.add(at, last), I64(1)), I64(-1))

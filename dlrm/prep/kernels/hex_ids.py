@@ -32,15 +32,19 @@ def find_hex(words: FieldWords, text: Any) -> Any:
     """
     builder = words.builder
 
-    def within(values: Any, first: str, last: str) -> Any:
+    def find_range(values: Any, first: str, last: str) -> Any:
         low = builder.add(values, words.repeat_byte(0x80 - ord(first)))
         high = builder.add(values, words.repeat_byte(0x7F - ord(last)))
         return builder.and_(low, builder.not_(high))
 
-    digits, letters = within(text, "0", "9"), within(builder.or_(text, words.repeat_byte(0x20)), "a", "f")
-    good = builder.and_(builder.or_(digits, letters), builder.not_(text))  # a top bit that was set is bad
-    good = builder.and_(good, words.repeat_byte(0x80))
-    return builder.icmp_unsigned("==", good, words.repeat_byte(0x80))
+    digits, letters = (
+        find_range(text, "0", "9"),
+        find_range(builder.or_(text, words.repeat_byte(0x20)), "a", "f"),
+    )
+    # bytes from 0x80 on are neither, whatever the additions give for them
+    canonical = builder.and_(builder.or_(digits, letters), builder.not_(text))
+    canonical = builder.and_(canonical, words.repeat_byte(0x80))
+    return builder.icmp_unsigned("==", canonical, words.repeat_byte(0x80))
 
 
 def store_ids(words: FieldWords, text: Any, target: Any, id_step: Any) -> None:
@@ -75,8 +79,8 @@ def parse_eight_full(typing: Any, at: Any, target: Any, id_step: Any) -> Any:
         words = FieldWords(builder, FIELDS)
         text, ended = gather_digits(words, at)
         store_ids(words, text, target, id_step)
-        good = words.all_true(builder.and_(ended, find_hex(words, text)))
-        return builder.select(good, builder.add(at, I64(FIELDS * WIDTH)), I64(-1))
+        canonical = words.all_true(builder.and_(ended, find_hex(words, text)))
+        return builder.select(canonical, builder.add(at, I64(FIELDS * WIDTH)), I64(-1))
 
     return types.int64(types.int64, types.int64, types.int64), build
 

@@ -151,16 +151,16 @@ def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
 
 
 @compiled
-def parse_lines(at, end, labelled, empty, addresses, row, room):
-    """Parse text from address `at` to `end` into a block, from its row `row` on, until the block has `room`
-    rows (BLOCK_FULL), a line is not canonical (ODD_LINE), or no whole line is left (NEED_MORE).
+def parse_lines(at, end, labelled, empty, addresses, row, capacity):
+    """Parse text from address `at` to `end` into a block, from its row `row` on, until the block has
+    `capacity` rows (BLOCK_FULL), a line is not canonical (ODD_LINE), or no whole line is left (NEED_MORE).
 
     `addresses` is the block's (see `blocks.TextBlock`). `empty`: the value of an empty count. Returns (rows
     in the block, address where it stopped, why).
     """
     dense, dense_step, ids, ids_step = addresses[0], 4 * addresses[1], addresses[2], 4 * addresses[3]
     id_step, labels, label_step = addresses[4], addresses[5], 4 * addresses[6]
-    while row < room:
+    while row < capacity:
         # a row that ends behind `end` was parsed from stale bytes in the buffer: it is not counted
         following = FAIL
         if at < end:

@@ -98,7 +98,7 @@ class Vocabulary:
             np.zeros(1 << (FIRST_BITS - 1), np.uint32) if counting else None for _ in range(columns)
         ]
         for column in range(columns):
-            self._describe(column, FIRST_BITS)
+            self._update_addresses(column, FIRST_BITS)
 
     def encode(self, ids: np.ndarray, shift: int = -1) -> None:
         """Replace ids, uint32 or int64 [rows, columns], by their numbers; the first number is 1 + `shift`."""
@@ -110,21 +110,21 @@ class Vocabulary:
         steps = (ids.strides[0] // 4, ids.strides[1] // 4)
         encode_ids(self.tables, ids.ctypes.data, *steps, rows, shift)
 
-    def sizes(self) -> list[int]:
+    def count_ids(self) -> list[int]:
         """Distinct ids of each column."""
         return self.tables[:, SIZE].tolist()
 
-    def ids(self, column: int) -> np.ndarray:
+    def list_ids(self, column: int) -> np.ndarray:
         """uint32 [size]: the column's ids in the order of their numbers."""
         return self.values[column][: self.tables[column, SIZE]]
 
-    def occurrences(self, column: int) -> np.ndarray:
+    def list_occurrences(self, column: int) -> np.ndarray:
         """uint32 [size]: how often each of these ids occurred."""
         counts = self.counts[column]
         assert counts is not None
         return counts[: self.tables[column, SIZE]]
 
-    def renumber(self, final: list[np.ndarray]) -> None:
+    def set_final_numbers(self, final: list[np.ndarray]) -> None:
         """From now on `encode` replaces an id with number n by final[column][n] + `shift`. It must not be
         called with new ids after this.
         """
@@ -154,9 +154,9 @@ class Vocabulary:
                 larger[:size] = old[:size]
                 arrays[column] = larger
         refill_slots(self.slots[column], bits, self.values[column], size)
-        self._describe(column, bits)
+        self._update_addresses(column, bits)
 
-    def _describe(self, column: int, bits: int) -> None:
+    def _update_addresses(self, column: int, bits: int) -> None:
         counts = self.counts[column]
         self.tables[column, SLOTS] = self.slots[column].ctypes.data
         self.tables[column, BITS] = bits

@@ -92,15 +92,15 @@ def merge_small(lists: ColumnMaps, least: int, gaps: bool) -> int:
         with lists.open_map(lane) as file:
             lists.write_map(file, at, lane, numbers.view(np.int32))
         if seen is not None:
-            size = vocabulary.sizes()[0]
+            size = vocabulary.count_ids()[0]
             if size > len(totals):
                 totals = np.concatenate([totals, np.zeros(size, np.int64)])
             totals[numbers] += seen  # each id is in a lane's list once, so no index is repeated
-    size = vocabulary.sizes()[0]
+    size = vocabulary.count_ids()[0]
     if not counting and not gaps:
         return size
     kept = totals[:size] >= least if counting else np.ones(size, bool)
-    values = vocabulary.ids(0)
+    values = vocabulary.list_ids(0)
     if gaps:
         kept &= values != 0
     final = np.where(kept, FIRST_ID - 1 + np.cumsum(kept), RARE).astype(np.int32)

@@ -80,10 +80,10 @@ def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
                 skipped.append([scanner.skipped, scanner.first_bad])
     sizes = [0] * NUM_SPARSE
     if vocabulary:
-        sizes = vocabulary.sizes()
-        lists = [vocabulary.ids(column) for column in range(NUM_SPARSE)]
+        sizes = vocabulary.count_ids()
+        lists = [vocabulary.list_ids(column) for column in range(NUM_SPARSE)]
         if options.min_count > 1:
-            lists += [vocabulary.occurrences(column) for column in range(NUM_SPARSE)]
+            lists += [vocabulary.list_occurrences(column) for column in range(NUM_SPARSE)]
         write_atomically(plan.path("lane", lane, "ids"), np.concatenate(lists))
     plan.save_json(path, {"vocab": sizes, "dense": ranges, "skipped": skipped, "last": last_ids.tolist()})
 
@@ -108,7 +108,7 @@ def parse_piece(
             text, printable(source.path), piece, line_rules(options, source), options.skip_bad_rows
         )
         spill = SpillFile(file, places.read, piece.rows, plan.bits) if piece.rows else None
-        for block, consumed in scanner.blocks():
+        for block, consumed in scanner.read_blocks():
             if spill is None or spill.done + block.rows > piece.rows:
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
             widen_range(block.dense, block.rows, MISSING if options.frequency_limit else 1 << 40, low_high)
@@ -151,7 +151,7 @@ class Destinations:
         self._file = (
             OffsetFile(plan.path("places", 0, "u32")) if piece.first_row < plan.shuffled_rows else None
         )
-        self.read: Callable[[int, int], np.ndarray] = self._read
+        self.read: Callable[[int, int], np.ndarray] = self._read_places
 
     def __enter__(self) -> "Destinations":
         return self
@@ -160,7 +160,7 @@ class Destinations:
         if self._file:
             self._file.close()
 
-    def _read(self, begin: int, rows: int) -> np.ndarray:
+    def _read_places(self, begin: int, rows: int) -> np.ndarray:
         begin += self._first
         count = max(0, min(rows, self._shuffled - begin))
         unshuffled = np.arange(begin + count, begin + rows, dtype=np.int64)

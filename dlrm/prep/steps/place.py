@@ -180,7 +180,7 @@ class Placer:
         write_atomically(done, b"")
         self.progress.add(rows, rows * RECORD_BYTES)
 
-    def _buffers(self) -> tuple[np.ndarray, ...]:
+    def _get_buffers(self) -> tuple[np.ndarray, ...]:
         """Dense, sparse, labels and a read buffer. Each thread reuses its own, to save page faults."""
         if not hasattr(self._own, "buffers"):
             rows = min(self.plan.rows, 1 << self.plan.bits)
@@ -190,7 +190,7 @@ class Placer:
         return self._own.buffers
 
     @contextmanager
-    def _spill(self, piece: int) -> Iterator[OffsetFile]:
+    def _open_spill(self, piece: int) -> Iterator[OffsetFile]:
         """A piece's spill file. Each thread keeps its own open, up to `most_open`: every bucket reads them
         all.
         """
@@ -212,7 +212,7 @@ class Placer:
 
     def _gather_bucket(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(dense, sparse, labels) of a bucket's rows in order, in this thread's buffers."""
-        dense, sparse, labels, buffer = self._buffers()
+        dense, sparse, labels, buffer = self._get_buffers()
         dense, sparse, labels = dense[:rows], sparse[:rows], labels[:rows]
         gaps = bool(self.plan.options.frequency_limit)
         for piece, (first, runs) in enumerate(self.runs):
@@ -222,7 +222,7 @@ class Placer:
             lane, shift = self.lane_of[piece], np.int32(self.shifts[self.plan.pieces[piece].source])
             offsets = self.maps.offsets[lane] if self.maps else np.zeros(1, np.int64)
             values = self.maps.values[lane] if self.maps else np.zeros(1, np.int32)
-            with self._spill(piece) as file:
+            with self._open_spill(piece) as file:
                 for _, records in read_records(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
                     place_records(
                         records, offsets, values, self.maps is not None, shift, gaps, dense, sparse, labels

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE, split_last_day
 from dlrm.prep.io.files import bytes_written, os_errors_as_user_errors, write_atomically
-from dlrm.prep.io.folders import discard
+from dlrm.prep.io.folders import discard_files
 from dlrm.prep.io.inputs import OutputDay, select_days
 from dlrm.prep.io.output import find_overlaps, take_logarithm
 from dlrm.prep.steps.place import Placer
@@ -55,7 +55,7 @@ def make_folders(plan: PrepPlan) -> None:
         for number in map(parse_bucket_number, done)
         for path in list_bucket_files(plan, number)
     ):
-        discard(plan.folder, "bucket_*.done")
+        discard_files(plan.folder, "bucket_*.done")
     for output in list_subsets(plan):
         with os_errors_as_user_errors(plan.folders.unfinished / output.name):
             (plan.folders.unfinished / output.name).mkdir(exist_ok=True)

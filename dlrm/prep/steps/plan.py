@@ -13,7 +13,7 @@ from common.errors import UserError, printable
 from dlrm.data.criteo import NUM_SPARSE
 from dlrm.prep.io.blocks import InputPiece, find_line_end
 from dlrm.prep.io.files import OffsetFile, read_json_file, write_atomically
-from dlrm.prep.io.folders import Folders, discard
+from dlrm.prep.io.folders import Folders, discard_files
 from dlrm.prep.io.inputs import InputFile, OutputDay, count_shuffled_rows, plan_outputs
 from dlrm.prep.io.spill import choose_bucket_bits, count_buckets
 from dlrm.prep.job.options import PrepOptions
@@ -58,7 +58,7 @@ class PrepPlan:
 
     def discard_spills(self) -> None:
         """Remove the spill files, once all rows are in place. They are large: it takes a while."""
-        discard(self.folder, "piece_*")
+        discard_files(self.folder, "piece_*")
 
     def cut_input(self, ranks: int) -> None:
         """Divide the input into lanes of similar size, at line ends, and save the plan. A lane has one piece
@@ -74,7 +74,7 @@ class PrepPlan:
         target = self.options.part_bytes or min(LARGEST, max(SMALLEST, share))
         lanes = max(1, round(whole / target))
         marks = [whole * lane // lanes for lane in range(1, lanes + 1)]
-        pieces, cut = [], [[] for _ in range(lanes)]
+        pieces, lane_pieces = [], [[] for _ in range(lanes)]
         before = lane = 0
         for source, (text, size) in enumerate(zip(self.texts, sizes, strict=True)):
             at = 0
@@ -83,13 +83,13 @@ class PrepPlan:
                     while marks[lane] <= before + at:
                         lane += 1
                     end = find_line_end(file, marks[lane] - before, size)
-                    cut[lane].append(len(pieces))
+                    lane_pieces[lane].append(len(pieces))
                     pieces.append([source, at, end])
                     at = end
             before += size
         self.save_json(
             self.folder / STATE,
-            {"pieces": pieces, "lanes": [numbers for numbers in cut if numbers]},
+            {"pieces": pieces, "lanes": [numbers for numbers in lane_pieces if numbers]},
         )
 
     def read_plan(self) -> None:

@@ -76,11 +76,11 @@ def write_multi_hot(options: MultiHotOptions, workers: Workers) -> None:
         workers.run_on_first(lambda: check_free_space(options, folders.work))
         workers.run_on_first(lambda: make_tables(options, folders.work))
         workers.run_each(range(days), lambda day: write_day(options, folders, day))
-        workers.run_on_first(lambda: finish(options, days, names, folders, stamps))
+        workers.run_on_first(lambda: publish_days(options, days, names, folders, stamps))
         workers.run_on_first(output.clear)
 
 
-def finish(
+def publish_days(
     options: MultiHotOptions, days: int, names: list[str], folders: Folders, stamps: FileStamps
 ) -> None:
     last, others = names[0], r"day_\d+_sparse_multi_hot\.npz|meta\.json"

@@ -40,7 +40,7 @@ class ThreadBuffers(threading.local):
     """Each thread's block and text buffer, reused for all files: fresh pages cost page faults."""
 
     def __init__(self) -> None:
-        self.block, self.text = TextBlock.arrays(), make_text_buffer()
+        self.block, self.text = TextBlock.make_arrays(), make_text_buffer()
 
 
 _buffers = ThreadBuffers()
@@ -137,7 +137,7 @@ def parse_piece(
     with OffsetFile(source.path) as text:
         scanner = LineScanner(text, printable(source.path), piece, rules, False, _buffers.text)
         _buffers.block.rows = 0
-        for block, _ in scanner.blocks(_buffers.block):
+        for block, _ in scanner.read_blocks(_buffers.block):
             low = min(low, int(block.dense[: block.rows].min()))
             for file, array in zip(files, (block.dense, block.sparse, block.labels), strict=True):
                 width = array[:1].nbytes
@@ -199,9 +199,9 @@ def number_days(paths: list[Path], targets: list[Path], threshold: int) -> None:
                     pass
         final = []
         for column in range(NUM_SPARSE):
-            kept = vocabulary.occurrences(column) >= threshold
+            kept = vocabulary.list_occurrences(column) >= threshold
             final.append(np.where(kept, 1 + np.cumsum(kept), 1))
-        vocabulary.renumber(final)
+        vocabulary.set_final_numbers(final)
         shift = 0
     with trace.span("prep", "ids", bytes=size):
         for path, target in zip(paths, targets, strict=True):

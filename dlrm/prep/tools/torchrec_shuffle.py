@@ -132,10 +132,10 @@ def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: i
     with OffsetFile(tmp / PLACES) as places, OffsetFile(path, "w") as file:
         file.resize(0)
 
-        def read(at: int, count: int) -> np.ndarray:
+        def read_places(at: int, count: int) -> np.ndarray:
             return places.read_array(count, 4 * (begin + at), np.uint32)
 
-        spill = SpillFile(file, read, rows, bits)
+        spill = SpillFile(file, read_places, rows, bits)
         for block in read_blocks_of_day(folders, day):
             spill.add_block(block)
         spill.write_rest()
