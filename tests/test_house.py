@@ -70,7 +70,7 @@ def find_circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_imports_only_go_down() -> None:
-    """Folders stand on floors: no folder imports, over any number of others, one that imports it."""
+    """Folders form layers: no folder imports, over any number of others, one that imports it."""
     known, graph = modules(), {}
     for name, target in arrows():
         if room(known[name]) != room(known[target]):
@@ -89,7 +89,7 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
-def test_picture_of_the_floors() -> None:
+def test_picture_of_the_imports() -> None:
     """ARCHITECTURE.md draws every folder and entry; its arrows are imports, and lead to all imports."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
     picture = text.partition("```mermaid")[2].partition("```")[0]

@@ -333,7 +333,7 @@ class FileTracks:
 
 
 def process_name(process: TracedProcess, launch: int = 0) -> str:
-    """launch: which one it was, of a run that was stopped and went on."""
+    """launch: which one it was, of a run that was stopped and resumed."""
     name = f"rank {process.rank}" + (f" on {process.host}" if process.host else "")
     name += f", launch {launch}" if launch else ""
     return name + (f", worker {process.pid}" if process.role == "worker" else "")

@@ -103,7 +103,7 @@ def describe_array(
 ) -> NpyFile:
     """The array that begins at byte `at` and has `size` bytes; ValueError says what is wrong with it."""
     if not 0 <= at <= at + size <= os.fstat(file.fileno()).st_size:
-        raise ValueError("lies beyond the end of the file")
+        raise ValueError("is beyond the end of the file")
     file.seek(at)
     shape, dtype, length = header = read_npy_header(file.up_to)
     if len(shape) == 1 and columns == 1:

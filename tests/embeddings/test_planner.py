@@ -1,4 +1,4 @@
-"""Plans: what the planner makes of wishes and memory, and that no plan changes what is learned."""
+"""Sharding plans: the planner follows --sharding_file and memory limits; no plan changes what is learned."""
 
 import json
 import os
