@@ -130,7 +130,7 @@ def test_a_table_too_large_for_a_rank_is_split() -> None:
     assert len(shards) == 2 and {shard["rank"] for shard in shards} == {0, 1}
 
 
-def test_tables_that_fit_nowhere_are_told_with_sizes() -> None:
+def test_tables_that_fit_nowhere_are_reported_with_sizes() -> None:
     with pytest.raises(UserError, match=r"largest t_cat_1, 30.52 MiB\) for 2 ranks with 8 MiB each"):
         make_plan(model([1000, 500_000]), CPU, Ranks(0, 0, 2, 2), 8, memory=8 << 20)
 
@@ -177,7 +177,7 @@ def test_sharding_file_from_disk(tmp_path: Path) -> None:
         make_plan(model([1000]), CPU, Ranks(), 8, {"*": {"sharding": "table_wise", "kernel": "fused_uvm"}})
 
 
-def test_optimizers_that_cannot_be_had_are_told() -> None:
+def test_unavailable_optimizers_are_reported() -> None:
     with pytest.raises(UserError, match="adam: fbgemm cannot update tables with it on CPUs"):
         model([10], "adam")
     with pytest.raises(UserError, match="--optimizer lion is unknown"):

@@ -88,7 +88,7 @@ def test_large_zeros_are_made_when_they_are_touched() -> None:
     assert not made.any() and made.add_(1).sum(dtype=torch.float64).item() == made.numel()
 
 
-def test_mistakes_are_told() -> None:
+def test_mistakes_are_reported() -> None:
     with pytest.raises(UserError, match="25 values for 26 tables"):
         make_table_configs([5] * 25, 16)
     with pytest.raises(UserError, match="0 is not a size"):

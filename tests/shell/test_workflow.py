@@ -1,4 +1,4 @@
-"""2_preprocess_dataset.sh and 3_train.sh: the run folder, the environment they meet, and how they end."""
+"""2_preprocess_dataset.sh and 3_train.sh: the run folder, the environment, and how they end."""
 
 import gzip
 import json

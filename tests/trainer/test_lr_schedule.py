@@ -89,7 +89,7 @@ def test_every_rate_is_a_number(name: str) -> None:
     assert all(math.isfinite(learning_rate(step, 3.0, schedule)) for step in range(30))
 
 
-def test_mistakes_are_told() -> None:
+def test_mistakes_are_reported() -> None:
     with pytest.raises(UserError, match="cosine is unknown"):
         Schedule("cosine")
     with pytest.raises(UserError, match="start the decay later"):

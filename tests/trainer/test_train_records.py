@@ -1,4 +1,4 @@
-"""What a person and a tool see of a run: the bar, plain lines, TensorBoard, counts of ids, advice."""
+"""What a run prints and records: progress bar, plain lines, TensorBoard, counts of ids, unused options."""
 
 import os
 import pty
@@ -113,7 +113,7 @@ def test_settings_that_do_nothing_are_named(train: Any) -> None:
 @pytest.mark.parametrize(
     "words, why", [(["--source", "stream"], "the source is stream"), ([], None), (["--source", "mmap"], None)]
 )
-def test_mapping_beside_another_source_is_told(words: list[str], why: str | None) -> None:
+def test_mapping_beside_another_source_is_reported(words: list[str], why: str | None) -> None:
     common = ["--in_memory_binary_criteo_path", "x", "--mmap_mode"]
     told = list_unused_options(parse_options(Config, [*common, *words], "train", ""), "cpu")
     assert told == ([f"--mmap_mode: not used, {why}"] if why else [])

@@ -1,4 +1,4 @@
-"""Runs with planted problems: the findings name them, say how much there is to win, and name nothing else."""
+"""Runs with planted problems: the findings name them and the time to be saved, and nothing else."""
 
 from pathlib import Path
 

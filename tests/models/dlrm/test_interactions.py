@@ -130,7 +130,7 @@ def test_same_seed_same_model_and_the_papers_weights() -> None:
     assert paper.get_parameter(f"{layer}.bias").std().item() == pytest.approx((1 / 400) ** 0.5, rel=0.15)
 
 
-def test_mistakes_are_told() -> None:
+def test_mistakes_are_reported() -> None:
     with pytest.raises(UserError, match="--interaction_type mlp is unknown"):
         make("mlp")
     with pytest.raises(UserError, match="branch2_layer_sizes: the last of"):
@@ -141,7 +141,7 @@ def test_mistakes_are_told() -> None:
         make("dot", dense_layers=[16])
 
 
-def test_compiling_where_torch_lies_under_a_path_with_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_with_torch_under_a_path_with_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__file__", "/my folder/torch/__init__.py")
     with pytest.raises(UserError, match="--compile: .* has a space, /my folder/torch"):
         compile_dense(make("dot").model)
