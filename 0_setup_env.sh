@@ -26,7 +26,7 @@ print_help() { sed -n '2,/^set/s/^# \{0,1\}//p' 0_setup_env.sh; }
 # One setup at a time; two jobs that start together share its work.
 lock_setup() {
     mkdir -p .cache 2> /dev/null || true
-    # Somebody else's project, or a read-only one, can be used as it is but not set up.
+    # Another user's project, or a read-only one, can be used as it is but not set up.
     [[ -w .cache ]] && [[ ! -e .cache/setup.lock || -w .cache/setup.lock ]] || return 0
     exec 9> .cache/setup.lock
     flock -n 9 && return 0

@@ -2,7 +2,7 @@
 # Cut one big Criteo day file (plain or .gz) into day_0 .. day_23, streaming. A second time does nothing.
 # usage: ./1_split_dataset.sh DATASET_DIR SPLIT_DIR [SPLIT_LINE=5000000]
 #        DATASET_DIR holds day_0 or day_0.gz, or else just one day_*
-#        what is left after 24 parts is dropped
+#        lines after the 24th part are dropped
 set -euo pipefail
 
 PARTS=24
@@ -68,7 +68,7 @@ cut_into_parts() {    # writes 00, 01, ... into the folder `part`
     [[ -e $part/00 ]] || die "$file is empty"
     if [[ -e $part/$PARTS ]]; then
         rm -- "$part/$PARTS"
-        say "dropped what is left of $file after $PARTS parts of $lines lines"
+        say "dropped the rest of $file after $PARTS parts of $lines lines"
     fi
 }
 

@@ -115,7 +115,7 @@ make_run() {    # sets `run`, and `made`: what proves that it was made here, or 
 
 validate_options() {    # a mistake ends here, before anything is made
     if [[ -n $resume && ! -d $run/checkpoints ]] && ! has_option --checkpoint_dir; then
-        die "RESUME=$run has no checkpoints to go on from"
+        die "RESUME=$run has no checkpoints to resume from"
     fi
     python -m dlrm.train "${options[@]}" --output_dir "$run" --validate_only || exit
     local word
@@ -146,7 +146,7 @@ train() {    # sets `code`, and `stopped` after a signal
     done
     (( code == 0 )) || say "training ended with exit code $code"
     if [[ $code != [02] && -d $run/checkpoints ]]; then
-        say "to go on from the newest checkpoint: RESUME=${run@Q} and the same command"
+        say "to resume from the newest checkpoint: RESUME=${run@Q} and the same command"
     fi
 }
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Start COMMAND on every rank of the job; inside a rank, give it the names that torch reads.
+# Start COMMAND on every rank of the job; inside a rank, set the variables that torch reads.
 # usage: [NPROC=4] ./launcher.sh COMMAND [ARG...]        starts mpiexec over the job's nodes
 #        mpiexec -n N ./launcher.sh COMMAND [ARG...]     with your own line; also srun and torchrun
 # variables: NPROC                     ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MPIEXEC                   instead of env.sh's line, e.g. "mpiexec -n {N} -ppn {PPN}"
-#            MASTER_ADDR, MASTER_PORT  where the ranks meet (default: the first node, a free port)
+#            MASTER_ADDR, MASTER_PORT  where rank 0 listens (default: the first node, a free port)
 #            DLRM_JOB_TOKEN            a secret that all ranks share: messages without it are ignored
 #                                      (default: a random one; with your own mpiexec line, srun or
 #                                      torchrun, export it yourself)
@@ -30,7 +30,7 @@ first_set() {    # first_set NAME...: prints the value of the first of these var
     done
 }
 
-# Physical cores, because two threads of one core share its vector units. nproc alone would believe
+# Physical cores, because two threads of one core share its vector units. nproc alone would report
 # OMP_NUM_THREADS.
 divide_cores() {    # divide_cores N: prints this process's cores divided by N, at least 1
     local usable physical

@@ -1,4 +1,4 @@
-"""python -m analysis COMMAND RUN: one command each for a picture, a proof and a report of a run."""
+"""Commands that read the traces of a run: convert them for Perfetto, check byte counts, write a report."""
 
 import argparse
 import contextlib

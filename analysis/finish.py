@@ -16,7 +16,7 @@ from analysis.trace.source import Progress, SharedReading, TraceSource
 
 @dataclass(frozen=True)
 class Analysis:
-    """One of the commands that `finish` stands for."""
+    """One of the commands that `finish` runs."""
 
     command: str  # what does the same alone
     run: Callable[[str, TraceSource], Any]

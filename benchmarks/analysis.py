@@ -1,6 +1,7 @@
 """From 10 million events to a report: seconds and memory, against reading such traces with json and pandas.
 
-python benchmarks/analysis.py [--events N] [--ranks R] [--baseline-events N] [--keep DIR]
+    python benchmarks/analysis.py [--events N] [--ranks R] [--baseline-events N] [--keep DIR]
+
 The baseline does far less (sums by operation and file, no intervals) and is run on fewer events: it needs
 about 2 GB per million of them. The last line of stdout is one JSON object.
 """
@@ -110,7 +111,9 @@ def measured(command: list[str], events: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--events", type=int, default=10_000_000)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--baseline-events", type=int, default=1_000_000)

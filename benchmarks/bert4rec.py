@@ -2,8 +2,8 @@
 
 The same model, rows, order, optimizer, no dropout; the losses must agree. Runs alternate, medians count. On
 CPUs Adam is not fused, adagrad is: its dmp touches only the rows that were looked up. The example's random
-data set (500,000 items) needs more memory than a laptop has: --items says otherwise. The last
-line is one JSON object.
+data set (500,000 items) needs more memory than a laptop has, so the default of --items is smaller. The
+last line is one JSON object.
 """
 
 import argparse
@@ -21,7 +21,9 @@ LOSSES_AGREE = 2e-3  # relative; with several ranks the example takes the mean o
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reference_path", help="folder with the example's bert4rec_main.py")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)

@@ -1,6 +1,7 @@
 """Preprocessing against torchrec's own: the same files and core, alternately, the bytes compared.
 
-python benchmarks/prep.py [--rows N] [--rounds N] [--folder DIR]
+    python benchmarks/prep.py [--rows N] [--rounds N] [--folder DIR]
+
 Each round runs every step of both once; the table holds the medians, of the ratios as well.
 A table to read on stderr; the last line of stdout is one JSON object with the same numbers.
 """
@@ -243,7 +244,9 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=360_000, help="for the comparison")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--growth_rows", type=int, default=120_000, help="times 1, 4 and 16")

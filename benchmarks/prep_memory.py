@@ -1,8 +1,10 @@
 """Peak memory of the preprocessing at Criteo 1TB's cardinalities, results checked.
 
-python benchmarks/prep_memory.py [--folder DIR] [--distinct 292775614] [--rows 8000000]
+    python benchmarks/prep_memory.py [--folder DIR] [--distinct 292775614] [--rows 8000000]
+
 ids: the lists of Criteo's largest column, as 24 parts of the text would leave them, numbered by the bitmap.
 run: text whose first six id columns never repeat, through the whole pipeline.
+
 A table to read on stderr; the last line of stdout is one JSON object with the same numbers.
 """
 
@@ -128,7 +130,9 @@ def run(folder: str, out: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, help="a folder with space for 16 bytes a distinct id")
     parser.add_argument("--distinct", type=int, default=292_775_614, help="Criteo 1TB's largest column")
     parser.add_argument("--rows", type=int, default=8_000_000)

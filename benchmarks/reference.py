@@ -2,7 +2,7 @@
 
 One rank of it: InMemoryBinaryCriteoIterDataPipe, DLRM or DLRM_DCN, TrainPipelineSparseDist with its two
 filler batches, torchmetrics' AUROC. Its weights are set to ours, else nothing is shared. Times and losses go
-to a JSON file. Started by benchmarks/train.py, with the names that torch reads in the environment.
+to a JSON file. Started by benchmarks/train.py, with the variables that torch reads in its environment.
 """
 
 import argparse
@@ -122,7 +122,9 @@ def evaluate(pipeline: Any, batches: DataLoader) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--days", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)

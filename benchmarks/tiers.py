@@ -139,7 +139,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2048)
@@ -147,10 +149,10 @@ def main() -> None:
         "--warm", type=int, default=16_000_000, help="lookups that fill the memory, not timed"
     )
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True, help="a small tower")
+    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True, help="also an MLP")
     parser.add_argument(
         "--limit", action=argparse.BooleanOptionalAction, default=True,
-        help="without: the page cache takes what it finds",
+        help="off: the page cache is not limited",
     )  # fmt: skip
     parser.add_argument(
         "--cases",

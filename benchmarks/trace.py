@@ -2,7 +2,7 @@
 
 Each pair of runs trains the same model on the same data with the same seed; only --trace differs, and which
 of the two comes first alternates. Last line: one JSON object. On a busy machine the spread is larger than
-the cost: look at it before believing the median. Two more numbers are steadier: processor time per step,
+the cost: look at it before you trust the median. Two more numbers are steadier: processor time per step,
 and what one span costs in a loop of nothing else.
 
 usage: python benchmarks/trace.py [--pairs N] [--steps N] [--batch_size N] [--data NPY_FOLDER] [--preset NAME]

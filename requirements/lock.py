@@ -128,7 +128,7 @@ def write_lock(name: str, hashes: dict[str, set[str]]) -> None:
 
 def main() -> int:
     every = sorted(path.stem for path in HERE.glob("*.txt") if path.stem != "extra")
-    parser = argparse.ArgumentParser(usage="\n".join((__doc__ or "").splitlines()[3:]))
+    parser = argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1])
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("names", nargs="*", metavar="NAME")

@@ -2,7 +2,7 @@
 
 Trees are random: names that this program uses itself (meta.json, tables/, 00001-step-3/, report.html ...)
 among others, links, read-only folders. Every option that names a place points at the tree, into it, above it,
-or at a link to it. What the command prints does not matter here; what lies there afterwards does.
+or at a link to it. What the command prints does not matter here; what is there afterwards does.
 """
 
 import os
@@ -42,7 +42,7 @@ Places = Callable[[], Path]
 
 
 def make_tree(folder: Path, chance: random.Random, depth: int = 3) -> None:
-    """Somebody's folder."""
+    """A user's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in chance.sample(NAMES, chance.randrange(1, 10)):
         path = folder / name
@@ -91,7 +91,7 @@ def analysis(argv: list[str]) -> int:
 
 
 class World:
-    """A folder of somebody's, and what the commands work on: small, made once, and theirs to read only."""
+    """A user's folder, and what the commands work on: small, made once, only read."""
 
     def __init__(self, base: Path, tsv: Path, npy: Path, run: Path, chance: random.Random) -> None:
         self.tree, self.tsv, self.npy, self.run, self.chance = base / "somebody", tsv, npy, run, chance

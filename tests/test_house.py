@@ -1,4 +1,4 @@
-"""The house rules: imports go down, documents point at things that exist."""
+"""Rules of the repository: imports go down, documents point at things that exist."""
 
 import ast
 import re
@@ -35,7 +35,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def room(path: Path) -> str:
+def folder_of(path: Path) -> str:
     """The folder that a file belongs to; an entry (python -m ...) stands for itself, above all folders."""
     is_entry = path.name == "__main__.py" or path.parent == ROOT / "dlrm"
     return str((path if is_entry else path.parent).relative_to(ROOT))
@@ -70,11 +70,11 @@ def find_circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_imports_only_go_down() -> None:
-    """Folders stand on floors: no folder imports, over any number of others, one that imports it."""
+    """Folders form layers: no folder imports, over any number of others, one that imports it."""
     known, graph = modules(), {}
     for name, target in arrows():
-        if room(known[name]) != room(known[target]):
-            graph.setdefault(room(known[name]), set()).add(room(known[target]))
+        if folder_of(known[name]) != folder_of(known[target]):
+            graph.setdefault(folder_of(known[name]), set()).add(folder_of(known[target]))
     assert not find_circle(graph)
 
 
@@ -89,7 +89,7 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
     return found
 
 
-def test_picture_of_the_floors() -> None:
+def test_picture_of_the_imports() -> None:
     """ARCHITECTURE.md draws every folder and entry; its arrows are imports, and lead to all imports."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
     picture = text.partition("```mermaid")[2].partition("```")[0]
@@ -102,8 +102,8 @@ def test_picture_of_the_floors() -> None:
 
     known, real = modules(), {}
     for name, target in arrows():
-        if known[name].name != "__init__.py" and room(known[name]) != room(known[target]):
-            real.setdefault(room(known[name]), set()).add(room(known[target]))
+        if known[name].name != "__init__.py" and folder_of(known[name]) != folder_of(known[target]):
+            real.setdefault(folder_of(known[name]), set()).add(folder_of(known[target]))
     assert set(paths.values()) == real.keys() | set().union(*real.values())
     untrue = {(name, target) for name in drawn for target in drawn[name] - real.get(name, set())}
     assert not untrue, "arrows that are no imports"

@@ -39,7 +39,9 @@ def convert_to_json(
             reader = TraceReader(process.path, strings, paths)
             done.append(reader.process)
             for block in reader:
-                table = known[process.path].frame(to_frame(block, strings, paths, process.rank, COLUMNS))
+                table = known[process.path].correct_frame(
+                    to_frame(block, strings, paths, process.rank, COLUMNS)
+                )
                 for event in _make_events(table.iter_rows(named=True), pid, posix):
                     file.write(comma + json.dumps(event, separators=(",", ":")).encode())
                     comma = b",\n"

@@ -47,7 +47,7 @@ def convert_to_pftrace(
     summary = ConversionSummary(Path())
     known, jobs = make_clocks(processes), group_launches(processes)
     summary.clocks = describe_moves(processes, known)
-    begin = min((known[p.path].time(p.first) for p in processes if p.first), default=0)
+    begin = min((known[p.path].correct_time(p.first) for p in processes if p.first), default=0)
     begin = max(0, begin - EARLIER_US)
     name = trace_name(run_dir, posix) + ".pftrace"
     with new_trace(run_dir, path, name, outputs.is_own_trace) as (summary.path, file):

@@ -161,13 +161,13 @@ class FileTracks:
         self.counters: dict[int, int] = {}
         self.crowded = self.uncounted = 0  # events that were left out
         self.flows = ReadToStepFlows(about.order + 1)
-        self.bandwidth = BandwidthCounter(clock.time(process.first))
+        self.bandwidth = BandwidthCounter(clock.correct_time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
         shared.out.write(proto.describe_process(self.uuid, self.pid, about.name, labels, about.order))
 
     def add_block(self, block: EventBlock) -> None:
         shared = self.shared
-        block.ts, block.dur = self.clock.spans(block.ts, block.dur)
+        block.ts, block.dur = self.clock.correct_spans(block.ts, block.dur)
         keep = (block.ph == EVENT) & (block.cat != ID["dftracer"])
         if shared.posix:
             keep &= (block.cat == ID["POSIX"]) | (block.cat == ID["STDIO"])
@@ -333,7 +333,7 @@ class FileTracks:
 
 
 def process_name(process: TracedProcess, launch: int = 0) -> str:
-    """launch: which one it was, of a run that was stopped and went on."""
+    """launch: which one it was, of a run that was stopped and resumed."""
     name = f"rank {process.rank}" + (f" on {process.host}" if process.host else "")
     name += f", launch {launch}" if launch else ""
     return name + (f", worker {process.pid}" if process.role == "worker" else "")

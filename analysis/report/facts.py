@@ -14,7 +14,7 @@ TRAIN = ("train", "run")  # `run`: traces without phases
 
 @dataclass
 class Finding:
-    """One sentence with a number, what to do about it, and the seconds of wall clock that can be won."""
+    """One sentence with a number, what to do about it, and the wall-clock seconds that could be saved."""
 
     rule: str
     seconds: float

@@ -18,7 +18,7 @@ def find_small_reads(f: Facts) -> Finding | None:
     if calls < 1000 or spent < 0.2 * int(reads["us"].sum()):
         return None
     large = max(1, round(moved / LARGE_REQUEST))
-    won = f.limit_gain(spent / 1e6 * (1 - large / calls))  # a call this small is mostly the cost of a call
+    gain = f.limit_gain(spent / 1e6 * (1 - large / calls))  # a call this small is mostly the cost of a call
     files = f.reads.filter(pl.col("mean_bytes") < SMALL).sort("count", descending=True)
     name = files["file"][0] if len(files) and 2 * files["count"][0] > calls else None
     text = (
@@ -27,7 +27,7 @@ def find_small_reads(f: Facts) -> Finding | None:
         f"added up over the ranks; {large:,} large reads would bring the same bytes."
     )
     evidence = {"reads": calls, "bytes": moved, "seconds_all_ranks": spent / 1e6, "file": name}
-    return Finding("small_reads", won, text, f.advise_larger_reads(moved / calls), evidence)
+    return Finding("small_reads", gain, text, f.advise_larger_reads(moved / calls), evidence)
 
 
 def find_mapped_files(f: Facts) -> Finding | None:
@@ -38,8 +38,8 @@ def find_mapped_files(f: Facts) -> Finding | None:
     if f.joined.calls == 0:
         return None
     moved, spent = int(reads["bytes"].sum()), float(reads["us"].sum()) / 1e6
-    rate, won = moved / max(spent, 1e-9) / 1e6, f.limit_gain(spent)
-    if rate > 2000 or won < 0.02 * f.mean_seconds("wall_s", "train", "run", "preprocess"):
+    rate, gain = moved / max(spent, 1e-9) / 1e6, f.limit_gain(spent)
+    if rate > 2000 or gain < 0.02 * f.mean_seconds("wall_s", "train", "run", "preprocess"):
         return None
     slow = reads.group_by("file").agg(pl.col("us").sum()).sort("us", descending=True)["file"][0]
     text = (
@@ -49,7 +49,7 @@ def find_mapped_files(f: Facts) -> Finding | None:
     remedy = "Read the files instead of mapping them, or advise the kernel to read ahead."
     if f.is_own_run:
         remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
-    return Finding("mapped", won, text, remedy, {"bytes": moved, "MB_per_s": rate, "file": slow})
+    return Finding("mapped", gain, text, remedy, {"bytes": moved, "MB_per_s": rate, "file": slow})
 
 
 def _mapped_by_option(f: Facts) -> Finding | None:
@@ -78,8 +78,8 @@ def find_metadata_load(f: Facts) -> Finding | None:
     calls = f.after_startup("ops").filter(pl.col("layer") == "calls")
     other = calls.filter(~pl.col("op").is_in(["read", "write"]))
     spent, whole = float(other["us"].sum()) / 1e6, float(calls["us"].sum()) / 1e6
-    won = f.limit_gain(spent)
-    if not len(other) or spent < 0.3 * whole or won < 0.01 * f.mean_seconds("wall_s"):
+    gain = f.limit_gain(spent)
+    if not len(other) or spent < 0.3 * whole or gain < 0.01 * f.mean_seconds("wall_s"):
         return None
     sums = other.group_by("op").agg(pl.col("us").sum(), pl.col("count").sum())
     top = sums.sort("us", descending=True).row(0, named=True)
@@ -90,7 +90,7 @@ def find_metadata_load(f: Facts) -> Finding | None:
     )
     remedy = "Keep files open, and put many small files into few large ones."
     return Finding(
-        "metadata", won, text, remedy, {"seconds_all_ranks": spent, "calls": number, "top": top["op"]}
+        "metadata", gain, text, remedy, {"seconds_all_ranks": spent, "calls": number, "top": top["op"]}
     )
 
 
@@ -128,15 +128,17 @@ def find_slow_tail(f: Facts) -> Finding | None:
     spent = float(reads.select(total.sum()).item())
     slow = reads.filter(pl.col("us") > last)
     tail, number = float(slow.select(total.sum()).item()), max(1, int(slow["count"].sum()))
-    won = f.limit_gain(tail / 1e6)
-    if tail < 0.3 * spent or tail / number < 10 * middle or won < 0.005 * f.mean_seconds("wall_s"):
+    gain = f.limit_gain(tail / 1e6)
+    if tail < 0.3 * spent or tail / number < 10 * middle or gain < 0.005 * f.mean_seconds("wall_s"):
         return None
     text = (
         f"The slowest {number:,} reads take {tail / spent:.0%} of the reading time: half of all are done in "
         f"{format_seconds(middle / 1e6)}, these need {format_seconds(tail / number / 1e6)} each."
     )
     remedy = "The storage is shared or cold: stripe the files wider, or stage them on the node."
-    return Finding("slow_tail", won, text, remedy, {"share": tail / spent, "reads": number, "p50_us": middle})
+    return Finding(
+        "slow_tail", gain, text, remedy, {"share": tail / spent, "reads": number, "p50_us": middle}
+    )
 
 
 def find_amplified_reads(f: Facts) -> Finding | None:

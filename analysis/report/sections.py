@@ -45,7 +45,7 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     return [
         ReportEntry(
             "Time", "Launches", facts.launches if facts.launches.height > 1 else None, None,
-            "The run was stopped and went on. The time between two launches is not counted: not as I/O, "
+            "The run was stopped and resumed. The time between two launches is not counted: not as I/O, "
             "not as waiting.", "launches",
         ),
         ReportEntry(

@@ -122,7 +122,7 @@ def format_text(run: TracedRun, facts: Facts, found: list[Finding]) -> str:
         lines.append(f"  rank {row['rank']:<8}" + "".join(f"{row[part]:>14.3f}" for part in used))
     if facts.breakdown.height > 32:
         lines.append(f"  ... {facts.breakdown.height - 32} more ranks")
-    lines += ["", "  Findings, by the time to be won:" if found else "  No findings."]
+    lines += ["", "  Findings, by the time that could be saved:" if found else "  No findings."]
     for finding in found:
         seconds = format_seconds(finding.seconds) if finding.seconds else ""
         lines.append(f"  {seconds:>9}  {finding.text} {finding.remedy}")

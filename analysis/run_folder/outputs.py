@@ -214,8 +214,8 @@ def results_in(folder: Path, complete: str = "") -> Iterator[Results]:
 
 
 def check_folder(folder: Path, names: dict[str, IsOwn], remedy: str) -> None:
-    """Before anything is read for long: can the results be written, or is a foreign file in
-    the way?
+    """UserError if the results cannot be written, or a foreign file is in the way. Called before the traces
+    are read, which may take long.
     """
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{printable(folder)}: cannot be written to; {remedy}")
@@ -223,7 +223,7 @@ def check_folder(folder: Path, names: dict[str, IsOwn], remedy: str) -> None:
 
 
 def _refuse_foreign(output: OutputFolder, names: dict[str, IsOwn], remedy: str = "") -> list[str]:
-    """UserError where one of these files is not ours; returns those that only their content tells."""
+    """UserError where one of these files is not this program's; returns those known only by their content."""
     known = []
     for name, is_own in names.items():
         path = output.folder / name

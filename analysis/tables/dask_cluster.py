@@ -26,7 +26,7 @@ def on_cluster(where: str) -> Map:
     except ImportError as error:
         raise UserError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
 
-    def over(function: Callable[[Launch], RankTables], work: list[Launch]) -> Iterator[RankTables]:
+    def run_on_cluster(function: Callable[[Launch], RankTables], work: list[Launch]) -> Iterator[RankTables]:
         with ExitStack() as stack:
             cluster = _start_cluster(where, stack, len(work))
             try:
@@ -36,7 +36,7 @@ def on_cluster(where: str) -> Map:
                 raise UserError(f"--dask {where}: {reason}; does a scheduler listen there?") from error
             yield from _gather_results(client, function, work)
 
-    return over
+    return run_on_cluster
 
 
 def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:

@@ -75,7 +75,7 @@ def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[
         meaning.with_columns(pl.col("kind", "op").cast(pl.Categorical)),
         on=["cat", "name"], how="left", maintain_order="left",
     )  # fmt: skip
-    events = clock.frame(events).with_columns(
+    events = clock.correct_frame(events).with_columns(
         pl.col("tid", "pid").cast(pl.UInt32), pl.col("bytes").clip(-MAX_BYTES, MAX_BYTES)
     )
     is_call = pl.col("cat").cast(pl.String).is_in(CALLS)

@@ -18,7 +18,7 @@ LARGEST_DRIFT = 5e-4  # of real clocks; a larger difference means that ranks lef
 
 @dataclass(frozen=True)
 class Clock:
-    """What to do to a host's times; times that are in order stay so."""
+    """How a host's times are corrected; the order of times does not change."""
 
     shift: int = 0  # us to add at the barrier at the start
     start: int = 0  # when that was on this host's clock
@@ -29,27 +29,27 @@ class Clock:
     def moves(self) -> bool:
         return bool(self.shift or self.rate)
 
-    def time(self, ts: int) -> int:
-        return int(self.times(np.array([ts]))[0])
+    def correct_time(self, ts: int) -> int:
+        return int(self.correct_times(np.array([ts]))[0])
 
-    def times(self, ts: np.ndarray) -> np.ndarray:
+    def correct_times(self, ts: np.ndarray) -> np.ndarray:
         if not self.rate:
             return ts + self.shift
         return ts + self.shift + np.rint((ts - self.start) * self.rate).astype(np.int64)
 
-    def spans(self, ts: np.ndarray, dur: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def correct_spans(self, ts: np.ndarray, dur: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Begin and duration: both ends are moved, so that what was inside another span stays inside."""
-        begin = self.times(ts)
-        return begin, self.times(ts + dur) - begin if self.rate else dur
+        begin = self.correct_times(ts)
+        return begin, self.correct_times(ts + dur) - begin if self.rate else dur
 
-    def frame(self, events: pl.DataFrame) -> pl.DataFrame:
-        """The columns ts and, where it is there, dur."""
+    def correct_frame(self, events: pl.DataFrame) -> pl.DataFrame:
+        """Correct the columns ts and, where there is one, dur."""
         if not self.moves:
             return events
         ts = events["ts"].to_numpy()
         if "dur" not in events.columns:
-            return events.with_columns(pl.Series("ts", self.times(ts)))
-        begin, dur = self.spans(ts, events["dur"].to_numpy())
+            return events.with_columns(pl.Series("ts", self.correct_times(ts)))
+        begin, dur = self.correct_spans(ts, events["dur"].to_numpy())
         return events.with_columns(pl.Series("ts", begin), pl.Series("dur", dur))
 
 

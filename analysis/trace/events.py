@@ -265,7 +265,7 @@ def load_events(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.Dat
     parts = []
     for process, own in zip(found, tables, strict=True):
         for table in own:
-            table = known[process.path].frame(table)
+            table = known[process.path].correct_frame(table)
             if "rank" in columns:
                 table = table.with_columns(pl.lit(process.rank, pl.Int32).alias("rank"))
             parts.append(table)

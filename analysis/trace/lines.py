@@ -74,10 +74,9 @@ def read_blocks(path: Path, loss: ReadLoss, opened: Opener = open_trace) -> Iter
                 text = rest
         end = text.rfind(b"\n") + 1
         rest = text[end:].strip()
-        if rest.endswith(
-            b"}"
-        ):  # a last line that only lacks its newline, or an event that was cut at a brace:
-            text, end = text + b"\n", len(text) + 1  # the scanner finds out which
+        if rest.endswith(b"}"):
+            # a last line without its newline, or an event that was cut at a brace: the scanner sees which
+            text, end = text + b"\n", len(text) + 1
         elif rest != b"]":  # how DFTracer 1 ends a file
             loss.partial += len(rest)
         del text[end:]

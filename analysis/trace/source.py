@@ -145,7 +145,7 @@ class SharedReading:
             self._files.close(process.path)
 
     def _wait_for_sharers(self) -> "list[_Sharer]":
-        """Those that go on, each of them done with the last block."""
+        """The analyses that have not ended, once each of them is done with the last block."""
         for sharer in self._sharers:
             if not sharer.ended:
                 sharer.asked.acquire()

@@ -1,6 +1,6 @@
 """Strings as numbers: each distinct text once, found through a hash table that numba code fills.
 
-Also the three machine instructions that reading text quickly wants: a byte, eight bytes, and where a bit is.
+Also three machine instructions for scanning text: load a byte, load eight bytes, count trailing zero bits.
 
 Compiled loops do not check bounds; these invariants stand in for the checks, whatever the bytes are:
 - Text ends with a newline and PAD more bytes follow it. Every loop over text either has a limit `end`, the

@@ -1,4 +1,4 @@
-"""Save a checkpoint while training goes on: copy the tensors, write them in a thread, publish on all ranks.
+"""Save a checkpoint while training continues: copy the tensors, write them in a thread, publish on all ranks.
 
 The ranks' threads agree through the store and never through collectives. Collectives belong to the training's
 thread: one from another thread would meet the wrong one on another rank, and both would wait for ever.

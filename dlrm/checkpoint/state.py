@@ -49,9 +49,8 @@ def _local_pieces(name: str, value: Any) -> Iterator[TensorPiece]:
 def _optimizer_values(optimizer: Any) -> Iterator[tuple[str, Any]]:
     for parameter, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
-            if isinstance(
-                value, torch.Tensor | ShardedTensor
-            ):  # the fused optimizers' keys are TABLE.momentum1
+            # the fused optimizers' keys are TABLE.momentum1
+            if isinstance(value, torch.Tensor | ShardedTensor):
                 yield f"optim/{_without_compile_prefix(parameter)}/{key.rsplit('.', 1)[-1]}", value
 
 

@@ -24,7 +24,9 @@ class PlanOptions:
     cache_memory_budget_mb: float = option(
         8192, "memory per rank for cached rows of tables that are stored elsewhere"
     )
-    persistent_path: str | None = option(None, "folder of the tables' files (default: store in --output_dir)")
+    persistent_path: str | None = option(
+        None, "folder of the tables' files (default: the folder store in --output_dir)"
+    )
 
     def __post_init__(self) -> None:
         check_at_least(0.001, self, "cache_memory_budget_mb")
@@ -49,7 +51,7 @@ class RunOptions:
     allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
     compile: bool = option(False, "torch.compile the dense part")
     trace: bool = option(False, "record every I/O call and stage with DFTracer (needs --output_dir)")
-    trace_flush_ms: int = option(1000, "a killed run loses at most this much of its trace")
+    trace_flush_ms: int = option(1000, "a killed run loses at most the last N ms of its trace")
     mllog: bool = option(False, "MLPerf :::MLLOG lines, in mlperf.log of the run folder too")
     mllog_submitter: str = option("dlrm-io", "submission_org of the MLPerf log")
     mllog_platform: str = option("dlrm-io", "submission_platform of the MLPerf log")
@@ -81,7 +83,7 @@ def list_deprecated(run: RunOptions) -> list[str]:
 class CheckpointOptions:
     checkpoint_dir: str | None = option(None, "where checkpoints go (default: checkpoints in --output_dir)")
     checkpoint_every_steps: int | None = option(None, "save every N steps")
-    checkpoint_every_minutes: float | None = option(None, "save every N minutes")
+    checkpoint_every_minutes: float | None = option(None, "save every X minutes")
     checkpoint_epochs: bool = option(True, "if checkpoints are enabled: also save after each epoch")
     keep_checkpoints: int = option(3, "how many to keep, in addition to the best one; 0: all")
     save_initial_model: bool = option(False, "save before the first step")
@@ -93,7 +95,7 @@ class CheckpointOptions:
         None, "a checkpoint, or a folder of them, to resume from (or to test)"
     )
     load_model_only: bool = option(False, "take only the weights of --load_checkpoint_path, start at step 0")
-    stop_before_walltime: float | None = option(None, "save and stop N seconds before the job's end")
+    stop_before_walltime: float | None = option(None, "save and stop X seconds before the job's end")
     walltime: str | None = option(None, "the job's time, [HH:]MM:SS or seconds (default: as PBS says)")
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
 """For CPU ranks only: collectives through shared memory, dense layers in place, a faster BLAS.
 
-In: the hooks of `dlrm.runtime.accelerate`. Out: the same results sooner. The one door is `fast_path.enable`,
+In: the hooks of `dlrm.runtime.accelerate`. Out: the same results, sooner. The entry is `fast_path.enable`,
 which `dlrm.trainer.device` calls unless --no-cpu_fast_path; on CUDA nothing here is imported.
 """

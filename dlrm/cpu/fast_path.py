@@ -1,4 +1,4 @@
-"""The one door: `enable` switches everything in this folder on, for this process."""
+"""The only entry: `enable` switches everything in this folder on, for this process."""
 
 from dlrm.cpu import blas, linear_relu, pooled_embeddings, process_group, startup
 from dlrm.runtime import accelerate

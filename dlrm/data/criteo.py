@@ -35,7 +35,7 @@ def multi_hot_file_name(day: int) -> str:
 
 @dataclass(frozen=True)
 class DatasetMeta:
-    """The dataset describes itself: nobody types 26 table sizes."""
+    """What meta.json says of a dataset, so that options need not repeat it (26 table sizes)."""
 
     rows: list[int]  # per day
     table_sizes: list[int]  # largest id + 1, per sparse column

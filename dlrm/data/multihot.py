@@ -56,9 +56,9 @@ def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
             if members[name].compress_type != zipfile.ZIP_STORED:
                 raise ValueError("is compressed: save it with np.savez")
             if not 0 <= members[name].header_offset < size:
-                raise ValueError(f"member {name} lies beyond the end of the file")
+                raise ValueError(f"member {name} is beyond the end of the file")
             file.seek(members[name].header_offset)
-            head = file.up_to(30)  # the lengths in it may differ from those in the directory
+            head = file.read_up_to(30)  # the lengths in it may differ from those in the directory
             extra = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
             at = members[name].header_offset + 30 + extra
             try:
@@ -79,7 +79,7 @@ class _DirectoryFile:
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > self.LONGEST:
             size = self.LONGEST + 1
-        data = self._file.up_to(size)
+        data = self._file.read_up_to(size)
         if len(data) > self.LONGEST:
             raise ValueError("its list of members is too long")
         return data

@@ -90,7 +90,7 @@ class CountingFile(FileIO):
         self.bytes_read[self.path] = self.bytes_read.get(self.path, 0) + len(found)
         return found
 
-    def up_to(self, size: int) -> bytes:
+    def read_up_to(self, size: int) -> bytes:
         """The next bytes; fewer only at the end of the file."""
         found = b""
         while len(found) < size and (more := self.read(size - len(found))):
@@ -103,9 +103,9 @@ def describe_array(
 ) -> NpyFile:
     """The array that begins at byte `at` and has `size` bytes; ValueError says what is wrong with it."""
     if not 0 <= at <= at + size <= os.fstat(file.fileno()).st_size:
-        raise ValueError("lies beyond the end of the file")
+        raise ValueError("is beyond the end of the file")
     file.seek(at)
-    shape, dtype, length = header = read_npy_header(file.up_to)
+    shape, dtype, length = header = read_npy_header(file.read_up_to)
     if len(shape) == 1 and columns == 1:
         shape = (shape[0], 1)
     if len(shape) != 2 or shape[1] < 1 or shape[1] != (columns or shape[1]):

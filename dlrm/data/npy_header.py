@@ -36,23 +36,23 @@ class NpyHeader(NamedTuple):
 def read_npy_header(read: Callable[[int], bytes]) -> NpyHeader:
     """`read(count)` gives the next bytes, fewer only at the end. ValueError says what is wrong."""
 
-    def exactly(count: int) -> bytes:
+    def read_exactly(count: int) -> bytes:
         data = read(count)
         if len(data) != count:
             raise ValueError("ends inside its header")
         return data
 
-    head = exactly(10)
+    head = read_exactly(10)
     if head[:6] != MAGIC:
         raise ValueError("is not an .npy file")
     if head[6] not in (1, 2, 3):
         raise ValueError(f"has a damaged header (version {head[6]})")
     size, length = int.from_bytes(head[8:10], "little"), 10
     if head[6] > 1:  # versions 2 and 3 have a length of 4 bytes
-        size, length = size | int.from_bytes(exactly(2), "little") << 16, 12
+        size, length = size | int.from_bytes(read_exactly(2), "little") << 16, 12
     if size > LONGEST:
         raise ValueError(f"has a damaged header (of {size} bytes)")
-    found = TEXT.fullmatch(exactly(size).decode("latin-1"))
+    found = TEXT.fullmatch(read_exactly(size).decode("latin-1"))
     if found is None:
         raise ValueError("has a damaged header (not that of a plain array of numbers)")
     order, kind, fortran, shape = found.groups()

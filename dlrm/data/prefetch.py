@@ -59,10 +59,8 @@ class Prefetcher:
         finally:
             stop.set()
             deadline = time.monotonic() + STOP_SECONDS
-            while (
-                worker.is_alive() and time.monotonic() < deadline
-            ):  # it may be waiting for a free place in the queue
-                try:
+            while worker.is_alive() and time.monotonic() < deadline:
+                try:  # the thread may be waiting for a free place in the queue
                     ready.get_nowait()
                 except queue.Empty:
                     worker.join(0.01)

@@ -1,8 +1,8 @@
 """What a run records of its environment: the values of variables on a list, only the names of all others.
 
 In: the process's environment. Out: the text of RUN/env.txt, and `mask_secrets` for any text that is recorded.
-Why a list of what is recorded, and not of what is hidden: run folders are shared, and nobody can list the
-names of all secrets.
+Why a list of what is recorded, and not of what is hidden: run folders are shared, and no list can name all
+secrets.
 """
 
 import fnmatch

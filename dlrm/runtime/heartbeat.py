@@ -260,7 +260,7 @@ class Heartbeat:
     def find_lost_rank(self) -> LostRank:
         """A collective broke: wait a little for the reason, and return an error that names the lost rank.
 
-        The watch thread goes on meanwhile: this rank must not look lost to the others.
+        The watch thread continues meanwhile: this rank must not look lost to the others.
         """
         self.let_main_thread_exit()
         others = set(range(self._here.world_size)) - {self._here.rank}

@@ -1,5 +1,4 @@
-"""The run folder that 3_train.sh trains into: its name, its env.txt and gpu.txt, and its removal after a
-mistake.
+"""The run folder that 3_train.sh trains into: its name, env.txt and gpu.txt, and its removal after a mistake.
 
 usage: python -m dlrm.runtime.new_run_folder COMMAND
 
@@ -7,8 +6,8 @@ usage: python -m dlrm.runtime.new_run_folder COMMAND
     make [--resume RUN] RESULTS     make it; print its path and its identity
     discard RUN IDENTITY            remove what `make` made, unless other files were added
 
-Each printed value ends with a NUL byte, so that a shell can read any path. A mistake: one line and exit code
-2.
+Each printed value ends with a NUL byte, so that a shell can read any path. A mistake: one line and
+exit code 2.
 """
 
 import argparse
@@ -169,7 +168,7 @@ def _starts_with(path: Path, header: str) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1].split("\n\n")[0])
+    parser = argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1])
     parser.add_argument("command", choices=("name", "make", "discard"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("identity", nargs="?", default="")

@@ -4,8 +4,8 @@ Why the ranks must agree: a rank that stops alone leaves the others waiting for 
 
 How: a thread of each rank looks at the store five times a second. Any rank posts a request ("stop: SIGTERM").
 Each rank then pauses before its next batch and posts how many batches it has started. Rank 0 posts the
-largest of these numbers, and every rank goes on until it has started so many batches; there it does what was
-requested. The training loop never waits for the store: without a request, a batch costs one lock.
+largest of these numbers, and every rank continues until it has started that many batches; there it does what
+was requested. The training loop never waits for the store: without a request, a batch costs one lock.
 
 Keys in the store, for the request number N:
     dlrm/stop/N         what is requested

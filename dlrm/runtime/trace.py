@@ -104,7 +104,7 @@ def stop_tracing() -> None:
 
 
 def discard_tracing() -> None:
-    """Stop, and remove this process's trace file: its run was refused the folder in which it lies."""
+    """Stop, and remove this process's trace file: its run was refused the folder that it is in."""
     files = []
     if _native is not None and _folder is not None:
         # DFTracer names the file by itself; it is open from the start

@@ -55,7 +55,7 @@ class CheckpointManager(loop.Hooks):
             os.path.join(run.output_dir, "checkpoints") if run.output_dir else None
         )
         self.root = Path(root) if root else None
-        # The slowest rank's disk may take long, and a dead rank is noticed by its heartbeat, not here.
+        # The slowest rank's disk may take long, and a rank that ended is noticed by its heartbeat, not here.
         timeout = max(3600, 10 * run.timeout)
         self.writer = self.root and CheckpointWriter(
             self.root, here, session.clone_store(), self.options.keep_checkpoints, timeout, self._lock_folder
@@ -193,7 +193,7 @@ class CheckpointManager(loop.Hooks):
         trainer.meter.exclude_time(time.perf_counter() - started)
 
     def _wait_for_save(self) -> str | None:
-        """Wait for the checkpoint that is being written. One that failed is reported, and training goes on:
+        """Wait for the checkpoint that is being written. One that failed is reported, and training continues:
         the next one may succeed, and the one before is still there.
         """
         if self.writer is None:

@@ -1,4 +1,4 @@
-"""What is somebody else's stays: in the run folder, among checkpoints, stores and caches; one writer each."""
+"""Foreign files stay: in the run folder, among checkpoints, stores and caches; one writer each."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def tree(root: Path) -> dict[str, bytes | str]:
 @pytest.mark.parametrize(
     "name", ["config.json", "results.json", "metrics.jsonl", "plan.json", "tensorboard/x"]
 )
-def test_a_run_folder_with_somebodys_file(tmp_path: Path, name: str) -> None:
+def test_a_run_folder_with_a_foreign_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(THEIRS)
     before = tree(tmp_path)
@@ -91,7 +91,7 @@ def steps_before(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
 
-def test_checkpoints_beside_somebodys_files(tmp_path: Path) -> None:
+def test_checkpoints_beside_foreign_files(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "rank00000.safetensors").write_bytes(THEIRS)
@@ -119,7 +119,7 @@ def store(root: Path) -> RowFile:
 
 
 @pytest.mark.parametrize("name", ["t_cat_0.rows", "t_cat_0.json", "t_cat_0.json.partial"])
-def test_a_store_beside_somebodys_files(tmp_path: Path, name: str) -> None:
+def test_a_store_beside_foreign_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(THEIRS)
     if name.endswith("partial"):
         store(tmp_path).close()
@@ -135,7 +135,7 @@ ARRAYS = {
 }  # fmt: skip
 
 
-def test_a_cache_in_place_of_which_something_else_lies(tmp_path: Path) -> None:
+def test_a_cache_whose_place_is_taken(tmp_path: Path) -> None:
     cache = tmp_path / "markov-1"
     cache.mkdir()
     (cache / "prepared.json").write_bytes(THEIRS)

@@ -1,4 +1,4 @@
-"""Where a training saves, in every arrangement: nothing of somebody else's is lost, nothing is left behind.
+"""Where a training saves, in every arrangement: no foreign file is lost, nothing is left behind.
 
 Trainings are real, short, and run in forks of this process.
 """
@@ -62,7 +62,7 @@ def check_theirs(before: dict[str, Any], root: Path) -> None:
     assert not lost, lost
 
 
-# name -> where each option points, below one folder that is full of somebody's files
+# name -> where each option points, below one folder that is full of foreign files
 PLACES: dict[str, dict[str, str]] = {
     "all in one": {"output_dir": ".", "checkpoint_dir": ".", "persistent_path": "."},
     "inside": {"output_dir": ".", "checkpoint_dir": "notes", "persistent_path": "notes"},

@@ -1,4 +1,4 @@
-"""One writer at a time: the second is told who, a killed owner holds nothing, foreign files stay."""
+"""One writer at a time: the second learns who writes, a killed owner holds no lock, foreign files stay."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Only what the program made is removed or replaced, whatever else lies there."""
+"""Only what the program made is removed or replaced, whatever else is there."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The processor's tuning changes speed and never numbers."""
+"""The choice of BLAS changes the speed, not the numbers."""
 
 import os
 import subprocess

@@ -131,7 +131,7 @@ SETUPS = [
 
 @pytest.mark.parametrize(("kind", "how"), SETUPS)
 def test_resume_at_other_ranks_and_batches(tmp_path: Path, kind: str, how: dict[str, object]) -> None:
-    """Three stretches of one epoch, each with other ranks: every row once; the same ranks go on unchanged."""
+    """Three parts of one epoch, each with other ranks: every row once; the same ranks continue unchanged."""
     folder = numbered_days(tmp_path, [301, 200, 9])
 
     def ranks(world: int, size: int, state: object = None, epoch: int = 1) -> list[BatchLoader]:

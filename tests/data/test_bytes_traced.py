@@ -1,4 +1,4 @@
-"""The promise of this room: the trace shows, to the byte, what a rank read from each file."""
+"""The trace shows, to the byte, what a rank read from each file."""
 
 import gzip
 import json

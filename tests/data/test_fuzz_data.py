@@ -55,7 +55,7 @@ STRANGE: list[Any] = [
 
 
 def as_command(work: Callable[[], Any]) -> int:
-    """As the commands end: one line and a code for what they know, a traceback for the rest."""
+    """As the commands end: one line and a code for known errors, a traceback for the others."""
     return entry._run_for_exit_code(lambda _: work(), Ranks())
 
 

@@ -1,4 +1,4 @@
-"""The prefetching thread: order, bounded line, errors at once, clean ends, position of what was consumed."""
+"""The prefetching thread: order, bounded queue, errors at once, clean ends, position of what was consumed."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Plans: what the planner makes of constraints and memory, and that no plan changes what is learned."""
+"""Sharding plans: the planner follows --sharding_file and memory limits; no plan changes what is learned."""
 
 import json
 import os
@@ -177,7 +177,7 @@ def test_sharding_file_from_disk(tmp_path: Path) -> None:
         make_plan(model([1000]), CPU, Ranks(), 8, {"*": {"sharding": "table_wise", "kernel": "fused_uvm"}})
 
 
-def test_optimizers_that_cannot_be_had_are_reported() -> None:
+def test_unavailable_optimizers_are_reported() -> None:
     with pytest.raises(UserError, match="adam: fbgemm cannot update tables with it on CPUs"):
         model([10], "adam")
     with pytest.raises(UserError, match="--optimizer lion is unknown"):

@@ -1,4 +1,4 @@
-"""A checkpoint of tables in files has the rows of one step, while training goes on changing them."""
+"""A checkpoint of tables in files has the rows of one step, while training continues to change them."""
 
 import errno
 import gc

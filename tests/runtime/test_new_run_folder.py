@@ -1,4 +1,4 @@
-"""Run folders: a name for each run, nothing of others' touched, and none left after a mistake."""
+"""Run folders: a name for each run, foreign files untouched, and none left after a mistake."""
 
 import os
 import subprocess

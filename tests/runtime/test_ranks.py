@@ -1,4 +1,4 @@
-"""Who a rank takes itself for, whatever started it."""
+"""A rank finds its number, whatever started it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What others do to a running job's rendezvous port, and ranks that end while the group forms."""
+"""Other programs at a running job's rendezvous port, and ranks that end while the group forms."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def test_a_rank_that_dies_while_the_group_forms_is_named(lost: int) -> None:
 
 
 @pytest.mark.mpi
-def test_a_rank_that_meets_nobody_says_so_in_one_line(tmp_path: Path, toy: Path) -> None:
+def test_a_rank_without_peers_ends_with_one_line(tmp_path: Path, toy: Path) -> None:
     with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 3)) as ranks:
         ranks.processes[0].kill()  # before it listens
         assert ranks.wait(90)[1] == 1

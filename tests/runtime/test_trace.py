@@ -1,4 +1,4 @@
-"""dlrm.runtime.trace: what lands in the file, and what survives a kill."""
+"""dlrm.runtime.trace: what is in the file, and what a killed process leaves."""
 
 import gzip
 import json

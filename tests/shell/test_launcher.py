@@ -1,4 +1,4 @@
-"""launcher.sh: the names inside a rank, the line that starts them, and how all of them end."""
+"""launcher.sh: the variables inside a rank, the line that starts ranks, and how all of them end."""
 
 import os
 import shlex
@@ -133,7 +133,7 @@ def test_unequal_nodes_are_refused(tmp_path: Path) -> None:
 
 
 def test_pbs_threads_are_not_believed() -> None:
-    """PBS sets OMP_NUM_THREADS to the chunk's cores, 1 by default, and nproc believes it."""
+    """PBS sets OMP_NUM_THREADS to the chunk's cores, 1 by default, and nproc reports that."""
     show = 'import os; os.write(1, f\'{os.environ["OMP_NUM_THREADS"]} {os.environ["TMPDIR"]}\\n\'.encode())'
     here = str(max(1, len(os.sched_getaffinity(0)) // 2))
     done = launch(sys.executable, "-c", show, NPROC=2, OMP_NUM_THREADS=97, TMPDIR="/somewhere/long")

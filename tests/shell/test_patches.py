@@ -172,7 +172,7 @@ with record_function("## after the end ##"):
 
 
 def test_torchs_profiler_sees_its_markers_only_while_it_runs(tmp_path: Path) -> None:
-    """Its marker costs more than the span: nobody pays for it while nobody looks."""
+    """torch's marker costs more than the span: it is entered only while its profiler runs."""
     code = """
 import sys, torch
 from dlrm.runtime import ranks, trace

@@ -1,4 +1,4 @@
-"""2_preprocess_dataset.sh and 3_train.sh: the run folder, the environment they meet, and how they end."""
+"""2_preprocess_dataset.sh and 3_train.sh: the run folder, the environment, and how they end."""
 
 import gzip
 import json
@@ -140,7 +140,7 @@ def test_help(script: str) -> None:
 
 
 def test_the_exit_code_of_training_is_kept(toy: Path, tmp_path: Path) -> None:
-    words = ["--embedding_dim", "12"]  # not the width of the dense tower's output
+    words = ["--embedding_dim", "12"]  # not the width of the bottom MLP's output
     done = run("3_train.sh", *words, DATASET_DIR=toy, RESULTS=tmp_path, NPROC=1)
     assert done.returncode == 2 and "dot products need tables as wide" in done.stdout
 

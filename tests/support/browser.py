@@ -80,9 +80,8 @@ class Browser:
                 if value := self.run(script):
                     return value
             except AssertionError as error:
-                if "navigated" not in str(
-                    error
-                ):  # a page that goes on to another, like ours without a secret
+                # "navigated": the page leads to another one, as ours without a secret does
+                if "navigated" not in str(error):
                     raise
             time.sleep(0.3)
         raise AssertionError(f"not in {seconds} s: {script}\n{self.run('document.body.innerText')}")

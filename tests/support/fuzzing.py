@@ -1,8 +1,8 @@
 """One hostile input, one forked process: what a command does with it, within 1 GB and 30 s.
 
 `outcome(main, argv)` runs `main(argv)` in a fork of this process, so that a case costs milliseconds and not
-the start of an interpreter, and a crash of compiled code ends the fork alone. `check` is the promise that
-every door must keep. Import what `main` needs, and compile its loops, before the first case.
+the start of an interpreter, and a crash of compiled code ends the fork alone. `check` holds what every
+entry point must do with bad input. Import what `main` needs, and compile its loops, before the first case.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Run by test_doors.py: dlrm.train, then as the last line of stdout the optional modules that it loaded."""
+"""For test_optional_packages.py: dlrm.train, then on stdout's last line the optional modules it loaded."""
 
 import json
 import sys
@@ -7,12 +7,12 @@ from dlrm import train
 from dlrm.runtime import entry
 from dlrm.runtime.ranks import Ranks
 
-SHEDS = ("dlrm.cpu", "dlrm.embeddings.ssd")
+OPTIONAL = ("dlrm.cpu", "dlrm.embeddings.ssd")
 
 
 def main(here: Ranks) -> None:
     train.main(here)
-    print(json.dumps(sorted(name for name in sys.modules if name.startswith(SHEDS))))
+    print(json.dumps(sorted(name for name in sys.modules if name.startswith(OPTIONAL))))
 
 
 if __name__ == "__main__":

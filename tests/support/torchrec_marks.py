@@ -1,6 +1,7 @@
 """A few steps of a sharded model under torch's profiler and DFTracer at once: prints torchrec's markers.
 
-Started by tests/test_patches.py on real ranks: launcher.sh python tests/support/torchrec_marks.py RUN_DIR
+Started by tests/shell/test_patches.py on real ranks:
+launcher.sh python tests/support/torchrec_marks.py RUN_DIR
 """
 
 import json

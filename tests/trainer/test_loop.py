@@ -113,6 +113,6 @@ def test_good_enough_at_an_epoch_ends_the_training() -> None:
     assert done.target_reached and done.validated == [10, 20] and done.progress.target_reached
 
 
-def test_a_loss_that_is_no_number_is_reported_with_its_steps() -> None:
+def test_a_loss_that_is_not_a_number_is_reported_with_its_steps() -> None:
     with pytest.raises(UserError, match=r"the loss became nan in steps 6\.\.9"):
         Course(odd=7, report_every=4)

@@ -32,7 +32,7 @@ def log(toy: Path, train: Any) -> Path:
 
 
 def as_on_criteo(log: Path, auroc: float = 0.81) -> Path:
-    """The same log, had it been made on the data that the rules speak of."""
+    """The same log, as if it had been made on the data that the rules require."""
     text = log.read_text()
     text = re.sub(r'("key": "eval_samples", "value": )\d+', rf"\g<1>{CRITEO_VALIDATION_ROWS}", text)
     text = re.sub(r'("key": "eval_accuracy", "value": )[0-9.]+', rf"\g<1>{auroc}", text)

@@ -1,4 +1,4 @@
-"""Bad disks: full ones, failing reads and writes, files that shrink. A clear word; what was good stays."""
+"""Bad disks: full ones, failing reads and writes, files that shrink. One line; good checkpoints stay."""
 
 import contextlib
 import errno
@@ -112,7 +112,7 @@ def test_a_file_that_shrinks(toy: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     toy: Path, tmp_path: Path, shim: Path, call: str, number: int
 ) -> None:
-    """Training goes on: what it learns is worth more than a checkpoint."""
+    """Training continues: its progress is worth more than a checkpoint."""
     more = ["--max_steps", 20, "--checkpoint_every_steps", 6, "--keep_checkpoints", 1]
     with LiveRanks(
         tmp_path, 2, *words(toy, *more), **fault(shim, call, "step-12-*/rank00001", number, 0)

@@ -1,4 +1,4 @@
-"""A rank that is killed or stopped, at any moment: the others end soon, name it, and the next run goes on."""
+"""A rank that is killed or suspended at any time: the others end soon, name it, and the next run resumes."""
 
 import gzip
 import json
@@ -130,14 +130,14 @@ def test_many_kills(toy: Path, never_killed: Path, tmp_path: Path, seed: int) ->
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(("launcher", "rank"), [("", 0), ("", 1), ("mpiexec", 0), ("torchrun", 1)])
-def test_a_rank_that_stands_still_counts_as_lost_after_the_timeout(
+def test_a_suspended_rank_counts_as_lost_after_the_timeout(
     toy: Path, tmp_path: Path, launcher: str, rank: int
 ) -> None:
     with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 5, *LONG), launcher=launcher) as ranks:
         ranks.until_step(10)
         ranks.signal(signal.SIGSTOP, rank)
         begun = time.monotonic()
-        assert 0 not in ranks.wait(60)  # the one that stands still is ended, too
+        assert 0 not in ranks.wait(60)  # the suspended one is killed, too
         assert time.monotonic() - begun > 3
         assert not ranks.pids()
     assert f"rank {rank} on {HOST} sent no heartbeat for 5 s" in ranks.said, ranks.said

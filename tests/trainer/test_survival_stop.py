@@ -1,4 +1,4 @@
-"""Stopped and run again equals never stopped."""
+"""A run that was stopped and resumed equals one that was not."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ def test_stopped_again_and_again_mostly_while_it_validates(toy: Path, tmp_path: 
 
 @pytest.mark.mpi
 def test_a_clock_stops_it_too(toy: Path, tmp_path: Path) -> None:
-    """--stop_before_walltime: nobody sends a signal."""
+    """--stop_before_walltime: without a signal."""
     more = ["--epochs", 1000, "--walltime", "1:00", "--stop_before_walltime", 42]
     with LiveRanks(tmp_path, 2, *words(toy, *more)) as ranks:
         assert ranks.wait(60) == [STOPPED, STOPPED], ranks.said

@@ -69,7 +69,7 @@ def test_the_run_folder_tells_everything(two_ranks: Path, toy: Path) -> None:
     assert all(line["lr"] == 0.02 and line["samples_per_second"] > 0 for line in steps)
     assert [line["split"] for line in lines if "split" in line] == ["val", "test"]
     stdout = (two_ranks / "stdout").read_text()
-    assert stdout.count("test: samples 1500") == 1  # one rank speaks
+    assert stdout.count("test: samples 1500") == 1  # one rank prints
 
 
 def test_two_ranks_read_every_byte_of_the_rows_once(two_ranks: Path, toy: Path) -> None:

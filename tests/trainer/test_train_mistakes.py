@@ -127,7 +127,7 @@ def test_a_bad_option_is_named(word: str, train_here: Any) -> None:
 
 
 def test_bad_data_late_in_the_training_ends_all_ranks(toy: Path, tmp_path: Path, train: Any) -> None:
-    """One of three ranks meets it: it tells why, one other that it ends, all exit alike."""
+    """One of three ranks reads it and prints why, another that it ends, all exit with the same code."""
     folder = tmp_path / "data"
     shutil.copytree(toy, folder)
     rewrite(folder / "day_1_dense.npy", put(2500, 4, np.nan))

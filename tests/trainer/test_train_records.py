@@ -1,4 +1,4 @@
-"""What a person and a tool see of a run: the bar, plain lines, TensorBoard, counts of ids, advice."""
+"""What a run prints and records: progress bar, plain lines, TensorBoard, counts of ids, unused options."""
 
 import os
 import pty

@@ -1,4 +1,4 @@
-"""The same training by torchrec's pieces and torch's optimizers, with nothing of ours but first weights."""
+"""The same training by torchrec's pieces and torch's optimizers; only the first weights are the project's."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
 """Tables larger than memory: rows in files, with a cache of rows that fbgemm sees as its table.
 
 In: a sharding plan, ids. Out: the numbers of a table in memory. `ssd_tables.py` has all hooks into torchrec.
-The one door is `placement.prepare_ssd_tables`, imported only if an option asks for such tables.
+The only entry is `placement.prepare_ssd_tables`, imported only if an option asks for such tables.
 """

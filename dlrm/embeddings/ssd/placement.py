@@ -100,7 +100,7 @@ def prepare_ssd_tables(
     output_dir: str | None, given: Mapping[str, Mapping[str, Any]], poolings: list[float] | None,
     say: Callable[[str], None],
 ) -> tuple[SsdTables | None, Mapping[str, Mapping[str, Any]]]:  # fmt: skip
-    """(the tables in files, or None; constraints for the planner). The one door to this folder.
+    """(the tables in files, or None; constraints for the planner). The only entry to this folder.
 
     given: the sharding file's constraints. say: prints on the first rank which stores were chosen, and why.
     """

@@ -96,9 +96,8 @@ class SsdTables:
         model.ssd_tables = self
         for part in model.modules():
             for sharding in getattr(part, "_embedding_shardings", []):
-                if isinstance(
-                    sharding, BaseRwEmbeddingSharding
-                ):  # it finds a row's rank by the table's real size
+                # a row-wise sharding finds a row's rank by the size of the whole table
+                if isinstance(sharding, BaseRwEmbeddingSharding):
                     sharding._get_feature_hash_sizes = partial(self._table_rows, sharding)
             for lookup in getattr(part, "_lookups", []):  # not registered as submodules
                 for kernel in lookup.modules():

@@ -1,4 +1,4 @@
-"""The Perfetto file in Perfetto's own trace processor: all is there, nested, and nothing complains."""
+"""The Perfetto file in Perfetto's own trace processor: complete, nested, without complaints."""
 
 import gzip
 import json

@@ -113,7 +113,7 @@ def test_without_the_secret_there_is_nothing(server: view.Server, run: Path, pat
     ],
 )  # fmt: skip
 def test_only_its_own_host(server: view.Server, host: str | None, code: int) -> None:
-    """A name that somebody made to point to 127.0.0.1 says itself in the request."""
+    """A foreign host name that points to 127.0.0.1 is in the request's Host header."""
     host = host and host.format(port=server.server_address[1])
     assert ask(server, f"/{server.token}/localtrace", host=host)[0] == code
 

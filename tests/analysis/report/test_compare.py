@@ -1,4 +1,4 @@
-"""compare: which settings differ comes first, then what changed; nothing is judged that cannot be."""
+"""compare: settings that differ come first, then what changed; what cannot be compared gets no verdict."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Runs with planted problems: the findings name them, say how much there is to win, and name nothing else."""
+"""Runs with planted problems: the findings name them and the time to be saved, and nothing else."""
 
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def test_remedy_for_tiny_reads_is_one_that_can_help(tmp_path: Path) -> None:
 
 
 def test_hidden_tiny_reads_win_nothing(tmp_path: Path) -> None:
-    """The same reads, but the main thread computes meanwhile: there is no time to be won."""
+    """The same reads, but the main thread computes meanwhile: there is no time to be saved."""
     made = training(wait=0, compute=11_000, reads=40, read_size=4096, read_us=200)
     assert found(tmp_path, made)["small_reads"].seconds == 0.0
 

@@ -1,4 +1,4 @@
-"""Somebody's files beside every analysis command: not one byte of them changes, and one line says why."""
+"""Foreign files beside every analysis command: not one byte of them changes, and one line says why."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def make_folder(path: Path) -> None:
 
 
 def make_link(path: Path) -> None:
-    """Something of somebody's lies at its end."""
+    """A foreign file is at its end."""
     target = path.parent.parent / "elsewhere"
     target.write_text("precious")
     path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Damaged JSON files beside good traces: every command of the analysis says so in one line, or goes on."""
+"""Damaged JSON files beside good traces: every analysis command says so in one line, or continues."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""A run that was stopped and went on: the report, the picture and the check take each launch by itself."""
+"""A run that was stopped and resumed: report, Perfetto file and check handle each launch by itself."""
 
 import json
 import signal
@@ -35,7 +35,7 @@ def later(made: Made, by: int, pid: int) -> Made:
 
 
 @pytest.fixture
-def went_on(tmp_path: Path) -> Path:
+def resumed(tmp_path: Path) -> Path:
     """Two ranks on hosts whose clocks are 50 ms apart, stopped; ten minutes later three, 9 s apart."""
     for rank, off in ((0, 0), (1, 50_000)):
         made = training(rank, 2, steps=30, host=f"n{rank}")
@@ -48,8 +48,8 @@ def went_on(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_pause_belongs_to_no_launch(went_on: Path) -> None:
-    joined = gather_tables(went_on)
+def test_the_pause_is_not_counted(resumed: Path) -> None:
+    joined = gather_tables(resumed)
     one, two = (10_000 + steps * 12_010 for steps in (30, 40))  # us of a launch
     table = progress.list_launches(joined)
     assert table["ranks"].to_list() == [2, 3] and table["steps"].to_list() == [30, 40]
@@ -61,7 +61,7 @@ def test_the_pause_belongs_to_no_launch(went_on: Path) -> None:
     assert facts.wall_seconds() == pytest.approx((one + two) / 1e6)
     assert facts.mean_seconds("wall_s") == pytest.approx((one + two) / 1e6)
     assert facts.mean_seconds("wait_s", "train") == pytest.approx(70 * 100e-6)
-    shares = pl.read_csv(_written(went_on) / "timeline.csv")
+    shares = pl.read_csv(_written(resumed) / "timeline.csv")
     inside = shares.filter((pl.col("at_s") > one / 1e6 + 2) & (pl.col("at_s") < PAUSE / 1e6 - 2))
     assert len(inside) == 0
 
@@ -71,12 +71,12 @@ def _written(run: Path) -> Path:
     return run / "tables"
 
 
-def test_each_launch_has_its_own_clock(went_on: Path) -> None:
-    table = progress.list_steps(gather_tables(went_on))
+def test_each_launch_has_its_own_clock(resumed: Path) -> None:
+    table = progress.list_steps(gather_tables(resumed))
     assert len(table) == 70 and table["ranks"].to_list() == [2] * 30 + [3] * 40  # no step is two launches'
     assert table["ts"].to_list()[30] == BEGIN + PAUSE + 10_000
     begun = (
-        gather_tables(went_on)["steps"]
+        gather_tables(resumed)["steps"]
         .group_by("launch", "rank")
         .agg(pl.col("ts").min())
         .sort("launch", "rank")
@@ -84,19 +84,19 @@ def test_each_launch_has_its_own_clock(went_on: Path) -> None:
     assert begun["ts"].to_list() == [BEGIN + 10_000] * 2 + [BEGIN + PAUSE + 10_000] * 3
 
 
-def test_it_is_said(went_on: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(went_on)]) == 0
+def test_it_is_said(resumed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(resumed)]) == 0
     out = capsys.readouterr().out
     assert "launch 2: 3 ranks" in out and "not running between launches" in out
     assert "The run was launched 2 times" in out
-    page = (went_on / "report.html").read_text()
+    page = (resumed / "report.html").read_text()
     assert "not running" in page and "Launches" in page and '"gaps":[[' in page
-    told = json.loads((went_on / "summary.json").read_text())
+    told = json.loads((resumed / "summary.json").read_text())
     assert [launch["ranks"] for launch in told["launches"]] == [2, 3]
 
 
-def test_in_perfetto_they_are_processes_of_their_own(went_on: Path) -> None:
-    summary = convert.convert_to_pftrace(went_on)
+def test_in_perfetto_they_are_processes_of_their_own(resumed: Path) -> None:
+    summary = convert.convert_to_pftrace(resumed)
     assert "clock of m1 in launch 2: moved by -9000000 us to meet the barrier at the start" in summary.clocks
     with trace_processor.opened(summary.path) as trace:
         assert not trace.complaints()

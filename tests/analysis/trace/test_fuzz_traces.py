@@ -128,9 +128,8 @@ def write_run(folder: Path, chance: random.Random) -> None:
     )
 
 
-def on_this_thread(
-    function, work
-):  # a pool of threads for each of thousands of files would take most of the time
+def on_this_thread(function, work):
+    """For map: a pool of threads for each of thousands of files would take most of the time."""
     return map(function, work)
 
 

@@ -102,7 +102,7 @@ def test_twenty_steps_are_those_of_plain_pytorch(
         plain = Plain(42, 12, 16, 4, 2, output == "tied")
         plain.take(whole(job.model))
         batches = [batch for _, batch in zip(range(20), job.datasets.train.batches, strict=False)]
-        job.datasets.train.batches.batch_number = -1  # as if nobody had looked
+        job.datasets.train.batches.batch_number = -1  # as before the first batch
         job.fit()
         reports = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         lines = [report["loss"] for report in reports if "loss" in report]

@@ -75,7 +75,7 @@ def of_split(done: Finished, split: str) -> list[dict[str, Any]]:
 
 
 def best_possible(data: Any, k: int) -> float:
-    """Recall@k of one who knows each item's follower and nothing else."""
+    """Recall@k of a predictor that knows each item's follower and nothing else."""
     known = make_data(data, RatingsOptions(USERS, ITEMS, data.random_size, 1), None, 1, False)
     items, starts = known.data.items, known.data.starts
     counts = np.zeros((ITEMS + 1, ITEMS + 1), int)
@@ -142,7 +142,7 @@ def test_ddp_learns_what_dmp_learns(two_ranks: Finished, tmp_path: Path, here: R
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not(here: Run, tmp_path: Path) -> None:
-    words_ = [SMALL, "--dropout 0.2 --num_epochs 3"]  # dropout: the random numbers go on, too
+    words_ = [SMALL, "--dropout 0.2 --num_epochs 3"]  # dropout: the random numbers continue, too
     whole = here(*words_, "--max_steps 24")
     folder = tmp_path / "stopped"
     here(*words_, "--max_steps 15 --checkpoint_every_steps 5", folder=folder)

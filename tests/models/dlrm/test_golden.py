@@ -1,4 +1,4 @@
-"""Losses of the first steps as they were when this was written: no change may move them unseen.
+"""Losses of the first steps as they were when this was written: a change that moves them must say so.
 
 To write them anew, when they are meant to change: python tests/models/dlrm/test_golden.py
 """

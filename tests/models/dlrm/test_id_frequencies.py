@@ -1,4 +1,4 @@
-"""The counts of ids: in the run folder, and never over a file of somebody else's."""
+"""The counts of ids: in the run folder, and never over a foreign file."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_a_later_run_replaces_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["text", "npz", "link", "folder"])
-def test_somebody_elses_file_is_refused_at_the_start(tmp_path: Path, name: str, kind: str) -> None:
+def test_a_foreign_file_is_refused_at_the_start(tmp_path: Path, name: str, kind: str) -> None:
     path, theirs = tmp_path / name, tmp_path / "theirs"
     count(tmp_path / "other", 1)
     if kind == "text":

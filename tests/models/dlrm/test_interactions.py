@@ -141,7 +141,7 @@ def test_mistakes_are_reported() -> None:
         make("dot", dense_layers=[16])
 
 
-def test_compiling_where_torch_lies_under_a_path_with_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_with_torch_under_a_path_with_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__file__", "/my folder/torch/__init__.py")
     with pytest.raises(UserError, match="--compile: .* has a space, /my folder/torch"):
         compile_dense(make("dot").model)

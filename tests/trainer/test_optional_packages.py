@@ -12,11 +12,11 @@ from support.ranks import ROOT, Train
 
 from dlrm.runtime import accelerate
 
-SHEDS = ("dlrm.cpu", "dlrm.embeddings.ssd")
+OPTIONAL = ("dlrm.cpu", "dlrm.embeddings.ssd")
 SHORT = ["--preset", "toy", "--report_every", 1, "--batch_size", 128, "--limit_train_batches", 20]
 
 
-def loaded_sheds(out: str) -> list[str]:
+def loaded_optional(out: str) -> list[str]:
     """The last line of each rank's stdout, see support/loaded_modules.py."""
     return json.loads(out.splitlines()[-1])
 
@@ -26,21 +26,21 @@ def run_settings(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.mpi
-def test_both_doors_shut(toy: Path, train: Train, run_ranks: Train) -> None:
+def test_both_switched_off(toy: Path, train: Train, run_ranks: Train) -> None:
     options = [*SHORT, "--in_memory_binary_criteo_path", toy]
-    opened = train(2, *options)
-    shut = run_ranks(2, "tests.support.loaded_modules", *options, "--no-cpu_fast_path")
-    assert shut.codes == opened.codes == [0, 0], (shut.err, opened.err)
-    assert [loaded_sheds(out) for out in shut.out] == [[], []]
-    assert len(shut.losses) == 20
-    assert shut.losses == pytest.approx(opened.losses, rel=1e-6)
-    assert run_settings(shut.folder)["run"]["cpu_fast_path"] is False
-    assert run_settings(opened.folder)["run"]["cpu_fast_path"] is True
-    assert run_settings(shut.folder)["launch"]["tuned"] == []
+    on = train(2, *options)
+    off = run_ranks(2, "tests.support.loaded_modules", *options, "--no-cpu_fast_path")
+    assert off.codes == on.codes == [0, 0], (off.err, on.err)
+    assert [loaded_optional(out) for out in off.out] == [[], []]
+    assert len(off.losses) == 20
+    assert off.losses == pytest.approx(on.losses, rel=1e-6)
+    assert run_settings(off.folder)["run"]["cpu_fast_path"] is False
+    assert run_settings(on.folder)["run"]["cpu_fast_path"] is True
+    assert run_settings(off.folder)["launch"]["tuned"] == []
 
 
 @pytest.mark.mpi
-def test_both_doors_open(toy: Path, run_ranks: Train) -> None:
+def test_both_switched_on(toy: Path, run_ranks: Train) -> None:
     """The check of the test above finds what it looks for."""
     run = run_ranks(
         2, "tests.support.loaded_modules", *SHORT, "--in_memory_binary_criteo_path", toy,
@@ -48,15 +48,15 @@ def test_both_doors_open(toy: Path, run_ranks: Train) -> None:
     )  # fmt: skip
     assert run.codes == [0, 0], run.err
     for out in run.out:
-        loaded = loaded_sheds(out)
-        assert all(any(name.startswith(f"{shed}.") for name in loaded) for shed in SHEDS), loaded
+        loaded = loaded_optional(out)
+        assert all(any(name.startswith(f"{package}.") for name in loaded) for package in OPTIONAL), loaded
 
 
-def test_the_old_option_closes_the_door_with_a_warning(run_ranks: Train) -> None:
+def test_the_old_option_switches_off_with_a_warning(run_ranks: Train) -> None:
     run = run_ranks(1, "tests.support.loaded_modules", *SHORT, "--exchange", "gloo")
     assert run.codes == [0], run.err
     assert "--exchange gloo is deprecated: use --no-cpu_fast_path" in run.err[0] + run.out[0]
-    assert loaded_sheds(run.out[0]) == []
+    assert loaded_optional(run.out[0]) == []
 
 
 def test_cuda_imports_no_cpu_fast_path() -> None:
@@ -75,10 +75,10 @@ LIBRARIES = {"torch", "torchrec", "np", "numpy", "dist", "nn", "F", "comm_ops"}
 SETTINGS = "torch.backends."  # switches that torch documents
 
 
-def test_no_global_of_a_library_is_rebound_outside_the_sheds() -> None:
+def test_no_global_of_a_library_is_rebound_outside_optional_packages() -> None:
     for path in (ROOT / "dlrm").rglob("*.py"):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        if name.startswith(SHEDS):
+        if name.startswith(OPTIONAL):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             targets: list[ast.expr] = []
@@ -91,7 +91,7 @@ def test_no_global_of_a_library_is_rebound_outside_the_sheds() -> None:
 
 
 def test_each_hook_is_called_by_name() -> None:
-    """Every field of FastPath has a caller, and nobody takes a hook out of the module before it is set."""
+    """Every field of FastPath has a caller, and no module copies a hook before it is set."""
     sources = {path: path.read_text() for path in (ROOT / "dlrm").rglob("*.py")}
     for name in accelerate.FastPath.__dataclass_fields__:
         assert any(f"accelerate.hooks.{name}(" in text for text in sources.values()), name
