@@ -11,16 +11,12 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fuzzing import outcome
-
-from dlrm import bert4rec, train
-from dlrm.prep.__main__ import main as prep
-from dlrm.runtime import entry
+from support.command_server import run_program
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
@@ -38,7 +34,6 @@ FOLDERS = (
     "plots", "00001-step-3", "00002-step-6", ".00003-step-9", ".bert4rec", "tensorboard", "results",
     "t_cat_0", ".dlrm-io-prep-0123456789abcdef", ".dlrm-io-checkpoint-0123456789abcdef",
 )  # fmt: skip
-Places = Callable[[], Path]
 
 
 def make_tree(folder: Path, chance: random.Random, depth: int = 3) -> None:
@@ -74,22 +69,6 @@ def snapshot(folder: Path) -> dict[str, Any]:
     return found
 
 
-def python_m(main: Callable[[Any], None]) -> Callable[[list[str]], int]:
-    """An entry of training as a function of its words; it leaves the process itself."""
-
-    def run(argv: list[str]) -> int:
-        sys.argv = ["python -m dlrm", *argv]
-        entry.run_entry(main)
-
-    return run
-
-
-def analysis(argv: list[str]) -> int:
-    from analysis.__main__ import main
-
-    return main(argv)
-
-
 class World:
     """A user's folder, and what the commands work on: small, made once, only read."""
 
@@ -122,7 +101,8 @@ class World:
         return self.place() / self.chance.choice(NAMES)
 
 
-def commands(world: World) -> list[tuple[str, Callable[[list[str]], int | None], list[Any]]]:
+def commands(world: World) -> list[tuple[str, str, list[Any]]]:
+    """(what it is, the program, its words) of each."""
     place, file, chance = world.place, world.file, world.chance
     run_prep = ["run", "--input_dir", world.tsv, "--output_dir", place()]
     if chance.random() < 0.6:
@@ -155,26 +135,26 @@ def commands(world: World) -> list[tuple[str, Callable[[list[str]], int | None],
         20,
     ]
     return [
-        ("prep run", prep, run_prep),
-        ("prep toy", prep, ["toy", place(), "--days", 2, "--rows", 30]),
-        ("prep parse", prep, ["parse", "--input_dir", world.tsv, "--output_dir", place()]),
-        ("prep contiguous", prep, ["contiguous", "--input_dir", world.npy, "--output_dir", place()]),
-        ("prep shuffle", prep, [
+        ("prep run", "dlrm.prep", run_prep),
+        ("prep toy", "dlrm.prep", ["toy", place(), "--days", 2, "--rows", 30]),
+        ("prep parse", "dlrm.prep", ["parse", "--input_dir", world.tsv, "--output_dir", place()]),
+        ("prep contiguous", "dlrm.prep", ["contiguous", "--input_dir", world.npy, "--output_dir", place()]),
+        ("prep shuffle", "dlrm.prep", [
             "shuffle", "--input_dir_labels_and_dense", world.npy, "--input_dir_sparse", world.npy,
             "--output_dir_shuffled", place(), "--tmp_dir", place(),
         ]),
-        ("prep multihot", prep, [
+        ("prep multihot", "dlrm.prep", [
             "multihot", "--input_dir", world.npy, "--output_dir", place(),
             "--multi_hot_sizes", ",".join(["2"] * 26), "--copy_labels_and_dense",
         ]),
-        ("prep check", prep, ["check", place()]),
-        ("train", python_m(train.main), training),
-        ("bert4rec", python_m(bert4rec.main), bert),
-        ("perfetto", analysis, ["perfetto", world.run, "-o", file()]),
-        ("perfetto there", analysis, ["perfetto", place()]),
-        ("report", analysis, ["report", place()]),
-        ("check", analysis, ["check", place()]),
-        ("compare", analysis, ["compare", world.run, world.run, "-o", file()]),
+        ("prep check", "dlrm.prep", ["check", place()]),
+        ("train", "dlrm.train", training),
+        ("bert4rec", "dlrm.bert4rec", bert),
+        ("perfetto", "analysis", ["perfetto", world.run, "-o", file()]),
+        ("perfetto there", "analysis", ["perfetto", place()]),
+        ("report", "analysis", ["report", place()]),
+        ("check", "analysis", ["check", place()]),
+        ("compare", "analysis", ["compare", world.run, world.run, "-o", file()]),
     ]  # fmt: skip
 
 
@@ -204,11 +184,11 @@ def run_seed(base: Path, given: tuple[Path, Path, Path], seed: int) -> None:
     for number in range(14):
         folder = base / f"{seed}-{number}"
         world = World(folder, *given, chance)
-        name, main, words = commands(world)[number]
+        name, program, words = commands(world)[number]
         if chance.random() < 0.1:
             os.chmod(world.tree, 0o555)
         before, theirs = snapshot(folder), [snapshot(path) for path in given]
-        found = outcome(main, words, memory=8 << 30, seconds=60)
+        found = run_program(program, *words, seconds=60)
         after = snapshot(folder)
         said = f"seed {seed}, {name} {' '.join(map(str, words))}\n{found.err[-1500:]}"
         assert found.code >= 0, said

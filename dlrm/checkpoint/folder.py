@@ -21,7 +21,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.inputs import check_regular, read_json_object
-from common.owned import WorkFolders
+from common.owned import MARK, WorkFolders
 from dlrm.checkpoint.shards import DTYPES, Blocks, CorruptCheckpoint, StoredPiece, write_synced
 from dlrm.runtime.trace import sync_to_disk
 
@@ -127,9 +127,15 @@ def _is_count(value: Any) -> bool:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoints under their final names, newest first."""
+    """Checkpoints under their final names, newest first; damaged ones too, but no other folder of such a
+    name: a checkpoint has its description, or at least this program's mark.
+    """
     try:
-        found = [path for path in root.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+        found = [
+            path
+            for path in root.iterdir()
+            if NAME.fullmatch(path.name) and any(os.path.lexists(path / name) for name in (MARKER, MARK))
+        ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -36,9 +36,8 @@ class BatchCollator:
             raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
         self.sizes = None if table_sizes is None else np.array(table_sizes, np.int64)
         self.fold, self.make_multi_hot = fold, make_multi_hot
-        self.pin_memory = (
-            pin_memory and torch.cuda.is_available()
-        )  # without a GPU there is nothing to copy to
+        # without a GPU there is nothing to copy to
+        self.pin_memory = pin_memory and torch.cuda.is_available()
         self.index = {name: number for number, name in enumerate(SPARSE_NAMES)}
         self._index_tensors: dict[tuple[int, tuple[int, ...]], IndexTensors] = {}
 

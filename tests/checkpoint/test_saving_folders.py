@@ -1,24 +1,20 @@
 """Where a training saves, in every arrangement: no foreign file is lost, nothing is left behind.
 
-Trainings are real, short, and run in forks of this process.
+Trainings are real, short, and run in forks of a server process.
 """
 
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fuzzing import Outcome, outcome
+from support.command_server import run_program
 
 from common.lock import FolderLock
 from common.owned import LEDGER, MARK
-from dlrm import bert4rec, train
 from dlrm.checkpoint.folder import list_checkpoints
-from dlrm.runtime import entry
 
 TRAIN = [
     "--max_steps", "4", "--batch_size", "16", "--embedding_dim", "8", "--num_embeddings", "50",
@@ -28,14 +24,6 @@ TRAIN = [
 SAVING = ["--checkpoint_every_steps", "1", "--keep_checkpoints", "1"]
 BERT = ["--dataset_name", "random", "--max_steps", "2", "--emb_dim", "8", "--max_len", "8", "--timeout", "30"]
 THEIRS = ("thesis.tex", "notes/README", "00001-step-3/notes", "t_cat_0.old", ".hidden", "config.json.bak")
-
-
-def call(main: Callable[[Any], None], *words: object) -> Outcome:
-    def run(argv: list[str]) -> int:
-        sys.argv = ["python -m dlrm", *argv]
-        entry.run_entry(main)
-
-    return outcome(run, words, memory=8 << 30, seconds=120)
 
 
 def put_theirs(folder: Path) -> None:
@@ -100,7 +88,7 @@ def test_folders_of_a_training(tmp_path: Path, arrangement: str) -> None:
     if "persistent_path" in PLACES[arrangement]:
         words += ["--store_type", "cached_ssd", "--cache_memory_budget_mb", "1"]
     for _ in range(2):
-        found = call(train.main, *TRAIN, *SAVING, *words)
+        found = run_program("dlrm.train", *TRAIN, *SAVING, *words)
         assert found.code in (0, 1, 2), (found.code, found.err)
         assert "Traceback" not in found.err and (found.code == 0 or found.err.strip()), found.err
         check_theirs(before, tmp_path)
@@ -116,7 +104,8 @@ def test_the_cache_of_bert4rec(tmp_path: Path, place: str) -> None:
     (base / "link").symlink_to(tmp_path / "elsewhere")
     before = read_tree(tmp_path)
     for _ in range(2):
-        found = call(bert4rec.main, *BERT, "--output_dir", base / "run", "--cache_dir", tmp_path / place)
+        folders = ["--output_dir", base / "run", "--cache_dir", tmp_path / place]
+        found = run_program("dlrm.bert4rec", *BERT, *folders)
         assert found.code == (2 if place.endswith("tex") else 0), found.err
         check_theirs(before, tmp_path)
 
@@ -124,28 +113,28 @@ def test_the_cache_of_bert4rec(tmp_path: Path, place: str) -> None:
 def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
     """Neither a trace nor a folder for it, whoever has the run folder."""
     run = tmp_path / "run"
-    assert call(train.main, *TRAIN, "--output_dir", run).code == 0
+    assert run_program("dlrm.train", *TRAIN, "--output_dir", run).code == 0
     before = read_tree(run)
     with FolderLock(run, "training into it"):
-        found = call(train.main, *TRAIN, "--trace", "--output_dir", run)
+        found = run_program("dlrm.train", *TRAIN, "--trace", "--output_dir", run)
         assert found.code == 2 and "in use since" in found.err, found.err
         assert len(found.err.strip().splitlines()) == 1
     assert read_tree(run) == before
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "config.json").write_text("{}")
-    found = call(train.main, *TRAIN, "--trace", "--output_dir", theirs)
+    found = run_program("dlrm.train", *TRAIN, "--trace", "--output_dir", theirs)
     assert found.code == 2 and "config.json" in found.err, found.err
     assert read_tree(theirs) == {"config.json": b"{}"}
 
 
 def test_another_run_s_trace_stays_where_a_run_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert call(train.main, *TRAIN, "--trace", "--output_dir", run).code == 0
+    assert run_program("dlrm.train", *TRAIN, "--trace", "--output_dir", run).code == 0
     before = read_tree(run)
     assert any(name.endswith(".pfw.gz") for name in before)
     with FolderLock(run, "training into it"):
-        assert call(train.main, *TRAIN, "--trace", "--output_dir", run).code == 2
+        assert run_program("dlrm.train", *TRAIN, "--trace", "--output_dir", run).code == 2
     assert read_tree(run) == before
 
 
@@ -158,13 +147,14 @@ def make_old(run: Path) -> None:
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert call(train.main, *TRAIN, *SAVING, "--output_dir", run, "--mllog").code == 0
+    rows = ["--limit_train_batches", "9"]  # of random data: also how many rows there are
+    assert run_program("dlrm.train", *TRAIN, *rows, *SAVING, "--output_dir", run, "--mllog").code == 0
     make_old(run)
     put_theirs(run)
     old = {path.name for path in list_checkpoints(run / "checkpoints")}
     theirs = {name: content for name, content in read_tree(run).items() if name in THEIRS}
-    more = [*TRAIN, "--max_steps", "6", "--limit_train_batches", "9", *SAVING, "--mllog"]
-    found = call(train.main, *more, "--output_dir", run)
+    more = [*TRAIN, *rows, "--max_steps", "6", *SAVING, "--mllog"]
+    found = run_program("dlrm.train", *more, "--output_dir", run)
     assert found.code == 0, found.err
     assert "a run of an earlier version or a copy" in found.err and len(found.err.splitlines()) == 1, (
         found.err
@@ -174,28 +164,28 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert json.loads((run / "results.json").read_text())["steps"] == 6
-    found = call(train.main, *more, "--output_dir", run)
+    found = run_program("dlrm.train", *more, "--output_dir", run)
     assert found.code == 0 and not found.err, found.err
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "plan.json", "config.json"])
 def test_what_is_not_recognised_in_it_stays(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
-    assert call(train.main, *TRAIN, "--output_dir", run).code == 0
+    assert run_program("dlrm.train", *TRAIN, "--output_dir", run).code == 0
     (run / LEDGER).unlink()
     (run / name).write_text('{"step": 3, "mine": "thesis"}\n')
     before = read_tree(run)
-    found = call(train.main, *TRAIN, "--output_dir", run)
+    found = run_program("dlrm.train", *TRAIN, "--output_dir", run)
     assert found.code == 2 and "move it away" in found.err, found.err
     check_theirs(before, run)
 
 
 def test_a_copy_with_links_is_not_followed(tmp_path: Path) -> None:
     run, theirs = tmp_path / "run", tmp_path / "theirs.jsonl"
-    assert call(train.main, *TRAIN, "--output_dir", run).code == 0
+    assert run_program("dlrm.train", *TRAIN, "--output_dir", run).code == 0
     (run / LEDGER).unlink()
     shutil.move(run / "metrics.jsonl", theirs)
     (run / "metrics.jsonl").symlink_to(theirs)
     before = read_tree(tmp_path)
-    assert call(train.main, *TRAIN, "--output_dir", run).code == 2
+    assert run_program("dlrm.train", *TRAIN, "--output_dir", run).code == 2
     check_theirs(before, tmp_path)

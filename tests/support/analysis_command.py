@@ -1,45 +1,18 @@
-"""`python -m analysis` without the start of an interpreter: a server process forks for every command.
+"""`python -m analysis` by a server of its own, which has also loaded the compiled loops."""
 
-A process in which polars has run must not fork: the child waits for polars' threads, which are not there. So
-the commands are forked by a process of their own, in which everything is imported and polars has never run.
-It starts with the first command and ends when the tests do, because its standard input is then closed.
-"""
-
-import json
-import os
 import pickle
-import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from support.command_server import CommandServer, serve
 from support.fuzzing import MEMORY, Outcome, outcome
-
-ROOT = Path(__file__).parents[2]
-
-
-class CommandServer:
-    """Runs `analysis.__main__.main(argv)`, each time in a fresh fork."""
-
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "support.analysis_command"], text=True, cwd=ROOT,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        )  # fmt: skip
-
-    def run(self, *words: object, memory: int | None = None, seconds: int = 120) -> Outcome:
-        """memory: bytes that the command may ask for beyond those of an idle process; None: any number."""
-        assert self._server.stdin is not None and self._server.stdout is not None
-        request = {"argv": [str(word) for word in words], "memory": memory, "seconds": seconds}
-        print(json.dumps(request), file=self._server.stdin, flush=True)
-        return Outcome(**json.loads(self._server.stdout.readline()))
 
 
 @cache
 def server() -> CommandServer:
-    return CommandServer()
+    return CommandServer("support.analysis_command")
 
 
 def run_command(*words: object, memory: int | None = None, seconds: int = 120) -> Outcome:
@@ -95,17 +68,11 @@ def _run_and_list_loops(argv: list[str]) -> int:
     return code
 
 
-def _serve() -> None:
+def _run_command(argv: list[str]) -> int:
     from analysis.__main__ import main
 
-    answers = sys.stdout
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    _prepare()
-    for line in sys.stdin:
-        request = json.loads(line)
-        done = outcome(main, request["argv"], request["memory"], request["seconds"])
-        print(json.dumps(vars(done)), file=answers, flush=True)
+    return main(argv)
 
 
 if __name__ == "__main__":
-    _serve()
+    serve(_run_command, _prepare)

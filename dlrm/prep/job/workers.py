@@ -23,9 +23,8 @@ from dlrm.runtime.ranks import Ranks
 T = TypeVar("T")
 R = TypeVar("R")
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-LOST = (
-    sys.maxsize
-)  # key for a lost worker's error, behind all item numbers: it is raised only if no item failed
+# key for a lost worker's error, behind all item numbers: it is raised only if no item failed
+LOST = sys.maxsize
 
 
 def run_in_threads(threads: int, function: Callable[[T], R], items: Iterable[T]) -> list[R]:

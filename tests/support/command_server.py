@@ -1,0 +1,86 @@
+"""Commands without the start of an interpreter: a server process forks for each of them.
+
+A process in which torch or polars has run must not fork: the child waits for their threads, which are not
+there, or crashes. The tests' own process is one. So commands are forked by a process of their own, in which
+everything is imported and nothing has run. It starts with the first command and ends when the tests do,
+because its standard input is then closed.
+
+    run_program("dlrm.train", "--max_steps", 4)    as python -m dlrm.train --max_steps 4
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from support.fuzzing import Outcome, outcome
+
+ROOT = Path(__file__).parents[2]
+
+
+class CommandServer:
+    """Runs what the module `name` gives to `serve`, each time in a fresh fork."""
+
+    def __init__(self, name: str) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", name], text=True, cwd=ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        )  # fmt: skip
+
+    def run(self, *words: object, memory: int | None = None, seconds: int = 120) -> Outcome:
+        """memory: bytes that the command may ask for beyond those of an idle process; None: any number."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        request = {"argv": [str(word) for word in words], "memory": memory, "seconds": seconds}
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        return Outcome(**json.loads(self._server.stdout.readline()))
+
+
+def serve(main: Callable[[list[str]], int | None], prepare: Callable[[], None]) -> None:
+    """The server's side: `prepare` once, then `main(argv)` in a fork for each line of stdin."""
+    answers = sys.stdout
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    prepare()
+    for line in sys.stdin:
+        request = json.loads(line)
+        done = outcome(main, request["argv"], request["memory"], request["seconds"])
+        print(json.dumps(vars(done)), file=answers, flush=True)
+
+
+@cache
+def _programs() -> CommandServer:
+    return CommandServer("support.command_server")
+
+
+def run_program(name: str, *words: object, memory: int | None = 8 << 30, seconds: int = 120) -> Outcome:
+    """`python -m NAME WORD...` for dlrm.train, dlrm.bert4rec, dlrm.prep and analysis."""
+    return _programs().run(name, *words, memory=memory, seconds=seconds)
+
+
+def _import_programs() -> None:
+    import analysis.report.compare  # noqa: F401
+    import dlrm.prep.__main__  # noqa: F401
+    import dlrm.trainer.trainer  # noqa: F401
+    from dlrm.models.registry import MODULES, find_model
+
+    for name in MODULES:
+        find_model(name).load_parts()
+
+
+def _run_program(argv: list[str]) -> int | None:
+    name, *words = argv
+    if name in ("dlrm.prep", "analysis"):
+        return importlib.import_module(f"{name}.__main__").main(words)
+    from dlrm.runtime import entry
+
+    sys.argv = [f"python -m {name}", *words]
+    entry.run_entry(importlib.import_module(name).main)
+    return None
+
+
+if __name__ == "__main__":
+    serve(_run_program, _import_programs)
