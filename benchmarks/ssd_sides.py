@@ -1,5 +1,5 @@
-"""The sides that ssd_tables.py compares: lookups and fused updates of one table, whose rows are in memory, in a
-cache, or in a mapped file.
+"""The sides that ssd_tables.py compares: lookups and fused updates of one table with its rows
+in memory, in a cache, or in a mapped file.
 
 Each side takes batches and yields the seconds of each. Time in which pages are taken from it to keep its
 limit does not count, but waiting for the disk does.

@@ -34,9 +34,8 @@ KNOWN = (
 )  # fmt: skip
 ID = {text: number for number, text in enumerate(KNOWN)}
 MAX_STRINGS = 200_000  # beyond this, new values are not kept: memory is bounded
-MAX_NAMES = (
-    2 * MAX_STRINGS
-)  # beyond this no names, categories and keys either: their lines are counted as bad
+# beyond this no names, categories and keys either: their lines are counted as bad
+MAX_NAMES = 2 * MAX_STRINGS
 MAX_POOL = 64 << 20  # bytes of all strings together
 _MAX_PROBES = 512  # places that are looked at for a string: more is text made to collide
 PAD = 16  # text is read eight bytes at a time: this many bytes must follow its end

@@ -57,9 +57,8 @@ class BatchLoader:
             by_rank = shuffle_set or source.contiguous
         self.by_rank, self.seed, self.limit = by_rank, seed, limit
         self.epoch = 0
-        self.batch_number = (
-            -1
-        )  # of the last batch, counted over all epochs: relates reads to steps in a trace
+        # of the last batch, counted over all epochs: relates reads to steps in a trace
+        self.batch_number = -1
         self._order: ShuffledOrder | None = None
         self._shuffle_window: ShuffleWindow | None = None
         self._loaded = False  # a state was loaded and not iterated over yet

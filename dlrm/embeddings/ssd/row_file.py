@@ -55,17 +55,15 @@ class RowFile:
         self.width = dim + state
         self.row_bytes = 4 * self.width
         self.step = max(1, BLOCK // dim)  # rows of a block, as `tables.fill_shard` draws them
-        self._rows_before = (
-            first % self.step
-        )  # of the first block: blocks are the table's, a shard may begin within one
+        # rows of the first block before the shard: blocks are the table's, a shard may begin within one
+        self._rows_before = first % self.step
         name = table if rows == self.total else f"{table}.{first}-{first + rows}"
         self.path, self.description_path = folder / f"{name}.rows", folder / f"{name}.json"
         self.bytes_read = self.bytes_written = 0
         self.blocks = np.zeros(-(-(rows + self._rows_before) // self.step), bool)  # written to the file
         self.clean = True  # every row is of the same step
-        self.lock = (
-            threading.Lock()
-        )  # held while rows are written, or read for a checkpoint on another thread
+        # held while rows are written, or read for a checkpoint on another thread
+        self.lock = threading.Lock()
         self.count_lock = threading.Lock()
         self.before_write: Callable[[np.ndarray], None] | None = (
             None  # gets the ids of rows to be overwritten

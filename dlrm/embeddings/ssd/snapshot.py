@@ -23,9 +23,8 @@ class TableSnapshot:
 
     def __init__(self, row_file: RowFile) -> None:
         self.row_file = row_file
-        self.blocks = (
-            row_file.blocks.copy()
-        )  # written at that time; rows of the others had their first values
+        # written at that time; rows of the others had their first values
+        self.blocks = row_file.blocks.copy()
         self.unchanged = True  # no row has been overwritten since
         self.error: OSError | None = None
         self._saved_bits = np.zeros(
