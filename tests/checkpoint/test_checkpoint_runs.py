@@ -146,8 +146,8 @@ def test_another_world_and_plan(
     assert whole.codes == [0, 0], whole.err
     kept = ["--checkpoint_dir", tmp_path / "kept"]
     assert train(2, *words(toy, *more, *kept, "--max_steps", 13)).codes == [0, 0]
-    wishes = {f"t_cat_{i}": {"sharding": sharding} for i in range(0, 26, 2)} if sharding else {}
-    (tmp_path / "plan.json").write_text(json.dumps(wishes))
+    constraints = {f"t_cat_{i}": {"sharding": sharding} for i in range(0, 26, 2)} if sharding else {}
+    (tmp_path / "plan.json").write_text(json.dumps(constraints))
     other = ["--batch_size", batch, "--sharding_file", tmp_path / "plan.json"]
     done = train(ranks, *words(toy, *more, *kept, *other))
     assert done.codes == [0] * ranks, done.err

@@ -1,4 +1,4 @@
-"""Every output file against torchrec's own three steps, byte for byte, and against the plain engine."""
+"""All output files are equal, byte for byte, to those of torchrec's three scripts and of the plain engine."""
 
 import filecmp
 import json
@@ -26,7 +26,7 @@ ODD_ROWS = [
 
 @pytest.fixture(scope="module")
 def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four days of different lengths, odd but acceptable lines among them."""
+    """Four days of different lengths, with some odd but acceptable lines."""
     folder = tmp_path_factory.mktemp("days")
     for day, rows in enumerate((700, 1, 2500, 333)):
         write_days(folder, 1, rows, seed=day)
@@ -142,7 +142,7 @@ def without_low_counts(days: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("least", [0, 3, 300])
 def test_giant_columns_by_bitmap(days: Path, tmp_path: Path, least: int) -> None:
-    """The bitmap route, forced on by a tiny limit, for the two columns that are left over the limit."""
+    """The bitmap for giant columns: a tiny limit makes two columns giant."""
     flags = ["--frequency_threshold", str(least), "--part_bytes", "90000"]
     wanted = run(days, tmp_path / "tables", *flags)
     got = run(days, tmp_path / "bitmaps", *flags, "--giant", "2600")
@@ -150,7 +150,7 @@ def test_giant_columns_by_bitmap(days: Path, tmp_path: Path, least: int) -> None
 
 
 def test_exact_ids_where_torchrec_rounds(tmp_path: Path) -> None:
-    """Above 2^24 torchrec's shuffle rounds ids; here only with --compat does it happen."""
+    """torchrec's shuffle rounds ids above 2^24; ours does so only with --compat."""
     ids = np.array([[16777217, 33554435, 292775613]], np.int32)
     from dlrm.prep.io.publish import round_through_float
 
@@ -181,7 +181,7 @@ def test_same_bytes_for_any_number_of_ranks(days: Path, one_rank: Path, tmp_path
 
 @pytest.mark.mpi
 def test_ranks_end_together_with_one_error(days: Path, tmp_path: Path) -> None:
-    """A bad line that one rank sees, a missing day that all see: one line, exit code 2, nobody waits."""
+    """A bad line, found by one rank, or a missing day, found by all: one line, exit code 2, no rank hangs."""
     source = tmp_path / "in"
     source.mkdir()
     for day in (0, 1):
@@ -209,7 +209,7 @@ def test_ranks_end_together_with_one_error(days: Path, tmp_path: Path) -> None:
 @pytest.mark.spark
 @pytest.mark.parametrize("flags", [["--frequency_threshold", "2"], ["--compat", "torchrec"]])
 def test_spark_gives_the_same_bytes(days: Path, tmp_path: Path, flags: list[str]) -> None:
-    """In local mode, in a process of its own: Spark keeps threads and a JVM."""
+    """In local mode and in a subprocess, because Spark leaves threads and a JVM running."""
     pytest.importorskip("pyspark")
     few = tmp_path / "few"
     few.mkdir()
@@ -248,7 +248,7 @@ def test_spark_names_the_bad_line(days: Path, tmp_path: Path) -> None:
 
 
 def test_nvidias_recipe_against_counted_text(tmp_path: Path) -> None:
-    """Gaps 0, ids seen fewer than four times 1, every other one its own; counts log(x + 3), gaps 0."""
+    """--frequency_limit 4: empty ids are 0, rarer ones 1; counts are log(x + 3), empty ones 0."""
     from collections import Counter
 
     write_days(tmp_path / "days", 2, 900, seed=3)

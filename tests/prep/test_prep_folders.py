@@ -1,4 +1,4 @@
-"""Foreign files, two writers, input that changes or is no file: refused in one line, and nothing is lost."""
+"""Foreign files, two writers, input that changes or is no file: one error line, and no file is lost."""
 
 import os
 import signal
@@ -88,7 +88,7 @@ def test_two_hundred_pairs_of_starts_leave_good_folders(days: Path, tmp_path: Pa
 
 
 def test_input_that_changes_while_it_is_read(tmp_path: Path) -> None:
-    """The change comes when the step `parse` is done; the next run reads all again."""
+    """The input changes after the step parse; the next run reads all of it again."""
     write_days(tmp_path / "in", 2, 300, 0)
     path, out = tmp_path / "in" / "day_1", tmp_path / "out"
     argv = [sys.executable, "-u", "-m", "dlrm.prep", *words(tmp_path / "in", out)]

@@ -1,4 +1,4 @@
-"""Bad input: one line that says which file, which line and why. Odd input: read as torchrec reads it."""
+"""Bad input gives one line with file, line number and reason. Odd input is read as torchrec reads it."""
 
 import gzip
 import random
@@ -56,7 +56,7 @@ def write(folder: Path, *texts: str | bytes) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *flags: str) -> str:
-    """Exit code 2, one line, nothing that looks finished."""
+    """The error of a run that must fail: exit code 2, one line, no published file."""
     assert main(["run", "--input_dir", str(source), "--output_dir", str(out), *flags]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dlrm.prep:")]
     assert len(lines) == 1
@@ -107,9 +107,9 @@ def test_numbers_that_float_would_lose(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 LIMITED = {
-    "-3": "/day_0: count -3; the recipe's log(x + 3) needs at least -2",
+    "-3": "/day_0: count -3: --frequency_limit needs at least -2",
     "2147483645": "/day_0: count 2147483645: with 3 added it does not fit 32 bits",
-    "-2147483648": "/day_0:2: I1 is '-2147483648', which stands for a gap here",
+    "-2147483648": "/day_0:2: I1 is '-2147483648', which is reserved for an empty field",
 }
 
 
@@ -221,7 +221,7 @@ def test_kaggle_parsed_as_torchrec_does(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def torchrec_row(line: str) -> tuple[list[int], list[int], int]:
-    """The reference's row code, from its loader: text, csv, int."""
+    """A line as torchrec's loader reads it: text, csv, int."""
     import csv
     import io
 
@@ -231,7 +231,7 @@ def torchrec_row(line: str) -> tuple[list[int], list[int], int]:
 
 
 def corrupted(random_: random.Random, line: str) -> str:
-    """One to three small accidents."""
+    """A line with one to three random changes."""
     for _ in range(random_.randint(1, 3)):
         at = random_.randrange(len(line))
         kind = random_.randrange(5)
@@ -250,7 +250,7 @@ def corrupted(random_: random.Random, line: str) -> str:
 
 
 def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
-    """Never another value; what torchrec refuses is refused; what only we refuse has a known reason."""
+    """Values are torchrec's; what it refuses is refused; what only we refuse has a known reason."""
     random_ = random.Random(5)
     good = format_tsv(400, np.random.default_rng(3), 0).decode().splitlines()
     path, both, ours_only = tmp_path / "line", 0, 0
@@ -269,7 +269,7 @@ def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
             try:
                 blocks = [
                     (block.dense[0].tolist(), block.sparse[0].tolist(), int(block.labels[0]), block.rows)
-                    for block, _ in scanner.blocks()
+                    for block, _ in scanner.read_blocks()
                 ]
             except UserError as error:
                 reasons = ("columns", "carriage return", "quote", "id of 32 bits", "not fit 32 bits")
@@ -282,12 +282,12 @@ def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
 
 
 def test_block_borders(tmp_path: Path) -> None:
-    """Chunks, blocks and odd lines in every relative position give the same rows."""
+    """The rows do not depend on where chunks, blocks and odd lines begin."""
     text = (GOOD * 2047 + field(3, " 5 ") + GOOD * 2048 + field(3, "+7") * 3000 + GOOD).encode()
     path = tmp_path / "text"
     path.write_bytes(text)
     with OffsetFile(path) as file:
         scanner = LineScanner(file, "x", InputPiece(0, 0, len(text)), odd_lines.LineRules(), False)
-        third = np.concatenate([block.dense[: block.rows, 2].copy() for block, _ in scanner.blocks()])
+        third = np.concatenate([block.dense[: block.rows, 2].copy() for block, _ in scanner.read_blocks()])
     assert third.tolist() == [2] * 2047 + [5] + [2] * 2048 + [7] * 3000 + [2]
     assert parse_line.PAD >= 16

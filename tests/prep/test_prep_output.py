@@ -1,4 +1,4 @@
-"""Parquet, multi-hot and the checker, each against something independent; and the toy can be learned."""
+"""Parquet and multi-hot output, the checker and toy data, each compared with independent code."""
 
 import json
 import shutil
@@ -59,19 +59,19 @@ def test_parquet_holds_the_same_rows(days: Path, dataset: Path, tmp_path: Path) 
 def test_other_format_than_the_folder_has(
     days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The end says what there is and what comes next; without --format nothing is added to it."""
+    """The last line describes the dataset and the next command; a run with another --format is refused."""
     out = run(days, tmp_path / "out", "--format", "parquet", "--no_md5")
     said, small = capsys.readouterr().out, min(DatasetMeta.load(out).table_sizes)
     assert f"{out}: 3,003 rows in 3 days, 26 tables of {small} to " in said
     assert f"(parquet); next: DATASET_DIR={out} ./3_train.sh\n" in said
     before = sorted(out.rglob("*"))
     assert main(["run", "--input_dir", str(days), "--output_dir", str(out)]) == 2
-    assert f"{out}: a finished parquet dataset, not npy; say --format parquet" in capsys.readouterr().err
+    assert f"{out}: a finished parquet dataset, not npy; give --format parquet" in capsys.readouterr().err
     assert sorted(out.rglob("*")) == before
 
 
 def test_parquet_with_oneflow_ids(days: Path, tmp_path: Path) -> None:
-    """The unshuffled rows against the text itself: counts + 1, hash mod N + N times the column."""
+    """The unshuffled rows compared with the text: counts + 1, hash mod N + N times the column."""
     import pyarrow.parquet as pq
 
     flags = ["--format", "parquet", "--mod_idx", "500", "--steps", "parse,contiguous"]
@@ -186,7 +186,7 @@ def test_check_finds_ids_that_never_occur(
 
 
 def test_toy_can_be_learned_and_repeats() -> None:
-    """The labels follow the features: scoring by the truth gives an AUROC far above chance."""
+    """Labels depend on the features: the true log-odds as scores give an AUROC far above 0.5."""
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(0)
@@ -210,7 +210,7 @@ def test_one_file_is_the_days_after_each_other(tmp_path: Path) -> None:
 
 
 def test_trace_accounts_for_every_byte(days: Path, tmp_path: Path) -> None:
-    """In a process of its own, because the tracer stays in a process that it was started in."""
+    """In a subprocess, because the tracer cannot be unloaded."""
     import gzip
     import subprocess
     import sys
@@ -254,7 +254,7 @@ def test_trace_accounts_for_every_byte(days: Path, tmp_path: Path) -> None:
 
 
 def test_digests_are_hashlibs(tmp_path: Path) -> None:
-    """Files of all lengths around md5's and our own borders."""
+    """Files of lengths around md5's block size and our read size."""
     import hashlib
 
     from dlrm.prep.io.digests import CHUNK, compute_digests
@@ -272,7 +272,7 @@ def test_digests_are_hashlibs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 700, 40_000])
 @pytest.mark.parametrize("bits", [6, 11, 24])
 def test_permutation_is_numpys(tmp_path: Path, rows: int, bits: int) -> None:
-    """In one partition or in hundreds."""
+    """With one partition and with hundreds."""
     from dlrm.prep.steps.permute import write_places
 
     order = np.arange(rows)
@@ -282,7 +282,7 @@ def test_permutation_is_numpys(tmp_path: Path, rows: int, bits: int) -> None:
 
 
 def test_two_ranks_train_on_the_parquet(toy: Path, train: Callable[..., Finished], tmp_path: Path) -> None:
-    """From text to an AUROC; every row is seen once."""
+    """From text to an AUROC, with every row used once."""
     out = run(toy.parent / "tsv", tmp_path / "parquet", "--format", "parquet")
     done = train(2, "--preset", "toy", "--in_memory_binary_criteo_path", out)
     assert done.codes == [0, 0], done.err

@@ -76,7 +76,7 @@ sys.exit(main(sys.argv[3:]))
 
 
 class World:
-    """Input, somebody's files wherever the command writes, and what it makes undisturbed."""
+    """Input, foreign files in all folders that the command writes to, and its output when not killed."""
 
     def __init__(self, base: Path, command: str) -> None:
         self.base, self.command = base, command
@@ -92,7 +92,7 @@ class World:
         return [str(self.base / names[word]) if word in names else word for word in COMMANDS[self.command]]
 
     def survives(self, number: int, kill: Callable[[list[str]], int]) -> bool:
-        """Whether it was killed; in any case the next run makes the same, and nothing foreign is lost."""
+        """Returns whether it was killed. The next run makes the same output; foreign files stay."""
         out, tmp = self.base / f"out{number}", self.base / f"tmp{number}"
         foreign = [folder / name for folder in (out, tmp) for name in ("thesis.tex", "README", "prep.tmp/x")]
         for path in foreign:
@@ -112,7 +112,7 @@ class World:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """Every file but the list of what was made."""
+    """All files but the ledger."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -154,7 +154,7 @@ def test_killed_at_many_calls_the_next_run_makes_the_same(command: str, tmp_path
 
 
 def test_killed_again_and_again(days: Path, tmp_path: Path) -> None:
-    """At chosen places of its work, each of which it reaches once more before the end."""
+    """Killed in each of several steps."""
     wanted = contents(run(days, tmp_path / "whole"))
     assert len(wanted) == 9
     out = tmp_path / "out"
@@ -169,7 +169,7 @@ def test_killed_again_and_again(days: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted(days: Path, tmp_path: Path) -> None:
-    """Ctrl-C: a line, not a traceback, and soon."""
+    """Ctrl-C ends the run soon, with one line and no traceback."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "dlrm.prep", "run", "--input_dir", str(days), "--output_dir", str(out)]
     command += ["--part_bytes", "20000", "--workers", "2"]  # many lanes, so that it takes a while
@@ -205,7 +205,7 @@ def test_other_parameters_start_anew(days: Path, tmp_path: Path) -> None:
 def test_steps_that_are_done_are_not_done_again(
     days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With its parts on disk and only the end missing, the text is not even read."""
+    """A run that had only to publish does not read the text again."""
     out = run(days, tmp_path / "out", "--keep_tmp")
     wanted = contents(out)
     [work] = [path.parent for path in out.glob(".dlrm-io-run-*/state.json")]
@@ -277,7 +277,7 @@ print(sum(parse_short_hex.stats.cache_hits.values()))
 
 
 def test_machine_code_goes_with_what_is_built_into_it(tmp_path: Path) -> None:
-    """numba keeps it as long as a function's own file is the same; loads and vectors are in other files."""
+    """Cached code must be compiled anew when a file changes whose functions are inlined into it."""
     for package in ("common", "dlrm"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     private = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
@@ -317,7 +317,7 @@ def test_more_pieces_than_files_reserve_open_files(
 
 
 def test_shuffle_alone_leaves_what_is_not_its_own(tmp_path: Path) -> None:
-    """A folder for intermediate files may hold others; what a longer run left behind ends up nowhere."""
+    """--tmp_dir may contain other files; intermediate files of an earlier, longer run are not used."""
     write_days(tmp_path / "days", 3, 100, 0)
     assert main(["parse", "--input_dir", str(tmp_path / "days"), "--output_dir", str(tmp_path / "npy")]) == 0
     folders = [

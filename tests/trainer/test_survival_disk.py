@@ -79,9 +79,7 @@ def whole(path: Path) -> bool:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_a_read_error_is_reported_with_file_and_rank(
-    toy: Path, tmp_path: Path, shim: Path, number: int
-) -> None:
+def test_a_read_error_names_file_and_rank(toy: Path, tmp_path: Path, shim: Path, number: int) -> None:
     more = ["--read_chunk_mb", 0.01, "--checkpoint_every_steps", 5]
     with LiveRanks(
         tmp_path, 2, *words(toy, *more), **fault(shim, "read", "day_3_sparse", number, 3)

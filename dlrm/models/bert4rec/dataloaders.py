@@ -93,15 +93,17 @@ def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
     return BertDatasets(prepared.data, bytes_read, **loaders, reachable=found)
 
 
-def refuse_large_sequences(data: BertData, known: Histories) -> None:
+def refuse_large_sequences(data: BertData, histories: Histories) -> None:
     """UserError where the sequences of all users, or those of a batch, cannot fit into memory."""
     # a user's sequence is kept for both tests; while they are made, each position takes two 64-bit numbers
     refuse_too_large(
-        24 * known.users * data.max_len, f"--max_len {data.max_len} for {known.users} users", "lower it"
+        24 * histories.users * data.max_len,
+        f"--max_len {data.max_len} for {histories.users} users",
+        "lower it",
     )
-    windows = data.dupe_factor * (known.users + len(known.items) // max(1, data.max_len // 10))
+    windows = data.dupe_factor * (histories.users + len(histories.items) // max(1, data.max_len // 10))
     refuse_too_large(16 * windows, f"--dupe_factor {data.dupe_factor}", "lower it")
-    for stage, rows in (("train", windows), ("val", known.users), ("test", known.users)):
+    for stage, rows in (("train", windows), ("val", histories.users), ("test", histories.users)):
         batch = getattr(data, f"{stage}_batch_size")
         refuse_too_large(
             100 * min(batch, rows) * data.max_len,
@@ -144,7 +146,7 @@ def best_reachable_scores(prepared: PreparedData, lengths: tuple[int, ...]) -> d
     last, after = np.divmod(pairs[np.argsort(often, kind="stable")], prepared.data.vocabulary)
     follower[last] = after  # the last of several assignments stays: the most frequent follower
     guess, right = follower[items[starts[1:] - 2]], items[starts[1:] - 1]
-    # a wrong guess is ranked above the right item
+    # a wrong guess among the candidates is ranked above the right item
     offered = (prepared.negatives == guess[:, None]).any(axis=1)
     ranked = prepared.negatives.shape[1] + 1
     return {

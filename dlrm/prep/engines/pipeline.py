@@ -28,7 +28,7 @@ from common.errors import UserError, printable
 from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta
 from dlrm.prep.io import inputs, publish
 from dlrm.prep.io.files import format_bytes
-from dlrm.prep.io.folders import Folders, Output, discard
+from dlrm.prep.io.folders import Folders, Output, discard_files
 from dlrm.prep.io.inputs import FileStamps
 from dlrm.prep.io.spill import RECORD_BYTES
 from dlrm.prep.job.options import PrepOptions
@@ -166,7 +166,7 @@ def interleave_ranges(count: int, threads: int) -> list[int]:
 
 def allocate_results(plan: PrepPlan) -> None:
     if publish.allocate_arrays(plan.folders.unfinished, plan.options, plan.outputs):
-        discard(plan.folder, "bucket_*.done")  # their rows were in files that had to be made anew
+        discard_files(plan.folder, "bucket_*.done")  # their rows were in files that had to be made anew
 
 
 def make_parquet_folders(plan: PrepPlan) -> None:
@@ -233,7 +233,7 @@ def check_free_space(plan: PrepPlan) -> None:
 def record_results(plan: PrepPlan) -> None:
     """Once all rows are in place: save what there is to publish, so that a resumed run starts from here."""
     if not plan.path("publish").exists():
-        discard(plan.folder, "md5_*.json")
+        discard_files(plan.folder, "md5_*.json")
         values = {
             "rows": [output.rows for output in inputs.select_days(plan.outputs)],
             "last": plan.find_last_ids(),

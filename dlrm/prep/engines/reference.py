@@ -1,4 +1,4 @@
-"""The whole pipeline in plain numpy, in memory: the definition that the fast engines are tested against."""
+"""The whole pipeline in plain numpy, in memory: the reference that the other engines are tested against."""
 
 import gzip
 import os
@@ -24,12 +24,12 @@ def run(options: PrepOptions) -> None:
     stamps = inputs.FileStamps(source.path for source in input_files)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.list_result_names(options, input_files), restart=True)
-        transform(options, input_files, folders, stamps)
+        make_dataset(options, input_files, folders, stamps)
         if not options.keep_tmp:
             output.clear()
 
 
-def transform(
+def make_dataset(
     options: PrepOptions, input_files: list[inputs.InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
     tables = [read_rows(source, options) for source in input_files]
@@ -73,7 +73,7 @@ def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:
 
 
 def take_logarithm(dense: np.ndarray, options: PrepOptions) -> np.ndarray:
-    """log(x - min + 2), the minimum over the whole file; in NVIDIA's recipe log(x + 3), and 0 for a gap."""
+    """log(x - min + 2), with the minimum of the whole file; by NVIDIA's rules log(x + 3), and 0 for a gap."""
     with np.errstate(over="ignore", invalid="ignore"):
         if options.frequency_limit:
             return np.where(dense == MISSING, np.float32(0), np.log(dense + np.int32(3), dtype=np.float32))
@@ -81,7 +81,9 @@ def take_logarithm(dense: np.ndarray, options: PrepOptions) -> np.ndarray:
 
 
 def number_ids(ids: np.ndarray, options: PrepOptions) -> np.ndarray:
-    """2, 3, 4 ... in order of first appearance; 1 for the rare ones; 0 for a gap in NVIDIA's recipe."""
+    """Replace one column's ids, int64 [rows], by 2, 3, 4 ... in order of first appearance, and by 1 if they
+    are rare. By NVIDIA's rules, 0 stays 0.
+    """
     values, first, inverse, counts = np.unique(
         ids, return_index=True, return_inverse=True, return_counts=True
     )
@@ -97,7 +99,7 @@ def number_ids(ids: np.ndarray, options: PrepOptions) -> np.ndarray:
 
 
 def lines_of(source: inputs.InputFile) -> Iterator[bytes]:
-    """Of one that is too long only the beginning."""
+    """The lines of an input file; of a line that is too long, only the beginning."""
     with os_errors_as_user_errors(source.path), os.fdopen(open_regular(source.path), "rb") as raw:
         try:
             file = gzip.GzipFile(fileobj=raw) if source.compressed else raw

@@ -1,7 +1,9 @@
-"""The same pipeline as a PySpark job, for a site that has a Spark cluster instead of MPI: same bytes.
+"""The same pipeline as a PySpark job, for a site with a Spark cluster instead of MPI. It writes the same
+bytes.
 
-Spark moves the rows; what a row means, the numbering's order and the permutation are the other engines'.
-Each executor reads and writes the same shared folders. Local mode when no master is configured.
+Spark distributes the rows; parsing of lines, the order of ids and the permutation are shared with the other
+engines. All executors must see the input, output and temporary folders. Without a configured master it runs
+locally.
 """
 
 import itertools
@@ -16,8 +18,7 @@ import numpy as np
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io import inputs, odd_lines, publish
 from dlrm.prep.io.folders import Folders, Output
-from dlrm.prep.io.inputs import InputFile
-from dlrm.prep.io.inputs import OutputDay as Triple
+from dlrm.prep.io.inputs import InputFile, OutputDay
 from dlrm.prep.job.options import PrepOptions
 from dlrm.runtime.errors import UserError
 
@@ -42,12 +43,12 @@ def run(options: PrepOptions) -> None:
     stamps = inputs.FileStamps(source.path for source in found)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.list_result_names(options, found), restart=True)
-        start(SparkSession, options, found, folders, stamps)
+        start_session(SparkSession, options, found, folders, stamps)
         if not options.keep_tmp:
             output.clear()
 
 
-def start(
+def start_session(
     session: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -62,12 +63,12 @@ def start(
     spark = builder.getOrCreate()
     try:
         spark.sparkContext.setLogLevel("ERROR")
-        spark_session(spark, options, found, folders, stamps)
+        make_dataset(spark, options, found, folders, stamps)
     finally:
         spark.stop()
 
 
-def spark_session(
+def make_dataset(
     spark: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> None:
     parsed, counts = zip(*(parse_lines(spark, options, source) for source in found), strict=True)
@@ -82,7 +83,7 @@ def spark_session(
     if options.contiguous:
         whole, last_ids = number_ids(whole, options)
     else:
-        last_ids = whole.map(lambda item: hash_ids(item[1])).reduce(np.maximum).tolist()
+        last_ids = whole.map(lambda item: get_ids(item[1])).reduce(np.maximum).tolist()
     write_arrays(spark, options, whole, outputs, shuffled, folders)
     publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep, Spark", stamps)
 
@@ -91,19 +92,22 @@ def shift_counts(start: int):
     return lambda item: (item[0] + start, item[1])
 
 
-def hash_ids(record: bytes) -> np.ndarray:
+def get_ids(record: bytes) -> np.ndarray:
     return np.frombuffer(record, np.int64)[NUM_DENSE : NUM_DENSE + NUM_SPARSE]
 
 
 def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[Any, int]:
-    """(row number, 40 int64 numbers as bytes), counts made arguments of the logarithm; and how many rows."""
+    """Parse an input file. Returns (an RDD of (row number, record), number of rows).
+
+    A record is the bytes of 40 int64 numbers: 13 counts, already shifted for the logarithm, 26 ids, label.
+    """
     rules = odd_lines.LineRules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
     name, skip = str(source.path), options.skip_bad_rows
     text = spark.read.text(f"file://{source.path.resolve()}", lineSep="\n").rdd
     ends_well = ends_with_newline(source)
     numbered = text.map(lambda row: row[0]).zipWithIndex()
 
-    def one(item: tuple[str, int]) -> Iterator[Any]:
+    def parse_one(item: tuple[str, int]) -> Iterator[Any]:
         line, number = item
         try:
             for found in odd_lines.read_line(line.encode("utf-8") + b"\n", rules):
@@ -111,7 +115,7 @@ def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[An
         except odd_lines.BadRow as error:
             yield (BAD, f"{name}:{number + 1}: {error}")
 
-    read = numbered.flatMap(one).cache()
+    read = numbered.flatMap(parse_one).cache()
     bad = read.filter(lambda row: isinstance(row, tuple))
     if not skip:
         first = bad.take(1)
@@ -128,14 +132,14 @@ def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[An
 
 def ends_with_newline(source: InputFile) -> bool:
     if source.compressed:
-        return True  # unpacking checks the rest
+        return True  # the end of gzip's text is not known; gzip's own checksum finds a truncated file
     with open(source.path, "rb") as file:
         file.seek(max(0, source.path.stat().st_size - 1))
         return file.read(1) == b"\n"
 
 
 def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
-    """Counts less the file's minimum - 2, in int32 arithmetic; the logarithm itself is taken when writing."""
+    """Subtract the file's minimum - 2 from its counts, in int32 arithmetic. Logs are taken when writing."""
     from dlrm.prep.job.options import MISSING
 
     def low_high(record: bytes) -> tuple[int, int]:
@@ -147,56 +151,59 @@ def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
     options.check_counts(path, low, high)
     shift = -3 if options.frequency_limit else int(np.int64(low - 2).astype(np.int32))
 
-    def one(record: bytes) -> bytes:
+    def shift_one(record: bytes) -> bytes:
         numbers = np.frombuffer(record, np.int64).copy()
         counts = numbers[:NUM_DENSE]
         gaps = counts == MISSING if options.frequency_limit else np.zeros(NUM_DENSE, bool)
         numbers[:NUM_DENSE] = np.where(gaps, counts, (counts - shift).astype(np.int32))
         return numbers.tobytes()
 
-    return table.mapValues(one)
+    return table.mapValues(shift_one)
 
 
 def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
-    """Numbers by order of the first row: one aggregation, one sort, one join."""
+    """Number each column's ids in order of first appearance: one aggregation, one sort, one join.
+
+    Returns (RDD of (row number, record), the largest id of each column).
+    """
     least, recipe = options.min_count, bool(options.frequency_limit)
 
-    def cells(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        for column, value in enumerate(hash_ids(item[1]).tolist()):
+    def list_cells(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        for column, value in enumerate(get_ids(item[1]).tolist()):
             yield (column, value), (item[0], 1)
 
-    seen = whole.flatMap(cells).reduceByKey(lambda a, b: (min(a[0], b[0]), a[1] + b[1])).cache()
+    seen = whole.flatMap(list_cells).reduceByKey(lambda a, b: (min(a[0], b[0]), a[1] + b[1])).cache()
     kept = seen.filter(lambda item: item[1][1] >= least and not (recipe and item[0][1] == 0))
     ordered = kept.map(lambda item: ((item[0][0], item[1][0]), item[0][1])).sortByKey().zipWithIndex().cache()
     per_column = ordered.map(lambda item: (item[0][0][0], 1)).reduceByKey(lambda a, b: a + b).collectAsMap()
     before = [0, *itertools.accumulate(per_column.get(column, 0) for column in range(NUM_SPARSE))]
     numbers = ordered.map(lambda item: ((item[0][0][0], item[0][1]), 2 + item[1] - before[item[0][0][0]]))
 
-    def spread(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
-        for column, value in enumerate(hash_ids(item[1]).tolist()):
+    def list_rows(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
+        for column, value in enumerate(get_ids(item[1]).tolist()):
             yield (column, value), item[0]
 
-    def named(item: Any) -> tuple[int, tuple[int, int]]:
+    def choose_number(item: Any) -> tuple[int, tuple[int, int]]:
         (column, value), (row, number) = item
         return row, (column, number if number is not None else 0 if recipe and value == 0 else 1)
 
-    def apply(item: Any) -> tuple[int, bytes]:
+    def replace_ids(item: Any) -> tuple[int, bytes]:
         row, (record, cells) = item
         values = np.frombuffer(record, np.int64).copy()
         for column, number in cells:
             values[NUM_DENSE + column] = number
         return row, values.tobytes()
 
-    cells_of_rows = whole.flatMap(spread).leftOuterJoin(numbers).map(named).groupByKey()
-    return whole.join(cells_of_rows).map(apply), [
+    cells_of_rows = whole.flatMap(list_rows).leftOuterJoin(numbers).map(choose_number).groupByKey()
+    return whole.join(cells_of_rows).map(replace_ids), [
         1 + per_column.get(column, 0) for column in range(NUM_SPARSE)
     ]
 
 
 def write_arrays(
-    spark: Any, options: PrepOptions, whole: Any, outputs: list[Triple], shuffled: int, folders: Folders
+    spark: Any, options: PrepOptions, whole: Any, outputs: list[OutputDay], shuffled: int, folders: Folders
 ) -> None:
-    """Rows sorted by place; each partition writes its stretch of the files."""
+    """Sort the rows by their place in the output; each partition then writes its ranges of the files."""
     from dlrm.prep.steps.permute import write_places
 
     folder = folders.unfinished
@@ -209,17 +216,23 @@ def write_arrays(
     placed = whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < shuffled else item[0], item[1]))
 
     def write_runs(items: Iterator[tuple[int, bytes]]) -> None:
-        for _, run_ in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
-            stretch = [item for _, item in run_]
-            numbers = np.frombuffer(b"".join(record for _, record in stretch), np.int64).reshape(-1, WORDS)
-            store_rows(folder, options, outputs, shuffled, stretch[0][0], numbers)
+        # consecutive places have the same difference to their index: each group is one write
+        for _, group in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
+            rows = [item for _, item in group]
+            numbers = np.frombuffer(b"".join(record for _, record in rows), np.int64).reshape(-1, WORDS)
+            store_records(folder, options, outputs, shuffled, rows[0][0], numbers)
 
     placed.sortByKey().foreachPartition(write_runs)
     assert all((folder / name).exists() for name in publish.list_arrays(outputs, options))
 
 
-def store_rows(
-    folder: Path, options: PrepOptions, outputs: list[Triple], shuffled: int, begin: int, numbers: np.ndarray
+def store_records(
+    folder: Path,
+    options: PrepOptions,
+    outputs: list[OutputDay],
+    shuffled: int,
+    begin: int,
+    numbers: np.ndarray,
 ) -> None:
     from dlrm.prep.io.output import store_rows
 

@@ -1,4 +1,4 @@
-"""md5 of finished files, by hashlib, read with calls that the tracer sees."""
+"""md5 of finished files by hashlib. The files are read with calls that the tracer records."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,9 +18,9 @@ def compute_digests(paths: Iterable[Path]) -> dict[Path, str]:
 
 
 def _digest_file(path: Path, buffer: memoryview) -> str:
-    made, at = hashlib.md5(usedforsecurity=False), 0
+    md5, at = hashlib.md5(usedforsecurity=False), 0
     with OffsetFile(path) as file:
         while got := file.read_into(buffer, at):
-            made.update(buffer[:got])
+            md5.update(buffer[:got])
             at += got
-    return made.hexdigest()
+    return md5.hexdigest()

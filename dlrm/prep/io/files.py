@@ -1,4 +1,6 @@
-"""Reading and writing at offsets, with calls that the tracer sees, counted per file, errors as one line."""
+"""Reads and writes at offsets, by calls that the tracer records. Bytes are counted per file; an OSError
+becomes a UserError that names the file.
+"""
 
 import io
 import json
@@ -16,18 +18,19 @@ from common.inputs import open_regular, read_json
 from common.owned import finish_file
 from dlrm.runtime.trace import opening
 
-LARGEST_JSON = 1 << 30  # of a work folder's plan: a few dozen bytes a piece
+LARGEST_JSON = 1 << 30  # bytes of a JSON file in a work folder: the plan has a few dozen per piece
 
+# absolute path -> bytes that this process read or wrote; `analysis check` compares them with the trace
 bytes_read: dict[str, int] = defaultdict(int)
 bytes_written: dict[str, int] = defaultdict(int)
-_counting = threading.Lock()
-
-
-os_errors_as_user_errors = os_errors_as_user_errors
+_counters_lock = threading.Lock()
 
 
 class OffsetFile:
-    """One open file. Threads may share it, but for `read_into`, which moves its position."""
+    """One open file. Threads may share it, except for `read_into`, which moves the file position.
+
+    `mode`: "r" to read, "w" to write at offsets (what is there stays), "a" to append.
+    """
 
     def __init__(self, path: Path, mode: str = "r") -> None:
         self.path = path
@@ -51,7 +54,7 @@ class OffsetFile:
             with opening:
                 os.close(self._fd)
             self._fd = -1
-            with _counting:
+            with _counters_lock:
                 if self._read:
                     bytes_read[os.path.abspath(self.path)] += self._read
                 if self._written:
@@ -62,13 +65,15 @@ class OffsetFile:
         return os.fstat(self._fd).st_size
 
     def resize(self, size: int) -> None:
-        """Not when it has that size: ext4 writes a file that was cut to nothing back to disk on closing."""
+        """Truncate or extend the file. Skipped if it has that size already: ext4 flushes a file that was
+        truncated to 0 bytes to disk when it is closed.
+        """
         with os_errors_as_user_errors(self.path):
             if self.size != size:
                 os.ftruncate(self._fd, size)
 
     def read(self, count: int, offset: int) -> bytes:
-        """Up to `count` bytes; fewer only at the end of the file."""
+        """`count` bytes from this offset; fewer only at the end of the file."""
         with os_errors_as_user_errors(self.path):
             data = os.pread(self._fd, count, offset)
             self._read += len(data)
@@ -81,7 +86,7 @@ class OffsetFile:
         return data
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill the buffer from this offset, without a copy; returns how much there was."""
+        """Fill the buffer from this offset, without a copy. Returns the bytes read: fewer only at the end."""
         assert self._raw is not None
         done = 0
         with os_errors_as_user_errors(self.path):
@@ -95,7 +100,7 @@ class OffsetFile:
         return done
 
     def read_array(self, count: int, offset: int, dtype: Any) -> np.ndarray:
-        """`count` items, or an error: our own intermediate file is cut."""
+        """1-d array of `count` items. For intermediate files: a shorter file is a UserError."""
         dtype = np.dtype(dtype)
         data = self.read(count * dtype.itemsize, offset)
         if len(data) != count * dtype.itemsize:
@@ -103,7 +108,7 @@ class OffsetFile:
         return np.frombuffer(data, dtype)
 
     def write(self, data: Any, offset: int) -> int:
-        """All of it, at this offset; returns the offset behind it."""
+        """Write all of a buffer at this offset; returns the offset after it."""
         view = memoryview(data).cast("B")
         with os_errors_as_user_errors(self.path):
             while view:
@@ -123,7 +128,10 @@ class OffsetFile:
 
 
 def write_atomically(path: Path, value: Any) -> None:
-    """A file of a work folder that is there whole or not at all: bytes, an array, or a value as JSON."""
+    """Write a file of a work folder under another name and rename it: it exists whole or not at all.
+
+    `value`: bytes, an array, or a dict or list, which is written as JSON.
+    """
     data = json.dumps(value).encode() if isinstance(value, dict | list) else value
     partial = path.with_name(path.name + ".partial")
     with OffsetFile(partial, "w") as file:
@@ -138,7 +146,7 @@ def read_json_file(path: Path) -> Any:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes with a unit that leaves digits before the point."""
+    """A number of bytes in the largest decimal unit that leaves at least 1."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

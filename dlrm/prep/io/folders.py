@@ -1,9 +1,10 @@
 """The folders of one command: its output, which one process writes at a time, and its intermediate files.
 
-Whatever is not finished lies in two work folders of `common.owned`, one for intermediate files in --tmp_dir
-(or in the output folder), one for results in the output folder. Their names hold a digest of the output's
-path, so that the next run finds what a killed one has left, and no other output's. Finished results get
-their names together; a file there that the program cannot prove to have made is refused before any work.
+Everything unfinished is in two work folders (see `common.owned`): intermediate files in one in --tmp_dir or
+the output folder, results in one in the output folder. The folders' names contain a hash of the output's
+path: the next run finds what a killed run of the same output has left, and never another output's. Finished
+results are renamed into the output folder together. If a file of that name exists there and this program
+cannot prove to have made it, the command ends before any work.
 """
 
 import hashlib
@@ -36,12 +37,12 @@ WORK_FILES = re.compile(
     r"|piece_\d+\.(spill|runs|final|rewritten)|lane_\d+\.(ids|map)|bucket_\d+\.done|day_\d+\.(spill|done)"
     r"|table_\d+\.i4|(day_\d+|train|test)\.text)(\.partial)?"
 )
-DATASET = rf"{ARRAYS}|{PARQUET}|day_\d+_sparse_multi_hot\.npz|{re.escape(META)}"  # and what it describes
+DATASET = rf"{ARRAYS}|{PARQUET}|day_\d+_sparse_multi_hot\.npz|{re.escape(META)}"  # meta.json and its files
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a command writes. `work` and `made` are its own."""
+    """Where a command writes. `work` and `unfinished` contain no files but its own."""
 
     output_dir: Path
     work: Path  # intermediate files
@@ -51,12 +52,12 @@ class Folders:
         return self.work / name
 
     def find_result(self, name: str) -> Path:
-        """A result before it has its name, or after."""
+        """The path of a result: before it is published, or after."""
         path = self.unfinished / name
         if os.path.lexists(path):
             return path
         if not OutputFolder(self.output_dir).owns(name):
-            raise UserError(f"{printable(self.output_dir / name)} is gone: start again with --restart")
+            raise UserError(f"{printable(self.output_dir / name)}: removed since it was made; use --restart")
         return self.output_dir / name
 
 
@@ -72,14 +73,16 @@ def hash_path(folder: Path) -> str:
     return hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:12]
 
 
-def call_directly(work: Callable[[], None]) -> None:
-    work()
+def call_directly(function: Callable[[], None]) -> None:
+    function()
 
 
 class Output:
-    """The output folder in the hands of one process, from `with` on until its end.
+    """The output folder of a command. In its `with` block this process, or this job, is the only writer
+    there.
 
-    `first_does`: in a job of many ranks the first one holds the lock, and all learn whether it got it.
+    `command` is part of the work folders' names. `run_on_first` is `Workers.run_on_first` in a job with
+    several ranks: rank 0 takes the lock, and all ranks fail if it is taken.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Output:
     ) -> None:
         self.command, self.output_dir = command, output_dir
         self.parent = tmp_dir or output_dir
-        self._first_does = run_on_first
+        self._run_on_first = run_on_first
         self._lock = FolderLock(output_dir, f"python -m dlrm.prep {command}, which writes into it")
         self._work, self._made = (
             name_work_folders(command, output_dir),
@@ -99,7 +102,7 @@ class Output:
         )
 
     def __enter__(self) -> "Output":
-        self._first_does(self._acquire)
+        self._run_on_first(self._acquire)
         return self
 
     def _acquire(self) -> None:
@@ -111,13 +114,16 @@ class Output:
         self._lock.release()
 
     def open(self, key: Any, names: Iterable[str], restart: bool = False) -> Folders:
-        """What a killed run of the same `key` has left, or new folders. Others of this output are removed.
-        `names`: what will be written, and must not be somebody else's.
+        """The folders that a killed run with the same `key` has left, or else new ones. All other work
+        folders of this output and command are removed.
+
+        `key`: a JSON value, everything that intermediate files depend on. `names`: the results to be written;
+        a file of that name that this program did not make is a UserError. `restart`: always make new folders.
         """
         refuse_foreign(self.output_dir, names)
         found: Folders | None = None
         for work in self._work.find(self.parent):
-            folders = None if restart or found else self._opened(work, key)
+            folders = None if restart or found else self._find_folders(work, key)
             if folders:
                 found = folders
             else:
@@ -134,7 +140,8 @@ class Output:
         write_atomically(work / KEY, {"key": key, "made": made.name})
         return Folders(self.output_dir, work, made)
 
-    def _opened(self, work: Path, key: Any) -> Folders | None:
+    def _find_folders(self, work: Path, key: Any) -> Folders | None:
+        """The folders of the run that made this work folder, if it had the same key."""
         try:
             values = read_json_file(work / KEY)
             made = self.output_dir / str(values["made"])
@@ -151,13 +158,14 @@ class Output:
             kind.remove_unmarked(parent)
 
     def has_leftovers(self) -> bool:
-        """Whether work folders lie about."""
+        """Whether there are work folders of this output and command."""
         return bool(self._work.find(self.parent) or self._made.find(self.output_dir))
 
 
-def report_kept(left: Sequence[Path]) -> None:
-    if left:
-        print(f"dlrm.prep: {printable(left[0])}: not made by this program, left where it is", file=sys.stderr)
+def report_kept(kept: Sequence[Path]) -> None:
+    """`kept`: files in a work folder that this program did not make, so they were not removed with it."""
+    if kept:
+        print(f"dlrm.prep: {printable(kept[0])}: not made by this program, not removed", file=sys.stderr)
 
 
 def refuse_foreign(output_dir: Path, names: Iterable[str]) -> None:
@@ -167,9 +175,11 @@ def refuse_foreign(output_dir: Path, names: Iterable[str]) -> None:
 def publish_results(
     folders: Folders, names: Sequence[str], last: str, others: str, check: Callable[[], None]
 ) -> None:
-    """Give results their names. `last`, without which the folder is not complete, goes first if there is an
-    old one, and comes last. An earlier result's files that match `others` and are as the program left them
-    are removed. `check` has the final word.
+    """Rename the results in `folders.unfinished` into the output folder.
+
+    `last` is one of the results, and makes the folder complete: an old one is removed first, the new one is
+    renamed last. `others`: a regular expression; files of an earlier result that match it are removed if they
+    are unchanged since this program made them. `check` is called before anything changes, and may raise.
     """
     output = OutputFolder(folders.output_dir, folders.unfinished)
     output.refuse_foreign([*names, last])
@@ -192,7 +202,7 @@ def publish_results(
         sync_to_disk(folders.output_dir)
 
 
-def discard(folder: Path, pattern: str) -> None:
-    """Files of a work folder that nobody needs any more."""
+def discard_files(folder: Path, pattern: str) -> None:
+    """Remove the files of a work folder that match a glob pattern."""
     for path in folder.glob(pattern):
         discard_file(path)

@@ -1,4 +1,4 @@
-"""Which files to read, as what: Criteo 1TB's day_0.., plain or gzip, or Kaggle's train.txt and test.txt."""
+"""Finds the input files: Criteo 1TB's day_0, day_1 ..., plain or gzip, or Kaggle's train.txt and test.txt."""
 
 import os
 import re
@@ -18,10 +18,10 @@ NAMES = ("day_{}", "day_{}.gz", "day_{}.txt", "day_{}.tsv", "day_{}.txt.gz", "da
 
 @dataclass(frozen=True)
 class InputFile:
-    """One text file. Its dense minimum is taken over all of it, as torchrec does."""
+    """One text file. The minimum count is taken over a whole file, as torchrec does."""
 
     path: Path
-    name: str  # what its outputs are called when nothing is shuffled
+    name: str  # prefix of its output files when nothing is shuffled
     labelled: bool = True
 
     @property
@@ -30,18 +30,20 @@ class InputFile:
 
 
 class FileStamps:
-    """What the input files were like before the first byte was read: a run refuses to mix two versions."""
+    """Size, times and inode of the input files before the first byte was read: they must not change while a
+    run reads them, or between a run and the one that resumes it.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = list(paths)
         self.stamps = [describe_file(path) for path in self.paths]
-        # a change within the same tick of the file system's clock would leave the same times
+        # a file may change within the same tick of the file system's clock, and keep the same times
         if any(abs(time.time_ns() - max(times[2], times[4])) < TICK_NS for times in self.stamps):
             time.sleep(TICK_NS / 1e9)
             self.stamps = [describe_file(path) for path in self.paths]
 
     def check(self) -> None:
-        """UserError for the first file that is not as it was."""
+        """UserError for the first file that has changed."""
         for path, before in zip(self.paths, self.stamps, strict=True):
             try:
                 same = describe_file(path) == before
@@ -53,15 +55,15 @@ class FileStamps:
                 )
 
     def list_recorded(self) -> list[list[Any]]:
-        """For meta.json: path, size, time of change and inode, without what a chmod changes, too."""
-        return [taken[:4] for taken in self.stamps]
+        """For meta.json: path, size, mtime and inode of each file. Not its ctime: a chmod changes it."""
+        return [stamp[:4] for stamp in self.stamps]
 
 
-TICK_NS = 20_000_000
+TICK_NS = 20_000_000  # more than a tick of the kernel's clock, which file times are taken from
 
 
 def describe_file(path: Path) -> list[Any]:
-    """Path, size, time of change, inode, and the time of any change, which cannot be set back."""
+    """Real path, size, mtime in ns, inode, ctime in ns. No program can set the ctime back."""
     status = check_regular(path)
     named = printable(os.path.realpath(path))
     return [named, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
@@ -69,14 +71,14 @@ def describe_file(path: Path) -> list[Any]:
 
 @dataclass(frozen=True)
 class OutputDay:
-    """One triple of files, `<name>_dense.npy` and so on: the next `rows` rows."""
+    """Three output files, `<name>_dense.npy` and so on, that hold the next `rows` rows of the output."""
 
     name: str
     rows: int
 
 
 def find_inputs(folder: Path, dataset: str = "") -> list[InputFile]:
-    """The input files in order, or one line that says which is missing."""
+    """The input files in order. `dataset`: one of options.DATASETS, or "" to tell it from the files."""
     with os_errors_as_user_errors(folder):
         names = sorted(os.listdir(folder))
     kaggle = {"train.txt", "train.txt.gz"} & set(names)
@@ -99,17 +101,18 @@ DAY = re.compile(r"day_([0-9]+)(\.\w+)*", re.ASCII)
 def parse_day(folder: Path, found: re.Match[str]) -> int:
     if found[1] != "0" and found[1].startswith("0"):
         raise UserError(
-            f"{printable(folder / found[0])}: days are called day_0, day_1 ..., without leading zeros"
+            f"{printable(folder / found[0])}: leading zeros; rename the files to day_0, day_1 ..."
         )
     return int(found[1])
 
 
 def select_only(folder: Path, names: list[str], day: int) -> Path:
+    """The one file of this day; UserError if there are two, plain and gzip, or none with a known suffix."""
     found = [name.format(day) for name in NAMES if name.format(day) in names]
     if not found:
         others = next(name for name in names if re.fullmatch(rf"day_{day}(\.\w+)+", name, re.ASCII))
         wanted = ", ".join(name.format(day) for name in NAMES[:2])
-        raise UserError(f"{printable(folder / others)}: not called like {wanted}; rename it, or move it away")
+        raise UserError(f"{printable(folder / others)}: not named like {wanted}; rename it, or move it away")
     if len(found) > 1:
         raise UserError(f"{printable(folder)}: {' and '.join(found)} for day {day}; keep one")
     return check_readable(folder / found[0])
@@ -133,23 +136,26 @@ def find_kaggle_inputs(folder: Path, names: list[str]) -> list[InputFile]:
 
 
 def plan_outputs(sources: list[InputFile], rows: list[int], steps: tuple[str, ...]) -> list[OutputDay]:
-    """What the sources' rows, one after the other, are cut into."""
-    made = []
+    """How the rows of all input files, one file after the other, are divided into output files.
+
+    `rows`: the number of rows of each input file. Kaggle's train.txt becomes seven days.
+    """
+    outputs = []
     for source, count in zip(sources, rows, strict=True):
         if source.name == "train" and steps != ("parse",):
-            made += [
+            outputs += [
                 OutputDay(f"day_{i}", len(rows_of_rank(count, i, KAGGLE_DAYS))) for i in range(KAGGLE_DAYS)
             ]
         else:
-            made.append(OutputDay(source.name, count))
-    return made
+            outputs.append(OutputDay(source.name, count))
+    return outputs
 
 
-def select_days(made: list[OutputDay]) -> list[OutputDay]:
+def select_days(outputs: list[OutputDay]) -> list[OutputDay]:
     """The outputs that are days of the dataset: all but Kaggle's unlabelled test set."""
-    return [output for output in made if output.name.startswith("day_")]
+    return [output for output in outputs if output.name.startswith("day_")]
 
 
-def count_shuffled_rows(made: list[OutputDay], shuffle: bool) -> int:
-    """How many of the first rows change places: all days but the last."""
-    return sum(output.rows for output in select_days(made)[:-1]) if shuffle else 0
+def count_shuffled_rows(outputs: list[OutputDay], shuffle: bool) -> int:
+    """How many rows are shuffled: those of all days but the last. They are the first rows of the output."""
+    return sum(output.rows for output in select_days(outputs)[:-1]) if shuffle else 0

@@ -1,6 +1,7 @@
-"""What one odd line means, by torchrec's own rules: text, csv, int(), 0 for a gap. Slow, and never in doubt.
+"""Reads one line by torchrec's own rules: csv.reader, int(), 0 for an empty field. Slow, and the definition.
 
-The compiled parser takes canonical lines only and hands every other one to `read_line`.
+The compiled parser (`kernels/parse_line.py`) takes canonical lines only and leaves every other one to
+`read_line`.
 """
 
 import csv
@@ -19,15 +20,17 @@ Row = tuple[list[int], list[int], int]  # dense, sparse, label
 
 
 class BadRow(Exception):
-    """Why a line cannot be read; the caller knows which file and line."""
+    """Why a line cannot be read; the caller adds the file and the line number."""
 
 
 @dataclass(frozen=True)
 class LineRules:
-    lenient: bool = False  # torchrec takes CRLF, lone CR, extra columns, a last line without newline
-    labelled: bool = True  # Kaggle's test.txt has no label column; torchrec gives it -1
-    max_ind_range: int = 0
-    empty_dense: int = 0  # what an empty count is stored as
+    """How to read the lines of one input file."""
+
+    lenient: bool = False  # as torchrec, accept CRLF, lone CR, extra columns, a last line without newline
+    labelled: bool = True  # False for Kaggle's test.txt, which has no label column: the label is then -1
+    max_ind_range: int = 0  # ids are taken modulo this, unless it is 0
+    empty_dense: int = 0  # value of an empty count
 
 
 def read_line(line: bytes, rules: LineRules) -> list[Row]:
@@ -45,18 +48,20 @@ def read_line(line: bytes, rules: LineRules) -> list[Row]:
 
 
 def split_fields(text: str) -> Iterator[list[str]]:
-    """As csv.reader on a text file; a quote left open would swallow the next line, so it is refused."""
+    """The fields of each row, by csv.reader. A quote that is not closed is a BadRow: csv.reader would
+    continue the field on the next line.
+    """
     lines = list(io.StringIO(text, newline=None))
     given = 0
 
-    def feed() -> Iterator[str]:
+    def count_lines() -> Iterator[str]:
         nonlocal given
         for line in lines:
             given += 1
             yield line
 
     try:
-        for row, fields in enumerate(csv.reader(feed(), delimiter="\t", strict=False), 1):
+        for row, fields in enumerate(csv.reader(count_lines(), delimiter="\t", strict=False), 1):
             if given != row or (row == len(lines) and find_open_quote(lines[-1])):
                 raise BadRow("a quote is left open")
             yield fields
@@ -65,7 +70,7 @@ def split_fields(text: str) -> Iterator[list[str]]:
 
 
 def find_open_quote(line: str) -> bool:
-    """Whether csv would read on past the end of this line."""
+    """Whether csv.reader would continue a field past the end of this line."""
     taken = iter([line, "\n"])
     next(csv.reader(taken, delimiter="\t"))
     return next(taken, None) is None
@@ -94,7 +99,7 @@ def parse_number(field: str, name: str, empty: int) -> int:
     if value not in INT32:
         raise BadRow(f"{name} is {show_text(field)}, which does not fit 32 bits")
     if empty and value == empty:
-        raise BadRow(f"{name} is {show_text(field)}, which stands for a gap here")
+        raise BadRow(f"{name} is {show_text(field)}, which is reserved for an empty field")
     return value
 
 

@@ -1,4 +1,6 @@
-"""Rows in their final order into the output files, whoever put them in order."""
+"""Writes rows that are in their final order to the .npy files. All engines use it, so that all write the
+same.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from dlrm.prep.io.inputs import OutputDay
 from dlrm.prep.job.options import MISSING, PrepOptions
 from dlrm.prep.kernels.intrinsics import compiled
 
-LOG_COUNTS = 1 << 13  # stay in the first-level cache
+LOG_COUNTS = 1 << 13  # counts converted at a time: they stay in the first-level cache
 
 
 def store_rows(
@@ -24,7 +26,12 @@ def store_rows(
     sparse: np.ndarray,
     labels: np.ndarray,
 ) -> None:
-    """Rows begin .. of the whole output, into files of `folder`; the first `moved` are the shuffled ones."""
+    """Write rows `begin`, `begin` + 1 ... of the whole output to the files in `folder`.
+
+    `dense`: int32 [rows, 13], arguments of the logarithm; changed in place. `sparse`: int32 [rows, 26], raw
+    ids as their 32 bits. `labels`: int32 [rows, 1]. `shuffled`: how many rows of the whole output are
+    shuffled; with --compat these are rounded as in torchrec's float32 array.
+    """
     kinds = publish.list_arrays(outputs, options)
     among = max(0, min(len(labels), shuffled - begin))
     if options.compat and among:
@@ -42,14 +49,16 @@ def store_rows(
 
 @compiled
 def round_values(values, out):
-    """`publish.round_through_float` in place: beyond int32 a value becomes the smallest int32, as on x86."""
+    """`publish.round_through_float` into `out`. Above int32's range a value becomes -2^31, as on x86."""
     for at in range(len(values)):
         number = np.float32(values[at])
         out[at] = np.int32(number) if number < np.float32(2147483648.0) else np.int32(-2147483648)
 
 
 def round_in_place(sparse: np.ndarray, labels: np.ndarray, raw: bool) -> None:
-    """Integers as torchrec's float32 array leaves them; raw ids have all 32 bits."""
+    """Round integers to what torchrec's float32 array leaves of them. `raw`: ids are unsigned, of all 32
+    bits.
+    """
     for array in (sparse, labels):
         flat = array.reshape(-1)
         round_values(flat.view(np.uint32) if raw and array is sparse else flat, flat)
@@ -58,7 +67,10 @@ def round_in_place(sparse: np.ndarray, labels: np.ndarray, raw: bool) -> None:
 def find_overlaps(
     outputs: list[OutputDay], begin: int, rows: int
 ) -> Iterator[tuple[OutputDay, int, int, int]]:
-    """(output, from, to in these rows, first row in the output)."""
+    """The outputs that rows `begin` .. `begin` + `rows` of the whole output belong to.
+
+    Yields (output, start, stop, at): rows[start:stop] of these rows go to row `at` of the output.
+    """
     start = 0
     for output in outputs:
         low, high = max(begin, start), min(begin + rows, start + output.rows)
@@ -69,8 +81,10 @@ def find_overlaps(
 
 @compiled
 def convert_to_floats(counts, shift, gaps):
-    """Counts less the shift as float32, in the same memory; of a gap what has the logarithm 0."""
-    floats = counts.view(np.float32)  # here, so that the compiler knows them to be the same
+    """Replace int32 counts by float32(count - shift) in the same memory. With `gaps`, MISSING becomes 1,
+    whose logarithm is 0.
+    """
+    floats = counts.view(np.float32)  # made here, so that the compiler knows that it is the same memory
     if gaps:
         for at in range(len(counts)):
             count = counts[at]
@@ -81,7 +95,10 @@ def convert_to_floats(counts, shift, gaps):
 
 
 def take_logarithm_in_place(counts: np.ndarray, shift: np.int32, gaps: bool = False) -> np.ndarray:
-    """numpy's own float32 logarithm, in place: every other one differs in the last bit of some values."""
+    """float32 log(count - shift) in the memory of int32 `counts`; returns the float32 view.
+
+    The logarithm must be numpy's float32 one: every other differs in the last bit of some values.
+    """
     flat = counts.reshape(-1)
     with np.errstate(all="ignore"):
         for at in range(0, len(flat), LOG_COUNTS):

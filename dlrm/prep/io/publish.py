@@ -1,4 +1,4 @@
-"""What a dataset's files are called and hold; they get their names together, and meta.json comes last."""
+"""The names, shapes and headers of a dataset's files, meta.json, and the publication of them all."""
 
 import json
 import shlex
@@ -24,70 +24,77 @@ DTYPES = {"dense": "<f4", "labels": "<i4"}
 
 
 def make_npy_header(shape: tuple[int, int], dtype: str) -> bytes:
-    """The 128 bytes that np.save writes for such an array: rows can follow in any order."""
+    """The 128 bytes that np.save writes for an array of this shape; its rows can then be written in any
+    order.
+    """
     text = str({"descr": dtype, "fortran_order": False, "shape": shape})
     body = text[:-1] + ", }"  # np.save's spelling
-    room = HEADER_BYTES - 10 - 1
-    if len(body) > room:
+    length = HEADER_BYTES - 10 - 1  # less magic, version and length before it, and the newline after it
+    if len(body) > length:
         raise AssertionError(f"header of {shape} is too long")
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", room + 1) + body.ljust(room).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", length + 1) + body.ljust(length).encode() + b"\n"
 
 
 def find_sparse_dtype(options: PrepOptions) -> str:
-    """Raw hashes need more than int32; numbered ids and ids under --max_ind_range do not."""
+    """dtype of the ids. Raw hashes need int64; numbered ids and ids below --max_ind_range fit int32."""
     return "int32" if options.contiguous or options.max_ind_range or options.compat else "int64"
 
 
-def list_arrays(made: list[OutputDay], options: PrepOptions) -> dict[str, tuple[tuple[int, int], str]]:
-    """Every array of the finished folder: name -> shape, dtype.
+def list_arrays(outputs: list[OutputDay], options: PrepOptions) -> dict[str, tuple[tuple[int, int], str]]:
+    """All arrays of the finished folder: name -> (shape, dtype).
 
-    Ids are int32, but int64 where torchrec writes that: before its shuffle, and the day that it only copies.
+    With --compat torchrec, ids are int64 where torchrec does not shuffle them: in the last day, and without
+    the step shuffle.
     """
-    ids, found = {"int32": "<i4", "int64": "<i8"}[find_sparse_dtype(options)], {}
-    shuffled = {output.name for output in select_days(made)[:-1]} if options.shuffle else set()
-    for output in made:
+    ids, arrays = {"int32": "<i4", "int64": "<i8"}[find_sparse_dtype(options)], {}
+    shuffled = {output.name for output in select_days(outputs)[:-1]} if options.shuffle else set()
+    for output in outputs:
         wide = options.compat == "torchrec" and output.name not in shuffled
         dtypes = DTYPES | {"sparse": "<i8" if wide else ids}
         for part, columns in PARTS.items():
-            found[f"{output.name}_{part}.npy"] = (output.rows, columns), dtypes[part]
-    return found
+            arrays[f"{output.name}_{part}.npy"] = (output.rows, columns), dtypes[part]
+    return arrays
 
 
 def list_result_names(options: PrepOptions, found: list[InputFile]) -> list[str]:
-    """What a run will write, before a row is read."""
+    """The names of the results as far as they are known before a row is read."""
     names = [META]
     if options.format == "npy":
         return names + list(list_arrays(plan_outputs(found, [1] * len(found), options.steps), options))
-    for subset in SUBSETS:  # a part of somebody else's would be read with the dataset's own
+    for (
+        subset
+    ) in SUBSETS:  # foreign parts there must be refused: a reader would take them for the dataset's own
         names += [f"{subset}/{path.name}" for path in (options.output_dir / subset).glob("part_*.parquet")]
     return [*names, "README.md", *(f"{subset}/part_00000.parquet" for subset in SUBSETS)]
 
 
-def allocate_arrays(folder: Path, options: PrepOptions, made: list[OutputDay]) -> bool:
-    """Files of the right size with their headers, for rows to go anywhere in them; False: all were there."""
-    fresh = False
-    for name, (shape, dtype) in list_arrays(made, options).items():
+def allocate_arrays(folder: Path, options: PrepOptions, outputs: list[OutputDay]) -> bool:
+    """Make the files with their headers and final sizes, so that rows can be written in any order. Returns
+    False if all files were there already.
+    """
+    is_new = False
+    for name, (shape, dtype) in list_arrays(outputs, options).items():
         path = folder / name
         size = HEADER_BYTES + shape[0] * shape[1] * np.dtype(dtype).itemsize
         if not path.exists() or path.stat().st_size != size:
-            fresh = True
+            is_new = True
             with OffsetFile(path, "w") as file:
                 file.resize(0)
                 file.resize(size)
                 file.write(make_npy_header(shape, dtype), 0)
-    return fresh
+    return is_new
 
 
 def sync_files(folders: Folders, names: list[str]) -> None:
-    """What this machine wrote, on the disk; side by side, because each one waits for the disk."""
+    """Flush what this node wrote to these results. In threads, because each call waits for the disk."""
 
-    def one(name: str) -> None:
+    def sync_file(name: str) -> None:
         path = folders.find_result(name)
         with os_errors_as_user_errors(path):
             sync_to_disk(path)
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, names))
+        list(pool.map(sync_file, names))
 
 
 def compute_md5(folders: Folders, names: list[str]) -> dict[str, str]:
@@ -97,7 +104,9 @@ def compute_md5(folders: Folders, names: list[str]) -> dict[str, str]:
 
 
 def publish_files(folders: Folders, names: list[str], meta: DatasetMeta, stamps: FileStamps) -> None:
-    """What is on the disk gets its real name; meta.json last: a power cut finds all or nothing."""
+    """Rename the results, which are flushed already, to their final names; meta.json comes last, so that
+    after a power failure the dataset is either complete or has no meta.json.
+    """
     write_meta(folders, meta)
     publish_results(folders, names, META, DATASET, stamps.check)
 
@@ -110,12 +119,12 @@ def write_meta(folders: Folders, meta: DatasetMeta) -> None:
 
 
 def describe_dataset(folder: Path, meta: DatasetMeta) -> str:
-    """What there is now, and what to do with it."""
+    """One line for the user: the dataset's size, and the command that trains on it."""
     text = f"{printable(folder)}: {sum(meta.rows):,} rows in {meta.days} days, "
     text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to "
     text += f"{max(meta.table_sizes):,} rows ({meta.format})"
-    made = meta.parameters
-    if ("contiguous" in made["steps"] or made["max_ind_range"]) and not made["mod_idx"]:
+    parameters = meta.parameters
+    if ("contiguous" in parameters["steps"] or parameters["max_ind_range"]) and not parameters["mod_idx"]:
         text += f"; next: DATASET_DIR={shlex.quote(printable(folder))} ./3_train.sh"
     return text
 
@@ -123,7 +132,10 @@ def describe_dataset(folder: Path, meta: DatasetMeta) -> str:
 def make_meta(
     options: PrepOptions, rows: list[int], last_ids: list[int], made_by: str = "dlrm.prep", **more: Any
 ) -> DatasetMeta:
-    """The dataset's meta.json. `more`: what was read, for the engine that can go on where it was."""
+    """The contents of meta.json. `more`: values to add to its parameters, such as the stamps of the input.
+
+    `rows`: of each day. `last_ids`: the largest id of each column.
+    """
     return DatasetMeta(
         rows=rows,
         table_sizes=compute_table_sizes(last_ids, options),
@@ -137,15 +149,15 @@ def make_meta(
 def publish_arrays(
     options: PrepOptions,
     folders: Folders,
-    made: list[OutputDay],
+    outputs: list[OutputDay],
     last_ids: list[int],
     made_by: str,
     stamps: FileStamps,
 ) -> None:
-    """The end of an engine that has the whole dataset in its files at once."""
-    rows = [output.rows for output in select_days(made)]
+    """Flush, digest and publish arrays that are complete, for the engines that cannot resume."""
+    rows = [output.rows for output in select_days(outputs)]
     meta = make_meta(options, rows, last_ids, made_by, inputs=stamps.list_recorded())
-    names = list(list_arrays(made, options))
+    names = list(list_arrays(outputs, options))
     sync_files(folders, names)
     if options.md5:
         meta.md5.update(compute_md5(folders, names))
@@ -154,13 +166,15 @@ def publish_arrays(
 
 
 def round_through_float(ids: np.ndarray) -> np.ndarray:
-    """What torchrec's shuffle leaves of an integer that went through its float32 array."""
+    """int32 [...]: integers as they are after torchrec's shuffle, which stores them in a float32 array."""
     with np.errstate(invalid="ignore"):
         return ids.astype(np.float32).astype(np.int32)
 
 
 def compute_table_sizes(last_ids: list[int], options: PrepOptions) -> list[int]:
-    """Largest id + 1; rounding through float32 can carry the largest id upwards."""
+    """Largest id + 1 of each column. With --compat the shuffle rounds ids to float32, which may increase
+    them.
+    """
     if options.compat and options.shuffle:
         last_ids = [max(last, int(np.float32(last))) for last in last_ids]
     return [last + 1 for last in last_ids]

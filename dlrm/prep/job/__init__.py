@@ -1,4 +1,4 @@
-"""What was asked for, who does the work, and how far it is.
+"""Options, parallel workers and progress of a run.
 
 In: the command line and MPI's ranks. Out: options, workers that share items, a progress line.
 """

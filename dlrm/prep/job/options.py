@@ -1,4 +1,4 @@
-"""What the user may ask of the preprocessing: one frozen record, checked once."""
+"""The options of `python -m dlrm.prep run`, and what they may be."""
 
 import os
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +15,8 @@ COMPAT = ("torchrec", "mlperf")
 FORMATS = ("npy", "parquet")
 ENGINES = ("numba", "plain", "spark")
 DATASETS = ("criteo_1tb", "criteo_kaggle")
-MISSING = -(1 << 31)  # an empty count, where NVIDIA's recipe must tell it from 0
-# what the output's bytes do not depend on
+MISSING = -(1 << 31)  # value of an empty count where NVIDIA's rules distinguish it from 0
+# options that do not change the output's bytes
 NOT_IN_OUTPUT = {
     "workers",
     "tmp_dir",
@@ -36,7 +36,7 @@ LARGEST = 1 << 62  # compiled loops count with 64 bits
 
 
 def read_format(folder: Path) -> str:
-    """Of the dataset in this folder; nothing when there is none that can be read."""
+    """The format of the dataset in this folder; "" if there is none, or its meta.json cannot be read."""
     try:
         return DatasetMeta.load(folder).format
     except UserError:
@@ -45,10 +45,12 @@ def read_format(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class PrepOptions:
+    """The options of a run, as on the command line; `checked` must be called before they are used."""
+
     input_dir: Path
     output_dir: Path
     frequency_threshold: int = 0
-    frequency_limit: int = 0  # NVIDIA's recipe
+    frequency_limit: int = 0  # like frequency_threshold, with NVIDIA's rules for gaps and logarithms
     random_seed: int = 0
     workers: int = 1
     tmp_dir: Path | None = None
@@ -66,13 +68,12 @@ class PrepOptions:
     restart: bool = False
     map_bytes: int = 96 << 20  # id maps kept in memory while rows are placed
     part_bytes: int = 0
-    giant: int = (
-        8 << 20
-    )  # ids in the lists of a column: above, a bitmap of a gigabyte is smaller than a table
+    # entries in the id lists of a column; above it, the bitmap of a gigabyte is smaller than a hash table
+    giant: int = 8 << 20
 
     @property
     def lenient(self) -> bool:
-        """Take what torchrec takes (CRLF, extra columns, no last newline) instead of refusing it."""
+        """Accept lines that torchrec accepts: CRLF, extra columns, no last newline."""
         return bool(self.compat)
 
     @property
@@ -93,9 +94,11 @@ class PrepOptions:
         return MISSING if self.frequency_limit else 0
 
     def check_counts(self, path: Path, low: int, high: int) -> None:
-        """Refuse a file's counts when the logarithm of one would be no number."""
+        """UserError if the counts of an input file, from `low` to `high`, have no logarithm in int32
+        arithmetic.
+        """
         if self.frequency_limit and low < -2:
-            raise UserError(f"{printable(path)}: count {low}; the recipe's log(x + 3) needs at least -2")
+            raise UserError(f"{printable(path)}: count {low}: --frequency_limit needs at least -2")
         added = 3 if self.frequency_limit else 1 if self.mod_idx else 2 - low
         if not self.lenient and high + added >= 1 << 31:
             if self.frequency_limit or self.mod_idx:
@@ -108,31 +111,33 @@ class PrepOptions:
             )
 
     def parameters(self) -> dict[str, Any]:
-        """What decides the output's bytes: goes to meta.json, and a resumed run must have the same."""
+        """Everything that the output's bytes depend on: in meta.json, and the same in a resumed run."""
         values = {key: value for key, value in asdict(self).items() if key not in NOT_IN_OUTPUT}
         values["input_dir"] = printable(os.path.realpath(self.input_dir))
         del values["output_dir"]
         return values | {"steps": list(self.steps)}
 
     def __post_init__(self) -> None:
-        """A trace names files as they were opened; the loader's and the report's names are absolute."""
+        """Make paths absolute: the trace names files as they were opened, and its readers expect absolute
+        names.
+        """
         for name in ("input_dir", "output_dir", "tmp_dir", "trace_dir"):
             if path := getattr(self, name):
                 object.__setattr__(self, name, Path(path).absolute())
 
-    def _check_traced(self) -> None:
-        """A trace is JSON that DFTracer writes without escaping the names of files."""
+    def _check_trace_paths(self) -> None:
+        """Refuse paths that would break the trace: DFTracer writes them to JSON without escaping."""
         for name in ("trace_dir", "input_dir", "output_dir", "tmp_dir"):
             path = getattr(self, name)
             if path and (printable(path) != str(path) or any(c in str(path) for c in '"\\')):
                 raise UserError(
-                    f"--{name} {printable(path)}: a quote, a backslash, or what is no printable character "
-                    "cannot stand in a trace; rename it, or drop --trace_dir"
+                    f"--{name} {printable(path)}: quotes, backslashes and unprintable characters are not "
+                    "possible in a traced path; rename it, or drop --trace_dir"
                 )
         OutputFolder(self.trace_dir or "").refuse_foreign(["results.json"])
 
     def checked(self) -> "PrepOptions":
-        """Refuse what contradicts itself, before anything is read."""
+        """These options with the steps in order; UserError for values out of range or contradicting."""
         for name, least in (("frequency_threshold", 0), ("frequency_limit", 0), ("random_seed", 0),
                             ("max_ind_range", 0), ("mod_idx", 0), ("workers", 1)):  # fmt: skip
             if getattr(self, name) < least:
@@ -150,21 +155,24 @@ class PrepOptions:
             raise UserError(f"--max_ind_range {self.max_ind_range}: must be below 2^31")
         if self.frequency_limit and (self.frequency_threshold or self.compat):
             raise UserError(
-                "--frequency_limit is a recipe of its own: drop --frequency_threshold and --compat"
+                "--frequency_limit does not go with --frequency_threshold and --compat: drop them"
             )
         unknown = set(self.steps) - set(STEPS)
         if unknown or "parse" not in self.steps:
-            raise UserError(f"--steps {','.join(self.steps)}: parse, and then any of contiguous, shuffle")
+            raise UserError(f"--steps {','.join(self.steps)}: must be parse[,contiguous][,shuffle]")
         if self.min_count and not self.contiguous:
             raise UserError("--frequency_threshold and --frequency_limit need the step contiguous")
         if self.mod_idx and (self.format != "parquet" or self.min_count or self.max_ind_range):
-            raise UserError("--mod_idx goes with --format parquet, and makes its own ids")
+            raise UserError(
+                "--mod_idx needs --format parquet, without --frequency_threshold, --frequency_limit and "
+                "--max_ind_range"
+            )
         if self.mod_idx * NUM_SPARSE >= 1 << 31:
-            raise UserError(f"--mod_idx {self.mod_idx}: {NUM_SPARSE} columns of it must fit int32")
+            raise UserError(f"--mod_idx {self.mod_idx}: {NUM_SPARSE} times this must be below 2^31; lower it")
         if self.engine == "plain" and self.format != "npy":
             raise UserError("--engine plain writes --format npy only")
         if self.format == "parquet" and self.compat:
-            raise UserError("--compat is about NPY files: drop it, or use --format npy")
+            raise UserError("--compat needs --format npy: drop one of the two")
         if not self.input_dir.is_dir():
             raise UserError(f"--input_dir {printable(self.input_dir)}: not a folder")
         if same_folder(self.output_dir, self.input_dir):
@@ -173,11 +181,11 @@ class PrepOptions:
             )
         refuse_overlap("--tmp_dir", self.tmp_dir, [("--input_dir", self.input_dir)])
         if self.trace_dir:
-            self._check_traced()
+            self._check_trace_paths()
         found = read_format(self.output_dir)
         if found not in ("", self.format):
             raise UserError(
                 f"--output_dir {printable(self.output_dir)}: a finished {found} dataset, not {self.format}; "
-                f"say --format {found} for the same again, or name another folder"
+                f"give --format {found}, or another --output_dir"
             )
         return replace(self, steps=tuple(step for step in STEPS if step in self.steps))

@@ -1,4 +1,4 @@
-"""Folders that a user named, held against each other: the same, inside, above."""
+"""Checks that folders in the options are not the same, and not inside each other."""
 
 import os
 from collections.abc import Iterable
@@ -8,17 +8,21 @@ from common.errors import UserError, printable
 
 
 def refuse_overlap(option: str, folder: Path | None, inputs: Iterable[tuple[str, Path]]) -> None:
-    """UserError where `folder` is an input folder, or lies in one, or around one."""
+    """UserError if `folder` is one of the inputs, (option, folder) each, or inside or above one of them."""
     if folder is None:
         return
     real = Path(os.path.realpath(folder))
-    for name, given in inputs:
-        other = Path(os.path.realpath(given))
-        how = "the same as" if real == other or same_folder(real, other) else ""
-        how = how or ("inside" if other in real.parents else "above" if real in other.parents else "")
-        if how:
+    for input_option, path in inputs:
+        other = Path(os.path.realpath(path))
+        relation = "the same as" if real == other or same_folder(real, other) else ""
+        if not relation and other in real.parents:
+            relation = "inside"
+        elif not relation and real in other.parents:
+            relation = "above"
+        if relation:
             raise UserError(
-                f"{option} {printable(folder)}: {how} {name} {printable(given)}; name a folder apart from it"
+                f"{option} {printable(folder)}: {relation} {input_option} {printable(path)}; "
+                "choose another folder"
             )
 
 

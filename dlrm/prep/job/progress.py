@@ -1,4 +1,6 @@
-"""How far it is: step n of m, rows, MB/s, time left. Live on a terminal, a line now and then in a log."""
+"""Progress on stderr: step n of m, rows, MB/s, time left. One line that changes on a terminal, else plain
+lines.
+"""
 
 import sys
 import threading
@@ -6,13 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LINE_SECONDS, BAR_SECONDS = 5.0, 0.2
+LINE_SECONDS, BAR_SECONDS = 5.0, 0.2  # between two lines in a log, two updates on a terminal
 
 
 class PrepProgress:
-    """Threads add what they have done; a clock thread shows it. Silent but on the first rank.
+    """Counts the rows and bytes that threads have processed, and prints them from a thread of its own.
 
-    With more ranks than one it counts the first one's share, and says so.
+    `show`: print anything at all; set on rank 0 only. With several ranks it shows rank 0's share, and says
+    so.
     """
 
     def __init__(self, steps: int, show: bool, ranks: int = 1) -> None:
@@ -34,14 +37,16 @@ class PrepProgress:
 
     @contextmanager
     def step(self, name: str, rows: int = 0, bytes: int = 0) -> Iterator[None]:
-        """`rows` or `bytes`: all that this rank has to do, for the time left."""
+        """The `with` block is one step. `rows` or `bytes`: this rank's share of it, to estimate the time
+        left.
+        """
         self._number += 1
         self.rows = self.bytes = 0
-        begun, over = time.monotonic(), threading.Event()
+        started, done = time.monotonic(), threading.Event()
 
-        def watch() -> None:
-            while not over.wait(BAR_SECONDS if self._live else LINE_SECONDS):
-                text = self._text(name, rows, bytes, time.monotonic() - begun)
+        def print_until_done() -> None:
+            while not done.wait(BAR_SECONDS if self._live else LINE_SECONDS):
+                text = self._describe(name, rows, bytes, time.monotonic() - started)
                 print(
                     f"\r\033[K{text}" if self._live else text,
                     end="" if self._live else "\n",
@@ -49,23 +54,24 @@ class PrepProgress:
                     flush=True,
                 )
 
-        clock = threading.Thread(target=watch, name="progress", daemon=True)
+        clock = threading.Thread(target=print_until_done, name="progress", daemon=True)
         if self._show:
             clock.start()
         try:
             yield
         finally:
-            over.set()
+            done.set()
             if self._show:
                 clock.join()
-        done = self._text(name, 0, 0, time.monotonic() - begun) + " done"
-        self.print_line(f"\r\033[K{done}" if self._live else done)
+        text = self._describe(name, 0, 0, time.monotonic() - started) + " done"
+        self.print_line(f"\r\033[K{text}" if self._live else text)
 
     def skip(self, name: str, why: str) -> None:
+        """Count a step that has nothing to do."""
         self._number += 1
         self.print_line(f"step {self._number} of {self._steps} {name}: {why}")
 
-    def _text(self, name: str, rows: int, bytes: int, seconds: float) -> str:
+    def _describe(self, name: str, rows: int, bytes: int, seconds: float) -> str:
         text = f"step {self._number} of {self._steps} {name}{self._whose}:"
         if self.rows:
             text += f" {self.rows:,} rows"

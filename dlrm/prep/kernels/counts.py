@@ -1,4 +1,4 @@
-"""A label and 13 counts in one go: their tabs are found first, then all of them become numbers at once."""
+"""Parses a label and 13 counts at once: finds their tabs, then converts all of them in one vector."""
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 from typing import Any
@@ -10,21 +10,24 @@ from dlrm.prep.kernels.fields import FieldWords
 from dlrm.prep.kernels.intrinsics import I32, intrinsic
 
 MINUS = 45
-LANES = 16  # two vectors of eight; where no field is, all is 0
-FIELDS = 14
+LANES = 16  # two vectors of eight words; the two words behind the fields are 0
+FIELDS = 14  # the label and the counts
 VALUES = ir.VectorType(I32, LANES)
 
 
 def parse_numbers(words: FieldWords, digits: Any) -> Any:
-    """Digits of 0 to 9, the first in the lowest byte, to numbers."""
+    """Words of eight digits (bytes 0 to 9, the first in the lowest byte) to int32 numbers."""
     builder = words.builder
     for bits, times, keep in (
         (8, 10, 0x00FF00FF00FF00FF),
         (16, 100, 0x0000FFFF0000FFFF),
         (32, 10000, 0x00000000FFFFFFFF),
     ):
-        higher, lower = builder.mul(digits, words.each(times)), builder.lshr(digits, words.each(bits))
-        digits = builder.and_(builder.add(higher, lower), words.each(keep))
+        higher, lower = (
+            builder.mul(digits, words.repeat_word(times)),
+            builder.lshr(digits, words.repeat_word(bits)),
+        )
+        digits = builder.and_(builder.add(higher, lower), words.repeat_word(keep))
     return builder.trunc(digits, VALUES)
 
 
@@ -36,7 +39,7 @@ def store_counts(builder: Any, values: Any, label: Any, dense: Any) -> None:
 
 
 def fill_empty(builder: Any, empty: Any) -> Any:
-    """What stands for a gap: 0 for a label, the same number for all counts."""
+    """The values of empty fields: 0 for the label, `empty` for every count."""
     gaps = builder.insert_element(ir.Constant(VALUES, ir.Undefined), builder.trunc(empty, I32), I32(0))
     gaps = builder.shuffle_vector(gaps, gaps, ir.Constant(VALUES, [0] * LANES))
     return builder.insert_element(gaps, I32(0), I32(0))
@@ -44,28 +47,34 @@ def fill_empty(builder: Any, empty: Any) -> Any:
 
 @intrinsic
 def parse_label_and_counts(typing: Any, at: Any, label: Any, dense: Any, empty: Any) -> Any:
-    """Where the ids begin, or -1: something is odd or far away, and nothing that was stored is to be used."""
+    """Parse a label and 13 counts of text from address `at`, and store them at `label` and `dense` as int32.
+
+    Returns the address of the first id, or -1 if a field is not canonical or the fields are longer than the
+    vector; what was stored is then invalid. `empty`: the value of an empty count.
+    """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at, label, dense, empty = args
         words = FieldWords(builder, LANES)
-        first, lengths, last = words.fields(at, FIELDS)
-        good = words.short(lengths)
-        present = builder.icmp_unsigned("!=", lengths, words.each(0))
-        below = builder.icmp_unsigned("==", builder.and_(first, words.each(0xFF)), words.each(MINUS))
+        first, lengths, last = words.split_fields(at, FIELDS)
+        canonical = words.fit_word(lengths)
+        present = builder.icmp_unsigned("!=", lengths, words.repeat_word(0))
+        below = builder.icmp_unsigned(
+            "==", builder.and_(first, words.repeat_word(0xFF)), words.repeat_word(MINUS)
+        )
         below = builder.and_(below, present)
-        lone = builder.and_(below, builder.icmp_unsigned("==", lengths, words.each(1)))
-        good = builder.and_(good, builder.not_(lone))
+        lone = builder.and_(below, builder.icmp_unsigned("==", lengths, words.repeat_word(1)))
+        canonical = builder.and_(canonical, builder.not_(lone))
         lengths = builder.sub(lengths, builder.zext(below, words.kind))
-        first = builder.select(below, builder.lshr(first, words.each(8)), first)
-        digits = words.right_aligned(builder.xor(first, words.bytes(ord("0"))), lengths)
-        over = builder.or_(builder.add(digits, words.bytes(0x76)), digits)  # past 9 the top bit is set
-        over = builder.and_(over, words.bytes(0x80))
-        good = builder.and_(good, builder.icmp_unsigned("==", over, words.each(0)))
+        first = builder.select(below, builder.lshr(first, words.repeat_word(8)), first)
+        digits = words.align_right(builder.xor(first, words.repeat_byte(ord("0"))), lengths)
+        over = builder.or_(builder.add(digits, words.repeat_byte(0x76)), digits)  # past 9 the top bit is set
+        over = builder.and_(over, words.repeat_byte(0x80))
+        canonical = builder.and_(canonical, builder.icmp_unsigned("==", over, words.repeat_word(0)))
         values = parse_numbers(words, digits)
         values = builder.select(below, builder.neg(values), values)
         values = builder.select(present, values, fill_empty(builder, empty))
         store_counts(builder, values, label, dense)
-        return words.behind(at, last, words.all(good))
+        return words.choose_end(at, last, words.all_true(canonical))
 
     return types.int64(types.int64, types.int64, types.int64, types.int64), build

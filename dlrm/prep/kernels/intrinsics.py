@@ -1,4 +1,7 @@
-"""What numba lacks: loads and stores by address, rows copied as vectors, trailing zeros, prefetch."""
+"""Operations that numba lacks: loads and stores by address, vector copies, bit counts, prefetch.
+
+Addresses are int64; the caller must make sure that they are valid.
+"""
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 import hashlib
@@ -14,21 +17,28 @@ intrinsic: Any = extending.intrinsic  # the decorated functions exist in compile
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
-BUILT_IN = ("intrinsics", "fields", "counts", "hex_ids")  # become a part of what other files compile
+BUILT_IN = (
+    "intrinsics",
+    "fields",
+    "counts",
+    "hex_ids",
+)  # their code is inlined where other files are compiled
 STAMP = hashlib.sha256(
     b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in BUILT_IN)
 ).digest()
 
 
 def compiled(function: Any, **how: Any) -> Any:
-    """Compile without the GIL, keep the machine code on disk until this file or what is built in changes."""
-    made: Any = numba.njit(nogil=True, cache=True, boundscheck=False, **how)(function)
-    made._cache._cache_file._source_stamp += STAMP  # numba itself looks at the function's own file only
-    return made
+    """Compile a function to run without the GIL. The machine code is cached on disk until the function's file
+    or one of BUILT_IN changes.
+    """
+    dispatcher: Any = numba.njit(nogil=True, cache=True, boundscheck=False, **how)(function)
+    dispatcher._cache._cache_file._source_stamp += STAMP  # numba itself checks the function's own file only
+    return dispatcher
 
 
 def inlined(function: Any) -> Any:
-    """A piece of a hot loop."""
+    """Compile a function that is always inlined into the functions that call it."""
     return compiled(function, forceinline=True)
 
 
@@ -42,7 +52,7 @@ def load_byte(typing: Any, base: Any) -> Any:
 
 @intrinsic
 def load_word(typing: Any, base: Any) -> Any:
-    """Eight bytes from any address, the first in the lowest byte."""
+    """Load eight bytes from an unaligned address; the first becomes the lowest byte."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(builder.inttoptr(args[0], I64.as_pointer()), align=1)
@@ -50,14 +60,14 @@ def load_word(typing: Any, base: Any) -> Any:
     return types.uint64(types.int64), build
 
 
-def pointer(builder: Any, base: Any, index: Any, kind: Any) -> Any:
+def get_pointer(builder: Any, base: Any, index: Any, kind: Any) -> Any:
     return builder.gep(builder.inttoptr(base, kind.as_pointer()), [index])
 
 
 @intrinsic
 def load64(typing: Any, base: Any, index: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(pointer(builder, args[0], args[1], I64))
+        return builder.load(get_pointer(builder, args[0], args[1], I64))
 
     return types.uint64(types.int64, types.int64), build
 
@@ -65,7 +75,7 @@ def load64(typing: Any, base: Any, index: Any) -> Any:
 @intrinsic
 def store64(typing: Any, base: Any, index: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], pointer(builder, args[0], args[1], I64))
+        builder.store(args[2], get_pointer(builder, args[0], args[1], I64))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.uint64), build
@@ -74,7 +84,7 @@ def store64(typing: Any, base: Any, index: Any, value: Any) -> Any:
 @intrinsic
 def load32(typing: Any, base: Any, index: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(pointer(builder, args[0], args[1], I32))
+        return builder.load(get_pointer(builder, args[0], args[1], I32))
 
     return types.uint32(types.int64, types.int64), build
 
@@ -82,7 +92,7 @@ def load32(typing: Any, base: Any, index: Any) -> Any:
 @intrinsic
 def store32(typing: Any, base: Any, index: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], pointer(builder, args[0], args[1], I32))
+        builder.store(args[2], get_pointer(builder, args[0], args[1], I32))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.uint32), build
@@ -90,7 +100,7 @@ def store32(typing: Any, base: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
-    """Ask for a cache line that is to be read and written soon."""
+    """Prefetch the cache line of an address that is written soon."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
@@ -102,18 +112,18 @@ def prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.int64), build
 
 
-def vector(builder: Any, address: Any, kind: Any, words: int) -> Any:
+def get_vector_pointer(builder: Any, address: Any, kind: Any, words: int) -> Any:
     return builder.inttoptr(address, ir.VectorType(kind, words).as_pointer())
 
 
 def make_copier(words: int) -> Any:
-    """A function (target, source) that copies so many 4-byte words between two addresses."""
+    """A function (target, source) that copies `words` 4-byte words between two addresses."""
 
     @intrinsic
     def copy(typing: Any, target: Any, source: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = builder.load(vector(builder, args[1], I32, words), align=4)
-            builder.store(value, vector(builder, args[0], I32, words), align=4)
+            value = builder.load(get_vector_pointer(builder, args[1], I32, words), align=4)
+            builder.store(value, get_vector_pointer(builder, args[0], I32, words), align=4)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), build
@@ -122,14 +132,14 @@ def make_copier(words: int) -> Any:
 
 
 def make_narrower(words: int) -> Any:
-    """The same from 8-byte words, of which the low halves are kept."""
+    """A function (target, source) that copies the low halves of `words` 8-byte words."""
 
     @intrinsic
     def narrow(typing: Any, target: Any, source: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = builder.load(vector(builder, args[1], I64, words), align=4)
+            value = builder.load(get_vector_pointer(builder, args[1], I64, words), align=4)
             value = builder.trunc(value, ir.VectorType(I32, words))
-            builder.store(value, vector(builder, args[0], I32, words), align=4)
+            builder.store(value, get_vector_pointer(builder, args[0], I32, words), align=4)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), build
@@ -138,17 +148,19 @@ def make_narrower(words: int) -> Any:
 
 
 def make_subtracter(words: int) -> Any:
-    """A function (target, source, less) that copies so many 4-byte words, each less a number."""
+    """A function (target, source, number) that copies `words` 4-byte words and subtracts the number from
+    each.
+    """
 
     @intrinsic
     def subtract(typing: Any, target: Any, source: Any, less: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             kind = ir.VectorType(I32, words)
-            value = builder.load(vector(builder, args[1], I32, words), align=4)
+            value = builder.load(get_vector_pointer(builder, args[1], I32, words), align=4)
             each = builder.insert_element(ir.Constant(kind, ir.Undefined), args[2], I32(0))
             zeros = ir.Constant(kind, [0] * words)
             each = builder.shuffle_vector(each, each, zeros)
-            builder.store(builder.sub(value, each), vector(builder, args[0], I32, words), align=4)
+            builder.store(builder.sub(value, each), get_vector_pointer(builder, args[0], I32, words), align=4)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int32), build
@@ -165,7 +177,7 @@ def count_trailing_zeros(typing: Any, value: Any) -> Any:
 
 
 @intrinsic
-def ones(typing: Any, value: Any) -> Any:
+def count_ones(typing: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
 

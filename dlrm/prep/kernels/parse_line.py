@@ -1,7 +1,7 @@
-"""Canonical lines to numbers, eight bytes at a time; whatever is not canonical is left to `rows.read_line`.
+"""Parses canonical lines, eight bytes at a time. All other lines are left to `odd_lines.read_line`.
 
-Canonical: a label and 13 counts of at most 8 digits (or empty), 26 ids of at most 8 hex digits (or empty),
-tabs between, one newline after. Nothing else is accepted here, so nothing can be misread here.
+A canonical line has a label and 13 counts of at most 8 digits (or empty), 26 ids of at most 8 hex digits (or
+empty), tabs between them and one newline. For such lines both parsers must give the same numbers.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from dlrm.prep.kernels.intrinsics import (
     store32,
 )
 
-PAD = 128  # bytes that may be read behind the last one
+PAD = 128  # bytes behind the end of the text that may be read, so that vector loads need no bounds check
 BLOCK_FULL, NEED_MORE, ODD_LINE = 0, 1, 2
 
 U = np.uint64
@@ -67,7 +67,7 @@ def parse_int(at, empty):
 
 @inlined
 def parse_hex(at, end_byte):
-    """The same for an id."""
+    """The same for an id that `end_byte` ends; the value is a uint32."""
     if load_byte(at + 8) == end_byte:
         word = load_word(at)
         lower = word | TO_LOWER
@@ -100,7 +100,7 @@ def parse_short_hex(at, end_byte):
 
 @compiled
 def parse_counts(at, labelled, empty, dense, label_at):
-    """A label, if there is one, and 13 counts one by one; returns where the ids begin."""
+    """Parse a label, if there is one, and 13 counts one by one. Returns the first id's address, or FAIL."""
     label = np.int64(-1)
     if labelled:
         label, at = parse_int(at, 0)
@@ -117,7 +117,9 @@ def parse_counts(at, labelled, empty, dense, label_at):
 
 @inlined
 def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
-    """One line: 13 counts to dense, ids to every id_step-th word of sparse; returns where the next begins."""
+    """Parse one line: 13 counts to the words from address `dense`, 26 ids to every id_step-th word from
+    `sparse`. Returns the address of the next line, or FAIL if this one is not canonical.
+    """
     ids = FAIL
     if labelled:
         ids = parse_label_and_counts(at, label_at, dense, np.int64(empty))
@@ -149,15 +151,17 @@ def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
 
 
 @compiled
-def parse_lines(at, end, labelled, empty, addresses, row, room):
-    """Rows from the text at addresses at..end, until the block is full, a line is odd, or none is whole.
+def parse_lines(at, end, labelled, empty, addresses, row, capacity):
+    """Parse text from address `at` to `end` into a block, from its row `row` on, until the block has
+    `capacity` rows (BLOCK_FULL), a line is not canonical (ODD_LINE), or no whole line is left (NEED_MORE).
 
-    `spots` is a block's (see `scan.Block`). Returns (rows in the block, where it stopped, why).
+    `addresses` is the block's (see `blocks.TextBlock`). `empty`: the value of an empty count. Returns (rows
+    in the block, address where it stopped, why).
     """
     dense, dense_step, ids, ids_step = addresses[0], 4 * addresses[1], addresses[2], 4 * addresses[3]
     id_step, labels, label_step = addresses[4], addresses[5], 4 * addresses[6]
-    while row < room:
-        # a row that ends behind `end` was read from the bytes that happen to lie there: not taken
+    while row < capacity:
+        # a row that ends behind `end` was parsed from stale bytes in the buffer: it is not counted
         following = FAIL
         if at < end:
             following = parse_row(

@@ -1,6 +1,7 @@
-"""Ids to numbers in order of first appearance: one open-addressing table per column, all 26 in one call.
+"""Numbers ids in order of first appearance: one open-addressing hash table per column, all 26 in one call.
 
-A slot holds id and number + 1 in eight bytes (0 is empty), so a look-up costs one cache miss at most.
+A slot is 8 bytes: the id in the high half, its number + 1 in the low half; 0 is an empty slot. So a look-up
+usually costs one cache miss.
 """
 
 import numpy as np
@@ -8,11 +9,13 @@ import numpy as np
 from dlrm.data.criteo import NUM_SPARSE
 from dlrm.prep.kernels.intrinsics import compiled, inlined, load32, load64, prefetch, store32, store64
 
-SLOTS, BITS, VALUES, COUNTS, SIZE, LIMIT = range(6)  # columns of the table of tables
-FIRST_BITS = 13
+# Columns of `Vocabulary.tables`. SLOTS, VALUES, COUNTS: addresses; BITS: log2 of the number of slots;
+# SIZE: entries; LIMIT: entries above which the table must grow.
+SLOTS, BITS, VALUES, COUNTS, SIZE, LIMIT = range(6)
+FIRST_BITS = 13  # log2 of a new table's slots
 AHEAD = 8  # look-ups prefetched in advance
-GROUP = 128  # rows: their ids stay in the first-level cache while each column is walked down
-MIX = np.uint64(0x9E3779B97F4A7C15)
+GROUP = 128  # rows at a time: their ids stay in the first-level cache while the columns are handled in turn
+MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: multiplicative hashing
 
 
 @inlined
@@ -22,9 +25,11 @@ def find_slot(key, bits):
 
 @compiled
 def encode_ids(tables, ids, row_step, id_step, rows, shift):
-    """Replace ids by their numbers + 1 + shift; new ids are appended to the column's values.
+    """Replace ids by their numbers + 1 + `shift`. New ids get the next number and are appended to the values.
 
-    The id of a row and column is the 4-byte word at ids + row_step * row + id_step * column words.
+    `tables`: int64 [columns, 6], see above; there must be enough free slots and values for `rows` new ids.
+    `ids`: an address; the id of a row and column is the 4-byte word `row_step` * row + `id_step` * column
+    words after it.
     """
     for begin in range(0, rows, GROUP):
         end = min(rows, begin + GROUP)
@@ -57,7 +62,7 @@ def encode_ids(tables, ids, row_step, id_step, rows, shift):
 
 @compiled
 def refill_slots(slots, bits, values, size):
-    """All values into an empty, larger table."""
+    """Insert all values into an empty, larger table."""
     mask = (np.int64(1) << bits) - 1
     for number in range(size):
         key = values[number]
@@ -69,6 +74,7 @@ def refill_slots(slots, bits, values, size):
 
 @compiled
 def replace_ids(slots, final):
+    """Replace number + 1 in each slot by final[number]."""
     for at in range(len(slots)):
         if slots[at] != 0:
             number = np.int64(np.uint32(slots[at])) - 1
@@ -76,7 +82,12 @@ def replace_ids(slots, final):
 
 
 class Vocabulary:
-    """The tables of some columns, at most half full: room is made before a block, not in it."""
+    """The hash tables of some columns: id -> number, and with `counting` how often each id occurred.
+
+    Tables are at most half full. They grow before a block of rows is encoded, because the kernel cannot.
+    `tables` has their addresses for the kernel. `slots`: uint64; `values`: uint32, the ids in the order of
+    their numbers; `counts`: uint32, occurrences in the same order.
+    """
 
     def __init__(self, counting: bool, columns: int = NUM_SPARSE) -> None:
         self.tables = np.zeros((columns, 6), np.int64)
@@ -87,45 +98,51 @@ class Vocabulary:
             np.zeros(1 << (FIRST_BITS - 1), np.uint32) if counting else None for _ in range(columns)
         ]
         for column in range(columns):
-            self._describe(column, FIRST_BITS)
+            self._update_addresses(column, FIRST_BITS)
 
     def encode(self, ids: np.ndarray, shift: int = -1) -> None:
-        """Replace ids[row, column], of 4 or 8 bytes, by numbers from 1 + shift on."""
+        """Replace ids, uint32 or int64 [rows, columns], by their numbers; the first number is 1 + `shift`."""
         rows = len(ids)
         full = self.tables[:, SIZE] + rows > self.tables[:, LIMIT]
         if full.any() and not self._complete:
             for column in np.flatnonzero(full):
-                self._widen(int(column), rows)
+                self._grow_table(int(column), rows)
         steps = (ids.strides[0] // 4, ids.strides[1] // 4)
         encode_ids(self.tables, ids.ctypes.data, *steps, rows, shift)
 
-    def sizes(self) -> list[int]:
+    def count_ids(self) -> list[int]:
+        """Distinct ids of each column."""
         return self.tables[:, SIZE].tolist()
 
-    def ids(self, column: int) -> np.ndarray:
+    def list_ids(self, column: int) -> np.ndarray:
+        """uint32 [size]: the column's ids in the order of their numbers."""
         return self.values[column][: self.tables[column, SIZE]]
 
-    def seen(self, column: int) -> np.ndarray:
+    def list_occurrences(self, column: int) -> np.ndarray:
+        """uint32 [size]: how often each of these ids occurred."""
         counts = self.counts[column]
         assert counts is not None
         return counts[: self.tables[column, SIZE]]
 
-    def renumber(self, final: list[np.ndarray]) -> None:
-        """From now on ids are only looked up, and number n of a column is final[column][n] - 1."""
+    def set_final_numbers(self, final: list[np.ndarray]) -> None:
+        """From now on `encode` replaces an id with number n by final[column][n] + `shift`. It must not be
+        called with new ids after this.
+        """
         self._complete = True
         self.tables[:, COUNTS] = 0
         for slots, numbers in zip(self.slots, final, strict=True):
             replace_ids(slots, numbers)
 
     def clear(self) -> None:
-        """Empty again, but as wide as it has become."""
+        """Remove all ids; the tables keep their sizes, because fresh memory costs more than zeroing."""
         self.tables[:, SIZE] = 0
         for arrays in (self.slots, self.counts):
             for array in arrays:
                 if array is not None:
                     array[:] = 0
 
-    def _widen(self, column: int, rows: int) -> None:
+    def _grow_table(self, column: int, rows: int) -> None:
+        """Make space for `rows` more ids."""
         size, bits = int(self.tables[column, SIZE]), int(self.tables[column, BITS])
         while (1 << bits) < 2 * (size + rows):
             bits += 1
@@ -133,13 +150,13 @@ class Vocabulary:
         for arrays in (self.values, self.counts):
             old = arrays[column]
             if old is not None:
-                wider = np.zeros(1 << (bits - 1), np.uint32)
-                wider[:size] = old[:size]
-                arrays[column] = wider
+                larger = np.zeros(1 << (bits - 1), np.uint32)
+                larger[:size] = old[:size]
+                arrays[column] = larger
         refill_slots(self.slots[column], bits, self.values[column], size)
-        self._describe(column, bits)
+        self._update_addresses(column, bits)
 
-    def _describe(self, column: int, bits: int) -> None:
+    def _update_addresses(self, column: int, bits: int) -> None:
         counts = self.counts[column]
         self.tables[column, SLOTS] = self.slots[column].ctypes.data
         self.tables[column, BITS] = bits

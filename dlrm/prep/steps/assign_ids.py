@@ -1,7 +1,9 @@
-"""The lanes' ids to the dataset's: 2, 3, 4 ... in order of first appearance, 1 for the rare ones.
+"""The step ids: maps each lane's id numbers to the dataset's ids: 2, 3, 4 ... in order of first appearance,
+and 1 for rare ids.
 
-Each lane knows its distinct ids in the order it met them, and how often. Going through the lanes in order
-gives the order over the whole input. One column at a time; small ones by hash table, giant ones by bitmap.
+Parsing has left a list per lane and column: its distinct ids in order of first appearance, and how often each
+occurred. Reading the lanes' lists in order gives the order over the whole input. Columns are independent;
+small ones use a hash table, giant ones a bitmap over all 2^32 ids.
 """
 
 import threading
@@ -10,19 +12,23 @@ import numpy as np
 
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.job.progress import PrepProgress
-from dlrm.prep.kernels.intrinsics import compiled, ones
+from dlrm.prep.kernels.intrinsics import compiled, count_ones
 from dlrm.prep.kernels.vocabulary import Vocabulary
 from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
 
-PART = 1 << 16  # ids at a time
+PART = 1 << 16  # ids read at a time
 
-FIRST_ID, RARE, GAP = 2, 1, 0
-_one_giant = threading.Lock()  # a gigabyte or two each: one at a time in a process
+FIRST_ID, RARE, GAP = 2, 1, 0  # GAP: id of an empty field, by NVIDIA's rules
+_giant_lock = threading.Lock()  # a giant column needs one or two gigabytes: one at a time in a process
 
 
 class ColumnMaps:
-    """One column's lists in the lanes' files, and the maps that are written for them."""
+    """One column's id lists in the lanes' .ids files, and its maps in the lanes' .map files.
+
+    An .ids file is uint32: the ids of all columns, then, if counted, their occurrences. A .map file is int32:
+    for each of the ids the dataset's id. `sizes`: int64 [lanes, 26], the lists' lengths.
+    """
 
     def __init__(self, plan: PrepPlan, sizes: np.ndarray, column: int) -> None:
         self.plan, self.column, self.lanes = plan, column, len(plan.lanes)
@@ -30,8 +36,8 @@ class ColumnMaps:
         self.offsets = sizes[:, :column].sum(axis=1)
         self.totals = sizes.sum(axis=1)
 
-    def parts(self, counted: bool = False):
-        """(lane, position in its list, ids, counts or None) in order."""
+    def read_parts(self, counted: bool = False):
+        """(lane, position in its list, ids, occurrences or None) in the order of the input."""
         for lane in range(self.lanes):
             with OffsetFile(self.plan.path("lane", lane, "ids")) as file:
                 for at in range(0, int(self.sizes[lane]), PART):
@@ -42,13 +48,14 @@ class ColumnMaps:
                         seen = file.read_array(count, 4 * (begin + int(self.totals[lane])), np.uint32)
                     yield lane, at, ids, seen
 
-    def writer(self, lane: int) -> OffsetFile:
+    def open_map(self, lane: int) -> OffsetFile:
         return OffsetFile(self.plan.path("lane", lane, "map"), "w")
 
-    def write(self, file: OffsetFile, at: int, lane: int, numbers: np.ndarray) -> None:
+    def write_map(self, file: OffsetFile, at: int, lane: int, numbers: np.ndarray) -> None:
+        """Write part of a lane's map, from position `at` of its list on."""
         file.write(numbers.astype(np.int32, copy=False), 4 * (int(self.offsets[lane]) + at))
 
-    def numbers(self, lane: int, at: int, count: int) -> np.ndarray:
+    def read_map(self, lane: int, at: int, count: int) -> np.ndarray:
         with OffsetFile(self.plan.path("lane", lane, "map")) as file:
             return file.read_array(count, 4 * (int(self.offsets[lane]) + at), np.int32)
 
@@ -63,7 +70,7 @@ def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: PrepP
         if plan.options.mod_idx:
             kept = merge_moduli(lists, plan.options.mod_idx)
         elif total > plan.options.giant:
-            with _one_giant:
+            with _giant_lock:
                 kept = merge_giant(lists, plan.options.min_count, bool(plan.options.frequency_limit))
         else:
             kept = merge_small(lists, plan.options.min_count, bool(plan.options.frequency_limit))
@@ -72,47 +79,55 @@ def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: PrepP
 
 
 def merge_small(lists: ColumnMaps, least: int, gaps: bool) -> int:
-    """Through one hash table; numbers first, ids when all counts are known."""
+    """Map a column by one hash table. Returns how many ids are kept.
+
+    `least`: occurrences that an id needs to be kept. `gaps`: raw id 0, an empty field, becomes GAP. With
+    either, the first pass writes provisional numbers and the second one replaces them by ids.
+    """
     vocabulary, counting = Vocabulary(False, columns=1), least > 1
     totals = np.zeros(0, np.int64)
-    for lane, at, ids, seen in lists.parts(counting):
+    for lane, at, ids, seen in lists.read_parts(counting):
         numbers = ids.copy()
         vocabulary.encode(numbers[:, None], -1 if counting or gaps else FIRST_ID - 1)
-        with lists.writer(lane) as file:
-            lists.write(file, at, lane, numbers.view(np.int32))
+        with lists.open_map(lane) as file:
+            lists.write_map(file, at, lane, numbers.view(np.int32))
         if seen is not None:
-            size = vocabulary.sizes()[0]
+            size = vocabulary.count_ids()[0]
             if size > len(totals):
                 totals = np.concatenate([totals, np.zeros(size, np.int64)])
-            totals[numbers] += seen  # an id stands once in a lane's list
-    size = vocabulary.sizes()[0]
+            totals[numbers] += seen  # each id is in a lane's list once, so no index is repeated
+    size = vocabulary.count_ids()[0]
     if not counting and not gaps:
         return size
     kept = totals[:size] >= least if counting else np.ones(size, bool)
-    values = vocabulary.ids(0)
+    values = vocabulary.list_ids(0)
     if gaps:
         kept &= values != 0
     final = np.where(kept, FIRST_ID - 1 + np.cumsum(kept), RARE).astype(np.int32)
     if gaps:
         final[values == 0] = GAP
-    for lane, at, ids, _ in lists.parts():
-        numbers = lists.numbers(lane, at, len(ids))
-        with lists.writer(lane) as file:
-            lists.write(file, at, lane, final[numbers])
+    for lane, at, ids, _ in lists.read_parts():
+        numbers = lists.read_map(lane, at, len(ids))
+        with lists.open_map(lane) as file:
+            lists.write_map(file, at, lane, final[numbers])
     return int(kept.sum())
 
 
 def merge_moduli(lists: ColumnMaps, modulo: int) -> int:
-    """OneFlow's ids: the hash modulo N, each column in its own range. Returns how many there are."""
+    """OneFlow's ids: the hash modulo N plus N times the column's number. Returns how many different ones
+    occur.
+    """
     seen = np.zeros(modulo, bool)
-    for lane, at, ids, _ in lists.parts():
+    for lane, at, ids, _ in lists.read_parts():
         seen[ids] = True
-        with lists.writer(lane) as file:
-            lists.write(file, at, lane, ids.view(np.int32) + modulo * lists.column)
+        with lists.open_map(lane) as file:
+            lists.write_map(file, at, lane, ids.view(np.int32) + modulo * lists.column)
     return int(seen.sum())
 
 
-WORDS = 1 << 27  # 2^32 ids, 32 to a word: its low half marks the kept ids, its high half counts those before
+# The bitmap of 2^32 ids: 32 ids per 64-bit word. The low half marks the kept ids, the high half has the
+# number of kept ids in the words before.
+WORDS = 1 << 27
 
 
 @compiled
@@ -123,7 +138,7 @@ def mark_seen(words, ids):
 
 @compiled
 def add_counts(counters, low, ids, seen, most):
-    """Saturating counters for the ids low .. low + len(counters)."""
+    """Add occurrences to the counters of the ids low .. low + len(counters), up to `most`."""
     for k in range(len(ids)):
         at = np.int64(ids[k]) - low
         if 0 <= at < len(counters):
@@ -140,23 +155,28 @@ def mark_kept(words, counters, low, least):
 
 @compiled
 def number_words(words):
-    """Each word's high half: how many kept ids come before it. Returns how many there are."""
+    """Set the high half of each word. Returns the number of kept ids."""
     before = np.uint64(0)
     for at in range(len(words)):
         marks = words[at]
         words[at] = (before << np.uint64(32)) | marks
-        before += np.uint64(ones(marks))
+        before += np.uint64(count_ones(marks))
     return np.int64(before)
 
 
 @compiled
 def assign_numbers(words, given, used, ids, numbers):
-    """The next id for each first appearance; returns how many are used."""
+    """Write the dataset's ids of `ids` to `numbers`; a kept id that appears for the first time gets the next
+    one.
+
+    `given`: int32 [kept], the dataset's id of each kept id, 0 if it has none yet. `used`: how many have one;
+    returns the new value.
+    """
     for k in range(len(ids)):
         word = words[ids[k] >> np.uint32(5)]
         bit = np.uint64(1) << np.uint64(ids[k] & np.uint32(31))
         if word & bit:
-            rank = np.int64(word >> np.uint64(32)) + ones(word & (bit - np.uint64(1)))
+            rank = np.int64(word >> np.uint64(32)) + count_ones(word & (bit - np.uint64(1)))
             if given[rank] == 0:
                 given[rank] = FIRST_ID + used
                 used += 1
@@ -167,10 +187,14 @@ def assign_numbers(words, given, used, ids, numbers):
 
 
 def merge_giant(lists: ColumnMaps, least: int, gaps: bool) -> int:
-    """Memory: 1 GiB, another for counters while there is a threshold, then 4 bytes per kept id."""
+    """Like `merge_small`, with the bitmap. Memory: 1 GiB, another 1 GiB while ids are counted, 4 bytes per
+    kept id.
+
+    Ids are counted in ranges, as many as counters fit into the second GiB; each range reads all lists.
+    """
     words = np.zeros(WORDS, np.uint64)
     if least <= 1:
-        for _, _, ids, _ in lists.parts():
+        for _, _, ids, _ in lists.read_parts():
             mark_seen(words, ids)
     else:
         kind = np.uint8 if least <= 255 else np.uint32
@@ -178,7 +202,7 @@ def merge_giant(lists: ColumnMaps, least: int, gaps: bool) -> int:
         most = np.iinfo(kind).max
         for low in range(0, 1 << 32, span):
             counters = np.zeros(span, kind)
-            for _, _, ids, seen in lists.parts(True):
+            for _, _, ids, seen in lists.read_parts(True):
                 add_counts(counters, low, ids, seen, most)
             mark_kept(words, counters, low, least)
         del counters
@@ -186,11 +210,11 @@ def merge_giant(lists: ColumnMaps, least: int, gaps: bool) -> int:
         words[0] &= ~np.uint64(1)
     kept = number_words(words)
     given, used = np.zeros(kept, np.int32), 0
-    for lane, at, ids, _ in lists.parts():
+    for lane, at, ids, _ in lists.read_parts():
         numbers = np.empty(len(ids), np.int32)
         used = assign_numbers(words, given, used, ids, numbers)
         if gaps:
             numbers[ids == 0] = GAP
-        with lists.writer(lane) as file:
-            lists.write(file, at, lane, numbers)
+        with lists.open_map(lane) as file:
+            lists.write_map(file, at, lane, numbers)
     return kept

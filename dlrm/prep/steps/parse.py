@@ -1,4 +1,6 @@
-"""The parse step: a lane of text to numbered rows in spill files, and its ids in the order it met them."""
+"""The steps count and parse: text to records in spill files, and each lane's ids in order of first
+appearance.
+"""
 
 import threading
 from collections.abc import Callable
@@ -26,6 +28,7 @@ def line_rules(options: PrepOptions, source: InputFile) -> LineRules:
 
 
 def count_piece(plan: PrepPlan, number: int, progress: PrepProgress) -> None:
+    """Save how many rows and lines a piece has, unless an earlier run has done so."""
     path, piece = plan.path("count", number), plan.pieces[number]
     if path.exists():
         return
@@ -42,7 +45,9 @@ def count_piece(plan: PrepPlan, number: int, progress: PrepProgress) -> None:
 
 
 class LaneParser:
-    """Lanes to spill files. A thread's vocabulary serves it again for its next lane: fresh memory costs."""
+    """Parses lanes. Each thread reuses one vocabulary for all its lanes, because fresh memory costs page
+    faults.
+    """
 
     def __init__(self, plan: PrepPlan, progress: PrepProgress) -> None:
         self.plan, self.progress = plan, progress
@@ -61,6 +66,9 @@ class LaneParser:
 
 
 def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progress: PrepProgress) -> None:
+    """Write the spill files of a lane's pieces, its id lists, and a summary. Without a vocabulary ids stay
+    raw.
+    """
     path, options = plan.path("lane", lane), plan.options
     ranges, skipped, last_ids = [], [], np.zeros(NUM_SPARSE, np.int64)
     size = sum(plan.pieces[number].end - plan.pieces[number].begin for number in plan.lanes[lane])
@@ -72,10 +80,10 @@ def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
                 skipped.append([scanner.skipped, scanner.first_bad])
     sizes = [0] * NUM_SPARSE
     if vocabulary:
-        sizes = vocabulary.sizes()
-        lists = [vocabulary.ids(column) for column in range(NUM_SPARSE)]
+        sizes = vocabulary.count_ids()
+        lists = [vocabulary.list_ids(column) for column in range(NUM_SPARSE)]
         if options.min_count > 1:
-            lists += [vocabulary.seen(column) for column in range(NUM_SPARSE)]
+            lists += [vocabulary.list_occurrences(column) for column in range(NUM_SPARSE)]
         write_atomically(plan.path("lane", lane, "ids"), np.concatenate(lists))
     plan.save_json(path, {"vocab": sizes, "dense": ranges, "skipped": skipped, "last": last_ids.tolist()})
 
@@ -83,7 +91,10 @@ def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
 def parse_piece(
     plan: PrepPlan, number: int, vocabulary: Vocabulary | None, last_ids: np.ndarray, progress: PrepProgress
 ) -> tuple[list[int], LineScanner]:
-    """One piece into its spill file; returns the range of its counts."""
+    """Write the spill file of one piece. Returns ([smallest, largest count], the scanner with its bad lines).
+
+    `last_ids`: int64 [26], raised to the largest raw ids where there is no vocabulary.
+    """
     piece, options = plan.pieces[number], plan.options
     source = plan.sources[piece.source]
     low_high = np.array([1 << 40, -(1 << 40)])
@@ -97,7 +108,7 @@ def parse_piece(
             text, printable(source.path), piece, line_rules(options, source), options.skip_bad_rows
         )
         spill = SpillFile(file, places.read, piece.rows, plan.bits) if piece.rows else None
-        for block, consumed in scanner.blocks():
+        for block, consumed in scanner.read_blocks():
             if spill is None or spill.done + block.rows > piece.rows:
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
             widen_range(block.dense, block.rows, MISSING if options.frequency_limit else 1 << 40, low_high)
@@ -105,12 +116,12 @@ def parse_piece(
                 vocabulary.encode(block.sparse[: block.rows])
             else:
                 np.maximum(last_ids, block.sparse[: block.rows].max(axis=0), out=last_ids)
-            spill.take(block)
+            spill.add_block(block)
             progress.add(block.rows, consumed)
         if spill:
             if spill.done != piece.rows:
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
-            spill.finish()
+            spill.write_rest()
             runs = np.concatenate([[spill.first], spill.runs])
             write_atomically(plan.path("piece", number, "runs"), runs)
     return low_high.tolist(), scanner
@@ -118,7 +129,9 @@ def parse_piece(
 
 @compiled
 def widen_range(dense, rows, missing, low_high):
-    """Smallest and largest count so far, gaps left out."""
+    """Update low_high, int64 [2], the smallest and the largest count, from dense, int32 [rows, 13]; counts
+    equal to `missing` are ignored.
+    """
     low, high = low_high[0], low_high[1]
     for row in range(rows):
         for column in range(NUM_DENSE):
@@ -129,14 +142,16 @@ def widen_range(dense, rows, missing, low_high):
 
 
 class Destinations:
-    """Where a piece's rows go: the permutation's file for those that are shuffled, their own place else."""
+    """The output rows of a piece's rows: from the permutation's file for rows that are shuffled; the others
+    keep their position. `read(begin, rows)` returns them as int64.
+    """
 
     def __init__(self, plan: PrepPlan, piece: InputPiece) -> None:
-        self._first, self._moved = piece.first_row, plan.shuffled_rows
+        self._first, self._shuffled = piece.first_row, plan.shuffled_rows
         self._file = (
             OffsetFile(plan.path("places", 0, "u32")) if piece.first_row < plan.shuffled_rows else None
         )
-        self.read: Callable[[int, int], np.ndarray] = self._read
+        self.read: Callable[[int, int], np.ndarray] = self._read_places
 
     def __enter__(self) -> "Destinations":
         return self
@@ -145,11 +160,11 @@ class Destinations:
         if self._file:
             self._file.close()
 
-    def _read(self, begin: int, rows: int) -> np.ndarray:
+    def _read_places(self, begin: int, rows: int) -> np.ndarray:
         begin += self._first
-        among = max(0, min(rows, self._moved - begin))
-        stay = np.arange(begin + among, begin + rows, dtype=np.int64)
-        if not among or not self._file:
-            return stay
-        go = self._file.read_array(among, begin * 4, np.uint32)
-        return np.concatenate([go.astype(np.int64), stay]) if len(stay) else go
+        count = max(0, min(rows, self._shuffled - begin))
+        unshuffled = np.arange(begin + count, begin + rows, dtype=np.int64)
+        if not count or not self._file:
+            return unshuffled
+        shuffled = self._file.read_array(count, begin * 4, np.uint32)
+        return np.concatenate([shuffled.astype(np.int64), unshuffled]) if len(unshuffled) else shuffled

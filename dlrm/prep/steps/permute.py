@@ -1,8 +1,10 @@
-"""The permutation of np.random.shuffle for a seed, exactly, in constant memory, however many rows there are.
+"""The step permute: exactly the permutation of np.random.shuffle for a seed, in constant memory for any
+number of rows.
 
-numpy walks i from the last row down and swaps it with a random j <= i. Here the positions are cut into
-partitions, worked from the top. A swap inside the partition is done; one with a lower partition becomes a
-message (i, j, value at i), which that one replays, in the same order, before its own swaps begin.
+numpy goes from the last position i to the first and swaps each with a random position j <= i. Here the
+positions are divided into partitions, which are handled from the last to the first. A swap within a partition
+is done in memory. A swap with a lower partition becomes a message (i, j, row at i); the lower partition
+replays its messages in order before its own swaps.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,20 +19,20 @@ from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.kernels.intrinsics import compiled, prefetch
 
 PARTITION_BITS = (
-    24  # 64 MB of positions: what lies in another partition costs more than what misses the cache
+    24  # 64 MB per partition: fewer, larger ones are faster, because a message costs more than a cache miss
 )
 STAGING_BYTES = 16 << 20
-DRAWS = 1 << 14
-AHEAD = 24  # swaps whose memory is asked for in advance
-WORDS = 624
-SENT = np.uint32(0xFFFFFFFF)  # this position's row comes from a lower partition
+DRAWS = 1 << 14  # random numbers drawn at a time
+AHEAD = 24  # swaps whose memory is prefetched
+WORDS = 624  # of the state of numpy's generator, a Mersenne Twister
+SENT = np.uint32(0xFFFFFFFF)  # marks a position whose row will come from a lower partition
 U = np.uint32
 UPPER, LOWER, MATRIX = U(0x80000000), U(0x7FFFFFFF), U(0x9908B0DF)
 
 
 @compiled
 def twist_state(state, ready):
-    """The next 624 words of the generator, and what it gives out for them."""
+    """Advance the generator's state by 624 words, and write the random numbers for them to `ready`."""
     for word in range(WORDS - 397):
         mixed = (state[word] & UPPER) | (state[word + 1] & LOWER)
         state[word] = state[word + 397] ^ (mixed >> U(1)) ^ ((mixed & U(1)) * MATRIX)
@@ -49,7 +51,7 @@ def twist_state(state, ready):
 
 @compiled
 def draw_numbers(state, ready, at, last, chosen):
-    """chosen[k] = a random number of 0..last-k, as numpy draws them; returns the state's position."""
+    """chosen[k] = a random number from 0 to last - k, drawn as numpy does. Returns where in `ready`."""
     k = 0
     while k < len(chosen):
         mask = last - k
@@ -69,7 +71,11 @@ def draw_numbers(state, ready, at, last, chosen):
 
 @compiled
 def swap_items(rows, low, i, chosen, k, bits, staged, filled):
-    """Swaps for i, i - 1, ...; stops where a message buffer is full. Returns (next k, the full one or -1)."""
+    """Swap position i - k with chosen[k], for each k, until a message buffer is full.
+
+    `rows`: uint32, the rows at positions low, low + 1 ... `staged`: uint32 [partitions, messages, 3], with
+    `filled` messages each. Returns (next k, the full buffer or -1); so do the next two kernels.
+    """
     base = rows.ctypes.data
     while k < len(chosen):
         soon = np.int64(chosen[min(k + AHEAD, len(chosen) - 1)])
@@ -92,7 +98,9 @@ def swap_items(rows, low, i, chosen, k, bits, staged, filled):
 
 @compiled
 def replay_swaps(rows, low, messages, k, bits, staged, filled):
-    """What higher partitions did to this one: each message learns its row, and leaves one behind."""
+    """Replay the swaps of higher partitions with this one. For each message (i, j, row): the row at j goes to
+    position i, as a pair (row, i), and the message's row takes its place.
+    """
     base = rows.ctypes.data
     while k < len(messages):
         soon = np.int64(messages[min(k + AHEAD, len(messages) - 1), 1])
@@ -111,7 +119,7 @@ def replay_swaps(rows, low, messages, k, bits, staged, filled):
 
 @compiled
 def send_to_partitions(rows, low, k, bits, staged, filled):
-    """Pairs (source row, its place) to the buffer of their source's partition."""
+    """Send the pairs (row, position) of this partition to the partition that the row number belongs to."""
     while k < len(rows):
         if rows[k] != SENT:
             partition = np.int64(rows[k]) >> bits
@@ -126,6 +134,7 @@ def send_to_partitions(rows, low, k, bits, staged, filled):
 
 @compiled
 def invert_permutation(pairs, low, places):
+    """places[row - low] = position, for each pair (row, position)."""
     base = places.ctypes.data
     for k in range(len(pairs)):
         prefetch(base + 4 * (np.int64(pairs[min(k + AHEAD, len(pairs) - 1), 0]) - low))
@@ -134,7 +143,7 @@ def invert_permutation(pairs, low, places):
 
 @compiled
 def invert_all(rows, places):
-    """The same when there is one partition only."""
+    """places[row] = position, where one partition holds all positions."""
     base = places.ctypes.data
     for k in range(len(rows)):
         prefetch(base + 4 * np.int64(rows[min(k + AHEAD, len(rows) - 1)]))
@@ -142,12 +151,16 @@ def invert_all(rows, places):
 
 
 class PartitionSpool:
-    """One growing file per partition, written through small buffers."""
+    """A queue of messages or pairs for each partition: a file, and a buffer for its end.
+
+    `words`: uint32 words of a message. `staged`: uint32 [partitions, capacity, words], `filled` of them
+    valid.
+    """
 
     def __init__(self, folder: Path, kind: str, partitions: int, words: int) -> None:
         self.folder, self.kind, self.words = folder, kind, words
-        room = min(1 << 14, STAGING_BYTES // (partitions * words * 4))
-        self.staged = np.empty((partitions, max(room, 16), words), np.uint32)
+        capacity = min(1 << 14, STAGING_BYTES // (partitions * words * 4))
+        self.staged = np.empty((partitions, max(capacity, 16), words), np.uint32)
         self.filled = np.zeros(partitions, np.int64)
         for partition in range(partitions):
             discard_file(self.path(partition))
@@ -160,15 +173,15 @@ class PartitionSpool:
             file.append(self.staged[partition, : self.filled[partition]])
         self.filled[partition] = 0
 
-    def send(self, step: Callable[..., tuple[int, int]], *args: Any, bits: int) -> None:
-        """Run a kernel to its end, emptying the buffers that it fills."""
-        k, full = step(*args, 0, bits, self.staged, self.filled)
+    def run_kernel(self, kernel: Callable[..., tuple[int, int]], *args: Any, bits: int) -> None:
+        """Run a kernel that sends messages, and write each buffer that it fills to its file."""
+        k, full = kernel(*args, 0, bits, self.staged, self.filled)
         while full >= 0:
             self.flush(full)
-            k, full = step(*args, k, bits, self.staged, self.filled)
+            k, full = kernel(*args, k, bits, self.staged, self.filled)
 
-    def take(self, partition: int) -> Iterator[np.ndarray]:
-        """All that was sent to a partition, in order, a part at a time; gone afterwards."""
+    def drain(self, partition: int) -> Iterator[np.ndarray]:
+        """All messages to a partition, in order, in parts of uint32 [n, words]. They are removed."""
         path, size = self.path(partition), self.words * 4
         if path.exists():
             part = np.empty((1 << 16, self.words), np.uint32)
@@ -182,9 +195,12 @@ class PartitionSpool:
 
 
 def write_places(
-    path: Path, rows: int, seed: int, moved: Callable[[int], None], bits: int = PARTITION_BITS
+    path: Path, rows: int, seed: int, report: Callable[[int], None], bits: int = PARTITION_BITS
 ) -> None:
-    """A file of uint32: for each of the first `rows` rows, where shuffling with this seed puts it."""
+    """Write a file of uint32 [rows]: the position of each row after np.random.shuffle with this seed.
+
+    `report` is called with the number of rows done since the last call. Partitions have 2^`bits` positions.
+    """
     if rows >= SENT:
         raise UserError(f"{rows} rows to shuffle: the reference's permutation is defined below 2^32 - 1")
     state: Any = np.random.RandomState(seed).get_state(legacy=True)
@@ -196,27 +212,29 @@ def write_places(
     for partition in range(partitions - 1, -1, -1):
         low, high = partition << bits, min(rows, (partition + 1) << bits)
         here = np.arange(low, high, dtype=np.uint32)
-        for part in messages.take(partition):
-            pairs.send(replay_swaps, here, low, part, bits=bits)
+        for part in messages.drain(partition):
+            pairs.run_kernel(replay_swaps, here, low, part, bits=bits)
         for i in range(high - 1, max(low, 1) - 1, -DRAWS):
             drawn = chosen[: i - max(low, 1) + 1]
             at = draw_numbers(words, ready, at, i, drawn)
-            messages.send(swap_items, here, low, i, drawn, bits=bits)
-            moved(len(drawn))
+            messages.run_kernel(swap_items, here, low, i, drawn, bits=bits)
+            report(len(drawn))
         if partitions > 1:
-            pairs.send(send_to_partitions, here, low, bits=bits)
+            pairs.run_kernel(send_to_partitions, here, low, bits=bits)
     collect_partition(path, rows, here if partitions == 1 else pairs, bits)
 
 
 def collect_partition(path: Path, rows: int, found: "np.ndarray | PartitionSpool", bits: int) -> None:
-    """From places and their rows to rows and their places: all in memory, or partition by partition."""
+    """Write the file of positions from `found`: the row at each position, or a spool of pairs (row,
+    position).
+    """
     partial = path.with_name(path.name + ".partial")
     with OffsetFile(partial, "w") as file:
         file.resize(0)
         for low in range(0, rows, 1 << bits):
             places = np.empty(min(rows, low + (1 << bits)) - low, np.uint32)
             if isinstance(found, PartitionSpool):
-                for part in found.take(low >> bits):
+                for part in found.drain(low >> bits):
                     invert_permutation(part, low, places)
             else:
                 invert_all(found, places)

@@ -1,4 +1,6 @@
-"""The last step: each bucket's records into order in memory, then into the output files as long writes."""
+"""The steps translate and place: puts the records of a bucket in order in memory, then writes them in long
+writes.
+"""
 
 import resource
 import threading
@@ -20,19 +22,23 @@ from dlrm.prep.kernels.intrinsics import compiled, load32, make_copier, make_sub
 from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
 
-PART_RECORDS = 1 << 14
-OTHER_FILES = 256  # open besides
-FIRST_ID = 1 + NUM_DENSE
+PART_RECORDS = 1 << 14  # records read at a time
+OTHER_FILES = 256  # file descriptors kept free for everything else
+FIRST_ID = 1 + NUM_DENSE  # word of a record
 
 
-AHEAD = 6  # rows that are asked for in advance: each lies in five or so cache lines
+AHEAD = 6  # rows that are prefetched: each is in about five cache lines
 DENSE_BYTES, SPARSE_BYTES = 4 * NUM_DENSE, 4 * NUM_SPARSE
-less, copy_ids = make_subtracter(NUM_DENSE), make_copier(NUM_SPARSE)
+subtract_shift, copy_ids = make_subtracter(NUM_DENSE), make_copier(NUM_SPARSE)
 
 
 @compiled
 def place_records(records, offsets, maps, mapped, shift, gaps, dense, sparse, labels):
-    """Each record to its row: counts less the shift (but for gaps), ids through the lane's map."""
+    """Copy each record to its row of dense, sparse and labels, all int32 [rows, columns].
+
+    `shift` is subtracted from the counts; with `gaps`, MISSING is kept. With `mapped`, the id of column c
+    becomes maps[offsets[c] + id]. The rows are the records' own; they are not checked.
+    """
     counts_at, ids_at, labels_at = dense.ctypes.data, sparse.ctypes.data, labels.ctypes.data
     map_at, record = maps.ctypes.data, records.ctypes.data
     for k in range(len(records)):
@@ -50,7 +56,7 @@ def place_records(records, offsets, maps, mapped, shift, gaps, dense, sparse, la
                 value = np.int32(load32(record, 1 + column))
                 dense[row, column] = value if value == MISSING else np.int32(value - shift)
         else:
-            less(counts_at + DENSE_BYTES * row, record + 4, shift)
+            subtract_shift(counts_at + DENSE_BYTES * row, record + 4, shift)
         if mapped:
             for column in range(NUM_SPARSE):
                 id = load32(map_at, offsets[column] + load32(record, FIRST_ID + column))
@@ -63,6 +69,7 @@ def place_records(records, offsets, maps, mapped, shift, gaps, dense, sparse, la
 
 @compiled
 def translate_ids(records, offsets, maps):
+    """Replace the ids of column c in the records by maps[offsets[c] + id]."""
     for k in range(len(records)):
         for column in range(NUM_SPARSE):
             at = FIRST_ID + column
@@ -71,15 +78,15 @@ def translate_ids(records, offsets, maps):
 
 @dataclass
 class IdMaps:
-    """From the lanes' numbers to the dataset's ids, in memory."""
+    """The maps from each lane's id numbers to the dataset's ids, in memory."""
 
-    offsets: list[np.ndarray]  # per lane
-    values: list[np.ndarray]
+    offsets: list[np.ndarray]  # per lane: int64 [27], where each column begins in its values
+    values: list[np.ndarray]  # per lane: int32, the dataset's ids
 
 
 def load_map(plan: PrepPlan, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.concatenate([[0], np.cumsum(sizes[lane])])
-    if not offsets[-1]:  # a lane without a good row
+    if not offsets[-1]:  # a lane with no valid row has no map file
         return offsets, np.zeros(0, np.int32)
     with OffsetFile(plan.path("lane", lane, "map")) as file:
         return offsets, file.read_array(int(offsets[-1]), 0, np.int32)
@@ -93,7 +100,7 @@ def load_maps(plan: PrepPlan, sizes: np.ndarray) -> IdMaps:
 def read_records(
     file: OffsetFile, begin: int, count: int, buffer: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(position, records) through one buffer."""
+    """(record number, records) in parts; `buffer`, uint32 [n, WORDS], is reused for each."""
     for at in range(begin, begin + count, len(buffer)):
         part = buffer[: min(len(buffer), begin + count - at)]
         got = file.read_into(part.data.cast("B"), at * RECORD_BYTES)
@@ -105,7 +112,7 @@ def read_records(
 def translate_piece(
     plan: PrepPlan, sizes: np.ndarray, lane: int, number: int, progress: PrepProgress
 ) -> None:
-    """Rewrite a piece's records with the dataset's ids, when the maps are too large to be kept together."""
+    """Rewrite a piece's records with the dataset's ids, where all maps together are too large for memory."""
     final, spill = plan.path("piece", number, "final"), plan.path("piece", number, "spill")
     rows = plan.pieces[number].rows
     if not final.exists() and rows:
@@ -127,7 +134,7 @@ def translate_piece(
 
 
 def reserve_open_files(files: int) -> int:
-    """How many of so many files may stay open; the soft limit is raised for them as far as it can be."""
+    """How many of this number of files can be open at once, after raising the soft limit as far as needed."""
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = files + OTHER_FILES
     if 0 <= hard < wanted:
@@ -138,7 +145,10 @@ def reserve_open_files(files: int) -> int:
 
 
 class Placer:
-    """Buckets to output files. The files are shared by all ranks; each bucket writes its own stretch."""
+    """Writes buckets to the output files. All ranks write to the same files, each bucket to its own range.
+
+    `maps`: ids are mapped while rows are placed; None if they are final already (raw, or translated before).
+    """
 
     def __init__(self, plan: PrepPlan, maps: IdMaps | None, progress: PrepProgress) -> None:
         self.plan, self.maps, self.progress = plan, maps, progress
@@ -165,13 +175,13 @@ class Placer:
         begin = number << self.plan.bits
         rows = min(self.plan.rows, begin + (1 << self.plan.bits)) - begin
         with trace.span("prep", "place", bytes=rows * RECORD_BYTES):
-            arrays = self._gather(number, rows)
-            self.write(begin, *arrays)
+            arrays = self._gather_bucket(number, rows)
+            self.write_rows(begin, *arrays)
         write_atomically(done, b"")
         self.progress.add(rows, rows * RECORD_BYTES)
 
-    def _buffers(self) -> tuple[np.ndarray, ...]:
-        """Each thread's own, kept from bucket to bucket: fresh pages cost more than writing to them."""
+    def _get_buffers(self) -> tuple[np.ndarray, ...]:
+        """Dense, sparse, labels and a read buffer. Each thread reuses its own, to save page faults."""
         if not hasattr(self._own, "buffers"):
             rows = min(self.plan.rows, 1 << self.plan.bits)
             shapes = (rows, NUM_DENSE), (rows, NUM_SPARSE), (rows, 1)
@@ -180,8 +190,10 @@ class Placer:
         return self._own.buffers
 
     @contextmanager
-    def _spill(self, piece: int) -> Iterator[OffsetFile]:
-        """Each thread's own, kept open as far as the system allows: every bucket has rows in every one."""
+    def _open_spill(self, piece: int) -> Iterator[OffsetFile]:
+        """A piece's spill file. Each thread keeps its own open, up to `most_open`: every bucket reads them
+        all.
+        """
         if not hasattr(self._own, "files"):
             self._own.files = {}
         kept = self._own.files
@@ -198,8 +210,9 @@ class Placer:
         for file in self._opened:
             file.close()
 
-    def _gather(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        dense, sparse, labels, buffer = self._buffers()
+    def _gather_bucket(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(dense, sparse, labels) of a bucket's rows in order, in this thread's buffers."""
+        dense, sparse, labels, buffer = self._get_buffers()
         dense, sparse, labels = dense[:rows], sparse[:rows], labels[:rows]
         gaps = bool(self.plan.options.frequency_limit)
         for piece, (first, runs) in enumerate(self.runs):
@@ -209,13 +222,16 @@ class Placer:
             lane, shift = self.lane_of[piece], np.int32(self.shifts[self.plan.pieces[piece].source])
             offsets = self.maps.offsets[lane] if self.maps else np.zeros(1, np.int64)
             values = self.maps.values[lane] if self.maps else np.zeros(1, np.int32)
-            with self._spill(piece) as file:
+            with self._open_spill(piece) as file:
                 for _, records in read_records(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
                     place_records(
                         records, offsets, values, self.maps is not None, shift, gaps, dense, sparse, labels
                     )
         return dense, sparse, labels
 
-    def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
-        folder, made = self.plan.folders.unfinished, self.plan.outputs
-        store_rows(folder, self.plan.options, made, self.plan.shuffled_rows, begin, dense, sparse, labels)
+    def write_rows(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
+        plan = self.plan
+        store_rows(
+            plan.folders.unfinished, plan.options, plan.outputs, plan.shuffled_rows, begin,
+            dense, sparse, labels,
+        )  # fmt: skip

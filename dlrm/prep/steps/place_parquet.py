@@ -1,6 +1,7 @@
-"""Parquet output: train/, val/ and test/ folders of parts with columns label, I1..I13, C1..C26.
+"""Parquet output: folders train, val and test, with files of the columns label, I1..I13, C1..C26.
 
-With --mod_idx N as OneFlow makes it: counts + 1 as integers, ids modulo N plus N times the column's number.
+With --mod_idx N the values are OneFlow's: counts + 1 as integers, ids modulo N plus N times the column's
+number.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE, split_last_day
 from dlrm.prep.io.files import bytes_written, os_errors_as_user_errors, write_atomically
-from dlrm.prep.io.folders import discard
+from dlrm.prep.io.folders import discard_files
 from dlrm.prep.io.inputs import OutputDay, select_days
 from dlrm.prep.io.output import find_overlaps, take_logarithm
 from dlrm.prep.steps.place import Placer
@@ -23,7 +24,7 @@ SIZES = "README.md"
 
 
 def list_subsets(plan: PrepPlan) -> list[OutputDay]:
-    """The output's rows, cut into subsets; a single day is all training data, as the loader takes it."""
+    """The subsets that the output's rows are divided into, in order. A single day is all training data."""
     days = select_days(plan.outputs)
     rows = [output.rows for output in days]
     if len(days) > 1:
@@ -36,7 +37,7 @@ def list_subsets(plan: PrepPlan) -> list[OutputDay]:
 
 
 def list_parts(plan: PrepPlan, bucket: int) -> Iterator[tuple[str, int, int]]:
-    """(file, from, to) for the rows of one bucket."""
+    """(file, start, stop) for the rows of one bucket: a bucket may belong to several subsets."""
     begin = bucket << plan.bits
     rows = min(plan.rows, begin + (1 << plan.bits)) - begin
     for output, start, stop, _ in find_overlaps(list_subsets(plan), begin, rows):
@@ -54,7 +55,7 @@ def make_folders(plan: PrepPlan) -> None:
         for number in map(parse_bucket_number, done)
         for path in list_bucket_files(plan, number)
     ):
-        discard(plan.folder, "bucket_*.done")
+        discard_files(plan.folder, "bucket_*.done")
     for output in list_subsets(plan):
         with os_errors_as_user_errors(plan.folders.unfinished / output.name):
             (plan.folders.unfinished / output.name).mkdir(exist_ok=True)
@@ -69,9 +70,9 @@ def list_bucket_files(plan: PrepPlan, bucket: int):
 
 
 class ParquetPlacer(Placer):
-    """A bucket's rows as one part of each subset that it touches."""
+    """Writes a bucket's rows as one Parquet file in each subset that they belong to."""
 
-    def write(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
+    def write_rows(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
         plan = self.plan
         counts = dense if plan.options.mod_idx else take_logarithm(dense, plan.options)
         if not plan.options.contiguous and not plan.options.max_ind_range:
@@ -88,7 +89,7 @@ class ParquetPlacer(Placer):
 
 
 def write_sizes(plan: PrepPlan, table_sizes: list[int]) -> None:
-    """The numbers that a training script is given by hand, as OneFlow's tool exports them."""
+    """Write README.md with the numbers of rows and the table sizes, as OneFlow's tool does."""
     lines = ["## number of examples:"] + [f"{output.name}: {output.rows}" for output in list_subsets(plan)]
     lines += ["", "## table size array", f"table_size_array = {table_sizes}"]
     write_atomically(plan.folders.unfinished / SIZES, ("\n".join(lines) + "\n").encode())

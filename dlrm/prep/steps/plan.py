@@ -1,6 +1,7 @@
-"""The folder of intermediate files: what is cut where, and what is done.
+"""The plan of a run: how the input is divided, and the intermediate files that say what is done.
 
-A part of the work is done when its file exists under its own name; it gets that name when it is whole.
+Each part of the work writes a file, which gets its name when it is complete. A part is done if its file
+exists.
 """
 
 from pathlib import Path
@@ -12,19 +13,25 @@ from common.errors import UserError, printable
 from dlrm.data.criteo import NUM_SPARSE
 from dlrm.prep.io.blocks import InputPiece, find_line_end
 from dlrm.prep.io.files import OffsetFile, read_json_file, write_atomically
-from dlrm.prep.io.folders import Folders, discard
+from dlrm.prep.io.folders import Folders, discard_files
 from dlrm.prep.io.inputs import InputFile, OutputDay, count_shuffled_rows, plan_outputs
 from dlrm.prep.io.spill import choose_bucket_bits, count_buckets
 from dlrm.prep.job.options import PrepOptions
 
 STATE = "state.json"
 SMALLEST, LARGEST = 1 << 20, 512 << 20  # bytes of text in a lane
-PER_WORKER = 2  # a new lane begins with an empty vocabulary: more of them cost more than they balance
-LAYOUT = 3  # of the intermediate files: those of another version are not gone on with
+# lanes per thread; a lane starts with an empty vocabulary, so more would cost more than they balance
+PER_WORKER = 2
+LAYOUT = 3  # version of the intermediate files: a run does not resume from another version
 
 
 class PrepPlan:
-    """The plan. A lane is a stretch of input that one worker reads with one vocabulary: pieces of files."""
+    """How the input is divided, and the paths and contents of the intermediate files.
+
+    A piece is a byte range of one input file. A lane is a list of consecutive pieces that one thread parses
+    with one vocabulary; lanes are of similar size. `texts`: for each input file the plain text to read.
+    `rows`, `shuffled_rows`, `outputs` and `bits` (buckets have 2^bits rows) are known after `add_row_counts`.
+    """
 
     def __init__(
         self, options: PrepOptions, found: list[InputFile], texts: list[Path], folders: Folders
@@ -36,7 +43,7 @@ class PrepPlan:
         self.outputs: list[OutputDay] = []
         self.shuffled_rows = self.rows = self.bits = 0
 
-    # what is done ------------------------------------------------------------------------------------------
+    # --- intermediate files
 
     def path(self, kind: str, number: int = 0, ending: str = "json") -> Path:
         return self.folder / f"{kind}_{number:05d}.{ending}"
@@ -47,14 +54,16 @@ class PrepPlan:
     def save_json(self, path: Path, value: Any) -> None:
         write_atomically(path, value)
 
-    # the plan ----------------------------------------------------------------------------------------------
+    # --- how the input is divided
 
     def discard_spills(self) -> None:
-        """What nobody needs once all rows are in place: freeing it takes a while."""
-        discard(self.folder, "piece_*")
+        """Remove the spill files, once all rows are in place. They are large: it takes a while."""
+        discard_files(self.folder, "piece_*")
 
     def cut_input(self, ranks: int) -> None:
-        """Lanes of nearly equal size, cut at line ends; a lane holds a piece of each file that it touches."""
+        """Divide the input into lanes of similar size, at line ends, and save the plan. A lane has one piece
+        of each input file that it contains text of.
+        """
         sizes = [text.stat().st_size for text in self.texts]
         for source, size in zip(self.sources, sizes, strict=True):
             if size == 0:
@@ -65,7 +74,7 @@ class PrepPlan:
         target = self.options.part_bytes or min(LARGEST, max(SMALLEST, share))
         lanes = max(1, round(whole / target))
         marks = [whole * lane // lanes for lane in range(1, lanes + 1)]
-        pieces, cut = [], [[] for _ in range(lanes)]
+        pieces, lane_pieces = [], [[] for _ in range(lanes)]
         before = lane = 0
         for source, (text, size) in enumerate(zip(self.texts, sizes, strict=True)):
             at = 0
@@ -74,13 +83,13 @@ class PrepPlan:
                     while marks[lane] <= before + at:
                         lane += 1
                     end = find_line_end(file, marks[lane] - before, size)
-                    cut[lane].append(len(pieces))
+                    lane_pieces[lane].append(len(pieces))
                     pieces.append([source, at, end])
                     at = end
             before += size
         self.save_json(
             self.folder / STATE,
-            {"pieces": pieces, "lanes": [numbers for numbers in cut if numbers]},
+            {"pieces": pieces, "lanes": [numbers for numbers in lane_pieces if numbers]},
         )
 
     def read_plan(self) -> None:
@@ -89,7 +98,7 @@ class PrepPlan:
         self.lanes = state["lanes"]
 
     def add_row_counts(self) -> None:
-        """Once every piece is counted: where each one's rows begin, and what the output will be."""
+        """Once all pieces are counted: set each piece's first row and line, and the shape of the output."""
         rows_of = [0] * len(self.sources)
         lines_of = [0] * len(self.sources)
         for number, piece in enumerate(self.pieces):
@@ -109,10 +118,10 @@ class PrepPlan:
     def bucket_count(self) -> int:
         return count_buckets(self.rows, self.bits)
 
-    # what parsing leaves ---------------------------------------------------------------------------------
+    # --- results of parsing
 
     def load_vocab_sizes(self) -> np.ndarray:
-        """[lanes, columns]: distinct ids that each lane met."""
+        """int64 [lanes, 26]: distinct ids of each lane and column."""
         sizes = [self.load_json(self.path("lane", lane))["vocab"] for lane in range(len(self.lanes))]
         return np.array(sizes, np.int64).reshape(len(self.lanes), NUM_SPARSE)
 
@@ -120,7 +129,7 @@ class PrepPlan:
         return [self.load_json(self.path("lane", lane)) for lane in range(len(self.lanes))]
 
     def find_dense_ranges(self) -> list[tuple[int, int]]:
-        """Per source: the smallest and the largest count."""
+        """(smallest, largest) count of each input file."""
         low, high = [1 << 40] * len(self.sources), [-(1 << 40)] * len(self.sources)
         for pieces, info in zip(self.lanes, self.load_lane_infos(), strict=True):
             for piece, (least, most) in zip(pieces, info["dense"], strict=True):
@@ -133,7 +142,9 @@ class PrepPlan:
             self.options.check_counts(source.path, low, high)
 
     def find_log_shifts(self) -> list[int]:
-        """Per source: what to take from its counts before the logarithm: min - 2, in int32 arithmetic."""
+        """For each input file, the number to subtract from its counts before the logarithm: torchrec's min -
+        2, in int32 arithmetic.
+        """
         if self.options.mod_idx:
             return [-1] * len(self.sources)
         if self.options.frequency_limit:
@@ -141,11 +152,11 @@ class PrepPlan:
         return [int(np.int64(low - 2).astype(np.int32)) for low, _ in self.find_dense_ranges()]
 
     def count_kept_ids(self) -> list[int]:
-        """Per column: how many ids have a number of their own."""
+        """For each column, how many ids are not mapped to the id for rare ones."""
         return [self.load_json(self.path("column", column))["kept"] for column in range(NUM_SPARSE)]
 
     def find_last_ids(self) -> list[int]:
-        """Per column: the largest id."""
+        """The largest id of each column."""
         if self.options.contiguous:
             if self.options.mod_idx:
                 return [self.options.mod_idx * (column + 1) - 1 for column in range(NUM_SPARSE)]
@@ -153,5 +164,5 @@ class PrepPlan:
         return np.max([info["last"] for info in self.load_lane_infos()], axis=0).tolist()
 
     def list_skipped_rows(self) -> list[list[Any]]:
-        """Per piece with bad rows: how many, and where the first one is."""
+        """[count, message of the first] for each piece with skipped rows."""
         return [found for info in self.load_lane_infos() for found in info["skipped"]]

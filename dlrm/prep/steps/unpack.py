@@ -1,4 +1,4 @@
-"""gzip input to plain text among the intermediate files, because gzip cannot be read from the middle."""
+"""The step unpack: gzip input to plain text, because gzip can be read from its start only."""
 
 import gzip
 import os
@@ -17,7 +17,7 @@ BLOCK = 1 << 20
 
 
 def find_text_path(source: InputFile, folder: Path) -> Path:
-    """The plain text to read for this source."""
+    """The plain text of an input file: the file itself, or its unpacked copy in `folder`."""
     return folder / f"{source.name}.text" if source.compressed else source.path
 
 

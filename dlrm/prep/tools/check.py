@@ -1,4 +1,6 @@
-"""Is this folder what its meta.json says: shapes, dtypes, ranges, ids, digests. One line per flaw."""
+"""Checks that a dataset folder is what its meta.json says: shapes, dtypes, ranges, ids, md5. One line per
+problem.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ BLOCK_ROWS = 1 << 14
 
 
 def check_dataset(folder: Path) -> list[str]:
-    """What is wrong, in words; nothing when all is well."""
+    """One line for each problem; empty if the folder is complete and consistent."""
     meta = DatasetMeta.load(folder)
     flaws = [f"{path}: left by an unfinished run" for path in sorted(folder.glob(f"*{PARTIAL}"))]
     if meta.format == "npy":
@@ -40,7 +42,8 @@ def check_arrays(folder: Path, meta: DatasetMeta) -> Iterator[str]:
     whole = not any(flaw for _, _, flaw in found)
     seen: list[np.ndarray] = []
     if whole and kept and not tested:
-        most = sum(meta.rows) + 2  # ids that there can be, now that the files are known to have these rows
+        # The sizes in meta.json may be wrong, but there are at most as many ids as the files have rows.
+        most = sum(meta.rows) + 2
         seen = [np.zeros(min(size, most), bool) for size in meta.table_sizes]
     for path, part, flaw in found:
         flaws = [flaw] if flaw else check_values(path, part, sizes, seen)
@@ -54,7 +57,7 @@ def check_arrays(folder: Path, meta: DatasetMeta) -> Iterator[str]:
 
 
 def check_layouts(folder: Path, meta: DatasetMeta) -> Iterator[tuple[Path, str, str]]:
-    """(file, part, flaw or nothing)."""
+    """(file, part, problem of its header or "") for each array."""
     for day, rows in enumerate(meta.rows):
         for part, columns in PARTS.items():
             path = folder / array_file_name(day, part)
@@ -63,7 +66,9 @@ def check_layouts(folder: Path, meta: DatasetMeta) -> Iterator[tuple[Path, str, 
 
 
 def read_layout(path: Path, whole: bool = True) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and length of the header of an .npy file; `whole`: it must be as long as they say."""
+    """Shape, dtype and header length in bytes of an .npy file. `whole`: UserError if the file is not as long
+    as the header says.
+    """
     with OffsetFile(path) as file:
         at = 0
 
@@ -105,11 +110,13 @@ def check_layout(path: Path, shape: tuple[int, int], meta: DatasetMeta, part: st
 
 
 def check_values(path: Path, part: str, sizes: np.ndarray, seen: list[np.ndarray]) -> Iterator[str]:
-    """Ranges; and which ids occur is noted in `seen`, if there is one for each column."""
+    """Problems with the values of an array. `sizes`: int64 [26], table sizes. `seen`: for each column bool
+    [ids], in which the ids that occur are marked; empty if that is not checked.
+    """
     shape, dtype, header = read_layout(path)
     rows, columns = shape
     low, high = np.full(columns, np.inf), np.full(columns, -np.inf)
-    strange = 0
+    not_finite = 0
     with OffsetFile(path) as file:
         for row in range(0, rows, BLOCK_ROWS):
             count = min(BLOCK_ROWS, rows - row)
@@ -117,13 +124,13 @@ def check_values(path: Path, part: str, sizes: np.ndarray, seen: list[np.ndarray
             block = block.reshape(count, columns)
             low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
             if part == "dense":
-                strange += int(np.count_nonzero(~np.isfinite(block)))
+                not_finite += int(np.count_nonzero(~np.isfinite(block)))
             elif part == "sparse":
                 for column, ids in enumerate(seen):
                     if low[column] >= 0 and high[column] < len(ids):
                         ids[block[:, column]] = True
-    if strange:
-        yield f"{strange} values are not finite"
+    if not_finite:
+        yield f"{not_finite} values are not finite"
     if part == "sparse":
         for column in np.flatnonzero((low < 0) | (high >= sizes)):
             span = f"ids from {low[column]:.0f} to {high[column]:.0f}"

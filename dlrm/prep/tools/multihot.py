@@ -1,7 +1,7 @@
 """MLPerf DLRM v2's synthetic multi-hot data: each id becomes itself and m - 1 fixed random ids of its table.
 
-Byte for byte what MLCommons' materialisation writes, but streamed: tables lie in files when they are large,
-and no day is ever whole in memory.
+It writes the same bytes as MLCommons' materialize_synthetic_multihot_dataset.py, but streams: the tables are
+in files, and neither a large table nor a day is ever in memory as a whole.
 """
 
 import json
@@ -27,14 +27,16 @@ from dlrm.prep.tools.check import read_layout
 from dlrm.prep.tools.torchrec_shuffle import copy_day
 
 DISTRIBUTIONS = ("uniform", "pareto")
-ROWS = 1 << 16  # at a time, of a table and of a day
-IN_MEMORY = 256 << 20  # bytes of one table
+ROWS = 1 << 16  # rows of a table or of a day handled at a time
+IN_MEMORY = 256 << 20  # bytes: larger tables are memory-mapped
 LARGEST = {"multi_hot_sizes": 1 << 16, "num_embeddings_per_feature": (1 << 31) - 1}  # ids have 32 bits
 LAYOUT = 1  # of the intermediate files
 
 
 @dataclass(frozen=True)
 class MultiHotOptions:
+    """The options of `python -m dlrm.prep multihot`; `checked` must be called before they are used."""
+
     input_dir: Path
     output_dir: Path
     sizes: tuple[int, ...]  # ids per row, per column
@@ -54,8 +56,8 @@ class MultiHotOptions:
             )
         return self
 
-    def how(self) -> tuple[tuple[Any, ...], ...]:
-        """What decides the output's bytes, besides the input's."""
+    def list_parameters(self) -> tuple[tuple[Any, ...], ...]:
+        """Everything but the input that the output's bytes depend on."""
         return self.sizes, self.tables, (self.distribution, self.copy_labels_and_dense)
 
 
@@ -68,17 +70,17 @@ def write_multi_hot(options: MultiHotOptions, workers: Workers) -> None:
         names += [array_file_name(day, part) for day in range(days) for part in parts[1:]]
     paths = [options.input_dir / array_file_name(day, part) for day in range(days) for part in parts]
     stamps = workers.compute_on_first(lambda: FileStamps(paths))
-    key = json.loads(json.dumps([LAYOUT, *map(list, options.how()), stamps.stamps]))
+    key = json.loads(json.dumps([LAYOUT, *map(list, options.list_parameters()), stamps.stamps]))
     with Output("multihot", options.output_dir, run_on_first=workers.run_on_first) as output:
         folders = workers.compute_on_first(lambda: output.open(key, [*names, META]))
         workers.run_on_first(lambda: check_free_space(options, folders.work))
         workers.run_on_first(lambda: make_tables(options, folders.work))
         workers.run_each(range(days), lambda day: write_day(options, folders, day))
-        workers.run_on_first(lambda: finish(options, days, names, folders, stamps))
+        workers.run_on_first(lambda: publish_days(options, days, names, folders, stamps))
         workers.run_on_first(output.clear)
 
 
-def finish(
+def publish_days(
     options: MultiHotOptions, days: int, names: list[str], folders: Folders, stamps: FileStamps
 ) -> None:
     last, others = names[0], r"day_\d+_sparse_multi_hot\.npz|meta\.json"
@@ -98,19 +100,22 @@ def list_days(folder: Path) -> int:
 
 
 def check_free_space(options: MultiHotOptions, scratch: Path) -> None:
-    """UserError where the tables, which lie in files, do not fit on the disk."""
+    """UserError where the files of the tables do not fit on the disk."""
     need = sum(4 * rows * hots for rows, hots in zip(options.tables, options.sizes, strict=True))
     with os_errors_as_user_errors(scratch):
         free = shutil.disk_usage(scratch).free
     if need > free:
         raise UserError(
             f"--output_dir {printable(options.output_dir)}: the tables need {format_size(need)}, "
-            f"{format_size(free)} are free: make space, or give smaller --multi_hot_sizes or tables"
+            f"{format_size(free)} are free: free some space, or give smaller --multi_hot_sizes or tables"
         )
 
 
 def make_tables(options: MultiHotOptions, scratch: Path) -> None:
-    """One generator for all tables in their order; drawing in stretches gives the same numbers."""
+    """Write a file per table: int32 [rows, ids per row], the ids that each id becomes, itself first.
+
+    One generator draws for all tables in order, as in the reference; drawing in parts gives the same numbers.
+    """
     rng = np.random.RandomState(0)
     for column, (rows, hots) in enumerate(zip(options.tables, options.sizes, strict=True)):
         with OffsetFile(scratch / f"table_{column}.i4", "w") as file:
@@ -128,7 +133,7 @@ def draw_uniform(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) 
 
 
 def draw_pareto(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.ndarray:
-    """Heavy-tailed: most draws are small, and those beyond int32 all become the same."""
+    """Heavy-tailed: most numbers are small; others above int32's range become the same one, as in numpy."""
     with np.errstate(invalid="ignore"):
         return rng.pareto(a=0.25, size=shape).astype(np.int32) % rows
 
@@ -137,7 +142,9 @@ DRAWS = {"uniform": draw_uniform, "pareto": draw_pareto}
 
 
 def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
-    """The .npz that np.savez would write, one column after the other; it comes after the copies."""
+    """Write a day's .npz as np.savez would, column by column, and before it the copies of labels and counts:
+    a day whose .npz exists is done.
+    """
     source, target = (
         options.input_dir / array_file_name(day, "sparse"),
         folders.unfinished / multi_hot_file_name(day),

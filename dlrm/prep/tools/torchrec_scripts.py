@@ -1,6 +1,8 @@
-"""torchrec's scripts one at a time, with their arguments and their bytes; the third is in `reorder`.
+"""torchrec's first two scripts, npy_preproc_criteo and contiguous_preproc_criteo, with the same arguments and
+output.
 
-`run` is the better way: one pass less over the data, resumable, and its memory does not grow with the ids.
+The third one is in `torchrec_shuffle`. The command `run` should be preferred: it reads the data once less,
+can resume, and its memory does not grow with the number of ids.
 """
 
 import re
@@ -34,44 +36,45 @@ from dlrm.prep.tools.check import read_layout
 from dlrm.runtime import trace
 
 
-class WholeFile(threading.local):
-    """Each thread's buffers, kept from file to file: fresh pages cost more than writing to them."""
+class ThreadBuffers(threading.local):
+    """Each thread's block and text buffer, reused for all files: fresh pages cost page faults."""
 
     def __init__(self) -> None:
-        self.block, self.text = TextBlock.arrays(), make_text_buffer()
+        self.block, self.text = TextBlock.make_arrays(), make_text_buffer()
 
 
-_own = WholeFile()
+_buffers = ThreadBuffers()
 
 
 def parse_folder(input_dir: Path, output_dir: Path, dataset: str = "", workers: int = 1) -> None:
     """npy_preproc_criteo: TSV to float32 logarithms, int64 hashes, int32 labels."""
     found = inputs.find_inputs(input_dir, dataset)
     stamps = inputs.FileStamps(source.path for source in found)
-    each = -(-workers // len(found))  # a file is cut only where there are more workers than files
+    threads = -(-workers // len(found))  # a file is divided only if there are more workers than files
     names = [f"{source.name}_{part}.npy" for source in found for part in PARTS]
     with Output("parse", output_dir) as output:
         folders = output.open([], [*names, META], restart=True)
 
-        def one(source: inputs.InputFile) -> None:
+        def parse_one(source: inputs.InputFile) -> None:
             with trace.span("prep", "parse", bytes=source.path.stat().st_size):
-                parse_file(source, folders.unfinished, each)
+                parse_file(source, folders.unfinished, threads)
 
-        load_array()
-        run_in_processes(min(workers, len(found)), one, found)
+        compile_kernels()
+        run_in_processes(min(workers, len(found)), parse_one, found)
         publish_results(folders, names, f"{found[0].name}_sparse.npy", DATASET, stamps.check)
         output.clear()
 
 
-def load_array() -> None:
-    """Have the kernels' machine code before the process forks: by calling each on nothing, or a row."""
-    block = _own.block
+def compile_kernels() -> None:
+    """Compile or load the kernels before the process forks, by calling each on no data or on one row."""
+    block = _buffers.block
     parse_lines(0, 0, True, 0, block.addresses, 0, 0)
     take_logarithm_in_place(block.dense[:1], np.int32(0))
     count_ends(block.labels.view(np.uint8), 0)
 
 
 def parse_file(source: inputs.InputFile, folder: Path, workers: int) -> None:
+    """Write the three arrays of one input file, with `workers` threads."""
     rules = LineRules(lenient=True, labelled=source.labelled)
     with (
         OffsetFile(folder / f"{source.name}_dense.npy", "w") as dense,
@@ -80,11 +83,11 @@ def parse_file(source: inputs.InputFile, folder: Path, workers: int) -> None:
     ):
         pieces = cut_file(source, rules, workers)
 
-        def one(piece: InputPiece) -> tuple[int, int]:
+        def parse_one(piece: InputPiece) -> tuple[int, int]:
             return parse_piece(source, piece, rules, (dense, sparse, labels))
 
-        done = run_in_threads(workers, one, pieces)
-        rows, low = sum(count for count, _ in done), min(low for _, low in done)
+        results = run_in_threads(workers, parse_one, pieces)
+        rows, low = sum(count for count, _ in results), min(low for _, low in results)
         if not rows:
             raise UserError(f"{printable(source.path)}: no rows in it")
         shift = np.int64(low - 2).astype(np.int32)
@@ -98,7 +101,9 @@ def parse_file(source: inputs.InputFile, folder: Path, workers: int) -> None:
 
 
 def cut_file(source: inputs.InputFile, rules: LineRules, workers: int) -> list[InputPiece]:
-    """One piece for one worker; several, counted so that each knows its first row, for more."""
+    """Divide a file into pieces: one for one worker; for more, several whose rows are counted, so that each
+    piece's first row is known.
+    """
     size = source.path.stat().st_size
     if workers == 1:
         return [InputPiece(0, 0, size, rows=0)]
@@ -110,12 +115,12 @@ def cut_file(source: inputs.InputFile, rules: LineRules, workers: int) -> list[I
         InputPiece(0, begin, end) for begin, end in zip([0, *ends], [*ends, size], strict=True) if begin < end
     ]
 
-    def one(piece: InputPiece) -> tuple[int, int]:
+    def count_one(piece: InputPiece) -> tuple[int, int]:
         with OffsetFile(source.path) as file:
             return count_rows(file, piece, printable(source.path), rules, skip_bad=False)
 
     row = line = 0
-    for piece, (rows, lines) in zip(pieces, run_in_threads(workers, one, pieces), strict=True):
+    for piece, (rows, lines) in zip(pieces, run_in_threads(workers, count_one, pieces), strict=True):
         piece.first_row, piece.first_line = row, line
         row, line = row + rows, line + lines
     return pieces
@@ -124,12 +129,15 @@ def cut_file(source: inputs.InputFile, rules: LineRules, workers: int) -> list[I
 def parse_piece(
     source: inputs.InputFile, piece: InputPiece, rules: LineRules, files: tuple[OffsetFile, ...]
 ) -> tuple[int, int]:
-    """(rows, smallest count). Counts are written raw; the logarithm needs the whole file's minimum."""
+    """Write one piece to the files of dense, sparse and labels. Returns (rows, smallest count).
+
+    Counts are written as they are, because the logarithm needs the minimum of the whole file.
+    """
     row, low = piece.first_row, 1 << 40
     with OffsetFile(source.path) as text:
-        scanner = LineScanner(text, printable(source.path), piece, rules, False, _own.text)
-        _own.block.rows = 0
-        for block, _ in scanner.blocks(_own.block):
+        scanner = LineScanner(text, printable(source.path), piece, rules, False, _buffers.text)
+        _buffers.block.rows = 0
+        for block, _ in scanner.read_blocks(_buffers.block):
             low = min(low, int(block.dense[: block.rows].min()))
             for file, array in zip(files, (block.dense, block.sparse, block.labels), strict=True):
                 width = array[:1].nbytes
@@ -139,27 +147,27 @@ def parse_piece(
 
 
 def take_logarithm_of_rows(out: OffsetFile, rows: int, shift: np.int32, workers: int) -> None:
-    """torchrec's log(x - min + 2), in place."""
-    own = threading.local()
+    """Replace the counts in a file of dense values by torchrec's log(x - min + 2); `shift` is min - 2."""
+    own = threading.local()  # `read_into` moves the file position, so each thread opens the file itself
 
-    def one(at: int) -> None:
+    def convert_block(at: int) -> None:
         if not hasattr(own, "file"):
             own.file = OffsetFile(out.path)
             opened.append(own.file)
-        counts = _own.block.dense[: min(BLOCK_ROWS, rows - at)]
+        counts = _buffers.block.dense[: min(BLOCK_ROWS, rows - at)]
         offset = publish.HEADER_BYTES + at * counts[:1].nbytes
         own.file.read_into(counts.data.cast("B"), offset)
         out.write(take_logarithm_in_place(counts, shift), offset)
 
     opened: list[OffsetFile] = []
-    run_in_threads(workers, one, range(0, rows, BLOCK_ROWS))
+    run_in_threads(workers, convert_block, range(0, rows, BLOCK_ROWS))
     for file in opened:
         file.close()
 
 
 @compiled
-def narrow_ids(ids):
-    """Whether every id has 32 bits."""
+def fit_32_bits(ids):
+    """Whether all ids are from 0 to 2^32 - 1."""
     extra = np.int64(0)
     for id in ids:
         extra |= id
@@ -175,36 +183,37 @@ def number_ids_of_folder(
     names = [path.name.removesuffix(".npy") + suffix for path in paths]
     with Output("contiguous", output_dir) as output:
         folders = output.open([], names, restart=True)
-        number(paths, [folders.unfinished / name for name in names], threshold)
+        number_days(paths, [folders.unfinished / name for name in names], threshold)
         publish_results(folders, names, names[0], rf"day_\d+_sparse{re.escape(suffix)}", stamps.check)
         output.clear()
 
 
-def number(paths: list[Path], targets: list[Path], threshold: int) -> None:
+def number_days(paths: list[Path], targets: list[Path], threshold: int) -> None:
+    """Write the numbered ids of each day. With a threshold, a first pass counts how often each id occurs."""
     vocabulary, shift = Vocabulary(threshold > 1), 1
     size = sum(path.stat().st_size for path in paths)
     if threshold > 1:
         with trace.span("prep", "count", bytes=size):
             for path in paths:
-                for _ in number_column(path, vocabulary, shift):
+                for _ in number_blocks(path, vocabulary, shift):
                     pass
         final = []
         for column in range(NUM_SPARSE):
-            kept = vocabulary.seen(column) >= threshold
+            kept = vocabulary.list_occurrences(column) >= threshold
             final.append(np.where(kept, 1 + np.cumsum(kept), 1))
-        vocabulary.renumber(final)
+        vocabulary.set_final_numbers(final)
         shift = 0
     with trace.span("prep", "ids", bytes=size):
         for path, target in zip(paths, targets, strict=True):
             with OffsetFile(target, "w") as out:
                 shape, dtype, _ = read_layout(path)
                 at = out.write(publish.make_npy_header((shape[0], NUM_SPARSE), dtype.str), 0)
-                for ids in number_column(path, vocabulary, shift):
+                for ids in number_blocks(path, vocabulary, shift):
                     at = out.write(ids, at)
 
 
-def number_column(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np.ndarray]:
-    """Blocks of rows of numbers."""
+def number_blocks(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np.ndarray]:
+    """Blocks of a file's ids, int [rows, 26], replaced by their numbers; the buffer is reused for each."""
     shape, dtype, header = read_layout(path)
     if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
         raise UserError(
@@ -216,7 +225,7 @@ def number_column(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np
             ids = buffer[: min(BLOCK_ROWS, shape[0] - row)]
             if file.read_into(ids.data.cast("B"), header + row * ids[:1].nbytes) != ids.nbytes:
                 raise UserError(f"{printable(path)}: has changed while it was read")
-            if not narrow_ids(ids.reshape(-1)):
+            if not fit_32_bits(ids.reshape(-1)):
                 raise UserError(
                     f"{printable(path)}: rows {row} to {row + len(ids) - 1}: an id is not a hash of 32 bits"
                 )

@@ -1,4 +1,8 @@
-"""torchrec's third script alone: days of NPY files shuffled together, the last copied, in constant memory."""
+"""torchrec's third script, shuffle_preproc_criteo: shuffles the rows of all days but the last, which it
+copies.
+
+In constant memory, and with the same output as the script.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +15,14 @@ from dlrm.prep.io import publish
 from dlrm.prep.io.blocks import TextBlock
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import DATASET, Folders, Output, publish_results
-from dlrm.prep.io.inputs import FileStamps
-from dlrm.prep.io.inputs import OutputDay as Output_
+from dlrm.prep.io.inputs import FileStamps, OutputDay
 from dlrm.prep.io.output import find_overlaps, round_in_place
 from dlrm.prep.io.spill import WORDS, SpillFile, choose_bucket_bits, count_buckets
 from dlrm.prep.job.overlap import refuse_overlap, same_folder
 from dlrm.prep.steps import permute
 from dlrm.prep.steps.place import PART_RECORDS, place_records, read_records
 from dlrm.prep.tools.check import read_layout
-from dlrm.prep.tools.torchrec_scripts import list_days, narrow_ids
+from dlrm.prep.tools.torchrec_scripts import fit_32_bits, list_days
 from dlrm.runtime import trace
 
 EXPECTED = {
@@ -27,7 +30,7 @@ EXPECTED = {
     "sparse": (NUM_SPARSE, ("<i4", "<i8")),
     "labels": (1, ("<i4", "<i8")),
 }
-BATCH = 1 << 13
+BATCH = 1 << 13  # rows read at a time
 PLACES = "places_00000.u32"
 OPTIONS = {
     "dense": "--input_dir_labels_and_dense", "sparse": "--input_dir_sparse",
@@ -42,8 +45,8 @@ def shuffle_folder(
     """shuffle_preproc_criteo. Integers come back as torchrec's float32 array leaves them."""
     folders = {"dense": dense_dir, "sparse": sparse_dir, "labels": dense_dir}
     days = min(list_days(folder, part) for part, folder in folders.items())
-    made = [Output_(f"day_{day}", count_rows_of_day(folders, day)) for day in range(days)]
-    moved = sum(output.rows for output in made[:-1])
+    outputs = [OutputDay(f"day_{day}", count_rows_of_day(folders, day)) for day in range(days)]
+    shuffled = sum(output.rows for output in outputs[:-1])
     paths = [folder / array_file_name(day, part) for day in range(days) for part, folder in folders.items()]
     stamps = FileStamps(paths)
     names = [path.name for path in paths]
@@ -54,33 +57,37 @@ def shuffle_folder(
                 f"--output_dir_shuffled {printable(output_dir)}: the same as {OPTIONS[part]}; choose another"
             )
     with Output("shuffle", output_dir, tmp_dir) as output:
-        used = output.open([], [*names, META], restart=True)
-        write_days(folders, made, moved, seed, used)
-        publish_results(used, names, array_file_name(0, "sparse"), DATASET, stamps.check)
+        output_folders = output.open([], [*names, META], restart=True)
+        write_days(folders, outputs, shuffled, seed, output_folders)
+        publish_results(output_folders, names, array_file_name(0, "sparse"), DATASET, stamps.check)
         output.clear()
 
 
-def write_days(folders: dict[str, Path], made: list[Output_], moved: int, seed: int, used: Folders) -> None:
-    with trace.span("prep", "permute", bytes=4 * moved):
-        permute.write_places(used.path(PLACES), moved, seed, lambda rows: None)
-    bits, begin, spills = choose_bucket_bits(moved), 0, []
-    for day, output in enumerate(made[:-1]):
+def write_days(
+    folders: dict[str, Path], outputs: list[OutputDay], shuffled: int, seed: int, output_folders: Folders
+) -> None:
+    with trace.span("prep", "permute", bytes=4 * shuffled):
+        permute.write_places(output_folders.path(PLACES), shuffled, seed, lambda rows: None)
+    bits, begin, spills = choose_bucket_bits(shuffled), 0, []
+    for day, output in enumerate(outputs[:-1]):
         with trace.span("prep", "spill", bytes=160 * output.rows):
-            spills.append(spill_day(folders, day, begin, output.rows, bits, used.work))
+            spills.append(spill_day(folders, day, begin, output.rows, bits, output_folders.work))
         begin += output.rows
-    shapes = [(min(moved, 1 << bits), columns) for columns, _ in EXPECTED.values()]
+    shapes = [(min(shuffled, 1 << bits), columns) for columns, _ in EXPECTED.values()]
     buffers = (*(np.empty(shape, np.int32) for shape in shapes), np.empty((PART_RECORDS, WORDS), np.uint32))
-    for bucket in range(count_buckets(moved, bits)):
+    for bucket in range(count_buckets(shuffled, bits)):
         with trace.span("prep", "place", bytes=160 << bits):
-            write_bucket(made[:-1], spills, bucket, bits, buffers, used.unfinished)
-    last = len(made) - 1
+            write_bucket(outputs[:-1], spills, bucket, bits, buffers, output_folders.unfinished)
+    last = len(outputs) - 1
     for part, folder in folders.items():
-        copy_day(folder / array_file_name(last, part), used.unfinished / array_file_name(last, part))
+        copy_day(
+            folder / array_file_name(last, part), output_folders.unfinished / array_file_name(last, part)
+        )
 
 
 def count_rows_of_day(folders: dict[str, Path], day: int) -> int:
-    """Rows, after a look at the three headers."""
-    found = {}
+    """Rows of a day; UserError if the headers of its three files are not as expected, or differ in rows."""
+    paths = {}
     for part, (columns, kinds) in EXPECTED.items():
         path = folders[part] / array_file_name(day, part)
         shape, dtype, _ = read_layout(path)
@@ -88,14 +95,16 @@ def count_rows_of_day(folders: dict[str, Path], day: int) -> int:
             raise UserError(
                 f"{printable(path)}: {shape} {dtype}, {columns} columns of {' or '.join(kinds)} expected"
             )
-        found[shape[0]] = path
-    if len(found) > 1:
-        raise UserError(f"{' and '.join(map(printable, found.values()))}: different numbers of rows")
-    return next(iter(found))
+        paths[shape[0]] = path
+    if len(paths) > 1:
+        raise UserError(f"{' and '.join(map(printable, paths.values()))}: different numbers of rows")
+    return next(iter(paths))
 
 
 def read_blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[TextBlock]:
-    """The bits of the floats travel as integers; the ids stay where they are, only looked at by column."""
+    """A day's rows in blocks; the block is reused. Floats are kept as their bits in int32; ids keep their
+    dtype.
+    """
     files = {part: OffsetFile(folder / array_file_name(day, part)) for part, folder in folders.items()}
     layouts = {part: read_layout(file.path) for part, file in files.items()}
     arrays = {part: np.empty((BATCH, EXPECTED[part][0]), dtype) for part, (_, dtype, _) in layouts.items()}
@@ -109,7 +118,7 @@ def read_blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[TextBlock
             wanted = array[:count].data.cast("B")
             if files[part].read_into(wanted, layouts[part][2] + row * width) != len(wanted):
                 raise UserError(f"{printable(files[part].path)}: has changed while it was read")
-        if not narrow_ids(sparse[:count].reshape(-1)):
+        if not fit_32_bits(sparse[:count].reshape(-1)):
             raise UserError(f"{printable(files['sparse'].path)}: rows from {row}: an id does not fit 32 bits")
         block.rows = count
         yield block
@@ -118,25 +127,31 @@ def read_blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[TextBlock
 
 
 def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: int, tmp: Path):
+    """Write a day's spill file; `begin`: rows of the days before. Returns (path, first bucket, runs)."""
     path = tmp / f"day_{day}.spill"
     with OffsetFile(tmp / PLACES) as places, OffsetFile(path, "w") as file:
         file.resize(0)
 
-        def read(at: int, count: int) -> np.ndarray:
+        def read_places(at: int, count: int) -> np.ndarray:
             return places.read_array(count, 4 * (begin + at), np.uint32)
 
-        spill = SpillFile(file, read, rows, bits)
+        spill = SpillFile(file, read_places, rows, bits)
         for block in read_blocks_of_day(folders, day):
-            spill.take(block)
-        spill.finish()
+            spill.add_block(block)
+        spill.write_rest()
     return path, spill.first, spill.runs
 
 
 def write_bucket(
-    made: list[Output_], spills: list, bucket: int, bits: int, buffers: tuple[np.ndarray, ...], folder: Path
+    outputs: list[OutputDay],
+    spills: list,
+    bucket: int,
+    bits: int,
+    buffers: tuple[np.ndarray, ...],
+    folder: Path,
 ) -> None:
     *whole, buffer = buffers
-    rows = min(sum(output.rows for output in made), (bucket + 1) << bits) - (bucket << bits)
+    rows = min(sum(output.rows for output in outputs), (bucket + 1) << bits) - (bucket << bits)
     dense, sparse, labels = (array[:rows] for array in whole)
     for path, first, runs in spills:
         at = bucket - first
@@ -145,7 +160,7 @@ def write_bucket(
                 for _, records in read_records(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
                     place_records(records, *NO_MAP, False, np.int32(0), False, dense, sparse, labels)
     round_in_place(sparse, labels, raw=True)
-    for output, start, stop, at in find_overlaps(made, bucket << bits, rows):
+    for output, start, stop, at in find_overlaps(outputs, bucket << bits, rows):
         for part, array in (("dense", dense), ("sparse", sparse), ("labels", labels)):
             with OffsetFile(folder / f"{output.name}_{part}.npy", "w") as file:
                 shape, dtype = (output.rows, array.shape[1]), "<f4" if part == "dense" else "<i4"
@@ -155,7 +170,7 @@ def write_bucket(
 
 
 def copy_day(source: Path, target: Path) -> None:
-    """As it is, but with calls that the tracer sees."""
+    """Copy a file with calls that the tracer records."""
     block, at = memoryview(bytearray(1 << 20)), 0
     with OffsetFile(source) as file, OffsetFile(target, "w") as out:
         while count := file.read_into(block, at):

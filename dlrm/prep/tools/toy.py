@@ -1,7 +1,7 @@
-"""Criteo-like TSV that a DLRM can learn: skewed hashed ids, counts, gaps, and labels that follow from both.
+"""Criteo-like TSV that a DLRM can learn: skewed hashed ids, counts, empty fields, and labels drawn from both.
 
 The label's log-odds is a sum of one effect per id in the small columns and a slope per dense column, so
-a model that learns those tables reaches an AUROC near 0.85; the big columns are noise, as many are in life.
+a model that learns those tables reaches an AUROC near 0.85. The large columns are noise.
 """
 
 import os
@@ -21,7 +21,7 @@ CARDINALITIES = (
     100_000, 8_000, 4_000, 2_000, 5_000, 3, 3_000, 400, 63, 200_000, 30_000, 20_000, 10,
     1_000, 3_000, 155, 4, 500, 14, 150_000, 50_000, 120_000, 25_000, 3_000, 108, 36,
 )  # fmt: skip
-TELLING = [column for column, ids in enumerate(CARDINALITIES) if ids <= 200]
+PREDICTIVE = [column for column, ids in enumerate(CARDINALITIES) if ids <= 200]
 ROW_BYTES = 150  # of text, at least
 BLOCK = 50_000  # rows made at a time: memory stays small however long the file is
 DENSE_WIDTH, HEX_WIDTH = 7, 8
@@ -29,8 +29,10 @@ TAB, NEWLINE = 9, 10
 
 
 def write_days(out: str | os.PathLike[str], days: int, rows: int, seed: int, one_file: bool = False) -> None:
-    """`out/day_0` ... with `rows` rows each, or one `day_0` with all the days' rows after each other. All get
-    their names at the end; day files that an earlier call has left there and nobody has changed go.
+    """Write `out/day_0` ... with `rows` rows each, or with `one_file` a single day_0 with the rows of all
+    days.
+
+    They get their names together at the end. Day files of an earlier call are removed if they are unchanged.
     """
     if days < 1 or rows < 1:
         raise UserError(f"--days {days} --rows {rows}: both must be at least 1")
@@ -40,7 +42,7 @@ def write_days(out: str | os.PathLike[str], days: int, rows: int, seed: int, one
     if need > (free := free_bytes(Path(out))):
         raise UserError(
             f"{printable(out)}: --days {days} of --rows {rows} need {format_size(need)}, {format_size(free)} "
-            "are free: make fewer"
+            "are free: give fewer"
         )
     names = ["day_0"] if one_file else [f"day_{day}" for day in range(days)]
     with Output("toy", Path(out)) as output:
@@ -55,7 +57,7 @@ def write_days(out: str | os.PathLike[str], days: int, rows: int, seed: int, one
 
 
 def free_bytes(folder: Path) -> int:
-    """On the disk where this folder is, or is going to be made."""
+    """Free space on the disk of this folder, which may not exist yet."""
     above = folder.absolute()
     while not above.exists() and above != above.parent:
         above = above.parent
@@ -64,7 +66,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def format_tsv(rows: int, rng: np.random.Generator, seed: int) -> bytes:
-    """Rows as text: every field at full width in a byte matrix, then what is not used is cut out."""
+    """Rows as text: all fields at full width in a byte matrix, of which the used bytes are then taken."""
     ids = draw_skewed(rows, rng)
     dense = np.floor(rng.lognormal(1.5, 1.3, (rows, NUM_DENSE))).astype(np.int64).clip(max=999_999)
     dense[:, 1] -= 2  # Criteo's second count goes below zero
@@ -93,7 +95,9 @@ def format_tsv(rows: int, rng: np.random.Generator, seed: int) -> bytes:
 
 
 def draw_skewed(rows: int, rng: np.random.Generator) -> np.ndarray:
-    """Few ids common, most rare, as in a zipf law with a steep head; -1 where the field is empty."""
+    """int64 [rows, 26]: a few ids are common and most rare, as in a Zipf law with a steep head; -1 for an
+    empty field.
+    """
     ends = np.log(np.array(CARDINALITIES) + 1.0)
     ids = np.floor(np.exp(rng.random((rows, NUM_SPARSE)) ** 3 * ends)).astype(np.int64) - 1
     ids[rng.random((rows, NUM_SPARSE)) < np.linspace(0.05, 0, NUM_SPARSE)] = -1
@@ -111,10 +115,12 @@ def hash_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def draw_log_odds(ids: np.ndarray, dense: np.ndarray, seed: int) -> np.ndarray:
-    """The truth that the labels are drawn from; it depends on the seed only, not on the day."""
+    """float64 [rows]: log-odds of each label. The effects depend on the seed only, so that they are the same
+    in all days.
+    """
     rng = np.random.default_rng([seed, 0x70E])
     total = np.full(len(ids), -2.6)
-    for column in TELLING:
+    for column in PREDICTIVE:
         effects = rng.normal(0, 1.0, CARDINALITIES[column] + 1)
         total += effects[ids[:, column]]  # -1, the empty field, takes the last one
     slopes = rng.normal(0, 0.35, NUM_DENSE)
@@ -122,7 +128,9 @@ def draw_log_odds(ids: np.ndarray, dense: np.ndarray, seed: int) -> np.ndarray:
 
 
 def put_decimal(values: np.ndarray, text: np.ndarray, used: np.ndarray) -> None:
-    """Right-aligned decimal digits with a sign; `used` marks what belongs to the number."""
+    """Write right-aligned decimal numbers to `text`, uint8 [rows, DENSE_WIDTH], and set `used` for their
+    bytes.
+    """
     rest = np.abs(values)
     sign_at = np.full(len(values), DENSE_WIDTH - 2)
     for place in range(DENSE_WIDTH - 1, -1, -1):

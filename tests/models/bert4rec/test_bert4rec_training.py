@@ -218,8 +218,8 @@ def test_the_examples_own_command_line_runs(here: Run) -> None:
         ("--dataset_name random --evaluate_only", "no checkpoint to test"),
     ],
 )
-def test_mistakes_are_reported(here: Run, text: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_mistakes_are_reported(here: Run, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         here(text)
 
 
@@ -252,10 +252,10 @@ def test_a_batch_with_nothing_hidden_does_no_harm(here: Run) -> None:
 
 def test_tied_weights_and_whole_tables_on_two_ranks(tmp_path: Path, here: Run) -> None:
     """What the plan says changes nothing: rows here and there, or all of them on one rank."""
-    wish = tmp_path / "wish.json"
-    wish.write_text('{"item_embedding": {"sharding": "table_wise"}}')
+    constraint = tmp_path / "constraint.json"
+    constraint.write_text('{"item_embedding": {"sharding": "table_wise"}}')
     one = here(SMALL, "--dropout 0 --max_steps 10 --output tied --train_batch_size 32 --lr 0.01").losses
-    for number, more in enumerate(("", f"--sharding_file {wish}")):
+    for number, more in enumerate(("", f"--sharding_file {constraint}")):
         done = on_ranks(
             tmp_path / f"tied{number}", 2, "dlrm.bert4rec", *words(SMALL, "--dropout 0 --max_steps 10"),
             *words("--output tied --train_batch_size 16 --lr 0.01 --checkpoint_every_steps 5", more),
