@@ -125,7 +125,7 @@ validate_options() {    # a mistake ends here, before anything is made
 }
 
 start_log() {    # what is printed from here on also goes into the run folder; sets `logger`
-    # Not ended by a signal to the whole session: what is said while stopping is kept, too.
+    # tee ignores a signal to the whole session, so that lines printed while stopping are kept, too.
     exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1
     logger=$!
 }

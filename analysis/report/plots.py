@@ -127,7 +127,7 @@ def _make_score_panels(curves: pl.DataFrame) -> list[dict]:
 
 
 def _list_length(name: str) -> int:
-    """NDCG@100 -> 100; ten is what is quoted."""
+    """NDCG@100 -> 100; papers quote 10."""
     digits = name.partition("@")[2]
     return (1 << 30 if digits == "10" else int(digits)) if digits.isdecimal() else 0
 
