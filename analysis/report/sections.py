@@ -121,7 +121,7 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
             "`seconds` is the sum over all operations and ranks, `MB per s` what one operation moves "
             "while it runs; sequential counts the requests that begin where the last one of their thread on "
             "the file ended, strided those that skip forward by a fixed distance (ranks that take turns in a "
-            "file), random those that jump elsewhere. A request that moves nothing (at the end of a file), or "
+            "file), random those that jump elsewhere. A request that moves nothing (at the end of a file) or "
             "whose offset is unknown, is none of the three.",
             "io_phases",
         ),
