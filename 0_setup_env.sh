@@ -21,7 +21,7 @@ trap 'code=1 die "line $LINENO: $BASH_COMMAND failed; the reason is above"' ERR
 
 print_help() { sed -n '2,/^set/s/^# \{0,1\}//p' 0_setup_env.sh; }
 
-# --- what is wanted
+# --- the user's choices
 
 # One setup at a time; two jobs that start together share its work.
 lock_setup() {

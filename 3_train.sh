@@ -80,16 +80,17 @@ read_model() {    # sets `title`, `demo` (what the demo trains on), `demo_data` 
     options=("${answer[@]:3}")
 }
 
-prepare_demo() {    # without DATASET_DIR: two ranks, data that are made here
-    local folder
+prepare_demo() {    # without DATASET_DIR: two ranks; sets `demo_folder`, for data that are made later
+    demo_folder=''
     [[ -z ${DATASET_DIR:-} ]] || return 0
     export NPROC=${NPROC:-2}
     say "no DATASET_DIR: the demo of $title, on $demo"
     [[ -n $demo_data ]] || return 0
-    folder=$(find_demo_data "$demo_data")
-    [[ $demo_data != toy ]] || make_toy_data "$folder"
-    options=("${options[@]//\{demo_data\}/"$folder"}")
+    demo_folder=$(find_demo_data "$demo_data")
+    options=("${options[@]//\{demo_data\}/"$demo_folder"}")
 }
+
+make_demo_data() { [[ -z $demo_folder || $demo_data != toy ]] || make_toy_data "$demo_folder"; }
 
 add_options() {    # add_options OPTION...: tracing, then ARGS, then the command line's; the last one wins
     [[ ${TRACE:-yes} == no ]] || options+=(--trace)
@@ -125,7 +126,7 @@ validate_options() {    # a mistake ends here, before anything is made
 }
 
 start_log() {    # what is printed from here on also goes into the run folder; sets `logger`
-    # Not ended by a signal to the whole session: what is said while stopping is kept, too.
+    # tee ignores a signal to the whole session, so that lines printed while stopping are kept, too.
     exec > >(trap '' INT TERM; exec tee -a -- "$run/log.txt") 2>&1
     logger=$!
 }
@@ -196,6 +197,7 @@ main() {
     prepare_demo
     add_options "$@"
     validate_options
+    make_demo_data
     make_run
     start_log
     say "training, run folder $run"

@@ -1,4 +1,4 @@
-"""How much memory this process may take, and the refusal of what cannot fit, before it is allocated.
+"""How much memory this process may take; sizes that cannot fit are refused before anything is allocated.
 
 Sizes that a command line or a file's header asks for are compared with it. Without that a size with some
 digits too many would be allocated lazily, and the kernel would kill the process, or another, much later.

@@ -29,9 +29,9 @@ class BandwidthCounter:
                 starts = np.maximum(ts[mine] - self.begin, 0)
                 ends = np.maximum(ts[mine] + dur[mine] - self.begin, starts)
                 most = int(ends.max())
-                while most // self.window + 2 > MAX_WINDOWS or (ends - starts).sum(
-                    dtype=np.float64
-                ) / self.window > MAX_WINDOWS + _WINDOWS_PER_CALL * len(starts):
+                open_us = (ends - starts).sum(dtype=np.float64)
+                most_windows = MAX_WINDOWS + _WINDOWS_PER_CALL * len(starts)
+                while most // self.window + 2 > MAX_WINDOWS or open_us / self.window > most_windows:
                     self._widen()
                 windows = most // self.window + 2
                 if windows > len(self.bytes[name]):

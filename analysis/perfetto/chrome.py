@@ -79,7 +79,7 @@ def _make_events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Itera
 
 
 def _parse_arguments(text: str) -> dict[str, Any]:
-    """Arguments without a column. The scanner does not look closely: what is no JSON is shown as text."""
+    """Arguments without a column. The scanner does not parse values: one that is not JSON becomes text."""
     try:
         return json.loads(text)
     except ValueError:

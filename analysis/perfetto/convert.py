@@ -106,7 +106,7 @@ def new_trace(
 
 @contextmanager
 def _open_partial(partial: Path, path: Path) -> Iterator[BinaryIO]:
-    """Only what goes wrong with this file is said of it: traces are read in the meantime."""
+    """Errors name this file only if they are its own: traces are read in the meantime."""
     with os_errors_as_user_errors(path):
         file = _Named(partial, path)
     try:

@@ -77,7 +77,7 @@ class Facts:
         return float(((work["io_s"] + work["wait_s"]) / work["ranks"]).sum())
 
     def limit_gain(self, seconds_of_all_ranks: float) -> float:
-        """What less I/O brings: a rank's share of it, but no more than what is not hidden anyway."""
+        """Seconds that less I/O can save: a rank's share of them, at most the I/O that is not hidden."""
         return min(seconds_of_all_ranks / self.breakdown.height, self.exposed_seconds())
 
     def advise_larger_reads(self, mean_bytes: float) -> str:

@@ -139,7 +139,7 @@ class Figures:
 
 
 def round_values(value: Any) -> Any:
-    """Six digits are more than a screen can show; what is no number is left out."""
+    """Six digits are more than a screen can show; values that are not numbers are left out."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
     if isinstance(value, dict):

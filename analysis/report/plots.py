@@ -19,7 +19,7 @@ COLORS = {
     "rest": "#bbbbbb", "other": "#dddddd", "startup": "#f0c14b", "evaluate": "#9970ab",
     "checkpoint": "#8c510a", "preprocess": "#5aae61",
 }  # fmt: skip
-DARK = ("communication", "io", "wait", "checkpoint", "evaluate", "compute", "bare")
+DARK = ("communication", "io", "wait", "checkpoint", "evaluate", "compute", "not hidden")
 READ, WRITE, THIRD = "#332288", "#999933", "#44aa99"  # of lines and columns: none is a kind of time above
 VAL, TEST, ALONE = "#aa4499", "#111111", "#555555"  # alone: a line that has its panel for itself
 STEP, LATE = "#0072b2", "#cc3311"
@@ -57,8 +57,8 @@ def _make_rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = Fa
 
 
 def plot_hidden_io(phases: pl.DataFrame) -> Spec | None:
-    """I/O of each rank and phase: behind compute, behind communication, bare."""
-    colors = {"behind compute": "#8fd3b6", "behind communication": "#9ecae1", "bare": "#882255"}
+    """I/O of each rank and phase: behind compute, behind communication, not hidden."""
+    colors = {"behind compute": "#8fd3b6", "behind communication": "#9ecae1", "not hidden": "#882255"}
     rows = []
     for row in phases.filter(pl.col("io_all_s") > 0).head(MAX_ROWS).iter_rows(named=True):
         at, parts = 0.0, []
@@ -127,7 +127,7 @@ def _make_score_panels(curves: pl.DataFrame) -> list[dict]:
 
 
 def _list_length(name: str) -> int:
-    """NDCG@100 -> 100; ten is what is quoted."""
+    """NDCG@100 -> 100; papers quote 10."""
     digits = name.partition("@")[2]
     return (1 << 30 if digits == "10" else int(digits)) if digits.isdecimal() else 0
 

@@ -50,8 +50,8 @@ def find_slow_rank(f: Facts) -> Finding | None:
     host = next((p.host for p in f.joined.processes if p.rank == late["rank"]), "")
     text = (
         f"Rank {late['rank']}{f' on {host}' if host else ''} needs {late['own_ms']:.3g} ms for its own "
-        f"part of "
-        f"a step, the others {own:.3g} ms: mostly more {what}. The others wait for it in communication."
+        f"part of a step, the others {own:.3g} ms: mostly more {what}. The others wait for it in "
+        "communication."
     )
     remedy = {
         "wait": "Look at that host's storage and at which files this rank reads.",

@@ -58,8 +58,7 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
         ReportEntry(
             "Time", "How much I/O is hidden", facts.phases, plots.plot_hidden_io(facts.phases),
             "The union of all I/O of a rank, on any thread: behind compute or communication of the main "
-            "thread, "
-            "or bare. Start-up has no spans of compute, so its I/O counts as bare.",
+            "thread, or not hidden. Start-up has no spans of compute, so its I/O counts as not hidden.",
             "phases",
         ),
         ReportEntry(
@@ -102,8 +101,7 @@ def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Steps", "Ranks against each other", facts.ranks, plots.plot_work(facts.ranks),
-            "A rank's own work is its steps without communication: a slow rank has more of it, the "
-            "others wait.",
+            "A rank's own work is its steps without communication: a slow rank has more, the others wait.",
             "ranks",
         ),
         ReportEntry(
@@ -121,11 +119,10 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
         ReportEntry(
             "I/O", "By phase", answers.sum_volume(j, "phase"), None,
             "`seconds` is the sum over all operations and ranks, `MB per s` what one operation moves "
-            "while it runs; "
-            "sequential counts the requests that begin where the last one of their thread on the file ended, "
-            "strided those that skip forward by a fixed distance (ranks that take turns in a file), random "
-            "those that jump elsewhere. A request that moves nothing (at the end of a file), or whose offset "
-            "is unknown, is none of the three.",
+            "while it runs; sequential counts the requests that begin where the last one of their thread on "
+            "the file ended, strided those that skip forward by a fixed distance (ranks that take turns in a "
+            "file), random those that jump elsewhere. A request that moves nothing (at the end of a file) or "
+            "whose offset is unknown, is none of the three.",
             "io_phases",
         ),
         ReportEntry("I/O", "By rank", answers.sum_volume(j, "rank"), None, "", "io_ranks"),
@@ -155,8 +152,8 @@ def _list_requests(run: TracedRun) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Requests", "Operations", answers.sum_operations(j), plots_io.plot_latency(j["latencies"]),
-            "Time of one operation. Percentiles are exact below 256 us, else within "
-            "1%.", "operations", show=True,
+            "Time of one operation. Percentiles are exact below 256 us, else within 1%.",
+            "operations", show=True,
         ),
         ReportEntry(
             "Requests", "Slowest operations", answers.list_slowest(j), None,

@@ -36,19 +36,19 @@ class CheckedFile:
     rank: int
     direction: str  # "read", "written"
     file: str
-    said: int
+    counted: int
     traced: int
     launch: int = 1
-    by_spans: bool = False  # said by spans, which leave out headers and what a kill cut off
+    by_spans: bool = False  # counted from spans, which leave out headers and what a kill cut off
 
     @property
     def coverage(self) -> float:
-        return 100.0 * self.traced / self.said if self.said else 100.0
+        return 100.0 * self.traced / self.counted if self.counted else 100.0
 
     @property
     def missed(self) -> int:
         """Bytes that one of the two lacks."""
-        return max(0, self.said - self.traced) if self.by_spans else abs(self.said - self.traced)
+        return max(0, self.counted - self.traced) if self.by_spans else abs(self.counted - self.traced)
 
 
 def check_run(
@@ -56,7 +56,7 @@ def check_run(
 ) -> tuple[list[CheckedFile], list[TracedProcess]]:
     """One row per launch, rank, direction and file that the run names; the processes hold what was lost."""
     launched, results = sum_by_launch(source or FileSource(run_dir)), Path(run_dir) / "results.json"
-    ended = _who_ended([job for job, _ in launched])
+    ended = _find_ended_launch([job for job, _ in launched])
     rows: list[CheckedFile] = []
     for number, (_, traced) in enumerate(launched):
         spans = any(direction == SPANS for seen in traced.values() for direction, _ in seen)
@@ -64,9 +64,9 @@ def check_run(
             rows += _by_results(results, traced, number + 1)
         else:
             rows += [
-                CheckedFile(rank, "read", file, said, _find_traced(seen, READ, file), number + 1, True)
+                CheckedFile(rank, "read", file, counted, _find_traced(seen, READ, file), number + 1, True)
                 for rank, seen in sorted(traced.items())
-                for (direction, file), said in sorted(seen.items(), key=lambda item: item[0][1])
+                for (direction, file), counted in sorted(seen.items(), key=lambda item: item[0][1])
                 if direction == SPANS
             ]
     if not rows:
@@ -76,8 +76,8 @@ def check_run(
     return rows, [process for job, _ in launched for process in job]
 
 
-def _who_ended(jobs: list[list[TracedProcess]]) -> int:
-    """The number of the launch that wrote results.json: that comes after its last barrier."""
+def _find_ended_launch(jobs: list[list[TracedProcess]]) -> int:
+    """The number of the launch that wrote results.json: it writes that after its last barrier."""
     ended = [number for number, job in enumerate(jobs) if any("end" in p.barriers for p in job)]
     begun = any("start" in p.barriers for job in jobs for p in job)
     return ended[-1] if ended else -1 if begun and len(jobs) > 1 else len(jobs) - 1
@@ -90,18 +90,18 @@ def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Check
         raise UserError(f"{error}; did the run end?") from None
     rows = []
     for key, direction in DIRECTIONS.items():
-        for rank, said in sorted(_read_said(results.get(key, {}), f"{printable(path)}: {key}").items()):
+        for rank, counted in sorted(_read_counts(results.get(key, {}), f"{printable(path)}: {key}").items()):
             seen = traced.get(rank, {})
             rows += [
                 CheckedFile(
                     rank,
                     key.removeprefix("bytes_"),
                     file,
-                    said[file],
+                    counted[file],
                     _find_traced(seen, direction, file),
                     launch,
                 )
-                for file in sorted(said)
+                for file in sorted(counted)
             ]
     if not rows:
         raise UserError(
@@ -110,7 +110,7 @@ def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[Check
     return rows
 
 
-def _read_said(value: Any, name: str) -> dict[int, dict[str, int]]:
+def _read_counts(value: Any, name: str) -> dict[int, dict[str, int]]:
     """{"0": {"/data/day_0": 123}}, and nothing else."""
     found: dict[int, dict[str, int]] = {}
     if not isinstance(value, dict):
@@ -191,7 +191,7 @@ def _as_traced(file: str) -> list[str]:
 
 def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) -> str:
     """A line per rank and direction, then every file that is not covered to the byte."""
-    lines = [f"{'rank':>4}  {'':7}  {'files':>5}  {'the run says':>16}  {'the trace says':>16}  coverage"]
+    lines = [f"{'rank':>4}  {'':7}  {'files':>5}  {'counted by run':>16}  {'in the trace':>16}  coverage"]
     numbers = sorted({row.launch for row in rows})
     for number in numbers:
         own = [row for row in rows if row.launch == number]
@@ -200,12 +200,12 @@ def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) ->
                 f"launch {number} left no results.json: what its spans read; headers and writes not compared"
             )
         elif len(numbers) > 1:
-            lines.append(f"launch {number}, as results.json says:")
+            lines.append(f"launch {number}, from results.json:")
         lines += _format_sums(own)
     wrong = [row for row in rows if row.missed]
     for row in wrong[:50]:
         lines.append(
-            f"rank {row.rank}: {printable(row.file)}: {row.direction} {row.said:,} bytes, "
+            f"rank {row.rank}: {printable(row.file)}: {row.direction} {row.counted:,} bytes, "
             f"traced {row.traced:,} ({format_share(row)})"
         )
     if len(wrong) > 50:
@@ -231,19 +231,19 @@ def _format_sums(rows: list[CheckedFile]) -> list[str]:
 
 
 def format_total(rows: list[CheckedFile]) -> str:
-    said = sum(row.said for row in rows)
-    return format_share(CheckedFile(0, "", "", said, said - sum(row.missed for row in rows)))
+    counted = sum(row.counted for row in rows)
+    return format_share(CheckedFile(0, "", "", counted, counted - sum(row.missed for row in rows)))
 
 
 def format_share(row: CheckedFile) -> str:
     """Percent, and 100.0% only when it is: 99.96 is no 100.0."""
     shown = f"{row.coverage:.1f}%"
-    return shown if shown != "100.0%" or row.said == row.traced else f"{row.coverage:.6f}%"
+    return shown if shown != "100.0%" or row.counted == row.traced else f"{row.coverage:.6f}%"
 
 
 def _format_line(rank: str, direction: str, rows: list[CheckedFile]) -> str:
     # spans do not count headers, so bytes that the calls moved beyond them are no fault of the trace
-    traced = sum(min(row.said, row.traced) if row.by_spans else row.traced for row in rows)
-    whole = CheckedFile(0, direction, "", sum(row.said for row in rows), traced)
-    counted = f"{len(rows):>5}  {whole.said:>16,}  {whole.traced:>16,}"
+    traced = sum(min(row.counted, row.traced) if row.by_spans else row.traced for row in rows)
+    whole = CheckedFile(0, direction, "", sum(row.counted for row in rows), traced)
+    counted = f"{len(rows):>5}  {whole.counted:>16,}  {whole.traced:>16,}"
     return f"{rank:>4}  {direction:7}  {counted}  {format_share(whole):>8}"

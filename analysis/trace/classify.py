@@ -68,7 +68,7 @@ def kind_of(cat: str, name: str) -> str | None:
 
 
 def op_of(name: str) -> str:
-    """The operation of an intercepted call; what is none of the usual is "other"."""
+    """The operation of an intercepted call; any that is not listed is "other"."""
     return next((op for pattern, op in _CALLS if pattern.fullmatch(name)), OTHER)
 
 

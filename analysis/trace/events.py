@@ -34,7 +34,7 @@ __all__ = [
     "read_processes",
 ]
 HEAD_BLOCKS = 100  # a barrier at the start that comes later than this is not looked for
-MAX_RECORDS = 200_000  # of metadata in a file: each is read by itself
+MAX_RECORDS = 200_000  # of metadata in a file: each is parsed alone
 MAX_RANKS = 1 << 20
 MAX_THREADS = 1 << 16  # whose names are kept, of a process
 _ARGS = b'"args":{"hhash":"'
@@ -64,7 +64,7 @@ def _list_files(run: Path) -> list[Path]:
 
 
 def _list_traces(folder: Path) -> list[Path]:
-    """By their names alone: what is no file is refused when it is opened, and not passed over."""
+    """By their names alone: one that is not a file is refused when it is opened, not skipped."""
     if not folder.is_dir():
         return []
     return [folder / name for name in os.listdir(folder) if name.endswith((".pfw.gz", ".pfw"))]

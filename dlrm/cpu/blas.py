@@ -29,7 +29,7 @@ def tune_processor() -> list[str]:
     """Switch on what helps on this processor; returns the names of what was switched on."""
     done = {
         "float32 products by oneDNN": use_onednn,
-        "towers' products by OpenBLAS": use_openblas,
+        "dense layers' products by OpenBLAS": use_openblas,
         "freed memory kept for the next step": keep_freed_memory,
     }
     return [name for name, switch_on in done.items() if switch_on()]

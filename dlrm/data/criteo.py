@@ -88,7 +88,7 @@ class DatasetMeta:
 
 
 def _are_counts(value: Any, lengths: range, most: int) -> bool:
-    """A list of so many whole numbers from 0 to `most`."""
+    """A list of this many whole numbers from 0 to `most`."""
     return (
         isinstance(value, list)
         and len(value) in lengths

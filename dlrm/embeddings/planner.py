@@ -74,7 +74,7 @@ def make_sharders() -> list[ModuleSharder[nn.Module]]:
 
 
 def load_constraints(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """The sharding file: table or * -> constraints. UserError for what is wrong without knowing the model."""
+    """The sharding file: table or * -> constraints. UserError for mistakes seen without the model."""
     try:
         constraints = read_json(path, LARGEST_FILE)
     except UserError as error:

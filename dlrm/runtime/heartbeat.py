@@ -64,7 +64,7 @@ class Heartbeat:
     """
 
     def __init__(self, store: SignedStore, here: Ranks, processes: list[RankProcess], timeout: int) -> None:
-        """`processes`: in rank order. `timeout`: a rank without a heartbeat for so many seconds is lost."""
+        """`processes`: in rank order. `timeout`: a rank without a heartbeat for this many seconds is lost."""
         self._here, self._processes, self._timeout = here, processes, timeout
         self._closed = threading.Event()
         self._wake_watch = threading.Event()  # the watch thread looks now, not after the next second
@@ -140,7 +140,7 @@ class Heartbeat:
             now = time.monotonic()
             if ended:
                 self._ended |= ended
-                # A rank that failed by itself has left a notice, which says more: the watch thread reads it.
+                # A rank that failed by itself has left a notice with the reason: the watch thread reads it.
                 self._wake_watch.set()
                 if self._closed.wait(1.5 * BEAT_SECONDS):
                     return
@@ -194,7 +194,7 @@ class Heartbeat:
     # --- how the threads end this process
 
     def _exit_after_own_error(self, notice: FailureNotice) -> None:
-        """Exit, but give the main thread a second to end with an error of its own: that one says more."""
+        """Exit, but give the main thread a second to end with an error of its own, which is more precise."""
         self._closed.wait(BEAT_SECONDS)
         self._exit_process(notice)
 

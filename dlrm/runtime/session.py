@@ -25,8 +25,8 @@ from dlrm.runtime.signed_store import SignedStore
 
 T = TypeVar("T")
 _store: Any = None  # of the open session
-# A collective may take so many times --timeout: a rank that is slow (a full file system, a long compilation)
-# but sends its heartbeat is not lost.
+# A collective may take this many times --timeout: a rank that is slow (a full file system, a long
+# compilation) but sends its heartbeat is not lost.
 COLLECTIVE_TIMEOUT_FACTOR = 10
 
 

@@ -97,9 +97,8 @@ def _exchange_by_value(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     samples = 64 * world
     picks = torch.full((samples,), math.nan, device=scores.device)
     if len(scores):
-        picks = torch.sort(scores[torch.linspace(0, len(scores) - 1, samples, device=scores.device).long()])[
-            0
-        ]
+        places = torch.linspace(0, len(scores) - 1, samples, device=scores.device).long()
+        picks = torch.sort(scores[places])[0]
     gathered = [torch.empty_like(picks) for _ in range(world)]
     dist.all_gather(gathered, picks)
     known = torch.cat(gathered)

@@ -55,7 +55,7 @@ class RowFile:
         self.width = dim + state
         self.row_bytes = 4 * self.width
         self.step = max(1, BLOCK // dim)  # rows of a block, as `tables.fill_shard` draws them
-        # of the first block: blocks are the table's, a shard may begin within one
+        # rows of the first block before the shard: blocks are the table's, a shard may begin within one
         self._rows_before = first % self.step
         name = table if rows == self.total else f"{table}.{first}-{first + rows}"
         self.path, self.description_path = folder / f"{name}.rows", folder / f"{name}.json"

@@ -13,9 +13,8 @@ from dlrm.models.bert4rec.sequences import Histories, cut_windows, make_evaluati
 
 class SequenceRows(NamedTuple):
     tokens: np.ndarray  # int32 [n, max_len]
-    labels: (
-        np.ndarray
-    )  # int32 [n, max_len] in training: the masked items, else 0; in evaluation [n]: the right items
+    # int32 [n, max_len] in training: the masked items, else 0; in evaluation [n]: the right items
+    labels: np.ndarray
     candidates: np.ndarray | None = None  # int32 [n, 1 + negatives], the right one first
 
     def take(self, rows: np.ndarray) -> "SequenceRows":

@@ -43,9 +43,8 @@ class PairOrder(NamedTuple):
     """Column numbers of the pairs, for one order of the tables' columns."""
 
     take: torch.Tensor  # int64 [pairs]: columns of the flat Z Z^T
-    spread: (
-        torch.Tensor
-    )  # int64 [entries * entries]: for each element of Z Z^T the column of its pair in the output
+    # int64 [entries * entries]: for each element of Z Z^T the column of its pair in the output
+    spread: torch.Tensor
     diagonal: bool
 
 
@@ -171,7 +170,7 @@ class InteractionProjectionArch(ConcatArch):
 
 
 def make_interaction(name: str, config: InteractionConfig) -> nn.Module:
-    """The interaction that --interaction_type names; `out_features` of it says how wide its output is."""
+    """The interaction that --interaction_type names; its `out_features` is the width of its output."""
     if name not in INTERACTIONS:
         raise UserError(f"--interaction_type {name} is unknown; choose from {', '.join(INTERACTIONS)}")
     return globals()[INTERACTIONS[name]](config)

@@ -1,4 +1,4 @@
-"""What MLPerf's log says of a DLRM's settings, with the keys that its compliance checker wants."""
+"""A DLRM's settings as MLPerf's log has them, under the keys that its compliance checker expects."""
 
 from typing import Any
 

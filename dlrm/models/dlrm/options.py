@@ -41,7 +41,9 @@ class DataOptions:
         ("auto", "stream", "memory", "mmap", "parquet", "random"),
     )  # fmt: skip
     batch_size: int = option(32, "training batch size per rank")
-    test_batch_size: int | None = option(None, "batch size per rank of validation and test")
+    test_batch_size: int | None = option(
+        None, "batch size per rank of validation and test (default: --batch_size)"
+    )
     drop_last_training_batch: bool = option(False, "drop the last batch of an epoch when it is not full")
     limit_train_batches: int | None = option(None, "train on N batches per epoch and rank")
     limit_val_batches: int | None = option(None, "validate on N batches per rank")

@@ -33,7 +33,7 @@ SPEC = ModelSpec(
         variables={
             "DATASET_DIR": ("--in_memory_binary_criteo_path", "{}"),
             "BATCH_SIZE": ("--batch_size", "{}"),
-            # dot products need the dense tower to end as wide as the tables; ARGS may still say otherwise
+            # dot products need a bottom MLP that ends as wide as the tables; ARGS can override it
             "EMBEDDING_DIM": ("--embedding_dim", "{}", "--dense_arch_layer_sizes", "512,256,{}"),
             "EPOCHS": ("--epochs", "{}"),
             "LEARNING_RATE": ("--learning_rate", "{}"),

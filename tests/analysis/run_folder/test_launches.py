@@ -132,16 +132,18 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     assert 0 < pause < 30 and both.max() <= (end - begin) / 1e6 - pause + 0.001  # type: ignore[operator]
     assert main(["check", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "launch 1 left no results.json" in out and "launch 2, as results.json says:" in out
+    assert "launch 1 left no results.json" in out and "launch 2, from results.json:" in out
     assert "coverage 100.0%" in out
     rows, _ = check.check_run(tmp_path)
     mine = [row for row in rows if row.launch == 2]
     # a checkpoint is written in a work folder, which gets the name of its step when it is complete
     saved = [(path.name, path.stat().st_size) for path in (tmp_path / "checkpoints").glob("0*/*")]
-    written = [(Path(row.file).name, row.said) for row in mine if row.direction == "written"]
+    written = [(Path(row.file).name, row.counted) for row in mine if row.direction == "written"]
     assert set(written) <= set(saved) and len(written) >= 3 * (steps - table["first_step"][1]) // 3
-    assert [row.said for row in mine if "checkpoints" in row.file and row.direction == "read"]  # gone on from
-    said = sum(row.said for row in mine)
+    assert [
+        row.counted for row in mine if "checkpoints" in row.file and row.direction == "read"
+    ]  # gone on from
+    said = sum(row.counted for row in mine)
     assert said == sum(sum(of.values()) for key in ("bytes_read", "bytes_written")
                        for of in run.results.get(key, {}).values())  # fmt: skip
-    assert sum(row.said for row in rows if row.launch == 1) > 22 * 128 * 2 * 160  # rows of 160 bytes
+    assert sum(row.counted for row in rows if row.launch == 1) > 22 * 128 * 2 * 160  # rows of 160 bytes

@@ -132,7 +132,7 @@ def test_killed_before_results(run: Path, capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "launch 1 left no results.json" in out and "coverage 100.0%" in out
     rows, _ = check.check_run(run)
-    assert {(row.rank, row.file, row.said, row.traced) for row in rows} == {
+    assert {(row.rank, row.file, row.counted, row.traced) for row in rows} == {
         (rank, str(run / f"data{rank}.bin"), 6000, 6000) for rank in range(2)
     }
     made = Made(2, 3)

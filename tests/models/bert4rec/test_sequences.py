@@ -193,9 +193,8 @@ def test_rare_items_are_drawn_too() -> None:
     found = draw_negatives(data, 37, True, 0)
     assert sorted(found[2].tolist()) == list(range(4, 41))
     assert len(set(found[0].tolist())) == 37 and 1 not in found[0]
-    few = draw_negatives(
-        data, 5, True, 0
-    )  # of a user who has not met the popular item there is only that one
+    # for a user who has not rated the popular item, there is only that one
+    few = draw_negatives(data, 5, True, 0)
     assert all(len(set(row)) == 5 for row in few[[0, 2]].tolist())
 
 

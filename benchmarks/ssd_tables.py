@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.pages import fetch_memory, random_reads  # noqa: E402
-from benchmarks.tier_sides import Batches, Cached, Case, Mapped, Memory, opened  # noqa: E402
+from benchmarks.ssd_sides import Batches, Cached, Case, Mapped, Memory, opened  # noqa: E402
 from dlrm.embeddings.ssd.cached_table import TableShare  # noqa: E402
 
 TURN = 5  # steps

@@ -1,4 +1,5 @@
-"""The sides of `tiers`: one table's lookups and fused updates, rows in memory, in a cache, in a mapped file.
+"""The sides that ssd_tables.py compares: lookups and fused updates of one table with its rows
+in memory, in a cache, or in a mapped file.
 
 Each side takes batches and yields the seconds of each. Time in which pages are taken from it to keep its
 limit does not count, but waiting for the disk does.
@@ -111,55 +112,54 @@ class Cached:
         for ids in self.case.warm[: len(self.case.warm) // 4]:
             cache.admit(ids, True)
         missing = max(len(cache.admit(ids, True).missing) for ids in some)
-        return share_budget([self.case.table], int(self.case.budget - 6 * missing * PAGE))[
-            self.case.table.name
-        ]
+        budget = int(self.case.budget - 6 * missing * PAGE)
+        return share_budget([self.case.table], budget)[self.case.table.name]
 
     def with_thread(self) -> None:
         self.cached_table._io_thread = ThreadPoolExecutor(1)
 
     def steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
-        case, tier, most = self.case, self.cached_table, 0
-        tier._read = tier.row_file.bytes_read
-        before = tier.counts()
-        leaving, held, last = Leaving(tier.row_file._file), *np.empty((2, 0), np.int64)
+        case, cached, most = self.case, self.cached_table, 0
+        cached._read = cached.row_file.bytes_read
+        before = cached.counts()
+        leaving, held, last = Leaving(cached.row_file._file), *np.empty((2, 0), np.int64)
         for number, ids in enumerate(batches):
-            coming = batches[number + 1 : number + 2] if tier._io_thread else []
-            missing = tier.cache.absent(ids)
+            coming = batches[number + 1 : number + 2] if cached._io_thread else []
+            missing = cached.cache.absent(ids)
             begun = time.perf_counter()
-            out = self.module(torch.from_numpy(tier.admit(ids, True)), torch.arange(len(ids) + 1))
+            out = self.module(torch.from_numpy(cached.admit(ids, True)), torch.arange(len(ids) + 1))
             for following in coming:
-                tier.prefetch(following)
+                cached.prefetch(following)
             case.dense()
             out.backward(torch.full_like(out, 1e-3))
-            tier.wait_for_writes()
-            if tier._prefetched is not None:
-                tier._prefetched.result()  # not while the clock is stopped
+            cached.wait_for_writes()
+            if cached._prefetched is not None:
+                cached._prefetched.result()  # not while the clock is stopped
             seconds = time.perf_counter() - begun
             if case.limited:
                 most = max(most, resident(case.path)) if number % 4 == 0 else most
                 used, soon = (
-                    pages_of(np.concatenate(rows), tier.row_file.row_bytes)
+                    pages_of(np.concatenate(rows), cached.row_file.row_bytes)
                     for rows in (
                         [missing, *self.written_rows],
-                        [tier.cache.absent(each) for each in (*coming, ids[:0])],
+                        [cached.cache.absent(each) for each in (*coming, ids[:0])],
                     )
                 )
-                here = pages_of(missing, tier.row_file.row_bytes)
+                here = pages_of(missing, cached.row_file.row_bytes)
                 needed = np.concatenate((soon, here, last))
                 held, last = np.union1d(np.union1d(held, used), soon), here
                 held, gone = np.intersect1d(held, needed), np.setdiff1d(held, needed)
                 seconds += leaving.go(gone, needed)
             self.written_rows.clear()
             yield seconds
-        counts, slots = tier.counts() - before, tier.cache.slots
+        counts, slots = cached.counts() - before, cached.cache.slots
         found |= {
             "hit_rate": 1 - counts[1] / counts[0],
             "bytes_per_step": int(counts[3] + counts[4]) // len(batches),
             "page_cache_mb": most / 1e6,
             "slots": slots,
-            "slots_used": int((tier.cache.row >= 0).sum()),
-            "memory_mb": (slots * tier.table.slot_bytes + min(BUFFER_BYTES, case.budget / 4) + most) / 1e6,
+            "slots_used": int((cached.cache.row >= 0).sum()),
+            "memory_mb": (slots * cached.table.slot_bytes + min(BUFFER_BYTES, case.budget / 4) + most) / 1e6,
         }
 
 
