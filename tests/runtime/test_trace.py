@@ -105,7 +105,7 @@ with trace.span("train", "after"):
     spans = {}
     for record in lines(traced.run(tmp_path, body)):
         spans.setdefault(record["name"], []).append(record)
-    assert len(spans["auroc"]) == 2 and spans["auroc"][0]["args"]["split"] == "val"
+    assert len(spans["metrics"]) == 2 and spans["metrics"][0]["args"]["split"] == "val"
     assert len(spans["outer"]) == 1 and spans["inner"][0]["args"]["late"] == 5
     assert "after" not in spans
 
