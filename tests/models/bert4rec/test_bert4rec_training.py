@@ -205,7 +205,7 @@ def test_the_examples_own_command_line_runs(here: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("--emb_dim 30 --nhead 4", "--emb_dim 30"),
         ("--mask_prob 0", "--mask_prob 0"),
