@@ -161,7 +161,8 @@ def test_mistakes_in_the_sharding_file(tmp_path: Path, text: str, message: str) 
 
 
 def test_a_sharding_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--sharding_file \S+/none: No such file or directory; give a JSON file"):
+    message = r"^--sharding_file \S+/none: No such file or directory; give a JSON file"
+    with pytest.raises(UserError, match=message):
         load_constraints(tmp_path / "none")
 
 
