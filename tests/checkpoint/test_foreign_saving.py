@@ -130,7 +130,7 @@ def test_a_store_beside_foreign_files(tmp_path: Path, name: str) -> None:
 
 
 ARRAYS = {
-    "items": np.array([1, 2, 3, 1], np.int32), "starts": np.array([0, 2, 4]),
+    "items": np.array([1, 2, 3, 1, 2, 3], np.int32), "starts": np.array([0, 3, 6]),
     "negatives": np.array([[3], [2]], np.int32),
 }  # fmt: skip
 
