@@ -85,7 +85,9 @@ choose() {    # sets variant, mpi, hashes, python
 
 describe_setup() {    # what the stamp of a finished setup says
     local sources
-    sources=$(cat requirements/*.txt requirements/locked/*.txt patches/*.* sites/*.sh 0_setup_env.sh | sha256sum)
+    sources=$(
+        cat requirements/*.txt requirements/locked/*.txt patches/*.* sites/*.sh 0_setup_env.sh | sha256sum
+    )
     echo "$sources $root $venv $variant $python $mpi $hashes"
 }
 

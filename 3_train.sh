@@ -101,14 +101,18 @@ has_option() { [[ " ${options[*]} " == *" $1"[\ =]* ]]; }
 
 name_run() {    # sets `run`, the folder that this run would get
     local answer
-    mapfile -d '' -t answer < <(python -m dlrm.runtime.new_run_folder name "$results" ${resume:+--resume "$resume"})
+    mapfile -d '' -t answer < <(
+        python -m dlrm.runtime.new_run_folder name "$results" ${resume:+--resume "$resume"}
+    )
     wait "$!" || exit 2
     run=${answer[0]}
 }
 
 make_run() {    # sets `run`, and `made`: what proves that it was made here, or nothing
     local answer
-    mapfile -d '' -t answer < <(python -m dlrm.runtime.new_run_folder make "$results" ${resume:+--resume "$resume"})
+    mapfile -d '' -t answer < <(
+        python -m dlrm.runtime.new_run_folder make "$results" ${resume:+--resume "$resume"}
+    )
     wait "$!" || exit 2
     run=${answer[0]}
     made=${answer[1]}
@@ -156,7 +160,8 @@ has_trained() { [[ $code != 2 || -s $run/metrics.jsonl ]]; }
 analyse() {    # both Perfetto traces, the check of bytes and the report, from one reading of the traces
     say "analysis"
     python -m analysis finish "$run" \
-        || say "not all of that was done; the traces are in $run/trace, try again: python -m analysis finish ${run@Q}"
+        || say "not all of that was done; the traces are in $run/trace," \
+            "try again: python -m analysis finish ${run@Q}"
 }
 
 list_results() {
@@ -203,7 +208,9 @@ main() {
     say "training, run folder $run"
     train
     # Code 2 before the first step is a mistake in the options that only the ranks could see: nothing to keep.
-    if [[ -n $made ]] && ! has_trained; then python -m dlrm.runtime.new_run_folder discard "$run" "$made" || true; fi
+    if [[ -n $made ]] && ! has_trained; then
+        python -m dlrm.runtime.new_run_folder discard "$run" "$made" || true
+    fi
     # A stopped job has seconds left: its traces can wait.
     if [[ -d $run/trace && -z $stopped ]] && has_trained; then analyse; fi
     list_results

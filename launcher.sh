@@ -69,7 +69,8 @@ find_rank() {    # sets `rank`; empty outside of a rank
 
 # --- outside of the ranks: start them
 
-choose_nproc() {    # sets NPROC, the ranks per node; PBS's node file has a line for each rank that was asked for
+# PBS's node file has a line for each rank that was asked for.
+choose_nproc() {    # sets NPROC, the ranks per node
     local lines=1
     if [[ -z ${NPROC:-} ]]; then
         [[ ! -r ${PBS_NODEFILE:-} ]] || lines=$(wc -l < "$PBS_NODEFILE")
@@ -160,7 +161,7 @@ choose_gpu() {    # exports CUDA_VISIBLE_DEVICES where there are several: one fo
     export CUDA_VISIBLE_DEVICES=${devices[device]}
 }
 
-# When a rank fails before MPI_Init, mpich's mpiexec keeps the other ranks waiting for ever; programs that
+# When a rank fails before MPI_Init, mpich's mpiexec keeps the other ranks waiting forever; programs that
 # use gloo or NCCL never call MPI_Init. So this shell stays and sends PMI's abort command, which ends the
 # job. Not if all ranks are ending anyway (75: stopped cleanly), and only after 5 seconds: ranks on other
 # hosts need 4 to report why.

@@ -1,7 +1,7 @@
 """Read files that another program may have written: type, size and nesting are checked before the contents.
 
 In: a path. Out: an open descriptor of a regular file, or a JSON value within limits. A FIFO (which would
-block for ever), a device, a socket, a folder, a dangling link, a file that is too large or nested too
+block forever), a device, a socket, a folder, a dangling link, a file that is too large or nested too
 deeply: each is a UserError of one line.
 """
 

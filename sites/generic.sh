@@ -13,7 +13,8 @@ site_variant() {
 # Before anything is installed: modules to load, a proxy to reach the package index. Fails with a message.
 site_load_modules() { true; }
 
-# The line that starts ranks, with {N} in all, {PPN} on each node and {DEPTH} cores for each; nothing: find out.
+# The line that starts ranks, with {N} in all, {PPN} on each node and {DEPTH} cores for each.
+# Empty: the setup finds out.
 site_mpiexec() { true; }
 
 # Lines for env.sh, which every script reads on every node: exports, and modules to unload.

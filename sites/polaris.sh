@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# ALCF's Polaris: PBS, 4 A100 a node, Cray MPICH started by PALS. See generic.sh for what each function is for.
+# ALCF's Polaris: PBS, 4 A100 a node, Cray MPICH started by PALS.
+# generic.sh says what each function is for.
 
 site_is_here() { [[ -d /soft/modulefiles && -d /opt/cray ]]; }
 

@@ -1,7 +1,7 @@
 """Save a checkpoint while training continues: copy the tensors, write them in a thread, publish on all ranks.
 
 The ranks' threads agree through the store and never through collectives. Collectives belong to the training's
-thread: one from another thread would meet the wrong one on another rank, and both would wait for ever.
+thread: one from another thread would meet the wrong one on another rank, and both would wait forever.
 
 For the save number N the store has, each with {"done": ...} or {"error": text} as its value:
     dlrm/checkpoint/N/begin   from rank 0: the folder to write into, and its final name

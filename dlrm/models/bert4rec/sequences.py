@@ -191,7 +191,7 @@ def _fill_with_rare_items(
     data: Histories, found: np.ndarray, weights: np.ndarray | None, user: int, generator: np.random.Generator
 ) -> None:
     """Draw the rest of one user's negatives, int32 [count] with zeros at the end, all at once: where a few
-    items have nearly all ratings, drawing until another one comes would take for ever. The distribution is
+    items have nearly all ratings, drawing until another one comes would take forever. The distribution is
     the same: the smallest of exponential times with the weights as rates (Efraimidis and Spirakis).
     """
     times = generator.standard_exponential(data.item_count)

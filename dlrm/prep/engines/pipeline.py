@@ -166,7 +166,7 @@ def interleave_ranges(count: int, threads: int) -> list[int]:
 
 def allocate_results(plan: PrepPlan) -> None:
     if publish.allocate_arrays(plan.folders.unfinished, plan.options, plan.outputs):
-        discard_files(plan.folder, "bucket_*.done")  # their rows were in files that had to be made anew
+        discard_files(plan.folder, "bucket_*.done")  # their rows were in files that had to be made again
 
 
 def make_parquet_folders(plan: PrepPlan) -> None:
