@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.disk import mount_small_disk
 from support.ranks import LiveRanks, on_ranks, words
 from test_checkpoint_files import save, whole
 
@@ -206,13 +206,8 @@ def test_a_second_training_in_the_same_folder(toy: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if os.getuid() or subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with mount_small_disk(tmp_path / "disk", 1) as folder:
+        yield folder
 
 
 @pytest.mark.mpi

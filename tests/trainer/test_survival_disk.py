@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.disk import mount_small_disk
 from support.ranks import LiveRanks, words
 
 from dlrm.checkpoint.folder import list_checkpoints, read_description
@@ -126,13 +127,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if os.getuid() or subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mount_small_disk(tmp_path / "small disk", 3) as folder:
+        yield folder
 
 
 @pytest.mark.mpi
