@@ -115,6 +115,7 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
                 cfg.model.num_embeddings,
                 cfg.model.num_embeddings_per_feature,
                 bench.in_memory_binary_criteo_path,
+                cfg.model.max_table_size,
             )
             module = assemble_model(cfg.model, sizes, device, bench.seed, bench.compile)
             constraints = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
@@ -161,9 +162,8 @@ def read_model_options(found: Any) -> ModelOptions:
     if "embedding_dim" not in options or not lengths:
         raise UserError(f"--load_checkpoint_path {found.path}: not a DLRM's checkpoint")
     each = tuple(length for _, length in sorted(lengths.items()))
-    return ModelOptions(
-        **keep_model_options({**options, "num_embeddings": None, "num_embeddings_per_feature": each})
-    )
+    sizes = {"num_embeddings": None, "num_embeddings_per_feature": each, "max_table_size": None}
+    return ModelOptions(**keep_model_options({**options, **sizes}))
 
 
 def make_batches(bench: BenchmarkOptions, size: int, sizes: list[int], here: Ranks) -> list[Any]:

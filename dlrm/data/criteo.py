@@ -187,9 +187,24 @@ DEFAULT_TABLE_SIZE = 100_000
 
 
 def choose_table_sizes(
+    every: int | None,
+    each: Sequence[int] | None,
+    folder: str | os.PathLike[str] | None,
+    most: int | None = None,
+) -> tuple[list[int], bool]:
+    """Rows per table: as asked, else from meta.json; and whether ids must be folded into them.
+
+    most: larger tables get this many rows, and ids are folded.
+    """
+    sizes, fold = _find_table_sizes(every, each, folder)
+    if most is None or max(sizes) <= most:
+        return sizes, fold
+    return [min(size, most) for size in sizes], True
+
+
+def _find_table_sizes(
     every: int | None, each: Sequence[int] | None, folder: str | os.PathLike[str] | None
 ) -> tuple[list[int], bool]:
-    """Rows per table: as asked, else from meta.json; and whether ids must be folded into them."""
     if each is not None:
         if len(each) != NUM_SPARSE:
             raise UserError(f"--num_embeddings_per_feature: {len(each)} sizes, {NUM_SPARSE} expected")

@@ -170,7 +170,7 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
     """Open the source of each set and make this rank's loaders."""
     data, seed = cfg.data, cfg.run.seed or 0
     sizes, fold = criteo.choose_table_sizes(
-        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder
+        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder, cfg.model.max_table_size
     )
     distribution = data.multi_hot_distribution_type or "uniform"
     hots = data.multi_hot_sizes

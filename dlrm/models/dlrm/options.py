@@ -94,6 +94,9 @@ class DataOptions:
 class ModelOptions:
     num_embeddings: int | None = option(None, "rows of every table (default: meta.json, else 100000)")
     num_embeddings_per_feature: tuple[int, ...] | None = option(None, "rows of each table, comma separated")
+    max_table_size: int | None = option(
+        None, "larger tables get N rows, and ids are taken modulo their table's size"
+    )
     embedding_dim: int = option(64, "width of the embeddings")
     dense_arch_layer_sizes: tuple[int, ...] = option((512, 256, 64), "layers of the bottom MLP")
     over_arch_layer_sizes: tuple[int, ...] = option((512, 512, 256, 1), "layers of the top MLP")
@@ -107,8 +110,10 @@ class ModelOptions:
     interaction_branch2_layer_sizes: tuple[int, ...] = option((2048, 2048), "projection: second branch")
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "num_embeddings", "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim")
-        check_at_most(LARGEST_TABLE, self, "num_embeddings")
+        check_at_least(
+            1, self, "num_embeddings", "max_table_size", "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim"
+        )
+        check_at_most(LARGEST_TABLE, self, "num_embeddings", "max_table_size")
         check_at_most(LARGEST_LAYER, self, "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim")
         for rows in self.num_embeddings_per_feature or ():
             if not 1 <= rows <= LARGEST_TABLE:
