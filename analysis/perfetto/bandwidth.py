@@ -3,7 +3,7 @@
 import numpy as np
 
 from analysis.trace.arguments import READ, WRITE
-from analysis.trace.strings import compiled
+from analysis.trace.windows import spread_bytes
 
 WINDOW_US = 100_000
 MAX_WINDOWS = 1 << 20  # of a counter; the windows get longer instead of more
@@ -36,7 +36,7 @@ class BandwidthCounter:
                 windows = most // self.window + 2
                 if windows > len(self.bytes[name]):
                     self.bytes[name] = np.concatenate([self.bytes[name], np.zeros(2 * windows)])
-                _spread_bytes(starts, ends, amounts[mine], self.window, self.bytes[name])
+                spread_bytes(starts, ends, amounts[mine], self.window, self.bytes[name])
 
     def _widen(self) -> None:
         """Add up pairs of windows."""
@@ -49,17 +49,3 @@ class BandwidthCounter:
         rate = np.append(self.bytes[name], 0.0) * (1e6 / self.window)
         changed = np.flatnonzero(np.diff(rate, prepend=0.0))
         return self.begin + changed * self.window, rate[changed]
-
-
-@compiled
-def _spread_bytes(starts, ends, amounts, window, sums):
-    """0 <= starts <= ends, and sums has a window for the latest end: `BandwidthCounter.add` ensures both."""
-    for i in range(len(starts)):
-        a, b = starts[i], ends[i]
-        first, last = a // window, b // window
-        if first == last:
-            sums[first] += amounts[i]
-            continue
-        for w in range(first, last + 1):
-            inside = min(b, (w + 1) * window) - max(a, w * window)
-            sums[w] += amounts[i] * (inside / (b - a))

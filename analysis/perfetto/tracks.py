@@ -15,7 +15,7 @@ from analysis.trace.arguments import count_moved_bytes, read_real_argument
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import resolve_paths
 from analysis.trace.process import TracedProcess
-from analysis.trace.scan import EVENT, INLINE, STRING, EventBlock
+from analysis.trace.scan import INLINE, STRING, EventBlock
 from analysis.trace.source import BlockReader
 from analysis.trace.strings import ID, StringTable
 from common.errors import printable
@@ -168,7 +168,7 @@ class FileTracks:
     def add_block(self, block: EventBlock) -> None:
         shared = self.shared
         block.ts, block.dur = self.clock.correct_spans(block.ts, block.dur)
-        keep = (block.ph == EVENT) & (block.cat != ID["dftracer"])
+        keep = block.is_event()
         if shared.posix:
             keep &= (block.cat == ID["POSIX"]) | (block.cat == ID["STDIO"])
         if not keep.any():

@@ -11,6 +11,7 @@ from analysis.tables.read import RankEvents
 from analysis.tables.times import Windows
 from analysis.trace.classify import DATA_OPS
 from analysis.trace.strings import compiled
+from analysis.trace.windows import spread_bytes
 
 SLOWEST = 40
 _NONE, _SEQUENTIAL, _RANDOM, _STRIDED = 0, 1, 2, 3
@@ -165,9 +166,9 @@ def make_rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
     found = []
     for op in DATA_OPS:
         rows = data.filter(pl.col("op") == op)
-        moved, count = np.zeros(n), np.zeros(n, np.int64)
-        ts, dur, size = (rows[c].to_numpy() for c in ("ts", "dur", "size"))
-        _spread_bytes(ts, dur, size, first, width, moved, count)
+        starts, moved = rows["ts"].to_numpy() - first * width, np.zeros(n)
+        spread_bytes(starts, starts + rows["dur"].to_numpy(), rows["size"].to_numpy(), width, moved)
+        count = np.bincount(np.clip(starts // width, 0, n - 1), minlength=n)
         found.append(pl.DataFrame({"bin": np.arange(first, first + n), "bytes": moved, "count": count})
                      .select(pl.lit(op).alias("op"), pl.lit(width, pl.Int64).alias("width_us"), pl.all())
                      .filter((pl.col("bytes") > 0) | (pl.col("count") > 0)))  # fmt: skip
@@ -222,20 +223,3 @@ def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach
                 reach[g] = max(reach[g], end[g])
                 if offset[i] < 0:
                     position[g] = end[g]
-
-
-@compiled
-def _spread_bytes(ts, dur, size, first, width, moved, count):
-    """What begins before the first bin or ends after the last one counts there."""
-    most = len(moved) - 1
-    for i in range(len(ts)):
-        a, b = ts[i], ts[i] + dur[i]
-        one = min(max(a // width - first, 0), most)
-        last = min(max(b // width - first, one), most)
-        count[one] += 1
-        if one == last:
-            moved[one] += size[i]
-            continue
-        for k in range(one, last + 1):
-            low, high = max(a, (k + first) * width), min(b, (k + 1 + first) * width)
-            moved[k] += size[i] * (high - low) / dur[i]

@@ -1,7 +1,7 @@
-"""Is every byte in the trace? The bytes that the run counted, against the POSIX calls in the trace.
+"""Is every byte in the trace? The bytes that the run counted, against the calls in the trace.
 
 The run's count is in results.json: bytes_read and bytes_written, by rank and file. The trace's count is what
-the read and write calls returned, by the same rank (its forked workers included) and file.
+the read and write calls moved, by the same rank (its forked workers included) and file.
 A launch that was stopped leaves no results.json: the bytes that its data/read spans declare are compared.
 """
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from analysis.trace.arguments import count_moved_bytes
 from analysis.trace.classify import CALLS, classify
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import to_frame
@@ -69,7 +70,9 @@ def _resolve_files(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
 
 
 def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
+    _, moved = count_moved_bytes(block, reader.strings)
     events = to_frame(block, reader.strings, reader.paths, 0, _COLUMNS)
+    events = events.with_columns(pl.Series("moved", moved[block.is_event()]))
     meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
     events = events.join(
         meaning.with_columns(pl.col("kind", "op").cast(pl.Categorical)),
@@ -80,8 +83,7 @@ def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[
     )
     is_call = pl.col("cat").cast(pl.String).is_in(CALLS)
     data = pl.col("op").cast(pl.String).is_in(["read", "write"])
-    # STDIO reports items, not bytes, in some calls: what the call returned is what it moved
-    size = pl.when(data).then(pl.coalesce("ret", "bytes", pl.lit(0)).clip(0, MAX_BYTES))
+    size = pl.when(data).then("moved")
     size = size.when(pl.col("op") == "seek").then(pl.col("ret"))
     calls = events.filter(is_call).with_columns(
         size.alias("size"), (pl.col("ret") < 0).fill_null(False).alias("failed")

@@ -2,24 +2,36 @@
 
 import numpy as np
 
-from analysis.trace.scan import EVENT, FLOAT, INT, MAX_BYTES, EventBlock
+from analysis.trace.classify import CALLS, op_of
+from analysis.trace.scan import FLOAT, INT, MAX_BYTES, EventBlock
 from analysis.trace.strings import ID, StringTable, compiled
 
-READ_CALLS = ("read", "pread", "pread64", "readv", "preadv", "preadv64", "preadv2")
-WRITE_CALLS = ("write", "pwrite", "pwrite64", "writev", "pwritev", "pwritev64", "pwritev2")
 NO_CALL, READ, WRITE = 0, 1, 2  # directions
+_DIRECTIONS = {"read": READ, "write": WRITE}
+_NOT_THERE = -(1 << 62)  # beyond what an argument can be
 
 
 def count_moved_bytes(block: EventBlock, strings: StringTable) -> tuple[np.ndarray, np.ndarray]:
-    """Per event: NO_CALL, READ or WRITE (uint8), and the bytes that the call moved (int64), which is what a
-    POSIX call returned.
+    """Per event: NO_CALL, READ or WRITE (uint8), and the bytes that the call moved (int64).
+
+    A POSIX call returns its bytes. fread and fwrite return items; the size of one is their argument `size`.
+    Where a trace has no return value, the argument `bytes` counts.
     """
-    direction = np.zeros(len(strings) + 1, np.uint8)
-    for names, value in ((READ_CALLS, READ), (WRITE_CALLS, WRITE)):
-        direction[[ID[name] for name in names]] = value
-    kinds = np.where((block.cat == ID["POSIX"]) & (block.ph == EVENT), direction[block.name], NO_CALL)
-    amounts = np.clip(read_argument(block, ID["ret"]), 0, MAX_BYTES)
-    return kinds.astype(np.uint8), np.where(kinds == NO_CALL, 0, amounts)
+    is_call = block.is_event() & np.isin(block.cat, [ID[cat] for cat in CALLS])
+    used = np.zeros(len(strings) + 1, np.bool_)
+    used[block.name[is_call]] = True
+    direction = np.zeros(len(used), np.uint8)
+    for number in np.flatnonzero(used).tolist():
+        direction[number] = _DIRECTIONS.get(op_of(strings.text(number)), NO_CALL)
+    kinds = np.where(is_call, direction[block.name], NO_CALL).astype(np.uint8)
+    amounts = read_argument(block, ID["ret"], _NOT_THERE)
+    amounts = np.where(amounts == _NOT_THERE, read_argument(block, ID["bytes"]), amounts)
+    amounts = np.clip(amounts, 0, MAX_BYTES)
+    in_items = (block.cat == ID["STDIO"]) & (kinds != NO_CALL)
+    if in_items.any():
+        item = np.where(in_items, np.clip(read_argument(block, ID["size"], 1), 1, MAX_BYTES), 1)
+        amounts = np.minimum(amounts, MAX_BYTES // item) * item
+    return kinds, np.where(kinds == NO_CALL, 0, amounts)
 
 
 def read_argument(block: EventBlock, key: int, missing: int = 0) -> np.ndarray:

@@ -5,6 +5,7 @@ rule knows has no kind: its time counts as "other", it is never counted as work.
 """
 
 import re
+from functools import lru_cache
 
 import polars as pl
 
@@ -47,8 +48,8 @@ _SPANS = [  # category, name, kind; the first that matches wins
 _RULES = [(re.compile(cat, re.I), re.compile(name, re.I), kind) for cat, name, kind in _SPANS]
 
 _OPS = [
-    (r"(p?read(64|v|v64)?|f?readv?|fread(_unlocked)?|fgets|fgetc|mpi_file_i?read.*|h5dread.*)", "read"),
-    (r"(p?write(64|v|v64)?|fwrite(_unlocked)?|fputs|fputc|fprintf|mpi_file_i?write.*|h5dwrite.*)", "write"),
+    (r"(p?readv?(64)?(v2)?|fread(_unlocked)?|fgets|fgetc|mpi_file_i?read.*|h5dread.*)", "read"),
+    (r"(p?writev?(64)?(v2)?|fwrite(_unlocked)?|fputs|fputc|fprintf|mpi_file_i?write.*|h5dwrite.*)", "write"),
     (r"(open(at)?(64)?|creat(64)?|f(d)?open(64)?|freopen(64)?|mpi_file_open|h5fopen|h5fcreate)", "open"),
     (r"(f?close|mpi_file_close|h5fclose)", "close"),
     (r"(l?seek(64)?|_?llseek|fseek(o)?(64)?|rewind|ftell(o)?(64)?)", "seek"),
@@ -67,6 +68,7 @@ def kind_of(cat: str, name: str) -> str | None:
     return next((kind for c, n, kind in _RULES if c.fullmatch(cat) and n.fullmatch(name)), None)
 
 
+@lru_cache(4096)
 def op_of(name: str) -> str:
     """The operation of an intercepted call; any that is not listed is "other"."""
     return next((op for pattern, op in _CALLS if pattern.fullmatch(name)), OTHER)

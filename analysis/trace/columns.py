@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from analysis.trace.scan import EVENT, FLOAT, STRING, EventBlock
+from analysis.trace.scan import FLOAT, STRING, EventBlock
 from analysis.trace.strings import ID, StringTable, compiled
 
 COLUMNS = (
@@ -31,7 +31,7 @@ def resolve_paths(numbers: np.ndarray, paths: dict[int, int], strings: StringTab
 def to_frame(
     block: EventBlock, strings: StringTable, paths: dict[int, int], rank: int, columns: Sequence[str]
 ) -> pl.DataFrame:
-    keep = (block.ph == EVENT) & (block.cat != ID["dftracer"])
+    keep = block.is_event()
     found = np.full((len(_SOURCES), len(block)), _NONE, np.int64)
     place = np.full(len(strings) + 1, -1, np.int64)
     for name, row in _PLACE.items():

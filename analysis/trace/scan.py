@@ -85,6 +85,10 @@ class EventBlock:
     def __len__(self) -> int:
         return len(self.ph)
 
+    def is_event(self) -> np.ndarray:
+        """Which rows are events of the program (bool), not records of the tracer about itself."""
+        return (self.ph == EVENT) & (self.cat != ID["dftracer"])
+
     def copy(self) -> "EventBlock":
         """One whose columns can be changed without changing this one; the text is the same."""
         columns = {name: value.copy() for name, value in vars(self).items() if name in _CHANGEABLE}

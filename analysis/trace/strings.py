@@ -29,8 +29,6 @@ KNOWN = (
     "(none)", "hhash", "fhash", "offset", "count", "ret", "epoch", "step", "batch", "value", "split", "when",
     "file", "bytes", "name", "POSIX", "STDIO", "counter", "clock", "dftracer", "data", "read", "train",
     "barrier", "num_events", "CM", "FH", "HH", "SH", "thread_name", "start", "end", "fname", "size",
-    "pread", "pread64", "readv", "preadv", "preadv64", "preadv2",
-    "write", "pwrite", "pwrite64", "writev", "pwritev", "pwritev64", "pwritev2",
 )  # fmt: skip
 ID = {text: number for number, text in enumerate(KNOWN)}
 MAX_STRINGS = 200_000  # beyond this, new values are not kept: memory is bounded

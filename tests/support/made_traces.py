@@ -43,11 +43,13 @@ class Made:
             "tid": self.pid + thread, "ts": BEGIN + ts, "dur": dur, "ph": 1, "args": {"hhash": HASH, **args},
         })  # fmt: skip
 
-    def posix(self, name: str, ts: int, dur: int, file: str, thread: int = 0, **args: Any) -> None:
+    def posix(
+        self, name: str, ts: int, dur: int, file: str, thread: int = 0, cat: str = "POSIX", **args: Any
+    ) -> None:
         if file not in self.files:
             self.files[file] = f"{len(self.files) + (self.rank or 0) * 1000:016x}"
             self._meta("FH", file, self.files[file])
-        self.span("POSIX", name, ts, dur, thread, **args, fhash=self.files[file])
+        self.span(cat, name, ts, dur, thread, **args, fhash=self.files[file])
 
     def write(self, run: Path, end: bool = True) -> Path:
         folder = run / "trace"
