@@ -4,15 +4,14 @@ import argparse
 import contextlib
 import io
 import os
-import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from analysis.progress_bar import show_progress
-from common.errors import USAGE, UserError, printable
+from common.errors import USAGE, UserError, printable, quote_for_shell
+from common.progress import show_progress
 
 if TYPE_CHECKING:
     from analysis.perfetto.tracks import ConversionSummary
@@ -21,11 +20,18 @@ FAILED = 1  # exit code: bytes are missing in the trace, or an analysis of `fini
 SET_UP = ("numpy", "polars", "numba", "pyarrow", "isal", "tqdm")  # what a shell lacks without env.sh
 
 
+@contextlib.contextmanager
+def _show_events_read() -> Iterator[Callable[[Path, int], None]]:
+    """A function that is called with a trace file and how many of its events were read."""
+    with show_progress("analysis", " events") as bar:
+        yield lambda path, events: bar.add(events, printable(path.name))
+
+
 def run_perfetto(options: argparse.Namespace) -> int:
     from analysis.perfetto import chrome, convert
 
     convert_run = {"pftrace": convert.convert_to_pftrace, "json": chrome.convert_to_json}[options.format]
-    with show_progress() as advance:
+    with _show_events_read() as advance:
         summary = convert_run(options.run, options.output, options.posix, advance)
     _print_conversion(summary)
     return 0
@@ -51,16 +57,8 @@ def _print_conversion(summary: "ConversionSummary") -> None:
         print(f"analysis: {summary.unresolved} events name their file only by a hash", file=sys.stderr)
     print(
         f"{printable(summary.path)} ({summary.events:,} events, {size / 1e6:.1f} MB); "
-        f"to see it: python -m analysis view {_quote_for_shell(summary.path)}"
+        f"to see it: python -m analysis view {quote_for_shell(summary.path)}"
     )
-
-
-def _quote_for_shell(path: Path) -> str:
-    """A shell word of printable characters."""
-    text = os.fsdecode(path)
-    if printable(text) == text:
-        return shlex.quote(text)
-    return "$'" + printable(text.replace("\\", "\\\\")).replace("'", "\\'") + "'"
 
 
 def run_check(options: argparse.Namespace) -> int:
@@ -75,7 +73,7 @@ def run_finish(options: argparse.Namespace) -> int:
     from analysis import finish
     from analysis.tables import check
 
-    with show_progress() as advance:
+    with _show_events_read() as advance:
         outcomes = finish.run_analyses(options.run, advance)
     failed = []
     for outcome in outcomes:
@@ -99,7 +97,7 @@ def run_finish(options: argparse.Namespace) -> int:
     if not failed:
         return 0
     again = " and ".join(
-        f"python -m analysis {command} {_quote_for_shell(Path(options.run))}" for command in failed
+        f"python -m analysis {command} {quote_for_shell(Path(options.run))}" for command in failed
     )
     print(f"analysis: failed: {', '.join(failed)}; to do it again: {again}", file=sys.stderr)
     return FAILED

@@ -77,7 +77,7 @@ def make_lists(folder: str, distinct: int) -> None:
 
 
 def number(folder: str, distinct: int, least: int) -> None:
-    from dlrm.prep.job.progress import PrepProgress
+    from common.progress import StepProgress
     from dlrm.prep.steps.assign_ids import merge_column
 
     work = work_folder(folder, least)
@@ -85,7 +85,7 @@ def number(folder: str, distinct: int, least: int) -> None:
     for lane in range(LANES):
         begin, end = stretch(lane, distinct)
         sizes[lane, 0] = end - begin
-    merge_column(work, sizes, 0, PrepProgress(1, False))
+    merge_column(work, sizes, 0, StepProgress(1, False))
 
 
 def check_maps(folder: str, distinct: int, least: int) -> int:

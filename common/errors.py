@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one line that names the file or option, and the remedy."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,3 +31,11 @@ def printable(path: object) -> str:
     text = os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path)
     shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return shown if shown.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+
+
+def quote_for_shell(path: str | os.PathLike[str]) -> str:
+    """The path as one word to be typed into bash, of printable characters only."""
+    text = os.fsdecode(path)
+    if printable(text) == text:
+        return shlex.quote(text)
+    return "$'" + printable(text.replace("\\", "\\\\")).replace("'", "\\'") + "'"

@@ -15,7 +15,8 @@ from dlrm.prep.job import options as prep_options
 from dlrm.runtime import errors, ranks
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands by name."""
     parser = OneLineParser(prog="python -m dlrm.prep", description=__doc__)
     parser_class: Any = partial(OneLineParser, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=parser_class)
@@ -27,17 +28,37 @@ def make_parser() -> argparse.ArgumentParser:
     toy.add_argument("--one_file", action="store_true", help="write all rows to one file, day_0")
     add_run_options(commands.add_parser("run", help="Criteo TSV -> a dataset folder"))
     check = commands.add_parser("check", help="verify a finished dataset folder")
-    check.add_argument("folder", type=Path)
+    check.add_argument("folder", type=Path, help="the folder with meta.json")
     add_multihot_options(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
     add_script_options(commands)
-    return parser
+    return parser, commands.choices
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Options that no command knows are reported by the command that they were given to."""
+    parser, commands = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, without the usage text."""
+    """Reports a wrong option in one line that names the command's own help."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(errors.USAGE, f"dlrm.prep: {printable(message)} (--help lists the options)\n")
+        self.exit(errors.USAGE, f"dlrm.prep: {printable(message)} ({self.prog} --help lists the options)\n")
+
+
+class RenamedOption(argparse.Action):
+    """An option under the name of an earlier release: it sets the new one, with a warning."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        if ranks.find_ranks().first:
+            print(
+                f"dlrm.prep: {option_string} is now --{self.dest}; this release accepts both", file=sys.stderr
+            )
 
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
@@ -93,11 +114,13 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         help="id maps up to this size stay in memory; larger ones are read from disk [96 MiB]",
     )
     add(
-        "--giant",
+        "--bitmap_entries",
         type=int,
         default=8 << 20,
         help="number the ids of a column with more entries than this by a bitmap [8 Mi]",
     )
+    add("--giant", dest="bitmap_entries", type=int, action=RenamedOption, help=argparse.SUPPRESS,
+        default=argparse.SUPPRESS)  # fmt: skip
     add("--keep_tmp", action="store_true", help="keep the intermediate files")
     add("--restart", action="store_true", help="discard the files of an earlier, unfinished run")
 
@@ -123,20 +146,42 @@ def add_script_options(commands: Any) -> None:
     contiguous = commands.add_parser("contiguous", help="contiguous_preproc_criteo alone")
     shuffle = commands.add_parser("shuffle", help="shuffle_preproc_criteo alone")
     for command in (parse, contiguous):
-        command.add_argument("--input_dir", type=Path, required=True)
-        command.add_argument("--output_dir", type=Path, required=True)
-    parse.add_argument("--dataset_name", dest="dataset", choices=prep_options.DATASETS, default="")
+        what = "the TSV files" if command is parse else "the arrays of parse, day_*_{dense,sparse,labels}.npy"
+        command.add_argument("--input_dir", type=Path, required=True, help=f"folder of {what}")
+        command.add_argument("--output_dir", type=Path, required=True, help="folder for the arrays")
+    parse.add_argument(
+        "--dataset_name",
+        dest="dataset",
+        choices=prep_options.DATASETS,
+        default="",
+        help="[by the files in INPUT_DIR]",
+    )
     parse.add_argument(
         "--workers",
         type=parse_workers,
         default=1,
         help="processes, at most one per input file; more than that become threads within them [1]",
     )
-    contiguous.add_argument("--frequency_threshold", dest="threshold", type=parse_count, default=0)
-    shuffle.add_argument("--input_dir_labels_and_dense", dest="dense_dir", type=Path, required=True)
-    shuffle.add_argument("--input_dir_sparse", dest="sparse_dir", type=Path, required=True)
-    shuffle.add_argument("--output_dir_shuffled", dest="output_dir", type=Path, required=True)
-    shuffle.add_argument("--random_seed", dest="seed", type=parse_count, default=0)
+    contiguous.add_argument(
+        "--frequency_threshold",
+        dest="threshold",
+        type=parse_count,
+        default=0,
+        help="ids that occur less often get id 1 [0: off]",
+    )
+    for name, dest, text in (
+        (
+            "--input_dir_labels_and_dense",
+            "dense_dir",
+            "folder of the labels and counts, as parse writes them",
+        ),
+        ("--input_dir_sparse", "sparse_dir", "folder of the ids, as contiguous writes them"),
+        ("--output_dir_shuffled", "output_dir", "folder for the shuffled arrays"),
+    ):
+        shuffle.add_argument(name, dest=dest, type=Path, required=True, help=text)
+    shuffle.add_argument(
+        "--random_seed", dest="seed", type=parse_count, default=0, help="seed of the shuffle [0]"
+    )
     shuffle.add_argument("--tmp_dir", type=Path, help="folder for intermediate files [OUTPUT_DIR_SHUFFLED]")
 
 
@@ -219,7 +264,7 @@ COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), run_script)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code; a UserError becomes one line on stderr, from rank 0 only."""
-    args = make_parser().parse_args(argv)
+    args = parse_arguments(argv)
     try:
         with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
             COMMANDS[args.command](args)

@@ -10,7 +10,6 @@ checkpoint, because it writes them again.
 import contextlib
 import json
 import os
-import shutil
 import stat
 import sys
 import threading
@@ -20,12 +19,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import parse_json, read_bytes
 from common.lock import FolderLock
 from common.owned import LEDGER, OutputFolder
+from common.progress import open_terminal_bar
 from dlrm.config.parser import as_json
 
 METRICS = "metrics.jsonl"
@@ -197,11 +195,7 @@ class RunFolder:
         """
         self._total_steps, self._steps_before, self._started_at = total_steps, steps_before, time.time()
         if show_bar and self._first:
-            size = shutil.get_terminal_size((100, 24))  # some terminals say 0 x 0: tqdm would hide the bar
-            self._bar = tqdm(
-                total=total_steps, unit="step", desc="train", disable=not sys.stderr.isatty(),
-                ncols=size.columns, nrows=size.lines,
-            )  # fmt: skip
+            self._bar = open_terminal_bar("train", "step", total_steps)
 
     def log_metrics(self, **values: Any) -> None:
         """One line of metrics.jsonl, TensorBoard's scalars, and one line on stdout (or a step of the bar).

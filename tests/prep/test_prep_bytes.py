@@ -145,7 +145,7 @@ def test_giant_columns_by_bitmap(days: Path, tmp_path: Path, least: int) -> None
     """The bitmap for giant columns: a tiny limit makes two columns giant."""
     flags = ["--frequency_threshold", str(least), "--part_bytes", "90000"]
     wanted = run(days, tmp_path / "tables", *flags)
-    got = run(days, tmp_path / "bitmaps", *flags, "--giant", "2600")
+    got = run(days, tmp_path / "bitmaps", *flags, "--bitmap_entries", "2600")
     same(wanted, got)
 
 

@@ -1,17 +1,12 @@
 """What a run prints and records: progress bar, plain lines, TensorBoard, counts of ids, unused options."""
 
-import os
-import pty
 import re
-import select
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.terminal import run_on_terminal
 
 from dlrm.config.parser import parse_options
 from dlrm.models.dlrm.options import Config
@@ -19,32 +14,6 @@ from dlrm.models.dlrm.unused_options import list_unused_options
 
 ROOT = Path(__file__).parents[2]
 HOTS = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 10, 27, 10, 3, 1, 1]
-
-
-def on_a_terminal(*words: object) -> str:
-    """Everything that the command shows on its terminal."""
-    shown, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}, close_fds=True,
-    )  # fmt: skip
-    os.close(theirs)
-    text, end = b"", time.monotonic() + 120
-    try:
-        while time.monotonic() < end:
-            if select.select([shown], [], [], 0.2)[0]:
-                try:
-                    piece = os.read(shown, 65536)
-                except OSError:  # the other side is closed
-                    break
-                if not piece:
-                    break
-                text += piece
-        assert process.wait(30) == 0, text.decode()
-    finally:
-        process.kill()
-        os.close(shown)
-    return text.decode()
 
 
 def test_a_bar_on_a_terminal_and_lines_elsewhere(toy: Path, tmp_path: Path, train: Any) -> None:
@@ -57,7 +26,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(toy: Path, tmp_path: Path, trai
         "--report_every",
         5,
     ]
-    seen = on_a_terminal("-m", "dlrm.train", *words, "--output_dir", tmp_path / "terminal")
+    seen = run_on_terminal("-m", "dlrm.train", *words, "--output_dir", tmp_path / "terminal")
     assert re.search(r"train:\s+100%\|█+\| 59/59 \[\d+:\d+<00:00", seen)
     assert re.search(r"loss 0\.\d+, lr 0\.02, [\d,]+ samples/s", seen)
     assert "test: samples 1500" in seen

@@ -15,6 +15,7 @@ import torch
 
 from common.errors import UserError, printable
 from common.memory import refuse_too_large
+from common.progress import StepProgress
 from dlrm.data.batches import BatchLoader
 from dlrm.data.prefetch import Prefetcher
 from dlrm.models.bert4rec import cache, ratings
@@ -22,7 +23,6 @@ from dlrm.models.bert4rec.model import BertBatch, make_features
 from dlrm.models.bert4rec.options import BertConfig, BertData
 from dlrm.models.bert4rec.sequence_reader import EvaluationSequences, SequenceRows, TrainingSequences
 from dlrm.models.bert4rec.sequences import Histories, count_candidates, draw_negatives, make_histories
-from dlrm.prep.job.progress import PrepProgress
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
 
@@ -176,7 +176,7 @@ def cache_folder(data: BertData, seed: int, path: Path | None) -> Path | None:
 def make_data(
     data: BertData, options: ratings.RatingsOptions, path: Path | None, seed: int, show: bool
 ) -> PreparedData:
-    progress = PrepProgress(3, show)
+    progress = StepProgress(3, show)
     with progress.step("ratings"):
         raw = ratings.read_ratings(data.dataset_name, path, options)
         progress.add(rows=len(raw.user))

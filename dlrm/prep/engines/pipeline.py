@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, printable
+from common.progress import StepProgress
 from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta
 from dlrm.prep.io import inputs, publish
 from dlrm.prep.io.files import format_bytes
@@ -32,7 +33,6 @@ from dlrm.prep.io.folders import Folders, Output, discard_files
 from dlrm.prep.io.inputs import FileStamps
 from dlrm.prep.io.spill import RECORD_BYTES
 from dlrm.prep.job.options import PrepOptions
-from dlrm.prep.job.progress import PrepProgress
 from dlrm.prep.job.workers import Workers
 from dlrm.prep.steps import assign_ids, parse, permute, unpack
 from dlrm.prep.steps.place import Placer, load_maps, translate_piece
@@ -56,8 +56,10 @@ def run(options: PrepOptions, workers: Workers) -> None:
         names = publish.list_result_names(options, input_files)
         key = make_resume_key(options, stamps)
         folders = workers.compute_on_first(lambda: output.open(key, names, options.restart))
-        transform_and_publish(options, workers, input_files, stamps, folders)
+        meta = transform_and_publish(options, workers, input_files, stamps, folders)
         workers.run_on_first(lambda: None if options.keep_tmp else output.clear())
+    if workers.first:
+        print(publish.describe_dataset(options.output_dir, meta))
 
 
 def make_resume_key(options: PrepOptions, stamps: FileStamps) -> dict[str, Any]:
@@ -81,8 +83,8 @@ def transform_and_publish(
     input_files: list[inputs.InputFile],
     stamps: FileStamps,
     folders: Folders,
-) -> None:
-    progress = PrepProgress(STEPS, workers.first, workers.size)
+) -> DatasetMeta:
+    progress = StepProgress(STEPS, workers.first, workers.size)
     plan = PrepPlan(
         options, input_files, [unpack.find_text_path(source, folders.work) for source in input_files], folders
     )
@@ -99,10 +101,10 @@ def transform_and_publish(
     if not plan.path("publish").exists():
         transform_rows(plan, workers, stamps, progress)
     with progress.step("publish"):
-        digest_and_publish(plan, workers, stamps, progress)
+        return digest_and_publish(plan, workers, stamps, progress)
 
 
-def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progress: PrepProgress) -> None:
+def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progress: StepProgress) -> None:
     """From plain text to result files that are complete but not published: the steps count to place."""
     options, pieces = plan.options, range(len(plan.pieces))
     size = sum(piece.end - piece.begin for piece in plan.pieces) // workers.size
@@ -137,7 +139,7 @@ def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progres
     place_rows(plan, workers, sizes, progress)
 
 
-def place_rows(plan: PrepPlan, workers: Workers, sizes: np.ndarray, progress: PrepProgress) -> None:
+def place_rows(plan: PrepPlan, workers: Workers, sizes: np.ndarray, progress: StepProgress) -> None:
     """The steps translate and place. `sizes`: int64 [lanes, 26], distinct ids of each lane and column."""
     options, maps = plan.options, None
     if not options.contiguous or 4 * int(sizes.sum()) <= options.map_bytes:
@@ -243,7 +245,9 @@ def record_results(plan: PrepPlan) -> None:
         plan.save_json(plan.path("publish"), values)
 
 
-def digest_and_publish(plan: PrepPlan, workers: Workers, stamps: FileStamps, progress: PrepProgress) -> None:
+def digest_and_publish(
+    plan: PrepPlan, workers: Workers, stamps: FileStamps, progress: StepProgress
+) -> DatasetMeta:
     workers.run_on_first(lambda: record_results(plan))
     names = plan.load_json(plan.path("publish"))["files"]
     # Each node flushes its own writes to disk; meanwhile the digests are computed and spill files removed.
@@ -253,7 +257,7 @@ def digest_and_publish(plan: PrepPlan, workers: Workers, stamps: FileStamps, pro
             pool.submit(plan.discard_spills)
         write_digests(plan, workers, names)
     workers.raise_shared_error(synced.exception())
-    workers.run_on_first(lambda: publish_with_meta(plan, stamps, progress))
+    return workers.compute_on_first(lambda: publish_with_meta(plan, stamps, progress))
 
 
 def load_digests(plan: PrepPlan) -> dict[str, str]:
@@ -280,7 +284,7 @@ def write_digests(plan: PrepPlan, workers: Workers, names: list[str]) -> None:
     workers.run_each(groups, digest_group)
 
 
-def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: PrepProgress) -> None:
+def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: StepProgress) -> DatasetMeta:
     options, values = plan.options, plan.load_json(plan.path("publish"))
     for count, example in values["skipped"]:
         progress.print_line(f"skipped {count} bad rows, the first: {example}")
@@ -289,7 +293,7 @@ def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: PrepProgress
         digests = load_digests(plan)
         meta.md5.update({name: digests[name] for name in values["files"]})
     publish.publish_files(plan.folders, values["files"] + WITHOUT_MD5[options.format], meta, stamps)
-    print(publish.describe_dataset(options.output_dir, meta))
+    return meta
 
 
 def is_finished(options: PrepOptions, stamps: FileStamps) -> bool:

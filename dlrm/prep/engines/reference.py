@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular
-from dlrm.data.criteo import NUM_SPARSE, PARTS
+from dlrm.data.criteo import NUM_SPARSE, PARTS, DatasetMeta
 from dlrm.prep.io import inputs, odd_lines, publish
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import Folders, Output
@@ -24,14 +24,15 @@ def run(options: PrepOptions) -> None:
     stamps = inputs.FileStamps(source.path for source in input_files)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.list_result_names(options, input_files), restart=True)
-        make_dataset(options, input_files, folders, stamps)
+        meta = make_dataset(options, input_files, folders, stamps)
         if not options.keep_tmp:
             output.clear()
+    print(publish.describe_dataset(options.output_dir, meta))
 
 
 def make_dataset(
     options: PrepOptions, input_files: list[inputs.InputFile], folders: Folders, stamps: inputs.FileStamps
-) -> None:
+) -> DatasetMeta:
     tables = [read_rows(source, options) for source in input_files]
     outputs = inputs.plan_outputs(input_files, [len(table[2]) for table in tables], options.steps)
     dense = np.concatenate([take_logarithm(table[0], options) for table in tables])
@@ -49,7 +50,7 @@ def make_dataset(
         for part in ("sparse", "labels"):
             whole[part][:shuffled] = publish.round_through_float(whole[part][:shuffled])
     write_arrays(whole, outputs, options, folders.unfinished)
-    publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep", stamps)
+    return publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep", stamps)
 
 
 def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE, DatasetMeta
 from dlrm.prep.io import inputs, odd_lines, publish
 from dlrm.prep.io.folders import Folders, Output
 from dlrm.prep.io.inputs import InputFile, OutputDay
@@ -43,14 +43,15 @@ def run(options: PrepOptions) -> None:
     stamps = inputs.FileStamps(source.path for source in found)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.list_result_names(options, found), restart=True)
-        start_session(SparkSession, options, found, folders, stamps)
+        meta = start_session(SparkSession, options, found, folders, stamps)
         if not options.keep_tmp:
             output.clear()
+    print(publish.describe_dataset(options.output_dir, meta))
 
 
 def start_session(
     session: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
-) -> None:
+) -> DatasetMeta:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     here = str(Path(__file__).parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
@@ -63,14 +64,14 @@ def start_session(
     spark = builder.getOrCreate()
     try:
         spark.sparkContext.setLogLevel("ERROR")
-        make_dataset(spark, options, found, folders, stamps)
+        return make_dataset(spark, options, found, folders, stamps)
     finally:
         spark.stop()
 
 
 def make_dataset(
     spark: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
-) -> None:
+) -> DatasetMeta:
     parsed, counts = zip(*(parse_lines(spark, options, source) for source in found), strict=True)
     outputs = inputs.plan_outputs(found, list(counts), options.steps)
     starts = [0, *itertools.accumulate(counts)]
@@ -85,7 +86,7 @@ def make_dataset(
     else:
         last_ids = whole.map(lambda item: get_ids(item[1])).reduce(np.maximum).tolist()
     write_arrays(spark, options, whole, outputs, shuffled, folders)
-    publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep, Spark", stamps)
+    return publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep, Spark", stamps)
 
 
 def shift_counts(start: int):

@@ -1,7 +1,6 @@
 """The names, shapes and headers of a dataset's files, meta.json, and the publication of them all."""
 
 import json
-import shlex
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import os_errors_as_user_errors, printable
+from common.errors import os_errors_as_user_errors, printable, quote_for_shell
 from dlrm.data.criteo import META, PARTS, DatasetMeta
 from dlrm.prep.io.digests import compute_digests
 from dlrm.prep.io.files import OffsetFile, write_atomically
@@ -119,14 +118,20 @@ def write_meta(folders: Folders, meta: DatasetMeta) -> None:
 
 
 def describe_dataset(folder: Path, meta: DatasetMeta) -> str:
-    """One line for the user: the dataset's size, and the command that trains on it."""
+    """One line for the user, at the very end: the dataset's size, and the command that trains on it."""
     text = f"{printable(folder)}: {sum(meta.rows):,} rows in {meta.days} days, "
     text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to "
     text += f"{max(meta.table_sizes):,} rows ({meta.format})"
     parameters = meta.parameters
     if ("contiguous" in parameters["steps"] or parameters["max_ind_range"]) and not parameters["mod_idx"]:
-        text += f"; next: DATASET_DIR={shlex.quote(printable(folder))} ./3_train.sh"
+        text += f"; next: DATASET_DIR={quote_for_shell(folder)} {find_train_script()}"
     return text
+
+
+def find_train_script() -> str:
+    """3_train.sh as it has to be typed in the current folder."""
+    root = Path(__file__).parents[3]
+    return "./3_train.sh" if Path.cwd() == root else quote_for_shell(root / "3_train.sh")
 
 
 def make_meta(
@@ -153,7 +158,7 @@ def publish_arrays(
     last_ids: list[int],
     made_by: str,
     stamps: FileStamps,
-) -> None:
+) -> DatasetMeta:
     """Flush, digest and publish arrays that are complete, for the engines that cannot resume."""
     rows = [output.rows for output in select_days(outputs)]
     meta = make_meta(options, rows, last_ids, made_by, inputs=stamps.list_recorded())
@@ -162,7 +167,7 @@ def publish_arrays(
     if options.md5:
         meta.md5.update(compute_md5(folders, names))
     publish_files(folders, names, meta, stamps)
-    print(describe_dataset(options.output_dir, meta))
+    return meta
 
 
 def round_through_float(ids: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Options, parallel workers and progress of a run.
+"""Options and parallel workers of a run.
 
-In: the command line and MPI's ranks. Out: options, workers that share items, a progress line.
+In: the command line and MPI's ranks. Out: options, workers that share items.
 """

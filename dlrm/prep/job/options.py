@@ -26,7 +26,7 @@ NOT_IN_OUTPUT = {
     "md5",
     "restart",
     "part_bytes",
-    "giant",
+    "bitmap_entries",
     "map_bytes",
 }
 
@@ -69,7 +69,7 @@ class PrepOptions:
     map_bytes: int = 96 << 20  # id maps kept in memory while rows are placed
     part_bytes: int = 0
     # entries in the id lists of a column; above it, the bitmap of a gigabyte is smaller than a hash table
-    giant: int = 8 << 20
+    bitmap_entries: int = 8 << 20
 
     @property
     def lenient(self) -> bool:
@@ -146,7 +146,7 @@ class PrepOptions:
                            ("frequency_limit", LARGEST)):  # fmt: skip
             if getattr(self, name) > most:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at most {most}")
-        for name in ("part_bytes", "map_bytes", "giant"):
+        for name in ("part_bytes", "map_bytes", "bitmap_entries"):
             if not 0 <= getattr(self, name) <= LARGEST:
                 raise UserError(f"--{name} {getattr(self, name)}: must be from 0 to {LARGEST}")
         if self.random_seed >= 1 << 32:

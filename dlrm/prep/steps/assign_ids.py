@@ -10,8 +10,8 @@ import threading
 
 import numpy as np
 
+from common.progress import StepProgress
 from dlrm.prep.io.files import OffsetFile
-from dlrm.prep.job.progress import PrepProgress
 from dlrm.prep.kernels.intrinsics import compiled, count_ones
 from dlrm.prep.kernels.vocabulary import Vocabulary
 from dlrm.prep.steps.plan import PrepPlan
@@ -60,7 +60,7 @@ class ColumnMaps:
             return file.read_array(count, 4 * (int(self.offsets[lane]) + at), np.int32)
 
 
-def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: PrepProgress) -> None:
+def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: StepProgress) -> None:
     path = plan.path("column", column)
     if path.exists():
         return
@@ -69,7 +69,7 @@ def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: PrepP
     with trace.span("prep", "ids", bytes=4 * total, column=column):
         if plan.options.mod_idx:
             kept = merge_moduli(lists, plan.options.mod_idx)
-        elif total > plan.options.giant:
+        elif total > plan.options.bitmap_entries:
             with _giant_lock:
                 kept = merge_giant(lists, plan.options.min_count, bool(plan.options.frequency_limit))
         else:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from common.errors import UserError, printable
+from common.progress import StepProgress
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io.blocks import InputPiece, LineScanner, count_rows
 from dlrm.prep.io.files import OffsetFile, write_atomically
@@ -15,7 +16,6 @@ from dlrm.prep.io.inputs import InputFile
 from dlrm.prep.io.odd_lines import LineRules
 from dlrm.prep.io.spill import SpillFile
 from dlrm.prep.job.options import MISSING, PrepOptions
-from dlrm.prep.job.progress import PrepProgress
 from dlrm.prep.kernels.intrinsics import compiled
 from dlrm.prep.kernels.vocabulary import Vocabulary
 from dlrm.prep.steps.plan import PrepPlan
@@ -27,7 +27,7 @@ def line_rules(options: PrepOptions, source: InputFile) -> LineRules:
     return LineRules(options.lenient, source.labelled, modulo, options.empty_dense)
 
 
-def count_piece(plan: PrepPlan, number: int, progress: PrepProgress) -> None:
+def count_piece(plan: PrepPlan, number: int, progress: StepProgress) -> None:
     """Save how many rows and lines a piece has, unless an earlier run has done so."""
     path, piece = plan.path("count", number), plan.pieces[number]
     if path.exists():
@@ -49,7 +49,7 @@ class LaneParser:
     faults.
     """
 
-    def __init__(self, plan: PrepPlan, progress: PrepProgress) -> None:
+    def __init__(self, plan: PrepPlan, progress: StepProgress) -> None:
         self.plan, self.progress = plan, progress
         self._own = threading.local()
 
@@ -65,7 +65,7 @@ class LaneParser:
         parse_lane(self.plan, lane, self._own.vocabulary, self.progress)
 
 
-def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progress: PrepProgress) -> None:
+def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progress: StepProgress) -> None:
     """Write the spill files of a lane's pieces, its id lists, and a summary. Without a vocabulary ids stay
     raw.
     """
@@ -89,7 +89,7 @@ def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
 
 
 def parse_piece(
-    plan: PrepPlan, number: int, vocabulary: Vocabulary | None, last_ids: np.ndarray, progress: PrepProgress
+    plan: PrepPlan, number: int, vocabulary: Vocabulary | None, last_ids: np.ndarray, progress: StepProgress
 ) -> tuple[list[int], LineScanner]:
     """Write the spill file of one piece. Returns ([smallest, largest count], the scanner with its bad lines).
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.owned import discard_file, finish_file
+from common.progress import StepProgress
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io.files import OffsetFile, write_atomically
 from dlrm.prep.io.output import store_rows
 from dlrm.prep.io.spill import RECORD_BYTES, WORDS
 from dlrm.prep.job.options import MISSING
-from dlrm.prep.job.progress import PrepProgress
 from dlrm.prep.kernels.intrinsics import compiled, load32, make_copier, make_subtracter, prefetch, store32
 from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
@@ -110,7 +110,7 @@ def read_records(
 
 
 def translate_piece(
-    plan: PrepPlan, sizes: np.ndarray, lane: int, number: int, progress: PrepProgress
+    plan: PrepPlan, sizes: np.ndarray, lane: int, number: int, progress: StepProgress
 ) -> None:
     """Rewrite a piece's records with the dataset's ids, where all maps together are too large for memory."""
     final, spill = plan.path("piece", number, "final"), plan.path("piece", number, "spill")
@@ -150,7 +150,7 @@ class Placer:
     `maps`: ids are mapped while rows are placed; None if they are final already (raw, or translated before).
     """
 
-    def __init__(self, plan: PrepPlan, maps: IdMaps | None, progress: PrepProgress) -> None:
+    def __init__(self, plan: PrepPlan, maps: IdMaps | None, progress: StepProgress) -> None:
         self.plan, self.maps, self.progress = plan, maps, progress
         self._own = threading.local()
         self._opened: list[OffsetFile] = []

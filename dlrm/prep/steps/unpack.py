@@ -8,9 +8,9 @@ from pathlib import Path
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular
 from common.owned import finish_file
+from common.progress import StepProgress
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.inputs import InputFile
-from dlrm.prep.job.progress import PrepProgress
 from dlrm.runtime import trace
 
 BLOCK = 1 << 20
@@ -21,7 +21,7 @@ def find_text_path(source: InputFile, folder: Path) -> Path:
     return folder / f"{source.name}.text" if source.compressed else source.path
 
 
-def unpack_file(source: InputFile, folder: Path, progress: PrepProgress) -> None:
+def unpack_file(source: InputFile, folder: Path, progress: StepProgress) -> None:
     target = find_text_path(source, folder)
     if not source.compressed or target.exists():
         return

@@ -12,6 +12,7 @@ import numpy as np
 
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.memory import format_size
+from common.progress import show_progress
 from dlrm.data.criteo import MOST_DAYS, NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import Output, publish_results
@@ -47,11 +48,13 @@ def write_days(out: str | os.PathLike[str], days: int, rows: int, seed: int, one
     names = ["day_0"] if one_file else [f"day_{day}" for day in range(days)]
     with Output("toy", Path(out)) as output:
         folders = output.open([], names, restart=True)
-        for day in range(days):
-            with OffsetFile(folders.unfinished / names[0 if one_file else day], "a") as file:
-                for begin in range(0, rows, BLOCK):
-                    rng = np.random.default_rng([seed, day, begin])
-                    file.append(format_tsv(min(BLOCK, rows - begin), rng, seed))
+        with show_progress("toy", " rows", days * rows, line_seconds=5.0) as bar:
+            for day in range(days):
+                with OffsetFile(folders.unfinished / names[0 if one_file else day], "a") as file:
+                    for begin in range(0, rows, BLOCK):
+                        rng = np.random.default_rng([seed, day, begin])
+                        file.append(format_tsv(min(BLOCK, rows - begin), rng, seed))
+                        bar.add(min(BLOCK, rows - begin))
         publish_results(folders, names, names[0], r"day_\d+", lambda: None)
         output.clear()
 

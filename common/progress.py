@@ -1,0 +1,158 @@
+"""The progress of a piece of work on stderr: a tqdm bar on a terminal, plain lines in a log.
+
+In: how much was done. Out: text for people; nothing on ranks that do not show it. tqdm is imported only when
+there is something to show.
+"""
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def open_terminal_bar(label: str, unit: str, total: int | None = None, done: int = 0, **more: Any) -> Any:
+    """A tqdm bar on stderr; a disabled one where that is no terminal. `more`: other options of tqdm."""
+    from tqdm import tqdm
+
+    size = shutil.get_terminal_size((100, 24))  # some terminals say 0 x 0: tqdm would hide the bar
+    return tqdm(
+        desc=label, unit=unit, total=total, initial=done, disable=not sys.stderr.isatty(),
+        ncols=size.columns or 100, nrows=size.lines or 24, **more,
+    )  # fmt: skip
+
+
+class ProgressBar:
+    """Counts units of work and shows them. Threads may share it.
+
+    `total`: units in all, if known. `line_seconds`: between two lines in a log, so that short work prints
+    none. `show` is false on all ranks but one.
+    """
+
+    def __init__(
+        self, label: str, unit: str, total: int | None = None, line_seconds: float = 30.0, show: bool = True
+    ) -> None:
+        self.label, self.unit, self.total, self.line_seconds = label, unit, total, line_seconds
+        self.count, self.note = 0, ""
+        self._show, self._lock = show, threading.Lock()
+        self._begun = self._last_line = time.monotonic()
+        on_terminal = show and sys.stderr.isatty()
+        self._bar = (
+            open_terminal_bar(label, unit, total, leave=False, unit_scale=True) if on_terminal else None
+        )
+
+    def add(self, count: int, note: str = "") -> None:
+        """`note`: a word on what is being worked on, shown behind the numbers."""
+        with self._lock:
+            self.count += count
+            self.note = note or self.note
+            self._show_if_due()
+
+    def refresh(self) -> None:
+        """Show the time that has passed, though nothing was added."""
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def _show_if_due(self) -> None:
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.note, refresh=False)
+            self._bar.update(self.count - self._bar.n)
+        elif self._show and now - self._last_line >= self.line_seconds:
+            self._last_line = now
+            print(self.describe(now - self._begun), file=sys.stderr, flush=True)
+
+    def describe(self, seconds: float) -> str:
+        if not self.count:
+            return f"{self.label}: {seconds:.0f} s"
+        from tqdm import tqdm
+
+        return tqdm.format_meter(
+            self.count, self.total or 0, seconds, ncols=0, prefix=self.label, unit=self.unit, unit_scale=True,
+            postfix=self.note or None,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextmanager
+def show_progress(
+    label: str, unit: str, total: int | None = None, line_seconds: float = 30.0, show: bool = True
+) -> Iterator[ProgressBar]:
+    """The `with` block is the work; see `ProgressBar`."""
+    bar = ProgressBar(label, unit, total, line_seconds, show)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class StepProgress:
+    """A bar for each step of a job, "step n of m", and a line when it is done. Threads may share it.
+
+    `show`: print anything at all; set on rank 0 only. With several ranks it shows rank 0's share, and says
+    so.
+    """
+
+    LINE_SECONDS, BAR_SECONDS = 5.0, 0.2  # between two lines in a log, two updates on a terminal
+
+    def __init__(self, steps: int, show: bool, ranks: int = 1) -> None:
+        self._steps, self._show = steps, show
+        self._whose = f" (rank 0 of {ranks})" if ranks > 1 else ""
+        self._number = 0
+        self._lock = threading.Lock()
+        self.rows = self.bytes = 0
+
+    def add(self, rows: int = 0, bytes: int = 0) -> None:
+        with self._lock:
+            self.rows += rows
+            self.bytes += bytes
+
+    def print_line(self, text: str) -> None:
+        if self._show:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def step(self, name: str, rows: int = 0, bytes: int = 0) -> Iterator[None]:
+        """The `with` block is one step. `rows` or `bytes`: this rank's share of it, to estimate the time
+        left.
+        """
+        self._number += 1
+        self.rows = self.bytes = 0
+        label = f"step {self._number} of {self._steps} {name}{self._whose}"
+        unit, total = ("B", bytes or None) if bytes else (" rows", rows or None)
+        begun, done = time.monotonic(), threading.Event()
+        with show_progress(label, unit, total, self.LINE_SECONDS, self._show) as bar:
+
+            def refresh_until_done() -> None:
+                while not done.wait(self.BAR_SECONDS):
+                    with self._lock:
+                        count = self.bytes if bytes else self.rows
+                    bar.add(count - bar.count, f"{self.rows:,} rows" if bytes and self.rows else "")
+                    bar.refresh()
+
+            clock = threading.Thread(target=refresh_until_done, name="progress", daemon=True)
+            if self._show:
+                clock.start()
+            try:
+                yield
+            finally:
+                done.set()
+                if self._show:
+                    clock.join()
+        self.print_line(f"{label}: {self._sum_up(time.monotonic() - begun)} done")
+
+    def skip(self, name: str, why: str) -> None:
+        """Count a step that has nothing to do."""
+        self._number += 1
+        self.print_line(f"step {self._number} of {self._steps} {name}: {why}")
+
+    def _sum_up(self, seconds: float) -> str:
+        parts = [f"{self.rows:,} rows"] if self.rows else []
+        if self.bytes:
+            parts.append(f"{self.bytes / 1e6 / max(seconds, 1e-6):,.0f} MB/s")
+        return ", ".join([*parts, f"{seconds:.1f} s"])
