@@ -44,7 +44,10 @@ class RunOptions:
     evaluate_on_training_end: bool = option(False, "test after the last epoch")
     validation_freq_within_epoch: int | None = option(None, "validate every N steps")
     validation_auroc: float | None = option(None, "stop once validation reaches this AUROC")
+    validation_split: str = option("val", "the rows that validations score", ("val", "test"))
+    test_after: float = option(0.0, "no validation before X epochs are trained")
     max_steps: int | None = option(None, "stop after N steps in all")
+    benchmark_warmup_steps: int = option(1, "first steps that samples_per_second of results.json leaves out")
     report_every: int = option(20, "steps between two reports of loss and samples per second")
     print_lr: bool = option(False, "print the learning rate of every step")
     print_progress: bool = option(False, "a progress bar on rank 0")
@@ -65,7 +68,7 @@ class RunOptions:
             1, self, "epochs", "report_every", "timeout", "validation_freq_within_epoch", "max_steps",
             "trace_flush_ms",
         )  # fmt: skip
-        check_at_least(0, self, "seed")
+        check_at_least(0, self, "seed", "test_after", "benchmark_warmup_steps")
         check_at_most(LARGEST_SEED, self, "seed")
         check_at_most(LONGEST_WAIT, self, "timeout", "trace_flush_ms")
         if self.exchange == "gloo":

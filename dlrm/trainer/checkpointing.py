@@ -215,7 +215,7 @@ class CheckpointManager(loop.Hooks):
     def _describe_training(self) -> dict[str, Any]:
         """Everything that is not a tensor, as JSON values; `resume.check_state` says what must be there."""
         trainer = self.trainer
-        val = trainer.results.get("val")
+        val = trainer.results.get(trainer.options.run.validation_split)
         just_validated = val and self._validated_step == trainer.progress.step
         return {
             "step": trainer.progress.step,

@@ -58,6 +58,8 @@ class Progress:
     position: dict[str, Any] | None = None  # in the rows, after the last step; None: start of the epoch
     validating_at: str | None = None  # "epoch" or "step": a validation is running, at the end of which
     target_reached: bool = False  # a validation reached --validation_auroc
+    best_score: float | None = None  # of all validations
+    best_epoch: float | None = None  # epochs trained until then, with the fraction of the last one
     loss_scale: float = 1.0  # of fp16
     steps_since_overflow: int = 0  # or since the loss scale changed
     skipped_steps: int = 0  # whose gradients overflowed
@@ -72,6 +74,7 @@ class Limits:
     report_every: int = 20  # steps
     warmup_steps: int = 1  # not timed: allocations and first connections
     validation_freq: int | None = None  # steps
+    first_validation: int = 0  # step before which there is none
     target_score: float | None = None  # stop once a validation reaches it
     score_metric: str = "auroc"  # the metric that is compared with it
     evaluate_on_epoch_end: bool = False
@@ -174,7 +177,7 @@ def run_training(
                 if meter.steps == limits.report_every or at_end or progress.step == limits.warmup_steps:
                     report_steps(meter, progress, log_metrics, timed=progress.step > limits.warmup_steps)
                 due = limits.validation_freq and progress.step % limits.validation_freq == 0
-                if due and validate_at("step"):
+                if due and progress.step >= limits.first_validation and validate_at("step"):
                     return True
                 if at_end:
                     return False
@@ -182,7 +185,8 @@ def run_training(
             if meter.steps:
                 report_steps(meter, progress, log_metrics)
         progress.epoch, progress.position = progress.epoch + 1, None
-        if limits.evaluate_on_epoch_end and validate_at("epoch"):
+        due = limits.evaluate_on_epoch_end and progress.step >= limits.first_validation
+        if due and validate_at("epoch"):
             return True
         hooks.after_epoch()
     return False
@@ -238,7 +242,8 @@ def report_steps(
     `timed`: count the steps in results.json's samples_per_second.
     """
     with trace.span("train", "report"):
-        first = progress.step - meter.steps + 1
+        steps = meter.steps
+        first = progress.step - steps + 1
         loss, rows, seconds = meter.reduce_and_reset()
         if not math.isfinite(loss):
             error = UserError(
@@ -254,7 +259,7 @@ def report_steps(
         speed = rows / seconds
         log_metrics(
             step=progress.step, epoch=progress.epoch, loss=loss, lr=progress.lr, samples=progress.samples,
-            samples_per_second=speed,
+            samples_per_second=speed, step_time=seconds / steps,
         )  # fmt: skip
         trace.counter("loss", loss)
         trace.counter("samples_per_second", speed)

@@ -130,7 +130,8 @@ STATE: dict[str, tuple[type, ...]] = {
 PROGRESS: dict[str, tuple[type, ...]] = {
     "step": COUNT, "epoch": COUNT, "lr": NUMBER, "samples": COUNT, "seconds": NUMBER, "timed_samples": COUNT,
     "val_scores": (list,), "position": (dict, type(None)), "validating_at": (str, type(None)),
-    "target_reached": (bool,), "loss_scale": NUMBER, "steps_since_overflow": COUNT, "skipped_steps": COUNT,
+    "target_reached": (bool,), "best_score": (*NUMBER, type(None)), "best_epoch": (*NUMBER, type(None)),
+    "loss_scale": NUMBER, "steps_since_overflow": COUNT, "skipped_steps": COUNT,
 }  # fmt: skip
 POSITION: dict[str, tuple[type, ...]] = {
     "epoch": COUNT, "step": COUNT, "rows": COUNT, "segments": (list,), "seed": COUNT,
@@ -142,6 +143,7 @@ OLD_PROGRESS_KEYS = {
     "val_aurocs": "val_scores", "judging": "validating_at", "good": "target_reached",
     "good_steps": "steps_since_overflow",
 }  # fmt: skip
+ADDED_PROGRESS_KEYS = ("best_score", "best_epoch")  # which earlier checkpoints lack
 
 
 def check_state(found: Checkpoint, with_progress: bool) -> tuple[loop.Progress | None, list[str]]:
@@ -157,6 +159,8 @@ def check_state(found: Checkpoint, with_progress: bool) -> tuple[loop.Progress |
         return None, []
     values = found.state["progress"]
     old_keys += _rename_keys(values, OLD_PROGRESS_KEYS)
+    for key in ADDED_PROGRESS_KEYS:
+        values.setdefault(key, None)
     _check_values(found, "progress/", values, PROGRESS)
     marker = found.path / folder.MARKER
     if not 1 <= found.state["world_size"] <= len(found.files):  # every rank writes a file

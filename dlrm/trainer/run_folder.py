@@ -16,6 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ class RunFolder:
 
     def _show_step(self, values: dict[str, Any]) -> None:
         text = (
-            f"loss {values['loss']:.5f}, lr {values['lr']:.4g}, {values['samples_per_second']:,.0f} samples/s"
+            f"loss {values['loss']:.5f}, lr {values['lr']:.4g}, "
+            f"{values['samples_per_second']:,.0f} samples/s, step_time {values['step_time']:.6f}"
         )
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(text)
@@ -231,8 +233,9 @@ class RunFolder:
         done = values["step"] - self._steps_before
         to_do = self._total_steps - values["step"]
         left = (time.time() - self._started_at) * to_do / done if done > 0 else 0
+        eta = timedelta(seconds=round(left))
         self.print_line(
-            f"epoch {values['epoch']} step {values['step']}/{self._total_steps}: {text}, {left:.0f} s left"
+            f"epoch {values['epoch']} step {values['step']}/{self._total_steps}: {text}, eta {eta}"
         )
 
     def warn(self, text: str) -> None:

@@ -8,6 +8,7 @@ sharding and optimizer, `Trainer` has the pipelines, the loop and the evaluation
 trains, tests and writes the results.
 """
 
+import math
 import os
 import sys
 import time
@@ -219,7 +220,9 @@ class Trainer:
             epochs=run.epochs,
             max_steps=run.max_steps,
             report_every=run.report_every,
+            warmup_steps=run.benchmark_warmup_steps,
             validation_freq=run.validation_freq_within_epoch,
+            first_validation=math.ceil(run.test_after * self.epoch_steps),
             target_score=run.validation_auroc,
             score_metric=self.score_metric,
             evaluate_on_epoch_end=run.evaluate_on_epoch_end,
@@ -229,7 +232,7 @@ class Trainer:
         self.mlperf_log.log_run_start(self.epoch_steps)
         target_reached = loop.run_training(
             self.pipeline, self.datasets.train, self.progress, limits, self.set_next_lr,
-            lambda: self.evaluate("val"), self.log_metrics, self.meter, self.hooks, self.mlperf_log.log_epoch,
+            self.validate, self.log_metrics, self.meter, self.hooks, self.mlperf_log.log_epoch,
         )  # fmt: skip
         self.mlperf_log.log_run_stop(target_reached, self.count_epochs())
 
@@ -254,8 +257,15 @@ class Trainer:
         self.log_metrics(step=self.progress.step, epoch=self.progress.epoch, **result)
         self.results[split] = result
         self.evaluate_seconds += result["seconds"]
-        if split == "val":
-            self.hooks.after_validation()
+        return result
+
+    def validate(self) -> dict[str, Any]:
+        """The evaluation of --validation_split, during training."""
+        result, progress = self.evaluate(self.options.run.validation_split), self.progress
+        score = result[self.score_metric]
+        if score is not None and (progress.best_score is None or score > progress.best_score):
+            progress.best_score, progress.best_epoch = score, self.count_epochs()
+        self.hooks.after_validation()
         return result
 
     # --- results
@@ -273,6 +283,8 @@ class Trainer:
             {
                 **self.collect_results(),
                 "val_scores": progress.val_scores,
+                "best_score": progress.best_score,
+                "best_epoch": progress.best_epoch,
                 "val_samples": val.get("samples"),
                 "test_samples": test.get("samples"),
                 "evaluations": self.results,

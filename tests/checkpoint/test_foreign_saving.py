@@ -61,7 +61,7 @@ def report(run: Path, steps: range, **known: Any) -> dict[str, Any]:
     records.resume_metrics(**known) if known else records.start_metrics()
     place: dict[str, Any] = {}
     for step in steps:
-        records.log_metrics(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0)
+        records.log_metrics(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0, step_time=1.0)
         place = records.metrics_position()
     records.close()
     return place

@@ -158,7 +158,7 @@ def prepare(place: Path, which: str) -> tuple[Path, Callable[[list[str]], int]]:
     records = RunFolder(str(place / "run"), True)
     records.start_metrics()
     for step in range(1, 6):
-        records.log_metrics(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0)
+        records.log_metrics(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0, step_time=1.0)
     records.close()
     return place / "run", read_metrics
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-CHANGING = ("time", "seconds", "samples_per_second", "cpu_seconds")
+CHANGING = ("time", "seconds", "samples_per_second", "step_time", "cpu_seconds")
 TOY = ["--preset", "toy", "--report_every", 5, "--batch_size", 128, "--epochs", 2]
 
 

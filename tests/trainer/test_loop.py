@@ -116,3 +116,15 @@ def test_good_enough_at_an_epoch_ends_the_training() -> None:
 def test_a_loss_that_is_not_a_number_is_reported_with_its_steps() -> None:
     with pytest.raises(UserError, match=r"the loss became nan in steps 6\.\.9"):
         Course(odd=7, report_every=4)
+
+
+def test_steps_of_the_warm_up_are_not_timed() -> None:
+    for warm, reports in ((0, [4, 8, 10]), (3, [3, 7, 10])):
+        done = Course(report_every=4, warmup_steps=warm)
+        assert [step for step, _ in done.reports] == reports
+        assert (done.progress.samples, done.progress.timed_samples) == (10 * ROWS, (10 - warm) * ROWS)
+
+
+def test_no_validation_before_its_first_step() -> None:
+    done = Course(epochs=2, validation_freq=3, evaluate_on_epoch_end=True, first_validation=12)
+    assert done.validated == [12, 15, 18, 20] and len(done.progress.val_scores) == 1

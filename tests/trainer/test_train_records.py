@@ -28,11 +28,12 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(toy: Path, tmp_path: Path, trai
     ]
     seen = run_on_terminal("-m", "dlrm.train", *words, "--output_dir", tmp_path / "terminal")
     assert re.search(r"train:\s+100%\|█+\| 59/59 \[\d+:\d+<00:00", seen)
-    assert re.search(r"loss 0\.\d+, lr 0\.02, [\d,]+ samples/s", seen)
+    assert re.search(r"loss 0\.\d+, lr 0\.02, [\d,]+ samples/s, step_time 0\.\d{6}", seen)
     assert "test: samples 1500" in seen
     plain = train(1, *words)
     assert "%|" not in plain.err[0] + plain.out[0]
-    assert re.search(r"epoch 0 step 59/59: loss 0\.\d+, lr 0\.02, [\d,]+ samples/s, 0 s left", plain.out[0])
+    last = r"epoch 0 step 59/59: loss 0\.\d+, lr 0\.02, [\d,]+ samples/s, step_time 0\.\d{6}, eta 0:00:00"
+    assert re.search(last, plain.out[0])
 
 
 def test_tensorboard_has_the_reports(toy: Path, train_here: Any) -> None:

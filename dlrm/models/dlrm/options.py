@@ -11,6 +11,7 @@ from dlrm.runtime.errors import UserError
 
 LARGEST_BATCH = ((1 << 31) - 1) // NUM_SPARSE  # rows: the ids of a batch are counted with 32 bits
 LARGEST_TABLE = (1 << 31) - 1  # rows: ids have 32 bits
+LARGEST_FACTOR = 1000  # 2^N must be a float
 LARGEST_LAYER = 1 << 24  # what fits into memory is seen once the whole model is known
 LAYERS = (
     "dense_arch_layer_sizes", "over_arch_layer_sizes", "interaction_branch1_layer_sizes",
@@ -134,6 +135,7 @@ class OptimizerOptions:
     eps: float = option(1e-8, "epsilon of adagrad and adam")
     lr_schedule: str = option("mlperf", "how warm-up, hold and decay are joined", ("mlperf", "nvidia"))
     lr_warmup_steps: int = option(0, "steps of linear warm-up")
+    lr_warmup_factor: int = option(0, "nvidia: the warm-up starts at 1 - 2^-N of the rate")
     lr_decay_start: int = option(0, "first step of the polynomial decay")
     lr_decay_steps: int = option(0, "steps of the decay; 0: none")
     change_lr: bool = option(False, "change the rate once, within the first epoch")
@@ -149,6 +151,8 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         check_at_least(1e-30, self, "grad_clip", "loss_scale")
         check_at_least(0, self, "learning_rate", "eps", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps")
+        check_at_least(0, self, "lr_warmup_factor")
+        check_at_most(LARGEST_FACTOR, self, "lr_warmup_factor")
         if self.lr_decay_steps and self.lr_decay_start < self.lr_warmup_steps:
             raise UserError("--lr_decay_start must not come before the end of --lr_warmup_steps")
 

@@ -20,6 +20,7 @@ class DLRMTrainer(Trainer):
             optim.lr_warmup_steps,
             optim.lr_decay_start,
             optim.lr_decay_steps,
+            warmup_factor=optim.lr_warmup_factor,
             change_step=int(optim.lr_change_point * self.epoch_steps),
             change_to=optim.lr_after_change_point,
         )
@@ -34,4 +35,5 @@ class DLRMTrainer(Trainer):
     def collect_results(self) -> Mapping[str, Any]:
         test = self.results.get("test", {})
         old_names = {"val_aurocs": self.progress.val_scores}  # now val_scores; written for one release
-        return {**super().collect_results(), **old_names, "test_auroc": test.get("auroc")}
+        scores = {"best_auroc": self.progress.best_score, "test_auroc": test.get("auroc")}
+        return {**super().collect_results(), **old_names, **scores}

@@ -16,7 +16,8 @@ def _unused_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
     files = ["dataset_name", "mmap_mode", "shuffle_batches", "shuffle_training_set", "read_chunk_mb"]
     many = data.multi_hot_sizes or data.kind == "multi_hot"
     layers = ["interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"]
-    schedule = ["lr_schedule", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps"]
+    schedule = ["lr_schedule", "lr_warmup_steps", "lr_warmup_factor", "lr_decay_start", "lr_decay_steps"]
+    mlperf_rate = optim.lr_schedule == "mlperf" and not optim.change_lr
     kind, validates = model.interaction_type, run.evaluate_on_epoch_end or run.validation_freq_within_epoch
     in_memory = plan.store_type == "device_mem" and not plan.sharding_file  # which may say more of a table
     rules = [
@@ -35,11 +36,17 @@ def _unused_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
         (plan, ["cache_memory_budget_mb", "persistent_path"], in_memory, "--store_type is device_mem"),
         (optim, ["lr_change_point", "lr_after_change_point"], not optim.change_lr, "without --change_lr"),
         (optim, schedule, optim.change_lr, "--change_lr is the schedule"),
+        (optim, ["lr_warmup_factor"], mlperf_rate, "--lr_schedule is not nvidia"),
         (optim, ["lr_decay_start"], not optim.lr_decay_steps, "--lr_decay_steps is 0"),
         (optim, ["loss_scale", "loss_scale_policy"], optim.amp != "fp16", "--amp is not fp16"),
         (optim, ["eps"], optim.name == "sgd", "sgd has no epsilon"),
         (run, ["tensorboard"], not run.output_dir, "without --output_dir"),
-        (run, ["validation_auroc"], not validates, "nothing validates: give --evaluate_on_epoch_end"),
+        (
+            run,
+            ["validation_auroc", "validation_split", "test_after"],
+            not validates,
+            "nothing validates: give --evaluate_on_epoch_end",
+        ),
     ]
     for group, names, idle, why in rules:
         yield ([f"--{name}" for name in names if name in _changed_options(group)] if idle else []), why

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 TOY = ["--preset", "toy", "--report_every", 1]
 
 
@@ -28,3 +30,50 @@ def test_large_tables_are_capped_and_their_ids_folded(toy: Path, train_here: Any
     assert done.losses == listed.losses and done.results["test_auroc"] == listed.results["test_auroc"]
     whole = train_here(*words, "--max_table_size", max(sizes))
     assert table_rows(whole.folder) == [max(size, 1) for size in sizes]
+
+
+def test_training_stops_once_the_test_set_reaches_an_auc(toy: Path, train: Any) -> None:
+    """On two ranks; 59 steps of 256 rows are an epoch. No validation before half of one."""
+    done = train(
+        2,
+        *on(toy, "--batch_size", 128, "--epochs", 5, "--validation_freq_within_epoch", 7),
+        *["--validation_split", "test", "--validation_auroc", 0.6, "--test_after", 0.5],
+        *["--benchmark_warmup_steps", 5, "--no-evaluate_on_training_end"],
+    )  # fmt: skip
+    assert done.codes == [0, 0], done.err
+    found = [line for line in done.metrics if "split" in line]
+    assert {line["split"] for line in found} == {"test"} and found[0]["step"] == 35
+    scores = [line["auroc"] for line in found]
+    assert scores[-1] >= 0.6 and all(score < 0.6 for score in scores[:-1])
+    results = done.results
+    assert results["steps"] == found[-1]["step"] < 5 * 59
+    assert results["best_auroc"] == results["best_score"] == results["test_auroc"] == max(scores)
+    assert results["best_epoch"] == pytest.approx(results["steps"] / 59)
+    timed = results["samples_per_second"] * results["seconds"]["train"]
+    assert timed == pytest.approx(results["samples"] - 5 * 256)
+    steps = [line for line in done.metrics if "loss" in line]
+    assert all(line["step_time"] == pytest.approx(256 / line["samples_per_second"]) for line in steps)
+
+
+def test_a_resumed_run_remembers_the_best_validation(toy: Path, train_here: Any, run_ranks: Any) -> None:
+    """One diverges after its first epoch: the best one is not the last."""
+    words = on(
+        toy, "--optimizer", "sgd", "--learning_rate", 0.1, "--checkpoint_every_steps", 1000,
+        "--change_lr", "--lr_change_point", 1.0, "--lr_after_change_point", 8,
+    )  # fmt: skip
+    first = run_ranks(1, "dlrm.train", *words)
+    assert first.results["best_epoch"] == 1 and len(first.results["val_scores"]) == 1
+    second = run_ranks(1, "dlrm.train", *words, "--epochs", 3)
+    assert len(second.results["val_scores"]) == 3
+    assert second.results["best_auroc"] == first.results["best_auroc"] == second.results["val_scores"][0]
+    assert (
+        second.results["best_epoch"] == 1
+        and max(second.results["val_scores"]) == second.results["best_score"]
+    )
+
+
+def test_the_warm_up_starts_where_its_factor_says(toy: Path, train_here: Any) -> None:
+    words = ["--lr_schedule", "nvidia", "--lr_warmup_steps", 4, "--learning_rate", 0.08, "--max_steps", 5]
+    done = train_here(*on(toy, *words, "--lr_warmup_factor", 1))
+    rates = [line["lr"] for line in done.metrics if "loss" in line]
+    assert rates == pytest.approx([0.05, 0.06, 0.07, 0.08, 0.08])
