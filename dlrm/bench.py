@@ -99,6 +99,7 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
         import torch
 
         from dlrm.checkpoint import state
+        from dlrm.data.readers import count_ids, detect_format, scan_dataset
         from dlrm.embeddings import planner
         from dlrm.models.dlrm.build import assemble_model
         from dlrm.runtime import accelerate, session
@@ -111,11 +112,15 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
         with session.errors_on_all_ranks():
             stored = open_checkpoint(bench.load_checkpoint_path) if bench.load_checkpoint_path else None
             cfg = replace(cfg, model=read_model_options(stored)) if stored else cfg
+            where = bench.in_memory_binary_criteo_path
+            kind = detect_format("stream", where) if where else "random"
+            layout = scan_dataset(kind, where or "")
             sizes, _ = criteo.choose_table_sizes(
                 cfg.model.num_embeddings,
                 cfg.model.num_embeddings_per_feature,
-                bench.in_memory_binary_criteo_path,
+                where,
                 cfg.model.max_table_size,
+                count_ids(layout),
             )
             module = assemble_model(cfg.model, sizes, device, bench.seed, bench.compile)
             constraints = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
@@ -134,7 +139,7 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
         results = []
         for size in bench.batch_sizes:
             with session.errors_on_all_ranks():
-                pool = make_batches(bench, size, sizes, here)
+                pool = make_batches(bench, size, kind, layout, sizes, here)
             with torch.no_grad():
                 results.append({"batch_size": size, **time_batches(model, pool, bench, device)})
     return results, {"device": device.type, "tables": len(sizes), "table_rows": sum(sizes), **asdict(cfg)}
@@ -166,18 +171,18 @@ def read_model_options(found: Any) -> ModelOptions:
     return ModelOptions(**keep_model_options({**options, **sizes}))
 
 
-def make_batches(bench: BenchmarkOptions, size: int, sizes: list[int], here: Ranks) -> list[Any]:
+def make_batches(
+    bench: BenchmarkOptions, size: int, kind: str, layout: Any, sizes: list[int], here: Ranks
+) -> list[Any]:
     """This rank's share of up to POOL batches."""
     from dlrm.data.batches import BatchLoader
     from dlrm.data.collate import BatchCollator
-    from dlrm.data.readers import detect_format, open_source
+    from dlrm.data.readers import open_source
 
-    where = bench.in_memory_binary_criteo_path
-    kind = detect_format("stream", where) if where else "random"
-    source = open_source(kind, where or "", "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed)
+    source = open_source(kind, layout, "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed)
     try:
         if source.rows < size:
-            raise UserError(f"--batch_sizes {size}: the test set of {where} has {source.rows} rows")
+            raise UserError(f"--batch_sizes {size}: the test set of {layout.folder} has {source.rows} rows")
         batches = BatchLoader(
             source, size // here.world_size, here.rank, here.world_size, to_batch=BatchCollator(sizes, True),
             drop_last=True, limit=POOL,

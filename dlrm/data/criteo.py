@@ -191,15 +191,31 @@ def choose_table_sizes(
     each: Sequence[int] | None,
     folder: str | os.PathLike[str] | None,
     most: int | None = None,
+    counted: Sequence[int] | None = None,
 ) -> tuple[list[int], bool]:
     """Rows per table: as asked, else from meta.json; and whether ids must be folded into them.
 
-    most: larger tables get this many rows, and ids are folded.
+    most: larger tables get this many rows, and ids are folded. counted: different ids of each column, where
+    ids are numbered while they are read; then they replace meta.json's sizes, and less is refused.
     """
-    sizes, fold = _find_table_sizes(every, each, folder)
+    sizes, fold = _find_table_sizes(every, each, folder if counted is None else None)
+    if counted is not None:
+        if every is None and each is None:
+            sizes = list(counted)
+        _refuse_small_tables(sizes, counted, "--num_embeddings" + "_per_feature" * (each is not None))
+        fold = False
     if most is None or max(sizes) <= most:
         return sizes, fold
     return [min(size, most) for size in sizes], True
+
+
+def _refuse_small_tables(sizes: Sequence[int], counted: Sequence[int], option: str) -> None:
+    for column, (rows, ids) in enumerate(zip(sizes, counted, strict=True), 1):
+        if rows < ids:
+            raise UserError(
+                f"{option}: C{column} has {ids} different ids, its table would have {rows} rows: give at "
+                f"least {ids}, or leave the option out"
+            )
 
 
 def _find_table_sizes(

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.memory import refuse_too_large
+from dlrm.data import parquet_ids
 from dlrm.data.criteo import DAY_NUMBER, META, NUM_DENSE, NUM_SPARSE, DatasetMeta, count_days, join_flaws
 from dlrm.data.npy import CountingFile, rows_of_stage
 from dlrm.data.rows import STAGES, Rows, batch_key
@@ -44,6 +45,14 @@ class ParquetLayout:
     files: dict[str, list[ParquetFile]]  # by subset (train, val, test) or by day (0, 1, ...)
     table_sizes: list[int] | None = None
     bytes_read: dict[str, int] = field(default_factory=dict)
+    shared_ids: bool = False  # OneFlow's form: ids are no rows of tables, counts come without logarithm
+    _numbering: parquet_ids.IdNumbering | None = None
+
+    def number_ids(self) -> parquet_ids.IdNumbering | None:
+        """Which row of its table an id has; None where ids are rows already. The first call reads all ids."""
+        if self.shared_ids and self._numbering is None:
+            self._numbering = collect_ids(self)
+        return self._numbering
 
     def pieces(self, stage: str) -> list[tuple[ParquetFile, range]]:
         """The files of a stage, and which rows of each."""
@@ -81,7 +90,32 @@ def scan_parquet(folder: str | os.PathLike[str]) -> ParquetLayout:
                 bad.append(f"{printable(path)} {describe_error(error)}")
     if bad:
         raise UserError(join_flaws(bad) + ": restore these files or make the dataset again")
+    if meta:
+        layout.shared_ids = bool(meta.parameters.get("mod_idx"))
+    else:
+        footers = [file.metadata for files in layout.files.values() for file in files]
+        layout.shared_ids = parquet_ids.have_shared_ids(parquet_ids.find_id_ranges(footers, SPARSE))
     return layout
+
+
+def collect_ids(layout: ParquetLayout) -> parquet_ids.IdNumbering:
+    """Read the id columns of all files, once."""
+    collector = parquet_ids.IdCollector(NUM_SPARSE, printable(layout.folder))
+    for files in layout.files.values():
+        for file in files:
+            with CountingFile(file.path, layout.bytes_read) as handle:
+                for number in range(file.metadata.num_row_groups):
+                    refuse_large_group(file, number)
+                    try:
+                        table = read_group(handle, file, number, SPARSE)
+                        for column, name in enumerate(SPARSE):
+                            collector.add(column, to_array(table.column(name).unique(), name, np.int64))
+                    except (OSError, *DAMAGED) as error:
+                        raise UserError(
+                            f"{printable(file.path)}, row group {number}: {describe_error(error)}: "
+                            "restore the file"
+                        ) from None
+    return collector.finish()
 
 
 # what arrow raises for bytes that are no Parquet; its ArrowMemoryError is a MemoryError
@@ -125,7 +159,7 @@ def open_parquet(path: str, bytes_read: dict[str, int]) -> ParquetFile:
         if schema.names.count(name) > 1:
             raise ValueError(f"has several columns {name}")
         kind = schema.field(name).type
-        if not (pa.types.is_integer(kind) or (name in DENSE and pa.types.is_floating(kind))):
+        if not (pa.types.is_integer(kind) or (name not in SPARSE and pa.types.is_floating(kind))):
             raise ValueError(
                 f"holds {printable(kind)[:60]} in column {name}, expected "
                 f"{'float' if name in DENSE else 'int32'}"
@@ -168,6 +202,7 @@ class ParquetSource:
         self.batch_key = batch_key(stage)
         self.bytes_read, self.batch = layout.bytes_read, 0
         self.row_bytes = 4 * len(COLUMNS)
+        self.numbering = layout.number_ids()
         self.groups: list[RowGroup] = []
         for file, wanted in layout.pieces(stage):
             first = 0
@@ -175,10 +210,7 @@ class ParquetSource:
                 size = file.metadata.row_group(number).num_rows
                 rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
                 if len(rows):
-                    refuse_too_large(
-                        size * ROW_BYTES, f"{printable(file.path)}: row group {number} of {size} rows",
-                        "write the file with smaller row groups",
-                    )  # fmt: skip
+                    refuse_large_group(file, number)
                     self.groups.append(RowGroup(file, number, first, rows))
                 first += size
         self.starts = np.cumsum([0] + [len(group.rows) for group in self.groups])
@@ -206,7 +238,8 @@ class ParquetSource:
                 table = self._read(group)
                 reading.update(bytes=self.bytes_read.get(path, 0) - before)
             try:
-                self._held = table_to_rows(table.slice(group.rows.start, len(group.rows)))
+                part = table.slice(group.rows.start, len(group.rows))
+                self._held = table_to_rows(part, self.numbering)
             except DAMAGED as error:
                 raise UserError(
                     f"{printable(path)}, row group {group.number}: {describe_error(error)}: make it again"
@@ -220,12 +253,7 @@ class ParquetSource:
             if self._handle is None or self._handle.path != path:
                 self.close()
                 self._handle = CountingFile(path, self.bytes_read)
-            file = pq.ParquetFile(self._handle, metadata=group.file.metadata)
-            table = file.read_row_group(group.number, columns=COLUMNS, use_threads=False)
-            rows = group.file.metadata.row_group(group.number).num_rows
-            if table.num_rows != rows:
-                raise ValueError(f"holds {table.num_rows} rows, the footer says {rows}")
-            return table
+            return read_group(self._handle, group.file, group.number, COLUMNS)
         except (OSError, *DAMAGED) as error:
             raise UserError(
                 f"{printable(path)}, row group {group.number}: {describe_error(error)}: restore the file"
@@ -248,26 +276,57 @@ class ParquetSource:
             self._handle = None
 
 
-def table_to_rows(table: Any) -> Rows:
-    """An arrow table with our columns -> arrays; ValueError on nulls and on ids that do not fit."""
+def refuse_large_group(file: ParquetFile, number: int) -> None:
+    rows = file.metadata.row_group(number).num_rows
+    refuse_too_large(
+        rows * ROW_BYTES, f"{printable(file.path)}: row group {number} of {rows} rows",
+        "write the file with smaller row groups",
+    )  # fmt: skip
 
-    def column(name: str, kind: type) -> np.ndarray:
-        """By the buffers: arrow's own to_numpy imports pandas, in the middle of a training."""
-        data = table.column(name)
-        if data.null_count:
-            raise ValueError(f"column {name} has {data.null_count} empty values")
-        width = np.dtype(kind).itemsize
-        parts = [  # a safe cast: what does not fit is an error
-            np.frombuffer(part.buffers()[1], kind, len(part), part.offset * width)
-            for part in data.cast(pa.from_numpy_dtype(kind)).chunks
-            if len(part)
-        ]
-        return np.concatenate([np.empty(0, kind), *parts])
 
+def read_group(handle: CountingFile, file: ParquetFile, number: int, columns: list[str]) -> Any:
+    """Some columns of a row group, as an arrow table."""
+    table = pq.ParquetFile(handle, metadata=file.metadata).read_row_group(
+        number, columns=columns, use_threads=False
+    )
+    rows = file.metadata.row_group(number).num_rows
+    if table.num_rows != rows:
+        raise ValueError(f"holds {table.num_rows} rows, the footer says {rows}")
+    return table
+
+
+def to_array(data: Any, name: str, kind: type) -> np.ndarray:
+    """An arrow column -> an array [n]; ValueError on empty values, and on such that do not fit `kind`.
+
+    By the buffers: arrow's own to_numpy imports pandas, in the middle of a training.
+    """
+    if data.null_count:
+        raise ValueError(f"column {name} has {data.null_count} empty values")
+    width = np.dtype(kind).itemsize
+    data = data.cast(pa.from_numpy_dtype(kind))  # a safe cast: what does not fit is an error
+    parts = [
+        np.frombuffer(part.buffers()[1], kind, len(part), part.offset * width)
+        for part in getattr(data, "chunks", [data])
+        if len(part)
+    ]
+    return np.concatenate([np.empty(0, kind), *parts])
+
+
+def table_to_rows(table: Any, numbering: parquet_ids.IdNumbering | None) -> Rows:
+    """An arrow table with our columns -> arrays; ValueError on nulls and on ids that do not fit.
+
+    With `numbering`, OneFlow's form: ids become rows of tables, and log(count + 1) is taken, as its model
+    does; a count below 0 counts as 0.
+    """
     dense = np.empty((table.num_rows, NUM_DENSE), np.float32)
     sparse = np.empty((table.num_rows, NUM_SPARSE), np.int32)
     for number, name in enumerate(DENSE):
-        dense[:, number] = column(name, np.float32)
-    for number, name in enumerate(SPARSE):
-        sparse[:, number] = column(name, np.int32)
-    return Rows(dense, sparse, column(LABEL, np.int32))
+        dense[:, number] = to_array(table.column(name), name, np.float32)
+    if numbering:
+        np.log1p(np.maximum(dense, 0, out=dense), out=dense)
+    for column, name in enumerate(SPARSE):
+        if numbering:
+            sparse[:, column] = numbering.find_rows(column, to_array(table.column(name), name, np.int64))
+        else:
+            sparse[:, column] = to_array(table.column(name), name, np.int32)
+    return Rows(dense, sparse, to_array(table.column(LABEL), LABEL, np.int32))

@@ -102,6 +102,12 @@ def detect_format(kind: str, folder: str | None) -> str:
     return "parquet" if any(root.glob("*.parquet")) or any(root.glob("*/*.parquet")) else kind
 
 
+def count_ids(layout: AnyLayout) -> list[int] | None:
+    """The number of different ids in each column, where ids are no rows of tables; else None."""
+    numbering = layout.number_ids() if getattr(layout, "shared_ids", False) else None
+    return numbering.table_sizes if numbering else None
+
+
 def open_source(
     kind: str,
     folder: str | os.PathLike[str] | AnyLayout,

@@ -93,9 +93,10 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     add("--max_ind_range", type=int, default=0, help="take raw ids modulo this number [0: off]")
     add(
         "--mod_idx",
-        type=int,
+        type=parse_mod_idx,
         default=0,
-        help="for Parquet: OneFlow's ids, modulo this number plus an offset per column [0: off]",
+        metavar="N",
+        help="for Parquet: OneFlow's ids, modulo N plus N x column; 0 or less: its 64-bit hashes [off]",
     )
     add(
         "--skip_bad_rows",
@@ -210,6 +211,11 @@ def parse_count(text: str) -> int:
     if not 0 <= number < 1 << 32:
         raise argparse.ArgumentTypeError(f"{text[:40]} is not from 0 to {(1 << 32) - 1}")
     return number
+
+
+def parse_mod_idx(text: str) -> int:
+    """OneFlow's option: 0 or less means no limit, which gives hashes. Not given, it is off (0)."""
+    return int(text) if int(text) > 0 else prep_options.HASHED
 
 
 def parse_workers(text: str) -> int:

@@ -9,6 +9,7 @@ import pytest
 from support.data_folder import numbered_days, rows, write_days
 
 from dlrm.data.batches import BatchLoader
+from dlrm.data.criteo import DatasetMeta
 from dlrm.data.readers import open_source, scan_dataset
 from dlrm.runtime.errors import UserError
 
@@ -103,8 +104,10 @@ def test_bad_files_are_named_at_once(tmp_path: Path) -> None:
     {"C4": pa.array([2**31, *range(19)], pa.int64())},
 ])  # fmt: skip
 def test_values_that_do_not_fit(tmp_path: Path, replaced: dict[str, object]) -> None:
+    """Ids beyond int32 are an error where meta.json says that they are rows of tables."""
     pq.write_table(table(rows(20), **replaced), tmp_path / "day_0.parquet")
     pq.write_table(table(rows(20)), tmp_path / "day_1.parquet")
+    DatasetMeta([20, 20], [1 << 31] * 26, format="parquet").save(tmp_path)
     with pytest.raises(UserError, match=r"day_0\.parquet, row group 0: (column I4 has 1 e|Integer value)"):
         open_source("parquet", tmp_path, "train").read(0, 5)
 

@@ -70,27 +70,65 @@ def test_other_format_than_the_folder_has(
     assert sorted(out.rglob("*")) == before
 
 
-def test_parquet_with_oneflow_ids(days: Path, tmp_path: Path) -> None:
-    """The unshuffled rows compared with the text: counts + 1, hash mod N + N times the column."""
+@pytest.mark.parametrize("modulo", [500, 10**8, 1 << 32, 0])
+def test_parquet_with_oneflow_ids(days: Path, tmp_path: Path, modulo: int) -> None:
+    """The unshuffled rows compared with the text: counts + 1, hash mod N + N times the column; with 0 a hash
+    of 64 bits. The types are those of OneFlow's tool in Scala.
+    """
     import pyarrow.parquet as pq
 
-    flags = ["--format", "parquet", "--mod_idx", "500", "--steps", "parse,contiguous"]
+    flags = ["--format", "parquet", "--mod_idx", str(modulo)]
     out = run(days, tmp_path / "out", *flags)
-    table = pq.read_table(out / "train").to_pydict()
-    lines = (days / "day_0").read_text().splitlines() + (days / "day_1").read_text().splitlines()
+    whole = pq.read_table(out / "val")
+    kinds = {str(field.type) for field in whole.schema if field.name[0] != "C"}
+    assert kinds == {"float"} and {str(field.type) for field in whole.schema if field.name[0] == "C"} == {
+        "int64"
+    }
+    table = whole.to_pydict()
     distinct = [set() for _ in range(26)]
-    everything = lines + (days / "day_2").read_text().splitlines()
-    for line in everything:
-        for column, value in enumerate(line.split("\t")[14:]):
-            distinct[column].add(int(value or "0", 16) % 500)
-    for row, line in enumerate(lines):
-        fields = line.split("\t")
+    rows = [line.split("\t") for day in range(3) for line in (days / f"day_{day}").read_text().splitlines()]
+    for fields in rows:
+        for column, value in enumerate(fields[14:]):
+            distinct[column].add(int(value or "0", 16) % (modulo or 1 << 32))
+    for row, fields in enumerate(rows[2002:2503]):
         assert table["label"][row] == int(fields[0])
         assert [table[f"I{i}"][row] for i in range(1, 14)] == [int(f or "0") + 1 for f in fields[1:14]]
-        ids = [int(f or "0", 16) % 500 + 500 * column for column, f in enumerate(fields[14:])]
-        assert [table[f"C{i}"][row] for i in range(1, 27)] == ids
+        if modulo:
+            ids = [int(f or "0", 16) % modulo + modulo * column for column, f in enumerate(fields[14:])]
+            assert [table[f"C{i}"][row] for i in range(1, 27)] == ids
     sizes = [len(found) for found in distinct]
     assert f"table_size_array = {sizes}" in (out / "README.md").read_text()
+    assert DatasetMeta.load(out).table_sizes == sizes
+    assert main(["check", str(out)]) == 0
+
+
+def test_hashes_are_those_of_spark() -> None:
+    """What Spark 4.3's xxhash64(text, number) gave for these ids; 0 stands for an empty field."""
+    from dlrm.prep.io.oneflow_ids import hash_ids
+
+    ids = np.array([0x68FD1E64, 1, 0xFFFFFFFF, 0xABCD, 0], np.uint32)
+    assert hash_ids(ids, -1).tolist() == [
+        530904046652179569, 1667057909069350313, -3103839329719928868, 955348319099744495,
+        2017008487422258757,
+    ]  # fmt: skip
+    assert hash_ids(ids, 24).tolist() == [
+        1236261005386860824, -5663232757906684171, 5809313792852464548, -145329011223966781,
+        7788558767429488329,
+    ]  # fmt: skip
+
+
+def test_oneflow_ids_that_make_no_sense(
+    days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["run", "--input_dir", str(days), "--output_dir", str(tmp_path / "out")]
+    for flags, reason in (
+        (["--mod_idx", "0"], "--mod_idx needs --format parquet"),
+        (["--format", "parquet", "--mod_idx", str((1 << 32) + 1)], "must be at most 2^32"),
+        (["--format", "parquet", "--mod_idx", "5", "--steps", "parse"], "needs the step contiguous"),
+    ):
+        assert main([*common, *flags]) == 2
+        assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def equal(left: Path, right: Path) -> bool:

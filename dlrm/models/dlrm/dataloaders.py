@@ -20,7 +20,7 @@ from dlrm.data.batches import BatchLoader
 from dlrm.data.collate import BatchCollator
 from dlrm.data.multihot import MultiHotMaker
 from dlrm.data.prefetch import Prefetcher
-from dlrm.data.readers import detect_format, open_source, scan_dataset
+from dlrm.data.readers import count_ids, detect_format, open_source, scan_dataset
 from dlrm.data.rows import RowSource
 from dlrm.models.dlrm.options import Config
 from dlrm.runtime.ranks import Ranks
@@ -169,18 +169,19 @@ def refuse_large_batches(
 def open_datasets(cfg: Config, here: Ranks) -> Datasets:
     """Open the source of each set and make this rank's loaders."""
     data, seed = cfg.data, cfg.run.seed or 0
+    by_name = data.source == "memory"  # asks for .npy files: then Parquet files are not looked for
+    kind = data.kind if by_name else detect_format(data.kind, data.folder)
+    layout = scan_dataset(kind, data.folder or "")
+    check_dataset_name(data.dataset_name, data.folder, layout)
     sizes, fold = criteo.choose_table_sizes(
-        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder, cfg.model.max_table_size
-    )
+        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder,
+        cfg.model.max_table_size, count_ids(layout),
+    )  # fmt: skip
     distribution = data.multi_hot_distribution_type or "uniform"
     hots = data.multi_hot_sizes
     make_multi_hot = MultiHotMaker(sizes, hots, distribution) if hots else None
     pin = data.pin_memory and torch.cuda.is_available()
     to_batch = BatchCollator(sizes, fold, pin, make_multi_hot)
-    by_name = data.source == "memory"  # asks for .npy files: then Parquet files are not looked for
-    kind = data.kind if by_name else detect_format(data.kind, data.folder)
-    layout = scan_dataset(kind, data.folder or "")
-    check_dataset_name(data.dataset_name, data.folder, layout)
     if kind == "multi_hot":
         hots = tuple(layout.parts[str(feature)][0].columns for feature in range(len(sizes)))
     sources, loaders = [], {}

@@ -186,12 +186,7 @@ def load_parquet_placer() -> type[Placer]:
 def list_parquet_names(plan: PrepPlan) -> list[str]:
     from dlrm.prep.steps.place_parquet import list_names, write_sizes
 
-    sizes = (
-        plan.count_kept_ids()
-        if plan.options.mod_idx
-        else publish.compute_table_sizes(plan.find_last_ids(), plan.options)
-    )
-    write_sizes(plan, sizes)
+    write_sizes(plan, publish.compute_table_sizes(plan.find_last_ids(), plan.options))
     return list_names(plan)
 
 

@@ -35,7 +35,11 @@ def make_npy_header(shape: tuple[int, int], dtype: str) -> bytes:
 
 
 def find_sparse_dtype(options: PrepOptions) -> str:
-    """dtype of the ids. Raw hashes need int64; numbered ids and ids below --max_ind_range fit int32."""
+    """dtype of the ids. Raw hashes and OneFlow's ids need int64; numbered ids and ids below --max_ind_range
+    fit int32.
+    """
+    if options.mod_idx:
+        return "int64"
     return "int32" if options.contiguous or options.max_ind_range or options.compat else "int64"
 
 
@@ -123,7 +127,7 @@ def describe_dataset(folder: Path, meta: DatasetMeta) -> str:
     text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to "
     text += f"{max(meta.table_sizes):,} rows ({meta.format})"
     parameters = meta.parameters
-    if ("contiguous" in parameters["steps"] or parameters["max_ind_range"]) and not parameters["mod_idx"]:
+    if "contiguous" in parameters["steps"] or parameters["max_ind_range"]:
         text += f"; next: DATASET_DIR={quote_for_shell(folder)} {find_train_script()}"
     return text
 
@@ -144,7 +148,11 @@ def make_meta(
     return DatasetMeta(
         rows=rows,
         table_sizes=compute_table_sizes(last_ids, options),
-        dtypes={"dense": "float32", "sparse": find_sparse_dtype(options), "labels": "int32"},
+        dtypes={
+            "dense": "float32",
+            "sparse": find_sparse_dtype(options),
+            "labels": "float32" if options.mod_idx else "int32",
+        },
         parameters=json.loads(json.dumps(options.parameters() | more)),
         made_by=made_by,
         format=options.format,

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.errors import UserError, printable
 from common.owned import OutputFolder
-from dlrm.data.criteo import NUM_SPARSE, DatasetMeta
+from dlrm.data.criteo import DatasetMeta
 from dlrm.prep.job.overlap import refuse_overlap, same_folder
 
 STEPS = ("parse", "contiguous", "shuffle")
@@ -33,6 +33,8 @@ NOT_IN_OUTPUT = {
 
 MAX_WORKERS = 1024  # threads of a process
 LARGEST = 1 << 62  # compiled loops count with 64 bits
+LARGEST_MODULUS = 1 << 32  # raw ids have 32 bits
+HASHED = -1  # --mod_idx of 0 or less
 
 
 def read_format(folder: Path) -> str:
@@ -60,7 +62,7 @@ class PrepOptions:
     dataset: str = ""
     steps: tuple[str, ...] = STEPS
     max_ind_range: int = 0
-    mod_idx: int = 0
+    mod_idx: int = 0  # OneFlow's ids: modulo this; below 0: 64-bit hashes
     skip_bad_rows: bool = False
     md5: bool = True
     trace_dir: Path | None = None
@@ -70,6 +72,11 @@ class PrepOptions:
     part_bytes: int = 0
     # entries in the id lists of a column; above it, the bitmap of a gigabyte is smaller than a hash table
     bitmap_entries: int = 8 << 20
+
+    @property
+    def modulus(self) -> int:
+        """What raw ids are taken modulo of; 0: they stay as they are."""
+        return self.max_ind_range or (self.mod_idx if 0 < self.mod_idx < LARGEST_MODULUS else 0)
 
     @property
     def lenient(self) -> bool:
@@ -139,7 +146,7 @@ class PrepOptions:
     def checked(self) -> "PrepOptions":
         """These options with the steps in order; UserError for values out of range or contradicting."""
         for name, least in (("frequency_threshold", 0), ("frequency_limit", 0), ("random_seed", 0),
-                            ("max_ind_range", 0), ("mod_idx", 0), ("workers", 1)):  # fmt: skip
+                            ("max_ind_range", 0), ("workers", 1)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least {least}")
         for name, most in (("workers", MAX_WORKERS), ("frequency_threshold", LARGEST),
@@ -167,8 +174,12 @@ class PrepOptions:
                 "--mod_idx needs --format parquet, without --frequency_threshold, --frequency_limit and "
                 "--max_ind_range"
             )
-        if self.mod_idx * NUM_SPARSE >= 1 << 31:
-            raise UserError(f"--mod_idx {self.mod_idx}: {NUM_SPARSE} times this must be below 2^31; lower it")
+        if self.mod_idx and not self.contiguous:
+            raise UserError("--mod_idx needs the step contiguous: leave out --steps, or add it")
+        if self.mod_idx > LARGEST_MODULUS:
+            raise UserError(
+                f"--mod_idx {self.mod_idx}: must be at most 2^32; 0 is OneFlow's way to say no limit"
+            )
         if self.engine == "plain" and self.format != "npy":
             raise UserError("--engine plain writes --format npy only")
         if self.format == "parquet" and self.compat:

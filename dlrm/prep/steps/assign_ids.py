@@ -6,6 +6,7 @@ occurred. Reading the lanes' lists in order gives the order over the whole input
 small ones use a hash table, giant ones a bitmap over all 2^32 ids.
 """
 
+import contextlib
 import threading
 
 import numpy as np
@@ -68,7 +69,7 @@ def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: StepP
     total = int(lists.sizes.sum())
     with trace.span("prep", "ids", bytes=4 * total, column=column):
         if plan.options.mod_idx:
-            kept = merge_moduli(lists, plan.options.mod_idx)
+            kept = keep_ids(lists, total > plan.options.bitmap_entries)
         elif total > plan.options.bitmap_entries:
             with _giant_lock:
                 kept = merge_giant(lists, plan.options.min_count, bool(plan.options.frequency_limit))
@@ -113,16 +114,21 @@ def merge_small(lists: ColumnMaps, least: int, gaps: bool) -> int:
     return int(kept.sum())
 
 
-def merge_moduli(lists: ColumnMaps, modulo: int) -> int:
-    """OneFlow's ids: the hash modulo N plus N times the column's number. Returns how many different ones
-    occur.
+def keep_ids(lists: ColumnMaps, giant: bool) -> int:
+    """OneFlow's ids: maps keep the ids that the text has, for `oneflow_ids`. Returns how many different ones
+    occur. `giant`: a gigabyte of bitmap counts them, else a list that is sorted.
     """
-    seen = np.zeros(modulo, bool)
-    for lane, at, ids, _ in lists.read_parts():
-        seen[ids] = True
-        with lists.open_map(lane) as file:
-            lists.write_map(file, at, lane, ids.view(np.int32) + modulo * lists.column)
-    return int(seen.sum())
+    seen: list[np.ndarray] = []
+    with _giant_lock if giant else contextlib.nullcontext():
+        words = np.zeros(WORDS if giant else 0, np.uint64)
+        for lane, at, ids, _ in lists.read_parts():
+            if giant:
+                mark_seen(words, ids)
+            else:
+                seen.append(ids)
+            with lists.open_map(lane) as file:
+                lists.write_map(file, at, lane, ids.view(np.int32))
+        return number_words(words) if giant else len(np.unique(np.concatenate(seen)))
 
 
 # The bitmap of 2^32 ids: 32 ids per 64-bit word. The low half marks the kept ids, the high half has the

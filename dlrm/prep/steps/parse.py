@@ -23,8 +23,7 @@ from dlrm.runtime import trace
 
 
 def line_rules(options: PrepOptions, source: InputFile) -> LineRules:
-    modulo = options.max_ind_range or options.mod_idx
-    return LineRules(options.lenient, source.labelled, modulo, options.empty_dense)
+    return LineRules(options.lenient, source.labelled, options.modulus, options.empty_dense)
 
 
 def count_piece(plan: PrepPlan, number: int, progress: StepProgress) -> None:

@@ -1,7 +1,6 @@
 """Parquet output: folders train, val and test, with files of the columns label, I1..I13, C1..C26.
 
-With --mod_idx N the values are OneFlow's: counts + 1 as integers, ids modulo N plus N times the column's
-number.
+With --mod_idx the values are OneFlow's: counts + 1 without logarithm, ids as in `io/oneflow_ids.py`.
 """
 
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE, split_last_day
 from dlrm.prep.io.files import bytes_written, os_errors_as_user_errors, write_atomically
 from dlrm.prep.io.folders import discard_files
 from dlrm.prep.io.inputs import OutputDay, select_days
+from dlrm.prep.io.oneflow_ids import make_oneflow_ids
 from dlrm.prep.io.output import find_overlaps, take_logarithm
 from dlrm.prep.steps.place import Placer
 from dlrm.prep.steps.plan import PrepPlan
@@ -74,13 +74,19 @@ class ParquetPlacer(Placer):
 
     def write_rows(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
         plan = self.plan
-        counts = dense if plan.options.mod_idx else take_logarithm(dense, plan.options)
+        mod_idx = plan.options.mod_idx
+        counts = dense.astype(np.float32) if mod_idx else take_logarithm(dense, plan.options)
         if not plan.options.contiguous and not plan.options.max_ind_range:
             sparse = sparse.view(np.uint32).astype(np.int64)
         for name, start, stop in list_parts(plan, begin >> plan.bits):
+            ids = [sparse[start:stop, column] for column in range(NUM_SPARSE)]
             columns = [labels[start:stop, 0]]
-            columns += [counts[start:stop, column] for column in range(NUM_DENSE)]
-            columns += [sparse[start:stop, column] for column in range(NUM_SPARSE)]
+            if mod_idx:
+                ids = [
+                    make_oneflow_ids(each.view(np.uint32), column, mod_idx) for column, each in enumerate(ids)
+                ]
+                columns = [labels[start:stop, 0].astype(np.float32)]
+            columns += [counts[start:stop, column] for column in range(NUM_DENSE)] + ids
             table = pa.table([pa.array(np.ascontiguousarray(column)) for column in columns], NAMES)
             path = plan.folders.unfinished / name
             with os_errors_as_user_errors(path), open(path, "wb", buffering=0) as file:

@@ -158,8 +158,8 @@ class PrepPlan:
     def find_last_ids(self) -> list[int]:
         """The largest id of each column."""
         if self.options.contiguous:
-            if self.options.mod_idx:
-                return [self.options.mod_idx * (column + 1) - 1 for column in range(NUM_SPARSE)]
+            if self.options.mod_idx:  # what a reader makes of them: rows of tables, from 0
+                return [count - 1 for count in self.count_kept_ids()]
             return [1 + count for count in self.count_kept_ids()]
         return np.max([info["last"] for info in self.load_lane_infos()], axis=0).tolist()
 
