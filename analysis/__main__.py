@@ -33,28 +33,26 @@ def run_perfetto(options: argparse.Namespace) -> int:
     convert_run = {"pftrace": convert.convert_to_pftrace, "json": chrome.convert_to_json}[options.format]
     with _show_events_read() as advance:
         summary = convert_run(options.run, options.output, options.posix, advance)
-    _print_conversion(summary)
+    _print_conversion(summary, set())
     return 0
 
 
-def _print_conversion(summary: "ConversionSummary") -> None:
+def _print_conversion(summary: "ConversionSummary", printed: set[str]) -> None:
+    """printed: messages that are there already; two conversions of one run share most of them."""
     size = summary.path.stat().st_size
-    for lost in summary.lost:
-        print(f"analysis: lost: {lost}", file=sys.stderr)
-    for moved in summary.clocks:
-        print(f"analysis: {moved}", file=sys.stderr)
-    for when, apart in summary.skew.items():
-        print(
-            f"analysis: ranks left the barrier at the {when} within {apart} us, by their own clocks",
-            file=sys.stderr,
-        )
+    messages = [f"lost: {lost}" for lost in summary.lost] + summary.clocks
+    messages += [
+        f"ranks left the barrier at the {when} within {apart} us, by their own clocks"
+        for when, apart in summary.skew.items()
+    ]
     if summary.moved:
-        print(
-            f"analysis: {summary.moved} slices overlap others of their thread: on lanes of their own",
-            file=sys.stderr,
-        )
+        messages.append(f"{summary.moved} slices overlap others of their thread: on lanes of their own")
     if summary.unresolved:
-        print(f"analysis: {summary.unresolved} events name their file only by a hash", file=sys.stderr)
+        messages.append(f"{summary.unresolved} events name their file only by a hash")
+    for message in messages:
+        if message not in printed:
+            print(f"analysis: {message}", file=sys.stderr)
+    printed.update(messages)
     print(
         f"{printable(summary.path)} ({summary.events:,} events, {size / 1e6:.1f} MB); "
         f"to see it: python -m analysis view {quote_for_shell(summary.path)}"
@@ -75,7 +73,7 @@ def run_finish(options: argparse.Namespace) -> int:
 
     with _show_events_read() as advance:
         outcomes = finish.run_analyses(options.run, advance)
-    failed = []
+    failed, printed = [], set[str]()
     for outcome in outcomes:
         if outcome.error is not None:
             message = _describe_error(outcome.error, options.run)
@@ -93,7 +91,7 @@ def run_finish(options: argparse.Namespace) -> int:
             page, text = outcome.result
             print(f"{text}\n\n{printable(page)}")
         else:
-            _print_conversion(outcome.result)
+            _print_conversion(outcome.result, printed)
     if not failed:
         return 0
     again = " and ".join(

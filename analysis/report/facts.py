@@ -10,6 +10,8 @@ from analysis.tables import answers, progress
 from analysis.tables.gather import JoinedTables
 
 TRAIN = ("train", "run")  # `run`: traces without phases
+TABLE_FILE = ".rows"  # the end of the name of an embedding table's file
+NOT_DATA = r"\.(py|pyc|pyi|so)(\.|$)|/site-packages/|^/(proc|sys|dev|etc)/"
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Facts:
     breakdown: pl.DataFrame = field(init=False)
     ranks: pl.DataFrame = field(init=False)
     reads: pl.DataFrame = field(init=False)  # by phase and file, start-up left out
+    dataset_files: pl.Series = field(init=False)  # their paths; empty where nothing names them
 
     def __post_init__(self) -> None:
         self.phases = answers.sum_phases(self.joined)
@@ -46,6 +49,8 @@ class Facts:
         self.ranks = progress.compare_ranks(self.joined)
         volume = answers.sum_volume(self.joined, "phase", "file")
         self.reads = volume.filter((pl.col("op") == "read") & (pl.col("phase") != "startup"))
+        paths = run_settings.list_dataset_paths(self.config)
+        self.dataset_files = answers.list_dataset_files(self.joined, paths)
 
     @property
     def is_own_run(self) -> bool:
@@ -80,12 +85,24 @@ class Facts:
         """Seconds that less I/O can save: a rank's share of them, at most the I/O that is not hidden."""
         return min(seconds_of_all_ranks / self.breakdown.height, self.exposed_seconds())
 
+    def data_reads(self, *phases: str) -> pl.DataFrame:
+        """Rows of `reads` for the files that training reads its data from: the dataset, and tables in files.
+
+        Where nothing names the dataset's files, all files but programs and what the system makes up.
+        """
+        reads = self.reads.filter(pl.col("phase").is_in(phases)) if phases else self.reads
+        file = pl.col("file")
+        if not len(self.dataset_files):
+            return reads.filter(file.is_not_null() & ~file.str.contains(NOT_DATA))
+        return reads.filter(file.is_in(self.dataset_files.implode()) | file.str.ends_with(TABLE_FILE))
+
     def advise_larger_reads(self, mean_bytes: float) -> str:
         """How to have larger reads: what keeps them small is the trainer's option, or the data's layout."""
         if not self.is_own_run:
             return "Read larger pieces and hand them out from memory."
-        reads = self.reads.filter(pl.col("phase").is_in(TRAIN))
-        sums = reads.select(pl.col("sequential", "strided", "random").sum()).row(0, named=True)
+        sums = (
+            self.data_reads(*TRAIN).select(pl.col("sequential", "strided", "random").sum()).row(0, named=True)
+        )
         if sums["strided"] > sums["sequential"] + sums["random"]:
             return (
                 "The ranks take turns in each file, so a read is one rank's rows of one batch: raise "

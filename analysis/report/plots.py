@@ -63,7 +63,7 @@ def plot_hidden_io(phases: pl.DataFrame) -> Spec | None:
     for row in phases.filter(pl.col("io_all_s") > 0).head(MAX_ROWS).iter_rows(named=True):
         at, parts = 0.0, []
         for name, column in zip(colors, ("compute", "communication", None), strict=True):
-            value = row[f"io_behind_{column}_s"] if column else row["io_bare_s"]
+            value = row[f"io_behind_{column}_s"] if column else row["io_not_hidden_s"]
             if value > 0:
                 parts.append([name, at, value])
                 at += value

@@ -112,8 +112,8 @@ def write_report(
     with outputs.results_in(folder, complete="tables/") as results:
         for entry in things:
             if entry.name and entry.table is not None:
-                data = encode_csv(entry.table)
-                header = outputs.has_header(data[: data.index(b"\n") + 1])
+                data = encode_csv(summary.with_earlier_names(entry.table))
+                header = outputs.has_header(_list_headers(data))
                 results.write(f"tables/{entry.name}.csv", data, header if ours else lambda _: False)
         results.write(SUMMARY, numbers.encode(), outputs.is_own_summary)
         results.write(PAGE, made, is_own_page)
@@ -122,6 +122,16 @@ def write_report(
 
 def is_own_page(path: Path) -> bool:
     return outputs.is_own_page(path, "report") or outputs.is_earlier_page(path)
+
+
+def _list_headers(data: bytes) -> list[bytes]:
+    """The first line of a table, as this version and as earlier ones wrote it."""
+    header = data[: data.index(b"\n") + 1].decode()
+    earlier = header
+    for new, old in summary.EARLIER_COLUMNS.items():
+        if new in header:
+            earlier = earlier.replace("," + old, "").replace(new, old)
+    return [header.encode(), earlier.encode()]
 
 
 def encode_csv(table: pl.DataFrame) -> bytes:

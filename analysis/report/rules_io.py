@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from analysis.report.facts import TRAIN, Facts, Finding
+from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import answers
 from analysis.tables.calls import with_us
@@ -19,7 +19,8 @@ def find_small_reads(f: Facts) -> Finding | None:
         return None
     large = max(1, round(moved / LARGE_REQUEST))
     gain = f.limit_gain(spent / 1e6 * (1 - large / calls))  # a call this small is mostly the cost of a call
-    files = f.reads.filter(pl.col("mean_bytes") < SMALL).sort("count", descending=True)
+    is_small = pl.col("mean_bytes") < SMALL
+    files = f.reads.filter(is_small).sort("count", descending=True)
     name = files["file"][0] if len(files) and 2 * files["count"][0] > calls else None
     text = (
         f"{calls:,} reads are smaller than {format_size(SMALL)}: {format_size(moved / calls)} on average"
@@ -27,7 +28,10 @@ def find_small_reads(f: Facts) -> Finding | None:
         f"added up over the ranks; {large:,} large reads would bring the same bytes."
     )
     evidence = {"reads": calls, "bytes": moved, "seconds_all_ranks": spent / 1e6, "file": name}
-    return Finding("small_reads", gain, text, f.advise_larger_reads(moved / calls), evidence)
+    remedy = "Most of them are not of the data: programs are read from there, or files of other kinds."
+    if 2 * int(f.data_reads().filter(is_small)["count"].sum()) >= calls:
+        remedy = f.advise_larger_reads(moved / calls)
+    return Finding("small_reads", gain, text, remedy, evidence)
 
 
 def find_mapped_files(f: Facts) -> Finding | None:
@@ -108,7 +112,7 @@ def find_random_access(f: Facts) -> Finding | None:
         f"{format_size(top['mean_bytes'])} at a time: no file system reads ahead for that."
     )
     remedy = "Shuffle batches, not rows; or read long stretches and shuffle inside them."
-    if f.is_own_run and str(top["file"]).endswith(".rows"):
+    if f.is_own_run and str(top["file"]).endswith(TABLE_FILE):
         remedy = "Raise --cache_memory_budget_mb: more of the tables' rows stay in memory."
     elif f.is_own_run:
         remedy = "Shuffle in memory: --shuffle_batches, or --shuffle_training_set (reads long stretches)."

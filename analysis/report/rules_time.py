@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from analysis.report.facts import TRAIN, Facts, Finding
+from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import progress
 
@@ -16,13 +16,13 @@ def find_waiting(f: Facts) -> Finding | None:
     evidence: dict[str, object] = {"stall_s": stall, "wall_s": wall}
     name, size_text = "its data", ""
     remedy = "Let the loader prefetch further ahead, or put the data on faster storage."
-    reads = f.reads.filter(pl.col("phase").is_in(TRAIN)).sort("seconds", descending=True)
+    reads = f.data_reads(*TRAIN).sort("seconds", descending=True)
     if len(reads):
-        name = str(reads["file"][0] or "its data")
+        name = str(reads["file"][0])
         mean = float(reads["bytes"].sum()) / max(1, int(reads["count"].sum()))
         size_text = f"; a read moves {format_size(mean)} on average"
         evidence |= {"file": name, "mean_read_bytes": mean}
-        if name.endswith(".rows"):
+        if name.endswith(TABLE_FILE):
             remedy = "These are tables in files: raise --cache_memory_budget_mb."
         elif mean < 1 << 20:
             remedy = f.advise_larger_reads(mean)

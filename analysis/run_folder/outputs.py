@@ -16,7 +16,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -89,9 +89,10 @@ def is_own_summary(path: Path) -> bool:
         return False
 
 
-def has_header(header: bytes) -> IsOwn:
-    """A table that begins with the same line as the one to be written."""
-    return lambda path: _read_content(path, len(header) + 1, part=True)[: len(header)] == header
+def has_header(headers: Sequence[bytes]) -> IsOwn:
+    """A table whose first line is one of these."""
+    longest = max(map(len, headers)) + 1
+    return lambda path: _read_content(path, longest, part=True).startswith(tuple(headers))
 
 
 def is_own_trace(path: Path) -> bool:

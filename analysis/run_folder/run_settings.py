@@ -22,6 +22,9 @@ OPTIONS = {
     "optimizer": ("optim.optimizer",),
     "learning rate": ("optim.learning_rate", "optim.lr"),
 }
+DATASET_PATHS = (
+    "data.in_memory_binary_criteo_path", "data.synthetic_multi_hot_criteo_path", "data.dataset_path",
+)  # fmt: skip
 _DATA = ("data.in_memory_binary_criteo_path", "data.dataset_path", "data.dataset_name")
 _NOT_SETTINGS = ("run.output_dir", "run.num_epochs", "launch.local_world_size", "launch.hosts")
 
@@ -53,6 +56,12 @@ def flatten_options(config: Config, before: str = "") -> dict[str, Any]:
 def read_option(config: Config, called: str) -> Any:
     options = flatten_options(config)
     return next((options[name] for name in OPTIONS[called] if options.get(name) is not None), None)
+
+
+def list_dataset_paths(config: Config) -> list[str]:
+    """Where the run's data was, as its options name it."""
+    options = flatten_options(config)
+    return [str(options[name]).rstrip("/") for name in DATASET_PATHS if options.get(name)]
 
 
 def list_tables(plan: Config) -> str:

@@ -3,12 +3,14 @@
 Time as a whole and I/O; progress.py has what goes step by step.
 """
 
+from collections.abc import Sequence
+
 import polars as pl
 
 from analysis.tables.calls import with_us
 from analysis.tables.gather import JoinedTables
 from analysis.tables.times import MEASURES
-from analysis.trace.classify import DATA_OPS, KINDS
+from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS
 
 S = 1e6
 WHOLE_PHASES = ("startup", "evaluate", "checkpoint", "preprocess", "other")
@@ -27,7 +29,7 @@ SECONDS = pl.col("us").sum().truediv(S).alias("seconds")
 
 
 def sum_phases(j: JoinedTables, *by: str) -> pl.DataFrame:
-    """Per rank and phase: seconds of wall clock, by kind, and of I/O hidden and bare."""
+    """Per rank and phase: seconds of wall clock, by kind, and of I/O, hidden and not hidden."""
     keys = (*by, "rank", "phase")
     sums = j["time"].group_by(keys).agg(pl.col("ts").min(), pl.col(*MEASURES).sum())
     return sums.sort(*keys[:-1], "ts").select(*keys, *to_seconds(*MEASURES))
@@ -83,6 +85,17 @@ def _sum_volume(j: JoinedTables, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.D
     return found.with_columns(rate, mean).sort(
         "bytes", *by, "op", descending=[True] + [False] * (len(by) + 1)
     )
+
+
+def list_dataset_files(j: JoinedTables, folders: Sequence[str] = ()) -> pl.Series:
+    """Files of the dataset: those that a span of reading data names, and all that is read in `folders`."""
+    named = pl.col("cat").str.to_lowercase().is_in(DATASET_CATS) & (pl.col("op") == "read")
+    declared = j["claims"].filter(named & pl.col("file").is_not_null())["file"]
+    read = j["ops"].filter((pl.col("op") == "read") & pl.col("file").is_not_null())["file"]
+    inside = pl.Series(
+        [any(file.startswith(folder + "/") for folder in folders) for file in read], dtype=pl.Boolean
+    )
+    return pl.concat([declared, read.filter(inside)]).unique().sort()
 
 
 def sum_operations(j: JoinedTables) -> pl.DataFrame:

@@ -98,8 +98,8 @@ def find_unseen(declared: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
 
 
 def sum_declared(declared: pl.DataFrame) -> pl.DataFrame:
-    """Bytes per file as the application declares them, to compare with the calls."""
-    return declared.group_by("op", "file").agg(
+    """Bytes per category and file as the application declares them, to compare with the calls."""
+    return declared.group_by("cat", "op", "file").agg(
         pl.len().alias("count"), pl.col("bytes").sum(), pl.col("dur").sum()
     )
 

@@ -18,7 +18,7 @@ def list_steps(j: JoinedTables) -> pl.DataFrame:
         pl.col("wall_us").max(), pl.col("wall_us").mean().alias("mean_us"),
         pl.col("rank").sort_by("own_us", "rank").last().alias("slowest_rank"),
         pl.col("own_us").max(), pl.col("own_us").mean().alias("own_mean_us"),
-        pl.col(*KIND_US, "io_all_us", "io_bare_us").mean(),
+        pl.col(*KIND_US, "io_all_us", "io_not_hidden_us").mean(),
     )  # fmt: skip
     return found.sort("ts", "launch", "epoch", "step")
 

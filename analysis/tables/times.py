@@ -16,7 +16,7 @@ from analysis.trace.classify import KINDS
 
 MEASURES = (
     "wall_us", *(f"{kind}_us" for kind in KINDS), "other_us",
-    "io_all_us", "io_behind_compute_us", "io_behind_communication_us", "io_bare_us",
+    "io_all_us", "io_behind_compute_us", "io_behind_communication_us", "io_not_hidden_us",
 )  # fmt: skip
 BINS = 600  # stretches of the timeline, at most, of one rank
 MAX_EPOCHS = 1000  # that are kept apart
@@ -148,7 +148,7 @@ def measure_times(events: RankEvents, main: pl.DataFrame, times: np.ndarray) -> 
     sums["io_all_us"] = all_io
     sums["io_behind_compute_us"] = both["compute"] - both["copy"]
     sums["io_behind_communication_us"] = both["copy"] - both["wait"]
-    sums["io_bare_us"] = all_io - both["compute"] + both["wait"]
+    sums["io_not_hidden_us"] = all_io - both["compute"] + both["wait"]
     return sums
 
 

@@ -12,6 +12,7 @@ import polars as pl
 # When several are open at once on the main thread, the first of these has the time.
 KINDS = ("io", "wait", "communication", "copy", "compute")
 OTHER = "other"
+DATASET_CATS = ("data", "dataset", "reader", "data_loader", "dataloader")  # whose reads are of the dataset
 CALLS = ("POSIX", "STDIO")  # intercepted calls; what MPI-IO and HDF5 do shows in these, so they are spans
 
 _EXCHANGE = (

@@ -1,5 +1,6 @@
 """`finish`: all analyses at the end of a job, from one reading, with the results of the single commands."""
 
+import csv
 import json
 import re
 import shutil
@@ -62,6 +63,19 @@ def test_the_same_as_by_the_single_commands(run: Path) -> None:
     assert [name for name in expected if found[name] != expected[name]] == []
     assert all(text.strip() in out for text in single) and "every byte is in the trace" in out
     assert "failed" not in errors
+    lines = errors.splitlines()
+    assert any("barrier" in line for line in lines) and len(lines) == len(set(lines))
+
+
+def test_keys_and_columns_of_the_earlier_release_are_still_there(run: Path) -> None:
+    analysis("report", run)
+    numbers = json.loads((run / "summary.json").read_text())
+    metrics = numbers["metrics"]
+    assert 0 < metrics["dataset_read_bytes"] <= metrics["read_bytes"] == numbers["headline"]["bytes read"]
+    rows = [*numbers["phases_s"], *csv.DictReader((run / "tables" / "phases.csv").open())]
+    assert rows and all(row["io_not_hidden_s"] == row["io_bare_s"] for row in rows)
+    steps = [*csv.DictReader((run / "tables" / "steps.csv").open())]
+    assert steps and all(row["io_not_hidden_us"] == row["io_bare_us"] for row in steps)
 
 
 def test_several_launches_hosts_and_blocks(tmp_path: Path) -> None:

@@ -40,6 +40,21 @@ def test_waiting_for_data(tmp_path: Path) -> None:
     assert finding.evidence["mean_read_bytes"] == 4 << 20
 
 
+def test_waiting_names_data_and_not_what_python_imports(tmp_path: Path) -> None:
+    made = training(wait=6_000, compute=5_000, read_size=4 << 20)
+    for step in range(40):
+        made.posix("read", 10_500 + step * 12_010, 9_000, "/env/lib/site-packages/late.pyc", ret=100)
+    finding = found(tmp_path / "ours", made)["waiting"]
+    assert "most of all for /data/day_0_sparse.npy" in finding.text
+    assert finding.evidence["mean_read_bytes"] == 4 << 20 and "--read_chunk_mb" not in finding.remedy
+
+    made = Made(None)  # of another program: nothing names its data
+    for i in range(40):
+        made.posix("read", i * 2_000, 1_000, "/env/lib/python3.11/late.pyc", ret=100)
+        made.posix("read", i * 2_000 + 1_000, 500, "/data/images.tar", ret=4 << 20)
+    assert "most of all for /data/images.tar" in found(tmp_path / "other", made, config={})["waiting"].text
+
+
 def test_tiny_reads_are_named_with_their_file(tmp_path: Path) -> None:
     made = training(wait=9_000, compute=2_000, reads=40, read_size=4096, read_us=200)
     result = found(tmp_path, made)

@@ -110,7 +110,7 @@ def test_time_us_by_us(tmp_path: Path, seed: int) -> None:
             elif kind in ("communication", "copy"):
                 expected[key]["io_behind_communication_us"] += 1
             else:
-                expected[key]["io_bare_us"] += 1
+                expected[key]["io_not_hidden_us"] += 1
     table = gather_tables(tmp_path)["time"]
     assert len(table) == len(expected)
     for row in table.iter_rows(named=True):
