@@ -54,6 +54,29 @@ class ShuffledOrder:
         return np.random.default_rng([self.seed, self.epoch, window]).permutation(rows)
 
 
+class BatchOrder:
+    """The rows of an epoch in blocks of `block` consecutive rows; the blocks are in random order, except that
+    a last one with fewer rows stays the last: so each step has one block.
+    """
+
+    def __init__(self, rows: int, seed: int, epoch: int, block: int) -> None:
+        self.epoch = epoch
+        whole = rows // block
+        order = np.random.default_rng([seed, epoch]).permutation(whole)
+        self.block, self.firsts = block, np.append(order, whole) * block
+
+    def locate_rows(self, start: int, stop: int) -> list[Segment]:
+        """The rows at positions start to stop - 1 of the order, as segments of the set."""
+        found = []
+        while start < stop:
+            number, inside = divmod(start, self.block)
+            end = min(stop, start - inside + self.block)
+            first = int(self.firsts[number]) + inside
+            found.append((first, first + end - start))
+            start = end
+        return found
+
+
 class ShuffleWindow:
     """Reads rows of a shuffled order from a stream, with one window in memory."""
 

@@ -135,7 +135,7 @@ PROGRESS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 POSITION: dict[str, tuple[type, ...]] = {
     "epoch": COUNT, "step": COUNT, "rows": COUNT, "segments": (list,), "seed": COUNT,
-    "window": (int, type(None)),
+    "window": (int, type(None)), "block": (int, type(None)),
 }  # fmt: skip
 # Names that checkpoints had at first; still read, with a warning, for one release.
 OLD_STATE_KEYS = {"evaluating": "evaluate_seconds"}
@@ -174,6 +174,7 @@ def check_state(found: Checkpoint, with_progress: bool) -> tuple[loop.Progress |
         raise CorruptCheckpoint(f"{marker}: results are impossible")
     position = values["position"]
     if position is not None:
+        position.setdefault("block", None)  # which earlier checkpoints lack
         _check_values(found, "position/", position, POSITION)
         end = 0
         for each in position["segments"]:  # [begin, end) of rows, in rising order

@@ -126,6 +126,8 @@ SETUPS = [
     ("mmap", {"shuffle_set": True}),
     ("stream", {"shuffle_set": True, "window_mb": 0.008}),
     ("stream", {"shuffle_batches": True}),
+    ("stream", {"shuffle_order": True}),
+    ("memory", {"shuffle_order": True}),
 ]
 
 
@@ -221,6 +223,33 @@ def test_shuffled_batches_hold_the_same_rows(tmp_path: Path) -> None:
     assert plain == [sorted(rows) for rows in mixed]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_shuffled_order_moves_whole_steps(tmp_path: Path, kind: str) -> None:
+    """Each step has the rows that some step has without it; the last one, which is not full, stays last."""
+    folder = numbered_days(tmp_path, [100, 9])
+
+    def steps(shuffled: bool) -> list[list[int]]:
+        """The rows of each step, of both ranks."""
+        ranks = [
+            BatchLoader(open_source(kind, folder, "train"), 7, rank, 2, shuffle_order=shuffled)
+            for rank in range(2)
+        ]
+        return [row_numbers(batches) for batches in zip(*ranks, strict=True)]
+
+    assert steps(True) != steps(False)
+    assert steps(True)[-1] == steps(False)[-1] == [98, 99]
+    assert sorted(steps(True)) == steps(False)
+
+
+@pytest.mark.parametrize("how", [{}, {"shuffle_set": True}, {"shuffle_order": True}])
+def test_a_part_of_the_rows(tmp_path: Path, how: dict[str, bool]) -> None:
+    folder = numbered_days(tmp_path, [100, 9])
+    source = open_source("stream", folder, "train")
+    batches = BatchLoader(source, 10, rows=37, **how)  # type: ignore[arg-type]
+    assert len(batches) == 4 and sorted(row_numbers(batches)) == list(range(37))
+    assert source.bytes_read[str(folder / "day_0_dense.npy")] == 128 + 37 * 52
+
+
 def test_states_that_do_not_fit(tmp_path: Path) -> None:
     write_days(tmp_path / "a", [100, 9])
     write_days(tmp_path / "b", [101, 9])
@@ -231,6 +260,9 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
         BatchLoader(open_source("stream", tmp_path / "a", "train"), 10, shuffle_set=True).load_state_dict(
             state
         )
+    ordered = BatchLoader(open_source("stream", tmp_path / "a", "train"), 10, shuffle_order=True)
+    with pytest.raises(UserError, match="--shuffle_batch_order"):
+        ordered.load_state_dict(state)
 
 
 def test_memory_holds_only_this_rank(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From options to this rank's batches of the three sets: the source of rows, and how they are batched."""
 
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -204,11 +205,13 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
             drop_last=training and data.drop_last_training_batch,
             shuffle_batches=training and data.shuffle_batches,
             shuffle_set=training and data.shuffle_training_set,
+            shuffle_order=training and data.shuffle_batch_order,
+            rows=math.ceil(source.rows * data.dataset_subset) if training and data.dataset_subset else None,
             seed=seed,
         )  # fmt: skip
         if training and not len(batches) and limit != 0:
             raise UserError(
-                f"{source.rows} training rows are fewer than one batch of {batch_size} on each of "
+                f"{batches.rows} training rows are fewer than one batch of {batch_size} on each of "
                 f"{here.world_size} ranks: lower --batch_size, or leave out --drop_last_training_batch"
             )
         sources.append(source)

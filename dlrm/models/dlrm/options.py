@@ -53,6 +53,10 @@ class DataOptions:
     pin_memory: bool = option(False, "copy batches through pinned memory")
     shuffle_batches: bool = option(False, "shuffle the rows of each training batch")
     shuffle_training_set: bool = option(False, "shuffle the training rows of each rank, in memory")
+    shuffle_batch_order: bool = option(
+        False, "take the training batches in random order, each epoch in another one"
+    )
+    dataset_subset: float | None = option(None, "train on the first X of the training rows; 1 is all")
     read_chunk_mb: float = option(8.0, "MB of one read of the streaming source")
     prefetch_batches: int = option(4, "batches that the loading thread prepares ahead")
     multi_hot_sizes: tuple[int, ...] | None = option(None, "ids per feature, made from one id on the fly")
@@ -66,6 +70,8 @@ class DataOptions:
         check_at_most(LARGEST_BATCH, self, "batch_size", "test_batch_size")
         check_at_least(0, self, "limit_train_batches", "limit_val_batches", "limit_test_batches")
         check_at_least(0.001, self, "read_chunk_mb")
+        if self.dataset_subset is not None and not 0 < self.dataset_subset <= 1:
+            raise UserError(f"--dataset_subset {self.dataset_subset}: must be above 0 and at most 1")
         if self.folder is None and self.source not in ("auto", "random"):
             raise UserError(f"--source {self.source} needs --in_memory_binary_criteo_path, the data's folder")
         if self.in_memory_binary_criteo_path and self.synthetic_multi_hot_criteo_path:

@@ -22,6 +22,12 @@ def _unused_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
     in_memory = plan.store_type == "device_mem" and not plan.sharding_file  # which may say more of a table
     rules = [
         (data, files, data.kind == "random", "the data is random"),
+        (
+            data,
+            ["shuffle_batch_order"],
+            data.shuffle_training_set,
+            "--shuffle_training_set shuffles all rows",
+        ),
         (data, ["mmap_mode"], data.kind == "multi_hot", "multi-hot files are streamed"),
         (data, ["mmap_mode"], data.kind in ("stream", "memory", "parquet"), f"the source is {data.kind}"),
         (data, ["read_chunk_mb"], data.kind in ("mmap", "parquet"), f"the source is {data.kind}"),

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from dlrm.runtime.errors import UserError
+
 TOY = ["--preset", "toy", "--report_every", 1]
 
 
@@ -77,3 +79,27 @@ def test_the_warm_up_starts_where_its_factor_says(toy: Path, train_here: Any) ->
     done = train_here(*on(toy, *words, "--lr_warmup_factor", 1))
     rates = [line["lr"] for line in done.metrics if "loss" in line]
     assert rates == pytest.approx([0.05, 0.06, 0.07, 0.08, 0.08])
+
+
+def test_a_share_of_the_rows_in_batches_of_random_order(toy: Path, train: Any, tmp_path: Path) -> None:
+    """Stopped and resumed, it is the run that was not; a tenth of 15,000 rows are six steps of two ranks."""
+    words = on(toy, "--batch_size", 128, "--dataset_subset", 0.1, "--shuffle_batch_order", "--epochs", 2)
+    words += ["--no-evaluate_on_training_end", "--checkpoint_dir", tmp_path / "saved"]
+    straight = train(2, *words, "--no-checkpoint_epochs")
+    assert straight.codes == [0, 0], straight.err
+    assert straight.results["steps"] == 12 and straight.results["samples"] == 2 * 1500
+    plain = train(2, *[word for word in words[:-2] if word != "--shuffle_batch_order"])
+    assert straight.losses[:6] != plain.losses[:6]
+    words[-1] = tmp_path / "again"
+    stopped = train(2, *words, "--max_steps", 8)
+    resumed = train(2, *words, "--load_checkpoint_path", tmp_path / "again")
+    assert stopped.losses + resumed.losses == straight.losses
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--dataset_subset", 0], ["--dataset_subset", 1.5], ["--lr_warmup_factor", -1], ["--test_after", -1]],
+)
+def test_a_wrong_value_is_named(words: list[object], train_here: Any) -> None:
+    with pytest.raises(UserError, match=str(words[0])):
+        train_here("--num_embeddings", 9, *words)
