@@ -6,9 +6,9 @@
 
 import numpy as np
 
-from dlrm.data.npy import NpyLayout
-from dlrm.data.rows import Rows
-from dlrm.data.stream import StreamSource, gather_rows
+from dlrm.data.npy import NpyLayout, scan_npy
+from dlrm.data.rows import Rows, SourceKind
+from dlrm.data.stream import StreamSource, gather_rows, open_stream
 
 
 class MemorySource:
@@ -142,3 +142,7 @@ class MappedSource:
 
     def close(self) -> None:
         self.maps = {}
+
+
+MEMORY = SourceKind(scan_npy, lambda layout, options: MemorySource(open_stream(layout, options)))
+MAPPED = SourceKind(scan_npy, lambda layout, options: MappedSource(layout, options.stage))

@@ -16,6 +16,8 @@ from common.errors import UserError, printable
 from common.memory import refuse_too_large
 from dlrm.data.criteo import NUM_SPARSE, array_file_name, multi_hot_file_name
 from dlrm.data.npy import CountingFile, NpyFile, NpyLayout, describe_array, open_array, scan_npy
+from dlrm.data.rows import SourceKind
+from dlrm.data.stream import open_stream
 
 DRAWS = 1 << 22  # ids drawn by one call: limits memory, the ids are the same
 
@@ -147,3 +149,6 @@ def make_offset_table(state: np.random.RandomState, size: int, count: int, draw:
             rows = min(step, size - row)
             ids[row : row + rows, 1:] = draw(state, size, rows * (count - 1)).reshape(rows, count - 1)
     return ids
+
+
+MULTI_HOT = SourceKind(scan_multi_hot_files, open_stream)

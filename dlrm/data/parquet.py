@@ -19,7 +19,7 @@ from common.memory import refuse_too_large
 from dlrm.data import parquet_ids
 from dlrm.data.criteo import DAY_NUMBER, META, NUM_DENSE, NUM_SPARSE, DatasetMeta, count_days, join_flaws
 from dlrm.data.npy import CountingFile, rows_of_stage
-from dlrm.data.rows import STAGES, Rows, batch_key
+from dlrm.data.rows import STAGES, Rows, SourceKind, batch_key
 from dlrm.data.shuffle import join_rows
 from dlrm.runtime.trace import span
 
@@ -330,3 +330,6 @@ def table_to_rows(table: Any, numbering: parquet_ids.IdNumbering | None) -> Rows
         else:
             sparse[:, column] = to_array(table.column(name), name, np.int32)
     return Rows(dense, sparse, to_array(table.column(LABEL), LABEL, np.int32))
+
+
+PARQUET = SourceKind(scan_parquet, lambda layout, options: ParquetSource(layout, options.stage))

@@ -1,11 +1,16 @@
-"""`Rows`, the arrays that every source returns, and `RowSource`, the interface of every source."""
+"""`Rows`, the arrays that every source returns, `RowSource`, the interface of every source, and `SourceKind`,
+how one is opened.
+"""
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 STAGES = ("train", "val", "test")
+RANDOM_ROWS = 1 << 20
 
 
 def batch_key(stage: str) -> str:
@@ -68,3 +73,24 @@ class RowSource(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+AnyLayout = Any  # what a source found in its folder; it has at least `folder` and `bytes_read`
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source may need to know besides its files."""
+
+    stage: str
+    read_chunk_mb: float = 16
+    rows: int = RANDOM_ROWS
+    table_sizes: Sequence[int] | None = None
+    seed: int = 0
+
+
+class SourceKind(NamedTuple):
+    """One way to keep rows."""
+
+    scan: Callable[[str | os.PathLike[str]], AnyLayout]  # check a folder's files, once
+    open: Callable[[AnyLayout, SourceOptions], RowSource]  # the rows of one stage

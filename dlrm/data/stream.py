@@ -11,8 +11,8 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.inputs import open_regular_file
-from dlrm.data.npy import NpyLayout
-from dlrm.data.rows import Rows, batch_key
+from dlrm.data.npy import NpyLayout, scan_npy
+from dlrm.data.rows import Rows, SourceKind, SourceOptions, batch_key
 from dlrm.runtime.trace import opening, span
 
 
@@ -173,3 +173,10 @@ def gather_rows(parts: dict[str, np.ndarray]) -> Rows:
     """Arrays by part -> Rows. Parts: dense, labels, and sparse or 0 to 25."""
     sparse = parts["sparse"] if "sparse" in parts else [parts[n] for n in parts if n.isdigit()]
     return Rows(parts["dense"], sparse, parts["labels"].reshape(-1))
+
+
+def open_stream(layout: NpyLayout, options: SourceOptions) -> StreamSource:
+    return StreamSource(layout, options.stage, options.read_chunk_mb)
+
+
+STREAM = SourceKind(scan_npy, open_stream)

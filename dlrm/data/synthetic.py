@@ -5,12 +5,14 @@ Drawing every row would take longer than reading one: a pool of rows is drawn on
 through it flips other bits of the ids, so that all rows of a large table are looked up.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.data.rows import STAGES, Rows
+from dlrm.data.npy import NpyLayout
+from dlrm.data.rows import STAGES, Rows, SourceKind, SourceOptions
 from dlrm.runtime.errors import UserError
 
 POOL = 1 << 14  # rows
@@ -74,3 +76,14 @@ class RandomSource:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+def open_random(_layout: NpyLayout, options: SourceOptions) -> RandomSource:
+    if options.table_sizes is None:
+        raise UserError(
+            "random data needs table sizes: give --num_embeddings or --num_embeddings_per_feature"
+        )
+    return RandomSource(options.stage, options.rows, options.table_sizes, options.seed)
+
+
+RANDOM = SourceKind(lambda folder: NpyLayout(os.fspath(folder), {}), open_random)

@@ -1,8 +1,5 @@
 """A DLRM from its options: the model, its optimizer, the sharding plan, this rank's shards."""
 
-import math
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +11,8 @@ from dlrm.data import criteo
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
 from dlrm.models.dlrm.dataloaders import Datasets
+from dlrm.models.dlrm.interactions import InteractionConfig, find_interaction
+from dlrm.models.dlrm.mlp import count_layer_weights
 from dlrm.models.dlrm.model import DLRMTrain, SparseArch, build_dlrm, compile_dense
 from dlrm.models.dlrm.options import Config, ModelOptions
 from dlrm.runtime import accelerate
@@ -72,23 +71,19 @@ def assemble_model(
 
 def count_dense_weights(model: ModelOptions, tables: int) -> int:
     """Weights and biases of everything but the tables."""
-
-    def count_layers(inputs: int, layers: Sequence[int]) -> int:
-        return sum((above + 1) * below for above, below in pairwise([inputs, *layers]))
-
     if not model.dense_arch_layer_sizes:
         return 0
-    last = model.dense_arch_layer_sizes[-1]
-    flat, pairs = last + tables * model.embedding_dim, tables * (tables + 1)
-    found = count_layers(criteo.NUM_DENSE, model.dense_arch_layer_sizes)
-    if model.interaction_type == "dcn":
-        found += model.dcn_num_layers * (2 * flat * model.dcn_low_rank_dim + flat)
-    if model.interaction_type == "projection":
-        branches = (model.interaction_branch1_layer_sizes, model.interaction_branch2_layer_sizes)
-        found += sum(count_layers(flat, branch) for branch in branches)
-        pairs = math.prod(branch[-1] // last for branch in branches if branch)
-    over = last + pairs if model.interaction_type in ("original", "dot", "projection") else flat
-    return found + count_layers(over, model.over_arch_layer_sizes)
+    shape = InteractionConfig(
+        criteo.SPARSE_NAMES[:tables], [model.embedding_dim] * tables, model.dense_arch_layer_sizes[-1],
+        model.dcn_num_layers, model.dcn_low_rank_dim, model.interaction_branch1_layer_sizes,
+        model.interaction_branch2_layer_sizes, model.self_interaction,
+    )  # fmt: skip
+    interaction = find_interaction(model.interaction_type)
+    return (
+        count_layer_weights(criteo.NUM_DENSE, model.dense_arch_layer_sizes)
+        + interaction.count_weights(shape)
+        + count_layer_weights(interaction.count_outputs(shape), model.over_arch_layer_sizes)
+    )
 
 
 def shard_dlrm(

@@ -4,6 +4,8 @@ In: the dense layers' output [rows, dense] and torchrec's KeyedTensor of pooled 
 in the order of the sharding. Out: what torchrec's architectures return, columns in the tables' order.
 """
 
+import math
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from dlrm.models.dlrm.mlp import DenseArch
+from dlrm.models.dlrm.mlp import DenseArch, count_layer_weights
 from dlrm.models.dlrm.options import INTERACTIONS
 from dlrm.runtime.errors import UserError
 
@@ -37,6 +39,27 @@ class InteractionConfig:
     def flat(self) -> int:
         """Width of all embeddings and dense features together."""
         return self.dense + sum(self.dims)
+
+
+class Interaction(nn.Module):
+    """What every interaction is: a module that says beforehand how large it will be.
+
+    forward: (float [rows, dense], KeyedTensor of pooled embeddings) -> float [rows, out_features].
+    """
+
+    def __init__(self, shape: InteractionConfig) -> None:
+        super().__init__()
+        self.out_features = self.count_outputs(shape)
+
+    @classmethod
+    def count_outputs(cls, shape: InteractionConfig) -> int:
+        """Columns of the output; also called before the module is made, with any widths."""
+        raise NotImplementedError
+
+    @classmethod
+    def count_weights(cls, shape: InteractionConfig) -> int:
+        """Parameters of its own, so that a model that is too large is refused before it is made."""
+        return 0
 
 
 class PairOrder(NamedTuple):
@@ -83,11 +106,11 @@ class PairDots(torch.autograd.Function):
         return dense.to(ctx.types[0]), sparse.to(ctx.types[1]), None
 
 
-class InteractionArch(nn.Module):
+class InteractionArch(Interaction):
     """The original DLRM: torchrec's; `self_interaction` adds each embedding's product with itself."""
 
     def __init__(self, shape: InteractionConfig) -> None:
-        super().__init__()
+        super().__init__(shape)
         wrong = [f"{n} {d}" for n, d in zip(shape.names, shape.dims, strict=True) if d != shape.dense]
         if wrong:
             raise UserError(
@@ -96,9 +119,12 @@ class InteractionArch(nn.Module):
                 "or choose --interaction_type dcn"
             )
         self.names, self.dim, self.diagonal = list(shape.names), shape.dense, shape.self_interaction
-        entries = len(self.names) + 1
-        self.out_features = self.dim + entries * (entries - 1) // 2 + entries * self.diagonal
         self._orders: dict[tuple[str, ...], PairOrder] = {}
+
+    @classmethod
+    def count_outputs(cls, shape: InteractionConfig) -> int:
+        entries = len(shape.names) + 1
+        return shape.dense + entries * (entries - 1) // 2 + entries * shape.self_interaction
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
         values = sparse_features.values()
@@ -117,13 +143,16 @@ class InteractionArch(nn.Module):
         return PairOrder((row * n + column).to(device), spread.view(-1).to(device), self.diagonal)
 
 
-class ConcatArch(nn.Module):
+class ConcatArch(Interaction):
     """Dense features and all embeddings side by side (NVIDIA's `cat`)."""
 
     def __init__(self, shape: InteractionConfig) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.names = list(shape.names)
-        self.out_features = shape.flat
+
+    @classmethod
+    def count_outputs(cls, shape: InteractionConfig) -> int:
+        return shape.flat
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
         if list(sparse_features.keys()) == self.names:
@@ -139,6 +168,10 @@ class InteractionDCNArch(ConcatArch):
     def __init__(self, shape: InteractionConfig) -> None:
         super().__init__(shape)
         self.crossnet = LowRankCrossNet(shape.flat, shape.dcn_layers, shape.dcn_rank).to(shape.device)
+
+    @classmethod
+    def count_weights(cls, shape: InteractionConfig) -> int:
+        return shape.dcn_layers * (2 * shape.flat * shape.dcn_rank + shape.flat)
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
         return self.crossnet(super().forward(dense_features, sparse_features))
@@ -158,8 +191,16 @@ class InteractionProjectionArch(ConcatArch):
         self.dim = shape.dense
         self.interaction_branch1 = DenseArch(shape.flat, shape.branch1, shape.device)
         self.interaction_branch2 = DenseArch(shape.flat, shape.branch2, shape.device)
-        pairs = (shape.branch1[-1] // self.dim) * (shape.branch2[-1] // self.dim)
-        self.out_features = self.dim + pairs
+
+    @classmethod
+    def count_outputs(cls, shape: InteractionConfig) -> int:
+        return shape.dense + math.prod(
+            branch[-1] // shape.dense for branch in (shape.branch1, shape.branch2) if branch
+        )
+
+    @classmethod
+    def count_weights(cls, shape: InteractionConfig) -> int:
+        return sum(count_layer_weights(shape.flat, branch) for branch in (shape.branch1, shape.branch2))
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedTensor) -> torch.Tensor:
         flat = super().forward(dense_features, sparse_features)
@@ -169,8 +210,8 @@ class InteractionProjectionArch(ConcatArch):
         return torch.cat((dense_features, torch.bmm(left, right).reshape(batch, -1)), dim=1)
 
 
-def make_interaction(name: str, config: InteractionConfig) -> nn.Module:
-    """The interaction that --interaction_type names; its `out_features` is the width of its output."""
+def find_interaction(name: str) -> type[Interaction]:
+    """The class that --interaction_type names."""
     if name not in INTERACTIONS:
         raise UserError(f"--interaction_type {name} is unknown; choose from {', '.join(INTERACTIONS)}")
-    return globals()[INTERACTIONS[name]](config)
+    return pkgutil.resolve_name(INTERACTIONS[name])

@@ -1,12 +1,18 @@
 """The dense layers: ReLU multilayer perceptrons, torchrec's MLP under torchrec's names."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
 from torchrec.modules.mlp import MLP
 
 from dlrm.runtime import accelerate
+
+
+def count_layer_weights(inputs: int, layers: Sequence[int]) -> int:
+    """Weights and biases of an MLP."""
+    return sum((above + 1) * below for above, below in pairwise([inputs, *layers]))
 
 
 class DenseArch(nn.Module):

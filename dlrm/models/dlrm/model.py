@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dlrm.embeddings.tables import initialize_tables
-from dlrm.models.dlrm.interactions import InteractionConfig, make_interaction
+from dlrm.models.dlrm.interactions import InteractionConfig, find_interaction
 from dlrm.models.dlrm.mlp import DenseArch, OverArch
 from dlrm.runtime import accelerate
 from dlrm.runtime.errors import UserError
@@ -98,8 +98,8 @@ def build_dlrm(
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that weights do not depend on the device
         torch.manual_seed(seed)
         dense = DenseArch(dense_in, dense_layers)
-        inter = make_interaction(interaction, shape)
-        over = OverArch(int(inter.out_features), over_layers, None)  # type: ignore[arg-type]
+        inter = find_interaction(interaction)(shape)
+        over = OverArch(inter.out_features, over_layers, None)
         for part in (dense, inter, over):
             INITS[init](part)
             part.to(dense_device)

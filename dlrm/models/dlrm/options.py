@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from dlrm.config.options import CheckpointOptions, PlanOptions, RunOptions
 from dlrm.config.parser import check_at_least, check_at_most, option
 from dlrm.data.criteo import NUM_SPARSE
+from dlrm.data.registry import CHOICES
 from dlrm.runtime.errors import UserError
 
 LARGEST_BATCH = ((1 << 31) - 1) // NUM_SPARSE  # rows: the ids of a batch are counted with 32 bits
@@ -19,14 +20,14 @@ LAYERS = (
 )  # fmt: skip
 
 
-# --interaction_type -> the class of interactions.py that computes it. By name, because options are parsed
-# before torch is imported.
+# --interaction_type -> module:class. By name, because options are parsed before torch is imported. A new
+# interaction is a file and a line here.
 INTERACTIONS = {
-    "original": "InteractionArch",
-    "dot": "InteractionArch",
-    "dcn": "InteractionDCNArch",
-    "projection": "InteractionProjectionArch",
-    "cat": "ConcatArch",
+    "original": "dlrm.models.dlrm.interactions:InteractionArch",
+    "dot": "dlrm.models.dlrm.interactions:InteractionArch",
+    "dcn": "dlrm.models.dlrm.interactions:InteractionDCNArch",
+    "projection": "dlrm.models.dlrm.interactions:InteractionProjectionArch",
+    "cat": "dlrm.models.dlrm.interactions:ConcatArch",
 }
 
 
@@ -39,7 +40,7 @@ class DataOptions:
     )
     source: str = option(
         "auto", "how rows are read; auto: streamed, unless another flag asks for something else",
-        ("auto", "stream", "memory", "mmap", "parquet", "random"),
+        ("auto", *CHOICES),
     )  # fmt: skip
     batch_size: int = option(32, "training batch size per rank")
     test_batch_size: int | None = option(

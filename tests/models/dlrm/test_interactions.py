@@ -11,8 +11,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from dlrm.embeddings.tables import make_table_configs
-from dlrm.models.dlrm.interactions import InteractionArch, InteractionConfig, PairDots
+from dlrm.models.dlrm.interactions import InteractionArch, InteractionConfig, PairDots, find_interaction
 from dlrm.models.dlrm.model import DLRMTrain, build_dlrm, compile_dense
+from dlrm.models.dlrm.options import INTERACTIONS
 from dlrm.runtime.errors import UserError
 
 NAMES = ["cat_a", "cat_b", "cat_c", "cat_d"]
@@ -61,6 +62,18 @@ def test_equals_torchrec(interaction: str) -> None:
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         torch.testing.assert_close(parameter.grad, other[name].grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_sizes_are_known_before_a_model_is_made(interaction: str) -> None:
+    """What refuses too large a model counts as many weights and columns as the model then has."""
+    shape = InteractionConfig(NAMES, [8] * 4, 8, 2, 3, [16, 24], [16, 32])
+    kind = find_interaction(interaction)
+    module = kind(shape)
+    assert sum(each.numel() for each in module.parameters()) == kind.count_weights(shape)
+    columns = KeyedTensor.from_tensor_list(NAMES, [torch.randn(6, 8)] * 4)
+    assert module(torch.randn(6, 8), columns).shape == (6, kind.count_outputs(shape))
+    assert module.out_features == kind.count_outputs(shape)
 
 
 @pytest.mark.parametrize("self_interaction", [False, True])

@@ -1,0 +1,29 @@
+"""Sources of rows by name: the values of --source.
+
+A new source is a file and a line here. Sources are named, not imported: options are parsed before the trace
+begins and before a library is loaded.
+"""
+
+import pkgutil
+
+from common.errors import UserError
+from dlrm.data.rows import SourceKind
+
+# name -> module:SourceKind
+SOURCES = {
+    "stream": "dlrm.data.stream:STREAM",
+    "memory": "dlrm.data.memory:MEMORY",
+    "mmap": "dlrm.data.memory:MAPPED",
+    "parquet": "dlrm.data.parquet:PARQUET",
+    "random": "dlrm.data.synthetic:RANDOM",
+    "multi_hot": "dlrm.data.multihot:MULTI_HOT",
+}
+CHOICES = tuple(
+    name for name in SOURCES if name != "multi_hot"
+)  # --synthetic_multi_hot_criteo_path selects it
+
+
+def find_source(name: str) -> SourceKind:
+    if name not in SOURCES:
+        raise UserError(f"unknown kind of data {name}: choose from {', '.join(SOURCES)}")
+    return pkgutil.resolve_name(SOURCES[name])
