@@ -8,8 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from common.command_line import CommandLineParser
 from common.errors import USAGE, UserError, printable, quote_for_shell
 from common.progress import show_progress
 
@@ -142,13 +143,8 @@ def _choose_map(options: argparse.Namespace):
     return dask_cluster.on_cluster(options.dask)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help says more)")
-
-
 def make_parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="python -m analysis", description=__doc__)
+    top = CommandLineParser(prog="python -m analysis", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(

@@ -1,8 +1,11 @@
 """Prove an environment: the stack imports together, and the patched torchrec writes a span to a trace.
 
-usage: python patches/check.py        one line on stdout, or one line on stderr and exit code 1
+usage: source env.sh; python patches/check.py
+
+One line on stdout, or one line on stderr and exit code 1.
 """
 
+import argparse
 import ctypes
 import gzip
 import json
@@ -11,15 +14,14 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import mpi4py
-
-mpi4py.rc.initialize = False  # a login node may load the library but not start MPI
-
 
 def stack() -> str:
     import fbgemm_gpu  # noqa: F401
+    import mpi4py
     import torch
     import torchrec
+
+    mpi4py.rc.initialize = False  # a login node may load the library but not start MPI
     from mpi4py import MPI
 
     torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2]))
@@ -68,6 +70,7 @@ def lacks_driver() -> bool:
 
 
 def main() -> None:
+    argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1]).parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     if lacks_driver():
         print("no NVIDIA driver on this node: prove the environment on a GPU node, python patches/check.py")

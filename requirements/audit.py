@@ -6,6 +6,7 @@ pip-audit does the asking. It is installed once into .cache/audit, with verified
 installed, or the database of advisories cannot be reached, one line says so, and the exit code is 0.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -94,6 +95,7 @@ def ask(program: Path, pins: Iterable[str], service: str) -> list[dict[str, Any]
 
 
 def main() -> int:
+    argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1]).parse_args()
     try:
         program = install_tool()
         pins = set[str]().union(*map(read_pins, PYTHONS))

@@ -12,8 +12,9 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field, fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from common.command_line import CommandLineParser
 from dlrm.runtime.environment import mask_secrets
 from dlrm.runtime.errors import UserError
 
@@ -39,11 +40,6 @@ def check_at_most(high: float, config: object, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value <= high:
             raise UserError(f"--{name} {value}: must be a number of at most {high:,}")
-
-
-class OptionParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
 
 
 def list_flags(kind: Any) -> list[Any]:
@@ -111,7 +107,7 @@ def _parse_options(
     description: str,
     presets: Mapping[str, Callable[[], Mapping[str, Any]]],
 ) -> C:
-    parser = OptionParser(prog=program, description=description, allow_abbrev=False)
+    parser = CommandLineParser(prog=program, description=description)
     parser.add_argument("--validate_only", action="store_true", help="check the options, then exit")
     parser.add_argument("--check_options", action="store_true", help=argparse.SUPPRESS)  # its old name
     if presets:
@@ -123,7 +119,7 @@ def _parse_options(
         for each in list_flags(group_kind):
             _add_flag(group, each.name, hints[each.name], each.default, each.metadata)
     if presets:
-        chooser = OptionParser(add_help=False, allow_abbrev=False)
+        chooser = CommandLineParser(prog=program, add_help=False)
         chooser.add_argument("--preset", choices=sorted(presets))
         chosen = chooser.parse_known_args(argv)[0].preset
         if chosen:

@@ -6,20 +6,19 @@ multihot adds synthetic multi-hot ids. parse, contiguous and shuffle are torchre
 import argparse
 import signal
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from common.command_line import CommandLineParser
 from common.errors import os_errors_as_user_errors, printable
 from dlrm.prep.job import options as prep_options
 from dlrm.runtime import errors, ranks
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def make_parser() -> tuple[CommandLineParser, dict[str, CommandLineParser]]:
     """The parser, and those of its commands by name."""
-    parser = OneLineParser(prog="python -m dlrm.prep", description=__doc__)
-    parser_class: Any = partial(OneLineParser, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=parser_class)
+    parser = CommandLineParser(prog="python -m dlrm.prep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     toy = commands.add_parser("toy", help="write Criteo-like TSV that a model can learn")
     toy.add_argument("out", type=Path, help="folder for day_0, day_1 ...")
     toy.add_argument("--days", type=int, default=24, help="number of days [24]")
@@ -32,22 +31,6 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     add_multihot_options(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
     add_script_options(commands)
     return parser, commands.choices
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Options that no command knows are reported by the command that they were given to."""
-    parser, commands = make_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
-    return args
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong option in one line that names the command's own help."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(errors.USAGE, f"dlrm.prep: {printable(message)} ({self.prog} --help lists the options)\n")
 
 
 class RenamedOption(argparse.Action):
@@ -270,8 +253,9 @@ COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), run_script)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code; a UserError becomes one line on stderr, from rank 0 only."""
-    args = parse_arguments(argv)
+    args = argparse.Namespace(command="")
     try:
+        args = make_parser()[0].parse_args(argv)
         with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
             COMMANDS[args.command](args)
     except (errors.UserError, ModuleNotFoundError) as error:
