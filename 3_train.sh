@@ -177,6 +177,14 @@ list_results() {
         "or source env.sh && python -m analysis view $(printf %q "$run")"
 }
 
+# After a failure its reason stands far above the analysis: it is repeated as the last line.
+repeat_reason() {
+    [[ $code != 0 && $code != 75 ]] || return 0
+    local reason
+    reason=$(grep -aE '^(dlrm|launcher\.sh): ' -- "$run/log.txt" 2> /dev/null | tail -n 1) || true
+    [[ -z $reason ]] || say "failed with exit code $code: ${reason#dlrm: }"
+}
+
 main() {
     case ${1:-} in
         -h | --help)
@@ -214,6 +222,7 @@ main() {
     # A stopped job has seconds left: its traces can wait.
     if [[ -d $run/trace && -z $stopped ]] && has_trained; then analyse; fi
     list_results
+    repeat_reason
     exec >&- 2>&-
     wait "$logger" || true
     exit "$code"

@@ -22,7 +22,7 @@ LENGTHS = ("wall_seconds", "training_seconds")  # shorter is better only where a
 
 def open_side(path: str | Path, over: Map) -> Side:
     run = open_run(path, over)
-    facts = Facts(run.joined, run.config)
+    facts = Facts(run.joined, run.config, run.metrics)
     return run, facts, find_all(facts)
 
 

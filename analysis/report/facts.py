@@ -32,6 +32,7 @@ class Finding:
 class Facts:
     joined: JoinedTables
     config: dict[str, Any]
+    metrics: pl.DataFrame = field(default_factory=pl.DataFrame)  # metrics.jsonl
     phases: pl.DataFrame = field(init=False)
     launches: pl.DataFrame = field(init=False)
     launched: pl.DataFrame = field(init=False)  # phases, launch by launch, and the launch's ranks

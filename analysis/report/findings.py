@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from analysis.report import rules_io, rules_time
+from analysis.report import rules_io, rules_time, rules_training
 from analysis.report.facts import Facts, Finding
 
 Rule = Callable[[Facts], Finding | None]
 
 RULES: tuple[Rule, ...] = (
+    rules_training.find_no_learning,
     rules_time.find_waiting,
     rules_time.find_slow_rank,
     rules_time.find_slow_startup,

@@ -98,7 +98,7 @@ def write_report(
         early = {PAGE: is_own_page, SUMMARY: outputs.is_own_summary, "tables/breakdown.csv": lambda _: True}
         outputs.check_folder(folder, early, REMEDY)
     run = open_run(path, over, source)
-    facts = Facts(run.joined, run.config)
+    facts = Facts(run.joined, run.config, run.metrics)
     found, things = find_all(facts), list_entries(run, facts)
     text = summary.format_text(run, facts, found)
     made = outputs.seal_page(render_html(run, facts, found, things), "report")
@@ -148,5 +148,5 @@ def encode_csv(table: pl.DataFrame) -> bytes:
 def render_terminal(path: str | Path, over: Map = on_threads) -> str:
     """The numbers and findings as text; writes nothing."""
     run = open_run(path, over)
-    facts = Facts(run.joined, run.config)
+    facts = Facts(run.joined, run.config, run.metrics)
     return summary.format_text(run, facts, find_all(facts))

@@ -26,7 +26,10 @@ DATASET_PATHS = (
     "data.in_memory_binary_criteo_path", "data.synthetic_multi_hot_criteo_path", "data.dataset_path",
 )  # fmt: skip
 _DATA = ("data.in_memory_binary_criteo_path", "data.dataset_path", "data.dataset_name")
-_NOT_SETTINGS = ("run.output_dir", "run.num_epochs", "launch.local_world_size", "launch.hosts")
+_NOT_SETTINGS = (
+    "run.output_dir", "run.num_epochs", "run.given_options", "launch.local_world_size", "launch.hosts",
+    "launch.chosen",
+)  # fmt: skip
 
 
 def model_of_run(config: Config) -> str:

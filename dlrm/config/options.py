@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dlrm.config.parser import check_at_least, check_at_most, option
+from dlrm.config.parser import check_at_least, check_at_most, option, parsed_field
 from dlrm.runtime.errors import UserError
 
 CPU_FAST_PATH_HELP = (
@@ -62,6 +62,8 @@ class RunOptions:
     cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
     exchange: str = option("auto", "deprecated: gloo is --no-cpu_fast_path", ("auto", "gloo"))
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
+    preset: str | None = parsed_field(None)
+    given_options: tuple[str, ...] = parsed_field(())  # on the command line or by the preset
 
     def __post_init__(self) -> None:
         check_at_least(

@@ -27,6 +27,11 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: 
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
+def parsed_field(default: Any) -> Any:
+    """A field that is no flag: `parse_options` fills it."""
+    return field(default=default, init=False)
+
+
 def check_at_least(low: float, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -107,23 +112,30 @@ def _parse_options(
     description: str,
     presets: Mapping[str, Callable[[], Mapping[str, Any]]],
 ) -> C:
-    parser = CommandLineParser(prog=program, description=description)
+    parser = CommandLineParser(
+        prog=program, description=description, epilog=describe_presets(presets),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--validate_only", action="store_true", help="check the options, then exit")
     parser.add_argument("--check_options", action="store_true", help=argparse.SUPPRESS)  # its old name
     if presets:
-        parser.add_argument("--preset", choices=sorted(presets), help="published settings as defaults")
+        parser.add_argument(
+            "--preset", choices=list(presets), metavar="NAME",
+            help="published settings as defaults: one of the presets below",
+        )  # fmt: skip
     groups = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[arg-type, misc]
     for title, group_kind in groups.items():
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(group_kind)
         for each in list_flags(group_kind):
             _add_flag(group, each.name, hints[each.name], each.default, each.metadata)
+    from_preset: Mapping[str, Any] = {}
     if presets:
         chooser = CommandLineParser(prog=program, add_help=False)
-        chooser.add_argument("--preset", choices=sorted(presets))
-        chosen = chooser.parse_known_args(argv)[0].preset
-        if chosen:
-            parser.set_defaults(**presets[chosen]())
+        chooser.add_argument("--preset", choices=list(presets))
+        if chosen := chooser.parse_known_args(argv)[0].preset:
+            from_preset = presets[chosen]()
+            parser.set_defaults(**from_preset)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
@@ -135,7 +147,36 @@ def _parse_options(
     }
     if values["check_options"]:
         print("dlrm: --check_options is now --validate_only; this release accepts both", file=sys.stderr)
-    return parser.exit() if values["validate_only"] or values["check_options"] else kind(**made)
+    if values["validate_only"] or values["check_options"]:
+        parser.exit()
+    parsed = {
+        "preset": values.get("preset"),
+        "given_options": tuple(sorted({*from_preset, *_list_given(parser, argv, values)})),
+    }
+    for group in made.values():
+        for each in fields(group):
+            if not each.init and each.name in parsed:
+                object.__setattr__(group, each.name, parsed[each.name])  # frozen for everyone else
+    return kind(**made)
+
+
+def _list_given(parser: argparse.ArgumentParser, argv: Sequence[str], values: Mapping[str, Any]) -> set[str]:
+    """The options that stand on the command line: those whose value is not the one put there before."""
+    before = object()
+    found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(values, before))))
+    return {name for name, value in found.items() if value is not before} - {"preset"}
+
+
+def describe_presets(presets: Mapping[str, Callable[[], Mapping[str, Any]]]) -> str:
+    """The end of --help: each preset with the first line of its function's text."""
+    if not presets:
+        return ""
+    width = max(map(len, presets))
+    lines = [
+        f"  {name:{width}}  {(make.__doc__ or '').strip().partition(chr(10))[0]}".rstrip()
+        for name, make in presets.items()
+    ]
+    return "\n".join(["presets:", *lines])
 
 
 def as_json(config: Any, launch: Mapping[str, Any]) -> str:

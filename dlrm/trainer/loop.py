@@ -96,26 +96,35 @@ class Hooks:
 class ThroughputMeter:
     """Mean loss over all ranks, and samples per second, since the last report."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, labels_are_clicks: bool = False) -> None:
         # [sum of loss x rows, rows] of this rank, float64: summed on the device, so that a step that is not
         # reported never waits for the GPU
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._clicks = torch.zeros(2, dtype=torch.float64, device=device)  # [labels that are 1, labels]
+        self._labels_are_clicks = labels_are_clicks
         self._since = time.perf_counter()
         self.steps = 0
+        self.click_share: float | None = None  # of the labels between the last two calls of reduce_and_reset
 
-    def add_step(self, loss: torch.Tensor, rows: int) -> None:
+    def add_step(self, loss: torch.Tensor, rows: int, labels: torch.Tensor | None = None) -> None:
         """`loss`: the mean over this rank's `rows` rows, a scalar tensor."""
         self._sums[0] += loss.detach() * rows
         self._sums[1] += rows
+        if labels is not None and self._labels_are_clicks:
+            self._clicks[0] += labels.detach().sum()
+            self._clicks[1] += rows
         self.steps += 1
 
     def reduce_and_reset(self) -> tuple[float, int, float]:
         """(mean loss, rows, seconds) since the last call. A collective: called at the same step."""
-        dist.all_reduce(self._sums)
-        loss, rows = self._sums.tolist()
+        sums = torch.cat([self._sums, self._clicks])
+        dist.all_reduce(sums)
+        loss, rows, clicks, labels = sums.tolist()
+        self.click_share = clicks / labels if labels else None
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._sums.zero_()
+        self._clicks.zero_()
         self.steps = 0
         return loss / max(rows, 1), int(rows), seconds
 
@@ -222,8 +231,8 @@ def train_steps(
             trace.set_context(step=progress.step)
             with trace.span("train", "step", batch=number):
                 progress.lr = set_next_lr()
-                loss, logits, _ = pipeline.progress(feed)
-                meter.add_step(loss, len(logits))
+                loss, logits, labels = pipeline.progress(feed)
+                meter.add_step(loss, len(logits), labels)
             progress.step += 1
             progress.position = positions.pop(number)
             yield
@@ -245,7 +254,14 @@ def report_steps(
         steps = meter.steps
         first = progress.step - steps + 1
         loss, rows, seconds = meter.reduce_and_reset()
+        speed = rows / seconds
+        more = {"samples_per_second": speed, "step_time": seconds / steps}
+        if meter.click_share is not None:
+            more["click_share"] = meter.click_share
+        values = {"step": progress.step, "epoch": progress.epoch, "loss": loss, "lr": progress.lr}
         if not math.isfinite(loss):
+            # the report says so too
+            log_metrics(**values, samples=progress.samples, **more)
             error = UserError(
                 f"the loss became {loss} in steps {first}..{progress.step}: "
                 "lower --learning_rate, or look for NaN in the data with python -m dlrm.prep check"
@@ -256,11 +272,7 @@ def report_steps(
         if timed:
             progress.seconds += seconds
             progress.timed_samples += rows
-        speed = rows / seconds
-        log_metrics(
-            step=progress.step, epoch=progress.epoch, loss=loss, lr=progress.lr, samples=progress.samples,
-            samples_per_second=speed, step_time=seconds / steps,
-        )  # fmt: skip
+        log_metrics(**values, samples=progress.samples, **more)
         trace.counter("loss", loss)
         trace.counter("samples_per_second", speed)
 

@@ -35,8 +35,17 @@ class ScriptOptions:
 
 
 @dataclass(frozen=True)
+class ChosenOptions:
+    """Options in which what the user left open is filled in."""
+
+    options: Any
+    summary: str = ""  # what was chosen, one line
+    warnings: tuple[str, ...] = ()  # a line each
+
+
+@dataclass(frozen=True)
 class ModelParts:
-    """What `trainer.make_trainer` calls, in this order. `options`: an instance of the spec's options type."""
+    """What `trainer.train` calls. `options`: an instance of the spec's options type."""
 
     # (options, ranks) -> this rank's batches of train, val and test: `trainer.Datasets`
     open_data: Callable[[Any, "Ranks"], Any]
@@ -49,6 +58,10 @@ class ModelParts:
     trainer: type[Any]
     # (options, device type) -> one line for each group of options that have no effect in this run
     list_unused_options: Callable[[Any, str], list[str]] = field(default=lambda options, device: [])
+    # (options, ranks, device) -> the options of this run: called first, on rank 0
+    choose_options: Callable[[Any, "Ranks", "torch.device"], ChosenOptions] = field(
+        default=lambda options, ranks, device: ChosenOptions(options)
+    )
     # (options, number of ranks) -> hyperparameters for the MLPerf log, by MLPerf's keys
     mlperf_settings: Callable[[Any, int], Mapping[str, Any]] = field(default=lambda options, ranks: {})
 

@@ -24,11 +24,13 @@ from dlrm.checkpoint import shards
 from dlrm.config.options import list_deprecated
 from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
+from dlrm.runtime.busy_cores import describe_busy_cores
 from dlrm.runtime.errors import Stopped, UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, mixed_precision
 from dlrm.trainer.checkpointing import CheckpointManager
 from dlrm.trainer.device import enable_fast_path
+from dlrm.trainer.loss_watch import LossWatch
 from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.mlperf_log import MLPerfLog
 from dlrm.trainer.resume import resume_training
@@ -58,7 +60,8 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
             trace.discard_tracing()  # nothing of a refused run stays in the folder
             raise
         try:
-            record_launch(run_folder, spec.title, options, here, device, tuned)
+            options, chosen = choose_options(parts, options, here, device, run_folder)
+            record_launch(run_folder, spec.title, options, here, device, tuned, chosen)
             trainer = make_trainer(parts, options, here, device, run_folder)
             run_trainer(trainer, here, started)
         finally:
@@ -73,15 +76,38 @@ def open_run_folder(options: Any, here: Ranks) -> RunFolder:
     return RunFolder(options.run.output_dir, here.first, options.run.tensorboard, more)
 
 
-def record_launch(
-    run_folder: RunFolder, model: str, options: Any, here: Ranks, device: torch.device, tuned: list[str]
-) -> None:
-    """Record where the run was started. A collective.
+def choose_options(
+    parts: ModelParts, options: Any, here: Ranks, device: torch.device, run_folder: RunFolder
+) -> tuple[Any, str]:
+    """(the options with what the user left open filled in, what was chosen in one line). A collective."""
+    chosen = None
+    with session.errors_on_all_ranks():
+        if here.first:  # the others need not read the dataset's description too
+            chosen = parts.choose_options(options, here, device)
+    chosen = session.broadcast_from_first(chosen)
+    assert chosen is not None
+    if chosen.summary:
+        run_folder.print_line(chosen.summary)
+    for line in chosen.warnings:
+        run_folder.warn(line)
+    return chosen.options, chosen.summary
 
-    model  the title of the model's spec
-    tuned  what `enable_fast_path` returned
+
+def record_launch(
+    run_folder: RunFolder, model: str, options: Any, here: Ranks, device: torch.device, tuned: list[str],
+    chosen: str,
+) -> None:  # fmt: skip
+    """Record where the run was started; warn of hosts that are busy already. A collective.
+
+    model   the title of the model's spec
+    tuned   what `enable_fast_path` returned
+    chosen  what `choose_options` says
     """
-    hosts = session.gather_from_all(here.host)
+    asked = device.type == "cpu" and here.local_rank == 0  # one rank of each host
+    found = session.gather_from_all((here.host, describe_busy_cores(here) if asked else None))
+    hosts = [host for host, _ in found]
+    for busy in [line for _, line in found if line][:3]:
+        run_folder.warn(busy)
     run_folder.launch = {
         "model": model,
         "world_size": here.world_size,
@@ -90,6 +116,7 @@ def record_launch(
         "hosts": hosts,
         "device": str(device.type),
         "tuned": tuned,
+        "chosen": chosen,
     }
     # An earlier run's config.json stays until this run is known to resume it; a run that ends before that
     # must not have changed it.
@@ -145,6 +172,7 @@ class Trainer:
     and its entries of results.json.
     """
 
+    labels_are_clicks = False  # labels are 0 or 1: then reports have the share of ones
     score_metric = "auroc"  # the metric by which validations are compared, in the results of an evaluation
     make_metrics: Callable[[], loop.MetricCollector]  # called once for each evaluation
 
@@ -164,7 +192,8 @@ class Trainer:
         optim = options.optim
         self.progress = loop.Progress(loss_scale=optim.loss_scale if optim.amp == "fp16" else 1.0)
         self.epoch_steps = len(datasets.train)
-        self.meter = loop.ThroughputMeter(device)
+        self.meter = loop.ThroughputMeter(device, self.labels_are_clicks)
+        self.loss_watch = LossWatch()
         self.hooks = loop.Hooks()  # `run_trainer` puts the CheckpointManager here
         self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
         self.evaluate_seconds = 0.0
@@ -183,6 +212,10 @@ class Trainer:
     def enable_mixed_precision(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
         """Run the model's dense part in `kind` ("bf16" or "fp16"); `scale` is the loss scale of fp16."""
         raise UserError(f"--amp {kind}: this model has no mixed precision; leave --amp out")
+
+    def advise_on_loss(self) -> str:
+        """What to try when the loss does not fall."""
+        return f"try a learning rate of {self.options.optim.learning_rate / 10:g}"
 
     def collect_results(self) -> Mapping[str, Any]:
         """The model's own entries of results.json."""
@@ -228,6 +261,7 @@ class Trainer:
             evaluate_on_epoch_end=run.evaluate_on_epoch_end,
         )
         total_steps = min(run.epochs * self.epoch_steps, run.max_steps or sys.maxsize)
+        self.loss_watch = LossWatch(total_steps)
         self.run_folder.start_progress(total_steps, self.progress.step, run.print_progress)
         self.mlperf_log.log_run_start(self.epoch_steps)
         target_reached = loop.run_training(
@@ -243,6 +277,8 @@ class Trainer:
 
     def log_metrics(self, **values: Any) -> None:
         self.run_folder.log_metrics(**values, **self.ssd_tables.cache_metrics(self.progress.step))
+        if "split" not in values and (trouble := self.loss_watch.add_report(values)):
+            self.run_folder.warn(f"{trouble}: {self.advise_on_loss()}")
 
     # --- evaluation
 

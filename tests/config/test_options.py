@@ -82,6 +82,51 @@ def test_flags_win_over_presets_and_all_presets_are_valid() -> None:
     assert parsed("--preset", "mlperf_v2").model.interaction_type == "dcn"
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "rows_of_step", "rate", "schedule", "largest_table"),
+    [
+        ("kaggle", 1, 128, 0.1, (0, 0, 0), None),
+        ("terabyte", 1, 2048, 0.1, (0, 0, 0), 10_000_000),
+        ("mlperf_v1", 8, 55_296, 24.0, (2750, 49_315, 27_772), 39_979_771),
+        ("mlperf_x2", 16, 65_536, 15.0, (0, 0, 0), 80_000_000),
+        ("full_size", 80, 65_520, 15.0, (0, 0, 0), 292_775_614),
+        ("mlperf_v2", 8, 65_536, 0.005, (0, 0, 0), 40_000_000),
+        ("nvidia_base", 1, 32_768, 28.0, (6400, 64_000, 80_000), None),
+        ("oneflow", 8, 55_296, 24.0, (2750, 49_315, 27_772), 39_979_772),
+    ],
+)
+def test_presets_have_the_published_numbers(
+    name: str,
+    ranks: int,
+    rows_of_step: int,
+    rate: float,
+    schedule: tuple[int, ...],
+    largest_table: int | None,
+) -> None:
+    config = parsed("--preset", name)
+    optim, model = config.optim, config.model
+    assert config.data.batch_size * ranks == rows_of_step and optim.learning_rate == rate
+    assert (optim.lr_warmup_steps, optim.lr_decay_start, optim.lr_decay_steps) == schedule
+    sizes = model.num_embeddings_per_feature
+    assert (max(sizes) if sizes else model.max_table_size) == largest_table
+    assert model.num_embeddings is None  # no table is made longer than its ids
+
+
+def test_help_lists_each_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    listed = capsys.readouterr().out.partition("\npresets:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(PRESETS)
+    assert all(len(line.split()) > 2 for line in listed)
+
+
+def test_options_that_were_given_are_known_also_where_they_equal_the_default() -> None:
+    run = parsed("--batch_size", "32", "--no-evaluate_on_epoch_end", "--adagrad").run
+    assert run.given_options == ("adagrad", "batch_size", "evaluate_on_epoch_end") and run.preset is None
+    run = parsed("--preset", "kaggle").run
+    assert run.preset == "kaggle" and "learning_rate" in run.given_options
+
+
 def test_the_dump_holds_every_option(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(as_json(parsed(), {"world_size": 2}))
     values = json.loads((tmp_path / "config.json").read_text())

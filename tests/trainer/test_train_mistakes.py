@@ -139,7 +139,7 @@ def test_bad_data_late_in_the_training_ends_all_ranks(toy: Path, tmp_path: Path,
 
 def test_another_dataset_than_named(toy: Path, train_here: Any) -> None:
     with pytest.raises(UserError, match="--dataset_name criteo_kaggle: .* has 6 days, Kaggle's set has 7"):
-        train_here("--preset", "kaggle", "--in_memory_binary_criteo_path", toy)
+        train_here("--dataset_name", "criteo_kaggle", "--in_memory_binary_criteo_path", toy)
 
 
 def test_too_few_rows(toy: Path, train_here: Any) -> None:

@@ -38,6 +38,10 @@ class DataOptions:
     dataset_name: str = option(
         "criteo_1t", "name of the dataset, checked against the files", ("criteo_1t", "criteo_kaggle")
     )
+    defaults: str = option(
+        "mlcommons", "options that are not given: MLCommons' values, or chosen for the dataset and the ranks",
+        ("mlcommons", "dataset"),
+    )  # fmt: skip
     source: str = option(
         "auto", "how rows are read; auto: streamed, unless another flag asks for something else",
         ("auto", *CHOICES),

@@ -14,13 +14,15 @@ torchrun, or alone for one rank. Without a dataset it trains on random data.
 def load_parts() -> ModelParts:
     from dlrm.models.dlrm.build import build_model, shard_dlrm
     from dlrm.models.dlrm.dataloaders import open_datasets
+    from dlrm.models.dlrm.defaults import choose_dlrm_options
     from dlrm.models.dlrm.mlperf_settings import mlperf_settings
     from dlrm.models.dlrm.trainer import DLRMTrainer
     from dlrm.models.dlrm.unused_options import list_unused_options
 
     return ModelParts(
-        open_datasets, build_model, shard_dlrm, DLRMTrainer, list_unused_options, mlperf_settings
-    )
+        open_datasets, build_model, shard_dlrm, DLRMTrainer, list_unused_options, choose_dlrm_options,
+        mlperf_settings,
+    )  # fmt: skip
 
 
 SPEC = ModelSpec(
@@ -38,7 +40,7 @@ SPEC = ModelSpec(
             "EPOCHS": ("--epochs", "{}"),
             "LEARNING_RATE": ("--learning_rate", "{}"),
         },
-        always=("--evaluate_on_epoch_end", "--evaluate_on_training_end"),
+        always=("--evaluate_on_epoch_end", "--evaluate_on_training_end", "--defaults", "dataset"),
         demo=("--in_memory_binary_criteo_path", "{demo_data}/npy", "--preset", "toy"),
         demo_title="toy data",
         demo_data="toy",

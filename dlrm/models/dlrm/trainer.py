@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
+
+from dlrm.models.dlrm.defaults import choose_rate
 from dlrm.trainer import mixed_precision
 from dlrm.trainer.lr_schedule import Schedule, learning_rate
 from dlrm.trainer.metrics import AurocCollector
@@ -11,6 +14,7 @@ from dlrm.trainer.trainer import Trainer
 
 class DLRMTrainer(Trainer):
     make_metrics = AurocCollector
+    labels_are_clicks = True
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -31,6 +35,13 @@ class DLRMTrainer(Trainer):
     def enable_mixed_precision(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
         whole: Any = self.model.module
         mixed_precision.cast_dense_part(whole.model, self.device, kind, scale)
+
+    def advise_on_loss(self) -> str:
+        optim, run = self.options.optim, self.options.run
+        usual = choose_rate(optim.name, self.options.data.batch_size * dist.get_world_size())
+        rate = usual if not 1 / 3 < optim.learning_rate / usual < 3 else optim.learning_rate / 10
+        preset = "" if run.preset == "kaggle" else " or --preset kaggle"
+        return f"try --learning_rate {rate:g}{preset}"
 
     def collect_results(self) -> Mapping[str, Any]:
         test = self.results.get("test", {})

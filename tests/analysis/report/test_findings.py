@@ -1,5 +1,6 @@
 """Runs with planted problems: the findings name them and the time to be saved, and nothing else."""
 
+import math
 from pathlib import Path
 
 import polars as pl
@@ -245,3 +246,39 @@ def test_no_finding_promises_more_than_the_wall(tmp_path: Path) -> None:
     wall = float(gather_tables(tmp_path)["time"]["wall_us"].sum()) / 1e6
     assert all(0 <= f.seconds <= wall for f in result.values())
     assert not pl.Series([f.seconds for f in result.values()]).is_nan().any()
+
+
+def metrics(losses: list[float], share: float | None = 0.5) -> pl.DataFrame:
+    """Reports of step 1 and every 20 steps, as `records.read_metrics` reads them."""
+    steps = [1, *range(20, 20 * len(losses), 20)]
+    return pl.DataFrame({"step": steps, "loss": losses, "click_share": [share] * len(losses)})
+
+
+@pytest.mark.parametrize(
+    ("losses", "share", "says"),
+    [
+        ([0.7, 0.6, math.nan], 0.5, "The loss became nan at step 40"),
+        ([0.697, 0.69, *[1.7] * 9], 0.5, "above its first value, 0.6970, for the last 180 steps"),
+        (
+            [0.7, *[0.6931] * 20],
+            0.5,
+            "the loss is 0.6931, and the same prediction for every row would have 0.6931",
+        ),
+        ([0.7, *[0.1350] * 20], 0.03, "no more than the share of clicks"),
+        ([0.7, *[0.6] * 20], 0.5, None),
+        ([0.7, 0.9, 0.8, *[0.6] * 20], 0.5, None),
+        ([0.7, *[0.6931] * 20], None, None),  # labels are no clicks
+        ([0.4, 0.41], 0.5, None),
+    ],
+)
+def test_a_training_that_learned_nothing(
+    tmp_path: Path, losses: list[float], share: float | None, says: str | None
+) -> None:
+    training().write(tmp_path)
+    facts = Facts(gather_tables(tmp_path), OURS, metrics(losses, share))
+    findings = {finding.rule: finding for finding in find_all(facts)}
+    if says is None:
+        assert "no_learning" not in findings
+    else:
+        assert says in findings["no_learning"].text and "--defaults dataset" in findings["no_learning"].remedy
+        assert find_all(facts)[0].rule == "no_learning"  # all of the training's time was for nothing
