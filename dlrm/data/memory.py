@@ -4,11 +4,25 @@
 `bytes_read` counts headers only, like the trace.
 """
 
+import mmap
+import os
+from io import FileIO
+
 import numpy as np
 
+from common.errors import os_errors_as_user_errors
+from common.inputs import open_regular_file
 from dlrm.data.npy import NpyLayout, scan_npy
 from dlrm.data.rows import Rows, SourceKind
-from dlrm.data.stream import StreamSource, gather_rows, open_stream
+from dlrm.data.stream import (
+    StreamPiece,
+    StreamSource,
+    cut_file_error,
+    gather_rows,
+    narrow_ids,
+    open_stream,
+)
+from dlrm.runtime.trace import opening
 
 
 class MemorySource:
@@ -82,6 +96,41 @@ class MemorySource:
         self.stream.close()
 
 
+class MappedPiece:
+    """The rows of one file, mapped, and copied when they are asked for.
+
+    Touching a page beyond the end of a file that was cut meanwhile ends the process by SIGBUS, and the rest
+    of its last page is zeros. So the file's size is checked before and after each copy. A cut during the copy
+    itself, or on another node whose change this node's file system has not seen yet, is not noticed in time.
+    """
+
+    def __init__(self, piece: StreamPiece, columns: int, dtype: np.dtype) -> None:
+        self.piece, self.dtype = piece, dtype
+        self.end = piece.offset + piece.rows * columns * piece.dtype.itemsize
+        with (
+            os_errors_as_user_errors(piece.path),
+            opening,
+            FileIO(piece.path, opener=open_regular_file) as file,
+        ):
+            self._check_size(os.fstat(file.fileno()).st_size)
+            self.memory = mmap.mmap(file.fileno(), self.end, access=mmap.ACCESS_READ)
+        self.rows = np.ndarray((piece.rows, columns), piece.dtype, self.memory, piece.offset)
+
+    def copy(self, which: slice | np.ndarray) -> np.ndarray:
+        """These rows of the piece."""
+        self._check_size(self.memory.size())
+        found = self.rows[which].copy() if isinstance(which, slice) else self.rows.take(which, axis=0)
+        self._check_size(self.memory.size())
+        if found.dtype == self.dtype:
+            return found
+        numbers = np.arange(which.start, which.stop) if isinstance(which, slice) else which
+        return narrow_ids(found, self.piece, numbers)
+
+    def _check_size(self, size: int) -> None:
+        if size < self.end:
+            raise cut_file_error(self.piece.path, size)
+
+
 class MappedSource:
     """The files as memory maps: the kernel reads a page when it is first used."""
 
@@ -98,12 +147,7 @@ class MappedSource:
         )
         self.batch = 0
         self.maps = {
-            name: [
-                np.memmap(p.path, p.dtype, "r", p.offset, (p.rows, part.columns))
-                if p.rows
-                else np.empty((0, part.columns), p.dtype)
-                for p in part.pieces
-            ]
+            name: [MappedPiece(piece, part.columns, part.buffer.dtype) for piece in part.pieces]
             for name, part in self.stream.parts.items()
         }
         self.starts = self.stream.parts["dense"].starts
@@ -113,26 +157,19 @@ class MappedSource:
         if stop > self.starts[number + 1]:  # across two days
             return self.take(np.arange(start, stop))
         low = int(self.starts[number])
-        return gather_rows(
-            {
-                name: maps[number][start - low : stop - low].astype(self._dtype(name), copy=False)
-                for name, maps in self.maps.items()
-            }
-        )
+        inside = slice(start - low, stop - low)
+        return gather_rows({name: maps[number].copy(inside) for name, maps in self.maps.items()})
 
     def take(self, rows: np.ndarray) -> Rows:
         numbers = np.searchsorted(self.starts, rows, side="right") - 1
         parts = {}
         for name, maps in self.maps.items():
-            out = np.empty((len(rows), self.stream.parts[name].columns), self._dtype(name))
+            part = self.stream.parts[name]
+            out = parts[name] = np.empty((len(rows), part.columns), part.buffer.dtype)
             for number in np.unique(numbers):
                 in_file = numbers == number
-                out[in_file] = maps[number][rows[in_file] - self.starts[number]]
-            parts[name] = out
+                out[in_file] = maps[number].copy(rows[in_file] - self.starts[number])
         return gather_rows(parts)
-
-    def _dtype(self, name: str) -> np.dtype:
-        return self.stream.parts[name].buffer.dtype
 
     def load(self, runs: np.ndarray, scattered: bool = False) -> None:
         """Nothing to load."""

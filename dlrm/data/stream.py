@@ -80,15 +80,7 @@ class StreamedArray:
         with span("data", "read", file=piece.path, bytes=raw.nbytes, **{self.batch_key: batch}):
             self._read_bytes(piece.path, offset, memoryview(raw.data).cast("B"))
         if raw is not out:  # int64 ids, as torchrec's scripts write the last day
-            limits = np.iinfo(out.dtype)
-            wrong = (raw < limits.min) | (raw > limits.max)
-            if wrong.any():
-                row, column = np.argwhere(wrong)[0]
-                raise UserError(
-                    f"{printable(piece.path)}: row {piece.first + inside + row}, column {column}: "
-                    f"{raw[row, column]} does not fit {out.dtype}: make the dataset again"
-                )
-            out[:] = raw
+            out[:] = narrow_ids(raw, piece, np.arange(inside, inside + len(raw)))
 
     def _read_bytes(self, path: str, offset: int, view: memoryview) -> None:
         try:
@@ -102,9 +94,7 @@ class StreamedArray:
             while done < len(view):
                 got = self._handle.readinto(view[done:])
                 if not got:
-                    raise UserError(
-                        f"{printable(path)}: ends at byte {offset + done}: the file was cut while it was read"
-                    )
+                    raise cut_file_error(path, offset + done)
                 done += got
                 self.bytes_read[path] = self.bytes_read.get(path, 0) + got
         except OSError as error:
@@ -167,6 +157,23 @@ class StreamSource:
     def close(self) -> None:
         for part in self.parts.values():
             part.close()
+
+
+def narrow_ids(ids: np.ndarray, piece: StreamPiece, inside: np.ndarray) -> np.ndarray:
+    """int64 ids as int32; UserError for one that does not fit. `inside`: their rows in the piece."""
+    limits = np.iinfo(np.int32)
+    wrong = (ids < limits.min) | (ids > limits.max)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise UserError(
+            f"{printable(piece.path)}: row {piece.first + inside[row]}, column {column}: "
+            f"{ids[row, column]} does not fit int32: make the dataset again"
+        )
+    return ids.astype(np.int32)
+
+
+def cut_file_error(path: str, end: int) -> UserError:
+    return UserError(f"{printable(path)}: ends at byte {end}: the file was cut while it was read")
 
 
 def gather_rows(parts: dict[str, np.ndarray]) -> Rows:
