@@ -8,7 +8,7 @@ WorkFolders   Intermediate files, in a folder of their own. It is made under an 
               names the kind knows. Anything else in it stays, and then the folder stays too.
 OutputFolder  Results, in a folder that the user gave. FOLDER/.dlrm-io.json (the ledger) lists what was put
               there, by name, size and time of change. Only a file that is still as listed is replaced or
-              removed.
+              removed. It also has the folder's own inode, by which a copy is recognised.
 write_file    One file that the user gave (-o FILE). An existing one is not replaced, unless it is empty or
 the
               caller recognizes its contents as the program's own.
@@ -246,13 +246,12 @@ class OutputFolder:
         self.scratch = scratch or self.folder
         # The ledger: name -> the [size, mtime_ns] that are the program's own. Two of them while a file is
         # being replaced, of the new file and of the one before: a kill in between leaves one or the other.
-        self._files: dict[str, list[list[int]]] = {}
-        self._growing: dict[str, int] = {}  # name -> inode of a file that is appended to, or of a folder
+        self._files: dict[str, list[list[int]]]
+        self._growing: dict[str, int]  # name -> inode of a file that is appended to, or of a folder
+        self._listed_folder: int | None  # inode of the folder for which the ledger was begun
         # Names that this object has changed. Other processes may change the ledger's other entries meanwhile.
         self._changed_names: set[str] = set()
-        files, growing = _read_ledger(self.folder / LEDGER)
-        self._files.update(files)
-        self._growing.update(growing)
+        self._files, self._growing, self._listed_folder = _read_ledger(self.folder / LEDGER)
 
     def owns(self, name: str) -> bool:
         """Whether the file exists and is as the program left it."""
@@ -264,13 +263,20 @@ class OutputFolder:
             return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
         return stat.S_ISREG(status.st_mode) and _fingerprint(status) in self._files.get(name, [])
 
+    def is_copy(self) -> bool:
+        """Whether the ledger was copied with the folder, so that its times and inodes are another one's."""
+        return self._listed_folder not in (None, _folder_inode(self.folder))
+
     def names(self) -> list[str]:
         """All names in the ledger, whether the files still exist or not."""
         return list(self._files)
 
-    def listed_sizes(self, name: str) -> set[int]:
-        """The sizes that the ledger has of this file; empty where the program never made one of this name."""
-        return {size for size, _ in self._files.get(name, [])}
+    def has_listed_size(self, name: str) -> bool:
+        """Whether the file has a size that the ledger has of it; also where the ledger has none, because the
+        program never made one of this name, or appends to it.
+        """
+        sizes = [] if name in self._growing else [size for size, _ in self._files.get(name, [])]
+        return not sizes or os.lstat(self.folder / name).st_size in sizes
 
     def own_names(self) -> list[str]:
         """The names of the files that exist and are as the program left them."""
@@ -384,8 +390,12 @@ class OutputFolder:
         self._write_ledger()
         return other
 
-    def adopt(self, names: Iterable[str]) -> None:
-        """Record files that this process has just written by other means, as they are now."""
+    def adopt(self, names: Iterable[str], copied: bool = False) -> None:
+        """Record files that this process has just written by other means, as they are now. `copied`: these
+        are the program's own files of a copy, which is no copy any more.
+        """
+        if copied:
+            self._listed_folder = None
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 self._record_replacement(name, os.lstat(self.folder / name))
@@ -433,7 +443,7 @@ class OutputFolder:
         """
         path = self.folder / LEDGER
         self._refuse_foreign_ledger()
-        files, growing = _read_ledger(path)  # another command may have added entries meanwhile
+        files, growing, _ = _read_ledger(path)  # another command may have added entries meanwhile
         self._files |= {name: prints for name, prints in files.items() if name not in self._changed_names}
         self._growing |= {name: inode for name, inode in growing.items() if name not in self._changed_names}
         partial = self.scratch / f"{LEDGER}.{secrets.token_hex(8)}.partial"
@@ -442,6 +452,7 @@ class OutputFolder:
             "made_by": "dlrm-io",
             "version": VERSION,
             "note": note,
+            "folder": self._listed_folder or _folder_inode(self.folder),
             "files": self._files,
             "growing": self._growing,
         }
@@ -460,19 +471,30 @@ def _fingerprint(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _read_ledger(path: Path) -> tuple[dict[str, list[list[int]]], dict[str, int]]:
-    """(files, growing files) of the ledger; empty where there is none, or not this program's."""
+def _folder_inode(folder: Path) -> int | None:
+    try:
+        return os.stat(folder).st_ino
+    except OSError:
+        return None
+
+
+def _read_ledger(path: Path) -> tuple[dict[str, list[list[int]]], dict[str, int], int | None]:
+    """(files, growing files, inode of the folder) of the ledger; nothing where there is none, or not this
+    program's.
+    """
     try:
         listed = json.loads(read_bytes(path, 16 << 20))
         if listed["made_by"] != "dlrm-io" or path.is_symlink():
-            return {}, {}
+            return {}, {}, None
         made = {
             str(name): [[int(size), int(changed)] for size, changed in prints]
             for name, prints in listed["files"].items()
         }
-        return made, {str(name): int(inode) for name, inode in listed.get("growing", {}).items()}
+        growing = {str(name): int(inode) for name, inode in listed.get("growing", {}).items()}
+        folder = listed.get("folder")
+        return made, growing, folder if type(folder) is int else None
     except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return {}, {}
+        return {}, {}, None
 
 
 def _is_ledger(path: Path) -> bool:

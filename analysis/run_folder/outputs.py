@@ -230,9 +230,8 @@ def _refuse_foreign(output: OutputFolder, names: dict[str, IsOwn], remedy: str =
         path = output.folder / name
         if not os.path.lexists(path) or output.owns(name) or os.path.islink(path):
             continue
-        sizes = output.listed_sizes(name)
         # listed, but of another size: it was changed, so it is kept
-        if (not sizes or path.lstat().st_size in sizes) and path.is_file() and is_own(path):
+        if output.has_listed_size(name) and path.is_file() and is_own(path):
             known.append(name)
     foreign = [name for name in names if name not in known]
     output.refuse_foreign(foreign, "move it away" + (f", or {remedy}" if remedy else ""))

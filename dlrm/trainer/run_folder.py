@@ -67,7 +67,7 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         self.lock_folder(folder, "training into it")
         self._output = OutputFolder(folder)
-        if not os.path.lexists(folder / LEDGER):
+        if not os.path.lexists(folder / LEDGER) or self._output.is_copy():
             self._adopt_earlier_run(folder)
         boards = ["tensorboard"] if tensorboard else []
         self._output.refuse_foreign([*WRITTEN, *more, *boards], "move it away or name another --output_dir")
@@ -77,14 +77,18 @@ class RunFolder:
             self._board = SummaryWriter(str(self._output.make_folder("tensorboard")))
 
     def _adopt_earlier_run(self, folder: Path) -> None:
-        """A run of an earlier version, or a copy of one without its list of files: what can be recognised as
-        written by this program becomes our own. Everything else stays the user's.
+        """A run of an earlier version, or a copy: what can be recognised as written by this program, and has
+        the size that a copied list says, becomes our own. Everything else stays the user's.
         """
         if not _is_recorded(folder / "config.json", _is_config):
             return
         assert self._output is not None
-        found = [name for name, check in RECORDED.items() if _is_recorded(folder / name, check)]
-        self._output.adopt(found)
+        found = [
+            name
+            for name, check in RECORDED.items()
+            if _is_recorded(folder / name, check) and self._output.has_listed_size(name)
+        ]
+        self._output.adopt(found, copied=True)
         board = folder / "tensorboard"
         if board.is_dir() and not board.is_symlink() and all(map(_is_board_file, board.rglob("*"))):
             self._output.make_folder("tensorboard", known=True)

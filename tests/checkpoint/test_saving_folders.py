@@ -168,6 +168,40 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     assert found.code == 0 and not found.err, found.err
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_copy_with_its_list_goes_on(tmp_path: Path, killed: bool) -> None:
+    """As cp -r makes it: with other times and inodes than the list has."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    rows = ["--limit_train_batches", "9", "--max_steps"]
+    assert run_program("dlrm.train", *TRAIN, *rows, "3", *SAVING, "--output_dir", run).code == 0
+    if killed:  # the list still says what it said while the file grew
+        listed = json.loads((run / LEDGER).read_text())
+        del listed["files"]["metrics.jsonl"]
+        listed["growing"]["metrics.jsonl"] = os.stat(run / "metrics.jsonl").st_ino
+        (run / LEDGER).write_text(json.dumps(listed))
+    shutil.copytree(run, copy, copy_function=shutil.copyfile)
+    before = read_tree(run)
+    for warnings in (1, 0):
+        found = run_program("dlrm.train", *TRAIN, *rows, "6", *SAVING, "--output_dir", copy)
+        assert found.code == 0 and len(found.err.splitlines()) == warnings, found.err
+        assert "a run of an earlier version or a copy" in found.err or not warnings
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert read_tree(run) == before
+
+
+def test_what_was_edited_in_a_copy_stays(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    assert run_program("dlrm.train", *TRAIN, "--output_dir", run).code == 0
+    shutil.copytree(run, copy, copy_function=shutil.copyfile)
+    with open(copy / "results.json", "a") as file:
+        file.write(" ")  # still what this program could have written
+    before = {name: content for name, content in read_tree(copy).items() if name != LEDGER}
+    found = run_program("dlrm.train", *TRAIN, "--output_dir", copy)
+    assert found.code == 2 and "results.json" in found.err and "move it away" in found.err, found.err
+    check_theirs(before, copy)
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "plan.json", "config.json"])
 def test_what_is_not_recognised_in_it_stays(tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"

@@ -215,7 +215,10 @@ def test_two_at_once(run: Path) -> None:
     assert not list(run.glob(".dlrm-io-analysis*"))
 
 
-@pytest.mark.parametrize("name", ['it\'s "quoted"', "new\nline", "back\\slash", "=1+1", "<!--<script>", "-o"])
+ODD_NAMES = ['it\'s "quoted"', "new\nline", "back\\slash", "=1+1", "<!--<script>", "-o"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_odd_names_of_runs(run: Path, name: str) -> None:
     odd = run.rename(run.with_name(name))
     for command in ("report", "perfetto"):
@@ -224,6 +227,15 @@ def test_odd_names_of_runs(run: Path, name: str) -> None:
     analysis("compare", odd, odd)
     page = (odd / "report.html").read_text()
     assert page.count("<script") == page.count("</script>") and "<!--<" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_of_runs_in_the_other_commands(run: Path, name: str) -> None:
+    odd = run.rename(run.with_name(name))
+    for words in (["summary"], ["perfetto", "--posix"]):
+        _, errors = analysis(*words, odd)
+        assert errors == ""
 
 
 def test_a_name_that_is_not_utf8(run: Path) -> None:
