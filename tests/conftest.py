@@ -1,10 +1,14 @@
 """What the tests of training share: a small dataset made by the real preprocessing, and real ranks."""
 
+import signal
 import time
 from pathlib import Path
 
 import pytest
 from support.ranks import Finished, Train, on_ranks, python
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell: the programs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # that tests interrupt would ignore it, too
 
 
 @pytest.fixture

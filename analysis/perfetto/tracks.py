@@ -234,7 +234,7 @@ class FileTracks:
     def _resolve_files(self, block: EventBlock) -> None:
         """File hashes become paths, under the name `file`."""
         shared = self.shared
-        hashed = block.arg_key == ID["fhash"]
+        hashed = (block.arg_key == ID["fhash"]) & (block.arg_kind == STRING)
         paths = resolve_paths(block.arg_val[hashed], shared.paths, shared.strings)
         shared.summary.unresolved += int(np.count_nonzero(paths == block.arg_val[hashed]))
         block.arg_val[hashed] = paths

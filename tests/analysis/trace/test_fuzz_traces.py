@@ -186,8 +186,11 @@ def scan_case(seed: int, folder: Path) -> None:
             pass
 
 
-def test_the_scanner_survives_random_lines(tmp_path: Path) -> None:
-    for seed in range(150):
+@pytest.mark.parametrize(
+    "seeds", [range(150), pytest.param(range(150, 400), marks=pytest.mark.slow)], ids=["few", "more"]
+)
+def test_the_scanner_survives_random_lines(tmp_path: Path, seeds: range) -> None:
+    for seed in seeds:
         scan_case(seed, tmp_path)
 
 

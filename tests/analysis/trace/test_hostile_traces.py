@@ -55,6 +55,7 @@ HOSTILE = {
     "nested arguments": line('{"a":' * 100_000 + "}" * 100_000) + "\n" + GOOD,
     "arguments that are not JSON": line('{"a":tru,"b":1+1,"c":"\\q"}') + "\n" + GOOD,
     "numbers without end": line('{"value":1e999,"ret":' + "9" * 5000 + ',"k":0e999}', cat='"counter"'),
+    "files that are numbers": event(args={"fhash": 48576, "file": 1 << 40, "fname": 1.5, "ret": 9}),
     "metadata of other types": (
         '{"name":"HH","ph":4,"args":{"name":[1],"value":{}}}\n{"name":"FH","ph":4}\n' + GOOD
     ),
