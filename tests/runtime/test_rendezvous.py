@@ -127,7 +127,7 @@ def test_a_rank_that_dies_while_the_group_forms_is_named(lost: int) -> None:
 
 @pytest.mark.mpi
 def test_a_rank_without_peers_ends_with_one_line(tmp_path: Path, toy: Path) -> None:
-    with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 3)) as ranks:
+    with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 3), launcher="python") as ranks:
         ranks.processes[0].kill()  # before it listens
         assert ranks.wait(90)[1] == 1
     said = ranks.said.splitlines()

@@ -61,7 +61,7 @@ def run_program(name: str, *words: object, memory: int | None = 8 << 30, seconds
     return _programs().run(name, *words, memory=memory, seconds=seconds)
 
 
-def _import_programs() -> None:
+def import_programs() -> None:
     import analysis.report.compare  # noqa: F401
     import dlrm.prep.__main__  # noqa: F401
     import dlrm.trainer.trainer  # noqa: F401
@@ -71,7 +71,8 @@ def _import_programs() -> None:
         find_model(name).load_parts()
 
 
-def _run_program(argv: list[str]) -> int | None:
+def run_module(argv: list[str]) -> int | None:
+    """`python -m` in this process, which may end with it."""
     name, *words = argv
     if name in ("dlrm.prep", "analysis"):
         return importlib.import_module(f"{name}.__main__").main(words)
@@ -83,4 +84,4 @@ def _run_program(argv: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
-    serve(_run_program, _import_programs)
+    serve(run_module, import_programs)

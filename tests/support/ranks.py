@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from support.forked_ranks import MODULES, ForkedRank, rank_server
+
 ROOT = Path(__file__).parents[2]
 CHANGING = ("time", "seconds", "samples_per_second", "step_time", "cpu_seconds")
 TOY = ["--preset", "toy", "--report_every", 5, "--batch_size", 128, "--epochs", 2]
@@ -78,19 +80,25 @@ def same(first: Path, second: Path) -> None:
 
 
 class LiveRanks:
-    """`count` ranks of a module, each a child of the test; or under a launcher. Leaving ends all of them."""
+    """`count` ranks of a module; leaving ends all of them.
+
+    launcher  "": forks of a process that has imported everything, where that makes no difference to the rank
+              "python": each a process from the start; mpiexec, torchrun, launcher.sh: what they start
+    more      variables
+    """
 
     def __init__(
         self, folder: Path, count: int, *words: object, launcher: str = "", module: str = "dlrm.train",
         output: bool = True, **more: Any,
     ) -> None:  # fmt: skip
         self.folder, self.count, self.module = folder, count, module
+        words = tuple(map(str, words))
+        forked = not launcher and module in MODULES and "LD_PRELOAD" not in more and "--trace" not in words
         self.begun = time.monotonic()
         common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | more
-        command = ["-m", module, *map(str, words)]
-        command += ["--output_dir", str(folder)] if output else []
+        command = ["-m", module, *words, *(["--output_dir", str(folder)] if output else [])]
         self.port = common["MASTER_PORT"]
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         self.logs: list[tuple[IO[str], IO[str]]] = []  # not in `folder`: its disk may be full
         starts = {
             "": [([sys.executable, *command], {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)],
@@ -100,18 +108,21 @@ class LiveRanks:
                 ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count),
                   "--master_port", common["MASTER_PORT"], *command], {})
             ],
-        }[launcher]  # fmt: skip
-        names = {} if launcher else {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        }[launcher.removeprefix("python")]  # fmt: skip
+        ours = launcher in ("", "python")
+        names = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)} if ours else {}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         for words_, mine in starts:
             log = tempfile.TemporaryFile("a+"), tempfile.TemporaryFile("a+")  # noqa: SIM115
             self.logs.append(log)
-            self.processes.append(
-                subprocess.Popen(
-                    words_, cwd=ROOT, env=os.environ | common | names | mine | {"PATH": path},
-                    stdout=log[0], stderr=log[1], start_new_session=True,
+            environment = os.environ | common | names | mine | {"PATH": path}
+            if forked:
+                started = rank_server().start(module, command[2:], environment, *log)
+            else:
+                started = subprocess.Popen(
+                    words_, cwd=ROOT, env=environment, stdout=log[0], stderr=log[1], start_new_session=True
                 )
-            )  # fmt: skip
+            self.processes.append(started)
 
     def until(self, true: Callable[[], Any], seconds: float = 60) -> Any:
         given_up = time.monotonic() + seconds
@@ -126,7 +137,9 @@ class LiveRanks:
         self.until(lambda: any(line["step"] >= step for line in metrics(self.folder)))
 
     def pids(self) -> list[int]:
-        """Of the ranks, in rank order, whoever started them."""
+        """Of the ranks that live, in rank order, whoever started them."""
+        if any(isinstance(process, ForkedRank) for process in self.processes):
+            return [process.pid for process in self.processes if process.poll() is None]
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
