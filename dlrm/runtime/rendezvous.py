@@ -75,8 +75,8 @@ def _exchange_processes(
 
     `connected` and `peers` are filled meanwhile, so that an error can name hosts. The other ranks announce
     themselves only after they have read rank 0's process: whenever rank 0 ends after that, they can name it.
-    Values are read and written again in every turn. One that cannot be read, or was deleted by a stranger,
-    counts as not there.
+    Values are read and written again in every turn. One that cannot be read, or that another program has
+    deleted, counts as not there.
     """
     myself = connected[here.rank]
     expected = set(range(here.world_size)) if here.first else {0}

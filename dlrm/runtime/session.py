@@ -67,7 +67,7 @@ def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
             heartbeat.close()
             raise
         except Exception as error:
-            # torch raises whatever a lost rank, or a stranger's bytes in the store, lead to
+            # torch raises whatever a lost rank, or another program's bytes in the store, lead to
             found = heartbeat.find_lost_rank() if here.world_size > 1 else None
             heartbeat.close()
             if found is None or found.is_printed or "a connection broke" not in str(found):

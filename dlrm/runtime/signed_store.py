@@ -1,8 +1,8 @@
 """The key-value store that the ranks of a job share, with a signature on each value.
 
 The store's port accepts connections from anybody who can reach it. A value that no rank of this job signed
-counts as not there, whatever it is, so a stranger cannot make a rank exit, stop or crash with one. (A
-stranger can still delete values, or fill the memory of rank 0: that ends the job, and never with success.)
+counts as not there, whatever it is, so another program cannot make a rank exit, stop or crash with one. (It
+can still delete values, or fill the memory of rank 0: that ends the job, and never with success.)
 """
 
 import hashlib
@@ -22,8 +22,8 @@ POLL_SECONDS = 0.01
 def job_key(environ: Mapping[str, str] = os.environ) -> bytes:
     """The key that signs this job's values: 32 bytes.
 
-    With launcher.sh's random token it keeps strangers out. Without one it is made of the port and torchrun's
-    job id: that only keeps apart two jobs that use one port by mistake.
+    With launcher.sh's random token it keeps other programs out. Without one it is made of the port and
+    torchrun's job id: that only keeps apart two jobs that use one port by mistake.
     """
     token = environ.get(TOKEN)
     secret = token or f"{environ.get('MASTER_PORT')} {environ.get('TORCHELASTIC_RUN_ID', '')}"
@@ -56,7 +56,7 @@ class SignedStore:
         self.store.set(name, self._sign(name, value))
 
     def set_first(self, name: str, value: str) -> None:
-        """Set it, unless a rank of this job has set it; a stranger's value is replaced."""
+        """Set it, unless a rank of this job has set it; another program's value is replaced."""
         signed = self._sign(name, value)
         found = self.store.compare_set(name, "", signed)
         while found != signed and self._verify(name, found) is None:
@@ -89,7 +89,7 @@ class SignedStore:
         return found
 
     def multi_get(self, names: Sequence[str]) -> list[bytes | None]:
-        """Several values in one call, None for those of strangers. Waits until all keys exist."""
+        """Several values in one call, None for those of other programs. Waits until all keys exist."""
         found = self.store.multi_get(list(names)) if names else []
         return [self._verify(name, value) for name, value in zip(names, found, strict=True)]
 

@@ -139,7 +139,7 @@ class CollectiveStop(threading.Thread):
         """Post this rank's request, if it has one; agree with the other ranks on whatever was requested."""
         for name, value in self._replies.items():
             if not self._store.check([name]):
-                self._store.set(name, value)  # a stranger deleted it, and a rank may still wait for it
+                self._store.set(name, value)  # another program deleted it, and a rank may still wait for it
         with self._changed:
             if self._paused:
                 return  # agreed already: the training's thread has not reached that batch yet
@@ -168,7 +168,7 @@ class CollectiveStop(threading.Thread):
     def _exchange_batches(self, key: str, request: str, started: int) -> int | None:
         """The batch at which all ranks act, once all have posted theirs, else None.
 
-        Everything is posted again in each turn, in case a stranger deleted it.
+        Everything is posted again in each turn, in case another program deleted it.
         """
         self._store.set_first(key, request)
         self._store.set(f"{key}/{self._here.rank}", str(started))

@@ -1,15 +1,13 @@
 """Sharding plans: the planner follows --sharding_file and memory limits; no plan changes what is learned."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.ranks import on_ranks
 
 from dlrm.embeddings.planner import describe_plan, load_constraints, make_plan, memory_of_rank, plan_as_dict
 from dlrm.embeddings.tables import make_table_configs
@@ -18,7 +16,6 @@ from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer.optimizers import apply_in_backward
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 PLANS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -41,21 +38,16 @@ TASKS: list[dict[str, Any]] = [
 ]
 
 
-def results(ranks: int, tasks: list[dict[str, Any]], backend: str = "gloo") -> list[dict[str, Any]]:
-    """The tasks on so many real ranks."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-        str(ROOT / "tests/support/model_ranks.py"), json.dumps(tasks), backend,
-    ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def results(folder: Path, ranks: int, **tasks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The tasks of each backend on so many real ranks."""
+    done = on_ranks(folder, ranks, "support.model_ranks", json.dumps(tasks), output=False, timeout=300)
+    assert done.codes == [0] * ranks, done.err
+    return json.loads(done.out[0].splitlines()[-1])
 
 
 @pytest.mark.mpi
-def test_no_plan_and_no_number_of_ranks_changes_what_is_learned() -> None:
-    runs = {ranks: results(ranks, TASKS) for ranks in (1, 2)}
+def test_no_plan_and_no_number_of_ranks_changes_what_is_learned(tmp_path: Path) -> None:
+    runs = {ranks: results(tmp_path, ranks, gloo=TASKS)["gloo"] for ranks in (1, 2)}
     for number, task in enumerate(TASKS):
         twins = [
             t["interaction"] == task["interaction"] and t["optimizer"] == task["optimizer"] for t in TASKS
@@ -80,11 +72,14 @@ def test_no_plan_and_no_number_of_ranks_changes_what_is_learned() -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_through_shared_memory_all_plans_are_the_same(ranks: int) -> None:
+def test_through_shared_memory_all_plans_are_the_same(tmp_path: Path, ranks: int) -> None:
     """Whole tables go directly, all others as torchrec sends them, from ranks with more and fewer rows."""
     tasks = [task | {"rows": 49} for task in TASKS]
     plain = [task for task in tasks if not task["constraints"]]
-    usual, shared = results(ranks, plain), results(ranks, tasks, "shared")
+    # several hosts: gloo, which by itself has no way to gather parts of different sizes
+    split = [task for task in tasks if task["constraints"] == PLANS["row_wise"]][:2]
+    found_by = results(tmp_path, ranks, gloo=plain, gloo_uneven=split, shared=tasks)
+    usual, shared = found_by["gloo"], found_by["shared"]
     for task, found in zip(tasks, shared, strict=True):
         like = [
             t["interaction"] == task["interaction"] and t["optimizer"] == task["optimizer"] for t in plain
@@ -95,9 +90,7 @@ def test_through_shared_memory_all_plans_are_the_same(ranks: int) -> None:
             np.testing.assert_allclose(found["last"][table], weight, rtol=1e-4, atol=1e-6, err_msg=str(task))
         assert found["direct"] == [True] if task["constraints"] == {} else not all(found["direct"]), task
     assert not any(any(found["direct"]) for found in usual)
-    # several hosts: gloo, which by itself has no way to gather parts of different sizes
-    split = [task for task in tasks if task["constraints"] == PLANS["row_wise"]][:2]
-    for task, found in zip(split, results(ranks, split, "gloo_uneven"), strict=True):
+    for task, found in zip(split, found_by["gloo_uneven"], strict=True):
         expected = shared[tasks.index(task)]
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-6, err_msg=str(task))
         for table, weight in expected["last"].items():

@@ -21,7 +21,7 @@ from dlrm.runtime.peers import LocalPeers, RankProcess
 from dlrm.runtime.signed_store import TOKEN, SignedStore, job_key
 
 HOST = socket.gethostname()
-STRANGER = """
+INTRUDER = """
 import json, os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
@@ -50,17 +50,17 @@ for turn in range(60):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("how", ["set", "delete", "all"])
-def test_a_stranger_at_the_port_makes_no_job_succeed(toy: Path, tmp_path: Path, how: str) -> None:
+def test_another_program_at_the_port_makes_no_job_succeed(toy: Path, tmp_path: Path, how: str) -> None:
     port = str(free_port())
-    more = words(toy, "--timeout", 15, "--max_steps", 400, "--epochs", 60)
+    more = words(toy, "--timeout", 8, "--max_steps", 400, "--epochs", 60)
     names: dict[str, Any] = {"MASTER_PORT": port, TOKEN: "a secret"}
     with LiveRanks(tmp_path, 2, *more, **names) as ranks:
         ranks.until_step(5)
         with subprocess.Popen(
-            [sys.executable, "-c", STRANGER, port, how], stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as stranger:
+            [sys.executable, "-c", INTRUDER, port, how], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as intruder:
             codes = ranks.wait(120)
-            stranger.kill()
+            intruder.kill()
     assert "Traceback" not in ranks.said, ranks.said
     if codes == [0, 0]:
         assert json.loads((tmp_path / "results.json").read_text())["steps"] == 400

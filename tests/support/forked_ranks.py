@@ -21,7 +21,7 @@ from typing import IO, Any
 from support.command_server import import_programs, run_module
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("dlrm.train", "dlrm.bert4rec")
+MODULES = ("dlrm.train", "dlrm.bert4rec", "support.model_ranks")
 LOADED_WITH = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # read when libraries are loaded
 
 

@@ -1,6 +1,10 @@
-"""What test_planner.py runs on every rank: three steps under a plan, then losses and tables as numbers."""
+"""What test_planner.py runs on every rank: three steps under a plan, then losses and tables as numbers.
+
+In: sys.argv[1], lists of tasks by backend as JSON. Out: the first rank prints the results likewise.
+"""
 
 import json
+import os
 import sys
 import warnings
 from typing import Any
@@ -16,7 +20,7 @@ from dlrm.embeddings.planner import make_plan, plan_as_dict, shard_model
 from dlrm.embeddings.tables import make_table_configs, table_parameters
 from dlrm.models.dlrm.model import build_dlrm
 from dlrm.runtime import accelerate, gloo
-from dlrm.runtime.ranks import find_ranks
+from dlrm.runtime.ranks import Ranks
 from dlrm.trainer.device import enable_fast_path
 from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.optimizers import apply_in_backward, make_dense_optimizer
@@ -54,8 +58,8 @@ def gathered(weight: Any) -> torch.Tensor:
     return whole
 
 
-def main(task: dict[str, Any]) -> dict[str, Any]:
-    ranks, device = find_ranks(), torch.device("cpu")
+def run_task(ranks: Ranks, task: dict[str, Any]) -> dict[str, Any]:
+    device = torch.device("cpu")
     model = build_dlrm(
         task["interaction"],
         make_table_configs(SIZES, 8, NAMES),
@@ -93,16 +97,22 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+def main(ranks: Ranks) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     gloo.register_backend()
-    if sys.argv[2] == "shared":
-        enable_fast_path(torch.device("cpu"), True)
-        accelerate.hooks.choose_backend(torch.device("cpu"))
-    dist.init_process_group(sys.argv[2])
-    results = [main(task) for task in json.loads(sys.argv[1])]
-    if find_ranks().first:
-        print(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, ranks.world_size, ranks.first)
+    found = {}
+    for backend, tasks in json.loads(sys.argv[1]).items():
+        if backend == "shared":  # the last: it changes how ranks exchange what follows
+            enable_fast_path(torch.device("cpu"), True)
+            accelerate.hooks.choose_backend(torch.device("cpu"))
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(backend, store), rank=ranks.rank, world_size=ranks.world_size
+        )
+        found[backend] = [run_task(ranks, task) for task in tasks]
+        dist.barrier()
+        dist.destroy_process_group()
+    if ranks.first:
+        print(json.dumps(found))
