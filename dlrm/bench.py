@@ -5,9 +5,7 @@ batch size is that of all ranks together. The last line of stdout is one JSON ob
 """
 
 import json
-import re
 import sys
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,11 @@ from typing import Any
 from dlrm.config.options import CPU_FAST_PATH_HELP
 from dlrm.config.parser import check_at_least, option, parse_options
 from dlrm.data import criteo
-from dlrm.models.dlrm.options import ModelOptions
+from dlrm.models.dlrm.options import ModelOptions, find_unshared_size, keep_model_options
 from dlrm.models.dlrm.presets import PRESETS
 from dlrm.runtime import entry, imports
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
-
-PERCENTILES = (50, 90, 95, 99)
-POOL = 8  # different batches per batch size, at most
 
 
 @dataclass(frozen=True)
@@ -66,12 +61,6 @@ class BenchConfig:
 MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in PRESETS.items()}
 
 
-def keep_model_options(options: Any) -> dict[str, Any]:
-    """The entries that are fields of ModelOptions, with lists as tuples."""
-    known = ModelOptions.__dataclass_fields__
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in known}
-
-
 def main(here: Ranks) -> None:
     cfg = parse_options(BenchConfig, sys.argv[1:], "python -m dlrm.bench", __doc__ or "", MODELS)
     if mistake := find_usage_error(cfg, here):
@@ -79,17 +68,16 @@ def main(here: Ranks) -> None:
         raise mistake
     results, about = measure(cfg, here)
     if here.first:
-        print_table(results)
+        from dlrm.models.dlrm.inference import format_table
+
+        print(format_table(results))
         print(json.dumps({"results": results, "world_size": here.world_size, **about}))
 
 
 def find_usage_error(cfg: BenchConfig, here: Ranks) -> UserError | None:
     if cfg.bench.load_checkpoint_path and cfg.model != ModelOptions():
         return UserError("--load_checkpoint_path has its own model: remove --preset and model options")
-    for size in cfg.bench.batch_sizes:
-        if size % here.world_size:
-            return UserError(f"--batch_sizes {size}: not a multiple of the {here.world_size} ranks")
-    return None
+    return find_unshared_size("batch_sizes", cfg.bench.batch_sizes, here.world_size)
 
 
 def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -102,6 +90,8 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
         from dlrm.data.readers import count_ids, detect_format, scan_dataset
         from dlrm.embeddings import planner
         from dlrm.models.dlrm.build import assemble_model
+        from dlrm.models.dlrm.inference import Repetitions, time_batches
+        from dlrm.models.dlrm.stored_model import read_model_options
         from dlrm.runtime import accelerate, session
         from dlrm.trainer import mixed_precision
         from dlrm.trainer.device import enable_fast_path
@@ -136,12 +126,11 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
             whole: Any = model.module
             mixed_precision.cast_dense_part(whole.model, device, bench.amp)
         model.eval()
-        results = []
+        results, repetitions = [], Repetitions(bench.benchmark_warmup_steps, bench.iterations, bench.seconds)
         for size in bench.batch_sizes:
             with session.errors_on_all_ranks():
                 pool = make_batches(bench, size, kind, layout, sizes, here)
-            with torch.no_grad():
-                results.append({"batch_size": size, **time_batches(model, pool, bench, device)})
+            results.append({"batch_size": size, **time_batches(model, pool, repetitions, device)})
     return results, {"device": device.type, "tables": len(sizes), "table_rows": sum(sizes), **asdict(cfg)}
 
 
@@ -159,89 +148,21 @@ def open_checkpoint(given: str) -> Any:
         raise UserError(f"--load_checkpoint_path {given}: {error}") from None
 
 
-def read_model_options(found: Any) -> ModelOptions:
-    """The model options of the checkpoint's run, with its tables' real sizes."""
-    options = found.state["config"]["model"]
-    table = re.compile(r"model/.*t_cat_(\d+)\.weight")
-    lengths = {int(m[1]): s.shape[0] for s in found.tensors if (m := table.fullmatch(s.name))}
-    if "embedding_dim" not in options or not lengths:
-        raise UserError(f"--load_checkpoint_path {found.path}: not a DLRM's checkpoint")
-    each = tuple(length for _, length in sorted(lengths.items()))
-    sizes = {"num_embeddings": None, "num_embeddings_per_feature": each, "max_table_size": None}
-    return ModelOptions(**keep_model_options({**options, **sizes}))
-
-
 def make_batches(
     bench: BenchmarkOptions, size: int, kind: str, layout: Any, sizes: list[int], here: Ranks
 ) -> list[Any]:
-    """This rank's share of up to POOL batches."""
-    from dlrm.data.batches import BatchLoader
+    """This rank's share of the batches that are scored."""
     from dlrm.data.collate import BatchCollator
     from dlrm.data.readers import open_source
+    from dlrm.models.dlrm.inference import POOL, take_batches
 
     source = open_source(kind, layout, "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed)
     try:
-        if source.rows < size:
-            raise UserError(f"--batch_sizes {size}: the test set of {layout.folder} has {source.rows} rows")
-        batches = BatchLoader(
-            source, size // here.world_size, here.rank, here.world_size, to_batch=BatchCollator(sizes, True),
-            drop_last=True, limit=POOL,
-        )  # fmt: skip
-        return list(batches)
+        return take_batches(
+            source, BatchCollator(sizes, True), "batch_sizes", size, here.rank, here.world_size
+        )
     finally:
         source.close()
-
-
-def time_batches(model: Any, pool: list[Any], bench: BenchmarkOptions, device: Any) -> dict[str, Any]:
-    """Latencies and throughput, from a batch in host memory to its logits in host memory."""
-    import numpy as np
-    import torch
-    import torch.distributed
-
-    def time_batch(number: int) -> float:
-        begun = time.perf_counter()
-        _, (_, logits, _) = model(pool[number % len(pool)].to(device))
-        logits.cpu()
-        return time.perf_counter() - begun
-
-    for number in range(bench.benchmark_warmup_steps):
-        time_batch(number)
-    each = torch.tensor([time_batch(number) for number in range(3)]).mean()
-    torch.distributed.all_reduce(
-        each, torch.distributed.ReduceOp.MAX
-    )  # so that all ranks do the same number of iterations
-    count = max(bench.iterations, int(bench.seconds / float(each)))
-    torch.distributed.barrier()
-    begun = time.perf_counter()
-    seconds = [time_batch(number) for number in range(count)]
-    whole = time.perf_counter() - begun
-    scored = sum(len(pool[number % len(pool)].labels) for number in range(count))
-    percent = dict(zip(PERCENTILES, np.percentile(seconds, PERCENTILES) * 1e3, strict=True))
-    return {
-        "samples_per_second": scored * torch.distributed.get_world_size() / whole,
-        "latency_ms": {"mean": whole / count * 1e3, **{f"p{p}": float(v) for p, v in percent.items()}},
-        "iterations": count,
-        "mean_prediction": mean_prediction(model, pool, device),
-    }
-
-
-def mean_prediction(model: Any, pool: list[Any], device: Any) -> float:
-    """Mean click probability over the batches of all ranks: shows whether the right weights were loaded."""
-    import torch
-    import torch.distributed
-
-    logits = torch.cat([model(batch.to(device))[1][1].flatten() for batch in pool])
-    mean = torch.sigmoid(logits.double()).mean()
-    torch.distributed.all_reduce(mean)
-    return float(mean) / torch.distributed.get_world_size()
-
-
-def print_table(results: list[dict[str, Any]]) -> None:
-    heads = ["mean", *(f"p{percent}" for percent in PERCENTILES)]
-    print(f"{'batch':>8} {'samples/s':>14} " + " ".join(f"{head + ' ms':>10}" for head in heads))
-    for each in results:
-        latencies = " ".join(f"{each['latency_ms'][head]:10.3f}" for head in heads)
-        print(f"{each['batch_size']:8} {each['samples_per_second']:14,.0f} {latencies}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ class RunOptions:
     output_dir: str | None = option(
         None, "run folder: config, metrics, results, traces (default: none written)"
     )
-    mode: str = option("train", "test: only test, from a checkpoint", ("train", "test"))
+    mode: str = option(
+        "train", "test: only test, from a checkpoint; inference_benchmark: time the forward pass",
+        ("train", "test", "inference_benchmark"),
+    )  # fmt: skip
     epochs: int = option(1, "passes over the training set")
     seed: int | None = option(None, "makes a run reproducible")
     evaluate_on_epoch_end: bool = option(False, "validate after each epoch")

@@ -5,7 +5,6 @@ In: a Trainer, and its options for checkpoints. Out: checkpoints in their folder
 stopped, an exception that says where it was saved.
 """
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,13 @@ from dlrm.runtime.stop import SAVE, STOP, CollectiveStop
 from dlrm.runtime.walltime import find_deadline
 from dlrm.trainer import loop
 from dlrm.trainer.run_folder import RunFolder
+
+
+def locate_checkpoints(options: Any) -> Path | None:
+    """The run's own folder of checkpoints."""
+    if options.checkpoint.checkpoint_dir:
+        return Path(options.checkpoint.checkpoint_dir)
+    return Path(options.run.output_dir) / "checkpoints" if options.run.output_dir else None
 
 
 class CheckpointedTraining(Protocol):
@@ -51,10 +57,7 @@ class CheckpointManager(loop.Hooks):
     def __init__(self, trainer: CheckpointedTraining, here: Ranks) -> None:
         self.trainer, self.here = trainer, here
         run, self.options = trainer.options.run, trainer.options.checkpoint
-        root = self.options.checkpoint_dir or (
-            os.path.join(run.output_dir, "checkpoints") if run.output_dir else None
-        )
-        self.root = Path(root) if root else None
+        self.root = locate_checkpoints(trainer.options)
         # The slowest rank's disk may take long, and a rank that ended is noticed by its heartbeat, not here.
         timeout = max(3600, 10 * run.timeout)
         self.writer = self.root and CheckpointWriter(

@@ -5,6 +5,7 @@ progress, position in the data and random numbers, so that the next step is the 
 without a stop.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dlrm.runtime import session, trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop
+from dlrm.trainer.checkpointing import locate_checkpoints
 
 
 def resume_training(trainer: Any, here: Ranks, root: Path | None) -> None:
@@ -27,31 +29,16 @@ def resume_training(trainer: Any, here: Ranks, root: Path | None) -> None:
           started from another run's checkpoint, and then stopped, resumes from its own
     """
     options, run = trainer.options.checkpoint, trainer.options.run
-    # Rank 0 lists the folders for all: on a shared file system another rank may not see a new name yet.
-    with session.errors_on_all_ranks():
-        listed = (
-            folder.list_checkpoints(root)
-            if here.first and root is not None and options.resume != "never"
-            else []
-        )
-    own_paths = session.broadcast_from_first(listed)
-    given = Path(options.load_checkpoint_path) if options.load_checkpoint_path else None
-    if own_paths:
-        found, restored = _load_newest(trainer, here, own_paths, with_progress=run.mode == "train")
-    elif given:
-        with session.errors_on_all_ranks():
-            listed = list(folder.find_checkpoints(given)) if here.first else []
-        paths = session.broadcast_from_first(listed)
-        if not paths:
-            raise _mark_shared(UserError(f"--load_checkpoint_path {given}: no checkpoint there"))
-        with_progress = run.mode == "train" and not options.load_model_only
-        found, restored = _load_newest(trainer, here, paths, with_progress)
-    else:
+    paths, own = _list_sources(trainer.options, here, root)
+    if not paths:
         if run.mode == "test":
             raise _mark_shared(UserError("there is no checkpoint to test: give --load_checkpoint_path"))
         with session.errors_on_all_ranks():
-            trainer.run_folder.start_metrics()
+            if run.mode == "train":
+                trainer.run_folder.start_metrics()
         return
+    with_progress = run.mode == "train" and (own or not options.load_model_only)
+    found, restored = _load_newest(trainer, here, paths, with_progress)
     trainer.run_folder.print_line(
         f"from {found.path}: step {found.state['step']}, epoch {found.state['epoch']}"
     )
@@ -59,14 +46,40 @@ def resume_training(trainer: Any, here: Ranks, root: Path | None) -> None:
         if restored is not None:
             _restore_progress(trainer, found, *restored)
         stored = found.state
-        if run.mode == "test":
+        if run.mode != "train":
             trainer.run_folder.append_metrics()
-        elif own_paths:
+        elif own:
             trainer.run_folder.resume_metrics(
                 stored["step"], stored.get("metrics_bytes"), stored.get("metrics_crc32")
             )
         else:
             trainer.run_folder.start_metrics()
+
+
+def _list_sources(options: Any, here: Ranks, root: Path | None) -> tuple[list[Path], bool]:
+    """(the checkpoints that this run can start from, newest first; whether they are its own). A collective:
+    rank 0 lists the folders for all, because on a shared file system another rank may not see a new name yet.
+    """
+    asked = options.checkpoint
+    given = Path(asked.load_checkpoint_path) if asked.load_checkpoint_path else None
+    with session.errors_on_all_ranks():
+        listed: list[Path] = []
+        if here.first and root is not None and asked.resume != "never":
+            listed = folder.list_checkpoints(root)
+        own = bool(listed)
+        if here.first and given and not own:
+            listed = list(folder.find_checkpoints(given))
+            if not listed:
+                raise UserError(f"--load_checkpoint_path {given}: no checkpoint there")
+    return session.broadcast_from_first((listed, own))
+
+
+def find_stored_model(options: Any, here: Ranks) -> Checkpoint | None:
+    """The description of the newest readable checkpoint that this run can start from. A collective."""
+    for path in _list_sources(options, here, locate_checkpoints(options))[0]:
+        with contextlib.suppress(CorruptCheckpoint, OSError):  # skipped with a warning when it is loaded
+            return folder.read_description(path)
+    return None
 
 
 def _mark_shared(error: UserError) -> UserError:

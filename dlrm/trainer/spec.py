@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dlrm.checkpoint.folder import Checkpoint
     from dlrm.runtime.ranks import Ranks
 
 Presets = Mapping[str, Callable[[], Mapping[str, Any]]]
@@ -62,6 +63,8 @@ class ModelParts:
     choose_options: Callable[[Any, "Ranks", "torch.device"], ChosenOptions] = field(
         default=lambda options, ranks, device: ChosenOptions(options)
     )
+    # (options, checkpoint) -> the options with the checkpoint's model, for a run that does not train
+    adopt_model: Callable[[Any, "Checkpoint"], Any] = field(default=lambda options, checkpoint: options)
     # (options, number of ranks) -> hyperparameters for the MLPerf log, by MLPerf's keys
     mlperf_settings: Callable[[Any, int], Mapping[str, Any]] = field(default=lambda options, ranks: {})
 

@@ -33,7 +33,7 @@ from dlrm.trainer.device import enable_fast_path
 from dlrm.trainer.loss_watch import LossWatch
 from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.mlperf_log import MLPerfLog
-from dlrm.trainer.resume import resume_training
+from dlrm.trainer.resume import find_stored_model, resume_training
 from dlrm.trainer.run_folder import RunFolder
 from dlrm.trainer.spec import ModelParts, ModelSpec
 
@@ -60,6 +60,9 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
             trace.discard_tracing()  # nothing of a refused run stays in the folder
             raise
         try:
+            if options.run.mode != "train" and (stored := find_stored_model(options, here)):
+                with session.errors_on_all_ranks():
+                    options = parts.adopt_model(options, stored)
             options, chosen = choose_options(parts, options, here, device, run_folder)
             record_launch(run_folder, spec.title, options, here, device, tuned, chosen)
             trainer = make_trainer(parts, options, here, device, run_folder)
@@ -217,6 +220,10 @@ class Trainer:
         """What to try when the loss does not fall."""
         return f"try a learning rate of {self.options.optim.learning_rate / 10:g}"
 
+    def benchmark_inference(self) -> None:
+        """Time the forward pass, print it and keep it for results.json."""
+        raise UserError("--mode inference_benchmark: this model has no benchmark; use --mode test")
+
     def collect_results(self) -> Mapping[str, Any]:
         """The model's own entries of results.json."""
         return {"score": self.score_metric}
@@ -361,7 +368,9 @@ def run_trainer(trainer: Trainer, here: Ranks, started: float) -> None:
         if run.mode == "train":
             trainer.fit()
             checkpoints.finish_training()
-        if run.evaluate_on_training_end or run.mode == "test":
+        if run.mode == "inference_benchmark":
+            trainer.benchmark_inference()
+        elif run.evaluate_on_training_end or run.mode == "test":
             trainer.evaluate("test")
     except Stopped as stopped:
         # a signal or the walltime: all ranks stop before the same batch, save, and exit with code 75

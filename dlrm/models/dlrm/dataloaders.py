@@ -23,6 +23,7 @@ from dlrm.data.multihot import MultiHotMaker
 from dlrm.data.prefetch import Prefetcher
 from dlrm.data.readers import count_ids, detect_format, open_source, scan_dataset
 from dlrm.data.rows import RowSource
+from dlrm.models.dlrm.inference import POOL
 from dlrm.models.dlrm.options import Config
 from dlrm.runtime.ranks import Ranks
 
@@ -192,6 +193,8 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
         if kind == "random":
             limit = RANDOM_BATCHES if limit is None else limit
         rows = (limit or 1) * batch_size * here.world_size
+        if kind == "random" and stage == "test" and cfg.run.mode == "inference_benchmark":
+            rows = POOL * max(cfg.inference.inference_benchmark_batch_sizes)
         if rows >= 1 << 62:
             raise UserError(f"--limit_{stage}_batches {limit}: too many rows; lower it")
         source = open_source(

@@ -2,7 +2,9 @@
 names and meaning here; and ours.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dlrm.config.options import CheckpointOptions, PlanOptions, RunOptions
 from dlrm.config.parser import check_at_least, check_at_most, option
@@ -138,6 +140,35 @@ class ModelOptions:
             raise UserError("--over_arch_layer_sizes must end in 1: the model has one output, the click")
 
 
+def keep_model_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are fields of ModelOptions, with lists as tuples."""
+    known = ModelOptions.__dataclass_fields__
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in known}
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """Of --mode inference_benchmark."""
+
+    inference_benchmark_batch_sizes: tuple[int, ...] = option(
+        (1, 64, 4096), "rows of a batch, all ranks together"
+    )
+    inference_benchmark_steps: int = option(200, "iterations of each batch size that are timed")
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "inference_benchmark_steps")
+        if not self.inference_benchmark_batch_sizes or min(self.inference_benchmark_batch_sizes) < 1:
+            raise UserError("--inference_benchmark_batch_sizes: give sizes of at least 1")
+
+
+def find_unshared_size(name: str, sizes: Iterable[int], world_size: int) -> UserError | None:
+    """The error for the first batch size that the ranks cannot share. `name`: the option that has it."""
+    for size in sizes:
+        if size % world_size:
+            return UserError(f"--{name} {size}: not a multiple of the {world_size} ranks")
+    return None
+
+
 @dataclass(frozen=True)
 class OptimizerOptions:
     learning_rate: float = option(15.0, "base learning rate")
@@ -179,4 +210,5 @@ class Config:
     optim: OptimizerOptions = field(default_factory=OptimizerOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    inference: InferenceOptions = field(default_factory=InferenceOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

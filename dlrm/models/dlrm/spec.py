@@ -16,12 +16,13 @@ def load_parts() -> ModelParts:
     from dlrm.models.dlrm.dataloaders import open_datasets
     from dlrm.models.dlrm.defaults import choose_dlrm_options
     from dlrm.models.dlrm.mlperf_settings import mlperf_settings
+    from dlrm.models.dlrm.stored_model import adopt_model
     from dlrm.models.dlrm.trainer import DLRMTrainer
     from dlrm.models.dlrm.unused_options import list_unused_options
 
     return ModelParts(
         open_datasets, build_model, shard_dlrm, DLRMTrainer, list_unused_options, choose_dlrm_options,
-        mlperf_settings,
+        adopt_model, mlperf_settings,
     )  # fmt: skip
 
 

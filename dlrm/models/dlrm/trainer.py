@@ -1,11 +1,16 @@
 """What is DLRM's own in a training: its learning rate, mixed precision, exact AUROC, its lines of results."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
 
 from dlrm.models.dlrm.defaults import choose_rate
+from dlrm.models.dlrm.inference import Repetitions, format_table, take_batches, time_batches
+from dlrm.models.dlrm.options import find_unshared_size
+from dlrm.runtime import session
 from dlrm.trainer import mixed_precision
 from dlrm.trainer.lr_schedule import Schedule, learning_rate
 from dlrm.trainer.metrics import AurocCollector
@@ -18,6 +23,7 @@ class DLRMTrainer(Trainer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.inference: list[dict[str, Any]] = []  # of `benchmark_inference`, one for each batch size
         optim = self.options.optim
         self.schedule = Schedule(
             "change" if optim.change_lr else optim.lr_schedule,
@@ -43,8 +49,28 @@ class DLRMTrainer(Trainer):
         preset = "" if run.preset == "kaggle" else " or --preset kaggle"
         return f"try --learning_rate {rate:g}{preset}"
 
+    def benchmark_inference(self) -> None:
+        run, options, batches = self.options.run, self.options.inference, self.datasets.test.batches
+        name, sizes = "inference_benchmark_batch_sizes", options.inference_benchmark_batch_sizes
+        repetitions = Repetitions(run.benchmark_warmup_steps, options.inference_benchmark_steps, 0)
+        with session.errors_on_all_ranks():
+            if mistake := find_unshared_size(name, sizes, batches.world_size):
+                raise mistake
+        self.model.eval()
+        for size in sizes:
+            with session.errors_on_all_ranks():
+                pool = take_batches(
+                    batches.source, batches.to_batch, name, size, batches.rank, batches.world_size
+                )
+            timed = time_batches(self.model, pool, repetitions, self.device)
+            self.inference.append({"batch_size": size, **timed})
+        self.run_folder.print_line(format_table(self.inference))
+        told = {"results": self.inference, "world_size": batches.world_size, "device": self.device.type}
+        self.run_folder.print_line(json.dumps(told | {"model": asdict(self.options.model)}))
+
     def collect_results(self) -> Mapping[str, Any]:
         test = self.results.get("test", {})
         old_names = {"val_aurocs": self.progress.val_scores}  # now val_scores; written for one release
         scores = {"best_auroc": self.progress.best_score, "test_auroc": test.get("auroc")}
-        return {**super().collect_results(), **old_names, **scores}
+        timed = {"inference_benchmark": self.inference} if self.inference else {}
+        return {**super().collect_results(), **old_names, **scores, **timed}
