@@ -4,6 +4,7 @@
 # variables: PYTHON=python3.12           the interpreter, 3.10 to 3.13
 #            DLRM_VARIANT=cpu|cuda       otherwise: has this machine an NVIDIA GPU?
 #            DLRM_MPI=site|pypi          otherwise: the site's mpiexec, if mpi4py works with it
+#            DLRM_ENV=venv|conda         otherwise: conda, if this machine has a conda command; Polaris: venv
 #            DLRM_VENV=FOLDER            instead of .venv: new, empty, or made by this script
 #            DLRM_HASHES=no              packages are not compared with the hashes in requirements/locked
 set -Eeuo pipefail
@@ -46,16 +47,18 @@ load_site() {    # defines site_variant and the others, by the first file of sit
     source sites/generic.sh
 }
 
-read_choices() {    # sets was_variant, was_python, was_mpi, was_hashes: as an earlier setup was asked
+read_choices() {    # sets was_variant, was_python, was_mpi, was_hashes, was_kind: as an earlier setup was asked
     local line
-    was_variant='' was_python='' was_mpi='' was_hashes=''
+    was_variant='' was_python='' was_mpi='' was_hashes='' was_kind=''
     [[ -f $venv/dlrm-io.choices ]] || return 0
+    was_kind=venv    # the only kind that earlier versions made
     while IFS= read -r line; do
         case $line in
             was_variant=cpu | was_variant=cuda) was_variant=${line#*=} ;;
             was_python=/*) was_python=${line#*=} ;;
             was_mpi=site | was_mpi=pypi) was_mpi=${line#*=} ;;
             was_hashes=no) was_hashes=no ;;
+            was_kind=conda) was_kind=conda ;;
         esac
     done < "$venv/dlrm-io.choices"
 }
@@ -66,19 +69,22 @@ write_choices() {    # before anything else is changed: an interrupted setup mus
         echo "was_python=$python"
         echo "was_mpi=$mpi"
         echo "was_hashes=$hashes"
+        echo "was_kind=$kind"
     } > "$venv/dlrm-io.choices.partial"
     mv -- "$venv/dlrm-io.choices.partial" "$venv/dlrm-io.choices"
 }
 
 # Choices stay as they were made: a login node has no GPU, its compute nodes do.
-choose() {    # sets variant, mpi, hashes, python
+choose() {    # sets variant, mpi, hashes, kind (of environment), python
     read_choices
+    kind=${DLRM_ENV:-${was_kind:-$(site_environment)}}
     variant=${DLRM_VARIANT:-$was_variant}
     mpi=${DLRM_MPI:-$was_mpi}
     hashes=${DLRM_HASHES:-${was_hashes:-yes}}
     python=$(command -v "${PYTHON:-$was_python}" || true)
     [[ -n $variant ]] || variant=$(site_variant)
     [[ $variant == cpu || $variant == cuda ]] || die "DLRM_VARIANT=$variant: wanted cpu or cuda"
+    [[ $kind == venv || $kind == conda ]] || die "DLRM_ENV=$kind: wanted venv or conda"
     [[ $mpi == '' || $mpi == site || $mpi == pypi ]] || die "DLRM_MPI=$mpi: wanted site or pypi"
     [[ $hashes == yes || $hashes == no ]] || die "DLRM_HASHES=$hashes: wanted yes or no"
 }
@@ -88,7 +94,7 @@ describe_setup() {    # what the stamp of a finished setup says
     sources=$(
         cat requirements/*.txt requirements/locked/*.txt patches/*.* sites/*.sh 0_setup_env.sh | sha256sum
     )
-    echo "$sources $root $venv $variant $python $mpi $hashes"
+    echo "$sources $root $venv $variant $python $mpi $hashes $kind"
 }
 
 is_ready() {
@@ -104,9 +110,11 @@ compile() {    # once, and not in every rank of every run
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
 
-choose_python() {    # sets python
+# conda brings a Python of its own: PYTHON, if it is set, only says which version.
+choose_python() {    # sets python; it stays empty where conda decides
     local name
     [[ -z ${PYTHON:-} ]] || fits "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 to 3.13"
+    [[ $kind != conda ]] || return 0
     for name in "$python" python3 python3.12 python3.11 python3.13 python3.10; do
         if fits "$name"; then
             python=$(command -v "$name")
@@ -129,6 +137,7 @@ check_venv() {
             bin | include | lib | lib64 | share | etc | man | pyvenv.cfg | .gitignore) ;;
             dlrm-io.made | dlrm-io.choices | dlrm-io.choices.partial) ;;
             dlrm-io.stamp | dlrm-io.stamp--dev) ;;
+            conda-meta | ssl | sbin | var | libexec | compiler_compat | cmake | x86_64-*) ;;    # conda's
             *) die "$venv holds something that is not this script's, $(printf %q "${name##*/}"): move it away" ;;
         esac
     done < <(find "$venv" -mindepth 1 -maxdepth 1 -print0)
@@ -148,6 +157,29 @@ mark_venv() {
     write_choices
 }
 
+# conda, mamba or micromamba; CONDA_EXE and MAMBA_EXE are set where they are functions of a shell
+find_conda() {    # sets conda; it stays empty where there is none
+    local name
+    conda=''
+    for name in "${CONDA_EXE:-}" conda mamba "${MAMBA_EXE:-}" micromamba; do
+        conda=$(type -P -- "$name" || true)
+        [[ -z $conda ]] || return 0
+    done
+}
+
+make_conda_environment() {    # 1 if conda cannot; its words are in .cache/conda.log
+    local version=3.12 offline
+    [[ -z $python ]] || version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    mkdir -p .cache
+    : > .cache/conda.log
+    # Where no channel can be reached, the packages may still be in conda's own cache.
+    for offline in '' --offline; do
+        "$conda" create -y -q ${offline:+"$offline"} -p "$venv" "python=$version" pip \
+            >> .cache/conda.log 2>&1 < /dev/null && return
+    done
+    return 1
+}
+
 make_venv() { "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null; }
 
 # Debian keeps venv in a package of its own, which a fresh machine or container lacks.
@@ -155,16 +187,42 @@ install_venv_package() {
     (( EUID == 0 )) && apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv
 }
 
+# The choice of conda that nobody asked for becomes venv where conda cannot; the other ends the setup.
+prepare_conda() {
+    local reason="no conda, mamba or micromamba is here"
+    find_conda
+    if [[ -n $conda ]]; then
+        say "making $venv, a conda environment, $variant variant ($size GB), with $conda" \
+            "(DLRM_ENV=venv makes it without conda)"
+        remove_venv
+        mark_venv
+        if make_conda_environment; then return; fi
+        reason="$conda cannot make an environment ($(grep -i -m 1 error .cache/conda.log || echo no reason given);"
+        reason+=" all it said is in .cache/conda.log)"
+    fi
+    [[ ${DLRM_ENV:-$was_kind} != conda ]] || die "DLRM_ENV=conda: $reason. If its channels cannot be reached," \
+        "set https_proxy or channels in ~/.condarc; or choose DLRM_ENV=venv"
+    say "$reason: DLRM_ENV=venv is taken instead"
+    kind=venv
+    choose_python
+    prepare_venv
+}
+
 prepare_venv() {
     local size=9
     check_venv
     if "$venv/bin/python" -m pip --version > /dev/null 2>&1 \
-        && [[ ${was_variant:-$variant} == "$variant" && ${was_python:-$python} == "$python" ]]; then
+        && [[ ${was_variant:-$variant} == "$variant" && ${was_python:-$python} == "$python" ]] \
+        && [[ ${was_kind:-$kind} == "$kind" ]]; then
         mark_venv
         return
     fi
     [[ $variant != cpu ]] || size="3 to 6"
-    say "making $venv, $variant variant ($size GB), with $("$python" -V)"
+    if [[ $kind == conda ]]; then
+        prepare_conda
+        return
+    fi
+    say "making $venv, a virtual environment, $variant variant ($size GB), with $("$python" -V)"
     remove_venv
     mark_venv
     make_venv || { install_venv_package && make_venv; } || die "$python cannot make an environment:" \
@@ -311,6 +369,7 @@ print_env() {
     echo "# shellcheck shell=bash"
     echo "# Written by 0_setup_env.sh. Your own settings belong in site.sh, which is read last."
     echo "export DLRM_ROOT=${root@Q} VIRTUAL_ENV=${venv@Q} DLRM_MPIEXEC=${line@Q}"
+    [[ $kind != conda ]] || echo "export CONDA_PREFIX=${venv@Q}"
     cat <<'ENV'
 case ":$PATH:" in *":$VIRTUAL_ENV/bin:"*) ;; *) export PATH="$VIRTUAL_ENV/bin:$PATH" ;; esac
 export PYTHONNOUSERSITE=1
@@ -339,7 +398,7 @@ main() {
     choose
     if is_ready; then
         compile
-        say "nothing to do, $venv is ready ($variant)"
+        say "nothing to do, $venv is ready ($variant, $kind)"
         exit
     fi
     [[ -w $root ]] || die "$root cannot be written, and is not set up as asked: its owner runs ./0_setup_env.sh"

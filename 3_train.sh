@@ -16,7 +16,8 @@
 #            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md)
 #            RESULTS      where run folders go (default: WORKDIR/results)
 #            RESUME       the run folder of a run to resume
-#            TRACE=no     without DFTracer
+#            TRACE=no     without DFTracer; DFTRACER_ENABLE=0 means the same
+#            DFTRACER_DATA_DIR  trace only I/O below these folders (default: all)
 #            DLRM_ENV_KEEP  more variables whose values go into env.txt, e.g. "MY_SETTING OTHER_*"
 set -euo pipefail
 
@@ -83,7 +84,7 @@ read_model() {    # sets `title`, `demo` (what the demo trains on), `demo_data` 
 prepare_demo() {    # without DATASET_DIR: two ranks; sets `demo_folder`, for data that are made later
     demo_folder=''
     [[ -z ${DATASET_DIR:-} ]] || return 0
-    export NPROC=${NPROC:-2}
+    export NPROC=${NPROC:-${LOCAL_WORLD_SIZE:-2}}
     say "no DATASET_DIR: the demo of $title, on $demo"
     [[ -n $demo_data ]] || return 0
     demo_folder=$(find_demo_data "$demo_data")
@@ -92,8 +93,7 @@ prepare_demo() {    # without DATASET_DIR: two ranks; sets `demo_folder`, for da
 
 make_demo_data() { [[ -z $demo_folder || $demo_data != toy ]] || make_toy_data "$demo_folder"; }
 
-add_options() {    # add_options OPTION...: tracing, then ARGS, then the command line's; the last one wins
-    [[ ${TRACE:-yes} == no ]] || options+=(--trace)
+add_options() {    # add_options OPTION...: ARGS, then the command line's; the last one wins
     options+=("${args[@]}" "$@")
 }
 

@@ -4,6 +4,7 @@
 #        mpiexec -n N ./launcher.sh COMMAND [ARG...]     with your own line; also srun and torchrun
 # variables: NPROC                     ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MPIEXEC                   instead of env.sh's line, e.g. "mpiexec -n {N} -ppn {PPN}"
+#                                      LOCAL_WORLD_SIZE, exported outside of the ranks, means the same
 #            MASTER_ADDR, MASTER_PORT  where rank 0 listens (default: the first node, a free port)
 #            DLRM_JOB_TOKEN            a secret that all ranks share: messages without it are ignored
 #                                      (default: a random one; with your own mpiexec line, srun or
@@ -72,6 +73,9 @@ find_rank() {    # sets `rank`; empty outside of a rank
 # PBS's node file has a line for each rank that was asked for.
 choose_nproc() {    # sets NPROC, the ranks per node
     local lines=1
+    if [[ -n ${LOCAL_WORLD_SIZE:-} && ${NPROC:=$LOCAL_WORLD_SIZE} != "$LOCAL_WORLD_SIZE" ]]; then
+        die "NPROC=$NPROC contradicts LOCAL_WORLD_SIZE=$LOCAL_WORLD_SIZE: unset one of them"
+    fi
     if [[ -z ${NPROC:-} ]]; then
         [[ ! -r ${PBS_NODEFILE:-} ]] || lines=$(wc -l < "$PBS_NODEFILE")
         (( lines % ${#nodes[@]} == 0 )) \
@@ -84,6 +88,9 @@ choose_nproc() {    # sets NPROC, the ranks per node
 
 choose_meeting_point() {    # exports MASTER_ADDR and MASTER_PORT
     local port
+    if [[ -n ${MASTER_PORT:-} ]] && ! [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ && $MASTER_PORT -lt 65536 ]]; then
+        die "MASTER_PORT=$MASTER_PORT: wanted a port, 1 to 65535; unset it and a free one is taken"
+    fi
     [[ ${#nodes[@]} -gt 1 ]] || nodes=(127.0.0.1)
     while [[ -z ${MASTER_PORT:-} ]]; do
         port=$(( 20000 + RANDOM % 12000 ))    # below the range from which the system hands out ports

@@ -10,6 +10,15 @@ site_variant() {
     if nvidia-smi -L 2> /dev/null | grep -q GPU; then echo cuda; else echo cpu; fi
 }
 
+# What the packages are installed into: conda (an environment of its own) or venv.
+site_environment() {
+    if [[ -n $(type -P conda mamba micromamba "${CONDA_EXE:-}" "${MAMBA_EXE:-}") ]]; then
+        echo conda
+    else
+        echo venv
+    fi
+}
+
 # Before anything is installed: modules to load, a proxy to reach the package index. Fails with a message.
 site_load_modules() { true; }
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from common.errors import USAGE, UserError
 from dlrm.models.registry import find_model
+from dlrm.runtime.tracer_variables import find_traced_folders, wants_trace
 from dlrm.trainer.spec import ModelSpec
 
 
@@ -19,6 +20,9 @@ def list_options(spec: ModelSpec, environ: Mapping[str, str]) -> Iterator[str]:
     """The options of a run with these variables; those of the demo where there is no DATASET_DIR."""
     if spec.name != "dlrm":
         yield from ("--model", spec.name)
+    if wants_trace(environ):
+        find_traced_folders(environ)  # raises the mistakes
+        yield "--trace"
     yield from spec.script.always
     if not environ.get("DATASET_DIR"):
         yield from spec.script.demo
@@ -34,7 +38,11 @@ def main() -> int:
         print(f"3_train.sh: MODEL: {error}", file=sys.stderr)
         return USAGE
     script = spec.script
-    words = [spec.title, script.demo_title, script.demo_data, *list_options(spec, os.environ)]
+    try:
+        words = [spec.title, script.demo_title, script.demo_data, *list_options(spec, os.environ)]
+    except UserError as error:
+        print(f"3_train.sh: {error}", file=sys.stderr)
+        return USAGE
     sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))
     return 0
 

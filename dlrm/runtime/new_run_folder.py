@@ -118,11 +118,23 @@ def make_run(results: Path, resume: Path | None) -> tuple[Path, str]:
         with os_errors_as_user_errors(results):
             results.mkdir(parents=True, exist_ok=True)
         run, identity = _make_folder(results)
-    with write_file(run / "env.txt", lambda path: _starts_with(path, HEADER), mode=0o600) as partial:
-        partial.write_text(describe_environment(os.environ), encoding="utf-8", errors="backslashreplace")
+    write_environment(run)
     with write_file(run / "gpu.txt", lambda path: _starts_with(path, GPU_HEADER)) as partial:
         partial.write_text(f"{GPU_HEADER}\n{_describe_gpus()}")
     return run, identity
+
+
+def write_environment(run: Path) -> None:
+    with write_file(run / "env.txt", lambda path: _starts_with(path, HEADER), mode=0o600) as partial:
+        partial.write_text(describe_environment(os.environ), encoding="utf-8", errors="backslashreplace")
+
+
+def update_environment(run: Path) -> None:
+    """Replace the env.txt that 3_train.sh has made by this process's environment: that of a rank, with what
+    launcher.sh and the tracer have set.
+    """
+    if _starts_with(run / "env.txt", HEADER):
+        write_environment(run)
 
 
 def _make_folder(results: Path) -> tuple[Path, str]:

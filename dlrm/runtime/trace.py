@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.ranks import Ranks
+from dlrm.runtime.tracer_variables import find_traced_folders
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,6 +67,7 @@ def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush
     flush_ms  a killed process loses at most the events of this time
     """
     global _native, _folder
+    traced_folders = find_traced_folders(os.environ)
     folder = Path(run_dir).absolute() / "trace"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(parents=True)
@@ -75,7 +77,7 @@ def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush
         DFTRACER_INC_METADATA="1",
         DFTRACER_INIT="FUNCTION",
         DFTRACER_BIND_SIGNALS="0",
-        DFTRACER_DATA_DIR="all",  # not as the argument data_dirs: there it would be a folder named "all"
+        DFTRACER_DATA_DIR=traced_folders,  # not as the argument data_dirs: "all" would be a folder there
         DFTRACER_WRITE_BUFFER_SIZE=str(BUFFER_BYTES),
     )
     # the C++ module directly: importing dftracer.python installs handlers for SIGINT, SIGTERM and SIGABRT

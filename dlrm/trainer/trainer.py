@@ -26,6 +26,7 @@ from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
 from dlrm.runtime.busy_cores import describe_busy_cores
 from dlrm.runtime.errors import Stopped, UserError
+from dlrm.runtime.new_run_folder import update_environment
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, mixed_precision
 from dlrm.trainer.checkpointing import CheckpointManager
@@ -126,6 +127,8 @@ def record_launch(
     with session.errors_on_all_ranks():
         if run_folder.folder and not os.path.lexists(run_folder.folder / "config.json"):
             run_folder.write_config(options)
+        if run_folder.folder and here.first:
+            update_environment(run_folder.folder)
 
 
 def make_trainer(

@@ -69,6 +69,7 @@ def test_env_sh_can_be_sourced_twice_from_anywhere() -> None:
         ([], {"PYTHON": "/no/python"}, "PYTHON=/no/python is not a Python 3.10 to 3.13"),
         ([], {"DLRM_MPI": "mpich"}, "DLRM_MPI=mpich: wanted site or pypi"),
         ([], {"DLRM_HASHES": "0"}, "DLRM_HASHES=0: wanted yes or no"),
+        ([], {"DLRM_ENV": "docker"}, "DLRM_ENV=docker: wanted venv or conda"),
     ],
 )
 def test_mistakes(copy: Path, words: list[str], more: dict[str, str], says: str) -> None:
@@ -119,6 +120,71 @@ def test_choices_outlive_setups_that_were_interrupted(copy: Path) -> None:
     assert setup(copy, DLRM_VARIANT="cpu", DLRM_HASHES="no", **more).returncode == 1
     assert choices(copy / ".venv") == made | {"was_variant": "cpu", "was_hashes": "no"}
     assert not os.path.lexists(copy / ".venv" / "lib" / "old") and not list(copy.glob(".venv.*"))
+
+
+@pytest.fixture
+def conda(tmp_path: Path) -> dict[str, str]:
+    """PATH with a stand-in for conda, which makes environments as `conda create` is asked to, or says why.
+
+    The real one needs a channel, which most machines that run the tests cannot reach.
+    """
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "conda").write_text(
+        """#!/bin/bash
+if [[ -n ${NO_CHANNEL:-} ]]; then
+    printf '%s\\n' '' 'CondaHTTPError: CONNECTION FAILED for url <x>' 'more words'
+    exit 1
+fi
+[[ "$1 $2 $3 $4 ${6%=*} $7" == "create -y -q -p python pip" ]] || exit 3
+python3 -m venv "$5" && mkdir -p "$5/conda-meta" "$5/ssl"
+"""
+    )
+    (tools / "conda").chmod(0o755)
+    # not the environment of the tests: an environment within another has its Python, not its packages
+    return {"PATH": f"{tools}:{os.path.dirname(os.path.realpath(sys.executable))}:/usr/bin:/bin"}
+
+
+def test_conda_is_taken_where_it_is_and_remembered(copy: Path, conda: dict[str, str]) -> None:
+    more = {"PIP_NO_INDEX": "1", "DLRM_VARIANT": "cpu"}  # the setup ends at its first package
+    done = setup(copy, **more, **conda)
+    assert done.returncode == 1 and "a conda environment, cpu variant" in done.stdout, done.stderr
+    assert "DLRM_ENV=venv makes it without conda" in done.stdout
+    assert (copy / ".venv" / "conda-meta").is_dir() and choices(copy / ".venv")["was_kind"] == "conda"
+    done = setup(copy, PIP_NO_INDEX="1", **conda)
+    assert done.returncode == 1 and "making" not in done.stdout
+    assert choices(copy / ".venv")["was_kind"] == "conda"
+    done = setup(copy, DLRM_ENV="venv", **more, **conda)
+    assert (
+        "a virtual environment, cpu variant" in done.stdout and not (copy / ".venv" / "conda-meta").exists()
+    )
+    done = setup(copy, **more, **conda)
+    assert "making" not in done.stdout and choices(copy / ".venv")["was_kind"] == "venv"
+
+
+def test_a_conda_that_cannot_make_environments(copy: Path, conda: dict[str, str]) -> None:
+    """Asked for, it ends the setup; chosen by the setup, venv takes its place."""
+    more = {"PIP_NO_INDEX": "1", "DLRM_VARIANT": "cpu", "NO_CHANNEL": "1"}
+    done = setup(copy, DLRM_ENV="conda", **more, **conda)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "DLRM_ENV=conda: " in done.stderr and "CondaHTTPError: CONNECTION FAILED" in done.stderr
+    assert "DLRM_ENV=venv" in done.stderr and not (copy / "env.sh").exists()
+    shutil.rmtree(copy / ".venv")
+    done = setup(copy, **more, **conda)
+    assert "DLRM_ENV=venv is taken instead" in done.stdout and "a virtual environment" in done.stdout
+    assert choices(copy / ".venv")["was_kind"] == "venv"
+
+
+def test_no_conda_at_all(copy: Path) -> None:
+    done = setup(copy, DLRM_ENV="conda", DLRM_VARIANT="cpu")
+    assert done.returncode == 2 and "no conda, mamba or micromamba is here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_polaris_puts_venv_on_top_of_its_conda() -> None:
+    code = "source sites/generic.sh; source sites/polaris.sh; site_environment"
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "venv\n"), done.stderr
 
 
 def test_a_wrong_hash_is_refused(copy: Path) -> None:
@@ -218,7 +284,9 @@ def test_help_of_the_tests_makes_no_environment(copy: Path) -> None:
     assert done.returncode == 0 and "usage: tests/run.sh" in done.stdout and not (copy / ".venv").exists()
 
 
-FUNCTIONS = ("site_is_here", "site_variant", "site_load_modules", "site_mpiexec", "site_print_env")
+FUNCTIONS = (
+    "site_is_here", "site_variant", "site_environment", "site_load_modules", "site_mpiexec", "site_print_env",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("sites/*.sh")), ids=lambda path: path.stem)
