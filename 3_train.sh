@@ -8,7 +8,8 @@
 #        qsub -v "DATASET_DIR=...,WORKDIR=..." 3_train.sh
 #        DATASET_DIR=... ./3_train.sh [TRAIN OPTION...]                here and now
 #        DATASET_DIR=... ./3_train.sh --submit                         qsub with site.sh's DLRM_QSUB
-# variables: DATASET_DIR  a dataset folder made by 2_preprocess_dataset.sh
+# variables: DATASET_DIR  a dataset folder made by 2_preprocess_dataset.sh; with MODEL=bert4rec: MovieLens'
+#                         folder, or a file of `user item [timestamp]` lines, or its folder
 #            WORKDIR      the project's folder (default: where this script is, or where qsub was called)
 #            BATCH_SIZE (per rank), EMBEDDING_DIM, EPOCHS, LEARNING_RATE
 #            ARGS         more options of python -m dlrm.train, quoted as in a shell
@@ -38,10 +39,12 @@ find_project() {    # sets `here`
     fi
 }
 
+may_be_file() { [[ $1 == DATASET_DIR && ${MODEL:-dlrm} != dlrm && -f ${!1} ]]; }
+
 resolve_paths() {    # relative paths are relative to the folder of the call; sets `results`, `resume`
     local name
     for name in DATASET_DIR RESUME; do
-        [[ -z ${!name:-} || -d ${!name} ]] || die "$name=${!name} is not a folder"
+        [[ -z ${!name:-} || -d ${!name} ]] || may_be_file "$name" || die "$name=${!name} is not a folder"
     done
     [[ -z ${DATASET_DIR:-} ]] || DATASET_DIR=$(realpath -- "$DATASET_DIR")
     results=$(realpath -m -- "${RESULTS:-$here/results}")

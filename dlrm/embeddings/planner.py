@@ -37,7 +37,8 @@ from torchrec.distributed.types import (
 from common.errors import UserError, printable
 from common.inputs import read_json
 from common.memory import format_size, host_memory, memory_limit
-from dlrm.embeddings.tables import initialize_tables
+from dlrm.embeddings.row_adam import adam_on_cpu
+from dlrm.embeddings.tables import FirstWeights, initialize_tables
 from dlrm.runtime import accelerate
 from dlrm.runtime.ranks import Ranks
 
@@ -251,18 +252,22 @@ def _give_each_id_a_bag(model: nn.Module) -> None:
 
 
 def shard_model(
-    module: nn.Module, plan: ShardingPlan, device: torch.device, seed: int = 0, bound: float | None = None
+    module: nn.Module,
+    plan: ShardingPlan,
+    device: torch.device,
+    seed: int = 0,
+    first_weights: FirstWeights | None = None,
 ) -> DistributedModelParallel:
     """Create this rank's shards, fill them (the same weights under any plan), wrap the dense part in DDP.
 
-    bound: first weights are uniform in +-bound; None: as `initialize_tables` does.
+    first_weights: of the tables; None: as `initialize_tables` draws them.
     """
-    with warnings.catch_warnings():  # torchrec uses names that torch has deprecated
-        warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings(), adam_on_cpu(module, device):
+        warnings.simplefilter("ignore", FutureWarning)  # torchrec uses names that torch has deprecated
         model = DistributedModelParallel(module, device=device, plan=plan, sharders=make_sharders())
     _give_each_id_a_bag(model)
     accelerate.hooks.replace_output_dists(model)
-    initialize_tables(model, seed, bound)
+    initialize_tables(model, seed, first_weights)
     return model
 
 

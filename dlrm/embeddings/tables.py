@@ -7,7 +7,7 @@ starts with the same model.
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,8 @@ from dlrm.runtime.errors import UserError
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 BLOCK = 1 << 20  # weights from one random generator; a shard draws all blocks that it overlaps
+# (float32 tensor to fill, generator): the distribution of a table's first weights
+FirstWeights = Callable[[torch.Tensor, torch.Generator], object]
 WEIGHT = re.compile(r"embedding(?:_bag)?s\.([^.]+)\.weight$")
 
 
@@ -67,28 +69,44 @@ def table_parameters(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor
             yield key, match[1], weight
 
 
+def draw_uniform(bound: float) -> FirstWeights:
+    """Uniform in +-`bound`."""
+    return lambda weights, generator: weights.uniform_(-bound, bound, generator=generator)
+
+
+def draw_truncated_normal(deviation: float) -> FirstWeights:
+    """Normal around 0; what is more than two deviations away is drawn again."""
+
+    def draw(weights: torch.Tensor, generator: torch.Generator) -> object:
+        return nn.init.trunc_normal_(
+            weights, 0.0, deviation, -2 * deviation, 2 * deviation, generator=generator
+        )
+
+    return draw
+
+
 @torch.no_grad()
-def initialize_tables(module: nn.Module, seed: int = 0, bound: float | None = None) -> None:
-    """Fill this rank's shards: uniform in +-`bound`, by default +-sqrt(1 / rows) as in the DLRM paper."""
+def initialize_tables(module: nn.Module, seed: int = 0, first_weights: FirstWeights | None = None) -> None:
+    """Fill this rank's shards; by default uniform in +-sqrt(1 / rows), as in the DLRM paper."""
     for _, table, weight in table_parameters(module):
         if isinstance(weight, ShardedTensor):
             rows, width = weight.metadata().size
             for shard in weight.local_shards():
                 first_row, first_column = shard.metadata.shard_offsets
-                fill_shard(shard.tensor, first_row, first_column, rows, width, table, seed, bound)
+                fill_shard(shard.tensor, first_row, first_column, rows, width, table, seed, first_weights)
         elif not weight.is_meta:
-            fill_shard(weight, 0, 0, weight.size(0), weight.size(1), table, seed, bound)
+            fill_shard(weight, 0, 0, weight.size(0), weight.size(1), table, seed, first_weights)
 
 
 def fill_shard(
     shard: torch.Tensor, first_row: int, first_column: int, rows: int, width: int, table: str, seed: int,
-    bound: float | None,
+    first_weights: FirstWeights | None,
 ) -> None:  # fmt: skip
     """Fill a shard of a table of `rows` x `width` with its first weights, in place.
 
     shard: [rows, columns] of any float type; its first element is at (first_row, first_column) of the table.
     """
-    bound = math.sqrt(1 / rows) if bound is None else bound
+    first_weights = first_weights or draw_uniform(math.sqrt(1 / rows))
     step = max(1, BLOCK // width)
     last_row = first_row + shard.size(0)
     whole = shard.dtype == torch.float32 and shard.size(1) == width and shard.is_contiguous()
@@ -99,10 +117,10 @@ def fill_shard(
         generator = torch.Generator(shard.device)
         generator.manual_seed(zlib.crc32(f"{seed} {table} {block}".encode()))
         if whole and begin >= first_row and end <= last_row:
-            shard[begin - first_row : end - first_row].uniform_(-bound, bound, generator=generator)
+            first_weights(shard[begin - first_row : end - first_row], generator)
             return
         drawn = torch.empty(end - begin, width, device=shard.device)
-        drawn.uniform_(-bound, bound, generator=generator)
+        first_weights(drawn, generator)
         low, high = max(begin, first_row), min(end, last_row)
         columns = slice(first_column, first_column + shard.size(1))
         shard[low - first_row : high - first_row] = drawn[low - begin : high - begin, columns].to(shard.dtype)

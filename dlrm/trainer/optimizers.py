@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from dlrm.embeddings.row_adam import RowAdam
 from dlrm.embeddings.tables import WEIGHT, table_parameters
 from dlrm.runtime.errors import UserError
 
 Make = Callable[..., torch.optim.Optimizer]
+BETAS = (0.9, 0.999)
 ADAGRAD_EPS = 1e-8  # MLCommons' value; torch's own default is 1e-10
 
 
@@ -30,14 +33,17 @@ class OptimizerRule:
     fused: type[torch.optim.Optimizer]  # for tables: torchrec maps this class to fbgemm's kernel
     dense: Make  # the same rule for parameters with ordinary gradients
     uses: tuple[str, ...] = ()  # which of the arguments eps and betas it takes
-    on_cpu: bool = True  # whether fbgemm has the kernel for CPUs
+    data_parallel: Make | None = None  # the same rule for a table with ordinary gradients
 
 
 RULES = {
-    "sgd": OptimizerRule(torch.optim.SGD, torch.optim.SGD),
-    "adagrad": OptimizerRule(torch.optim.Adagrad, torch.optim.Adagrad, ("eps",)),
+    "sgd": OptimizerRule(torch.optim.SGD, torch.optim.SGD, (), torch.optim.SGD),
+    "adagrad": OptimizerRule(torch.optim.Adagrad, torch.optim.Adagrad, ("eps",), torch.optim.Adagrad),
     "rowwise_adagrad": OptimizerRule(RowWiseAdagrad, torch.optim.Adagrad, ("eps",)),
-    "adam": OptimizerRule(torch.optim.Adam, torch.optim.Adam, ("eps", "betas"), on_cpu=False),
+    # of a table, only the rows that were looked up: fbgemm's kernel on GPUs, `AdamTables` on CPUs
+    "adam": OptimizerRule(torch.optim.Adam, torch.optim.Adam, ("eps", "betas"), RowAdam),
+    # adam whose weight decay is not part of the gradient: fbgemm's adam is of that kind
+    "adamw": OptimizerRule(torch.optim.Adam, torch.optim.AdamW, ("eps", "betas")),
 }
 SPARSE = tuple(RULES)
 
@@ -80,20 +86,17 @@ def apply_in_backward(
     lr: float,
     device: torch.device,
     eps: float = ADAGRAD_EPS,
-    betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> None:
     """Attach the fused optimizer to the tables' parameters. Before planning and sharding: the planner counts
     the memory of the optimizer's state.
 
-    name  a key of RULES;  eps, betas  ignored by the optimizers that do not use them
+    name  a key of RULES;  eps  ignored by the optimizers that do not use it
     """
-    arguments = _optimizer_arguments(name, lr, eps, betas, weight_decay)
-    if device.type == "cpu" and not RULES[name].on_cpu:
-        able = ", ".join(key for key, rule in RULES.items() if rule.on_cpu)
-        raise UserError(
-            f"--optimizer {name}: fbgemm cannot update tables with it on CPUs; choose from {able}"
-        )
+    arguments = _optimizer_arguments(name, lr, eps, BETAS, weight_decay)
+    arguments.pop("betas", None)  # fbgemm has them under other names, with the same defaults
+    if device.type == "cpu" and weight_decay and RULES[name].fused is torch.optim.Adam:
+        raise UserError(f"--optimizer {name}: on CPUs tables have no weight decay; give --weight_decay 0")
     apply_optimizer_in_backward(RULES[name].fused, parameters, arguments)
 
 
@@ -102,10 +105,14 @@ def make_dense_optimizer(
     name: str,
     lr: float,
     eps: float = ADAGRAD_EPS,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[float, float] = BETAS,
     weight_decay: float = 0.0,
+    all_rows: bool = False,
 ) -> CombinedOptimizer:
     """All of the model's optimizers as one, with step, zero_grad, state_dict and param_groups.
+
+    all_rows: tables with ordinary gradients get the rule of the dense part, which (adam) also moves rows that
+    were not looked up.
 
     Some tables have ordinary gradients: data-parallel ones, and the shards that `planner.with_gradients`
     makes. torchrec's in-backward optimizers silently skip them, so they would never be trained. They get the
@@ -115,7 +122,9 @@ def make_dense_optimizer(
     rule = RULES[name]
     others = dict(in_backward_optimizer_filter(model.named_parameters()))
     replicated = {key: value for key, value in others.items() if WEIGHT.search(key)}
-    if replicated and rule.dense is not rule.fused:
+    # dense adagrad is not the row-wise one
+    of_tables: Any = rule.dense if all_rows and name != "rowwise_adagrad" else rule.data_parallel
+    if replicated and of_tables is None:
         raise UserError(
             f"--optimizer {name}: {len(replicated)} tables are data-parallel, which it cannot train; "
             "give them another sharding, or choose adagrad"
@@ -124,18 +133,18 @@ def make_dense_optimizer(
     weights = {key: weight for key, _, weight in table_parameters(model) if isinstance(weight, ShardedTensor)}
     sharded = {key: value for key, value in replicated.items() if key in weights}
 
-    def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    def make_optimizer(make: Make, parameters: Any) -> torch.optim.Optimizer:
         values = list(parameters)
         # on CPUs torch's fused adam is five times as fast as foreach
-        fused = name == "adam" and all(value.device.type == "cpu" for value in values)
-        return rule.dense(values, **{"fused" if fused else "foreach": True}, **arguments)
+        fused = make in (torch.optim.Adam, torch.optim.AdamW) and all(v.device.type == "cpu" for v in values)
+        return make(values, **{"fused" if fused else "foreach": True}, **arguments)
 
-    for parameters in (
-        {k: v for k, v in others.items() if k not in replicated},
-        {k: v for k, v in replicated.items() if k not in sharded},
+    for make, parameters in (
+        (rule.dense, {k: v for k, v in others.items() if k not in replicated}),
+        (of_tables, {k: v for k, v in replicated.items() if k not in sharded}),
     ):
         if parameters:
-            parts.append(KeyedOptimizerWrapper(parameters, make_optimizer))
+            parts.append(KeyedOptimizerWrapper(parameters, partial(make_optimizer, make)))
     if sharded:
-        parts.append(ShardedState(sharded, make_optimizer, weights))
+        parts.append(ShardedState(sharded, partial(make_optimizer, of_tables), weights))
     return CombinedOptimizer(parts)

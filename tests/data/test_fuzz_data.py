@@ -34,6 +34,7 @@ from dlrm.data.criteo import DatasetMeta, choose_table_sizes
 from dlrm.data.readers import open_source, scan_dataset
 from dlrm.models.bert4rec import cache, ratings, sequences
 from dlrm.models.bert4rec import dataloaders as bert_dataloaders
+from dlrm.models.bert4rec.dataset_files import find_ratings_file
 from dlrm.models.bert4rec.options import BertConfig
 from dlrm.models.dlrm import dataloaders
 from dlrm.models.dlrm.build import assemble_model
@@ -79,7 +80,7 @@ def reader(kind: str) -> Read:
 
 def read_ratings(name: str) -> Read:
     def read(argv: list[str]) -> None:
-        path = ratings.find_ratings_file(name, argv[0])
+        path = find_ratings_file(name, argv[0])
         found = ratings.read_ratings(name, path, ratings.RatingsOptions())
         made = sequences.make_histories(found, min_user_count=3)
         count = sequences.count_candidates(made, None, 5)

@@ -28,11 +28,11 @@ def same(one: Finished, other: Finished) -> None:
     assert one.results["test_auroc"] == other.results["test_auroc"] is not None
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
 def test_losses_are_those_of_tables_in_memory(train_here: Train, optimizer: str) -> None:
     words = [*SMALL, "--optimizer", optimizer]
     memory = train_here(*words)
-    for budget in (1, 100):
+    for budget in (1.5 if optimizer == "adam" else 1, 100):  # two floats of state for a weight
         files = train_here(*words, *FILES[:3], budget)
         same(files, memory)
         evicted = sum(line["cache_evictions"] for line in files.metrics if "loss" in line)
@@ -96,6 +96,18 @@ def test_stopped_and_resumed_through_either_kind_of_table(train_here: Train, tmp
         after = train_here(*SMALL, *kind, "--load_checkpoint_path", saved)
         assert first.losses[:5] + after.losses == whole.losses
         assert after.results["test_auroc"] == whole.results["test_auroc"]
+
+
+def test_adam_resumes_from_a_checkpoint_only(train_here: Train, tmp_path: Path) -> None:
+    words = [*SMALL, "--optimizer", "adam", "--learning_rate", 0.01]
+    whole, saved = train_here(*words), tmp_path / "saved"
+    files = [*FILES, "--persistent_path", tmp_path / "store"]
+    train_here(*words, *files, "--max_steps", 5, "--checkpoint_dir", saved)
+    after = train_here(*words, *files, "--load_checkpoint_path", saved)
+    assert after.losses == whole.losses[5:]
+    assert train_here(*words, "--load_checkpoint_path", saved).losses == whole.losses[5:]
+    with pytest.raises(UserError, match="whose number of steps only a checkpoint has"):
+        train_here(*words, *files)
 
 
 def test_row_files_of_an_earlier_job_are_continued_with_a_notice(

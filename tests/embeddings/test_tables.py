@@ -40,6 +40,17 @@ def test_uniform_between_the_papers_bounds() -> None:
     assert abs(np.corrcoef(flat[:-1], flat[1:])[0, 1]) < 0.01
 
 
+def test_truncated_normal_first_weights() -> None:
+    weight = torch.empty(40_000, 32)
+    draw = tables.draw_truncated_normal(0.02)
+    tables.fill_shard(weight, 0, 0, 40_000, 32, "t", 1, draw)
+    assert weight.abs().max() <= 0.04 and abs(float(weight.mean())) < 1e-4
+    assert float(weight.std()) == pytest.approx(0.02 * 0.8796, rel=5e-3)  # the tails are cut off
+    part = torch.empty(100, 8)
+    tables.fill_shard(part, 32_700, 16, 40_000, 32, "t", 1, draw)
+    assert torch.equal(part, weight[32_700:32_800, 16:24])
+
+
 def test_seed_table_and_block_all_matter() -> None:
     first, again, other = weights(1), weights(1), weights(2)
     step = tables.BLOCK // 32

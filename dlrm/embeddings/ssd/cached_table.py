@@ -6,7 +6,7 @@ updated them; changed rows are written when they leave.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class TableShare:
     name: str
     rows: int
     dim: int
-    state: int  # floats of optimizer state per row
+    state: int  # floats of optimizer state per row, of all its tensors
     pooling: float = 1.0  # ids per sample
     first: int = 0  # number of the share's first row in the table
 
@@ -57,17 +57,26 @@ def share_budget(tables: list[TableShare], budget: int) -> dict[str, int]:
 class CachedTable:
     """One table of this rank: its row file, and the cache that is fbgemm's weight tensor.
 
-    weights: float32 [slots, dim], fbgemm's own, written to in place. state: likewise [slots, floats per row].
+    weights: float32 [slots, dim], fbgemm's own, written to in place. state: likewise [slots, floats per row],
+    one tensor or several.
     """
 
     def __init__(
-        self, table: TableShare, row_file: RowFile, weights: torch.Tensor, state: torch.Tensor | None,
-        io_thread: Executor | None = None,
+        self, table: TableShare, row_file: RowFile, weights: torch.Tensor,
+        state: torch.Tensor | Sequence[torch.Tensor] | None, io_thread: Executor | None = None,
     ) -> None:  # fmt: skip
         self.table, self.row_file = table, row_file
         self.cache = RowCache(len(weights))
-        self.weights = weights.detach().numpy()
-        self.state = None if state is None else state.detach().numpy().reshape(len(weights), -1)
+        states = [] if state is None else [state] if isinstance(state, torch.Tensor) else state
+        # where a row's numbers are in its slot, and in its row of the file
+        self.slots: list[tuple[np.ndarray, slice]] = []
+        column = 0
+        for each in (weights, *states):
+            values = each.detach().numpy().reshape(len(weights), -1)
+            self.slots.append((values, slice(column, column + values.shape[1])))
+            column += values.shape[1]
+        self.weights = self.slots[0][0]
+        self.state = self.slots[1][0] if states else None
         self.consistent = row_file.clean  # else a killed job left rows of different steps
         self.loaded = False  # a checkpoint's rows have replaced those of the file
         self._io_thread = io_thread  # reads and writes while batches are computed
@@ -115,9 +124,8 @@ class CachedTable:
         return new.slots
 
     def _fill_slots(self, slots: np.ndarray, values: np.ndarray) -> None:
-        self.weights[slots] = values[:, : self.table.dim]
-        if self.state is not None:
-            self.state[slots] = values[:, self.table.dim :]
+        for array, columns in self.slots:
+            array[slots] = values[:, columns]
 
     def prefetch(self, ids: np.ndarray) -> None:
         """Start reading those of the next batch's rows that are not cached, on the I/O thread."""
@@ -156,9 +164,8 @@ class CachedTable:
     def _read_slots(self, slots: np.ndarray) -> np.ndarray:
         """float32 [slots, weights and state]: a copy."""
         values = np.empty((len(slots), self.row_file.width), np.float32)
-        values[:, : self.table.dim] = self.weights[slots]
-        if self.state is not None:
-            values[:, self.table.dim :] = self.state[slots]
+        for array, columns in self.slots:
+            values[:, columns] = array[slots]
         return values
 
     def wait_for_writes(self) -> None:
@@ -228,15 +235,20 @@ class WholeTable:
     table: TableShare
     cached_table: CachedTable | None
     state: bool  # optimizer state, not weights
+    number: int = 0  # which of the state's tensors: each is as wide as the table, or one number a row
+
+    @property
+    def _width(self) -> int:
+        return min(self.table.state, self.table.dim) if self.state else self.table.dim
 
     def size(self) -> torch.Size:
-        width = self.table.state if self.state else self.table.dim
-        flat = self.state and width == 1
-        return torch.Size([self.table.rows] if flat else [self.table.rows, width])
+        flat = self.state and self._width == 1
+        return torch.Size([self.table.rows] if flat else [self.table.rows, self._width])
 
     @property
     def _columns(self) -> slice:
-        return slice(self.table.dim, None) if self.state else slice(0, self.table.dim)
+        first = self.table.dim + self.number * self._width if self.state else 0
+        return slice(first, first + self._width)
 
     def copy(self) -> Iterator[SnapshotSlice]:
         """This rank's rows as they are now. Writes changed rows to the file; the checkpoint reads later."""

@@ -33,8 +33,9 @@ STATE: dict[str, Callable[[int], int]] = {  # floats of optimizer state per row
     "sgd": lambda dim: 0,
     "adagrad": lambda dim: dim,
     "rowwise_adagrad": lambda dim: 1,
+    "adam": lambda dim: 2 * dim,
 }
-ENTRY = re.compile(r"embedding_bags\.([^.]+)\.weight(/momentum1)?$")
+ENTRY = re.compile(r"embedding_bags\.([^.]+)\.weight(?:/(momentum1|exp_avg_sq))?$")
 
 
 class SsdTables:
@@ -133,7 +134,7 @@ class SsdTables:
                     1, initializer=trace.name_thread, initargs=("tables",)
                 )
                 self.local_tables[name] = CachedTable(
-                    share, row_file, weights, state[0] if share.state else None, self._io_thread
+                    share, row_file, weights, state if share.state else None, self._io_thread
                 )
         tables = [self.local_tables.get(name) for name in names]
         for config, table in zip(configs, tables, strict=True):
@@ -214,7 +215,8 @@ class SsdTables:
         found = ENTRY.search(name)
         if found is None or found[1] not in self.tables:
             return value
-        return WholeTable(self.tables[found[1]], self.local_tables.get(found[1]), found[2] is not None)
+        share, table = self.tables[found[1]], self.local_tables.get(found[1])
+        return WholeTable(share, table, found[2] is not None, int(found[2] == "exp_avg_sq"))
 
     def check_row_files(self) -> None:
         """Refuse row files that cannot be continued. A collective.
@@ -228,9 +230,15 @@ class SsdTables:
             for name, table in self.local_tables.items()
             if self.other_row_files[name] and not table.loaded
         ]
+        # adam counts steps, and only a checkpoint has the number
+        uncounted = [
+            table
+            for table in tables
+            if self.optimizer == "adam" and not (table.row_file.new or table.loaded or not table.consistent)
+        ]
         found = torch.tensor(
             [
-                len(inconsistent) + len(other),
+                len(inconsistent) + len(other) + len(uncounted),
                 sum(not (table.row_file.new or table.loaded) for table in tables),
             ]
         )
@@ -244,6 +252,11 @@ class SsdTables:
             raise UserError(
                 f"{self.other_row_files[name][0]}: rows of {name} for another sharding or number of ranks: "
                 "remove these files, resume from a checkpoint, or give another --persistent_path"
+            )
+        for table in uncounted:
+            raise UserError(
+                f"{table.row_file.path}: rows of an earlier job with adam, whose number of steps only a "
+                "checkpoint has: resume from one, or give another --persistent_path"
             )
         for table in inconsistent:
             raise UserError(

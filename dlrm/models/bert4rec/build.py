@@ -9,6 +9,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.embeddings import planner
+from dlrm.embeddings.tables import FirstWeights, draw_truncated_normal, draw_uniform
 from dlrm.models.bert4rec.dataloaders import BertDatasets
 from dlrm.models.bert4rec.model import TABLE, BERT4Rec, BERT4RecTrain
 from dlrm.models.bert4rec.options import BertConfig
@@ -17,7 +18,9 @@ from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import optimizers
 from dlrm.trainer.run_folder import RunFolder
 
-BOUND = 1.0  # first item embeddings are uniform in +-1, as in the example
+BOUND = 1.0  # --output linear: first item embeddings are uniform in +-1, as in the example
+DEVIATION = 0.02  # --output tied: first weights are truncated normal, as in the paper
+ALL_ROWS = ("adam", "adamw")  # on CPUs not fused: as in the example, each step also moves rows not looked up
 WITH_GRADIENTS = ("row_wise", "table_wise")  # shardings of a table whose optimizer is not fused
 
 
@@ -34,14 +37,36 @@ def build_bert4rec(cfg: BertConfig, vocabulary: int, device: torch.device) -> BE
         module = BERT4RecTrain(
             BERT4Rec(
                 vocabulary, cfg.data.max_len, model.emb_dim, model.nhead, model.num_layers, model.dropout,
-                model.output == "tied", table_device=torch.device("meta"),
+                model.output == "tied", torch.device("meta"), model.attention_dropout,
             )
         )  # fmt: skip
+        if model.output == "tied":
+            draw_paper_weights(module)
     for name, parameter in list(module.named_parameters()):  # all but the table
         if not parameter.is_meta:
             owner = module.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], nn.Parameter(parameter.data.to(device)))
     return module
+
+
+def first_weights(cfg: BertConfig) -> FirstWeights:
+    """The distribution of the item table's first weights."""
+    return draw_truncated_normal(DEVIATION) if cfg.model.output == "tied" else draw_uniform(BOUND)
+
+
+@torch.no_grad()
+def draw_paper_weights(module: nn.Module) -> None:
+    """The paper's first weights for all but the table: its scores are products with item embeddings, which
+    would be large with the example's. Norms keep theirs.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta or isinstance(part, nn.LayerNorm):
+                continue
+            if name == "bias":
+                parameter.zero_()
+            else:
+                nn.init.trunc_normal_(parameter, 0.0, DEVIATION, -2 * DEVIATION, 2 * DEVIATION)
 
 
 def shard_bert4rec(
@@ -57,7 +82,7 @@ def shard_bert4rec(
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function")
     optim = cfg.optim
     replicated = cfg.plan.mode == "ddp"
-    fused = not replicated and (device.type != "cpu" or optimizers.RULES[optim.optimizer].on_cpu)
+    fused = not replicated and (device.type != "cpu" or optim.optimizer not in ALL_ROWS)
     constraints: dict[str, dict[str, Any]] = {}
     if cfg.plan.sharding_file:
         constraints = planner.load_constraints(cfg.plan.sharding_file)
@@ -86,8 +111,8 @@ def shard_bert4rec(
     run_folder.record_plan(
         planner.plan_as_dict(made), planner.describe_plan(made), cfg.plan.print_sharding_plan
     )
-    model = planner.shard_model(module, made, device, cfg.run.seed or 0, BOUND)
+    model = planner.shard_model(module, made, device, cfg.run.seed or 0, first_weights(cfg))
     torch.manual_seed((cfg.run.seed or 0) * here.world_size + here.rank)  # dropout differs between ranks
     return model, optimizers.make_dense_optimizer(
-        model, optim.optimizer, optim.lr, optim.eps, weight_decay=optim.weight_decay
+        model, optim.optimizer, optim.lr, optim.eps, weight_decay=optim.weight_decay, all_rows=True
     )

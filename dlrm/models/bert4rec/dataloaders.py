@@ -19,15 +19,22 @@ from common.progress import StepProgress
 from dlrm.data.batches import BatchLoader
 from dlrm.data.prefetch import Prefetcher
 from dlrm.models.bert4rec import cache, ratings
+from dlrm.models.bert4rec.dataset_files import find_ratings_file
 from dlrm.models.bert4rec.model import BertBatch, make_features
 from dlrm.models.bert4rec.options import BertConfig, BertData
 from dlrm.models.bert4rec.sequence_reader import EvaluationSequences, SequenceRows, TrainingSequences
-from dlrm.models.bert4rec.sequences import Histories, count_candidates, draw_negatives, make_histories
+from dlrm.models.bert4rec.sequences import (
+    Histories,
+    count_candidates,
+    draw_negatives,
+    make_histories,
+    window_step,
+)
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
 
 CACHE = ".bert4rec"
-REACHABLE = (1, 10)  # k of the best reachable Recall@k
+REACHABLE = (1, 10)  # k of the best reachable Recall@k and NDCG@k
 
 
 class PreparedData(NamedTuple):
@@ -61,7 +68,7 @@ class BertDatasets:
     train: Prefetcher
     val: Prefetcher
     test: Prefetcher
-    reachable: dict[str, float]  # best expected Recall@k of the test, if the rule behind the data is known
+    reachable: dict[str, float]  # best expected scores of the test, if the rule behind the data is known
 
     def bytes_read(self) -> dict[str, int]:
         return self.read
@@ -80,7 +87,15 @@ def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
     loaders = {}
     for stage in ("train", "val", "test"):
         source: Any = (
-            TrainingSequences(prepared.data, data.max_len, data.mask_prob, data.dupe_factor, seed)
+            TrainingSequences(
+                prepared.data,
+                data.max_len,
+                data.mask_prob,
+                data.dupe_factor,
+                seed,
+                window_share=data.window_share,
+                mask_share=data.mask_share,
+            )
             if stage == "train"
             else EvaluationSequences(prepared.data, prepared.negatives, data.max_len, stage)
         )
@@ -101,7 +116,8 @@ def refuse_large_sequences(data: BertData, histories: Histories) -> None:
         f"--max_len {data.max_len} for {histories.users} users",
         "lower it",
     )
-    windows = data.dupe_factor * (histories.users + len(histories.items) // max(1, data.max_len // 10))
+    step = window_step(data.max_len, data.window_share)
+    windows = data.dupe_factor * (histories.users + len(histories.items) // step)
     refuse_too_large(16 * windows, f"--dupe_factor {data.dupe_factor}", "lower it")
     for stage, rows in (("train", windows), ("val", histories.users), ("test", histories.users)):
         batch = getattr(data, f"{stage}_batch_size")
@@ -114,7 +130,7 @@ def refuse_large_sequences(data: BertData, histories: Histories) -> None:
 def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, int]) -> PreparedData:
     """From the cache, else made and put there. A collective."""
     options = ratings.RatingsOptions(data.random_user_count, data.random_item_count, data.random_size, seed)
-    path = ratings.find_ratings_file(data.dataset_name, data.dataset_path)
+    path = find_ratings_file(data.dataset_name, data.dataset_path)
     folder = cache_folder(data, seed, path)
     if folder is None:
         return make_data(data, options, path, seed, here.first)
@@ -137,8 +153,8 @@ def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, i
 
 
 def best_reachable_scores(prepared: PreparedData, lengths: tuple[int, ...]) -> dict[str, float]:
-    """The best Recall@k that can be expected on `markov` data: that of a predictor which knows each item's
-    follower, ranks the follower of a user's last item first, and all others in random order.
+    """The best Recall@k and NDCG@k that can be expected on `markov` data: those of a predictor which knows
+    each item's follower, ranks the follower of a user's last item first, and all others in random order.
     """
     items, starts = prepared.data.items.astype(np.int64), prepared.data.starts
     pairs, often = np.unique(items[:-1] * prepared.data.vocabulary + items[1:], return_counts=True)
@@ -149,10 +165,14 @@ def best_reachable_scores(prepared: PreparedData, lengths: tuple[int, ...]) -> d
     # a wrong guess among the candidates is ranked above the right item
     offered = (prepared.negatives == guess[:, None]).any(axis=1)
     ranked = prepared.negatives.shape[1] + 1
+    gains = {"Recall": np.ones(ranked), "NDCG": 1 / np.log2(np.arange(ranked) + 2)}  # by rank
     return {
-        f"Recall@{k}": float(
-            np.where(guess == right, 1, np.where(offered, (k - 1) / (ranked - 1), k / ranked)).mean()
+        f"{name}@{k}": float(
+            np.where(
+                guess == right, 1, np.where(offered, gain[1:k].sum() / (ranked - 1), gain[:k].sum() / ranked)
+            ).mean()
         )
+        for name, gain in gains.items()
         for k in lengths
         if k <= ranked
     }

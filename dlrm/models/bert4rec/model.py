@@ -1,8 +1,9 @@
 """BERT4Rec: masked items of a history are predicted from both sides (arxiv.org/abs/1904.06690).
 
-The architecture, the initial weights and the parameters' names are those of torchrec's example, so the same
-weights give the same losses. But logits are computed only at masked positions, and for the candidates that
-are ranked, not for the whole vocabulary at every position.
+The architecture and the parameters' names are those of torchrec's example, so the same weights give the same
+losses. So are the initial weights, unless the output is tied: then they are the paper's. But logits are
+computed only at masked positions, and for the candidates that are ranked, not for the whole vocabulary at
+every position.
 """
 
 import contextlib
@@ -61,9 +62,11 @@ class ResidualBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, heads: int, dropout: float, attention_dropout: float | None = None
+    ) -> None:
         super().__init__()
-        self.attention = Attention(width, heads, dropout)
+        self.attention = Attention(width, heads, dropout if attention_dropout is None else attention_dropout)
         self.feed_forward = FeedForward(width, 4 * width, dropout)
         self.input_sublayer, self.output_sublayer = (
             ResidualBlock(width, dropout),
@@ -113,6 +116,7 @@ class BERT4Rec(nn.Module):
         dropout: float = 0.1,
         tied: bool = False,
         table_device: torch.device | None = None,
+        attention_dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.max_len, self.vocabulary, self.tied = max_len, vocabulary, tied
@@ -121,7 +125,7 @@ class BERT4Rec(nn.Module):
         )
         self.history = HistoryArch(vocabulary, max_len, width, dropout, table_device)
         self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(width, heads, dropout) for _ in range(layers)]
+            [TransformerBlock(width, heads, dropout, attention_dropout) for _ in range(layers)]
         )
         self.out = nn.Linear(width, vocabulary)
         if tied:

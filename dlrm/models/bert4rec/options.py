@@ -3,23 +3,14 @@
 What training shares with DLRM (run folder, tracing, checkpoints) has the same flags as there.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.memory import refuse_too_large
 from dlrm.config.options import CheckpointOptions, RunOptions
 from dlrm.config.parser import check_at_least, check_at_most, option
+from dlrm.models.bert4rec.dataset_files import AUTO, DATASETS, recognize_dataset
 from dlrm.runtime.errors import UserError
-
-PRESETS: dict[str, Callable[[], Mapping[str, Any]]] = {"toy": lambda: TOY}
-# the demo: takes a minute on a laptop and comes close to the best possible score
-TOY = {
-    "dataset_name": "markov", "random_user_count": 1500, "random_item_count": 150, "random_size": 30_000,
-    "max_len": 20, "dupe_factor": 1, "mask_prob": 0.2, "emb_dim": 32, "dropout": 0.0, "lr": 0.005,
-    "train_batch_size": 16, "num_epochs": 12, "seed": 1,
-}  # fmt: skip
-DATASETS = ("ml-1m", "ml-20m", "text", "random", "markov")
 
 
 def fixed_field(value: Any) -> Any:
@@ -34,9 +25,12 @@ MOST_COPIES = 10_000
 @dataclass(frozen=True)
 class BertData:
     dataset_name: str = option(
-        "ml-1m", "text: lines of `user item [timestamp]`; random, markov: made here", DATASETS
+        AUTO, "auto: by the files at --dataset_path, without one ml-1m; text: lines of "
+        "`user item [timestamp]`; random, markov: made here", DATASETS,
+    )  # fmt: skip
+    dataset_path: str | None = option(
+        None, "the file with the ratings, or its folder (default: ./ml-1m or ./ml-20m, by --dataset_name)"
     )
-    dataset_path: str | None = option(None, "the folder (text: the file) with the ratings")
     cache_dir: str | None = option(
         None, "folder for prepared data (default: .bert4rec next to the ratings; none for random, markov)"
     )
@@ -45,6 +39,10 @@ class BertData:
     min_item_count: int = option(0, "leave out items with fewer ratings")
     max_len: int = option(100, "items of a history that the model sees")
     mask_prob: float = option(0.15, "share of the items hidden in training")
+    mask_share: float = option(0.8, "share of the hidden items that the mask replaces, not a random item")
+    window_share: float = option(
+        0.1, "share of --max_len from one sequence of a long history to the next one"
+    )
     dupe_factor: int = option(3, "copies of each training sequence, each masked differently")
     negatives: int | None = option(
         None,
@@ -71,8 +69,13 @@ class BertData:
         check_at_most(LARGEST, self, "max_len", "random_user_count", "random_item_count", "random_size")
         check_at_most(MOST_COPIES, self, "dupe_factor")
         check_at_most(LARGEST // self.max_len, self, "train_batch_size", "val_batch_size", "test_batch_size")
-        if not 0 < self.mask_prob <= 1:
-            raise UserError(f"--mask_prob {self.mask_prob}: must be above 0 and at most 1")
+        for name in ("mask_prob", "window_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0 and at most 1")
+        check_at_least(0, self, "mask_share")
+        check_at_most(1, self, "mask_share")
+        if self.dataset_name == AUTO:
+            object.__setattr__(self, "dataset_name", recognize_dataset(self.dataset_path))
 
     @property
     def default_negatives(self) -> int:
@@ -90,21 +93,23 @@ class BertModel:
     nhead: int = option(2, "attention heads")
     num_layers: int = option(2, "transformer blocks")
     dropout: float = option(0.1, "dropout rate")
+    attention_dropout: float | None = option(None, "dropout rate of the attention (default: --dropout)")
     output: str = option(
         "linear", "output layer: its own weights, or (the paper) the item embeddings", ("linear", "tied")
     )
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "emb_dim", "nhead")
-        check_at_least(0, self, "num_layers", "dropout")
+        check_at_least(0, self, "num_layers", "dropout", "attention_dropout")
         weights = self.num_layers * 12 * self.emb_dim**2 + 2 * self.emb_dim
         refuse_too_large(
             8 * weights, f"--num_layers {self.num_layers} of --emb_dim {self.emb_dim}", "lower them"
         )
         if self.emb_dim % self.nhead or self.emb_dim % 4:
             raise UserError(f"--emb_dim {self.emb_dim}: must be a multiple of 4 and of --nhead {self.nhead}")
-        if self.dropout >= 1:
-            raise UserError(f"--dropout {self.dropout}: must be below 1")
+        for name in ("dropout", "attention_dropout"):
+            if (getattr(self, name) or 0) >= 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be below 1")
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,12 @@ class BertOptim:
     lr: float = option(0.001, "learning rate")
     decay_step: int = option(25, "multiply the rate by --gamma after every N epochs")
     gamma: float = option(1.0, "factor of the learning rate decay")
+    lr_warmup_steps: int = option(0, "steps in which the rate rises to --lr")
+    lr_decay_steps: int | None = option(None, "the rate falls linearly, to 0 after N steps")
     weight_decay: float = option(0.0, "weight decay")
     optimizer: str = option(
-        "adam", "optimizer; fused for the tables, except adam on CPUs",
-        ("adam", "sgd", "adagrad", "rowwise_adagrad"),
+        "adam", "optimizer; fused for the tables, except adam and adamw on CPUs",
+        ("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad"),
     )  # fmt: skip
     eps: float = option(1e-8, "epsilon of adam and adagrad")
     grad_clip: float | None = option(None, "largest norm of the dense gradients")
@@ -126,7 +133,8 @@ class BertOptim:
 
     def __post_init__(self) -> None:
         check_at_least(0, self, "lr", "gamma", "weight_decay", "eps")
-        check_at_least(1, self, "decay_step")
+        check_at_least(1, self, "decay_step", "lr_decay_steps")
+        check_at_least(0, self, "lr_warmup_steps")
         check_at_least(1e-30, self, "grad_clip", "loss_scale")
 
 

@@ -1,6 +1,6 @@
 """Who liked what, when: rating files and made ratings as four columns.
 
-ml-1m reads FOLDER/ratings.dat, ml-20m FOLDER/ratings.csv, text any file of `user item [timestamp]` lines;
+ml-1m has lines `user::item::rating::time`, ml-20m a CSV with a header, text `user item [timestamp]` lines;
 random draws users, items and times; markov makes sequences whose next item has a known best guess.
 """
 
@@ -92,38 +92,15 @@ SETS: dict[str, Callable[[Path, RatingsOptions], Ratings]] = {
     "random": make_random,
     "markov": make_markov,
 }
-MADE = ("random", "markov")
 LONGEST_LINE = 1 << 16
 MOST_COLUMNS = 100
 BYTES_PER_BYTE = 4  # of memory for one of the file: its text twice, and the numbers
-FILES = {"ml-1m": "ratings.dat", "ml-20m": "ratings.csv"}
 
 
 def read_ratings(name: str, path: Path | None, wanted: RatingsOptions) -> Ratings:
-    """`path`: what `find_ratings_file` says."""
+    """`path`: what `dataset_files.find_ratings_file` says."""
     with span("prep", "ratings", bytes=path.stat().st_size if path else 0):
         return SETS[name](path or Path(), wanted)
-
-
-def find_ratings_file(name: str, path: str | None) -> Path | None:
-    """The file with the ratings; None where they are made."""
-    if name in MADE:
-        return None
-    if path is None:
-        raise UserError(f"--dataset_name {name} needs --dataset_path (without files: {' or '.join(MADE)})")
-    found, expected = Path(path), FILES.get(name)
-    if expected and found.is_dir():
-        found = found / expected
-    if found.is_dir():
-        raise UserError(f"{printable(found)} is a folder: give the file of `user item [timestamp]` lines")
-    wanted = f"the {expected} or its folder" if expected else "the file with the lines"
-    if not found.exists():
-        raise UserError(f"{printable(found)} is missing: give --dataset_path {wanted}")
-    try:
-        check_regular(found)
-    except UserError as error:
-        raise UserError(f"{error}: give --dataset_path {wanted}") from None
-    return found
 
 
 def _read_table(path: Path, separator: bytes | None, header: bool, rated: bool) -> Ratings:

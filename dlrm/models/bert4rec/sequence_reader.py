@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dlrm.models.bert4rec.sequences import Histories, cut_windows, make_evaluation_sequence, mask_items
+from dlrm.models.bert4rec.sequences import (
+    MASKED,
+    STEP,
+    Histories,
+    cut_windows,
+    make_evaluation_sequence,
+    mask_items,
+)
 
 
 class SequenceRows(NamedTuple):
@@ -49,10 +56,11 @@ class _InMemorySource:
 class TrainingSequences(_InMemorySource):
     def __init__(
         self, data: Histories, max_len: int, mask_prob: float, dupe_factor: int, seed: int,
-        bytes_read: dict[str, int] | None = None,
+        bytes_read: dict[str, int] | None = None, window_share: float = STEP, mask_share: float = MASKED,
     ) -> None:  # fmt: skip
         self.data, self.max_len, self.mask_prob, self.seed = data, max_len, mask_prob, seed
-        self.windows = cut_windows(data, max_len)
+        self.mask_share = mask_share
+        self.windows = cut_windows(data, max_len, window_share)
         self.epoch = 0
         super().__init__(dupe_factor * len(self.windows), max_len, bytes_read)
 
@@ -63,8 +71,10 @@ class TrainingSequences(_InMemorySource):
     def take(self, rows: np.ndarray) -> SequenceRows:
         spans = self.windows[rows % len(self.windows)]
         return SequenceRows(
-            *mask_items(self.data, spans, rows, self.max_len, self.mask_prob, self.seed, self.epoch)
-        )
+            *mask_items(
+                self.data, spans, rows, self.max_len, self.mask_prob, self.seed, self.epoch, self.mask_share
+            )
+        )  # fmt: skip
 
 
 class EvaluationSequences(_InMemorySource):

@@ -14,7 +14,8 @@ from dlrm.models.bert4rec.ratings import Ratings
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import span
 
-MASKED, REPLACED = 0.8, 0.2  # shares of the chosen positions that get the mask, or a random item
+MASKED = 0.8  # share of the chosen positions that get the mask; the others get a random item
+STEP = 0.1  # from one training sequence of a long history to the next, as a share of max_len
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,18 @@ def _are_frequent(values: np.ndarray, least: int) -> np.ndarray:
     return np.bincount(numbers)[numbers] >= least
 
 
-def cut_windows(data: Histories, max_len: int) -> np.ndarray:
+def window_step(max_len: int, share: float) -> int:
+    """Items from one training sequence of a long history to the next."""
+    return max(1, int(share * max_len))
+
+
+def cut_windows(data: Histories, max_len: int, share: float = STEP) -> np.ndarray:
     """int64 [rows, 2]: first item, and item after the last, of each training sequence in `data.items`.
 
-    A history longer than `max_len` gives several sequences, each a tenth of `max_len` before the next.
+    A history longer than `max_len` gives several sequences, each a `share` of `max_len` before the next.
     """
     begin, end = data.starts[:-1], data.starts[1:] - 2
-    step = max(1, max_len // 10)
+    step = window_step(max_len, share)
     more = np.maximum(0, -(-(end - begin - max_len) // step))  # besides the one at the beginning
     user = np.repeat(np.arange(data.users), more + 1)
     number = np.arange(len(user)) - np.repeat(np.cumsum(more + 1) - (more + 1), more + 1)
@@ -113,17 +119,18 @@ def mask_items(
     mask_prob: float,
     seed: int,
     epoch: int,
+    mask_share: float = MASKED,
 ) -> Examples:
     """Training examples of these spans (int64 [n, 2]), with some items masked or replaced.
 
-    rows: numbers of the training sequences, int64 [n], which seed the masks.
+    rows: numbers of the training sequences, int64 [n], which seed the masks. mask_share: of the chosen items.
     """
     tokens = pad_left(data, spans, max_len)
     chance, kind, other = _random_shares(rows, max_len, seed, epoch)
     chosen = (chance < mask_prob) & (tokens > 0)
     labels = np.where(chosen, tokens, 0).astype(np.int32)
     random_item = 1 + (other * data.item_count).astype(np.int32)
-    hidden = np.where(kind < MASKED, data.mask, random_item)
+    hidden = np.where(kind < mask_share, data.mask, random_item)
     return Examples(np.where(chosen, hidden, tokens).astype(np.int32), labels)
 
 

@@ -1,6 +1,7 @@
 """BERT4Rec, as the trainer and the scripts know it."""
 
-from dlrm.models.bert4rec.options import PRESETS, BertConfig
+from dlrm.models.bert4rec.options import BertConfig
+from dlrm.models.bert4rec.presets import PRESETS
 from dlrm.trainer.spec import ModelParts, ModelSpec, ScriptOptions
 
 DESCRIPTION = """Train BERT4Rec, rank items exactly over all users, write a run folder.

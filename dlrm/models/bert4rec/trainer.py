@@ -27,8 +27,11 @@ class BERT4RecTrainer(Trainer):
         whole.cast(self.device.type, mixed_precision.TYPES[kind], scale)
 
     def learning_rate(self) -> float:
-        optim = self.options.optim
-        return optim.lr * optim.gamma ** (self.progress.epoch // optim.decay_step)
+        optim, done = self.options.optim, self.progress.step
+        rate = optim.lr * optim.gamma ** (self.progress.epoch // optim.decay_step)
+        if done < optim.lr_warmup_steps:
+            return rate * (done + 1) / optim.lr_warmup_steps
+        return rate * (1 - min(1, done / optim.lr_decay_steps)) if optim.lr_decay_steps else rate
 
     def evaluate(self, split: str) -> dict[str, Any]:
         result, best = super().evaluate(split), self.datasets.reachable

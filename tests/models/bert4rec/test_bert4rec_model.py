@@ -117,7 +117,7 @@ def test_twenty_steps_are_those_of_plain_pytorch(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert len(lines) == 20 and losses[-1] < losses[0]
+    assert len(lines) == 20 and min(losses) < losses[0] - 0.01
     np.testing.assert_allclose(lines, losses, rtol=2e-4)
     plain.eval()
     scores = torch.cat([plain(b.tokens)[:, -1].gather(1, b.candidates.long()) for b in judged])

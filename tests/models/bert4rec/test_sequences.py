@@ -10,6 +10,7 @@ from dlrm.data.batches import BatchLoader
 from dlrm.models.bert4rec import ratings
 from dlrm.models.bert4rec.cache import load_prepared, save_prepared
 from dlrm.models.bert4rec.dataloaders import prepare_data
+from dlrm.models.bert4rec.dataset_files import find_ratings_file
 from dlrm.models.bert4rec.options import BertData
 from dlrm.models.bert4rec.ratings import Ratings, RatingsOptions
 from dlrm.models.bert4rec.sequence_reader import SequenceRows, TrainingSequences
@@ -45,7 +46,7 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     for name, (file, content) in GOOD.items():
         (tmp_path / file).write_text(content)
         given = tmp_path / file if name == "text" else tmp_path
-        found = ratings.read_ratings(name, ratings.find_ratings_file(name, str(given)), RatingsOptions())
+        found = ratings.read_ratings(name, find_ratings_file(name, str(given)), RatingsOptions())
         assert found.user.tolist() == [7, 7, 9, 7] and found.item.tolist() == [30, 10, 30, 20], name
         assert found.time.tolist() == [100, 300, 50, 200]
         assert found.rating.dtype == np.float32
@@ -79,13 +80,42 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str, told: str)
 
 def test_missing_paths_are_named(tmp_path: Path) -> None:
     for name, path, told in (
-        ("ml-1m", None, "needs --dataset_path"),
+        ("ml-1m", None, "ml-1m/ratings.dat is missing: --dataset_name ml-1m needs --dataset_path"),
+        ("text", None, "needs --dataset_path"),
         ("ml-1m", str(tmp_path), "ratings.dat is missing"),
-        ("text", str(tmp_path), "is a folder"),
+        ("text", str(tmp_path), "is a folder with no such files"),
     ):
         with pytest.raises(UserError, match=told):
-            ratings.find_ratings_file(name, path)
-    assert ratings.find_ratings_file("random", None) is None
+            find_ratings_file(name, path)
+    assert find_ratings_file("random", None) is None
+
+
+def test_data_sets_are_found_and_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, files in (
+        ("ml-1m", ["ratings.dat", "users.dat"]), ("ml-20m", ["ratings.csv", "README.txt"]),
+        ("one", ["steam", ".hidden"]), ("two", ["beauty.txt", "readme"]),
+        ("both", ["ratings.dat", "ratings.csv"]),
+        ("many", ["a.txt", "b.txt", "c"]),
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).write_text("1 2 3\n")
+    monkeypatch.chdir(tmp_path)
+    for path, name, file in (
+        (None, "ml-1m", "ml-1m/ratings.dat"), ("ml-20m", "ml-20m", "ml-20m/ratings.csv"),
+        ("ml-1m/ratings.dat", "ml-1m", "ml-1m/ratings.dat"), ("one", "text", "one/steam"),
+        ("two", "text", "two/beauty.txt"), ("one/steam", "text", "one/steam"),
+    ):  # fmt: skip
+        data = BertData(dataset_path=path)
+        assert data.dataset_name == name
+        assert find_ratings_file(name, path) == Path(file)
+    assert find_ratings_file("ml-20m", None) == Path("ml-20m/ratings.csv")
+    with pytest.raises(UserError, match="both has ratings.dat and ratings.csv: give --dataset_name"):
+        BertData(dataset_path="both")
+    with pytest.raises(UserError, match="a folder with 2 such files: give the file"):
+        find_ratings_file("text", "many")
+    with pytest.raises(UserError, match="ratings.dat is missing, but ratings.csv .*--dataset_name ml-20m"):
+        find_ratings_file("ml-1m", "ml-20m")
 
 
 def test_histories_are_those_of_a_plain_loop() -> None:
@@ -116,6 +146,7 @@ def test_histories_are_those_of_a_plain_loop() -> None:
 
 @pytest.mark.parametrize("max_len", [1, 3, 10, 24])
 def test_windows_are_the_examples(max_len: int) -> None:
+    at_half = max(1, max_len // 2)
     data = made([3, 5, 12, 13, 26, 27, 60, 100])
     expected = []
     for user in range(data.users):
@@ -125,6 +156,8 @@ def test_windows_are_the_examples(max_len: int) -> None:
             window = items[begin : begin + max_len]
             expected.append([0] * (max_len - len(window)) + window)
     assert pad_left(data, cut_windows(data, max_len), max_len).tolist() == expected
+    steps = np.diff(cut_windows(data, max_len, 0.5)[-2:, 0])
+    assert steps[0] == at_half
 
 
 def test_masks_have_their_shares_and_depend_on_nothing_but_row_and_epoch() -> None:
