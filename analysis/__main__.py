@@ -69,6 +69,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_finish(options: argparse.Namespace) -> int:
+    """Prints what each analysis gave, and at the end how to repeat those that failed."""
     from analysis import finish
     from analysis.tables import check
 
@@ -134,13 +135,13 @@ def run_compare(options: argparse.Namespace) -> int:
 
 def _choose_map(options: argparse.Namespace):
     """Where ranks are read: on this machine's threads, or by a Dask cluster."""
-    from analysis.tables.gather import on_threads
+    from analysis.tables.gather import map_on_threads
 
     if options.dask is None:
-        return on_threads
+        return map_on_threads
     from analysis.tables import dask_cluster
 
-    return dask_cluster.on_cluster(options.dask)
+    return dask_cluster.map_on_cluster(options.dask)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -23,6 +23,9 @@ class BandwidthCounter:
         self.bytes = {"read": np.zeros(1024), "write": np.zeros(1024)}
 
     def add(self, ts: np.ndarray, dur: np.ndarray, kinds: np.ndarray, amounts: np.ndarray) -> None:
+        """Count the calls of a block, in arrays of one length: ts and dur in us, kinds (READ, WRITE or
+        NO_CALL), amounts in bytes.
+        """
         for name in self.bytes:
             mine = (kinds == _DIRECTIONS[name]) & (amounts > 0)
             if mine.any():

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from analysis.perfetto.convert import new_trace, trace_name
-from analysis.perfetto.tracks import ConversionSummary, process_name
+from analysis.perfetto.convert import name_trace, new_trace
+from analysis.perfetto.tracks import ConversionSummary, name_process_track
 from analysis.run_folder import outputs
-from analysis.trace.clocks import clock_skew, describe_moves, group_launches, make_clocks
-from analysis.trace.columns import COLUMNS, to_frame
+from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
+from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.events import TraceReader, assign_ranks, read_heads
 from analysis.trace.process import TracedProcess
 from analysis.trace.strings import StringTable
@@ -22,13 +22,14 @@ def convert_to_json(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
     progress: Callable[[Path, int], None] | None = None,
 ) -> ConversionSummary:  # fmt: skip
+    """Write the JSON trace. posix: I/O calls only. progress: is given a file and its new events."""
     processes = read_heads(run_dir)
     summary = ConversionSummary(Path())
     known = make_clocks(processes)
     summary.clocks = describe_moves(processes, known)
     jobs = group_launches(processes)
     strings, paths, done = StringTable(), {}, []
-    name = trace_name(run_dir, posix) + ".json"
+    name = name_trace(run_dir, posix) + ".json"
     with new_trace(run_dir, path, name, outputs.is_own_json_trace) as (summary.path, raw):
         file = io.BufferedWriter(raw)  # pyright: ignore[reportArgumentType]
         mark = outputs.TRACE_MARK.decode()
@@ -40,7 +41,7 @@ def convert_to_json(
             done.append(reader.process)
             for block in reader:
                 table = known[process.path].correct_frame(
-                    to_frame(block, strings, paths, process.rank, COLUMNS)
+                    make_event_frame(block, strings, paths, process.rank, COLUMNS)
                 )
                 for event in _make_events(table.iter_rows(named=True), pid, posix):
                     file.write(comma + json.dumps(event, separators=(",", ":")).encode())
@@ -55,11 +56,12 @@ def convert_to_json(
                 summary.lost.append(reader.process.lost)
         file.write(b"\n]}\n")
         file.flush()
-    summary.skew = clock_skew(done)
+    summary.skew = measure_clock_skew(done)
     return summary
 
 
 def _make_events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[dict[str, Any]]:
+    """Chrome's events of these rows: slices X, counters C, instants i."""
     for row in rows:
         if posix and row["cat"] not in ("POSIX", "STDIO"):
             continue
@@ -89,8 +91,9 @@ def _parse_arguments(text: str) -> dict[str, Any]:
 def _make_metadata(
     process: TracedProcess, seen: TracedProcess, pid: int, launch: int
 ) -> Iterator[dict[str, Any]]:
+    """Names of the process and its threads, and the place of the process in the list."""
     about = {"ph": "M", "pid": pid}
-    yield {**about, "name": "process_name", "args": {"name": process_name(process, launch)}}
+    yield {**about, "name": "process_name", "args": {"name": name_process_track(process, launch)}}
     yield {**about, "name": "process_sort_index", "args": {"sort_index": pid}}
     for tid, name in seen.threads.items():
         yield {**about, "tid": tid, "name": "thread_name", "args": {"name": name}}

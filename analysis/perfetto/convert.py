@@ -20,12 +20,12 @@ from analysis.perfetto.tracks import (
     SharedTracks,
     TraceOutput,
     TrackLabels,
-    process_name,
+    name_process_track,
     write_bandwidth,
     write_counter,
 )
 from analysis.run_folder import outputs, records, run_settings
-from analysis.trace.clocks import clock_skew, describe_moves, group_launches, make_clocks
+from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.events import assign_ranks
 from analysis.trace.source import FileSource, Progress, TraceSource
 from common.errors import UserError, os_errors_as_user_errors, printable
@@ -49,13 +49,13 @@ def convert_to_pftrace(
     summary.clocks = describe_moves(processes, known)
     begin = min((known[p.path].correct_time(p.first) for p in processes if p.first), default=0)
     begin = max(0, begin - EARLIER_US)
-    name = trace_name(run_dir, posix) + ".pftrace"
+    name = name_trace(run_dir, posix) + ".pftrace"
     with new_trace(run_dir, path, name, outputs.is_own_trace) as (summary.path, file):
         file.write(outputs.mark_packet())
         shared = SharedTracks(TraceOutput(file), summary, posix, begin, BandwidthCounter(begin))
         done = []
         shown = [
-            (process, process_name(process, number if len(jobs) > 1 else 0))
+            (process, name_process_track(process, number if len(jobs) > 1 else 0))
             for number, job in enumerate(jobs, 1)
             for process in assign_ranks(job)
         ]
@@ -82,7 +82,7 @@ def convert_to_pftrace(
         if not summary.events:
             which = " of POSIX calls" if posix else ""
             raise UserError(f"{printable(run_dir)}: the traces hold no events{which}")
-    summary.skew = clock_skew(done)
+    summary.skew = measure_clock_skew(done)
     return summary
 
 
@@ -132,7 +132,7 @@ class _Named(io.FileIO):
         return whole
 
 
-def trace_name(run_dir: str | Path, posix: bool) -> str:
+def name_trace(run_dir: str | Path, posix: bool) -> str:
     """What the training was, as a file name; the folder's name where there is no config.json."""
     run = Path(run_dir)
     suffix = "-posix" if posix else ""
@@ -147,7 +147,7 @@ def trace_name(run_dir: str | Path, posix: bool) -> str:
 def _write_metrics(shared: SharedTracks, path: Path) -> None:
     """What metrics.jsonl has and the traces' own counters do not."""
     series: dict[str, list[tuple[float, float]]] = {}
-    for row in records.metrics_lines(path, []):
+    for row in records.read_metrics_lines(path, []):
         if "time" not in row:
             continue
         prefix = f"{row['split']} " if "split" in row else ""

@@ -35,6 +35,7 @@ class ReadToStepFlows:
 
 @compiled
 def _number_flows(chosen, reads, batch, waiting, seed, base, count):
+    """Fills `base` and `count` for `find_flows`. batch: each event's batch, -1 where it has none."""
     for i in chosen:
         b = batch[i]
         if b < 0:

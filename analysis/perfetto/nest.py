@@ -50,6 +50,7 @@ class SliceLane:
         return walk[:count], np.flatnonzero(status == LATE), np.flatnonzero(status == REFUSED)
 
     def _make_room(self, n: int) -> None:
+        """Make room on the stack for n more, and mark what is on it as of earlier blocks."""
         if self.size > ROOTS_KEPT:
             half = self.size // 2
             self.starts[1 : self.size - half + 1] = self.starts[half : self.size].copy()
@@ -69,6 +70,9 @@ class SliceLane:
 
 @compiled
 def _nest_slices(ts, ends, leaf, stack_start, stack_end, stack_node, size, status, walk):
+    """Builds the forest of a block's events on the stack, and fills `status` (uint8 [n]) and `walk` (int64
+    [n]: the events that fit, parents first). Returns the stack's new size and how many events are in `walk`.
+    """
     n = len(ts)
     child, sibling = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
     for i in range(n):
@@ -112,6 +116,7 @@ def _nest_slices(ts, ends, leaf, stack_start, stack_end, stack_node, size, statu
 
 @compiled
 def _walk_preorder(child, sibling, status, stack_node, size, walk):
+    """Writes the trees that are on the stack into `walk`, parents first; returns their number of events."""
     todo = np.empty(len(child) + 1, np.int64)
     count = 0
     for j in range(size):

@@ -297,6 +297,9 @@ def encode_events(
 
 @compiled
 def encode_counters(ts, values, begin, out):
+    """Packets with values (float64 [n]) of the selected track at ts (us, int64 [n]; the trace's times count
+    from `begin`). Returns how many bytes of `out` are used.
+    """
     q, p = pointer(out), 0
     bits = values.view(np.int64)
     for i in range(len(ts)):

@@ -71,6 +71,7 @@ class NameTable:
         self.known = {kind: np.zeros(1, np.bool_) for kind in proto.INTERNED_KINDS}
 
     def explain_names(self, used: dict[int, np.ndarray]) -> None:
+        """Write the texts that are used for the first time. used: kind -> numbers of strings."""
         entries = []
         for kind, numbers in used.items():
             needed = np.zeros(len(self.strings), np.bool_)
@@ -166,6 +167,7 @@ class FileTracks:
         shared.out.write(proto.describe_process(self.uuid, self.pid, about.name, labels, about.order))
 
     def add_block(self, block: EventBlock) -> None:
+        """Write the block's slices, instants and counters. The block's columns are changed."""
         shared = self.shared
         block.ts, block.dur = self.clock.correct_spans(block.ts, block.dur)
         keep = block.is_event()
@@ -241,6 +243,7 @@ class FileTracks:
         block.arg_key[hashed | (block.arg_key == ID["fname"])] = ID["file"]
 
     def _find_track(self, tid: int) -> Track:
+        """The track of a thread, described anew where its name has become known."""
         process = self.process
         main = tid == process.pid
         name = self.reader.process.threads.get(tid) or (
@@ -261,6 +264,7 @@ class FileTracks:
     def _write_thread(
         self, block: EventBlock, slices: np.ndarray, instants: np.ndarray, track: Track, flow
     ) -> None:
+        """Write events of one thread; slices that do not nest go to further lanes."""
         if len(instants):
             self._write_events(block, instants, track.uuid, flow, True)
         level = 0
@@ -332,7 +336,7 @@ class FileTracks:
             write_counter(self.shared, self.counters[number], block.ts[mine], values[mine])
 
 
-def process_name(process: TracedProcess, launch: int = 0) -> str:
+def name_process_track(process: TracedProcess, launch: int = 0) -> str:
     """launch: which one it was, of a run that was stopped and resumed."""
     name = f"rank {process.rank}" + (f" on {process.host}" if process.host else "")
     name += f", launch {launch}" if launch else ""
@@ -340,6 +344,7 @@ def process_name(process: TracedProcess, launch: int = 0) -> str:
 
 
 def write_counter(shared: SharedTracks, uuid: int, ts: np.ndarray, values: np.ndarray) -> None:
+    """Values (float64 [n]) of the counter track `uuid` at ts (us, int64 [n]), as far as they are finite."""
     finite = np.isfinite(values)
     ts, values = ts[finite], np.ascontiguousarray(values[finite], np.float64)
     if len(ts):
@@ -350,6 +355,7 @@ def write_counter(shared: SharedTracks, uuid: int, ts: np.ndarray, values: np.nd
 
 
 def write_bandwidth(shared: SharedTracks, parent: int, bandwidth: BandwidthCounter) -> None:
+    """The two bandwidth tracks of a process, or with parent 0 those of the run."""
     for name in bandwidth.bytes:
         ts, rate = bandwidth.make_series(name)
         if len(ts):

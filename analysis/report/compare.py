@@ -7,11 +7,11 @@ from analysis.report import plots, plots_io, summary
 from analysis.report.facts import Facts, Finding
 from analysis.report.findings import find_all
 from analysis.report.page import Figures, format_number, make_page
-from analysis.report.report import findings_html, header_html
+from analysis.report.report import render_findings, render_header
 from analysis.report.run import TracedRun, open_run
 from analysis.run_folder import outputs, run_settings
 from analysis.tables import answers, progress
-from analysis.tables.gather import Map, on_threads
+from analysis.tables.gather import Map, map_on_threads
 from common.errors import os_errors_as_user_errors, printable
 
 PAGE = "compare.html"
@@ -58,7 +58,7 @@ def compare_rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
 
 def are_different_models(one: Side, two: Side) -> bool:
     """Whether these are runs of different models."""
-    a, b = run_settings.model_of_run(one[0].config), run_settings.model_of_run(two[0].config)
+    a, b = run_settings.find_model_title(one[0].config), run_settings.find_model_title(two[0].config)
     return bool(a and b and a != b)
 
 
@@ -70,8 +70,8 @@ def list_differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, st
         return f"{' and '.join(lacking)}: no config.json, so it is not known which settings differ.", []
     if are_different_models(one, two):
         sentence = (
-            f"These are different models, {run_settings.model_of_run(a.config)} and "
-            f"{run_settings.model_of_run(b.config)}: times and bytes are shown side by side, "
+            f"These are different models, {run_settings.find_model_title(a.config)} and "
+            f"{run_settings.find_model_title(b.config)}: times and bytes are shown side by side, "
             "but none is better or worse than the other's."
         )
     elif unlike:
@@ -82,6 +82,7 @@ def list_differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, st
 
 
 def format_text(one: Side, two: Side) -> str:
+    """The same for the terminal: what differs, the numbers, the findings of both runs."""
     a, b = (name[-22:] for name in name_runs(one, two))
     sentence, unlike = list_differences(one, two)
     lines = [sentence, *(f"  {name}: {x} -> {y}" for name, x, y in unlike), ""]
@@ -94,9 +95,10 @@ def format_text(one: Side, two: Side) -> str:
 
 
 def _make_panel(side: Side, figures: Figures) -> list[str]:
+    """One run's figures and findings as pieces of HTML; both runs have as many pieces."""
     run, facts, found = side
     j = run.joined
-    curves, sizes = progress.make_curves(j, run.metrics), answers.request_sizes(j, "phase")
+    curves, sizes = progress.make_curves(j, run.metrics), answers.count_request_sizes(j, "phase")
     steps = progress.list_steps(j)
     shown = [
         ("Where each rank's time went", plots.plot_time_by_rank(facts.breakdown), "Seconds of wall clock."),
@@ -112,13 +114,14 @@ def _make_panel(side: Side, figures: Figures) -> list[str]:
         ("Time of an operation", plots_io.plot_latency(j["latencies"]), "All phases."),
         ("Start-up", plots.plot_startup(progress.list_startup(j)), "To the end of the first step."),
     ]
-    blocks = [header_html(run, facts) + findings_html(found)]
+    blocks = [render_header(run, facts) + render_findings(found)]
     for title, spec, caption in shown:
         blocks.append(f"<h3>{escape(title)}</h3>{figures.add_figure(spec, caption)}" if spec else "")
     return blocks
 
 
 def render_comparison(one: Side, two: Side) -> str:
+    """The page: what differs, the numbers, then both runs side by side."""
     figures = Figures()
     sides = "".join(f"<th>{escape(name)}</th>" for name in name_runs(one, two))
     heads = "<th></th>" + "".join(
@@ -151,8 +154,11 @@ def _table_html(heads: str, body: str) -> str:
 
 
 def write_comparison(
-    a: str | Path, b: str | Path, output: Path | None = None, over: Map = on_threads
+    a: str | Path, b: str | Path, output: Path | None = None, over: Map = map_on_threads
 ) -> tuple[Path, str]:
+    """Writes compare.html into the second run's folder, or the page as the file `output`. Returns its path
+    and the terminal's text.
+    """
     home = outputs.output_folder(b)
     if output is None and Path(b).exists():
         outputs.check_folder(home, {PAGE: is_own_page}, "name another file with -o")

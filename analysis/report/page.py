@@ -38,6 +38,7 @@ class ReportEntry:
 
 
 def format_size(n: float | None) -> str:
+    """Bytes in the largest unit of 1000 that leaves a number of at least 1."""
     if n is None:
         return ""
     for unit in ("B", "KB", "MB", "GB", "TB"):
@@ -57,6 +58,7 @@ def to_prose(text: str) -> str:
 
 
 def format_seconds(s: float | None) -> str:
+    """Seconds in the unit that a reader would choose, from us to minutes."""
     if s is None:
         return ""
     if abs(s) >= 120:
@@ -90,7 +92,11 @@ def format_heading(name: str) -> str:
     return {"us": "time", "dur": "time"}.get(known, known).replace("_", " ")
 
 
-def table_html(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
+def render_table(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
+    """The first `rows` rows as HTML.
+
+    jump: the column with the duration of a slice; each row then has a link that shows it in Perfetto.
+    """
     numeric = [dtype.is_numeric() for dtype in table.dtypes]
     heads = "".join(
         f"<th{' class=n' if n else ''}>{escape(format_heading(name))}</th>"
@@ -149,20 +155,21 @@ def round_values(value: Any) -> Any:
     return value
 
 
-def entry_html(entry: ReportEntry, figures: Figures) -> str:
+def render_entry(entry: ReportEntry, figures: Figures) -> str:
+    """Title, figure and table of an entry; a table beside a figure is folded."""
     parts = [f"<h3>{escape(entry.title)}</h3>"]
     if entry.plot is not None:
         parts.append(figures.add_figure(entry.plot, entry.caption))
     else:
         parts.append(f"<p class=soft>{to_prose(entry.caption)}</p>")
     if entry.table is not None and len(entry.table):
-        text = table_html(entry.table, entry.rows, entry.jump)
+        text = render_table(entry.table, entry.rows, entry.jump)
         folded = entry.plot is not None and not entry.show
         parts.append(f"<details><summary>the numbers</summary>{text}</details>" if folded else text)
     return "".join(parts)
 
 
-def tiles_html(tiles: Iterable[tuple[str, str]]) -> str:
+def render_tiles(tiles: Iterable[tuple[str, str]]) -> str:
     return "<div class=tiles>" + "".join(
         f"<div class=tile><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in tiles
     ) + "</div>"  # fmt: skip
@@ -175,6 +182,7 @@ def _make_policy(script: str) -> str:
 
 
 def make_page(title: str, body: Sequence[str], figures: Figures) -> str:
+    """A whole HTML page without references to anything outside of it."""
     script = (HERE / "page.js").read_text()
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'

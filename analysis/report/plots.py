@@ -29,6 +29,7 @@ Gaps = Sequence[tuple[float, float]]  # from when to when nothing ran
 
 
 def plot_time_by_rank(breakdown: pl.DataFrame) -> Spec | None:
+    """A bar per rank: seconds by phase and kind."""
     rows = []
     for row in breakdown.head(MAX_ROWS).iter_rows(named=True):
         at, parts = 0.0, []
@@ -41,6 +42,11 @@ def plot_time_by_rank(breakdown: pl.DataFrame) -> Spec | None:
 
 
 def _make_rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = False) -> Spec | None:
+    """Bars, each cut into parts.
+
+    rows: {"label": text, "parts": [[name, begin, length], ...]}; colors: name -> colour, in the order of the
+    legend; left: pixels for the labels.
+    """
     used = {part[0] for row in rows for part in row["parts"]}
     if not used:
         return None
@@ -72,6 +78,7 @@ def plot_hidden_io(phases: pl.DataFrame) -> Spec | None:
 
 
 def plot_over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()) -> Spec | None:
+    """Panels on one time axis: shares of time, MB/s, loss, samples per second, scores, caches."""
     if not len(timeline):
         return None
     at, width = timeline["at_s"].to_list(), timeline["width_s"][0]
@@ -157,6 +164,7 @@ def _make_cache_panels(curves: pl.DataFrame) -> list[dict]:
 
 
 def plot_step_times(steps: pl.DataFrame, begin_us: int, gaps: Gaps = ()) -> Spec | None:
+    """A dot per step; steps over twice the median in a colour of their own."""
     if not len(steps):
         return None
     table = steps.gather_every(math.ceil(len(steps) / 4000))
@@ -204,6 +212,7 @@ def _step_tip(row: dict) -> str:
 
 
 def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
+    """How many steps took how long."""
     if len(steps) < 2:
         return None
     low, high = np.quantile(steps["wall_us"].to_numpy(), [0.0, 0.995]).tolist()
@@ -223,6 +232,7 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
 
 
 def plot_startup(table: pl.DataFrame) -> Spec | None:
+    """A bar per rank: the parts of its start-up, each where it began."""
     names = [n for n in table["part"].unique(maintain_order=True) if n != "between"]
     colors = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
     rows = []

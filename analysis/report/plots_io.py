@@ -6,7 +6,7 @@ import polars as pl
 
 from analysis.report.page import Spec, format_seconds
 from analysis.report.plots import MAX_ROWS, READ, THIRD, WRITE
-from analysis.tables.calls import with_us
+from analysis.tables.calls import add_latency_us
 
 
 def plot_rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
@@ -66,7 +66,7 @@ def plot_latency(latencies: pl.DataFrame) -> Spec | None:
         return None
     op, us = pl.col("op"), pl.col("us")
     octave = pl.when(us < 1).then(-1).otherwise(us.clip(1).log(2).floor()).cast(pl.Int64)
-    table = with_us(latencies).with_columns(
+    table = add_latency_us(latencies).with_columns(
         pl.when(op.is_in(["read", "write"])).then(op).otherwise(pl.lit("metadata")).alias("group"),
         octave.alias("octave"),
     )

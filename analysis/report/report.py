@@ -13,17 +13,17 @@ from analysis.report.findings import find_all
 from analysis.report.page import (
     Figures,
     ReportEntry,
-    entry_html,
     format_number,
     format_seconds,
     make_page,
-    tiles_html,
+    render_entry,
+    render_tiles,
     to_prose,
 )
 from analysis.report.run import TracedRun, open_run
 from analysis.report.sections import list_entries
 from analysis.run_folder import outputs, run_settings
-from analysis.tables.gather import Map, on_threads
+from analysis.tables.gather import Map, map_on_threads
 from analysis.trace.source import TraceSource
 from common.errors import os_errors_as_user_errors
 
@@ -31,7 +31,8 @@ PAGE, SUMMARY = "report.html", "summary.json"
 REMEDY = "name another place with -o: a file for the page, or a folder for all files"
 
 
-def findings_html(found: list[Finding]) -> str:
+def render_findings(found: list[Finding]) -> str:
+    """The findings as a numbered list; options in a remedy are set as code."""
     if not found:
         return "<p>No rule found anything: I/O and waiting are a small part of this run.</p>"
     items = []
@@ -45,11 +46,12 @@ def findings_html(found: list[Finding]) -> str:
     return f"<ol class=findings>{''.join(items)}</ol>"
 
 
-def header_html(run: TracedRun, facts: Facts) -> str:
+def render_header(run: TracedRun, facts: Facts) -> str:
+    """The heading, and a line that says what was run where."""
     hosts = sorted({p.host for p in run.joined.processes if p.host})
     where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
     parts = [f"{format_number(facts.breakdown.height, 'rank')} on {where}"]
-    if name := run_settings.model_of_run(run.config):
+    if name := run_settings.find_model_title(run.config):
         parts.insert(0, name)
     if tables := run_settings.list_tables(run.plan):
         parts.append(f"tables: {tables}")
@@ -64,20 +66,21 @@ def header_html(run: TracedRun, facts: Facts) -> str:
 
 
 def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list[ReportEntry]) -> str:
+    """The page: heading, numbers, findings, one section after the other, notes."""
     figures, sections = Figures(), list(dict.fromkeys(e.section for e in things))
     names = ("Findings", *sections, "Notes")
     links = "".join(f'<a href="#{make_anchor(name)}">{escape(name)}</a>' for name in names)
     body = [
-        header_html(run, facts),
+        render_header(run, facts),
         f"<nav>{links}</nav>",
-        tiles_html((each.label, each.text) for each in summary.list_headlines(run, facts)),
+        render_tiles((each.label, each.text) for each in summary.list_headlines(run, facts)),
         '<h2 id="findings">Findings</h2><p class=soft>By the time there is to win, at best. '
         "What is hidden behind compute does not count.</p>",
-        findings_html(found),
+        render_findings(found),
     ]
     for section in sections:
         body.append(f'<h2 id="{make_anchor(section)}">{escape(section)}</h2>')
-        body += [entry_html(e, figures) for e in things if e.section == section and e.has_something]
+        body += [render_entry(e, figures) for e in things if e.section == section and e.has_something]
     notes = "".join(f"<li>{to_prose(note)}</li>" for note in run.notes) or "<li>The traces are complete.</li>"
     body.append(f'<h2 id="notes">Notes</h2><ul>{notes}</ul>')
     return make_page(f"{run.name}: I/O report", body, figures)
@@ -88,7 +91,10 @@ def make_anchor(section: str) -> str:
 
 
 def write_report(
-    path: str | Path, output: Path | None = None, over: Map = on_threads, source: TraceSource | None = None
+    path: str | Path,
+    output: Path | None = None,
+    over: Map = map_on_threads,
+    source: TraceSource | None = None,
 ) -> tuple[Path, str]:
     """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
     name. Returns the page's path and the terminal's text.
@@ -145,7 +151,7 @@ def encode_csv(table: pl.DataFrame) -> bytes:
     return table.with_columns(safe).write_csv().encode()
 
 
-def render_terminal(path: str | Path, over: Map = on_threads) -> str:
+def render_terminal(path: str | Path, over: Map = map_on_threads) -> str:
     """The numbers and findings as text; writes nothing."""
     run = open_run(path, over)
     facts = Facts(run.joined, run.config, run.metrics)

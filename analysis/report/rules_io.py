@@ -5,13 +5,14 @@ import polars as pl
 from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import answers
-from analysis.tables.calls import with_us
+from analysis.tables.calls import add_latency_us
 
 SMALL = 64 << 10  # a request below this is small
 LARGE_REQUEST = 8 << 20  # a request of this size is large enough for common file systems
 
 
 def find_small_reads(f: Facts) -> Finding | None:
+    """Many reads so small that they cost a call each rather than the time to move their bytes."""
     reads = f.after_startup("sizes").filter((pl.col("op") == "read") & (pl.col("bucket") >= 0))
     small = reads.filter(pl.col("bucket") < SMALL.bit_length() - 1)
     calls, moved, spent = (int(small[c].sum()) for c in ("count", "bytes", "us"))
@@ -124,7 +125,7 @@ def find_random_access(f: Facts) -> Finding | None:
 
 def find_slow_tail(f: Facts) -> Finding | None:
     """A few reads that take most of the time: the storage was busy, or cold."""
-    reads = with_us(f.after_startup("latencies").filter(pl.col("op") == "read"))
+    reads = add_latency_us(f.after_startup("latencies").filter(pl.col("op") == "read"))
     if int(reads["count"].sum()) < 1000:
         return None
     middle, last = answers.find_percentiles(reads, "op").select("p50_us", "p99_us").row(0)
@@ -164,6 +165,7 @@ def find_amplified_reads(f: Facts) -> Finding | None:
 
 
 def find_failed_calls(f: Facts) -> Finding | None:
+    """Reads or writes that returned an error."""
     bad = f.joined["ops"].filter((pl.col("failed") > 0) & pl.col("op").is_in(["read", "write"]))
     if not len(bad):
         return None

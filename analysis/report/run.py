@@ -9,8 +9,8 @@ import polars as pl
 
 from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
-from analysis.tables.gather import JoinedTables, Map, gather_tables, on_threads
-from analysis.trace.clocks import clock_skew, describe_moves, make_clocks
+from analysis.tables.gather import JoinedTables, Map, gather_tables, map_on_threads
+from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.source import TraceSource
 from common.errors import printable
 
@@ -38,7 +38,8 @@ class TracedRun:
         return int(self.joined["time"]["ts"].min())  # type: ignore[arg-type]
 
 
-def open_run(path: str | Path, over: Map = on_threads, source: TraceSource | None = None) -> TracedRun:
+def open_run(path: str | Path, over: Map = map_on_threads, source: TraceSource | None = None) -> TracedRun:
+    """Reads a run: its traces (`over` says where) and the JSON files beside them."""
     folder = Path(path)
     run = TracedRun(folder, gather_tables(folder, over, source))
     run.config = records.read_config(run.home / "config.json", run.notes)
@@ -50,6 +51,7 @@ def open_run(path: str | Path, over: Map = on_threads, source: TraceSource | Non
 
 
 def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
+    """Sentences on what is missing in the traces or must be known to read the report."""
     notes = [process.lost + "." for process in joined.processes if process.lost]
     shown = notes[:8] + ([f"{len(notes) - 8} more traces are incomplete."] if len(notes) > 8 else [])
     several = len(joined.launches) > 1
@@ -82,7 +84,7 @@ def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
         shown.append("No training steps (category train, name step): everything about steps is left out.")
     if world < 0 and not ours:
         shown.append("These traces do not name their ranks: each process counts as one rank.")
-    apart = clock_skew(joined.processes)
+    apart = measure_clock_skew(joined.processes)
     if apart and len({p.host for p in joined.processes}) > 1:
         differences = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
         shown.append(

@@ -26,6 +26,7 @@ SHOW = "The links show it in Perfetto while `python -m analysis view RUN` runs, 
 
 
 def list_entries(run: TracedRun, facts: Facts) -> list[ReportEntry]:
+    """All entries in the order of the page; those without a table or figure show nothing."""
     return [
         *_list_times(run, facts),
         *_list_steps(run, facts),
@@ -141,7 +142,7 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
 
 def _list_requests(run: TracedRun) -> list[ReportEntry]:
     j = run.joined
-    sizes = answers.request_sizes(j, "phase").filter(pl.col("phase") != "startup")
+    sizes = answers.count_request_sizes(j, "phase").filter(pl.col("phase") != "startup")
     return [
         ReportEntry(
             "Requests", "Sizes", sizes, plots_io.plot_request_sizes(sizes),

@@ -60,7 +60,7 @@ def read_metrics(path: Path, notes: list[str]) -> pl.DataFrame:
     """metrics.jsonl as a table: the columns `split` are texts, all others numbers."""
     columns: dict[str, list[Any]] = {}
     count = 0
-    for row in metrics_lines(path, notes):
+    for row in read_metrics_lines(path, notes):
         for name, value in row.items():
             column = columns.setdefault(name, [])
             column += [None] * (count - len(column))
@@ -73,7 +73,7 @@ def read_metrics(path: Path, notes: list[str]) -> pl.DataFrame:
     return pl.DataFrame(columns, schema=types)
 
 
-def metrics_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+def read_metrics_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The lines' numbers and `split`; a killed run leaves half a last line."""
     if not os.path.lexists(path):
         return

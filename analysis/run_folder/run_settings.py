@@ -32,7 +32,7 @@ _NOT_SETTINGS = (
 )  # fmt: skip
 
 
-def model_of_run(config: Config) -> str:
+def find_model_title(config: Config) -> str:
     """The model's title, or nothing where there is no config.json of ours."""
     launch = config.get("launch")
     if isinstance(launch, dict) and isinstance(launch.get("model"), str):
@@ -87,7 +87,7 @@ def run_settings(config: Config, plan: Config) -> dict[str, str]:
     """What two runs must share to be compared, by the names used in reports."""
     options = flatten_options(config)
     data = [str(options[name]) for name in _DATA if options.get(name) is not None]
-    known = {"model": model_of_run(config), "data": data[0] if data else "", "tables": list_tables(plan)}
+    known = {"model": find_model_title(config), "data": data[0] if data else "", "tables": list_tables(plan)}
     known |= {called: read_option(config, called) for called in OPTIONS}
     return {called: format_setting(value) for called, value in known.items() if value not in (None, "")}
 
@@ -98,7 +98,7 @@ def differing_settings(a: tuple[Config, Config], b: tuple[Config, Config]) -> It
     for called in dict.fromkeys([*one, *two]):
         if one.get(called) != two.get(called):
             yield called, one.get(called, "-"), two.get(called, "-")
-    if model_of_run(a[0]) != model_of_run(b[0]):
+    if find_model_title(a[0]) != find_model_title(b[0]):
         return
     left, right = flatten_options(a[0]), flatten_options(b[0])
     for name in sorted({*left, *right} - {*_NOT_SETTINGS, *_DATA, *sum(OPTIONS.values(), ())}):
@@ -129,5 +129,5 @@ def trace_file_name(config: Config) -> str:
         rate = float(read_option(config, "learning rate"))
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         return ""
-    name = re.sub(r"[^a-z0-9]+", "-", model_of_run(config).lower()).strip("-") or "run"
+    name = re.sub(r"[^a-z0-9]+", "-", find_model_title(config).lower()).strip("-") or "run"
     return f"{name}-n{nodes}-ppn{ppn}-gpu{gpus}-ep{epochs}-bs{batch}-ed{dimension}-lr{rate:g}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from analysis.tables.calls import with_us
+from analysis.tables.calls import add_latency_us
 from analysis.tables.gather import JoinedTables
 from analysis.tables.times import MEASURES
 from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS
@@ -18,10 +18,12 @@ PARTS = ("startup", *reversed(KINDS), "rest", "evaluate", "checkpoint", "preproc
 
 
 def to_seconds(*names: str) -> list[pl.Expr]:
+    """Columns in us -> columns in seconds, named _s instead of _us."""
     return [(pl.col(name) / S).alias(name.removesuffix("_us") + "_s") for name in names]
 
 
 def count_by(*names: str) -> list[pl.Expr]:
+    """The sums of these columns, as whole numbers."""
     return [pl.col(name).sum().cast(pl.Int64) for name in names]
 
 
@@ -72,6 +74,7 @@ def sum_files(j: JoinedTables) -> pl.DataFrame:
 
 
 def _sum_volume(j: JoinedTables, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.DataFrame:
+    """What `sum_volume` gives, of these rows of the table ops; `host` may be one of the columns in `by`."""
     data = ops.filter(pl.col("op").is_in(DATA_OPS))
     if "host" in by:
         names = {p.rank: p.host or "?" for p in j.processes}
@@ -110,7 +113,7 @@ def sum_operations(j: JoinedTables) -> pl.DataFrame:
 def find_percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
     """p50, p90, p99 of latencies in us, from counts per bucket: exact below 256 us, else within 1%."""
     counts = latencies.group_by(*by, "bucket").agg(count_by("count")).sort(*by, "bucket")
-    counts = with_us(counts).with_columns(
+    counts = add_latency_us(counts).with_columns(
         pl.col("count").cum_sum().over(by).alias("upto"), pl.col("count").sum().over(by).alias("all")
     )
     return counts.group_by(*by).agg(
@@ -119,7 +122,7 @@ def find_percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
     )
 
 
-def request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
+def count_request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
     """Requests by size: `bytes_from` is the power of two that a size begins with; 0 for nothing moved."""
     low = pl.when(pl.col("bucket") < 0).then(0).otherwise(2 ** pl.col("bucket").cast(pl.Int64).clip(0))
     found = j["sizes"].group_by(*by, "op", "bucket").agg(*count_by("count", "bytes"), SECONDS)
@@ -127,6 +130,7 @@ def request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
 
 
 def list_slowest(j: JoinedTables, n: int = 40) -> pl.DataFrame:
+    """The n operations that took longest, of all ranks."""
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
     found = j["slowest"].sort("dur", "ts", "rank", "tid", "name", descending=[True] + [False] * 4).head(n)
     return found.select("rank", "phase", "name", "file", "size", "dur", at, "tid", "ts")

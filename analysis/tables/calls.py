@@ -19,25 +19,28 @@ _OPEN, _SEEK, _DATA, _ELSE = 0, 1, 2, 3
 FINE = 256  # latencies below this many us are counted one by one, above in 128 parts of each octave
 
 
-def latency_bucket(dur: np.ndarray) -> np.ndarray:
+def find_latency_bucket(dur: np.ndarray) -> np.ndarray:
     """Exact below FINE us, then buckets less than 1% wide: percentiles of many ranks can be added up."""
     bits = np.frexp(np.maximum(dur, 1).astype(np.float64))[1].astype(np.int64)  # bit length
     shift = np.maximum(bits - 8, 0)
     return np.where(dur < FINE, dur, shift * 128 + (dur >> shift))
 
 
-def bucket_us(bucket: np.ndarray) -> np.ndarray:
-    """The middle of a bucket of `latency_bucket`, in us."""
+def find_bucket_middle(bucket: np.ndarray) -> np.ndarray:
+    """The middle of a bucket of `find_latency_bucket`, in us."""
     shift = np.maximum(bucket // 128 - 1, 0)
     low = np.where(bucket < FINE, bucket, (bucket - shift * 128) << shift)
     return low + np.where(bucket < FINE, 0, ((1 << shift) - 1) / 2)
 
 
-def with_us(latencies: pl.DataFrame) -> pl.DataFrame:
-    return latencies.with_columns(pl.Series("us", bucket_us(latencies["bucket"].to_numpy()), pl.Float64))
+def add_latency_us(latencies: pl.DataFrame) -> pl.DataFrame:
+    """Adds the column `us`, the time that a latency bucket stands for."""
+    return latencies.with_columns(
+        pl.Series("us", find_bucket_middle(latencies["bucket"].to_numpy()), pl.Float64)
+    )
 
 
-def size_bucket(size: np.ndarray) -> np.ndarray:
+def find_size_bucket(size: np.ndarray) -> np.ndarray:
     """n for sizes from 2^n to 2^(n+1) - 1; -1 for nothing."""
     return np.frexp(size.astype(np.float64))[1].astype(np.int64) - 1
 
@@ -45,7 +48,7 @@ def size_bucket(size: np.ndarray) -> np.ndarray:
 _NEEDED = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed", "order")
 
 
-def declared_io(events: RankEvents) -> pl.DataFrame:
+def select_declared_io(events: RankEvents) -> pl.DataFrame:
     """Spans of the application that declare how many bytes they read or wrote."""
     return events.spans.filter(pl.col("op").is_not_null() & pl.col("bytes").is_not_null())
 
@@ -60,9 +63,9 @@ def make_io_tables(
         "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
         pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
     )  # fmt: skip
-    made = [_one_layer(calls.select(_NEEDED), "calls", cuts)]
+    made = [_sum_layer(calls.select(_NEEDED), "calls", cuts)]
     if len(spans):
-        made.append(_one_layer(spans.select(_NEEDED), "spans", cuts))
+        made.append(_sum_layer(spans.select(_NEEDED), "spans", cuts))
     number = pl.lit(rank, pl.Int32).alias("rank")
     tables = {name: pl.concat([t[name] for t in made]).select(number, pl.all()) for name in made[0]}
     tables["claims"] = sum_declared(declared).select(number, pl.all())
@@ -104,7 +107,11 @@ def sum_declared(declared: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _one_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.DataFrame]:
+def _sum_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.DataFrame]:
+    """Tables ops, sizes, latencies, rates and slowest of one layer.
+
+    frame: a row per operation (columns _NEEDED). cuts: the rank's phases.
+    """
     frame = frame.with_columns(pl.Series("piece", cuts.find_pieces(frame["ts"].to_numpy()), pl.Int32))
     pieces = pl.DataFrame(
         {"piece": range(len(cuts.phase)), "phase": cuts.phase, "epoch": cuts.epoch},
@@ -134,14 +141,15 @@ def _one_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
     data = data.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS))
     sizes = (
         data.select("piece", "op", "size", "dur",
-                    pl.Series("bucket", size_bucket(data["size"].to_numpy()), pl.Int32))
+                    pl.Series("bucket", find_size_bucket(data["size"].to_numpy()), pl.Int32))
         .group_by("piece", "op", "bucket")
         .agg(pl.len().alias("count"), pl.col("size").sum().alias("bytes"), pl.col("dur").sum().alias("us"))
         .join(pieces, on="piece", how="left")
         .group_by("phase", "op", "bucket").agg(pl.col("count", "bytes", "us").sum())
     )  # fmt: skip
+    bucket = pl.Series("bucket", find_latency_bucket(frame["dur"].to_numpy()), pl.Int64)
     latencies = (
-        frame.select("piece", "op", pl.Series("bucket", latency_bucket(frame["dur"].to_numpy()), pl.Int64))
+        frame.select("piece", "op", bucket)
         .group_by("piece", "op", "bucket").agg(pl.len().alias("count"))
         .join(pieces, on="piece", how="left")
         .group_by("phase", "op", "bucket").agg(pl.col("count").sum())
@@ -205,6 +213,10 @@ def _group_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
 
 @compiled
 def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order):
+    """Fills `order` (uint8 [calls]) and `reach` (int64 [groups]); `follow_calls` says what they mean.
+
+    group, kind, offset, size: [calls]; offset and size are -1 where a call has none.
+    """
     for i in range(len(group)):
         g = group[i]
         if kind[i] == _OPEN:

@@ -43,6 +43,7 @@ class CheckedFile:
 
     @property
     def coverage(self) -> float:
+        """Percent of the counted bytes that are in the trace."""
         return 100.0 * self.traced / self.counted if self.counted else 100.0
 
     @property
@@ -84,6 +85,10 @@ def _find_ended_launch(jobs: list[list[TracedProcess]]) -> int:
 
 
 def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[CheckedFile]:
+    """A row per rank, direction and file that results.json counts.
+
+    traced: rank -> bytes in the trace, by direction and file.
+    """
     try:
         results = read_json_object(path, paths=True)
     except UserError as error:
@@ -219,6 +224,7 @@ def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) ->
 
 
 def _format_sums(rows: list[CheckedFile]) -> list[str]:
+    """A line per rank and direction, and one for all ranks if there are several."""
     lines = []
     for rank, direction in sorted({(row.rank, row.direction) for row in rows}):
         mine = [row for row in rows if (row.rank, row.direction) == (rank, direction)]

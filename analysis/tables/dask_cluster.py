@@ -17,7 +17,7 @@ from common.errors import UserError
 WORKERS = 2
 
 
-def on_cluster(where: str) -> Map:
+def map_on_cluster(where: str) -> Map:
     """What gather_tables calls instead of its threads."""
     if where not in ("local", "pbs") and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
         raise UserError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
@@ -40,6 +40,7 @@ def on_cluster(where: str) -> Map:
 
 
 def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:
+    """A local cluster, one of PBS jobs, or the address of a scheduler that runs already."""
     import distributed  # pyright: ignore[reportMissingImports]
 
     if where == "local":

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.tables.calls import declared_io, make_io_tables
+from analysis.tables.calls import make_io_tables, select_declared_io
 from analysis.tables.read import RankEvents, read_rank
-from analysis.tables.times import rank_times
+from analysis.tables.times import measure_rank
 from analysis.trace.clocks import Clock, group_launches, make_clocks
 from analysis.trace.events import assign_ranks
 from analysis.trace.process import TracedProcess
@@ -64,7 +64,8 @@ class JoinedTables:
         return self.tables[name]
 
 
-def plan_ranks(source: TraceSource) -> list[Launch]:
+def plan_launches(source: TraceSource) -> list[Launch]:
+    """What is to be read: the files of each rank in each launch, with the clock that corrects their times."""
     found = source.read_heads()
     known, made = make_clocks(found), []
     for launch, job in enumerate(group_launches(found), 1):
@@ -80,13 +81,14 @@ def read_rank_tables(job: Launch) -> RankTables:
 
 
 def make_rank_tables(job: Launch, events: RankEvents) -> RankTables:
+    """The tables of one rank in one launch. `events` may be freed on the way: they are most of the memory."""
     for process in events.processes:
         process.rank = job.rank
     rows = len(events.calls), len(events.spans)
     made = RankTables(events.processes, paths=events.paths, events=sum(rows), calls=rows[0])
     if made.events:
-        made.tables, cuts = rank_times(events)
-        calls, spans = events.calls, declared_io(events)
+        made.tables, cuts = measure_rank(events)
+        calls, spans = events.calls, select_declared_io(events)
         del events  # most of the memory: the spans are not needed any more
         made.tables |= make_io_tables(job.rank, calls, spans, cuts)
         made.tables = {name: _cast_categories(table) for name, table in made.tables.items()}
@@ -100,7 +102,8 @@ def _cast_categories(table: pl.DataFrame) -> pl.DataFrame:
     return table.with_columns(pl.col(pl.Categorical).cast(pl.String))
 
 
-def on_threads(function: Callable[[Launch], RankTables], work: list[Launch]) -> Iterable[RankTables]:
+def map_on_threads(function: Callable[[Launch], RankTables], work: list[Launch]) -> Iterable[RankTables]:
+    """Runs the function on each launch, as many at once as there are cores."""
     with ThreadPoolExecutor(max_workers=min(len(work), os.cpu_count() or 1)) as pool:
         yield from pool.map(function, work)
 
@@ -119,10 +122,10 @@ def read_shared(source: TraceSource, work: list[Launch]) -> list[RankTables]:
 
 
 def gather_tables(
-    run_dir: str | Path, over: Map = on_threads, source: TraceSource | None = None
+    run_dir: str | Path, over: Map = map_on_threads, source: TraceSource | None = None
 ) -> JoinedTables:
     """source: a reading of the traces that is shared with other analyses; then `over` is not used."""
-    work = plan_ranks(source or FileSource(run_dir))
+    work = plan_launches(source or FileSource(run_dir))
     parts = list(over(read_rank_tables, work)) if source is None else read_shared(source, work)
     full = [p for p in parts if p.tables]
     if not full:
@@ -138,6 +141,10 @@ def gather_tables(
 
 
 def _join_tables(tables: list[pl.DataFrame], paths: dict[str, str]) -> pl.DataFrame:
+    """One table of all ranks. Timelines of different widths are summed into bins of the widest.
+
+    paths: file hash -> path, for rows whose rank did not have the path.
+    """
     table = pl.concat(tables)
     if "file" in table.columns:  # a forked process does not write its parent's hashes again
         table = table.with_columns(pl.col("file").replace(paths))

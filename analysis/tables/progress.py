@@ -109,6 +109,7 @@ def find_gaps(j: JoinedTables) -> list[tuple[float, float]]:
 
 
 def list_checkpoints(j: JoinedTables) -> pl.DataFrame:
+    """A row per checkpoint span: rank, what it did, when, for how long, bytes and MB/s."""
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
     rate = pl.when(pl.col("dur") > 0).then(pl.col("bytes") / pl.col("dur")).alias("MB_per_s")
     found = j["marks"].filter(pl.col("cat") == "checkpoint").sort("ts", "rank", "name")
@@ -118,6 +119,7 @@ def list_checkpoints(j: JoinedTables) -> pl.DataFrame:
 
 
 def sum_preprocessing(j: JoinedTables) -> pl.DataFrame:
+    """A row per step of preprocessing: elapsed time, work of all workers, bytes and MB/s."""
     found = j["marks"].filter(pl.col("cat") == "prep").group_by("name").agg(
         pl.len().alias("count"), pl.col("ts").min(), pl.col("dur").sum(), pl.col("bytes").sum(),
         (pl.col("ts") + pl.col("dur")).max().alias("end"),

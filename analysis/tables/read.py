@@ -9,7 +9,7 @@ import polars as pl
 from analysis.trace.arguments import count_moved_bytes
 from analysis.trace.classify import CALLS, classify
 from analysis.trace.clocks import Clock
-from analysis.trace.columns import to_frame
+from analysis.trace.columns import make_event_frame
 from analysis.trace.events import TraceReader
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import MAX_BYTES, EventBlock
@@ -41,6 +41,10 @@ class RankEvents:
 def read_rank(
     rank: int, files: Iterable[Path], clock: Clock | None = None, source: TraceSource | None = None
 ) -> RankEvents:
+    """Calls and spans of one rank, from all its trace files.
+
+    clock: what corrects its times. source: a reading that several analyses share, else these files.
+    """
     calls, spans, found = [], [], []
     strings, paths, clock = StringTable(), {}, clock or Clock()
     for path in files:
@@ -70,8 +74,9 @@ def _resolve_files(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
 
 
 def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The calls of a block (columns CALL) and its spans (columns SPAN), times corrected."""
     _, moved = count_moved_bytes(block, reader.strings)
-    events = to_frame(block, reader.strings, reader.paths, 0, _COLUMNS)
+    events = make_event_frame(block, reader.strings, reader.paths, 0, _COLUMNS)
     events = events.with_columns(pl.Series("moved", moved[block.is_event()]))
     meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
     events = events.join(
@@ -92,6 +97,7 @@ def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[
 
 
 def _make_empty(columns: Iterable[str]) -> pl.DataFrame:
+    """A table without rows that can be joined to those of `_split_block`."""
     types = dict.fromkeys(("cat", "name", "op", "kind", "file", "split"), pl.Categorical)
     types |= dict.fromkeys(("pid", "tid"), pl.UInt32)
     types |= {"failed": pl.Boolean, "value": pl.Float64}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from analysis.tables.intervals import Stretches, difference, union
+from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
 from analysis.tables.read import RankEvents
 from analysis.trace.classify import KINDS
 
@@ -44,11 +44,12 @@ class Windows:
 
 
 def find_stretches(events: pl.DataFrame, *where: pl.Expr) -> Stretches:
+    """The time that the chosen events cover."""
     found = events.lazy().filter(*where).select("ts", (pl.col("ts") + pl.col("dur")).alias("end")).collect()
-    return union(found["ts"].to_numpy(), found["end"].to_numpy())
+    return merge_stretches(found["ts"].to_numpy(), found["end"].to_numpy())
 
 
-def covered_time(of: Stretches, times: np.ndarray) -> np.ndarray:
+def measure_covered_time(of: Stretches, times: np.ndarray) -> np.ndarray:
     """The length of a union before each time."""
     starts, ends = of
     if not len(starts):
@@ -59,7 +60,7 @@ def covered_time(of: Stretches, times: np.ndarray) -> np.ndarray:
     return sums[number] - np.where(number > 0, overhang, 0)
 
 
-def main_thread(events: RankEvents) -> tuple[int, int]:
+def find_main_thread(events: RankEvents) -> tuple[int, int]:
     """pid, tid of the thread that trains: the one with the steps, else the busiest first thread."""
     spans = events.spans
     for chosen in (
@@ -75,6 +76,7 @@ def main_thread(events: RankEvents) -> tuple[int, int]:
 
 
 def find_bounds(events: RankEvents) -> tuple[int, int]:
+    """When the first event of the rank begins, and when the last one ends."""
     both = [frame for frame in (events.calls, events.spans) if len(frame)]
     return (
         min(int(f["ts"].to_numpy().min()) for f in both),
@@ -82,7 +84,12 @@ def find_bounds(events: RankEvents) -> tuple[int, int]:
     )
 
 
-def make_windows(events: RankEvents, main: pl.DataFrame) -> Windows:
+def cut_into_phases(events: RankEvents, main: pl.DataFrame) -> Windows:
+    """Phases of one rank. Where several would have a time, checkpoints have it, then evaluation, training by
+    epochs, start-up, and the rest of the run.
+
+    main: the main thread's spans.
+    """
     first, last = find_bounds(events)
     of = {
         cat: main.filter(pl.col("cat") == cat) for cat in ("train", "eval", "checkpoint", "prep", "startup")
@@ -93,8 +100,8 @@ def make_windows(events: RankEvents, main: pl.DataFrame) -> Windows:
 
     def add(phase: str, epoch: int | None, found: Stretches) -> None:
         nonlocal taken
-        pieces.append((phase, epoch, difference(found, taken)))
-        taken = _unite(taken, found)
+        pieces.append((phase, epoch, subtract_stretches(found, taken)))
+        taken = unite_stretches(taken, found)
 
     add("evaluate", None, find_stretches(of["eval"]))
     work = of["train"].filter(pl.col("name").is_in(["epoch", "step"]))
@@ -122,28 +129,26 @@ def _in_order(pieces: list[tuple[str, int | None, Stretches]], first: int, last:
     return Windows(list(phases), list(epochs), np.array(starts), np.array(ends))
 
 
-def _unite(one: Stretches, two: Stretches) -> Stretches:
-    return union(np.concatenate([one[0], two[0]]), np.concatenate([one[1], two[1]]))
-
-
 def measure_times(events: RankEvents, main: pl.DataFrame, times: np.ndarray) -> dict[str, np.ndarray]:
     """For each measure, its amount before each time (int64, us): two of them differ by what is between."""
-    pid, tid = main_thread(events)
+    pid, tid = find_main_thread(events)
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
-    io_all = _unite(find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io"))
-    all_io = covered_time(io_all, times)
+    io_all = unite_stretches(
+        find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io")
+    )
+    all_io = measure_covered_time(io_all, times)
     sums: dict[str, np.ndarray] = {"wall_us": times - times.min()}
     none = np.zeros(0, np.int64)
     level, before, both = (none, none), np.zeros(len(times), np.int64), {}
     for kind in KINDS:
-        level = _unite(level, find_stretches(main, pl.col("kind") == kind))
+        level = unite_stretches(level, find_stretches(main, pl.col("kind") == kind))
         if kind == "io":
-            level = _unite(level, find_stretches(events.calls, here))
-        now = covered_time(level, times)
+            level = unite_stretches(level, find_stretches(events.calls, here))
+        now = measure_covered_time(level, times)
         sums[f"{kind}_us"] = now - before
         before = now
         if kind in ("wait", "copy", "compute"):
-            both[kind] = all_io + now - covered_time(_unite(io_all, level), times)
+            both[kind] = all_io + now - measure_covered_time(unite_stretches(io_all, level), times)
     sums["other_us"] = sums["wall_us"] - before
     sums["io_all_us"] = all_io
     sums["io_behind_compute_us"] = both["compute"] - both["copy"]
@@ -152,14 +157,14 @@ def measure_times(events: RankEvents, main: pl.DataFrame, times: np.ndarray) -> 
     return sums
 
 
-def rank_times(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
+def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
     """Tables time (per phase and epoch), steps, busy (timeline), spans (by name), marks, curves."""
-    pid, tid = main_thread(events)
+    pid, tid = find_main_thread(events)
     main = (
         events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
         .select("cat", "name", "kind", "ts", "dur", "epoch", "step", "batch").collect()
     )  # fmt: skip
-    cuts = make_windows(events, main)
+    cuts = cut_into_phases(events, main)
     steps = main.filter((pl.col("cat") == "train") & (pl.col("name") == "step")).sort("ts")
     begin = steps["ts"].to_numpy()
     end = begin + steps["dur"].to_numpy()
@@ -187,7 +192,7 @@ def rank_times(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
         "busy": pl.DataFrame({"bin": bins[:-1], **by_bin}).select(
             rank, pl.lit(width, pl.Int64).alias("width_us"), pl.all()
         ),
-        "spans": by_name(events.spans).select(rank, pl.all()),
+        "spans": sum_by_name(events.spans).select(rank, pl.all()),
         "marks": events.spans.filter(pl.col("cat").cast(pl.String).is_in(KEPT_CATS)).head(20_000)
         .select(rank, "pid", "tid", "cat", "name", "ts", "dur", "file", "bytes", "epoch", "step", "split"),
         "curves": events.spans.filter(pl.col("cat") == "counter").head(50_000)
@@ -196,7 +201,7 @@ def rank_times(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
     return tables, cuts
 
 
-def by_name(spans: pl.DataFrame) -> pl.DataFrame:
+def sum_by_name(spans: pl.DataFrame) -> pl.DataFrame:
     """Every kind of span: how often, how long in sum, at the median, at the 99th percentile."""
     return (
         spans.filter(~pl.col("cat").cast(pl.String).is_in(["counter", "clock"]))

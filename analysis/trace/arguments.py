@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from analysis.trace.classify import CALLS, op_of
+from analysis.trace.classify import CALLS, find_operation
 from analysis.trace.scan import FLOAT, INT, MAX_BYTES, EventBlock
 from analysis.trace.strings import ID, StringTable, compiled
 
@@ -22,7 +22,7 @@ def count_moved_bytes(block: EventBlock, strings: StringTable) -> tuple[np.ndarr
     used[block.name[is_call]] = True
     direction = np.zeros(len(used), np.uint8)
     for number in np.flatnonzero(used).tolist():
-        direction[number] = _DIRECTIONS.get(op_of(strings.text(number)), NO_CALL)
+        direction[number] = _DIRECTIONS.get(find_operation(strings.text(number)), NO_CALL)
     kinds = np.where(is_call, direction[block.name], NO_CALL).astype(np.uint8)
     amounts = read_argument(block, ID["ret"], _NOT_THERE)
     amounts = np.where(amounts == _NOT_THERE, read_argument(block, ID["bytes"]), amounts)

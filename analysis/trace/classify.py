@@ -62,7 +62,7 @@ _CALLS = [(re.compile(pattern, re.I), op) for pattern, op in _OPS]
 DATA_OPS = ("read", "write")
 
 
-def kind_of(cat: str, name: str) -> str | None:
+def find_kind(cat: str, name: str) -> str | None:
     """The kind of a span, or None for one that only groups others."""
     if cat in CALLS:
         return "io"
@@ -70,14 +70,14 @@ def kind_of(cat: str, name: str) -> str | None:
 
 
 @lru_cache(4096)
-def op_of(name: str) -> str:
+def find_operation(name: str) -> str:
     """The operation of an intercepted call; any that is not listed is "other"."""
     return next((op for pattern, op in _CALLS if pattern.fullmatch(name)), OTHER)
 
 
-def span_op(cat: str, name: str) -> str | None:
+def find_span_operation(cat: str, name: str) -> str | None:
     """The operation of a span of the application that reads or writes, or None."""
-    if kind_of(cat, name) != "io" or cat in CALLS:
+    if find_kind(cat, name) != "io" or cat in CALLS:
         return None
     return "write" if re.search(r"writ|save|dump", name, re.I) else "read"
 
@@ -87,6 +87,8 @@ def classify(events: pl.DataFrame) -> pl.DataFrame:
     pairs = events.select(pl.col("cat", "name").cast(pl.String)).unique().sort("cat", "name")
     rows = list(pairs.iter_rows())
     return pairs.with_columns(
-        pl.Series("kind", [kind_of(cat, name) for cat, name in rows], pl.String),
-        pl.Series("op", [op_of(n) if c in CALLS else span_op(c, n) for c, n in rows], pl.String),
+        pl.Series("kind", [find_kind(cat, name) for cat, name in rows], pl.String),
+        pl.Series(
+            "op", [find_operation(n) if c in CALLS else find_span_operation(c, n) for c, n in rows], pl.String
+        ),
     )

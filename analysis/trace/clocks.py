@@ -27,6 +27,7 @@ class Clock:
 
     @property
     def moves(self) -> bool:
+        """Whether times are changed at all."""
         return bool(self.shift or self.rate)
 
     def correct_time(self, ts: int) -> int:
@@ -94,6 +95,7 @@ def make_clocks(found: Iterable[TracedProcess]) -> dict[Path, Clock]:
 
 
 def _make_job_clocks(job: list[TracedProcess]) -> dict[Path, Clock]:
+    """One clock per host of a job, by the path of each trace."""
     hosts = dict.fromkeys(p.host for p in job)
     barriers = {when: {host: _median_barrier(job, host, when) for host in hosts} for when in ("start", "end")}
     known = [at for at in barriers["start"].values() if at is not None]
@@ -114,11 +116,17 @@ def _make_job_clocks(job: list[TracedProcess]) -> dict[Path, Clock]:
 
 
 def _median_barrier(job: list[TracedProcess], host: str, when: str) -> float | None:
+    """When the ranks of a host left the barrier, by their own clock; None where no trace says it."""
     times = [p.barriers[when] for p in job if p.host == host and when in p.barriers]
     return float(np.median(times)) if times else None
 
 
 def _make_clock(start: float | None, end: float | None, first_start: float, first_end: float | None) -> Clock:
+    """What corrects a host's times.
+
+    start, end: the median time of its ranks at the two barriers; first_start, first_end: the same of the
+    first rank's host. None where no trace of the host has that barrier.
+    """
     if start is None:
         return Clock()
     shift, begun = round(first_start - start), round(start)
@@ -144,7 +152,7 @@ def describe_moves(found: Iterable[TracedProcess], known: dict[Path, Clock]) -> 
     return sentences
 
 
-def clock_skew(found: Iterable[TracedProcess]) -> dict[str, int]:
+def measure_clock_skew(found: Iterable[TracedProcess]) -> dict[str, int]:
     """How far the clocks were apart at each barrier, in us: over all ranks of a job, as recorded."""
     apart: dict[str, int] = {}
     for job in group_launches(found):

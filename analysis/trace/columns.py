@@ -28,9 +28,13 @@ def resolve_paths(numbers: np.ndarray, paths: dict[int, int], strings: StringTab
     return table[numbers]
 
 
-def to_frame(
+def make_event_frame(
     block: EventBlock, strings: StringTable, paths: dict[int, int], rank: int, columns: Sequence[str]
 ) -> pl.DataFrame:
+    """A row per event of the block, in its order, with these columns of COLUMNS.
+
+    paths: file hash -> path, both as numbers of strings. rank: the value of the column `rank`.
+    """
     keep = block.is_event()
     found = np.full((len(_SOURCES), len(block)), _NONE, np.int64)
     place = np.full(len(strings) + 1, -1, np.int64)
@@ -68,6 +72,10 @@ def to_frame(
 
 
 def _find_files(found: np.ndarray, paths: dict[int, int], strings: StringTable) -> np.ndarray:
+    """The file of each event as the number of a string (int64 [events]), negative where it names none.
+
+    found: values of arguments (int64 [len(_SOURCES), events]).
+    """
     hashed, named, other = (found[_PLACE[name]] for name in ("fhash", "file", "fname"))
     path = np.where(hashed >= 0, resolve_paths(np.maximum(hashed, 0), paths, strings), named)
     return np.where(path < 0, other, path)
@@ -88,6 +96,10 @@ def _make_texts(numbers: np.ndarray, strings: StringTable) -> pl.Series:
 
 
 def _make_json(block: EventBlock, rest: np.ndarray, keep: np.ndarray) -> pl.Series:
+    """Arguments without a column, as JSON text (null where an event has none).
+
+    rest: which arguments those are (bool [arguments]). keep: which events get a row (bool [events]).
+    """
     ends = np.zeros(len(block) + 1, np.int64)
     _json_ends(block.arg_begin, block.arg_text, rest, keep, ends)
     out = np.empty(max(1, int(ends[-1])), np.uint8)
@@ -123,6 +135,7 @@ def _spread_arguments(arg_begin, arg_key, arg_kind, arg_val, place, value_row, f
 
 @compiled
 def _json_ends(arg_begin, arg_text, rest, keep, ends):
+    """Where the JSON text of each event ends in the buffer (int64 [events + 1], the first is 0)."""
     for i in range(len(arg_begin) - 1):
         size = 0
         for j in range(arg_begin[i], arg_begin[i + 1]):
@@ -133,6 +146,7 @@ def _json_ends(arg_begin, arg_text, rest, keep, ends):
 
 @compiled
 def _json_fill(text, arg_begin, arg_text, rest, keep, ends, out):
+    """Writes the JSON text of each event to its place in `out` (uint8)."""
     for i in range(len(arg_begin) - 1):
         if ends[i + 1] == ends[i]:
             continue

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 
 from analysis.trace.clocks import make_clocks
-from analysis.trace.columns import COLUMNS, to_frame
+from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.lines import Opener, open_trace, read_blocks, read_tail
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import EVENT, MAX_WHOLE, METADATA, EventBlock, scan_block
@@ -125,7 +125,7 @@ class TraceReader:
                 self.process.barriers.setdefault(str(args["when"]), int(block.ts[i]))
             elif block.name[i] == ID["end"]:
                 self.process.ended = True
-                self.process.expected = whole_number(args.get("num_events"), MAX_WHOLE, 0)
+                self.process.expected = take_whole_number(args.get("num_events"), MAX_WHOLE, 0)
 
     def _read_metadata(self, kind: int, tid: int, args: dict) -> None:
         key, value = str(args.get("name", "")), args.get("value", "")
@@ -139,7 +139,7 @@ class TraceReader:
         elif kind == ID["HH"]:
             process.host = process.host or printable(key[:_LABEL])
         elif kind == ID["CM"] and key in ("rank", "local_rank", "world_size"):
-            number = whole_number(value, MAX_RANKS, -1)
+            number = take_whole_number(value, MAX_RANKS, -1)
             process.bad_lines += number < 0
             if number >= 0:
                 setattr(process, key, number)
@@ -171,7 +171,7 @@ def _parse_record(line: bytes) -> tuple[bytes, bytes, bytes] | None:
     return line[kind + 8 : kind + 10], name, value
 
 
-def whole_number(value: object, most: int, otherwise: int) -> int:
+def take_whole_number(value: object, most: int, otherwise: int) -> int:
     """A number from 0 to `most`, perhaps as text, else `otherwise`."""
     if isinstance(value, str):
         value = int(value) if value.isascii() and value.isdigit() and len(value) < 20 else None
@@ -250,7 +250,7 @@ def read_batches(path: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator
     """The events of one trace file, a table per block of text, on the file's own clock."""
     reader = TraceReader(Path(path), StringTable())
     for block in reader:
-        yield to_frame(block, reader.strings, reader.paths, max(0, reader.process.rank), columns)
+        yield make_event_frame(block, reader.strings, reader.paths, max(0, reader.process.rank), columns)
 
 
 def load_events(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.DataFrame:
@@ -259,7 +259,7 @@ def load_events(run_dir: str | Path, columns: Sequence[str] = COLUMNS) -> pl.Dat
     for path in find_trace_files(run_dir):
         reader = TraceReader(path, strings, paths)
         found.append(reader.process)
-        tables.append([to_frame(block, strings, paths, 0, (*columns, "ts")) for block in reader])
+        tables.append([make_event_frame(block, strings, paths, 0, (*columns, "ts")) for block in reader])
     assign_ranks(found)
     known = make_clocks(found)
     parts = []

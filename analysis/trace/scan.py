@@ -347,6 +347,10 @@ def _scan_line(text, p, end, j, row, args, strings):
 
 @compiled
 def _scan_text(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
+    """Scan lines until the text ends (_DONE) or an array may become too small (_MORE_ROOM).
+
+    state: int64 [4], changed: place in the text, events, arguments, and bad lines so far.
+    """
     p, i, j, wrong = state
     pool, starts, _, table, count = arrays
     keys, kinds, values, places = arg_arrays

@@ -155,6 +155,7 @@ class StringTable:
             _rehash(self.hashes, n, self.table)
 
     def text(self, number: int) -> str:
+        """The text of a number that `add` or the scanner gave."""
         if len(self._text) <= number:
             with self._lock:
                 while len(self._text) <= number:
@@ -167,6 +168,7 @@ class StringTable:
 
 
 def unescape_text(raw: bytes) -> str:
+    """The text of a JSON string's bytes, without the quotes."""
     text = raw.decode(errors="replace")
     if "\\" not in text:
         return text
@@ -185,6 +187,7 @@ def grow_array(array: np.ndarray, need: int) -> np.ndarray:
 
 @compiled
 def _rehash(hashes, n, table):
+    """Fill an empty, larger hash table with the numbers of the first n strings."""
     mask = len(table) - 1
     for number in range(n):
         slot = np.int64(hashes[number]) & mask
@@ -202,6 +205,7 @@ def room_left(pool, starts, table, count):
 
 @compiled
 def line_end(text, p):
+    """The place of the newline that ends the line at p."""
     while True:
         w = word(text, p) ^ _NEWLINES
         found = (w - _ONES) & ~w & _TOPS
@@ -217,6 +221,7 @@ def _add_text(text, size, arrays):
 
 @compiled
 def make_pointers(arrays):
+    """A StringTable's arrays and limits, as `intern_text` takes them."""
     pool, starts, hashes, table, count = arrays
     room = min(len(pool), MAX_POOL) - PAD
     most = min(MAX_NAMES, len(hashes), len(starts) - 1, len(table) // 2)

@@ -284,12 +284,12 @@ def test_no_events(tmp_path: Path) -> None:
 
 def test_a_file_is_named_after_the_settings(tmp_path: Path) -> None:
     """BERT4Rec's options have other names; without ours the folder gives its name."""
-    assert convert.trace_name(tmp_path, False) == tmp_path.name
+    assert convert.name_trace(tmp_path, False) == tmp_path.name
     config = {
         "data": {"train_batch_size": 16}, "model": {"emb_dim": 32}, "optim": {"lr": 0.005},
         "run": {"epochs": 12}, "launch": {"world_size": 8, "nodes": 2, "device": "cuda"},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert convert.trace_name(tmp_path, True) == "bert4rec-n2-ppn4-gpu8-ep12-bs16-ed32-lr0.005-posix"
+    assert convert.name_trace(tmp_path, True) == "bert4rec-n2-ppn4-gpu8-ep12-bs16-ed32-lr0.005-posix"
     (tmp_path / "config.json").write_text("[1]")
-    assert convert.trace_name(tmp_path, True) == f"{tmp_path.name}-posix"
+    assert convert.name_trace(tmp_path, True) == f"{tmp_path.name}-posix"

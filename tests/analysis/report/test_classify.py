@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from analysis.tables import calls
-from analysis.trace.classify import kind_of, op_of
+from analysis.trace.classify import find_kind, find_operation
 
 
 def test_latency_buckets_are_close() -> None:
     us = np.unique(np.concatenate([np.arange(5000), 2 ** np.arange(1, 40), 3 ** np.arange(1, 25)]))
-    bucket = calls.latency_bucket(us)
+    bucket = calls.find_latency_bucket(us)
     assert (np.diff(bucket) >= 0).all()
-    middle = calls.bucket_us(bucket)
+    middle = calls.find_bucket_middle(bucket)
     assert (middle[us < 256] == us[us < 256]).all()
     assert (np.abs(middle - us) <= us / 100).all()
 
@@ -32,7 +32,7 @@ def test_latency_buckets_are_close() -> None:
     ],
 )
 def test_kinds(cat: str, name: str, kind: str | None) -> None:
-    assert kind_of(cat, name) == kind
+    assert find_kind(cat, name) == kind
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,4 @@ def test_kinds(cat: str, name: str, kind: str | None) -> None:
      ("__xstat64", "stat"), ("fstatat", "stat"), ("lseek64", "seek"), ("fsync", "sync"), ("mkdir", "other")],
 )  # fmt: skip
 def test_operations(name: str, op: str) -> None:
-    assert op_of(name) == op
+    assert find_operation(name) == op

@@ -16,7 +16,7 @@ from support.made_traces import BEGIN, Made, training
 from analysis.perfetto import convert
 from analysis.tables import answers, progress
 from analysis.tables.gather import JoinedTables, gather_tables
-from analysis.trace.classify import CALLS, KINDS, kind_of, op_of
+from analysis.trace.classify import CALLS, KINDS, find_kind, find_operation
 
 
 def raw(run: Path) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def painted(events: list[dict[str, Any]]) -> tuple[list[str], list[int | None], 
     epoch = np.full(n, -1)
     for e in events:
         here = slice(e["ts"] - begin, e["ts"] - begin + e["dur"])
-        kind = kind_of(e["cat"], e["name"])
+        kind = find_kind(e["cat"], e["name"])
         if kind == "io":
             layers["io_all"][here] = True
         if e["tid"] == main:
@@ -140,7 +140,7 @@ def test_operations_by_plain_python(run: Path, joined: JoinedTables) -> None:
     expected: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
     for e in raw(run):
         if e["cat"] in CALLS:
-            op = op_of(e["name"])
+            op = find_operation(e["name"])
             moved = max(0, e["args"].get("ret", 0)) if op in ("read", "write") else 0
             cell = expected[e["rank"], e["name"], op, e["file"]]
             cell[0], cell[1], cell[2] = cell[0] + 1, cell[1] + moved, cell[2] + e["dur"]

@@ -202,7 +202,7 @@ def test_hosts_meet_at_the_barrier(tmp_path: Path) -> None:
             ],
         )
     found = events.read_processes(tmp_path)
-    assert clocks.clock_skew(found) == {"start": 5004, "end": 5004}
+    assert clocks.measure_clock_skew(found) == {"start": 5004, "end": 5004}
     known = clocks.make_clocks(found)  # one offset per host: its ranks share a clock
     assert [known[p.path].shift for p in found] == [0, 0, -5000, -5000]
     assert [known[p.path].drift for p in found] == [0, 0, 0, 0]
@@ -289,6 +289,6 @@ def test_a_run_that_went_on_has_several_jobs() -> None:
     assert jobs == [{"one0", "one1"}, {"two0", "two1", "worker"}]
     shifts = {path.name: clock.shift for path, clock in clocks.make_clocks(found).items()}
     assert shifts == {"one0": 0, "one1": -30, "two0": 0, "two1": -7, "worker": -7}
-    assert clocks.clock_skew(found) == {"start": 30}
+    assert clocks.measure_clock_skew(found) == {"start": 30}
     told = clocks.describe_moves(found, clocks.make_clocks(found))
     assert told[0].startswith("clock of b in launch 1: moved by -30 us")
