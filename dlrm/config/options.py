@@ -61,6 +61,9 @@ class RunOptions:
     mllog: bool = option(False, "MLPerf :::MLLOG lines, in mlperf.log of the run folder too")
     mllog_submitter: str = option("dlrm-io", "submission_org of the MLPerf log")
     mllog_platform: str = option("dlrm-io", "submission_platform of the MLPerf log")
+    mlcommons_log: bool = option(
+        False, "also print the lines of MLCommons' dlrm_main.py: AUROC over val set: X. ..."
+    )
     tensorboard: bool = option(False, "scalars for TensorBoard in the run folder")
     cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
     exchange: str = option("auto", "deprecated: gloo is --no-cpu_fast_path", ("auto", "gloo"))

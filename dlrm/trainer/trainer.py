@@ -12,7 +12,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,7 @@ from dlrm.trainer.checkpointing import CheckpointManager
 from dlrm.trainer.device import enable_fast_path
 from dlrm.trainer.loss_watch import LossWatch
 from dlrm.trainer.lr_schedule import set_lr
+from dlrm.trainer.mlcommons_log import MLCommonsLog
 from dlrm.trainer.mlperf_log import MLPerfLog
 from dlrm.trainer.resume import find_stored_model, resume_training
 from dlrm.trainer.run_folder import RunFolder
@@ -194,6 +196,8 @@ class Trainer:
         self.options, self.datasets, self.model, self.optimizer = options, datasets, model, optimizer
         self.run_folder, self.device = run_folder, device
         self.mlperf_log = MLPerfLog(False)
+        self.mlcommons_log = MLCommonsLog(options.run.mlcommons_log, run_folder.print_line)
+        self.mlcommons_log.log_options(options)
         self.ssd_tables: Any = getattr(model, "ssd_tables", None) or NoSsdTables()
         optim = options.optim
         self.progress = loop.Progress(loss_scale=optim.loss_scale if optim.amp == "fp16" else 1.0)
@@ -250,7 +254,10 @@ class Trainer:
     def set_next_lr(self) -> float:
         lr = self.learning_rate()
         set_lr(self.optimizer, lr)
-        if self.options.run.print_lr:
+        if self.options.run.print_lr and self.mlcommons_log.enabled:
+            of_epoch = self.progress.step - self.progress.epoch * self.epoch_steps
+            self.mlcommons_log.log_rates(of_epoch + 1, [lr] * len(self.optimizer.param_groups))
+        elif self.options.run.print_lr:
             self.run_folder.print_line(f"lr: {self.progress.step} {lr:.6f}")
         return lr
 
@@ -276,9 +283,17 @@ class Trainer:
         self.mlperf_log.log_run_start(self.epoch_steps)
         target_reached = loop.run_training(
             self.pipeline, self.datasets.train, self.progress, limits, self.set_next_lr,
-            self.validate, self.log_metrics, self.meter, self.hooks, self.mlperf_log.log_epoch,
+            self.validate, self.log_metrics, self.meter, self.hooks, self.log_epoch,
         )  # fmt: skip
         self.mlperf_log.log_run_stop(target_reached, self.count_epochs())
+
+    @contextmanager
+    def log_epoch(self, number: int) -> Iterator[None]:
+        """Around the steps of an epoch, for the two logs of MLCommons' form."""
+        before = self.progress.step
+        with self.mlperf_log.log_epoch(number):
+            yield
+            self.mlcommons_log.log_epoch_end(self.progress.step - before)
 
     def count_epochs(self) -> float:
         """Epochs trained so far, with the fraction of the current one."""
@@ -301,6 +316,7 @@ class Trainer:
             )
             logged.update(result)
         self.log_metrics(step=self.progress.step, epoch=self.progress.epoch, **result)
+        self.mlcommons_log.log_evaluation(result)
         self.results[split] = result
         self.evaluate_seconds += result["seconds"]
         return result

@@ -165,6 +165,7 @@ class BertRun(RunOptions):
     validation_auroc: float | None = fixed_field(None)
     compile: bool = fixed_field(False)
     mllog: bool = fixed_field(False)
+    mlcommons_log: bool = fixed_field(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
