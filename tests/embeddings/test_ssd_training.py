@@ -88,6 +88,42 @@ def test_two_ranks_share_the_rows_of_tables(train: Train, toy: Path, tmp_path: P
     )
 
 
+COLUMN_WISE = '{"*": {"sharding": "column_wise", "min_partition": 8}}'
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
+def test_columns_of_tables(train_here: Train, tmp_path: Path, optimizer: str) -> None:
+    """Two parts of each table on a rank: each has its file, its cache and its slice of the checkpoint."""
+    sharding_file = tmp_path / "sharding.json"
+    sharding_file.write_text(COLUMN_WISE)
+    words, parts = [*SMALL, "--optimizer", optimizer], ["--sharding_file", sharding_file]
+    saves = ["--checkpoint_dir", tmp_path / "saved", "--checkpoint_every_steps", 5, "--keep_checkpoints", 0]
+    memory = train_here(*words, *parts)
+    files = train_here(*words, *parts, *FILES[:3], 4, *saves)
+    same(files, memory)
+    assert sum(line["cache_evictions"] for line in files.metrics if "loss" in line) > 0
+    names = {path.name for path in (files.folder / "store").glob("t_cat_0.*rows")}
+    assert names == {"t_cat_0.columns-0-8.rows", "t_cat_0.columns-8-16.rows"}
+    (saved,) = (tmp_path / "saved").glob("*-step-5")
+    for more in ([*parts, *FILES[:3], 4], parts, [], [*FILES[:3], 100]):
+        after = train_here(*words, *more, "--load_checkpoint_path", saved)
+        assert after.losses == pytest.approx(memory.losses[5:], rel=1e-6)
+    other = ["--persistent_path", files.folder / "store"]
+    with pytest.raises(UserError, match="rows of t_cat_0 for another sharding"):
+        train_here(*words, *FILES[:3], 100, *other)
+
+
+def test_two_ranks_share_the_columns_of_tables(train: Train, toy: Path, tmp_path: Path) -> None:
+    sharding_file = tmp_path / "sharding.json"
+    sharding_file.write_text(COLUMN_WISE)
+    words = [*SMALL, "--in_memory_binary_criteo_path", toy, "--sharding_file", sharding_file]
+    memory, files = train(2, *words), train(2, *words, *FILES)
+    assert memory.codes == files.codes == [0, 0], files.err
+    same(files, memory)
+    plan = json.loads((files.folder / "plan.json").read_text())["t_cat_0"]
+    assert {(shard["rank"], *shard["size"]) for shard in plan["shards"]} == {(0, 3000, 8), (1, 3000, 8)}
+
+
 def test_stopped_and_resumed_through_either_kind_of_table(train_here: Train, tmp_path: Path) -> None:
     whole = train_here(*SMALL)
     saved = tmp_path / "saved"
@@ -135,9 +171,10 @@ def test_wrong_options_are_errors(train_here: Train, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"budget_mb {float(budget)}: must be a number of at least 0.001"):
             train_here(*SMALL, *FILES[:3], budget)
     sharding_file = tmp_path / "sharding.json"
-    sharding_file.write_text('{"t_cat_0": {"sharding": "column_wise"}}')
-    with pytest.raises(UserError, match="column_wise, but tables in files are table_wise or row_wise"):
-        train_here(*SMALL, *FILES, "--sharding_file", sharding_file)
+    for sharding, optimizer in (("data_parallel", "sgd"), ("column_wise", "rowwise_adagrad")):
+        sharding_file.write_text(f'{{"t_cat_0": {{"sharding": "{sharding}"}}}}')
+        with pytest.raises(UserError, match=f"{sharding}, but tables in files are table_wise or row_wise"):
+            train_here(*SMALL, *FILES, "--optimizer", optimizer, "--sharding_file", sharding_file)
 
 
 def test_single_tables_by_the_sharding_file(train_here: Train, tmp_path: Path) -> None:

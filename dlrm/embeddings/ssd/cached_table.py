@@ -8,7 +8,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
 
 @dataclass(frozen=True)
 class TableShare:
-    """A table, or the rows of it that one rank has."""
+    """A table, or the rows or columns of it that one rank has."""
 
     name: str
     rows: int
@@ -32,6 +32,7 @@ class TableShare:
     state: int  # floats of optimizer state per row, of all its tensors
     pooling: float = 1.0  # ids per sample
     first: int = 0  # number of the share's first row in the table
+    first_column: int = 0  # likewise; `dim` and `state` are of the share's columns
 
     @property
     def slot_bytes(self) -> int:
@@ -276,4 +277,28 @@ class WholeTable:
                 block, self._columns, values.reshape(high - low, -1).numpy(), zero_others=not self.state
             )
         table.consistent = table.loaded = True
+        return done
+
+
+@dataclass(frozen=True)
+class ColumnWiseTable:
+    """All of a column-wise table, as `WholeTable`. parts: this rank's; each is whole with its columns."""
+
+    table: TableShare
+    parts: Sequence[WholeTable]
+
+    def size(self) -> torch.Size:
+        return torch.Size([self.table.rows, self.table.dim])
+
+    def copy(self) -> Iterator[SnapshotSlice]:
+        for part in self.parts:
+            for columns in part.copy():
+                row, column = columns.place
+                yield replace(columns, place=(row, column + part.table.first_column))
+
+    def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int:
+        done = 0
+        for part in self.parts:
+            first = part.table.first_column
+            done += part.fill(lambda at, into, first=first: read((at[0], at[1] + first), into))
         return done

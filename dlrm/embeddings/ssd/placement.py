@@ -15,13 +15,13 @@ from torch import nn
 from dlrm.config.options import PlanOptions
 from dlrm.embeddings.planner import memory_of_rank, table_shapes
 from dlrm.embeddings.ssd.cached_table import TableShare
-from dlrm.embeddings.ssd.ssd_tables import STATE, SsdTables
+from dlrm.embeddings.ssd.ssd_tables import COLUMN_WISE, STATE, SsdTables
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
 MEMORY, HOST, SSD = "device_mem", "cached_host_mem", "cached_ssd"
 TYPES = (MEMORY, HOST, SSD, "auto")
-SSD_SHARDINGS = ("table_wise", "row_wise")  # shardings that tables in files support
+SSD_SHARDINGS = ("table_wise", "row_wise", COLUMN_WISE)  # shardings that tables in files support
 UNLIMITED = 1 << 50  # bytes of memory for the planner when tables are in files
 AUTO_SHARE = 0.7  # largest share of a rank's memory that `auto` fills with tables
 
@@ -64,15 +64,17 @@ def make_constraints(
         constraint = {k: v for k, v in given.get(table.name, given.get("*", {})).items() if k != "store"}
         if store == SSD and not cuda:
             wanted = constraint.get("sharding", "table_wise")
-            allowed = [
-                name for name in SSD_SHARDINGS if name in ([wanted] if isinstance(wanted, str) else wanted)
-            ]
+            # row-wise adagrad has a number for each row of a shard, which is none of the whole table's
+            able = [each for each in SSD_SHARDINGS if each != COLUMN_WISE or table.state != 1]
+            allowed = [name for name in able if name in ([wanted] if isinstance(wanted, str) else wanted)]
             if not allowed:
                 raise UserError(
                     f"sharding file: {table.name}: {wanted}, but tables in files are "
-                    f"{' or '.join(SSD_SHARDINGS)} on CPUs: remove its sharding, or store it in device_mem"
+                    f"{' or '.join(able)} on CPUs with this optimizer: remove its sharding, or store it in "
+                    "device_mem"
                 )
-            constraint = {"sharding": allowed}
+            kept = {k: v for k, v in constraint.items() if k == "min_partition"}
+            constraint = {"sharding": allowed, **kept}
         elif store == HOST:  # not tested on a GPU, like the next
             constraint |= {
                 "kernel": "fused_uvm_caching",

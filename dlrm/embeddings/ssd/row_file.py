@@ -42,22 +42,25 @@ def as_raw_bytes(values: np.ndarray) -> memoryview:
 class RowFile:
     """Reads and writes rows by number: float32 [dim + state] each. Open in one process at a time.
 
-    A shard has its own file: `rows` rows of the table's `total`, beginning with number `first`. `seed` draws
-    first values; a file that exists keeps its own. After `close` another job can continue from it.
+    A shard has its own file: `rows` rows of the table's `total`, beginning with number `first`, or `dim` of
+    its `total_dim` columns, beginning with `first_column`. `seed` draws first values; a file that exists
+    keeps its own. After `close` another job can continue from it.
     """
 
     def __init__(
         self, folder: Path, table: str, rows: int, dim: int, state: int, optimizer: str, seed: int,
-        first: int = 0, total: int | None = None,
+        first: int = 0, total: int | None = None, first_column: int = 0, total_dim: int | None = None,
     ) -> None:  # fmt: skip
         self.table, self.rows, self.dim, self.seed, self.first = table, rows, dim, seed, first
-        self.total = total or rows
+        self.total, self.first_column, self.total_dim = total or rows, first_column, total_dim or dim
         self.width = dim + state
         self.row_bytes = 4 * self.width
-        self.step = max(1, BLOCK // dim)  # rows of a block, as `tables.fill_shard` draws them
+        self.step = max(1, BLOCK // self.total_dim)  # rows of a block, as `tables.fill_shard` draws them
         # rows of the first block before the shard: blocks are the table's, a shard may begin within one
         self._rows_before = first % self.step
         name = table if rows == self.total else f"{table}.{first}-{first + rows}"
+        if dim != self.total_dim:
+            name += f".columns-{first_column}-{first_column + dim}"
         self.path, self.description_path = folder / f"{name}.rows", folder / f"{name}.json"
         self.bytes_read = self.bytes_written = 0
         self.blocks = np.zeros(-(-(rows + self._rows_before) // self.step), bool)  # written to the file
@@ -72,6 +75,7 @@ class RowFile:
         self._description = {
             "version": VERSION, "table": table, "rows": rows, "dim": dim, "state": state, "dtype": "float32",
             "optimizer": optimizer, **({"first": first, "total": total} if rows != self.total else {}),
+            **({"first_column": first_column, "total_dim": total_dim} if dim != self.total_dim else {}),
         }  # fmt: skip
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +303,10 @@ class RowFile:
         # the values that a table in memory starts with; a map, because malloc would keep what is freed
         memory: Any = mmap.mmap(-1, 4 * (last - first) * self.dim)
         weights = torch.frombuffer(memory, dtype=torch.float32).view(last - first, self.dim)
-        fill_shard(weights, self.first + first, 0, self.total, self.dim, self.table, self.seed, None)
+        fill_shard(
+            weights, self.first + first, self.first_column, self.total, self.total_dim, self.table, self.seed,
+            None,
+        )  # fmt: skip
         for low, high in self.split_block(block):
             values = np.zeros((high - low, self.width), np.float32)
             values[:, : self.dim] = weights[low - first : high - first].numpy()

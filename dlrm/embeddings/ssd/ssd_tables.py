@@ -24,7 +24,14 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from common.inputs import read_json_object
-from dlrm.embeddings.ssd.cached_table import COUNTS, CachedTable, TableShare, WholeTable, share_budget
+from dlrm.embeddings.ssd.cached_table import (
+    COUNTS,
+    CachedTable,
+    ColumnWiseTable,
+    TableShare,
+    WholeTable,
+    share_budget,
+)
 from dlrm.embeddings.ssd.row_file import RowFile
 from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
@@ -35,6 +42,7 @@ STATE: dict[str, Callable[[int], int]] = {  # floats of optimizer state per row
     "rowwise_adagrad": lambda dim: 1,
     "adam": lambda dim: 2 * dim,
 }
+COLUMN_WISE = "column_wise"
 ENTRY = re.compile(r"embedding_bags\.([^.]+)\.weight(?:/(momentum1|exp_avg_sq))?$")
 
 
@@ -53,10 +61,12 @@ class SsdTables:
         self._say = say  # prints on the first rank
         self.tables = {table.name: table for table in tables}
         self.folder, self.budget, self.optimizer, self.seed = folder, budget, optimizer, seed
-        self.local_shares: dict[str, TableShare] = {}  # this rank's: whole tables, or some of their rows
+        self.column_wise: set[str] = set()
+        # this rank's, by `part_name`: whole tables, or some of their rows or columns
+        self.local_shares: dict[str, TableShare] = {}
         self.local_tables: dict[str, CachedTable] = {}
         self.other_row_files: dict[str, list[Path]] = {}  # of another sharding
-        self._table_of_feature: dict[str, CachedTable] = {}
+        self._tables_of_feature: dict[str, list[CachedTable]] = {}  # several where it is column-wise
         self._io_thread: ThreadPoolExecutor | None = None
         self._counts_reported, self._counts_traced, self._step_reported = (
             *np.zeros((2, len(COUNTS)), np.int64),
@@ -74,22 +84,37 @@ class SsdTables:
         owners: dict[int, dict[str, TableShare]] = {}
         for name, table in self.tables.items():
             shards = shardings[name].sharding_spec.shards
+            columns = shardings[name].sharding_type == COLUMN_WISE
+            if columns:
+                self.column_wise.add(name)
             for shard in shards:
+                (rows, dim), (first, column) = shard.shard_sizes, shard.shard_offsets
                 part = replace(
-                    table, rows=shard.shard_sizes[0], first=shard.shard_offsets[0],
-                    pooling=table.pooling / len(shards),
+                    table, name=part_name(name, column), rows=rows, first=first, dim=dim, first_column=column,
+                    state=STATE[self.optimizer](dim),
+                    pooling=table.pooling if columns else table.pooling / len(shards),
                 )  # fmt: skip
-                owners.setdefault(shard.placement.rank(), {})[name] = part
+                owners.setdefault(shard.placement.rank(), {})[part.name] = part
         slots = {rank: share_budget(list(parts.values()), self.budget) for rank, parts in owners.items()}
         self.local_shares = owners.get(dist.get_rank(), {})
         configs: list[EmbeddingBagConfig] = collection.embedding_bag_configs()
         for config in configs:
             if config.name in self.tables:
+                shards = shardings[config.name].sharding_spec.shards
+                sizes = [
+                    slots[shard.placement.rank()][part_name(config.name, shard.shard_offsets[1])]
+                    for shard in shards
+                ]
+                if config.name in self.column_wise:  # torchrec gives all shards the same rows
+                    config.num_embeddings = min(sizes)
+                    for shard in shards:
+                        shard.shard_sizes[0] = config.num_embeddings
+                    continue
                 config.num_embeddings = 0
-                for shard in shardings[config.name].sharding_spec.shards:
+                for shard, size in zip(shards, sizes, strict=True):
                     shard.shard_offsets[0] = config.num_embeddings
-                    shard.shard_sizes[0] = slots[shard.placement.rank()][config.name]
-                    config.num_embeddings += shard.shard_sizes[0]
+                    shard.shard_sizes[0] = size
+                    config.num_embeddings += size
         return configs
 
     def attach(self, model: Any) -> None:
@@ -119,15 +144,17 @@ class SsdTables:
     def _attach_kernel(self, kernel: BatchedFusedEmbeddingBag) -> None:
         """Open the row files of one fbgemm kernel's tables; its weights become their caches."""
         module: Any = kernel.emb_module
-        configs = kernel.config.embedding_tables
-        names = [config.name for config in configs]
+        configs: Any = kernel.config.embedding_tables
+        names = [part_name(each.name, each.local_metadata.shard_offsets[1]) for each in configs]
         states = module.split_optimizer_states() or [[]] * len(names)
-        for name, weights, state in zip(names, module.split_embedding_weights(), states, strict=True):
+        for config, name, weights, state in zip(
+            configs, names, module.split_embedding_weights(), states, strict=True
+        ):
             if name in self.local_shares and self.local_shares[name].rows:
-                share = self.local_shares[name]
+                share, whole = self.local_shares[name], self.tables[config.name]
                 row_file = RowFile(
-                    self.folder, name, share.rows, share.dim, share.state, self.optimizer, self.seed,
-                    share.first, self.tables[name].rows,
+                    self.folder, config.name, share.rows, share.dim, share.state, self.optimizer, self.seed,
+                    share.first, whole.rows, share.first_column, whole.dim,
                 )  # fmt: skip
                 self.other_row_files[name] = find_other_row_files(row_file)
                 self._io_thread = self._io_thread or ThreadPoolExecutor(
@@ -138,7 +165,8 @@ class SsdTables:
                 )
         tables = [self.local_tables.get(name) for name in names]
         for config, table in zip(configs, tables, strict=True):
-            self._table_of_feature |= {} if table is None else dict.fromkeys(config.feature_names, table)
+            for feature in config.feature_names:
+                self._tables_of_feature.setdefault(feature, []).extend([table] if table else [])
         if any(tables):
 
             def remap(_: Any, args: Any, named: dict[str, Any]) -> Any:
@@ -191,9 +219,10 @@ class SsdTables:
 
     def _prefetch(self, features: Any) -> None:
         ids, ends = features.values().numpy(), features.offset_per_key()
-        for key, (begin, end) in zip(features.keys(), pairwise(ends), strict=True):
-            if key in self._table_of_feature and end > begin:
-                self._table_of_feature[key].prefetch(ids[begin:end])
+        places = dict(zip(features.keys(), pairwise(ends), strict=True))  # a key is there once for each shard
+        for key, (begin, end) in places.items():
+            for table in self._tables_of_feature.get(key, []) if end > begin else []:
+                table.prefetch(ids[begin:end])
 
     def counts(self) -> np.ndarray:
         return sum((table.counts() for table in self.local_tables.values()), np.zeros(len(COUNTS), np.int64))
@@ -215,8 +244,15 @@ class SsdTables:
         found = ENTRY.search(name)
         if found is None or found[1] not in self.tables:
             return value
-        share, table = self.tables[found[1]], self.local_tables.get(found[1])
-        return WholeTable(share, table, found[2] is not None, int(found[2] == "exp_avg_sq"))
+        state, number = found[2] is not None, int(found[2] == "exp_avg_sq")
+        if found[1] in self.column_wise:
+            parts = [
+                WholeTable(each.table, each, state, number)
+                for each in self.local_tables.values()
+                if each.row_file.table == found[1]
+            ]
+            return ColumnWiseTable(self.tables[found[1]], parts)
+        return WholeTable(self.tables[found[1]], self.local_tables.get(found[1]), state, number)
 
     def check_row_files(self) -> None:
         """Refuse row files that cannot be continued. A collective.
@@ -282,17 +318,28 @@ class SsdTables:
             self._io_thread.shutdown()
 
 
+def part_name(table: str, column: int) -> str:
+    """How a rank's part of a table is called, which begins with this column."""
+    return f"{table}@{column}" if column else table
+
+
 def find_other_row_files(row_file: RowFile) -> list[Path]:
-    """Descriptions of other row files in the same folder that hold some of its rows."""
+    """Descriptions of other row files in the same folder that hold some of its numbers."""
     found = []
     for path in row_file.description_path.parent.glob(f"{row_file.table}.*json"):
         if path != row_file.description_path:
             with contextlib.suppress(UserError, KeyError):
                 facts = read_json_object(path)
                 first, rows = facts.get("first", 0), facts["rows"]
-                if type(first) is int and type(rows) is int and facts["table"] == row_file.table:
+                column, dim = facts.get("first_column", 0), facts["dim"]
+                numbers = all(type(each) is int for each in (first, rows, column, dim))
+                if numbers and facts["table"] == row_file.table:
                     overlap = first < row_file.first + row_file.rows and row_file.first < first + rows
-                    found += [path] if overlap else []
+                    beside = (
+                        column >= row_file.first_column + row_file.dim
+                        or row_file.first_column >= column + dim
+                    )
+                    found += [path] if overlap and not beside else []
     return found
 
 
