@@ -106,6 +106,23 @@ def test_the_group_can_read(finished: tuple[Path, str]) -> None:
         assert not path.stat().st_mode & 0o007, path
 
 
+def test_ratings_are_a_file_or_its_folder(tmp_path: Path) -> None:
+    folder, words = tmp_path / "the set", "--max_steps 1 --emb_dim 8 --max_len 8 --num_epochs 1 --negatives 2"
+    folder.mkdir()
+    (folder / "beauty.txt").write_text("".join(f"{n // 6} {n * 7 % 20}\n" for n in range(60)))
+    for number, data in enumerate((folder, folder / "beauty.txt")):
+        results = tmp_path / str(number)
+        done = run(
+            "3_train.sh", MODEL="bert4rec", DATASET_DIR=data, RESULTS=results, NPROC=1, TRACE="no", ARGS=words
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "10 users, 20 items, 60 ratings" in done.stdout
+        config = json.loads((only(results) / "config.json").read_text())
+        assert config["data"]["dataset_name"] == "text"
+    refused = run("3_train.sh", DATASET_DIR=folder / "beauty.txt", RESULTS=tmp_path)
+    assert refused.returncode == 2 and "beauty.txt is not a folder" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "more", "says"),
     [
