@@ -71,6 +71,15 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         default="numba",
         help="implementation; all write the same bytes [numba]",
     )
+    add("--spark_driver_memory_gb", type=int, default=0, help="with --engine spark: memory of its driver")
+    add("--spark_tmp_dir", type=Path, help="with --engine spark: folder for what it shuffles [Spark's]")
+    add(
+        "--spark_conf",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="with --engine spark: a setting, e.g. spark.executor.memory=32g; can be repeated",
+    )
     add("--dataset", choices=prep_options.DATASETS, default="", help="[by the files in INPUT_DIR]")
     add("--steps", default=",".join(prep_options.STEPS), help="parse[,contiguous][,shuffle] [all]")
     add("--max_ind_range", type=int, default=0, help="take raw ids modulo this number [0: off]")
@@ -233,7 +242,10 @@ def run_multihot(args: argparse.Namespace) -> None:
 
 
 def run_pipeline(args: argparse.Namespace) -> None:
-    values: dict[str, Any] = vars(args) | {"steps": tuple(args.steps.split(","))}
+    values: dict[str, Any] = vars(args) | {
+        "steps": tuple(args.steps.split(",")),
+        "spark_conf": tuple(args.spark_conf),
+    }
     del values["command"]
     options = prep_options.PrepOptions(**values).checked()
     from dlrm.prep.engines.registry import ENGINES

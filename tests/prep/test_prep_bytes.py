@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlrm.data.criteo import DatasetMeta
 from dlrm.prep.__main__ import main
 from dlrm.prep.tools.toy import write_days
 
@@ -231,6 +232,62 @@ def test_spark_gives_the_same_bytes(days: Path, tmp_path: Path, flags: list[str]
     done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     same(wanted, tmp_path / "spark")
+
+
+@pytest.mark.spark
+def test_spark_writes_the_same_parquet(days: Path, tmp_path: Path) -> None:
+    """With OneFlow's ids and its memory options."""
+    pytest.importorskip("pyspark")
+    few = tmp_path / "few"
+    few.mkdir()
+    for day in range(3):
+        lines = (days / f"day_{day}").read_bytes().splitlines(keepends=True)
+        (few / f"day_{day}").write_bytes(b"".join(lines[:60]))
+    flags = ["--format", "parquet", "--mod_idx", "500"]
+    wanted = run(few, tmp_path / "numba", *flags)
+    memory = [
+        "--spark_driver_memory_gb",
+        "1",
+        "--spark_tmp_dir",
+        tmp_path,
+        "--spark_conf",
+        "spark.task.cpus=1",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "dlrm.prep",
+        "run",
+        "--input_dir",
+        few,
+        "--output_dir",
+        tmp_path / "spark",
+    ]
+    command += ["--engine", "spark", *memory, *flags]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    names = [path.relative_to(wanted) for path in wanted.rglob("*") if path.suffix in (".parquet", ".md")]
+    assert len(names) == 4
+    for name in names:
+        assert (tmp_path / "spark" / name).read_bytes() == (wanted / name).read_bytes(), name
+    assert DatasetMeta.load(tmp_path / "spark").md5 == DatasetMeta.load(wanted).md5
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--spark_driver_memory_gb", "4"], "--spark_driver_memory_gb is for --engine spark"),
+        (["--spark_tmp_dir", "x"], "--spark_tmp_dir is for --engine spark"),
+        (["--engine", "spark", "--spark_driver_memory_gb", "-1"], "--spark_driver_memory_gb -1: must be"),
+        (["--engine", "spark", "--spark_conf", "memory=4g"], "--spark_conf memory=4g: must be like spark."),
+    ],
+)
+def test_spark_options_that_make_no_sense(
+    days: Path, tmp_path: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--input_dir", str(days), "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.spark

@@ -192,7 +192,6 @@ def list_parquet_names(plan: PrepPlan) -> list[str]:
 
 PREPARE_RESULTS = {"npy": allocate_results, "parquet": make_parquet_folders}
 PLACERS = {"npy": lambda: Placer, "parquet": load_parquet_placer}
-WITHOUT_MD5 = {"npy": [], "parquet": ["README.md"]}  # published with the results, not listed in meta.json
 LIST_NAMES = {
     "npy": lambda plan: list(publish.list_arrays(plan.outputs, plan.options)),
     "parquet": list_parquet_names,
@@ -287,7 +286,7 @@ def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: StepProgress
     if options.md5:
         digests = load_digests(plan)
         meta.md5.update({name: digests[name] for name in values["files"]})
-    publish.publish_files(plan.folders, values["files"] + WITHOUT_MD5[options.format], meta, stamps)
+    publish.publish_files(plan.folders, values["files"] + publish.WITHOUT_MD5[options.format], meta, stamps)
     return meta
 
 

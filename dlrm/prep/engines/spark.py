@@ -33,8 +33,6 @@ LOCAL = {
 
 
 def run(options: PrepOptions) -> None:
-    if options.format != "npy":
-        raise UserError("--engine spark writes --format npy only")
     try:
         from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -53,9 +51,11 @@ def start_session(
     session: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> DatasetMeta:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    here = str(Path(__file__).parents[2])
+    here = str(Path(__file__).parents[3])
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     builder = session.builder.appName("dlrm.prep")
+    for name, value in list_settings(options):
+        builder = builder.config(name, value)
     if not os.environ.keys() & {"SPARK_MASTER", "MASTER", "SPARK_REMOTE"}:
         builder = builder.master(f"local[{options.workers}]")
         for name, value in LOCAL.items():
@@ -67,6 +67,17 @@ def start_session(
         return make_dataset(spark, options, found, folders, stamps)
     finally:
         spark.stop()
+
+
+def list_settings(options: PrepOptions) -> Iterator[tuple[str, str]]:
+    """Spark's names and values for the options of this engine."""
+    if options.spark_driver_memory_gb:
+        yield "spark.driver.memory", f"{options.spark_driver_memory_gb}g"
+    if options.spark_tmp_dir:
+        yield "spark.local.dir", str(options.spark_tmp_dir)
+    for setting in options.spark_conf:
+        name, _, value = setting.partition("=")
+        yield name, value
 
 
 def make_dataset(
@@ -81,12 +92,19 @@ def make_dataset(
         max(options.workers, spark.sparkContext.defaultParallelism)
     )
     last_ids = [0] * NUM_SPARSE
-    if options.contiguous:
+    if options.mod_idx:
+        last_ids = count_ids(whole)
+    elif options.contiguous:
         whole, last_ids = number_ids(whole, options)
     else:
         last_ids = whole.map(lambda item: get_ids(item[1])).reduce(np.maximum).tolist()
-    write_arrays(spark, options, whole, outputs, shuffled, folders)
-    return publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep, Spark", stamps)
+    placed = find_places(spark, options, whole, shuffled, folders)
+    made_by = "dlrm.prep, Spark"
+    if options.format == "parquet":
+        names = write_parquet(options, placed, outputs, folders, last_ids)
+        return publish.publish_results_of(names, options, folders, outputs, last_ids, made_by, stamps)
+    write_arrays(options, placed, outputs, shuffled, folders)
+    return publish.publish_arrays(options, folders, outputs, last_ids, made_by, stamps)
 
 
 def shift_counts(start: int):
@@ -102,7 +120,7 @@ def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[An
 
     A record is the bytes of 40 int64 numbers: 13 counts, already shifted for the logarithm, 26 ids, label.
     """
-    rules = odd_lines.LineRules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
+    rules = odd_lines.LineRules(options.lenient, source.labelled, options.modulus, options.empty_dense)
     name, skip = str(source.path), options.skip_bad_rows
     text = spark.read.text(f"file://{source.path.resolve()}", lineSep="\n").rdd
     ends_well = ends_with_newline(source)
@@ -150,7 +168,7 @@ def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
 
     low, high = table.values().map(low_high).reduce(lambda a, b: (min(a[0], b[0]), max(a[1], b[1])))
     options.check_counts(path, low, high)
-    shift = -3 if options.frequency_limit else int(np.int64(low - 2).astype(np.int32))
+    shift = options.log_shift(low)
 
     def shift_one(record: bytes) -> bytes:
         numbers = np.frombuffer(record, np.int64).copy()
@@ -160,6 +178,16 @@ def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
         return numbers.tobytes()
 
     return table.mapValues(shift_one)
+
+
+def count_ids(whole: Any) -> list[int]:
+    """Where ids are not numbered: for each column the last row of a table for its different ids."""
+
+    def list_cells(item: tuple[int, bytes]) -> Iterator[tuple[int, int]]:
+        yield from enumerate(get_ids(item[1]).tolist())
+
+    counts = whole.flatMap(list_cells).distinct().countByKey()
+    return [counts[column] - 1 for column in sorted(counts)]
 
 
 def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
@@ -201,43 +229,61 @@ def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
     ]
 
 
-def write_arrays(
-    spark: Any, options: PrepOptions, whole: Any, outputs: list[OutputDay], shuffled: int, folders: Folders
-) -> None:
-    """Sort the rows by their place in the output; each partition then writes its ranges of the files."""
+def find_places(spark: Any, options: PrepOptions, whole: Any, shuffled: int, folders: Folders) -> Any:
+    """An RDD of (place in the output, record) from one of (row number, record)."""
     from dlrm.prep.steps.permute import write_places
 
-    folder = folders.unfinished
-    publish.allocate_arrays(folder, options, outputs)
     places = np.arange(0)
     if shuffled:
         write_places(folders.path("places_00000.u32"), shuffled, options.random_seed, lambda count: None)
         places = np.fromfile(folders.path("places_00000.u32"), np.uint32)
     shared = spark.sparkContext.broadcast(places)
-    placed = whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < shuffled else item[0], item[1]))
+    return whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < shuffled else item[0], item[1]))
+
+
+def write_arrays(
+    options: PrepOptions, placed: Any, outputs: list[OutputDay], shuffled: int, folders: Folders
+) -> None:
+    """Sort the rows by their place in the output; each partition then writes its ranges of the files."""
+    from dlrm.prep.io.output import store_rows
+
+    folder = folders.unfinished
+    publish.allocate_arrays(folder, options, outputs)
 
     def write_runs(items: Iterator[tuple[int, bytes]]) -> None:
         # consecutive places have the same difference to their index: each group is one write
         for _, group in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
             rows = [item for _, item in group]
-            numbers = np.frombuffer(b"".join(record for _, record in rows), np.int64).reshape(-1, WORDS)
-            store_records(folder, options, outputs, shuffled, rows[0][0], numbers)
+            arrays = split_records([record for _, record in rows])
+            store_rows(folder, options, outputs, shuffled, rows[0][0], *arrays)
 
     placed.sortByKey().foreachPartition(write_runs)
     assert all((folder / name).exists() for name in publish.list_arrays(outputs, options))
 
 
-def store_records(
-    folder: Path,
-    options: PrepOptions,
-    outputs: list[OutputDay],
-    shuffled: int,
-    begin: int,
-    numbers: np.ndarray,
-) -> None:
-    from dlrm.prep.io.output import store_rows
-
+def split_records(records: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(counts, ids, labels), all int32 [rows, columns]."""
+    numbers = np.frombuffer(b"".join(records), np.int64).reshape(-1, WORDS)
     dense = np.ascontiguousarray(numbers[:, :NUM_DENSE].astype(np.int32))
     sparse = np.ascontiguousarray(numbers[:, NUM_DENSE:-1].astype(np.uint32).view(np.int32))
-    labels = np.ascontiguousarray(numbers[:, -1:].astype(np.int32))
-    store_rows(folder, options, outputs, shuffled, begin, dense, sparse, labels)
+    return dense, sparse, np.ascontiguousarray(numbers[:, -1:].astype(np.int32))
+
+
+def write_parquet(
+    options: PrepOptions, placed: Any, outputs: list[OutputDay], folders: Folders, last_ids: list[int]
+) -> list[str]:
+    """Write each bucket of rows as the other engine does. Returns the names of the results but README.md."""
+    from dlrm.prep.steps.place_parquet import list_names, make_folders, write_bucket, write_sizes
+    from dlrm.prep.steps.plan import PrepPlan
+
+    plan = PrepPlan(options, [], [], folders)
+    plan.set_outputs(outputs)
+    make_folders(plan)
+
+    def write_one(item: tuple[int, Any]) -> None:
+        rows = sorted(item[1])
+        write_bucket(plan, item[0] << plan.bits, *split_records([record for _, record in rows]))
+
+    placed.map(lambda item: (item[0] >> plan.bits, item)).groupByKey().foreach(write_one)
+    write_sizes(plan, publish.compute_table_sizes(last_ids, options))
+    return list_names(plan)

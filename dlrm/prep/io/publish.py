@@ -19,6 +19,7 @@ from dlrm.prep.job.options import PrepOptions
 from dlrm.runtime.trace import sync_to_disk
 
 HEADER_BYTES = 128
+WITHOUT_MD5 = {"npy": [], "parquet": ["README.md"]}  # published with the results, not listed in meta.json
 DTYPES = {"dense": "<f4", "labels": "<i4"}
 
 
@@ -168,13 +169,26 @@ def publish_arrays(
     stamps: FileStamps,
 ) -> DatasetMeta:
     """Flush, digest and publish arrays that are complete, for the engines that cannot resume."""
+    names = list(list_arrays(outputs, options))
+    return publish_results_of(names, options, folders, outputs, last_ids, made_by, stamps)
+
+
+def publish_results_of(
+    names: list[str],
+    options: PrepOptions,
+    folders: Folders,
+    outputs: list[OutputDay],
+    last_ids: list[int],
+    made_by: str,
+    stamps: FileStamps,
+) -> DatasetMeta:
+    """The same for the results of any format, which `names` lists."""
     rows = [output.rows for output in select_days(outputs)]
     meta = make_meta(options, rows, last_ids, made_by, inputs=stamps.list_recorded())
-    names = list(list_arrays(outputs, options))
     sync_files(folders, names)
     if options.md5:
         meta.md5.update(compute_md5(folders, names))
-    publish_files(folders, names, meta, stamps)
+    publish_files(folders, names + WITHOUT_MD5[options.format], meta, stamps)
     return meta
 
 

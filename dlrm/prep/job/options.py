@@ -1,6 +1,7 @@
 """The options of `python -m dlrm.prep run`, and what they may be."""
 
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ NOT_IN_OUTPUT = {
     "part_bytes",
     "bitmap_entries",
     "map_bytes",
+    "spark_driver_memory_gb",
+    "spark_tmp_dir",
+    "spark_conf",
 }
 
 
@@ -63,6 +67,9 @@ class PrepOptions:
     steps: tuple[str, ...] = STEPS
     max_ind_range: int = 0
     mod_idx: int = 0  # OneFlow's ids: modulo this; below 0: 64-bit hashes
+    spark_driver_memory_gb: int = 0
+    spark_tmp_dir: Path | None = None
+    spark_conf: tuple[str, ...] = ()  # NAME=VALUE
     skip_bad_rows: bool = False
     md5: bool = True
     trace_dir: Path | None = None
@@ -77,6 +84,14 @@ class PrepOptions:
     def modulus(self) -> int:
         """What raw ids are taken modulo of; 0: they stay as they are."""
         return self.max_ind_range or (self.mod_idx if 0 < self.mod_idx < LARGEST_MODULUS else 0)
+
+    def log_shift(self, low: int) -> int:
+        """What is subtracted from the counts of a file, the smallest of which is `low`: torchrec's minimum -
+        2, in int32 arithmetic.
+        """
+        if self.mod_idx:
+            return -1
+        return -3 if self.frequency_limit else ((low - 2 + (1 << 31)) % (1 << 32)) - (1 << 31)
 
     @property
     def lenient(self) -> bool:
@@ -128,7 +143,7 @@ class PrepOptions:
         """Make paths absolute: the trace names files as they were opened, and its readers expect absolute
         names.
         """
-        for name in ("input_dir", "output_dir", "tmp_dir", "trace_dir"):
+        for name in ("input_dir", "output_dir", "tmp_dir", "trace_dir", "spark_tmp_dir"):
             if path := getattr(self, name):
                 object.__setattr__(self, name, Path(path).absolute())
 
@@ -142,6 +157,17 @@ class PrepOptions:
                     "possible in a traced path; rename it, or drop --trace_dir"
                 )
         OutputFolder(self.trace_dir or "").refuse_foreign(["results.json"])
+
+    def _check_spark(self) -> None:
+        """Refuse options of the Spark engine that another one would ignore, or that Spark would not take."""
+        for name in ("spark_driver_memory_gb", "spark_tmp_dir", "spark_conf"):
+            if getattr(self, name) and self.engine != "spark":
+                raise UserError(f"--{name} is for --engine spark: add that, or leave it out")
+        if not 0 <= self.spark_driver_memory_gb <= 1 << 20:
+            raise UserError(f"--spark_driver_memory_gb {self.spark_driver_memory_gb}: must be at least 1")
+        for setting in self.spark_conf:
+            if not re.fullmatch(r"spark\.[A-Za-z0-9_.]+=.+", setting):
+                raise UserError(f"--spark_conf {printable(setting)}: must be like spark.executor.memory=32g")
 
     def checked(self) -> "PrepOptions":
         """These options with the steps in order; UserError for values out of range or contradicting."""
@@ -180,6 +206,7 @@ class PrepOptions:
             raise UserError(
                 f"--mod_idx {self.mod_idx}: must be at most 2^32; 0 is OneFlow's way to say no limit"
             )
+        self._check_spark()
         if self.engine == "plain" and self.format != "npy":
             raise UserError("--engine plain writes --format npy only")
         if self.format == "parquet" and self.compat:

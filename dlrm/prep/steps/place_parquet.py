@@ -73,25 +73,33 @@ class ParquetPlacer(Placer):
     """Writes a bucket's rows as one Parquet file in each subset that they belong to."""
 
     def write_rows(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
-        plan = self.plan
-        mod_idx = plan.options.mod_idx
-        counts = dense.astype(np.float32) if mod_idx else take_logarithm(dense, plan.options)
-        if not plan.options.contiguous and not plan.options.max_ind_range:
-            sparse = sparse.view(np.uint32).astype(np.int64)
-        for name, start, stop in list_parts(plan, begin >> plan.bits):
-            ids = [sparse[start:stop, column] for column in range(NUM_SPARSE)]
-            columns = [labels[start:stop, 0]]
-            if mod_idx:
-                ids = [
-                    make_oneflow_ids(each.view(np.uint32), column, mod_idx) for column, each in enumerate(ids)
-                ]
-                columns = [labels[start:stop, 0].astype(np.float32)]
-            columns += [counts[start:stop, column] for column in range(NUM_DENSE)] + ids
-            table = pa.table([pa.array(np.ascontiguousarray(column)) for column in columns], NAMES)
-            path = plan.folders.unfinished / name
-            with os_errors_as_user_errors(path), open(path, "wb", buffering=0) as file:
-                pq.write_table(table, file)
-                bytes_written[str(path.absolute())] += file.tell()
+        write_bucket(self.plan, begin, dense, sparse, labels)
+
+
+def write_bucket(
+    plan: PrepPlan, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray
+) -> None:
+    """Write the rows of one bucket: one file in each subset that they belong to.
+
+    begin: the first row's number in the output. dense: int32 [rows, columns], counts less the shift of their
+    file. sparse: int32 [rows, columns]. labels: int32 [rows, 1].
+    """
+    mod_idx = plan.options.mod_idx
+    counts = dense.astype(np.float32) if mod_idx else take_logarithm(dense, plan.options)
+    if not plan.options.contiguous and not plan.options.max_ind_range:
+        sparse = sparse.view(np.uint32).astype(np.int64)
+    for name, start, stop in list_parts(plan, begin >> plan.bits):
+        ids = [sparse[start:stop, column] for column in range(NUM_SPARSE)]
+        columns = [labels[start:stop, 0]]
+        if mod_idx:
+            ids = [make_oneflow_ids(each.view(np.uint32), column, mod_idx) for column, each in enumerate(ids)]
+            columns = [labels[start:stop, 0].astype(np.float32)]
+        columns += [counts[start:stop, column] for column in range(NUM_DENSE)] + ids
+        table = pa.table([pa.array(np.ascontiguousarray(column)) for column in columns], NAMES)
+        path = plan.folders.unfinished / name
+        with os_errors_as_user_errors(path), open(path, "wb", buffering=0) as file:
+            pq.write_table(table, file)
+            bytes_written[str(path.absolute())] += file.tell()
 
 
 def write_sizes(plan: PrepPlan, table_sizes: list[int]) -> None:

@@ -110,7 +110,11 @@ class PrepPlan:
         for source, rows in zip(self.sources, rows_of, strict=True):
             if rows == 0:
                 raise UserError(f"{printable(source.path)}: no rows in it")
-        self.outputs = plan_outputs(self.sources, rows_of, self.options.steps)
+        self.set_outputs(plan_outputs(self.sources, rows_of, self.options.steps))
+
+    def set_outputs(self, outputs: list[OutputDay]) -> None:
+        self.outputs = outputs
+        self.rows = sum(output.rows for output in outputs)
         self.shuffled_rows = count_shuffled_rows(self.outputs, self.options.shuffle)
         self.bits = choose_bucket_bits(self.rows)
 
@@ -145,11 +149,7 @@ class PrepPlan:
         """For each input file, the number to subtract from its counts before the logarithm: torchrec's min -
         2, in int32 arithmetic.
         """
-        if self.options.mod_idx:
-            return [-1] * len(self.sources)
-        if self.options.frequency_limit:
-            return [-3] * len(self.sources)
-        return [int(np.int64(low - 2).astype(np.int32)) for low, _ in self.find_dense_ranges()]
+        return [self.options.log_shift(low) for low, _ in self.find_dense_ranges()]
 
     def count_kept_ids(self) -> list[int]:
         """For each column, how many ids are not mapped to the id for rare ones."""
