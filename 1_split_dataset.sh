@@ -72,6 +72,13 @@ cut_into_parts() {    # writes 00, 01, ... into the folder `part`
     fi
 }
 
+advise_shorter_parts() {    # advise_shorter_parts COUNT LINES_OF_LAST: how to get all the parts
+    local all=$(( ($1 - 1) * lines + $2 ))
+    local each=$(( (all + PARTS - 1) / PARTS ))
+    say "only $1 of $PARTS parts: $file has $all lines"
+    (( each * (PARTS - 1) >= all )) || say "for $PARTS parts give SPLIT_LINE=$each"
+}
+
 publish_parts() {    # names the parts day_0, day_1, ... and gives the folder its name
     local piece count=0
     for piece in "$part"/[0-9][0-9]; do
@@ -82,6 +89,7 @@ publish_parts() {    # names the parts day_0, day_1, ... and gives the folder it
     chmod "$(printf '%o' $(( 0777 & ~$(umask) )))" "$part"    # mktemp gave it to its owner alone
     mv -T -- "$part" "$to"
     say "done, $count parts in $to"
+    (( count == PARTS )) || advise_shorter_parts "$count" "$(wc -l < "$to/day_$(( count - 1 ))")"
 }
 
 main() {

@@ -142,7 +142,7 @@ def open_checkpoint(given: str) -> Any:
     try:
         path = next(folder.find_checkpoints(Path(given)), None)
         if path is None:
-            raise UserError(f"--load_checkpoint_path {given}: no checkpoint there")
+            raise UserError(f"--load_checkpoint_path {given}: {folder.NONE_FOUND}")
         return folder.read_description(path)
     except (CorruptCheckpoint, OSError) as error:
         raise UserError(f"--load_checkpoint_path {given}: {error}") from None

@@ -81,7 +81,10 @@ def test_a_checkpoint_on_real_rows(toy: Path, tmp_path: Path, run_ranks: Any) ->
     ("words", "says"),
     [
         ("--load_checkpoint_path . --preset toy", "remove --preset and model options"),
-        ("--load_checkpoint_path nowhere", "--load_checkpoint_path nowhere: no checkpoint there"),
+        (
+            "--load_checkpoint_path nowhere",
+            "--load_checkpoint_path nowhere: no checkpoint in it: give a run folder",
+        ),
         ("--batch_sizes 1,x", "argument --batch_sizes: not integers separated by commas: '1,x'"),
         ("--store_type cached_ssd", "unrecognized arguments: --store_type"),
     ],

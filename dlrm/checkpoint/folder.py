@@ -147,6 +147,9 @@ def _read_number(path: Path) -> int:
     return int(path.name.split("-")[0])
 
 
+NONE_FOUND = "no checkpoint in it: give a run folder, its folder checkpoints, or one NNNNN-step-N in that"
+
+
 def find_checkpoints(path: Path) -> Iterator[Path]:
     """The checkpoints, newest first, at a path that the user gave: a checkpoint itself, a folder of
     checkpoints, or a run folder.

@@ -147,8 +147,6 @@ def _parse_options(
     }
     if values["check_options"]:
         print("dlrm: --check_options is now --validate_only; this release accepts both", file=sys.stderr)
-    if values["validate_only"] or values["check_options"]:
-        parser.exit()
     parsed = {
         "preset": values.get("preset"),
         "given_options": tuple(sorted({*from_preset, *_list_given(parser, argv, values)})),
@@ -157,7 +155,13 @@ def _parse_options(
         for each in fields(group):
             if not each.init and each.name in parsed:
                 object.__setattr__(group, each.name, parsed[each.name])  # frozen for everyone else
-    return kind(**made)
+    config = kind(**made)
+    if values["validate_only"] or values["check_options"]:
+        check_inputs = getattr(config, "check_inputs", None)
+        if check_inputs:
+            check_inputs()
+        parser.exit()
+    return config
 
 
 def _list_given(parser: argparse.ArgumentParser, argv: Sequence[str], values: Mapping[str, Any]) -> set[str]:

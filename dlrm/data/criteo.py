@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, printable
+from common.errors import UserError, os_errors_as_user_errors, printable, quote_for_shell
 from common.inputs import read_json_object
 
 NUM_DENSE = 13
@@ -159,13 +159,40 @@ def rows_of_rank(rows: int, rank: int, world_size: int) -> range:
     return range(start, start + each + (rank < extra))
 
 
-MOST_NAMED = 20  # files in one message
+MOST_NAMED = 10  # files in one message
 
 
-def join_flaws(bad: Sequence[str]) -> str:
-    """The flaws of a dataset's files as one line."""
-    more = len(bad) - MOST_NAMED
-    return "; ".join(bad[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+def join_flaws(folder: Path, bad: Sequence[str]) -> str:
+    """The flaws of a dataset's files, which begin with their paths, as one line: the folder is named once."""
+    root, more = f"{printable(folder)}/", len(bad) - MOST_NAMED
+    named = [flaw.removeprefix(root) for flaw in bad[:MOST_NAMED]]
+    text = root + named[0] if len(bad) == 1 else f"{root}: {'; '.join(named)}"
+    return text + (f"; and {more} more" if more > 0 else "")
+
+
+TEXT_FILE = re.compile(r"(day_\d+|train|test)(\.txt|\.tsv)?(\.gz)?", re.ASCII)
+
+
+def refuse_without_dataset(folder: str | os.PathLike[str]) -> None:
+    """UserError where a folder holds no file of a dataset at all; with what to do where it holds the text."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{printable(root)} is not a folder: give the folder of a dataset")
+    with os_errors_as_user_errors(root):
+        names = os.listdir(root)
+    if any(name == META or name.endswith((".npy", ".npz", ".parquet")) for name in names):
+        return
+    if any(any((root / name).glob("*.parquet")) for name in ("train", "val", "test")):
+        return
+    if any(TEXT_FILE.fullmatch(name) for name in names):
+        raise UserError(
+            f"{printable(root)} holds Criteo's text, not a dataset: DATASET_DIR={quote_for_shell(root)} "
+            "./2_preprocess_dataset.sh makes one of it (python -m dlrm.prep run)"
+        )
+    raise UserError(
+        f"{printable(root)} is not a dataset: it has no {META} and no files like "
+        f"{array_file_name(0, 'dense')}; 2_preprocess_dataset.sh (python -m dlrm.prep run) makes one"
+    )
 
 
 def count_days(numbers: set[int], folder: Path, meta: DatasetMeta | None) -> int:

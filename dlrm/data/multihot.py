@@ -9,6 +9,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +25,12 @@ DRAWS = 1 << 22  # ids drawn by one call: limits memory, the ids are the same
 
 def scan_multi_hot_files(folder: str | os.PathLike[str]) -> NpyLayout:
     """A folder with dense and labels as .npy, sparse as .npz."""
+    absent = [part for part in ("dense", "labels") if not (Path(folder) / array_file_name(0, part)).exists()]
+    if absent and (Path(folder) / multi_hot_file_name(0)).exists():
+        raise UserError(
+            f"{printable(folder)} has multi-hot ids but no {array_file_name(0, absent[0])}: make it with "
+            "python -m dlrm.prep multihot --copy_labels_and_dense, or copy the labels and counts there"
+        )
     layout = scan_npy(
         folder,
         lambda d, part: multi_hot_file_name(d) if part == "sparse" else array_file_name(d, part),

@@ -24,6 +24,7 @@ from dlrm.data.criteo import (
     array_file_name,
     count_days,
     join_flaws,
+    refuse_without_dataset,
     split_last_day,
 )
 from dlrm.data.npy_header import read_npy_header
@@ -154,7 +155,7 @@ def scan_npy(
         for part, file in found.items():
             layout.parts.setdefault(part, []).append(file)
     if bad:
-        raise UserError(join_flaws(bad) + ": restore these files or make the dataset again")
+        raise UserError(join_flaws(root, bad) + ": restore these files or make the dataset again")
     return layout
 
 
@@ -171,6 +172,7 @@ def find_days(root: Path, name: Names, meta: DatasetMeta | None) -> tuple[int, N
         return days, name
     if find_kaggle_files(name, "dense") in names:
         return 1, lambda _day, part: find_kaggle_files(name, part)
+    refuse_without_dataset(root)
     raise UserError(
         f"{printable(root)} has no files like {name(0, 'dense')}: make them with python -m dlrm.prep run"
     )

@@ -17,7 +17,16 @@ import pyarrow.parquet as pq
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.memory import refuse_too_large
 from dlrm.data import parquet_ids
-from dlrm.data.criteo import DAY_NUMBER, META, NUM_DENSE, NUM_SPARSE, DatasetMeta, count_days, join_flaws
+from dlrm.data.criteo import (
+    DAY_NUMBER,
+    META,
+    NUM_DENSE,
+    NUM_SPARSE,
+    DatasetMeta,
+    count_days,
+    join_flaws,
+    refuse_without_dataset,
+)
 from dlrm.data.npy import CountingFile, rows_of_stage
 from dlrm.data.rows import STAGES, Rows, SourceKind, batch_key
 from dlrm.data.shuffle import join_rows
@@ -89,7 +98,7 @@ def scan_parquet(folder: str | os.PathLike[str]) -> ParquetLayout:
             except (OSError, *DAMAGED) as error:
                 bad.append(f"{printable(path)} {describe_error(error)}")
     if bad:
-        raise UserError(join_flaws(bad) + ": restore these files or make the dataset again")
+        raise UserError(join_flaws(root, bad) + ": restore these files or make the dataset again")
     if meta:
         layout.shared_ids = bool(meta.parameters.get("mod_idx"))
     else:
@@ -141,6 +150,7 @@ def find_subsets(root: Path, meta: DatasetMeta | None = None) -> dict[str, str]:
         return {"0": "train"}  # one file, as Kaggle's: a part of it is held out
     if "train" in stems:
         return {stage: stage for stage in STAGES}
+    refuse_without_dataset(root)
     raise UserError(
         f"{printable(root)} has neither day_0.parquet nor train.parquet: "
         "make it with dlrm.prep run --format parquet"

@@ -205,7 +205,8 @@ def _plan_or_reason(
         return (
             f"no sharding plan: {len(rows)} tables of {format_size(sum(rows.values()))} (largest {largest}, "
             f"{format_size(rows[largest])}) for {ranks.world_size} ranks with {format_size(limit)} each: "
-            f"use more ranks, smaller tables or another --sharding_file (planner: {reason})"
+            "use more ranks, smaller tables, --store_type cached_ssd (tables in files, CPU ranks) or another "
+            f"--sharding_file (planner: {reason})"
         )
 
 

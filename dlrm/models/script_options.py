@@ -32,6 +32,9 @@ def list_options(spec: ModelSpec, environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
     try:
         spec = find_model(os.environ.get("MODEL") or "dlrm")
     except UserError as error:

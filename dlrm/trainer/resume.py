@@ -70,7 +70,7 @@ def _list_sources(options: Any, here: Ranks, root: Path | None) -> tuple[list[Pa
         if here.first and given and not own:
             listed = list(folder.find_checkpoints(given))
             if not listed:
-                raise UserError(f"--load_checkpoint_path {given}: no checkpoint there")
+                raise UserError(f"--load_checkpoint_path {given}: {folder.NONE_FOUND}")
     return session.broadcast_from_first((listed, own))
 
 

@@ -76,9 +76,10 @@ class ModelSpec:
     name: str  # MODEL=name of 3_train.sh, --model name of python -m dlrm.train
     title: str  # what the report and the log call it
     description: str  # the first lines of --help
-    options: (
-        type  # a dataclass of option groups, among them run: RunOptions, checkpoint: CheckpointOptions, optim
-    )
+    # A dataclass of option groups, among them run: RunOptions, checkpoint: CheckpointOptions, optim. It may
+    # have a method check_inputs(), which raises a UserError where the files of these options are not there:
+    # --validate_only calls it, so that a job fails before it starts its ranks.
+    options: type
     presets: Presets
     script: ScriptOptions
     load_parts: Callable[[], ModelParts]

@@ -114,7 +114,7 @@ def test_test_only_and_going_on_from_a_given_one(toy: Path, tmp_path: Path, trai
     assert anew.results["steps"] == 5
     with pytest.raises(UserError, match="--load_checkpoint_path"):
         train_here(*words(toy, "--mode", "test"))
-    with pytest.raises(UserError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="no checkpoint in it: give a run folder"):
         train_here(*words(toy, "--load_checkpoint_path", tmp_path / "nothing"))
 
 

@@ -67,6 +67,9 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         "member 7.npy holds int64",
     ):
         assert text in str(caught.value)
+    (folder / "day_0_labels.npy").unlink()
+    with pytest.raises(UserError, match="no day_0_labels.npy: make it with .* --copy_labels_and_dense"):
+        scan_dataset("multi_hot", folder)
     multi_hot_days(tmp_path / "other", [20, 20], HOTS)
     multi_hot_days(tmp_path / "more", [20, 20], HOTS[::-1])
     (tmp_path / "more" / name.format(1)).replace(tmp_path / "other" / name.format(1))

@@ -137,8 +137,12 @@ def test_missing_days_and_folders(tmp_path: Path) -> None:
     write_days(tmp_path, [9, 9, 9])
     for file in tmp_path.glob("day_1_*"):
         file.unlink()
-    with pytest.raises(UserError, match="day_1_dense.npy is missing; .*day_1_sparse.npy is missing"):
+    with pytest.raises(UserError, match="/: day_1_dense.npy is missing; day_1_sparse.npy is missing;"):
         scan_dataset("stream", tmp_path)
+    DatasetMeta(rows=[9] * 24, table_sizes=[9] * 26).save(tmp_path)
+    with pytest.raises(UserError, match="; and 56 more: restore these files") as caught:
+        scan_dataset("stream", tmp_path)
+    assert len(str(caught.value)) < 500 + 2 * len(str(tmp_path))
 
 
 def test_files_of_numpy_format_2_and_flat_labels(tmp_path: Path) -> None:

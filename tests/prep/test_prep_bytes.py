@@ -300,7 +300,7 @@ def test_spark_names_the_bad_line(days: Path, tmp_path: Path) -> None:
     command += ["--output_dir", tmp_path / "out"]
     done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, timeout=500)
     assert done.returncode == 2
-    assert f"{tmp_path}/in/day_0:5: 1 columns, 40 expected" in done.stderr.decode().splitlines()[-1]
+    assert f"{tmp_path}/in/day_0:5: 1 column, 40 expected" in done.stderr.decode().splitlines()[-1]
     assert not (tmp_path / "out" / "meta.json").exists()
 
 

@@ -79,6 +79,15 @@ def test_a_damaged_file_publishes_nothing(raw: Path) -> None:
     assert [path.name for path in raw.parent.iterdir()] == [raw.name]
 
 
+def test_too_few_parts(raw: Path) -> None:
+    (raw / "day_0").write_bytes(lines(2000))
+    done = split(raw, raw.parent / "one")
+    assert f"only 1 of 24 parts: {raw}/day_0 has 2000 lines" in done.stdout
+    assert "for 24 parts give SPLIT_LINE=84" in done.stdout
+    done = split(raw, raw.parent / "all", 84)
+    assert len(parts(raw.parent / "all")) == 24 and "only" not in done.stdout
+
+
 def test_which_file(raw: Path) -> None:
     out = raw.parent / "split"
     (raw / "day_7").write_bytes(lines(10))

@@ -169,13 +169,16 @@ def test_the_exit_code_of_training_is_kept(toy: Path, tmp_path: Path) -> None:
         (["--validate_only"], {}, 0, ""),
         ([], {"NPROC": "x"}, 2, "NPROC=x"),
         (["--embedding_dim", "12"], {}, 2, "dot products need tables as wide"),
-        ([], {"DATASET_DIR": "."}, 2, "no files"),
+        (["--validate_only"], {"DATASET_DIR": "."}, 2, "is not a dataset: it has no meta.json"),
+        ([], {"DATASET_DIR": "text"}, 2, "/text ./2_preprocess_dataset.sh makes one of it"),
         (["--mode", "test"], {}, 2, "no checkpoint to test"),
     ],
 )
 def test_a_mistake_leaves_no_run_folder(
     toy: Path, tmp_path: Path, words: list[str], more: dict[str, str], code: int, says: str
 ) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "day_0.gz").touch()
     places = {"DATASET_DIR": str(toy), "RESULTS": str(tmp_path / "results"), "NPROC": "1"}
     done = run("3_train.sh", *words, cwd=tmp_path, **places | more)
     said = done.stdout + done.stderr

@@ -90,7 +90,7 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown flag": (["--bogus", "1"], ["--bogus"]),
     "a plan that does not fit": (
         ["--num_embeddings", "2000000000", "--interaction_type", "dcn", "--embedding_dim", "128"],
-        ["no sharding plan", "ranks"],
+        ["no sharding plan", "ranks", "--store_type cached_ssd"],
     ),
     "an infinite loss": (
         ["--num_embeddings", "9", "--learning_rate", "1e30", "--limit_train_batches", "40"],

@@ -113,9 +113,10 @@ class InteractionArch(Interaction):
         super().__init__(shape)
         wrong = [f"{n} {d}" for n, d in zip(shape.names, shape.dims, strict=True) if d != shape.dense]
         if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UserError(
                 f"dot products need tables as wide as the last dense layer ({shape.dense}), "
-                f"not {', '.join(wrong)}: change --embedding_dim or --dense_arch_layer_sizes, "
+                f"not {', '.join(wrong[:3])}{more}: change --embedding_dim or --dense_arch_layer_sizes, "
                 "or choose --interaction_type dcn"
             )
         self.names, self.dim, self.diagonal = list(shape.names), shape.dense, shape.self_interaction

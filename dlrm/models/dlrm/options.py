@@ -8,7 +8,7 @@ from typing import Any
 
 from dlrm.config.options import CheckpointOptions, PlanOptions, RunOptions
 from dlrm.config.parser import check_at_least, check_at_most, option
-from dlrm.data.criteo import NUM_SPARSE
+from dlrm.data.criteo import NUM_SPARSE, refuse_without_dataset
 from dlrm.data.registry import CHOICES
 from dlrm.runtime.errors import UserError
 
@@ -212,3 +212,8 @@ class Config:
     run: RunOptions = field(default_factory=RunOptions)
     inference: InferenceOptions = field(default_factory=InferenceOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def check_inputs(self) -> None:
+        """UserError where the folder of the data has no dataset. The ranks will check its files."""
+        if self.data.folder and self.data.kind in ("stream", "memory", "mmap", "parquet", "multi_hot"):
+            refuse_without_dataset(self.data.folder)

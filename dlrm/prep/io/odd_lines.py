@@ -81,6 +81,8 @@ def read_fields(fields: list[str], rules: LineRules) -> Row:
     if not fields:
         raise BadRow("a blank line")
     if len(fields) < expected or (len(fields) > expected and not rules.lenient):
+        if len(fields) == 1:
+            raise BadRow(f"1 column, {expected} expected: separate the fields by tabs, without a header line")
         raise BadRow(f"{len(fields)} columns, {expected} expected")
     label = parse_number(fields[0], "the label", 0) if rules.labelled else -1
     first = 1 if rules.labelled else 0

@@ -78,6 +78,11 @@ def write_multi_hot(options: MultiHotOptions, workers: Workers) -> None:
         workers.run_each(range(days), lambda day: write_day(options, folders, day))
         workers.run_on_first(lambda: publish_days(options, days, names, folders, stamps))
         workers.run_on_first(output.clear)
+    if workers.first and not options.copy_labels_and_dense:
+        print(
+            f"{printable(options.output_dir)}: ids only; to train on this folder it also needs labels and "
+            "counts: --copy_labels_and_dense"
+        )
 
 
 def publish_days(
