@@ -130,5 +130,5 @@ def test_options_that_were_given_are_known_also_where_they_equal_the_default() -
 def test_the_dump_holds_every_option(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(as_json(parsed(), {"world_size": 2}))
     values = json.loads((tmp_path / "config.json").read_text())
-    assert set(values) == {"data", "model", "optim", "plan", "run", "checkpoint", "launch"}
+    assert set(values) == {"data", "model", "optim", "plan", "run", "checkpoint", "inference", "launch"}
     assert values["data"]["batch_size"] == 32 and values["launch"] == {"world_size": 2}
