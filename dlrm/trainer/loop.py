@@ -97,10 +97,9 @@ class ThroughputMeter:
     """Mean loss over all ranks, and samples per second, since the last report."""
 
     def __init__(self, device: torch.device, labels_are_clicks: bool = False) -> None:
-        # [sum of loss x rows, rows] of this rank, float64: summed on the device, so that a step that is not
-        # reported never waits for the GPU
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self._clicks = torch.zeros(2, dtype=torch.float64, device=device)  # [labels that are 1, labels]
+        # [sum of loss x rows, rows, labels that are 1, labels] of this rank, float64: summed on the device,
+        # so that a step that is not reported never waits for the GPU
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._labels_are_clicks = labels_are_clicks
         self._since = time.perf_counter()
         self.steps = 0
@@ -111,20 +110,19 @@ class ThroughputMeter:
         self._sums[0] += loss.detach() * rows
         self._sums[1] += rows
         if labels is not None and self._labels_are_clicks:
-            self._clicks[0] += labels.detach().sum()
-            self._clicks[1] += rows
+            self._sums[2] += labels.detach().sum()
+            self._sums[3] += rows
         self.steps += 1
 
     def reduce_and_reset(self) -> tuple[float, int, float]:
         """(mean loss, rows, seconds) since the last call. A collective: called at the same step."""
-        sums = torch.cat([self._sums, self._clicks])
+        sums = self._sums.clone()
         dist.all_reduce(sums)
         loss, rows, clicks, labels = sums.tolist()
         self.click_share = clicks / labels if labels else None
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._sums.zero_()
-        self._clicks.zero_()
         self.steps = 0
         return loss / max(rows, 1), int(rows), seconds
 
@@ -134,7 +132,7 @@ class ThroughputMeter:
 
     @property
     def sums(self) -> torch.Tensor:
-        """This rank's sums since the last report, [2] float64; a checkpoint stores and refills them."""
+        """This rank's sums since the last report, [4] float64; a checkpoint stores and refills them."""
         return self._sums
 
 

@@ -221,7 +221,7 @@ def _check_values(
 class RankState:
     """What one rank has for itself: the sums of its next report, the states of its random numbers."""
 
-    sums: torch.Tensor  # [2] float64, as loop.ThroughputMeter has them
+    sums: torch.Tensor  # [4] float64, as loop.ThroughputMeter has them
     random: torch.Tensor | None = None  # uint8, as torch.get_rng_state gives it
     cuda_random: torch.Tensor | None = None
 
@@ -254,7 +254,9 @@ def _read_rank_state(trainer: Any, here: Ranks, found: Checkpoint) -> RankState:
     sources = [here.rank] if same_ranks else range(old_world_size) if here.first else []
     rank_state = RankState(torch.zeros_like(sums))
     for rank in sources:
-        rank_state.sums += _read_tensor(found, f"meter/{rank}", sums)
+        short = any(each.name == f"meter/{rank}" and each.shape == (2,) for each in found.tensors)
+        known = rank_state.sums[:2] if short else rank_state.sums  # the first checkpoints had no clicks
+        known += _read_tensor(found, f"meter/{rank}", known)
     if same_ranks:
         rank_state.random = _read_tensor(found, f"rng/cpu/{here.rank}", torch.get_rng_state())
         try:
