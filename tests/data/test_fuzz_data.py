@@ -512,6 +512,14 @@ def test_a_day_beyond_meta_is_not_ignored(tmp_path: Path, capsys: pytest.Capture
     one_line(reader("stream"), [tmp_path / "set"], "day 2", "meta.json says", "2 days")
 
 
+def test_ids_in_the_other_byte_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_npy(tmp_path / "set")
+    path = folder / "day_0_sparse.npy"
+    np.save(path, np.load(path).astype(">i4"))
+    for kind in ("stream", "mmap", "prep contiguous"):
+        one_line(KINDS[kind][1], [folder], path.name, ">i4")
+
+
 def test_a_million_of_days(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, ending in (("stream", "_dense.npy"), ("parquet", ".parquet")):
         folder = tmp_path / kind

@@ -215,7 +215,7 @@ def number_days(paths: list[Path], targets: list[Path], threshold: int) -> None:
 def number_blocks(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np.ndarray]:
     """Blocks of a file's ids, int [rows, 26], replaced by their numbers; the buffer is reused for each."""
     shape, dtype, header = read_layout(path)
-    if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
+    if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i" or not dtype.isnative:
         raise UserError(
             f"{printable(path)}: {shape} {dtype}, integer hashes in {NUM_SPARSE} columns expected"
         )
