@@ -2,15 +2,21 @@
 
 import csv
 import json
+import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from support import traced
+from support.analysis_command import run_command
 from support.made_traces import training
 from support.reports import METRICS, analysis
 
@@ -97,6 +103,48 @@ def test_several_launches_hosts_and_blocks(tmp_path: Path) -> None:
     analysis("finish", tmp_path)
     found = list_outputs(tmp_path)
     assert [name for name in expected if found.get(name) != expected[name]] == []
+
+
+def check_kills(run: Path, folder: Path, seeds: Iterable[int]) -> int:
+    """Ended without a chance to clean up, at random moments; the next run does all of it. How many were."""
+    analysis("finish", run)
+    expected = list_outputs(run)
+    begun = time.monotonic()
+    analysis("finish", run)
+    longest = time.monotonic() - begun
+    killed = 0
+    for seed in seeds:
+        chance = random.Random(seed)
+        copy = folder / str(seed) / run.name
+        shutil.copytree(run, copy)
+        if chance.random() < 0.7:
+            remove_outputs(copy)
+        (copy / "thesis.tex").write_text("years of work")
+        (copy / "tables").mkdir(exist_ok=True)
+        (copy / "tables" / "mine.csv").write_text("a\n")
+        found = run_command("finish", copy, seconds=chance.uniform(0.02, longest))
+        assert found.code in (0, 1, -signal.SIGALRM), found.err
+        killed += found.code < 0
+        for path in copy.glob(".dlrm-io-analysis-*"):
+            os.utime(path, (1, 1))  # only an old one can be known to be left over
+        analysis("finish", copy)
+        made = list_outputs(copy)
+        assert made.pop("tables/mine.csv") == b"a\n" and (copy / "thesis.tex").read_text() == "years of work"
+        assert sorted(made) == sorted(expected), seed
+        assert not list(copy.glob("**/.dlrm-io-analysis-*")) and not list(copy.glob("**/*.partial")), seed
+        for name in ("summary.json", *(name for name in made if name.endswith((".pftrace", ".csv")))):
+            assert made[name] == expected[name], (seed, name)
+        shutil.rmtree(folder / str(seed))
+    return killed
+
+
+def test_killed_at_any_moment_the_next_run_makes_the_same(run: Path, tmp_path: Path) -> None:
+    check_kills(run, tmp_path, range(2))
+
+
+@pytest.mark.slow
+def test_many_kills(run: Path, tmp_path: Path) -> None:
+    assert check_kills(run, tmp_path, range(100, 240)) >= 54
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")

@@ -15,11 +15,11 @@ def server() -> CommandServer:
     return CommandServer("support.analysis_command")
 
 
-def run_command(*words: object, memory: int | None = None, seconds: int = 120) -> Outcome:
+def run_command(*words: object, memory: int | None = None, seconds: float = 120) -> Outcome:
     return server().run(*words, memory=memory, seconds=seconds)
 
 
-def run_hostile(*words: object, seconds: int = 30) -> Outcome:
+def run_hostile(*words: object, seconds: float = 30) -> Outcome:
     """For input that is made to do harm: within MEMORY and `seconds`."""
     return server().run(*words, memory=MEMORY, seconds=seconds)
 

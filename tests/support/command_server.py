@@ -32,7 +32,7 @@ class CommandServer:
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         )  # fmt: skip
 
-    def run(self, *words: object, memory: int | None = None, seconds: int = 120) -> Outcome:
+    def run(self, *words: object, memory: int | None = None, seconds: float = 120) -> Outcome:
         """memory: bytes that the command may ask for beyond those of an idle process; None: any number."""
         assert self._server.stdin is not None and self._server.stdout is not None
         request = {"argv": [str(word) for word in words], "memory": memory, "seconds": seconds}
@@ -56,7 +56,7 @@ def _programs() -> CommandServer:
     return CommandServer("support.command_server")
 
 
-def run_program(name: str, *words: object, memory: int | None = 8 << 30, seconds: int = 120) -> Outcome:
+def run_program(name: str, *words: object, memory: int | None = 8 << 30, seconds: float = 120) -> Outcome:
     """`python -m NAME WORD...` for dlrm.train, dlrm.bert4rec, dlrm.prep and analysis."""
     return _programs().run(name, *words, memory=memory, seconds=seconds)
 

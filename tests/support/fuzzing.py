@@ -33,7 +33,7 @@ def outcome(
     main: Callable[[list[str]], int | None],
     argv: Iterable[object],
     memory: int | None = MEMORY,
-    seconds: int = SECONDS,
+    seconds: float = SECONDS,
 ) -> Outcome:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         begun = time.monotonic()
@@ -55,7 +55,7 @@ def _run_child(
     out: int,
     err: int,
     memory: int | None,
-    seconds: int,
+    seconds: float,
 ) -> None:
     code = 1
     try:
@@ -69,7 +69,7 @@ def _run_child(
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         code = main(argv) or 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1

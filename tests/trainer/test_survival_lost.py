@@ -128,6 +128,38 @@ def test_many_kills(toy: Path, never_killed: Path, tmp_path: Path, seed: int) ->
     assert all(path.read_text() == "somebody's" for path in foreign)
 
 
+ANYWHERE = [*SAVING, "--validation_freq_within_epoch", 5, "--epochs", 2]
+
+
+@pytest.fixture(scope="module")
+def also_never_killed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("also never killed") / "run"
+    with LiveRanks(folder, 2, *words(toy, *ANYWHERE)) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@pytest.mark.parametrize("seed", range(18))  # three kills each
+def test_many_kills_anywhere(toy: Path, also_never_killed: Path, tmp_path: Path, seed: int) -> None:
+    """In the start-up, in steps and in validations, wherever a clock that starts with a line or not ends."""
+    chance = random.Random(2000 + seed)
+    for kind in ("start-up", "lines", chance.choice(["start-up", "lines"])):
+        with LiveRanks(tmp_path, 2, *words(toy, *ANYWHERE)) as ranks:
+            if kind == "lines":
+                wanted = len(metrics(tmp_path)) + chance.randrange(1, 4)
+                ranks.until(lambda wanted=wanted, ranks=ranks: len(metrics(ranks.folder)) >= wanted)
+            time.sleep(chance.random() / (1 if kind == "start-up" else 20))
+            which = chance.choice([-1, 0, 1])
+            for process in ranks.processes if which < 0 else [ranks.processes[which]]:
+                process.kill()
+            assert -signal.SIGKILL in ranks.wait(BOUND), "the training was over before it was killed"
+    with LiveRanks(tmp_path, 2, *words(toy, *ANYWHERE)) as ranks:
+        assert ranks.wait(BOUND) == [0, 0], ranks.said
+    same(also_never_killed, tmp_path)
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize(("launcher", "rank"), [("", 0), ("", 1), ("mpiexec", 0), ("torchrun", 1)])
 def test_a_suspended_rank_counts_as_lost_after_the_timeout(

@@ -213,7 +213,7 @@ def test_the_build_with_checked_bounds_finds_no_access_outside(
 
 def test_damaged_gzip_streams_give_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.pfw.gz"
-    for seed in range(200):
+    for seed in range(400):
         chance = random.Random(seed)
         path.write_bytes(mutate(gzip.compress(SEED, 1) + gzip.compress(SEED[:5000], 9), chance))
         for text in read_blocks(path, ReadLoss()):
