@@ -33,6 +33,7 @@ STATE: dict[str, Any] = {
     "meter_steps": 2, "metrics_bytes": 10, "metrics_crc32": 7, "world_size": 1,
     "progress": vars(loop.Progress(step=4, val_scores=[0.5], position={
         "epoch": 0, "step": 4, "rows": 100, "segments": [[3, 50], [60, 100]], "seed": 0, "window": None,
+        "block": None,
     })),
 }  # fmt: skip
 
