@@ -11,7 +11,8 @@
 #            OUTPUT_DIR   where the dataset goes (default: DATASET_DIR with -npy appended)
 #            WORKDIR      the project's folder (default: where this script is, or where qsub was called)
 #            NPROC        processes per node (default: its cores)
-#            ARGS         more options of python -m dlrm.prep run
+#            ARGS         more options of python -m dlrm.prep run; for data of other columns than Criteo's
+#                         ARGS="--num_numerical 5 --num_categorical 7" (the label is not counted)
 set -euo pipefail
 script=2_preprocess_dataset.sh
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE, DatasetMeta, array_file_name, split_last_day
+from dlrm.data.criteo import CRITEO, DatasetMeta, array_file_name, split_last_day
 
 ROOT = Path(__file__).parents[1]
 CHANCES = "chances.npy"  # the probabilities from which the test rows' labels were drawn
@@ -37,34 +37,34 @@ def draw_ids(rng: np.random.Generator, rows: int, sizes: list[int]) -> np.ndarra
 
 def rare_clicks(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Three clicks in a hundred, as in Criteo's own logs, a weak signal in ids of large tables."""
-    sizes = [int(size) for size in np.geomspace(4, 60_000, NUM_SPARSE)]
-    ids, dense = draw_ids(rng, rows, sizes), rng.normal(1.5, 1, (rows, NUM_DENSE))
+    sizes = [int(size) for size in np.geomspace(4, 60_000, CRITEO.categorical)]
+    ids, dense = draw_ids(rng, rows, sizes), rng.normal(1.5, 1, (rows, CRITEO.numerical))
     effects = np.random.default_rng(1)
     odds = np.full(rows, -3.75)
-    for table in range(0, NUM_SPARSE, 2):
+    for table in range(0, CRITEO.categorical, 2):
         odds += effects.normal(0, 0.25, sizes[table])[ids[:, table]]
-    return dense, ids, odds + (dense - 1.5) @ effects.normal(0, 0.1, NUM_DENSE)
+    return dense, ids, odds + (dense - 1.5) @ effects.normal(0, 0.1, CRITEO.numerical)
 
 
 def pairs_of_ids(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every second row is a click; only pairs of ids say which, no single field does."""
-    sizes = [30, 50, 40, 60] + [1000] * (NUM_SPARSE - 4)
+    sizes = [30, 50, 40, 60] + [1000] * (CRITEO.categorical - 4)
     ids = np.column_stack([rng.integers(0, size, rows) for size in sizes]).astype(np.int32)
     effects = np.random.default_rng(2)
     odds = np.zeros(rows)
     for one, two in ((0, 1), (2, 3)):
         left, right = effects.normal(0, 1, (sizes[one], 4)), effects.normal(0, 1, (sizes[two], 4))
         odds += (left[ids[:, one]] * right[ids[:, two]]).sum(1)
-    return rng.normal(0, 1, (rows, NUM_DENSE)), ids, odds
+    return rng.normal(0, 1, (rows, CRITEO.numerical)), ids, odds
 
 
 def noise_in_large_tables(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Only the counts mean something; the ids are noise in tables as long as the dataset: easily learned by
     heart. Counts are as they are without a logarithm's help: a few are a thousand times the usual.
     """
-    ids = rng.integers(0, rows // 2, (rows, NUM_SPARSE)).astype(np.int32)
-    dense = rng.lognormal(0, 1.2, (rows, NUM_DENSE))
-    slopes = np.random.default_rng(3).normal(0, 0.5, NUM_DENSE)
+    ids = rng.integers(0, rows // 2, (rows, CRITEO.categorical)).astype(np.int32)
+    dense = rng.lognormal(0, 1.2, (rows, CRITEO.numerical))
+    slopes = np.random.default_rng(3).normal(0, 0.5, CRITEO.numerical)
     return dense, ids, np.log(dense) @ slopes - 1.0
 
 
@@ -74,7 +74,7 @@ Generator = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray, n
 def make_drawn(folder: Path, days: int, rows: int, generate: Generator) -> None:
     """A dataset folder whose labels are drawn from known probabilities."""
     folder.mkdir(parents=True)
-    largest = np.zeros(NUM_SPARSE, np.int64)
+    largest = np.zeros(CRITEO.categorical, np.int64)
     for day in range(days):
         rng = np.random.default_rng([7, day])
         dense, ids, odds = generate(rng, rows)

@@ -78,10 +78,11 @@ def make_lists(folder: str, distinct: int) -> None:
 
 def number(folder: str, distinct: int, least: int) -> None:
     from common.progress import StepProgress
+    from dlrm.data.criteo import CRITEO
     from dlrm.prep.steps.assign_ids import merge_column
 
     work = work_folder(folder, least)
-    sizes = np.zeros((LANES, 26), np.int64)
+    sizes = np.zeros((LANES, CRITEO.categorical), np.int64)
     for lane in range(LANES):
         begin, end = stretch(lane, distinct)
         sizes[lane, 0] = end - begin

@@ -18,7 +18,12 @@ import torchmetrics
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 from torchrec import EmbeddingBagCollection
-from torchrec.datasets.criteo import CAT_FEATURE_COUNT, DEFAULT_CAT_NAMES, InMemoryBinaryCriteoIterDataPipe
+from torchrec.datasets.criteo import (
+    CAT_FEATURE_COUNT,
+    DEFAULT_CAT_NAMES,
+    INT_FEATURE_COUNT,
+    InMemoryBinaryCriteoIterDataPipe,
+)
 from torchrec.distributed import TrainPipelineSparseDist
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
@@ -57,7 +62,7 @@ def make_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Com
     ]  # fmt: skip
     shape: dict[str, Any] = {
         "embedding_bag_collection": EmbeddingBagCollection(tables=tables, device=torch.device("meta")),
-        "dense_in_features": 13,
+        "dense_in_features": INT_FEATURE_COUNT,
         "dense_arch_layer_sizes": args.dense,
         "over_arch_layer_sizes": args.over,
         "dense_device": device,
@@ -146,7 +151,7 @@ def use_our_weights(model: Any, args: argparse.Namespace) -> None:
     from dlrm.models.dlrm.model import build_dlrm
 
     tables = make_table_configs([args.num_embeddings] * CAT_FEATURE_COUNT, args.embedding_dim)
-    ours = build_dlrm(args.interaction, tables, 13, args.dense, args.over, seed=0)
+    ours = build_dlrm(args.interaction, tables, INT_FEATURE_COUNT, args.dense, args.over, seed=0)
     dense = {name: weight for name, weight in ours.state_dict().items() if "sparse_arch" not in name}
     theirs = dict(model.module.named_parameters())
     with torch.no_grad():

@@ -30,6 +30,8 @@ import bound  # next to this file
 import numpy as np
 import torch
 
+from dlrm.data.criteo import CRITEO
+
 ROOT = Path(__file__).parents[1]
 DAYS, WARM_UP, WINDOW = 24, 10, 5
 PAUSE = 4  # seconds before a run
@@ -66,8 +68,8 @@ def make_data(folder: Path, train_rows: int, eval_rows: int, seed: int = 0) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for day in range(DAYS):
         rows = 2 * eval_rows if day == DAYS - 1 else -(-train_rows // (DAYS - 1))
-        dense = np.log1p(random.exponential(8, (rows, 13))).astype(np.float32)
-        sparse = np.exp(random.random((rows, 26)) * np.log(3e7)).astype(np.int32)
+        dense = np.log1p(random.exponential(8, (rows, CRITEO.numerical))).astype(np.float32)
+        sparse = np.exp(random.random((rows, CRITEO.categorical)) * np.log(3e7)).astype(np.int32)
         score = dense[:, 0] - dense[:, 1] + 0.5 * (sparse[:, 0] % 2) - 0.5 * (sparse[:, 1] % 3) - 0.5
         labels = (random.random(rows) < 1 / (1 + np.exp(-score))).astype(np.int32).reshape(-1, 1)
         for part, array in (("dense", dense), ("sparse", sparse), ("labels", labels)):
@@ -243,8 +245,10 @@ def main() -> None:
         rows = max(args.train_rows, args.steps * args.batch_size * args.ranks)
         make_data(here / "data", rows, args.eval_rows)
         compile_modules()
-        flops = bound.operations(13, DENSE, OVER, 26, args.embedding_dim)
-        limit = bound.measure(args.ranks, args.batch_size, args.embedding_dim, 26, args.num_embeddings, flops)
+        flops = bound.operations(CRITEO.numerical, DENSE, OVER, CRITEO.categorical, args.embedding_dim)
+        limit = bound.measure(
+            args.ranks, args.batch_size, args.embedding_dim, CRITEO.categorical, args.num_embeddings, flops
+        )
         runs: dict[str, list[Run]] = {"reference": [], "ours": []}
         for number in range(args.rounds):
             turn = [reference, ours] if number % 2 == 0 else [ours, reference]

@@ -32,6 +32,13 @@ class BenchmarkOptions:
     in_memory_binary_criteo_path: str | None = option(
         None, "a dataset: rows of its test set (default: random rows, ids uniform over the tables)"
     )
+    num_numerical: int | None = option(
+        None, f"numerical columns of random rows (default: {criteo.CRITEO.numerical})"
+    )
+    num_categorical: int | None = option(
+        None, "categorical columns of random rows (default: one for each of --num_embeddings_per_feature, "
+        f"else {criteo.CRITEO.categorical})",
+    )  # fmt: skip
     seed: int = option(0, "of random weights and rows")
     amp: str = option("off", "mixed precision; --amp alone: bf16", ("off", "bf16", "fp16"), bare="bf16")
     compile: bool = option(False, "torch.compile the dense part")
@@ -40,6 +47,7 @@ class BenchmarkOptions:
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:
+        criteo.check_column_counts(self.num_numerical, self.num_categorical)
         check_at_least(1, self, "iterations", "timeout")
         check_at_least(0, self, "seconds", "benchmark_warmup_steps")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -87,7 +95,6 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
         import torch
 
         from dlrm.checkpoint import state
-        from dlrm.data.readers import count_ids, detect_format, scan_dataset
         from dlrm.embeddings import planner
         from dlrm.models.dlrm.build import assemble_model
         from dlrm.models.dlrm.inference import Repetitions, time_batches
@@ -102,17 +109,9 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
         with session.errors_on_all_ranks():
             stored = open_checkpoint(bench.load_checkpoint_path) if bench.load_checkpoint_path else None
             cfg = replace(cfg, model=read_model_options(stored)) if stored else cfg
-            where = bench.in_memory_binary_criteo_path
-            kind = detect_format("stream", where) if where else "random"
-            layout = scan_dataset(kind, where or "")
-            sizes, _ = criteo.choose_table_sizes(
-                cfg.model.num_embeddings,
-                cfg.model.num_embeddings_per_feature,
-                where,
-                cfg.model.max_table_size,
-                count_ids(layout),
-            )
-            module = assemble_model(cfg.model, sizes, device, bench.seed, bench.compile)
+            dataset = open_dataset(cfg, stored)
+            sizes, numerical = dataset.sizes, dataset.columns.numerical
+            module = assemble_model(cfg.model, numerical, sizes, device, bench.seed, bench.compile)
             constraints = planner.load_constraints(cfg.plan.sharding_file) if cfg.plan.sharding_file else None
             made = planner.make_plan(
                 module, device, here, max(bench.batch_sizes) // here.world_size, constraints
@@ -129,7 +128,7 @@ def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[s
         results, repetitions = [], Repetitions(bench.benchmark_warmup_steps, bench.iterations, bench.seconds)
         for size in bench.batch_sizes:
             with session.errors_on_all_ranks():
-                pool = make_batches(bench, size, kind, layout, sizes, here)
+                pool = make_batches(bench, size, dataset, here)
             results.append({"batch_size": size, **time_batches(model, pool, repetitions, device)})
     return results, {"device": device.type, "tables": len(sizes), "table_rows": sum(sizes), **asdict(cfg)}
 
@@ -148,15 +147,48 @@ def open_checkpoint(given: str) -> Any:
         raise UserError(f"--load_checkpoint_path {given}: {error}") from None
 
 
-def make_batches(
-    bench: BenchmarkOptions, size: int, kind: str, layout: Any, sizes: list[int], here: Ranks
-) -> list[Any]:
+@dataclass(frozen=True)
+class BenchDataset:
+    """The rows that are scored: of a dataset's test set, or random."""
+
+    kind: str  # see dlrm.data.readers
+    layout: Any
+    columns: criteo.Columns
+    sizes: list[int]  # rows of each table
+
+
+def open_dataset(cfg: BenchConfig, stored: Any) -> BenchDataset:
+    from dlrm.data.readers import count_ids, detect_format, scan_dataset
+    from dlrm.models.dlrm.stored_model import read_numerical
+
+    bench, model, known = cfg.bench, cfg.model, None
+    where = bench.in_memory_binary_criteo_path
+    kind = detect_format("stream", where) if where else "random"
+    layout = scan_dataset(kind, where or "")
+    if where:
+        columns, known = layout.columns, layout.table_sizes
+    else:
+        numerical = read_numerical(stored) if stored and bench.num_numerical is None else bench.num_numerical
+        each = model.num_embeddings_per_feature
+        columns = criteo.choose_random_columns(numerical, bench.num_categorical, each)
+    sizes, _ = criteo.choose_table_sizes(
+        model.num_embeddings, model.num_embeddings_per_feature, columns.categorical, known,
+        model.max_table_size, count_ids(layout),
+    )  # fmt: skip
+    return BenchDataset(kind, layout, columns, sizes)
+
+
+def make_batches(bench: BenchmarkOptions, size: int, dataset: BenchDataset, here: Ranks) -> list[Any]:
     """This rank's share of the batches that are scored."""
     from dlrm.data.collate import BatchCollator
     from dlrm.data.readers import open_source
     from dlrm.models.dlrm.inference import POOL, take_batches
 
-    source = open_source(kind, layout, "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed)
+    layout, sizes = dataset.layout, dataset.sizes
+    source = open_source(
+        dataset.kind, layout, "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed,
+        numerical=dataset.columns.numerical,
+    )  # fmt: skip
     try:
         return take_batches(
             source, BatchCollator(sizes, True), "batch_sizes", size, here.rank, here.world_size

@@ -1,7 +1,9 @@
 """What the tests of training share: a small dataset made by the real preprocessing, and real ranks."""
 
+import functools
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,25 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         return Finished(folder, [0], [""], [""], time.monotonic() - begun)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def other_columns(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """`other_columns(numerical, categorical)`: a folder with 3 days of text in `tsv`, and its dataset in
+    `npy`, by the reference engine. Made once.
+    """
+    from dlrm.prep.__main__ import main
+
+    @functools.cache
+    def make(numerical: int, categorical: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"columns{numerical}+{categorical}")
+        counts = ["--num_numerical", str(numerical), "--num_categorical", str(categorical)]
+        tsv, npy = str(folder / "tsv"), str(folder / "npy")
+        assert main(["toy", tsv, "--days", "3", "--rows", "500", *counts]) == 0
+        assert main(["run", "--input_dir", tsv, "--output_dir", npy, "--engine", "plain"]) == 0
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -11,18 +11,19 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dlrm.data.criteo import NUM_SPARSE, SPARSE_NAMES
+from dlrm.data.criteo import name_features
 from dlrm.data.rows import Rows
 from dlrm.runtime.errors import UserError
 
 RowLocator = Callable[[int, str], str]  # (row of the batch, part) -> file and row, for messages
-# lengths int32 [26 n] and offsets int32 [26 n + 1] of a KeyedJaggedTensor; per key: length, offset
+# of a KeyedJaggedTensor: lengths int32 [features n], offsets int32 [features n + 1]; per key: length, offset
 IndexTensors = tuple[torch.Tensor, torch.Tensor, list[int], list[int]]
 
 
 class BatchCollator:
     """table_sizes: rows of each table, or None: ids are not changed. fold: ids beyond their table are
-    replaced by their remainder, else they are an error. make_multi_hot: ids [26, n] -> 26 arrays [n, k].
+    replaced by their remainder, else they are an error. make_multi_hot: ids [features, n] -> an array [n, k]
+    of each.
     """
 
     def __init__(
@@ -32,17 +33,18 @@ class BatchCollator:
         pin_memory: bool = False,
         make_multi_hot: "Callable[[np.ndarray], list[np.ndarray]] | None" = None,
     ) -> None:
-        if table_sizes is not None and (len(table_sizes) != NUM_SPARSE or min(table_sizes) < 1):
-            raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
+        if table_sizes is not None and min(table_sizes) < 1:
+            raise UserError("--num_embeddings_per_feature: sizes of at least 1 are needed")
         self.sizes = None if table_sizes is None else np.array(table_sizes, np.int64)
         self.fold, self.make_multi_hot = fold, make_multi_hot
         # without a GPU there is nothing to copy to
         self.pin_memory = pin_memory and torch.cuda.is_available()
-        self.index = {name: number for number, name in enumerate(SPARSE_NAMES)}
+        self.names, self.index = [], {}  # of the features, known with the first batch
         self._index_tensors: dict[tuple[int, tuple[int, ...]], IndexTensors] = {}
 
     def __call__(self, rows: Rows, locate: RowLocator) -> Batch:
         n = len(rows.labels)
+        self._name_features(len(rows.sparse) if isinstance(rows.sparse, list) else rows.sparse.shape[1])
         check_dense(rows.dense, locate)
         check_labels(rows.labels, locate)
         if isinstance(rows.sparse, list):
@@ -50,9 +52,9 @@ class BatchCollator:
             features = [ids.reshape(-1) for ids in rows.sparse]
             values = np.concatenate(features)
         else:
-            values = np.empty((NUM_SPARSE, n), np.int32)
+            values = np.empty((len(self.names), n), np.int32)
             np.copyto(values, rows.sparse.T)
-            ids_per_row = (1,) * NUM_SPARSE
+            ids_per_row = (1,) * len(self.names)
         self._fit_tables(values.reshape(-1), n, ids_per_row, locate)
         if self.make_multi_hot is not None:
             features = self.make_multi_hot(values)
@@ -61,13 +63,20 @@ class BatchCollator:
         batch = self._batch(rows, torch.from_numpy(values.reshape(-1)), ids_per_row)
         return batch.pin_memory() if self.pin_memory else batch
 
+    def _name_features(self, count: int) -> None:
+        if self.sizes is not None and len(self.sizes) != count:
+            raise UserError(f"--num_embeddings_per_feature: {count} sizes are needed, not {len(self.sizes)}")
+        if len(self.names) != count:
+            self.names = name_features(count)
+            self.index = {name: number for number, name in enumerate(self.names)}
+
     def _batch(self, rows: Rows, values: torch.Tensor, ids_per_row: tuple[int, ...]) -> Batch:
         n = len(rows.labels)
         lengths, offsets, length_per_key, offset_per_key = self._make_index_tensors(n, ids_per_row)
         return Batch(
             dense_features=torch.from_numpy(rows.dense.copy()),
             sparse_features=KeyedJaggedTensor(
-                keys=SPARSE_NAMES,
+                keys=self.names,
                 values=values,
                 lengths=lengths,
                 offsets=offsets,
@@ -99,7 +108,7 @@ class BatchCollator:
         ends = np.cumsum(ids_per_row) * n
         # as unsigned integers negative ids are large ones
         highest = np.maximum.reduceat(values.view(np.uint32), ends - n * np.array(ids_per_row))
-        limits = np.full(NUM_SPARSE, 1 << 31) if self.sizes is None else self.sizes
+        limits = np.full(len(self.names), 1 << 31) if self.sizes is None else self.sizes
         for feature in np.flatnonzero(highest >= limits):
             ids = values[ends[feature] - n * ids_per_row[feature] : ends[feature]]
             if self.fold and self.sizes is not None:
@@ -109,7 +118,7 @@ class BatchCollator:
             worst = int(np.argmax(ids.view(np.uint32) >= limits[feature]))
             part = "sparse" if len(set(ids_per_row)) == 1 and ids_per_row[0] == 1 else str(feature)
             raise UserError(
-                f"{locate(worst // ids_per_row[feature], part)}: id {ids[worst]} of {SPARSE_NAMES[feature]} "
+                f"{locate(worst // ids_per_row[feature], part)}: id {ids[worst]} of {self.names[feature]} "
                 f"is outside its table of {limits[feature]} rows: give larger --num_embeddings_per_feature"
             )
 

@@ -1,4 +1,7 @@
-"""What a Criteo dataset folder looks like: columns, days, file names, and its description `meta.json`."""
+"""What a dataset folder looks like: columns, days, file names, and its description `meta.json`.
+
+Rows have a label, numerical columns and categorical ones, as Criteo's: how many is in `Columns`.
+"""
 
 import json
 import os
@@ -11,11 +14,10 @@ from typing import Any
 from common.errors import UserError, os_errors_as_user_errors, printable, quote_for_shell
 from common.inputs import read_json_object
 
-NUM_DENSE = 13
-NUM_SPARSE = 26
 DAYS = 24
-SPARSE_NAMES = [f"cat_{i}" for i in range(NUM_SPARSE)]
-PARTS = {"dense": NUM_DENSE, "sparse": NUM_SPARSE, "labels": 1}  # file kind -> columns
+PARTS = ("dense", "sparse", "labels")  # kinds of files: numerical columns, categorical ones, labels
+LABEL = "label"
+MOST_COLUMNS = 1024  # numerical ones, and categorical ones
 META = "meta.json"
 DAY_NUMBER = "(0|[1-9][0-9]{0,17})"  # in the name of a day's file
 META_VERSION = 1
@@ -23,6 +25,59 @@ LARGEST_META = 16 << 20  # bytes; a real one has a few thousand
 MOST_DAYS = 10_000
 MOST_ROWS = 1 << 48  # of a day, as in npy_header
 MOST_IDS = 1 << 32  # of a column: raw hashes have 32 bits
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How many columns the rows of a dataset have, besides the label."""
+
+    numerical: int  # may be 0
+    categorical: int  # a table each, at least one
+
+    def __post_init__(self) -> None:
+        check_column_counts(self.numerical, self.categorical)
+
+    @property
+    def total(self) -> int:
+        """Columns of a line of text, the label among them."""
+        return 1 + self.numerical + self.categorical
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Kind of file -> its columns."""
+        return dict(zip(PARTS, (self.numerical, self.categorical, 1), strict=True))
+
+    @property
+    def numerical_names(self) -> list[str]:
+        """I1, I2 ..: as in Parquet files and messages."""
+        return [f"I{number + 1}" for number in range(self.numerical)]
+
+    @property
+    def categorical_names(self) -> list[str]:
+        return [f"C{number + 1}" for number in range(self.categorical)]
+
+    @property
+    def names(self) -> list[str]:
+        """The columns of a Parquet file."""
+        return [LABEL, *self.numerical_names, *self.categorical_names]
+
+    def __str__(self) -> str:
+        return f"{self.numerical} numerical and {self.categorical} categorical columns"
+
+
+def check_column_counts(numerical: int | None, categorical: int | None) -> None:
+    """UserError where a number of columns, if it is given, is not possible."""
+    for name, count, least in (("numerical", numerical, 0), ("categorical", categorical, 1)):
+        if count is not None and not least <= count <= MOST_COLUMNS:
+            raise UserError(f"--num_{name} {count}: must be from {least} to {MOST_COLUMNS}")
+
+
+CRITEO = Columns(numerical=13, categorical=26)
+
+
+def name_features(count: int) -> list[str]:
+    """The names of the categorical columns, in the model and its checkpoints."""
+    return [f"cat_{number}" for number in range(count)]
 
 
 def array_file_name(day: int, part: str) -> str:
@@ -35,7 +90,7 @@ def multi_hot_file_name(day: int) -> str:
 
 @dataclass(frozen=True)
 class DatasetMeta:
-    """What meta.json says of a dataset, so that options need not repeat it (26 table sizes)."""
+    """What meta.json says of a dataset, so that options need not repeat it (a size for each table)."""
 
     rows: list[int]  # per day
     table_sizes: list[int]  # largest id + 1, per sparse column
@@ -47,6 +102,12 @@ class DatasetMeta:
     made_by: str = ""
     md5: dict[str, str] = field(default_factory=dict)  # file name -> digest
     version: int = META_VERSION
+    num_numerical: int = CRITEO.numerical  # not in the folders of earlier versions, which are Criteo's
+    num_categorical: int = CRITEO.categorical
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.num_numerical, self.num_categorical)
 
     @property
     def days(self) -> int:
@@ -84,7 +145,13 @@ class DatasetMeta:
             if not is_valid(value):
                 shown = printable(json.dumps(value)[:60])
                 raise UserError(f"{named}: {key} is {shown}, expected {expected}; {remake}")
-        return cls(**values)
+        meta = cls(**values)
+        if len(meta.table_sizes) != meta.num_categorical:
+            raise UserError(
+                f"{named}: table_sizes has {len(meta.table_sizes)} numbers, num_categorical is "
+                f"{meta.num_categorical}; {remake}"
+            )
+        return meta
 
 
 def _are_counts(value: Any, lengths: range, most: int) -> bool:
@@ -117,8 +184,8 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"a list of 1 to {MOST_DAYS} numbers of rows",
     ),
     "table_sizes": (
-        lambda value: _are_counts(value, range(NUM_SPARSE, NUM_SPARSE + 1), MOST_IDS),
-        f"{NUM_SPARSE} table sizes, numbers from 0 to {MOST_IDS}",
+        lambda value: _are_counts(value, range(1, MOST_COLUMNS + 1), MOST_IDS),
+        f"a table size for each categorical column, numbers from 0 to {MOST_IDS}",
     ),
     "dtypes": (
         lambda value: _are_texts(value) and set(value) == set(PARTS) and set(value.values()) <= DTYPE_NAMES,
@@ -142,6 +209,14 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
         "names of the dataset's files, each with 32 hexadecimal digits",
     ),
     "version": (lambda value: type(value) is int, "a number"),
+    "num_numerical": (
+        lambda value: type(value) is int and 0 <= value <= MOST_COLUMNS,
+        f"a number from 0 to {MOST_COLUMNS}",
+    ),
+    "num_categorical": (
+        lambda value: type(value) is int and 1 <= value <= MOST_COLUMNS,
+        f"a number from 1 to {MOST_COLUMNS}",
+    ),
 }
 DTYPE_NAMES = {"float32", "int32", "int64"}
 
@@ -213,19 +288,31 @@ def count_days(numbers: set[int], folder: Path, meta: DatasetMeta | None) -> int
 DEFAULT_TABLE_SIZE = 100_000
 
 
+def choose_random_columns(
+    numerical: int | None, categorical: int | None, sizes: Sequence[int] | None
+) -> Columns:
+    """The columns of random data: as given, else one for each of the table sizes, else Criteo's."""
+    tables = len(sizes) if sizes else CRITEO.categorical
+    return Columns(
+        CRITEO.numerical if numerical is None else numerical, tables if categorical is None else categorical
+    )
+
+
 def choose_table_sizes(
     every: int | None,
     each: Sequence[int] | None,
-    folder: str | os.PathLike[str] | None,
+    tables: int,
+    known: Sequence[int] | None,
     most: int | None = None,
     counted: Sequence[int] | None = None,
 ) -> tuple[list[int], bool]:
-    """Rows per table: as asked, else from meta.json; and whether ids must be folded into them.
+    """Rows per table: as asked, else as meta.json says; and whether ids must be folded into them.
 
-    most: larger tables get this many rows, and ids are folded. counted: different ids of each column, where
-    ids are numbered while they are read; then they replace meta.json's sizes, and less is refused.
+    tables: the categorical columns. known: meta.json's sizes, None without one. most: larger tables get this
+    many rows, and ids are folded. counted: different ids of each column, where ids are numbered while they
+    are read; then they replace meta.json's sizes, and less is refused.
     """
-    sizes, fold = _find_table_sizes(every, each, folder if counted is None else None)
+    sizes, fold = _find_table_sizes(every, each, tables, known if counted is None else None)
     if counted is not None:
         if every is None and each is None:
             sizes = list(counted)
@@ -246,12 +333,12 @@ def _refuse_small_tables(sizes: Sequence[int], counted: Sequence[int], option: s
 
 
 def _find_table_sizes(
-    every: int | None, each: Sequence[int] | None, folder: str | os.PathLike[str] | None
+    every: int | None, each: Sequence[int] | None, tables: int, known: Sequence[int] | None
 ) -> tuple[list[int], bool]:
     if each is not None:
-        if len(each) != NUM_SPARSE:
-            raise UserError(f"--num_embeddings_per_feature: {len(each)} sizes, {NUM_SPARSE} expected")
+        if len(each) != tables:
+            raise UserError(f"--num_embeddings_per_feature: {len(each)} sizes, {tables} expected")
         return list(each), True
-    if every is None and folder is not None and os.path.lexists(Path(folder) / META):
-        return [max(size, 1) for size in DatasetMeta.load(folder).table_sizes], False
-    return [every or DEFAULT_TABLE_SIZE] * NUM_SPARSE, True
+    if every is None and known is not None:
+        return [max(size, 1) for size in known], False
+    return [every or DEFAULT_TABLE_SIZE] * tables, True

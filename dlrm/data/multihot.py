@@ -1,8 +1,9 @@
 """Several ids per row and feature: read from `day_N_sparse_multi_hot.npz`, or made from one id by tables.
 
-The .npz members 0.npy to 25.npy (int32 [rows, k]) are not compressed, so they are read like .npy files at an
-offset. The tables are MLCommons': row i of a feature's table is i followed by k - 1 random ids, all drawn one
-after the other from numpy's legacy generator with seed 0, so that every rank and every tool has the same.
+The .npz members 0.npy, 1.npy ... (int32 [rows, k]), one for each feature, are not compressed, so they are
+read like .npy files at an offset. The tables are MLCommons': row i of a feature's table is i followed by
+k - 1 random ids, all drawn one after the other from numpy's legacy generator with seed 0, so that every rank
+and every tool has the same.
 """
 
 import os
@@ -15,7 +16,7 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.memory import refuse_too_large
-from dlrm.data.criteo import NUM_SPARSE, array_file_name, multi_hot_file_name
+from dlrm.data.criteo import MOST_COLUMNS, array_file_name, multi_hot_file_name
 from dlrm.data.npy import CountingFile, NpyFile, NpyLayout, describe_array, open_array, scan_npy
 from dlrm.data.rows import SourceKind
 from dlrm.data.stream import open_stream
@@ -36,7 +37,7 @@ def scan_multi_hot_files(folder: str | os.PathLike[str]) -> NpyLayout:
         lambda d, part: multi_hot_file_name(d) if part == "sparse" else array_file_name(d, part),
         open_npz_or_npy,
     )
-    for feature in range(NUM_SPARSE):
+    for feature in range(layout.columns.categorical):
         files = layout.parts[str(feature)]
         other = next((file for file in files if file.columns != files[0].columns), None)
         if other:
@@ -48,17 +49,21 @@ def scan_multi_hot_files(folder: str | os.PathLike[str]) -> NpyLayout:
     return layout
 
 
-def open_npz_or_npy(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
-    return open_npz(path, bytes_read) if part == "sparse" else open_array(path, part, bytes_read)
+def open_npz_or_npy(
+    path: str, part: str, columns: int | None, bytes_read: dict[str, int]
+) -> dict[str, NpyFile]:
+    if part == "sparse":
+        return open_npz(path, columns, bytes_read)
+    return open_array(path, part, columns, bytes_read)
 
 
-def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
-    """Feature -> where its member's rows are in the file."""
+def open_npz(path: str, features: int | None, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
+    """Feature -> where its member's rows are in the file. `features`: None: as many as it has members."""
     found = {}
     with CountingFile(path, bytes_read) as file:
         size = os.fstat(file.fileno()).st_size
         members = list_members(file)
-        for feature in range(NUM_SPARSE):
+        for feature in range(features or max(1, min(len(members), MOST_COLUMNS))):
             name = f"{feature}.npy"
             if name not in members:
                 raise ValueError(f"has no member {name}")
@@ -78,7 +83,7 @@ def open_npz(path: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
 
 
 class _DirectoryFile:
-    """What `zipfile` reads the list of members from: never more bytes at once than a list of 26 may have."""
+    """What `zipfile` reads the list of members from: never more bytes at once than a real list may have."""
 
     LONGEST = 1 << 20
 
@@ -108,17 +113,19 @@ def list_members(file: CountingFile) -> dict[str, zipfile.ZipInfo]:
 
 
 class MultiHotMaker:
-    """One id per feature -> k ids, by table. Call it with int32 [26, n]; returns 26 int32 arrays [n, k]."""
+    """One id per feature -> k ids, by table. Call it with int32 [features, n]; returns an int32 array [n, k]
+    of each.
+    """
 
     def __init__(self, table_sizes: Sequence[int], ids_per_row: Sequence[int], distribution: str = "uniform"):
         if distribution not in DISTRIBUTIONS:
             raise UserError(
                 f"--multi_hot_distribution_type {distribution}: choose from {', '.join(DISTRIBUTIONS)}"
             )
-        if len(ids_per_row) != NUM_SPARSE or min(ids_per_row) < 1:
-            raise UserError(f"--multi_hot_sizes: {NUM_SPARSE} numbers of at least 1 are needed")
-        if len(table_sizes) != NUM_SPARSE or min(table_sizes) < 1:
-            raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
+        if len(ids_per_row) != len(table_sizes) or min(ids_per_row) < 1:
+            raise UserError(f"--multi_hot_sizes: {len(table_sizes)} numbers of at least 1 are needed")
+        if min(table_sizes) < 1:
+            raise UserError("--num_embeddings_per_feature: sizes of at least 1 are needed")
         size = sum(4 * rows * count for rows, count in zip(table_sizes, ids_per_row, strict=True))
         refuse_too_large(size, "--multi_hot_sizes with tables of this length", "give smaller sizes or tables")
         state = np.random.RandomState(0)

@@ -20,6 +20,7 @@ from dlrm.data.criteo import (
     DAY_NUMBER,
     META,
     PARTS,
+    Columns,
     DatasetMeta,
     array_file_name,
     count_days,
@@ -54,6 +55,11 @@ class NpyLayout:
     parts: dict[str, list[NpyFile]]
     table_sizes: list[int] | None = None
     bytes_read: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> Columns:
+        features = 0 if "sparse" in self.parts else sum(part.isdigit() for part in self.parts)
+        return Columns(self.parts["dense"][0].columns, features or self.parts["sparse"][0].columns)
 
     def days(self, stage: str) -> list[tuple[int, range]]:
         return rows_of_stage([file.rows for file in self.parts["dense"]], stage)
@@ -100,17 +106,21 @@ class CountingFile(FileIO):
 
 
 def describe_array(
-    file: CountingFile, at: int, size: int, dtypes: tuple[str, ...], columns: int | None
+    file: CountingFile, at: int, size: int, dtypes: tuple[str, ...], columns: int | None, least: int = 1
 ) -> NpyFile:
-    """The array that begins at byte `at` and has `size` bytes; ValueError says what is wrong with it."""
+    """The array that begins at byte `at` and has `size` bytes; ValueError says what is wrong with it.
+
+    `columns`: how many it must have, None: at least `least`.
+    """
     if not 0 <= at <= at + size <= os.fstat(file.fileno()).st_size:
         raise ValueError("is beyond the end of the file")
     file.seek(at)
     shape, dtype, length = header = read_npy_header(file.read_up_to)
     if len(shape) == 1 and columns == 1:
         shape = (shape[0], 1)
-    if len(shape) != 2 or shape[1] < 1 or shape[1] != (columns or shape[1]):
-        raise ValueError(f"has shape {list(shape)}, expected [rows, {columns or 'ids per row'}]")
+    if len(shape) != 2 or (shape[1] < least if columns is None else shape[1] != columns):
+        wanted = "columns" if columns is None else columns
+        raise ValueError(f"has shape {list(shape)}, expected [rows, {wanted}]")
     if dtype.name not in dtypes or not dtype.isnative:
         raise ValueError(f"holds {dtype}, expected {' or '.join(dtypes)}")
     if size != header.size:
@@ -119,13 +129,13 @@ def describe_array(
 
 
 Names = Callable[[int, str], str]
-Opener = Callable[[str, str, dict[str, int]], dict[str, NpyFile]]
+Opener = Callable[[str, str, int | None, dict[str, int]], dict[str, NpyFile]]
 
 
-def open_array(path: str, part: str, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
+def open_array(path: str, part: str, columns: int | None, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
     with CountingFile(path, bytes_read) as file:
         size = os.fstat(file.fileno()).st_size
-        return {part: describe_array(file, 0, size, DTYPES[part], PARTS[part])}
+        return {part: describe_array(file, 0, size, DTYPES[part], columns, part != "dense")}
 
 
 def scan_npy(
@@ -133,18 +143,24 @@ def scan_npy(
     name: Names = array_file_name,
     opener: Opener = open_array,
 ) -> NpyLayout:
-    """Find the days of a folder and check every file; UserError names all that are bad."""
+    """Find the days of a folder and check every file; UserError names all that are bad.
+
+    The files have the columns that meta.json gives; without one, those of the first day.
+    """
     root = Path(folder).absolute()
     meta = DatasetMeta.load(root) if os.path.lexists(root / META) else None
     days, name = find_days(root, name, meta)
     layout = NpyLayout(str(root), {}, meta.table_sizes if meta else None)
     bad: list[str] = []
+    columns: dict[str, int] = meta.columns.parts if meta else {"labels": 1}
     for day in range(days):
         found: dict[str, NpyFile] = {}
         for part in PARTS:
             path = str(root / name(day, part))
             try:
-                found.update(opener(path, part, layout.bytes_read))
+                opened = opener(path, part, columns.get(part), layout.bytes_read)
+                columns.setdefault(part, opened[part].columns if part in opened else len(opened))
+                found.update(opened)
             except FileNotFoundError:
                 dangling = " (it is a link to a file that is not there)" if os.path.islink(path) else ""
                 bad.append(f"{printable(path)} is missing{dangling}")

@@ -1,4 +1,4 @@
-"""Parquet: columns label, I1..I13, C1..C26; subsets train, val and test, or days as in the .npy layout.
+"""Parquet: columns label, I1, I2 .., C1, C2 ..; subsets train, val and test, or days as in the .npy layout.
 
 A subset or day is one file (train.parquet) or a folder of files (train/*.parquet). Row groups are read whole
 through a Python file, so that its bytes are counted and DFTracer sees them; the group read last is kept.
@@ -19,9 +19,9 @@ from common.memory import refuse_too_large
 from dlrm.data import parquet_ids
 from dlrm.data.criteo import (
     DAY_NUMBER,
+    LABEL,
     META,
-    NUM_DENSE,
-    NUM_SPARSE,
+    Columns,
     DatasetMeta,
     count_days,
     join_flaws,
@@ -32,11 +32,8 @@ from dlrm.data.rows import STAGES, Rows, SourceKind, batch_key
 from dlrm.data.shuffle import join_rows
 from dlrm.runtime.trace import span
 
-LABEL = "label"
-DENSE = [f"I{n}" for n in range(1, NUM_DENSE + 1)]
-SPARSE = [f"C{n}" for n in range(1, NUM_SPARSE + 1)]
-COLUMNS = [LABEL, *DENSE, *SPARSE]
-ROW_BYTES = 3 * 4 * len(COLUMNS)  # in memory: a decoded row group of 64-bit ids, and our arrays of it
+FIELD_BYTES = 3 * 4  # in memory: a decoded row group of 64-bit ids, and our arrays of it
+NUMBERED = re.compile("([IC])([1-9][0-9]{0,5})")  # the name of a column
 FREE_ROWS = 1 << 20  # of a row group, whatever the file's size
 ROWS_PER_BYTE = 1  # of a larger one: 40 columns of real rows take many bytes
 
@@ -52,6 +49,7 @@ class ParquetFile:
 class ParquetLayout:
     folder: str
     files: dict[str, list[ParquetFile]]  # by subset (train, val, test) or by day (0, 1, ...)
+    columns: Columns
     table_sizes: list[int] | None = None
     bytes_read: dict[str, int] = field(default_factory=dict)
     shared_ids: bool = False  # OneFlow's form: ids are no rows of tables, counts come without logarithm
@@ -80,10 +78,13 @@ class ParquetLayout:
 
 
 def scan_parquet(folder: str | os.PathLike[str]) -> ParquetLayout:
-    """Find the files and check their columns; UserError names all that are bad."""
+    """Find the files and check their columns; UserError names all that are bad.
+
+    They have the columns that meta.json gives; without one, those of the first file.
+    """
     root = Path(folder).absolute()
     meta = DatasetMeta.load(root) if os.path.lexists(root / META) else None
-    layout = ParquetLayout(str(root), {}, meta.table_sizes if meta else None)
+    columns, files, bytes_read = meta.columns if meta else None, {}, {}
     bad: list[str] = []
     for name, stem in find_subsets(root, meta).items():
         one, several = root / f"{stem}.parquet", root / stem
@@ -93,31 +94,34 @@ def scan_parquet(folder: str | os.PathLike[str]) -> ParquetLayout:
             bad.append(f"{printable(one)} is missing")
         for path in paths:
             try:
-                file = open_parquet(str(path), layout.bytes_read)
-                layout.files.setdefault(name, []).append(file)
+                file, columns = open_parquet(str(path), columns, bytes_read)
+                files.setdefault(name, []).append(file)
             except (OSError, *DAMAGED) as error:
                 bad.append(f"{printable(path)} {describe_error(error)}")
     if bad:
         raise UserError(join_flaws(root, bad) + ": restore these files or make the dataset again")
+    assert columns is not None  # a folder without files is bad
     if meta:
-        layout.shared_ids = bool(meta.parameters.get("mod_idx"))
+        shared = bool(meta.parameters.get("mod_idx"))
     else:
-        footers = [file.metadata for files in layout.files.values() for file in files]
-        layout.shared_ids = parquet_ids.have_shared_ids(parquet_ids.find_id_ranges(footers, SPARSE))
-    return layout
+        footers = [file.metadata for each in files.values() for file in each]
+        ranges = parquet_ids.find_id_ranges(footers, columns.categorical_names)
+        shared = parquet_ids.have_shared_ids(ranges)
+    return ParquetLayout(str(root), files, columns, meta.table_sizes if meta else None, bytes_read, shared)
 
 
 def collect_ids(layout: ParquetLayout) -> parquet_ids.IdNumbering:
     """Read the id columns of all files, once."""
-    collector = parquet_ids.IdCollector(NUM_SPARSE, printable(layout.folder))
+    names = layout.columns.categorical_names
+    collector = parquet_ids.IdCollector(len(names), printable(layout.folder))
     for files in layout.files.values():
         for file in files:
             with CountingFile(file.path, layout.bytes_read) as handle:
                 for number in range(file.metadata.num_row_groups):
-                    refuse_large_group(file, number)
+                    refuse_large_group(file, number, layout.columns)
                     try:
-                        table = read_group(handle, file, number, SPARSE)
-                        for column, name in enumerate(SPARSE):
+                        table = read_group(handle, file, number, names)
+                        for column, name in enumerate(names):
                             collector.add(column, to_array(table.column(name).unique(), name, np.int64))
                     except (OSError, *DAMAGED) as error:
                         raise UserError(
@@ -157,25 +161,42 @@ def find_subsets(root: Path, meta: DatasetMeta | None = None) -> dict[str, str]:
     )
 
 
-def open_parquet(path: str, bytes_read: dict[str, int]) -> ParquetFile:
+def open_parquet(
+    path: str, columns: Columns | None, bytes_read: dict[str, int]
+) -> tuple[ParquetFile, Columns]:
+    """A file with these columns, or with those that its schema has; ValueError for others."""
     with CountingFile(path, bytes_read) as file:
         size = os.fstat(file.fileno()).st_size
         metadata = pq.read_metadata(file)
     schema = metadata.schema.to_arrow_schema()
-    missing = [name for name in COLUMNS if name not in schema.names]
+    columns = columns or count_columns(schema.names)
+    names, ids = columns.names, set(columns.categorical_names)
+    missing = [name for name in names if name not in schema.names]
     if missing:
         raise ValueError(f"has no column {', '.join(missing)}")
-    for name in COLUMNS:
+    for name in names:
         if schema.names.count(name) > 1:
             raise ValueError(f"has several columns {name}")
         kind = schema.field(name).type
-        if not (pa.types.is_integer(kind) or (name not in SPARSE and pa.types.is_floating(kind))):
+        dense = name not in ids
+        if not (pa.types.is_integer(kind) or (dense and pa.types.is_floating(kind))):
             raise ValueError(
-                f"holds {printable(kind)[:60]} in column {name}, expected "
-                f"{'float' if name in DENSE else 'int32'}"
+                f"holds {printable(kind)[:60]} in column {name}, expected {'float' if dense else 'int32'}"
             )
     check_row_groups(metadata, size)
-    return ParquetFile(path, metadata.num_rows, metadata)
+    return ParquetFile(path, metadata.num_rows, metadata), columns
+
+
+def count_columns(names: list[str]) -> Columns:
+    """From the highest number of each kind of name; ValueError where it is impossible."""
+    most = {"I": 0, "C": 1}
+    for name in names:
+        if found := NUMBERED.fullmatch(name):
+            most[found[1]] = max(most[found[1]], int(found[2]))
+    try:
+        return Columns(most["I"], most["C"])
+    except UserError:
+        raise ValueError(f"has columns I1 to I{most['I']} and C1 to C{most['C']}: too many") from None
 
 
 def check_row_groups(metadata: Any, size: int) -> None:
@@ -211,7 +232,8 @@ class ParquetSource:
     def __init__(self, layout: ParquetLayout, stage: str) -> None:
         self.batch_key = batch_key(stage)
         self.bytes_read, self.batch = layout.bytes_read, 0
-        self.row_bytes = 4 * len(COLUMNS)
+        self.columns = layout.columns
+        self.row_bytes = 4 * len(self.columns.names)
         self.numbering = layout.number_ids()
         self.groups: list[RowGroup] = []
         for file, wanted in layout.pieces(stage):
@@ -220,7 +242,7 @@ class ParquetSource:
                 size = file.metadata.row_group(number).num_rows
                 rows = range(max(wanted.start - first, 0), min(wanted.stop - first, size))
                 if len(rows):
-                    refuse_large_group(file, number)
+                    refuse_large_group(file, number, self.columns)
                     self.groups.append(RowGroup(file, number, first, rows))
                 first += size
         self.starts = np.cumsum([0] + [len(group.rows) for group in self.groups])
@@ -249,7 +271,7 @@ class ParquetSource:
                 reading.update(bytes=self.bytes_read.get(path, 0) - before)
             try:
                 part = table.slice(group.rows.start, len(group.rows))
-                self._held = table_to_rows(part, self.numbering)
+                self._held = table_to_rows(part, self.columns, self.numbering)
             except DAMAGED as error:
                 raise UserError(
                     f"{printable(path)}, row group {group.number}: {describe_error(error)}: make it again"
@@ -263,7 +285,7 @@ class ParquetSource:
             if self._handle is None or self._handle.path != path:
                 self.close()
                 self._handle = CountingFile(path, self.bytes_read)
-            return read_group(self._handle, group.file, group.number, COLUMNS)
+            return read_group(self._handle, group.file, group.number, self.columns.names)
         except (OSError, *DAMAGED) as error:
             raise UserError(
                 f"{printable(path)}, row group {group.number}: {describe_error(error)}: restore the file"
@@ -286,12 +308,13 @@ class ParquetSource:
             self._handle = None
 
 
-def refuse_large_group(file: ParquetFile, number: int) -> None:
+def refuse_large_group(file: ParquetFile, number: int, columns: Columns) -> None:
     rows = file.metadata.row_group(number).num_rows
     refuse_too_large(
-        rows * ROW_BYTES, f"{printable(file.path)}: row group {number} of {rows} rows",
+        rows * FIELD_BYTES * len(columns.names),
+        f"{printable(file.path)}: row group {number} of {rows} rows",
         "write the file with smaller row groups",
-    )  # fmt: skip
+    )
 
 
 def read_group(handle: CountingFile, file: ParquetFile, number: int, columns: list[str]) -> Any:
@@ -322,19 +345,19 @@ def to_array(data: Any, name: str, kind: type) -> np.ndarray:
     return np.concatenate([np.empty(0, kind), *parts])
 
 
-def table_to_rows(table: Any, numbering: parquet_ids.IdNumbering | None) -> Rows:
-    """An arrow table with our columns -> arrays; ValueError on nulls and on ids that do not fit.
+def table_to_rows(table: Any, columns: Columns, numbering: parquet_ids.IdNumbering | None) -> Rows:
+    """An arrow table with these columns -> arrays; ValueError on nulls and on ids that do not fit.
 
     With `numbering`, OneFlow's form: ids become rows of tables, and log(count + 1) is taken, as its model
     does; a count below 0 counts as 0.
     """
-    dense = np.empty((table.num_rows, NUM_DENSE), np.float32)
-    sparse = np.empty((table.num_rows, NUM_SPARSE), np.int32)
-    for number, name in enumerate(DENSE):
+    dense = np.empty((table.num_rows, columns.numerical), np.float32)
+    sparse = np.empty((table.num_rows, columns.categorical), np.int32)
+    for number, name in enumerate(columns.numerical_names):
         dense[:, number] = to_array(table.column(name), name, np.float32)
     if numbering:
         np.log1p(np.maximum(dense, 0, out=dense), out=dense)
-    for column, name in enumerate(SPARSE):
+    for column, name in enumerate(columns.categorical_names):
         if numbering:
             sparse[:, column] = numbering.find_rows(column, to_array(table.column(name), name, np.int64))
         else:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dlrm.data.criteo import CRITEO
 from dlrm.data.registry import find_source
 from dlrm.data.rows import RANDOM_ROWS, STAGES, AnyLayout, RowSource, SourceOptions
 from dlrm.runtime.errors import UserError
@@ -43,12 +44,14 @@ def open_source(
     rows: int = RANDOM_ROWS,
     table_sizes: Sequence[int] | None = None,
     seed: int = 0,
+    numerical: int = CRITEO.numerical,
 ) -> RowSource:
-    """The rows of one stage. `rows`, `table_sizes` and `seed` are for random data only."""
+    """The rows of one stage. `rows`, `table_sizes`, `seed` and `numerical` are for random data only."""
     if stage not in STAGES:
         raise UserError(f"unknown stage {stage}: choose from {', '.join(STAGES)}")
     layout = scan_dataset(kind, folder) if isinstance(folder, str | os.PathLike) else folder
-    source = find_source(kind).open(layout, SourceOptions(stage, read_chunk_mb, rows, table_sizes, seed))
+    options = SourceOptions(stage, read_chunk_mb, rows, table_sizes, seed, numerical)
+    source = find_source(kind).open(layout, options)
     if source.rows < 1:
         raise UserError(f"{layout.folder}: no rows for {stage}: use a dataset with more rows")
     return source

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dlrm.data.criteo import CRITEO
+
 STAGES = ("train", "val", "test")
 RANDOM_ROWS = 1 << 20
 
@@ -21,8 +23,8 @@ def batch_key(stage: str) -> str:
 class Rows(NamedTuple):
     """n samples."""
 
-    dense: np.ndarray  # float32 [n, 13]
-    sparse: np.ndarray | list[np.ndarray]  # int32 [n, 26], or multi-hot: 26 times int32 [n, k]
+    dense: np.ndarray  # float32 [n, numerical columns]
+    sparse: np.ndarray | list[np.ndarray]  # int32 [n, features], or multi-hot: int32 [n, k] of each
     labels: np.ndarray  # int32 [n]
 
     def map_arrays(self, function: Callable[[np.ndarray], np.ndarray]) -> "Rows":
@@ -87,6 +89,7 @@ class SourceOptions:
     rows: int = RANDOM_ROWS
     table_sizes: Sequence[int] | None = None
     seed: int = 0
+    numerical: int = CRITEO.numerical  # columns of random data
 
 
 class SourceKind(NamedTuple):

@@ -75,6 +75,8 @@ class StreamedArray:
             number += 1
 
     def _read(self, piece: StreamPiece, inside: int, out: np.ndarray, batch: int) -> None:
+        if not out.size:
+            return
         raw = out if piece.dtype == out.dtype else np.empty(out.shape, piece.dtype)
         offset = piece.offset + inside * self.columns * piece.dtype.itemsize
         with span("data", "read", file=piece.path, bytes=raw.nbytes, **{self.batch_key: batch}):
@@ -177,7 +179,7 @@ def cut_file_error(path: str, end: int) -> UserError:
 
 
 def gather_rows(parts: dict[str, np.ndarray]) -> Rows:
-    """Arrays by part -> Rows. Parts: dense, labels, and sparse or 0 to 25."""
+    """Arrays by part -> Rows. Parts: dense, labels, and sparse or the numbers of the features."""
     sparse = parts["sparse"] if "sparse" in parts else [parts[n] for n in parts if n.isdigit()]
     return Rows(parts["dense"], sparse, parts["labels"].reshape(-1))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.data.criteo import CRITEO
 from dlrm.data.npy import NpyLayout
 from dlrm.data.rows import STAGES, Rows, SourceKind, SourceOptions
 from dlrm.runtime.errors import UserError
@@ -29,18 +29,19 @@ class RandomSource:
         rows: int,
         table_sizes: Sequence[int],
         seed: int = 0,
+        numerical: int = CRITEO.numerical,
     ) -> None:
-        if len(table_sizes) != NUM_SPARSE or min(table_sizes) < 1:
-            raise UserError(f"--num_embeddings_per_feature: {NUM_SPARSE} sizes of at least 1 are needed")
+        if not table_sizes or min(table_sizes) < 1:
+            raise UserError("--num_embeddings_per_feature: sizes of at least 1 are needed")
         self.rows, self.batch = rows, 0
         self.sizes = np.array(table_sizes, np.uint64)
         self.key = [seed % 2**64, STAGES.index(stage)]
         draw = np.random.default_rng(self.key)
-        self.dense = draw.standard_normal((POOL, NUM_DENSE), np.float32)
-        self.bits = draw.integers(0, 1 << 32, (POOL, NUM_SPARSE), np.uint32)
+        self.dense = draw.standard_normal((POOL, numerical), np.float32)
+        self.bits = draw.integers(0, 1 << 32, (POOL, len(table_sizes)), np.uint32)
         self.labels = draw.integers(0, 2, POOL, np.int32)
         self._pass, self._flips = -1, np.zeros(0, np.uint32)
-        self.row_bytes = 4 * (NUM_DENSE + NUM_SPARSE + 1)
+        self.row_bytes = 4 * (numerical + len(table_sizes) + 1)
         self.bytes_read: dict[str, int] = {}
 
     def read(self, start: int, stop: int, ahead: int = 0) -> Rows:
@@ -58,7 +59,7 @@ class RandomSource:
         return self._rows(at, bits)
 
     def _draw_flips(self, pass_number: int) -> np.ndarray:
-        """uint32 [26]: the bits that this pass through the pool flips in each column."""
+        """uint32 [tables]: the bits that this pass through the pool flips in each column."""
         if pass_number != self._pass:
             draw = np.random.default_rng([*self.key, 1, pass_number])
             self._pass, self._flips = pass_number, draw.integers(0, 1 << 32, len(self.sizes), np.uint32)
@@ -83,7 +84,7 @@ def open_random(_layout: NpyLayout, options: SourceOptions) -> RandomSource:
         raise UserError(
             "random data needs table sizes: give --num_embeddings or --num_embeddings_per_feature"
         )
-    return RandomSource(options.stage, options.rows, options.table_sizes, options.seed)
+    return RandomSource(options.stage, options.rows, options.table_sizes, options.seed, options.numerical)
 
 
 RANDOM = SourceKind(lambda folder: NpyLayout(os.fspath(folder), {}), open_random)

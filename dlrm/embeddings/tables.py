@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 
-from dlrm.data.criteo import SPARSE_NAMES
+from dlrm.data.criteo import name_features
 from dlrm.runtime.errors import UserError
 
 DTYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -29,10 +29,13 @@ WEIGHT = re.compile(r"embedding(?:_bag)?s\.([^.]+)\.weight$")
 def make_table_configs(
     sizes: Sequence[int],
     dim: int | Sequence[int],
-    names: Sequence[str] = SPARSE_NAMES,
+    names: Sequence[str] | None = None,
     dtype: str = "fp32",
 ) -> list[EmbeddingBagConfig]:
-    """One sum-pooled table `t_<feature>` per feature; `dim` is one width for all, or one each."""
+    """One sum-pooled table `t_<feature>` per feature; `dim` is one width for all, or one each. `names`: of
+    the features, by default cat_0, cat_1 ...
+    """
+    names = name_features(len(sizes)) if names is None else names
     dims = [dim] * len(sizes) if isinstance(dim, int) else list(dim)
     for option, values in (("--num_embeddings_per_feature", sizes), ("--embedding_dim", dims)):
         if len(values) != len(names):

@@ -11,6 +11,7 @@ from typing import Any
 
 from common.command_line import CommandLineParser
 from common.errors import os_errors_as_user_errors, printable
+from dlrm.data import criteo
 from dlrm.prep.job import options as prep_options
 from dlrm.runtime import errors, ranks
 
@@ -24,6 +25,7 @@ def make_parser() -> tuple[CommandLineParser, dict[str, CommandLineParser]]:
     toy.add_argument("--days", type=int, default=24, help="number of days [24]")
     toy.add_argument("--rows", type=int, default=20_000, help="rows per day [20000]")
     toy.add_argument("--seed", type=int, default=0, help="random seed [0]")
+    add_column_options(toy, "Criteo's")
     toy.add_argument("--one_file", action="store_true", help="write all rows to one file, day_0")
     add_run_options(commands.add_parser("run", help="Criteo TSV -> a dataset folder"))
     check = commands.add_parser("check", help="verify a finished dataset folder")
@@ -42,6 +44,13 @@ class RenamedOption(argparse.Action):
             print(
                 f"dlrm.prep: {option_string} is now --{self.dest}; this release accepts both", file=sys.stderr
             )
+
+
+def add_column_options(command: argparse.ArgumentParser, default: str) -> None:
+    for name, count in (("numerical", criteo.CRITEO.numerical), ("categorical", criteo.CRITEO.categorical)):
+        command.add_argument(
+            f"--num_{name}", type=int, metavar="N", help=f"{name} columns [{default}: {count}]"
+        )
 
 
 def add_run_options(run: argparse.ArgumentParser) -> None:
@@ -81,6 +90,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         help="with --engine spark: a setting, e.g. spark.executor.memory=32g; can be repeated",
     )
     add("--dataset", choices=prep_options.DATASETS, default="", help="[by the files in INPUT_DIR]")
+    add_column_options(run, "as in the first lines; Criteo's")
     add("--steps", default=",".join(prep_options.STEPS), help="parse[,contiguous][,shuffle] [all]")
     add("--max_ind_range", type=int, default=0, help="take raw ids modulo this number [0: off]")
     add(
@@ -122,11 +132,16 @@ def add_multihot_options(multihot: argparse.ArgumentParser) -> None:
     add = multihot.add_argument
     add("--input_dir", "--in_memory_binary_criteo_path", type=Path, required=True, help="a dataset folder")
     add("--output_dir", "--output_path", type=Path, required=True, help="folder for the .npz files")
-    add("--multi_hot_sizes", type=parse_numbers, required=True, help="ids per row: 26 numbers, with commas")
+    add(
+        "--multi_hot_sizes",
+        type=parse_numbers,
+        required=True,
+        help="ids per row: a number for each categorical column, with commas",
+    )
     add(
         "--num_embeddings_per_feature",
         type=parse_numbers,
-        help="rows of each table: 26 numbers, with commas [the table sizes of the input]",
+        help="rows of each table, with commas [the table sizes of the input]",
     )
     add("--multi_hot_distribution_type", choices=("uniform", "pareto"), default="uniform", help="[uniform]")
     add("--copy_labels_and_dense", action="store_true", help="also copy labels and counts: a whole dataset")
@@ -149,6 +164,7 @@ def add_script_options(commands: Any) -> None:
         default="",
         help="[by the files in INPUT_DIR]",
     )
+    add_column_options(parse, "as in the first lines; Criteo's")
     parse.add_argument(
         "--workers",
         type=parse_workers,
@@ -229,7 +245,6 @@ def run_check(args: argparse.Namespace) -> None:
 
 
 def run_multihot(args: argparse.Namespace) -> None:
-    from dlrm.data import criteo
     from dlrm.prep.job.workers import Workers
     from dlrm.prep.tools.multihot import MultiHotOptions, write_multi_hot
 
@@ -256,7 +271,11 @@ def run_pipeline(args: argparse.Namespace) -> None:
 def run_toy(args: argparse.Namespace) -> None:
     from dlrm.prep.tools.toy import write_days
 
-    write_days(args.out, args.days, args.rows, args.seed, args.one_file)
+    columns = criteo.Columns(
+        criteo.CRITEO.numerical if args.num_numerical is None else args.num_numerical,
+        criteo.CRITEO.categorical if args.num_categorical is None else args.num_categorical,
+    )
+    write_days(args.out, args.days, args.rows, args.seed, args.one_file, columns)
 
 
 COMMANDS = {"toy": run_toy, "run": run_pipeline, "check": run_check, "multihot": run_multihot}

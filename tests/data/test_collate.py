@@ -103,7 +103,7 @@ def test_the_message_names_file_and_row(tmp_path: Path, kind: str, how: dict[str
 
 
 def test_wrong_table_sizes() -> None:
-    with pytest.raises(UserError, match="num_embeddings_per_feature"):
-        BatchCollator([5] * 25)
+    with pytest.raises(UserError, match="num_embeddings_per_feature: 26 sizes"):
+        BatchCollator([5] * 25)(some(), where)
     with pytest.raises(UserError, match="num_embeddings_per_feature"):
         BatchCollator([5] * 25 + [0])

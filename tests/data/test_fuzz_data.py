@@ -65,8 +65,8 @@ def as_command(work: Callable[[], Any]) -> int:
 
 def read_rows(kind: str, folder: str, stages: tuple[str, ...] = ("train", "val", "test")) -> None:
     """Every row of a dataset as batches, as a training sees them."""
-    sizes, fold = choose_table_sizes(None, None, folder)
     layout = scan_dataset(kind, folder)
+    sizes, fold = choose_table_sizes(None, None, layout.columns.categorical, layout.table_sizes)
     for stage in stages:
         source = open_source(kind, layout, stage)
         for batch in BatchLoader(source, 16, to_batch=BatchCollator(sizes, fold)):
@@ -407,7 +407,7 @@ def open_dlrm(argv: list[str]) -> int:
 
         cfg = parse_options(Config, argv, "train", "")
         found = dataloaders.open_datasets(cfg, Ranks())
-        assemble_model(cfg.model, found.sizes, torch.device("cpu"), cfg.run.seed or 0, False)
+        assemble_model(cfg.model, found.numerical, found.sizes, torch.device("cpu"), cfg.run.seed or 0, False)
         for each in (found.train, found.test):
             next(iter(each))
 

@@ -10,7 +10,7 @@ import torch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from dlrm.cpu import startup
-from dlrm.data.criteo import SPARSE_NAMES
+from dlrm.data.criteo import name_features
 from dlrm.embeddings import tables
 from dlrm.embeddings.tables import initialize_tables, make_table_configs, table_parameters
 from dlrm.runtime.errors import UserError
@@ -25,7 +25,7 @@ def weights(seed: int = 0, rows: int = 40_000, dtype: str = "fp32") -> dict[str,
 
 def test_configs_follow_the_features() -> None:
     configs = make_table_configs([10] * 26, 16)
-    assert [config.feature_names for config in configs] == [[name] for name in SPARSE_NAMES]
+    assert [config.feature_names for config in configs] == [[name] for name in name_features(26)]
     assert configs[3].name == "t_cat_3" and configs[3].embedding_dim == 16
 
 
@@ -101,7 +101,7 @@ def test_large_zeros_are_made_when_they_are_touched() -> None:
 
 def test_mistakes_are_reported() -> None:
     with pytest.raises(UserError, match="25 values for 26 tables"):
-        make_table_configs([5] * 25, 16)
+        make_table_configs([5] * 25, 16, name_features(26))
     with pytest.raises(UserError, match="0 is not a size"):
         make_table_configs([5] * 25 + [0], 16)
     with pytest.raises(UserError, match="multiples of 4"):

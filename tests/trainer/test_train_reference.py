@@ -12,7 +12,7 @@ from torchrec.models.dlrm import DLRM, DLRM_DCN
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from dlrm.data.criteo import SPARSE_NAMES, DatasetMeta
+from dlrm.data.criteo import DatasetMeta, name_features
 from dlrm.embeddings.tables import make_table_configs
 from dlrm.models.dlrm.model import build_dlrm
 
@@ -32,7 +32,7 @@ def reference(folder: Path, interaction: str, optimizer: str, lr: float) -> tupl
     sizes = meta.table_sizes
     tables = [
         EmbeddingBagConfig(name=f"t_{n}", embedding_dim=DIM, num_embeddings=s, feature_names=[n])
-        for n, s in zip(SPARSE_NAMES, sizes, strict=True)
+        for n, s in zip(name_features(len(sizes)), sizes, strict=True)
     ]
     more = {"dcn_num_layers": 2, "dcn_low_rank_dim": 4} if interaction == "dcn" else {}
     model = KINDS[interaction](EmbeddingBagCollection(tables=tables), 13, DENSE, OVER, **more)

@@ -7,7 +7,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from common.memory import refuse_too_large
-from dlrm.data import criteo
+from dlrm.data.criteo import name_features
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
 from dlrm.models.dlrm.dataloaders import Datasets
@@ -25,7 +25,9 @@ WEIGHT_BYTES = 8  # of memory for a weight of the dense part: itself and its gra
 
 def build_model(cfg: Config, datasets: Datasets, device: torch.device) -> DLRMTrain:
     """The model on this device; its tables on the meta device, with their optimizer attached."""
-    module = assemble_model(cfg.model, datasets.sizes, device, cfg.run.seed or 0, cfg.run.compile)
+    module = assemble_model(
+        cfg.model, datasets.numerical, datasets.sizes, device, cfg.run.seed or 0, cfg.run.compile
+    )
     attach_optimizer(cfg, module, device)
     return module
 
@@ -38,14 +40,14 @@ def attach_optimizer(cfg: Config, module: Any, device: torch.device) -> None:
 
 
 def assemble_model(
-    model: ModelOptions, sizes: list[int], device: torch.device, seed: int, compiled: bool
+    model: ModelOptions, numerical: int, sizes: list[int], device: torch.device, seed: int, compiled: bool
 ) -> DLRMTrain:
     """The model of these options, its tables on the meta device.
 
-    sizes: rows of each of the 26 tables. device: of the dense part.
+    numerical: columns of counts. sizes: rows of each table. device: of the dense part.
     """
     refuse_too_large(
-        WEIGHT_BYTES * count_dense_weights(model, len(sizes)),
+        WEIGHT_BYTES * count_dense_weights(model, numerical, len(sizes)),
         "the dense part (--dense_arch_layer_sizes, --over_arch_layer_sizes, --embedding_dim and the sizes "
         "of its --interaction_type)",
         "give smaller sizes",
@@ -53,7 +55,7 @@ def assemble_model(
     module = build_dlrm(
         model.interaction_type,
         make_table_configs(sizes, model.embedding_dim),
-        criteo.NUM_DENSE,
+        numerical,
         model.dense_arch_layer_sizes,
         model.over_arch_layer_sizes,
         model.dcn_num_layers,
@@ -69,18 +71,18 @@ def assemble_model(
     return module
 
 
-def count_dense_weights(model: ModelOptions, tables: int) -> int:
+def count_dense_weights(model: ModelOptions, numerical: int, tables: int) -> int:
     """Weights and biases of everything but the tables."""
     if not model.dense_arch_layer_sizes:
         return 0
     shape = InteractionConfig(
-        criteo.SPARSE_NAMES[:tables], [model.embedding_dim] * tables, model.dense_arch_layer_sizes[-1],
+        name_features(tables), [model.embedding_dim] * tables, model.dense_arch_layer_sizes[-1],
         model.dcn_num_layers, model.dcn_low_rank_dim, model.interaction_branch1_layer_sizes,
         model.interaction_branch2_layer_sizes, model.self_interaction,
     )  # fmt: skip
     interaction = find_interaction(model.interaction_type)
     return (
-        count_layer_weights(criteo.NUM_DENSE, model.dense_arch_layer_sizes)
+        count_layer_weights(max(numerical, 1), model.dense_arch_layer_sizes)
         + interaction.count_weights(shape)
         + count_layer_weights(interaction.count_outputs(shape), model.over_arch_layer_sizes)
     )

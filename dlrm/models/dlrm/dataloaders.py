@@ -63,7 +63,7 @@ class IdFrequencies:
             self.before[feature] += np.bincount(values.reshape(rows, -1)[:, 0], minlength=size)
 
     def save(self) -> None:
-        """One .npz per rank, arrays 0 to 25 of counts by id."""
+        """One .npz per rank: for each feature, by its number, an array of counts by id."""
         with os_errors_as_user_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         for when, counts in (("pre", self.before), ("post", self.after)):
@@ -113,6 +113,7 @@ class ObservedLoader:
 class Datasets:
     """The three sets as this rank's batches."""
 
+    numerical: int  # columns of counts
     sizes: list[int]  # rows per table
     poolings: list[float] | None  # ids per row of each table; None: one
     sources: list[RowSource]
@@ -143,15 +144,16 @@ def check_dataset_name(name: str, folder: str | None, layout: Any) -> None:
 
 
 def refuse_large_batches(
-    cfg: Config, source: RowSource, stage: str, batch_size: int, hots: Sequence[int] | None
-) -> None:
+    cfg: Config, source: RowSource, stage: str, batch_size: int, columns: criteo.Columns,
+    hots: Sequence[int] | None,
+) -> None:  # fmt: skip
     """UserError where the batches of a stage cannot fit into memory; one has never more rows than its set."""
     rows = min(batch_size, source.rows)
     option = f"--{'batch_size' if stage == 'train' else 'test_batch_size'} {batch_size}"
-    ids = sum(hots or [1] * criteo.NUM_SPARSE)
+    ids = sum(hots or [1] * columns.categorical)
     if rows * ids >= 1 << 31:
         raise UserError(f"{option}: {ids} ids in each row are more than 2^31 in a batch: lower it")
-    row_bytes = 4 * (criteo.NUM_DENSE + 1 + ids)
+    row_bytes = 4 * (columns.numerical + 1 + ids)
     ahead = max(1, min(cfg.data.prefetch_batches, source.rows // rows))
     refuse_too_large(
         rows * row_bytes * (ahead + 1), f"{option} with --prefetch_batches {cfg.data.prefetch_batches}",
@@ -160,12 +162,27 @@ def refuse_large_batches(
     if not torch.cuda.is_available():
         model = cfg.model
         layers = sum(model.dense_arch_layer_sizes) + sum(model.over_arch_layer_sizes)
-        width = layers + criteo.NUM_SPARSE * model.embedding_dim
+        width = layers + columns.categorical * model.embedding_dim
         refuse_too_large(4 * rows * width, f"{option}: a batch in this model", "lower it")
     refuse_too_large(
         min(int(cfg.data.read_chunk_mb * (1 << 20)), source.rows * source.row_bytes),
         f"--read_chunk_mb {cfg.data.read_chunk_mb:g}", "lower it",
     )  # fmt: skip
+
+
+def choose_columns(cfg: Config, layout: Any) -> tuple[criteo.Columns, list[int] | None]:
+    """The columns of the dataset or of random data, and meta.json's table sizes, if there is one."""
+    data, sizes = cfg.data, cfg.model.num_embeddings_per_feature
+    if data.folder is None:
+        return criteo.choose_random_columns(data.num_numerical, data.num_categorical, sizes), None
+    found: criteo.Columns = layout.columns
+    for name, count in (("numerical", found.numerical), ("categorical", found.categorical)):
+        if getattr(data, f"num_{name}") not in (None, count):
+            raise UserError(
+                f"--num_{name} {getattr(data, f'num_{name}')}: {printable(data.folder)} has {count} {name} "
+                "columns: leave the option out, it is for random data"
+            )
+    return found, layout.table_sizes
 
 
 def open_datasets(cfg: Config, here: Ranks) -> Datasets:
@@ -175,8 +192,9 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
     kind = data.kind if by_name else detect_format(data.kind, data.folder)
     layout = scan_dataset(kind, data.folder or "")
     check_dataset_name(data.dataset_name, data.folder, layout)
+    columns, known = choose_columns(cfg, layout)
     sizes, fold = criteo.choose_table_sizes(
-        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, data.folder,
+        cfg.model.num_embeddings, cfg.model.num_embeddings_per_feature, columns.categorical, known,
         cfg.model.max_table_size, count_ids(layout),
     )  # fmt: skip
     distribution = data.multi_hot_distribution_type or "uniform"
@@ -200,8 +218,9 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
         source = open_source(
             kind, layout, stage,
             read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes, seed=seed,
+            numerical=columns.numerical,
         )  # fmt: skip
-        refuse_large_batches(cfg, source, stage, batch_size, hots)
+        refuse_large_batches(cfg, source, stage, batch_size, columns, hots)
         training = stage == "train"
         batches = BatchLoader(
             source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,
@@ -223,6 +242,5 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
     if data.collect_multi_hot_freqs_stats and hots:
         frequencies = IdFrequencies(sizes, cfg.run.output_dir or ".", f"{here.rank}_{distribution}")
         loaders["train"] = ObservedLoader(loaders["train"], frequencies.count)
-    return Datasets(
-        sizes, [float(k) for k in hots] if hots else None, sources, **loaders, frequencies=frequencies
-    )
+    poolings = [float(k) for k in hots] if hots else None
+    return Datasets(columns.numerical, sizes, poolings, sources, **loaders, frequencies=frequencies)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from common.errors import os_errors_as_user_errors
-from dlrm.data.criteo import META, NUM_DENSE, DatasetMeta, array_file_name
+from dlrm.data.criteo import META, DatasetMeta, array_file_name
 from dlrm.embeddings.planner import memory_of_rank
 from dlrm.models.dlrm.options import Config
 from dlrm.runtime.ranks import Ranks
@@ -60,11 +60,9 @@ def count_training_rows(folder: str | os.PathLike[str]) -> int:
     with os_errors_as_user_errors(root):
         sizes = {path.name: path.stat().st_size for path in root.glob("**/*") if path.is_file()}
     days = 0
-    while array_file_name(days, "dense") in sizes:
+    while array_file_name(days, "labels") in sizes:
         days += 1
-    counts = [
-        max(0, sizes[array_file_name(day, "dense")] - NPY_HEADER) // (4 * NUM_DENSE) for day in range(days)
-    ]
+    counts = [max(0, sizes[array_file_name(day, "labels")] - NPY_HEADER) // 4 for day in range(days)]
     if counts:
         return sum(counts[:-1]) or counts[0] * 6 // 7
     parquet = sum(size for name, size in sizes.items() if name.endswith(".parquet"))

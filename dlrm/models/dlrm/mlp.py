@@ -16,13 +16,20 @@ def count_layer_weights(inputs: int, layers: Sequence[int]) -> int:
 
 
 class DenseArch(nn.Module):
-    """A ReLU MLP under the name that torchrec gives it."""
+    """A ReLU MLP under the name that torchrec gives it.
+
+    Without inputs it gets a column of ones: its output is then one learned vector, the same for every row,
+    with which the embeddings interact.
+    """
 
     def __init__(self, inputs: int, layers: Sequence[int], device: torch.device | None = None) -> None:
         super().__init__()
-        self.model = MLP(inputs, list(layers), bias=True, activation="relu", device=device)
+        self.constant = not inputs
+        self.model = MLP(max(inputs, 1), list(layers), bias=True, activation="relu", device=device)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.constant:
+            features = features.new_ones(len(features), 1)
         return accelerate.hooks.run_mlp(self.model, features, True)
 
 

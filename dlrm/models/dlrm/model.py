@@ -36,7 +36,7 @@ class SparseArch(nn.Module):
 
 
 class DLRM(nn.Module):
-    """dense_features float32 [rows, 13] and ids -> logits [rows, 1]."""
+    """dense_features float32 [rows, numerical columns] and ids -> logits [rows, 1]."""
 
     def __init__(self, sparse: nn.Module, dense: nn.Module, interaction: nn.Module, over: nn.Module) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ def build_dlrm(
 ) -> DLRMTrain:
     """The whole model.
 
-    dense_in: number of dense features. dense_device: of all but the tables. table_device: None: meta, for
-    `planner.shard_model` to create and fill the tables. init: a key of INITS.
+    dense_in: number of dense features, may be 0 (see DenseArch). dense_device: of all but the tables.
+    table_device: None: meta, for `planner.shard_model` to create and fill the tables. init: a key of INITS.
     """
     if init not in INITS:
         raise UserError(f"weight initialisation {init} is unknown; choose from {', '.join(INITS)}")

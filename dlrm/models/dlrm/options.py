@@ -8,11 +8,11 @@ from typing import Any
 
 from dlrm.config.options import CheckpointOptions, PlanOptions, RunOptions
 from dlrm.config.parser import check_at_least, check_at_most, option
-from dlrm.data.criteo import NUM_SPARSE, refuse_without_dataset
+from dlrm.data.criteo import CRITEO, check_column_counts, refuse_without_dataset
 from dlrm.data.registry import CHOICES
 from dlrm.runtime.errors import UserError
 
-LARGEST_BATCH = ((1 << 31) - 1) // NUM_SPARSE  # rows: the ids of a batch are counted with 32 bits
+LARGEST_BATCH = (1 << 31) - 1  # rows; its ids are counted with 32 bits, which is seen with the data
 LARGEST_TABLE = (1 << 31) - 1  # rows: ids have 32 bits
 LARGEST_FACTOR = 1000  # 2^N must be a float
 LARGEST_LAYER = 1 << 24  # what fits into memory is seen once the whole model is known
@@ -48,6 +48,14 @@ class DataOptions:
         "auto", "how rows are read; auto: streamed, unless another flag asks for something else",
         ("auto", *CHOICES),
     )  # fmt: skip
+    num_numerical: int | None = option(
+        None, f"numerical columns of random data (default: {CRITEO.numerical}); a dataset's are in meta.json"
+    )
+    num_categorical: int | None = option(
+        None,
+        "categorical columns of random data (default: as --num_embeddings_per_feature has sizes, "
+        f"else {CRITEO.categorical})",
+    )
     batch_size: int = option(32, "training batch size per rank")
     test_batch_size: int | None = option(
         None, "batch size per rank of validation and test (default: --batch_size)"
@@ -73,6 +81,7 @@ class DataOptions:
     collect_multi_hot_freqs_stats: bool = option(False, "save how often each id was looked up")
 
     def __post_init__(self) -> None:
+        check_column_counts(self.num_numerical, self.num_categorical)
         check_at_least(1, self, "batch_size", "test_batch_size", "prefetch_batches")
         check_at_most(LARGEST_BATCH, self, "batch_size", "test_batch_size")
         check_at_least(0, self, "limit_train_batches", "limit_val_batches", "limit_test_batches")

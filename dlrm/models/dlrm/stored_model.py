@@ -11,6 +11,7 @@ from dlrm.checkpoint.folder import Checkpoint
 from dlrm.models.dlrm.options import Config, ModelOptions, keep_model_options
 from dlrm.runtime.errors import UserError
 
+FIRST_LAYER = re.compile(r"model/.*dense_arch\.model\._mlp\.0\._linear\.weight")
 TABLE = re.compile(r"model/.*t_cat_(\d+)\.weight")
 SIZES = ("num_embeddings", "num_embeddings_per_feature", "max_table_size")
 
@@ -29,6 +30,11 @@ def read_table_sizes(found: Checkpoint) -> tuple[int, ...]:
     return tuple(size for _, size in sorted(sizes.items()))
 
 
+def read_numerical(found: Checkpoint) -> int:
+    """The inputs of the first dense layer."""
+    return next(each.shape[1] for each in found.tensors if FIRST_LAYER.fullmatch(each.name))
+
+
 def read_model_options(found: Checkpoint) -> ModelOptions:
     """The model options of the checkpoint's run, with the real sizes of its tables."""
     sizes = dict.fromkeys(SIZES) | {"num_embeddings_per_feature": read_table_sizes(found)}
@@ -39,7 +45,7 @@ def adopt_model(cfg: Config, found: Checkpoint) -> Config:
     """The same options with the checkpoint's model. UserError where one was given that it contradicts.
 
     Table sizes are found as the training found them: those that it was given, or else the dataset's. On
-    random data they are those of the checkpoint's tables.
+    random data they are those of the checkpoint's tables, and the columns those of its model.
     """
     trained, default = read_trained_options(found), ModelOptions()
     for name in (each.name for each in fields(ModelOptions)):
@@ -49,7 +55,12 @@ def adopt_model(cfg: Config, found: Checkpoint) -> Config:
                 f"--{name} {_as_word(given)}: the model in {found.path} has {_as_word(stored)}; leave out "
                 "--preset and the model's options, they come from the checkpoint"
             )
-    return replace(cfg, model=trained if cfg.data.folder else read_model_options(found))
+    if cfg.data.folder:
+        return replace(cfg, model=trained)
+    data = cfg.data
+    if data.num_numerical is None:
+        data = replace(data, num_numerical=read_numerical(found))
+    return replace(cfg, model=read_model_options(found), data=data)
 
 
 def _as_word(value: Any) -> str:

@@ -26,12 +26,13 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.progress import StepProgress
-from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta
+from dlrm.data.criteo import META, DatasetMeta
 from dlrm.prep.io import inputs, publish
+from dlrm.prep.io.columns import choose_columns
 from dlrm.prep.io.files import format_bytes
 from dlrm.prep.io.folders import Folders, Output, discard_files
 from dlrm.prep.io.inputs import FileStamps
-from dlrm.prep.io.spill import RECORD_BYTES
+from dlrm.prep.io.spill import count_record_bytes
 from dlrm.prep.job.options import PrepOptions
 from dlrm.prep.job.workers import Workers
 from dlrm.prep.steps import assign_ids, parse, permute, unpack
@@ -45,6 +46,7 @@ STEPS = 8  # of the list above
 def run(options: PrepOptions, workers: Workers) -> None:
     """Make the dataset of `options`; all ranks call it. Does nothing if it is there already."""
     input_files = workers.compute_on_first(lambda: inputs.find_inputs(options.input_dir, options.dataset))
+    options = workers.compute_on_first(lambda: choose_columns(options, input_files))
     stamps = workers.compute_on_first(lambda: FileStamps(source.path for source in input_files))
     output = Output("run", options.output_dir, options.tmp_dir, workers.run_on_first)
     if workers.compute_on_first(lambda: is_finished(options, stamps)):
@@ -66,7 +68,7 @@ def make_resume_key(options: PrepOptions, stamps: FileStamps) -> dict[str, Any]:
     """Everything that intermediate files depend on: a run resumes only from files with the same key."""
     return {
         "layout": LAYOUT, "engine": options.engine, "parameters": options.parameters(),
-        "inputs": stamps.stamps,
+        "columns": [options.columns.numerical, options.columns.categorical], "inputs": stamps.stamps,
     }  # fmt: skip
 
 
@@ -129,7 +131,8 @@ def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progres
     workers.run_on_first(lambda: plan.check_ranges())
     sizes = plan.load_vocab_sizes()
     if options.contiguous:
-        largest_first = sorted(range(NUM_SPARSE), key=lambda column: -int(sizes[:, column].sum()))
+        columns = range(options.columns.categorical)
+        largest_first = sorted(columns, key=lambda column: -int(sizes[:, column].sum()))
         with progress.step("ids", bytes=4 * int(sizes.sum()) // workers.size):
             workers.run_each(
                 largest_first, lambda column: assign_ids.merge_column(plan, sizes, column, progress)
@@ -140,7 +143,7 @@ def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progres
 
 
 def place_rows(plan: PrepPlan, workers: Workers, sizes: np.ndarray, progress: StepProgress) -> None:
-    """The steps translate and place. `sizes`: int64 [lanes, 26], distinct ids of each lane and column."""
+    """The steps translate and place. `sizes`: int64 [lanes, columns], distinct ids."""
     options, maps = plan.options, None
     if not options.contiguous or 4 * int(sizes.sum()) <= options.map_bytes:
         progress.skip("translate", "done while rows are placed" if options.contiguous else "raw ids are kept")
@@ -206,7 +209,7 @@ def check_free_space(plan: PrepPlan) -> None:
         for shape, dtype in publish.list_arrays(plan.outputs, options).values()
     )
     # the permutation needs 4 bytes a row, and at most 20 for its messages and pairs
-    work_bytes = plan.rows * RECORD_BYTES + plan.shuffled_rows * 24
+    work_bytes = plan.rows * count_record_bytes(options.columns) + plan.shuffled_rows * 24
     needs = [([plan.folders.unfinished], result_bytes), ([plan.folder], work_bytes)]
     if os.stat(plan.folders.unfinished).st_dev == os.stat(plan.folder).st_dev:
         needs = [([plan.folders.unfinished, plan.folder], result_bytes + work_bytes)]
@@ -302,6 +305,7 @@ def is_finished(options: PrepOptions, stamps: FileStamps) -> bool:
     recorded, wanted = parameters.pop("inputs", None), json.loads(json.dumps(options.parameters()))
     if (
         parameters != wanted
+        or meta.columns != options.columns
         or not isinstance(recorded, list)
         or not all(isinstance(stamp, list) for stamp in recorded)
     ):

@@ -10,8 +10,9 @@ import numpy as np
 
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular
-from dlrm.data.criteo import NUM_SPARSE, PARTS, DatasetMeta
+from dlrm.data.criteo import PARTS, DatasetMeta
 from dlrm.prep.io import inputs, odd_lines, publish
+from dlrm.prep.io.columns import choose_columns
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import Folders, Output
 from dlrm.prep.job.options import MISSING, PrepOptions
@@ -21,6 +22,7 @@ Table = tuple[np.ndarray, np.ndarray, np.ndarray]  # dense int32, sparse int64, 
 
 def run(options: PrepOptions) -> None:
     input_files = inputs.find_inputs(options.input_dir, options.dataset)
+    options = choose_columns(options, input_files)
     stamps = inputs.FileStamps(source.path for source in input_files)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.list_result_names(options, input_files), restart=True)
@@ -39,7 +41,7 @@ def make_dataset(
     sparse = np.concatenate([table[1] for table in tables])
     labels = np.concatenate([table[2] for table in tables])[:, None]
     if options.contiguous:
-        for column in range(NUM_SPARSE):
+        for column in range(options.columns.categorical):
             sparse[:, column] = number_ids(sparse[:, column], options)
     last_ids = sparse.max(axis=0).tolist()
     order = np.arange(len(labels))
@@ -54,7 +56,9 @@ def make_dataset(
 
 
 def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:
-    rules = odd_lines.LineRules(options.lenient, source.labelled, options.max_ind_range, options.empty_dense)
+    rules = odd_lines.LineRules(
+        options.lenient, source.labelled, options.max_ind_range, options.empty_dense, options.columns
+    )
     input_files: list[odd_lines.Row] = []
     for number, line in enumerate(lines_of(source), 1):
         try:
@@ -75,6 +79,8 @@ def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:
 
 def take_logarithm(dense: np.ndarray, options: PrepOptions) -> np.ndarray:
     """log(x - min + 2), with the minimum of the whole file; by NVIDIA's rules log(x + 3), and 0 for a gap."""
+    if not dense.size:
+        return dense.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         if options.frequency_limit:
             return np.where(dense == MISSING, np.float32(0), np.log(dense + np.int32(3), dtype=np.float32))

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE, DatasetMeta
+from dlrm.data.criteo import Columns, DatasetMeta
 from dlrm.prep.io import inputs, odd_lines, publish
+from dlrm.prep.io.columns import choose_columns
 from dlrm.prep.io.folders import Folders, Output
 from dlrm.prep.io.inputs import InputFile, OutputDay
 from dlrm.prep.job.options import PrepOptions
 from dlrm.runtime.errors import UserError
 
-WORDS = NUM_DENSE + NUM_SPARSE + 1
 BAD = "bad row"
 LOCAL = {
     "spark.ui.enabled": "false",
@@ -38,6 +38,7 @@ def run(options: PrepOptions) -> None:
     except ImportError:
         raise UserError("--engine spark needs pyspark: pip install pyspark, and a Java runtime") from None
     found = inputs.find_inputs(options.input_dir, options.dataset)
+    options = choose_columns(options, found)
     stamps = inputs.FileStamps(source.path for source in found)
     with Output("run", options.output_dir, options.tmp_dir) as output:
         folders = output.open([], publish.list_result_names(options, found), restart=True)
@@ -91,13 +92,14 @@ def make_dataset(
     whole = spark.sparkContext.union(tables).coalesce(
         max(options.workers, spark.sparkContext.defaultParallelism)
     )
-    last_ids = [0] * NUM_SPARSE
+    columns = options.columns
+    last_ids = [0] * columns.categorical
     if options.mod_idx:
-        last_ids = count_ids(whole)
+        last_ids = count_ids(whole, columns)
     elif options.contiguous:
         whole, last_ids = number_ids(whole, options)
     else:
-        last_ids = whole.map(lambda item: get_ids(item[1])).reduce(np.maximum).tolist()
+        last_ids = whole.map(lambda item: get_ids(item[1], columns)).reduce(np.maximum).tolist()
     placed = find_places(spark, options, whole, shuffled, folders)
     made_by = "dlrm.prep, Spark"
     if options.format == "parquet":
@@ -111,16 +113,18 @@ def shift_counts(start: int):
     return lambda item: (item[0] + start, item[1])
 
 
-def get_ids(record: bytes) -> np.ndarray:
-    return np.frombuffer(record, np.int64)[NUM_DENSE : NUM_DENSE + NUM_SPARSE]
+def get_ids(record: bytes, columns: Columns) -> np.ndarray:
+    return np.frombuffer(record, np.int64)[columns.numerical : -1]
 
 
 def parse_lines(spark: Any, options: PrepOptions, source: InputFile) -> tuple[Any, int]:
     """Parse an input file. Returns (an RDD of (row number, record), number of rows).
 
-    A record is the bytes of 40 int64 numbers: 13 counts, already shifted for the logarithm, 26 ids, label.
+    A record is the bytes of int64 numbers: counts, already shifted for the logarithm, ids, label.
     """
-    rules = odd_lines.LineRules(options.lenient, source.labelled, options.modulus, options.empty_dense)
+    rules = odd_lines.LineRules(
+        options.lenient, source.labelled, options.modulus, options.empty_dense, options.columns
+    )
     name, skip = str(source.path), options.skip_bad_rows
     text = spark.read.text(f"file://{source.path.resolve()}", lineSep="\n").rdd
     ends_well = ends_with_newline(source)
@@ -161,8 +165,10 @@ def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
     """Subtract the file's minimum - 2 from its counts, in int32 arithmetic. Logs are taken when writing."""
     from dlrm.prep.job.options import MISSING
 
+    numerical = options.columns.numerical
+
     def low_high(record: bytes) -> tuple[int, int]:
-        counts = np.frombuffer(record, np.int64)[:NUM_DENSE]
+        counts = np.frombuffer(record, np.int64)[:numerical]
         counts = counts[counts != MISSING] if options.frequency_limit else counts
         return (int(counts.min()), int(counts.max())) if len(counts) else (1 << 40, -(1 << 40))
 
@@ -172,19 +178,19 @@ def take_logarithm(table: Any, options: PrepOptions, path: Path) -> Any:
 
     def shift_one(record: bytes) -> bytes:
         numbers = np.frombuffer(record, np.int64).copy()
-        counts = numbers[:NUM_DENSE]
-        gaps = counts == MISSING if options.frequency_limit else np.zeros(NUM_DENSE, bool)
-        numbers[:NUM_DENSE] = np.where(gaps, counts, (counts - shift).astype(np.int32))
+        counts = numbers[:numerical]
+        gaps = counts == MISSING if options.frequency_limit else np.zeros(numerical, bool)
+        numbers[:numerical] = np.where(gaps, counts, (counts - shift).astype(np.int32))
         return numbers.tobytes()
 
     return table.mapValues(shift_one)
 
 
-def count_ids(whole: Any) -> list[int]:
+def count_ids(whole: Any, columns: Columns) -> list[int]:
     """Where ids are not numbered: for each column the last row of a table for its different ids."""
 
     def list_cells(item: tuple[int, bytes]) -> Iterator[tuple[int, int]]:
-        yield from enumerate(get_ids(item[1]).tolist())
+        yield from enumerate(get_ids(item[1], columns).tolist())
 
     counts = whole.flatMap(list_cells).distinct().countByKey()
     return [counts[column] - 1 for column in sorted(counts)]
@@ -195,21 +201,21 @@ def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
 
     Returns (RDD of (row number, record), the largest id of each column).
     """
-    least, recipe = options.min_count, bool(options.frequency_limit)
+    least, recipe, columns = options.min_count, bool(options.frequency_limit), options.columns
 
     def list_cells(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        for column, value in enumerate(get_ids(item[1]).tolist()):
+        for column, value in enumerate(get_ids(item[1], columns).tolist()):
             yield (column, value), (item[0], 1)
 
     seen = whole.flatMap(list_cells).reduceByKey(lambda a, b: (min(a[0], b[0]), a[1] + b[1])).cache()
     kept = seen.filter(lambda item: item[1][1] >= least and not (recipe and item[0][1] == 0))
     ordered = kept.map(lambda item: ((item[0][0], item[1][0]), item[0][1])).sortByKey().zipWithIndex().cache()
     per_column = ordered.map(lambda item: (item[0][0][0], 1)).reduceByKey(lambda a, b: a + b).collectAsMap()
-    before = [0, *itertools.accumulate(per_column.get(column, 0) for column in range(NUM_SPARSE))]
+    before = [0, *itertools.accumulate(per_column.get(column, 0) for column in range(columns.categorical))]
     numbers = ordered.map(lambda item: ((item[0][0][0], item[0][1]), 2 + item[1] - before[item[0][0][0]]))
 
     def list_rows(item: tuple[int, bytes]) -> Iterator[tuple[tuple[int, int], int]]:
-        for column, value in enumerate(get_ids(item[1]).tolist()):
+        for column, value in enumerate(get_ids(item[1], columns).tolist()):
             yield (column, value), item[0]
 
     def choose_number(item: Any) -> tuple[int, tuple[int, int]]:
@@ -220,12 +226,12 @@ def number_ids(whole: Any, options: PrepOptions) -> tuple[Any, list[int]]:
         row, (record, cells) = item
         values = np.frombuffer(record, np.int64).copy()
         for column, number in cells:
-            values[NUM_DENSE + column] = number
+            values[columns.numerical + column] = number
         return row, values.tobytes()
 
     cells_of_rows = whole.flatMap(list_rows).leftOuterJoin(numbers).map(choose_number).groupByKey()
     return whole.join(cells_of_rows).map(replace_ids), [
-        1 + per_column.get(column, 0) for column in range(NUM_SPARSE)
+        1 + per_column.get(column, 0) for column in range(columns.categorical)
     ]
 
 
@@ -254,18 +260,18 @@ def write_arrays(
         # consecutive places have the same difference to their index: each group is one write
         for _, group in itertools.groupby(enumerate(items), key=lambda pair: pair[1][0] - pair[0]):
             rows = [item for _, item in group]
-            arrays = split_records([record for _, record in rows])
+            arrays = split_records([record for _, record in rows], options.columns)
             store_rows(folder, options, outputs, shuffled, rows[0][0], *arrays)
 
     placed.sortByKey().foreachPartition(write_runs)
     assert all((folder / name).exists() for name in publish.list_arrays(outputs, options))
 
 
-def split_records(records: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_records(records: list[bytes], columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(counts, ids, labels), all int32 [rows, columns]."""
-    numbers = np.frombuffer(b"".join(records), np.int64).reshape(-1, WORDS)
-    dense = np.ascontiguousarray(numbers[:, :NUM_DENSE].astype(np.int32))
-    sparse = np.ascontiguousarray(numbers[:, NUM_DENSE:-1].astype(np.uint32).view(np.int32))
+    numbers = np.frombuffer(b"".join(records), np.int64).reshape(-1, columns.total)
+    dense = np.ascontiguousarray(numbers[:, : columns.numerical].astype(np.int32))
+    sparse = np.ascontiguousarray(numbers[:, columns.numerical : -1].astype(np.uint32).view(np.int32))
     return dense, sparse, np.ascontiguousarray(numbers[:, -1:].astype(np.int32))
 
 
@@ -282,7 +288,9 @@ def write_parquet(
 
     def write_one(item: tuple[int, Any]) -> None:
         rows = sorted(item[1])
-        write_bucket(plan, item[0] << plan.bits, *split_records([record for _, record in rows]))
+        write_bucket(
+            plan, item[0] << plan.bits, *split_records([record for _, record in rows], options.columns)
+        )
 
     placed.map(lambda item: (item[0] >> plan.bits, item)).groupByKey().foreach(write_one)
     write_sizes(plan, publish.compute_table_sizes(last_ids, options))

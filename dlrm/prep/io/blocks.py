@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.data.criteo import Columns
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.odd_lines import LONGEST_LINE, BadRow, LineRules, read_line
 from dlrm.prep.kernels import parse_line
@@ -18,10 +18,10 @@ BLOCK_ROWS = 2048  # measured on ext4: with more rows the writes cost more than 
 class TextBlock:
     """A buffer for up to BLOCK_ROWS rows, in the file's order; the first `rows` of them are valid.
 
-    `dense`: int32 [BLOCK_ROWS, 13]. `sparse`: ids below 2^32, uint32 or int64 [BLOCK_ROWS, 26].
-    `labels`: int32 [BLOCK_ROWS]. `addresses` describes the three for the kernels, as int64: address and row
-    step of dense; address, row step and column step of sparse; address and row step of labels. Steps are in
-    4-byte words.
+    `dense`: int32 [BLOCK_ROWS, numerical]. `sparse`: ids below 2^32, uint32 or int64 [BLOCK_ROWS,
+    categorical]. `labels`: int32 [BLOCK_ROWS]. `addresses` describes the three for the kernels, as int64:
+    address and row step of dense; address, row step and column step of sparse; address and row step of
+    labels. Steps are in 4-byte words.
     """
 
     def __init__(self, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray, rows: int = 0) -> None:
@@ -31,19 +31,20 @@ class TextBlock:
         self.addresses = np.array([*numbers, labels.ctypes.data, labels.strides[0] // 4], np.int64)
 
     @classmethod
-    def make_records(cls) -> "TextBlock":
-        """A block whose rows are records: the 40 numbers of a row are adjacent."""
-        whole = np.empty((BLOCK_ROWS, NUM_DENSE + NUM_SPARSE + 1), np.int32)
-        ids = whole[:, NUM_DENSE:-1].view(np.uint32)
-        return cls(whole[:, :NUM_DENSE], ids, whole[:, -1])
+    def make_records(cls, columns: Columns) -> "TextBlock":
+        """A block whose rows are records: the numbers of a row are adjacent."""
+        whole = np.empty((BLOCK_ROWS, columns.total), np.int32)
+        ids = whole[:, columns.numerical : -1].view(np.uint32)
+        return cls(whole[:, : columns.numerical], ids, whole[:, -1])
 
     @classmethod
-    def make_arrays(cls) -> "TextBlock":
+    def make_arrays(cls, columns: Columns) -> "TextBlock":
         """A block of three arrays like those in torchrec's files. The kernels write only the low 4 bytes of
         an id, so the array must be zeros at the start.
         """
-        ids = np.zeros((BLOCK_ROWS, NUM_SPARSE), np.int64)
-        return cls(np.empty((BLOCK_ROWS, NUM_DENSE), np.int32), ids, np.empty(BLOCK_ROWS, np.int32))
+        dense = np.empty((BLOCK_ROWS, columns.numerical), np.int32)
+        ids = np.zeros((BLOCK_ROWS, columns.categorical), np.int64)
+        return cls(dense, ids, np.empty(BLOCK_ROWS, np.int32))
 
 
 @dataclass
@@ -85,11 +86,12 @@ class LineScanner:
         self.first_bad = ""
         self._lines = 0  # lines of the piece that were parsed or skipped
         self._text = make_text_buffer() if text is None else text
+        self._parse_lines = parse_line.make_parser(rules.columns)
         self._waiting_rows: list = []  # rows of an odd line for which the block had no space left
 
     def read_blocks(self, block: TextBlock | None = None) -> Iterator[tuple[TextBlock, int]]:
         """(block, bytes consumed since the last one). The same block object is filled again each time."""
-        block = block or TextBlock.make_records()
+        block = block or TextBlock.make_records(self.rules.columns)
         kept, at, consumed = 0, self.piece.begin, 0
         while at < self.piece.end:
             space = len(self._text) - parse_line.PAD - kept
@@ -140,7 +142,7 @@ class LineScanner:
             return begin, parse_line.BLOCK_FULL
         base = self._text.ctypes.data
         before = block.rows
-        block.rows, stopped, why = parse_line.parse_lines(
+        block.rows, stopped, why = self._parse_lines(
             base + begin, base + end, self.rules.labelled, self.rules.empty_dense,
             block.addresses, block.rows, len(block.dense),
         )  # fmt: skip

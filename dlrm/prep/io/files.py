@@ -26,6 +26,12 @@ bytes_written: dict[str, int] = defaultdict(int)
 _counters_lock = threading.Lock()
 
 
+def view_bytes(data: Any) -> memoryview:
+    """The bytes of a buffer. An array without columns has none, and Python cannot cast it."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
 class OffsetFile:
     """One open file. Threads may share it, except for `read_into`, which moves the file position.
 
@@ -109,7 +115,7 @@ class OffsetFile:
 
     def write(self, data: Any, offset: int) -> int:
         """Write all of a buffer at this offset; returns the offset after it."""
-        view = memoryview(data).cast("B")
+        view = view_bytes(data)
         with os_errors_as_user_errors(self.path):
             while view:
                 count = os.pwrite(self._fd, view, offset)
@@ -119,7 +125,7 @@ class OffsetFile:
         return offset
 
     def append(self, data: Any) -> None:
-        view = memoryview(data).cast("B")
+        view = view_bytes(data)
         with os_errors_as_user_errors(self.path):
             while view:
                 count = os.write(self._fd, view)

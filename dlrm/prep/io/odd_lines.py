@@ -9,9 +9,8 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.data.criteo import CRITEO, Columns
 
-COLUMNS = 1 + NUM_DENSE + NUM_SPARSE
 INT32 = range(-(1 << 31), 1 << 31)
 UINT32 = range(1 << 32)
 LONGEST_LINE = 64 << 20
@@ -31,6 +30,12 @@ class LineRules:
     labelled: bool = True  # False for Kaggle's test.txt, which has no label column: the label is then -1
     max_ind_range: int = 0  # ids are taken modulo this, unless it is 0
     empty_dense: int = 0  # value of an empty count
+    columns: Columns = CRITEO
+
+    @property
+    def fields(self) -> int:
+        """Fields of a line."""
+        return self.columns.total - (not self.labelled)
 
 
 def read_line(line: bytes, rules: LineRules) -> list[Row]:
@@ -77,7 +82,7 @@ def find_open_quote(line: str) -> bool:
 
 
 def read_fields(fields: list[str], rules: LineRules) -> Row:
-    expected = COLUMNS if rules.labelled else COLUMNS - 1
+    expected, numerical = rules.fields, rules.columns.numerical
     if not fields:
         raise BadRow("a blank line")
     if len(fields) < expected or (len(fields) > expected and not rules.lenient):
@@ -86,8 +91,9 @@ def read_fields(fields: list[str], rules: LineRules) -> Row:
         raise BadRow(f"{len(fields)} columns, {expected} expected")
     label = parse_number(fields[0], "the label", 0) if rules.labelled else -1
     first = 1 if rules.labelled else 0
-    dense = [parse_number(fields[first + i], f"I{i + 1}", rules.empty_dense) for i in range(NUM_DENSE)]
-    sparse = [parse_hash(fields[first + NUM_DENSE + i], f"C{i + 1}", rules) for i in range(NUM_SPARSE)]
+    dense = [parse_number(fields[first + i], f"I{i + 1}", rules.empty_dense) for i in range(numerical)]
+    hashes = fields[first + numerical : expected]
+    sparse = [parse_hash(field, f"C{i + 1}", rules) for i, field in enumerate(hashes)]
     return dense, sparse, label
 
 

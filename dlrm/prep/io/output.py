@@ -28,9 +28,9 @@ def store_rows(
 ) -> None:
     """Write rows `begin`, `begin` + 1 ... of the whole output to the files in `folder`.
 
-    `dense`: int32 [rows, 13], arguments of the logarithm; changed in place. `sparse`: int32 [rows, 26], raw
-    ids as their 32 bits. `labels`: int32 [rows, 1]. `shuffled`: how many rows of the whole output are
-    shuffled; with --compat these are rounded as in torchrec's float32 array.
+    `dense`: int32 [rows, numerical], arguments of the logarithm; changed in place. `sparse`: int32 [rows,
+    categorical], raw ids as their 32 bits. `labels`: int32 [rows, 1]. `shuffled`: how many rows of the whole
+    output are shuffled; with --compat these are rounded as in torchrec's float32 array.
     """
     kinds = publish.list_arrays(outputs, options)
     among = max(0, min(len(labels), shuffled - begin))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import os_errors_as_user_errors, printable, quote_for_shell
-from dlrm.data.criteo import META, PARTS, DatasetMeta
+from dlrm.data.criteo import META, DatasetMeta
 from dlrm.prep.io.digests import compute_digests
 from dlrm.prep.io.files import OffsetFile, write_atomically
 from dlrm.prep.io.folders import DATASET, SUBSETS, Folders, publish_results
@@ -55,7 +55,7 @@ def list_arrays(outputs: list[OutputDay], options: PrepOptions) -> dict[str, tup
     for output in outputs:
         wide = options.compat == "torchrec" and output.name not in shuffled
         dtypes = DTYPES | {"sparse": "<i8" if wide else ids}
-        for part, columns in PARTS.items():
+        for part, columns in options.columns.parts.items():
             arrays[f"{output.name}_{part}.npy"] = (output.rows, columns), dtypes[part]
     return arrays
 
@@ -157,6 +157,8 @@ def make_meta(
         parameters=json.loads(json.dumps(options.parameters() | more)),
         made_by=made_by,
         format=options.format,
+        num_numerical=options.columns.numerical,
+        num_categorical=options.columns.categorical,
     )
 
 

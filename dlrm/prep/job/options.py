@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError, printable
 from common.owned import OutputFolder
-from dlrm.data.criteo import DatasetMeta
+from dlrm.data.criteo import Columns, DatasetMeta, check_column_counts
 from dlrm.prep.job.overlap import refuse_overlap, same_folder
 
 STEPS = ("parse", "contiguous", "shuffle")
@@ -17,8 +17,10 @@ FORMATS = ("npy", "parquet")
 ENGINES = ("numba", "plain", "spark")
 DATASETS = ("criteo_1tb", "criteo_kaggle")
 MISSING = -(1 << 31)  # value of an empty count where NVIDIA's rules distinguish it from 0
-# options that do not change the output's bytes
+# options that are not in `parameters`: they do not change the output's bytes, or meta.json has them itself
 NOT_IN_OUTPUT = {
+    "num_numerical",
+    "num_categorical",
     "workers",
     "tmp_dir",
     "engine",
@@ -79,6 +81,17 @@ class PrepOptions:
     part_bytes: int = 0
     # entries in the id lists of a column; above it, the bitmap of a gigabyte is smaller than a hash table
     bitmap_entries: int = 8 << 20
+    num_numerical: int | None = None  # None: as the first input file has them, see io/columns.py
+    num_categorical: int | None = None
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of a line, once they are known (`with_columns`)."""
+        assert self.num_numerical is not None and self.num_categorical is not None
+        return Columns(self.num_numerical, self.num_categorical)
+
+    def with_columns(self, columns: Columns) -> "PrepOptions":
+        return replace(self, num_numerical=columns.numerical, num_categorical=columns.categorical)
 
     @property
     def modulus(self) -> int:
@@ -207,6 +220,7 @@ class PrepOptions:
                 f"--mod_idx {self.mod_idx}: must be at most 2^32; 0 is OneFlow's way to say no limit"
             )
         self._check_spark()
+        check_column_counts(self.num_numerical, self.num_categorical)
         if self.engine == "plain" and self.format != "npy":
             raise UserError("--engine plain writes --format npy only")
         if self.format == "parquet" and self.compat:

@@ -1,4 +1,4 @@
-"""Parses a label and 13 counts at once: finds their tabs, then converts all of them in one vector."""
+"""Parses a label and up to 15 counts at once: finds their tabs, then converts all of them in one vector."""
 
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 from typing import Any
@@ -7,11 +7,11 @@ from llvmlite import ir
 from numba import types
 
 from dlrm.prep.kernels.fields import FieldWords
-from dlrm.prep.kernels.intrinsics import I32, intrinsic
+from dlrm.prep.kernels.intrinsics import I32, literal_intrinsic
 
 MINUS = 45
-LANES = 16  # two vectors of eight words; the two words behind the fields are 0
-FIELDS = 14  # the label and the counts
+LANES = 16  # two vectors of eight words; the words behind the fields are 0
+MOST_COUNTS = LANES - 1  # besides the label
 VALUES = ir.VectorType(I32, LANES)
 
 
@@ -31,9 +31,11 @@ def parse_numbers(words: FieldWords, digits: Any) -> Any:
     return builder.trunc(digits, VALUES)
 
 
-def store_counts(builder: Any, values: Any, label: Any, dense: Any) -> None:
+def store_counts(builder: Any, values: Any, count: int, label: Any, dense: Any) -> None:
     builder.store(builder.extract_element(values, I32(0)), builder.inttoptr(label, I32.as_pointer()))
-    order = ir.Constant(ir.VectorType(I32, FIELDS - 1), list(range(1, FIELDS)))
+    if not count:
+        return
+    order = ir.Constant(ir.VectorType(I32, count), list(range(1, count + 1)))
     counts = builder.shuffle_vector(values, values, order)
     builder.store(counts, builder.inttoptr(dense, counts.type.as_pointer()), align=4)
 
@@ -45,18 +47,19 @@ def fill_empty(builder: Any, empty: Any) -> Any:
     return builder.insert_element(gaps, I32(0), I32(0))
 
 
-@intrinsic
-def parse_label_and_counts(typing: Any, at: Any, label: Any, dense: Any, empty: Any) -> Any:
-    """Parse a label and 13 counts of text from address `at`, and store them at `label` and `dense` as int32.
+@literal_intrinsic
+def parse_label_and_counts(typing: Any, at: Any, label: Any, dense: Any, empty: Any, count: Any) -> Any:
+    """Parse a label and `count` counts of text from address `at`, and store them at `label` and `dense` as
+    int32. `count` is a constant, at most MOST_COUNTS.
 
     Returns the address of the first id, or -1 if a field is not canonical or the fields are longer than the
     vector; what was stored is then invalid. `empty`: the value of an empty count.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        at, label, dense, empty = args
+        at, label, dense, empty, _ = args
         words = FieldWords(builder, LANES)
-        first, lengths, last = words.split_fields(at, FIELDS)
+        first, lengths, last = words.split_fields(at, 1 + count.literal_value)
         canonical = words.fit_word(lengths)
         present = builder.icmp_unsigned("!=", lengths, words.repeat_word(0))
         below = builder.icmp_unsigned(
@@ -74,7 +77,7 @@ def parse_label_and_counts(typing: Any, at: Any, label: Any, dense: Any, empty: 
         values = parse_numbers(words, digits)
         values = builder.select(below, builder.neg(values), values)
         values = builder.select(present, values, fill_empty(builder, empty))
-        store_counts(builder, values, label, dense)
+        store_counts(builder, values, count.literal_value, label, dense)
         return words.choose_end(at, last, words.all_true(canonical))
 
-    return types.int64(types.int64, types.int64, types.int64, types.int64), build
+    return types.int64(types.int64, types.int64, types.int64, types.int64, count), build

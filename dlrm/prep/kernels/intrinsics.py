@@ -14,6 +14,7 @@ from numba import extending, types
 from numba.core import cgutils
 
 intrinsic: Any = extending.intrinsic  # the decorated functions exist in compiled code only
+literal_intrinsic: Any = extending.intrinsic(prefer_literal=True)  # for numbers known when compiling
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
@@ -112,60 +113,56 @@ def prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.int64), build
 
 
-def get_vector_pointer(builder: Any, address: Any, kind: Any, words: int) -> Any:
-    return builder.inttoptr(address, ir.VectorType(kind, words).as_pointer())
+LONGEST_VECTOR = 64  # words: longer runs are handled in several vectors
 
 
-def make_copier(words: int) -> Any:
-    """A function (target, source) that copies `words` 4-byte words between two addresses."""
-
-    @intrinsic
-    def copy(typing: Any, target: Any, source: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = builder.load(get_vector_pointer(builder, args[1], I32, words), align=4)
-            builder.store(value, get_vector_pointer(builder, args[0], I32, words), align=4)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), build
-
-    return copy
+def iterate_vectors(builder: Any, source: Any, source_kind: Any, target: Any, words: int) -> Any:
+    """(words, vector loaded from address `source`, pointer to store its int32 words to) for all `words`."""
+    for first in range(0, words, LONGEST_VECTOR):
+        count = min(LONGEST_VECTOR, words - first)
+        whole, kind = ir.VectorType(source_kind, count), ir.VectorType(I32, count)
+        at = builder.add(source, I64(first * source_kind.width // 8)) if first else source
+        to = builder.add(target, I64(first * 4)) if first else target
+        value = builder.load(builder.inttoptr(at, whole.as_pointer()), align=4)
+        yield count, value, builder.inttoptr(to, kind.as_pointer())
 
 
-def make_narrower(words: int) -> Any:
-    """A function (target, source) that copies the low halves of `words` 8-byte words."""
+@literal_intrinsic
+def copy_words(typing: Any, target: Any, source: Any, words: Any) -> Any:
+    """Copy a constant number of 4-byte words between two addresses."""
 
-    @intrinsic
-    def narrow(typing: Any, target: Any, source: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = builder.load(get_vector_pointer(builder, args[1], I64, words), align=4)
-            value = builder.trunc(value, ir.VectorType(I32, words))
-            builder.store(value, get_vector_pointer(builder, args[0], I32, words), align=4)
-            return context.get_dummy_value()
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for _, value, to in iterate_vectors(builder, args[1], I32, args[0], words.literal_value):
+            builder.store(value, to, align=4)
+        return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64), build
-
-    return narrow
+    return types.void(types.int64, types.int64, words), build
 
 
-def make_subtracter(words: int) -> Any:
-    """A function (target, source, number) that copies `words` 4-byte words and subtracts the number from
-    each.
-    """
+@literal_intrinsic
+def narrow_words(typing: Any, target: Any, source: Any, words: Any) -> Any:
+    """Copy the low halves of a constant number of 8-byte words."""
 
-    @intrinsic
-    def subtract(typing: Any, target: Any, source: Any, less: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.VectorType(I32, words)
-            value = builder.load(get_vector_pointer(builder, args[1], I32, words), align=4)
-            each = builder.insert_element(ir.Constant(kind, ir.Undefined), args[2], I32(0))
-            zeros = ir.Constant(kind, [0] * words)
-            each = builder.shuffle_vector(each, each, zeros)
-            builder.store(builder.sub(value, each), get_vector_pointer(builder, args[0], I32, words), align=4)
-            return context.get_dummy_value()
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for count, value, to in iterate_vectors(builder, args[1], I64, args[0], words.literal_value):
+            builder.store(builder.trunc(value, ir.VectorType(I32, count)), to, align=4)
+        return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int32), build
+    return types.void(types.int64, types.int64, words), build
 
-    return subtract
+
+@literal_intrinsic
+def subtract_words(typing: Any, target: Any, source: Any, less: Any, words: Any) -> Any:
+    """Copy a constant number of 4-byte words, and subtract `less` from each."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for count, value, to in iterate_vectors(builder, args[1], I32, args[0], words.literal_value):
+            each = builder.insert_element(ir.Constant(value.type, ir.Undefined), args[2], I32(0))
+            each = builder.shuffle_vector(each, each, ir.Constant(value.type, [0] * count))
+            builder.store(builder.sub(value, each), to, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int32, words), build
 
 
 @intrinsic

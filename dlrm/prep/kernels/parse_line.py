@@ -1,13 +1,17 @@
 """Parses canonical lines, eight bytes at a time. All other lines are left to `odd_lines.read_line`.
 
-A canonical line has a label and 13 counts of at most 8 digits (or empty), 26 ids of at most 8 hex digits (or
-empty), tabs between them and one newline. For such lines both parsers must give the same numbers.
+A canonical line has a label and counts of at most 8 digits (or empty), ids of at most 8 hex digits (or
+empty), tabs between them and one newline. For such lines both parsers must give the same numbers. The numbers
+of columns are constants of the compiled code: `make_parser` compiles it for each dataset's.
 """
+
+import functools
+from typing import Any
 
 import numpy as np
 
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
-from dlrm.prep.kernels.counts import parse_label_and_counts
+from dlrm.data.criteo import Columns
+from dlrm.prep.kernels.counts import MOST_COUNTS, parse_label_and_counts
 from dlrm.prep.kernels.hex_ids import FIELDS, parse_eight_any, parse_eight_full
 from dlrm.prep.kernels.intrinsics import (
     compiled,
@@ -99,15 +103,17 @@ def parse_short_hex(at, end_byte):
 
 
 @compiled
-def parse_counts(at, labelled, empty, dense, label_at):
-    """Parse a label, if there is one, and 13 counts one by one. Returns the first id's address, or FAIL."""
+def parse_counts(at, labelled, empty, dense, label_at, numerical):
+    """Parse a label, if there is one, and `numerical` counts one by one. Returns the first id's address, or
+    FAIL.
+    """
     label = np.int64(-1)
     if labelled:
         label, at = parse_int(at, 0)
         if at == FAIL:
             return at
     store32(label_at, 0, np.uint32(label))
-    for column in range(NUM_DENSE):
+    for column in range(numerical):
         value, at = parse_int(at, empty)
         if at == FAIL:
             return at
@@ -116,21 +122,14 @@ def parse_counts(at, labelled, empty, dense, label_at):
 
 
 @inlined
-def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
-    """Parse one line: 13 counts to the words from address `dense`, 26 ids to every id_step-th word from
-    `sparse`. Returns the address of the next line, or FAIL if this one is not canonical.
+def parse_ids(at, sparse, id_step, categorical):
+    """Parse the ids of a line, the last of which ends it, to every id_step-th word from `sparse`. Returns the
+    address of the next line, or FAIL.
     """
-    ids = FAIL
-    if labelled:
-        ids = parse_label_and_counts(at, label_at, dense, np.int64(empty))
-    if ids == FAIL:
-        ids = parse_counts(at, labelled, empty, dense, label_at)
-        if ids == FAIL:
-            return ids
-    at, column = ids, 0
-    while column < NUM_SPARSE - 1:
+    column = 0
+    while column < categorical - 1:
         # the last id is read alone, because it ends the line; so is each of an odd group
-        if column + FIELDS < NUM_SPARSE:
+        if column + FIELDS < categorical:
             target = sparse + 4 * column * id_step
             following = parse_eight_full(at, target, id_step)
             if following == FAIL:
@@ -139,43 +138,56 @@ def parse_row(at, labelled, empty, dense, sparse, id_step, label_at):
                 at = following
                 column += FIELDS
                 continue
-        for _ in range(min(FIELDS, NUM_SPARSE - 1 - column)):
+        for _ in range(min(FIELDS, categorical - 1 - column)):
             key, at = parse_hex(at, TAB)
             if at == FAIL:
                 return at
             store32(sparse, column * id_step, key)
             column += 1
     key, at = parse_hex(at, NEWLINE)
-    store32(sparse, (NUM_SPARSE - 1) * id_step, key)
+    store32(sparse, (categorical - 1) * id_step, key)
     return at
 
 
-@compiled
-def parse_lines(at, end, labelled, empty, addresses, row, capacity):
-    """Parse text from address `at` to `end` into a block, from its row `row` on, until the block has
-    `capacity` rows (BLOCK_FULL), a line is not canonical (ODD_LINE), or no whole line is left (NEED_MORE).
+@functools.cache
+def make_parser(columns: Columns) -> Any:
+    """`parse_lines`, compiled for lines of these columns."""
+    numerical, categorical = columns.numerical, columns.categorical
+    vectored = min(numerical, MOST_COUNTS)  # what `parse_label_and_counts` is compiled for
+    fits = numerical == vectored
 
-    `addresses` is the block's (see `blocks.TextBlock`). `empty`: the value of an empty count. Returns (rows
-    in the block, address where it stopped, why).
-    """
-    dense, dense_step, ids, ids_step = addresses[0], 4 * addresses[1], addresses[2], 4 * addresses[3]
-    id_step, labels, label_step = addresses[4], addresses[5], 4 * addresses[6]
-    while row < capacity:
-        # a row that ends behind `end` was parsed from stale bytes in the buffer: it is not counted
-        following = FAIL
-        if at < end:
-            following = parse_row(
-                at, labelled, empty, dense + dense_step * row, ids + ids_step * row, id_step,
-                labels + label_step * row,
-            )  # fmt: skip
-        if following == FAIL or following > end:
-            for place in range(at, end):
-                if load_byte(place) == NEWLINE:
-                    return row, at, ODD_LINE
-            return row, at, NEED_MORE
-        at = following
-        row += 1
-    return row, at, BLOCK_FULL
+    @compiled
+    def parse_lines(at, end, labelled, empty, addresses, row, capacity):
+        """Parse text from address `at` to `end` into a block, from its row `row` on, until the block has
+        `capacity` rows (BLOCK_FULL), a line is not canonical (ODD_LINE), or no whole line is left
+        (NEED_MORE).
+
+        `addresses` is the block's (see `blocks.TextBlock`). `empty`: the value of an empty count. Returns
+        (rows in the block, address where it stopped, why).
+        """
+        dense, dense_step, ids, ids_step = addresses[0], 4 * addresses[1], addresses[2], 4 * addresses[3]
+        id_step, labels, label_step = addresses[4], addresses[5], 4 * addresses[6]
+        while row < capacity:
+            # a row that ends behind `end` was parsed from stale bytes in the buffer: it is not counted
+            following = FAIL
+            if at < end:
+                counts_at, label_at = dense + dense_step * row, labels + label_step * row
+                if labelled and fits:
+                    following = parse_label_and_counts(at, label_at, counts_at, np.int64(empty), vectored)
+                if following == FAIL:
+                    following = parse_counts(at, labelled, empty, counts_at, label_at, numerical)
+                if following != FAIL:
+                    following = parse_ids(following, ids + ids_step * row, id_step, categorical)
+            if following == FAIL or following > end:
+                for place in range(at, end):
+                    if load_byte(place) == NEWLINE:
+                        return row, at, ODD_LINE
+                return row, at, NEED_MORE
+            at = following
+            row += 1
+        return row, at, BLOCK_FULL
+
+    return parse_lines
 
 
 @compiled

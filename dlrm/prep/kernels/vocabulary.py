@@ -1,4 +1,4 @@
-"""Numbers ids in order of first appearance: one open-addressing hash table per column, all 26 in one call.
+"""Numbers ids in order of first appearance: an open-addressing hash table per column, all in one call.
 
 A slot is 8 bytes: the id in the high half, its number + 1 in the low half; 0 is an empty slot. So a look-up
 usually costs one cache miss.
@@ -6,7 +6,6 @@ usually costs one cache miss.
 
 import numpy as np
 
-from dlrm.data.criteo import NUM_SPARSE
 from dlrm.prep.kernels.intrinsics import compiled, inlined, load32, load64, prefetch, store32, store64
 
 # Columns of `Vocabulary.tables`. SLOTS, VALUES, COUNTS: addresses; BITS: log2 of the number of slots;
@@ -89,7 +88,7 @@ class Vocabulary:
     their numbers; `counts`: uint32, occurrences in the same order.
     """
 
-    def __init__(self, counting: bool, columns: int = NUM_SPARSE) -> None:
+    def __init__(self, counting: bool, columns: int) -> None:
         self.tables = np.zeros((columns, 6), np.int64)
         self._complete = False
         self.slots = [np.zeros(1 << FIRST_BITS, np.uint64) for _ in range(columns)]

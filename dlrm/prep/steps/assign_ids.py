@@ -28,7 +28,7 @@ class ColumnMaps:
     """One column's id lists in the lanes' .ids files, and its maps in the lanes' .map files.
 
     An .ids file is uint32: the ids of all columns, then, if counted, their occurrences. A .map file is int32:
-    for each of the ids the dataset's id. `sizes`: int64 [lanes, 26], the lists' lengths.
+    for each of the ids the dataset's id. `sizes`: int64 [lanes, columns], the lists' lengths.
     """
 
     def __init__(self, plan: PrepPlan, sizes: np.ndarray, column: int) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.progress import StepProgress
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
 from dlrm.prep.io.blocks import InputPiece, LineScanner, count_rows
 from dlrm.prep.io.files import OffsetFile, write_atomically
 from dlrm.prep.io.inputs import InputFile
@@ -23,7 +22,7 @@ from dlrm.runtime import trace
 
 
 def line_rules(options: PrepOptions, source: InputFile) -> LineRules:
-    return LineRules(options.lenient, source.labelled, options.modulus, options.empty_dense)
+    return LineRules(options.lenient, source.labelled, options.modulus, options.empty_dense, options.columns)
 
 
 def count_piece(plan: PrepPlan, number: int, progress: StepProgress) -> None:
@@ -59,7 +58,8 @@ class LaneParser:
             parse_lane(self.plan, lane, None, self.progress)
             return
         if not hasattr(self._own, "vocabulary"):
-            self._own.vocabulary = Vocabulary(self.plan.options.min_count > 1)
+            options = self.plan.options
+            self._own.vocabulary = Vocabulary(options.min_count > 1, options.columns.categorical)
         self._own.vocabulary.clear()
         parse_lane(self.plan, lane, self._own.vocabulary, self.progress)
 
@@ -69,7 +69,8 @@ def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
     raw.
     """
     path, options = plan.path("lane", lane), plan.options
-    ranges, skipped, last_ids = [], [], np.zeros(NUM_SPARSE, np.int64)
+    categorical = options.columns.categorical
+    ranges, skipped, last_ids = [], [], np.zeros(categorical, np.int64)
     size = sum(plan.pieces[number].end - plan.pieces[number].begin for number in plan.lanes[lane])
     with trace.span("prep", "parse", bytes=size):
         for number in plan.lanes[lane]:
@@ -77,12 +78,12 @@ def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
             ranges.append(low_high)
             if scanner.skipped:
                 skipped.append([scanner.skipped, scanner.first_bad])
-    sizes = [0] * NUM_SPARSE
+    sizes = [0] * categorical
     if vocabulary:
         sizes = vocabulary.count_ids()
-        lists = [vocabulary.list_ids(column) for column in range(NUM_SPARSE)]
+        lists = [vocabulary.list_ids(column) for column in range(categorical)]
         if options.min_count > 1:
-            lists += [vocabulary.list_occurrences(column) for column in range(NUM_SPARSE)]
+            lists += [vocabulary.list_occurrences(column) for column in range(categorical)]
         write_atomically(plan.path("lane", lane, "ids"), np.concatenate(lists))
     plan.save_json(path, {"vocab": sizes, "dense": ranges, "skipped": skipped, "last": last_ids.tolist()})
 
@@ -92,7 +93,7 @@ def parse_piece(
 ) -> tuple[list[int], LineScanner]:
     """Write the spill file of one piece. Returns ([smallest, largest count], the scanner with its bad lines).
 
-    `last_ids`: int64 [26], raised to the largest raw ids where there is no vocabulary.
+    `last_ids`: int64 [categorical], raised to the largest raw ids where there is no vocabulary.
     """
     piece, options = plan.pieces[number], plan.options
     source = plan.sources[piece.source]
@@ -106,7 +107,7 @@ def parse_piece(
         scanner = LineScanner(
             text, printable(source.path), piece, line_rules(options, source), options.skip_bad_rows
         )
-        spill = SpillFile(file, places.read, piece.rows, plan.bits) if piece.rows else None
+        spill = SpillFile(file, places.read, piece.rows, plan.bits, options.columns) if piece.rows else None
         for block, consumed in scanner.read_blocks():
             if spill is None or spill.done + block.rows > piece.rows:
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
@@ -128,12 +129,12 @@ def parse_piece(
 
 @compiled
 def widen_range(dense, rows, missing, low_high):
-    """Update low_high, int64 [2], the smallest and the largest count, from dense, int32 [rows, 13]; counts
+    """Update low_high, int64 [2], the smallest and the largest count, from dense, int32 [rows, counts]; those
     equal to `missing` are ignored.
     """
     low, high = low_high[0], low_high[1]
     for row in range(rows):
-        for column in range(NUM_DENSE):
+        for column in range(dense.shape[1]):
             value = np.int64(dense[row, column])
             if value != missing:
                 low, high = min(low, value), max(high, value)

@@ -2,77 +2,85 @@
 writes.
 """
 
+import functools
 import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from common.errors import UserError, printable
 from common.owned import discard_file, finish_file
 from common.progress import StepProgress
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE
+from dlrm.data.criteo import Columns
 from dlrm.prep.io.files import OffsetFile, write_atomically
 from dlrm.prep.io.output import store_rows
-from dlrm.prep.io.spill import RECORD_BYTES, WORDS
+from dlrm.prep.io.spill import count_record_bytes, count_words
 from dlrm.prep.job.options import MISSING
-from dlrm.prep.kernels.intrinsics import compiled, load32, make_copier, make_subtracter, prefetch, store32
+from dlrm.prep.kernels.intrinsics import compiled, copy_words, load32, prefetch, store32, subtract_words
 from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
 
 PART_RECORDS = 1 << 14  # records read at a time
 OTHER_FILES = 256  # file descriptors kept free for everything else
-FIRST_ID = 1 + NUM_DENSE  # word of a record
-
-
 AHEAD = 6  # rows that are prefetched: each is in about five cache lines
-DENSE_BYTES, SPARSE_BYTES = 4 * NUM_DENSE, 4 * NUM_SPARSE
-subtract_shift, copy_ids = make_subtracter(NUM_DENSE), make_copier(NUM_SPARSE)
+LINE = 64  # bytes of a cache line
+
+
+@functools.cache
+def make_placer(columns: Columns) -> Any:
+    """`place_records`, compiled for records of these columns."""
+    numerical, categorical, words = columns.numerical, columns.categorical, count_words(columns)
+    first_id = 1 + numerical  # word of a record
+    count_bytes, id_bytes = 4 * numerical, 4 * categorical
+
+    @compiled
+    def place_records(records, offsets, maps, mapped, shift, gaps, dense, sparse, labels):
+        """Copy each record to its row of dense, sparse and labels, all int32 [rows, columns].
+
+        `shift` is subtracted from the counts; with `gaps`, MISSING is kept. With `mapped`, the id of column c
+        becomes maps[offsets[c] + id]. The rows are the records' own; they are not checked.
+        """
+        counts_at, ids_at, labels_at = dense.ctypes.data, sparse.ctypes.data, labels.ctypes.data
+        map_at, record = maps.ctypes.data, records.ctypes.data
+        for k in range(len(records)):
+            if k + AHEAD < len(records):
+                row = np.int64(load32(record, AHEAD * words))
+                for at in range(0, count_bytes, LINE):
+                    prefetch(counts_at + count_bytes * row + at)
+                prefetch(counts_at + count_bytes * row + count_bytes - 4)
+                for at in range(0, id_bytes, LINE):
+                    prefetch(ids_at + id_bytes * row + at)
+                prefetch(ids_at + id_bytes * row + id_bytes - 4)
+                prefetch(labels_at + 4 * row)
+            row = np.int64(load32(record, 0))
+            if gaps:
+                for column in range(numerical):
+                    value = np.int32(load32(record, 1 + column))
+                    dense[row, column] = value if value == MISSING else np.int32(value - shift)
+            else:
+                subtract_words(counts_at + count_bytes * row, record + 4, shift, numerical)
+            if mapped:
+                for column in range(categorical):
+                    id = load32(map_at, offsets[column] + load32(record, first_id + column))
+                    store32(ids_at + id_bytes * row, column, id)
+            else:
+                copy_words(ids_at + id_bytes * row, record + 4 * first_id, categorical)
+            store32(labels_at, row, load32(record, words - 1))
+            record += 4 * words
+
+    return place_records
 
 
 @compiled
-def place_records(records, offsets, maps, mapped, shift, gaps, dense, sparse, labels):
-    """Copy each record to its row of dense, sparse and labels, all int32 [rows, columns].
-
-    `shift` is subtracted from the counts; with `gaps`, MISSING is kept. With `mapped`, the id of column c
-    becomes maps[offsets[c] + id]. The rows are the records' own; they are not checked.
-    """
-    counts_at, ids_at, labels_at = dense.ctypes.data, sparse.ctypes.data, labels.ctypes.data
-    map_at, record = maps.ctypes.data, records.ctypes.data
+def translate_ids(records, first_id, offsets, maps):
+    """Replace the ids of column c in the records, from word `first_id` on, by maps[offsets[c] + id]."""
     for k in range(len(records)):
-        if k + AHEAD < len(records):
-            row = np.int64(load32(record, AHEAD * WORDS))
-            prefetch(counts_at + DENSE_BYTES * row)
-            prefetch(counts_at + DENSE_BYTES * row + DENSE_BYTES - 4)
-            prefetch(ids_at + SPARSE_BYTES * row)
-            prefetch(ids_at + SPARSE_BYTES * row + 64)
-            prefetch(ids_at + SPARSE_BYTES * row + SPARSE_BYTES - 4)
-            prefetch(labels_at + 4 * row)
-        row = np.int64(load32(record, 0))
-        if gaps:
-            for column in range(NUM_DENSE):
-                value = np.int32(load32(record, 1 + column))
-                dense[row, column] = value if value == MISSING else np.int32(value - shift)
-        else:
-            subtract_shift(counts_at + DENSE_BYTES * row, record + 4, shift)
-        if mapped:
-            for column in range(NUM_SPARSE):
-                id = load32(map_at, offsets[column] + load32(record, FIRST_ID + column))
-                store32(ids_at + SPARSE_BYTES * row, column, id)
-        else:
-            copy_ids(ids_at + SPARSE_BYTES * row, record + 4 * FIRST_ID)
-        store32(labels_at, row, load32(record, WORDS - 1))
-        record += RECORD_BYTES
-
-
-@compiled
-def translate_ids(records, offsets, maps):
-    """Replace the ids of column c in the records by maps[offsets[c] + id]."""
-    for k in range(len(records)):
-        for column in range(NUM_SPARSE):
-            at = FIRST_ID + column
+        for column in range(len(offsets) - 1):
+            at = first_id + column
             records[k, at] = np.uint32(maps[offsets[column] + records[k, at]])
 
 
@@ -80,7 +88,7 @@ def translate_ids(records, offsets, maps):
 class IdMaps:
     """The maps from each lane's id numbers to the dataset's ids, in memory."""
 
-    offsets: list[np.ndarray]  # per lane: int64 [27], where each column begins in its values
+    offsets: list[np.ndarray]  # per lane: int64 [columns + 1], where each column begins in its values
     values: list[np.ndarray]  # per lane: int32, the dataset's ids
 
 
@@ -100,10 +108,10 @@ def load_maps(plan: PrepPlan, sizes: np.ndarray) -> IdMaps:
 def read_records(
     file: OffsetFile, begin: int, count: int, buffer: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(record number, records) in parts; `buffer`, uint32 [n, WORDS], is reused for each."""
+    """(record number, records) in parts; `buffer`, uint32 [n, words], is reused for each."""
     for at in range(begin, begin + count, len(buffer)):
         part = buffer[: min(len(buffer), begin + count - at)]
-        got = file.read_into(part.data.cast("B"), at * RECORD_BYTES)
+        got = file.read_into(part.data.cast("B"), at * part[:1].nbytes)
         if got != part.nbytes:
             raise UserError(f"{printable(file.path)}: shorter than it should be; start again with --restart")
         yield at, part
@@ -118,16 +126,18 @@ def translate_piece(
     if not final.exists() and rows:
         partial = plan.path("piece", number, "rewritten")
         offsets, values = load_map(plan, sizes, lane)
-        buffer = np.empty((PART_RECORDS, WORDS), np.uint32)
+        columns = plan.options.columns
+        record_bytes = count_record_bytes(columns)
+        buffer = np.empty((PART_RECORDS, count_words(columns)), np.uint32)
         with (
-            trace.span("prep", "translate", bytes=rows * RECORD_BYTES),
+            trace.span("prep", "translate", bytes=rows * record_bytes),
             OffsetFile(spill) as source,
             OffsetFile(partial, "w") as target,
         ):
             target.resize(0)
             for at, records in read_records(source, 0, rows, buffer):
-                translate_ids(records, offsets, values)
-                target.write(records, at * RECORD_BYTES)
+                translate_ids(records, 1 + columns.numerical, offsets, values)
+                target.write(records, at * record_bytes)
                 progress.add(len(records), 2 * records.nbytes)
         finish_file(partial, final)
     discard_file(spill)
@@ -152,6 +162,8 @@ class Placer:
 
     def __init__(self, plan: PrepPlan, maps: IdMaps | None, progress: StepProgress) -> None:
         self.plan, self.maps, self.progress = plan, maps, progress
+        self.columns = plan.options.columns
+        self._place_records = make_placer(self.columns)
         self._own = threading.local()
         self._opened: list[OffsetFile] = []
         self.most_open = reserve_open_files(len(plan.pieces) * plan.options.workers) // plan.options.workers
@@ -174,19 +186,19 @@ class Placer:
             return
         begin = number << self.plan.bits
         rows = min(self.plan.rows, begin + (1 << self.plan.bits)) - begin
-        with trace.span("prep", "place", bytes=rows * RECORD_BYTES):
+        size = rows * count_record_bytes(self.columns)
+        with trace.span("prep", "place", bytes=size):
             arrays = self._gather_bucket(number, rows)
             self.write_rows(begin, *arrays)
         write_atomically(done, b"")
-        self.progress.add(rows, rows * RECORD_BYTES)
+        self.progress.add(rows, size)
 
     def _get_buffers(self) -> tuple[np.ndarray, ...]:
         """Dense, sparse, labels and a read buffer. Each thread reuses its own, to save page faults."""
         if not hasattr(self._own, "buffers"):
             rows = min(self.plan.rows, 1 << self.plan.bits)
-            shapes = (rows, NUM_DENSE), (rows, NUM_SPARSE), (rows, 1)
-            buffers = [np.empty(shape, np.int32) for shape in shapes]
-            self._own.buffers = (*buffers, np.empty((PART_RECORDS, WORDS), np.uint32))
+            buffers = [np.empty((rows, count), np.int32) for count in self.columns.parts.values()]
+            self._own.buffers = (*buffers, np.empty((PART_RECORDS, count_words(self.columns)), np.uint32))
         return self._own.buffers
 
     @contextmanager
@@ -224,7 +236,7 @@ class Placer:
             values = self.maps.values[lane] if self.maps else np.zeros(1, np.int32)
             with self._open_spill(piece) as file:
                 for _, records in read_records(file, int(runs[at]), int(runs[at + 1] - runs[at]), buffer):
-                    place_records(
+                    self._place_records(
                         records, offsets, values, self.maps is not None, shift, gaps, dense, sparse, labels
                     )
         return dense, sparse, labels

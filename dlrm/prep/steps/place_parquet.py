@@ -1,4 +1,4 @@
-"""Parquet output: folders train, val and test, with files of the columns label, I1..I13, C1..C26.
+"""Parquet output: folders train, val and test, with files of the columns label, I1, I2 .., C1, C2 ...
 
 With --mod_idx the values are OneFlow's: counts + 1 without logarithm, ids as in `io/oneflow_ids.py`.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dlrm.data.criteo import NUM_DENSE, NUM_SPARSE, split_last_day
+from dlrm.data.criteo import split_last_day
 from dlrm.prep.io.files import bytes_written, os_errors_as_user_errors, write_atomically
 from dlrm.prep.io.folders import discard_files
 from dlrm.prep.io.inputs import OutputDay, select_days
@@ -18,7 +18,6 @@ from dlrm.prep.io.output import find_overlaps, take_logarithm
 from dlrm.prep.steps.place import Placer
 from dlrm.prep.steps.plan import PrepPlan
 
-NAMES = ["label", *(f"I{i + 1}" for i in range(NUM_DENSE)), *(f"C{i + 1}" for i in range(NUM_SPARSE))]
 UNLABELLED = "unlabelled"  # Kaggle's test.txt
 SIZES = "README.md"
 
@@ -89,13 +88,14 @@ def write_bucket(
     if not plan.options.contiguous and not plan.options.max_ind_range:
         sparse = sparse.view(np.uint32).astype(np.int64)
     for name, start, stop in list_parts(plan, begin >> plan.bits):
-        ids = [sparse[start:stop, column] for column in range(NUM_SPARSE)]
+        ids = list(sparse[start:stop].T)
         columns = [labels[start:stop, 0]]
         if mod_idx:
             ids = [make_oneflow_ids(each.view(np.uint32), column, mod_idx) for column, each in enumerate(ids)]
             columns = [labels[start:stop, 0].astype(np.float32)]
-        columns += [counts[start:stop, column] for column in range(NUM_DENSE)] + ids
-        table = pa.table([pa.array(np.ascontiguousarray(column)) for column in columns], NAMES)
+        columns += [*counts[start:stop].T, *ids]
+        arrays = [pa.array(np.ascontiguousarray(column)) for column in columns]
+        table = pa.table(arrays, plan.options.columns.names)
         path = plan.folders.unfinished / name
         with os_errors_as_user_errors(path), open(path, "wb", buffering=0) as file:
             pq.write_table(table, file)

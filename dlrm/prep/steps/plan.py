@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import NUM_SPARSE
 from dlrm.prep.io.blocks import InputPiece, find_line_end
 from dlrm.prep.io.files import OffsetFile, read_json_file, write_atomically
 from dlrm.prep.io.folders import Folders, discard_files
@@ -22,7 +21,7 @@ STATE = "state.json"
 SMALLEST, LARGEST = 1 << 20, 512 << 20  # bytes of text in a lane
 # lanes per thread; a lane starts with an empty vocabulary, so more would cost more than they balance
 PER_WORKER = 2
-LAYOUT = 3  # version of the intermediate files: a run does not resume from another version
+LAYOUT = 4  # version of the intermediate files: a run does not resume from another version
 
 
 class PrepPlan:
@@ -116,7 +115,7 @@ class PrepPlan:
         self.outputs = outputs
         self.rows = sum(output.rows for output in outputs)
         self.shuffled_rows = count_shuffled_rows(self.outputs, self.options.shuffle)
-        self.bits = choose_bucket_bits(self.rows)
+        self.bits = choose_bucket_bits(self.rows, self.options.columns)
 
     @property
     def bucket_count(self) -> int:
@@ -125,9 +124,9 @@ class PrepPlan:
     # --- results of parsing
 
     def load_vocab_sizes(self) -> np.ndarray:
-        """int64 [lanes, 26]: distinct ids of each lane and column."""
+        """int64 [lanes, columns]: distinct ids of each lane and column."""
         sizes = [self.load_json(self.path("lane", lane))["vocab"] for lane in range(len(self.lanes))]
-        return np.array(sizes, np.int64).reshape(len(self.lanes), NUM_SPARSE)
+        return np.array(sizes, np.int64).reshape(len(self.lanes), self.options.columns.categorical)
 
     def load_lane_infos(self) -> list[dict[str, Any]]:
         return [self.load_json(self.path("lane", lane)) for lane in range(len(self.lanes))]
@@ -153,7 +152,8 @@ class PrepPlan:
 
     def count_kept_ids(self) -> list[int]:
         """For each column, how many ids are not mapped to the id for rare ones."""
-        return [self.load_json(self.path("column", column))["kept"] for column in range(NUM_SPARSE)]
+        columns = range(self.options.columns.categorical)
+        return [self.load_json(self.path("column", column))["kept"] for column in columns]
 
     def find_last_ids(self) -> list[int]:
         """The largest id of each column."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import PARTS, DatasetMeta, array_file_name
+from dlrm.data.criteo import DatasetMeta, array_file_name
 from dlrm.data.npy_header import read_npy_header
 from dlrm.prep.io.digests import compute_digests
 from dlrm.prep.io.files import OffsetFile
@@ -59,7 +59,7 @@ def check_arrays(folder: Path, meta: DatasetMeta) -> Iterator[str]:
 def check_layouts(folder: Path, meta: DatasetMeta) -> Iterator[tuple[Path, str, str]]:
     """(file, part, problem of its header or "") for each array."""
     for day, rows in enumerate(meta.rows):
-        for part, columns in PARTS.items():
+        for part, columns in meta.columns.parts.items():
             path = folder / array_file_name(day, part)
             last = day == len(meta.rows) - 1
             yield path, part, check_layout(path, (rows, columns), meta, part, last)
@@ -110,7 +110,7 @@ def check_layout(path: Path, shape: tuple[int, int], meta: DatasetMeta, part: st
 
 
 def check_values(path: Path, part: str, sizes: np.ndarray, seen: list[np.ndarray]) -> Iterator[str]:
-    """Problems with the values of an array. `sizes`: int64 [26], table sizes. `seen`: for each column bool
+    """Problems with the values of an array. `sizes`: int64, of each table. `seen`: for each column bool
     [ids], in which the ids that occur are marked; empty if that is not checked.
     """
     shape, dtype, header = read_layout(path)

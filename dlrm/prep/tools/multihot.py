@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import UserError, printable
 from common.memory import format_size
 from common.owned import finish_file
-from dlrm.data.criteo import META, NUM_SPARSE, DatasetMeta, array_file_name, multi_hot_file_name
+from dlrm.data.criteo import META, DatasetMeta, array_file_name, multi_hot_file_name
 from dlrm.prep.io.files import OffsetFile, os_errors_as_user_errors
 from dlrm.prep.io.folders import DATASET, Folders, Output, publish_results
 from dlrm.prep.io.inputs import FileStamps
@@ -45,9 +45,10 @@ class MultiHotOptions:
     copy_labels_and_dense: bool = False
 
     def checked(self) -> "MultiHotOptions":
+        columns = read_shape(self.input_dir, 0, "sparse")[1]
         for name, values in (("multi_hot_sizes", self.sizes), ("num_embeddings_per_feature", self.tables)):
-            if len(values) != NUM_SPARSE or min(values) < 1:
-                raise UserError(f"--{name}: {NUM_SPARSE} numbers of at least 1 are needed, got {len(values)}")
+            if len(values) != columns or min(values) < 1:
+                raise UserError(f"--{name}: {columns} numbers of at least 1 are needed, got {len(values)}")
             if max(values) > LARGEST[name]:
                 raise UserError(f"--{name} {max(values)}: at most {LARGEST[name]} is possible; lower it")
         if same_folder(self.input_dir, self.output_dir):
@@ -102,6 +103,15 @@ def list_days(folder: Path) -> int:
     if not days:
         raise UserError(f"--input_dir {printable(folder)}: no {array_file_name(0, 'sparse')} in it")
     return days
+
+
+def read_shape(folder: Path, day: int, part: str) -> tuple[int, int]:
+    """Rows and columns of an array of the input; UserError if it has not two dimensions."""
+    path = folder / array_file_name(day, part)
+    shape = read_layout(path)[0]
+    if len(shape) != 2:
+        raise UserError(f"{printable(path)}: {shape}, rows and columns expected: make the dataset again")
+    return shape[0], shape[1]
 
 
 def check_free_space(options: MultiHotOptions, scratch: Path) -> None:
@@ -163,15 +173,16 @@ def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
                 folders.unfinished / array_file_name(day, part),
             )
     shape, dtype, first = read_layout(source)
-    if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i":
-        raise UserError(f"{printable(source)}: {shape} {dtype}, integer ids in {NUM_SPARSE} columns expected")
+    columns = len(options.tables)
+    if len(shape) != 2 or shape[1] != columns or dtype.kind != "i":
+        raise UserError(f"{printable(source)}: {shape} {dtype}, integer ids in {columns} columns expected")
     partial = target.with_name(target.name + ".partial")
     with (
         os_errors_as_user_errors(partial),
         OffsetFile(source) as ids,
         zipfile.ZipFile(partial, "w", allowZip64=True) as archive,
     ):
-        for column in range(NUM_SPARSE):
+        for column in range(columns):
             rows, hots = options.tables[column], options.sizes[column]
             path = folders.work / f"table_{column}.i4"
             table = np.memmap(path, np.int32, "r", shape=(rows, hots))
@@ -182,14 +193,14 @@ def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
                 np.lib.format.write_array_header_1_0(out, description)
                 for row in range(0, shape[0], ROWS):
                     count = min(ROWS, shape[0] - row)
-                    at = first + row * NUM_SPARSE * dtype.itemsize
-                    block = ids.read_array(count * NUM_SPARSE, at, dtype).reshape(count, NUM_SPARSE)
+                    at = first + row * columns * dtype.itemsize
+                    block = ids.read_array(count * columns, at, dtype).reshape(count, columns)
                     out.write(np.ascontiguousarray(table[block[:, column] % rows]).data)
     finish_file(partial, target)
 
 
 def make_meta(options: MultiHotOptions, days: int, names: list[str], folders: Folders) -> DatasetMeta:
-    rows = [read_layout(options.input_dir / array_file_name(day, "sparse"))[0][0] for day in range(days)]
+    rows = [read_shape(options.input_dir, day, "sparse")[0] for day in range(days)]
     parameters = {"multi_hot_sizes": list(options.sizes), "distribution": options.distribution}
     if (options.input_dir / META).exists():
         parameters["made_from"] = DatasetMeta.load(options.input_dir).parameters
@@ -200,4 +211,6 @@ def make_meta(options: MultiHotOptions, days: int, names: list[str], folders: Fo
         parameters=parameters,
         made_by="dlrm.prep multihot",
         md5=compute_md5(folders, names),
+        num_numerical=read_shape(options.input_dir, 0, "dense")[1],
+        num_categorical=len(options.tables),
     )

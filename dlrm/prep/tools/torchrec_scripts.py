@@ -5,6 +5,7 @@ The third one is in `torchrec_shuffle`. The command `run` should be preferred: i
 can resume, and its memory does not grow with the number of ids.
 """
 
+import functools
 import re
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, PARTS, array_file_name
+from dlrm.data.criteo import CRITEO, META, PARTS, Columns, array_file_name, check_column_counts
 from dlrm.prep.io import inputs, publish
 from dlrm.prep.io.blocks import (
     BLOCK_ROWS,
@@ -24,13 +25,14 @@ from dlrm.prep.io.blocks import (
     find_line_end,
     make_text_buffer,
 )
+from dlrm.prep.io.columns import find_columns
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import DATASET, Output, publish_results
 from dlrm.prep.io.odd_lines import LineRules
 from dlrm.prep.io.output import take_logarithm_in_place
 from dlrm.prep.job.workers import run_in_processes, run_in_threads
 from dlrm.prep.kernels.intrinsics import compiled
-from dlrm.prep.kernels.parse_line import count_ends, parse_lines
+from dlrm.prep.kernels.parse_line import count_ends, make_parser
 from dlrm.prep.kernels.vocabulary import Vocabulary
 from dlrm.prep.tools.check import read_layout
 from dlrm.runtime import trace
@@ -39,16 +41,27 @@ from dlrm.runtime import trace
 class ThreadBuffers(threading.local):
     """Each thread's block and text buffer, reused for all files: fresh pages cost page faults."""
 
-    def __init__(self) -> None:
-        self.block, self.text = TextBlock.make_arrays(), make_text_buffer()
+    def __init__(self, columns: Columns) -> None:
+        self.block, self.text = TextBlock.make_arrays(columns), make_text_buffer()
 
 
-_buffers = ThreadBuffers()
+@functools.cache
+def get_buffers(columns: Columns) -> ThreadBuffers:
+    return ThreadBuffers(columns)
 
 
-def parse_folder(input_dir: Path, output_dir: Path, dataset: str = "", workers: int = 1) -> None:
+def parse_folder(
+    input_dir: Path,
+    output_dir: Path,
+    dataset: str = "",
+    workers: int = 1,
+    num_numerical: int | None = None,
+    num_categorical: int | None = None,
+) -> None:
     """npy_preproc_criteo: TSV to float32 logarithms, int64 hashes, int32 labels."""
+    check_column_counts(num_numerical, num_categorical)
     found = inputs.find_inputs(input_dir, dataset)
+    columns = find_columns(found[0], num_numerical, num_categorical, lenient=True)
     stamps = inputs.FileStamps(source.path for source in found)
     threads = -(-workers // len(found))  # a file is divided only if there are more workers than files
     names = [f"{source.name}_{part}.npy" for source in found for part in PARTS]
@@ -57,25 +70,25 @@ def parse_folder(input_dir: Path, output_dir: Path, dataset: str = "", workers: 
 
         def parse_one(source: inputs.InputFile) -> None:
             with trace.span("prep", "parse", bytes=source.path.stat().st_size):
-                parse_file(source, folders.unfinished, threads)
+                parse_file(source, folders.unfinished, threads, columns)
 
-        compile_kernels()
+        compile_kernels(columns)
         run_in_processes(min(workers, len(found)), parse_one, found)
         publish_results(folders, names, f"{found[0].name}_sparse.npy", DATASET, stamps.check)
         output.clear()
 
 
-def compile_kernels() -> None:
+def compile_kernels(columns: Columns) -> None:
     """Compile or load the kernels before the process forks, by calling each on no data or on one row."""
-    block = _buffers.block
-    parse_lines(0, 0, True, 0, block.addresses, 0, 0)
+    block = get_buffers(columns).block
+    make_parser(columns)(0, 0, True, 0, block.addresses, 0, 0)
     take_logarithm_in_place(block.dense[:1], np.int32(0))
     count_ends(block.labels.view(np.uint8), 0)
 
 
-def parse_file(source: inputs.InputFile, folder: Path, workers: int) -> None:
+def parse_file(source: inputs.InputFile, folder: Path, workers: int, columns: Columns) -> None:
     """Write the three arrays of one input file, with `workers` threads."""
-    rules = LineRules(lenient=True, labelled=source.labelled)
+    rules = LineRules(lenient=True, labelled=source.labelled, columns=columns)
     with (
         OffsetFile(folder / f"{source.name}_dense.npy", "w") as dense,
         OffsetFile(folder / f"{source.name}_sparse.npy", "w") as sparse,
@@ -91,13 +104,12 @@ def parse_file(source: inputs.InputFile, folder: Path, workers: int) -> None:
         if not rows:
             raise UserError(f"{printable(source.path)}: no rows in it")
         shift = np.int64(low - 2).astype(np.int32)
-        take_logarithm_of_rows(dense, rows, shift, workers)
-        for file, columns, dtype in (
-            (dense, NUM_DENSE, "<f4"),
-            (sparse, NUM_SPARSE, "<i8"),
-            (labels, 1, "<i4"),
+        if columns.numerical:
+            take_logarithm_of_rows(dense, rows, shift, workers, columns)
+        for file, count, dtype in zip(
+            (dense, sparse, labels), columns.parts.values(), ("<f4", "<i8", "<i4"), strict=True
         ):
-            file.write(publish.make_npy_header((rows, columns), dtype), 0)
+            file.write(publish.make_npy_header((rows, count), dtype), 0)
 
 
 def cut_file(source: inputs.InputFile, rules: LineRules, workers: int) -> list[InputPiece]:
@@ -135,10 +147,12 @@ def parse_piece(
     """
     row, low = piece.first_row, 1 << 40
     with OffsetFile(source.path) as text:
-        scanner = LineScanner(text, printable(source.path), piece, rules, False, _buffers.text)
-        _buffers.block.rows = 0
-        for block, _ in scanner.read_blocks(_buffers.block):
-            low = min(low, int(block.dense[: block.rows].min()))
+        buffers = get_buffers(rules.columns)
+        scanner = LineScanner(text, printable(source.path), piece, rules, False, buffers.text)
+        buffers.block.rows = 0
+        for block, _ in scanner.read_blocks(buffers.block):
+            if rules.columns.numerical:
+                low = min(low, int(block.dense[: block.rows].min()))
             for file, array in zip(files, (block.dense, block.sparse, block.labels), strict=True):
                 width = array[:1].nbytes
                 file.write(array[: block.rows], publish.HEADER_BYTES + row * width)
@@ -146,7 +160,9 @@ def parse_piece(
     return row - piece.first_row, low
 
 
-def take_logarithm_of_rows(out: OffsetFile, rows: int, shift: np.int32, workers: int) -> None:
+def take_logarithm_of_rows(
+    out: OffsetFile, rows: int, shift: np.int32, workers: int, columns: Columns
+) -> None:
     """Replace the counts in a file of dense values by torchrec's log(x - min + 2); `shift` is min - 2."""
     own = threading.local()  # `read_into` moves the file position, so each thread opens the file itself
 
@@ -154,7 +170,7 @@ def take_logarithm_of_rows(out: OffsetFile, rows: int, shift: np.int32, workers:
         if not hasattr(own, "file"):
             own.file = OffsetFile(out.path)
             opened.append(own.file)
-        counts = _buffers.block.dense[: min(BLOCK_ROWS, rows - at)]
+        counts = get_buffers(columns).block.dense[: min(BLOCK_ROWS, rows - at)]
         offset = publish.HEADER_BYTES + at * counts[:1].nbytes
         own.file.read_into(counts.data.cast("B"), offset)
         out.write(take_logarithm_in_place(counts, shift), offset)
@@ -190,7 +206,8 @@ def number_ids_of_folder(
 
 def number_days(paths: list[Path], targets: list[Path], threshold: int) -> None:
     """Write the numbered ids of each day. With a threshold, a first pass counts how often each id occurs."""
-    vocabulary, shift = Vocabulary(threshold > 1), 1
+    columns = read_columns(paths)
+    vocabulary, shift = Vocabulary(threshold > 1, columns), 1
     size = sum(path.stat().st_size for path in paths)
     if threshold > 1:
         with trace.span("prep", "count", bytes=size):
@@ -198,7 +215,7 @@ def number_days(paths: list[Path], targets: list[Path], threshold: int) -> None:
                 for _ in number_blocks(path, vocabulary, shift):
                     pass
         final = []
-        for column in range(NUM_SPARSE):
+        for column in range(columns):
             kept = vocabulary.list_occurrences(column) >= threshold
             final.append(np.where(kept, 1 + np.cumsum(kept), 1))
         vocabulary.set_final_numbers(final)
@@ -207,19 +224,28 @@ def number_days(paths: list[Path], targets: list[Path], threshold: int) -> None:
         for path, target in zip(paths, targets, strict=True):
             with OffsetFile(target, "w") as out:
                 shape, dtype, _ = read_layout(path)
-                at = out.write(publish.make_npy_header((shape[0], NUM_SPARSE), dtype.str), 0)
+                at = out.write(publish.make_npy_header((shape[0], columns), dtype.str), 0)
                 for ids in number_blocks(path, vocabulary, shift):
                     at = out.write(ids, at)
 
 
+def read_columns(paths: list[Path]) -> int:
+    """The columns of ids that all files have; UserError for the first file that is none, or has others."""
+    columns = 0
+    for path in paths:
+        shape, dtype, _ = read_layout(path)
+        columns = columns or (shape[1] if len(shape) == 2 else CRITEO.categorical)
+        if len(shape) != 2 or shape[1] != columns or dtype.kind != "i" or not dtype.isnative:
+            raise UserError(
+                f"{printable(path)}: {shape} {dtype}, integer hashes in {columns} columns expected"
+            )
+    return columns
+
+
 def number_blocks(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np.ndarray]:
-    """Blocks of a file's ids, int [rows, 26], replaced by their numbers; the buffer is reused for each."""
+    """Blocks of a file's ids, int [rows, columns], replaced by their numbers, in a buffer that is reused."""
     shape, dtype, header = read_layout(path)
-    if len(shape) != 2 or shape[1] != NUM_SPARSE or dtype.kind != "i" or not dtype.isnative:
-        raise UserError(
-            f"{printable(path)}: {shape} {dtype}, integer hashes in {NUM_SPARSE} columns expected"
-        )
-    buffer = np.empty((BLOCK_ROWS, NUM_SPARSE), dtype)
+    buffer = np.empty((BLOCK_ROWS, shape[1]), dtype)
     with OffsetFile(path) as file:
         for row in range(0, shape[0], BLOCK_ROWS):
             ids = buffer[: min(BLOCK_ROWS, shape[0] - row)]

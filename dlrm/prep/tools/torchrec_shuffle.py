@@ -10,26 +10,22 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import META, NUM_DENSE, NUM_SPARSE, array_file_name
+from dlrm.data.criteo import META, PARTS, Columns, array_file_name
 from dlrm.prep.io import publish
 from dlrm.prep.io.blocks import TextBlock
-from dlrm.prep.io.files import OffsetFile
+from dlrm.prep.io.files import OffsetFile, view_bytes
 from dlrm.prep.io.folders import DATASET, Folders, Output, publish_results
 from dlrm.prep.io.inputs import FileStamps, OutputDay
 from dlrm.prep.io.output import find_overlaps, round_in_place
-from dlrm.prep.io.spill import WORDS, SpillFile, choose_bucket_bits, count_buckets
+from dlrm.prep.io.spill import SpillFile, choose_bucket_bits, count_buckets, count_words
 from dlrm.prep.job.overlap import refuse_overlap, same_folder
 from dlrm.prep.steps import permute
-from dlrm.prep.steps.place import PART_RECORDS, place_records, read_records
+from dlrm.prep.steps.place import PART_RECORDS, make_placer, read_records
 from dlrm.prep.tools.check import read_layout
 from dlrm.prep.tools.torchrec_scripts import fit_32_bits, list_days
 from dlrm.runtime import trace
 
-EXPECTED = {
-    "dense": (NUM_DENSE, ("<f4",)),
-    "sparse": (NUM_SPARSE, ("<i4", "<i8")),
-    "labels": (1, ("<i4", "<i8")),
-}
+DTYPES = {"dense": ("<f4",), "sparse": ("<i4", "<i8"), "labels": ("<i4", "<i8")}
 BATCH = 1 << 13  # rows read at a time
 PLACES = "places_00000.u32"
 OPTIONS = {
@@ -45,7 +41,8 @@ def shuffle_folder(
     """shuffle_preproc_criteo. Integers come back as torchrec's float32 array leaves them."""
     folders = {"dense": dense_dir, "sparse": sparse_dir, "labels": dense_dir}
     days = min(list_days(folder, part) for part, folder in folders.items())
-    outputs = [OutputDay(f"day_{day}", count_rows_of_day(folders, day)) for day in range(days)]
+    columns = read_columns(folders)
+    outputs = [OutputDay(f"day_{day}", count_rows_of_day(folders, day, columns)) for day in range(days)]
     shuffled = sum(output.rows for output in outputs[:-1])
     paths = [folder / array_file_name(day, part) for day in range(days) for part, folder in folders.items()]
     stamps = FileStamps(paths)
@@ -58,26 +55,33 @@ def shuffle_folder(
             )
     with Output("shuffle", output_dir, tmp_dir) as output:
         output_folders = output.open([], [*names, META], restart=True)
-        write_days(folders, outputs, shuffled, seed, output_folders)
+        write_days(folders, columns, outputs, shuffled, seed, output_folders)
         publish_results(output_folders, names, array_file_name(0, "sparse"), DATASET, stamps.check)
         output.clear()
 
 
 def write_days(
-    folders: dict[str, Path], outputs: list[OutputDay], shuffled: int, seed: int, output_folders: Folders
+    folders: dict[str, Path],
+    columns: Columns,
+    outputs: list[OutputDay],
+    shuffled: int,
+    seed: int,
+    output_folders: Folders,
 ) -> None:
     with trace.span("prep", "permute", bytes=4 * shuffled):
         permute.write_places(output_folders.path(PLACES), shuffled, seed, lambda rows: None)
-    bits, begin, spills = choose_bucket_bits(shuffled), 0, []
+    bits, begin, spills = choose_bucket_bits(shuffled, columns), 0, []
+    row_bytes = 4 * columns.total
     for day, output in enumerate(outputs[:-1]):
-        with trace.span("prep", "spill", bytes=160 * output.rows):
-            spills.append(spill_day(folders, day, begin, output.rows, bits, output_folders.work))
+        with trace.span("prep", "spill", bytes=row_bytes * output.rows):
+            spills.append(spill_day(folders, columns, day, begin, output.rows, bits, output_folders.work))
         begin += output.rows
-    shapes = [(min(shuffled, 1 << bits), columns) for columns, _ in EXPECTED.values()]
-    buffers = (*(np.empty(shape, np.int32) for shape in shapes), np.empty((PART_RECORDS, WORDS), np.uint32))
+    shapes = [(min(shuffled, 1 << bits), count) for count in columns.parts.values()]
+    records = np.empty((PART_RECORDS, count_words(columns)), np.uint32)
+    buffers = (*(np.empty(shape, np.int32) for shape in shapes), records)
     for bucket in range(count_buckets(shuffled, bits)):
-        with trace.span("prep", "place", bytes=160 << bits):
-            write_bucket(outputs[:-1], spills, bucket, bits, buffers, output_folders.unfinished)
+        with trace.span("prep", "place", bytes=row_bytes << bits):
+            write_bucket(columns, outputs[:-1], spills, bucket, bits, buffers, output_folders.unfinished)
     last = len(outputs) - 1
     for part, folder in folders.items():
         copy_day(
@@ -85,15 +89,27 @@ def write_days(
         )
 
 
-def count_rows_of_day(folders: dict[str, Path], day: int) -> int:
+def read_columns(folders: dict[str, Path]) -> Columns:
+    """The columns of the first day."""
+    counts = []
+    for part in ("dense", "sparse"):
+        path = folders[part] / array_file_name(0, part)
+        shape = read_layout(path)[0]
+        if len(shape) != 2:
+            raise UserError(f"{printable(path)}: {shape}, rows and columns expected")
+        counts.append(shape[1])
+    return Columns(*counts)
+
+
+def count_rows_of_day(folders: dict[str, Path], day: int, columns: Columns) -> int:
     """Rows of a day; UserError if the headers of its three files are not as expected, or differ in rows."""
     paths = {}
-    for part, (columns, kinds) in EXPECTED.items():
+    for part, count in columns.parts.items():
         path = folders[part] / array_file_name(day, part)
         shape, dtype, _ = read_layout(path)
-        if len(shape) != 2 or shape[1] != columns or dtype.str not in kinds:
+        if len(shape) != 2 or shape[1] != count or dtype.str not in DTYPES[part]:
             raise UserError(
-                f"{printable(path)}: {shape} {dtype}, {columns} columns of {' or '.join(kinds)} expected"
+                f"{printable(path)}: {shape} {dtype}, {count} columns of {' or '.join(DTYPES[part])} expected"
             )
         paths[shape[0]] = path
     if len(paths) > 1:
@@ -107,15 +123,15 @@ def read_blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[TextBlock
     """
     files = {part: OffsetFile(folder / array_file_name(day, part)) for part, folder in folders.items()}
     layouts = {part: read_layout(file.path) for part, file in files.items()}
-    arrays = {part: np.empty((BATCH, EXPECTED[part][0]), dtype) for part, (_, dtype, _) in layouts.items()}
+    arrays = {part: np.empty((BATCH, shape[1]), dtype) for part, (shape, dtype, _) in layouts.items()}
     rows = layouts["labels"][0][0]
-    dense, sparse, labels = (arrays[part] for part in EXPECTED)
+    dense, sparse, labels = (arrays[part] for part in PARTS)
     block = TextBlock(dense.view(np.int32), sparse, labels[:, 0])
     for row in range(0, rows, BATCH):
         count = min(BATCH, rows - row)
         for part, array in arrays.items():
             width = array.itemsize * array.shape[1]
-            wanted = array[:count].data.cast("B")
+            wanted = view_bytes(array[:count])
             if files[part].read_into(wanted, layouts[part][2] + row * width) != len(wanted):
                 raise UserError(f"{printable(files[part].path)}: has changed while it was read")
         if not fit_32_bits(sparse[:count].reshape(-1)):
@@ -126,7 +142,9 @@ def read_blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[TextBlock
         file.close()
 
 
-def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: int, tmp: Path):
+def spill_day(
+    folders: dict[str, Path], columns: Columns, day: int, begin: int, rows: int, bits: int, tmp: Path
+):
     """Write a day's spill file; `begin`: rows of the days before. Returns (path, first bucket, runs)."""
     path = tmp / f"day_{day}.spill"
     with OffsetFile(tmp / PLACES) as places, OffsetFile(path, "w") as file:
@@ -135,7 +153,7 @@ def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: i
         def read_places(at: int, count: int) -> np.ndarray:
             return places.read_array(count, 4 * (begin + at), np.uint32)
 
-        spill = SpillFile(file, read_places, rows, bits)
+        spill = SpillFile(file, read_places, rows, bits, columns)
         for block in read_blocks_of_day(folders, day):
             spill.add_block(block)
         spill.write_rest()
@@ -143,6 +161,7 @@ def spill_day(folders: dict[str, Path], day: int, begin: int, rows: int, bits: i
 
 
 def write_bucket(
+    columns: Columns,
     outputs: list[OutputDay],
     spills: list,
     bucket: int,
@@ -150,6 +169,7 @@ def write_bucket(
     buffers: tuple[np.ndarray, ...],
     folder: Path,
 ) -> None:
+    place_records = make_placer(columns)
     *whole, buffer = buffers
     rows = min(sum(output.rows for output in outputs), (bucket + 1) << bits) - (bucket << bits)
     dense, sparse, labels = (array[:rows] for array in whole)
