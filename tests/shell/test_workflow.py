@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,17 @@ def test_preprocess_by_hand(tmp_path: Path) -> None:
     assert meta["rows"] == [50] * 3 and meta["parameters"]["frequency_threshold"] == 2
     bad = run("2_preprocess_dataset.sh", DATASET_DIR=tmp_path, NPROC=2)
     assert bad.returncode == 2
+
+
+def test_other_columns_than_criteos(other_columns: Callable[[int, int], Path], tmp_path: Path) -> None:
+    """Said once, to 2_preprocess_dataset.sh; the dataset says it to 3_train.sh."""
+    text, npy = other_columns(5, 7) / "tsv", tmp_path / "npy"
+    counts = "--num_numerical 5 --num_categorical 7"
+    done = run("2_preprocess_dataset.sh", DATASET_DIR=text, OUTPUT_DIR=npy, ARGS=counts, NPROC=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = ("--batch_size", "64", *SMALL.split())
+    done = run("3_train.sh", *words, DATASET_DIR=npy, RESULTS=tmp_path / "results", NPROC=1, TRACE="no")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = only(tmp_path / "results")
+    assert json.loads((folder / "results.json").read_text())["test_samples"] == 128
+    assert set(json.loads((folder / "plan.json").read_text())) == {f"t_cat_{table}" for table in range(7)}
