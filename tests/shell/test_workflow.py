@@ -299,5 +299,5 @@ def test_other_columns_than_criteos(other_columns: Callable[[int, int], Path], t
     done = run("3_train.sh", *words, DATASET_DIR=npy, RESULTS=tmp_path / "results", NPROC=1, TRACE="no")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = only(tmp_path / "results")
-    assert json.loads((folder / "results.json").read_text())["test_samples"] == 128
+    assert json.loads((folder / "results.json").read_text())["test_samples"] == 250
     assert set(json.loads((folder / "plan.json").read_text())) == {f"t_cat_{table}" for table in range(7)}
