@@ -163,6 +163,16 @@ def test_the_exit_code_of_training_is_kept(toy: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "dot products need tables as wide" in done.stdout
 
 
+def test_after_nan_the_reason_is_the_last_line(toy: Path, tmp_path: Path) -> None:
+    words = ["--learning_rate", "3000", "--batch_size", "1024", "--report_every", "5"]
+    done = run("3_train.sh", *words, DATASET_DIR=toy, RESULTS=tmp_path, NPROC=1, DLRM_THREADS=1)
+    log = (only(tmp_path) / "log.txt").read_text()
+    last = log.splitlines()[-1]
+    assert done.returncode == 2 and done.stdout.splitlines()[-1] == last
+    assert last.startswith("3_train.sh: failed with exit code 2: the loss became nan in steps "), log
+    assert "3_train.sh: analysis" in log  # which comes between the reason and the end
+
+
 @pytest.mark.parametrize(
     ("words", "more", "code", "says"),
     [

@@ -42,6 +42,7 @@ SCHEDULE = ("lr_schedule", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps"
 SIZES = ("num_embeddings", "num_embeddings_per_feature", "max_table_size")
 
 SENSIBLE_BATCH, SENSIBLE_STEPS = 16_384, 1000  # at least: where MLCommons' rate makes sense
+KAGGLE_LABELS = "train_labels.npy"  # its data set is one file
 NPY_HEADER = 128  # bytes, as np.save writes it
 PARQUET_ROW_BYTES = 100  # of a compressed row of 40 columns, roughly
 
@@ -52,21 +53,26 @@ def choose_dlrm_options(cfg: Config, here: Ranks, device: torch.device) -> Chose
 
 
 def count_training_rows(folder: str | os.PathLike[str]) -> int:
-    """All days but the last; without meta.json from the files' sizes. 0 where there is nothing to count."""
+    """From meta.json, else from the files' sizes; 0 where there is nothing to count."""
     root = Path(folder)
     if os.path.lexists(root / META):
-        rows = DatasetMeta.load(root).rows
-        return sum(rows[:-1]) or rows[0] * 6 // 7  # of a single day, a seventh is held out
+        return sum_training_days(DatasetMeta.load(root).rows)
     with os_errors_as_user_errors(root):
-        sizes = {path.name: path.stat().st_size for path in root.glob("**/*") if path.is_file()}
-    days = 0
-    while array_file_name(days, "labels") in sizes:
-        days += 1
-    counts = [max(0, sizes[array_file_name(day, "labels")] - NPY_HEADER) // 4 for day in range(days)]
-    if counts:
-        return sum(counts[:-1]) or counts[0] * 6 // 7
-    parquet = sum(size for name, size in sizes.items() if name.endswith(".parquet"))
-    return parquet // PARQUET_ROW_BYTES
+        names: list[str] = []
+        while (root / array_file_name(len(names), "labels")).exists():
+            names.append(array_file_name(len(names), "labels"))
+        if not names and (root / KAGGLE_LABELS).exists():
+            names = [KAGGLE_LABELS]
+        if names:
+            sizes = [(root / name).stat().st_size for name in names]
+            return sum_training_days([max(0, size - NPY_HEADER) // 4 for size in sizes])
+        parquet = [*root.glob("*.parquet"), *root.glob("*/*.parquet")]
+        return sum(path.stat().st_size for path in parquet) // PARQUET_ROW_BYTES
+
+
+def sum_training_days(rows: list[int]) -> int:
+    """All days but the last; of a single one, a seventh is held out."""
+    return sum(rows[:-1]) if len(rows) > 1 else rows[0] - rows[0] // 7
 
 
 def choose_batch(rows: int) -> int:
@@ -138,7 +144,11 @@ def choose_options(cfg: Config, ranks: int, memory: int) -> ChosenOptions:
 def warn_of_rate(cfg: Config, rows: int, batch: int) -> tuple[str, ...]:
     """MLCommons' default rate on data for which it was not made."""
     steps = count_steps(cfg, rows, batch)
-    if cfg.optim.learning_rate < MLCOMMONS_RATE or (batch >= SENSIBLE_BATCH and steps >= SENSIBLE_STEPS):
+    if (
+        not rows
+        or cfg.optim.learning_rate < MLCOMMONS_RATE
+        or (batch >= SENSIBLE_BATCH and steps >= SENSIBLE_STEPS)
+    ):
         return ()
     return (
         f"learning rate {cfg.optim.learning_rate:g} is MLCommons' default, for steps of 65,536 rows on "
