@@ -1,6 +1,7 @@
 """What the tests of training share: a small dataset made by the real preprocessing, and real ranks."""
 
 import functools
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from support.ranks import Finished, Train, on_ranks, python
+
+# Ranks wait without spinning: other work gets the cores, and no warning depends on the load.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell: the programs
     signal.signal(signal.SIGINT, signal.default_int_handler)  # that tests interrupt would ignore it, too

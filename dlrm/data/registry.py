@@ -5,9 +5,12 @@ begins and before a library is loaded.
 """
 
 import pkgutil
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from dlrm.data.rows import SourceKind
+
+if TYPE_CHECKING:
+    from dlrm.data.rows import SourceKind
 
 # name -> module:SourceKind
 SOURCES = {
@@ -23,7 +26,7 @@ CHOICES = tuple(
 )  # --synthetic_multi_hot_criteo_path selects it
 
 
-def find_source(name: str) -> SourceKind:
+def find_source(name: str) -> "SourceKind":
     if name not in SOURCES:
         raise UserError(f"unknown kind of data {name}: choose from {', '.join(SOURCES)}")
     return pkgutil.resolve_name(SOURCES[name])

@@ -77,7 +77,8 @@ class RowSource(Protocol):
     def close(self) -> None: ...
 
 
-AnyLayout = Any  # what a source found in its folder; it has at least `folder` and `bytes_read`
+# what a source found in its folder: at least `folder`, `columns` (Columns), `table_sizes`, `bytes_read`
+AnyLayout = Any
 
 
 @dataclass(frozen=True)

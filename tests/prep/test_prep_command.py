@@ -1,6 +1,7 @@
 """The command line of `python -m dlrm.prep`: help, wrong options, renamed ones, the last line."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -80,4 +81,5 @@ def test_the_next_command_from_another_folder(days: Path, tmp_path: Path) -> Non
         [sys.executable, "-m", "dlrm.prep", "run", "--input_dir", days, "--output_dir", "out"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.stdout.endswith(f"; next: DATASET_DIR={tmp_path}/out {ROOT}/3_train.sh\n"), done
+    script = shlex.quote(f"{ROOT}/3_train.sh")
+    assert done.stdout.endswith(f"; next: DATASET_DIR={tmp_path}/out {script}\n"), done

@@ -292,8 +292,8 @@ FUNCTIONS = (
 @pytest.mark.parametrize("path", sorted(ROOT.glob("sites/*.sh")), ids=lambda path: path.stem)
 def test_a_site_is_one_file_of_known_functions(path: Path) -> None:
     """What a site's file leaves out is as everywhere; what it defines are the functions that are called."""
-    code = f"set -euo pipefail; source sites/generic.sh; source {path}; declare -F; site_print_env"
-    done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = 'set -euo pipefail; source sites/generic.sh; source "$0"; declare -F; site_print_env'
+    done = subprocess.run(["bash", "-c", code, path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     defined = {line.split()[-1] for line in done.stdout.splitlines() if line.startswith("declare -f site_")}
     assert defined == set(FUNCTIONS)

@@ -112,7 +112,7 @@ def test_local_world_size_is_the_ranks_per_node() -> None:
 def test_site_files_leave_what_the_user_has_exported() -> None:
     """Every NCCL and libfabric variable of every site; the ranks read env.sh again."""
     for path in sorted(ROOT.glob("sites/*.sh")):
-        lines = "source sites/generic.sh; source $0; site_print_env"
+        lines = 'source sites/generic.sh; source "$0"; site_print_env'
         text = subprocess.run(
             ["bash", "-euc", lines, path], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout

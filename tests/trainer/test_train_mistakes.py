@@ -112,7 +112,7 @@ def test_bad_options_end_all_ranks(what: str, train: Any) -> None:
 ALONE: dict[str, list[str]] = {
     "/nowhere/at/all": ["--in_memory_binary_criteo_path", "/nowhere/at/all"],
     "/nowhere.json": ["--sharding_file", "/nowhere.json"],
-    "--num_embeddings_per_feature": ["--num_embeddings_per_feature", "1,2,3"],
+    "--num_embeddings_per_feature": ["--num_embeddings_per_feature", "1,0,3"],
     "--embedding_dim": ["--embedding_dim", "32", "--num_embeddings", "9"],
     "--multi_hot_sizes": ["--multi_hot_sizes", "1,2", "--num_embeddings", "9"],
     "--amp": ["--amp", "int8"],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -258,9 +259,9 @@ def test_what_is_no_run(tmp_path: Path, command: str) -> None:
 
 
 def test_who_reads_has_seen_enough(run: Path) -> None:
-    command = f"{sys.executable} -m analysis summary {run} | true"
+    command = f"{shlex.quote(sys.executable)} -m analysis summary {run} | true"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
-    full = f"{sys.executable} -m analysis summary {run} > /dev/full"
+    full = f"{shlex.quote(sys.executable)} -m analysis summary {run} > /dev/full"
     done = subprocess.run(full, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
