@@ -64,11 +64,11 @@ def write_trace(folder: str, rank: int, events: int) -> int:
             for i in range(READS):
                 state = (1103515245 * state + 12345) % (1 << 31)
                 size, dur = 4096 << (state >> 8) % 8, 5 + state % 200
-                told = f'"file":"/data/day_{file}.npy","bytes":{size},{where}'
+                arguments = f'"file":"/data/day_{file}.npy","bytes":{size},{where}'
                 for name, cat, at, us, args in (
                     ("lseek64", "POSIX", ts, 1, f'"ret":{i * size},"whence":0,"offset":{i * size},{hashed}'),
                     ("read", "POSIX", ts + 2, dur, f'"ret":{size},"count":{size},{hashed}'),
-                    ("read", "data", ts - 1, dur + 5, told),
+                    ("read", "data", ts - 1, dur + 5, arguments),
                 ):
                     lines.append(EVENT.format(n, name, cat, pid + 9, at, us, args, pid=pid))
                     n += 1

@@ -65,8 +65,8 @@ class DLRMTrainer(Trainer):
             timed = time_batches(self.model, pool, repetitions, self.device)
             self.inference.append({"batch_size": size, **timed})
         self.run_folder.print_line(format_table(self.inference))
-        told = {"results": self.inference, "world_size": batches.world_size, "device": self.device.type}
-        self.run_folder.print_line(json.dumps(told | {"model": asdict(self.options.model)}))
+        head = {"results": self.inference, "world_size": batches.world_size, "device": self.device.type}
+        self.run_folder.print_line(json.dumps(head | {"model": asdict(self.options.model)}))
 
     def collect_results(self) -> Mapping[str, Any]:
         test = self.results.get("test", {})
