@@ -125,8 +125,9 @@ validate_options() {    # a mistake ends here, before anything is made
     if [[ -n $resume && ! -d $run/checkpoints ]] && ! has_option --checkpoint_dir; then
         die "RESUME=$run has no checkpoints to resume from"
     fi
-    # The demo's data are made after this.
-    DLRM_DATA_LATER=$demo_folder python -m dlrm.train "${options[@]}" --output_dir "$run" --validate_only || exit
+    # The demo's data are made after this: an empty variable where there are data to look at.
+    DLRM_DATA_LATER=$demo_folder \
+        python -m dlrm.train "${options[@]}" --output_dir "$run" --validate_only || exit
     local word
     for word in --validate_only --check_options --help -h; do
         ! has_option "$word" || exit 0
