@@ -47,7 +47,8 @@ load_site() {    # defines site_variant and the others, by the first file of sit
     source sites/generic.sh
 }
 
-read_choices() {    # sets was_variant, was_python, was_mpi, was_hashes, was_kind: as an earlier setup was asked
+# Sets was_variant, was_python, was_mpi, was_hashes and was_kind: what an earlier setup was asked for.
+read_choices() {
     local line
     was_variant='' was_python='' was_mpi='' was_hashes='' was_kind=''
     [[ -f $venv/dlrm-io.choices ]] || return 0

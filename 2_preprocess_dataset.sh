@@ -57,7 +57,8 @@ main() {
         export DATASET_DIR=$from OUTPUT_DIR=$to WORKDIR=$here
         submit "$here/2_preprocess_dataset.sh"
     fi
-    export NPROC=${NPROC:-${LOCAL_WORLD_SIZE:-$(env -u OMP_NUM_THREADS nproc)}}    # nproc reports OMP_NUM_THREADS
+    # Where OMP_NUM_THREADS is set, nproc reports it instead of the cores.
+    export NPROC=${NPROC:-${LOCAL_WORLD_SIZE:-$(env -u OMP_NUM_THREADS nproc)}}
     exec ./launcher.sh python -m dlrm.prep run --input_dir "$from" --output_dir "$to" "${args[@]}" "$@"
 }
 

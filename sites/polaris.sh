@@ -6,8 +6,8 @@ site_is_here() { [[ -d /soft/modulefiles && -d /opt/cray ]]; }
 
 site_variant() { echo cuda; }    # login nodes have no GPU
 
-# As ALCF recommends: a virtual environment on top of the conda module's base. A conda environment of one's own
-# would download a second Python and its libraries into a home folder with a quota.
+# As ALCF recommends: a virtual environment on top of the conda module's base. A conda environment
+# of one's own would download a second Python and its libraries into a home folder with a quota.
 site_environment() { echo venv; }
 
 site_load_modules() {
