@@ -29,8 +29,7 @@ def print_error(here: Ranks, text: str) -> None:
 def run_entry(main: Callable[[Ranks], None]) -> NoReturn:
     """Run `main` on this rank and end the process with its exit code."""
     here = ranks.find_ranks()
-    _quieten_libraries()
-    code = _run_for_exit_code(main, here)
+    code = run_for_exit_code(main, here)
     trace.stop_tracing()
     if not code:
         atexit._run_exitfuncs()
@@ -52,7 +51,9 @@ def _quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _run_for_exit_code(main: Callable[[Ranks], None], here: Ranks) -> int:
+def run_for_exit_code(main: Callable[[Ranks], None], here: Ranks) -> int:
+    """Run `main`, print the line of an error that it ends with, and return the exit code that it means."""
+    _quieten_libraries()
     try:
         main(here)
         return 0

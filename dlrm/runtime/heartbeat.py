@@ -71,6 +71,7 @@ class Heartbeat:
         self._exiting = threading.Lock()  # held by the thread that ends the process: one line, one exit code
         self._main_thread_exits = False  # it has printed, or is going to print, its own reason
         self._finished = False  # this rank's work is done: that other ranks leave is no failure any more
+        self._all_finished = False  # the work of all ranks is done, whatever the store says
         self._group_deadline = time.monotonic() + timeout  # for the process group to form
         self._ended: dict[int, str] = {}  # ranks of this host whose process ended, and the cause or ""
         self._store = store
@@ -127,6 +128,11 @@ class Heartbeat:
             if notice:
                 self._exit_after_own_error(notice)
             elif failed := self._find_failed_process():
+                if self._finished and not self._closed.wait(BEAT_SECONDS):
+                    # the last barrier may be behind that rank and not yet behind this one
+                    failed = self._find_failed_process()
+                if failed is None or self._closed.is_set():
+                    continue
                 try_post_notice(self._store, failed)
                 self._exit_process(failed)
 
@@ -166,11 +172,11 @@ class Heartbeat:
         """A process of this host that ended although the job is not done.
 
         Once this rank is finished, others may have left: those ended with code 0, or (where the kernel does
-        not tell the code) had marked themselves as finished in the store.
+        not tell the code) had marked themselves as finished in the store, or the last barrier is over.
         """
         for rank, cause in dict(self._ended).items():
             if self._finished and cause in ("", ENDED_WELL):
-                if cause == ENDED_WELL or not ask_store:
+                if cause == ENDED_WELL or not ask_store or self._all_finished:
                     continue
                 with contextlib.suppress(RuntimeError):
                     if self._store.check([_finished_key(rank)]):
@@ -229,6 +235,7 @@ class Heartbeat:
 
     def leave_store(self) -> None:
         """The work of all ranks is done. Rank 0 waits until the others have left: the store ends with it."""
+        self._all_finished = True
         if self._here.world_size == 1:
             return
         with contextlib.suppress(RuntimeError):

@@ -1,6 +1,6 @@
 """Damaged and hostile bytes in what a training reads back: checkpoints, stores, the BERT4Rec cache, metrics.
 
-Each case is a fork (`fuzzing.outcome`), which calls the reading code itself: no training is started.
+Each case is a fork of `CASES`, which calls the reading code itself: no training is started.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.case_server import CaseServer
 from support.fuzzing import EXTREMES, check, mutate, outcome
 from test_checkpoint_files import whole
 from test_foreign_saving import ARRAYS, store
@@ -27,6 +28,7 @@ from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, resume
 from dlrm.trainer.run_folder import RunFolder
 
+CASES = CaseServer(__file__)
 SIZES = (9, 3)
 STATE: dict[str, Any] = {
     "step": 4, "epoch": 0, "score": 0.5, "results": {"val": {"auroc": 0.5}}, "evaluate_seconds": 0.5,
@@ -61,8 +63,8 @@ def checkpoint(root: Path) -> Path:
     return Path(str(saver.last_path))
 
 
-def told(work: Callable[[], Any]) -> int:
-    """As `entry` does it."""
+def run_as_entry(work: Callable[[], Any]) -> int:
+    """The exit code of an entry that does this, and its line for a known error."""
     try:
         work()
     except UserError as error:
@@ -79,7 +81,7 @@ def read_checkpoint(argv: list[str]) -> int:
         resume._read_rank_state(Job(), Ranks(), found)
         assert found.score is None or isinstance(found.score, float)
 
-    return told(read)
+    return run_as_entry(read)
 
 
 def read_store(argv: list[str]) -> int:
@@ -88,7 +90,7 @@ def read_store(argv: list[str]) -> int:
         opened.read(np.arange(100))
         opened.close()
 
-    return told(read)
+    return run_as_entry(read)
 
 
 def read_cache(argv: list[str]) -> int:
@@ -108,7 +110,7 @@ def read_metrics(argv: list[str]) -> int:
         records.resume_metrics(4, 10, 7)
         records.close()
 
-    return told(read)
+    return run_as_entry(read)
 
 
 def sealed(values: dict[str, Any]) -> bytes:
@@ -167,7 +169,9 @@ def prepare(place: Path, which: str) -> tuple[Path, Callable[[list[str]], int]]:
 WHICH = ["checkpoint", "store", "cache", "metrics"]
 
 
-def run(place: Path, which: str, seeds: range) -> None:
+def read_damaged(argv: list[str]) -> None:
+    """argv: one of WHICH, an empty folder, the first seed and the one after the last."""
+    which, place, seeds = argv[0], Path(argv[1]), range(int(argv[2]), int(argv[3]))
     good, read = prepare(place, which)
     check(outcome(read, [good]))
     names = sorted(path.name for path in good.iterdir() if path.is_file())
@@ -185,15 +189,20 @@ def run(place: Path, which: str, seeds: range) -> None:
         shutil.rmtree(case)
 
 
+def damage_many(place: Path, which: str, seeds: range) -> None:
+    done = CASES.run("read_damaged", which, place, seeds.start, seeds.stop, memory=None, seconds=3600)
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("which", WHICH)
-def test_damaged_bytes(tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, which, range(80 if which == "checkpoint" else 30))
+def test_damaged_bytes(tmp_path: Path, which: str) -> None:
+    damage_many(tmp_path, which, range(80 if which == "checkpoint" else 30))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", WHICH)
-def test_many_damaged_bytes(tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, which, range(1000, 3000 if which == "checkpoint" else 2100))
+def test_many_damaged_bytes(tmp_path: Path, which: str) -> None:
+    damage_many(tmp_path, which, range(1000, 3000 if which == "checkpoint" else 2100))
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +218,7 @@ def test_impossible_numbers_are_refused(whole_one: Path, tmp_path: Path, key: st
     values = json.loads((path / "checkpoint.json").read_text())
     values["state"][key] = value
     (path / "checkpoint.json").write_bytes(sealed(values))
-    check(outcome(read_checkpoint, [path]), refused=True)
+    check(CASES.run("read_checkpoint", path), refused=True)
 
 
 def test_names_of_the_first_checkpoints_are_still_read(tmp_path: Path) -> None:

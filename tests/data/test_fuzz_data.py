@@ -1,7 +1,7 @@
 """Damaged and hostile bytes in what training, the benchmark and the preprocessing tools read of datasets.
 
-Each case is a fork (`fuzzing.outcome`) that calls the reading code itself, with the commands' own handling of
-errors. Bytes are damaged at random, and fields that ask for memory or for a loop are set to what would hurt.
+Each case is a fork of `CASES` that calls the reading code itself, with the commands' own handling of errors.
+Bytes are damaged at random, and fields that ask for memory or for a loop are set to what would hurt.
 """
 
 import json
@@ -11,10 +11,8 @@ import re
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.case_server import CaseServer
 from support.data_folder import rows as make_rows
 from support.data_folder import write_days
 from support.fuzzing import Outcome, check, mutate, outcome
@@ -43,6 +42,7 @@ from dlrm.prep.__main__ import main as prep_main
 from dlrm.runtime import entry
 from dlrm.runtime.ranks import Ranks
 
+CASES = CaseServer(__file__)
 Read = Callable[[list[str]], int]
 HUGE = (
     0, 1, 3, 25, 27, 99, 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, 1 << 47, 1 << 48, 1 << 60,
@@ -57,7 +57,7 @@ STRANGE: list[Any] = [
 
 def as_command(work: Callable[[], Any]) -> int:
     """As the commands end: one line and a code for known errors, a traceback for the others."""
-    return entry._run_for_exit_code(lambda _: work(), Ranks())
+    return entry.run_for_exit_code(lambda _: work(), Ranks())
 
 
 # --- what reads
@@ -209,7 +209,9 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Read]] = {
 }  # fmt: skip
 
 
-WITH_POLARS = ("ml-1m", "ml-20m", "text")
+def read_folder(argv: list[str]) -> int:
+    """argv: one of KINDS, a folder."""
+    return KINDS[argv[0]][1](argv[1:])
 
 
 # --- damage
@@ -329,9 +331,13 @@ def without_other_lines(found: Outcome, kind: str) -> Outcome:
     return replace(found, err="\n".join(lines))
 
 
-def run(place: Path, kind: str, seeds: range) -> None:
+def read_damaged(argv: list[str]) -> None:
+    """argv: one of KINDS, an empty folder, the first seed and the one after the last."""
+    kind, place, seeds = argv[0], Path(argv[1]), range(int(argv[2]), int(argv[3]))
     make, read = KINDS[kind]
-    good = make(place / "good")
+    made = outcome(lambda _: print(make(place / "good"), end=""), [], memory=None)
+    assert made.code == 0, made.err
+    good = Path(made.out)
     base = good.parent if good.is_file() else good
 
     def one(case: Path) -> Outcome:
@@ -362,40 +368,21 @@ def run(place: Path, kind: str, seeds: range) -> None:
             shutil.rmtree(made)
 
 
-@pytest.fixture(autouse=True)
-def no_input() -> Iterator[None]:
-    """/dev/stdin as a file is not the terminal."""
-    with open(os.devnull) as nothing:
-        before = sys.stdin
-        sys.stdin = nothing
-        yield
-        sys.stdin = before
-
-
-def run_apart(place: Path, kind: str, seeds: range) -> None:
-    """`run` in a process of its own: polars, once used, cannot be used in a fork."""
-    program = (
-        "import sys; sys.path[:0] = sys.argv[1:4]; import test_fuzz_data as test; from pathlib import Path;"
-    )
-    program += f"test.run(Path(sys.argv[4]), {kind!r}, {seeds!r})"
-    here = Path(__file__).parent
-    words = [sys.executable, "-c", program, here, here.parent, here.parents[1], place]
-    done = subprocess.run(
-        [str(word) for word in words], stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def damage_many(place: Path, kind: str, seeds: range) -> None:
+    done = CASES.run("read_damaged", kind, place, seeds.start, seeds.stop, memory=None, seconds=3600)
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_bytes(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (run_apart if kind in WITH_POLARS else run)(tmp_path, kind, range(15))
+def test_damaged_bytes(tmp_path: Path, kind: str) -> None:
+    damage_many(tmp_path, kind, range(15))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_damaged_bytes(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (run_apart if kind in WITH_POLARS else run)(tmp_path, kind, range(1000, 1400))
+def test_many_damaged_bytes(tmp_path: Path, kind: str) -> None:
+    damage_many(tmp_path, kind, range(1000, 1400))
 
 
 # --- options
@@ -475,62 +462,63 @@ ABSURD: dict[str, tuple[Read, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+def open_absurd(argv: list[str]) -> int:
+    """argv: one of ABSURD, the folder to be in."""
+    os.chdir(argv[1])
+    read, words = ABSURD[argv[0]]
+    return read([*words])
+
+
 @pytest.mark.parametrize("case", ABSURD)
-def test_absurd_sizes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    read, words = ABSURD[case]
-    check(without_other_lines(outcome(read, words), case), refused=True)
+def test_absurd_sizes_are_refused(tmp_path: Path, case: str) -> None:
+    check(without_other_lines(CASES.run("open_absurd", case, tmp_path), case), refused=True)
     assert not list(tmp_path.iterdir())
 
 
-def test_usual_sizes_are_not_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usual_sizes_are_not_refused() -> None:
     for read, words in (
-        (open_dlrm, SMALL),
-        (open_dlrm, (*SMALL, "--batch_size", "65536", "--limit_train_batches", "1000000")),
-        (open_dlrm, (*SMALL, "--multi_hot_sizes", ",".join(["3"] * 26), "--seed", str((1 << 32) - 1))),
-        (open_bert, ("--dataset_name", "random")),
+        ("open_dlrm", SMALL),
+        ("open_dlrm", (*SMALL, "--batch_size", "65536", "--limit_train_batches", "1000000")),
+        ("open_dlrm", (*SMALL, "--multi_hot_sizes", ",".join(["3"] * 26), "--seed", str((1 << 32) - 1))),
+        ("open_bert", ("--dataset_name", "random")),
     ):
-        found = outcome(read, words)
+        found = CASES.run(read, *words)
         assert found.code == 0, found.err
 
 
 # --- other hostile files, whose cases are known
 
 
-def one_line(read: Read, argv: list[Any], *wanted: str) -> None:
-    found = outcome(read, argv)
+def refuse_folder(kind: str, folder: Path, *wanted: str) -> None:
+    found = CASES.run("read_folder", kind, folder)
     check(found, refused=True)
     assert all(each in found.err for each in wanted), found.err
 
 
-def test_a_day_beyond_meta_is_not_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_day_beyond_meta_is_not_ignored(tmp_path: Path) -> None:
     make_npy(tmp_path / "set")
     for part in ("dense", "sparse", "labels"):
         shutil.copy(tmp_path / "set" / f"day_0_{part}.npy", tmp_path / "set" / f"day_2_{part}.npy")
-    one_line(reader("stream"), [tmp_path / "set"], "day 2", "meta.json says", "2 days")
+    refuse_folder("stream", tmp_path / "set", "day 2", "meta.json says", "2 days")
 
 
-def test_ids_in_the_other_byte_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ids_in_the_other_byte_order(tmp_path: Path) -> None:
     folder = make_npy(tmp_path / "set")
     path = folder / "day_0_sparse.npy"
     np.save(path, np.load(path).astype(">i4"))
     for kind in ("stream", "mmap", "prep contiguous"):
-        one_line(KINDS[kind][1], [folder], path.name, ">i4")
+        refuse_folder(kind, folder, path.name, ">i4")
 
 
-def test_a_million_of_days(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_million_of_days(tmp_path: Path) -> None:
     for kind, ending in (("stream", "_dense.npy"), ("parquet", ".parquet")):
         folder = tmp_path / kind
         folder.mkdir()
         (folder / f"day_999999999999{ending}").touch()
-        one_line(reader(kind), [folder], "999999999999", str(folder))
+        refuse_folder(kind, folder, "999999999999", str(folder))
 
 
-def test_a_zip_whose_member_is_longer_than_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_zip_whose_member_is_longer_than_the_file(tmp_path: Path) -> None:
     folder = make_npz(tmp_path / "set")
     path = folder / "day_0_sparse_multi_hot.npz"
     header = b"\x93NUMPY\x01\x00v\x00" + str(
@@ -543,10 +531,10 @@ def test_a_zip_whose_member_is_longer_than_the_file(
     at = data.find(b"PK\x01\x02")
     data[at + 24 : at + 28] = b"\xfe\xff\xff\xff"  # its size in the list of members
     path.write_bytes(data)
-    one_line(reader("multi_hot"), [folder], path.name)
+    refuse_folder("multi_hot", folder, path.name)
 
 
-def test_a_row_group_of_a_billion_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_group_of_a_billion_rows(tmp_path: Path) -> None:
     """A column of one value is a few bytes, however long it is."""
     folder = tmp_path / "set"
     folder.mkdir()
@@ -556,15 +544,15 @@ def test_a_row_group_of_a_billion_rows(tmp_path: Path, capsys: pytest.CaptureFix
                       **{f"C{k}": zeros for k in range(1, 27)}})  # fmt: skip
     for day in (0, 1):
         pq.write_table(table, folder / f"day_{day}.parquet", row_group_size=count)
-    one_line(reader("parquet"), [folder], "day_0.parquet", "row group 0")
+    refuse_folder("parquet", folder, "day_0.parquet", "row group 0")
 
 
-def test_unreadable_files_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_files_and_folders(tmp_path: Path) -> None:
     if not os.getuid():
         pytest.skip("root reads everything")
     folder = make_npy(tmp_path / "set")
     (folder / "day_0_dense.npy").chmod(0)
-    one_line(reader("stream"), [folder], "day_0_dense.npy", "Permission denied")
+    refuse_folder("stream", folder, "day_0_dense.npy", "Permission denied")
     folder.chmod(0o111)
-    one_line(reader("stream"), [folder], str(folder), "Permission denied")
+    refuse_folder("stream", folder, str(folder), "Permission denied")
     folder.chmod(0o755)

@@ -36,6 +36,11 @@ for rank in range(2):
     names += [f"dlrm/{each}/{rank}" for each in ("process", "heartbeat", "finished", "left", "stop/0")]
     names += [f"group/{rank}", f"group/host{rank}", f"group/file{rank}", f"group/opened{rank}"]
 print("there", flush=True)
+if how == "finished":
+    while True:
+        for rank in range(2):
+            store.delete_key(f"dlrm/finished/{rank}")
+            store.delete_key(f"dlrm/left/{rank}")
 for turn in range(60):
     if how == "all":
         names = sorted({*names, *store.list_keys()})
@@ -66,6 +71,26 @@ def test_another_program_at_the_port_makes_no_job_succeed(toy: Path, tmp_path: P
         assert json.loads((tmp_path / "results.json").read_text())["steps"] == 400
     else:
         assert 0 not in codes and 0 < len(ranks.said.splitlines()) <= 2, (codes, ranks.said)
+
+
+def has_ended(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.mpi
+def test_a_finished_job_succeeds_whatever_is_deleted(toy: Path, tmp_path: Path) -> None:
+    port = str(free_port())
+    names: dict[str, Any] = {"MASTER_PORT": port, TOKEN: "a secret"}
+    with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 8, "--max_steps", 60), **names) as ranks:
+        ranks.until_step(1)
+        with subprocess.Popen(
+            [sys.executable, "-c", INTRUDER, port, "finished"],
+            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        ) as intruder:  # fmt: skip
+            while not all(has_ended(rank.pid) for rank in ranks.processes):
+                time.sleep(0.01)  # nobody waits for a rank meanwhile: its exit code is not known to the other
+            intruder.kill()
+        assert ranks.wait(10) == [0, 0], ranks.said
 
 
 def test_values_of_others_are_not_seen() -> None:

@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class CommandServer:
-    """Runs what the module `name` gives to `serve`, each time in a fresh fork."""
+    """Runs what the module `name`, started with these words, gives to `serve`, each time in a fresh fork."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *words: str) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", name], text=True, cwd=ROOT,
+            [sys.executable, "-m", name, *words], text=True, cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         )  # fmt: skip

@@ -59,6 +59,7 @@ def _run_child(
 ) -> None:
     code = 1
     try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # /dev/stdin as a file is not the server's
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)
