@@ -31,7 +31,12 @@ def read_table_sizes(found: Checkpoint) -> tuple[int, ...]:
 
 
 def read_numerical(found: Checkpoint) -> int:
-    """The inputs of the first dense layer."""
+    """The numerical columns: those that the run was given, else the inputs of the first dense layer (one
+    constant where there are none).
+    """
+    given = found.state.get("config", {}).get("data", {}).get("num_numerical")
+    if isinstance(given, int):
+        return given
     return next(each.shape[1] for each in found.tensors if FIRST_LAYER.fullmatch(each.name))
 
 

@@ -50,13 +50,8 @@ def test_model_and_sizes_come_from_the_checkpoint(trained: Any, toy: Any, train:
 
 def test_contradictions_in_one_line(trained: Any, toy: Any, train: Any) -> None:
     words = [
-        "--mode",
-        "test",
-        "--load_checkpoint_path",
-        trained.folder,
-        "--in_memory_binary_criteo_path",
-        toy,
-    ]
+        "--mode", "test", "--load_checkpoint_path", trained.folder, "--in_memory_binary_criteo_path", toy,
+    ]  # fmt: skip
     done = train(2, *words, "--embedding_dim", 32)
     assert done.codes == [2, 2] and "--embedding_dim 32" in done.err[0] and "has 8" in done.err[0]
     assert done.err[0].count("\n") == 1 and not done.err[1]
@@ -70,3 +65,21 @@ def test_new_weights_and_random_rows(train: Any) -> None:
     wrong = train(2, *words)
     assert wrong.codes == [2, 2]
     assert "--inference_benchmark_batch_sizes 1: not a multiple of the 2 ranks" in wrong.err[0] + wrong.err[1]
+
+
+@pytest.mark.parametrize("columns", [(0, 3), (5, 7)])
+def test_a_model_of_other_columns(other_columns: Any, train: Any, columns: tuple[int, int]) -> None:
+    dataset = ["--in_memory_binary_criteo_path", other_columns(*columns) / "npy"]
+    words = ["--embedding_dim", 8, "--dense_arch_layer_sizes", "16,8", "--over_arch_layer_sizes", "16,1"]
+    words += ["--batch_size", 100, "--optimizer", "adagrad", "--max_steps", 8]
+    made = train(2, *dataset, *words, "--checkpoint_every_steps", 100, "--evaluate_on_training_end")
+    assert made.codes == [0, 0], made.err
+    saved = ["--load_checkpoint_path", made.folder]
+    tested = train(1, "--mode", "test", *saved, *dataset)
+    assert tested.codes == [0], tested.err
+    assert tested.results["test_auroc"] == pytest.approx(made.results["test_auroc"], abs=1e-6)
+    timed = train(
+        1, "--mode", "inference_benchmark", *saved, "--inference_benchmark_batch_sizes", 50,
+        "--inference_benchmark_steps", 2,
+    )  # fmt: skip
+    assert timed.codes == [0] and timed.results["inference_benchmark"][0]["batch_size"] == 50, timed.err
