@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dlrm.config.parser import parse_options, take_model_name
 from dlrm.models.registry import find_model
 from dlrm.runtime import entry, imports, stop, trace
+from dlrm.runtime.device_io import list_folders
 from dlrm.runtime.ranks import Ranks
 
 PROGRAMS = {"dlrm": "python -m dlrm.train", "bert4rec": "python -m dlrm.bert4rec"}  # as --help shows them
@@ -28,7 +29,8 @@ def main(here: Ranks, argv: Sequence[str] | None = None, default: str = "dlrm") 
 
     # trace: before torch is imported, because reading its files is I/O too
     if options.run.trace and options.run.output_dir:
-        trace.start_tracing(options.run.output_dir, here, "train", options.run.trace_flush_ms)
+        folders = list_folders(options)
+        trace.start_tracing(options.run.output_dir, here, "train", options.run.trace_flush_ms, folders)
 
     with trace.span("startup", "imports"), imports.import_quickly(options.run.cpu_fast_path):
         from dlrm.trainer.trainer import train

@@ -20,6 +20,7 @@ MEASURES = (
 )  # fmt: skip
 BINS = 600  # stretches of the timeline, at most, of one rank
 MAX_EPOCHS = 1000  # that are kept apart
+KERNEL_COUNTERS = "proc/"  # the beginning of their names
 KEPT_CATS = ("startup", "eval", "checkpoint", "prep")
 
 
@@ -195,7 +196,9 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
         "spans": sum_by_name(events.spans).select(rank, pl.all()),
         "marks": events.spans.filter(pl.col("cat").cast(pl.String).is_in(KEPT_CATS)).head(20_000)
         .select(rank, "pid", "tid", "cat", "name", "ts", "dur", "file", "bytes", "epoch", "step", "split"),
-        "curves": events.spans.filter(pl.col("cat") == "counter").head(50_000)
+        "curves": events.spans.filter(
+            (pl.col("cat") == "counter") & ~pl.col("name").cast(pl.String).str.starts_with(KERNEL_COUNTERS)
+        ).head(50_000)
         .select(rank, "name", "ts", "step", "value"),
     }  # fmt: skip
     return tables, cuts

@@ -38,6 +38,8 @@ MAX_RECORDS = 200_000  # of metadata in a file: each is parsed alone
 MAX_RANKS = 1 << 20
 MAX_THREADS = 1 << 16  # whose names are kept, of a process
 _ARGS = b'"args":{"hhash":"'
+MAX_FILE_SYSTEMS = 100  # that are kept, of a process
+_NOTE = 16 << 10  # characters of what is known of one: DFTracer takes no longer records
 MAX_CLOCK_LINE = 4096  # bytes of a barrier's event
 _LABEL = 255  # characters of a host's or a thread's name that are kept
 
@@ -147,6 +149,10 @@ class TraceReader:
             setattr(process, key, printable(str(value)[:_LABEL]))
         elif kind == ID["CM"] and key == "thread_name" and len(process.threads) < MAX_THREADS:
             process.threads[tid] = str(value)[:_LABEL]
+        elif kind == ID["CM"] and key == "file_system" and len(process.file_systems) < MAX_FILE_SYSTEMS:
+            process.file_systems.append(str(value)[:_NOTE])
+        elif kind == ID["CM"] and key == "io_error":
+            process.io_error = printable(str(value)[:_LABEL])
 
     def _salvage_record(self, line: bytes) -> None:
         """A path with a quote in it makes DFTracer write a record that is no JSON."""

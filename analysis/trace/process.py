@@ -22,6 +22,8 @@ class TracedProcess:
     threads: dict[int, str] = field(default_factory=dict)  # tid -> name
     barriers: dict[str, int] = field(default_factory=dict)  # "start", "end" -> us on this host's clock
     events: int = 0  # as DFTracer counts them
+    file_systems: list[str] = field(default_factory=list)  # JSON, one of each folder of the run
+    io_error: str = ""  # why the kernel's counters of the process are missing
     first: int = 0  # us
     last: int = 0
     ended: bool = False  # the process closed its trace

@@ -1,11 +1,12 @@
 """Record what this process does, with DFTracer: spans, instants, counters. Costs nothing while not tracing.
 
 The only module that imports dftracer, and only in `start_tracing`. What is in RUN/trace/*.pfw.gz:
-  metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once per thread
+  metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once per thread;
+                  file_system, JSON, once per folder; io_error, why the kernel's counters are missing
   spans           cat is the phase (startup, data, train, eval, checkpoint, ssd, prep; torchrec: the patches),
                   args are epoch, step, and bytes, file, batch where there are any
   instants        duration 0; cat `clock`, name `barrier`, arg `when` (start, end): all ranks leave a barrier
-  counters        cat `counter`, name of the counter, arg `value`
+  counters        cat `counter`, name of the counter, arg `value`; proc/...: the kernel's, of this process
   POSIX calls     by interception, each with its file, offset and bytes
 A process that forks (workers of a DataLoader) continues in a file of its own, with the parent's rank.
 """
@@ -16,12 +17,13 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 from common.owned import discard_empty_folder, discard_file
+from dlrm.runtime.device_io import IoCounters, IoRecorder, find_file_systems
 from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.tracer_variables import find_traced_folders
 
@@ -41,6 +43,7 @@ _native: Any = None  # dftracer's C++ module while tracing, else None
 _context: dict[str, tuple[int, int]] = {}  # args of every span (epoch, step), in the form that DFTracer takes
 _identity: dict[str, int | str] = {}  # the metadata that says whose file this is
 _flusher: "_Flusher | None" = None
+_io: IoRecorder | None = None
 _folder: Path | None = None  # of the trace files
 _made_folders: list[Path] = []  # by this process
 
@@ -60,13 +63,20 @@ def is_tracing() -> bool:
     return _native is not None
 
 
-def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush_ms: int = FLUSH_MS) -> None:
+def start_tracing(
+    run_dir: str | os.PathLike[str],
+    here: Ranks,
+    role: str,
+    flush_ms: int = FLUSH_MS,
+    folders: Mapping[str, str | os.PathLike[str]] | None = None,
+) -> None:
     """Open this process's trace file. From here on every read and write is recorded.
 
     role      "train" or "prep": the start of the file's name
     flush_ms  a killed process loses at most the events of this time
+    folders   what it is for -> a folder or file, whose file system is recorded beside the run folder's
     """
-    global _native, _folder
+    global _native, _folder, _io
     traced_folders = find_traced_folders(os.environ)
     folder = Path(run_dir).absolute() / "trace"
     with contextlib.suppress(FileExistsError):
@@ -80,6 +90,10 @@ def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush
         DFTRACER_DATA_DIR=traced_folders,  # not as the argument data_dirs: "all" would be a folder there
         DFTRACER_WRITE_BUFFER_SIZE=str(BUFFER_BYTES),
     )
+    counters = IoCounters()
+    file_systems = []
+    if here.local_rank == 0:
+        file_systems = find_file_systems({**(folders or {}), "run folder": run_dir}, with_layout=here.first)
     # the C++ module directly: importing dftracer.python installs handlers for SIGINT, SIGTERM and SIGABRT
     import dftracer.dftracer as native
 
@@ -91,11 +105,19 @@ def start_tracing(run_dir: str | os.PathLike[str], here: Ranks, role: str, flush
         rank=here.rank, local_rank=here.local_rank, world_size=here.world_size, host=here.host, role=role
     )
     _record_identity(flush_ms)
+    for each in file_systems:
+        _record_note("file_system", json.dumps(each))
+    _io = IoRecorder(counters, counter, lambda text: _record_note("io_error", text))
+    _io.sample()
+    _io.start()
 
 
 def stop_tracing() -> None:
     """Flush and close. May be called twice, from a signal handler, or without `start_tracing`."""
-    global _native, _flusher
+    global _native, _flusher, _io
+    recorder, _io = _io, None
+    if recorder is not None:
+        recorder.stop()
     native, _native = _native, None
     flusher, _flusher = _flusher, None
     if flusher is not None:
@@ -135,6 +157,19 @@ def name_thread(name: str) -> None:
         _native.log_metadata_event(key="thread_name", value=_plain_value(name))
 
 
+def _record_note(key: str, text: str) -> None:
+    if _native is not None:
+        _native.log_metadata_event(key=key, value=_plain_value(text))
+
+
+def sample_io() -> None:
+    """Record what this process moved up to now, by the kernel's count: at the joints of a run, so that each
+    of its parts has its own share. It is done every few seconds anyway.
+    """
+    if _io is not None:
+        _io.sample()
+
+
 def _record_identity(flush_ms: int) -> None:
     """Write whose file this is, and start the thread that flushes it."""
     global _flusher
@@ -149,6 +184,8 @@ def _record_identity(flush_ms: int) -> None:
 
 def _restart_after_fork() -> None:
     """In the child of a fork: DFTracer has opened a new file for it, still without the metadata."""
+    global _io
+    _io = None  # the kernel adds a child's counters to its parent's when it has ended
     if _native is not None:
         _identity["role"] = "worker"
         _record_identity(_flusher.flush_ms if _flusher else FLUSH_MS)

@@ -177,6 +177,7 @@ def run_training(
     while progress.epoch < limits.epochs and progress.step != limits.max_steps:
         batches.set_epoch(progress.epoch)
         trace.set_context(epoch=progress.epoch)
+        trace.sample_io()
         with during_epoch(progress.epoch), trace.span("train", "epoch"):
             steps_left = None if limits.max_steps is None else limits.max_steps - progress.step
             for _ in train_steps(pipeline, batches, progress, meter, set_next_lr, hooks, steps_left):
@@ -191,6 +192,7 @@ def run_training(
                 hooks.after_step()
             if meter.steps:
                 report_steps(meter, progress, log_metrics)
+        trace.sample_io()
         progress.epoch, progress.position = progress.epoch + 1, None
         due = limits.evaluate_on_epoch_end and progress.step >= limits.first_validation
         if due and validate_at("epoch"):
@@ -291,6 +293,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     iterator = iter(batches)
+    trace.sample_io()
     with trace.span("eval", "evaluate", split=split), torch.no_grad():
         for batch in range(len(batches)):
             before_batch()
@@ -299,5 +302,6 @@ def evaluate(
                 metrics.update(logits, labels)
         with trace.span("eval", "metrics"):
             result = metrics.compute()
+    trace.sample_io()
     model.train(was_training)
     return {"split": split, **result, "seconds": time.perf_counter() - started}

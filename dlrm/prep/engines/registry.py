@@ -10,6 +10,7 @@ from common.errors import printable
 from common.owned import OutputFolder
 from dlrm.prep.job.options import PrepOptions
 from dlrm.runtime import errors, ranks, trace
+from dlrm.runtime.device_io import list_folders
 
 
 def run_numba(options: PrepOptions) -> None:
@@ -23,7 +24,7 @@ def run_numba(options: PrepOptions) -> None:
     here = ranks.find_ranks()
     if options.trace_dir:
         with os_errors_as_user_errors(options.trace_dir):
-            trace.start_tracing(options.trace_dir, here, role="prep")
+            trace.start_tracing(options.trace_dir, here, role="prep", folders=list_folders(options))
     workers = Workers(here, options.workers)
     try:
         run(options, workers)
