@@ -113,7 +113,7 @@ def test_real_ranks(tmp_path: Path) -> None:
     assert sorted(zip(steps["rank"], steps["batch"], strict=True)) == [
         (r, b) for r in range(3) for b in range(3)
     ]
-    losses = table.filter((table["cat"] == "counter") & (table["rank"] == 0))["value"].to_list()
+    losses = table.filter((table["name"] == "loss") & (table["rank"] == 0))["value"].to_list()
     assert losses == pytest.approx([0.5, 0.25, 1 / 6], rel=1e-5)
 
 
