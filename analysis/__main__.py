@@ -128,7 +128,8 @@ def run_summary(options: argparse.Namespace) -> int:
 def run_compare(options: argparse.Namespace) -> int:
     from analysis.report import compare
 
-    page, text = compare.write_comparison(options.run, options.other, options.output, _choose_map(options))
+    runs = [options.run, *options.others]
+    page, text = compare.write_comparison(runs, options.output, _choose_map(options), options.vs)
     print(f"{text}\n\n{printable(page)}")
     return 0
 
@@ -183,7 +184,7 @@ def make_parser() -> argparse.ArgumentParser:
             "report.html, summary.json and tables/*.csv: where the time and the bytes went",
         ),
         ("summary", run_summary, "the run in numbers, in the terminal"),
-        ("compare", run_compare, "two runs side by side: compare.html, and lines in the terminal"),
+        ("compare", run_compare, "two runs or more: what differs, by how much, and whether that is noise"),
     ):
         made = add_command(name, run, help)
         if name == "report":
@@ -192,10 +193,19 @@ def make_parser() -> argparse.ArgumentParser:
                 help="file to write the page to, or a folder that exists, for all files (default: RUN)",
             )  # fmt: skip
         if name == "compare":
-            made.add_argument("other", metavar="OTHER", help="the run to compare it with")
             made.add_argument(
-                "-o", dest="output", type=Path, help="file to write (default: OTHER/compare.html)"
-            )
+                "others", metavar="RUN", nargs="+",
+                help="runs to compare it with; runs of the same settings tell how large the noise is",
+            )  # fmt: skip
+            made.add_argument(
+                "--vs", metavar="SETTING", default="",
+                help="draw the runs over a setting, e.g. batch_size or ranks: how the speed scales",
+            )  # fmt: skip
+            made.add_argument(
+                "-o", dest="output", type=Path, metavar="FILE",
+                help="page to write, or FILE.json for the numbers (default: compare.html and compare.json in "
+                "the last run)",
+            )  # fmt: skip
         made.add_argument(
             "--dask", metavar="WHERE", help="read the ranks on a Dask cluster: `local`, `pbs`, or host:port"
         )

@@ -1,176 +1,210 @@
-"""Two runs side by side: what changed, by how much, and each one's figures and findings."""
+"""Several runs together, as text, page and JSON: what differs, by how much, and whether it is noise."""
 
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from analysis.report import plots, plots_io, summary
-from analysis.report.facts import Facts, Finding
-from analysis.report.findings import find_all
-from analysis.report.page import Figures, format_number, make_page
-from analysis.report.report import render_findings, render_header
-from analysis.report.run import TracedRun, open_run
-from analysis.run_folder import outputs, run_settings
-from analysis.tables import answers, progress
+from analysis.report import plots_compare
+from analysis.report.comparison import (
+    Comparison,
+    ScalingPoint,
+    Setting,
+    compare_runs,
+    scale_over,
+    scaling_table,
+)
+from analysis.report.page import Figures, make_page, render_table
+from analysis.report.report import render_findings
+from analysis.run_folder import outputs
 from analysis.tables.gather import Map, map_on_threads
-from common.errors import os_errors_as_user_errors, printable
+from common.errors import os_errors_as_user_errors
 
-PAGE = "compare.html"
-Side = tuple[TracedRun, Facts, list[Finding]]
-NOISE = 0.02  # a change smaller than this has no colour
-LENGTHS = ("wall_seconds", "training_seconds")  # shorter is better only where as much was done
+PAGE, NUMBERS = "compare.html", "compare.json"
+WIDTH = 80  # columns of a terminal
 
 
-def open_side(path: str | Path, over: Map) -> Side:
-    run = open_run(path, over)
-    facts = Facts(run.joined, run.config, run.metrics)
-    return run, facts, find_all(facts)
+# --- for the terminal
 
 
-def name_runs(one: Side, two: Side) -> tuple[str, str]:
-    """Folders of the same name are named by their paths."""
-    a, b = one[0], two[0]
-    return (a.name, b.name) if a.name != b.name else (printable(a.path), printable(b.path))
-
-
-def compare_rows(one: Side, two: Side) -> list[tuple[str, str, str, str, str]]:
-    """Label, value of A, value of B, change, verdict: better, worse or nothing."""
-    a = {each.key: each for each in summary.list_headlines(one[0], one[1])}
-    b = {each.key: each for each in summary.list_headlines(two[0], two[1])}
-    unfair: tuple[str, ...] = tuple(a) if are_different_models(one, two) else ()
-    if one[0].results.get("samples") != two[0].results.get("samples"):
-        unfair = unfair or LENGTHS
-    found = []
-    for key in dict.fromkeys([*a, *b]):
-        old, new = a.get(key), b.get(key)
-        if old is None or new is None:
-            label = (old or new).label  # pyright: ignore[reportOptionalMemberAccess]
-            found.append((label, old.text if old else "-", new.text if new else "-", "", ""))
-            continue
-        change, verdict = "", ""
-        if old.value:
-            part = new.value / old.value - 1
-            change = f"{part:+.1%}" if abs(part) < 10 else f"x {new.value / old.value:.3g}"
-            if abs(part) >= NOISE and old.better and key not in unfair:
-                verdict = "better" if part * old.better > 0 else "worse"
-        found.append((old.label, old.text, new.text, change, verdict))
-    return found
-
-
-def are_different_models(one: Side, two: Side) -> bool:
-    """Whether these are runs of different models."""
-    a, b = run_settings.find_model_title(one[0].config), run_settings.find_model_title(two[0].config)
-    return bool(a and b and a != b)
-
-
-def list_differences(one: Side, two: Side) -> tuple[str, list[tuple[str, str, str]]]:
-    """What a reader must know before the numbers: a sentence, and the settings that differ."""
-    a, b = one[0], two[0]
-    unlike = list(run_settings.differing_settings((a.config, a.plan), (b.config, b.plan)))
-    if lacking := [name for name, run in zip(name_runs(one, two), (a, b), strict=True) if not run.config]:
-        return f"{' and '.join(lacking)}: no config.json, so it is not known which settings differ.", []
-    if are_different_models(one, two):
-        sentence = (
-            f"These are different models, {run_settings.find_model_title(a.config)} and "
-            f"{run_settings.find_model_title(b.config)}: times and bytes are shown side by side, "
-            "but none is better or worse than the other's."
-        )
-    elif unlike:
-        sentence = f"The runs differ in {format_number(len(unlike), 'setting')}:"
-    else:
-        sentence = "The settings are the same."
-    return sentence, unlike
-
-
-def format_text(one: Side, two: Side) -> str:
-    """The same for the terminal: what differs, the numbers, the findings of both runs."""
-    a, b = (name[-22:] for name in name_runs(one, two))
-    sentence, unlike = list_differences(one, two)
-    lines = [sentence, *(f"  {name}: {x} -> {y}" for name, x, y in unlike), ""]
-    lines += [f"{'':<32}{a:>24}{b:>24}{'change':>12}"]
-    lines += [f"{n:<32}{x:>24}{y:>24}{c:>12}  {v}" for n, x, y, c, v in compare_rows(one, two)]
-    for run, _, found in (one, two):
-        lines += ["", f"{run.name}:"] + [f"  {finding.text}" for finding in found or []]
-        lines += [] if found else ["  no findings"]
+def format_text(comparison: Comparison, points: Sequence[ScalingPoint] = (), called: str = "") -> str:
+    """All of it in lines of at most 80 columns."""
+    lines = [
+        *textwrap.wrap(comparison.describe(), WIDTH),
+        *_format_settings(comparison),
+        "",
+        *_format_numbers(comparison),
+    ]
+    if points:
+        lines += ["", *_format_scaling(points, called)]
+    for label, run in plots_compare.label_runs(comparison):
+        lines += ["", f"findings of {label}:"]
+        for finding in run.findings:
+            lines += _wrap(f"  {finding.text}")
+        lines += [] if run.findings else ["  none"]
     return "\n".join(lines)
 
 
-def _make_panel(side: Side, figures: Figures) -> list[str]:
-    """One run's figures and findings as pieces of HTML; both runs have as many pieces."""
-    run, facts, found = side
-    j = run.joined
-    curves, sizes = progress.make_curves(j, run.metrics), answers.count_request_sizes(j, "phase")
-    steps = progress.list_steps(j)
-    shown = [
-        ("Where each rank's time went", plots.plot_time_by_rank(facts.breakdown), "Seconds of wall clock."),
-        ("How much I/O is hidden", plots.plot_hidden_io(facts.phases), "Seconds."),
+def _format_settings(comparison: Comparison) -> Iterator[str]:
+    for place, setting in enumerate(comparison.settings):
+        yield from _wrap(f"  {setting.letter}: {_name_runs(setting)}")
+        for name, values in comparison.differing.items():
+            yield from _wrap(f"     {name}: {values[place]}")
+
+
+def _wrap(text: str) -> list[str]:
+    indent = " " * (len(text) - len(text.lstrip()))
+    return textwrap.wrap(text.strip(), WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
+
+
+def _name_runs(setting: Setting) -> str:
+    return ", ".join(run.name for run in setting.runs)
+
+
+def _format_numbers(comparison: Comparison) -> Iterator[str]:
+    """Two settings with the change beside them; of more, the numbers, then what changed against A."""
+    if len(comparison.settings) == 2:
+        yield f"{'':<29}{'A':>11}{'B':>11}{'change':>12}" + ("  noise" if comparison.is_repeated else "")
+        for row in comparison.rows:
+            change = row.changes[0]
+            noise = f"  {change.noise_text} {change.verdict}".rstrip()
+            yield f"{row.label:<29.29}{row.texts[0]:>11}{row.texts[1]:>11}{change.text:>12}{noise}".rstrip()
+        return
+    for begin in range(0, len(comparison.settings), 4):
+        places = range(begin, min(begin + 4, len(comparison.settings)))
+        yield f"{'':<29}" + "".join(f"{comparison.settings[place].letter:>12}" for place in places)
+        for row in comparison.rows:
+            yield f"{row.label:<29.29}" + "".join(f"{row.texts[place]:>12}" for place in places)
+        yield ""
+    for place, setting in enumerate(comparison.settings[1:]):
+        judged = [row for row in comparison.rows if row.changes[place].verdict]
+        if judged:
+            yield f"{setting.letter} against A, beyond the noise:"
+        for row in judged:
+            change = row.changes[place]
+            yield f"  {row.label:<29.29}{change.text:>12}  {change.noise_text} {change.verdict}"
+
+
+def _format_scaling(points: Sequence[ScalingPoint], called: str) -> Iterator[str]:
+    yield f"{called:<20}{'runs':>6}{'samples/s':>13}{'times':>9}{'of proportional':>18}"
+    for point in points:
+        efficiency = "" if point.efficiency is None else f"{point.efficiency:.0%}"
+        value = str(point.value)[:20]
+        speed = f"{point.samples_per_second:,.0f}"
+        yield f"{value:<20}{point.runs:>6}{speed:>13}{point.times:>9.2f}{efficiency:>18}".rstrip()
+
+
+# --- the page
+
+
+def render_comparison(comparison: Comparison, points: Sequence[ScalingPoint] = (), called: str = "") -> str:
+    """The page: what differs, the numbers, all runs in common figures, and each one's findings."""
+    figures, runs = Figures(), plots_compare.label_runs(comparison)
+    title = _make_title(comparison)
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(comparison.describe())}</p>"]
+    parts += [_render_settings(comparison), _render_numbers(comparison)]
+    if points:
+        parts.append(f"<h2>By {escape(called)}</h2>")
+        if spec := plots_compare.plot_scaling(points, called):
+            parts.append(figures.add_figure(spec, "Mean of the runs of each value."))
+        parts.append(render_table(scaling_table(list(points), called)))
+    parts.append("<h2>All runs on one axis</h2>")
+    for name, spec, caption in (
         (
-            "Over the run",
-            plots.plot_over_time(progress.make_timeline(j), curves, progress.find_gaps(j)),
-            "Drag to zoom.",
+            "Where the time went",
+            plots_compare.plot_times(runs),
+            "Seconds of wall clock, by what the main thread did.",
         ),
-        ("Time of each step", plots.plot_step_times(steps, run.begin_us), "On the slowest rank."),
-        ("Distribution of steps", plots.plot_step_histogram(steps), ""),
-        ("Request sizes", plots_io.plot_request_sizes(sizes), "All phases."),
-        ("Time of an operation", plots_io.plot_latency(j["latencies"]), "All phases."),
-        ("Start-up", plots.plot_startup(progress.list_startup(j)), "To the end of the first step."),
-    ]
-    blocks = [render_header(run, facts) + render_findings(found)]
-    for title, spec, caption in shown:
-        blocks.append(f"<h3>{escape(title)}</h3>{figures.add_figure(spec, caption)}" if spec else "")
-    return blocks
+        (
+            "How much I/O is hidden",
+            plots_compare.plot_hidden_io(runs),
+            "Of a rank while it trains, on average.",
+        ),
+        ("By step", plots_compare.plot_curves(runs, "step"), "Drag to zoom."),
+        ("Over time", plots_compare.plot_curves(runs, "time"), "From each run's own begin. Drag to zoom."),
+        ("Distribution of steps", plots_compare.plot_step_times(runs), "On the slowest rank."),
+        ("Request sizes", plots_compare.plot_request_sizes(runs), "Reads, start-up left out."),
+        ("Start-up", plots_compare.plot_startup(runs), "To the end of the first step, of the first rank."),
+    ):
+        if spec:
+            parts.append(f"<h3>{escape(name)}</h3>{figures.add_figure(spec, caption)}")
+    parts.append("<h2>Findings</h2>")
+    for label, run in runs:
+        parts.append(f"<h3>{escape(label)}: {escape(run.name)}</h3>{render_findings(run.findings)}")
+    return make_page(title, parts, figures)
 
 
-def render_comparison(one: Side, two: Side) -> str:
-    """The page: what differs, the numbers, then both runs side by side."""
-    figures = Figures()
-    sides = "".join(f"<th>{escape(name)}</th>" for name in name_runs(one, two))
-    heads = "<th></th>" + "".join(
-        f"<th class=n>{escape(name)}</th>" for name in (*name_runs(one, two), "change")
-    )
+def _make_title(comparison: Comparison) -> str:
+    names = [run.name for run in comparison.runs]
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) < 5 else f"{len(names)} runs compared"
+
+
+def _render_settings(comparison: Comparison) -> str:
+    rows = [("runs", [_name_runs(setting) for setting in comparison.settings])]
+    rows += list(comparison.differing.items())
+    heads = "".join(f"<th>{escape(setting.letter)}</th>" for setting in comparison.settings)
     body = "".join(
-        f"<tr><td>{escape(n)}</td><td class=n>{escape(x)}</td><td class=n>{escape(y)}</td>"
-        f'<td class="n {verdict}">{escape(change)} {verdict}</td></tr>'
-        for n, x, y, change, verdict in compare_rows(one, two)
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        for name, values in rows
     )
-    sentence, unlike = list_differences(one, two)
-    options = "".join(
-        f"<tr><td>{escape(k)}</td><td>{escape(x)}</td><td>{escape(y)}</td></tr>" for k, x, y in unlike
-    )
-    parts = [
-        f"<h1>{escape(one[0].name)} and {escape(two[0].name)}</h1>",
-        f"<p>{escape(sentence)}</p>",
-        _table_html(f"<th>setting</th>{sides}", options) if options else "",
-        _table_html(heads, body),
-    ]
-    for left, right in zip(_make_panel(one, figures), _make_panel(two, figures), strict=True):
-        parts.append(f"<div class=pair><div>{left}</div><div>{right}</div></div>")
-    return make_page(f"{one[0].name} and {two[0].name}", parts, figures)
+    return _render_rows(f"<th>setting</th>{heads}", body)
 
 
-def _table_html(heads: str, body: str) -> str:
+def _render_numbers(comparison: Comparison) -> str:
+    heads = "".join(f"<th class=n>{escape(setting.letter)}</th>" for setting in comparison.settings[:1])
+    for setting in comparison.settings[1:]:
+        heads += f"<th class=n>{escape(setting.letter)}</th><th class=n>against A</th>"
+        heads += "<th class=n>noise</th>" if comparison.is_repeated else ""
+    body = []
+    for row in comparison.rows:
+        cells = f"<td>{escape(row.label)}</td><td class=n>{escape(row.texts[0])}</td>"
+        for text, change in zip(row.texts[1:], row.changes, strict=True):
+            cells += f"<td class=n>{escape(text)}</td>"
+            cells += f'<td class="n {change.verdict}">{escape(change.text)} {change.verdict}</td>'
+            cells += f"<td class=n>{escape(change.noise_text)}</td>" if comparison.is_repeated else ""
+        body.append(f"<tr>{cells}</tr>")
+    return _render_rows(f"<th></th>{heads}", "".join(body))
+
+
+def _render_rows(heads: str, body: str) -> str:
     return (
         f'<div class="scroll whole"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
+# --- the command
+
+
 def write_comparison(
-    a: str | Path, b: str | Path, output: Path | None = None, over: Map = map_on_threads
+    paths: Sequence[str | Path], output: Path | None = None, over: Map = map_on_threads, called: str = ""
 ) -> tuple[Path, str]:
-    """Writes compare.html into the second run's folder, or the page as the file `output`. Returns its path
-    and the terminal's text.
+    """Writes compare.html and compare.json into the last run's folder, or as the file `output` the page
+    (the numbers, if its name ends in .json). called: a setting to draw the runs over. Returns the path of
+    what was written and the terminal's text.
     """
-    home = outputs.output_folder(b)
-    if output is None and Path(b).exists():
-        outputs.check_folder(home, {PAGE: is_own_page}, "name another file with -o")
-    one, two = open_side(a, over), open_side(b, over)
-    made = outputs.seal_page(render_comparison(one, two), "compare")
+    home = outputs.output_folder(paths[-1])
+    if output is None and Path(paths[-1]).exists():
+        names = {PAGE: is_own_page, NUMBERS: outputs.is_own_comparison}
+        outputs.check_folder(home, names, "name another file with -o")
+    comparison = compare_runs(paths, over)
+    points = scale_over(comparison, called) if called else []
+    page = outputs.seal_page(render_comparison(comparison, points, called), "compare")
+    found = comparison.as_dict()
+    if points:
+        found["scaling"] = {"setting": called, "points": [point._asdict() for point in points]}
+    numbers = (json.dumps(found, indent=1) + "\n").encode()
+    text = format_text(comparison, points, called)
     if output is not None:
-        with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
-            partial.write_bytes(made)
-        return output, format_text(one, two)
+        as_json = output.suffix == ".json"
+        is_own = outputs.is_own_comparison if as_json else is_own_page
+        with outputs.named_file(output, is_own) as partial, os_errors_as_user_errors(output):
+            partial.write_bytes(numbers if as_json else page)
+        return output, text
     with outputs.results_in(home) as results:
-        results.write(PAGE, made, is_own_page)
-    return home / PAGE, format_text(one, two)
+        results.write(NUMBERS, numbers, outputs.is_own_comparison)
+        results.write(PAGE, page, is_own_page)
+    return home / PAGE, text
 
 
 def is_own_page(path: Path) -> bool:

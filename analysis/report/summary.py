@@ -17,6 +17,8 @@ EARLIER_LABELS = {
     "read_count": "reads", "write_count": "writes",
 }  # fmt: skip
 
+LEAST_IO_SECONDS = 0.01  # of which a share says something
+
 
 class Headline(NamedTuple):
     """One of the numbers by which runs are compared."""
@@ -59,7 +61,7 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
             Headline("wait_share", "waiting for data, of training", wait, f"{wait:.1%}", -1),
             Headline("communication_share", "communication, of training", comm, f"{comm:.1%}", -1),
         ]
-    if io:
+    if io >= LEAST_IO_SECONDS:
         hidden = 1 - not_hidden / io
         rows.append(Headline("hidden_io_share", "I/O hidden while training", hidden, f"{hidden:.1%}", 1))
     if len(j["steps"]):

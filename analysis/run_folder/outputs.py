@@ -41,6 +41,7 @@ _PAGE_BEGIN = b'<!doctype html><html lang="en"><head><meta charset="utf-8"><titl
 _PAGE_SCRIPT = b"// Draws every <figure data-spec> from its JSON."
 _SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "metrics")
 _EARLIER_SUMMARY_KEYS = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
+_COMPARISON_KEYS = ("settings", "says", "metrics", "findings")
 
 _PUBLISHING = threading.Lock()  # some file systems lock for a process, not for each of its threads
 
@@ -78,12 +79,21 @@ def is_earlier_page(path: Path) -> bool:
 
 
 def is_own_summary(path: Path) -> bool:
+    return _has_keys(path, (_SUMMARY_KEYS, _EARLIER_SUMMARY_KEYS))
+
+
+def is_own_comparison(path: Path) -> bool:
+    return _has_keys(path, (_COMPARISON_KEYS,))
+
+
+def _has_keys(path: Path, beginnings: Sequence[tuple[str, ...]]) -> bool:
+    """Whether it is JSON as this program writes it that begins with some of these keys."""
     data = _read_content(path)
     try:
         value = json.loads(data)
         keys = tuple(value)
         return json.dumps(value, indent=1) + "\n" == data.decode() and any(
-            keys[: len(known)] == known for known in (_SUMMARY_KEYS, _EARLIER_SUMMARY_KEYS)
+            keys[: len(known)] == known for known in beginnings
         )
     except (ValueError, TypeError, RecursionError):
         return False

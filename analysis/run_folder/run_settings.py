@@ -1,7 +1,6 @@
 """What was run, in words, from config.json and plan.json: for headings, names of files and comparisons."""
 
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -92,18 +91,21 @@ def run_settings(config: Config, plan: Config) -> dict[str, str]:
     return {called: format_setting(value) for called, value in known.items() if value not in (None, "")}
 
 
-def differing_settings(a: tuple[Config, Config], b: tuple[Config, Config]) -> Iterator[tuple[str, str, str]]:
-    """name, value of A, value of B: what matters most first; of one model, all other options too."""
-    one, two = run_settings(*a), run_settings(*b)
-    for called in dict.fromkeys([*one, *two]):
-        if one.get(called) != two.get(called):
-            yield called, one.get(called, "-"), two.get(called, "-")
-    if find_model_title(a[0]) != find_model_title(b[0]):
-        return
-    left, right = flatten_options(a[0]), flatten_options(b[0])
-    for name in sorted({*left, *right} - {*_NOT_SETTINGS, *_DATA, *sum(OPTIONS.values(), ())}):
-        if left.get(name) != right.get(name):
-            yield printable(name), format_setting(left.get(name, "-")), format_setting(right.get(name, "-"))
+def list_settings(config: Config, plan: Config) -> dict[str, str]:
+    """All that was chosen for a run, what matters most first: the names used in reports, then options."""
+    options = flatten_options(config)
+    known = {*_NOT_SETTINGS, *_DATA, *sum(OPTIONS.values(), ())}
+    rest = {printable(name): format_setting(options[name]) for name in sorted({*options} - known)}
+    return run_settings(config, plan) | rest
+
+
+def find_setting(config: Config, called: str) -> Any:
+    """The value of an option by its name (batch_size, data.batch_size) or by its name in reports."""
+    for name, keys in OPTIONS.items():
+        if called == name or called in (part for key in keys for part in (key, key.rpartition(".")[2])):
+            return read_option(config, name)
+    options = flatten_options(config)
+    return next((value for key, value in options.items() if called in (key, key.rpartition(".")[2])), None)
 
 
 def format_setting(value: Any) -> str:
