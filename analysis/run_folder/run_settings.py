@@ -27,7 +27,7 @@ DATASET_PATHS = (
 _DATA = ("data.in_memory_binary_criteo_path", "data.dataset_path", "data.dataset_name")
 _NOT_SETTINGS = (
     "run.output_dir", "run.num_epochs", "run.given_options", "launch.local_world_size", "launch.hosts",
-    "launch.chosen",
+    "launch.chosen", "launch.command",
 )  # fmt: skip
 
 

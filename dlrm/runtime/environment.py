@@ -7,8 +7,12 @@ secrets.
 
 import fnmatch
 import os
+import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from importlib import metadata
 
 from common.errors import printable
 
@@ -62,6 +66,24 @@ _MASKS = [
 # user:password or a token before the last @, with or without scheme://; a password may contain / and @.
 _USER = re.compile(r"://|(?:^|(?<=[\s\"'=,;]))(?=[^\s/:\"'=,;]+:(?!//))")
 _ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=")
+
+
+PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "mpi4py", "pydftracer", "dftracer")
+
+
+def describe_command() -> list[str]:
+    """The words of this process's command line; secrets in them are masked."""
+    words = [os.path.basename(sys.orig_argv[0]), *sys.orig_argv[1:]]
+    return [mask_secrets(printable(word)) for word in words]
+
+
+def list_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a run's numbers depend on, as far as installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def is_recorded(name: str, more: str = "") -> bool:

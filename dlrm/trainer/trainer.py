@@ -26,6 +26,7 @@ from dlrm.config.options import list_deprecated
 from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
 from dlrm.runtime.busy_cores import describe_busy_cores
+from dlrm.runtime.environment import describe_command, list_versions
 from dlrm.runtime.errors import Stopped, UserError
 from dlrm.runtime.new_run_folder import update_environment
 from dlrm.runtime.ranks import Ranks
@@ -123,6 +124,8 @@ def record_launch(
         "device": str(device.type),
         "tuned": tuned,
         "chosen": chosen,
+        "command": describe_command(),
+        "versions": list_versions() if run_folder.folder else {},
     }
     # An earlier run's config.json stays until this run is known to resume it; a run that ends before that
     # must not have changed it.
