@@ -8,6 +8,16 @@ const node = (name, attrs, parent, text) => {
   if (parent) parent.appendChild(e);
   return e;
 };
+// A colour by its name for a light ground; page.css says what takes its place on a dark one.
+const paintOf = color => `var(--c-${color.slice(1)}, ${color})`;
+const luminance = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((a, v, i) => a + v * [0.2126, 0.7152, 0.0722][i], 0);
+// black or white, whichever can be read on the shape
+const writeOn = (shape, text) => {
+  const rgb = getComputedStyle(shape).fill.match(/[0-9.]+/g).slice(0, 3).map(Number);
+  text.style.fill = luminance(rgb) > 0.179 ? "#000" : "#fff";
+};
+const onShapes = [];
 const hover = (e, text) => {
   e.addEventListener("mousemove", ev => {
     tip.textContent = typeof text === "function" ? text(ev) : text;
@@ -36,14 +46,14 @@ const legend = (fig, names) => {
   box.className = "legend";
   for (const [name, color] of names) {
     const item = document.createElement("span"), dot = document.createElement("i");
-    dot.style.background = color;
+    dot.style.background = paintOf(color);
     item.append(dot, name);
     box.append(item);
   }
   fig.insertBefore(box, fig.querySelector("figcaption"));
 };
 const canvas = (fig, w, h) => {
-  const svg = node("svg", { viewBox: `0 0 ${w} ${h}`, role: "img" });
+  const svg = node("svg", { viewBox: `0 0 ${w} ${h}`, role: "img", "aria-label": fig.dataset.label });
   fig.insertBefore(svg, fig.querySelector("figcaption"));
   return svg;
 };
@@ -60,7 +70,7 @@ const xaxis = (svg, x0, x1, y, lo, hi, unit, n) => {
 const draw = {
   // rows: [{label, parts: [[name, from, length]]}]: stacked bars and Gantt charts are the same thing
   rows(fig, s) {
-    const W = fig.clientWidth || 1180, left = s.left || 110, right = 20, bar = s.rows.length > 40 ? 10 : 22;
+    const W = fig.clientWidth || 1180, left = Math.min(s.left || 110, W * 0.42), right = 20, bar = s.rows.length > 40 ? 10 : 22;
     const H = s.rows.length * (bar + 6) + 44, end = Math.max(...s.rows.flatMap(r => r.parts.map(p => p[1] + p[2])), 1e-9);
     legend(fig, Object.entries(s.colors));
     const svg = canvas(fig, W, H);
@@ -70,11 +80,13 @@ const draw = {
       const whole = row.parts.reduce((a, p) => a + p[2], 0);
       for (const [name, from, length] of row.parts) {
         const x = left + from / end * (W - left - right), w = length / end * (W - left - right);
-        const r = node("rect", { x, y, width: Math.max(w, 0.4), height: bar, fill: s.colors[name] }, svg);
+        const r = node("rect", { x, y, width: Math.max(w, 0.4), height: bar, style: `fill:${paintOf(s.colors[name])}` }, svg);
         hover(r, `${row.label}\n${name}: ${num(length)} ${s.unit} (${(100 * length / whole).toFixed(1)}%)` + (s.gantt ? `\nfrom ${num(from)} ${s.unit}` : ""));
         const text = s.gantt ? name : (100 * length / whole).toFixed(0) + "%";
         if (w > text.length * 7 + 8 && bar > 14 && (s.gantt || row.parts.length > 1)) {
-          node("text", { x: x + w / 2, y: y + bar / 2 + 4, "text-anchor": "middle", style: `fill:${s.dark && s.dark.includes(name) ? "#fff" : "#1b1f24"};pointer-events:none` }, svg, text);
+          const t = node("text", { x: x + w / 2, y: y + bar / 2 + 4, "text-anchor": "middle", style: "pointer-events:none" }, svg, text);
+          onShapes.push([r, t]);
+          writeOn(r, t);
         }
       }
     });
@@ -112,7 +124,7 @@ const draw = {
         const label = node("text", { x: left, y: top - 5 - keys[k] }, svg, p.label);
         let key = keys[k] ? left : left + label.getComputedTextLength() + 18;
         for (const q of p.series.length > 1 ? p.series : []) {  // each panel its own legend, where narrow in a line of its own
-          node("rect", { x: key, y: top - 15, width: 11, height: 11, rx: 2, fill: q.color }, svg);
+          node("rect", { x: key, y: top - 15, width: 11, height: 11, rx: 2, style: `fill:${paintOf(q.color)}` }, svg);
           key += node("text", { x: key + 16, y: top - 5 }, svg, q.name).getComputedTextLength() + 32;
         }
         for (const t of ticks(lo, hi, p.kind === "stack" ? 2 : 3)) {
@@ -121,7 +133,7 @@ const draw = {
         }
         const g = node("g", { "clip-path": `url(#${id})` }, svg);
         for (const [a, b] of s.gaps || []) {
-          node("rect", { x: X(a), y: top, width: Math.max(0, X(b) - X(a)), height: h, fill: "#ececec" }, g);
+          node("rect", { x: X(a), y: top, width: Math.max(0, X(b) - X(a)), height: h, class: "pause" }, g);
           if (X(b) - X(a) > 90) node("text", { x: (X(a) + X(b)) / 2, y: top + h / 2 + 4, "text-anchor": "middle", class: "soft" }, g, "not running");
         }
         const apart = (x, y) => (s.gaps || []).some(([a, b]) => x < (a + b) / 2 && y > (a + b) / 2);
@@ -133,11 +145,11 @@ const draw = {
               if (v > 0) d += `M${X(q.x[i]).toFixed(1)} ${Y(base[i]).toFixed(1)}H${X(q.x[i] + w).toFixed(1)}V${Y(base[i] + v).toFixed(1)}H${X(q.x[i]).toFixed(1)}Z`;
               base[i] += v;
             });
-            node("path", { d, fill: q.color }, g);
+            node("path", { d, style: `fill:${paintOf(q.color)}` }, g);
           }
         } else if (p.kind === "dots") {
           for (const q of p.series) for (const i of seen(q)) {
-            const c = node("circle", { cx: X(q.x[i]), cy: Y(q.y[i]), r: q.r || 3, fill: q.color, "fill-opacity": 0.75 }, g);
+            const c = node("circle", { cx: X(q.x[i]), cy: Y(q.y[i]), r: q.r || 3, style: `fill:${paintOf(q.color)}`, "fill-opacity": 0.75 }, g);
             hover(c, q.tips ? q.tips[i] : `${q.name}: ${num(q.y[i])} ${p.unit}\nat ${num(q.x[i])} ${s.unit}`);
           }
         } else for (const q of p.series) {
@@ -147,8 +159,8 @@ const draw = {
             const y = Y(q.y[i]).toFixed(1), go = d && !apart(q.x[i - 1], v) ? "L" : "M";
             d += q.width ? `${go}${X(v).toFixed(1)} ${y}H${X(v + q.width).toFixed(1)}` : `${go}${X(v).toFixed(1)} ${y}`;
           });
-          node("path", { d, fill: "none", stroke: q.color, "stroke-width": 1.6 }, g);
-          if (!q.width && q.x.length < 80) q.x.forEach((v, i) => node("circle", { cx: X(v), cy: Y(q.y[i]), r: 2.4, fill: q.color }, g));
+          node("path", { d, fill: "none", style: `stroke:${paintOf(q.color)}`, "stroke-width": 1.6 }, g);
+          if (!q.width && q.x.length < 80) q.x.forEach((v, i) => node("circle", { cx: X(v), cy: Y(q.y[i]), r: 2.4, style: `fill:${paintOf(q.color)}` }, g));
         }
         node("line", { x1: left, x2: W - right, y1: top + h, y2: top + h, class: "axis" }, svg);
         if (p.kind !== "dots") {
@@ -171,7 +183,7 @@ const draw = {
       let from = null, mark = null;
       const at = ev => { const b = svg.getBoundingClientRect(); return Math.min(Math.max((ev.clientX - b.left) / b.width * W, left), W - right); };
       const back = x => view[0] + (x - left) / (W - left - right) * (view[1] - view[0]);
-      svg.addEventListener("mousedown", ev => { from = at(ev); mark = node("rect", { x: from, y: 0, width: 0, height: top - gap, fill: "#0550ae", "fill-opacity": 0.12 }, svg); ev.preventDefault(); });
+      svg.addEventListener("mousedown", ev => { from = at(ev); mark = node("rect", { x: from, y: 0, width: 0, height: top - gap, class: "mark" }, svg); ev.preventDefault(); });
       svg.addEventListener("mousemove", ev => { if (mark) { const x = at(ev); mark.setAttribute("x", Math.min(x, from)); mark.setAttribute("width", Math.abs(x - from)); } });
       svg.addEventListener("mouseup", ev => {
         if (!mark) return;
@@ -200,13 +212,13 @@ const draw = {
       const w = Math.min(60, slot * 0.84 / s.series.length);
       s.series.forEach((q, k) => {
         const x = left + i * slot + slot / 2 + (k - s.series.length / 2) * w, y = Y(q.y[i]);
-        const r = node("rect", { x, y, width: Math.max(1, w - 1), height: Math.max(0, head + plot - y), fill: q.color }, svg);
+        const r = node("rect", { x, y, width: Math.max(1, w - 1), height: Math.max(0, head + plot - y), style: `fill:${paintOf(q.color)}` }, svg);
         hover(r, `${label}\n${q.name}: ${num(q.y[i])} ${s.yunit || ""}` + (q.tips ? `\n${q.tips[i]}` : ""));
       });
       if (i % every === 0) node("text", { x: left + i * slot + slot / 2, y: head + plot + 17, "text-anchor": "middle" }, svg, label);
     });
     node("text", { x: W - right, y: head + plot + 36, "text-anchor": "end", class: "soft" }, svg, s.xunit || "");
-    node("text", { x: 4, y: 10, class: "soft" }, svg, (s.yunit || "") + (log ? ", log scale" : ""));
+    node("text", { x: 4, y: 12, class: "soft" }, svg, (s.yunit || "") + (log ? ", log scale" : ""));
   },
   // ranks x time
   heat(fig, s) {
@@ -215,9 +227,9 @@ const draw = {
     const svg = canvas(fig, W, H), every = Math.ceil(14 / cell);
     s.rows.forEach((label, i) => {
       if (i % every === 0) node("text", { x: left - 8, y: i * cell + cell / 2 + 4, "text-anchor": "end" }, svg, label);
+      node("rect", { x: left, y: i * cell, width: W - left - right, height: cell - 0.6, class: "cold" }, svg);
       s.values[i].forEach((v, k) => {
-        const f = Math.sqrt(v / hi), mix = (a, b) => Math.round(a + (b - a) * f);
-        node("rect", { x: left + k * w, y: i * cell, width: w + 0.4, height: cell - 0.6, fill: `rgb(${mix(240, 9)},${mix(244, 60)},${mix(248, 140)})` }, svg);
+        if (v > 0) node("rect", { x: left + k * w, y: i * cell, width: w + 0.4, height: cell - 0.6, class: "heat", "fill-opacity": Math.sqrt(v / hi).toFixed(3) }, svg);
       });
       const pad = node("rect", { x: left, y: i * cell, width: W - left - right, height: cell, fill: "transparent" }, svg);
       hover(pad, ev => {
@@ -230,11 +242,18 @@ const draw = {
 };
 for (const fig of document.querySelectorAll("figure[data-spec]")) {
   const spec = JSON.parse(document.getElementById(fig.dataset.spec).textContent);
+  fig.dataset.label = spec.label || "";
   draw[spec.type](fig, spec);
 }
-for (const th of document.querySelectorAll("th")) th.addEventListener("click", () => {
-  const body = th.closest("table").tBodies[0], i = th.cellIndex, up = th.dataset.up = th.dataset.up === "1" ? "0" : "1";
+const recolour = () => { for (const [shape, text] of onShapes) writeOn(shape, text); };
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
+matchMedia("print").addEventListener("change", recolour);
+for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
+  const th = button.closest("th"), body = th.closest("table").tBodies[0], i = th.cellIndex;
+  const up = th.getAttribute("aria-sort") !== "ascending";
+  for (const other of th.parentNode.cells) other.removeAttribute("aria-sort");
+  th.setAttribute("aria-sort", up ? "ascending" : "descending");
   const key = tr => { const v = tr.cells[i].dataset.v; return v === undefined ? tr.cells[i].textContent : v === "" ? -Infinity : +v; };
-  const rows = [...body.rows].sort((a, b) => { const x = key(a), y = key(b); return (x < y ? -1 : x > y ? 1 : 0) * (up === "1" ? 1 : -1); });
+  const rows = [...body.rows].sort((a, b) => { const x = key(a), y = key(b); return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1); });
   body.append(...rows);
 });

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,7 +15,12 @@ import polars as pl
 from analysis.perfetto.view import make_link
 
 HERE = Path(__file__).parent
+MANY_COLUMNS = 14  # of a table that a window of 1280 pixels would else cut
 Spec = dict[str, Any]
+# columns that hold bytes
+SIZES = (
+    "bytes", "size", "mean_bytes", "moved", "asked", "reach", "bytes_from", "bytes_read", "bytes_written",
+)  # fmt: skip
 
 
 @dataclass
@@ -31,6 +36,7 @@ class ReportEntry:
     show: bool = False  # the table open on the page, not only the figure
     rows: int = 60
     jump: str = ""  # the column with the duration: each row is a slice to be shown in Perfetto
+    fold: str = ""  # where the table is folded though there is no figure: what to click on
 
     @property
     def has_something(self) -> bool:
@@ -72,7 +78,7 @@ def format_cell(name: str, value: Any) -> str:
     """One value with its unit, which its column's name ends in."""
     if value is None:
         return ""
-    if name in ("bytes", "size", "mean_bytes", "moved", "asked", "reach", "bytes_from"):
+    if name in SIZES:
         return format_size(value)
     if name.endswith("_s") and name != "MB_per_s" or name == "seconds":
         return format_seconds(value)
@@ -92,17 +98,18 @@ def format_heading(name: str) -> str:
     return {"us": "time", "dur": "time"}.get(known, known).replace("_", " ")
 
 
-def render_table(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
+def render_table(table: pl.DataFrame, rows: int = 60, jump: str = "", label: str = "") -> str:
     """The first `rows` rows as HTML.
 
     jump: the column with the duration of a slice; each row then has a link that shows it in Perfetto.
+    label: what a screen reader calls the table.
     """
     numeric = [dtype.is_numeric() for dtype in table.dtypes]
     heads = "".join(
-        f"<th{' class=n' if n else ''}>{escape(format_heading(name))}</th>"
+        f"<th scope=col{' class=n' if n else ''}><button>{escape(format_heading(name))}</button></th>"
         for name, n in zip(table.columns, numeric, strict=True)
     )
-    heads += "<th>in Perfetto</th>" if jump else ""
+    heads += "<th scope=col>in Perfetto</th>" if jump else ""
     body = []
     for row in table.head(rows).iter_rows():
         cells = []
@@ -121,8 +128,19 @@ def render_table(table: pl.DataFrame, rows: int = 60, jump: str = "") -> str:
     more = (
         f"<p class=soft>{rows} of {len(table):,} rows; all are in tables/.</p>" if len(table) > rows else ""
     )
-    whole = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f"<div class=scroll><table>{whole}</table></div>{more}"
+    kind = " dense" if table.width > MANY_COLUMNS else ""
+    return wrap_table(heads, "".join(body), label, kind) + more
+
+
+def wrap_table(heads: str, body: str, label: str, kind: str = "") -> str:
+    """Cells as a table that scrolls where it is too wide or too long.
+
+    kind: " whole" for one that is never too long, " dense" for one with many columns.
+    """
+    return (
+        f'<div class="scroll{kind}" role=region tabindex=0 aria-label="{escape(label)}">'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 class Figures:
@@ -131,8 +149,10 @@ class Figures:
     def __init__(self) -> None:
         self.specs: list[Spec] = []
 
-    def add_figure(self, spec: Spec, caption: str) -> str:
-        self.specs.append(spec)
+    def add_figure(self, spec: Spec, caption: str, title: str = "") -> str:
+        """title: what a screen reader says first; then comes what the figure shows, in words."""
+        named = f"{title or caption.split('.')[0] or 'Figure'}: {describe_figure(spec)}"
+        self.specs.append(spec | {"label": named})
         return f'<figure data-spec="f{len(self.specs)}"><figcaption>{to_prose(caption)}</figcaption></figure>'
 
     def render_scripts(self) -> str:
@@ -142,6 +162,40 @@ class Figures:
         return "".join(
             f'<script type="application/json" id="f{n}">{text}</script>\n' for n, text in enumerate(data, 1)
         )
+
+
+def describe_figure(spec: Spec) -> str:
+    """What a figure shows, for those who cannot see it."""
+    kind = spec["type"]
+    if kind == "rows":
+        sums: dict[str, float] = {}
+        for row in spec["rows"]:
+            for name, _, length in row["parts"]:
+                sums[name] = sums.get(name, 0.0) + length
+        longest = sorted(sums, key=lambda name: -sums[name])[:8]
+        amounts = ", ".join(f"{name} {format_seconds(sums[name])}" for name in longest)
+        return f"bars, {format_number(len(spec['rows']), 'row')}; in all {amounts}."
+    if kind == "time":
+        return "; ".join(_describe_panel(panel) for panel in spec["panels"]) + "."
+    if kind == "columns":
+        tops = []
+        for series in spec["series"]:
+            top = max(range(len(series["y"])), key=series["y"].__getitem__)
+            tops.append(f"{series['name']} most at {spec['labels'][top]}: {series['y'][top]:,.4g}")
+        unit = spec.get("yunit", "")
+        return f"columns, {unit + ', ' if unit else ''}{'; '.join(tops)}."
+    highest = max((value for row in spec["values"] for value in row), default=0)
+    return f"a row per rank over time, {len(spec['rows'])} rows, at most {highest:.4g} {spec['unit']}."
+
+
+def _describe_panel(panel: Spec) -> str:
+    if panel["kind"] == "stack":
+        return f"{panel['label']} over time: {', '.join(series['name'] for series in panel['series'])}"
+    texts = []
+    for series in panel["series"]:
+        if known := [y for y in series["y"] if y is not None]:
+            texts.append(f"{series['name']} from {min(known):.4g} to {max(known):.4g}")
+    return f"{panel['label']} over time: {', '.join(texts)}"
 
 
 def round_values(value: Any) -> Any:
@@ -159,20 +213,24 @@ def render_entry(entry: ReportEntry, figures: Figures) -> str:
     """Title, figure and table of an entry; a table beside a figure is folded."""
     parts = [f"<h3>{escape(entry.title)}</h3>"]
     if entry.plot is not None:
-        parts.append(figures.add_figure(entry.plot, entry.caption))
-    else:
+        parts.append(figures.add_figure(entry.plot, entry.caption, entry.title))
+    elif entry.caption:
         parts.append(f"<p class=soft>{to_prose(entry.caption)}</p>")
     if entry.table is not None and len(entry.table):
-        text = render_table(entry.table, entry.rows, entry.jump)
-        folded = entry.plot is not None and not entry.show
-        parts.append(f"<details><summary>the numbers</summary>{text}</details>" if folded else text)
-    return "".join(parts)
+        text = render_table(entry.table, entry.rows, entry.jump, entry.title)
+        fold = entry.fold or ("the numbers" if entry.plot is not None and not entry.show else "")
+        parts.append(f"<details><summary>{escape(fold)}</summary>{text}</details>" if fold else text)
+    return f"<section>{''.join(parts)}</section>"
 
 
-def render_tiles(tiles: Iterable[tuple[str, str]]) -> str:
-    return "<div class=tiles>" + "".join(
-        f"<div class=tile><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in tiles
-    ) + "</div>"  # fmt: skip
+def render_tiles(groups: Mapping[str, Iterable[tuple[str, str]]]) -> str:
+    """Numbers in groups side by side, each with its name: (name, value)."""
+    made = []
+    for title, tiles in groups.items():
+        rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
+        if rows:
+            made.append(f"<section class=group><h3>{escape(title)}</h3><dl>{rows}</dl></section>")
+    return f"<div class=tiles>{''.join(made)}</div>"
 
 
 def _make_policy(script: str) -> str:
@@ -188,8 +246,9 @@ def make_page(title: str, body: Sequence[str], figures: Figures) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
         f'<meta name="viewport" content="width=device-width">'
+        f'<meta name="color-scheme" content="light dark">'
         f'<meta http-equiv="Content-Security-Policy" content="{_make_policy(script)}">'
         f"<style>{(HERE / 'page.css').read_text()}</style></head>"
-        f'<body>{"".join(body)}<div id="tip"></div>{figures.render_scripts()}'
+        f'<body><main>{"".join(body)}</main><div id="tip"></div>{figures.render_scripts()}'
         f"<script>{script}</script></body></html>\n"
     )

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 
+from analysis.report.answer import LABELS, Answer
 from analysis.report.page import Spec, format_size
 from analysis.tables.answers import PARTS
 from analysis.tables.progress import RANKINGS
@@ -19,13 +20,29 @@ COLORS = {
     "rest": "#bbbbbb", "other": "#dddddd", "startup": "#f0c14b", "evaluate": "#9970ab",
     "checkpoint": "#8c510a", "preprocess": "#5aae61",
 }  # fmt: skip
-DARK = ("communication", "io", "wait", "checkpoint", "evaluate", "compute", "not hidden")
 READ, WRITE, THIRD = "#332288", "#999933", "#44aa99"  # of lines and columns: none is a kind of time above
 VAL, TEST, ALONE = "#aa4499", "#111111", "#555555"  # alone: a line that has its panel for itself
 STEP, LATE = "#0072b2", "#cc3311"
 CYCLE = ("#f0c14b", "#56b4e9", "#009e73", "#e6a0c4", "#d55e00", "#0072b2", "#999999", "#b3de69", "#9970ab")
 MAX_ROWS = 64
 Gaps = Sequence[tuple[float, float]]  # from when to when nothing ran
+
+
+def plot_answer(answer: Answer) -> Spec | None:
+    """A rank's time in one bar, and below it what storage could save of it at most."""
+    at, parts = 0.0, []
+    for name, seconds in answer.parts_s.items():
+        if seconds > 0:
+            parts.append([LABELS[name], at, seconds])
+            at += seconds
+    if not parts:
+        return None
+    kinds = {"waiting": "wait", "evaluation": "evaluate", "checkpoints": "checkpoint"}
+    colors = {label: COLORS[kinds.get(name, name)] for name, label in LABELS.items()}
+    rows = [{"label": "a rank's time", "parts": parts}]
+    if answer.storage_seconds > 0:
+        rows.append({"label": "storage, at most", "parts": [["storage", 0.0, answer.storage_seconds]]})
+    return _make_rows(rows, colors | {"storage": COLORS["io"]}, left=130)
 
 
 def plot_time_by_rank(breakdown: pl.DataFrame) -> Spec | None:
@@ -56,7 +73,6 @@ def _make_rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = Fa
         "rows": rows,
         "colors": kept,
         "unit": "s",
-        "dark": list(DARK),
         "left": left,
         "gantt": gantt,
     }

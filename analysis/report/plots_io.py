@@ -4,7 +4,7 @@ import math
 
 import polars as pl
 
-from analysis.report.page import Spec, format_seconds
+from analysis.report.page import Spec, format_seconds, format_size
 from analysis.report.plots import MAX_ROWS, READ, THIRD, WRITE
 from analysis.tables.calls import add_latency_us
 
@@ -45,19 +45,15 @@ def _make_histogram(sizes: pl.DataFrame, column: str, unit: str, log: bool) -> S
         found = dict(table.filter(pl.col("op") == op).select("bucket", column).iter_rows())
         if found:
             series.append({"name": op, "color": color, "y": [found.get(b, 0) for b in buckets]})
-    labels = ["0" if b < 0 else format_binary(b) for b in buckets]
+    labels = ["0" if b < 0 else format_size(2**b) for b in buckets]
     return {
         "type": "columns",
         "labels": labels,
         "series": series,
         "yunit": unit,
-        "xunit": "bytes per request, from this power of two up to the next",
+        "xunit": "size of a request, from this up to twice it",
         "log": log,
     }
-
-
-def format_binary(power: int) -> str:
-    return f"{2 ** (power % 10)}{('', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi')[power // 10]}"
 
 
 def plot_latency(latencies: pl.DataFrame) -> Spec | None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.report import summary
+from analysis.report import plots, summary
+from analysis.report.about import list_about
+from analysis.report.answer import Answer, find_answer
 from analysis.report.facts import Facts, Finding
 from analysis.report.findings import find_all
 from analysis.report.page import (
@@ -65,22 +67,43 @@ def render_header(run: TracedRun, facts: Facts) -> str:
     return f"<h1>{escape(run.name)}</h1><p class=soft>{escape(', '.join(parts))}</p>"
 
 
+def render_answer(answer: Answer, figures: Figures) -> str:
+    """The sentence that most readers come for, and the time that it speaks of as one bar."""
+    bar = plots.plot_answer(answer)
+    title = "Where the time of a rank went, and what storage could save at most"
+    figure = figures.add_figure(bar, "", title) if bar else ""
+    return f'<section class=answer aria-label="Answer"><p>{to_prose(answer.text)}</p>{figure}</section>'
+
+
+def render_about(run: TracedRun, facts: Facts) -> str:
+    """Command, date, versions and dataset, for someone who did not make the run."""
+    rows = []
+    for name, value in list_about(run, facts):
+        text = f"<code>{escape(value)}</code>" if name in ("command", "folder") else escape(value)
+        rows.append(f"<dt>{escape(name)}</dt><dd>{text}</dd>")
+    return f"<dl class=about>{''.join(rows)}</dl>"
+
+
 def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list[ReportEntry]) -> str:
-    """The page: heading, numbers, findings, one section after the other, notes."""
+    """The page: answer, findings, numbers, what was run, one section after the other, notes."""
+    things = [entry for entry in things if entry.has_something]
     figures, sections = Figures(), list(dict.fromkeys(e.section for e in things))
-    names = ("Findings", *sections, "Notes")
+    names = ("Findings", "Numbers", "The run", *sections, "Notes")
     links = "".join(f'<a href="#{make_anchor(name)}">{escape(name)}</a>' for name in names)
+    groups = summary.group_headlines(run, facts)
     body = [
         render_header(run, facts),
-        f"<nav>{links}</nav>",
-        render_tiles((each.label, each.text) for each in summary.list_headlines(run, facts)),
+        render_answer(find_answer(facts), figures),
+        f"<nav aria-label=Sections>{links}</nav>",
         '<h2 id="findings">Findings</h2><p class=soft>By the time there is to win, at best. '
         "What is hidden behind compute does not count.</p>",
         render_findings(found),
+        f'<h2 id="numbers">Numbers</h2>{render_tiles(groups)}',
+        f'<h2 id="therun">The run</h2>{render_about(run, facts)}',
     ]
     for section in sections:
         body.append(f'<h2 id="{make_anchor(section)}">{escape(section)}</h2>')
-        body += [render_entry(e, figures) for e in things if e.section == section and e.has_something]
+        body += [render_entry(e, figures) for e in things if e.section == section]
     notes = "".join(f"<li>{to_prose(note)}</li>" for note in run.notes) or "<li>The traces are complete.</li>"
     body.append(f'<h2 id="notes">Notes</h2><ul>{notes}</ul>')
     return make_page(f"{run.name}: I/O report", body, figures)

@@ -67,11 +67,11 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             "All ranks on one clock. Drag to zoom, double-click to see all again.", "timeline",
         ),
         ReportEntry(
-            "Time", "By epoch", answers.sum_epochs(j), None, "Training, added up over the ranks.", "epochs",
+            "Time", "By epoch", answers.sum_epochs(j), None, "Training, of a rank on average.", "epochs",
         ),
         ReportEntry(
             "Time", "By range of steps", progress.sum_step_ranges(j), None,
-            "The training in up to twenty ranges of steps, added up over the ranks.", "step_ranges",
+            "The training in up to twenty ranges of steps, of a rank on average.", "step_ranges",
         ),
     ]  # fmt: skip
 
@@ -91,7 +91,6 @@ def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             "On the slowest rank. Point at a step for what it did; drag to zoom.", "steps",
         ),
         ReportEntry(
-            ""
             "Steps", "Distribution", None, plots.plot_step_histogram(steps),
             "Steps by their time on the slowest rank.",
         ),
@@ -126,6 +125,14 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
             "whose offset is unknown, is none of the three.",
             "io_phases",
         ),
+        ReportEntry(
+            "I/O", "By interface", answers.sum_interfaces(j), None, "File calls, whole run.", "interfaces",
+        ),
+        ReportEntry(
+            "I/O", "Shared and unique files", answers.sum_file_use(j), None,
+            "Files that were read or written after the start-up, by how many ranks used them and for what.",
+            "file_use",
+        ),
         ReportEntry("I/O", "By rank", answers.sum_volume(j, "rank"), None, "", "io_ranks"),
         ReportEntry("I/O", "By host", answers.sum_volume(j, "host"), None, "", "io_hosts"),
         ReportEntry("I/O", "By epoch", epochs, None, "", "io_epochs"),
@@ -158,7 +165,12 @@ def _list_requests(run: TracedRun) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Requests", "Slowest operations", answers.list_slowest(j), None,
-            f"`ts` is the time in the trace, in us. {SHOW}", "slowest", jump="dur",
+            f"`ts` is the time in the trace, in us. Start-up is left out. {SHOW}", "slowest", jump="dur",
+        ),
+        ReportEntry(
+            "Requests", "Slowest operations of the start-up", answers.list_slowest(j, startup=True), None,
+            "And of Python's modules and libraries at any time.", "slowest_startup", jump="dur",
+            fold="the operations",
         ),
         ReportEntry(
             "Requests", "Asked and moved", answers.compare_declared(j), None,

@@ -1,9 +1,11 @@
 """The run in numbers: summary.json, the tiles of the report, and the table in the terminal."""
 
+import textwrap
 from typing import Any, NamedTuple
 
 import polars as pl
 
+from analysis.report.answer import find_answer
 from analysis.report.findings import Facts, Finding
 from analysis.report.page import format_number, format_seconds, format_size
 from analysis.report.run import TracedRun
@@ -28,6 +30,16 @@ class Headline(NamedTuple):
     value: Any
     text: str  # the value with its unit
     better: int  # 1: more is better, -1: less is, 0: neither
+
+
+GROUPS = {  # on the page; what is in no group is about I/O
+    "Speed": (
+        "wall_seconds", "pause_seconds", "samples_per_second", "test_auroc", "training_seconds",
+        "communication_share", "step_median_seconds", "step_p99_seconds",
+    ),
+    "I/O": (),
+    "Start-up": ("first_step_seconds",),
+}  # fmt: skip
 
 
 def _make_seconds(key: str, label: str, seconds: Any) -> Headline:
@@ -88,6 +100,29 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
     return rows
 
 
+def group_headlines(run: TracedRun, facts: Facts) -> dict[str, list[tuple[str, str]]]:
+    """The same as (label, text) by what they are about; and of the start-up what only the page shows."""
+    groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+    for each in list_headlines(run, facts):
+        scored = each.key.endswith("_at_10")
+        found = next((name for name, keys in GROUPS.items() if each.key in keys), "I/O")
+        groups["Speed" if scored else found].append((each.label, each.text))
+    startup, wall = facts.mean_seconds("wall_s", "startup"), facts.mean_seconds("wall_s")
+    if startup and wall:
+        volume = answers.sum_volume(run.joined, "phase")
+        read = volume.filter((pl.col("phase") == "startup") & (pl.col("op") == "read"))
+        parts = progress.list_startup(run.joined).filter(~pl.col("part").is_in(["between", "first step"]))
+        groups["Start-up"].append(("of the run's time", f"{startup / wall:.1%}"))
+        for row in parts.sort("seconds", descending=True).head(1).iter_rows(named=True):
+            groups["Start-up"].append((f"longest part: {row['part']}", format_seconds(row["seconds"])))
+        groups["Start-up"] += [
+            ("file calls, of a rank", format_seconds(facts.mean_seconds("io_s", "startup"))),
+            ("bytes read, all ranks", format_size(int(read["bytes"].sum()))),
+            ("reads, all ranks", f"{int(read['count'].sum()):,}"),
+        ]
+    return groups
+
+
 def _last_scores(evaluations: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """The test, or where there was none the last validation."""
     return [(split, evaluations[split]) for split in ("test", "val") if evaluations.get(split)][:1]
@@ -110,6 +145,7 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
         "headline": {EARLIER_LABELS.get(each.key, each.label): each.value for each in headlines},
         "findings": [finding.as_dict() for finding in found],
         "notes": run.notes,
+        "answer": find_answer(facts).as_dict(),
         "launches": facts.launches.to_dicts(),
         "breakdown_s": facts.breakdown.to_dicts(),
         "phases_s": with_earlier_names(facts.phases).to_dicts(),
@@ -127,6 +163,8 @@ def format_text(run: TracedRun, facts: Facts, found: list[Finding]) -> str:
     lines = [
         f"{run.name}: {format_number(facts.breakdown.height, 'rank')}, "
         f"{format_number(run.joined.events, 'event')}",
+        "",
+        *textwrap.wrap(find_answer(facts).text, 100),
         "",
     ]
     lines += [f"  {each.label:<32}{each.text:>14}" for each in list_headlines(run, facts)]

@@ -13,6 +13,7 @@ from analysis.tables.times import MEASURES
 from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS
 
 S = 1e6
+PROGRAM_FILE = r"\.(py|pyc|pyi|so)(\.|$)|/site-packages/"
 WHOLE_PHASES = ("startup", "evaluate", "checkpoint", "preprocess", "other")
 PARTS = ("startup", *reversed(KINDS), "rest", "evaluate", "checkpoint", "preprocess", "other")
 
@@ -38,11 +39,11 @@ def sum_phases(j: JoinedTables, *by: str) -> pl.DataFrame:
 
 
 def sum_epochs(j: JoinedTables) -> pl.DataFrame:
-    """The same for each epoch of the training, all ranks added up."""
+    """The same for each epoch of the training, of a rank on average."""
     train = j["time"].filter(pl.col("phase") == "train")
     return (
         train.group_by("epoch")
-        .agg(pl.col(*MEASURES).sum())
+        .agg(pl.col(*MEASURES).sum() / pl.col("rank").n_unique())
         .sort("epoch")
         .select("epoch", *to_seconds(*MEASURES))
     )
@@ -90,6 +91,41 @@ def _sum_volume(j: JoinedTables, ops: pl.DataFrame, by: tuple[str, ...]) -> pl.D
     )
 
 
+def _sum_of(column: str, op: str) -> pl.Expr:
+    return pl.col(column).filter(pl.col("op") == op).sum().cast(pl.Int64)
+
+
+def sum_interfaces(j: JoinedTables) -> pl.DataFrame:
+    """A row for each interface that calls went through, POSIX or STDIO, as Darshan counts its modules."""
+    calls = j["ops"].filter(pl.col("layer") == "calls")
+    return calls.group_by(pl.col("cat").alias("interface")).agg(
+        pl.col("file").n_unique().alias("files"),
+        *(_sum_of("count", op).alias(f"{op}s") for op in ("open", "read", "write", "seek", "stat", "sync")),
+        _sum_of("bytes", "read").alias("bytes_read"), _sum_of("bytes", "write").alias("bytes_written"),
+        SECONDS,
+    ).sort("interface")  # fmt: skip
+
+
+def sum_file_use(j: JoinedTables) -> pl.DataFrame:
+    """Files by who used them and for what, start-up left out: of one rank or shared, read only or written."""
+    moved = j["ops"].filter(
+        pl.col("op").is_in(DATA_OPS) & pl.col("file").is_not_null() & (pl.col("phase") != "startup")
+    )
+    files = moved.group_by("file").agg(
+        pl.col("rank").n_unique().alias("ranks"), *count_by("count"),
+        _sum_of("bytes", "read").alias("bytes_read"), _sum_of("bytes", "write").alias("bytes_written"),
+        (pl.col("op") == "read").any().alias("is_read"), (pl.col("op") == "write").any().alias("is_written"),
+    )  # fmt: skip
+    access = pl.when("is_read").then(
+        pl.when("is_written").then(pl.lit("read and write")).otherwise(pl.lit("read only"))
+    ).otherwise(pl.lit("write only"))  # fmt: skip
+    used = pl.when(pl.col("ranks") > 1).then(pl.lit("several ranks")).otherwise(pl.lit("one rank"))
+    found = files.group_by(used.alias("used_by"), access.alias("access")).agg(
+        pl.len().alias("files"), *count_by("count", "bytes_read", "bytes_written")
+    )
+    return found.rename({"count": "requests"}).sort("used_by", "access")
+
+
 def list_dataset_files(j: JoinedTables, folders: Sequence[str] = ()) -> pl.Series:
     """Files of the dataset: those that a span of reading data names, and all that is read in `folders`."""
     named = pl.col("cat").str.to_lowercase().is_in(DATASET_CATS) & (pl.col("op") == "read")
@@ -129,11 +165,16 @@ def count_request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
     return found.with_columns(low.alias("bytes_from")).sort(*by, "op", "bucket")
 
 
-def list_slowest(j: JoinedTables, n: int = 40) -> pl.DataFrame:
-    """The n operations that took longest, of all ranks."""
+def list_slowest(j: JoinedTables, startup: bool = False, n: int = 40) -> pl.DataFrame:
+    """The n operations that took longest, of all ranks: of the start-up and of programs' own files, or of all
+    others. `size` is what a read or write moved.
+    """
+    of_startup = (pl.col("phase") == "startup") | pl.col("file").str.contains(PROGRAM_FILE).fill_null(False)
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
-    found = j["slowest"].sort("dur", "ts", "rank", "tid", "name", descending=[True] + [False] * 4).head(n)
-    return found.select("rank", "phase", "name", "file", "size", "dur", at, "tid", "ts")
+    size = pl.when(pl.col("op").is_in(DATA_OPS)).then("size").alias("size")
+    found = j["slowest"].filter(of_startup if startup else ~of_startup)
+    found = found.sort("dur", "ts", "rank", "tid", "name", descending=[True] + [False] * 4).head(n)
+    return found.select("rank", "phase", "name", "file", size, "dur", at, "tid", "ts")
 
 
 def compare_declared(j: JoinedTables) -> pl.DataFrame:

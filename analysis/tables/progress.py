@@ -24,14 +24,15 @@ def list_steps(j: JoinedTables) -> pl.DataFrame:
 
 
 def sum_step_ranges(j: JoinedTables, ranges: int = 20) -> pl.DataFrame:
-    """The training in ranges of steps: the same measures as of an epoch."""
+    """The training in ranges of steps: the same measures as of an epoch, of a rank on average."""
     table = j["steps"].filter(pl.col("step").is_not_null())
     if not len(table):
         return table.select("step")
     low, high = (int(edge) for edge in (table["step"].to_numpy().min(), table["step"].to_numpy().max()))
     width = max(1, -(-(high - low + 1) // ranges))
     first = (low + (pl.col("step") - low) // width * width).alias("from_step")
-    found = table.group_by(first).agg(pl.len().alias("steps"), pl.col(*MEASURES).sum()).sort("from_step")
+    means = pl.col(*MEASURES).sum() / pl.col("rank").n_unique()
+    found = table.group_by(first).agg(pl.col("step").n_unique().alias("steps"), means).sort("from_step")
     return found.select("from_step", "steps", *to_seconds(*MEASURES))
 
 

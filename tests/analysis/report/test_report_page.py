@@ -94,12 +94,12 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
         assert browser.run(OVERLAPS) == []
         assert "NaN" not in browser.run("document.body.innerHTML")
         # a drag over the timeline zooms in, a double click out again
-        ticks = "[...document.querySelectorAll('figure svg')][2].textContent"
+        ticks = "[...document.querySelectorAll('figure svg')][3].textContent"
         before = browser.run(ticks)
         browser.run(DRAG)
         assert browser.run(ticks) != before
         browser.run(
-            "[...document.querySelectorAll('figure svg')][2].dispatchEvent(new MouseEvent('dblclick'))"
+            "[...document.querySelectorAll('figure svg')][3].dispatchEvent(new MouseEvent('dblclick'))"
         )
         assert browser.run(ticks) == before
 
@@ -111,7 +111,7 @@ OVERLAPS = """[...document.querySelectorAll('svg')].flatMap(svg => {
   return boxes.flatMap(([a, r], i) => boxes.slice(i + 1)
     .filter(([b, s]) => both(r, s)[0] > 1 && both(r, s)[1] > 3).map(([b]) => a + ' | ' + b)); })"""
 DRAG = """(() => {
-  const svg = [...document.querySelectorAll('figure svg')][2], b = svg.getBoundingClientRect();
+  const svg = [...document.querySelectorAll('figure svg')][3], b = svg.getBoundingClientRect();
   for (const [name, f] of [['mousedown', 0.3], ['mousemove', 0.4], ['mouseup', 0.5]])
     svg.dispatchEvent(new MouseEvent(name, {clientX: b.left + f * b.width, clientY: b.top + 40})); })()"""
 
