@@ -22,7 +22,7 @@ from typing import Any
 from common.errors import UserError
 from common.inputs import check_regular, read_json_object
 from common.owned import MARK, WorkFolders
-from dlrm.checkpoint.shards import DTYPES, Blocks, CorruptCheckpoint, StoredPiece, write_synced
+from dlrm.checkpoint.shards import DTYPES, BlockReader, CorruptCheckpoint, StoredPiece, write_synced
 from dlrm.runtime.trace import sync_to_disk
 
 MARKER = "checkpoint.json"
@@ -42,7 +42,7 @@ class Checkpoint:
     state: dict[str, Any]  # everything that is not a tensor
     tensors: list[StoredPiece]
     files: dict[str, dict[str, Any]]  # name -> bytes, block (size), crc32 of each block
-    blocks: Blocks = field(default_factory=Blocks, compare=False)  # the blocks read last
+    reader: BlockReader = field(default_factory=BlockReader, compare=False)
 
     @property
     def score(self) -> float | None:

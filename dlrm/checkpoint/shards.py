@@ -5,13 +5,12 @@ Written with write(2) and read with readinto, so that a trace shows every byte: 
 Nothing is unpickled: reading a checkpoint never runs code from it.
 """
 
-import contextlib
 import json
+import math
 import os
 import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -197,72 +196,74 @@ class CorruptCheckpoint(UserError):
     """A checkpoint whose description or files are damaged or missing. Resuming skips it."""
 
 
-class Blocks:
-    """A cache: the last verified block of each of a few files. Tensors that share a block read it once."""
+class BlockReader:
+    """Files of a checkpoint being read: each is opened once, and its last verified block is kept, so that
+    tensors which share a block read it once.
+    """
 
-    MAX_FILES = 8
+    MAX_FILES = 8  # open at a time
 
     def __init__(self) -> None:
-        self._held: OrderedDict[Path, tuple[int, memoryview]] = OrderedDict()
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()  # the one used last comes last
 
-    def get(self, path: Path, number: int) -> memoryview | None:
-        """Block `number` of the file, if it is cached."""
-        held = self._held.get(path)
-        if held is None or held[0] != number:
-            return None
-        self._held.move_to_end(path)
-        return held[1]
+    def read_block(self, path: Path, facts: dict[str, Any], number: int) -> memoryview:
+        """The bytes of block `number`; valid until another block of this file is read.
 
-    def make_buffer(self, path: Path, size: int) -> memoryview:
-        """A buffer for the next block of this file: that of the block before, where it is long enough."""
-        _, buffer = self._held.pop(path, (0, memoryview(b"")))
-        return buffer if len(buffer) >= size else memoryview(bytearray(size))
+        facts  the file's entry in the description: bytes, block, crc32
+        """
+        block, size = int(facts["block"]), int(facts["bytes"])
+        begin, end = number * block, min((number + 1) * block, size)
+        file = self._open(path, min(block, size))
+        if file.number != number:
+            file.number = None  # the buffer is damaged if the read fails
+            data = file.buffer[: end - begin]
+            with span("checkpoint", "read", file=str(path), offset=begin, bytes=len(data)):
+                _read_exactly(file.raw, begin, data, path)
+            if zlib.crc32(data) != facts["crc32"][number]:
+                raise CorruptCheckpoint(f"{path}: wrong checksum at byte {begin}")
+            file.number = number
+        return file.buffer[: end - begin]
 
-    def put(self, path: Path, number: int, buffer: memoryview) -> None:
-        self._held[path] = (number, buffer)
-        if len(self._held) > self.MAX_FILES:
-            self._held.popitem(last=False)
+    def _open(self, path: Path, block: int) -> "_OpenFile":
+        if path not in self._files:
+            if len(self._files) == self.MAX_FILES:
+                self._files.popitem(last=False)[1].close()
+            with opening:
+                raw = FileIO(path)
+            self._files[path] = _OpenFile(raw, memoryview(bytearray(block)))
+        self._files.move_to_end(path)
+        return self._files[path]
+
+    def close(self) -> None:
+        """Close all files; they are opened again when they are read again."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+
+@dataclass
+class _OpenFile:
+    raw: FileIO
+    buffer: memoryview
+    number: int | None = None  # of the block in the buffer
+
+    def close(self) -> None:
+        with opening:  # see `trace.opening`
+            self.raw.close()
 
 
 def read_blocks(
-    path: Path, facts: dict[str, Any], start: int, stop: int, cache: Blocks | None = None
+    path: Path, facts: dict[str, Any], start: int, stop: int, reader: BlockReader
 ) -> Iterator[tuple[int, memoryview]]:
     """Yield (position, bytes) of bytes [start, stop) of a file, block by block, each verified by its
-    checksum.
-
-    facts  the file's entry in the description: bytes, block, crc32
-    The bytes of one block are overwritten when the next one is read.
+    checksum. The bytes of one block are overwritten when the next one is read.
     """
     block, size = int(facts["block"]), int(facts["bytes"])
     if stop > size:
         raise CorruptCheckpoint(f"{path}: a tensor ends at {stop}, the file ends at {size}")
-    cache = cache or Blocks()
-    with contextlib.ExitStack() as stack:
-        file: FileIO | None = None
-        for number in range(start // block, -(-stop // block)):
-            begin, end = number * block, min((number + 1) * block, size)
-            data = cache.get(path, number)
-            if data is None:
-                file = file or stack.enter_context(open_untraced_race(path, "rb"))
-                data = cache.make_buffer(path, min(block, size))
-                _read_exactly(file, begin, data[: end - begin], path)
-                if zlib.crc32(data[: end - begin]) != facts["crc32"][number]:
-                    raise CorruptCheckpoint(f"{path}: wrong checksum at byte {begin}")
-                cache.put(path, number, data)
-            low, high = max(start, begin), min(stop, end)
-            yield low, data[low - begin : high - begin]
-
-
-@contextmanager
-def open_untraced_race(path: Path, mode: str) -> Iterator[FileIO]:
-    """Open a file, and later close it, while no other thread does either: see `trace.opening`."""
-    with opening:
-        file = FileIO(path, mode)
-    try:
-        yield file
-    finally:
-        with opening:
-            file.close()
+    for number in range(start // block, -(-stop // block)):
+        data, begin = reader.read_block(path, facts, number), number * block
+        low, high = max(start, begin), min(stop, begin + len(data))
+        yield low, data[low - begin : high - begin]
 
 
 def _read_exactly(file: Any, position: int, buffer: memoryview, path: Path) -> None:
@@ -277,51 +278,70 @@ def _read_exactly(file: Any, position: int, buffer: memoryview, path: Path) -> N
 
 
 def read_into(
-    folder: Path, files: dict[str, Any], stored: StoredPiece, piece: TensorPiece, cache: Blocks | None = None
-) -> int:
-    """Copy the intersection of a stored rectangle with `piece` into its tensor; returns the elements copied.
+    folder: Path,
+    files: dict[str, Any],
+    stored: StoredPiece,
+    pieces: Sequence[TensorPiece],
+    reader: BlockReader,
+) -> list[int]:
+    """Copy the intersection of a stored rectangle with each of `pieces` into its tensor; returns how many
+    elements each has got. What several pieces need is read once.
 
     This is how a checkpoint is loaded under another sharding: each rank reads, of every stored rectangle, the
     part that its own shards need.
     """
-    low = [max(a, b) for a, b in zip(stored.offset, piece.offset, strict=True)]
-    high = [
-        min(a + n, b + m)
-        for a, n, b, m in zip(stored.offset, stored.size, piece.offset, piece.tensor.shape, strict=True)
-    ]
-    if any(b <= a for a, b in zip(low, high, strict=True)):
-        return 0
-    dtype = DTYPES[stored.dtype]
-    if dtype != piece.tensor.dtype:
-        raise CorruptCheckpoint(
-            f"{piece.name}: {stored.dtype} in the checkpoint, {piece.tensor.dtype} in the model"
+    copies = [_Copy(stored, piece) for piece in pieces]
+    wanted = [copy for copy in copies if copy.elements]
+    if wanted:
+        # Only whole rows are contiguous: the first dimension limits what is read, the others are cut later.
+        row_bytes = math.prod(stored.size[1:]) * DTYPES[stored.dtype].itemsize
+        first, last = min(copy.rows[0] for copy in wanted), max(copy.rows[1] for copy in wanted)
+        start, stop = stored.at + first * row_bytes, stored.at + last * row_bytes
+        rest = bytearray()  # the start of a row that continues in the next block
+        for _, part in read_blocks(folder / stored.file, files[stored.file], start, stop, reader):
+            data = rest + part if rest else part
+            whole = len(data) // row_bytes
+            if whole:
+                values = torch.frombuffer(bytearray(data[: whole * row_bytes]), dtype=DTYPES[stored.dtype])
+                for copy in wanted:
+                    copy.add_rows(first, values.reshape(whole, *stored.size[1:]))
+                first += whole
+            rest = bytearray(data[whole * row_bytes :])
+    return [copy.elements for copy in copies]
+
+
+class _Copy:
+    """Copies the intersection of a stored rectangle with a piece, some rows at a time."""
+
+    def __init__(self, stored: StoredPiece, piece: TensorPiece) -> None:
+        low = [max(a, b) for a, b in zip(stored.offset, piece.offset, strict=True)]
+        ends = zip(stored.offset, stored.size, piece.offset, piece.tensor.shape, strict=True)
+        high = [min(a + n, b + m) for a, n, b, m in ends]
+        self.elements = math.prod(max(0, b - a) for a, b in zip(low, high, strict=True))
+        if self.elements and DTYPES[stored.dtype] != piece.tensor.dtype:
+            raise CorruptCheckpoint(
+                f"{piece.name}: {stored.dtype} in the checkpoint, {piece.tensor.dtype} in the model"
+            )
+        self.target = piece.tensor.detach()
+        # rows of the rectangle; a scalar is one row
+        self.rows = (low[0] - stored.offset[0], high[0] - stored.offset[0]) if low else (0, 1)
+        self.shift = stored.offset[0] - piece.offset[0] if low else 0  # from a row's number here to there
+        spans = list(zip(low[1:], high[1:], strict=True))
+        self.source_columns = tuple(
+            slice(a - b, c - b) for (a, c), b in zip(spans, stored.offset[1:], strict=True)
         )
-    # Only whole rows are contiguous: the first dimension limits what is read, the others are cut afterwards.
-    rows = (low[0] - stored.offset[0], high[0] - stored.offset[0]) if low else (0, 1)
-    width = 1
-    for n in stored.size[1:]:
-        width *= n
-    row_bytes = width * torch.empty(0, dtype=dtype).element_size()
-    start, stop = stored.at + rows[0] * row_bytes, stored.at + rows[1] * row_bytes
-    target = piece.tensor.detach()
-    inner = tuple(slice(a - b, c - b) for a, b, c in zip(low[1:], piece.offset[1:], high[1:], strict=True))
-    outer = tuple(slice(a - b, c - b) for a, b, c in zip(low[1:], stored.offset[1:], high[1:], strict=True))
-    first = low[0] - piece.offset[0] if low else 0
-    rest, done = bytearray(), 0  # the start of a row that continues in the next block; rows copied
-    for _, part in read_blocks(folder / stored.file, files[stored.file], start, stop, cache):
-        data = rest + part if rest else part
-        whole = len(data) // row_bytes
-        if whole:
-            values = torch.frombuffer(bytearray(data[: whole * row_bytes]), dtype=dtype)
-            values = values.reshape(whole, *stored.size[1:])
-            if low:
-                at = slice(first + done, first + done + whole)
-                target[(at, *inner)] = values[(slice(None), *outer)].to(target.device)
-            else:
-                target.copy_(values[0])
-            done += whole
-        rest = bytearray(data[whole * row_bytes :])
-    count = 1
-    for a, b in zip(low, high, strict=True):
-        count *= b - a
-    return count
+        self.target_columns = tuple(
+            slice(a - b, c - b) for (a, c), b in zip(spans, piece.offset[1:], strict=True)
+        )
+
+    def add_rows(self, first: int, values: torch.Tensor) -> None:
+        """`values`: the rectangle's rows from number `first` on."""
+        low, high = max(first, self.rows[0]), min(first + len(values), self.rows[1])
+        if low >= high:
+            return
+        if not self.target.dim():
+            self.target.copy_(values[0])
+            return
+        found = values[(slice(low - first, high - first), *self.source_columns)]
+        rows = slice(low + self.shift, high + self.shift)
+        self.target[(rows, *self.target_columns)] = found.to(self.target.device)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dlrm.checkpoint.folder import Checkpoint
-from dlrm.checkpoint.shards import TensorPiece, read_into
+from dlrm.checkpoint.shards import CorruptCheckpoint, StoredPiece, TensorPiece, read_into
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.trace import span
 
@@ -83,33 +83,39 @@ def pieces_of_rank(model: nn.Module, optimizer: Any, rank: int) -> list[TensorPi
 
 
 @torch.no_grad()
-def restore_state(found: Checkpoint, model: nn.Module, optimizer: Any | None) -> int:
-    """Fill the model, and its optimizers' state unless `optimizer` is None; returns the bytes read.
+def restore_state(
+    found: Checkpoint, model: nn.Module, optimizer: Any | None, others: Sequence[TensorPiece] = ()
+) -> int:
+    """Fill the model, its optimizers' state unless `optimizer` is None, and `others`, in the order in which
+    the files have them: so each block of a file is read once. Returns the bytes that were filled.
 
     Raises UserError where the checkpoint is of another model or optimizer, CorruptCheckpoint where it is
     damaged.
     """
-    stored: dict[str, list[Any]] = {}
+    stored: dict[str, list[StoredPiece]] = {}
     for each in found.tensors:
         stored.setdefault(each.name, []).append(each)
     if optimizer is not None:
         _create_optimizer_state(optimizer, stored)
-    read = 0
+    filling = _Filling(found)
     for name, value in named_tensors(model, optimizer):
-        shape = tuple(value.size())
-        source = _find_source(name, shape, stored, found)
+        source = _find_source(name, tuple(value.size()), stored, found)
         if source is None:  # a step counter that the fused optimizers do not have
             value.fill_(float(found.state.get("step", 0)))
-            continue
-        if isinstance(value, FileBackedTable):
-            read += value.fill(
-                lambda at, part, name=name, shape=shape, source=source: _fill_piece(
-                    found, source, TensorPiece(name, shape, at, part)
-                )
-            )
-            continue
-        for piece in _local_pieces(name, value):
-            read += _fill_piece(found, source, piece)
+        elif isinstance(value, FileBackedTable):
+            filling.add_table(name, value, source)
+        else:
+            for piece in _local_pieces(name, value):
+                filling.add_piece(piece, source)
+    for piece in others:
+        source = stored.get(piece.name, [])
+        if any(each.shape != piece.shape for each in source):
+            raise CorruptCheckpoint(f"{found.path}: {piece.name} has another shape")
+        filling.add_piece(piece, source)
+    try:
+        read = filling.run()
+    finally:
+        found.reader.close()
     for module in model.modules():  # tables with a cache (UVM, SSD): its rows are outdated now
         reset = getattr(module, "reset_cache_states", None)
         if callable(reset):
@@ -117,6 +123,77 @@ def restore_state(found: Checkpoint, model: nn.Module, optimizer: Any | None) ->
     if hasattr(optimizer, "set_optimizer_step"):
         optimizer.set_optimizer_step(int(found.state.get("step", 0)))  # type: ignore[union-attr]
     return read
+
+
+Place = tuple[str, int]  # in the files: (file, byte)
+
+
+class _Filling:
+    """The tensors to be filled from a checkpoint, and where its files have them."""
+
+    def __init__(self, found: Checkpoint) -> None:
+        self.found = found
+        self._pieces: list[TensorPiece] = []
+        self._wanting: dict[StoredPiece, list[int]] = {}  # rectangle -> numbers of the pieces that need it
+        self._tables: dict[str, tuple[Place, FileBackedTable, Sequence[StoredPiece]]] = {}
+
+    def add_piece(self, piece: TensorPiece, source: Sequence[StoredPiece]) -> None:
+        for each in source:
+            self._wanting.setdefault(each, []).append(len(self._pieces))
+        self._pieces.append(piece)
+
+    def add_table(self, name: str, table: FileBackedTable, source: Sequence[StoredPiece]) -> None:
+        place = min(_place_of(each) for each in source)
+        if name.startswith("optim/"):  # not before the table's weights: filling those sets its state to 0
+            weights = "model/" + name.removeprefix("optim/").rpartition("/")[0]
+            place = max([place, *(self._tables[each][0] for each in [weights] if each in self._tables)])
+        self._tables[name] = place, table, source
+
+    def run(self) -> int:
+        """Fill everything; returns the bytes that were filled."""
+        counts = [0] * len(self._pieces)
+        jobs: list[tuple[Place, StoredPiece | str]] = [(_place_of(each), each) for each in self._wanting]
+        jobs += [(place, name) for name, (place, _, _) in self._tables.items()]
+        done = 0
+        for _, job in sorted(jobs, key=lambda each: each[0]):  # tables at one place stay in their order
+            if isinstance(job, str):
+                done += self._fill_table(job)
+            else:
+                self._read(job, self._wanting[job], counts)
+        for piece, count in zip(self._pieces, counts, strict=True):
+            self._check_count(piece, count)
+            done += count * piece.tensor.element_size()
+        return done
+
+    def _read(self, stored: StoredPiece, numbers: list[int], counts: list[int]) -> None:
+        pieces = [self._pieces[number] for number in numbers]
+        copied = read_into(self.found.path, self.found.files, stored, pieces, self.found.reader)
+        for number, count in zip(numbers, copied, strict=True):
+            counts[number] += count
+
+    def _fill_table(self, name: str) -> int:
+        _, table, source = self._tables[name]
+
+        def fill_part(offset: tuple[int, ...], part: torch.Tensor) -> int:
+            piece, count = TensorPiece(name, tuple(table.size()), offset, part), 0
+            for each in source:
+                (copied,) = read_into(self.found.path, self.found.files, each, [piece], self.found.reader)
+                count += copied
+            self._check_count(piece, count)
+            return count * part.element_size()
+
+        return table.fill(fill_part)
+
+    def _check_count(self, piece: TensorPiece, count: int) -> None:
+        if count != piece.tensor.numel():
+            raise CorruptCheckpoint(
+                f"{self.found.path}: has {count} of {piece.tensor.numel()} elements of {piece.name}: "
+                "give another checkpoint"
+            )
+
+
+def _place_of(stored: StoredPiece) -> Place:
+    return stored.file, stored.at
 
 
 def _find_source(name: str, shape: tuple[int, ...], stored: dict[str, Any], found: Checkpoint) -> Any:
@@ -146,16 +223,6 @@ def _find_source(name: str, shape: tuple[int, ...], stored: dict[str, Any], foun
         f"{found.path}: has no {name}, it was made with {what}: give the options that it was made with, "
         "or --resume never to start at step 0"
     )
-
-
-def _fill_piece(found: Checkpoint, source: Sequence[Any], piece: TensorPiece) -> int:
-    elements = sum(read_into(found.path, found.files, each, piece, found.blocks) for each in source)
-    if elements != piece.tensor.numel():
-        raise UserError(
-            f"{found.path}: has {elements} of {piece.tensor.numel()} elements of {piece.name}: "
-            "give another checkpoint"
-        )
-    return elements * piece.tensor.element_size()
 
 
 def _create_optimizer_state(optimizer: Any, stored: dict[str, Any]) -> None:

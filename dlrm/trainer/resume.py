@@ -14,7 +14,7 @@ import torch
 
 from dlrm.checkpoint import folder, state
 from dlrm.checkpoint.folder import Checkpoint
-from dlrm.checkpoint.shards import CorruptCheckpoint, TensorPiece, read_into
+from dlrm.checkpoint.shards import CorruptCheckpoint, TensorPiece
 from dlrm.runtime import session, trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
@@ -110,8 +110,10 @@ def _load_newest(
                         f"{path}: has old names ({', '.join(old_keys)}); they are read in this release only"
                     )
                 optimizer = trainer.optimizer if with_progress else None
-                loading.update(bytes=state.restore_state(found, trainer.model, optimizer))
-                rank_state = _read_rank_state(trainer, here, found) if with_progress else None
+                own = StoredRankState(trainer, here, found) if with_progress else None
+                others = own.pieces if own else []
+                loading.update(bytes=state.restore_state(found, trainer.model, optimizer, others))
+                rank_state = own.join() if own else None
         except (CorruptCheckpoint, OSError) as error:
             damage = str(error)
         except UserError as error:
@@ -244,42 +246,48 @@ def _restore_progress(
         torch.cuda.set_rng_state(rank_state.cuda_random)
 
 
-def _read_rank_state(trainer: Any, here: Ranks, found: Checkpoint) -> RankState:
-    """This rank's own state. With another number of ranks than before, rank 0 takes the sums of all old ranks
-    (the report adds them over the ranks anyway), and no rank takes random numbers.
+class StoredRankState:
+    """This rank's own state in a checkpoint: `pieces` are to be filled, `join` makes a RankState of them.
+
+    With another number of ranks than before, rank 0 takes the sums of all old ranks (the report adds them
+    over the ranks anyway), and no rank takes random numbers.
     """
-    sums = trainer.meter.sums
-    old_world_size = int(found.state["world_size"])
-    same_ranks = old_world_size == here.world_size
-    sources = [here.rank] if same_ranks else range(old_world_size) if here.first else []
-    rank_state = RankState(torch.zeros_like(sums))
-    for rank in sources:
-        short = any(each.name == f"meter/{rank}" and each.shape == (2,) for each in found.tensors)
-        known = rank_state.sums[:2] if short else rank_state.sums  # the first checkpoints had no clicks
-        known += _read_tensor(found, f"meter/{rank}", known)
-    if same_ranks:
-        rank_state.random = _read_tensor(found, f"rng/cpu/{here.rank}", torch.get_rng_state())
-        try:
-            torch.Generator().set_state(rank_state.random)  # refuses bytes that are no state
-        except RuntimeError as error:
-            raise CorruptCheckpoint(
-                f"{found.path}: rng/cpu/{here.rank}: {str(error).splitlines()[0][:100]}"
-            ) from None
+
+    def __init__(self, trainer: Any, here: Ranks, found: Checkpoint) -> None:
+        self.path, self.rank = found.path, here.rank
+        self.sums = torch.zeros_like(trainer.meter.sums)
+        shapes = {each.name: each.shape for each in found.tensors}
+        old_world_size = int(found.state["world_size"])
+        same_ranks = old_world_size == here.world_size
+        sources = [here.rank] if same_ranks else range(old_world_size) if here.first else []
+        # the first checkpoints had no clicks
+        self._meters = [
+            _make_piece(name, self.sums[:2] if shapes.get(name) == (2,) else self.sums)
+            for name in (f"meter/{rank}" for rank in sources)
+        ]
+        self._random = _make_piece(f"rng/cpu/{here.rank}", torch.get_rng_state()) if same_ranks else None
         name = f"rng/cuda/{here.rank}"
-        if torch.cuda.is_available() and any(each.name == name for each in found.tensors):
-            rank_state.cuda_random = _read_tensor(found, name, torch.cuda.get_rng_state())
-    return rank_state
+        with_cuda = same_ranks and torch.cuda.is_available() and name in shapes
+        self._cuda_random = _make_piece(name, torch.cuda.get_rng_state()) if with_cuda else None
+        self.pieces = [each for each in (*self._meters, self._random, self._cuda_random) if each]
+
+    def join(self) -> RankState:
+        for piece in self._meters:
+            self.sums[: len(piece.tensor)] += piece.tensor.to(self.sums.device)
+        found = RankState(self.sums)
+        if self._random:
+            found.random = self._random.tensor
+            try:
+                torch.Generator().set_state(found.random)  # refuses bytes that are no state
+            except RuntimeError as error:
+                raise CorruptCheckpoint(
+                    f"{self.path}: rng/cpu/{self.rank}: {str(error).splitlines()[0][:100]}"
+                ) from None
+        if self._cuda_random:
+            found.cuda_random = self._cuda_random.tensor
+        return found
 
 
-def _read_tensor(found: Checkpoint, name: str, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the checkpoint, of the shape, dtype and device of `like`."""
-    made, count = torch.zeros(like.shape, dtype=like.dtype), 0
-    piece = TensorPiece(name, tuple(like.shape), (0,) * like.dim(), made)
-    for stored in found.tensors:
-        if stored.name == name:
-            if stored.shape != piece.shape:
-                raise CorruptCheckpoint(f"{found.path}: {name} has another shape")
-            count += read_into(found.path, found.files, stored, piece, found.blocks)
-    if count != made.numel():
-        raise CorruptCheckpoint(f"{found.path}: {name} is incomplete")
-    return made.to(like.device)
+def _make_piece(name: str, like: torch.Tensor) -> TensorPiece:
+    """A whole tensor to be filled, of the shape and dtype of `like`."""
+    return TensorPiece(name, tuple(like.shape), (0,) * like.dim(), torch.zeros(like.shape, dtype=like.dtype))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import traced
+from support.file_calls import count_traced_calls, read_events
 from torch.distributed import HashStore
 
 from common.owned import MARK
@@ -38,9 +40,9 @@ def save(root: Path, pieces: list[TensorPiece], step: int = 1, keep: int | None 
 
 def load(path: Path, piece: TensorPiece) -> torch.Tensor:
     found = folder.read_description(path)
-    count = sum(
-        shards.read_into(path, found.files, each, piece) for each in found.tensors if each.name == piece.name
-    )
+    stored = [each for each in found.tensors if each.name == piece.name]
+    count = sum(shards.read_into(path, found.files, each, [piece], found.reader)[0] for each in stored)
+    found.reader.close()
     assert count == piece.tensor.numel()
     return piece.tensor
 
@@ -121,7 +123,7 @@ def test_damage_is_noticed(tmp_path: Path, seed: int) -> None:
         found = folder.read_description(path)
         target = whole("t", torch.zeros(200, 16))
         stored = [each for each in found.tensors if each.name == "t"]
-        count = sum(shards.read_into(path, found.files, each, target) for each in stored)
+        count = sum(shards.read_into(path, found.files, each, [target], found.reader)[0] for each in stored)
     except CorruptCheckpoint as error:
         assert str(path) in str(error)
         return
@@ -234,3 +236,46 @@ def test_files_are_the_users_own(tmp_path: Path) -> None:
     files = dict.fromkeys(["checkpoint.json", "rank00000.safetensors", MARK], 0o640)
     assert modes == {"00001-step-1": 0o750} | files
     assert np.all([not mode & 0o002 for mode in modes.values()])
+
+
+# 40 tensors in two files, wanted in another order than the files have them; one by two column shards
+RESUME = """
+import torch
+from pathlib import Path
+from dlrm.checkpoint import folder, shards, state
+from dlrm.checkpoint.shards import TensorPiece
+made, files = [], {}
+tensors = {f"model/w{i:02}": torch.randn(300 + 40 * i, 130) for i in range(40)}
+partial, final = folder.begin_checkpoint(Path(run), 1)
+for rank in range(2):
+    pieces = [TensorPiece(name, tuple(t.shape), (0, 0), t) for name, t in list(tensors.items())[rank::2]]
+    written = shards.write_pieces(partial, f"rank{rank:05}.safetensors", pieces)
+    made += written["tensors"]; files |= written["file"]
+folder.publish_checkpoint(partial, final, {"state": {}, "tensors": made, "files": files})
+found = folder.read_description(final)
+model = torch.nn.Module()
+for name in sorted(tensors, key=lambda name: int(name[-2:]) * 7 % 40):
+    empty = torch.nn.Parameter(torch.zeros(tensors[name].shape))
+    model.register_parameter(name.removeprefix("model/"), empty)
+columns = [torch.zeros(300, 65) for _ in range(2)]
+shares = [TensorPiece("model/w00", (300, 130), (0, 65 * n), part) for n, part in enumerate(columns)]
+trace.start_tracing(run, here, "train")
+filled = state.restore_state(found, model, None, shares)
+trace.stop_tracing()
+assert filled == sum(t.nbytes for t in tensors.values()) + tensors["model/w00"].nbytes
+assert all(torch.equal(value, tensors[f"model/{name}"]) for name, value in model.state_dict().items())
+assert torch.equal(torch.cat(columns, 1), tensors["model/w00"])
+"""
+
+
+def test_each_block_is_read_once(tmp_path: Path) -> None:
+    """Whatever the order and cut of the tensors, the trace shows one open of each file, its bytes once."""
+    run = traced.run(tmp_path / "run", RESUME)
+    seen = count_traced_calls(read_events(run)).below(run / "00001-step-1")
+    files = sorted((run / "00001-step-1").glob("*.safetensors"))
+    assert len(files) == 2
+    for path in files:
+        size = path.stat().st_size
+        assert size > 2 * shards.BLOCK
+        assert seen[path.name, "open"][0] == 1
+        assert 0.95 * size < seen[path.name, "read"][1] <= 1.05 * size

@@ -77,8 +77,9 @@ def read_checkpoint(argv: list[str]) -> int:
     def read() -> None:
         found = folder.read_description(Path(argv[0]))
         resume.check_state(found, True)
-        state.restore_state(found, Small(), None)
-        resume._read_rank_state(Job(), Ranks(), found)
+        own = resume.StoredRankState(Job(), Ranks(), found)
+        state.restore_state(found, Small(), None, own.pieces)
+        own.join()
         assert found.score is None or isinstance(found.score, float)
 
     return run_as_entry(read)

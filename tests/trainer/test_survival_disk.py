@@ -73,8 +73,9 @@ def fault(shim: Path, call: str, path: str, number: int, after: int) -> dict[str
 def whole(path: Path) -> bool:
     found = read_description(path)
     for name, facts in found.files.items():
-        for _ in read_blocks(path / name, facts, 0, facts["bytes"]):
+        for _ in read_blocks(path / name, facts, 0, facts["bytes"], found.reader):
             pass
+    found.reader.close()
     return True
 
 

@@ -1,0 +1,78 @@
+"""Which calls on which files a process made: by its trace, and by strace."""
+
+import gzip
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OPERATIONS = {
+    "open": "open", "open64": "open", "openat": "open", "creat": "open", "creat64": "open",
+    "read": "read", "pread": "read", "pread64": "read", "readv": "read", "preadv": "read", "fread": "read",
+    "write": "write", "pwrite": "write", "pwrite64": "write", "writev": "write", "pwritev": "write",
+    "fwrite": "write", "fsync": "sync", "fdatasync": "sync", "copy_file_range": "copy", "sendfile": "copy",
+}  # fmt: skip
+STRACED = (
+    "open,openat,creat,read,pread64,readv,preadv,write,pwrite64,writev,pwritev,fsync,fdatasync,"
+    "copy_file_range,sendfile"
+)
+
+
+class FileCalls(NamedTuple):
+    """By (file, operation): calls, and the bytes that they moved. A trace does not say which open failed."""
+
+    count: Counter[tuple[str, str]]
+    bytes: Counter[tuple[str, str]]
+
+    def add(self, file: str, operation: str, returned: int) -> None:
+        self.count[file, operation] += 1
+        self.bytes[file, operation] += max(0, returned) if operation in ("read", "write") else 0
+
+    def below(self, folder: Path, *without: str) -> dict[tuple[str, str], tuple[int, int]]:
+        """(calls, bytes) of the files in a folder, by path in it; `without`: what a path must not hold."""
+        head = f"{folder}/"
+        return {
+            (file.removeprefix(head), name): (count, self.bytes[file, name])
+            for (file, name), count in self.count.items()
+            if file.startswith(head) and not any(part in file for part in without)
+        }
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """Every event of a run folder's traces, by Python's own gzip and json."""
+    found = []
+    for path in sorted((run / "trace").glob("*.pfw.gz")):
+        with gzip.open(path, "rt", errors="replace") as lines:  # dftracer cuts long texts anywhere
+            found += [json.loads(line.strip().rstrip(",")) for line in lines if line.startswith("{")]
+    return found
+
+
+def count_traced_calls(events: list[dict[str, Any]]) -> FileCalls:
+    names = {e["args"]["value"]: e["args"]["name"] for e in events if e["name"] == "FH"}
+    found = FileCalls(Counter(), Counter())
+    for event in events:
+        args = event.get("args", {})
+        name = OPERATIONS.get(event["name"])
+        if event.get("cat") in ("POSIX", "STDIO") and name and "fhash" in args:
+            found.add(names[args["fhash"]], name, int(args.get("ret", 0)))
+    return found
+
+
+def count_strace_calls(log: str) -> FileCalls:
+    """From a log of strace -f -y -e trace=STRACED."""
+    found = FileCalls(Counter(), Counter())
+    begun: dict[str, str] = {}  # per thread, a call that another one's line cut in two
+    for line in log.splitlines():
+        thread = line.split(maxsplit=1)[0]
+        if line.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+            continue
+        if " resumed>" in line:
+            line = begun.pop(thread, "") + line.partition(" resumed>")[2]
+        if call := re.search(r'\b(open|openat|creat)\((?:\w+<([^>]*)>, )?"([^"]*)"', line):
+            found.add(os.path.join(call[2] or "", call[3]), "open", 0)
+        elif call := re.search(r"\b([a-z_0-9]+)\(\d+<([^>]*)>.*\)\s+= (-?\d+)(?: |$)", line):
+            found.add(call[2], OPERATIONS[call[1]], int(call[3]))
+    return found
