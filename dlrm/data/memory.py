@@ -1,7 +1,8 @@
 """Sources in memory: this rank's rows loaded once (`MemorySource`), or mapped files (`MappedSource`).
 
-`MappedSource` is fast when everything is in the page cache, but DFTracer cannot see its page faults: its
-`bytes_read` counts headers only, like the trace.
+`MappedSource` is fast when everything is in the page cache, but DFTracer cannot see its page faults. Its
+`bytes_read` counts headers only, as calls do; what it copies from the maps is in its spans data/read, which
+have the argument `mapped`.
 """
 
 import mmap
@@ -13,7 +14,7 @@ import numpy as np
 from common.errors import os_errors_as_user_errors
 from common.inputs import open_regular_file
 from dlrm.data.npy import NpyLayout, scan_npy
-from dlrm.data.rows import Rows, SourceKind
+from dlrm.data.rows import Rows, SourceKind, batch_key
 from dlrm.data.stream import (
     StreamPiece,
     StreamSource,
@@ -22,7 +23,7 @@ from dlrm.data.stream import (
     narrow_ids,
     open_stream,
 )
-from dlrm.runtime.trace import opening
+from dlrm.runtime.trace import is_tracing, opening, span
 
 
 class MemorySource:
@@ -116,10 +117,14 @@ class MappedPiece:
             self.memory = mmap.mmap(file.fileno(), self.end, access=mmap.ACCESS_READ)
         self.rows = np.ndarray((piece.rows, columns), piece.dtype, self.memory, piece.offset)
 
-    def copy(self, which: slice | np.ndarray) -> np.ndarray:
-        """These rows of the piece."""
+    def copy(self, which: slice | np.ndarray, **batch: int) -> np.ndarray:
+        """These rows of the piece. `batch`: which batch they are for, as an argument of the span."""
         self._check_size(self.memory.size())
-        found = self.rows[which].copy() if isinstance(which, slice) else self.rows.take(which, axis=0)
+        with span("data", "read", file=self.piece.path, mapped=1, **batch) as reading:
+            found = self.rows[which].copy() if isinstance(which, slice) else self.rows.take(which, axis=0)
+            if is_tracing() and len(found):
+                first = int(which.start if isinstance(which, slice) else which.min())
+                reading.update(bytes=found.nbytes, offset=self.piece.offset + first * self.rows.strides[0])
         self._check_size(self.memory.size())
         if found.dtype == self.dtype:
             return found
@@ -145,7 +150,7 @@ class MappedSource:
             self.stream.row_bytes,
             layout.bytes_read,
         )
-        self.batch = 0
+        self.batch, self.batch_key = 0, batch_key(stage)
         self.maps = {
             name: [MappedPiece(piece, part.columns, part.buffer.dtype) for piece in part.pieces]
             for name, part in self.stream.parts.items()
@@ -158,7 +163,8 @@ class MappedSource:
             return self.take(np.arange(start, stop))
         low = int(self.starts[number])
         inside = slice(start - low, stop - low)
-        return gather_rows({name: maps[number].copy(inside) for name, maps in self.maps.items()})
+        batch = {self.batch_key: self.batch}
+        return gather_rows({name: maps[number].copy(inside, **batch) for name, maps in self.maps.items()})
 
     def take(self, rows: np.ndarray) -> Rows:
         numbers = np.searchsorted(self.starts, rows, side="right") - 1
@@ -168,7 +174,8 @@ class MappedSource:
             out = parts[name] = np.empty((len(rows), part.columns), part.buffer.dtype)
             for number in np.unique(numbers):
                 in_file = numbers == number
-                out[in_file] = maps[number].copy(rows[in_file] - self.starts[number])
+                inside = rows[in_file] - self.starts[number]
+                out[in_file] = maps[number].copy(inside, **{self.batch_key: self.batch})
         return gather_rows(parts)
 
     def load(self, runs: np.ndarray, scattered: bool = False) -> None:

@@ -79,7 +79,8 @@ class StreamedArray:
             return
         raw = out if piece.dtype == out.dtype else np.empty(out.shape, piece.dtype)
         offset = piece.offset + inside * self.columns * piece.dtype.itemsize
-        with span("data", "read", file=piece.path, bytes=raw.nbytes, **{self.batch_key: batch}):
+        batch_argument = {self.batch_key: batch}
+        with span("data", "read", file=piece.path, offset=offset, bytes=raw.nbytes, **batch_argument):
             self._read_bytes(piece.path, offset, memoryview(raw.data).cast("B"))
         if raw is not out:  # int64 ids, as torchrec's scripts write the last day
             out[:] = narrow_ids(raw, piece, np.arange(inside, inside + len(raw)))

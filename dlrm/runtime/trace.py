@@ -32,6 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FLUSH_MS = 1000  # a killed process loses at most what it did in this time
 BUFFER_BYTES = 64 << 10  # DFTracer writes when its buffer has so much text: one gzip member each time
 PAD_BYTES = 15 << 10  # DFTracer takes no record of more than 16 KiB
+MAX_INT = (1 << 31) - 1  # DFTracer takes no larger number, and raises TypeError: bytes of a file may be more
 MIN_EVENTS = 3  # DFTracer deletes the file of a process that logged fewer events
 
 # DFTracer loses a file that is opened while another thread closes one: the kernel gives out the same
@@ -269,14 +270,20 @@ def _log(native: Any, cat: str, name: str, begin: int, duration: int, args: dict
         if kind is not int and kind is not float and kind is not str:
             value = _native_type(value)
             kind = type(value)
-        if kind is int:
+        if kind is int and abs(value) <= MAX_INT:
             ints[key] = (0, value)
+        elif kind is int:
+            strings[key] = (0, str(value))  # the analysis reads it as a number
         elif kind is str:
             strings[key] = (0, _plain_value(value))
         elif not math.isfinite(value):
             strings[key] = (0, str(value))  # JSON knows neither nan nor inf
         elif value.is_integer() and abs(value) < 1 << 53:
-            ints[key] = (0, int(value))  # DFTracer writes six digits of a float
+            # DFTracer writes six digits of a float
+            if abs(value) <= MAX_INT:
+                ints[key] = (0, int(value))
+            else:
+                strings[key] = (0, str(int(value)))
         else:
             floats[key] = (0, value)
     # by position (name, category, begin, duration, ints, strings, floats): keywords would cost a microsecond

@@ -118,6 +118,41 @@ def test_spans_tell_file_bytes_batch_and_thread(traced: Traced, kind: str) -> No
     assert {e["args"]["batch"] for e in spans} <= steps | {0}
 
 
+def test_mapped_reads_tell_what_they_copied(traced: Traced) -> None:
+    """Page faults are no calls: the spans say which bytes of which file were copied for which batch."""
+    results, events, world = traced
+    copied = [
+        e["args"] for e in events if (e.get("cat"), e["name"]) == ("data", "read") and "mapped" in e["args"]
+    ]
+    assert all(args["mapped"] == 1 for args in copied)
+    sizes: Counter[str] = Counter()
+    for args in copied:
+        sizes[args["file"]] += args["bytes"]
+    assert sizes == {
+        path: expected(path, world) - 128 for path in results["mmap"]["bytes"] if "day_2" not in path
+    }
+    assert {args["batch"] for args in copied} == set(range(360 // 30 // world))
+    for path in sizes:  # each rank's rows, in the order of the file
+        array = np.load(path)
+        own = sorted((args["offset"], args["bytes"]) for args in copied if args["file"] == path)
+        row = array[:1].nbytes
+        assert all((at - 128) % row == 0 and 128 <= at <= array.nbytes + 128 - size for at, size in own)
+        assert all(at + size <= after for (at, size), (after, _) in zip(own, own[1:], strict=False))
+
+
+def test_streamed_reads_tell_their_offsets(traced: Traced) -> None:
+    results, events, _ = traced
+    for path in results["stream"]["bytes"]:
+        own = sorted(
+            (args["offset"], args["bytes"])
+            for e in events
+            if (e.get("cat"), e["name"]) == ("data", "read") and (args := e["args"])["file"] == path
+        )
+        assert ("day_2" in path) == (not own)
+        assert all(at + size <= after for (at, size), (after, _) in zip(own, own[1:], strict=False))
+        assert not own or own[0][0] >= 128
+
+
 def expected(path: str, world: int) -> int:
     """Header and this rank's rows; the last day's file is only looked at."""
     if path.endswith(".npz"):

@@ -64,7 +64,7 @@ class DataOptions:
     limit_train_batches: int | None = option(None, "train on N batches per epoch and rank")
     limit_val_batches: int | None = option(None, "validate on N batches per rank")
     limit_test_batches: int | None = option(None, "test on N batches per rank")
-    mmap_mode: bool = option(False, "map the files instead of reading them (a trace cannot see page faults)")
+    mmap_mode: bool = option(False, "map the files instead of reading them (a trace shows no page faults)")
     pin_memory: bool = option(False, "copy batches through pinned memory")
     shuffle_batches: bool = option(False, "shuffle the rows of each training batch")
     shuffle_training_set: bool = option(False, "shuffle the training rows of each rank, in memory")

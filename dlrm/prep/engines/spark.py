@@ -18,6 +18,7 @@ import numpy as np
 from dlrm.data.criteo import Columns, DatasetMeta
 from dlrm.prep.io import inputs, odd_lines, publish
 from dlrm.prep.io.columns import choose_columns
+from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import Folders, Output
 from dlrm.prep.io.inputs import InputFile, OutputDay
 from dlrm.prep.job.options import PrepOptions
@@ -242,7 +243,8 @@ def find_places(spark: Any, options: PrepOptions, whole: Any, shuffled: int, fol
     places = np.arange(0)
     if shuffled:
         write_places(folders.path("places_00000.u32"), shuffled, options.random_seed, lambda count: None)
-        places = np.fromfile(folders.path("places_00000.u32"), np.uint32)
+        with OffsetFile(folders.path("places_00000.u32")) as file:
+            places = file.read_array(shuffled, 0, np.uint32)
     shared = spark.sparkContext.broadcast(places)
     return whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < shuffled else item[0], item[1]))
 

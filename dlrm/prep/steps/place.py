@@ -173,11 +173,10 @@ class Placer:
         self.spills = [plan.path("piece", number, ending) for number in range(len(plan.pieces))]
         self.runs = []
         for number, piece in enumerate(plan.pieces):
-            runs = (
-                np.fromfile(plan.path("piece", number, "runs"), np.int64)
-                if piece.rows
-                else np.zeros(2, np.int64)
-            )
+            runs = np.zeros(2, np.int64)
+            if piece.rows:
+                with OffsetFile(plan.path("piece", number, "runs")) as file:
+                    runs = file.read_array(file.size // runs.itemsize, 0, runs.dtype)
             self.runs.append((int(runs[0]), runs[1:]))
 
     def place_bucket(self, number: int) -> None:
