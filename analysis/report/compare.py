@@ -15,7 +15,7 @@ from analysis.report.comparison import (
     scale_over,
     scaling_table,
 )
-from analysis.report.page import Figures, make_page, render_table
+from analysis.report.page import Figures, make_page, render_table, wrap_table
 from analysis.report.report import render_findings
 from analysis.run_folder import outputs
 from analysis.tables.gather import Map, map_on_threads
@@ -107,8 +107,8 @@ def render_comparison(comparison: Comparison, points: Sequence[ScalingPoint] = (
     if points:
         parts.append(f"<h2>By {escape(called)}</h2>")
         if spec := plots_compare.plot_scaling(points, called):
-            parts.append(figures.add_figure(spec, "Mean of the runs of each value."))
-        parts.append(render_table(scaling_table(list(points), called)))
+            parts.append(figures.add_figure(spec, "Mean of the runs of each value.", f"By {called}"))
+        parts.append(render_table(scaling_table(list(points), called), label=f"By {called}"))
     parts.append("<h2>All runs on one axis</h2>")
     for name, spec, caption in (
         (
@@ -128,7 +128,7 @@ def render_comparison(comparison: Comparison, points: Sequence[ScalingPoint] = (
         ("Start-up", plots_compare.plot_startup(runs), "To the end of the first step, of the first rank."),
     ):
         if spec:
-            parts.append(f"<h3>{escape(name)}</h3>{figures.add_figure(spec, caption)}")
+            parts.append(f"<h3>{escape(name)}</h3>{figures.add_figure(spec, caption, name)}")
     parts.append("<h2>Findings</h2>")
     for label, run in runs:
         parts.append(f"<h3>{escape(label)}: {escape(run.name)}</h3>{render_findings(run.findings)}")
@@ -143,19 +143,19 @@ def _make_title(comparison: Comparison) -> str:
 def _render_settings(comparison: Comparison) -> str:
     rows = [("runs", [_name_runs(setting) for setting in comparison.settings])]
     rows += list(comparison.differing.items())
-    heads = "".join(f"<th>{escape(setting.letter)}</th>" for setting in comparison.settings)
+    heads = "".join(f"<th scope=col>{escape(setting.letter)}</th>" for setting in comparison.settings)
     body = "".join(
         f"<tr><td>{escape(name)}</td>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
         for name, values in rows
     )
-    return _render_rows(f"<th>setting</th>{heads}", body)
+    return wrap_table(f"<th scope=col>setting</th>{heads}", body, "Settings", " whole")
 
 
 def _render_numbers(comparison: Comparison) -> str:
-    heads = "".join(f"<th class=n>{escape(setting.letter)}</th>" for setting in comparison.settings[:1])
+    heads = f"<th scope=col class=n>{escape(comparison.settings[0].letter)}</th>"
     for setting in comparison.settings[1:]:
-        heads += f"<th class=n>{escape(setting.letter)}</th><th class=n>against A</th>"
-        heads += "<th class=n>noise</th>" if comparison.is_repeated else ""
+        heads += f"<th scope=col class=n>{escape(setting.letter)}</th><th scope=col class=n>against A</th>"
+        heads += "<th scope=col class=n>noise</th>" if comparison.is_repeated else ""
     body = []
     for row in comparison.rows:
         cells = f"<td>{escape(row.label)}</td><td class=n>{escape(row.texts[0])}</td>"
@@ -164,13 +164,7 @@ def _render_numbers(comparison: Comparison) -> str:
             cells += f'<td class="n {change.verdict}">{escape(change.text)} {change.verdict}</td>'
             cells += f"<td class=n>{escape(change.noise_text)}</td>" if comparison.is_repeated else ""
         body.append(f"<tr>{cells}</tr>")
-    return _render_rows(f"<th></th>{heads}", "".join(body))
-
-
-def _render_rows(heads: str, body: str) -> str:
-    return (
-        f'<div class="scroll whole"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return wrap_table(f"<td></td>{heads}", "".join(body), "Numbers", " whole")
 
 
 # --- the command

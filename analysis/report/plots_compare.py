@@ -8,9 +8,8 @@ import polars as pl
 
 from analysis.report.comparison import ComparedRun, Comparison, ScalingPoint
 from analysis.report.facts import TRAIN
-from analysis.report.page import Spec
+from analysis.report.page import Spec, format_size
 from analysis.report.plots import COLORS, CYCLE
-from analysis.report.plots_io import format_binary
 from analysis.tables import answers, progress
 from analysis.tables.answers import PARTS
 
@@ -160,9 +159,9 @@ def plot_request_sizes(runs: Labelled) -> Spec | None:
         for i, (label, found) in enumerate(counts.items())
     ]
     return {
-        "type": "columns", "labels": ["0" if b < 0 else format_binary(b) for b in buckets],
+        "type": "columns", "labels": ["0" if b < 0 else format_size(2**b) for b in buckets],
         "series": series, "yunit": "reads", "log": True,
-        "xunit": "bytes per read, from this power of two up to the next",
+        "xunit": "size of a read, from this up to twice it",
     }  # fmt: skip
 
 
