@@ -87,12 +87,9 @@ def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
     apart = measure_clock_skew(joined.processes)
     if apart and len({p.host for p in joined.processes}) > 1:
         differences = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
+        moves = describe_moves(joined.processes, make_clocks(joined.processes))
         shown.append(
-            f"The ranks' clocks were apart by {differences}; times here are corrected by these barriers: "
-            + (
-                "; ".join(describe_moves(joined.processes, make_clocks(joined.processes)))
-                or "nothing to move"
-            )
-            + "."
+            f"The ranks' clocks were apart by {differences}, as seen when they left a barrier; times are "
+            f"on the clock of the first rank's host: {'; '.join(moves) or 'nothing to correct'}."
         )
     return shown

@@ -11,6 +11,7 @@ from analysis.report.page import format_number, format_seconds, format_size
 from analysis.report.run import TracedRun
 from analysis.tables import answers, progress
 from analysis.tables.answers import PARTS
+from analysis.trace.clocks import list_clocks, make_clocks
 
 # Until the next release: columns of tables, and labels in `headline`, which that release will not have.
 EARLIER_COLUMNS = {"io_not_hidden_s": "io_bare_s", "io_not_hidden_us": "io_bare_us"}
@@ -146,6 +147,7 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
         "findings": [finding.as_dict() for finding in found],
         "notes": run.notes,
         "answer": find_answer(facts).as_dict(),
+        "clocks": list_clocks(j.processes, make_clocks(j.processes)),
         "launches": facts.launches.to_dicts(),
         "breakdown_s": facts.breakdown.to_dicts(),
         "phases_s": with_earlier_names(facts.phases).to_dicts(),

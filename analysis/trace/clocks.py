@@ -1,29 +1,41 @@
 """One clock for a run: which traces are of one job, and what brings a host's times to the first host's.
 
-A job's barriers at its start and at its end happen at one time on all ranks. The first shows how far a
-host's clock is off, both together how much faster it goes.
+At its start and at its end a job marks how its hosts' clocks compare, each time with an error. The first rank
+of a host records how far its clock is ahead, by round trips: some tens of us are uncertain. Older traces have
+only the barriers that all ranks leave at one time, or some ms apart. Both marks together show how much faster
+a clock goes; where that is no more than the errors, nothing is known about it and nothing is corrected.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from analysis.trace.process import TracedProcess, is_forked
 
-LARGEST_DRIFT = 5e-4  # of real clocks; a larger difference means that ranks left a barrier at different times
+# us: ranks leave a barrier so far apart, or are noticed to have left it, on busy machines
+BARRIER_ERROR = 5_000
+# us per us: clocks that are set by NTP are at most so fast. A larger difference at two barriers means that
+# ranks left one of them late.
+LARGEST_DRIFT = 5e-4
+MOST_HOSTS = 8  # that get a sentence of their own
 
 
 @dataclass(frozen=True)
 class Clock:
     """How a host's times are corrected; the order of times does not change."""
 
-    shift: int = 0  # us to add at the barrier at the start
+    shift: int = 0  # us to add at the mark at the start
     start: int = 0  # when that was on this host's clock
     rate: float = 0.0  # us to add per us since then
-    drift: int = 0  # what that comes to at the barrier at the end
+    drift: int = 0  # what that comes to at the mark at the end
+    error: int = 0  # us by which corrected times may be wrong at the mark at the start
+    measured_rate: float | None = None  # as `rate`, whether or not it is used; None: there is one mark only
+    rate_error: float = 0.0  # by how much that may be wrong
+    by: str = ""  # "round trips", "barriers"; "": nothing had to be, or could be, corrected
 
     @property
     def moves(self) -> bool:
@@ -89,67 +101,126 @@ def group_launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
 def make_clocks(found: Iterable[TracedProcess]) -> dict[Path, Clock]:
     """How each trace's times come to the clock of the job's first rank's host.
 
-    Ranks of one host share its clock, so they share the correction: the median over their barriers.
+    Ranks of one host share its clock, so they share the correction.
     """
     return {path: clock for job in group_launches(found) for path, clock in _make_job_clocks(job).items()}
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A host's clock compared with the first host's at one moment."""
+
+    at: float  # us on this host's clock
+    ahead: float  # us by which it is ahead
+    error: float  # us
+    by: str
 
 
 def _make_job_clocks(job: list[TracedProcess]) -> dict[Path, Clock]:
     """One clock per host of a job, by the path of each trace."""
     hosts = dict.fromkeys(p.host for p in job)
-    barriers = {when: {host: _median_barrier(job, host, when) for host in hosts} for when in ("start", "end")}
-    known = [at for at in barriers["start"].values() if at is not None]
-    if len(hosts) < 2 or not known:
+    if len(hosts) < 2:
         return {p.path: Clock() for p in job}
     first = min(job, key=lambda p: p.rank).host
-    reference = barriers["start"][first]
-    made = {
-        host: _make_clock(
-            at,
-            barriers["end"][host],
-            min(known) if reference is None else reference,
-            None if reference is None else barriers["end"][first],
-        )  # fmt: skip
-        for host, at in barriers["start"].items()
-    }
+    marks = {when: _list_marks(job, hosts, first, when) for when in ("start", "end")}
+    made = {host: _make_clock(marks["start"].get(host), marks["end"].get(host)) for host in hosts}
     return {p.path: made[p.host] for p in job}
 
 
-def _median_barrier(job: list[TracedProcess], host: str, when: str) -> float | None:
-    """When the ranks of a host left the barrier, by their own clock; None where no trace says it."""
-    times = [p.barriers[when] for p in job if p.host == host and when in p.barriers]
-    return float(np.median(times)) if times else None
+def _list_marks(job: list[TracedProcess], hosts: Iterable[str], first: str, when: str) -> dict[str, _Mark]:
+    """Of each host that has one; of the first host only where another one is the reference."""
+    barriers = {
+        host: [p.barriers[when] for p in job if p.host == host and when in p.barriers] for host in hosts
+    }
+    reference = barriers[first]
+    if not any("start" in p.barriers for p in job if p.host == first):  # its trace lacks the beginning
+        others = [times for times in barriers.values() if times] if when == "start" else []
+        reference = min(others, key=np.median, default=[])
+    marks = {
+        host: _compare_barriers(times, reference)
+        for host, times in barriers.items()
+        if times and reference and times is not reference
+    }
+    for process in job:
+        if when in process.offsets and process.host != first:
+            at, ahead, error = process.offsets[when]
+            marks[process.host] = _Mark(at, ahead, error, "round trips")
+    return marks
 
 
-def _make_clock(start: float | None, end: float | None, first_start: float, first_end: float | None) -> Clock:
-    """What corrects a host's times.
+def _compare_barriers(times: list[int], reference: list[int]) -> _Mark:
+    """When the ranks of a host left a barrier, and when the first host's did, each by its own clock."""
+    at = float(np.median(times))
+    spread = max(times) - min(times) + max(reference) - min(reference)
+    return _Mark(at, at - float(np.median(reference)), BARRIER_ERROR + spread, "barriers")
 
-    start, end: the median time of its ranks at the two barriers; first_start, first_end: the same of the
-    first rank's host. None where no trace of the host has that barrier.
-    """
+
+def _make_clock(start: _Mark | None, end: _Mark | None) -> Clock:
+    """What corrects a host's times, by its marks."""
     if start is None:
         return Clock()
-    shift, begun = round(first_start - start), round(start)
-    if end is None or first_end is None or end <= start or first_end <= first_start:
-        return Clock(shift, begun)  # a killed rank has no barrier at the end: an offset is all there is
-    drift = (first_end - first_start) - (end - start)
-    if abs(drift) > LARGEST_DRIFT * (end - start):
-        return Clock(shift, begun)
-    return Clock(shift, begun, drift / (end - start), round(drift))
+    begun, shift = round(start.at), -start.ahead
+    span = end.at - start.at if end is not None else 0
+    if end is None or span <= 0:  # a killed rank has no mark at the end: an offset is all there is
+        return Clock(round(shift), begun, error=round(start.error), by=start.by)
+    drift, uncertain = start.ahead - end.ahead, start.error + end.error
+    by = "barriers" if "barriers" in (start.by, end.by) else start.by
+    measured = {"measured_rate": drift / span, "rate_error": uncertain / span, "by": by}
+    if abs(drift) > uncertain:
+        if by == "barriers" and abs(drift) > LARGEST_DRIFT * span:
+            return Clock(round(shift), begun, error=round(start.error), **measured)
+        return Clock(round(shift), begun, drift / span, round(drift), round(start.error), **measured)
+    # no drift is seen: both marks say the same, and what is true is where they overlap
+    low = max(shift - start.error, -end.ahead - end.error)
+    high = min(shift + start.error, -end.ahead + end.error)
+    return Clock(round((low + high) / 2), begun, error=round((high - low) / 2), **measured)
+
+
+def list_clocks(found: Iterable[TracedProcess], known: dict[Path, Clock]) -> list[dict[str, Any]]:
+    """A row per launch and host whose clock was compared with the first host's: us, and us per s."""
+    rows = []
+    for number, job in enumerate(group_launches(found), 1):
+        for host, clock in {p.host: known[p.path] for p in job if known[p.path].by}.items():
+            rows.append({
+                "launch": number, "host": host, "by": clock.by,
+                "moved_us": clock.shift, "error_us": clock.error,
+                "drift_us_per_s": None if clock.measured_rate is None else 0.0 - 1e6 * clock.measured_rate,
+                "drift_error_us_per_s": None if clock.measured_rate is None else 1e6 * clock.rate_error,
+                "drift_corrected": bool(clock.rate),
+            })  # fmt: skip
+    return rows
 
 
 def describe_moves(found: Iterable[TracedProcess], known: dict[Path, Clock]) -> list[str]:
-    """How the hosts' times were moved, a sentence each."""
-    jobs = group_launches(found)
+    """How the hosts' times were moved, and how certain that is: a sentence each, of the first hosts."""
+    rows = list_clocks(found, known)
+    several = any(row["launch"] > 1 for row in rows)
     sentences = []
-    for number, job in enumerate(jobs, 1):
-        for host, clock in {p.host: known[p.path] for p in job if known[p.path].moves}.items():
-            launch = f" in launch {number}" if len(jobs) > 1 else ""
-            text = f"clock of {host}{launch}: moved by {clock.shift} us to meet the barrier at the start"
-            if clock.drift:
-                text += f", by {clock.drift} us more towards the end ({1e6 * clock.rate:+.3g} us per s)"
-            sentences.append(text)
+    for row in rows[:MOST_HOSTS]:
+        launch = f" in launch {row['launch']}" if several else ""
+        sentences.append(
+            f"clock of {row['host']}{launch}: moved by {row['moved_us']} us, "
+            f"right within {row['error_us']} us (by {row['by']}); {_describe_drift(row)}"
+        )
+    if rest := rows[MOST_HOSTS:]:
+        sentences.append(
+            f"clocks of {len(rest)} more hosts: moved by at most {max(abs(r['moved_us']) for r in rest)} us, "
+            f"right within {max(r['error_us'] for r in rest)} us; drift corrected on "
+            f"{sum(r['drift_corrected'] for r in rest)} of them"
+        )
     return sentences
+
+
+def _describe_drift(row: dict[str, Any]) -> str:
+    if row["drift_us_per_s"] is None:
+        return "its drift is not known: no mark at the end"
+    drift = f"it gains {row['drift_us_per_s']:.3g} us per s, give or take {row['drift_error_us_per_s']:.2g}"
+    unusual = abs(row["drift_us_per_s"]) > 1e6 * LARGEST_DRIFT
+    if row["drift_corrected"]:
+        return f"{drift}: corrected" + (", though a clock is seldom that wrong" if unusual else "")
+    if unusual and abs(row["drift_us_per_s"]) > row["drift_error_us_per_s"]:
+        return f"{drift}: NOT corrected: clocks do not drift so much, ranks may have left a barrier late"
+    return f"{drift}: not corrected, since that may be nothing"
 
 
 def measure_clock_skew(found: Iterable[TracedProcess]) -> dict[str, int]:

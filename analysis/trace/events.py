@@ -9,6 +9,7 @@ events are no rows. What could not be read is in `TracedProcess.lost`.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from analysis.trace.clocks import make_clocks
 from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.lines import Opener, open_trace, read_blocks, read_tail
 from analysis.trace.process import TracedProcess
-from analysis.trace.scan import EVENT, MAX_WHOLE, METADATA, EventBlock, scan_block
+from analysis.trace.scan import EVENT, MAX_TS, MAX_WHOLE, METADATA, EventBlock, scan_block
 from analysis.trace.strings import ID, PAD, StringTable
 from common.errors import UserError, os_errors_as_user_errors, printable
 
@@ -123,8 +124,8 @@ class TraceReader:
             args = block.args(i, self.strings)
             if block.ph[i] == METADATA:
                 self._read_metadata(int(block.name[i]), int(block.tid[i]), args)
-            elif block.cat[i] == ID["clock"] and args.get("when") in ("start", "end"):
-                self.process.barriers.setdefault(str(args["when"]), int(block.ts[i]))
+            elif block.cat[i] == ID["clock"]:
+                _read_clock_mark(self.process, int(block.ts[i]), args)
             elif block.name[i] == ID["end"]:
                 self.process.ended = True
                 self.process.expected = take_whole_number(args.get("num_events"), MAX_WHOLE, 0)
@@ -161,6 +162,18 @@ class TraceReader:
             self._read_metadata(ID.get(kind, 0), 0, {"name": key, "value": value})
         else:
             self.process.bad_lines += 1
+
+
+def _read_clock_mark(process: TracedProcess, at: int, args: dict) -> None:
+    """The end of a barrier, or a clock's offset. The first of a kind counts."""
+    when, ahead = args.get("when"), str(args.get("ahead_us", ""))
+    error = take_whole_number(args.get("error_us"), MAX_TS, -1)
+    if when not in ("start", "end"):
+        return
+    if not ahead:
+        process.barriers.setdefault(when, at)
+    elif error >= 0 and re.fullmatch(r"-?[0-9]{1,16}", ahead):
+        process.offsets.setdefault(when, (at, int(ahead), error))
 
 
 def _parse_record(line: bytes) -> tuple[bytes, bytes, bytes] | None:
@@ -206,8 +219,7 @@ def read_heads(run_dir: str | Path, opened: Opener = open_trace) -> list[TracedP
         for number, process in enumerate(found):
             if "start" not in process.barriers:
                 found[number] = process = _read_head(process.path, strings, HEAD_BLOCKS, opened)
-            for at in end_barrier(process.path, opened):
-                process.barriers.setdefault("end", at)
+            read_end_marks(process, opened)
     return assign_ranks(found)
 
 
@@ -220,21 +232,19 @@ def _read_head(path: Path, strings: StringTable, most: int, opened: Opener) -> T
     return reader.process
 
 
-def end_barrier(path: Path, opened: Opener = open_trace) -> list[int]:
-    """When the barrier at the end was, from the file's last stretch alone."""
+def read_end_marks(process: TracedProcess, opened: Opener = open_trace) -> None:
+    """The clock's marks at the end, from the file's last stretch alone."""
     lines = [
-        line for line in read_tail(path, opened).splitlines()
+        line for line in read_tail(process.path, opened).splitlines()
         if len(line) < MAX_CLOCK_LINE and b'"clock"' in line and b'"end"' in line
     ]  # fmt: skip
     text = bytearray(b"\n".join([*lines[-100:], b""]))
     if not lines:
-        return []
-    size, strings, found = len(text), StringTable(), []
+        return
+    size, strings = len(text), StringTable()
     block = scan_block(np.frombuffer(text + bytes(PAD), np.uint8), size, strings)
     for i in np.flatnonzero(block.cat == ID["clock"]).tolist():
-        if block.args(i, strings).get("when") == "end":
-            found.append(int(block.ts[i]))
-    return found[-1:]
+        _read_clock_mark(process, int(block.ts[i]), block.args(i, strings))
 
 
 def assign_ranks(found: list[TracedProcess]) -> list[TracedProcess]:

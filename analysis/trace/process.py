@@ -21,6 +21,8 @@ class TracedProcess:
     pid: int = -1
     threads: dict[int, str] = field(default_factory=dict)  # tid -> name
     barriers: dict[str, int] = field(default_factory=dict)  # "start", "end" -> us on this host's clock
+    # "start", "end" -> us on this host's clock, by how much it is ahead of the first rank's, and the error
+    offsets: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     events: int = 0  # as DFTracer counts them
     file_systems: list[str] = field(default_factory=list)  # JSON, one of each folder of the run
     io_error: str = ""  # why the kernel's counters of the process are missing

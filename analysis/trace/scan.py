@@ -36,7 +36,7 @@ from analysis.trace.strings import (
 
 INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that StringTable is too full for
 EVENT, METADATA = 1, 4
-_HHASH, _NUMERIC = ID["hhash"], tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes"))
+_HHASH, _NUMERIC = ID["hhash"], tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes", "value"))
 # Arguments that are used as whole numbers: counts, places in files, bytes, positions in the training.
 _COUNTS = tuple(ID[key] for key in (
     "offset", "count", "ret", "size", "bytes", "epoch", "step", "batch", "num_events",

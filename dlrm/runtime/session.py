@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from common.memory import is_out_of_memory
 from dlrm.runtime import accelerate, trace
+from dlrm.runtime.clock_offset import ROUND_TRIPS, answer_host, measure_offset
 from dlrm.runtime.entry import print_error
 from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError
 from dlrm.runtime.heartbeat import Heartbeat, is_broken_connection
@@ -25,6 +26,7 @@ from dlrm.runtime.signed_store import SignedStore
 
 T = TypeVar("T")
 _store: Any = None  # of the open session
+_here = Ranks()  # this rank in the open session
 # A collective may take this many times --timeout: a rank that is slow (a full file system, a long
 # compilation) but sends its heartbeat is not lost.
 COLLECTIVE_TIMEOUT_FACTOR = 10
@@ -50,7 +52,8 @@ def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
     When the block raises, all ranks exit: those whose own code raised nothing raise LostRank, or are ended by
     their heartbeat. The error's attribute `shared` says that all ranks raise it alike.
     """
-    global _store
+    global _store, _here
+    _here = here
     with trace.span("startup", "process_group"):
         device = choose_device(here)
         _store, processes = rendezvous(here, timeout)
@@ -170,9 +173,33 @@ def broadcast_from_first(value: T) -> T:
 
 
 def mark_clock(when: str) -> None:
-    """Mark in every rank's trace the end of one barrier, which all ranks leave at nearly the same time.
+    """Mark in the trace how the clocks of the ranks' hosts compare: once at the start, once at the end.
 
-    Clocks of nodes differ by milliseconds and more. The analysis aligns them by the marks "start" and "end".
+    The first rank of each host records its clock's offset from that of rank 0's host; every rank records the
+    end of one barrier, which all leave at nearly the same time. The analysis puts all hosts on one clock.
+
+    when    "start" or "end"
     """
+    if trace.is_tracing():
+        _mark_offset(when)
     dist.barrier()
     trace.instant("clock", "barrier", when=when)
+
+
+def _mark_offset(when: str) -> None:
+    """Measure and record the offset of each host's clock; nothing where all ranks are on one host."""
+    hosts = gather_from_all(_here.host)
+    asking = [hosts.index(host) for host in dict.fromkeys(hosts) if host != hosts[0]]
+    if not asking or _here.rank not in (0, *asking):
+        return
+    store = clone_store()  # the heartbeat's thread waits on the other connection
+    group = store.name_group(f"clock-{when}")
+    if _here.first:
+        for rank in asking:
+            answer_host(store, group, rank)
+    else:
+        offset = measure_offset(store, group, _here.rank)
+        trace.instant(
+            "clock", "offset", when=when, ahead_us=offset.ahead_us, error_us=offset.error_us,
+            round_trips=ROUND_TRIPS,
+        )  # fmt: skip

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.device_io import IoCounters, IoRecorder, find_file_systems
 from dlrm.runtime.ranks import Ranks
-from dlrm.runtime.tracer_variables import find_traced_folders
+from dlrm.runtime.tracer_variables import PINNED, UNSET, find_traced_folders
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,6 +83,8 @@ def start_tracing(
     with contextlib.suppress(FileExistsError):
         folder.mkdir(parents=True)
         _made_folders.append(folder)
+    for name in UNSET:
+        os.environ.pop(name, None)
     os.environ.update(
         DFTRACER_ENABLE="1",
         DFTRACER_INC_METADATA="1",
@@ -90,6 +92,7 @@ def start_tracing(
         DFTRACER_BIND_SIGNALS="0",
         DFTRACER_DATA_DIR=traced_folders,  # not as the argument data_dirs: "all" would be a folder there
         DFTRACER_WRITE_BUFFER_SIZE=str(BUFFER_BYTES),
+        **PINNED,
     )
     counters = IoCounters()
     file_systems = []

@@ -3,12 +3,21 @@
 DFTRACER_ENABLE    1 or 0: with or without a trace, as TRACE=yes or no of 3_train.sh
 DFTRACER_DATA_DIR  folders, with colons between them: only I/O below them is recorded; "all", the default
 DFTRACER_LOG_FILE  refused: traces are in the run folder, where the analysis finds them
+Those in `PINNED` and `UNSET` are the same in all traced runs, whatever is exported: with other values calls
+would be missing in the trace, or be sums without files.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import UserError, printable
+
+PINNED = {"DFTRACER_TIME_METRIC": "US", "DFTRACER_ENABLE_AGGREGATION": "0", "DFTRACER_TRACE_COMPRESSION": "1"}
+# DFTracer takes some of them as set whatever their value is; the last one names a file with all of these
+UNSET = (
+    "DFTRACER_DISABLE_IO", "DFTRACER_DISABLE_POSIX", "DFTRACER_DISABLE_STDIO", "DFTRACER_DISABLE_TIDS",
+    "DFTRACER_CONFIGURATION",
+)  # fmt: skip
 
 
 def wants_trace(environ: Mapping[str, str]) -> bool:

@@ -201,3 +201,26 @@ trace.stop_tracing()
     out, errors = traced.start(tmp_path, body).communicate(timeout=120)
     off, on = map(float, out.split())
     assert off < 5 and on < 60, errors  # generous: an idle machine needs 0.5 and 6
+
+
+def test_other_settings_of_dftracer_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single events in us, numbers beyond 32 bits among them."""
+    for name, value in {
+        "DFTRACER_TIME_METRIC": "NS", "DFTRACER_ENABLE_AGGREGATION": "1", "DFTRACER_DISABLE_POSIX": "1",
+        "DFTRACER_DISABLE_IO": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    body = """
+trace.start_tracing(run, here, "train")
+fd = os.open(__file__, os.O_RDONLY); os.pread(fd, 10, 0); os.close(fd)
+with trace.span("data", "read", file="/x", bytes=5 << 30):
+    pass
+trace.counter("large", 3e10)
+trace.stop_tracing()
+"""
+    run = traced.run(tmp_path / "run", body)
+    table = events.load_events(run)
+    assert len(table.filter(table["name"] == "pread64")) == 1
+    assert table.filter(table["cat"] == "data")["bytes"].to_list() == [5 << 30]
+    assert table.filter(table["name"] == "large")["value"].to_list() == [3e10]
+    assert abs(table["ts"].max() / 1e6 - time.time()) < 600  # type: ignore[operator]

@@ -218,6 +218,8 @@ def test_a_clock_that_goes_wrong_is_set_right_along_the_way(tmp_path: Path) -> N
         def told(at: int, ahead: int = ahead, gain: int = gain) -> int:
             return at + ahead + at * gain // 1_000_000
 
+        if ahead:  # 30 and 10 us: what the round trips leave uncertain
+            made.span("clock", "offset", told(999_000), 0, when="start", ahead_us=ahead + 30, error_us=40)
         made.span("clock", "barrier", told(1_000_000), 0, when="start")
         begin, end = told(1_200_000), told(10_950_000)
         for step in range(10):
@@ -225,7 +227,10 @@ def test_a_clock_that_goes_wrong_is_set_right_along_the_way(tmp_path: Path) -> N
             made.span("torchrec", "forward", at + 5, until - at - 5, step=step)
             made.span("train", "step", at, until - at, epoch=0, step=step)
         made.span("train", "epoch", begin, end - begin, epoch=0)
-        made.span("clock", "barrier", told(11_000_000), 0, when="end")
+        if ahead:
+            at = told(10_999_000)
+            made.span("clock", "offset", at, 0, when="end", ahead_us=ahead + 230, error_us=40)
+        made.span("clock", "barrier", told(11_000_000 + 3_000 * rank), 0, when="end")
         made.write(tmp_path)
     known = {clock.drift: clock for clock in clocks.make_clocks(events.read_heads(tmp_path)).values()}
     assert set(known) == {0, -200} and known[-200].rate == pytest.approx(-20e-6, rel=1e-3)
@@ -234,22 +239,22 @@ def test_a_clock_that_goes_wrong_is_set_right_along_the_way(tmp_path: Path) -> N
         if "name" in table.columns:
             table = table.filter((table["cat"] == "train") & (table["name"] == "step"))
         one, two = (table.filter(table["rank"] == rank).sort("ts") for rank in (0, 1))
-        assert len(one) == 10 and (one["ts"] - two["ts"]).abs().max() <= 1  # type: ignore[operator]
+        assert len(one) == 10 and (one["ts"] - two["ts"]).abs().max() <= 12  # type: ignore[operator]
         assert (one["dur"] - two["dur"]).abs().max() <= 2  # type: ignore[operator]
         begun[len(begun)] = two["ts"].to_list()
     assert begun[0] == begun[1]
     summary = convert.convert_to_pftrace(tmp_path)
     assert summary.moved == 0  # what was inside another slice still is
     assert summary.clocks == [
-        "clock of b: moved by -40020 us to meet the barrier at the start, "
-        "by -200 us more towards the end (-20 us per s)"
+        "clock of b: moved by -40030 us, right within 40 us (by round trips); "
+        "it gains 20 us per s, give or take 8: corrected"
     ]
     with trace_processor.opened(summary.path) as trace:
         sql = "select ts from slice join thread_track t on track_id = t.id join thread using (utid) "
         sql += "join process using (upid) where slice.name = 'step' and process.name like '{}%' order by ts"
         one, two = (trace.rows(sql.format(name)) for name in ("rank 0", "rank 1"))
         assert len(one) == 10
-        assert all(abs(a - b) <= 1000 for (a,), (b,) in zip(one, two, strict=True))
+        assert all(abs(a - b) <= 12_000 for (a,), (b,) in zip(one, two, strict=True))
 
 
 def test_the_barrier_at_the_end_is_found_from_the_file_s_end_alone(tmp_path: Path) -> None:
@@ -263,9 +268,13 @@ def test_the_barrier_at_the_end_is_found_from_the_file_s_end_alone(tmp_path: Pat
     path = tmp_path / "t.pfw.gz"
     path.write_bytes(b"".join(members) + gzip.compress(b"\x1f\x8b\x08\n" + end.encode(), 0))
     assert path.stat().st_size > 2 << 20
-    assert events.end_barrier(path) == [77_000]
+    process = TracedProcess(path)
+    events.read_end_marks(process)
+    assert process.barriers == {"end": 77_000}
     path.write_bytes(b"".join(members))
-    assert events.end_barrier(path) == []
+    process = TracedProcess(path)
+    events.read_end_marks(process)
+    assert process.barriers == {}
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
@@ -291,4 +300,49 @@ def test_a_run_that_went_on_has_several_jobs() -> None:
     assert shifts == {"one0": 0, "one1": -30, "two0": 0, "two1": -7, "worker": -7}
     assert clocks.measure_clock_skew(found) == {"start": 30}
     told = clocks.describe_moves(found, clocks.make_clocks(found))
-    assert told[0].startswith("clock of b in launch 1: moved by -30 us")
+    assert told[0] == (
+        "clock of b in launch 1: moved by -30 us, right within 5000 us (by barriers); "
+        "its drift is not known: no mark at the end"
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_drift_is_made_of_late_ranks(seed: int) -> None:
+    """Host b is 3 s ahead and drifts not at all, but ranks leave the barriers up to 3 ms apart."""
+    rng = random.Random(seed)
+    ranks = []
+    for rank in range(4):
+        ahead = 3_000_000 * (rank > 1)
+        at = {"start": 10_000_000 + ahead, "end": 20_000_000 + ahead}
+        ranks.append(
+            TracedProcess(
+                Path(str(rank)), rank, world_size=4, host="ab"[rank > 1], first=1,
+                barriers={when: us + rng.randrange(3000) for when, us in at.items()},
+            )
+        )  # fmt: skip
+    found = clocks.make_clocks(ranks)
+    assert all(clock.drift == 0 for clock in found.values())
+    assert abs(found[Path("2")].shift + 3_000_000) <= found[Path("2")].error <= 11_000
+    for when, us in (("start", 13_000_000), ("end", 23_000_000)):  # with round trips: far better
+        ranks[2].offsets[when] = (us, 3_000_000 + rng.randrange(-60, 60), 60)
+    better = clocks.make_clocks(ranks)[Path("3")]
+    assert better.drift == 0 and abs(better.shift + 3_000_000) <= 60 and better.error <= 60
+
+
+@pytest.mark.parametrize("by", ["round trips", "barriers"])
+def test_an_absurd_drift_is_reported(by: str) -> None:
+    """2,000 us per s: round trips prove it, barriers do not; both are told."""
+    one, two = (
+        TracedProcess(Path(h), r, world_size=2, host=h, first=1, barriers={"start": 10_000_000, "end": end})
+        for r, h, end in ((0, "a", 110_000_000), (1, "b", 110_200_000))
+    )
+    if by == "round trips":
+        two.offsets = {"start": (10_000_000, 0, 50), "end": (110_200_000, 200_000, 50)}
+    known = clocks.make_clocks([one, two])
+    (sentence,) = clocks.describe_moves([one, two], known)
+    assert "it gains 2e+03 us per s" in sentence
+    if by == "barriers":
+        assert known[two.path].rate == 0 and "NOT corrected" in sentence
+    else:
+        assert known[two.path].correct_time(110_200_000) == pytest.approx(110_000_000, abs=1)
+        assert "corrected, though a clock is seldom that wrong" in sentence
