@@ -1,6 +1,7 @@
 """What the rules look at, made once from the joined tables; and what a rule gives back."""
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import polars as pl
@@ -11,18 +12,25 @@ from analysis.tables.gather import JoinedTables
 
 TRAIN = ("train", "run")  # `run`: traces without phases
 TABLE_FILE = ".rows"  # the end of the name of an embedding table's file
+MATTERS = 0.01  # of the run: less time to be won is no finding
+MATTERS_HIDDEN = 0.05  # of the run: so much of a rank's time in calls is one, though all of it is hidden
+JUMPS, JUMPING = 1000, 0.5  # requests that jump to another offset, and their share in a file's
 NOT_DATA = r"\.(py|pyc|pyi|so)(\.|$)|/site-packages/|^/(proc|sys|dev|etc)/"
 
 
 @dataclass
 class Finding:
-    """One sentence with a number, what to do about it, and the wall-clock seconds that could be saved."""
+    """One sentence with a number, what to do about it, and the wall-clock seconds that could be saved.
+
+    `ts` and `dur_us` in the evidence are a slice of the trace that shows it: the longest of its kind.
+    """
 
     rule: str
     seconds: float
     text: str
     remedy: str = ""
     evidence: dict[str, Any] = field(default_factory=dict)
+    severity: str = ""  # "high", "medium", "low"; where a rule says none, the seconds decide
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,10 +61,62 @@ class Facts:
         paths = run_settings.list_dataset_paths(self.config)
         self.dataset_files = answers.list_dataset_files(self.joined, paths)
 
+    @cached_property
+    def requests(self) -> pl.DataFrame:
+        """Reads and writes after start-up, a row per rank, operation and file; programs' own files left "
+        "out."""
+        file = pl.col("file")
+        found = self.after_startup("ops").filter(
+            pl.col("op").is_in(["read", "write"]) & file.is_not_null() & ~file.str.contains(NOT_DATA)
+        )
+        sums = pl.col(
+            "count", "bytes", "us", "sequential", "strided", "random", "small", "small_bytes", "small_us",
+            "misaligned", "misaligned_bytes", "misaligned_us",
+        )  # fmt: skip
+        return found.group_by("rank", "op", "file").agg(
+            sums.sum().cast(pl.Int64), pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
+        )
+
+    @cached_property
+    def jumping(self) -> pl.DataFrame:
+        """Of each operation the files in which most requests jump about, and those many (JUMPS, JUMPING)."""
+        found = sum_by_file(self.requests)
+        placed = pl.col("sequential") + pl.col("strided") + pl.col("random")
+        many = (pl.col("random") >= JUMPS) & (pl.col("random") >= JUMPING * placed)
+        return found.filter(many).sort("random", "file", descending=[True, False])
+
+    @cached_property
+    def shared(self) -> pl.DataFrame:
+        """Rows of `requests` of files that several ranks read or write."""
+        ranks = self.requests.group_by("file").agg(pl.col("rank").n_unique().alias("ranks"))
+        return self.requests.join(ranks.filter(pl.col("ranks") > 1), on="file")
+
+    @cached_property
+    def checkpoint_files(self) -> pl.Series:
+        """Files that a checkpoint is written to: those that its spans name, or written while one is saved."""
+        named = self.joined["marks"].filter((pl.col("cat") == "checkpoint") & pl.col("file").is_not_null())
+        names = named["file"].str.split("/").list.last().unique()
+        written = self.joined["ops"].filter((pl.col("op") == "write") & pl.col("file").is_not_null())
+        ours = (pl.col("phase") == "checkpoint") | (
+            pl.col("file").str.split("/").list.last().is_in(names.implode())
+            & pl.col("file").str.contains("checkpoint|/ckpt")
+        )
+        return written.filter(ours)["file"].unique()
+
+    def is_option(self, path: str, *values: object) -> bool:
+        """Whether the run's config.json has one of these values, e.g. is_option("launch.exchange", "
+        ""gloo")."""
+        return run_settings.flatten_options(self.config).get(path) in values
+
     @property
     def is_own_run(self) -> bool:
         """Whether remedies may name the trainer's own options."""
         return "data" in self.config and "launch" in self.config
+
+    @property
+    def is_own_dlrm(self) -> bool:
+        """Whether they may name the options of DLRM's data and tables: BERT4Rec holds its data in memory."""
+        return self.is_own_run and "train_batch_size" not in self.config["data"]
 
     def longest_phase_seconds(self, phase: str) -> float:
         """Of the rank that took longest, in each launch: the ranks run side by side."""
@@ -86,6 +146,17 @@ class Facts:
         """Seconds that less I/O can save: a rank's share of them, at most the I/O that is not hidden."""
         return min(seconds_of_all_ranks / self.breakdown.height, self.exposed_seconds())
 
+    def matters(self, gain: float, seconds_of_all_ranks: float = 0.0) -> bool:
+        """Whether it is worth a sentence: time to be won, or much time in calls though it is hidden now."""
+        wall = self.wall_seconds()
+        in_calls = seconds_of_all_ranks / max(1, self.breakdown.height)
+        return gain > 0 and gain >= MATTERS * wall or in_calls >= max(MATTERS_HIDDEN * wall, 1e-9)
+
+    def exposed_of_ranks(self) -> pl.DataFrame:
+        """Per rank the seconds of I/O and of waiting for data that nothing hides, start-up left out."""
+        work = self.launched.filter(pl.col("phase") != "startup")
+        return work.group_by("rank").agg((pl.col("io_s") + pl.col("wait_s")).sum().alias("seconds"))
+
     def data_reads(self, *phases: str) -> pl.DataFrame:
         """Rows of `reads` for the files that training reads its data from: the dataset, and tables in files.
 
@@ -99,7 +170,7 @@ class Facts:
 
     def advise_larger_reads(self, mean_bytes: float) -> str:
         """How to have larger reads: what keeps them small is the trainer's option, or the data's layout."""
-        if not self.is_own_run:
+        if not self.is_own_dlrm:
             return "Read larger pieces and hand them out from memory."
         sums = (
             self.data_reads(*TRAIN).select(pl.col("sequential", "strided", "random").sum()).row(0, named=True)
@@ -117,3 +188,30 @@ class Facts:
 
     def after_startup(self, table: str) -> pl.DataFrame:
         return self.joined[table].filter(pl.col("phase") != "startup")
+
+
+def sum_by_file(requests: pl.DataFrame) -> pl.DataFrame:
+    """Rows of `Facts.requests`, the ranks added up; `ranks` is how many there are."""
+    sums = pl.exclude("rank", "op", "file", "ts", "max_us", "ranks").sum()
+    longest = pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
+    return requests.group_by("op", "file").agg(sums, pl.col("rank").n_unique().alias("ranks"), *longest)
+
+
+def show_longest(requests: pl.DataFrame) -> dict[str, int]:
+    """The slice of the trace that a finding about these requests shows: the longest one."""
+    if not len(requests):
+        return {}
+    top = requests.sort("max_us", "ts").row(-1, named=True)
+    return {"ts": int(top["ts"]), "dur_us": int(top["max_us"])}
+
+
+def advise_tables_in_files(facts: Facts) -> str:
+    """What reduces reads and writes of embedding tables in files."""
+    if not facts.is_own_dlrm:
+        return (
+            "Keep more of the tables in memory, or gather the rows of several steps before they are written."
+        )
+    return (
+        "These are rows of tables in files: raise --cache_memory_budget_mb, so that more of them stay in "
+        "memory."
+    )

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import polars as pl
 
+from analysis.perfetto.view import make_link
 from analysis.report import plots, summary
 from analysis.report.about import list_about
 from analysis.report.answer import Answer, find_answer
 from analysis.report.facts import Facts, Finding
-from analysis.report.findings import find_all
+from analysis.report.findings import WORTH_SAYING, find_all, list_rules
 from analysis.report.page import (
     Figures,
     ReportEntry,
@@ -19,6 +20,7 @@ from analysis.report.page import (
     format_seconds,
     make_page,
     render_entry,
+    render_table,
     render_tiles,
     to_prose,
 )
@@ -43,9 +45,30 @@ def render_findings(found: list[Finding]) -> str:
         kind = "" if f.seconds else " class=note"
         remedy = re.sub(r"(--\w+)", r"<code>\1</code>", to_prose(f.remedy))
         items.append(
-            f"<li{kind}><b class=won>{won}</b>{to_prose(f.text)} <span class=do>{remedy}</span></li>"
+            f"<li{kind}><b class=won>{won}</b>{to_prose(f.text)} <span class=do>{remedy}</span>"
+            f"{render_place(f)}</li>"
         )
     return f"<ol class=findings>{''.join(items)}</ol>"
+
+
+def render_place(finding: Finding) -> str:
+    """A link that shows in Perfetto what the finding is about; nothing where it names no slice."""
+    if "ts" not in finding.evidence:
+        return ""
+    href = make_link(int(finding.evidence["ts"]), int(finding.evidence["dur_us"]))
+    return f' <a href="{escape(href)}" target="perfetto">show</a>'
+
+
+def render_rules(found: list[Finding]) -> str:
+    """All rules that were looked at, folded: what made no finding is an answer too."""
+    table = pl.DataFrame(list_rules(found)).with_columns(
+        pl.when("found").then(pl.lit("yes")).otherwise(pl.lit("no")).alias("found")
+    )
+    table = table.rename({"others": "also in"})
+    return (
+        f"<details><summary>All {len(table)} rules that were looked at</summary>"
+        f"<p class=soft>{WORTH_SAYING}</p>{render_table(table)}</details>"
+    )
 
 
 def render_header(run: TracedRun, facts: Facts) -> str:
@@ -98,6 +121,7 @@ def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list
         '<h2 id="findings">Findings</h2><p class=soft>By the time there is to win, at best. '
         "What is hidden behind compute does not count.</p>",
         render_findings(found),
+        render_rules(found),
         f'<h2 id="numbers">Numbers</h2>{render_tiles(groups)}',
         f'<h2 id="therun">The run</h2>{render_about(run, facts)}',
     ]

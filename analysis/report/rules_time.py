@@ -1,17 +1,24 @@
-"""Rules over time: waiting, slow ranks, start-up, checkpoints, late steps."""
+"""Rules over time: waiting for data, slow ranks, start-up, late steps."""
 
 import polars as pl
 
-from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding
+from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, show_longest
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import progress
+
+WAITING = 0.05  # of the training
+PRESSURE, PRESSED_PART, PRESSED_IN_A_ROW, LEAST_RANGES = 0.2, 0.5, 4, 10
+SLOW_RANK = 1.25  # times the others' part of a step
+IO_UNEVEN = 0.3  # of the time in I/O of the rank with most
+STARTUP = 0.1  # of the run
+LATE, LATE_PART, LEAST_STEPS = 3.0, 0.02, 20  # times the median step; of the training
 
 
 def find_waiting(f: Facts) -> Finding | None:
     """The main thread waits for data: in data/wait, or reading itself."""
     wall = f.mean_seconds("wall_s", *TRAIN)
     stall = f.mean_seconds("wait_s", *TRAIN) + f.mean_seconds("io_s", *TRAIN)
-    if wall <= 0 or stall < 0.05 * wall:
+    if wall <= 0 or stall < WAITING * wall:
         return None
     evidence: dict[str, object] = {"stall_s": stall, "wall_s": wall}
     name, size_text = "its data", ""
@@ -26,12 +33,57 @@ def find_waiting(f: Facts) -> Finding | None:
             remedy = "These are tables in files: raise --cache_memory_budget_mb."
         elif mean < 1 << 20:
             remedy = f.advise_larger_reads(mean)
+        elif f.is_own_dlrm and find_persistent_pressure(f):
+            remedy = (
+                "Stage the data on the node, or hold it in memory (--source memory): --prefetch_batches "
+                "evens out "
+                "single late reads only, and it waits all the time."
+            )
         elif f.is_own_run:
             remedy = "Raise --prefetch_batches, stage the data on the node, or hold it in memory."
     text = (
         f"{stall / wall:.0%} of the training's time is waiting for data, most of all for {name}{size_text}."
     )
+    steps = f.joined["steps"].filter(pl.col("wait_us") + pl.col("io_us") > 0)
+    evidence |= _show_step(steps, pl.col("wait_us") + pl.col("io_us"))
     return Finding("waiting", stall, text, remedy, evidence)
+
+
+def _show_step(steps: pl.DataFrame, by: pl.Expr) -> dict[str, object]:
+    """The step with most of this, as evidence."""
+    if not len(steps):
+        return {}
+    top = steps.sort(by, "ts").row(-1, named=True)
+    return {"ts": int(top["ts"]), "dur_us": int(top["wall_us"])}
+
+
+def find_persistent_pressure(f: Facts) -> Finding | None:
+    """The training waits for data from its begin to its end, not now and then."""
+    ranges = progress.sum_step_ranges(f.joined)
+    if ranges.height < LEAST_RANGES:
+        return None
+    stall = pl.col("wait_s") + pl.col("io_s")
+    pressed = ranges.select(stall >= PRESSURE * pl.col("wall_s")).to_series()
+    longest = max([0, *(len(run) for run in "".join("x" if each else " " for each in pressed).split())])
+    if pressed.sum() <= PRESSED_PART * len(pressed) or longest < PRESSED_IN_A_ROW:
+        return None
+    seconds = float(ranges.filter(pressed).select(stall.sum()).item()) / max(1, f.ranks.height)
+    text = (
+        f"The training waits for data all the time: in {pressed.sum()} of its {len(pressed)} ranges of steps "
+        f"for {PRESSURE:.0%} or more. Data come in more slowly than they are used, so no queue can hide it."
+    )
+    remedy = "Raise what comes in: larger reads, faster storage, or data held in memory."
+    if f.is_own_dlrm:
+        remedy = "Raise what comes in: hold the dataset in memory (--source memory), or stage it on the node."
+        reads = f.data_reads(*TRAIN).sort("seconds", descending=True)
+        if len(reads) and str(reads["file"][0]).endswith(TABLE_FILE):
+            remedy = "The rows of tables in files come in too slowly: raise --cache_memory_budget_mb."
+    evidence: dict[str, object] = {"ranges": len(pressed), "pressed": int(pressed.sum()), "in_a_row": longest}
+    steps = f.joined["steps"]
+    return Finding(
+        "persistent_pressure", seconds, text, remedy,
+        evidence | _show_step(steps, pl.col("wait_us") + pl.col("io_us")),
+    )  # fmt: skip
 
 
 def find_slow_rank(f: Facts) -> Finding | None:
@@ -42,10 +94,12 @@ def find_slow_rank(f: Facts) -> Finding | None:
     others = f.ranks.filter(pl.col("rank") != late["rank"])
     usual = {c: float(others[c].to_numpy().mean()) for c in ("compute_s", "wait_s", "io_s", "copy_s")}
     own = float(others["own_ms"].quantile(0.5) or 0.0)
-    if own <= 0 or late["own_ms"] < 1.25 * own:
+    if own <= 0 or late["own_ms"] < SLOW_RANK * own:
         return None
     steps = progress.list_steps(f.joined)
     lost = float((steps["own_us"] - steps["own_mean_us"]).sum()) / 1e6
+    if not f.matters(lost):
+        return None
     what = max(usual, key=lambda c: late[c] - usual[c]).removesuffix("_s")
     host = next((p.host for p in f.joined.processes if p.rank == late["rank"]), "")
     text = (
@@ -58,7 +112,31 @@ def find_slow_rank(f: Facts) -> Finding | None:
         "io": "Look at that host's storage and at which files this rank reads.",
     }.get(what, "Look at that host's processor and neighbours; balance the plan if it gives this rank more.")
     evidence = {"rank": late["rank"], "own_ms": late["own_ms"], "others_ms": own, "mostly": what}
+    mine = f.joined["steps"].filter(pl.col("rank") == late["rank"])
+    evidence |= _show_step(mine, pl.col("wall_us") - pl.col("communication_us"))
     return Finding("slow_rank", lost, text, remedy, evidence)
+
+
+def find_io_imbalance(f: Facts) -> Finding | None:
+    """One rank waits for I/O much longer than another, and they wait for it."""
+    ranks = f.exposed_of_ranks().sort("seconds", "rank", descending=[True, False])
+    if ranks.height < 2:
+        return None
+    top, least = ranks.row(0, named=True), float(ranks["seconds"][-1])
+    gain = top["seconds"] - float(ranks["seconds"].to_numpy().mean())
+    if top["seconds"] - least <= IO_UNEVEN * top["seconds"] or not f.matters(gain):
+        return None
+    slow = find_slow_rank(f)
+    if slow and slow.evidence["rank"] == top["rank"] and slow.evidence["mostly"] in ("wait", "io"):
+        return None  # it says the same
+    text = (
+        f"Rank {top['rank']} is {format_seconds(top['seconds'])} in I/O and waiting for data that nothing "
+        f"hides, the rank with the least {format_seconds(least)}."
+    )
+    remedy = "Give the ranks equal parts of the data and of the writing; look at that rank's host and files."
+    evidence = {"rank": top["rank"], "most_s": top["seconds"], "least_s": least}
+    mine = f.requests.filter(pl.col("rank") == top["rank"])
+    return Finding("io_imbalance", gain, text, remedy, evidence | show_longest(mine))
 
 
 def find_slow_startup(f: Facts) -> Finding | None:
@@ -68,26 +146,34 @@ def find_slow_startup(f: Facts) -> Finding | None:
         return None
     jobs = f.launches.height
     first = _sum_slowest(table.group_by("launch", "rank").agg(pl.col("seconds").sum()))
-    of_parts = table.filter(pl.col("part") != "first step").group_by("launch", "part")
-    parts = of_parts.agg(pl.col("seconds").max()).group_by("part").agg(pl.col("seconds").sum())
-    if first < 0.1 * wall or not len(parts):
+    slowest = table.group_by("launch", "part").agg(pl.col("seconds").max())
+    parts = slowest.group_by("part").agg(pl.col("seconds").sum())
+    if first < STARTUP * wall or not len(parts):
         return None
-    part, long = parts.sort("seconds", descending=True).row(0)
+    part, long = parts.sort("seconds", "part", descending=[True, False]).row(0)
     calls = (
         f"; file calls are {format_seconds(f.mean_seconds('io_s', 'startup'))} per rank"
         if f.joined.calls
         else ""
     )
+    name = {"first step": "the first step itself", "between": "what no span covers"}.get(part, part)
     text = (
         f"{'The first step ends' if jobs == 1 else f'The first steps of {jobs} launches end'} after "
         f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; "
-        f"its longest part is {part}, {format_seconds(long)}{calls}."
+        f"its longest part is {name}, {format_seconds(long)}{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
     if part == "imports" and f.mean_seconds("io_s", "startup") > 0.2 * long:  # else it is Python's own work
         remedy = "Put the environment on node-local storage; it is paid once per job, so run longer jobs."
     evidence = {"first_step_s": first, "part": part, "part_s": long}
-    return Finding("startup", long, text, remedy, evidence)
+    marks = f.joined["marks"].filter((pl.col("cat") == "startup") & (pl.col("name") == part))
+    if part == "first step":
+        steps = f.joined["steps"].sort("ts").group_by("launch", "rank").first()
+        evidence |= _show_step(steps, pl.col("wall_us"))
+    elif len(marks):
+        top = marks.sort("dur", "ts").row(-1, named=True)
+        evidence |= {"ts": int(top["ts"]), "dur_us": int(top["dur"])}
+    return Finding("startup", long, text, remedy, evidence, "low")
 
 
 def _sum_slowest(table: pl.DataFrame) -> float:
@@ -95,45 +181,30 @@ def _sum_slowest(table: pl.DataFrame) -> float:
     return float(table.group_by("launch").agg(pl.col("seconds").max())["seconds"].sum())
 
 
-def find_checkpoint_cost(f: Facts) -> Finding | None:
-    """Training pauses while checkpoints are written or loaded."""
-    stall = f.longest_phase_seconds("checkpoint")
-    if stall < 0.02 * f.mean_seconds("wall_s"):
-        return None
-    written = progress.list_checkpoints(f.joined).filter(pl.col("name") == "write")
-    moved, spent = int(written["bytes"].sum()), float(written["seconds"].sum())
-    speed = (
-        f": {format_size(moved)} written at {moved / spent / 1e6:.0f} MB/s per rank"
-        if moved and spent
-        else ""
-    )
-    text = f"Training pauses for {format_seconds(stall)} while checkpoints are saved or loaded{speed}."
-    remedy = "Save less often, or to faster storage; or write in the background."
-    return Finding("checkpoint", stall, text, remedy, {"stall_s": stall, "bytes": moved})
-
-
 def find_late_steps(f: Facts) -> Finding | None:
     """Few steps that take much longer than the others."""
     table = f.joined["steps"]
-    if len(table) < 20:
+    if len(table) < LEAST_STEPS:
         return None
-    late = progress.find_late_steps(f.joined, times=3.0, n=len(table))
+    late = progress.find_late_steps(f.joined, times=LATE, n=len(table))
     first = table.group_by("launch", "rank").agg(pl.col("ts").min())["ts"]
     late = late.filter(~pl.col("ts").is_in(first.to_list()))  # a first step warms up
     if not len(late):
         return None
     by_step = late.group_by("launch", "epoch", "step").agg(pl.col("excess_us").max(), pl.col("why").first())
     lost = float(by_step["excess_us"].sum()) / 1e6
-    if lost < 0.02 * f.mean_seconds("wall_s", *TRAIN):
+    if lost < LATE_PART * f.mean_seconds("wall_s", *TRAIN):
         return None
     why = by_step.group_by("why").agg(pl.col("excess_us").sum()).sort("excess_us", descending=True)["why"][0]
     worst = late.row(0, named=True)
+    many = f"{len(by_step)} steps take" if len(by_step) > 1 else "One step takes"
     text = (
-        f"{len(by_step)} steps take more than three times the median, {format_seconds(lost)} in all; "
+        f"{many} more than three times the median, {format_seconds(lost)} in all; "
         f"the extra time is mostly {why}. The longest is step {worst['step']} on rank {worst['rank']}, "
         f"{format_seconds(worst['wall_us'] / 1e6)}."
     )
     evidence = {"steps": len(by_step), "mostly": why, "longest": worst["step"], "rank": worst["rank"]}
+    evidence |= {"ts": int(worst["ts"]), "dur_us": int(worst["wall_us"])}
     return Finding(
         "late_steps", lost, text, "The table of late steps has links that show them in Perfetto.", evidence
     )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from analysis.report.answer import find_answer
-from analysis.report.findings import Facts, Finding
+from analysis.report.findings import Facts, Finding, list_rules
 from analysis.report.page import format_number, format_seconds, format_size
 from analysis.report.run import TracedRun
 from analysis.tables import answers, progress
@@ -145,6 +145,7 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
         "metrics": {each.key: each.value for each in headlines},
         "headline": {EARLIER_LABELS.get(each.key, each.label): each.value for each in headlines},
         "findings": [finding.as_dict() for finding in found],
+        "rules": list_rules(found),
         "notes": run.notes,
         "answer": find_answer(facts).as_dict(),
         "clocks": list_clocks(j.processes, make_clocks(j.processes)),

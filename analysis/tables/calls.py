@@ -16,6 +16,8 @@ from analysis.trace.windows import spread_bytes
 SLOWEST = 40
 _NONE, _SEQUENTIAL, _RANDOM, _STRIDED = 0, 1, 2, 3
 _OPEN, _SEEK, _DATA, _ELSE = 0, 1, 2, 3
+SMALL_REQUEST = 64 << 10  # a request below this is small
+BLOCK = 4096  # of a file system and of the page cache; a jump into the middle of one is misaligned
 FINE = 256  # latencies below this many us are counted one by one, above in 128 parts of each octave
 
 
@@ -45,7 +47,13 @@ def find_size_bucket(size: np.ndarray) -> np.ndarray:
     return np.frexp(size.astype(np.float64))[1].astype(np.int64) - 1
 
 
-_NEEDED = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed", "order")
+_NEEDED = (
+    "pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed", "order", "misaligned",
+)  # fmt: skip
+_SUMS = (
+    "count", "bytes", "us", "failed", "sequential", "strided", "random", "small", "small_bytes", "small_us",
+    "misaligned", "misaligned_bytes", "misaligned_us",
+)  # fmt: skip
 
 
 def select_declared_io(events: RankEvents) -> pl.DataFrame:
@@ -57,11 +65,12 @@ def make_io_tables(
     rank: int, calls: pl.DataFrame, declared: pl.DataFrame, cuts: Windows
 ) -> dict[str, pl.DataFrame]:
     """Tables ops, extents, claims, sizes, latencies, rates, slowest."""
-    order, extents = follow_calls(calls)
-    calls = calls.with_columns(pl.Series("order", order, pl.UInt8))
+    order, misaligned, extents = follow_calls(calls)
+    calls = calls.with_columns(pl.Series("order", order, pl.UInt8), pl.Series("misaligned", misaligned))
     spans = find_unseen(declared, calls).select(
         "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
         pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
+        pl.lit(False).alias("misaligned"),
     )  # fmt: skip
     made = [_sum_layer(calls.select(_NEEDED), "calls", cuts)]
     if len(spans):
@@ -119,23 +128,10 @@ def _sum_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
     )
     name = pl.lit(layer).alias("layer")
     ops = (
-        frame.group_by("piece", "cat", "name", "op", "file")
-        .agg(
-            pl.len().alias("count"),
-            pl.when(pl.col("op").cast(pl.String).is_in(DATA_OPS)).then("size").sum().alias("bytes"),
-            pl.col("dur").sum().alias("us"),
-            pl.col("dur").max().alias("max_us"),
-            pl.col("failed").sum(),
-            (pl.col("order") == _SEQUENTIAL).sum().alias("sequential"),
-            (pl.col("order") == _STRIDED).sum().alias("strided"),
-            (pl.col("order") == _RANDOM).sum().alias("random"),
-        )
+        _sum_operations(frame)
         .join(pieces, on="piece", how="left")
         .group_by("phase", "epoch", "cat", "name", "op", "file")
-        .agg(
-            pl.col("count", "bytes", "us", "failed", "sequential", "strided", "random").sum(),
-            pl.col("max_us").max(),
-        )
+        .agg(pl.col(_SUMS).sum(), pl.col("ts").sort_by("max_us").last(), pl.col("max_us").max())
     )
     data = frame.select("piece", "op", "ts", "dur", "size")
     data = data.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS))
@@ -169,6 +165,41 @@ def _sum_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
     }
 
 
+def _sum_operations(frame: pl.DataFrame) -> pl.DataFrame:
+    """Per piece, operation and file: sums, how long the longest one took, and when it began."""
+    is_data = pl.col("op").cast(pl.String).is_in(DATA_OPS)
+    is_small = is_data & (pl.col("size") > 0) & (pl.col("size") < SMALL_REQUEST)
+    # time and row in one number: its maximum is the longest one's, without a sort
+    longest = (pl.col("dur").clip(0, (1 << 31) - 1) * (1 << 32) + pl.int_range(pl.len())).alias("longest")
+    found = (
+        frame.lazy()
+        .select(
+            "piece", "cat", "name", "op", "file", "size", "dur", "failed", "order", "misaligned", longest,
+            is_data.alias("data"), is_small.fill_null(False).alias("small"),
+        )
+        .group_by("piece", "cat", "name", "op", "file")
+        .agg(
+            pl.len().alias("count"),
+            pl.col("size").filter("data").sum().alias("bytes"),
+            pl.col("dur").sum().alias("us"),
+            pl.col("dur").max().alias("max_us"),
+            pl.col("failed").sum(),
+            (pl.col("order") == _SEQUENTIAL).sum().alias("sequential"),
+            (pl.col("order") == _STRIDED).sum().alias("strided"),
+            (pl.col("order") == _RANDOM).sum().alias("random"),
+            pl.col("small").sum(),
+            pl.col("size").filter("small").sum().alias("small_bytes"),
+            pl.col("dur").filter("small").sum().alias("small_us"),
+            pl.col("misaligned").sum(),
+            pl.col("size").filter("misaligned").sum().alias("misaligned_bytes"),
+            pl.col("dur").filter("misaligned").sum().alias("misaligned_us"),
+            pl.col("longest").max(),
+        )
+        .collect()
+    )  # fmt: skip
+    return found.with_columns(frame["ts"].gather(found["longest"] & 0xFFFFFFFF)).drop("longest")
+
+
 def make_rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
     """Bytes and operations per stretch of time; a long operation's bytes are spread over its time."""
     width = cuts.bin_us
@@ -186,19 +217,21 @@ def make_rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
     return pl.concat(found)
 
 
-def follow_calls(calls: pl.DataFrame) -> tuple[np.ndarray, pl.DataFrame]:
+def follow_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, pl.DataFrame]:
     """For each call how it follows on the last one of its thread on the file: it begins where that ended, or
-    skips forward by as much as the time before or after, or jumps. And how far into each file the calls
-    reached, which is all that a trace shows of a file's size."""
+    skips forward by as much as the time before or after, or jumps. Whether it skips or jumps into the middle
+    of a BLOCK. And how far into each file the calls reached, which is all that a trace shows of a file's
+    size."""
     group, kind, groups = _group_calls(calls)
     order, reach = np.zeros(len(calls), np.uint8), np.zeros(groups, np.int64)
+    misaligned = np.zeros(len(calls), np.bool_)
     offset, size = (calls[name].fill_null(-1).to_numpy() for name in ("offset", "size"))
     # of each group: position, end of the last call, how far the last skip went, and which call skipped
     position, end, skip, skipped = (np.full(groups, -1) for _ in range(4))
-    _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order)
+    _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order, misaligned)
     far = calls.select("file", pl.Series("reach", reach[group], pl.Int64))
     far = far.filter(pl.col("file").is_not_null() & (pl.col("reach") > 0))
-    return order, far.group_by("file").agg(pl.col("reach").max())
+    return order, misaligned, far.group_by("file").agg(pl.col("reach").max())
 
 
 def _group_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
@@ -215,8 +248,9 @@ def _group_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 @compiled
-def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order):
-    """Fills `order` (uint8 [calls]) and `reach` (int64 [groups]); `follow_calls` says what they mean.
+def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order, misaligned):
+    """Fills `order` (uint8 [calls]), `misaligned` (bool [calls]) and `reach` (int64 [groups]); `follow_calls`
+    says what they mean.
 
     group, kind, offset, size: [calls]; offset and size are -1 where a call has none.
     """
@@ -231,6 +265,7 @@ def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach
             if start >= 0:
                 order[i] = _SEQUENTIAL if end[g] < 0 or start == end[g] else _RANDOM
                 if order[i] == _RANDOM:
+                    misaligned[i] = start % BLOCK != 0
                     if start > end[g] and start - end[g] == skip[g]:
                         order[i] = order[skipped[g]] = _STRIDED
                     skip[g], skipped[g] = start - end[g], i

@@ -22,7 +22,7 @@ from analysis.trace.process import TracedProcess
 from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError
 
-OF_A_LAUNCH = ("time", "steps", "marks")  # tables whose rows hold their launch
+OF_A_LAUNCH = ("time", "steps", "collectives", "marks")  # tables whose rows hold their launch
 Map = Callable[..., Iterable["RankTables"]]
 
 

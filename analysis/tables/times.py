@@ -21,6 +21,7 @@ MEASURES = (
 BINS = 600  # stretches of the timeline, at most, of one rank
 MAX_EPOCHS = 1000  # that are kept apart
 KERNEL_COUNTERS = "proc/"  # the beginning of their names
+MAX_COLLECTIVES = 200_000  # of a rank that are kept
 KEPT_CATS = ("startup", "eval", "checkpoint", "prep")
 
 
@@ -158,8 +159,32 @@ def measure_times(events: RankEvents, main: pl.DataFrame, times: np.ndarray) -> 
     return sums
 
 
+def list_collectives(main: pl.DataFrame, steps: pl.DataFrame) -> pl.DataFrame:
+    """The communication of each step, as the main thread waits in it; spans inside another one are left out.
+
+    `nth`: the how many-th of its name in the step, so that the ranks' spans of one collective can be joined.
+    """
+    begin = steps["ts"].to_numpy()
+    end = begin + steps["dur"].to_numpy()
+    found = main.filter(pl.col("kind") == "communication").sort("ts", "dur", descending=[False, True])
+    place = np.searchsorted(begin, found["ts"].to_numpy(), side="right") - 1
+    inside = (place >= 0) & (found["ts"].to_numpy() < end[place] if len(end) else False)
+    open_until = pl.max_horizontal((pl.col("ts") + pl.col("dur")).cum_max().shift(1).fill_null(0), 0)
+    found = found.select(
+        pl.Series("nth_step", place, pl.Int64), pl.col("name").cast(pl.String), "ts", "dur",
+        outer=pl.col("ts") >= open_until,
+    ).filter(pl.col("outer") & pl.Series(inside, dtype=pl.Boolean))  # fmt: skip
+    numbers = steps.select(
+        pl.int_range(pl.len(), dtype=pl.Int64).alias("nth_step"), "epoch",
+        pl.col("step").fill_null(pl.int_range(pl.len(), dtype=pl.Int64)),
+    )  # fmt: skip
+    found = found.head(MAX_COLLECTIVES).join(numbers, on="nth_step", how="left", maintain_order="left")
+    nth = pl.int_range(pl.len(), dtype=pl.Int64).over("nth_step", "name").alias("nth")
+    return found.select("epoch", "step", "name", nth, "ts", "dur")
+
+
 def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
-    """Tables time (per phase and epoch), steps, busy (timeline), spans (by name), marks, curves."""
+    """Tables time (per phase and epoch), steps, collectives, busy (timeline), spans, marks, curves."""
     pid, tid = find_main_thread(events)
     main = (
         events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
@@ -190,6 +215,7 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
         "steps": steps.select(rank, "epoch", "step", "batch", "ts").with_columns(
             **{k: pl.Series(v) for k, v in by_step.items()}
         ),
+        "collectives": list_collectives(main, steps).select(rank, pl.all()),
         "busy": pl.DataFrame({"bin": bins[:-1], **by_bin}).select(
             rank, pl.lit(width, pl.Int64).alias("width_us"), pl.all()
         ),

@@ -57,6 +57,7 @@ _OPS = [
     (r"(_+[fl]?xstat(at)?(64)?|[fl]?stat(at|fs|vfs|x)?(64)?|f?access(at)?|readlink(at)?)", "stat"),
     (r"(f(data)?sync|msync|sync|fflush|sync_file_range)", "sync"),
     (r"(mmap(64)?|munmap|mremap)", "map"),
+    (r"((posix_)?[fm]advise(64)?|readahead)", "hint"),  # what will be read; moves nothing
 ]  # fmt: skip
 _CALLS = [(re.compile(pattern, re.I), op) for pattern, op in _OPS]
 DATA_OPS = ("read", "write")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ class Made:
             self._meta("FH", file, self.files[file])
         self.span(cat, name, ts, dur, thread, **args, fhash=self.files[file])
 
+    def requests(
+        self,
+        name: str,
+        file: str,
+        n: int,
+        size: int = 1 << 20,
+        dur: int = 50,
+        place: Callable[[int], int] | None = None,
+        begin: int = 10_100,
+        every: int = 200,
+        **args: Any,
+    ) -> "Made":
+        """n calls of one thread, one after the other; place: the offset of the i-th, else behind the last."""
+        for i in range(n):
+            at = i * size if place is None else place(i)
+            self.posix(name, begin + i * every, dur, file, 3, **{"ret": size, "offset": at, **args})
+        return self
+
     def write(self, run: Path, end: bool = True) -> Path:
         folder = run / "trace"
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +87,7 @@ def training(
     rank: int = 0,
     world: int = 1,
     steps: int = 40,
-    wait: int = 100,
+    wait: int | Callable[[int], int] = 100,
     compute: int = 5_000,
     reads: int = 4,
     read_size: int = 1 << 20,
@@ -77,6 +96,7 @@ def training(
     host: str = "n0",
 ) -> Made:
     """A healthy training, or a sick one by its parameters: a step waits, computes, talks; a thread reads.
+    wait may depend on the step.
 
     Every step lasts as long as the longest: a rank that computes less is longer in communication.
     """
@@ -85,11 +105,12 @@ def training(
     made.span("startup", "build", 9_500, 500)
     ts, longest = 10_000, 12_000
     for step in range(steps):
-        own = wait + compute
+        waits = wait if isinstance(wait, int) else wait(step)
+        own = waits + compute
         where = {"epoch": 0, "step": step, "batch": step}
-        made.span("data", "wait", ts, wait, **where)
-        made.span("torchrec", "forward", ts + wait, compute // 2)
-        made.span("torchrec", "backward", ts + wait + compute // 2, compute // 2)
+        made.span("data", "wait", ts, waits, **where)
+        made.span("torchrec", "forward", ts + waits, compute // 2)
+        made.span("torchrec", "backward", ts + waits + compute // 2, compute // 2)
         made.span("torchrec", "wait_sparse_data_dist", ts + own, max(0, longest - own))
         at = ts
         for i in range(reads):

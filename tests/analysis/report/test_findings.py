@@ -27,7 +27,7 @@ def problems(found: dict[str, Finding]) -> set[str]:
 
 
 def test_healthy(tmp_path: Path) -> None:
-    assert problems(found(tmp_path, *(training(rank, 2) for rank in range(2)))) == set()
+    assert problems(found(tmp_path, *(training(rank, 2, compute=11_500) for rank in range(2)))) == set()
 
 
 def test_waiting_for_data(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_metadata(tmp_path: Path) -> None:
     for i in range(900):
         made.posix("open64", 10_100 + i * 400, 300, f"/data/{i}")
     finding = found(tmp_path, made)["metadata"]
-    assert "900 opens, seeks, stats and closes; open alone is 900 calls and 270 ms" in finding.text
+    assert "moves no byte and is no hint: 900 opens 270 ms" in finding.text
     assert finding.seconds == pytest.approx(0.27)
 
 
@@ -198,7 +198,8 @@ def test_late_steps(tmp_path: Path) -> None:
     made.span("train", "step", end, 300_000, epoch=0, step=60, batch=60)
     made.span("data", "wait", end, 280_000, epoch=0, step=60, batch=60)
     finding = found(tmp_path, made)["late_steps"]
-    assert finding.evidence == {"steps": 1, "mostly": "wait", "longest": 60, "rank": 0}
+    assert finding.evidence.items() >= {"steps": 1, "mostly": "wait", "longest": 60, "rank": 0}.items()
+    assert finding.evidence["dur_us"] == 300_000  # the slice that its link shows
     assert finding.seconds == pytest.approx(0.288, rel=0.01)
 
 
@@ -226,9 +227,8 @@ def test_failed_calls(tmp_path: Path) -> None:
     made = training()
     made.posix("write", 20_000, 5, "/full/disk", ret=-1, count=10)
     finding = found(tmp_path, made)["failed"]
-    assert (
-        finding.seconds == 0 and "1 reads or writes failed, most of them write of /full/disk" in finding.text
-    )
+    assert finding.seconds == 0 and finding.severity == "high"
+    assert finding.text == "A read or write failed: write of /full/disk."
 
 
 def test_order_and_start_up(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_order_and_start_up(tmp_path: Path) -> None:
     result = found(tmp_path, made)
     assert list(result) == sorted(result, key=lambda rule: -result[rule].seconds)
     startup = result["startup"]
-    assert startup.evidence["part"] == "imports" and startup.seconds == pytest.approx(0.009)
+    assert startup.evidence["part"] == "first step" and startup.seconds == pytest.approx(0.012)
     assert startup.evidence["first_step_s"] == pytest.approx(0.022)
 
 

@@ -1,0 +1,410 @@
+"""Rules over files: shared by ranks, read or written again and again, mapped; and calls that move no byte."""
+
+import polars as pl
+
+from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, show_longest
+from analysis.report.page import format_seconds, format_size
+from analysis.tables import answers
+from analysis.tables.calls import BLOCK, SMALL_REQUEST
+
+SHARED_COUNT = 1000  # small or misaligned requests
+SHARED_PART = 0.1  # of the requests of a shared file
+STRAGGLES = 0.15  # of the slowest rank's time, or of the largest rank's bytes
+UNEVEN = 0.3  # of the largest rank's bytes
+AGAIN = 1.5  # times the size of a file
+AGAIN_BYTES, AGAIN_PART = 16 << 20, 0.1  # at least, and of all bytes read, or written
+METADATA_PART = 0.3  # of the time in file calls
+METADATA_RANK_S = 30.0
+HINTS_PART = 0.1
+SYNC_PART = 0.02  # of the run
+AMPLIFIED = 1.2  # times the bytes asked for
+METADATA_OPS = ("open", "close", "stat", "seek", "other")
+
+
+def find_shared_requests(f: Facts) -> Finding | None:
+    """Small or misaligned requests on a file that ranks share and write: they take locks from each other."""
+    written = f.shared.filter(pl.col("op") == "write")["file"].unique()
+    rows = f.shared.filter(
+        pl.col("file").is_in(written.implode()) & ~pl.col("file").str.ends_with(TABLE_FILE)
+    )
+    longest = pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
+    sums = pl.col("count", "us", "small", "small_bytes", "small_us", "misaligned", "misaligned_us").sum()
+    files = rows.group_by("file").agg(sums, pl.col("ranks").first(), *longest)
+    many = [
+        (pl.col(name) >= SHARED_COUNT) & (pl.col(name) > SHARED_PART * pl.col("count"))
+        for name in ("small", "misaligned")
+    ]
+    files = files.filter(many[0] | many[1]).sort("us", "file", descending=[True, False])
+    if not len(files):
+        return None
+    spent = float(files.select(pl.max_horizontal("small_us", "misaligned_us").sum()).item()) / 1e6
+    gain = f.limit_gain(spent)
+    if not f.matters(gain, spent):
+        return None
+    top = files.row(0, named=True)
+    kinds = [
+        f"{top[name]:,} are {what}"
+        for name, what in (
+            ("small", f"smaller than {format_size(SMALL_REQUEST)}"),
+            ("misaligned", f"not at a multiple of {BLOCK:,} bytes"),
+        )
+        if top[name] > SHARED_PART * top["count"]
+    ]
+    text = (
+        f"{top['ranks']} ranks share {top['file']} and write it: of {top['count']:,} requests "
+        f"{' and '.join(kinds)}. They take {format_seconds(spent)}, added up over the ranks: the ranks "
+        "wait for "
+        "each other's locks."
+    )
+    remedy = "Give each rank a file, or a stretch that begins at a block; or let one rank write for its node."
+    evidence = {name: int(top[name]) for name in ("ranks", "count", "small", "misaligned")}
+    evidence |= {"file": top["file"], "seconds_all_ranks": spent}
+    return Finding("shared_requests", gain, text, remedy, evidence | show_longest(files))
+
+
+def find_stragglers(f: Facts) -> Finding | None:
+    """One rank takes longer than another for its part of a shared file."""
+    files = compare_shared(f).filter(
+        (pl.col("by_bytes") <= UNEVEN) & (pl.max_horizontal("by_time", "by_bytes") > STRAGGLES)
+    )
+    files = files.sort("late_us", "file", descending=[True, False])
+    if not len(files):
+        return None
+    top = files.row(0, named=True)
+    gain = min(top["late_us"] / 1e6, _exposed_of(f, top["slowest"]))
+    if not f.matters(gain):
+        return None
+    same = "the same bytes" if top["by_bytes"] < 0.01 else f"{top['by_bytes']:.0%} more bytes at most"
+    text = (
+        f"Rank {top['slowest']} spends {format_seconds(top['most_us'] / 1e6)} in {top['file']}, which "
+        f"{top['ranks']} ranks share; the quickest of them {format_seconds(top['least_us'] / 1e6)}, for "
+        f"{same}."
+    )
+    remedy = "Look at that rank's host: its path to the storage, and who else uses it."
+    evidence = {
+        "file": top["file"], "rank": top["slowest"], "by_time": top["by_time"], "by_bytes": top["by_bytes"],
+        "ts": top["ts"], "dur_us": top["dur_us"],
+    }  # fmt: skip
+    return Finding("stragglers", gain, text, remedy, evidence)
+
+
+def find_file_imbalance(f: Facts) -> Finding | None:
+    """One rank moves much more of a shared file than another."""
+    files = compare_shared(f).filter(pl.col("by_bytes") > UNEVEN)
+    files = files.sort("more_us", "file", descending=[True, False])
+    if not len(files):
+        return None
+    top = files.row(0, named=True)
+    gain = min(top["more_us"] / 1e6, _exposed_of(f, top["largest"]))
+    if not f.matters(gain):
+        return None
+    text = (
+        f"Rank {top['largest']} moves {format_size(top['most_bytes'])} of {top['file']}, which "
+        f"{top['ranks']} "
+        f"ranks share, and the rank with the least {format_size(top['least_bytes'])}."
+    )
+    remedy = "Cut the file into equal parts for the ranks, or let all of them read and write."
+    evidence = {
+        "file": top["file"], "rank": top["largest"], "by_bytes": top["by_bytes"],
+        "ts": top["ts"], "dur_us": top["dur_us"],
+    }  # fmt: skip
+    return Finding("file_imbalance", gain, text, remedy, evidence)
+
+
+def compare_shared(f: Facts) -> pl.DataFrame:
+    """Per shared file and operation how much its ranks' times and bytes differ: 0 not at all, 1 entirely.
+
+    late_us: how much longer the slowest rank takes than the mean one; more_us: the same of the rank that
+    moves most bytes.
+    """
+    found = f.shared.group_by("op", "file").agg(
+        pl.len().alias("ranks"),
+        pl.col("us").min().alias("least_us"), pl.col("us").max().alias("most_us"),
+        pl.col("bytes").min().alias("least_bytes"), pl.col("bytes").max().alias("most_bytes"),
+        (pl.col("us").max() - pl.col("us").mean()).alias("late_us"),
+        (pl.col("us").sort_by("bytes", "rank").last() - pl.col("us").mean()).alias("more_us"),
+        pl.col("rank").sort_by("us", "rank").last().alias("slowest"),
+        pl.col("rank").sort_by("bytes", "rank").last().alias("largest"),
+        pl.col("ts").sort_by("us", "rank").last(),
+        pl.col("max_us").sort_by("us", "rank").last().alias("dur_us"),
+    )  # fmt: skip
+    return found.filter(pl.col("ranks") > 1).with_columns(
+        (1 - pl.col("least_us") / pl.col("most_us").clip(1)).alias("by_time"),
+        (1 - pl.col("least_bytes") / pl.col("most_bytes").clip(1)).alias("by_bytes"),
+    )
+
+
+def _exposed_of(f: Facts, rank: int) -> float:
+    """Seconds of a rank's I/O and waiting that nothing hides: what less I/O on it can save."""
+    return float(f.exposed_of_ranks().filter(pl.col("rank") == rank)["seconds"].sum())
+
+
+def find_redundant_reads(f: Facts) -> Finding | None:
+    """More bytes are read of a file, in one epoch or outside of the training, than there are in it."""
+    amplified = _list_amplified(f)["file"]
+    found = _find_again(f, "read")
+    found = found.filter(~pl.col("file").is_in(amplified.implode()))
+    if not len(found):
+        return None
+    extra, spent = int(found["extra"].sum()), float(found["extra_us"].sum()) / 1e6
+    top, gain = found.row(0, named=True), f.limit_gain(spent)
+    if not (found["of_rank"] > AGAIN).any() and not f.matters(gain):
+        return None  # each rank reads it once; that costs nothing here
+    when = " in one epoch" if top["epoch"] is not None else ""
+    text = (
+        f"{top['file']} is read {top['times']:.1f} times over{when}: {format_size(top['moved'])} of "
+        f"{format_size(top['reach'])}, by {top['ranks']} rank{'s' if top['ranks'] > 1 else ''}. In all "
+        f"{format_size(extra)} are read again, in {format_seconds(spent)}, added up over the ranks."
+    )
+    remedy = "Keep what was read until it is used, and let each rank read its own part once."
+    if f.is_own_dlrm and top["file"] in f.dataset_files:
+        remedy = "If the dataset fits into memory, hold it there: --source memory reads it once."
+    evidence = {"file": top["file"], "times": top["times"], "bytes_again": extra, "seconds_all_ranks": spent}
+    return Finding("redundant_reads", gain, text, remedy, evidence | _show(f, "read", top["file"]))
+
+
+def find_redundant_writes(f: Facts) -> Finding | None:
+    """The same places of a file are written again while it is open."""
+    found = _find_again(f, "write")
+    if not len(found):
+        return None
+    extra, spent = int(found["extra"].sum()), float(found["extra_us"].sum()) / 1e6
+    top, gain = found.row(0, named=True), f.limit_gain(spent)
+    text = (
+        f"{top['file']} is written {top['times']:.1f} times over: {format_size(top['moved'])} for a file of "
+        f"{format_size(top['reach'])}. In all {format_size(extra)} are written again, in "
+        f"{format_seconds(spent)}, added up over the ranks."
+    )
+    remedy = "Change the data in memory and write each place once."
+    evidence = {"file": top["file"], "times": top["times"], "bytes_again": extra, "seconds_all_ranks": spent}
+    return Finding("redundant_writes", gain, text, remedy, evidence | _show(f, "write", top["file"]))
+
+
+def _find_again(f: Facts, op: str) -> pl.DataFrame:
+    """Files that are read or written more than AGAIN times over, those with most bytes first.
+
+    A file that is opened anew to be written is a new file; tables in files have rules of their own.
+    """
+    ops = f.after_startup("ops").filter(pl.col("file").is_not_null() & (pl.col("layer") == "calls"))
+    own = ops.filter((pl.col("op") == op) & ~pl.col("file").str.ends_with(TABLE_FILE))
+    found = own.group_by("file", "phase", "epoch", "rank").agg(pl.col("bytes", "us").sum().cast(pl.Int64))
+    found = found.group_by("file", "phase", "epoch").agg(
+        pl.col("bytes").sum().alias("moved"), pl.col("bytes").max().alias("most"), pl.col("us").sum(),
+        pl.len().alias("ranks"),
+    )  # fmt: skip
+    reach = f.joined["extents"].group_by("file").agg(pl.col("reach").max())
+    found = found.join(reach, on="file")
+    if op == "write":
+        opened = f.joined["ops"].filter(pl.col("op") == "open").group_by("file").agg(pl.col("count").sum())
+        found = found.join(opened, on="file", how="left")
+        found = found.with_columns(pl.col("reach") * pl.col("count").fill_null(1).clip(1))
+    evaluations = f.joined["marks"].filter((pl.col("cat") == "eval") & (pl.col("name") == "evaluate"))
+    passes = pl.when(pl.col("phase") == "evaluate").then(_count_most(evaluations)).otherwise(1)
+    once = pl.col("reach") * passes * f.launches.height
+    least = max(AGAIN_BYTES, int(AGAIN_PART * int(ops.filter(pl.col("op") == op)["bytes"].sum())))
+    found = found.with_columns(
+        (pl.col("moved") / once).alias("times"),
+        (pl.col("most") / once).alias("of_rank"),
+        (pl.col("moved") - once).alias("extra"),
+    ).filter((pl.col("times") > AGAIN) & (pl.col("extra") >= least))
+    return found.with_columns(
+        (pl.col("us") * pl.col("extra") / pl.col("moved")).alias("extra_us")
+    ).sort("extra", "file", descending=[True, False])  # fmt: skip
+
+
+def _count_most(marks: pl.DataFrame) -> int:
+    """Of the rank that has most of these."""
+    return max([1, *marks.group_by("rank").len()["len"].to_list()])
+
+
+def _show(f: Facts, op: str, file: str) -> dict[str, int]:
+    return show_longest(f.requests.filter((pl.col("op") == op) & (pl.col("file") == file)))
+
+
+def _list_amplified(f: Facts) -> pl.DataFrame:
+    return answers.compare_declared(f.joined).filter(
+        (pl.col("op") == "read")
+        & (pl.col("times") > AMPLIFIED)
+        & (pl.col("moved") - pl.col("asked") > 1 << 20)
+    )
+
+
+def find_amplified_reads(f: Facts) -> Finding | None:
+    """More bytes moved than asked for."""
+    table = _list_amplified(f)
+    if not len(table):
+        return None
+    extra = int((table["moved"] - table["asked"]).sum())
+    spent = float((table["us"] * (1 - 1 / table["times"])).sum()) / 1e6
+    top = table.row(0, named=True)
+    text = (
+        f"{format_size(extra)} more are read than the loader asked for; {top['file']} is read "
+        f"{top['times']:.1f} times over."
+    )
+    remedy = "Keep what was read until it is used: whole batches per read, or fewer passes."
+    evidence = {"bytes": extra, "file": top["file"]} | _show(f, "read", top["file"])
+    return Finding("amplified", f.limit_gain(spent), text, remedy, evidence)
+
+
+def find_mapped_files(f: Facts) -> Finding | None:
+    """Files that the application reads and no call touches: page faults, seen only as slow spans."""
+    reads = f.after_startup("ops").filter((pl.col("layer") == "spans") & (pl.col("op") == "read"))
+    if not len(reads):
+        return _mapped_by_option(f)
+    if f.joined.calls == 0:
+        return None
+    moved, spent = int(reads["bytes"].sum()), float(reads["us"].sum()) / 1e6
+    rate, gain = moved / max(spent, 1e-9) / 1e6, f.limit_gain(spent)
+    if rate > 2000 or gain < 0.02 * f.mean_seconds("wall_s", *TRAIN, "preprocess"):
+        return None
+    slow = reads.group_by("file").agg(pl.col("us").sum()).sort("us", descending=True)["file"][0]
+    text = (
+        f"{format_size(moved)} are read without any call, at {rate:.0f} MB/s, most of the time in {slow}: "
+        "a mapped file that is not in memory comes in by page faults, a few pages at a time."
+    )
+    remedy = "Read the files instead of mapping them, or advise the kernel to read ahead."
+    if f.is_own_dlrm:
+        remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
+    evidence = {"bytes": moved, "MB_per_s": rate, "file": slow} | show_longest(reads)
+    return Finding("mapped", gain, text, remedy, evidence)
+
+
+def _mapped_by_option(f: Facts) -> Finding | None:
+    """The trainer's mapped source has no spans of its reads: its batches take long to assemble."""
+    data = f.config.get("data", {})
+    assembled = f.joined["spans"].filter((pl.col("cat") == "data") & (pl.col("name") == "assemble"))
+    stall, wall = f.mean_seconds("wait_s", *TRAIN), f.mean_seconds("wall_s", *TRAIN)
+    if (
+        not (data.get("mmap_mode") or data.get("source") == "mmap")
+        or not len(assembled)
+        or stall < 0.02 * wall
+    ):
+        return None
+    usual, late = (float(assembled[c].to_numpy().max()) / 1e6 for c in ("p50_us", "p99_us"))
+    text = (
+        "The dataset is mapped, so its bytes come in by page faults, which no trace shows: half of the "
+        f"batches are assembled in {format_seconds(usual)}, one in a hundred takes more than "
+        f"{format_seconds(late)}, and the training waits {format_seconds(stall)} for them."
+    )
+    remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
+    return Finding("mapped", stall, text, remedy, {"p50_s": usual, "p99_s": late, "stall_s": stall})
+
+
+def _sum_metadata(f: Facts) -> pl.DataFrame:
+    """Calls that move no byte and are no hints, by kind: what is no open, close, stat or seek by its name."""
+    calls = f.after_startup("ops").filter(pl.col("layer") == "calls")
+    other = calls.filter(pl.col("op").is_in(METADATA_OPS))
+    kind = pl.when(pl.col("op") == "other").then(pl.col("name")).otherwise(pl.col("op")).alias("kind")
+    longest = pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
+    sums = other.group_by(kind).agg(pl.col("us", "count").sum(), *longest)
+    return sums.sort("us", "kind", descending=[True, False])
+
+
+def _name_kinds(kinds: pl.DataFrame) -> str:
+    """The three that take longest, e.g. "900 opens 270 ms, 900 closes 3 ms"."""
+    names = {"open": "opens", "close": "closes", "stat": "stats", "seek": "seeks"}
+    parts = [
+        f"{row['count']:,} {names.get(row['kind'], row['kind'])} {format_seconds(row['us'] / 1e6)}"
+        for row in kinds.head(3).iter_rows(named=True)
+    ]
+    return ", ".join(parts)
+
+
+def find_metadata_load(f: Facts) -> Finding | None:
+    """Opens, seeks, stats and closes that cost as much as the reading. Hints to the kernel are left out."""
+    kinds = _sum_metadata(f)
+    calls = f.after_startup("ops").filter((pl.col("layer") == "calls") & (pl.col("op") != "hint"))
+    spent, whole = float(kinds["us"].sum()) / 1e6, float(calls["us"].sum()) / 1e6
+    gain = f.limit_gain(spent)
+    if not len(kinds) or spent < METADATA_PART * whole or not f.matters(gain):
+        return None
+    text = (
+        f"{spent / whole:.0%} of the time in file calls moves no byte and is no hint: {_name_kinds(kinds)}, "
+        "added up over the ranks."
+    )
+    remedy = "Keep files open, and put many small files into few large ones."
+    if kinds["kind"][0] == "seek":
+        remedy = "Read with pread, which needs no seek."
+    number, top = int(kinds["count"].sum()), kinds["kind"][0]
+    evidence = {"seconds_all_ranks": spent, "calls": number, "top": top}
+    return Finding("metadata", gain, text, remedy, evidence | show_longest(kinds))
+
+
+def find_metadata_time(f: Facts) -> Finding | None:
+    """One rank spends long in calls that move no byte, start-up included."""
+    calls = f.joined["ops"].filter((pl.col("layer") == "calls") & pl.col("op").is_in(METADATA_OPS))
+    ranks = calls.group_by("rank").agg(pl.col("us", "count").sum())
+    ranks = ranks.sort("us", "rank", descending=[True, False])
+    if not len(ranks) or ranks["us"][0] <= METADATA_RANK_S * 1e6:
+        return None
+    top = ranks.row(0, named=True)
+    own = calls.filter(pl.col("rank") == top["rank"])
+    early = float(own.filter(pl.col("phase") == "startup")["us"].sum()) / 1e6
+    spent = top["us"] / 1e6
+    not_hidden = early + float(f.exposed_of_ranks().filter(pl.col("rank") == top["rank"])["seconds"].sum())
+    text = (
+        f"Rank {top['rank']} spends {format_seconds(spent)} in {top['count']:,} opens, closes, stats, "
+        "seeks and "
+        f"other calls that move no byte, {format_seconds(early)} of them before its first step."
+    )
+    remedy = "Open fewer files: many small ones in few large ones."
+    if early > spent / 2:
+        remedy = "Most of it is Python looking for its modules: put the environment on node-local storage."
+    evidence = {"rank": top["rank"], "calls": top["count"], "startup_s": early}
+    return Finding("metadata_time", min(spent, not_hidden), text, remedy, evidence | show_longest(own))
+
+
+def find_hint_cost(f: Facts) -> Finding | None:
+    """Hints to the kernel (fadvise) that take long themselves."""
+    calls = f.after_startup("ops").filter(pl.col("layer") == "calls")
+    hints = calls.filter(pl.col("op") == "hint")
+    spent, whole = float(hints["us"].sum()) / 1e6, float(calls["us"].sum()) / 1e6
+    number, gain = int(hints["count"].sum()), f.limit_gain(spent)
+    if not number or spent < HINTS_PART * whole or not f.matters(gain):
+        return None
+    name = hints.group_by("name").agg(pl.col("us").sum()).sort("us", descending=True)["name"][0]
+    text = (
+        f"{number:,} hints to the kernel ({name}) take {format_seconds(spent)}, added up over the ranks, "
+        f"{spent / whole:.0%} of the time in file calls: they wait for the device's queue."
+    )
+    remedy = "Give fewer hints, each for a longer stretch."
+    if f.is_own_dlrm:
+        remedy = (
+            "They come before reads of tables in files: raise --cache_memory_budget_mb to have fewer of them."
+        )
+    evidence = {"calls": number, "seconds_all_ranks": spent, "name": name}
+    return Finding("hints", gain, text, remedy, evidence | show_longest(hints))
+
+
+def find_sync_cost(f: Facts) -> Finding | None:
+    """The main thread or a pause waits until written data are on the device."""
+    calls = f.after_startup("ops").filter((pl.col("layer") == "calls") & (pl.col("op") == "sync"))
+    spent, number = float(calls["us"].sum()) / 1e6, int(calls["count"].sum())
+    not_hidden = f.exposed_seconds() + f.longest_phase_seconds("checkpoint")
+    gain = min(spent / max(1, f.breakdown.height), not_hidden)
+    if not number or gain < SYNC_PART * f.wall_seconds():
+        return None
+    top = calls.sort("us", "max_us").row(-1, named=True)
+    text = (
+        f"{number:,} calls of {top['name']} wait {format_seconds(spent)} until written data are on the "
+        "device, "
+        f"added up over the ranks; the longest "
+        f"{format_seconds(float(calls['max_us'].to_numpy().max()) / 1e6)}."
+    )
+    remedy = "Sync once, after the last write, or from a thread that the training does not wait for."
+    evidence = {"calls": number, "seconds_all_ranks": spent, "file": top["file"]}
+    return Finding("sync", gain, text, remedy, evidence | show_longest(calls))
+
+
+def find_failed_calls(f: Facts) -> Finding | None:
+    """Reads or writes that returned an error."""
+    bad = f.joined["ops"].filter((pl.col("failed") > 0) & pl.col("op").is_in(["read", "write"]))
+    if not len(bad):
+        return None
+    top = bad.sort("failed", descending=True).row(0, named=True)
+    number = int(bad["failed"].sum())
+    most = "most of them " if number > 1 else ""
+    many = f"{number:,} reads or writes" if number > 1 else "A read or write"
+    text = f"{many} failed: {most}{top['name']} of {top['file'] or 'a file without a name'}."
+    evidence = {"calls": number, "file": top["file"]} | show_longest(bad)
+    return Finding("failed", 0.0, text, "Look at that file.", evidence, "high")
