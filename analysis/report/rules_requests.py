@@ -107,7 +107,7 @@ def find_random_access(f: Facts) -> Finding | None:
     top = jumping.row(0, named=True)
     text = (
         f"{share:.0%} of the reads of {top['file']}{_count_others(jumping)} jump to another offset, "
-        f"{format_size(top['bytes'] / top['count'])} at a time: no file system reads ahead for that. They "
+        f"{format_size(_mean_bytes(jumping))} at a time: no file system reads ahead for that. They "
         "take "
         f"{format_seconds(spent)}, added up over the ranks.{_say_hidden(gain)}"
     )
@@ -130,7 +130,7 @@ def find_random_writes(f: Facts) -> Finding | None:
     top = jumping.row(0, named=True)
     text = (
         f"{share:.0%} of the writes to {top['file']}{_count_others(jumping)} jump to another offset, "
-        f"{format_size(top['bytes'] / top['count'])} at a time: {int(jumping['random'].sum()):,} of them, "
+        f"{format_size(_mean_bytes(jumping))} at a time: {int(jumping['random'].sum()):,} of them, "
         f"{format_size(int(jumping['bytes'].sum()))} in all. They take {format_seconds(spent)}, added up "
         "over "
         f"the ranks.{_say_hidden(gain)}"
@@ -143,19 +143,22 @@ def find_random_writes(f: Facts) -> Finding | None:
     return Finding("random_writes", gain, text, remedy, evidence | show_longest(jumping))
 
 
+def _mean_bytes(files: pl.DataFrame) -> float:
+    return int(files["bytes"].sum()) / max(1, int(files["count"].sum()))
+
+
 def _find_random(f: Facts, op: str) -> tuple[pl.DataFrame, float, float, float] | None:
-    """(files that are accessed at random, the share in the first, seconds of all ranks, seconds to be "
-    "won)."""
+    """(files that are accessed at random, their share of jumps, seconds of all ranks, seconds to be won)."""
     found = f.jumping.filter((pl.col("op") == op) & (pl.col("bytes") < LARGE_REQUEST / 8 * pl.col("count")))
     if not len(found):
         return None
-    top = found.row(0, named=True)
     share = pl.col("random") / (pl.col("sequential") + pl.col("strided") + pl.col("random"))
+    sums = found.select(pl.col("random", "sequential", "strided").sum())
     spent = float(found.select((pl.col("us") * share).sum()).item()) / 1e6
     gain = f.limit_gain(spent)
     if not f.matters(gain, spent):
         return None
-    return found, top["random"] / (top["sequential"] + top["strided"] + top["random"]), spent, gain
+    return found, float(sums.select(share).item()), spent, gain
 
 
 def _count_others(files: pl.DataFrame) -> str:
@@ -259,6 +262,9 @@ def find_slow_tail(f: Facts) -> Finding | None:
     slow = reads.filter(pl.col("us") > last)
     tail, number = float(slow.select(total.sum()).item()), max(1, int(slow["count"].sum()))
     gain = f.limit_gain(tail / 1e6)
+    jumping = int(f.jumping.filter(pl.col("op") == "read")["us"].sum())
+    if 2 * jumping > int(f.requests.filter(pl.col("op") == "read")["us"].sum()):
+        return None  # what is cached is quick, what is not is slow: the rule on random reads says what to do
     if tail < 0.3 * spent or tail / number < 10 * middle or gain < MATTERS / 2 * f.wall_seconds():
         return None
     text = (

@@ -11,6 +11,7 @@ PRESSURE, PRESSED_PART, PRESSED_IN_A_ROW, LEAST_RANGES = 0.2, 0.5, 4, 10
 SLOW_RANK = 1.25  # times the others' part of a step
 IO_UNEVEN = 0.3  # of the time in I/O of the rank with most
 STARTUP = 0.1  # of the run
+READING = 0.1  # of the time that is waited: if reading is less, something else keeps the data back
 LATE, LATE_PART, LEAST_STEPS = 3.0, 0.02, 20  # times the median step; of the training
 
 
@@ -29,7 +30,11 @@ def find_waiting(f: Facts) -> Finding | None:
         mean = float(reads["bytes"].sum()) / max(1, int(reads["count"].sum()))
         size_text = f"; a read moves {format_size(mean)} on average"
         evidence |= {"file": name, "mean_read_bytes": mean}
-        if name.endswith(TABLE_FILE):
+        if _reads_little(f, stall):
+            read_s = float(reads["seconds"].sum()) / max(1, f.breakdown.height)
+            size_text = f", though its reads take {format_seconds(read_s)} per rank only"
+            remedy = _advise_loader(f)
+        elif name.endswith(TABLE_FILE):
             remedy = "These are tables in files: raise --cache_memory_budget_mb."
         elif mean < 1 << 20:
             remedy = f.advise_larger_reads(mean)
@@ -47,6 +52,21 @@ def find_waiting(f: Facts) -> Finding | None:
     steps = f.joined["steps"].filter(pl.col("wait_us") + pl.col("io_us") > 0)
     evidence |= _show_step(steps, pl.col("wait_us") + pl.col("io_us"))
     return Finding("waiting", stall, text, remedy, evidence)
+
+
+def _reads_little(f: Facts, stall: float) -> bool:
+    """Whether reading is a small part of what the training waits for: then faster storage wins nothing."""
+    reads = f.data_reads(*TRAIN)
+    return 0 < float(reads["seconds"].sum()) / max(1, f.breakdown.height) < READING * stall
+
+
+def _advise_loader(f: Facts) -> str:
+    if f.is_own_run:
+        return (
+            "The loading thread decodes and assembles more slowly than the training takes: give it a core "
+            "(DLRM_THREADS, fewer ranks), or raise --prefetch_batches."
+        )
+    return "Decoding or assembling the data takes the time, not reading: use more loading threads."
 
 
 def _show_step(steps: pl.DataFrame, by: pl.Expr) -> dict[str, object]:
@@ -73,7 +93,9 @@ def find_persistent_pressure(f: Facts) -> Finding | None:
         f"for {PRESSURE:.0%} or more. Data come in more slowly than they are used, so no queue can hide it."
     )
     remedy = "Raise what comes in: larger reads, faster storage, or data held in memory."
-    if f.is_own_dlrm:
+    if _reads_little(f, seconds):
+        remedy = _advise_loader(f)
+    elif f.is_own_dlrm:
         remedy = "Raise what comes in: hold the dataset in memory (--source memory), or stage it on the node."
         reads = f.data_reads(*TRAIN).sort("seconds", descending=True)
         if len(reads) and str(reads["file"][0]).endswith(TABLE_FILE):

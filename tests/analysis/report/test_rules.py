@@ -4,6 +4,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -33,7 +34,7 @@ def at_random(n: int, size: int) -> Callable[[int], int]:
     return lambda i: places[i] * size
 
 
-def waits(**more: int) -> Made:
+def waits(**more: Any) -> Made:
     """A training whose I/O is not hidden: 3 of 12 ms of a step wait."""
     return training(**{"wait": 3_000, **more})
 
@@ -77,7 +78,7 @@ def two(make: Callable[[int], Made]) -> list[Made]:
     return [make(0), make(1)]
 
 
-def uneven(rank: int, **other: int) -> Made:
+def uneven(rank: int, **other: Any) -> Made:
     """Rank 1 differs from rank 0, which shares its file."""
     return training(rank, 2, **{"wait": 3_000, **(other if rank else {})})
 
