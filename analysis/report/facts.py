@@ -63,8 +63,7 @@ class Facts:
 
     @cached_property
     def requests(self) -> pl.DataFrame:
-        """Reads and writes after start-up, a row per rank, operation and file; programs' own files left "
-        "out."""
+        """Reads and writes after start-up, a row per rank, operation and file; without programs' files."""
         file = pl.col("file")
         found = self.after_startup("ops").filter(
             pl.col("op").is_in(["read", "write"]) & file.is_not_null() & ~file.str.contains(NOT_DATA)
@@ -104,8 +103,7 @@ class Facts:
         return written.filter(ours)["file"].unique()
 
     def is_option(self, path: str, *values: object) -> bool:
-        """Whether the run's config.json has one of these values, e.g. is_option("launch.exchange", "
-        ""gloo")."""
+        """Whether the run's config.json has one of these values."""
         return run_settings.flatten_options(self.config).get(path) in values
 
     @property

@@ -18,8 +18,7 @@ HIGH, MEDIUM = 0.1, 0.02  # of the run: what can be won makes a finding severe
 
 
 class Rule(NamedTuple):
-    """A rule; under what condition it makes a finding, in words; and which other programs have such a "
-    "rule."""
+    """A rule; in words, under what condition it makes a finding; which other programs have such a rule."""
 
     name: str
     find: Callable[[Facts], Finding | None]

@@ -20,7 +20,6 @@ from analysis.report.page import (
     format_seconds,
     make_page,
     render_entry,
-    render_table,
     render_tiles,
     to_prose,
 )
@@ -61,13 +60,14 @@ def render_place(finding: Finding) -> str:
 
 def render_rules(found: list[Finding]) -> str:
     """All rules that were looked at, folded: what made no finding is an answer too."""
-    table = pl.DataFrame(list_rules(found)).with_columns(
-        pl.when("found").then(pl.lit("yes")).otherwise(pl.lit("no")).alias("found")
-    )
-    table = table.rename({"others": "also in"})
+    items = []
+    for rule in list_rules(found):
+        others = "" if rule["others"] == "-" else f" <span class=soft>{escape(rule['others'])}</span>"
+        said = "<b>found</b>" if rule["found"] else "not found"
+        items.append(f"<li><code>{rule['rule']}</code> {said}: {escape(rule['condition'])}.{others}</li>")
     return (
-        f"<details><summary>All {len(table)} rules that were looked at</summary>"
-        f"<p class=soft>{WORTH_SAYING}</p>{render_table(table)}</details>"
+        f"<details><summary>All {len(items)} rules that were looked at</summary>"
+        f"<p class=soft>{escape(WORTH_SAYING)}</p><ul>{''.join(items)}</ul></details>"
     )
 
 

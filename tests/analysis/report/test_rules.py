@@ -1,5 +1,4 @@
-"""Every rule has a run that it finds something in, and one that it nearly does; docs/report.md lists "
-"them all."""
+"""Every rule finds something in one made run, and in another nearly; docs/report.md lists all rules."""
 
 import random
 from collections.abc import Callable
