@@ -89,14 +89,14 @@ def write_trace(folder: str, rank: int, events: int) -> int:
     return n
 
 
-def make(run: Path, events: int, ranks: int) -> int:
+def make_traces(run: Path, events: int, ranks: int) -> int:
     folder = run / "trace"
     folder.mkdir(parents=True)
     with ProcessPoolExecutor(2) as pool:
         return sum(pool.map(write_trace, [str(folder)] * ranks, range(ranks), [events // ranks] * ranks))
 
 
-def measured(command: list[str], events: int) -> dict[str, float]:
+def run_measured(command: list[str], events: int) -> dict[str, float]:
     """Seconds on the clock and on the processors, and peak memory."""
     begun = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -125,11 +125,11 @@ def main() -> None:
         for name, events in (("report", options.events), ("baseline", options.baseline_events)):
             run = home / f"{name}-{events}-{options.ranks}"
             if not run.exists():
-                make(run, events, options.ranks)
+                make_traces(run, events, options.ranks)
             command = [sys.executable, "-m", "analysis", "report", str(run)]
             if name == "baseline":
                 command = [sys.executable, "-c", BASELINE, str(run)]
-            found[name] = cost = measured(command, events)
+            found[name] = cost = run_measured(command, events)
             size = sum(p.stat().st_size for p in run.glob("trace/*")) / 1e6
             print(
                 f"{name:<9}{events:>12,} events, {size:,.0f} MB of traces: {cost['seconds']:6.1f} s elapsed, "

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LOSSES_AGREE = 2e-3  # relative; with several ranks the example takes the mean of the ranks' means
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def torchrun(args: argparse.Namespace, words: list[Any]) -> None:
+def run_torchrun(args: argparse.Namespace, words: list[Any]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", args.ranks]
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     done = subprocess.run(
@@ -49,21 +49,21 @@ def torchrun(args: argparse.Namespace, words: list[Any]) -> None:
         sys.exit(f"{' '.join(map(str, words))}\n{done.stderr[-3000:]}")
 
 
-def ours(args: argparse.Namespace, words: list[Any], how: str, folder: Path) -> dict[str, float]:
+def train_ours(args: argparse.Namespace, words: list[Any], how: str, folder: Path) -> dict[str, float]:
     mode, optimizer = how.split()
     more = ["--mode", mode, "--optimizer", optimizer, "--max_steps", args.steps,
             "--report_every", args.steps, "--num_epochs", 1, "--no-evaluate_on_epoch_end",
             "--no-evaluate_on_training_end", "--output_dir", folder]  # fmt: skip
-    torchrun(args, ["-m", "dlrm.bert4rec", *words, *more])
+    run_torchrun(args, ["-m", "dlrm.bert4rec", *words, *more])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())
     return {"samples_per_second": results["samples_per_second"], "loss": lines[-1]["loss"]}
 
 
-def reference(args: argparse.Namespace, words: list[Any], out: Path) -> dict[str, float]:
+def train_reference(args: argparse.Namespace, words: list[Any], out: Path) -> dict[str, float]:
     given = ["--reference_path", str(Path(args.reference_path).absolute())] if args.reference_path else []
-    torchrun(args, [ROOT / "benchmarks/bert4rec_reference.py", *given, "--steps", args.steps, "--out", out,
-                    *words])  # fmt: skip
+    run_torchrun(args, [ROOT / "benchmarks/bert4rec_reference.py", *given, "--steps", args.steps,
+                        "--out", out, *words])  # fmt: skip
     return json.loads(out.read_text())
 
 
@@ -72,7 +72,7 @@ def spread_of(losses: list[float]) -> float:
 
 
 def main() -> None:
-    args = parse()
+    args = parse_arguments()
     words = [
         "--dataset_name", "random", "--random_user_count", args.users, "--random_item_count", args.items,
         "--random_size", args.size, "--lr", 0.001, "--mask_prob", 0.2, "--train_batch_size", args.batch_size,
@@ -84,9 +84,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(args.repeats):
             folder = Path(scratch)
-            found[other].append(reference(args, words, folder / f"{number}.json"))
+            found[other].append(train_reference(args, words, folder / f"{number}.json"))
             for how in hows:
-                found[how].append(ours(args, words, how, folder / f"{how}{number}".replace(" ", "-")))
+                found[how].append(train_ours(args, words, how, folder / f"{how}{number}".replace(" ", "-")))
     speeds = {
         name: statistics.median(run["samples_per_second"] for run in runs) for name, runs in found.items()
     }

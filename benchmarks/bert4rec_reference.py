@@ -57,7 +57,7 @@ class Rebuilt(nn.Module):
         return self.out(x)
 
 
-def rows_of(cfg: BertConfig, steps: int) -> tuple[list[Row], int]:
+def take_rows(cfg: BertConfig, steps: int) -> tuple[list[Row], int]:
     """What our loader gives this rank in so many steps, row by row."""
     sets = open_datasets(cfg, find_ranks())
     rows: list[Row] = []
@@ -68,13 +68,13 @@ def rows_of(cfg: BertConfig, steps: int) -> tuple[list[Row], int]:
     return rows, sets.data.vocabulary
 
 
-def rebuilt(cfg: BertConfig, rows: list[Row], vocabulary: int) -> tuple[float, float]:
+def train_rebuilt(cfg: BertConfig, rows: list[Row], vocabulary: int) -> tuple[float, float]:
     model = cfg.model
     module = Rebuilt(vocabulary, cfg.data.max_len, model.emb_dim, model.nhead, model.num_layers)
     trained = DistributedDataParallel(module)
     optimizer = torch.optim.Adam(trained.parameters(), lr=cfg.optim.lr)
 
-    def epoch(part: list[Row]) -> float:
+    def train_epoch(part: list[Row]) -> float:
         losses = []
         for tokens, labels in DataLoader(part, batch_size=cfg.data.train_batch_size):  # type: ignore[arg-type]
             optimizer.zero_grad()
@@ -85,10 +85,10 @@ def rebuilt(cfg: BertConfig, rows: list[Row], vocabulary: int) -> tuple[float, f
             losses.append(loss.item())
         return sum(losses) / len(losses)
 
-    return timed(epoch, rows, cfg.data.train_batch_size)
+    return time_epoch(train_epoch, rows, cfg.data.train_batch_size)
 
 
-def example(cfg: BertConfig, rows: list[Row], vocabulary: int, folder: str) -> tuple[float, float]:
+def train_example(cfg: BertConfig, rows: list[Row], vocabulary: int, folder: str) -> tuple[float, float]:
     """torchrec's own, driven from outside; nothing of it is changed."""
     sys.path.insert(0, folder)
     import bert4rec_main as theirs  # pyright: ignore[reportMissingImports]
@@ -111,28 +111,30 @@ def example(cfg: BertConfig, rows: list[Row], vocabulary: int, folder: str) -> t
     optimizer = torch.optim.Adam(trained.parameters(), lr=cfg.optim.lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=25, gamma=1.0)
 
-    def epoch(part: list[Row]) -> float:
+    def train_epoch(part: list[Row]) -> float:
         lists = [{"seqs": tokens.tolist(), "labels": labels.tolist()} for tokens, labels in part]
         frame = pandas.DataFrame(lists)
         loader = DataLoader(Bert4RecTrainDataset(frame), batch_size=cfg.data.train_batch_size)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             begun[0] = time.perf_counter()
             theirs._train_one_epoch(trained, loader, torch.device("cpu"), optimizer, schedule, 0)
-        found = re.search(r"average loss ([\d.]+)", said.getvalue())
-        return float(found[1]) if found else float("nan")  # only rank 0 says it
+        found = re.search(r"average loss ([\d.]+)", printed.getvalue())
+        return float(found[1]) if found else float("nan")  # only rank 0 prints it
 
     begun = [0.0]
-    return timed(epoch, rows, cfg.data.train_batch_size, begun)
+    return time_epoch(train_epoch, rows, cfg.data.train_batch_size, begun)
 
 
-def timed(epoch: Any, rows: list[Row], batch: int, begun: list[float] | None = None) -> tuple[float, float]:
+def time_epoch(
+    train_epoch: Any, rows: list[Row], batch: int, begun: list[float] | None = None
+) -> tuple[float, float]:
     """(seconds of all steps but the first, mean loss of those)."""
-    epoch(rows[:batch])
+    train_epoch(rows[:batch])
     dist.barrier()
     started = begun or [0.0]
     started[0] = time.perf_counter()
-    loss = epoch(rows[batch:])
+    loss = train_epoch(rows[batch:])
     dist.barrier()
     return time.perf_counter() - started[0], loss
 
@@ -148,11 +150,11 @@ def main() -> None:
     cfg = parse_options(BertConfig, words, "bert4rec_reference", "")
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    rows, vocabulary = rows_of(cfg, args.steps)
+    rows, vocabulary = take_rows(cfg, args.steps)
     seconds, loss = (
-        example(cfg, rows, vocabulary, args.reference_path)
+        train_example(cfg, rows, vocabulary, args.reference_path)
         if args.reference_path
-        else rebuilt(cfg, rows, vocabulary)
+        else train_rebuilt(cfg, rows, vocabulary)
     )
     if dist.get_rank() == 0:
         count = (args.steps - 1) * cfg.data.train_batch_size * dist.get_world_size()

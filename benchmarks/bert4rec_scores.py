@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 METRICS = {"HR@1": "Recall@1", "HR@10": "Recall@10", "NDCG@10": "NDCG@10"}
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +58,7 @@ def train(args: argparse.Namespace, preset: str, folder: Path) -> dict[str, Any]
 
 
 def main() -> None:
-    args = parse()
+    args = parse_arguments()
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         for preset in args.presets.split(","):

@@ -13,7 +13,7 @@ import torch
 SECONDS = 0.6  # of each measurement
 
 
-def best(work: Callable[[], object], device: torch.device) -> float:
+def find_shortest(work: Callable[[], object], device: torch.device) -> float:
     """The shortest time of many."""
     work()
     shortest, end = float("inf"), time.perf_counter() + SECONDS
@@ -26,7 +26,7 @@ def best(work: Callable[[], object], device: torch.device) -> float:
     return shortest
 
 
-def gemm(device: torch.device, rows: int) -> float:
+def measure_matrix_product(device: torch.device, rows: int) -> float:
     """Floating point operations per second of the faster of torch's two fp32 matrix products."""
     left, right = torch.randn(rows, 512, device=device), torch.randn(512, 512, device=device)
     speeds = []
@@ -36,22 +36,22 @@ def gemm(device: torch.device, rows: int) -> float:
     for precision in (usual, "bf16") if device.type == "cpu" else (usual,):
         settings.fp32_precision = precision
         if float((left @ right - exact).abs().max()) < 1e-3:  # else it is no fp32 product
-            speeds.append(2 * rows * 512 * 512 / best(lambda: left @ right, device))
+            speeds.append(2 * rows * 512 * 512 / find_shortest(lambda: left @ right, device))
     settings.fp32_precision = usual
     return max(speeds)
 
 
-def rows(device: torch.device, count: int, width: int, table: int) -> float:
+def measure_gather(device: torch.device, count: int, width: int, table: int) -> float:
     """Seconds to gather so many rows of a large table, and to add as many gradients to it."""
     weights = torch.zeros(table, width, device=device)
     ids = torch.randint(0, table, (count,), device=device)
     gradients = torch.randn(count, width, device=device)
     out = torch.empty(count, width, device=device)
-    gather = best(lambda: torch.index_select(weights, 0, ids, out=out), device)
-    return gather + best(lambda: weights.index_add_(0, ids, gradients), device)
+    gather = find_shortest(lambda: torch.index_select(weights, 0, ids, out=out), device)
+    return gather + find_shortest(lambda: weights.index_add_(0, ids, gradients), device)
 
 
-def operations(inputs: int, dense: Sequence[int], over: Sequence[int], tables: int, width: int) -> int:
+def count_operations(inputs: int, dense: Sequence[int], over: Sequence[int], tables: int, width: int) -> int:
     """Per sample, forward and backward, dot interaction; its symmetry used."""
     entries = tables + 1
     pairs = entries * (entries - 1) // 2
@@ -62,19 +62,21 @@ def operations(inputs: int, dense: Sequence[int], over: Sequence[int], tables: i
     return sum(6 * a * b for a, b in layers) - first + interaction
 
 
-def _rank(shape: tuple[int, ...], results: "multiprocessing.Queue[tuple[float, float]]") -> None:
+def measure_rank(shape: tuple[int, ...], results: "multiprocessing.Queue[tuple[float, float]]") -> None:
     batch, width, tables, size = shape
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results.put((gemm(device, batch), rows(device, batch * tables, width, tables * size)))
+    results.put(
+        (measure_matrix_product(device, batch), measure_gather(device, batch * tables, width, tables * size))
+    )
 
 
-def measure(ranks: int, batch: int, width: int, tables: int, size: int, flops: int) -> dict[str, float]:
+def measure_bound(ranks: int, batch: int, width: int, tables: int, size: int, flops: int) -> dict[str, float]:
     """Per rank, all ranks measuring at once."""
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
     shape = (batch, width, tables, size)
-    processes = [spawn.Process(target=_rank, args=(shape, results)) for _ in range(ranks)]
+    processes = [spawn.Process(target=measure_rank, args=(shape, results)) for _ in range(ranks)]
     for process in processes:
         process.start()
     found = [results.get(timeout=120) for _ in processes]

@@ -24,7 +24,7 @@ WAYS: dict[str, dict[str, str]] = {
 }
 
 
-def measure(way: dict[str, str], batch: int, steps: int, nice: int) -> float:
+def measure_training(way: dict[str, str], batch: int, steps: int, nice: int) -> float:
     """Samples per second of one training."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -62,7 +62,7 @@ def main() -> None:
                 runs = found.setdefault(f"{busy} busy, batch {batch}", {name: [] for name in WAYS})
                 for _ in range(args.rounds):
                     for name, way in WAYS.items():
-                        runs[name].append(measure(way, batch, args.steps, args.nice))
+                        runs[name].append(measure_training(way, batch, args.steps, args.nice))
                 print(f"{busy} busy, batch {batch}: ", end="")
                 print(
                     ", ".join(f"{name} {statistics.median(values):,.0f}" for name, values in runs.items()),

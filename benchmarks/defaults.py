@@ -35,7 +35,7 @@ def draw_ids(rng: np.random.Generator, rows: int, sizes: list[int]) -> np.ndarra
     return (np.exp(rng.random((rows, len(sizes))) ** 2 * ends) - 1).astype(np.int32)
 
 
-def rare_clicks(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_rare_clicks(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Three clicks in a hundred, as in Criteo's own logs, a weak signal in ids of large tables."""
     sizes = [int(size) for size in np.geomspace(4, 60_000, CRITEO.categorical)]
     ids, dense = draw_ids(rng, rows, sizes), rng.normal(1.5, 1, (rows, CRITEO.numerical))
@@ -46,7 +46,7 @@ def rare_clicks(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.nda
     return dense, ids, odds + (dense - 1.5) @ effects.normal(0, 0.1, CRITEO.numerical)
 
 
-def pairs_of_ids(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_pairs_of_ids(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every second row is a click; only pairs of ids say which, no single field does."""
     sizes = [30, 50, 40, 60] + [1000] * (CRITEO.categorical - 4)
     ids = np.column_stack([rng.integers(0, size, rows) for size in sizes]).astype(np.int32)
@@ -58,7 +58,9 @@ def pairs_of_ids(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.nd
     return rng.normal(0, 1, (rows, CRITEO.numerical)), ids, odds
 
 
-def noise_in_large_tables(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_noise_in_large_tables(
+    rng: np.random.Generator, rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Only the counts mean something; the ids are noise in tables as long as the dataset: easily learned by
     heart. Counts are as they are without a logarithm's help: a few are a thousand times the usual.
     """
@@ -101,16 +103,21 @@ def make_toy(folder: Path, days: int, rows: int) -> None:
         subprocess.run([sys.executable, "-m", "dlrm.prep", *map(str, words)], cwd=ROOT, check=True)
 
 
-def drawn(days: int, rows: int, generate: Generator) -> Callable[[Path], None]:
-    return lambda folder: make_drawn(folder, days, rows, generate)
-
-
 DATASETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "toy_small": ("toy, 5 days of 5,000", lambda folder: make_toy(folder, 5, 5_000)),
     "toy": ("toy, 24 days of 20,000: the demo's", lambda folder: make_toy(folder, 24, 20_000)),
-    "rare": ("3 % clicks, weak signal in large tables", drawn(5, 60_000, rare_clicks)),
-    "pairs": ("50 % clicks, only pairs of ids count", drawn(6, 60_000, pairs_of_ids)),
-    "noise": ("counts count, ids are noise in long tables", drawn(5, 25_000, noise_in_large_tables)),
+    "rare": (
+        "3 % clicks, weak signal in large tables",
+        lambda folder: make_drawn(folder, 5, 60_000, draw_rare_clicks),
+    ),
+    "pairs": (
+        "50 % clicks, only pairs of ids count",
+        lambda folder: make_drawn(folder, 6, 60_000, draw_pairs_of_ids),
+    ),
+    "noise": (
+        "counts count, ids are noise in long tables",
+        lambda folder: make_drawn(folder, 5, 25_000, draw_noise_in_large_tables),
+    ),
 }
 
 
@@ -122,10 +129,10 @@ def find_best(folder: Path) -> dict[str, float]:
     last = DatasetMeta.load(folder).days - 1
     labels = np.load(folder / array_file_name(last, "labels"))[-len(chances) :, 0]
     log_loss = -np.mean(np.log(np.where(labels == 1, chances, 1 - chances)))
-    return {"auroc": rank_auroc(chances, labels), "log_loss": float(log_loss)}
+    return {"auroc": compute_auroc(chances, labels), "log_loss": float(log_loss)}
 
 
-def rank_auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+def compute_auroc(scores: np.ndarray, labels: np.ndarray) -> float:
     """For scores without ties: the share of pairs of a click and another row that are in the right order."""
     ranks = np.empty(len(scores))
     ranks[np.argsort(scores)] = np.arange(1, len(scores) + 1)
@@ -149,7 +156,7 @@ def train(folder: Path, runs: Path, ranks: int, options: str) -> dict[str, Any]:
     return {"chosen": config["launch"]["chosen"], **test}
 
 
-def judge(test: dict[str, Any], best: dict[str, float]) -> dict[str, Any]:
+def compare_with_best(test: dict[str, Any], best: dict[str, float]) -> dict[str, Any]:
     """The gain over a constant predictor, as a share of what can be gained where that is known."""
     entropy = test["log_loss"] / test["normalized_entropy"]  # of the base rate: a constant's log loss
     gains = {"auroc": test["auroc"] - 0.5, "log_loss": entropy - test["log_loss"]}
@@ -185,7 +192,13 @@ def main() -> None:
             best = find_best(folder)
             for ranks in map(int, args.ranks.split(",")):
                 test = train(folder, work / "runs", ranks, args.options)
-                row = {"dataset": name, "title": title, "ranks": ranks, **test, **judge(test, best)}
+                row = {
+                    "dataset": name,
+                    "title": title,
+                    "ranks": ranks,
+                    **test,
+                    **compare_with_best(test, best),
+                }
                 rows.append(row)
                 print(
                     f"{name}, {ranks} ranks: AUROC {row['auroc']:.4f} (best {best.get('auroc', 0):.4f}), "

@@ -33,13 +33,13 @@ def _sync(file: int, begin: int, size: int, how: int) -> float:
     return time.perf_counter() - begun
 
 
-def drop(file: int) -> None:
+def drop_from_cache(file: int) -> None:
     """Nothing of the file stays in the page cache."""
     _sync(file, 0, 0, WAIT_BEFORE | WRITE | WAIT_AFTER)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def runs(pages: np.ndarray) -> list[tuple[int, int]]:
+def find_runs(pages: np.ndarray) -> list[tuple[int, int]]:
     """(first byte, bytes) of pages that follow each other; the pages are in ascending order."""
     cuts = np.flatnonzero(np.diff(pages) > 1) + 1
     return [(int(run[0]) * PAGE, len(run) * PAGE) for run in np.split(pages, cuts) if len(run)]
@@ -51,23 +51,23 @@ class Leaving:
     def __init__(self, file: int) -> None:
         self.file, self.pages = file, np.empty(0, np.int64)
 
-    def go(self, pages: np.ndarray, needed: np.ndarray) -> float:
+    def evict_pages(self, pages: np.ndarray, needed: np.ndarray) -> float:
         """These from now on, those of the last call at once but for `needed`; seconds to wait for writes."""
         seconds = _sync(self.file, 0, 0, WAIT_BEFORE)
-        for begin, size in runs(np.setdiff1d(self.pages, needed)):
+        for begin, size in find_runs(np.setdiff1d(self.pages, needed)):
             os.posix_fadvise(self.file, begin, size, os.POSIX_FADV_DONTNEED)
-        for begin, size in runs(pages):
+        for begin, size in find_runs(pages):
             _sync(self.file, begin, size, WRITE)
         self.pages = pages
         return seconds
 
 
-def pages_of(rows: np.ndarray, row_bytes: int) -> np.ndarray:
+def find_pages(rows: np.ndarray, row_bytes: int) -> np.ndarray:
     first = rows * row_bytes
     return np.unique(np.concatenate((first // PAGE, (first + row_bytes - 1) // PAGE)))
 
 
-def resident(path: Path) -> int:
+def count_resident_bytes(path: Path) -> int:
     """Bytes of a file in the page cache."""
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as whole:
         here = (ctypes.c_ubyte * -(-len(whole) // PAGE))()
@@ -104,7 +104,7 @@ def random_reads(path: Path, at_once: int, seconds: float = 1.0) -> float:
 
 
 class Bounded:
-    """A mapped file of which at most `budget` bytes are in memory after each `trim`."""
+    """A mapped file of which at most `budget` bytes are in memory after each `trim_to_budget`."""
 
     def __init__(self, path: Path, budget: float) -> None:
         self.file = os.open(path, os.O_RDWR)
@@ -115,7 +115,7 @@ class Bounded:
         self.most, self.now = int(budget // PAGE), 0
         self.leaving = Leaving(self.file)
 
-    def use(self, pages: np.ndarray) -> np.ndarray:
+    def mark_used(self, pages: np.ndarray) -> np.ndarray:
         """These were used now; those that are to leave, in ascending order."""
         self.now += 1
         self.used[pages] = self.now
@@ -127,16 +127,16 @@ class Bounded:
         self.used[gone] = 0
         return gone
 
-    def trim(self, pages: np.ndarray) -> float:
+    def trim_to_budget(self, pages: np.ndarray) -> float:
         """After their use; seconds to wait for the disk."""
-        gone = self.use(pages)
-        for begin, size in runs(gone):
+        gone = self.mark_used(pages)
+        for begin, size in find_runs(gone):
             self.map.madvise(mmap.MADV_DONTNEED, begin, size)
-        return self.leaving.go(gone, np.flatnonzero(self.used))
+        return self.leaving.evict_pages(gone, np.flatnonzero(self.used))
 
-    def settle(self) -> None:
+    def reload_used_pages(self) -> None:
         """In memory is what was used last, and nothing else."""
         self.map.madvise(mmap.MADV_DONTNEED)
-        drop(self.file)
+        drop_from_cache(self.file)
         for page in np.flatnonzero(self.used).tolist():
             os.pread(self.file, PAGE, page * PAGE)

@@ -32,7 +32,7 @@ FILES = [f"/data/criteo/day_{day}_{part}.npy" for day in range(24) for part in (
 BATCH = 2048
 
 
-def line(number: int, name: str, cat: str, tid: int, ts: int, dur: int, args: str) -> str:
+def format_event(number: int, name: str, cat: str, tid: int, ts: int, dur: int, args: str) -> str:
     kind = 3 if cat == "POSIX" else 6
     return (
         f'{{"id":{number},"name":"{name}","cat":"{cat}","type":{kind},"pid":4001,"tid":{tid},"ts":{ts},"dur":{dur},'
@@ -40,7 +40,7 @@ def line(number: int, name: str, cat: str, tid: int, ts: int, dur: int, args: st
     )
 
 
-def head(rank: int, ranks: int) -> Iterator[str]:
+def format_metadata(rank: int, ranks: int) -> Iterator[str]:
     about = {"rank": rank, "local_rank": rank, "world_size": ranks, "host": "node0", "role": "train"}
     for kind, key, value in (
         *(("CM", key, value) for key, value in about.items()),
@@ -52,7 +52,7 @@ def head(rank: int, ranks: int) -> Iterator[str]:
         )
 
 
-def steps(count: int, begin: int) -> Iterator[str]:
+def format_steps(count: int, begin: int) -> Iterator[str]:
     """24 events a step: 3 files read (seek and read each, in a span), and the step with its stages."""
     number = 0
     for step in range(count):
@@ -61,9 +61,9 @@ def steps(count: int, begin: int) -> Iterator[str]:
         for part in range(3):
             size, file = BATCH * (52, 104, 4)[part], part + 3 * (step // 30000 % 24)
             at, fhash = ts + 400 * part, f'"fhash":"88f87106115{file:05x}"'
-            yield line(number, "lseek64", "POSIX", 4002, at + 5, 1, f'"ret":{step * size},{fhash}')
+            yield format_event(number, "lseek64", "POSIX", 4002, at + 5, 1, f'"ret":{step * size},{fhash}')
             took = 100 + (step * 7919 + part * 104729) % 150
-            yield line(
+            yield format_event(
                 number,
                 "read",
                 "POSIX",
@@ -73,7 +73,7 @@ def steps(count: int, begin: int) -> Iterator[str]:
                 f'"ret":{size},"count":{size},"offset":{step * size},{fhash}',
             )
             name = FILES[file]
-            yield line(
+            yield format_event(
                 number,
                 "read",
                 "data",
@@ -83,10 +83,12 @@ def steps(count: int, begin: int) -> Iterator[str]:
                 f'{about},"file":"{name}","batch":{step},"bytes":{size}',
             )
             number += 3
-        yield line(number, "assemble", "data", 4002, ts + 1300, 200 + step % 90, f'{about},"batch":{step}')
-        yield line(number, "wait", "data", 4001, ts + 1505, 30 + step % 11, f'{about},"batch":{step}')
+        yield format_event(
+            number, "assemble", "data", 4002, ts + 1300, 200 + step % 90, f'{about},"batch":{step}'
+        )
+        yield format_event(number, "wait", "data", 4001, ts + 1505, 30 + step % 11, f'{about},"batch":{step}')
         for i, stage in enumerate(STAGES):
-            yield line(
+            yield format_event(
                 number,
                 stage,
                 "torchrec",
@@ -95,15 +97,17 @@ def steps(count: int, begin: int) -> Iterator[str]:
                 120 + step % 29,
                 f'{about},"number":{step}',
             )
-        yield line(number, "step", "train", 4001, ts + 1500, 1400, f'{about},"batch":{step}')
-        yield line(number, "loss", "counter", 4001, ts + 2900, 0, f'"value":{0.7 / (1 + step):.6f},{about}')
+        yield format_event(number, "step", "train", 4001, ts + 1500, 1400, f'{about},"batch":{step}')
+        yield format_event(
+            number, "loss", "counter", 4001, ts + 2900, 0, f'"value":{0.7 / (1 + step):.6f},{about}'
+        )
         number += 12
 
 
-def make(folder: Path, total: int, ranks: int) -> None:
+def make_traces(folder: Path, total: int, ranks: int) -> None:
     """Trace files as DFTracer writes them: a gzip member per 64 KiB of text."""
     (folder / "trace").mkdir(parents=True)
-    per_step = sum(1 for _ in steps(1, 0))
+    per_step = sum(1 for _ in format_steps(1, 0))
     for rank in range(ranks):
         with open(folder / "trace" / f"train{rank:05d}-0-app.pfw.gz", "wb") as file:
 
@@ -111,9 +115,9 @@ def make(folder: Path, total: int, ranks: int) -> None:
                 squeeze = zlib.compressobj(6, zlib.DEFLATED, 31)
                 file.write(squeeze.compress("".join(lines).encode()) + squeeze.flush())
 
-            put(list(head(rank, ranks)))
+            put(list(format_metadata(rank, ranks)))
             waiting: list[str] = []
-            for text in steps(total // ranks // per_step, 1_795_252_102_861_441 + rank * 7):
+            for text in format_steps(total // ranks // per_step, 1_795_252_102_861_441 + rank * 7):
                 waiting.append(text)
                 if len(waiting) == 320:
                     put(waiting)
@@ -173,7 +177,7 @@ def by_builder(lines: list[str], path: Path) -> None:
     path.write_bytes(builder.serialize())
 
 
-def timed(function, *args) -> tuple[float, float]:
+def time_call(function, *args) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     function(*args)
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -193,23 +197,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or Path(scratch) / "run"
         if not folder.exists():
-            make(folder, options.events, options.ranks)
+            make_traces(folder, options.events, options.ranks)
         warm = Path(scratch) / "warm"
-        make(warm, 2400, 1)
+        make_traces(warm, 2400, 1)
         convert.convert_to_pftrace(warm)  # numba compiles once per installation
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         path = Path(scratch) / "out.pftrace"
         summary = None
 
-        def ours() -> None:
+        def convert_traces() -> None:
             nonlocal summary
             summary = convert.convert_to_pftrace(folder, path)
 
-        wall, cpu = timed(ours)
+        wall, cpu = time_call(convert_traces)
         assert summary is not None and not summary.moved and not summary.unresolved
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         lines = []
-        for text in _text(events.find_trace_files(folder)[0]):
+        for text in read_text(events.find_trace_files(folder)[0]):
             lines += text.decode().splitlines()
             if len(lines) > options.baseline:
                 break
@@ -227,7 +231,7 @@ def main() -> None:
         }
         for name, way in (("json", by_json), ("builder", by_builder)):
             out = Path(scratch) / name
-            wall, cpu = timed(way, lines, out)
+            wall, cpu = time_call(way, lines, out)
             result[f"{name}_events_per_second"] = round(len(lines) / wall)
             result[f"{name}_events_per_cpu_second"] = round(len(lines) / cpu)
             result[f"{name}_bytes_per_event"] = round(out.stat().st_size / len(lines), 2)
@@ -236,7 +240,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _text(path: Path) -> Iterator[bytearray]:
+def read_text(path: Path) -> Iterator[bytearray]:
     from analysis.trace.lines import ReadLoss, read_blocks
 
     return read_blocks(path, ReadLoss())

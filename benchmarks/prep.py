@@ -53,16 +53,16 @@ print("peak", max(one.ru_maxrss for one in usages()), file=sys.stderr)  # of the
 """
 
 
-def settle() -> None:
+def settle_disk() -> None:
     """Earlier steps' files go to the disk; a virtual machine's unused memory went to its host: fetch some."""
     os.sync()
     program = "block = bytearray(2 << 30); block[:: 4096] = b'1' * (len(block) // 4096)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def measured(program: str, cores: list[int]) -> dict[str, float]:
+def run_measured(program: str, cores: list[int]) -> dict[str, float]:
     """Run in a process of its own on these cores: seconds, CPU seconds and peak memory of the work alone."""
-    settle()
+    settle_disk()
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -80,7 +80,7 @@ def measured(program: str, cores: list[int]) -> dict[str, float]:
     }
 
 
-def fresh(path: Path) -> Path:
+def clear_folder(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
@@ -88,7 +88,7 @@ def fresh(path: Path) -> Path:
 
 def reference_steps(tsv: Path, out: Path, threshold: int, core: int) -> dict[str, dict[str, float]]:
     """The MLPerf recipe: three scripts, one after the other."""
-    one, two, three = (fresh(out / name) for name in ("one", "two", "three"))
+    one, two, three = (clear_folder(out / name) for name in ("one", "two", "three"))
     arguments = {
         "parse": ["--input_dir", tsv, "--output_dir", one],
         "contiguous": ["--input_dir", one, "--output_dir", two, "--frequency_threshold", threshold],
@@ -98,7 +98,7 @@ def reference_steps(tsv: Path, out: Path, threshold: int, core: int) -> dict[str
     took = {}
     for step, script in SCRIPTS.items():
         words = [str(word) for word in arguments[step]]
-        took[step] = measured(REFERENCE.format(script=script, arguments=words), [core])
+        took[step] = run_measured(REFERENCE.format(script=script, arguments=words), [core])
         if step == "contiguous":
             for path in two.glob("*_contig_freq.npy"):
                 path.rename(path.with_name(path.name.replace("_contig_freq", "")))
@@ -107,7 +107,7 @@ def reference_steps(tsv: Path, out: Path, threshold: int, core: int) -> dict[str
 
 def our_step(command: list[Any], cores: list[int], small: Path) -> dict[str, float]:
     """The command, after the same kind of work on a few rows."""
-    one, two, three, whole = (fresh(small.parent / "warm" / name) for name in "1234")
+    one, two, three, whole = (clear_folder(small.parent / "warm" / name) for name in "1234")
     folders = ["--input_dir_labels_and_dense", one, "--input_dir_sparse", one]
     warm = [
         ["parse", "--input_dir", small, "--output_dir", one, "--workers", len(cores)],
@@ -117,10 +117,10 @@ def our_step(command: list[Any], cores: list[int], small: Path) -> dict[str, flo
         run_command(small, whole, "--workers", len(cores)),
     ]
     words = [[str(word) for word in line] for line in [*warm, command]]
-    return measured(OURS.format(arguments=words[-1], warm=words[:-1]), cores)
+    return run_measured(OURS.format(arguments=words[-1], warm=words[:-1]), cores)
 
 
-def same(left: Path, right: Path, ours: str = "") -> int:
+def check_same_files(left: Path, right: Path, ours: str = "") -> int:
     names = [path.name for path in left.glob("day_*.npy")]
     for name in names:
         other = right / name.replace(".npy", f"{ours}.npy")
@@ -157,12 +157,13 @@ def one_round(folder: Path, small: Path, cores: list[int]) -> dict[str, tuple[An
     }
     for step, (command, right, suffix) in steps.items():
         flag = "--output_dir_shuffled" if step == "shuffle" else "--output_dir"
-        took = our_step([*command, flag, fresh(scratch / "out")], cores[:1], small)
-        same(right, scratch / "out", suffix)
+        took = our_step([*command, flag, clear_folder(scratch / "out")], cores[:1], small)
+        check_same_files(right, scratch / "out", suffix)
         found[step] = wanted[step], took
-    command = ["parse", "--input_dir", tsv, "--output_dir", fresh(scratch / "out"), "--workers", len(cores)]
+    command = ["parse", "--input_dir", tsv, "--output_dir", clear_folder(scratch / "out"),
+               "--workers", len(cores)]  # fmt: skip
     found[f"parse, {len(cores)} workers"] = wanted["parse"], our_step(command, cores, small)
-    same(one, scratch / "out")
+    check_same_files(one, scratch / "out")
     whole = {key: sum(wanted[step][key] for step in SCRIPTS) for key in ("wall", "cpu")}
     whole["peak_mb"] = max(wanted[step]["peak_mb"] for step in SCRIPTS)
     ways = {
@@ -171,22 +172,23 @@ def one_round(folder: Path, small: Path, cores: list[int]) -> dict[str, tuple[An
         "pipeline with md5": (cores[:1], "--restart"),
     }
     for name, (own, flag) in ways.items():
-        command = run_command(tsv, fresh(scratch / "out"), flag, "--workers", len(own))
+        command = run_command(tsv, clear_folder(scratch / "out"), flag, "--workers", len(own))
         found[name] = whole, our_step(command, own, small)
-        assert same(three, scratch / "out") == 3 * DAYS
+        assert check_same_files(three, scratch / "out") == 3 * DAYS
     return found | round_with_threshold(folder, small, cores)
 
 
 def round_with_threshold(folder: Path, small: Path, cores: list[int]) -> dict[str, tuple[Any, Any]]:
-    one, two, scratch = folder / "reference" / "one", fresh(folder / "reference" / "two"), folder / "scratch"
+    scratch = folder / "scratch"
+    one, two = folder / "reference" / "one", clear_folder(folder / "reference" / "two")
     words = ["--input_dir", str(one), "--output_dir", str(two), "--frequency_threshold", "3"]
-    wanted = measured(REFERENCE.format(script=SCRIPTS["contiguous"], arguments=words), cores[:1])
-    took = our_step(["contiguous", *words[:3], fresh(scratch / "out"), *words[4:]], cores[:1], small)
-    same(two, scratch / "out")
+    wanted = run_measured(REFERENCE.format(script=SCRIPTS["contiguous"], arguments=words), cores[:1])
+    took = our_step(["contiguous", *words[:3], clear_folder(scratch / "out"), *words[4:]], cores[:1], small)
+    check_same_files(two, scratch / "out")
     return {"contiguous, threshold 3": (wanted, took)}
 
 
-def entry(pairs: list[tuple[dict[str, float], dict[str, float]]], rows: int) -> dict[str, Any]:
+def summarize_rounds(pairs: list[tuple[dict[str, float], dict[str, float]]], rows: int) -> dict[str, Any]:
     """Medians over the rounds."""
     ratios = sorted(theirs["cpu"] / ours["cpu"] for theirs, ours in pairs)
     return {
@@ -201,12 +203,12 @@ def entry(pairs: list[tuple[dict[str, float], dict[str, float]]], rows: int) -> 
     }
 
 
-def growth(folder: Path, rows: int, cores: list[int]) -> dict[str, Any]:
+def measure_growth(folder: Path, rows: int, cores: list[int]) -> dict[str, Any]:
     """Peak memory and speed of the whole pipeline for 1, 4 and 16 times the rows."""
     found = {}
     for times in (1, 4, 16):
-        tsv = make(folder / "growing", rows * times)
-        command = run_command(tsv, fresh(folder / "scratch" / "out"), "--no_md5")
+        tsv = make_tsv(folder / "growing", rows * times)
+        command = run_command(tsv, clear_folder(folder / "scratch" / "out"), "--no_md5")
         took = our_step(command, cores[:1], folder / "small")
         found[str(rows * times)] = {
             "peak_mb": round(took["peak_mb"]),
@@ -216,14 +218,14 @@ def growth(folder: Path, rows: int, cores: list[int]) -> dict[str, Any]:
     return found
 
 
-def make(folder: Path, rows: int) -> Path:
+def make_tsv(folder: Path, rows: int) -> Path:
     from dlrm.prep.tools.toy import write_days
 
-    write_days(fresh(folder), DAYS, max(1, rows // DAYS), seed=0)
+    write_days(clear_folder(folder), DAYS, max(1, rows // DAYS), seed=0)
     return folder
 
 
-def show(results: dict[str, Any]) -> None:
+def print_tables(results: dict[str, Any]) -> None:
     lines = [
         f"{results['machine']}; {results['rows']:,} rows, {results['tsv_mb']:,} MB in {results['folder']}",
         "",
@@ -256,7 +258,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder, begun = Path(name), time.monotonic()
-        tsv, small = make(folder / "tsv", args.rows), make(folder / "small", 2400)
+        tsv, small = make_tsv(folder / "tsv", args.rows), make_tsv(folder / "small", 2400)
         rows = args.rows // DAYS * DAYS
         rounds = [one_round(folder, small, cores) for _ in range(args.rounds)]
         results = {
@@ -266,12 +268,12 @@ def main() -> None:
             "tsv_mb": round(sum(path.stat().st_size for path in tsv.iterdir()) / 1e6),
             "bytes_equal": True,  # anything else ends the run
             "rounds": args.rounds,
-            "steps": {name: entry([found[name] for found in rounds], rows) for name in rounds[0]},
-            "growth": growth(folder, args.growth_rows, cores) if args.growth_rows else {},
+            "steps": {name: summarize_rounds([found[name] for found in rounds], rows) for name in rounds[0]},
+            "growth": measure_growth(folder, args.growth_rows, cores) if args.growth_rows else {},
             "seconds": round(time.monotonic() - begun),
             "own_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
-    show(results)
+    print_tables(results)
     print(json.dumps(results))
 
 

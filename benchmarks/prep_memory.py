@@ -32,7 +32,7 @@ print(*took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-def measured(work: str, *arguments: Any) -> dict[str, float]:
+def run_measured(work: str, *arguments: Any) -> dict[str, float]:
     program = AROUND.format(root=str(ROOT), work=work, arguments=arguments)
     done = subprocess.run(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
@@ -41,7 +41,7 @@ def measured(work: str, *arguments: Any) -> dict[str, float]:
     return {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), "peak_mb": round(peak)}
 
 
-def stretch(lane: int, distinct: int) -> tuple[int, int]:
+def find_id_range(lane: int, distinct: int) -> tuple[int, int]:
     """A lane meets its share of the ids and the second half of the share before it."""
     share = distinct // LANES
     return max(0, lane * share - share // 2), (lane + 1) * share
@@ -67,7 +67,7 @@ def make_lists(folder: str, distinct: int) -> None:
     """Each id twice in every lane that meets it."""
     work = work_folder(folder, 0)
     for lane in range(LANES):
-        begin, end = stretch(lane, distinct)
+        begin, end = find_id_range(lane, distinct)
         with open(work.path("lane", lane, "ids"), "wb") as file:
             for at in range(begin, end, 1 << 20):
                 ids = np.arange(at, min(end, at + (1 << 20)), dtype=np.uint64) * np.uint64(MIX)
@@ -76,7 +76,7 @@ def make_lists(folder: str, distinct: int) -> None:
                 file.write(np.full(min(1 << 20, end - at), 2, np.uint32).tobytes())
 
 
-def number(folder: str, distinct: int, least: int) -> None:
+def number_column(folder: str, distinct: int, least: int) -> None:
     from common.progress import StepProgress
     from dlrm.data.criteo import CRITEO
     from dlrm.prep.steps.assign_ids import merge_column
@@ -84,7 +84,7 @@ def number(folder: str, distinct: int, least: int) -> None:
     work = work_folder(folder, least)
     sizes = np.zeros((LANES, CRITEO.categorical), np.int64)
     for lane in range(LANES):
-        begin, end = stretch(lane, distinct)
+        begin, end = find_id_range(lane, distinct)
         sizes[lane, 0] = end - begin
     merge_column(work, sizes, 0, StepProgress(1, False))
 
@@ -93,7 +93,7 @@ def check_maps(folder: str, distinct: int, least: int) -> int:
     """Ids are met in the order of k, so the k-th is k + 2; with a threshold ids of two lanes are kept."""
     work, share = work_folder(folder, least), distinct // LANES
     for lane in range(LANES):
-        begin, end = stretch(lane, distinct)
+        begin, end = find_id_range(lane, distinct)
         k = np.arange(begin, end, dtype=np.int64)
         if least <= 1:
             wanted = k + 2
@@ -112,7 +112,7 @@ def make_text(folder: str, rows: int) -> None:
     known = toy.hash_ids
     met = 0
 
-    def hashed(ids: np.ndarray) -> np.ndarray:
+    def hash_without_repeats(ids: np.ndarray) -> np.ndarray:
         nonlocal met
         values = known(ids)
         fresh = np.arange(met, met + len(ids), dtype=np.uint64) * np.uint64(MIX)
@@ -120,11 +120,11 @@ def make_text(folder: str, rows: int) -> None:
         values[:, :WIDE] = fresh.astype(np.uint32)[:, None]
         return values
 
-    toy.hash_ids = hashed
+    toy.hash_ids = hash_without_repeats
     toy.write_days(Path(folder), 2, rows // 2, 0)
 
 
-def run(folder: str, out: str) -> None:
+def run_pipeline(folder: str, out: str) -> None:
     from dlrm.prep.__main__ import main as prep
 
     assert prep(["run", "--input_dir", folder, "--output_dir", out, "--no_md5"]) == 0
@@ -144,15 +144,15 @@ def main() -> None:
         if args.distinct:
             make_lists(name, args.distinct)
             results["entries"] = sum(
-                e - b for b, e in (stretch(lane, args.distinct) for lane in range(LANES))
+                e - b for b, e in (find_id_range(lane, args.distinct) for lane in range(LANES))
             )
             for least in (0, 3):
-                results[f"ids, threshold {least}"] = measured("number", name, args.distinct, least)
+                results[f"ids, threshold {least}"] = run_measured("number_column", name, args.distinct, least)
                 results[f"ids, threshold {least}"]["kept"] = check_maps(name, args.distinct, least)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         if args.rows:
             make_text(f"{name}/tsv", args.rows)
-            results["run"] = measured("run", f"{name}/tsv", f"{name}/out")
+            results["run"] = run_measured("run_pipeline", f"{name}/tsv", f"{name}/out")
             meta = json.loads(Path(name, "out", "meta.json").read_text())
             results["run"]["distinct"] = sum(meta["table_sizes"]) - 2 * len(meta["table_sizes"])
     for key, value in results.items():

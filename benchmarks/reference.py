@@ -40,7 +40,7 @@ IMPORTED = time.time()
 FILLERS = 2  # the reference's TRAIN_PIPELINE_STAGES - 1
 
 
-def loader(args: argparse.Namespace, stage: str) -> DataLoader:
+def make_loader(args: argparse.Namespace, stage: str) -> DataLoader:
     days = range(args.days - 1) if stage == "train" else [args.days - 1]
     files = [
         [str(args.data / f"day_{day}_{part}.npy") for day in days] for part in ("dense", "sparse", "labels")
@@ -108,7 +108,7 @@ def train(pipeline: Any, batches: DataLoader, limit: int) -> tuple[list[Any], li
         ends.append((time.time(), time.process_time()))
 
 
-def evaluate(pipeline: Any, batches: DataLoader) -> dict[str, Any]:
+def evaluate_model(pipeline: Any, batches: DataLoader) -> dict[str, Any]:
     begun = time.time()
     pipeline._model.eval()
     auroc: Any = torchmetrics.AUROC(task="binary").to(pipeline._device)
@@ -126,7 +126,7 @@ def evaluate(pipeline: Any, batches: DataLoader) -> dict[str, Any]:
     return {"auroc": result, "samples": samples.item(), "seconds": time.time() - begun}
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,7 +161,7 @@ def use_our_weights(model: Any, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = parse()
+    args = parse_arguments()
     rank = int(os.environ["LOCAL_RANK"])
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{rank}" if cuda else "cpu")
@@ -173,13 +173,13 @@ def main() -> None:
     if args.weights == "ours":
         use_our_weights(model, args)
     filled, filled_cpu = time.time(), time.process_time()
-    sets = {stage: loader(args, stage) for stage in ("train", "val", "test")}
+    sets = {stage: make_loader(args, stage) for stage in ("train", "val", "test")}
     pipelines = [TrainPipelineSparseDist(model, optimizer, device) for _ in range(2)]
     ends, losses = train(pipelines[0], sets["train"], args.steps)
     result = {
         "imported": IMPORTED, "built": built, "weights": filled - built,
         "weights_cpu": filled_cpu - built_cpu, "ends": ends,
-        "losses": torch.stack(losses).tolist(), "evaluation": evaluate(pipelines[1], sets["val"]),
+        "losses": torch.stack(losses).tolist(), "evaluation": evaluate_model(pipelines[1], sets["val"]),
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))

@@ -22,7 +22,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from benchmarks.pages import PAGE, Bounded, Leaving, drop, pages_of, resident
+from benchmarks.pages import PAGE, Bounded, Leaving, count_resident_bytes, drop_from_cache, find_pages
 from dlrm.embeddings.ssd.cached_table import CachedTable, TableShare, share_budget
 from dlrm.embeddings.ssd.row_cache import RowCache
 from dlrm.embeddings.ssd.row_file import BUFFER_BYTES, RowFile
@@ -31,7 +31,7 @@ Batches = list[np.ndarray]
 RATE = 0.01  # of learning
 
 
-def kernel(slots: int, dim: int) -> Any:
+def make_kernel(slots: int, dim: int) -> Any:
     specs = [(slots, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)]
     return SplitTableBatchedEmbeddingBagsCodegen(
         specs, optimizer=EmbOptimType.EXACT_ADAGRAD, learning_rate=RATE
@@ -56,12 +56,12 @@ class Memory:
     """Without files."""
 
     def __init__(self, case: Case) -> None:
-        self.case, self.module = case, kernel(case.table.rows, case.table.dim)
+        self.case, self.module = case, make_kernel(case.table.rows, case.table.dim)
         for part in np.array_split(np.arange(case.table.rows), 64):  # the memory is touched
             out = self.module(torch.from_numpy(part), torch.arange(len(part) + 1))
             out.backward(torch.zeros_like(out))
 
-    def steps(self, batches: Batches) -> Iterator[float]:
+    def time_steps(self, batches: Batches) -> Iterator[float]:
         for ids in batches:
             begun = time.perf_counter()
             out = self.module(torch.from_numpy(ids), torch.arange(len(ids) + 1))
@@ -70,7 +70,7 @@ class Memory:
             yield time.perf_counter() - begun
 
 
-def opened(folder: Path, table: TableShare) -> RowFile:
+def open_filled(folder: Path, table: TableShare) -> RowFile:
     """All of it in the file, and in the page cache as far as it holds them."""
     row_file = RowFile(folder, table.name, table.rows, table.dim, table.state, "adagrad", 0)
     for block in range(len(row_file.blocks)):
@@ -87,8 +87,8 @@ class Cached:
     """Rows in a cache; with a thread that fetches the next batch's and writes, or without it."""
 
     def __init__(self, case: Case, some: Batches) -> None:
-        self.case, self.row_file = case, opened(case.folder, case.table)
-        self.module = kernel(self._fitting(some), case.table.dim)
+        self.case, self.row_file = case, open_filled(case.folder, case.table)
+        self.module = make_kernel(self._count_slots(some), case.table.dim)
         weights, states = self.module.split_embedding_weights()[0], self.module.split_optimizer_states()[0]
         self.cached_table = CachedTable(case.table, self.row_file, weights, states[0])
         for ids in case.warm:
@@ -98,12 +98,12 @@ class Cached:
         for part in np.array_split(slots, -(-len(slots) // self.row_file.rows_per_call)):
             self.cached_table._fill_slots(part, self.row_file.read(self.cached_table.cache.row[part]))
         if case.limited:
-            drop(self.row_file._file)
+            drop_from_cache(self.row_file._file)
         self.written_rows: list[np.ndarray] = []  # rows that were written
         write = self.cached_table._write
         self.cached_table._write = lambda rows, *rest: (self.written_rows.append(rows), write(rows, *rest))  # type: ignore
 
-    def _fitting(self, some: Batches) -> int:
+    def _count_slots(self, some: Batches) -> int:
         """Slots, less the page cache's pages: those of six batches' misses."""
         most = share_budget([self.case.table], int(self.case.budget))[self.case.table.name]
         if not self.case.limited:
@@ -115,10 +115,10 @@ class Cached:
         budget = int(self.case.budget - 6 * missing * PAGE)
         return share_budget([self.case.table], budget)[self.case.table.name]
 
-    def with_thread(self) -> None:
+    def start_io_thread(self) -> None:
         self.cached_table._io_thread = ThreadPoolExecutor(1)
 
-    def steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
+    def time_steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
         case, cached, most = self.case, self.cached_table, 0
         cached._read = cached.row_file.bytes_read
         before = cached.counts()
@@ -137,19 +137,19 @@ class Cached:
                 cached._prefetched.result()  # not while the clock is stopped
             seconds = time.perf_counter() - begun
             if case.limited:
-                most = max(most, resident(case.path)) if number % 4 == 0 else most
+                most = max(most, count_resident_bytes(case.path)) if number % 4 == 0 else most
                 used, soon = (
-                    pages_of(np.concatenate(rows), cached.row_file.row_bytes)
+                    find_pages(np.concatenate(rows), cached.row_file.row_bytes)
                     for rows in (
                         [missing, *self.written_rows],
                         [cached.cache.absent(each) for each in (*coming, ids[:0])],
                     )
                 )
-                here = pages_of(missing, cached.row_file.row_bytes)
+                here = find_pages(missing, cached.row_file.row_bytes)
                 needed = np.concatenate((soon, here, last))
                 held, last = np.union1d(np.union1d(held, used), soon), here
                 held, gone = np.intersect1d(held, needed), np.setdiff1d(held, needed)
-                seconds += leaving.go(gone, needed)
+                seconds += leaving.evict_pages(gone, needed)
             self.written_rows.clear()
             yield seconds
         counts, slots = cached.counts() - before, cached.cache.slots
@@ -170,17 +170,17 @@ class Mapped:
         self.case, self.bounded = case, Bounded(case.path, case.budget)
         self.rows = np.frombuffer(self.bounded.map, np.float32).reshape(case.table.rows, 2 * case.table.dim)
         for ids in case.warm:
-            self.bounded.use(self._pages(ids))
+            self.bounded.mark_used(self._find_pages(ids))
         if case.limited:
-            self.bounded.wait_for_writes()
+            self.bounded.reload_used_pages()
 
-    def _pages(self, ids: np.ndarray) -> np.ndarray:
-        return pages_of(np.unique(ids), self.rows.shape[1] * 4)
+    def _find_pages(self, ids: np.ndarray) -> np.ndarray:
+        return find_pages(np.unique(ids), self.rows.shape[1] * 4)
 
-    def steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
+    def time_steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
         case, dim, rows, most, missed = self.case, self.case.table.dim, self.rows, 0, 0
         for number, ids in enumerate(batches):
-            missed += int((self.bounded.used[self._pages(ids)] == 0).sum())
+            missed += int((self.bounded.used[self._find_pages(ids)] == 0).sum())
             begun = time.perf_counter()
             unique, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
             values = rows[unique]
@@ -192,7 +192,7 @@ class Mapped:
             rows[unique] = values
             seconds = time.perf_counter() - begun
             if case.limited:
-                seconds += self.bounded.trim(self._pages(ids))
-                most = max(most, resident(case.path)) if number % 4 == 0 else most
+                seconds += self.bounded.trim_to_budget(self._find_pages(ids))
+                most = max(most, count_resident_bytes(case.path)) if number % 4 == 0 else most
             yield seconds
         found |= {"faults_per_step": missed / len(batches), "page_cache_mb": most / 1e6}

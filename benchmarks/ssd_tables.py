@@ -22,13 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.pages import fetch_memory, random_reads  # noqa: E402
-from benchmarks.ssd_sides import Batches, Cached, Case, Mapped, Memory, opened  # noqa: E402
+from benchmarks.ssd_sides import Batches, Cached, Case, Mapped, Memory, open_filled  # noqa: E402
 from dlrm.embeddings.ssd.cached_table import TableShare  # noqa: E402
 
 TURN = 5  # steps
 
 
-def lookups(rows: int, batch: int, count: int, kind: str, seed: int = 0) -> Batches:
+def draw_lookups(rows: int, batch: int, count: int, kind: str, seed: int = 0) -> Batches:
     """Ids of each batch; the popular ones are anywhere in the table, as hashed ids are."""
     random = np.random.default_rng(seed)
     if kind == "uniform":
@@ -39,7 +39,7 @@ def lookups(rows: int, batch: int, count: int, kind: str, seed: int = 0) -> Batc
     return [places[np.minimum(np.searchsorted(limits, random.random(batch)), rows - 1)] for _ in range(count)]
 
 
-def by_turns(batch: int, sides: Sequence[Iterator[float]]) -> list[float]:
+def run_by_turns(batch: int, sides: Sequence[Iterator[float]]) -> list[float]:
     """Samples per second of both: medians of some steps of one, then of the other, in turns."""
     found: list[list[float]] = [[] for _ in sides]
     while True:
@@ -51,37 +51,39 @@ def by_turns(batch: int, sides: Sequence[Iterator[float]]) -> list[float]:
             return [float(np.median(rates)) for rates in found]
 
 
-def measure(options: argparse.Namespace, folder: Path, kind: str, part: float) -> dict[str, Any]:
+def measure_case(options: argparse.Namespace, folder: Path, kind: str, part: float) -> dict[str, Any]:
     table, batch = TableShare("t_bench", options.rows, options.dim, options.dim), options.batch
     count = options.warm if kind != "uniform" else options.warm // 4
-    warm = np.concatenate(lookups(options.rows, 1 << 16, -(-count // (1 << 16)), kind))
-    batches = list(lookups(options.rows, 2 * options.steps * batch, 1, kind, seed=1)[0].reshape(-1, batch))
+    warm = np.concatenate(draw_lookups(options.rows, 1 << 16, -(-count // (1 << 16)), kind))
+    batches = list(
+        draw_lookups(options.rows, 2 * options.steps * batch, 1, kind, seed=1)[0].reshape(-1, batch)
+    )
     layers = torch.nn.Sequential(torch.nn.Linear(options.dim, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
     dense_in = torch.randn(batch, options.dim)
 
-    def dense() -> None:
+    def run_dense_part() -> None:
         if options.dense:
             layers(dense_in).sum().backward()
 
     budget = part * options.rows * options.dim * 8
     parts = np.array_split(warm[:count], max(1, count // (8 * batch)))
-    case = Case(folder, table, budget, parts, dense, options.limit)
+    case = Case(folder, table, budget, parts, run_dense_part, options.limit)
     found: dict[str, Any] = {"access": kind, "cache": part, "without_ahead": {}, "cached_ssd": {}, "mmap": {}}
     first, second = batches[: options.steps], batches[options.steps :]
     memory, cached = Memory(case), Cached(case, batches[:10])
 
-    def against(name: str, batches: Batches, side: Any) -> None:
+    def compare_with_memory(name: str, batches: Batches, side: Any) -> None:
         """Both by turns; what memory does in the same minute is what counts."""
         fetch_memory()
-        sides = [memory.steps(batches), side.steps(batches, found[name])]
-        there, here = by_turns(batch, sides)
+        sides = [memory.time_steps(batches), side.time_steps(batches, found[name])]
+        there, here = run_by_turns(batch, sides)
         found[name] |= {"samples_per_second": here, "device_mem": there, "of_device_mem": here / there}
 
-    against("without_ahead", first, cached)
-    cached.with_thread()
-    against("cached_ssd", second, cached)
+    compare_with_memory("without_ahead", first, cached)
+    cached.start_io_thread()
+    compare_with_memory("cached_ssd", second, cached)
     cached.cached_table.close()
-    against("mmap", first, Mapped(case))
+    compare_with_memory("mmap", first, Mapped(case))
     ours, other = found["cached_ssd"], found["mmap"]
     found["device_mem"] = ours["device_mem"]
     found["of_device_mem"] = ours["of_device_mem"]
@@ -96,7 +98,7 @@ def measure(options: argparse.Namespace, folder: Path, kind: str, part: float) -
     return found
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot_results(results: dict[str, Any], path: Path) -> None:
     """Samples per second over hit rate, with what the disk's random reads allow."""
     figure, hits = plotly.Figure(), np.linspace(0.02, 0.97, 60)
     for count, dash in (("1", "dot"), ("32", "dash")):
@@ -164,21 +166,21 @@ def main() -> None:
     parser.add_argument("--from", dest="old", type=Path, help="plot these results instead of measuring")
     options = parser.parse_args()
     if options.old:
-        plot(json.loads(options.old.read_text().splitlines()[-1]), options.plot)
+        plot_results(json.loads(options.old.read_text().splitlines()[-1]), options.plot)
         return
     results = {key: getattr(options, key) for key in ("rows", "dim", "batch", "steps", "dense", "limit")}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        opened(folder, TableShare("t_bench", options.rows, options.dim, options.dim)).close()
+        open_filled(folder, TableShare("t_bench", options.rows, options.dim, options.dim)).close()
         path = folder / "t_bench.rows"
         results["disk_reads_per_second"] = {str(n): random_reads(path, n) for n in (1, 32)}
         print("disk: random reads of 4 KiB per second, 1 and 32 at once:", results["disk_reads_per_second"])
         cases = [case.split(":") for case in options.cases.split(",")]
-        results["cases"] = [measure(options, folder, kind, float(part)) for kind, part in cases]
+        results["cases"] = [measure_case(options, folder, kind, float(part)) for kind, part in cases]
     results |= {"target": 0.7, "of_device_mem": results["cases"][0]["of_device_mem"]}
     results["of_mmap"] = min(case["of_mmap"] for case in results["cases"])
     if options.plot:
-        plot(results, options.plot)
+        plot_results(results, options.plot)
     print(json.dumps(results))
 
 

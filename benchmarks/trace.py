@@ -49,20 +49,20 @@ print(found)
 """
 
 
-def span_costs() -> dict:
+def measure_span_costs() -> dict:
     """ns for one span, and for one marker of torchrec, untraced and traced."""
     done = subprocess.run([sys.executable, "-c", SPANS], cwd=ROOT, capture_output=True, text=True, check=True)
     return ast.literal_eval(done.stdout.splitlines()[-1])
 
 
-def processor_ms(folder: Path) -> float:
+def compute_processor_ms(folder: Path) -> float:
     """Of a step, without start-up: between the first and the last report of the training."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = [line for line in lines if "loss" in line]
     return 1000 * (last["cpu_seconds"] - first["cpu_seconds"]) / (last["step"] - first["step"])
 
 
-def train(folder: Path, options: argparse.Namespace, traced: bool) -> dict:
+def train_once(folder: Path, options: argparse.Namespace, traced: bool) -> dict:
     command = [
         sys.executable, "-m", "dlrm.train", "--output_dir", str(folder),
         "--batch_size", str(options.batch_size),
@@ -101,10 +101,10 @@ def main() -> None:
             found = {}
             for traced in (True, False) if pair % 2 else (False, True):
                 folder = Path(scratch) / f"{pair}-{traced}"
-                result = train(folder, options, traced)
+                result = train_once(folder, options, traced)
                 found[traced] = result["samples_per_second"]
                 speeds[traced].append(found[traced])
-                cpu[traced].append(processor_ms(folder))
+                cpu[traced].append(compute_processor_ms(folder))
                 if traced:
                     table = events.load_events(folder, columns=("cat", "name", "ts"))
                     steps = max(1, len(table.filter((table["cat"] == "train") & (table["name"] == "step"))))
@@ -131,7 +131,7 @@ def main() -> None:
         "processor_cost_percent": round(
             100 * (statistics.median(cpu[True]) / statistics.median(cpu[False]) - 1), 3
         ),
-        "ns_per_span": span_costs(),
+        "ns_per_span": measure_span_costs(),
         "spans_per_step": round(counts, 1),
         "bytes_per_event": round(sizes, 1),
     }

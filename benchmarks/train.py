@@ -51,7 +51,7 @@ class Run:
     losses: Any  # the reference: of each step; ours: (step, mean since the report before)
     others: float
 
-    def show(self) -> str:
+    def format_line(self) -> str:
         return (
             f"{self.who:<10} start {self.start_seconds:5.2f} s, "
             f"training {self.samples_per_second:9,.0f} samples/s, "
@@ -82,7 +82,7 @@ def busy_seconds() -> float:
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def on_ranks(ranks: int, command: list[str], log: Path) -> tuple[float, float]:
+def run_on_ranks(ranks: int, command: list[str], log: Path) -> tuple[float, float]:
     """Run it on so many ranks here. When they were started; what others did meanwhile, in cores."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -120,11 +120,11 @@ def compile_modules() -> None:
         compileall.compile_dir(folder, quiet=1)
 
 
-def rate(ends: Sequence[float], batch: int) -> float:
+def compute_rate(ends: Sequence[float], batch: int) -> float:
     return (len(ends) - WARM_UP) * batch / (ends[-1] - ends[WARM_UP - 1])
 
 
-def reference(args: argparse.Namespace, data: Path, out: Path) -> Run:
+def train_reference(args: argparse.Namespace, data: Path, out: Path) -> Run:
     command = [
         sys.executable, str(ROOT / "benchmarks" / "reference.py"), "--data", str(data), "--days", str(DAYS),
         "--out", str(out), "--batch_size", str(args.batch_size), "--steps", str(args.steps),
@@ -134,7 +134,7 @@ def reference(args: argparse.Namespace, data: Path, out: Path) -> Run:
         "--learning_rate", str(args.learning_rate),
     ]  # fmt: skip
     out.mkdir(parents=True)
-    started, others = on_ranks(args.ranks, command, out / "log")
+    started, others = run_on_ranks(args.ranks, command, out / "log")
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(args.ranks)]
     first, evaluation = ranks[0], ranks[0]["evaluation"]
     clock, cpu = zip(*first["ends"][: args.steps], strict=True)
@@ -142,7 +142,7 @@ def reference(args: argparse.Namespace, data: Path, out: Path) -> Run:
     return Run(
         "reference",
         clock[0] - started - first["weights"],
-        rate(clock, args.ranks * args.batch_size),
+        compute_rate(clock, args.ranks * args.batch_size),
         args.eval_rows / evaluation["seconds"],
         evaluation["samples"],
         evaluation["auroc"],
@@ -153,7 +153,7 @@ def reference(args: argparse.Namespace, data: Path, out: Path) -> Run:
     )
 
 
-def ours(args: argparse.Namespace, data: Path, out: Path) -> Run:
+def train_ours(args: argparse.Namespace, data: Path, out: Path) -> Run:
     command = [
         sys.executable, "-m", "dlrm.train", "--in_memory_binary_criteo_path", str(data),
         "--output_dir", str(out), "--batch_size", str(args.batch_size), "--epochs", "1",
@@ -164,7 +164,7 @@ def ours(args: argparse.Namespace, data: Path, out: Path) -> Run:
         "--evaluate_on_epoch_end", "--report_every", str(WINDOW), "--seed", "0", *args.ours.split(),
     ]  # fmt: skip
     out.mkdir(parents=True)
-    started, others = on_ranks(args.ranks, command, out / "log")
+    started, others = run_on_ranks(args.ranks, command, out / "log")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     reports = [line for line in lines if "loss" in line]
     evaluation = json.loads((out / "results.json").read_text())["evaluations"]["val"]
@@ -184,7 +184,7 @@ def ours(args: argparse.Namespace, data: Path, out: Path) -> Run:
     )
 
 
-def difference(reference: list[float], reports: list[tuple[int, float]]) -> float:
+def find_largest_difference(reference: list[float], reports: list[tuple[int, float]]) -> float:
     """The largest, between a report's mean loss and that of the same steps of the reference."""
     steps = [0, *(step for step, _ in reports)]
     return max(
@@ -193,7 +193,7 @@ def difference(reference: list[float], reports: list[tuple[int, float]]) -> floa
     )
 
 
-def mlcommons(args: argparse.Namespace, data: Path, out: Path) -> dict[str, float]:
+def train_mlcommons(args: argparse.Namespace, data: Path, out: Path) -> dict[str, float]:
     """MLCommons' own program prints no speed: two runs of different lengths tell."""
     seconds = {}
     for steps in (args.steps // 2, args.steps):
@@ -207,14 +207,14 @@ def mlcommons(args: argparse.Namespace, data: Path, out: Path) -> dict[str, floa
         ]  # fmt: skip
         begun = time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
-        on_ranks(args.ranks, command, out / f"log{steps}")
+        run_on_ranks(args.ranks, command, out / f"log{steps}")
         seconds[steps] = time.monotonic() - begun
     (few, short), (many, long) = sorted(seconds.items())
     batch = args.ranks * args.batch_size
     return {"mlcommons_samples_per_second": (many - few) * batch / (long - short)}
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def describe_spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
@@ -245,34 +245,36 @@ def main() -> None:
         rows = max(args.train_rows, args.steps * args.batch_size * args.ranks)
         make_data(here / "data", rows, args.eval_rows)
         compile_modules()
-        flops = bound.operations(CRITEO.numerical, DENSE, OVER, CRITEO.categorical, args.embedding_dim)
-        limit = bound.measure(
+        flops = bound.count_operations(CRITEO.numerical, DENSE, OVER, CRITEO.categorical, args.embedding_dim)
+        limit = bound.measure_bound(
             args.ranks, args.batch_size, args.embedding_dim, CRITEO.categorical, args.num_embeddings, flops
         )
         runs: dict[str, list[Run]] = {"reference": [], "ours": []}
         for number in range(args.rounds):
-            turn = [reference, ours] if number % 2 == 0 else [ours, reference]
-            for one in turn:
+            turn = [train_reference, train_ours] if number % 2 == 0 else [train_ours, train_reference]
+            for train in turn:
                 time.sleep(PAUSE)
-                run = one(args, here / "data", here / f"{one.__name__}{number}")
+                run = train(args, here / "data", here / f"{train.__name__}{number}")
                 runs[run.who].append(run)
-                print(run.show(), flush=True)
-        theirs = mlcommons(args, here / "data", here / "mlcommons") if args.reference_path else {}
-    report(args, runs, limit, theirs)
+                print(run.format_line(), flush=True)
+        theirs = train_mlcommons(args, here / "data", here / "mlcommons") if args.reference_path else {}
+    print_report(args, runs, limit, theirs)
 
 
-def report(
+def print_report(
     args: argparse.Namespace, runs: dict[str, list[Run]], limit: dict[str, float], theirs: dict[str, float]
 ) -> None:
     pairs = list(zip(runs["reference"], runs["ours"], strict=True))
     ratios = {
-        "training": spread([b.samples_per_second / a.samples_per_second for a, b in pairs]),
-        "evaluation": spread([b.eval_samples_per_second / a.eval_samples_per_second for a, b in pairs]),
-        "start": spread([b.start_seconds / a.start_seconds for a, b in pairs]),
-        "step_cpu": spread([b.step_cpu / a.step_cpu for a, b in pairs]),
-        "start_cpu": spread([b.start_cpu / a.start_cpu for a, b in pairs]),
+        "training": describe_spread([b.samples_per_second / a.samples_per_second for a, b in pairs]),
+        "evaluation": describe_spread(
+            [b.eval_samples_per_second / a.eval_samples_per_second for a, b in pairs]
+        ),
+        "start": describe_spread([b.start_seconds / a.start_seconds for a, b in pairs]),
+        "step_cpu": describe_spread([b.step_cpu / a.step_cpu for a, b in pairs]),
+        "start_cpu": describe_spread([b.start_cpu / a.start_cpu for a, b in pairs]),
     }
-    apart = max(difference(a.losses, b.losses) for a, b in pairs)
+    apart = max(find_largest_difference(a.losses, b.losses) for a, b in pairs)
     fastest = max(run.samples_per_second for run in runs["ours"])
     of_bound = fastest / limit["samples_per_second"]
     print()
