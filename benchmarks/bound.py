@@ -31,7 +31,7 @@ def measure_matrix_product(device: torch.device, rows: int) -> float:
     left, right = torch.randn(rows, 512, device=device), torch.randn(512, 512, device=device)
     speeds = []
     exact = left.double() @ right.double()
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     usual = settings.fp32_precision
     for precision in (usual, "bf16") if device.type == "cpu" else (usual,):
         settings.fp32_precision = precision

@@ -68,7 +68,7 @@ def make_lists(folder: str, distinct: int) -> None:
     work = work_folder(folder, 0)
     for lane in range(LANES):
         begin, end = find_id_range(lane, distinct)
-        with open(work.path("lane", lane, "ids"), "wb") as file:
+        with open(work.file_path("lane", lane, "ids"), "wb") as file:
             for at in range(begin, end, 1 << 20):
                 ids = np.arange(at, min(end, at + (1 << 20)), dtype=np.uint64) * np.uint64(MIX)
                 file.write(ids.astype(np.uint32).tobytes())
@@ -100,9 +100,9 @@ def check_maps(folder: str, distinct: int, least: int) -> int:
         else:
             twice = (k % share >= share - share // 2) & (k < (LANES - 1) * share)
             wanted = np.where(twice, 2 + (k // share) * (share // 2) + k % share - (share - share // 2), 1)
-        assert (np.fromfile(work.path("lane", lane, "map"), np.int32) == wanted).all(), lane
-    kept = json.loads(work.path("column", 0).read_text())["kept"]
-    work.path("column", 0).unlink()
+        assert (np.fromfile(work.file_path("lane", lane, "map"), np.int32) == wanted).all(), lane
+    kept = json.loads(work.file_path("column", 0).read_text())["kept"]
+    work.file_path("column", 0).unlink()
     return kept
 
 

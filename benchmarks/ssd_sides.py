@@ -92,7 +92,7 @@ class Cached:
         weights, states = self.module.split_embedding_weights()[0], self.module.split_optimizer_states()[0]
         self.cached_table = CachedTable(case.table, self.row_file, weights, states[0])
         for ids in case.warm:
-            self.cached_table.cache.admit(ids, True)
+            self.cached_table.cache.admit_rows(ids, True)
         slots = np.flatnonzero(self.cached_table.cache.row >= 0)
         slots = slots[np.argsort(self.cached_table.cache.row[slots])]
         for part in np.array_split(slots, -(-len(slots) // self.row_file.rows_per_call)):
@@ -110,8 +110,8 @@ class Cached:
             return most
         cache = RowCache(most)
         for ids in self.case.warm[: len(self.case.warm) // 4]:
-            cache.admit(ids, True)
-        missing = max(len(cache.admit(ids, True).missing) for ids in some)
+            cache.admit_rows(ids, True)
+        missing = max(len(cache.admit_rows(ids, True).missing) for ids in some)
         budget = int(self.case.budget - 6 * missing * PAGE)
         return share_budget([self.case.table], budget)[self.case.table.name]
 
@@ -121,15 +121,15 @@ class Cached:
     def time_steps(self, batches: Batches, found: dict[str, float]) -> Iterator[float]:
         case, cached, most = self.case, self.cached_table, 0
         cached._read = cached.row_file.bytes_read
-        before = cached.counts()
+        before = cached.read_counters()
         leaving, held, last = Leaving(cached.row_file._file), *np.empty((2, 0), np.int64)
         for number, ids in enumerate(batches):
             coming = batches[number + 1 : number + 2] if cached._io_thread else []
-            missing = cached.cache.absent(ids)
+            missing = cached.cache.find_absent(ids)
             begun = time.perf_counter()
-            out = self.module(torch.from_numpy(cached.admit(ids, True)), torch.arange(len(ids) + 1))
+            out = self.module(torch.from_numpy(cached.admit_rows(ids, True)), torch.arange(len(ids) + 1))
             for following in coming:
-                cached.prefetch(following)
+                cached.prefetch_rows(following)
             case.dense()
             out.backward(torch.full_like(out, 1e-3))
             cached.wait_for_writes()
@@ -142,7 +142,7 @@ class Cached:
                     find_pages(np.concatenate(rows), cached.row_file.row_bytes)
                     for rows in (
                         [missing, *self.written_rows],
-                        [cached.cache.absent(each) for each in (*coming, ids[:0])],
+                        [cached.cache.find_absent(each) for each in (*coming, ids[:0])],
                     )
                 )
                 here = find_pages(missing, cached.row_file.row_bytes)
@@ -152,7 +152,7 @@ class Cached:
                 seconds += leaving.evict_pages(gone, needed)
             self.written_rows.clear()
             yield seconds
-        counts, slots = cached.counts() - before, cached.cache.slots
+        counts, slots = cached.read_counters() - before, cached.cache.slots
         found |= {
             "hit_rate": 1 - counts[1] / counts[0],
             "bytes_per_step": int(counts[3] + counts[4]) // len(batches),

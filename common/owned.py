@@ -45,7 +45,7 @@ class WorkFolders:
     name: str  # part of the folders' names
     files: re.Pattern[str]  # matches what the program puts into them: paths relative to the folder, with /
 
-    def make(self, parent: Path, mode: int = 0o700, step: int | None = None) -> Path:
+    def make_folder(self, parent: Path, mode: int = 0o700, step: int | None = None) -> Path:
         """Make a new folder inside `parent`, which is made too if it is missing. `mode`: who may read it,
         less the umask; by default only this user. `step` goes into its name, for the readers of a trace.
         """
@@ -63,7 +63,7 @@ class WorkFolders:
                 raise
         return folder
 
-    def find(self, parent: Path) -> list[Path]:
+    def find_folders(self, parent: Path) -> list[Path]:
         """The folders of this kind that earlier processes of this user left in `parent`, oldest first."""
         try:
             with os.scandir(parent) as entries:
@@ -90,8 +90,8 @@ class WorkFolders:
             os.rmdir(folder)  # fails unless it is empty
 
     def is_ours(self, folder: Path) -> bool:
-        """Whether `make` made this folder: name, mark, inode, owner and device agree. A link or a copy does
-        not.
+        """Whether `make_folder` made this folder: name, mark, inode, owner and device agree. Those of a link
+        or a copy do not.
         """
         token = self._parse_token(folder.name)
         try:
@@ -104,7 +104,7 @@ class WorkFolders:
             return False
         return same_device and status.st_uid == os.geteuid() and content == self._describe_mark(token, status)
 
-    def publish(self, folder: Path, final: Path) -> None:
+    def publish_folder(self, folder: Path, final: Path) -> None:
         """Rename a finished folder to `final`, which must not exist. Its mark stays inside."""
         if not self.is_ours(folder):
             raise UserError(f"{printable(folder)}: was not made by this program, or was changed since")
@@ -114,7 +114,7 @@ class WorkFolders:
             os.rename(folder, final)
 
     def holds_only_own_files(self, final: Path) -> bool:
-        """Whether a folder under any name was made by `make`, and has no other files in it than this
+        """Whether a folder under any name was made by `make_folder`, and has no other files in it than this
         program's. False for a copy: it has another inode.
         """
         return bool(self._published_token(final)) and not _foreign_files(
@@ -134,10 +134,10 @@ class WorkFolders:
             if os.path.lexists(leaving):
                 return False
             os.rename(final, leaving)
-        return not self.remove(leaving)
+        return not self.remove_folder(leaving)
 
     def _published_token(self, final: Path) -> str:
-        """The token in the mark of a folder that was made by `make`, whatever its name is now; else ""."""
+        """The token in the mark of a folder that `make_folder` made, whatever its name is now; else ""."""
         try:
             status, mark = os.lstat(final), os.lstat(final / MARK)
             if not stat.S_ISDIR(status.st_mode) or not stat.S_ISREG(mark.st_mode):
@@ -150,7 +150,7 @@ class WorkFolders:
         except (OSError, ValueError, KeyError, TypeError, UserError, RecursionError):
             return ""
 
-    def remove(self, folder: Path) -> list[Path]:
+    def remove_folder(self, folder: Path) -> list[Path]:
         """Remove the program's files, and the folder if nothing else is in it; returns what is left."""
         if not self.is_ours(folder):
             return [folder]
@@ -261,13 +261,13 @@ class OutputFolder:
             return False
         if status.st_uid == os.geteuid() and status.st_ino == self._growing.get(name):
             return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-        return stat.S_ISREG(status.st_mode) and _fingerprint(status) in self._files.get(name, [])
+        return stat.S_ISREG(status.st_mode) and _take_fingerprint(status) in self._files.get(name, [])
 
     def is_copy(self) -> bool:
         """Whether the ledger was copied with the folder, so that its times and inodes are another one's."""
         return self._listed_folder not in (None, _folder_inode(self.folder))
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """All names in the ledger, whether the files still exist or not."""
         return list(self._files)
 
@@ -297,7 +297,7 @@ class OutputFolder:
                     f"{printable(path)}: was not made by this program, or was changed since; {remedy}"
                 )
 
-    def publish(self, made: Mapping[str, Path]) -> None:
+    def publish_files(self, made: Mapping[str, Path]) -> None:
         """Move finished files (name -> its present path, on the same file system) to their names, in this
         order. Own files of these names are replaced.
         """
@@ -315,11 +315,11 @@ class OutputFolder:
         """Write a file: the whole of it appears at once, or nothing. `mode`: who may read it, less the
         umask.
         """
-        with self.writing(name, mode) as partial:
+        with self.write_partial(name, mode) as partial:
             _append_bytes(partial, data.encode() if isinstance(data, str) else data)
 
     @contextmanager
-    def writing(self, name: str, mode: int = 0o666) -> Iterator[Path]:
+    def write_partial(self, name: str, mode: int = 0o666) -> Iterator[Path]:
         """Yields the path of a new, empty file to be filled. It gets its name at the end of the block; if the
         block raises, it is removed.
         """
@@ -331,7 +331,7 @@ class OutputFolder:
             _write_new(partial, b"", mode)
         try:
             yield partial
-            self.publish({name: partial})
+            self.publish_files({name: partial})
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
@@ -390,7 +390,7 @@ class OutputFolder:
         self._write_ledger()
         return other
 
-    def adopt(self, names: Iterable[str], copied: bool = False) -> None:
+    def record_files(self, names: Iterable[str], copied: bool = False) -> None:
         """Record files that this process has just written by other means, as they are now. `copied`: these
         are the program's own files of a copy, which is no copy any more.
         """
@@ -401,7 +401,7 @@ class OutputFolder:
                 self._record_replacement(name, os.lstat(self.folder / name))
         self._write_ledger()
 
-    def remove(self, name: str) -> bool:
+    def remove_file(self, name: str) -> bool:
         """Remove an own file; False where it does not exist, or is not as the program left it."""
         if not self.owns(name):
             return False
@@ -412,7 +412,7 @@ class OutputFolder:
     def remove_folder(self) -> bool:
         """Remove all own files, then the folder; False where something else is in it, which stays."""
         for name in list(self._files):
-            self.remove(name)
+            self.remove_file(name)
         for below in sorted({str(Path(name).parent) for name in self._files if "/" in name}, reverse=True):
             with contextlib.suppress(OSError):
                 os.rmdir(self.folder / below)
@@ -427,9 +427,9 @@ class OutputFolder:
     def _record_replacement(self, name: str, status: os.stat_result) -> None:
         """Record the file that is about to get this name, and the own file that has it until then."""
         self._changed_names.add(name)
-        found = [_fingerprint(status)]
+        found = [_take_fingerprint(status)]
         if self.owns(name):
-            found.append(_fingerprint(os.lstat(self.folder / name)))
+            found.append(_take_fingerprint(os.lstat(self.folder / name)))
         self._files[name] = found[: 1 if found[0] == found[-1] else 2]
 
     def _refuse_foreign_ledger(self) -> None:
@@ -466,7 +466,7 @@ class OutputFolder:
                 raise
 
 
-def _fingerprint(status: os.stat_result) -> list[int]:
+def _take_fingerprint(status: os.stat_result) -> list[int]:
     """What the ledger records of a file."""
     return [status.st_size, status.st_mtime_ns]
 

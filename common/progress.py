@@ -50,7 +50,7 @@ class ProgressBar:
             self.note = note or self.note
             self._show_if_due()
 
-    def refresh(self) -> None:
+    def refresh_bar(self) -> None:
         """Show the time that has passed, though nothing was added."""
         if self._bar is not None:
             self._bar.refresh()
@@ -62,9 +62,9 @@ class ProgressBar:
             self._bar.update(self.count - self._bar.n)
         elif self._show and now - self._last_line >= self.line_seconds:
             self._last_line = now
-            print(self.describe(now - self._begun), file=sys.stderr, flush=True)
+            print(self.describe_speed(now - self._begun), file=sys.stderr, flush=True)
 
-    def describe(self, seconds: float) -> str:
+    def describe_speed(self, seconds: float) -> str:
         if not self.count:
             return f"{self.label}: {seconds:.0f} s"
         from tqdm import tqdm
@@ -133,7 +133,7 @@ class StepProgress:
                     with self._lock:
                         count = self.bytes if bytes else self.rows
                     bar.add(count - bar.count, f"{self.rows:,} rows" if bytes and self.rows else "")
-                    bar.refresh()
+                    bar.refresh_bar()
 
             clock = threading.Thread(target=refresh_until_done, name="progress", daemon=True)
             if self._show:
@@ -146,7 +146,7 @@ class StepProgress:
                     clock.join()
         self.print_line(f"{label}: {self._sum_up(time.monotonic() - begun)} done")
 
-    def skip(self, name: str, why: str) -> None:
+    def skip_step(self, name: str, why: str) -> None:
         """Count a step that has nothing to do."""
         self._number += 1
         self.print_line(f"step {self._number} of {self._steps} {name}: {why}")

@@ -74,7 +74,7 @@ def main(here: Ranks) -> None:
     if mistake := find_usage_error(cfg, here):
         mistake.shared = True
         raise mistake
-    results, about = measure(cfg, here)
+    results, about = measure_batch_sizes(cfg, here)
     if here.first:
         from dlrm.models.dlrm.inference import format_table
 
@@ -88,7 +88,7 @@ def find_usage_error(cfg: BenchConfig, here: Ranks) -> UserError | None:
     return find_unshared_size("batch_sizes", cfg.bench.batch_sizes, here.world_size)
 
 
-def measure(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_batch_sizes(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(one dict of results for each batch size, a dict that describes model and data)."""
     bench = cfg.bench
     with imports.import_quickly(bench.cpu_fast_path):

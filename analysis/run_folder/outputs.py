@@ -197,23 +197,23 @@ class Results:
             output = OutputFolder(self.folder)
             known = _refuse_foreign(output, {name: is_own for name, (_, is_own) in self._made.items()})
             if known:
-                output.adopt(known)
+                output.record_files(known)
             for name in self._made:
                 with os_errors_as_user_errors(self.folder / name):
                     (self.folder / name).parent.mkdir(exist_ok=True)
             for path, _ in self._made.values():
                 os.chmod(path, 0o666 & ~_read_umask())
-            output.publish({name: path for name, (path, _) in self._made.items()})
-            for name in output.names():
+            output.publish_files({name: path for name, (path, _) in self._made.items()})
+            for name in output.list_names():
                 if complete and name.startswith(complete) and name not in self._made:
-                    output.remove(name)
+                    output.remove_file(name)
 
 
 @contextmanager
 def results_in(folder: Path, complete: str = "") -> Iterator[Results]:
     """New files for `folder`: all of them are there when the block is left without an error, else none."""
     _remove_unused(folder)
-    work = WORK.make(folder)
+    work = WORK.make_folder(folder)
     try:
         with FolderLock(work, "analysing"):
             results = Results(folder, work)
@@ -221,7 +221,7 @@ def results_in(folder: Path, complete: str = "") -> Iterator[Results]:
             results.publish(complete)
     finally:
         with suppress(UserError, OSError):  # the first error counts
-            WORK.remove(work)
+            WORK.remove_folder(work)
 
 
 def check_folder(folder: Path, names: dict[str, IsOwn], remedy: str) -> None:
@@ -277,12 +277,12 @@ def _hold_folder_lock(folder: Path) -> Iterator[None]:
 
 def _remove_unused(folder: Path) -> None:
     """Work folders of commands that were killed: no process holds their locks."""
-    for work in WORK.find(folder):
+    for work in WORK.find_folders(folder):
         with suppress(UserError, OSError):
             if time.time() - work.lstat().st_mtime > UNUSED_SECONDS:
                 with FolderLock(work, "removing it"):
                     pass
-                WORK.remove(work)
+                WORK.remove_folder(work)
 
 
 def _read_umask() -> int:

@@ -164,9 +164,9 @@ def begin_checkpoint(root: Path, step: int) -> tuple[Path, Path]:
     """(folder to write into, its final name). Removes what killed writers left; the caller holds the lock of
     `root`, so no other writer is at work there.
     """
-    for old in KIND.find(root):
-        KIND.remove(old)
-    partial = KIND.make(root, 0o777, step)
+    for old in KIND.find_folders(root):
+        KIND.remove_folder(old)
+    partial = KIND.make_folder(root, 0o777, step)
     taken = [int(name.split("-")[0]) for name in os.listdir(root) if NAME.fullmatch(name)]
     return partial, root / f"{max(taken, default=0) + 1:05d}-step-{step}"
 
@@ -179,7 +179,7 @@ def publish_checkpoint(partial: Path, final: Path, description: dict[str, Any]) 
     text = json.dumps({**values, "crc32": _compute_checksum(values)}) + "\n"
     write_synced(partial / MARKER, text.encode())
     sync_to_disk(partial)
-    KIND.publish(partial, final)
+    KIND.publish_folder(partial, final)
     sync_to_disk(final.parent)
 
 
@@ -190,7 +190,7 @@ def _compute_checksum(values: dict[str, Any]) -> int:
 def discard_partial(partial: Path) -> None:
     """Remove a folder that is not going to be published."""
     with contextlib.suppress(OSError, UserError):
-        KIND.remove(partial)
+        KIND.remove_folder(partial)
 
 
 def remove_old_checkpoints(root: Path, keep: int) -> None:

@@ -84,7 +84,7 @@ class StoredPiece:
 
 def _bytes_of(tensor: Any) -> Iterator[memoryview]:
     if not isinstance(tensor, torch.Tensor):  # ssd.snapshot.SnapshotSlice
-        yield from tensor.parts()
+        yield from tensor.read_parts()
         return
     flat: Any = tensor.detach().contiguous().reshape(-1)
     yield memoryview(flat.view(torch.uint8).numpy())
@@ -114,7 +114,7 @@ def write_pieces(folder: Path, file: str, pieces: Sequence[TensorPiece]) -> dict
             with span("checkpoint", "write", file=file, bytes=piece.tensor.nbytes, tensor=piece.name):
                 for part in _bytes_of(piece.tensor):
                     output.add_bytes(part)
-        output.finish()
+        output.finish_file()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder / file)) from None
     finally:
@@ -141,7 +141,7 @@ def write_synced(path: Path, data: bytes) -> None:
     output = _ChecksummedFile(path)
     try:
         output.add_bytes(memoryview(data))
-        output.finish()
+        output.finish_file()
     finally:
         output.close()
 
@@ -181,7 +181,7 @@ class _ChecksummedFile:
                 self.sums.append(self._sum)
                 self._sum = 0
 
-    def finish(self) -> None:
+    def finish_file(self) -> None:
         self._flush_small()
         if self.bytes % BLOCK:
             self.sums.append(self._sum)

@@ -186,15 +186,15 @@ def describe_presets(presets: Mapping[str, Callable[[], Mapping[str, Any]]]) -> 
 
 def as_json(config: Any, launch: Mapping[str, Any]) -> str:
     """config.json's text: every option as resolved, and where the run was started; secrets are masked."""
-    return json.dumps(_mask({**asdict(config), "launch": dict(launch)}), indent=1) + "\n"
+    return json.dumps(_mask_secrets({**asdict(config), "launch": dict(launch)}), indent=1) + "\n"
 
 
-def _mask(value: Any) -> Any:
+def _mask_secrets(value: Any) -> Any:
     """The same, with what looks like a password or a key replaced by a mask."""
     if isinstance(value, str):
         return mask_secrets(value)
     if isinstance(value, dict):
-        return {name: _mask(each) for name, each in value.items()}
+        return {name: _mask_secrets(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_mask(each) for each in value]
+        return [_mask_secrets(each) for each in value]
     return value

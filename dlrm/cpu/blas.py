@@ -43,7 +43,7 @@ def use_onednn() -> bool:
     """
     if not torch.backends.mkldnn.is_available() or read_cpu_vendor() != AMD or not has_avx512():
         return False
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     if is_float32(torch.mm) and is_float32(torch.bmm, batch=4):

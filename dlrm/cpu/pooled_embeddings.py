@@ -35,7 +35,8 @@ def install_shared_memory_dists(model: nn.Module) -> int:
         for dist in getattr(part, "_output_dists", []):
             plain = type(dist) is TwPooledEmbeddingDist and not dist._callbacks and dist._codecs is None
             if plain and isinstance(dist._pg, ShmProcessGroup):
-                dist._dist = ShmPooledEmbeddingDist(dist._pg.segments, dist._dim_sum_per_rank)
+                shared = ShmPooledEmbeddingDist(dist._pg.segments, dist._dim_sum_per_rank)
+                dist._dist = shared  # pyright: ignore[reportAttributeAccessIssue]
                 replaced += 1
     return replaced
 
@@ -87,17 +88,17 @@ class ShmPooledAwaitable(Awaitable[torch.Tensor]):
         self.token = self.values = EMPTY  # else the tensors and this object would keep each other alive
         return values
 
-    def post(self, embeddings: torch.Tensor) -> None:
+    def post_embeddings(self, embeddings: torch.Tensor) -> None:
         """Send each rank its rows; copy this rank's own."""
         with record_function("## All2All_Pooled_fwd ##"):
             segments = self.segments
             row = embeddings.size(1) * embeddings.element_size()
             parts = [(rows.start * row, rows.stop * row) for rows in self.rows]
-            number = segments.post(embeddings.contiguous().view(-1).view(torch.uint8), parts)
+            number = segments.post_copy(embeddings.contiguous().view(-1).view(torch.uint8), parts)
             self.values[:, self.columns[self.own]] = embeddings[self.rows[self.own]]
-            self.arriving = ArrivingMessage(segments, number, self.place)
+            self.arriving = ArrivingMessage(segments, number, self.place_embeddings)
 
-    def place(self, peer: int, part: torch.Tensor) -> None:
+    def place_embeddings(self, peer: int, part: torch.Tensor) -> None:
         """Copy a peer's embeddings (uint8 bytes) into its columns."""
         columns = self.columns[peer]
         self.values[:, columns] = self.as_matrix(part, len(self.values), columns.stop - columns.start)
@@ -110,11 +111,11 @@ class ShmPooledAwaitable(Awaitable[torch.Tensor]):
             widths = [columns.stop - columns.start for columns in self.columns]
             sizes = [0 if rank == own else gradient[:, c].nbytes for rank, c in enumerate(self.columns)]
             parts = list(pairwise(accumulate([0, *sizes])))
-            number, out = segments.begin(parts[-1][1])
+            number, out = segments.begin_message(parts[-1][1])
             for peer in segments.peers:
                 target = self.as_matrix(out[slice(*parts[peer])], len(gradient), widths[peer])
                 torch.div(gradient[:, self.columns[peer]], divisor, out=target)
-            segments.send(number, parts)
+            segments.send_message(number, parts)
             self.gradient = torch.empty(self.rows[-1].stop, widths[own], dtype=self.type)
             torch.div(gradient[:, self.columns[own]], divisor, out=self.gradient[self.rows[own]])
             self.arriving = ArrivingMessage(segments, number, self.place_gradient)
@@ -130,10 +131,10 @@ class ShmPooledAwaitable(Awaitable[torch.Tensor]):
             )
         return part.view(self.type).view(rows, columns)
 
-    def finish(self) -> None:
+    def await_peers(self) -> None:
         with record_function("## All2All_Pooled_wait ##"):
             assert self.arriving is not None
-            self.arriving.finish()
+            self.arriving.receive_parts()
             self.arriving = None
 
 
@@ -143,14 +144,14 @@ class PostEmbeddings(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: torch.Tensor, batch: ShmPooledAwaitable) -> torch.Tensor:
         ctx.batch = batch
-        batch.post(embeddings)
+        batch.post_embeddings(embeddings)
         return embeddings.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
         batch, ctx.batch = ctx.batch, None
-        batch.finish()
+        batch.await_peers()
         return batch.gradient, None
 
 
@@ -160,7 +161,7 @@ class TakeEmbeddings(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, batch: ShmPooledAwaitable) -> torch.Tensor:
         ctx.batch, ctx.token = batch, token.shape
-        batch.finish()
+        batch.await_peers()
         return batch.values
 
     @staticmethod

@@ -67,11 +67,11 @@ class _ReceivingWork(dist._Work):
         self._arriving = arriving
 
     def wait(self, timeout: Any = None) -> bool:
-        self._arriving.finish()
+        self._arriving.receive_parts()
         return True
 
     def get_future(self) -> Any:
-        self._arriving.finish()
+        self._arriving.receive_parts()
         return FinishedWork([]).get_future()
 
 
@@ -90,12 +90,12 @@ class ShmProcessGroup(UnevenGloo):
             return self.gloo.allreduce(tensors, opts)
         for tensor in tensors:
             flat = tensor.detach().contiguous().view(-1)
-            self._sum(flat)
+            self._sum_in_place(flat)
             if not tensor.is_contiguous():
                 tensor.detach().copy_(flat.view(tensor.shape))
         return FinishedWork(tensors)
 
-    def _sum(self, flat: torch.Tensor) -> None:
+    def _sum_in_place(self, flat: torch.Tensor) -> None:
         """Sum `flat` [n] over the ranks, in place, with the same bits on all ranks.
 
         Each rank sums one section, in rank order, and sends it to all.
@@ -105,7 +105,7 @@ class ShmProcessGroup(UnevenGloo):
         section = -(-flat.numel() // size) * width
         data = _as_bytes(flat)
         cuts = [min(section * peer, data.numel()) for peer in range(size + 1)]
-        number = segments.post(data, list(pairwise(cuts)))
+        number = segments.post_copy(data, list(pairwise(cuts)))
         mine = flat[cuts[rank] // width : cuts[rank + 1] // width]
         parts = [
             segments.await_part(peer, number, rank).view(flat.dtype) if peer != rank else mine.clone()
@@ -115,12 +115,12 @@ class ShmProcessGroup(UnevenGloo):
         for part in parts[2:]:
             mine.add_(part)
         for peer in segments.peers:
-            segments.done(peer, number)
+            segments.mark_read(peer, number)
         total = _as_bytes(mine)
-        number = segments.post(total, [(0, total.numel())] * size)
+        number = segments.post_copy(total, [(0, total.numel())] * size)
         for peer in segments.peers:
             data[cuts[peer] : cuts[peer + 1]].copy_(segments.await_part(peer, number, rank))
-            segments.done(peer, number)
+            segments.mark_read(peer, number)
 
     def all_to_all_single(
         self,
@@ -140,14 +140,14 @@ class ShmProcessGroup(UnevenGloo):
         _as_bytes(output)[to:to_end].copy_(data[begin:end])
         target, rank = _as_bytes(output), segments.rank
 
-        def place(peer: int, part: torch.Tensor) -> None:
+        def place_part(peer: int, part: torch.Tensor) -> None:
             begin, end = received[peer]
             if part.numel() != end - begin:
                 sizes = f"{part.numel()} bytes, rank {rank} expected {end - begin}"
                 raise RuntimeError(f"rank {peer} sent {sizes}")
             target[begin:end].copy_(part)
 
-        return _ReceivingWork(ArrivingMessage(segments, segments.post(data, sent), place))
+        return _ReceivingWork(ArrivingMessage(segments, segments.post_copy(data, sent), place_part))
 
 
 setattr(ShmProcessGroup, "alltoall_base", ShmProcessGroup.all_to_all_single)  # noqa: B010 (torch's older name for it)

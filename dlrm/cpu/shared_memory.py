@@ -51,35 +51,35 @@ class ShmChannels:
         self.pending: list[ArrivingMessage | None] = [None] * SLOTS
         self.count = 0
 
-    def begin(self, size: int) -> tuple[int, torch.Tensor]:
+    def begin_message(self, size: int) -> tuple[int, torch.Tensor]:
         """(number of the next message, uint8 [size] to write it to). Waits until all have read the slot."""
         number, slot = self.count, self.count % SLOTS
         self.count += 1
         arriving = self.pending[slot]
         if arriving is not None:
-            arriving.finish()
+            arriving.receive_parts()
         for peer in self.peers:
             done = self.read[peer][self.rank]
             self._wait_until(lambda done=done: done[slot] > number - SLOTS or number < SLOTS, peer)
         if size > self.reserved[slot]:
-            self._reserve(slot, size)
-        return number, self.view(self.rank, number, 0, size)
+            self._reserve_memory(slot, size)
+        return number, self.view_part(self.rank, number, 0, size)
 
-    def send(self, number: int, parts: Sequence[tuple[int, int]]) -> None:
+    def send_message(self, number: int, parts: Sequence[tuple[int, int]]) -> None:
         """Publish a message that was written: bytes parts[p][0] to parts[p][1] - 1 of it are for peer p."""
         slot = number % SLOTS
         self.parts[self.rank][slot] = parts
         self.posted[self.rank][slot] = number + 1  # written last: x86 keeps the order of stores
 
-    def post(self, data: torch.Tensor, parts: Sequence[tuple[int, int]]) -> int:
+    def post_copy(self, data: torch.Tensor, parts: Sequence[tuple[int, int]]) -> int:
         """Send a copy of `data` (uint8 [n]); parts: see `send`. Returns the message's number."""
-        number, target = self.begin(data.numel())
+        number, target = self.begin_message(data.numel())
         for begin, end in {parts[peer] for peer in self.peers}:  # not this rank's own
             target[begin:end].copy_(data[begin:end])
-        self.send(number, parts)
+        self.send_message(number, parts)
         return number
 
-    def _reserve(self, slot: int, size: int) -> None:
+    def _reserve_memory(self, slot: int, size: int) -> None:
         """Allocate the slot's memory now: a lack of it is an error here, but a SIGBUS during a copy."""
         if size > STRIDE:
             raise RuntimeError(
@@ -93,7 +93,7 @@ class ShmChannels:
             ) from None
         self.reserved[slot] = size
 
-    def view(self, rank: int, number: int, begin: int, end: int) -> torch.Tensor:
+    def view_part(self, rank: int, number: int, begin: int, end: int) -> torch.Tensor:
         """Bytes begin to end - 1 of a rank's message, uint8, without a copy."""
         if begin == end:
             return torch.empty(0, dtype=torch.uint8)
@@ -106,9 +106,9 @@ class ShmChannels:
         posted = self.posted[peer]
         self._wait_until(lambda: posted[slot] > number, peer)
         begin, end = self.parts[peer][slot][part].tolist()
-        return self.view(peer, number, begin, end)
+        return self.view_part(peer, number, begin, end)
 
-    def done(self, peer: int, number: int) -> None:
+    def mark_read(self, peer: int, number: int) -> None:
         """Mark the peer's message as read by this rank."""
         self.read[self.rank][peer][number % SLOTS] = number + 1
 
@@ -212,12 +212,12 @@ class ArrivingMessage:
         self._place: Callable[[int, torch.Tensor], object] | None = place  # (peer, its bytes for this rank)
         segments.pending[number % SLOTS] = self
 
-    def finish(self) -> None:
+    def receive_parts(self) -> None:
         if self._place is None:
             return
         segments, number = self._segments, self._number
         for peer in segments.peers:
             self._place(peer, segments.await_part(peer, number, segments.rank))
-            segments.done(peer, number)
+            segments.mark_read(peer, number)
         self._place = None
         segments.pending[number % SLOTS] = None

@@ -87,13 +87,13 @@ class BatchLoader:
         if not self._loaded:
             self._start_pass([(0, self.rows)], 0)
         self._loaded = False
-        self.prepare()
+        self.load_first_rows()
         for step in range(self.steps):
             batch = self._make_batch(step)
             self.steps_done = self.steps_before + step + 1
             yield batch
 
-    def prepare(self) -> None:
+    def load_first_rows(self) -> None:
         """Load what must be in memory before the first batch; iterating calls it, too."""
         set_epoch = getattr(self.source, "set_epoch", None)
         if set_epoch:  # the rows themselves change from epoch to epoch
@@ -157,7 +157,7 @@ class BatchLoader:
 
     def remaining_segments(self) -> list[Segment]:
         """What no rank has been given yet, in the order of the epoch's sequence."""
-        remaining = self.sampler.remaining(self.steps_done - self.steps_before)
+        remaining = self.sampler.find_remaining(self.steps_done - self.steps_before)
         return merge_ranges([part for segment in remaining for part in split_rows(self.segments, *segment)])
 
     def _make_batch(self, step: int) -> Batch:

@@ -60,7 +60,7 @@ class BatchCollator:
             features = self.make_multi_hot(values)
             ids_per_row = tuple(ids.size // n for ids in features)
             values = np.concatenate([ids.reshape(-1) for ids in features])
-        batch = self._batch(rows, torch.from_numpy(values.reshape(-1)), ids_per_row)
+        batch = self._make_batch(rows, torch.from_numpy(values.reshape(-1)), ids_per_row)
         return batch.pin_memory() if self.pin_memory else batch
 
     def _name_features(self, count: int) -> None:
@@ -70,7 +70,7 @@ class BatchCollator:
             self.names = name_features(count)
             self.index = {name: number for number, name in enumerate(self.names)}
 
-    def _batch(self, rows: Rows, values: torch.Tensor, ids_per_row: tuple[int, ...]) -> Batch:
+    def _make_batch(self, rows: Rows, values: torch.Tensor, ids_per_row: tuple[int, ...]) -> Batch:
         n = len(rows.labels)
         lengths, offsets, length_per_key, offset_per_key = self._make_index_tensors(n, ids_per_row)
         return Batch(

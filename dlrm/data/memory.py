@@ -43,7 +43,7 @@ class MemorySource:
 
     def load(self, runs: np.ndarray, scattered: bool = False) -> None:
         runs = runs[np.argsort(runs[:, 0])]
-        if self.arrays is not None and self._contains(runs):
+        if self.arrays is not None and self._holds_runs(runs):
             return
         self.arrays = None  # free the old rows before the new ones are read
         self.runs, self.starts = runs, np.concatenate([[0], np.cumsum(runs[:, 1] - runs[:, 0])])
@@ -73,7 +73,7 @@ class MemorySource:
                 read = part.read_rows(start, stop, stop, self.batch)
                 parts[name][first:last] = read[wanted[first:last] - start]
 
-    def _contains(self, runs: np.ndarray) -> bool:
+    def _holds_runs(self, runs: np.ndarray) -> bool:
         numbers = np.searchsorted(self.runs[:, 0], runs[:, 0], side="right") - 1
         return bool((numbers >= 0).all() and (runs[:, 1] <= self.runs[numbers, 1]).all())
 

@@ -61,7 +61,7 @@ class NpyLayout:
         features = 0 if "sparse" in self.parts else sum(part.isdigit() for part in self.parts)
         return Columns(self.parts["dense"][0].columns, features or self.parts["sparse"][0].columns)
 
-    def days(self, stage: str) -> list[tuple[int, range]]:
+    def split_days(self, stage: str) -> list[tuple[int, range]]:
         return rows_of_stage([file.rows for file in self.parts["dense"]], stage)
 
 

@@ -61,7 +61,7 @@ class ParquetLayout:
             self._numbering = collect_ids(self)
         return self._numbering
 
-    def pieces(self, stage: str) -> list[tuple[ParquetFile, range]]:
+    def split_files(self, stage: str) -> list[tuple[ParquetFile, range]]:
         """The files of a stage, and which rows of each."""
         if stage in self.files:
             return [(file, range(file.rows)) for file in self.files[stage]]
@@ -128,7 +128,7 @@ def collect_ids(layout: ParquetLayout) -> parquet_ids.IdNumbering:
                             f"{printable(file.path)}, row group {number}: {describe_error(error)}: "
                             "restore the file"
                         ) from None
-    return collector.finish()
+    return collector.number_ids()
 
 
 # what arrow raises for bytes that are no Parquet; its ArrowMemoryError is a MemoryError
@@ -236,7 +236,7 @@ class ParquetSource:
         self.row_bytes = 4 * len(self.columns.names)
         self.numbering = layout.number_ids()
         self.groups: list[RowGroup] = []
-        for file, wanted in layout.pieces(stage):
+        for file, wanted in layout.split_files(stage):
             first = 0
             for number in range(file.metadata.num_row_groups):
                 size = file.metadata.row_group(number).num_rows
@@ -256,11 +256,11 @@ class ParquetSource:
             number = int(np.searchsorted(self.starts, start, side="right")) - 1
             low, high = int(self.starts[number]), int(self.starts[number + 1])
             end = min(stop, high)
-            pieces.append(self._group(number).slice(start - low, end - low))
+            pieces.append(self._read_group(number).slice(start - low, end - low))
             start = end
         return pieces[0] if len(pieces) == 1 else join_rows(pieces)
 
-    def _group(self, number: int) -> Rows:
+    def _read_group(self, number: int) -> Rows:
         if number != self._number or self._held is None:
             self._held = None  # the old group goes before the new one comes
             group = self.groups[number]

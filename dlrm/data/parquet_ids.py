@@ -84,9 +84,9 @@ class IdCollector:
         waiting = self._waiting[column]
         waiting.append(ids)
         if sum(map(len, waiting)) > max(1 << 16, len(self._whole[column])):
-            self._merge(column)
+            self._merge_column(column)
 
-    def _merge(self, column: int) -> None:
+    def _merge_column(self, column: int) -> None:
         self._whole[column] = np.unique(np.concatenate([self._whole[column], *self._waiting[column]]))
         self._waiting[column].clear()
         refuse_too_large(
@@ -94,8 +94,8 @@ class IdCollector:
             "make the dataset without --mod_idx: then its ids are rows of tables already",
         )  # fmt: skip
 
-    def finish(self) -> IdNumbering:
+    def number_ids(self) -> IdNumbering:
         for column, waiting in enumerate(self._waiting):
             if waiting:
-                self._merge(column)
+                self._merge_column(column)
         return IdNumbering(self._whole)

@@ -45,16 +45,18 @@ class RowSampler:
             return self.full_steps
         if not self.by_rank:
             return self.full_steps + (self.full_steps * self.batch_size * self.world_size < self.rows)
-        shares = [len(self._share(rank)) for rank in (0, self.world_size - 1)]  # the longest, the shortest
+        shares = [
+            len(self._find_share(rank)) for rank in (0, self.world_size - 1)
+        ]  # the longest, the shortest
         return min(-(-shares[0] // self.batch_size), shares[1])
 
-    def _share(self, rank: int) -> range:
+    def _find_share(self, rank: int) -> range:
         return rows_of_rank(self.rows, rank, self.world_size)
 
     def first_row(self, step: int, rank: int) -> int:
         """First row of a rank's batch; for step == steps, the end of its last one."""
         if self.by_rank:
-            share = self._share(rank)
+            share = self._find_share(rank)
             if self.drop_last:
                 return share.start + step * self.batch_size
             if step >= self.steps:
@@ -84,12 +86,14 @@ class RowSampler:
             return self.batch_rows(self.steps - 1, rank)[1]
         return self.batch_rows(step, rank)[1]
 
-    def remaining(self, step: int) -> list[Segment]:
+    def find_remaining(self, step: int) -> list[Segment]:
         """The rows that no rank has been given before this step."""
         if step >= self.steps:
             return []
         if self.by_rank:
-            return [(self.first_row(step, rank), self._share(rank).stop) for rank in range(self.world_size)]
+            return [
+                (self.first_row(step, rank), self._find_share(rank).stop) for rank in range(self.world_size)
+            ]
         return [(self.first_row(step, 0), self.rows)]
 
 

@@ -43,7 +43,7 @@ class ShuffledOrder:
         """Number of the window that has this position."""
         return int(np.searchsorted(self.starts, position, side="right")) - 1
 
-    def blocks(self, window: int) -> list[Segment]:
+    def list_blocks(self, window: int) -> list[Segment]:
         """The rows of a window, in file order."""
         own = slice(window * BLOCKS, (window + 1) * BLOCKS)
         return sorted(zip(self.firsts[own].tolist(), self.lasts[own].tolist(), strict=True))
@@ -105,7 +105,7 @@ class ShuffleWindow:
 
     def _load(self, number: int) -> None:
         self.window = None  # free the old window before the new one is read
-        blocks = self.order.blocks(number)
+        blocks = self.order.list_blocks(number)
         self.window = collect_rows(self.source, blocks)
         self.rows = np.concatenate([np.arange(start, stop) for start, stop in blocks])
         self.numbers, self.number = self.order.permute_window(number), number
@@ -128,11 +128,13 @@ def collect_rows(source: RowSource, segments: list[Segment]) -> Rows:
 def empty_rows(like: Rows, rows: int) -> Rows:
     """Uninitialised arrays for `rows` rows, with the columns and dtypes of `like`."""
 
-    def one(array: np.ndarray) -> np.ndarray:
+    def make_empty(array: np.ndarray) -> np.ndarray:
         return np.empty((rows, *array.shape[1:]), array.dtype)
 
-    sparse = [one(ids) for ids in like.sparse] if isinstance(like.sparse, list) else one(like.sparse)
-    return Rows(one(like.dense), sparse, one(like.labels))
+    sparse = (
+        [make_empty(ids) for ids in like.sparse] if isinstance(like.sparse, list) else make_empty(like.sparse)
+    )
+    return Rows(make_empty(like.dense), sparse, make_empty(like.labels))
 
 
 def copy_rows(rows: Rows, into: Rows, at: int) -> None:

@@ -127,7 +127,7 @@ class StreamSource:
     def __init__(self, layout: NpyLayout, stage: str, chunk_mb: float = 16) -> None:
         self.bytes_read = layout.bytes_read
         self.batch = 0
-        days = layout.days(stage)
+        days = layout.split_days(stage)
         self.rows = sum(len(rows) for _, rows in days)
         self.parts: dict[str, StreamedArray] = {}
         for name, files in layout.parts.items():

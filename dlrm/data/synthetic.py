@@ -49,14 +49,14 @@ class RandomSource:
         if at + stop - start > POOL:
             return self.take(np.arange(start, stop))
         place = slice(at, at + stop - start)
-        return self._rows(place, self.bits[place] ^ self._draw_flips(pass_number))
+        return self._make_rows(place, self.bits[place] ^ self._draw_flips(pass_number))
 
     def take(self, rows: np.ndarray) -> Rows:
         passes, at = np.divmod(rows, POOL)
         bits = self.bits[at]
         for pass_number in np.unique(passes):
             bits[passes == pass_number] ^= self._draw_flips(int(pass_number))
-        return self._rows(at, bits)
+        return self._make_rows(at, bits)
 
     def _draw_flips(self, pass_number: int) -> np.ndarray:
         """uint32 [tables]: the bits that this pass through the pool flips in each column."""
@@ -65,7 +65,7 @@ class RandomSource:
             self._pass, self._flips = pass_number, draw.integers(0, 1 << 32, len(self.sizes), np.uint32)
         return self._flips
 
-    def _rows(self, at: slice | np.ndarray, bits: np.ndarray) -> Rows:
+    def _make_rows(self, at: slice | np.ndarray, bits: np.ndarray) -> Rows:
         ids = ((bits * self.sizes) >> np.uint64(32)).astype(np.int32)
         return Rows(self.dense[at], ids, self.labels[at])
 

@@ -253,7 +253,7 @@ def run_multihot(args: argparse.Namespace) -> None:
         args.input_dir, args.output_dir, args.multi_hot_sizes, tables,
         args.multi_hot_distribution_type, args.copy_labels_and_dense,
     )  # fmt: skip
-    write_multi_hot(options.checked(), Workers(ranks.find_ranks(), args.workers))
+    write_multi_hot(options.check_values(), Workers(ranks.find_ranks(), args.workers))
 
 
 def run_pipeline(args: argparse.Namespace) -> None:
@@ -262,7 +262,7 @@ def run_pipeline(args: argparse.Namespace) -> None:
         "spark_conf": tuple(args.spark_conf),
     }
     del values["command"]
-    options = prep_options.PrepOptions(**values).checked()
+    options = prep_options.PrepOptions(**values).check_values()
     from dlrm.prep.engines.registry import ENGINES
 
     ENGINES[options.engine](options)

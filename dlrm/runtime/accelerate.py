@@ -1,8 +1,8 @@
 """The four functions that a fast path may replace, each with torch's or torchrec's own way as its default.
 
 A fast path is a package that nothing imports unless it is switched on (dlrm.cpu, for CPU ranks). When it is
-switched on it calls `use` with functions of its own; the code that calls these hooks does not know which
-fast path there is, or whether there is one. A hook changes speed, and results by rounding at most.
+switched on it calls `use_hooks` with functions of its own; the code that calls these hooks does not know
+which fast path there is, or whether there is one. A hook changes speed, and results by rounding at most.
 """
 
 from collections.abc import Callable
@@ -45,11 +45,11 @@ class FastPath:
 
 
 PLAIN = FastPath()
-hooks = PLAIN  # read as `accelerate.hooks.NAME(...)` at each call; set by `use` alone
+hooks = PLAIN  # read as `accelerate.hooks.NAME(...)` at each call; set by `use_hooks` alone
 
 
-def use(fast_path: FastPath) -> None:
-    """Make these the hooks of this process; `use(PLAIN)` restores the defaults."""
+def use_hooks(fast_path: FastPath) -> None:
+    """Make these the hooks of this process; `use_hooks(PLAIN)` restores the defaults."""
     global hooks
     hooks = fast_path
 

@@ -38,7 +38,7 @@ class FailureNotice:
 
 
 def read_notice(store: SignedStore) -> FailureNotice | None:
-    found = store.find(KEY)
+    found = store.find_value(KEY)
     try:
         return FailureNotice.from_json(found) if found else None
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -62,10 +62,10 @@ class UnevenGloo(dist.ProcessGroup):
 
 
 def _through_gloo(name: str) -> Callable[..., Any]:
-    def call(self: UnevenGloo, *arguments: Any, **options: Any) -> Any:
+    def call_gloo(self: UnevenGloo, *arguments: Any, **options: Any) -> Any:
         return getattr(self.gloo, name)(*arguments, **options)
 
-    return call
+    return call_gloo
 
 
 # by hand: left to torch's own dispatch to the registered backend, allgather and broadcast hang (torch 2.13)

@@ -300,7 +300,7 @@ class Heartbeat:
         self._closed.set()
         self._wake_watch.set()
         if self._here.world_size > 1:
-            self._peers.wake()
+            self._peers.wake_waiter()
             self._watch.join(2 * BEAT_SECONDS)
             self._guard.join(BEAT_SECONDS)
             if not self._guard.is_alive():

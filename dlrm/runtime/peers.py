@@ -31,7 +31,7 @@ class RankProcess:
     pid_namespace: str  # boot id and namespace: pids can only be compared where this is the same
 
     @classmethod
-    def current(cls, host: str) -> "RankProcess":
+    def of_this_process(cls, host: str) -> "RankProcess":
         return cls(host, os.getpid(), _read_start_time(os.getpid()), _find_pid_namespace())
 
     @classmethod
@@ -117,7 +117,7 @@ class LocalPeers:
     def wait(self, seconds: float) -> dict[int, str]:
         """Wait at most so long for processes to end. Returns the ranks that ended, each with the cause, or ""
         where the kernel does not tell it: "killed by signal 9", "ended with code 1", ENDED_WELL. Empty after
-        `seconds`, and after `wake`.
+        `seconds`, and after `wake_waiter`.
         """
         if self._ended:
             ended, self._ended = self._ended, {}
@@ -138,7 +138,7 @@ class LocalPeers:
                 ended[rank] = _find_cause(self._processes.pop(rank), None)
         return ended
 
-    def wake(self) -> None:
+    def wake_waiter(self) -> None:
         """Make a `wait` in another thread return."""
         os.write(self._wake[1], b"x")
 

@@ -48,7 +48,7 @@ def rendezvous(here: Ranks, timeout: int) -> tuple[SignedStore, list[RankProcess
 
     Raises LostRank, which names the ranks that did not connect within `timeout` seconds or ended before.
     """
-    myself = RankProcess.current(here.host)
+    myself = RankProcess.of_this_process(here.host)
     if here.world_size == 1:
         return SignedStore(dist.HashStore(), job_key(), STORE_SECONDS), [myself]
     store = SignedStore(_open_store(here, timeout), job_key(), timeout)
@@ -85,7 +85,7 @@ def _exchange_processes(
     pause = 0.01
     while True:
         for rank in sorted(expected - set(connected)):
-            if read := _read_processes(store.find(f"dlrm/process/{rank}"), single=True):
+            if read := _read_processes(store.find_value(f"dlrm/process/{rank}"), single=True):
                 connected[rank] = read[0]
                 peers.add(rank, read[0])
         if here.first or 0 in connected:
@@ -95,7 +95,7 @@ def _exchange_processes(
             processes = [connected[rank] for rank in range(here.world_size)]
             store.set("dlrm/processes", json.dumps([asdict(each) for each in processes]))
             return processes
-        if not here.first and (processes := _read_processes(store.find("dlrm/processes"))):
+        if not here.first and (processes := _read_processes(store.find_value("dlrm/processes"))):
             if len(processes) != here.world_size:
                 raise LostRank(
                     f"rank 0 has {len(processes)} ranks, this one {here.world_size}: another job uses the "

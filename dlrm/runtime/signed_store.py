@@ -53,13 +53,13 @@ class SignedStore:
         return f"{name}-{self._compute_digest(name, b'prefix').hex()}"
 
     def set(self, name: str, value: str) -> None:
-        self.store.set(name, self._sign(name, value))
+        self.store.set(name, self._sign_value(name, value))
 
     def set_first(self, name: str, value: str) -> None:
         """Set it, unless a rank of this job has set it; another program's value is replaced."""
-        signed = self._sign(name, value)
+        signed = self._sign_value(name, value)
         found = self.store.compare_set(name, "", signed)
-        while found != signed and self._verify(name, found) is None:
+        while found != signed and self._verify_value(name, found) is None:
             before, found = found, self.store.compare_set(name, found, signed)
             if found == before:  # the swap did not work: torch cannot compare with an empty value
                 self.store.set(name, signed)
@@ -72,17 +72,17 @@ class SignedStore:
         self.set_first(name, value)
         return self.get(name)
 
-    def find(self, name: str) -> bytes | None:
+    def find_value(self, name: str) -> bytes | None:
         """The value, or None where this job has set none; returns at once."""
-        return self._verify(name, self.store.get(name)) if self.store.check([name]) else None
+        return self._verify_value(name, self.store.get(name)) if self.store.check([name]) else None
 
     def check(self, names: Sequence[str]) -> bool:
-        return all(self.find(name) is not None for name in names)
+        return all(self.find_value(name) is not None for name in names)
 
     def get(self, name: str) -> bytes:
         """Wait for the value."""
         deadline = time.monotonic() + self._seconds
-        while (found := self.find(name)) is None:
+        while (found := self.find_value(name)) is None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"timed out: no rank of this job has set {name} in {self._seconds:g} s")
             time.sleep(POLL_SECONDS)
@@ -91,7 +91,7 @@ class SignedStore:
     def multi_get(self, names: Sequence[str]) -> list[bytes | None]:
         """Several values in one call, None for those of other programs. Waits until all keys exist."""
         found = self.store.multi_get(list(names)) if names else []
-        return [self._verify(name, value) for name, value in zip(names, found, strict=True)]
+        return [self._verify_value(name, value) for name, value in zip(names, found, strict=True)]
 
     def wait(self, names: Sequence[str]) -> None:
         for name in names:
@@ -100,11 +100,11 @@ class SignedStore:
     def _compute_digest(self, name: str, value: bytes) -> bytes:
         return hmac.digest(self._key, len(name).to_bytes(8, "big") + name.encode() + value, "sha256")
 
-    def _sign(self, name: str, value: str) -> Any:
+    def _sign_value(self, name: str, value: str) -> Any:
         data = value.encode()
         return self._compute_digest(name, data).hex().encode() + data
 
-    def _verify(self, name: str, signed: bytes) -> bytes | None:
+    def _verify_value(self, name: str, signed: bytes) -> bytes | None:
         digest, data = bytes(signed[: 2 * DIGEST_BYTES]), bytes(signed[2 * DIGEST_BYTES :])
         if len(signed) > MAX_VALUE_BYTES or not hmac.compare_digest(
             digest, self._compute_digest(name, data).hex().encode()

@@ -173,12 +173,12 @@ class CollectiveStop(threading.Thread):
         self._store.set_first(key, request)
         self._store.set(f"{key}/{self._here.rank}", str(started))
         if self._here.first:
-            found = [self._store.find(f"{key}/{rank}") for rank in range(self._here.world_size)]
+            found = [self._store.find_value(f"{key}/{rank}") for rank in range(self._here.world_size)]
             if None in found:
                 return None
             self._replies = {f"{key}/last": str(max(int(each) for each in found))}
             self._store.set(*next(iter(self._replies.items())))
-        last = self._store.find(f"{key}/last")
+        last = self._store.find_value(f"{key}/last")
         return None if last is None else int(last)
 
     def close(self) -> None:

@@ -86,23 +86,23 @@ def read_flags(argv: Sequence[str]) -> Flags:
 
 def translate_flags(given: Flags, ranks: int) -> list[str]:
     """The same as options of python -m dlrm.train, on so many ranks."""
-    return [str(word) for words in _translate(given, ranks) for word in words]
+    return [str(word) for words in _translate_all(given, ranks) for word in words]
 
 
-def _translate(given: Flags, ranks: int) -> Iterator[Sequence[object]]:
+def _translate_all(given: Flags, ranks: int) -> Iterator[Sequence[object]]:
     for name in ("mode", "seed", "benchmark_warmup_steps", "inference_benchmark_steps"):
         yield f"--{name}", given[name].value
     for name in ("output_dir", "load_checkpoint_path", "max_table_size"):
         if given[name].value is not None:
             yield f"--{name}", given[name].value
     yield "--inference_benchmark_batch_sizes", ",".join(given.inference_benchmark_batch_sizes)
-    yield "--test_batch_size", _divide(given, "test_batch_size", ranks)
+    yield "--test_batch_size", _divide_by_ranks(given, "test_batch_size", ranks)
     yield from _translate_data(given)
     yield from _translate_model(given)
     if given.fp16:
         yield "--amp", "fp16", "--loss_scale_policy", "static", "--loss_scale", given.loss_scale
     if given.mode == "train":
-        yield "--batch_size", _divide(given, "batch_size", ranks)
+        yield "--batch_size", _divide_by_ranks(given, "batch_size", ranks)
         yield from _translate_training(given)
 
 
@@ -162,7 +162,7 @@ def _translate_training(given: Flags) -> Iterator[Sequence[object]]:
         yield "--checkpoint_dir", given.save_checkpoint_path, "--save_model_after_each_eval"
 
 
-def _divide(given: Flags, name: str, ranks: int) -> int:
+def _divide_by_ranks(given: Flags, name: str, ranks: int) -> int:
     """The share of one rank."""
     size = given[name].value
     if size < 1 or size % ranks:

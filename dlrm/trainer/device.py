@@ -11,8 +11,8 @@ def enable_fast_path(device: torch.device, cpu_fast_path: bool) -> list[str]:
     Call it before the process group is made. On CUDA nothing of dlrm.cpu is imported.
     """
     if not accelerate.is_cpu_fast_path_usable(device, cpu_fast_path):
-        accelerate.use(accelerate.PLAIN)
+        accelerate.use_hooks(accelerate.PLAIN)
         return []
     from dlrm.cpu import fast_path  # the only import of dlrm.cpu from outside it
 
-    return fast_path.enable()
+    return fast_path.enable_fast_path()

@@ -17,7 +17,7 @@ FALLS = 0.99  # the second half of these steps has less than this share of the f
 Report = tuple[int, float, float, float]  # step, rows, loss, share of clicks
 
 
-def _average(reports: list[Report]) -> tuple[float, float]:
+def _average_reports(reports: list[Report]) -> tuple[float, float]:
     """(loss, share of clicks) over all rows."""
     total = sum(rows for _, rows, _, _ in reports)
     losses = sum(rows * loss for _, rows, loss, _ in reports)
@@ -72,10 +72,10 @@ class LossWatch:
         if step - first < self._window or step < 2 * self._window:
             return None
         within = self._reports[1:]  # the steps after `first`
-        mean_loss, share = _average(within)
+        mean_loss, share = _average_reports(within)
         entropy = binary_entropy(share)
         half = len(within) // 2
-        falls = half > 0 and _average(within[half:])[0] < FALLS * _average(within[:half])[0]
+        falls = half > 0 and _average_reports(within[half:])[0] < FALLS * _average_reports(within[:half])[0]
         if mean_loss < AT_ENTROPY * entropy or falls:
             return None
         return (

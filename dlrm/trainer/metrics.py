@@ -113,9 +113,9 @@ def _exchange_by_value(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torc
     dist.all_to_all_single(receive_counts, send_counts)
     sent, received = send_counts.tolist(), receive_counts.tolist()
 
-    def exchange(values: torch.Tensor) -> torch.Tensor:
+    def exchange_values(values: torch.Tensor) -> torch.Tensor:
         out = values.new_empty(sum(received))
         dist.all_to_all_single(out, values[order].contiguous(), received, sent)
         return out
 
-    return exchange(scores), exchange(labels)
+    return exchange_values(scores), exchange_values(labels)

@@ -36,7 +36,7 @@ class LossScale:
     def __init__(self, state: ScaleState, dynamic: bool) -> None:
         self.state, self.dynamic = state, dynamic
 
-    def scale(self, gradient: torch.Tensor) -> torch.Tensor:
+    def scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * self.state.loss_scale
 
     def unscale_for_tables(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -67,31 +67,31 @@ def cast_dense_part(
     """
     dtype = TYPES[kind]
 
-    def autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_in_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
         def forward_in_autocast(*inputs: Any) -> Any:
             with torch.autocast(device.type, dtype):
                 return forward(*inputs)
 
         return forward_in_autocast
 
-    def interact(dense: torch.Tensor, sparse: Any) -> torch.Tensor:
+    def forward_interaction(dense: torch.Tensor, sparse: Any) -> torch.Tensor:
         values = sparse.values()
         if scale and values.requires_grad:
             values.register_hook(scale.unscale_for_tables)
         return inter_arch(dense, sparse)
 
-    def predict(features: torch.Tensor) -> torch.Tensor:
+    def forward_over_arch(features: torch.Tensor) -> torch.Tensor:
         logits = over_arch(features).float()  # the loss, and the hook's product, in fp32
         if scale and logits.requires_grad:
-            logits.register_hook(scale.scale)
+            logits.register_hook(scale.scale_gradient)
         return logits
 
     parts: Any = model
-    parts.dense_arch.forward = autocast(parts.dense_arch.forward)
-    inter_arch = autocast(parts.inter_arch.forward)
-    parts.inter_arch.forward = interact
-    over_arch = autocast(parts.over_arch.forward)
-    parts.over_arch.forward = predict
+    parts.dense_arch.forward = wrap_in_autocast(parts.dense_arch.forward)
+    inter_arch = wrap_in_autocast(parts.inter_arch.forward)
+    parts.inter_arch.forward = forward_interaction
+    over_arch = wrap_in_autocast(parts.over_arch.forward)
+    parts.over_arch.forward = forward_over_arch
 
 
 class Optimizer(Protocol):

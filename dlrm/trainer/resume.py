@@ -106,7 +106,7 @@ def _load_newest(
                 found = folder.read_description(path)
                 progress, old_keys = check_state(found, with_progress)
                 if old_keys:
-                    trainer.run_folder.warn(
+                    trainer.run_folder.print_warning(
                         f"{path}: has old names ({', '.join(old_keys)}); they are read in this release only"
                     )
                 optimizer = trainer.optimizer if with_progress else None
@@ -126,7 +126,7 @@ def _load_newest(
         damage = next((text for text, _ in outcomes if text), "")
         if not damage and found is not None:
             return found, None if progress is None or rank_state is None else (progress, rank_state)
-        trainer.run_folder.warn(f"checkpoint skipped: {damage}")
+        trainer.run_folder.print_warning(f"checkpoint skipped: {damage}")
     raise _mark_shared(
         UserError(
             f"{paths[0].parent}: none of {len(paths)} checkpoints can be read; "

@@ -88,11 +88,11 @@ class RunFolder:
             for name, check in RECORDED.items()
             if _is_recorded(folder / name, check) and self._output.has_listed_size(name)
         ]
-        self._output.adopt(found, copied=True)
+        self._output.record_files(found, copied=True)
         board = folder / "tensorboard"
         if board.is_dir() and not board.is_symlink() and all(map(_is_board_file, board.rglob("*"))):
             self._output.make_folder("tensorboard", known=True)
-        self.warn(
+        self.print_warning(
             f"{printable(folder)}: a run of an earlier version or a copy; its {', '.join(found)} are taken "
             "over, other files stay as they are"
         )
@@ -242,7 +242,7 @@ class RunFolder:
             f"epoch {values['epoch']} step {values['step']}/{self._total_steps}: {text}, eta {eta}"
         )
 
-    def warn(self, text: str) -> None:
+    def print_warning(self, text: str) -> None:
         """One line on stderr."""
         if self._first:
             print(f"dlrm: {text}", file=sys.stderr, flush=True)
@@ -277,7 +277,7 @@ class RunFolder:
             self._metrics = -1
             if self._output:
                 with contextlib.suppress(UserError, OSError):  # full disk: the old list still holds
-                    self._output.adopt([METRICS])
+                    self._output.record_files([METRICS])
         for lock in self._locks.values():
             lock.release()
         self._locks.clear()

@@ -96,7 +96,7 @@ def choose_options(
     if chosen.summary:
         run_folder.print_line(chosen.summary)
     for line in chosen.warnings:
-        run_folder.warn(line)
+        run_folder.print_warning(line)
     return chosen.options, chosen.summary
 
 
@@ -114,7 +114,7 @@ def record_launch(
     found = session.gather_from_all((here.host, describe_busy_cores(here) if asked else None))
     hosts = [host for host, _ in found]
     for busy in [line for _, line in found if line][:3]:
-        run_folder.warn(busy)
+        run_folder.print_warning(busy)
     run_folder.launch = {
         "model": model,
         "world_size": here.world_size,
@@ -141,7 +141,7 @@ def make_trainer(
 ) -> "Trainer":
     """Build data, model, sharding and optimizer, in this order. A UserError on one rank is raised on all."""
     for line in [*list_deprecated(options.run), *parts.list_unused_options(options, device.type)]:
-        run_folder.warn(line)
+        run_folder.print_warning(line)
     if options.run.mllog:
         run_folder.register_growing_file("mlperf.log")
     mlperf_log = MLPerfLog(options.run.mllog and here.first, run_folder.folder)
@@ -306,7 +306,7 @@ class Trainer:
     def log_metrics(self, **values: Any) -> None:
         self.run_folder.log_metrics(**values, **self.ssd_tables.cache_metrics(self.progress.step))
         if "split" not in values and (trouble := self.loss_watch.add_report(values)):
-            self.run_folder.warn(f"{trouble}: {self.advise_on_loss()}")
+            self.run_folder.print_warning(f"{trouble}: {self.advise_on_loss()}")
 
     # --- evaluation
 

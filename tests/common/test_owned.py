@@ -59,11 +59,11 @@ def test_remove_takes_what_the_program_puts_there_and_nothing_else(tmp_path: Pat
     chance = random.Random(seed)
     make_tree(tmp_path / "elsewhere", chance, 2)
     outside = snapshot(tmp_path / "elsewhere")
-    folder = WORK.make(tmp_path / "tmp")
+    folder = WORK.make_folder(tmp_path / "tmp")
     mark = (folder / MARK).read_bytes()
     make_tree(folder, chance, 2)
     before = snapshot(folder)
-    left = WORK.remove(folder)
+    left = WORK.remove_folder(folder)
     assert snapshot(tmp_path / "elsewhere") == outside
     after = snapshot(folder) if folder.exists() else {}
     for name, content in before.items():
@@ -95,25 +95,25 @@ def forgeries(folder: Path, base: Path) -> dict[str, Path]:
 
 
 def test_a_copy_a_link_and_a_forgery_are_not_ours(tmp_path: Path) -> None:
-    folder = WORK.make(tmp_path / "tmp")
+    folder = WORK.make_folder(tmp_path / "tmp")
     (folder / "part_0").write_text("x")
     for kind, path in forgeries(folder, tmp_path).items():
         before = snapshot(path)
         assert not WORK.is_ours(path), kind
-        assert WORK.remove(path) == [path]
+        assert WORK.remove_folder(path) == [path]
         assert snapshot(path) == before
-    assert WORK.find(tmp_path / "tmp") == [folder]
-    assert WORK.remove(folder) == []
+    assert WORK.find_folders(tmp_path / "tmp") == [folder]
+    assert WORK.remove_folder(folder) == []
     assert not folder.exists()
 
 
 @pytest.mark.parametrize("mark", [b"", b"{}", b"[" * 3000, b"\xff", b"null", b"x" * 5000])
 def test_a_damaged_mark_proves_nothing(tmp_path: Path, mark: bytes) -> None:
-    folder = WORK.make(tmp_path)
+    folder = WORK.make_folder(tmp_path)
     (folder / MARK).write_bytes(mark)
     (folder / "part_0").write_text("x")
-    assert not WORK.find(tmp_path)
-    assert WORK.remove(folder) == [folder]
+    assert not WORK.find_folders(tmp_path)
+    assert WORK.remove_folder(folder) == [folder]
     WORK.remove_unmarked(tmp_path)
     assert (folder / "part_0").read_text() == "x"
 
@@ -150,7 +150,7 @@ def test_only_own_results_are_replaced(tmp_path: Path) -> None:
             path.parent.symlink_to("sub")
         with pytest.raises(UserError):
             OutputFolder(tmp_path).write(name, "program's")
-        assert not OutputFolder(tmp_path).remove(name)
+        assert not OutputFolder(tmp_path).remove_file(name)
     assert (tmp_path / "a").read_text() == "edited by hand"
     assert (tmp_path / "foreign").read_text() == "mine"
     assert OutputFolder(tmp_path).own_names() == ["sub/b"]
@@ -183,7 +183,7 @@ def test_a_foreign_list_owns_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LEDGER).write_bytes(content)
     (tmp_path / "a").write_text("mine")
     output = OutputFolder(tmp_path)
-    assert output.names() == []
+    assert output.list_names() == []
     with pytest.raises(UserError):
         output.write("a", "program's")
     assert (tmp_path / "a").read_text() == "mine"

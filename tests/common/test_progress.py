@@ -31,7 +31,7 @@ def test_steps_are_numbered_and_summed_over_threads(
     monkeypatch.setattr(StepProgress, "LINE_SECONDS", 0.1)
     monkeypatch.setattr(StepProgress, "BAR_SECONDS", 0.05)
     progress = StepProgress(2, show=True, ranks=4)
-    progress.skip("unpack", "no .gz files")
+    progress.skip_step("unpack", "no .gz files")
     with progress.step("count", bytes=4_000_000):
         threads = [threading.Thread(target=progress.add, args=(10, 500_000)) for _ in range(4)]
         for thread in threads:

@@ -108,7 +108,7 @@ def test_dealing_gives_every_row_once_and_no_empty_batch(by_rank: bool) -> None:
                 assert max(sizes) <= size + 1
                 assert sorted(n for cut in cuts for n in range(*cut)) == list(range(rows))
                 for step in range(sampler.steps):
-                    left = sorted(n for cut in sampler.remaining(step) for n in range(*cut))
+                    left = sorted(n for cut in sampler.find_remaining(step) for n in range(*cut))
                     assert left == sorted(n for cut in cuts[step * world :] for n in range(*cut))
                 dropped = RowSampler(rows, size, world, by_rank, drop_last=True)
                 assert dropped.steps == rows // (size * world)
@@ -270,7 +270,7 @@ def test_memory_holds_only_this_rank(tmp_path: Path) -> None:
     for how in ({}, {"shuffle_set": True}):
         source = open_source("memory", folder, "train")
         batches = BatchLoader(source, 10, 1, 4, **how)  # type: ignore[arg-type]
-        batches.prepare()
+        batches.load_first_rows()
         assert len(source.arrays.labels) == 100  # type: ignore[attr-defined]
         first = dict(source.bytes_read)
         runs = source.runs  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ def test_every_row_has_one_place(rows: int, window: int) -> None:
     order = ShuffledOrder(rows, 3, 1, window)
     found = []
     for number in range(len(order.starts) - 1):
-        held = np.concatenate([np.arange(*block) for block in order.blocks(number)])
+        held = np.concatenate([np.arange(*block) for block in order.list_blocks(number)])
         found.append(held[order.permute_window(number)])
     assert np.array_equal(np.sort(np.concatenate(found)), np.arange(rows))
     if window >= rows:

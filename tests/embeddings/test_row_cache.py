@@ -49,9 +49,9 @@ def work(
     all_ids = [skewed(random, 150, len(weights), power) for _ in range(batches)]
     for batch, ids in enumerate(all_ids):
         change = batch % 3 != 2
-        slots = table.admit(ids, change)
+        slots = table.admit_rows(ids, change)
         if batch % 4:  # sometimes another batch follows than the one that was prefetched
-            table.prefetch(all_ids[(batch + 1 + batch % 2) % batches])
+            table.prefetch_rows(all_ids[(batch + 1 + batch % 2) % batches])
         np.testing.assert_array_equal(table.weights[slots], weights[ids])
         assert table.state is not None
         np.testing.assert_array_equal(table.state[slots], state[ids])
@@ -72,7 +72,7 @@ def test_slots_agree_with_a_plain_map_under_random_batches() -> None:
         ids = skewed(random, int(random.integers(1, 60)))
         change = bool(batch % 2)
         lookup = cache.look_up(skewed(random, 30) if batch % 5 else ids) if batch % 3 else None
-        new = cache.admit(ids, change, lookup)
+        new = cache.admit_rows(ids, change, lookup)
         slots, missing, into, evicted, evicted_slots = (
             new.slots,
             new.missing,
@@ -100,23 +100,23 @@ def test_slots_agree_with_a_plain_map_under_random_batches() -> None:
 def test_rows_looked_up_again_outlast_those_looked_up_once() -> None:
     cache = RowCache(100)
     for batch in range(50):
-        cache.admit(np.concatenate((np.arange(40), 1000 + np.arange(50) + 50 * batch)), False)
+        cache.admit_rows(np.concatenate((np.arange(40), 1000 + np.arange(50) + 50 * batch)), False)
     before = cache.misses
-    cache.admit(np.arange(40), False)
+    cache.admit_rows(np.arange(40), False)
     assert cache.misses == before
 
 
 def test_a_batch_of_too_many_rows_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     table = opened(tmp_path, slots=50)
     weights, random = first_values(), np.random.default_rng(1)
-    table.admit(np.arange(30), False)
+    table.admit_rows(np.arange(30), False)
     with pytest.raises(CacheFull):
-        table.cache.admit(np.arange(51), False)
+        table.cache.admit_rows(np.arange(51), False)
     with pytest.raises(UserError, match="touches 400 rows, its cache holds 50.*cache_memory_budget_mb"):
-        table.admit(np.arange(400), True)
+        table.admit_rows(np.arange(400), True)
     for _ in range(20):
         ids = random.integers(0, ROWS, 50)
-        np.testing.assert_array_equal(table.weights[table.admit(ids, False)], weights[ids])
+        np.testing.assert_array_equal(table.weights[table.admit_rows(ids, False)], weights[ids])
 
 
 @pytest.mark.parametrize("slots", [150, 400, ROWS])
@@ -141,7 +141,7 @@ def test_rows_are_those_of_a_table_in_memory_and_survive_the_process(
 
 def all_of(part: WholeTable) -> np.ndarray:
     (later,) = part.copy()
-    return np.frombuffer(b"".join(later.parts()), np.float32)
+    return np.frombuffer(b"".join(later.read_parts()), np.float32)
 
 
 def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:
@@ -151,13 +151,13 @@ def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:
         lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
         return int(lines["rchar"]), int(lines["wchar"])
 
-    table.admit(np.arange(10), True)  # the description is written now
+    table.admit_rows(np.arange(10), True)  # the description is written now
     read, written = table.row_file.bytes_read, table.row_file.bytes_written
     idle = kernel()
     noise = kernel()[0] - idle[0]  # of reading /proc/self/io itself
     begun = kernel()
     for first in range(0, ROWS, 100):
-        table.admit(np.arange(first, first + 100), True)
+        table.admit_rows(np.arange(first, first + 100), True)
     table.wait_for_writes()
     ended = kernel()
     assert abs(ended[0] - begun[0] - noise - (table.row_file.bytes_read - read)) < 64
@@ -166,7 +166,7 @@ def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:
 
 def test_a_killed_job_leaves_an_inconsistent_row_file(tmp_path: Path) -> None:
     table = opened(tmp_path)
-    table.admit(np.arange(100), True)
+    table.admit_rows(np.arange(100), True)
     os.close(table.row_file._file)  # as a kill does: nothing flushed, the lock gone
     assert not opened(tmp_path).consistent
 
@@ -202,10 +202,10 @@ def test_a_damaged_row_file_is_an_error_with_its_name(tmp_path: Path) -> None:
 
 def test_a_row_file_cut_while_in_use_is_an_error_with_its_name(tmp_path: Path) -> None:
     table = opened(tmp_path)
-    table.admit(np.arange(100), True)
+    table.admit_rows(np.arange(100), True)
     os.truncate(tmp_path / "t_a.rows", 500)
     with pytest.raises(UserError, match="ends too early"):
-        table.admit(np.arange(2900, 3000), True)
+        table.admit_rows(np.arange(2900, 3000), True)
 
 
 def test_two_jobs_on_one_row_file_are_refused(tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ from dlrm.runtime.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
 table = opened(folder, slots=1000, rows=400_000)
-table.admit(np.arange(10), True)
+table.admit_rows(np.arange(10), True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, -1))
 try:
-    table.admit(np.arange(399_000, 399_100), True)
+    table.admit_rows(np.arange(399_000, 399_100), True)
 except UserError as error:
     print(error)
 """
@@ -257,10 +257,10 @@ slots = share_budget([table], int(budget))["t_a"]
 def run(rows, slots, folder, batches):
     row_file = RowFile(Path(folder), "t_a", rows, dim, dim, "adagrad", 0)
     cached = CachedTable(table, row_file, torch.zeros(slots, dim), torch.zeros(slots, dim))
-    cached.admit(np.arange(100), True)
+    cached.admit_rows(np.arange(100), True)
     random = np.random.default_rng(0)
     for _ in range(batches):
-        cached.weights[cached.admit(random.integers(0, rows, 2000), True)] += 1
+        cached.weights[cached.admit_rows(random.integers(0, rows, 2000), True)] += 1
     return cached
 small = run(70_000, 3000, sys.argv[1] + "/small", 10)
 before = memory("VmRSS")

@@ -65,7 +65,7 @@ def test_when_old_values_cannot_be_written_only_the_checkpoint_fails(tmp_path: P
     work(table, weights, state, 20, 1)
     table.wait_for_writes()
     with pytest.raises(OSError) as failed:
-        list(slice_.parts())
+        list(slice_.read_parts())
     assert failed.value.errno == errno.ENOSPC
     work(table, weights, state, 20, 2)
     del slice_, failed

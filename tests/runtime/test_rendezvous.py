@@ -97,15 +97,15 @@ def test_values_of_others_are_not_seen() -> None:
     shared = torch_dist.HashStore()
     mine, other = SignedStore(shared, job_key({TOKEN: "a"}), 1), SignedStore(shared, job_key({TOKEN: "b"}), 1)
     other.set("key", "theirs")
-    assert mine.find("key") is None and not mine.check(["key"])
+    assert mine.find_value("key") is None and not mine.check(["key"])
     mine.set_first("key", "first")
     mine.set_first("key", "second")
     assert mine.get("key") == b"first"
     shared.set("moved", shared.get("key"))  # type: ignore[arg-type]  # a value counts under its own name only
-    assert mine.find("moved") is None
+    assert mine.find_value("moved") is None
     for garbage in ("", "\x7f\x00" * 99, "0" * 64):
         shared.set("note", garbage)
-        assert mine.find("note") is None
+        assert mine.find_value("note") is None
         mine.set_first("note", "good")
         assert mine.get("note") == b"good"
 
@@ -167,7 +167,7 @@ def test_the_end_of_a_process_is_noticed(how: str, cause: str, pidfd: bool) -> N
     before = len(os.listdir("/proc/self/fd"))
     child = subprocess.Popen(["bash", "-c", f"read; {how}"], stdin=subprocess.PIPE)
     assert child.stdin
-    here = RankProcess.current(HOST)
+    here = RankProcess.of_this_process(HOST)
     start = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
     peers = LocalPeers(pidfds=pidfd)  # without: as on an old kernel
     peers.add(3, RankProcess(HOST, child.pid, start, here.pid_namespace))

@@ -88,7 +88,7 @@ class CachedTable:
         self._read = 0  # bytes read up to the last batch: those of a running prefetch are not counted yet
         self._snapshot: Callable[[], TableSnapshot | None] = lambda: None  # weak reference
 
-    def admit(self, ids: np.ndarray, will_update: bool) -> np.ndarray:
+    def admit_rows(self, ids: np.ndarray, will_update: bool) -> np.ndarray:
         """The slots of these rows (int64, as `ids`), with the rows in them.
 
         will_update: the batch's backward pass changes the rows, so they have to be written some day.
@@ -98,7 +98,7 @@ class CachedTable:
             prefetched.result() if prefetched else (None, NO_ROWS, self._read_slots(NO_ROWS))
         )
         try:
-            new = self.cache.admit(ids, will_update, lookup)
+            new = self.cache.admit_rows(ids, will_update, lookup)
         except CacheFull as full:
             needed = full.args[0] * self.table.slot_bytes
             raise UserError(
@@ -115,7 +115,7 @@ class CachedTable:
             known = np.append(read_rows, NONE)[at] == new.missing
             rest, slots = new.missing[~known], new.missing_slots[~known]
             if prefetched is None:
-                self.row_file.advise(self.row_file.ranges(rest))
+                self.row_file.announce_reads(self.row_file.find_ranges(rest))
             self._write_evicted(new)
             self._fill_slots(new.missing_slots[known], values[at[known]])
             for begin in range(0, len(rest), self.row_file.rows_per_call):
@@ -128,19 +128,19 @@ class CachedTable:
         for array, columns in self.slots:
             array[slots] = values[:, columns]
 
-    def prefetch(self, ids: np.ndarray) -> None:
+    def prefetch_rows(self, ids: np.ndarray) -> None:
         """Start reading those of the next batch's rows that are not cached, on the I/O thread."""
         if self._io_thread is not None:
-            self._prefetched = self._io_thread.submit(self._fetch, ids)
+            self._prefetched = self._io_thread.submit(self._fetch_absent, ids)
 
-    def _fetch(self, ids: np.ndarray) -> tuple[LookupResult, np.ndarray, np.ndarray]:
+    def _fetch_absent(self, ids: np.ndarray) -> tuple[LookupResult, np.ndarray, np.ndarray]:
         """(lookup, rows that are not cached, values of the first of them, up to MAX_CALL_BYTES).
 
         Runs on the I/O thread, which has written the evicted rows before.
         """
         row_file, lookup = self.row_file, self.cache.look_up(ids)
-        rows = row_file.stored(lookup.absent)
-        row_file.advise(row_file.ranges(rows))
+        rows = row_file.find_stored(lookup.absent)
+        row_file.announce_reads(row_file.find_ranges(rows))
         count = min(len(rows), max(1, MAX_CALL_BYTES // row_file.row_bytes))
         values = np.empty((count, row_file.width), np.float32)
         for begin in range(0, len(values), row_file.rows_per_call):
@@ -159,7 +159,9 @@ class CachedTable:
             self._writing = self._io_thread.submit(self._write, new.evicted, values, far)
 
     def _write(self, rows: np.ndarray, values: np.ndarray, far: np.ndarray) -> None:
-        self.row_file.advise(self.row_file.ranges(far))  # a page is read before a part of it is written
+        self.row_file.announce_reads(
+            self.row_file.find_ranges(far)
+        )  # a page is read before a part of it is written
         self.row_file.write(rows, values)
 
     def _read_slots(self, slots: np.ndarray) -> np.ndarray:
@@ -195,7 +197,7 @@ class CachedTable:
             self._write(rows, self._read_slots(part), rows)
         self.cache.dirty.fill(0)
 
-    def snapshot(self) -> TableSnapshot:
+    def take_snapshot(self) -> TableSnapshot:
         """All rows as they are now, while something refers to it; the last one again if no row changed."""
         self.flush()
         snapshot = self._snapshot()
@@ -215,7 +217,7 @@ class CachedTable:
             self.row_file.before_write = before_write
         return snapshot
 
-    def counts(self) -> np.ndarray:
+    def read_counters(self) -> np.ndarray:
         cache, row_file = self.cache, self.row_file
         return np.array(
             [cache.lookups, cache.misses, cache.evictions, self._read, row_file.bytes_written], np.int64
@@ -256,7 +258,7 @@ class WholeTable:
         if self.cached_table is not None:
             shape = torch.Size([self.cached_table.table.rows, *self.size()[1:]])
             place = (self.cached_table.table.first, *[0] * (len(shape) - 1))
-            yield SnapshotSlice(self.cached_table.snapshot(), self._columns, shape, place)
+            yield SnapshotSlice(self.cached_table.take_snapshot(), self._columns, shape, place)
 
     def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int:
         """Replace all rows of this rank; returns the number of bytes read.

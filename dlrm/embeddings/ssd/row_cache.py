@@ -57,7 +57,7 @@ def compile_function(function: Any) -> Any:
 
 
 class RowCache:
-    """`admit` gives each row of a batch a slot; rows that the batch does not have may lose theirs."""
+    """`admit_rows` gives each row of a batch a slot; rows that the batch does not have may lose theirs."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -82,7 +82,7 @@ class RowCache:
         self.cursors.fill(0)
 
     def look_up(self, ids: np.ndarray) -> LookupResult:
-        """Which of these rows are cached; valid until the next `admit`. On any thread. Counts the lookups."""
+        """Which of these rows are cached; valid until the next `admit_rows`. Any thread may call it."""
         self.now += 1
         self.counted += len(ids)
         if self.counted > LOOKUPS_PER_DECAY * self.slots:
@@ -95,13 +95,13 @@ class RowCache:
         )
         return LookupResult(ids, slots, absent_at[:count], present)
 
-    def admit(
+    def admit_rows(
         self, ids: np.ndarray, will_update: bool, lookup: LookupResult | None = None
     ) -> AdmissionResult:
         """A slot for each of these rows (int64 [n], any order, repeats allowed).
 
-        will_update: mark the rows as changed. lookup: made since the last `admit`; ignored if it is of other
-        ids. Raises CacheFull, with the cached rows unchanged, if there are more rows than slots.
+        will_update: mark the rows as changed. lookup: made since the last `admit_rows`; ignored if it is of
+        other ids. Raises CacheFull, with the cached rows unchanged, if there are more rows than slots.
         """
         if lookup is None or not np.array_equal(ids, lookup.ids):
             lookup = self.look_up(ids)
@@ -130,10 +130,10 @@ class RowCache:
             recent[written],
         )
 
-    def absent(self, ids: np.ndarray) -> np.ndarray:
+    def find_absent(self, ids: np.ndarray) -> np.ndarray:
         """Those of these rows that are not cached, ascending; counts no lookup."""
         rows = np.empty(len(ids), np.int64)
-        return np.unique(rows[: _absent(ids, self.map, self.row, rows)])
+        return np.unique(rows[: _list_absent(ids, self.map, self.row, rows)])
 
     def dirty_slots(self) -> np.ndarray:
         """Slots with rows that are newer than in the file."""
@@ -141,43 +141,43 @@ class RowCache:
 
 
 @numba.njit(nogil=True, inline="always")
-def _hash(row: Any) -> Any:
+def _hash_row(row: Any) -> Any:
     product = np.uint64(row) * np.uint64(0x9E3779B97F4A7C15)
     return np.int64((product ^ (product >> np.uint64(29))) >> np.uint64(1))
 
 
 @compile_function
-def _find(map: np.ndarray, rows: np.ndarray, row: int) -> int:
+def _find_entry(map: np.ndarray, rows: np.ndarray, row: int) -> int:
     """Position of `row` in the map, or of the empty entry where it would be."""
     mask = len(map) - 1
-    at = _hash(row) & mask
+    at = _hash_row(row) & mask
     while map[at] != -1 and rows[map[at]] != row:
         at = (at + 1) & mask
     return at
 
 
 @compile_function
-def _absent(ids: np.ndarray, map: np.ndarray, rows: np.ndarray, out: np.ndarray) -> int:
+def _list_absent(ids: np.ndarray, map: np.ndarray, rows: np.ndarray, out: np.ndarray) -> int:
     """Write the ids that are not cached to `out`; returns how many."""
     count = 0
     for i in range(len(ids)):
-        if map[_find(map, rows, ids[i])] == -1:
+        if map[_find_entry(map, rows, ids[i])] == -1:
             out[count] = ids[i]
             count += 1
     return count
 
 
 @compile_function
-def _remove(map: np.ndarray, rows: np.ndarray, row: Any) -> None:
+def _remove_entry(map: np.ndarray, rows: np.ndarray, row: Any) -> None:
     """Remove an entry without a tombstone: entries behind it move up."""
     mask = len(map) - 1
-    hole = _find(map, rows, row)
+    hole = _find_entry(map, rows, row)
     at = hole
     while True:
         at = (at + 1) & mask
         if map[at] == -1:
             break
-        home = _hash(rows[map[at]]) & mask
+        home = _hash_row(rows[map[at]]) & mask
         if ((at - home) & mask) >= ((at - hole) & mask):
             map[hole] = map[at]
             hole = at
@@ -188,7 +188,7 @@ def _remove(map: np.ndarray, rows: np.ndarray, row: Any) -> None:
 def _count_lookups(counts: np.ndarray, row: Any, increment: Any) -> Any:
     """Upper estimate of a row's lookups so far: the lower of two counters, both shared with other rows."""
     mask = len(counts) - 1
-    hashed = _hash(row)
+    hashed = _hash_row(row)
     one, other = (hashed >> 20) & mask, (hashed >> 37) & mask
     least = min(counts[one], counts[other])
     if increment and least < MAX_USES:
@@ -208,7 +208,7 @@ def _look_up(
     count = present = 0
     for i in range(len(ids)):
         before = _count_lookups(counts, ids[i], True)
-        slot = map[_find(map, rows, ids[i])]
+        slot = map[_find_entry(map, rows, ids[i])]
         out[i] = slot
         if slot == -1:
             absent_at[count] = i
@@ -285,7 +285,7 @@ def _assign_slots(
         _pop_queue(in_queue, queue, cursors)
     for n in range(len(absent_at)):
         row = ids[absent_at[n]]
-        entry = _find(map, rows, row)
+        entry = _find_entry(map, rows, row)
         if map[entry] != -1:  # the same row a second time
             out[absent_at[n]] = map[entry]
             continue
@@ -296,8 +296,8 @@ def _assign_slots(
         else:
             slot, recent[count] = _choose_victim(stamp, uses, in_queue, queue, cursors, now, own)
             evicted[count] = rows[slot] if dirty[slot] else -2
-            _remove(map, rows, rows[slot])
-            entry = _find(map, rows, row)
+            _remove_entry(map, rows, rows[slot])
+            entry = _find_entry(map, rows, row)
             end = cursors[2] + cursors[3]
             queue[end if end < len(queue) else end - len(queue)] = slot
             in_queue[slot] = 1

@@ -88,38 +88,38 @@ class RowFile:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise UserError(f"{self.path}: is not a file: give another --persistent_path")
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
-            self._lock()
+            self._take_lock()
             self.new = not os.path.lexists(self.description_path)
             if self.new:
-                self._create()
+                self._create_file()
             else:
-                self._open()
+                self._open_file()
         except BaseException:
             os.close(self._file)
             raise
 
-    def _lock(self) -> None:
+    def _take_lock(self) -> None:
         if not try_lock(self._file):
             raise UserError(
                 f"{self.path}: another job trains this table: wait for it, or give another --persistent_path"
             )
 
-    def _create(self) -> None:
+    def _create_file(self) -> None:
         if os.fstat(self._file).st_size:
             raise UserError(
                 f"{self.path}: rows without {self.description_path.name}, not a row file: move it away, or "
                 "give another --persistent_path"
             )
-        self._resize(self.rows * self.row_bytes)
+        self._resize_file(self.rows * self.row_bytes)
         self._write_description()
 
-    def _resize(self, size: int) -> None:
+    def _resize_file(self, size: int) -> None:
         try:
             os.ftruncate(self._file, size)
         except OSError as error:
             raise self._disk_error(error) from None
 
-    def _open(self) -> None:
+    def _open_file(self) -> None:
         try:
             found = read_json_object(self.description_path, MAX_DESCRIPTION_BYTES)
             if (
@@ -192,7 +192,7 @@ class RowFile:
     def block_of(self, ids: np.ndarray) -> np.ndarray:
         return (ids + self._rows_before) // self.step
 
-    def stored(self, ids: np.ndarray) -> np.ndarray:
+    def find_stored(self, ids: np.ndarray) -> np.ndarray:
         """Those of these rows that are in the file."""
         return ids[self.blocks[self.block_of(ids)]]
 
@@ -201,23 +201,23 @@ class RowFile:
         """How many rows one `read` takes: within MAX_CALL_BYTES, wherever the rows are in the file."""
         return max(1, MAX_CALL_BYTES // (MERGE_GAP + self.row_bytes))
 
-    def ranges(self, ids: np.ndarray) -> list[tuple[int, int]]:
+    def find_ranges(self, ids: np.ndarray) -> list[tuple[int, int]]:
         """(position, bytes) of what `read` would read for these rows, which are in ascending order."""
-        ids = self.stored(ids)
+        ids = self.find_stored(ids)
         if not len(ids):
             return []
-        starts, stops = self._runs(ids, MERGE_GAP // self.row_bytes)
+        starts, stops = self._find_runs(ids, MERGE_GAP // self.row_bytes)
         sizes = (ids[stops - 1] + 1 - ids[starts]) * self.row_bytes
         return list(zip((ids[starts] * self.row_bytes).tolist(), sizes.tolist(), strict=True))
 
-    def advise(self, ranges: list[tuple[int, int]]) -> None:
+    def announce_reads(self, ranges: list[tuple[int, int]]) -> None:
         """Let the kernel read these ranges into the page cache, many at once; `read` would wait for each."""
         for position, size in ranges:
             os.posix_fadvise(self._file, position, size, os.POSIX_FADV_WILLNEED)
 
     def read_stored(self, ids: np.ndarray) -> np.ndarray:
         """As `read`, of rows that are in the file."""
-        starts, stops = self._runs(ids, MERGE_GAP // self.row_bytes)
+        starts, stops = self._find_runs(ids, MERGE_GAP // self.row_bytes)
         first, sizes = ids[starts], ids[stops - 1] + 1 - ids[starts]
         parts = self._pread((sizes * self.row_bytes).tolist(), (first * self.row_bytes).tolist())
         at = ids - np.repeat(first - np.cumsum(sizes) + sizes, stops - starts)
@@ -233,14 +233,14 @@ class RowFile:
             self._write_runs(ids, values)
 
     def _write_runs(self, ids: np.ndarray, values: np.ndarray) -> None:
-        starts, stops = self._runs(ids, 0)
+        starts, stops = self._find_runs(ids, 0)
         view, ends = as_raw_bytes(values), (stops * self.row_bytes).tolist()
         begins = (starts * self.row_bytes).tolist()
         places = (ids[starts] * self.row_bytes).tolist()
         for begin, end, place in zip(begins, ends, places, strict=True):
             self._pwrite(view[begin:end], place)
 
-    def _runs(self, ids: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray]:
+    def _find_runs(self, ids: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and stops in `ids` of runs with gaps of at most `gap` rows, up to MAX_CALL_BYTES long."""
         apart = np.diff(ids) > gap + 1
         if len(ids) > 1 and (ids[-1] - ids[0]) * self.row_bytes > MAX_CALL_BYTES:

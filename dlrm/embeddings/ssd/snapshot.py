@@ -116,7 +116,7 @@ class SnapshotSlice:
     def nbytes(self) -> int:
         return self.numel() * self.element_size()
 
-    def parts(self) -> Iterator[memoryview]:
+    def read_parts(self) -> Iterator[memoryview]:
         """All bytes in row order, a portion at a time."""
         try:
             for block in range(len(self.snapshot.blocks)):

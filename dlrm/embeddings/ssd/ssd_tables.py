@@ -169,12 +169,12 @@ class SsdTables:
                 self._tables_of_feature.setdefault(feature, []).extend([table] if table else [])
         if any(tables):
 
-            def remap(_: Any, args: Any, named: dict[str, Any]) -> Any:
+            def remap_ids(_: Any, args: Any, named: dict[str, Any]) -> Any:
                 return args, named | {
                     "indices": self._ids_to_slots(tables, named["indices"], named["offsets"])
                 }
 
-            module.register_forward_pre_hook(remap, with_kwargs=True)
+            module.register_forward_pre_hook(remap_ids, with_kwargs=True)
 
     def _ids_to_slots(
         self, tables: list[CachedTable | None], ids: torch.Tensor, offsets: torch.Tensor
@@ -192,9 +192,9 @@ class SsdTables:
         with trace.span("ssd", "fetch"):
             for table, (begin, end) in zip(tables, pairwise(ends), strict=True):
                 if table is not None and end > begin:
-                    values[begin:end] = table.admit(values[begin:end], will_update)
+                    values[begin:end] = table.admit_rows(values[begin:end], will_update)
         if trace.is_tracing():
-            now = self.counts()
+            now = self.sum_counters()
             for name, value in _hit_rates(now - self._counts_traced).items():
                 trace.counter(name, value)
             self._counts_traced = now
@@ -213,19 +213,21 @@ class SsdTables:
                 requests[name] = NoWait(request.wait())  # the ids, after their exchange
                 with trace.span("ssd", "prefetch"):
                     for features in requests[name].wait():
-                        self._prefetch(features)
+                        self._prefetch_rows(features)
 
         pipeline.wait_sparse_data_dist = wait_and_prefetch
 
-    def _prefetch(self, features: Any) -> None:
+    def _prefetch_rows(self, features: Any) -> None:
         ids, ends = features.values().numpy(), features.offset_per_key()
         places = dict(zip(features.keys(), pairwise(ends), strict=True))  # a key is there once for each shard
         for key, (begin, end) in places.items():
             for table in self._tables_of_feature.get(key, []) if end > begin else []:
-                table.prefetch(ids[begin:end])
+                table.prefetch_rows(ids[begin:end])
 
-    def counts(self) -> np.ndarray:
-        return sum((table.counts() for table in self.local_tables.values()), np.zeros(len(COUNTS), np.int64))
+    def sum_counters(self) -> np.ndarray:
+        return sum(
+            (table.read_counters() for table in self.local_tables.values()), np.zeros(len(COUNTS), np.int64)
+        )
 
     def cache_metrics(self, step: int) -> dict[str, float]:
         """Hit rate, evictions and bytes of all ranks since the last call, per step, for metrics.jsonl.
@@ -233,7 +235,7 @@ class SsdTables:
         A collective, unless all tables are in memory."""
         if not self.tables:
             return {}
-        steps, self._step_reported, now = step - self._step_reported, step, self.counts()
+        steps, self._step_reported, now = step - self._step_reported, step, self.sum_counters()
         delta = torch.from_numpy(now - self._counts_reported)
         self._counts_reported = now
         dist.all_reduce(delta)

@@ -49,14 +49,14 @@ def save_prepared(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping
 
 
 def _save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    for old in KIND.find(folder.parent):  # of writers that were killed
-        KIND.remove(old)
+    for old in KIND.find_folders(folder.parent):  # of writers that were killed
+        KIND.remove_folder(old)
     if os.path.lexists(folder) and not KIND.holds_only_own_files(folder):
         raise UserError(
             f"{printable(folder)}: is not whole, and was not made by this program or was changed since; "
             "move it away"
         )
-    partial = KIND.make(folder.parent, 0o777)
+    partial = KIND.make_folder(folder.parent, 0o777)
     try:
         described = {}
         for name, array in arrays.items():
@@ -66,7 +66,7 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
                 os_errors_as_user_errors(partial / name), writing,
                 open(partial / name, "xb", buffering=0) as out,
             ):  # fmt: skip
-                view = _bytes(np.ascontiguousarray(array))
+                view = _view_bytes(np.ascontiguousarray(array))
                 while view:
                     view = view[out.write(view) :]
         text = json.dumps({**facts, "arrays": described}, indent=1) + "\n"
@@ -74,9 +74,9 @@ def _save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, An
         # an older one is there that `load_prepared` refused
         if os.path.lexists(folder) and not KIND.remove_published(folder):
             raise UserError(f"{printable(folder)}: cannot be replaced; move it away")
-        KIND.publish(partial, folder)
+        KIND.publish_folder(partial, folder)
     except BaseException:
-        KIND.remove(partial)
+        KIND.remove_folder(partial)
         raise
 
 
@@ -89,13 +89,13 @@ def load_prepared(
         about = facts["arrays"]
         if not isinstance(about, dict) or set(about) != ARRAYS or type(facts["items"]) is not int:
             return None
-        arrays = {name: _array(folder / name, each, bytes_read) for name, each in about.items()}
-        return (arrays, facts) if _fit(arrays, facts["items"]) else None
+        arrays = {name: _read_array(folder / name, each, bytes_read) for name, each in about.items()}
+        return (arrays, facts) if _are_in_range(arrays, facts["items"]) else None
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _fit(arrays: Mapping[str, np.ndarray], items: int) -> bool:
+def _are_in_range(arrays: Mapping[str, np.ndarray], items: int) -> bool:
     """Whether every number is in range: they are indices."""
     seen, starts, negatives = arrays["items"], arrays["starts"], arrays["negatives"]
     if seen.ndim != 1 or starts.ndim != 1 or negatives.ndim != 2 or not 0 < items < (1 << 31) - 2:
@@ -110,7 +110,7 @@ def _fit(arrays: Mapping[str, np.ndarray], items: int) -> bool:
     )
 
 
-def _array(path: Path, about: Mapping[str, Any], bytes_read: dict[str, int]) -> np.ndarray:
+def _read_array(path: Path, about: Mapping[str, Any], bytes_read: dict[str, int]) -> np.ndarray:
     """Allocated only once the file is seen to hold it."""
     dtype, shape = np.dtype(TYPES[about["dtype"]]), about["shape"]
     if not 1 <= len(shape) <= 2 or not all(type(n) is int and n >= 0 for n in shape):
@@ -122,7 +122,7 @@ def _array(path: Path, about: Mapping[str, Any], bytes_read: dict[str, int]) -> 
         span("data", "read", file=str(path), bytes=array.nbytes),
         CountingFile(str(path), bytes_read) as file,
     ):
-        view = _bytes(array)
+        view = _view_bytes(array)
         while view:
             got = file.readinto(view)
             if not got:
@@ -131,5 +131,5 @@ def _array(path: Path, about: Mapping[str, Any], bytes_read: dict[str, int]) -> 
     return array
 
 
-def _bytes(array: np.ndarray) -> memoryview:
+def _view_bytes(array: np.ndarray) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]

@@ -202,7 +202,7 @@ class BERT4RecTrain(nn.Module):
         self.precision: Callable[[], Any] = contextlib.nullcontext
         self.scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def cast(self, device: str, dtype: torch.dtype, scale: Any | None) -> None:
+    def use_mixed_precision(self, device: str, dtype: torch.dtype, scale: Any | None) -> None:
         """Mixed precision for all but the lookup.
 
         scale: the loss scaler (dlrm/trainer/mixed_precision.py), applied between the logits and the lookup.

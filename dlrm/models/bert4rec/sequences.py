@@ -182,7 +182,7 @@ def draw_negatives(data: Histories, count: int, by_popularity: bool, seed: int) 
                 break
             chance = generator.random((len(unfilled), 2 * count)) * bounds[-1]
             pool = np.concatenate([found[unfilled], 1 + np.searchsorted(bounds, chance, "right")], axis=1)
-            rated = _contains(seen, unfilled[:, None] * np.int64(data.vocabulary) + pool)
+            rated = _find_members(seen, unfilled[:, None] * np.int64(data.vocabulary) + pool)
             good = _first_of_row(pool) & ~rated & (pool > 0)
             place = np.cumsum(good, axis=1) - 1
             good &= place < count
@@ -245,6 +245,6 @@ def _first_of_row(values: np.ndarray) -> np.ndarray:
     return first
 
 
-def _contains(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _find_members(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
     place = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
     return ordered[place] == values

@@ -24,7 +24,7 @@ class BERT4RecTrainer(Trainer):
 
     def enable_mixed_precision(self, kind: str, scale: mixed_precision.LossScale | None) -> None:
         whole: Any = self.model.module
-        whole.cast(self.device.type, mixed_precision.TYPES[kind], scale)
+        whole.use_mixed_precision(self.device.type, mixed_precision.TYPES[kind], scale)
 
     def learning_rate(self) -> float:
         optim, done = self.options.optim, self.progress.step

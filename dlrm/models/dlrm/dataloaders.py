@@ -45,14 +45,14 @@ class IdFrequencies:
         self.after = [np.zeros(size, np.int64) for size in sizes]
         self.folder, self.name = Path(folder), name
         for when in ("pre", "post"):
-            path = self._path(when)
+            path = self._make_path(when)
             if os.path.lexists(path) and not is_frequencies(path):
                 raise UserError(
                     f"{printable(path)}: is there and was not made by this program; move it away or name "
                     "another --output_dir"
                 )
 
-    def count(self, batch: Batch) -> None:
+    def count_batch(self, batch: Batch) -> None:
         features = batch.sparse_features
         ids = np.split(features.values().numpy(), features.offset_per_key()[1:-1])
         rows = features.stride()
@@ -68,14 +68,14 @@ class IdFrequencies:
             self.folder.mkdir(parents=True, exist_ok=True)
         for when, counts in (("pre", self.before), ("post", self.after)):
             arrays: dict[str, Any] = {str(feature): each for feature, each in enumerate(counts)}
-            path = self._path(when)
+            path = self._make_path(when)
             with write_file(path, is_frequencies) as partial, os_errors_as_user_errors(path):
                 with open(partial, "wb") as file:
                     np.savez(file, **arrays)
                 with zipfile.ZipFile(partial, "a") as archive:
                     archive.comment = FREQUENCIES
 
-    def _path(self, when: str) -> Path:
+    def _make_path(self, when: str) -> Path:
         return self.folder / f"stats_{when}_hash_{self.name}.npz"
 
 
@@ -241,6 +241,6 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
     frequencies = None
     if data.collect_multi_hot_freqs_stats and hots:
         frequencies = IdFrequencies(sizes, cfg.run.output_dir or ".", f"{here.rank}_{distribution}")
-        loaders["train"] = ObservedLoader(loaders["train"], frequencies.count)
+        loaders["train"] = ObservedLoader(loaders["train"], frequencies.count_batch)
     poolings = [float(k) for k in hots] if hots else None
     return Datasets(columns.numerical, sizes, poolings, sources, **loaders, frequencies=frequencies)

@@ -131,10 +131,10 @@ class InteractionArch(Interaction):
         values = sparse_features.values()
         keys = tuple(sparse_features.keys())
         if keys not in self._orders:
-            self._orders[keys] = self._order(keys, values.device)
+            self._orders[keys] = self._make_order(keys, values.device)
         return PairDots.apply(dense_features, values, self._orders[keys])  # type: ignore[return-value]
 
-    def _order(self, keys: tuple[str, ...], device: torch.device) -> PairOrder:
+    def _make_order(self, keys: tuple[str, ...], device: torch.device) -> PairOrder:
         entry = torch.tensor([0] + [1 + keys.index(name) for name in self.names])
         n = len(entry)
         first, second = torch.triu_indices(n, n, offset=int(not self.diagonal))

@@ -67,7 +67,7 @@ def run(options: PrepOptions, workers: Workers) -> None:
 def make_resume_key(options: PrepOptions, stamps: FileStamps) -> dict[str, Any]:
     """Everything that intermediate files depend on: a run resumes only from files with the same key."""
     return {
-        "layout": LAYOUT, "engine": options.engine, "parameters": options.parameters(),
+        "layout": LAYOUT, "engine": options.engine, "parameters": options.list_parameters(),
         "columns": [options.columns.numerical, options.columns.categorical], "inputs": stamps.stamps,
     }  # fmt: skip
 
@@ -97,10 +97,10 @@ def transform_and_publish(
         with progress.step("unpack", bytes=size // workers.size):
             workers.run_each(input_files, lambda source: unpack.unpack_file(source, folders.work, progress))
     else:
-        progress.skip("unpack", "no .gz files")
+        progress.skip_step("unpack", "no .gz files")
     workers.run_on_first(lambda: None if (plan.folder / STATE).exists() else plan.cut_input(workers.size))
     plan.read_plan()
-    if not plan.path("publish").exists():
+    if not plan.file_path("publish").exists():
         transform_rows(plan, workers, stamps, progress)
     with progress.step("publish"):
         return digest_and_publish(plan, workers, stamps, progress)
@@ -114,7 +114,7 @@ def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progres
         workers.run_each(pieces, lambda number: parse.count_piece(plan, number, progress))
     plan.add_row_counts()
     workers.run_on_first(lambda: check_free_space(plan))
-    places = plan.path("places", 0, "u32")
+    places = plan.file_path("places", 0, "u32")
     if plan.shuffled_rows and not places.exists():
         with (
             progress.step("permute", rows=plan.shuffled_rows),
@@ -124,10 +124,10 @@ def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progres
                 lambda: permute.write_places(places, plan.shuffled_rows, options.random_seed, progress.add)
             )
     else:
-        progress.skip("permute", "done before" if plan.shuffled_rows else "nothing to shuffle")
+        progress.skip_step("permute", "done before" if plan.shuffled_rows else "nothing to shuffle")
     with progress.step("parse", bytes=size):
-        workers.run_each(range(len(plan.lanes)), parse.LaneParser(plan, progress).parse)
-    workers.run_on_first(lambda: stamps.check())
+        workers.run_each(range(len(plan.lanes)), parse.LaneParser(plan, progress).parse_once)
+    workers.run_on_first(lambda: stamps.refuse_changed())
     workers.run_on_first(lambda: plan.check_ranges())
     sizes = plan.load_vocab_sizes()
     if options.contiguous:
@@ -138,7 +138,7 @@ def transform_rows(plan: PrepPlan, workers: Workers, stamps: FileStamps, progres
                 largest_first, lambda column: assign_ids.merge_column(plan, sizes, column, progress)
             )
     else:
-        progress.skip("ids", "raw ids are kept")
+        progress.skip_step("ids", "raw ids are kept")
     place_rows(plan, workers, sizes, progress)
 
 
@@ -146,7 +146,9 @@ def place_rows(plan: PrepPlan, workers: Workers, sizes: np.ndarray, progress: St
     """The steps translate and place. `sizes`: int64 [lanes, columns], distinct ids."""
     options, maps = plan.options, None
     if not options.contiguous or 4 * int(sizes.sum()) <= options.map_bytes:
-        progress.skip("translate", "done while rows are placed" if options.contiguous else "raw ids are kept")
+        progress.skip_step(
+            "translate", "done while rows are placed" if options.contiguous else "raw ids are kept"
+        )
         maps = load_maps(plan, sizes) if options.contiguous else None
     else:
         pairs = [(lane, piece) for lane, pieces in enumerate(plan.lanes) for piece in pieces]
@@ -231,7 +233,7 @@ def check_free_space(plan: PrepPlan) -> None:
 
 def record_results(plan: PrepPlan) -> None:
     """Once all rows are in place: save what there is to publish, so that a resumed run starts from here."""
-    if not plan.path("publish").exists():
+    if not plan.file_path("publish").exists():
         discard_files(plan.folder, "md5_*.json")
         values = {
             "rows": [output.rows for output in inputs.select_days(plan.outputs)],
@@ -239,14 +241,14 @@ def record_results(plan: PrepPlan) -> None:
             "files": LIST_NAMES[plan.options.format](plan),
             "skipped": plan.list_skipped_rows(),
         }
-        plan.save_json(plan.path("publish"), values)
+        plan.save_json(plan.file_path("publish"), values)
 
 
 def digest_and_publish(
     plan: PrepPlan, workers: Workers, stamps: FileStamps, progress: StepProgress
 ) -> DatasetMeta:
     workers.run_on_first(lambda: record_results(plan))
-    names = plan.load_json(plan.path("publish"))["files"]
+    names = plan.load_json(plan.file_path("publish"))["files"]
     # Each node flushes its own writes to disk; meanwhile the digests are computed and spill files removed.
     with ThreadPoolExecutor(2) as pool:
         synced = pool.submit(publish.sync_files, plan.folders, names)
@@ -276,13 +278,13 @@ def write_digests(plan: PrepPlan, workers: Workers, names: list[str]) -> None:
 
     def digest_group(group: list[int]) -> None:
         digests = publish.compute_md5(plan.folders, [names[number] for number in group])
-        plan.save_json(plan.path("md5", group[0]), digests)
+        plan.save_json(plan.file_path("md5", group[0]), digests)
 
     workers.run_each(groups, digest_group)
 
 
 def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: StepProgress) -> DatasetMeta:
-    options, values = plan.options, plan.load_json(plan.path("publish"))
+    options, values = plan.options, plan.load_json(plan.file_path("publish"))
     for count, example in values["skipped"]:
         progress.print_line(f"skipped {count} bad rows, the first: {example}")
     meta = publish.make_meta(options, values["rows"], values["last"], inputs=stamps.list_recorded())
@@ -302,7 +304,7 @@ def is_finished(options: PrepOptions, stamps: FileStamps) -> bool:
     except UserError:
         return False
     parameters = dict(meta.parameters)
-    recorded, wanted = parameters.pop("inputs", None), json.loads(json.dumps(options.parameters()))
+    recorded, wanted = parameters.pop("inputs", None), json.loads(json.dumps(options.list_parameters()))
     if (
         parameters != wanted
         or meta.columns != options.columns

@@ -242,8 +242,8 @@ def find_places(spark: Any, options: PrepOptions, whole: Any, shuffled: int, fol
 
     places = np.arange(0)
     if shuffled:
-        write_places(folders.path("places_00000.u32"), shuffled, options.random_seed, lambda count: None)
-        with OffsetFile(folders.path("places_00000.u32")) as file:
+        write_places(folders.work_path("places_00000.u32"), shuffled, options.random_seed, lambda count: None)
+        with OffsetFile(folders.work_path("places_00000.u32")) as file:
             places = file.read_array(shuffled, 0, np.uint32)
     shared = spark.sparkContext.broadcast(places)
     return whole.map(lambda item: (int(shared.value[item[0]]) if item[0] < shuffled else item[0], item[1]))

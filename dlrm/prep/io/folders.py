@@ -48,7 +48,7 @@ class Folders:
     work: Path  # intermediate files
     unfinished: Path  # results that have no name of their own yet
 
-    def path(self, name: str) -> Path:
+    def work_path(self, name: str) -> Path:
         return self.work / name
 
     def find_result(self, name: str) -> Path:
@@ -102,10 +102,10 @@ class Output:
         )
 
     def __enter__(self) -> "Output":
-        self._run_on_first(self._acquire)
+        self._run_on_first(self._take_lock)
         return self
 
-    def _acquire(self) -> None:
+    def _take_lock(self) -> None:
         with os_errors_as_user_errors(self.output_dir):
             self.output_dir.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
@@ -122,21 +122,21 @@ class Output:
         """
         refuse_foreign(self.output_dir, names)
         found: Folders | None = None
-        for work in self._work.find(self.parent):
+        for work in self._work.find_folders(self.parent):
             folders = None if restart or found else self._find_folders(work, key)
             if folders:
                 found = folders
             else:
-                report_kept(self._work.remove(work))
-        for made in self._made.find(self.output_dir):
+                report_kept(self._work.remove_folder(work))
+        for made in self._made.find_folders(self.output_dir):
             if found is None or made != found.unfinished:
-                report_kept(self._made.remove(made))
+                report_kept(self._made.remove_folder(made))
         self._work.remove_unmarked(self.parent)
         self._made.remove_unmarked(self.output_dir)
         if found:
             return found
-        made = self._made.make(self.output_dir)
-        work = self._work.make(self.parent)
+        made = self._made.make_folder(self.output_dir)
+        work = self._work.make_folder(self.parent)
         write_atomically(work / KEY, {"key": key, "made": made.name})
         return Folders(self.output_dir, work, made)
 
@@ -153,13 +153,13 @@ class Output:
     def clear(self) -> None:
         """Remove all work folders of this output and command."""
         for kind, parent in ((self._work, self.parent), (self._made, self.output_dir)):
-            for folder in kind.find(parent):
-                report_kept(kind.remove(folder))
+            for folder in kind.find_folders(parent):
+                report_kept(kind.remove_folder(folder))
             kind.remove_unmarked(parent)
 
     def has_leftovers(self) -> bool:
         """Whether there are work folders of this output and command."""
-        return bool(self._work.find(self.parent) or self._made.find(self.output_dir))
+        return bool(self._work.find_folders(self.parent) or self._made.find_folders(self.output_dir))
 
 
 def report_kept(kept: Sequence[Path]) -> None:
@@ -188,16 +188,16 @@ def publish_results(
     made = {name: path for name, path in made.items() if os.path.lexists(path)}
     if os.path.lexists(folders.unfinished / last):
         for name in (last, META) if re.fullmatch(others, META) else (last,):
-            output.remove(name)
-    output.publish(made)
+            output.remove_file(name)
+    output.publish_files(made)
     for name in set(output.own_names()) - {*names, last}:
         if re.fullmatch(others, name):
-            output.remove(name)
+            output.remove_file(name)
     with os_errors_as_user_errors(folders.output_dir):
         for folder in sorted({(folders.output_dir / name).parent for name in names}):
             sync_to_disk(folder)
     if os.path.lexists(folders.unfinished / last):
-        output.publish({last: folders.unfinished / last})
+        output.publish_files({last: folders.unfinished / last})
     with os_errors_as_user_errors(folders.output_dir):
         sync_to_disk(folders.output_dir)
 

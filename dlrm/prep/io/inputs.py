@@ -42,7 +42,7 @@ class FileStamps:
             time.sleep(TICK_NS / 1e9)
             self.stamps = [describe_file(path) for path in self.paths]
 
-    def check(self) -> None:
+    def refuse_changed(self) -> None:
         """UserError for the first file that has changed."""
         for path, before in zip(self.paths, self.stamps, strict=True):
             try:

@@ -31,18 +31,18 @@ def hash_ids(ids: np.ndarray, number: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         text = DIGITS[ids >> np.uint32(16)] | (DIGITS[ids & np.uint32(0xFFFF)] << np.uint64(32))
         first = SEED + P5 + np.uint64(8)
-        first = first ^ (_rotate(text * P2, 31) * P1)
-        first = _mix(_rotate(first, 27) * P1 + P4)
+        first = first ^ (_rotate_left(text * P2, 31) * P1)
+        first = _mix_bits(_rotate_left(first, 27) * P1 + P4)
         seeds = np.where(ids == 0, SEED, first)
         second = (seeds + P5 + np.uint64(4)) ^ (np.uint64(number & 0xFFFFFFFF) * P1)
-        return _mix(_rotate(second, 23) * P2 + P3).view(np.int64)
+        return _mix_bits(_rotate_left(second, 23) * P2 + P3).view(np.int64)
 
 
-def _rotate(words: np.ndarray, bits: int) -> np.ndarray:
+def _rotate_left(words: np.ndarray, bits: int) -> np.ndarray:
     return (words << np.uint64(bits)) | (words >> np.uint64(64 - bits))
 
 
-def _mix(words: np.ndarray) -> np.ndarray:
+def _mix_bits(words: np.ndarray) -> np.ndarray:
     """The last step of xxHash64."""
     words = (words ^ (words >> np.uint64(33))) * P2
     words = (words ^ (words >> np.uint64(29))) * P3

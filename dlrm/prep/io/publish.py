@@ -112,7 +112,7 @@ def publish_files(folders: Folders, names: list[str], meta: DatasetMeta, stamps:
     after a power failure the dataset is either complete or has no meta.json.
     """
     write_meta(folders, meta)
-    publish_results(folders, names, META, DATASET, stamps.check)
+    publish_results(folders, names, META, DATASET, stamps.refuse_changed)
 
 
 def write_meta(folders: Folders, meta: DatasetMeta) -> None:
@@ -154,7 +154,7 @@ def make_meta(
             "sparse": find_sparse_dtype(options),
             "labels": "float32" if options.mod_idx else "int32",
         },
-        parameters=json.loads(json.dumps(options.parameters() | more)),
+        parameters=json.loads(json.dumps(options.list_parameters() | more)),
         made_by=made_by,
         format=options.format,
         num_numerical=options.columns.numerical,

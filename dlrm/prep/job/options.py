@@ -17,7 +17,7 @@ FORMATS = ("npy", "parquet")
 ENGINES = ("numba", "plain", "spark")
 DATASETS = ("criteo_1tb", "criteo_kaggle")
 MISSING = -(1 << 31)  # value of an empty count where NVIDIA's rules distinguish it from 0
-# options that are not in `parameters`: they do not change the output's bytes, or meta.json has them itself
+# options that `list_parameters` leaves out: they do not change the output's bytes, or meta.json has them
 NOT_IN_OUTPUT = {
     "num_numerical",
     "num_categorical",
@@ -53,7 +53,7 @@ def read_format(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class PrepOptions:
-    """The options of a run, as on the command line; `checked` must be called before they are used."""
+    """The options of a run, as on the command line; `check_values` must be called before they are used."""
 
     input_dir: Path
     output_dir: Path
@@ -145,7 +145,7 @@ class PrepOptions:
                 "(torchrec would write NaN; --compat torchrec does)"
             )
 
-    def parameters(self) -> dict[str, Any]:
+    def list_parameters(self) -> dict[str, Any]:
         """Everything that the output's bytes depend on: in meta.json, and the same in a resumed run."""
         values = {key: value for key, value in asdict(self).items() if key not in NOT_IN_OUTPUT}
         values["input_dir"] = printable(os.path.realpath(self.input_dir))
@@ -182,7 +182,7 @@ class PrepOptions:
             if not re.fullmatch(r"spark\.[A-Za-z0-9_.]+=.+", setting):
                 raise UserError(f"--spark_conf {printable(setting)}: must be like spark.executor.memory=32g")
 
-    def checked(self) -> "PrepOptions":
+    def check_values(self) -> "PrepOptions":
         """These options with the steps in order; UserError for values out of range or contradicting."""
         for name, least in (("frequency_threshold", 0), ("frequency_limit", 0), ("random_seed", 0),
                             ("max_ind_range", 0), ("workers", 1)):  # fmt: skip

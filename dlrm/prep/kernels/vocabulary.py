@@ -99,7 +99,7 @@ class Vocabulary:
         for column in range(columns):
             self._update_addresses(column, FIRST_BITS)
 
-    def encode(self, ids: np.ndarray, shift: int = -1) -> None:
+    def encode_columns(self, ids: np.ndarray, shift: int = -1) -> None:
         """Replace ids, uint32 or int64 [rows, columns], by their numbers; the first number is 1 + `shift`."""
         rows = len(ids)
         full = self.tables[:, SIZE] + rows > self.tables[:, LIMIT]
@@ -124,8 +124,8 @@ class Vocabulary:
         return counts[: self.tables[column, SIZE]]
 
     def set_final_numbers(self, final: list[np.ndarray]) -> None:
-        """From now on `encode` replaces an id with number n by final[column][n] + `shift`. It must not be
-        called with new ids after this.
+        """From now on `encode_columns` replaces an id with number n by final[column][n] + `shift`. It must
+        not be called with new ids after this.
         """
         self._complete = True
         self.tables[:, COUNTS] = 0

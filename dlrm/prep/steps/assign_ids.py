@@ -40,7 +40,7 @@ class ColumnMaps:
     def read_parts(self, counted: bool = False):
         """(lane, position in its list, ids, occurrences or None) in the order of the input."""
         for lane in range(self.lanes):
-            with OffsetFile(self.plan.path("lane", lane, "ids")) as file:
+            with OffsetFile(self.plan.file_path("lane", lane, "ids")) as file:
                 for at in range(0, int(self.sizes[lane]), PART):
                     count, begin = min(PART, int(self.sizes[lane]) - at), int(self.offsets[lane]) + at
                     ids = file.read_array(count, 4 * begin, np.uint32)
@@ -50,19 +50,19 @@ class ColumnMaps:
                     yield lane, at, ids, seen
 
     def open_map(self, lane: int) -> OffsetFile:
-        return OffsetFile(self.plan.path("lane", lane, "map"), "w")
+        return OffsetFile(self.plan.file_path("lane", lane, "map"), "w")
 
     def write_map(self, file: OffsetFile, at: int, lane: int, numbers: np.ndarray) -> None:
         """Write part of a lane's map, from position `at` of its list on."""
         file.write(numbers.astype(np.int32, copy=False), 4 * (int(self.offsets[lane]) + at))
 
     def read_map(self, lane: int, at: int, count: int) -> np.ndarray:
-        with OffsetFile(self.plan.path("lane", lane, "map")) as file:
+        with OffsetFile(self.plan.file_path("lane", lane, "map")) as file:
             return file.read_array(count, 4 * (int(self.offsets[lane]) + at), np.int32)
 
 
 def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: StepProgress) -> None:
-    path = plan.path("column", column)
+    path = plan.file_path("column", column)
     if path.exists():
         return
     lists = ColumnMaps(plan, sizes, column)
@@ -89,7 +89,7 @@ def merge_small(lists: ColumnMaps, least: int, gaps: bool) -> int:
     totals = np.zeros(0, np.int64)
     for lane, at, ids, seen in lists.read_parts(counting):
         numbers = ids.copy()
-        vocabulary.encode(numbers[:, None], -1 if counting or gaps else FIRST_ID - 1)
+        vocabulary.encode_columns(numbers[:, None], -1 if counting or gaps else FIRST_ID - 1)
         with lists.open_map(lane) as file:
             lists.write_map(file, at, lane, numbers.view(np.int32))
         if seen is not None:

@@ -27,7 +27,7 @@ def line_rules(options: PrepOptions, source: InputFile) -> LineRules:
 
 def count_piece(plan: PrepPlan, number: int, progress: StepProgress) -> None:
     """Save how many rows and lines a piece has, unless an earlier run has done so."""
-    path, piece = plan.path("count", number), plan.pieces[number]
+    path, piece = plan.file_path("count", number), plan.pieces[number]
     if path.exists():
         return
     source, options = plan.sources[piece.source], plan.options
@@ -51,8 +51,8 @@ class LaneParser:
         self.plan, self.progress = plan, progress
         self._own = threading.local()
 
-    def parse(self, lane: int) -> None:
-        if self.plan.path("lane", lane).exists():
+    def parse_once(self, lane: int) -> None:
+        if self.plan.file_path("lane", lane).exists():
             return
         if not self.plan.options.contiguous:
             parse_lane(self.plan, lane, None, self.progress)
@@ -68,7 +68,7 @@ def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
     """Write the spill files of a lane's pieces, its id lists, and a summary. Without a vocabulary ids stay
     raw.
     """
-    path, options = plan.path("lane", lane), plan.options
+    path, options = plan.file_path("lane", lane), plan.options
     categorical = options.columns.categorical
     ranges, skipped, last_ids = [], [], np.zeros(categorical, np.int64)
     size = sum(plan.pieces[number].end - plan.pieces[number].begin for number in plan.lanes[lane])
@@ -84,7 +84,7 @@ def parse_lane(plan: PrepPlan, lane: int, vocabulary: Vocabulary | None, progres
         lists = [vocabulary.list_ids(column) for column in range(categorical)]
         if options.min_count > 1:
             lists += [vocabulary.list_occurrences(column) for column in range(categorical)]
-        write_atomically(plan.path("lane", lane, "ids"), np.concatenate(lists))
+        write_atomically(plan.file_path("lane", lane, "ids"), np.concatenate(lists))
     plan.save_json(path, {"vocab": sizes, "dense": ranges, "skipped": skipped, "last": last_ids.tolist()})
 
 
@@ -100,7 +100,7 @@ def parse_piece(
     low_high = np.array([1 << 40, -(1 << 40)])
     with (
         OffsetFile(plan.texts[piece.source]) as text,
-        OffsetFile(plan.path("piece", number, "spill"), "w") as file,
+        OffsetFile(plan.file_path("piece", number, "spill"), "w") as file,
         Destinations(plan, piece) as places,
     ):
         file.resize(0)
@@ -113,7 +113,7 @@ def parse_piece(
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
             widen_range(block.dense, block.rows, MISSING if options.frequency_limit else 1 << 40, low_high)
             if vocabulary:
-                vocabulary.encode(block.sparse[: block.rows])
+                vocabulary.encode_columns(block.sparse[: block.rows])
             else:
                 np.maximum(last_ids, block.sparse[: block.rows].max(axis=0), out=last_ids)
             spill.add_block(block)
@@ -123,7 +123,7 @@ def parse_piece(
                 raise UserError(f"{printable(source.path)}: has changed since its rows were counted")
             spill.write_rest()
             runs = np.concatenate([[spill.first], spill.runs])
-            write_atomically(plan.path("piece", number, "runs"), runs)
+            write_atomically(plan.file_path("piece", number, "runs"), runs)
     return low_high.tolist(), scanner
 
 
@@ -149,7 +149,7 @@ class Destinations:
     def __init__(self, plan: PrepPlan, piece: InputPiece) -> None:
         self._first, self._shuffled = piece.first_row, plan.shuffled_rows
         self._file = (
-            OffsetFile(plan.path("places", 0, "u32")) if piece.first_row < plan.shuffled_rows else None
+            OffsetFile(plan.file_path("places", 0, "u32")) if piece.first_row < plan.shuffled_rows else None
         )
         self.read: Callable[[int, int], np.ndarray] = self._read_places
 

@@ -163,13 +163,13 @@ class PartitionSpool:
         self.staged = np.empty((partitions, max(capacity, 16), words), np.uint32)
         self.filled = np.zeros(partitions, np.int64)
         for partition in range(partitions):
-            discard_file(self.path(partition))
+            discard_file(self.partition_path(partition))
 
-    def path(self, partition: int) -> Path:
+    def partition_path(self, partition: int) -> Path:
         return self.folder / f"{self.kind}_{partition}.u32"
 
     def flush(self, partition: int) -> None:
-        with OffsetFile(self.path(partition), "a") as file:
+        with OffsetFile(self.partition_path(partition), "a") as file:
             file.append(self.staged[partition, : self.filled[partition]])
         self.filled[partition] = 0
 
@@ -180,9 +180,9 @@ class PartitionSpool:
             self.flush(full)
             k, full = kernel(*args, k, bits, self.staged, self.filled)
 
-    def drain(self, partition: int) -> Iterator[np.ndarray]:
+    def drain_partition(self, partition: int) -> Iterator[np.ndarray]:
         """All messages to a partition, in order, in parts of uint32 [n, words]. They are removed."""
-        path, size = self.path(partition), self.words * 4
+        path, size = self.partition_path(partition), self.words * 4
         if path.exists():
             part = np.empty((1 << 16, self.words), np.uint32)
             with OffsetFile(path) as file:
@@ -212,7 +212,7 @@ def write_places(
     for partition in range(partitions - 1, -1, -1):
         low, high = partition << bits, min(rows, (partition + 1) << bits)
         here = np.arange(low, high, dtype=np.uint32)
-        for part in messages.drain(partition):
+        for part in messages.drain_partition(partition):
             pairs.run_kernel(replay_swaps, here, low, part, bits=bits)
         for i in range(high - 1, max(low, 1) - 1, -DRAWS):
             drawn = chosen[: i - max(low, 1) + 1]
@@ -234,7 +234,7 @@ def collect_partition(path: Path, rows: int, found: "np.ndarray | PartitionSpool
         for low in range(0, rows, 1 << bits):
             places = np.empty(min(rows, low + (1 << bits)) - low, np.uint32)
             if isinstance(found, PartitionSpool):
-                for part in found.drain(low >> bits):
+                for part in found.drain_partition(low >> bits):
                     invert_permutation(part, low, places)
             else:
                 invert_all(found, places)

@@ -96,7 +96,7 @@ def load_map(plan: PrepPlan, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, 
     offsets = np.concatenate([[0], np.cumsum(sizes[lane])])
     if not offsets[-1]:  # a lane with no valid row has no map file
         return offsets, np.zeros(0, np.int32)
-    with OffsetFile(plan.path("lane", lane, "map")) as file:
+    with OffsetFile(plan.file_path("lane", lane, "map")) as file:
         return offsets, file.read_array(int(offsets[-1]), 0, np.int32)
 
 
@@ -121,10 +121,10 @@ def translate_piece(
     plan: PrepPlan, sizes: np.ndarray, lane: int, number: int, progress: StepProgress
 ) -> None:
     """Rewrite a piece's records with the dataset's ids, where all maps together are too large for memory."""
-    final, spill = plan.path("piece", number, "final"), plan.path("piece", number, "spill")
+    final, spill = plan.file_path("piece", number, "final"), plan.file_path("piece", number, "spill")
     rows = plan.pieces[number].rows
     if not final.exists() and rows:
-        partial = plan.path("piece", number, "rewritten")
+        partial = plan.file_path("piece", number, "rewritten")
         offsets, values = load_map(plan, sizes, lane)
         columns = plan.options.columns
         record_bytes = count_record_bytes(columns)
@@ -170,17 +170,17 @@ class Placer:
         self.lane_of = {piece: lane for lane, pieces in enumerate(plan.lanes) for piece in pieces}
         self.shifts = plan.find_log_shifts()
         ending = "spill" if maps is not None or not plan.options.contiguous else "final"
-        self.spills = [plan.path("piece", number, ending) for number in range(len(plan.pieces))]
+        self.spills = [plan.file_path("piece", number, ending) for number in range(len(plan.pieces))]
         self.runs = []
         for number, piece in enumerate(plan.pieces):
             runs = np.zeros(2, np.int64)
             if piece.rows:
-                with OffsetFile(plan.path("piece", number, "runs")) as file:
+                with OffsetFile(plan.file_path("piece", number, "runs")) as file:
                     runs = file.read_array(file.size // runs.itemsize, 0, runs.dtype)
             self.runs.append((int(runs[0]), runs[1:]))
 
     def place_bucket(self, number: int) -> None:
-        done = self.plan.path("bucket", number, "done")
+        done = self.plan.file_path("bucket", number, "done")
         if done.exists():
             return
         begin = number << self.plan.bits

@@ -44,7 +44,7 @@ class PrepPlan:
 
     # --- intermediate files
 
-    def path(self, kind: str, number: int = 0, ending: str = "json") -> Path:
+    def file_path(self, kind: str, number: int = 0, ending: str = "json") -> Path:
         return self.folder / f"{kind}_{number:05d}.{ending}"
 
     def load_json(self, path: Path) -> Any:
@@ -101,7 +101,7 @@ class PrepPlan:
         rows_of = [0] * len(self.sources)
         lines_of = [0] * len(self.sources)
         for number, piece in enumerate(self.pieces):
-            rows, lines = self.load_json(self.path("count", number))
+            rows, lines = self.load_json(self.file_path("count", number))
             piece.first_line, piece.first_row, piece.rows = lines_of[piece.source], self.rows, rows
             self.rows += rows
             rows_of[piece.source] += rows
@@ -125,11 +125,11 @@ class PrepPlan:
 
     def load_vocab_sizes(self) -> np.ndarray:
         """int64 [lanes, columns]: distinct ids of each lane and column."""
-        sizes = [self.load_json(self.path("lane", lane))["vocab"] for lane in range(len(self.lanes))]
+        sizes = [self.load_json(self.file_path("lane", lane))["vocab"] for lane in range(len(self.lanes))]
         return np.array(sizes, np.int64).reshape(len(self.lanes), self.options.columns.categorical)
 
     def load_lane_infos(self) -> list[dict[str, Any]]:
-        return [self.load_json(self.path("lane", lane)) for lane in range(len(self.lanes))]
+        return [self.load_json(self.file_path("lane", lane)) for lane in range(len(self.lanes))]
 
     def find_dense_ranges(self) -> list[tuple[int, int]]:
         """(smallest, largest) count of each input file."""
@@ -153,7 +153,7 @@ class PrepPlan:
     def count_kept_ids(self) -> list[int]:
         """For each column, how many ids are not mapped to the id for rare ones."""
         columns = range(self.options.columns.categorical)
-        return [self.load_json(self.path("column", column))["kept"] for column in columns]
+        return [self.load_json(self.file_path("column", column))["kept"] for column in columns]
 
     def find_last_ids(self) -> list[int]:
         """The largest id of each column."""

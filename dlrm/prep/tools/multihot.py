@@ -35,7 +35,7 @@ LAYOUT = 1  # of the intermediate files
 
 @dataclass(frozen=True)
 class MultiHotOptions:
-    """The options of `python -m dlrm.prep multihot`; `checked` must be called before they are used."""
+    """The options of `python -m dlrm.prep multihot`; `check_values` must be called before they are used."""
 
     input_dir: Path
     output_dir: Path
@@ -44,7 +44,7 @@ class MultiHotOptions:
     distribution: str = "uniform"
     copy_labels_and_dense: bool = False
 
-    def checked(self) -> "MultiHotOptions":
+    def check_values(self) -> "MultiHotOptions":
         columns = read_shape(self.input_dir, 0, "sparse")[1]
         for name, values in (("multi_hot_sizes", self.sizes), ("num_embeddings_per_feature", self.tables)):
             if len(values) != columns or min(values) < 1:
@@ -93,7 +93,7 @@ def publish_days(
     if options.copy_labels_and_dense:  # a folder that can be read on its own
         write_meta(folders, make_meta(options, days, names, folders))
         last, others = META, DATASET
-    publish_results(folders, names, last, others, stamps.check)
+    publish_results(folders, names, last, others, stamps.refuse_changed)
 
 
 def list_days(folder: Path) -> int:

@@ -74,7 +74,7 @@ def parse_folder(
 
         compile_kernels(columns)
         run_in_processes(min(workers, len(found)), parse_one, found)
-        publish_results(folders, names, f"{found[0].name}_sparse.npy", DATASET, stamps.check)
+        publish_results(folders, names, f"{found[0].name}_sparse.npy", DATASET, stamps.refuse_changed)
         output.clear()
 
 
@@ -200,7 +200,9 @@ def number_ids_of_folder(
     with Output("contiguous", output_dir) as output:
         folders = output.open([], names, restart=True)
         number_days(paths, [folders.unfinished / name for name in names], threshold)
-        publish_results(folders, names, names[0], rf"day_\d+_sparse{re.escape(suffix)}", stamps.check)
+        publish_results(
+            folders, names, names[0], rf"day_\d+_sparse{re.escape(suffix)}", stamps.refuse_changed
+        )
         output.clear()
 
 
@@ -255,7 +257,7 @@ def number_blocks(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np
                 raise UserError(
                     f"{printable(path)}: rows {row} to {row + len(ids) - 1}: an id is not a hash of 32 bits"
                 )
-            vocabulary.encode(ids, shift)
+            vocabulary.encode_columns(ids, shift)
             yield ids
 
 

@@ -56,7 +56,7 @@ def shuffle_folder(
     with Output("shuffle", output_dir, tmp_dir) as output:
         output_folders = output.open([], [*names, META], restart=True)
         write_days(folders, columns, outputs, shuffled, seed, output_folders)
-        publish_results(output_folders, names, array_file_name(0, "sparse"), DATASET, stamps.check)
+        publish_results(output_folders, names, array_file_name(0, "sparse"), DATASET, stamps.refuse_changed)
         output.clear()
 
 
@@ -69,7 +69,7 @@ def write_days(
     output_folders: Folders,
 ) -> None:
     with trace.span("prep", "permute", bytes=4 * shuffled):
-        permute.write_places(output_folders.path(PLACES), shuffled, seed, lambda rows: None)
+        permute.write_places(output_folders.work_path(PLACES), shuffled, seed, lambda rows: None)
     bits, begin, spills = choose_bucket_bits(shuffled, columns), 0, []
     row_bytes = 4 * columns.total
     for day, output in enumerate(outputs[:-1]):

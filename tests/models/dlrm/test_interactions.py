@@ -95,7 +95,7 @@ def test_dots_by_definition_in_any_column_order(self_interaction: bool) -> None:
 @pytest.mark.parametrize("self_interaction", [False, True])
 def test_gradient_of_the_dots(self_interaction: bool) -> None:
     module = InteractionArch(InteractionConfig(NAMES, [4] * 4, 4, self_interaction=self_interaction))
-    order = module._order(tuple(NAMES[::-1]), CPU)
+    order = module._make_order(tuple(NAMES[::-1]), CPU)
     dense = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     sparse = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda d, s: PairDots.apply(d, s, order), (dense, sparse))

@@ -14,7 +14,7 @@ from dlrm.trainer.device import enable_fast_path
 def fast_path() -> Iterator[None]:
     enable_fast_path(torch.device("cpu"), True)
     yield
-    accelerate.use(accelerate.PLAIN)
+    accelerate.use_hooks(accelerate.PLAIN)
 
 
 @pytest.mark.parametrize("layers", [[6], [8, 5], [7, 9, 4, 3]])
