@@ -31,7 +31,7 @@ def test_a_checkpoint_has_the_rows_of_one_step_while_training_continues(tmp_path
 
         def read(slices: Any = slices, made: Any = made) -> None:
             for slice_, into in zip(slices, made, strict=True):
-                for part in slice_.parts():
+                for part in slice_.read_parts():
                     into.append(bytes(part))
                     time.sleep(0.02)
 
