@@ -78,8 +78,10 @@ def format_cell(name: str, value: Any) -> str:
     """One value with its unit, which its column's name ends in."""
     if value is None:
         return ""
-    if name in SIZES:
+    if name in SIZES or name.endswith("_bytes"):
         return format_size(value)
+    if name.endswith("_share"):
+        return f"{value:.1%}"
     if name.endswith("_s") and name != "MB_per_s" or name == "seconds":
         return format_seconds(value)
     if name.endswith("_us") or name in ("us", "dur"):

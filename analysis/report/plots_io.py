@@ -27,6 +27,22 @@ def plot_rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
     }  # fmt: skip
 
 
+def plot_device(device: pl.DataFrame) -> Spec | None:
+    """What was read in each phase: from a device, and from memory. `device`: a row per phase."""
+    rows = []
+    for row in device.iter_rows(named=True):
+        parts = [["from a device", 0.0, row["device_read_bytes"] / 1e6]]
+        parts.append(["from memory", parts[0][2], row["cache_read_bytes"] / 1e6])
+        if parts := [part for part in parts if part[2] > 0]:
+            rows.append({"label": row["phase"], "parts": parts})
+    colors = {"from a device": "#332288", "from memory": "#9ecae1"}
+    used = [name for name in colors if any(part[0] == name for row in rows for part in row["parts"])]
+    return {
+        "type": "rows", "rows": rows, "colors": {name: colors[name] for name in used}, "unit": "MB",
+        "dark": ["from a device"], "left": 110, "gantt": False,
+    } if rows else None  # fmt: skip
+
+
 def plot_request_sizes(sizes: pl.DataFrame) -> Spec | None:
     return _make_histogram(sizes, "count", "requests", True)
 

@@ -9,6 +9,7 @@ import polars as pl
 
 from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
+from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import JoinedTables, Map, gather_tables, map_on_threads
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.source import TraceSource
@@ -76,6 +77,8 @@ def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
         shown.append(
             f"{len(empty)} traces hold no events: {', '.join(empty[:3])}{'...' if len(empty) > 3 else ''}."
         )
+    if reason := explain_missing_counters(joined):
+        shown.append(reason)
     if joined.calls == 0:
         shown.append(
             "No file calls were recorded: bytes and times of I/O are those that the application declares."

@@ -6,7 +6,7 @@ from analysis.report import plots, plots_io
 from analysis.report.facts import Facts
 from analysis.report.page import ReportEntry
 from analysis.report.run import TracedRun
-from analysis.tables import answers, progress
+from analysis.tables import answers, device, progress
 from analysis.trace.classify import KINDS
 
 KEPT = (
@@ -64,7 +64,9 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Time", "Over the run", timeline, plots.plot_over_time(timeline, curves, gaps),
-            "All ranks on one clock. Drag to zoom, double-click to see all again.", "timeline",
+            "All ranks on one clock. Drag to zoom, double-click to see all again. "
+            + device.describe_reads(j),
+            "timeline",
         ),
         ReportEntry(
             "Time", "By epoch", answers.sum_epochs(j), None, "Training, of a rank on average.", "epochs",
@@ -115,14 +117,32 @@ def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
 def _list_io(run: TracedRun) -> list[ReportEntry]:
     j = run.joined
     files, epochs = answers.sum_files(j), answers.sum_volume(j, "epoch").drop_nulls("epoch")
+    by_phase = device.sum_device(j, "phase")
+    rates = device.describe_reads(j)
     return [
+        ReportEntry(
+            "I/O", "From a device or from memory", by_phase, plots_io.plot_device(by_phase),
+            "What calls read (of mapped files: what spans say), all ranks, and how much of it the kernel "
+            "fetched from a device for these processes meanwhile; what is beyond that came from memory. A "
+            "device can give more than is read: by read-ahead, mapped files, and programs. "
+            "`device write bytes` will be sent to a device, now or later, the trace among them; a major "
+            "fault waits for a device.",
+            "device",
+        ),
+        ReportEntry(
+            "I/O", "File systems", device.list_file_systems(j), None,
+            "Where the run's folders are; of the mount options those that change reading, writing or "
+            "caching. `reads are` says what reads count as: memory where there is no device, not known "
+            "where the kernel may not count what comes from one.",
+            "file_systems",
+        ),
         ReportEntry(
             "I/O", "By phase", answers.sum_volume(j, "phase"), None,
             "`seconds` is the sum over all operations and ranks, `MB per s` what one operation moves "
             "while it runs; sequential counts the requests that begin where the last one of their thread on "
             "the file ended, strided those that skip forward by a fixed distance (ranks that take turns in a "
             "file), random those that jump elsewhere. A request that moves nothing (at the end of a file) or "
-            "whose offset is unknown, is none of the three.",
+            "whose offset is unknown, is none of the three. " + rates,
             "io_phases",
         ),
         ReportEntry(
@@ -138,7 +158,7 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
         ReportEntry("I/O", "By epoch", epochs, None, "", "io_epochs"),
         ReportEntry(
             "I/O", "Rank by time", None, plots_io.plot_rank_heat(j["rates"], run.begin_us),
-            "MB/s read and written.",
+            f"MB/s read and written. {rates}",
         ),
         ReportEntry(
             "I/O", "Files", files, plots.plot_files(files),
@@ -189,11 +209,14 @@ def _list_special(run: TracedRun) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Checkpoints", "Saved and loaded", saved, None,
-            "`save` and `load` on the main thread is how long training stood still.", "checkpoints",
+            "`save` and `load` on the main thread is how long training stood still. MB/s are the "
+            "application's: what is written goes to memory first, unless it waits for the disk.",
+            "checkpoints",
         ),
         ReportEntry(
             "Preprocessing", "Step by step", prep, plots.plot_preprocessing(prep),
-            "Elapsed from the first worker's begin to the last one's end; work is the sum over workers.",
+            "Elapsed from the first worker's begin to the last one's end; work is the sum over workers. "
+            + device.describe_reads(j, "preprocess"),
             "preprocessing",
         ),
     ]  # fmt: skip

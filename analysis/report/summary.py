@@ -9,8 +9,9 @@ from analysis.report.answer import find_answer
 from analysis.report.findings import Facts, Finding, list_rules
 from analysis.report.page import format_number, format_seconds, format_size
 from analysis.report.run import TracedRun
-from analysis.tables import answers, progress
+from analysis.tables import answers, device, progress
 from analysis.tables.answers import PARTS
+from analysis.tables.gather import JoinedTables
 from analysis.trace.clocks import list_clocks, make_clocks
 
 # Until the next release: columns of tables, and labels in `headline`, which that release will not have.
@@ -98,6 +99,26 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
         moved, calls = int(found["bytes"].sum()), int(found["count"].sum())
         rows.append(Headline(f"{op}_bytes", label, moved, format_size(moved), 0))
         rows.append(Headline(f"{op}_count", f"{op}s, all files", calls, f"{calls:,}", 0))
+    return rows + _list_device_headlines(j)
+
+
+def _list_device_headlines(j: JoinedTables) -> list[Headline]:
+    """What came from a device, what from memory; nothing where no rank has the kernel's counters."""
+    source = device.find_read_source(j)
+    if source is None:
+        return []
+    sums = device.sum_device(j).row(0, named=True)
+    written, faults = sums["device_write_bytes"], sums["major_faults"]
+    rows = [
+        Headline("device_read_bytes", "read from a device", source.device, format_size(source.device), 0),
+        Headline("cache_read_bytes", "read from memory", source.cache, format_size(source.cache), 0),
+        Headline("device_write_bytes", "written to a device", written, format_size(written), 0),
+    ]
+    if source.share is not None:
+        label = "of bytes read, from a device"
+        rows.insert(2, Headline("device_read_share", label, source.share, f"{source.share:.1%}", 0))
+    if faults is not None:
+        rows.append(Headline("major_faults", "page faults that waited", faults, f"{faults:,}", 0))
     return rows
 
 
@@ -154,6 +175,8 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
         "phases_s": with_earlier_names(facts.phases).to_dicts(),
         "io_by_phase": answers.sum_volume(j, "phase").to_dicts(),
         "io_by_rank": answers.sum_volume(j, "rank").to_dicts(),
+        "device": device.sum_device(j, "rank", "phase").to_dicts(),
+        "file_systems": device.list_file_systems(j).to_dicts(),
         "operations": answers.sum_operations(j).to_dicts(),
         "startup_s": progress.list_startup(j).to_dicts(),
         "checkpoints": progress.list_checkpoints(j).to_dicts(),

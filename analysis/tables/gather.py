@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from analysis.tables.calls import make_io_tables, select_declared_io
+from analysis.tables.kernel_counters import measure_device
 from analysis.tables.read import RankEvents, read_rank
 from analysis.tables.times import measure_rank
 from analysis.trace.clocks import Clock, group_launches, make_clocks
@@ -88,6 +89,7 @@ def make_rank_tables(job: Launch, events: RankEvents) -> RankTables:
     made = RankTables(events.processes, paths=events.paths, events=sum(rows), calls=rows[0])
     if made.events:
         made.tables, cuts = measure_rank(events)
+        made.tables["device"] = measure_device(events, cuts)
         calls, spans = events.calls, select_declared_io(events)
         del events  # most of the memory: the spans are not needed any more
         made.tables |= make_io_tables(job.rank, calls, spans, cuts)
