@@ -10,7 +10,7 @@ from analysis.report.facts import Facts
 from analysis.report.page import format_number, format_seconds, format_size
 from analysis.report.run import TracedRun
 from analysis.run_folder import run_settings
-from analysis.tables import answers
+from analysis.tables import answers, device
 from common.errors import printable
 
 MAX_COMMAND = 4000  # characters
@@ -26,6 +26,7 @@ def list_about(run: TracedRun, facts: Facts) -> list[tuple[str, str]]:
         ("hosts", describe_hosts(run)),
         ("versions", describe_versions(launch.get("versions"))),
         ("dataset", describe_dataset(run, facts)),
+        ("file systems", describe_file_systems(run)),
         ("folder", printable(run.home.resolve())),
     ]
     return [(name, value) for name, value in known if value]
@@ -58,6 +59,17 @@ def describe_versions(versions: Any) -> str:
     if not isinstance(versions, dict):
         return ""
     return run_settings.format_setting(", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def describe_file_systems(run: TracedRun) -> str:
+    """What each of the run's folders is on: ext4 at / (--output_dir, --dataset_path)."""
+    found = device.list_file_systems(run.joined).filter(pl.col("type") != "")
+    found = found.group_by("type", "mount", "reads_are", maintain_order=True).agg(pl.col("folder").unique())
+    parts = []
+    for kind, mount, reads, folders in found.iter_rows():
+        memory = ", which is memory" if reads == "memory" else ""
+        parts.append(f"{kind} at {mount}{memory} ({', '.join(sorted(folders))})")
+    return "; ".join(parts)
 
 
 def describe_dataset(run: TracedRun, facts: Facts) -> str:
