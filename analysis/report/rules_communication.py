@@ -10,10 +10,11 @@ import polars as pl
 
 from analysis.report.facts import TRAIN, Facts, Finding
 from analysis.report.page import format_seconds
+from analysis.trace.clocks import make_clocks
 
 COMMUNICATION = 0.05  # of the training, that is waiting for a rank, or transfer
 ALWAYS_LAST = 0.75  # of the waiting, for one rank
-UNKNOWN_ERROR_US = 1000  # of the clocks of two hosts, where no barrier tells
+UNKNOWN_ERROR_US = 1000  # of the clocks of two hosts, where nothing compares them
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,14 @@ def _show(joined: pl.DataFrame) -> dict[str, int]:
 
 
 def estimate_clock_error(f: Facts) -> int:
-    """How far two ranks' times may be apart though they are the same, in us: 0 on one host.
-
-    Ranks of one host share a clock, so how far apart they leave a barrier is how well barriers set clocks.
-    """
-    if len({p.host for p in f.joined.processes}) < 2:
-        return 0
-    spreads = []
+    """How far the times of two ranks may be wrong against each other, in us: 0 on one host."""
+    worst = 0
     for job in f.joined.launches:
-        for host in {p.host for p in job}:
-            for when in ("start", "end"):
-                at = [p.barriers[when] for p in job if p.host == host and when in p.barriers]
-                if len(at) > 1:
-                    spreads.append(max(at) - min(at))
-    return max(spreads, default=UNKNOWN_ERROR_US)
+        first, known = min(job, key=lambda p: p.rank).host, make_clocks(job)
+        clocks = {p.host: known[p.path] for p in job if p.host != first}
+        errors = sorted(clock.error if clock.by else UNKNOWN_ERROR_US for clock in clocks.values())
+        worst = max(worst, sum(errors[-2:]))  # between two hosts both errors add up
+    return worst
 
 
 def find_waiting_for_ranks(f: Facts) -> Finding | None:

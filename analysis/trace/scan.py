@@ -36,7 +36,9 @@ from analysis.trace.strings import (
 
 INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that StringTable is too full for
 EVENT, METADATA = 1, 4
-_HHASH, _NUMERIC = ID["hhash"], tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes", "value"))
+HASH_DIGITS = 16  # of a file's hash: where it has no letter it is no number all the same
+_HHASH, _VALUE = ID["hhash"], ID["value"]
+_NUMERIC = tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes", "value"))
 # Arguments that are used as whole numbers: counts, places in files, bytes, positions in the training.
 _COUNTS = tuple(ID[key] for key in (
     "offset", "count", "ret", "size", "bytes", "epoch", "step", "batch", "num_events",
@@ -218,7 +220,7 @@ def _scan_value(text, p, end, j, key, args, strings):
         if values[j] < 0:
             kinds[j], values[j] = INLINE, (a << 32) | q
         for numeric in _NUMERIC:  # DFTracer 1 wrote these between quotes
-            if key == numeric:
+            if key == numeric and not (key == _VALUE and q - a == HASH_DIGITS):
                 after, kind, whole, _ = _scan_number(text, a)
                 if after == q and kind == INT and -MAX_WHOLE <= whole <= MAX_WHOLE:
                     kinds[j], values[j] = INT, whole

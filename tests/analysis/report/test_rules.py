@@ -270,7 +270,7 @@ def test_waits_within_the_error_of_the_clocks_are_neither(tmp_path: Path) -> Non
     found = {f.rule: f for f in find(tmp_path, *ranks)}
     assert "waiting_for_ranks" not in found
     assert (
-        found["transfer"].evidence["clock_error_us"] == 8_000 and "nobody can say" in found["transfer"].text
+        found["transfer"].evidence["clock_error_us"] >= 8_000 and "nobody can say" in found["transfer"].text
     )
 
 
