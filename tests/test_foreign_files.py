@@ -190,12 +190,12 @@ def run_seed(base: Path, given: tuple[Path, Path, Path], seed: int) -> None:
         before, theirs = snapshot(folder), [snapshot(path) for path in given]
         found = run_program(program, *words, seconds=60)
         after = snapshot(folder)
-        said = f"seed {seed}, {name} {' '.join(map(str, words))}\n{found.err[-1500:]}"
-        assert found.code >= 0, said
+        situation = f"seed {seed}, {name} {' '.join(map(str, words))}\n{found.err[-1500:]}"
+        assert found.code >= 0, situation
         for path, content in before.items():
-            assert path in after, f"{path} is gone after {said}"
-            assert after[path] == content, f"{path} was changed by {said}"
-        assert [snapshot(path) for path in given] == theirs, said
+            assert path in after, f"{path} is gone after {situation}"
+            assert after[path] == content, f"{path} was changed by {situation}"
+        assert [snapshot(path) for path in given] == theirs, situation
         os.chmod(world.tree, 0o755)
         shutil.rmtree(folder)
 

@@ -198,10 +198,10 @@ def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
     try:
         for rank, saver in enumerate(savers):
             saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {}, 6)
-        told = [saver.wait_for_save() for saver in savers]
+        message = [saver.wait_for_save() for saver in savers]
     finally:
         shards.write_pieces = real
-    assert len(set(told)) == 1 and "No space left" in str(told[0]) and "rank 1" in str(told[0])
+    assert len(set(message)) == 1 and "No space left" in str(message[0]) and "rank 1" in str(message[0])
     assert os.listdir(tmp_path) == ["00001-step-5"]
 
 

@@ -91,9 +91,9 @@ def test_a_damaged_one_is_passed_over(
         file.write(bytes([byte[0] ^ 1]))
     capsys.readouterr()
     done = train_here(*words(toy, *more, *kept))
-    said = capsys.readouterr()
-    assert "skipped" in said.err and str(data) in said.err and "checksum" in said.err
-    assert "-step-4: step 4" in said.out
+    output = capsys.readouterr()
+    assert "skipped" in output.err and str(data) in output.err and "checksum" in output.err
+    assert "-step-4: step 4" in output.out
     assert numbers(done) == numbers(whole)
     for path in list_checkpoints(tmp_path / "kept"):
         (path / "checkpoint.json").unlink()
@@ -121,13 +121,13 @@ def test_test_only_and_going_on_from_a_given_one(toy: Path, tmp_path: Path, trai
 def test_what_does_not_fit_is_refused(toy: Path, tmp_path: Path, train_here: Any) -> None:
     kept = ["--checkpoint_dir", tmp_path / "kept", "--max_steps", 2]
     train_here(*words(toy, *kept))
-    for more, said in (
+    for more, output in (
         (["--embedding_dim", 32, "--dense_arch_layer_sizes", "64,32"], "model options"),
         (["--optimizer", "rowwise_adagrad"], "optim"),
         (["--interaction_type", "dcn"], "another model|model options"),
         (["--shuffle_training_set"], "--shuffle_training_set"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=output):
             train_here(*words(toy, *kept, "--max_steps", 4, *more))
     done = train_here(*words(toy, *kept, "--resume", "never", "--embedding_dim", 32,
                              "--dense_arch_layer_sizes", "64,32"))  # fmt: skip

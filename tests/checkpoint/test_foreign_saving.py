@@ -170,11 +170,11 @@ def pairs(count: int, root: Path) -> None:
         both = [fork.Process(target=_hold, args=(str(root), gate, results)) for _ in range(2)]
         for each in both:
             each.start()
-        said = sorted(results.get(timeout=60) for _ in both)
+        output = sorted(results.get(timeout=60) for _ in both)
         for each in both:
             each.join(60)
-        assert said.count("held") == 1, said
-        other = next(text for text in said if text != "held")
+        assert output.count("held") == 1, output
+        other = next(text for text in output if text != "held")
         assert "in use" in other and str(root) in other, other
         assert not os.listdir(root)
 
@@ -194,11 +194,11 @@ def test_a_second_training_in_the_same_folder(toy: Path, tmp_path: Path) -> None
         first.until_step(1)
         second = on_ranks(tmp_path, 2, "dlrm.train", *words(toy))
         assert second.codes == [2, 2], second.err
-        lines = [line for said in second.err for line in said.splitlines()]
+        lines = [line for output in second.err for line in output.splitlines()]
         assert len(lines) == 1 and "in use since" in lines[0] and "training into it" in lines[0], lines
         for process in first.processes:
             process.send_signal(signal.SIGTERM)
-        assert first.wait() == [75, 75], first.said
+        assert first.wait() == [75, 75], first.stderr
 
 
 # --- asked to save, and could not
@@ -214,8 +214,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_last_checkpoint_that_is_not_written_is_exit_code_1(toy: Path, tiny_disk: Path) -> None:
     run = tiny_disk / "run"
     with LiveRanks(run, 2, *words(toy, "--max_steps", 7, "--checkpoint_every_steps", 3)) as ranks:
-        assert ranks.wait() == [1, 1], ranks.said
-    last = ranks.said.strip().splitlines()[-1]
-    assert "checkpoint of step 7 was not written" in last and "No space left" in last, ranks.said
-    assert (run / "results.json").exists() and "Traceback" not in ranks.said
+        assert ranks.wait() == [1, 1], ranks.stderr
+    last = ranks.stderr.strip().splitlines()[-1]
+    assert "checkpoint of step 7 was not written" in last and "No space left" in last, ranks.stderr
+    assert (run / "results.json").exists() and "Traceback" not in ranks.stderr
     assert not folder.list_checkpoints(run / "checkpoints")

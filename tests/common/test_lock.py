@@ -38,9 +38,12 @@ def test_the_second_learns_who_since_when_and_where(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    said = str(error.value)
-    assert f"by process {process.pid} of " in said and f" on {socket.gethostname()} (testing into it)" in said
-    assert re.search(r"in use since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", said)
+    output = str(error.value)
+    assert (
+        f"by process {process.pid} of " in output
+        and f" on {socket.gethostname()} (testing into it)" in output
+    )
+    assert re.search(r"in use since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", output)
 
 
 def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def test_a_lost_peer_is_named_in_time(task: str, message: str) -> None:
         lost.send_signal(signal.SIGKILL)
         lost.communicate()
     assert waiting.returncode == 3, err[-3000:]
-    seconds, told = out.split(" s: ")
-    assert message in told
+    seconds, messages = out.split(" s: ")
+    assert message in messages
     assert float(seconds) < 12
 
 

@@ -54,13 +54,13 @@ def test_no_plan_and_no_number_of_ranks_changes_what_is_learned(tmp_path: Path) 
         ]
         expected = runs[1][twins.index(True)]
         for ranks, run in runs.items():
-            told = f"{task} on {ranks} ranks"
-            np.testing.assert_allclose(run[number]["losses"], expected["losses"], rtol=1e-6, err_msg=told)
+            messages = f"{task} on {ranks} ranks"
+            np.testing.assert_allclose(run[number]["losses"], expected["losses"], rtol=1e-6, err_msg=messages)
             for table, weight in expected["first"].items():
-                np.testing.assert_array_equal(run[number]["first"][table], weight, err_msg=told)
+                np.testing.assert_array_equal(run[number]["first"][table], weight, err_msg=messages)
                 last, expected_last = np.array(run[number]["last"][table]), np.array(expected["last"][table])
-                np.testing.assert_allclose(last, expected_last, rtol=1e-4, atol=1e-6, err_msg=told)
-                assert not np.array_equal(last, weight), told
+                np.testing.assert_allclose(last, expected_last, rtol=1e-4, atol=1e-6, err_msg=messages)
+                assert not np.array_equal(last, weight), messages
     names = list(PLANS)
     shardings = {
         name: {entry["sharding"] for entry in runs[2][names.index(name)]["plan"].values()} for name in names

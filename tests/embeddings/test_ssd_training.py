@@ -204,8 +204,8 @@ def test_counters_in_metrics_trace_and_report(train: Train, tmp_path: Path) -> N
                 moved[event["name"]] += event["args"]["ret"]
         counted += [e for e in events if e.get("cat") == "counter" and e["name"] == "store_bytes_read"]
     for key, call in (("bytes_read", "pread64"), ("bytes_written", "pwrite64")):
-        said = {path: n for path, n in run.results[key]["0"].items() if path.endswith(".rows")}
-        assert sum(said.values()) == moved[call] > 0  # the same as the system calls in the trace
+        output = {path: n for path, n in run.results[key]["0"].items() if path.endswith(".rows")}
+        assert sum(output.values()) == moved[call] > 0  # the same as the system calls in the trace
     assert moved["pwrite64"] >= sum(line["store_bytes_written"] for line in lines) > 0
     traced = [event["args"]["value"] for event in counted[:12]]  # one lookup for all tables
     assert traced == [line["store_bytes_read"] for line in lines]
@@ -235,8 +235,8 @@ def test_auto_decides_by_sizes_and_memory_and_gives_the_reason() -> None:
     ):
         places, why = placement.choose_store_types("auto", tables, {}, cuda, int(memory), int(host))
         assert places == {"a": expected, "b": expected}
-        said = f"{expected}: tables and optimizer take 0.512 GB, memory has {memory / 1e9:.3g}"
-        assert why == said
+        output = f"{expected}: tables and optimizer take 0.512 GB, memory has {memory / 1e9:.3g}"
+        assert why == output
     constraints = {"b": {"store": "device_mem"}}
     places, _ = placement.choose_store_types("auto", tables, constraints, False, gb // 10, gb // 10)
     assert places == {"a": "cached_ssd", "b": "device_mem"}

@@ -191,7 +191,7 @@ def test_ranks_end_together_with_one_error(days: Path, tmp_path: Path) -> None:
     command += ["--output_dir", tmp_path / "out", "--part_bytes", "100000"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
 
-    def said() -> str:
+    def output() -> str:
         done = subprocess.run(
             [str(word) for word in command], cwd=ROOT, env=environment, timeout=100, capture_output=True
         )
@@ -202,9 +202,9 @@ def test_ranks_end_together_with_one_error(days: Path, tmp_path: Path) -> None:
 
     with open(source / "day_1", "a") as file:
         file.write("1\t2\n")
-    assert f"{source}/day_1:2504: 2 columns, 40 expected" in said()
+    assert f"{source}/day_1:2504: 2 columns, 40 expected" in output()
     (source / "day_0").unlink()
-    assert f"{source}/day_0 is missing" in said()
+    assert f"{source}/day_0 is missing" in output()
 
 
 @pytest.mark.spark
@@ -286,8 +286,8 @@ def test_spark_options_that_make_no_sense(
     days: Path, tmp_path: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", "--input_dir", str(days), "--output_dir", str(tmp_path / "out"), *flags]) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+    output = capsys.readouterr().err
+    assert says in output and output.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.spark

@@ -52,8 +52,8 @@ def test_foreign_results_are_refused_and_stay(
         "toy": ["toy", out, "--days", "2", "--rows", "10"],
     }[command]
     assert main(argv) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and str(path) in said[0]
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 1 and str(path) in output[0]
     assert path.read_text() == "years of work"
     assert {str(each) for each in (tmp_path / "out").rglob("*") if each.is_file()} == {str(path)}
 
@@ -66,11 +66,11 @@ def pairs(days: Path, base: Path, count: int) -> None:
             subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             for _ in range(2)
         ]
-        said = [process.communicate(timeout=120)[1] for process in both]
+        output = [process.communicate(timeout=120)[1] for process in both]
         codes = sorted(process.returncode for process in both)
-        assert codes in ([0, 0], [0, 2]), said
-        assert "Traceback" not in "".join(said)
-        assert codes == [0, 0] or any("in use" in text and "process" in text for text in said), said
+        assert codes in ([0, 0], [0, 2]), output
+        assert "Traceback" not in "".join(output)
+        assert codes == [0, 0] or any("in use" in text and "process" in text for text in output), output
         assert main(["check", str(out)]) == 0
         assert not [
             path for path in out.iterdir() if path.name.startswith(".dlrm-io-") or "partial" in path.name
@@ -104,8 +104,8 @@ def test_input_that_changes_while_it_is_read(tmp_path: Path) -> None:
                     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
                     process.send_signal(signal.SIGCONT)
                     break
-            said = process.stderr.read()
-        assert process.returncode == 2 and f"{path}: has changed while it was read" in said
+            output = process.stderr.read()
+        assert process.returncode == 2 and f"{path}: has changed while it was read" in output
         assert not (out / "meta.json").exists()
     assert main(words(tmp_path / "in", out)) == 0
     assert main(words(tmp_path / "in", tmp_path / "fresh")) == 0
@@ -162,8 +162,8 @@ def test_what_is_no_day_file(
         os.mkfifo(path)
     for command in (words(folder, tmp_path / "out"), ["parse", *words(folder, tmp_path / "out")[1:]]):
         assert main(command) == 2
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 1 and ("day_1" in said[0] or "day_01" in said[0])
+        output = capsys.readouterr().err.splitlines()
+        assert len(output) == 1 and ("day_1" in output[0] or "day_01" in output[0])
 
 
 @pytest.mark.parametrize("name", [b"a 'b' \"c\"", b"back\\slash", b"new\nline", b"\xff\xfe"])

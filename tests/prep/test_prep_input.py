@@ -70,9 +70,9 @@ def refused(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *flags:
 def test_bad_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line, reason = BAD[name]
     source = write(tmp_path / "in", GOOD * 3, GOOD * 4 + line + GOOD * 2)
-    said = refused(capsys, source, tmp_path / "out")
-    assert f"{source}/day_1:5: " in said
-    assert reason in said
+    output = refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_1:5: " in output
+    assert reason in output
     write(source, GOOD * 3, GOOD * 6)  # mended: the same command goes on
     assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out")]) == 0
     assert DatasetMeta.load(tmp_path / "out").rows == [3, 6]
@@ -103,8 +103,8 @@ def test_missing_empty_and_absent(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_numbers_that_float_would_lose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", field(1, "2147483647") + field(1, "-3"))
     for engine in ("numba", "plain"):
-        said = refused(capsys, source, tmp_path / "out", "--engine", engine)
-        assert f"{source}/day_0: counts from -3 to 2147483647" in said
+        output = refused(capsys, source, tmp_path / "out", "--engine", engine)
+        assert f"{source}/day_0: counts from -3 to 2147483647" in output
 
 
 LIMITED = {
@@ -141,8 +141,8 @@ def test_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (source / "day_0").unlink()
     packed = gzip.compress(text)
     (source / "day_0.gz").write_bytes(packed[: len(packed) // 2])
-    said = refused(capsys, source, tmp_path / "out")
-    assert f"{source}/day_0.gz: byte " in said and "truncated" in said
+    output = refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_0.gz: byte " in output and "truncated" in output
     (source / "day_0.gz").write_bytes(packed)
     assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out")]) == 0
     assert DatasetMeta.load(tmp_path / "out").rows == [500]
@@ -153,9 +153,9 @@ def test_skipping_bad_rows_counts_them(tmp_path: Path, capsys: pytest.CaptureFix
     clean = write(tmp_path / "clean", GOOD * 3, GOOD * 2)
     for name, folder, flags in (("a", source, ["--skip_bad_rows"]), ("b", clean, [])):
         assert main(["run", "--input_dir", str(folder), "--output_dir", str(tmp_path / name), *flags]) == 0
-    said = capsys.readouterr().err
-    assert f"skipped 1 bad rows, the first: {source}/day_0:3: 1 column," in said
-    assert f"skipped 2 bad rows, the first: {source}/day_1:2: a blank line" in said
+    output = capsys.readouterr().err
+    assert f"skipped 1 bad rows, the first: {source}/day_0:3: 1 column," in output
+    assert f"skipped 2 bad rows, the first: {source}/day_1:2: a blank line" in output
     for path in (tmp_path / "b").glob("*.npy"):
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name
 
@@ -180,8 +180,8 @@ def test_full_disk(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
     source = write(tmp_path / "in", GOOD * 100)
-    said = refused(capsys, source, tmp_path / "out")
-    assert f"{tmp_path}/out: " in said and "kB needed, 1.0 kB free: free some space" in said
+    output = refused(capsys, source, tmp_path / "out")
+    assert f"{tmp_path}/out: " in output and "kB needed, 1.0 kB free: free some space" in output
 
 
 def test_kaggle_with_and_without_labels(tmp_path: Path) -> None:

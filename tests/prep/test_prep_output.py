@@ -61,9 +61,9 @@ def test_other_format_than_the_folder_has(
 ) -> None:
     """The last line describes the dataset and the next command; a run with another --format is refused."""
     out = run(days, tmp_path / "out", "--format", "parquet", "--no_md5")
-    said, small = capsys.readouterr().out, min(DatasetMeta.load(out).table_sizes)
-    assert f"{out}: 3,003 rows in 3 days, 26 tables of {small} to " in said
-    assert f"(parquet); next: DATASET_DIR={out} ./3_train.sh\n" in said
+    output, small = capsys.readouterr().out, min(DatasetMeta.load(out).table_sizes)
+    assert f"{out}: 3,003 rows in 3 days, 26 tables of {small} to " in output
+    assert f"(parquet); next: DATASET_DIR={out} ./3_train.sh\n" in output
     before = sorted(out.rglob("*"))
     assert main(["run", "--input_dir", str(days), "--output_dir", str(out)]) == 2
     assert f"{out}: a finished parquet dataset, not npy; give --format parquet" in capsys.readouterr().err
@@ -207,8 +207,8 @@ def test_check_names_the_flaw(
     assert main(["check", str(folder)]) == 0
     spoil(folder)
     assert main(["check", str(folder)]) == 2
-    said = capsys.readouterr().err
-    assert reason in said and str(folder) in said
+    output = capsys.readouterr().err
+    assert reason in output and str(folder) in output
 
 
 def test_check_finds_ids_that_never_occur(

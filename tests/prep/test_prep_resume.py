@@ -175,11 +175,11 @@ def test_interrupted(days: Path, tmp_path: Path) -> None:
     command += ["--part_bytes", "20000", "--workers", "2"]  # many lanes, so that it takes a while
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert child.stderr
-    said = child.stderr.readline() + child.stderr.readline()
+    output = child.stderr.readline() + child.stderr.readline()
     child.send_signal(signal.SIGINT)
-    said += child.communicate(timeout=30)[1]
-    assert said.endswith("\ndlrm.prep: interrupted; run the same command again to resume\n")
-    assert "Traceback" not in said
+    output += child.communicate(timeout=30)[1]
+    assert output.endswith("\ndlrm.prep: interrupted; run the same command again to resume\n")
+    assert "Traceback" not in output
     assert child.returncode == 130
     assert not (out / "meta.json").exists()
 

@@ -66,11 +66,11 @@ def test_another_program_at_the_port_makes_no_job_succeed(toy: Path, tmp_path: P
         ) as intruder:
             codes = ranks.wait(120)
             intruder.kill()
-    assert "Traceback" not in ranks.said, ranks.said
+    assert "Traceback" not in ranks.stderr, ranks.stderr
     if codes == [0, 0]:
         assert json.loads((tmp_path / "results.json").read_text())["steps"] == 400
     else:
-        assert 0 not in codes and 0 < len(ranks.said.splitlines()) <= 2, (codes, ranks.said)
+        assert 0 not in codes and 0 < len(ranks.stderr.splitlines()) <= 2, (codes, ranks.stderr)
 
 
 def has_ended(pid: int) -> bool:
@@ -90,7 +90,7 @@ def test_a_finished_job_succeeds_whatever_is_deleted(toy: Path, tmp_path: Path) 
             while not all(has_ended(rank.pid) for rank in ranks.processes):
                 time.sleep(0.01)  # nobody waits for a rank meanwhile: its exit code is not known to the other
             intruder.kill()
-        assert ranks.wait(10) == [0, 0], ranks.said
+        assert ranks.wait(10) == [0, 0], ranks.stderr
 
 
 def test_values_of_others_are_not_seen() -> None:
@@ -143,10 +143,10 @@ def test_a_rank_that_dies_while_the_group_forms_is_named(lost: int) -> None:
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert ranks[lost].returncode == -signal.SIGKILL and ranks[1 - lost].returncode == 1, said
+    output = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert ranks[lost].returncode == -signal.SIGKILL and ranks[1 - lost].returncode == 1, output
     line = f"dlrm: rank {1 - lost} on {HOST}: ends because rank {lost} on {HOST} was killed by signal 9\n"
-    assert said[1 - lost] == line
+    assert output[1 - lost] == line
     assert time.monotonic() - begun < 120  # of 300
 
 
@@ -155,8 +155,8 @@ def test_a_rank_without_peers_ends_with_one_line(tmp_path: Path, toy: Path) -> N
     with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 3), launcher="python") as ranks:
         ranks.processes[0].kill()  # before it listens
         assert ranks.wait(90)[1] == 1
-    said = ranks.said.splitlines()
-    assert len(said) == 1 and f"rank 1 on {HOST}: " in said[0] and "rank 0" in said[0], said
+    output = ranks.stderr.splitlines()
+    assert len(output) == 1 and f"rank 1 on {HOST}: " in output[0] and "rank 0" in output[0], output
 
 
 @pytest.mark.parametrize("pidfd", [True, False])

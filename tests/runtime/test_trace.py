@@ -148,10 +148,10 @@ while True:
 """
     process = traced.start(tmp_path, body)
     assert process.stdout
-    said = [process.stdout.readline() for _ in range(300)]
+    output = [process.stdout.readline() for _ in range(300)]
     process.send_signal(signal.SIGKILL)
     rest, _ = process.communicate(timeout=20)
-    last = float((said + rest.splitlines())[-1].split()[1])
+    last = float((output + rest.splitlines())[-1].split()[1])
     (killed,) = events.read_processes(tmp_path)
     assert "no end record" in killed.lost
     table = events.load_events(tmp_path).filter(events.pl.col("name") == "step")

@@ -174,7 +174,7 @@ def test_a_rank_killed_in_the_training_is_named(toy: Path, tmp_path: Path, count
         (code,) = ranks.wait(120)
         assert code != 0 and not ranks.pids()
     named = f"rank {rank} on {socket.gethostname()} was killed by signal 9"
-    assert named in ranks.said and "Traceback" not in ranks.said, ranks.said
+    assert named in ranks.stderr and "Traceback" not in ranks.stderr, ranks.stderr
 
 
 @pytest.mark.mpi

@@ -32,22 +32,22 @@ def local(tmp_path: Path) -> list[object]:
 
 def test_the_component_trains_and_prints_mlcommons_lines(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    said = torchx(
+    output = torchx(
         *local(tmp_path), "components.py:run_dlrm_main", "--num_trainers=2", "--", *SMALL.split(),
         "--epochs", 2, "--evaluate_on_epoch_end", "--evaluate_on_training_end", "--print_lr",
         "--limit_train_batches", 3, "--output_dir", run,
     )  # fmt: skip
     results = json.loads((run / "results.json").read_text())
     assert results["world_size"] == 2 and results["steps"] == 6
-    vals = [float(text) for text in re.findall(r"AUROC over val set: (\S+)\.$", said, flags=re.M)]
+    vals = [float(text) for text in re.findall(r"AUROC over val set: (\S+)\.$", output, flags=re.M)]
     assert vals == results["val_scores"] and len(vals) == 2
-    assert re.findall(r"AUROC over test set: (\S+)\.$", said, flags=re.M) == [str(results["test_auroc"])]
+    assert re.findall(r"AUROC over test set: (\S+)\.$", output, flags=re.M) == [str(results["test_auroc"])]
     samples = str(results["test_samples"])
-    assert re.findall(r"Number of test samples: (\d+)$", said, flags=re.M) == [samples]
-    assert len(re.findall(r"Total number of iterations: 3$", said, flags=re.M)) == 2
-    rates = re.findall(r"lr: (\d) 0 (\S+)$", said, flags=re.M)
+    assert re.findall(r"Number of test samples: (\d+)$", output, flags=re.M) == [samples]
+    assert len(re.findall(r"Total number of iterations: 3$", output, flags=re.M)) == 2
+    rates = re.findall(r"lr: (\d) 0 (\S+)$", output, flags=re.M)
     assert rates == [(str(step), "0.100000") for step in (1, 2, 3, 1, 2, 3)]
-    assert "'over_arch_layer_sizes': (16, 1)" in said
+    assert "'over_arch_layer_sizes': (16, 1)" in output
 
 
 def test_scripts_by_torchx_own_component(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_without_the_option_nothing_of_it_is_printed() -> None:
 def test_a_slurm_job(where: str) -> None:
     """The README's command; no Slurm is needed to see what would be submitted."""
     path = ROOT / where
-    said = torchx(
+    output = torchx(
         "--scheduler", "slurm", "--dryrun", "--scheduler_args", "partition=train,time=5:00:00",
         f"{path.name}:run_dlrm_main", "--num_trainers=16", "--", "--pin_memory", "--batch_size", 8192,
         folder=path.parent,
     )  # fmt: skip
-    assert "--nnodes 2" in said and "--nproc_per_node 8" in said and "partition=train" in said
-    assert f"{ROOT}/scripts/dlrm_main.py" in said and "--pin_memory --batch_size 8192" in said
+    assert "--nnodes 2" in output and "--nproc_per_node 8" in output and "partition=train" in output
+    assert f"{ROOT}/scripts/dlrm_main.py" in output and "--pin_memory --batch_size 8192" in output

@@ -71,7 +71,7 @@ def finished(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def test_the_run_folder(finished: tuple[Path, str]) -> None:
-    folder, said = finished
+    folder, output = finished
     config = json.loads((folder / "config.json").read_text())
     assert config["launch"]["world_size"] == 2  # the node file has two lines of one host
     assert config["data"]["batch_size"] == 64 and config["model"]["embedding_dim"] == 8
@@ -79,14 +79,14 @@ def test_the_run_folder(finished: tuple[Path, str]) -> None:
     assert 0 <= json.loads((folder / "results.json").read_text())["test_auroc"] <= 1
     assert (folder / "gpu.txt").read_text() and (folder / "metrics.jsonl").read_text()
     assert len(list((folder / "trace").glob("train*.pfw.gz"))) == 2
-    assert (folder / "log.txt").read_text().strip() in said
-    assert f"results: {folder}" in said
+    assert (folder / "log.txt").read_text().strip() in output
+    assert f"results: {folder}" in output
 
 
 def test_it_converts_and_reports(finished: tuple[Path, str]) -> None:
-    folder, said = finished
+    folder, output = finished
     assert len(list(folder.glob("*.pftrace"))) == 2 and (folder / "report.html").stat().st_size > 1000
-    assert "not all of that was done" not in said
+    assert "not all of that was done" not in output
 
 
 def test_no_secret_is_kept(finished: tuple[Path, str]) -> None:
@@ -192,8 +192,8 @@ def test_a_mistake_leaves_no_run_folder(
     (tmp_path / "text" / "day_0.gz").touch()
     places = {"DATASET_DIR": str(toy), "RESULTS": str(tmp_path / "results"), "NPROC": "1"}
     done = run("3_train.sh", *words, cwd=tmp_path, **places | more)
-    said = done.stdout + done.stderr
-    assert done.returncode == code and says in said and "results:" not in said, said
+    output = done.stdout + done.stderr
+    assert done.returncode == code and says in output and "results:" not in output, output
     assert not any((tmp_path / "results").glob("*"))
 
 

@@ -86,12 +86,12 @@ def check(found: Outcome, refused: bool = False) -> None:
     """No signal, no traceback, exit code 0, 1 (a check that fails) or 2, and 2 with one line that says why.
     `refused`: this input is known to be bad, nothing but code 2 will do.
     """
-    said = f"exit code {found.code} after {found.seconds:.1f} s: {found.err[-2000:]}"
-    assert found.code >= 0, f"ended by signal {-found.code}; {said}"
-    assert "Traceback" not in found.err, said
-    assert found.code in ((2,) if refused else (0, 1, 2)), said
+    output = f"exit code {found.code} after {found.seconds:.1f} s: {found.err[-2000:]}"
+    assert found.code >= 0, f"ended by signal {-found.code}; {output}"
+    assert "Traceback" not in found.err, output
+    assert found.code in ((2,) if refused else (0, 1, 2)), output
     if found.code == 2:
-        assert len(found.err.strip().splitlines()) == 1, said
+        assert len(found.err.strip().splitlines()) == 1, output
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:

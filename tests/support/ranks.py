@@ -129,9 +129,9 @@ class LiveRanks:
         while time.monotonic() < given_up:
             if found := true():
                 return found
-            assert any(process.poll() is None for process in self.processes), self.said
+            assert any(process.poll() is None for process in self.processes), self.stderr
             time.sleep(0.01)
-        raise AssertionError(f"waited {seconds} s in vain; stderr: {self.said}")
+        raise AssertionError(f"waited {seconds} s in vain; stderr: {self.stderr}")
 
     def until_step(self, step: int) -> None:
         self.until(lambda: any(line["step"] >= step for line in metrics(self.folder)))
@@ -174,7 +174,7 @@ class LiveRanks:
         return found
 
     @property
-    def said(self) -> str:
+    def stderr(self) -> str:
         """All of stderr."""
         return "".join(self.printed(1))
 

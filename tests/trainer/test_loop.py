@@ -75,7 +75,7 @@ class Course:
 
         self.target_reached = loop.run_training(
             Ahead(odd), self.batches, self.progress, loop.Limits(**limits), set_next_lr, validate,
-            lambda **said: self.reports.append((said["step"], said["loss"])),
+            lambda **report: self.reports.append((report["step"], report["loss"])),
             loop.ThroughputMeter(torch.device("cpu")), loop.Hooks(),
         )  # fmt: skip
 

@@ -13,12 +13,14 @@ from dlrm.trainer.loss_watch import LossWatch, binary_entropy
 
 
 def watch(losses: Iterable[float], share: float | None = 0.5, total: int = 1000, first: int = 1) -> list[str]:
-    """What is said of these losses, reported at step 1 and then every 20 steps."""
-    seen, said = LossWatch(total), []
+    """The warnings about these losses, reported at step 1 and then every 20 steps."""
+    seen, warnings = LossWatch(total), []
     for number, loss in enumerate(losses):
         step = first + 20 * number
-        said.append(seen.add_report({"step": step, "loss": loss, "samples": 64 * step, "click_share": share}))
-    return [line for line in said if line]
+        warnings.append(
+            seen.add_report({"step": step, "loss": loss, "samples": 64 * step, "click_share": share})
+        )
+    return [line for line in warnings if line]
 
 
 def test_a_loss_that_falls_is_fine() -> None:
@@ -31,8 +33,8 @@ def test_a_rise_at_the_beginning_is_fine() -> None:
 
 
 def test_a_loss_above_its_first_value_is_told_once_after_50_steps() -> None:
-    said = watch([0.697, 1.7, 1.7, 1.7, 1.7, 1.7, 1.7])
-    assert said == ["the loss has stayed above its first value, 0.6970, for 60 steps and is 1.7000"]
+    warnings = watch([0.697, 1.7, 1.7, 1.7, 1.7, 1.7, 1.7])
+    assert warnings == ["the loss has stayed above its first value, 0.6970, for 60 steps and is 1.7000"]
 
 
 def test_a_resumed_training_has_no_first_value() -> None:
@@ -41,8 +43,8 @@ def test_a_resumed_training_has_no_first_value() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.03])
 def test_a_loss_at_the_entropy_is_told(share: float) -> None:
-    said = watch([0.7] + [binary_entropy(share) * 1.001] * 50, share)
-    assert len(said) == 1 and "no better than the same prediction for every row" in said[0]
+    warnings = watch([0.7] + [binary_entropy(share) * 1.001] * 50, share)
+    assert len(warnings) == 1 and "no better than the same prediction for every row" in warnings[0]
     assert watch([0.7] + [binary_entropy(share) * 0.98] * 50, share) == []
 
 
@@ -55,8 +57,12 @@ def test_a_diverging_run_is_warned_and_goes_on(toy: Path, train_here: Any, capfd
         "--in_memory_binary_criteo_path", toy, "--seed", 0, "--max_steps", 120, "--batch_size", 64,
         "--learning_rate", 0.0, "--report_every", 10,
     )  # fmt: skip
-    said = [line for line in capfd.readouterr().err.splitlines() if "the loss" in line]
-    assert len(said) == 1 and "try --learning_rate 0.1" in said[0] and "or --preset kaggle" in said[0], said
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "the loss" in line]
+    assert (
+        len(warnings) == 1
+        and "try --learning_rate 0.1" in warnings[0]
+        and "or --preset kaggle" in warnings[0]
+    ), warnings
     lines = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
     share = [line["click_share"] for line in lines if "loss" in line]
     assert lines[-1]["step"] == 120 and all(0.1 < each < 0.6 for each in share)

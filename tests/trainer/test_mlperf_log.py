@@ -48,18 +48,18 @@ def test_the_checker_accepts_it(log: Path) -> None:
 
 
 def test_what_it_says(log: Path) -> None:
-    said = lines(log)
-    keys = [line["key"] for line in said]
-    value = {line["key"]: line["value"] for line in said}
+    entries = lines(log)
+    keys = [line["key"] for line in entries]
+    value = {line["key"]: line["value"] for line in entries}
     assert value["submission_benchmark"] == "dlrm_dcnv2" and value["submission_org"] == "somebody"
     assert value["global_batch_size"] == 2 * 256 and value["opt_adagrad_epsilon"] == 1e-8
     assert value["eval_samples"] == 1500
-    kinds = {line["key"]: line["event_type"] for line in said}
+    kinds = {line["key"]: line["event_type"] for line in entries}
     assert kinds["init_start"] == kinds["run_start"] == "INTERVAL_START"
     assert kinds["init_stop"] == kinds["run_stop"] == "INTERVAL_END"
-    stop = next(line for line in said if line["key"] == "run_stop")
+    stop = next(line for line in entries if line["key"] == "run_stop")
     assert stop["metadata"]["status"] == "success"
-    accuracies = [line for line in said if line["key"] == "eval_accuracy"]
+    accuracies = [line for line in entries if line["key"] == "eval_accuracy"]
     assert accuracies[0]["metadata"]["epoch_num"] == pytest.approx(20 / 30)
     order = ["cache_clear", "init_start", "init_stop", "run_start", "epoch_start", "eval_start", "run_stop"]
     assert [keys.index(key) for key in order] == sorted(keys.index(key) for key in order)

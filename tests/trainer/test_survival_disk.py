@@ -88,8 +88,8 @@ def test_a_read_error_names_file_and_rank(toy: Path, tmp_path: Path, shim: Path,
     ) as ranks:
         codes = ranks.wait()
     assert 0 not in codes, codes
-    assert str(toy / "day_3_sparse.npy") in ranks.said and os.strerror(number) in ranks.said, ranks.said
-    assert "Traceback" not in ranks.said
+    assert str(toy / "day_3_sparse.npy") in ranks.stderr and os.strerror(number) in ranks.stderr, ranks.stderr
+    assert "Traceback" not in ranks.stderr
     assert whole(list_checkpoints(tmp_path / "checkpoints")[0])
 
 
@@ -103,8 +103,8 @@ def test_a_mapped_file_that_shrinks(toy: Path, tmp_path: Path) -> None:
         victim = data / "day_2_dense.npy"
         os.truncate(victim, victim.stat().st_size // 2)
         codes = ranks.wait()
-    assert codes == [2, 2], (codes, ranks.said)
-    assert str(victim) in ranks.said and "Traceback" not in ranks.said, ranks.said
+    assert codes == [2, 2], (codes, ranks.stderr)
+    assert str(victim) in ranks.stderr and "Traceback" not in ranks.stderr, ranks.stderr
     assert whole(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
 
 
@@ -118,9 +118,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     with LiveRanks(
         tmp_path, 2, *words(toy, *more), **fault(shim, call, "step-12-*/rank00001", number, 0)
     ) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
-    assert "checkpoint not written, the one before it is kept" in ranks.said
-    assert "rank 1: " in ranks.said and f"rank00001.safetensors: {os.strerror(number)}" in ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
+    assert "checkpoint not written, the one before it is kept" in ranks.stderr
+    assert "rank 1: " in ranks.stderr and f"rank00001.safetensors: {os.strerror(number)}" in ranks.stderr
     left = os.listdir(tmp_path / "checkpoints")
     assert len(left) == 1 and whole(tmp_path / "checkpoints" / left[0])
 
@@ -144,6 +144,6 @@ def test_a_disk_that_fills_up_with_the_run_folder(toy: Path, small_disk: Path) -
                 os.write(filler, bytes(4096))
         os.close(filler)
         codes = ranks.wait(90)
-    assert "No space left on device" in ranks.said or "checkpoint not written" in ranks.said, ranks.said
-    assert all(code in (0, 1) for code in codes), (codes, ranks.said)
+    assert "No space left on device" in ranks.stderr or "checkpoint not written" in ranks.stderr, ranks.stderr
+    assert all(code in (0, 1) for code in codes), (codes, ranks.stderr)
     assert all(whole(path) for path in list_checkpoints(run / "checkpoints"))

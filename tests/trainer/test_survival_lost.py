@@ -51,11 +51,11 @@ def test_a_killed_rank_is_named_and_the_others_end(toy: Path, tmp_path: Path, mo
         begun = time.monotonic()
         codes = ranks.wait(BOUND + 10)
         took = time.monotonic() - begun
-    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, (codes, ranks.said)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, (codes, ranks.stderr)
     assert took < BOUND, took
     killed = f"rank {rank} on {HOST} was killed by signal 9"
-    assert killed in ranks.said or moment == "start-up" and f"rank {rank}" in ranks.said, ranks.said
-    assert "Traceback" not in ranks.said and len(ranks.said.splitlines()) == 1
+    assert killed in ranks.stderr or moment == "start-up" and f"rank {rank}" in ranks.stderr, ranks.stderr
+    assert "Traceback" not in ranks.stderr and len(ranks.stderr.splitlines()) == 1
     survivors = list((tmp_path / "trace").glob(f"train{1 - rank:05d}-*.pfw.gz"))
     assert survivors and readable(survivors[0]) > 10
     assert not ranks.pids()
@@ -95,7 +95,7 @@ def kill_behind_a_checkpoint(toy: Path, folder: Path, rank: int, wait: float) ->
 def never_killed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("never killed") / "run"
     with LiveRanks(folder, 2, *words(toy, *SAVING)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
     return folder
 
 
@@ -106,7 +106,7 @@ def test_after_a_kill_the_next_run_goes_on_as_if_nothing_had_been(
     for seed in range(3):  # somewhere, three times
         kill_behind_a_checkpoint(toy, tmp_path / "killed", seed % 2, random.Random(seed).random() / 20)
     with LiveRanks(tmp_path / "killed", 2, *words(toy, *SAVING)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
     same(never_killed, tmp_path / "killed")
 
 
@@ -123,7 +123,7 @@ def test_many_kills(toy: Path, never_killed: Path, tmp_path: Path, seed: int) ->
     for _ in range(3):
         kill_behind_a_checkpoint(toy, folder, chance.choice([-1, 0, 1]), chance.random() / 5)
     with LiveRanks(folder, 2, *words(toy, *SAVING)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
     same(never_killed, folder)
     assert all(path.read_text() == "somebody's" for path in foreign)
 
@@ -135,7 +135,7 @@ ANYWHERE = [*SAVING, "--validation_freq_within_epoch", 5, "--epochs", 2]
 def also_never_killed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("also never killed") / "run"
     with LiveRanks(folder, 2, *words(toy, *ANYWHERE)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
     return folder
 
 
@@ -156,7 +156,7 @@ def test_many_kills_anywhere(toy: Path, also_never_killed: Path, tmp_path: Path,
                 process.kill()
             assert -signal.SIGKILL in ranks.wait(BOUND), "the training was over before it was killed"
     with LiveRanks(tmp_path, 2, *words(toy, *ANYWHERE)) as ranks:
-        assert ranks.wait(BOUND) == [0, 0], ranks.said
+        assert ranks.wait(BOUND) == [0, 0], ranks.stderr
     same(also_never_killed, tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_a_suspended_rank_counts_as_lost_after_the_timeout(
         assert 0 not in ranks.wait(60)  # the suspended one is killed, too
         assert time.monotonic() - begun > 3
         assert not ranks.pids()
-    assert f"rank {rank} on {HOST} sent no heartbeat for 5 s" in ranks.said, ranks.said
+    assert f"rank {rank} on {HOST} sent no heartbeat for 5 s" in ranks.stderr, ranks.stderr
 
 
 @pytest.mark.mpi
@@ -184,9 +184,11 @@ def test_under_a_launcher(toy: Path, tmp_path: Path, launcher: str) -> None:
         ranks.until_step(15)
         ranks.signal(signal.SIGKILL, 1)
         assert ranks.wait(BOUND)[0] != 0
-        assert launcher == "mpiexec" or f"rank 1 on {HOST} was killed by signal 9" in ranks.said, ranks.said
+        assert launcher == "mpiexec" or f"rank 1 on {HOST} was killed by signal 9" in ranks.stderr, (
+            ranks.stderr
+        )
         assert not ranks.pids()
     with LiveRanks(tmp_path, 2, *words(toy, "--max_steps", 40, *LONG), launcher=launcher) as ranks:
-        assert ranks.wait() == [0], ranks.said
+        assert ranks.wait() == [0], ranks.stderr
     steps = [line["step"] for line in metrics(tmp_path) if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] >= 40

@@ -16,7 +16,7 @@ from dlrm.runtime.errors import STOPPED
 def never_stopped(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     with LiveRanks(folder, 2, *words(toy)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
     return folder
 
 
@@ -29,12 +29,12 @@ def test_stopped_and_run_again_equals_never_stopped(
     with LiveRanks(tmp_path, 2, *words(toy)) as ranks:
         ranks.until_step(22)
         ranks.signal(which, rank=1)  # one rank hears it, both stop
-        assert ranks.wait(20) == [STOPPED, STOPPED], ranks.said
-    assert which.name in ranks.said and len(ranks.said.splitlines()) == 1
+        assert ranks.wait(20) == [STOPPED, STOPPED], ranks.stderr
+    assert which.name in ranks.stderr and len(ranks.stderr.splitlines()) == 1
     assert metrics(tmp_path) == metrics(never_stopped)[: len(metrics(tmp_path))]
     assert not (tmp_path / "results.json").exists()
     with LiveRanks(tmp_path, 2, *words(toy)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
     same(never_stopped, tmp_path)
 
 
@@ -42,21 +42,21 @@ def test_stopped_and_run_again_equals_never_stopped(
 def test_stopped_again_and_again_mostly_while_it_validates(toy: Path, tmp_path: Path) -> None:
     more = ["--validation_freq_within_epoch", 4, "--test_batch_size", 8, "--max_steps", 60]
     with LiveRanks(tmp_path / "whole", 2, *words(toy, *more)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
     stops = []
     for turn in range(4):
         with LiveRanks(tmp_path / "often", 2, *words(toy, *more)) as ranks:
             before = len(metrics(ranks.folder))
             ranks.until(lambda before=before, ranks=ranks: len(metrics(ranks.folder)) > before + 2)
             ranks.signal(signal.SIGTERM, turn % 2)
-            assert ranks.wait(20) == [STOPPED, STOPPED], ranks.said
+            assert ranks.wait(20) == [STOPPED, STOPPED], ranks.stderr
         newest = max((tmp_path / "often" / "checkpoints").iterdir())
         stops.append(
             json.loads((newest / "checkpoint.json").read_text())["state"]["progress"]["validating_at"]
         )
     assert "step" in stops, "no stop was in a validation: nothing was tested"
     with LiveRanks(tmp_path / "often", 2, *words(toy, *more)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.said
+        assert ranks.wait() == [0, 0], ranks.stderr
     same(tmp_path / "whole", tmp_path / "often")
 
 
@@ -65,8 +65,8 @@ def test_a_clock_stops_it_too(toy: Path, tmp_path: Path) -> None:
     """--stop_before_walltime: without a signal."""
     more = ["--epochs", 1000, "--walltime", "1:00", "--stop_before_walltime", 42]
     with LiveRanks(tmp_path, 2, *words(toy, *more)) as ranks:
-        assert ranks.wait(60) == [STOPPED, STOPPED], ranks.said
-    assert "walltime" in ranks.said
+        assert ranks.wait(60) == [STOPPED, STOPPED], ranks.stderr
+    assert "walltime" in ranks.stderr
     assert list((tmp_path / "checkpoints").glob("0*/checkpoint.json"))
 
 
@@ -81,5 +81,5 @@ def test_a_signal_to_the_launcher(toy: Path, tmp_path: Path, launcher: str, code
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):  # it may have stopped already
                 os.kill(pid, signal.SIGTERM)
-        assert ranks.wait(30) == [code], ranks.said
+        assert ranks.wait(30) == [code], ranks.stderr
     assert list((tmp_path / "checkpoints").glob("0*/checkpoint.json"))

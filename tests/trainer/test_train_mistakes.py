@@ -66,11 +66,11 @@ def test_bad_data_is_named(what: str, toy: Path, tmp_path: Path, train_here: Any
     folder = tmp_path / "run"
     shutil.copytree(toy, folder)
     spoil(folder)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as message:
         train_here("--preset", "toy", "--in_memory_binary_criteo_path", folder)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(message.value)
     for word in words:
-        assert word in str(told.value)
+        assert word in str(message.value)
 
 
 @pytest.mark.parametrize("what", ["a day is missing", "NaN", "an id too large"])
@@ -81,9 +81,9 @@ def test_bad_data_ends_all_ranks(what: str, toy: Path, tmp_path: Path, train: An
     spoil(folder)
     done = train(2, "--preset", "toy", "--in_memory_binary_criteo_path", folder, timeout=60)
     assert done.codes == [2, 2] and done.seconds < 60, done
-    said = only_line(done.err)
+    output = only_line(done.err)
     for word in words:
-        assert word in said, said
+        assert word in output, output
 
 
 OPTIONS: dict[str, tuple[list[str], list[str]]] = {
@@ -104,9 +104,9 @@ def test_bad_options_end_all_ranks(what: str, train: Any) -> None:
     words, said_words = OPTIONS[what]
     done = train(2, *words, timeout=60)
     assert done.codes == [2, 2], done
-    said = only_line(done.err)
+    output = only_line(done.err)
     for word in said_words:
-        assert word in said, said
+        assert word in output, output
 
 
 ALONE: dict[str, list[str]] = {

@@ -74,9 +74,9 @@ def test_settings_that_do_nothing_are_named(train: Any) -> None:
         "--loss_scale", 8, "--lr_decay_start", 5, "--learning_rate", 0.1, "--batch_size", 8,
     )  # fmt: skip
     assert done.codes == [0, 0], done.err
-    told = done.err[0].splitlines()
+    warnings = done.err[0].splitlines()
     for option in ("--mmap_mode", "--dcn_num_layers", "--loss_scale", "--lr_decay_start"):
-        assert sum(option + ":" in line for line in told) == 1, told
+        assert sum(option + ":" in line for line in warnings) == 1, warnings
     assert not done.err[1]
 
 
@@ -85,8 +85,8 @@ def test_settings_that_do_nothing_are_named(train: Any) -> None:
 )
 def test_mapping_beside_another_source_is_reported(words: list[str], why: str | None) -> None:
     common = ["--in_memory_binary_criteo_path", "x", "--mmap_mode"]
-    told = list_unused_options(parse_options(Config, [*common, *words], "train", ""), "cpu")
-    assert told == ([f"--mmap_mode: not used, {why}"] if why else [])
+    warnings = list_unused_options(parse_options(Config, [*common, *words], "train", ""), "cpu")
+    assert warnings == ([f"--mmap_mode: not used, {why}"] if why else [])
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
             if not last:
                 ranks.until_step(22)
                 ranks.signal(signal.SIGTERM, rank=1)
-            assert ranks.wait() == [0 if last else STOPPED] * 2, ranks.said
+            assert ranks.wait() == [0 if last else STOPPED] * 2, ranks.stderr
         assert last == (tmp_path / "results.json").exists()
     assert len(find_trace_files(tmp_path)) == 4
     run = open_run(tmp_path)

@@ -271,8 +271,8 @@ def test_all_ranks_end_when_the_first_cannot_prepare(tmp_path: Path) -> None:
         timeout=90,
     )  # fmt: skip
     assert done.codes == [2, 2], done.err
-    said = [line for line in "".join(done.err).splitlines() if line.startswith("dlrm:")]
-    assert len(said) == 1 and "ratings.dat" in said[0]
+    output = [line for line in "".join(done.err).splitlines() if line.startswith("dlrm:")]
+    assert len(output) == 1 and "ratings.dat" in output[0]
 
 
 def test_mixed_precision_stays_near_and_clipping_holds_back(here: Run) -> None:

@@ -61,7 +61,7 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("ml-1m", "1::2\n", "2 columns"),
         ("ml-1m", "a::b::c::d\n", "line 1: a in column 1 is no number"),
@@ -70,22 +70,22 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
         ("ml-20m", "userId,movieId,rating,timestamp\n", "at least"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, name: str, content: str, told: str) -> None:
+def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     path = tmp_path / "ratings"
     path.write_text(content)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         ratings.read_ratings(name, path, RatingsOptions())
     assert str(path) in str(error.value)
 
 
 def test_missing_paths_are_named(tmp_path: Path) -> None:
-    for name, path, told in (
+    for name, path, message in (
         ("ml-1m", None, "ml-1m/ratings.dat is missing: --dataset_name ml-1m needs --dataset_path"),
         ("text", None, "needs --dataset_path"),
         ("ml-1m", str(tmp_path), "ratings.dat is missing"),
         ("text", str(tmp_path), "is a folder with no such files"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             find_ratings_file(name, path)
     assert find_ratings_file("random", None) is None
 

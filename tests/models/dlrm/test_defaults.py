@@ -120,6 +120,6 @@ def test_a_small_dataset_is_learned_by_default_and_the_run_folder_says_how(toy: 
     assert results["test_auroc"] > 0.75
     config = json.loads((done.folder / "config.json").read_text())
     assert config["optim"]["optimizer"] == "rowwise_adagrad" and config["data"]["batch_size"] == 32
-    said = config["launch"]["chosen"]
-    assert said.startswith("chosen for 15,000 rows on 2 ranks: batch 32 a rank") and said in done.out[0]
+    output = config["launch"]["chosen"]
+    assert output.startswith("chosen for 15,000 rows on 2 ranks: batch 32 a rank") and output in done.out[0]
     assert "defaults" in config["run"]["given_options"]
