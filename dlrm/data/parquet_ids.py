@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from common.memory import refuse_too_large
+from dlrm.data.parquet_footer import read_limits
 
 LARGEST_ROW = (1 << 31) - 1
 
@@ -28,24 +30,26 @@ def have_shared_ids(ranges: Sequence[tuple[int, int] | None]) -> bool:
 
 
 def find_id_ranges(files: Sequence[Any], names: Sequence[str]) -> list[tuple[int, int] | None]:
-    """(smallest, largest) id of each column, by what the footers (pyarrow's metadata) say; None if one of
-    them does not say it.
+    """(smallest, largest) id of each column, by what the footers of `files` (ParquetFile) say; None if one of
+    them does not say it, or is damaged.
     """
-    ranges: list[tuple[int, int] | None] = []
-    for name in names:
-        limits: list[int] = []
-        for metadata in files:
-            at = metadata.schema.names.index(name)
-            for number in range(metadata.num_row_groups):
-                found = metadata.row_group(number).column(at).statistics
-                if found is None or not found.has_min_max:
-                    limits = []
-                    break
-                limits += [int(found.min), int(found.max)]
-            if not limits:
-                break
-        ranges.append((min(limits), max(limits)) if limits else None)
-    return ranges
+    ranges: dict[str, tuple[int, int] | None] = {}
+    for file in files:
+        schema = file.metadata.schema.to_arrow_schema()
+        signed = {each.name: not pa.types.is_unsigned_integer(each.type) for each in schema}
+        try:
+            for group in read_limits(file.footer):
+                for name in names:
+                    found = group[name.encode()]
+                    if found is None or ranges.get(name, found) is None:
+                        ranges[name] = None
+                        continue
+                    low, high = (int.from_bytes(each, "little", signed=signed[name]) for each in found)
+                    before = ranges.get(name) or (low, high)
+                    ranges[name] = min(before[0], low), max(before[1], high)
+        except (ValueError, IndexError, TypeError, KeyError, AttributeError):
+            return [None] * len(names)
+    return [ranges.get(name) for name in names]
 
 
 class IdNumbering:
