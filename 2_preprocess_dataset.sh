@@ -13,14 +13,16 @@
 #            NPROC        processes per node (default: its cores)
 #            ARGS         more options of python -m dlrm.prep run; for data of other columns than Criteo's
 #                         ARGS="--num_numerical 5 --num_categorical 7" (the label is not counted)
+# Relative paths, also among the options, are relative to the folder of the call.
 set -euo pipefail
 script=2_preprocess_dataset.sh
 
 print_help() { sed -n '/^# Pre/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 # PBS copies this script into its spool and starts it in $HOME.
-find_project() {    # sets `here`
+find_project() {    # sets `start`, the folder of the call, and `here`, the project's
     [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || cd "$PBS_O_WORKDIR"
+    start=$PWD
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     [[ -e $here/scripts/job.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
     here=$(realpath -m -- "${WORKDIR:-$here}")
@@ -59,7 +61,8 @@ main() {
     fi
     # Where OMP_NUM_THREADS is set, nproc reports it instead of the cores.
     export NPROC=${NPROC:-${LOCAL_WORLD_SIZE:-$(env -u OMP_NUM_THREADS nproc)}}
-    exec ./launcher.sh python -m dlrm.prep run --input_dir "$from" --output_dir "$to" "${args[@]}" "$@"
+    exec ./launcher.sh python -m dlrm.prep run --input_dir "$from" --output_dir "$to" \
+        "${args[@]}" "$@" --relative_to "$start"
 }
 
 main "$@"

@@ -20,6 +20,7 @@
 #            TRACE=no     without DFTracer; DFTRACER_ENABLE=0 means the same
 #            DFTRACER_DATA_DIR  trace only I/O below these folders (default: all)
 #            DLRM_ENV_KEEP  more variables whose values go into env.txt, e.g. "MY_SETTING OTHER_*"
+# Relative paths, also among the options, are relative to the folder of the call.
 set -euo pipefail
 
 script=3_train.sh
@@ -27,8 +28,9 @@ script=3_train.sh
 print_help() { sed -n '/^# Train/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 # PBS copies this script into its spool and starts it in $HOME.
-find_project() {    # sets `here`
+find_project() {    # sets `start`, the folder of the call, and `here`, the project's
     [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || cd "$PBS_O_WORKDIR"
+    start=$PWD
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     [[ -e $here/scripts/job.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
     here=$(realpath -m -- "${WORKDIR:-$here}")
@@ -73,10 +75,13 @@ make_toy_data() (    # make_toy_data FOLDER, the same way that real data go
     DATASET_DIR=$1/split OUTPUT_DIR=$1/npy ARGS='' ./2_preprocess_dataset.sh
 )
 
-# The model's spec says how DATASET_DIR, BATCH_SIZE and the like become options.
-read_model() {    # sets `title`, `demo` (what the demo trains on), `demo_data` and `options`
+# The model's spec says how DATASET_DIR, BATCH_SIZE and the like become options. A mistake in the
+# options ends here, before anything is made.
+read_options() {    # read_options OPTION...: sets `title`, `demo` (what the demo trains on), `demo_data`, `options`
     local answer
-    mapfile -d '' -t answer < <(python -m dlrm.models.script_options)
+    mapfile -d '' -t answer < <(
+        python -m dlrm.models.script_options "$start" "$run" "${args[@]}" "$@"
+    )
     wait "$!" || exit 2
     title=${answer[0]}
     demo=${answer[1]}
@@ -84,20 +89,15 @@ read_model() {    # sets `title`, `demo` (what the demo trains on), `demo_data` 
     options=("${answer[@]:3}")
 }
 
-prepare_demo() {    # without DATASET_DIR: two ranks; sets `demo_folder`, for data that are made later
-    demo_folder=''
+prepare_demo() {    # without DATASET_DIR: two ranks, on data that are made here
+    local folder
     [[ -z ${DATASET_DIR:-} ]] || return 0
     export NPROC=${NPROC:-${LOCAL_WORLD_SIZE:-2}}
     say "no DATASET_DIR: the demo of $title, on $demo"
     [[ -n $demo_data ]] || return 0
-    demo_folder=$(find_demo_data "$demo_data")
-    options=("${options[@]//\{demo_data\}/"$demo_folder"}")
-}
-
-make_demo_data() { [[ -z $demo_folder || $demo_data != toy ]] || make_toy_data "$demo_folder"; }
-
-add_options() {    # add_options OPTION...: ARGS, then the command line's; the last one wins
-    options+=("${args[@]}" "$@")
+    folder=$(find_demo_data "$demo_data")
+    options=("${options[@]//\{demo_data\}/"$folder"}")
+    [[ $demo_data != toy ]] || make_toy_data "$folder"
 }
 
 has_option() { [[ " ${options[*]} " == *" $1"[\ =]* ]]; }
@@ -121,17 +121,15 @@ make_run() {    # sets `run`, and `made`: what proves that it was made here, or 
     made=${answer[1]}
 }
 
-validate_options() {    # a mistake ends here, before anything is made
+check_resume() {
     if [[ -n $resume && ! -d $run/checkpoints ]] && ! has_option --checkpoint_dir; then
         die "RESUME=$run has no checkpoints to resume from"
     fi
-    # The demo's data are made after this: an empty variable where there are data to look at.
-    DLRM_DATA_LATER=$demo_folder \
-        python -m dlrm.train "${options[@]}" --output_dir "$run" --validate_only || exit
-    local word
-    for word in --validate_only --check_options --help -h; do
-        ! has_option "$word" || exit 0
-    done
+}
+
+end_without_training() {    # for options that only ask: --help shows the other ones
+    if has_option --help || has_option -h; then exec python -m dlrm.train "${options[@]}"; fi
+    if has_option --validate_only || has_option --check_options; then exit; fi
 }
 
 start_log() {    # what is printed from here on also goes into the run folder; sets `logger`
@@ -144,7 +142,8 @@ train() {    # sets `code`, and `stopped` after a signal
     local ranks signalled status
     stopped=''
     code=0
-    ./launcher.sh python -m dlrm.train "${options[@]}" --output_dir "$run" < /dev/null &
+    ./launcher.sh python -m dlrm.train "${options[@]}" --output_dir "$run" \
+        < /dev/null &
     ranks=$!
     trap 'signalled=1 stopped=1; kill -TERM "$ranks" 2> /dev/null || true' INT TERM
     while :; do
@@ -210,12 +209,11 @@ main() {
         submit "$here/3_train.sh"
     fi
 
-    read_model
     name_run
+    read_options "$@"
+    check_resume
+    end_without_training
     prepare_demo
-    add_options "$@"
-    validate_options
-    make_demo_data
     make_run
     start_log
     say "training, run folder $run"

@@ -8,11 +8,18 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import USAGE, UserError, printable
 
+RELATIVE_TO_HELP = "relative paths among these options are relative to this folder [the current one]"
 LIKE = 0.6  # from 0 to 1: how like a wrong word the word is that is suggested
+
+
+def path_text(text: str) -> str:
+    """The type of an option that names a file or a folder, where its value stays a str."""
+    return text
 
 
 class CommandLineParser(argparse.ArgumentParser):
@@ -35,6 +42,13 @@ class CommandLineParser(argparse.ArgumentParser):
             self.print_help(sys.stderr)
             self.exit(USAGE)
         return super().parse_known_args(args, namespace)
+
+    def resolve_paths(self, found: argparse.Namespace, folder: str | None) -> None:
+        """Make relative paths among the options' values paths below `folder`, if there is one."""
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if folder and value and action.type in (Path, path_text):
+                setattr(found, action.dest, type(value)(Path(folder, value)))
 
     def _find_command(self, found: argparse.Namespace) -> argparse.ArgumentParser:
         for action in self._actions:

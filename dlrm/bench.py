@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dlrm.config.options import CPU_FAST_PATH_HELP
-from dlrm.config.parser import check_at_least, option, parse_options
+from dlrm.config.parser import check_at_least, option, parse_options, path_option
 from dlrm.data import criteo
-from dlrm.models.dlrm.options import ModelOptions, find_unshared_size, keep_model_options
+from dlrm.models.dlrm.options import ModelOptions, check_shared_sizes, keep_model_options
 from dlrm.models.dlrm.presets import PRESETS
 from dlrm.runtime import entry, imports
 from dlrm.runtime.errors import UserError
@@ -26,11 +26,11 @@ class BenchmarkOptions:
     seconds: float = option(3.0, "time for each batch size")
     iterations: int = option(100, "at least N iterations of each batch size, even after --seconds")
     benchmark_warmup_steps: int = option(10, "iterations before the clock starts")
-    load_checkpoint_path: str | None = option(
-        None, "a run folder or checkpoint: its weights, and its model's options"
+    load_checkpoint_path: str | None = path_option(
+        "a run folder or checkpoint: its weights, and its model's options"
     )
-    in_memory_binary_criteo_path: str | None = option(
-        None, "a dataset: rows of its test set (default: random rows, ids uniform over the tables)"
+    in_memory_binary_criteo_path: str | None = path_option(
+        "a dataset: rows of its test set (default: random rows, ids uniform over the tables)"
     )
     num_numerical: int | None = option(
         None, f"numerical columns of random rows (default: {criteo.CRITEO.numerical})"
@@ -56,7 +56,7 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class BenchmarkPlanOptions:
-    sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel; * for all others")
+    sharding_file: str | None = path_option("JSON: table name -> sharding, kernel; * for all others")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in P
 
 def main(here: Ranks) -> None:
     cfg = parse_options(BenchConfig, sys.argv[1:], "python -m dlrm.bench", __doc__ or "", MODELS)
-    if mistake := find_usage_error(cfg, here):
-        mistake.shared = True
-        raise mistake
+    check_usage(cfg, here)
     results, about = measure_batch_sizes(cfg, here)
     if here.first:
         from dlrm.models.dlrm.inference import format_table
@@ -82,10 +80,14 @@ def main(here: Ranks) -> None:
         print(json.dumps({"results": results, "world_size": here.world_size, **about}))
 
 
-def find_usage_error(cfg: BenchConfig, here: Ranks) -> UserError | None:
-    if cfg.bench.load_checkpoint_path and cfg.model != ModelOptions():
-        return UserError("--load_checkpoint_path has its own model: remove --preset and model options")
-    return find_unshared_size("batch_sizes", cfg.bench.batch_sizes, here.world_size)
+def check_usage(cfg: BenchConfig, here: Ranks) -> None:
+    try:
+        if cfg.bench.load_checkpoint_path and cfg.model != ModelOptions():
+            raise UserError("--load_checkpoint_path has its own model: remove --preset and model options")
+        check_shared_sizes("batch_sizes", cfg.bench.batch_sizes, here.world_size)
+    except UserError as error:
+        error.shared = True  # every rank has the same options
+        raise
 
 
 def measure_batch_sizes(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, Any]], dict[str, Any]]:

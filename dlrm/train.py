@@ -8,12 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from dlrm.config.parser import parse_options, take_model_name
-from dlrm.models.registry import find_model
+from dlrm.models.registry import find_model, name_program
 from dlrm.runtime import entry, imports, stop, trace
 from dlrm.runtime.device_io import list_folders
 from dlrm.runtime.ranks import Ranks
-
-PROGRAMS = {"dlrm": "python -m dlrm.train", "bert4rec": "python -m dlrm.bert4rec"}  # as --help shows them
 
 
 def main(here: Ranks, argv: Sequence[str] | None = None, default: str = "dlrm") -> None:
@@ -24,8 +22,7 @@ def main(here: Ranks, argv: Sequence[str] | None = None, default: str = "dlrm") 
     # options: the spec is cheap to load, so --help and wrong options do not wait for torch
     name, words = take_model_name(sys.argv[1:] if argv is None else argv, default)
     spec = find_model(name)
-    program = PROGRAMS.get(name, f"python -m dlrm.train --model {name}")
-    options = parse_options(spec.options, words, program, spec.description, spec.presets)
+    options = parse_options(spec.options, words, name_program(name), spec.description, spec.presets)
 
     # trace: before torch is imported, because reading its files is I/O too
     if options.run.trace and options.run.output_dir:

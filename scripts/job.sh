@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # What the job scripts share: messages, checks of variables, the environment, submission.
-# A script sources this once it has found the project's folder; `script` is the script's name.
+# A script sources this once it has found the project's folder. `script` is the script's name, `start` the
+# folder of the call.
 
 say() { echo "$script: $*"; }
 
@@ -40,5 +41,6 @@ submit() {    # submit SCRIPT: hands it to qsub with site.sh's options, and ends
     local resources
     [[ -n ${DLRM_QSUB:-} ]] || die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1"'
     read -ra resources <<< "$DLRM_QSUB"
+    cd -- "$start"    # where relative paths among the options count from, and where PBS puts its log
     exec qsub -V "${resources[@]}" "$1"    # -V and not -v: a comma inside a value would end it there
 }

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dlrm.config.parser import check_at_least, check_at_most, option, parsed_field
+from dlrm.config.parser import check_at_least, check_at_most, option, parsed_field, path_option
 from dlrm.runtime.errors import UserError
 
 CPU_FAST_PATH_HELP = (
@@ -15,7 +15,7 @@ LONGEST_WAIT = 10**8  # in seconds or ms: torch counts ten times as many seconds
 
 @dataclass(frozen=True)
 class PlanOptions:
-    sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel; * for all others")
+    sharding_file: str | None = path_option("JSON: table name -> sharding, kernel; * for all others")
     print_sharding_plan: bool = option(False, "print how each table is sharded")
     store_type: str = option(
         "device_mem", "where tables are stored; auto: where they fit",
@@ -24,8 +24,8 @@ class PlanOptions:
     cache_memory_budget_mb: float = option(
         8192, "memory per rank for cached rows of tables that are stored elsewhere"
     )
-    persistent_path: str | None = option(
-        None, "folder of the tables' files (default: the folder store in --output_dir)"
+    persistent_path: str | None = path_option(
+        "folder of the tables' files (default: the folder store in --output_dir)"
     )
 
     def __post_init__(self) -> None:
@@ -34,8 +34,8 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    output_dir: str | None = option(
-        None, "run folder: config, metrics, results, traces (default: none written)"
+    output_dir: str | None = path_option(
+        "run folder: config, metrics, results, traces (default: none written)"
     )
     mode: str = option(
         "train", "test: only test, from a checkpoint; inference_benchmark: time the forward pass",
@@ -92,7 +92,7 @@ def list_deprecated(run: RunOptions) -> list[str]:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    checkpoint_dir: str | None = option(None, "where checkpoints go (default: checkpoints in --output_dir)")
+    checkpoint_dir: str | None = path_option("where checkpoints go (default: checkpoints in --output_dir)")
     checkpoint_every_steps: int | None = option(None, "save every N steps")
     checkpoint_every_minutes: float | None = option(None, "save every X minutes")
     checkpoint_epochs: bool = option(True, "if checkpoints are enabled: also save after each epoch")
@@ -102,8 +102,8 @@ class CheckpointOptions:
     resume: str = option(
         "auto", "auto: resume from the newest intact checkpoint of this run folder", ("auto", "never")
     )
-    load_checkpoint_path: str | None = option(
-        None, "a checkpoint, or a folder of them, to resume from (or to test)"
+    load_checkpoint_path: str | None = path_option(
+        "a checkpoint, or a folder of them, to resume from (or to test)"
     )
     load_model_only: bool = option(False, "take only the weights of --load_checkpoint_path, start at step 0")
     stop_before_walltime: float | None = option(None, "save and stop X seconds before the job's end")

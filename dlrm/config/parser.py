@@ -7,7 +7,6 @@ UserError of one line, the same on all ranks.
 import argparse
 import json
 import math
-import os
 import sys
 import types
 import typing
@@ -15,17 +14,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from typing import Any, TypeVar
 
-from common.command_line import CommandLineParser
+from common.command_line import RELATIVE_TO_HELP, CommandLineParser, path_text
 from dlrm.runtime.environment import mask_secrets
 from dlrm.runtime.errors import UserError
 
 C = TypeVar("C")
 LARGEST = (1 << 63) - 1
+METAVARS = {int: "N", float: "X", str: "S", path_text: "PATH"}
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: str | None = None) -> Any:
     """A field that becomes the flag --NAME. bare: the value of the flag when it is given without one."""
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
+
+
+def path_option(help: str) -> Any:
+    """A field that becomes a flag for a file or a folder: `str | None`, absolute with --relative_to."""
+    return field(default=None, metadata={"help": help, "choices": None, "bare": None, "path": True})
 
 
 def parsed_field(default: Any) -> Any:
@@ -71,11 +76,11 @@ def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[
     if bare is bool:
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
         return
-    parse = parse_numbers if listed else bare
+    parse = path_text if metadata.get("path") else parse_numbers if listed else bare
     alone = {"nargs": "?", "const": metadata["bare"]} if metadata["bare"] else {}
     group.add_argument(
         f"--{name}", type=parse, default=default, help=text, choices=metadata["choices"],
-        metavar=None if metadata["choices"] else {int: "N", float: "X", str: "S"}.get(parse, "N,N,.."),
+        metavar=None if metadata["choices"] else METAVARS.get(parse, "N,N,.."),
         **alone,
     )  # fmt: skip
 
@@ -97,10 +102,19 @@ def parse_options(
     program: str,
     description: str,
     presets: Mapping[str, Callable[[], Mapping[str, Any]]] | None = None,
+    *,
+    ends: bool = True,
 ) -> C:
-    """Flags -> a config of nested dataclasses. A preset gives defaults, flags on the line win."""
+    """Flags -> a config of nested dataclasses. A preset gives defaults, flags on the line win.
+
+    ends: --validate_only checks the inputs, too, and ends the program.
+    """
     try:
-        return _parse_options(kind, argv, program, description, presets or {})
+        config, validate_only = _parse_options(kind, argv, program, description, presets or {})
+        if validate_only and ends:
+            check_inputs(config)
+            sys.exit()
+        return config
     except UserError as error:
         error.shared = True  # every rank has the same command line
         raise
@@ -112,13 +126,15 @@ def _parse_options(
     program: str,
     description: str,
     presets: Mapping[str, Callable[[], Mapping[str, Any]]],
-) -> C:
+) -> tuple[C, bool]:
+    """(the config, whether --validate_only was given)."""
     parser = CommandLineParser(
         prog=program, description=description, epilog=describe_presets(presets),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--validate_only", action="store_true", help="check the options, then exit")
     parser.add_argument("--check_options", action="store_true", help=argparse.SUPPRESS)  # its old name
+    parser.add_argument("--relative_to", metavar="FOLDER", help=RELATIVE_TO_HELP)
     if presets:
         parser.add_argument(
             "--preset", choices=list(presets), metavar="NAME",
@@ -137,7 +153,9 @@ def _parse_options(
         if chosen := chooser.parse_known_args(argv)[0].preset:
             from_preset = presets[chosen]()
             parser.set_defaults(**from_preset)
-    values = vars(parser.parse_args(argv))
+    found = parser.parse_args(argv)
+    parser.resolve_paths(found, found.relative_to)
+    values = vars(found)
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and not -LARGEST <= number <= LARGEST:
@@ -156,20 +174,20 @@ def _parse_options(
         for each in fields(group):
             if not each.init and each.name in parsed:
                 object.__setattr__(group, each.name, parsed[each.name])  # frozen for everyone else
-    config = kind(**made)
-    if values["validate_only"] or values["check_options"]:
-        check_inputs = getattr(config, "check_inputs", None)
-        if check_inputs and not os.environ.get("DLRM_DATA_LATER"):  # 3_train.sh makes the demo's data later
-            check_inputs()
-        parser.exit()
-    return config
+    return kind(**made), values["validate_only"] or values["check_options"]
+
+
+def check_inputs(config: Any) -> None:
+    """UserError where files that the options name are not there, for a model whose options can tell."""
+    if hasattr(config, "check_inputs"):
+        config.check_inputs()
 
 
 def _list_given(parser: argparse.ArgumentParser, argv: Sequence[str], values: Mapping[str, Any]) -> set[str]:
     """The options that stand on the command line: those whose value is not the one put there before."""
     before = object()
     found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(values, before))))
-    return {name for name, value in found.items() if value is not before} - {"preset"}
+    return {name for name, value in found.items() if value is not before} - {"preset", "relative_to"}
 
 
 def describe_presets(presets: Mapping[str, Callable[[], Mapping[str, Any]]]) -> str:

@@ -12,6 +12,7 @@ from common.errors import UserError, printable
 from dlrm.trainer.spec import ModelSpec
 
 MODULES = {"dlrm": "dlrm.models.dlrm.spec", "bert4rec": "dlrm.models.bert4rec.spec"}
+PROGRAMS = {"dlrm": "python -m dlrm.train", "bert4rec": "python -m dlrm.bert4rec"}
 VARIABLE = "DLRM_MODELS"
 
 
@@ -26,6 +27,11 @@ def find_model(name: str, environ: Mapping[str, str] = os.environ) -> ModelSpec:
     known = ", ".join([*MODULES, *(spec.name for spec in others)])
     unknown = f"model {printable(name)} is unknown; there are {known}"
     raise UserError(f"{unknown} ({VARIABLE} names modules with more)")
+
+
+def name_program(name: str) -> str:
+    """The command that trains this model, for --help and messages."""
+    return PROGRAMS.get(name, f"python -m dlrm.train --model {name}")
 
 
 def _load_spec(module: str) -> ModelSpec:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.command_line import CommandLineParser
+from common.command_line import RELATIVE_TO_HELP, CommandLineParser
 from common.errors import os_errors_as_user_errors, printable
 from dlrm.data import criteo
 from dlrm.prep.job import options as prep_options
@@ -124,6 +124,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     )
     add("--giant", dest="bitmap_entries", type=int, action=RenamedOption, help=argparse.SUPPRESS,
         default=argparse.SUPPRESS)  # fmt: skip
+    add("--relative_to", metavar="FOLDER", help=RELATIVE_TO_HELP)
     add("--keep_tmp", action="store_true", help="keep the intermediate files")
     add("--restart", action="store_true", help="discard the files of an earlier, unfinished run")
 
@@ -261,7 +262,8 @@ def run_pipeline(args: argparse.Namespace) -> None:
         "steps": tuple(args.steps.split(",")),
         "spark_conf": tuple(args.spark_conf),
     }
-    del values["command"]
+    for name in ("command", "relative_to"):
+        del values[name]
     options = prep_options.PrepOptions(**values).check_values()
     from dlrm.prep.engines.registry import ENGINES
 
@@ -286,7 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code; a UserError becomes one line on stderr, from rank 0 only."""
     args = argparse.Namespace(command="")
     try:
-        args = make_parser()[0].parse_args(argv)
+        parser, commands = make_parser()
+        args = parser.parse_args(argv)
+        commands[args.command].resolve_paths(args, getattr(args, "relative_to", None))
         with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
             COMMANDS[args.command](args)
     except (errors.UserError, ModuleNotFoundError) as error:

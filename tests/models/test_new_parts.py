@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from dlrm.data.criteo import CRITEO
 from dlrm.data.rows import Rows, SourceKind
 
@@ -41,6 +42,8 @@ class ConstantLayout:
 
     def __init__(self, folder):
         self.folder, self.bytes_read = str(folder), {}
+        if not (Path(folder) / "rows").exists():
+            raise UserError("the folder has no file rows")
 
 
 class ConstantSource:
@@ -95,15 +98,21 @@ def test_a_new_interaction_and_a_new_source(tmp_path: Path) -> None:
         copy / "dlrm/data/registry.py", "SOURCES = {\n", '    "constant": "dlrm.data.constant:CONSTANT",\n'
     )
     data.mkdir()
-    (data / "rows").write_text("640")
     words = ["--interaction_type", "sum", "--source", "constant", "--in_memory_binary_criteo_path", data,
              "--num_embeddings", 10, "--embedding_dim", 8, "--dense_arch_layer_sizes", "16,8",
              "--over_arch_layer_sizes", "8,1", "--batch_size", 32, "--learning_rate", 0.1,
              "--output_dir", run]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "dlrm.train", *map(str, words)],
-        cwd=copy, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+
+    def train(*more: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "dlrm.train", *map(str, words), *more],
+            cwd=copy, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    checked = train("--validate_only")
+    assert checked.returncode == 2 and "the folder has no file rows" in checked.stderr
+    (data / "rows").write_text("640")
+    done = train()
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "results.json").read_text())
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

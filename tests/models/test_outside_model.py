@@ -1,11 +1,11 @@
 """A model that is not in the package: found by DLRM_MODELS, trained by 3_train.sh, read by the analysis."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from support.job_scripts import clean_environment
 
 from common.errors import UserError
 from dlrm.models.registry import find_model
@@ -15,10 +15,8 @@ WHERE = {"DLRM_MODELS": "two_layers", "PYTHONPATH": str(ROOT / "tests" / "suppor
 
 
 def start(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
-    dropped = ("PBS", "PMI", "DLRM_", "MASTER", "DATASET_DIR", "WORKDIR", "ARGS", "RESUME")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return subprocess.run(
-        command, cwd=ROOT, env=kept | WHERE | more, capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env=clean_environment(**WHERE, **more), capture_output=True, text=True, timeout=240
     )
 
 

@@ -1,25 +1,12 @@
 """A project that this user cannot write and a read-only home: what its owner has set up works."""
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from support.job_scripts import clean_environment
 
 ROOT = Path(__file__).parents[2]
-DROP = (
-    "PBS",
-    "PMI",
-    "DLRM_",
-    "MASTER",
-    "DATASET_DIR",
-    "WORKDIR",
-    "ARGS",
-    "NPROC",
-    "CUDA",
-    "RESUME",
-    "RESULTS",
-)
 SMALL = "--limit_train_batches 2 --limit_val_batches 1 --limit_test_batches 1 --report_every 1"
 # A mount namespace of its own: project and home read-only, and no data of an earlier demo.
 ENTER = """
@@ -51,12 +38,11 @@ def start(tmp_path: Path):  # noqa: ANN201
     (tmp_path / "home").mkdir()
 
     def run(*words: object, **more: object) -> "subprocess.Popen[str]":
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(DROP)}
         names = {"PROJECT": ROOT, "START": tmp_path, "HOME": tmp_path / "home"} | more
         names["NUMBA_CACHE_DIR"] = tmp_path / "numba"  # where compiled loops go is not this test's subject
         return subprocess.Popen(
             ["unshare", "-m", "bash", "-c", ENTER, "bash", *map(str, words)], stdin=subprocess.DEVNULL,
-            env=kept | {name: str(value) for name, value in names.items()},
+            env=clean_environment(**names),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -2,36 +2,22 @@
 
 import gzip
 import json
-import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from support.job_scripts import clean_environment
 from support.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
-DROP = (
-    "PBS",
-    "PMI",
-    "DLRM_",
-    "MASTER",
-    "DATASET_DIR",
-    "WORKDIR",
-    "ARGS",
-    "NPROC",
-    "CUDA",
-    "RESUME",
-    "LOCAL_",
-)
 SMALL = "--preset toy --limit_train_batches 3 --limit_val_batches 1 --limit_test_batches 1 --report_every 1"
 
 
 def run(script: str, *words: str, **more: object) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith((*DROP, "DFTRACER_"))}
     return subprocess.run(
-        [str(ROOT / script), *words], cwd=ROOT, env=kept | {name: str(value) for name, value in more.items()},
+        [str(ROOT / script), *words], cwd=ROOT, env=clean_environment(**more),
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 

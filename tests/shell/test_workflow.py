@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.job_scripts import clean_environment
 
 ROOT = Path(__file__).parents[2]
 # Names that no list of secrets would hold, with values as people set them.
@@ -21,17 +22,11 @@ SECRETS = {
     name: secrets.token_hex(12)
     for name in ("MY_PAT", "MYSQL_PWD", "SLURM_JWT", "X", "PBS_JOBCOOKIE", "lower")
 } | {"MULTI": f"a\npassword={secrets.token_hex(12)}", "SLURM_EXPORT_ENV": f"A={secrets.token_hex(12)}"}
-DROP = ("PBS", "PMI", "DLRM_", "MASTER", "DATASET_DIR", "WORKDIR", "ARGS", "NPROC", "CUDA", "RESUME")
-
-
-def environment(**more: object) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(DROP)}
-    return kept | {name: str(value) for name, value in more.items()}
 
 
 def run(script: str, *words: str, cwd: Path = ROOT, **more: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(ROOT / script), *words], cwd=cwd, env=environment(**more),
+        [str(ROOT / script), *words], cwd=cwd, env=clean_environment(**more),
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
@@ -55,7 +50,7 @@ def finished(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     shutil.copy(ROOT / "3_train.sh", spool / "17[3].SC")
     (folder / "nodes").write_text("localhost\n" * 2)
     (folder / "site.sh").write_text("export DLRM_UMASK=027 FROM_SITE=yes\n")
-    job = environment(
+    job = clean_environment(
         PBS_ENVIRONMENT="PBS_BATCH", PBS_JOBID="17[3].pbs", PBS_O_WORKDIR=folder,
         PBS_NODEFILE=folder / "nodes",
         WORKDIR=ROOT, DATASET_DIR="the data", RESULTS="out of the way/results", DLRM_SITE=folder / "site.sh",
@@ -181,6 +176,10 @@ def test_after_nan_the_reason_is_the_last_line(toy: Path, tmp_path: Path) -> Non
         ([], {"NPROC": "x"}, 2, "NPROC=x"),
         (["--embedding_dim", "12"], {}, 2, "dot products need tables as wide"),
         (["--validate_only"], {"DATASET_DIR": "."}, 2, "is not a dataset: it has no meta.json"),
+        (["--output_dir", "mine"], {}, 2, "--output_dir: this script names the run folder"),
+        (["--validate_only"], {"MODEL": "bert4rec", "DATASET_DIR": "text"}, 0, ""),
+        (["--validate_only"], {"MODEL": "bert4rec", "DATASET_DIR": "."}, 2, "a folder with no such files"),
+        (["--dataset_path=a/b"], {"MODEL": "bert4rec"}, 2, "/a/b is missing"),
         ([], {"DATASET_DIR": "text"}, 2, "/text ./2_preprocess_dataset.sh makes one of it"),
         (["--mode", "test"], {}, 2, "no checkpoint to test"),
     ],
@@ -220,26 +219,26 @@ def test_folders_of_others_are_not_written_to(toy: Path, tmp_path: Path, kind: s
 
 def test_submit_hands_everything_to_qsub(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "qsub").write_text(
-        '#!/bin/bash\nprintf "%s\\n" "$@" > "$OUT"; echo "$WORKDIR|$DATASET_DIR|$ARGS" >> "$OUT"\n'
+        '#!/bin/bash\nprintf "%s\\n" "$@" > "$OUT"; echo "$WORKDIR|$DATASET_DIR|$ARGS|$PWD" >> "$OUT"\n'
         "echo 17.pbs\n"
     )
     (tmp_path / "qsub").chmod(0o755)
     (tmp_path / "site.sh").write_text('export DLRM_QSUB="-A mine -l select=2"\n')
     done = run(
-        "3_train.sh", "--submit", DATASET_DIR=toy, ARGS="--a 1,2", DLRM_SITE=tmp_path / "site.sh",
-        OUT=tmp_path / "out", PATH=f"{tmp_path}:{os.environ['PATH']}",
+        "3_train.sh", "--submit", cwd=tmp_path, DATASET_DIR=toy, ARGS="--a 1,2",
+        DLRM_SITE=tmp_path / "site.sh", OUT=tmp_path / "out", PATH=f"{tmp_path}:{os.environ['PATH']}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "17.pbs\n"  # what a script that submits another one after it needs
     assert (tmp_path / "out").read_text().splitlines() == [
-        "-V", "-A", "mine", "-l", "select=2", f"{ROOT}/3_train.sh", f"{ROOT}|{toy}|--a 1,2"
+        "-V", "-A", "mine", "-l", "select=2", f"{ROOT}/3_train.sh", f"{ROOT}|{toy}|--a 1,2|{tmp_path}"
     ]  # fmt: skip
 
 
 def test_without_workdir_the_folder_is_named(tmp_path: Path) -> None:
     for script in ("2_preprocess_dataset.sh", "3_train.sh"):
         copied = shutil.copy(ROOT / script, tmp_path)
-        done = subprocess.run([copied], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        done = subprocess.run([copied], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert f"{tmp_path} is not the project's folder" in done.stderr and "by WORKDIR" in done.stderr
         assert "WORKDIR=" not in done.stderr
@@ -261,7 +260,7 @@ def test_a_job_that_is_stopped_ends_at_once_keeps_its_log_and_goes_on(toy: Path,
     words = ["--preset", "toy", "--epochs", "500", "--report_every", "1", "--checkpoint_every_steps", "2"]
     job = subprocess.Popen(
         [str(ROOT / "3_train.sh"), *words], cwd=tmp_path, text=True,
-        env=environment(DATASET_DIR=toy, RESULTS=tmp_path / "the out", NPROC=2), stdout=subprocess.PIPE,
+        env=clean_environment(DATASET_DIR=toy, RESULTS=tmp_path / "the out", NPROC=2), stdout=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
     assert job.stdout
@@ -283,6 +282,23 @@ def test_a_job_that_is_stopped_ends_at_once_keeps_its_log_and_goes_on(toy: Path,
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
 
 
+@pytest.mark.mpi
+def test_relative_paths_among_options_are_those_of_the_caller(toy: Path, tmp_path: Path) -> None:
+    """Given as two words or as one, in a folder with a space."""
+    caller = tmp_path / "where I am"
+    caller.mkdir()
+    (caller / "plan.json").write_text('{"*": {"sharding": "table_wise"}}')
+    (caller / "npy").symlink_to(toy)
+    done = run(
+        "3_train.sh", "--sharding_file", "plan.json", "--checkpoint_dir=the checkpoints", cwd=caller,
+        DATASET_DIR="npy", RESULTS="results", NPROC=1, TRACE="no", ARGS=f"{SMALL} --save_initial_model",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((caller / "the checkpoints").iterdir())
+    config = json.loads((only(caller / "results") / "config.json").read_text())
+    assert config["plan"]["sharding_file"] == str(caller / "plan.json")
+
+
 def test_preprocess_by_hand(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "dlrm.prep", "toy", str(tmp_path / "t s v"), "--days", "3", "--rows", "50"],
@@ -290,10 +306,11 @@ def test_preprocess_by_hand(tmp_path: Path) -> None:
     )  # fmt: skip
     done = run(
         "2_preprocess_dataset.sh", cwd=tmp_path, DATASET_DIR="t s v/", NPROC=2,
-        ARGS="--frequency_threshold 2",
+        ARGS="--frequency_threshold 2 --tmp_dir 'on scratch'",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     meta = json.loads((tmp_path / "t s v-npy" / "meta.json").read_text())
+    assert (tmp_path / "on scratch").is_dir()
     assert meta["rows"] == [50] * 3 and meta["parameters"]["frequency_threshold"] == 2
     bad = run("2_preprocess_dataset.sh", DATASET_DIR=tmp_path, NPROC=2)
     assert bad.returncode == 2

@@ -8,8 +8,8 @@ from typing import Any
 
 from common.memory import refuse_too_large
 from dlrm.config.options import CheckpointOptions, RunOptions
-from dlrm.config.parser import check_at_least, check_at_most, option
-from dlrm.models.bert4rec.dataset_files import AUTO, DATASETS, recognize_dataset
+from dlrm.config.parser import check_at_least, check_at_most, option, path_option
+from dlrm.models.bert4rec.dataset_files import AUTO, DATASETS, find_ratings_file, recognize_dataset
 from dlrm.runtime.errors import UserError
 
 
@@ -28,11 +28,11 @@ class BertData:
         AUTO, "auto: by the files at --dataset_path, without one ml-1m; text: lines of "
         "`user item [timestamp]`; random, markov: made here", DATASETS,
     )  # fmt: skip
-    dataset_path: str | None = option(
-        None, "the file with the ratings, or its folder (default: ./ml-1m or ./ml-20m, by --dataset_name)"
+    dataset_path: str | None = path_option(
+        "the file with the ratings, or its folder (default: ./ml-1m or ./ml-20m, by --dataset_name)"
     )
-    cache_dir: str | None = option(
-        None, "folder for prepared data (default: .bert4rec next to the ratings; none for random, markov)"
+    cache_dir: str | None = path_option(
+        "folder for prepared data (default: .bert4rec next to the ratings; none for random, markov)"
     )
     min_rating: float = option(0, "leave out ratings below this")
     min_user_count: int = option(5, "leave out users with fewer ratings")
@@ -143,7 +143,7 @@ class BertPlan:
     mode: str = option(
         "dmp", "item embeddings: dmp shards them over the ranks, ddp gives each rank all", ("dmp", "ddp")
     )
-    sharding_file: str | None = option(None, "JSON: table name -> sharding, kernel (dmp)")
+    sharding_file: str | None = path_option("JSON: table name -> sharding, kernel (dmp)")
     print_sharding_plan: bool = option(False, "print how the table is sharded")
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ class BertRun(RunOptions):
     evaluate_only: bool = option(False, "only test, from a checkpoint")
     evaluate_on_epoch_end: bool = option(True, "validate after each epoch")
     evaluate_on_training_end: bool = option(True, "test after the last epoch")
-    export_root: str | None = option(None, "where the model is saved: the same as --checkpoint_dir")
+    export_root: str | None = path_option("where the model is saved: the same as --checkpoint_dir")
     mode: str = fixed_field("train")
     epochs: int = fixed_field(1)
     validation_auroc: float | None = fixed_field(None)
@@ -186,3 +186,7 @@ class BertConfig:
     def __post_init__(self) -> None:
         if self.run.export_root and not self.checkpoint.checkpoint_dir:
             object.__setattr__(self.checkpoint, "checkpoint_dir", self.run.export_root)
+
+    def check_inputs(self) -> None:
+        """UserError where there is no file with the ratings."""
+        find_ratings_file(self.data.dataset_name, self.data.dataset_path)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dlrm.config.options import CheckpointOptions, PlanOptions, RunOptions
-from dlrm.config.parser import check_at_least, check_at_most, option
-from dlrm.data.criteo import CRITEO, check_column_counts, refuse_without_dataset
+from dlrm.config.parser import check_at_least, check_at_most, option, path_option
+from dlrm.data.criteo import CRITEO, check_column_counts
 from dlrm.data.registry import CHOICES
 from dlrm.runtime.errors import UserError
 
@@ -35,8 +35,8 @@ INTERACTIONS = {
 
 @dataclass(frozen=True)
 class DataOptions:
-    in_memory_binary_criteo_path: str | None = option(None, "folder of day_*_{dense,sparse,labels}.npy")
-    synthetic_multi_hot_criteo_path: str | None = option(None, "folder with day_*_sparse_multi_hot.npz")
+    in_memory_binary_criteo_path: str | None = path_option("folder of day_*_{dense,sparse,labels}.npy")
+    synthetic_multi_hot_criteo_path: str | None = path_option("folder with day_*_sparse_multi_hot.npz")
     dataset_name: str = option(
         "criteo_1t", "name of the dataset, checked against the files", ("criteo_1t", "criteo_kaggle")
     )
@@ -170,12 +170,11 @@ class InferenceOptions:
             raise UserError("--inference_benchmark_batch_sizes: give sizes of at least 1")
 
 
-def find_unshared_size(name: str, sizes: Iterable[int], world_size: int) -> UserError | None:
-    """The error for the first batch size that the ranks cannot share. `name`: the option that has it."""
+def check_shared_sizes(name: str, sizes: Iterable[int], world_size: int) -> None:
+    """UserError for the first batch size that the ranks cannot share. `name`: the option that has it."""
     for size in sizes:
         if size % world_size:
-            return UserError(f"--{name} {size}: not a multiple of the {world_size} ranks")
-    return None
+            raise UserError(f"--{name} {size}: not a multiple of the {world_size} ranks")
 
 
 @dataclass(frozen=True)
@@ -223,6 +222,8 @@ class Config:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def check_inputs(self) -> None:
-        """UserError where the folder of the data has no dataset. The ranks will check its files."""
-        if self.data.folder and self.data.kind in ("stream", "memory", "mmap", "parquet", "multi_hot"):
-            refuse_without_dataset(self.data.folder)
+        """UserError where the files of the dataset are not what its source reads."""
+        if self.data.folder:
+            from dlrm.data.readers import detect_format, scan_dataset  # --help is quicker without numpy
+
+            scan_dataset(detect_format(self.data.kind, self.data.folder), self.data.folder)

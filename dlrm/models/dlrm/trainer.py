@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dlrm.models.dlrm.defaults import choose_rate
 from dlrm.models.dlrm.inference import Repetitions, format_table, take_batches, time_batches
-from dlrm.models.dlrm.options import find_unshared_size
+from dlrm.models.dlrm.options import check_shared_sizes
 from dlrm.runtime import session
 from dlrm.trainer import mixed_precision
 from dlrm.trainer.lr_schedule import Schedule, learning_rate
@@ -54,8 +54,7 @@ class DLRMTrainer(Trainer):
         name, sizes = "inference_benchmark_batch_sizes", options.inference_benchmark_batch_sizes
         repetitions = Repetitions(run.benchmark_warmup_steps, options.inference_benchmark_steps, 0)
         with session.errors_on_all_ranks():
-            if mistake := find_unshared_size(name, sizes, batches.world_size):
-                raise mistake
+            check_shared_sizes(name, sizes, batches.world_size)
         self.model.eval()
         for size in sizes:
             with session.errors_on_all_ranks():
