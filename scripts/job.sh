@@ -41,6 +41,6 @@ submit() {    # submit SCRIPT: hands it to qsub with site.sh's options, and ends
     local resources
     [[ -n ${DLRM_QSUB:-} ]] || die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1"'
     read -ra resources <<< "$DLRM_QSUB"
-    cd -- "$start"    # where relative paths among the options count from, and where PBS puts its log
+    cd -- "$start" || exit    # where relative paths among the options count from, and where PBS puts its log
     exec qsub -V "${resources[@]}" "$1"    # -V and not -v: a comma inside a value would end it there
 }
