@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Cut one big Criteo day file (plain or .gz) into day_0 .. day_23, streaming. A second time does nothing.
+# Cut one big Criteo day file (plain or .gz) into day_0 .. day_23, in constant memory. A second call
+# with the same arguments does nothing.
 # usage: ./1_split_dataset.sh DATASET_DIR SPLIT_DIR [SPLIT_LINE=5000000]
 #        DATASET_DIR holds day_0 or day_0.gz, or else just one day_*
 #        lines after the 24th part are dropped
@@ -33,8 +34,11 @@ find_day_file() {    # sets `file`: day_0 if there is one, else the only day_*
     [[ -r $file ]] || die "$file cannot be read"
 }
 
-# split.txt says what was cut into what: the same again does nothing, and nothing else is overwritten.
-describe_split() { echo "${file##*/} $(stat -L -c '%s bytes, changed %Y' -- "$file"), $lines lines a part"; }
+# split.txt in the output says what was cut, and how: the same again does nothing, and no other
+# folder is overwritten.
+describe_split() {
+    echo "${file##*/} $(stat -L -c '%s bytes, changed %Y' -- "$file"), $lines lines a part"
+}
 
 check_output() {    # ends the script if the work is done, or if the folder holds something else
     local left
@@ -53,8 +57,8 @@ check_output() {    # ends the script if the work is done, or if the folder hold
 cut_into_parts() {    # writes 00, 01, ... into the folder `part`
     local codes reader=(cat)
     [[ $file != *.gz ]] || reader=(gzip -dc)
-    # One line more than needed: a 25th part then shows that something was left over. Stopping early breaks
-    # the reader's pipe (141), which is no error; a damaged .gz is one.
+    # One line more than needed: a 25th part then shows that something was left over. Stopping early
+    # breaks the reader's pipe (141), which is no error; a damaged .gz is one.
     set +eo pipefail
     "${reader[@]}" -- "$file" \
         | head -n $(( PARTS * lines + 1 )) \
@@ -99,7 +103,8 @@ main() {
             exit
             ;;
     esac
-    (( $# == 2 || $# == 3 )) || die "wanted DATASET_DIR SPLIT_DIR [SPLIT_LINE], got $# arguments; see --help"
+    (( $# == 2 || $# == 3 )) \
+        || die "wanted DATASET_DIR SPLIT_DIR [SPLIT_LINE], got $# arguments; see --help"
     from=$1
     to=$(realpath -m -- "$2")
     lines=${3:-5000000}

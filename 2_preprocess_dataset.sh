@@ -3,16 +3,19 @@
 #PBS -j oe
 #PBS -l walltime=01:00:00
 #PBS -r y
-# Preprocess Criteo TSV (day_0 .. day_23, plain or .gz) into a dataset folder, on every node of the job.
+# Preprocess Criteo TSV (day_0 .. day_23, plain or .gz) into a dataset folder, on every node of the
+# job. The same command again resumes a stopped run.
 # usage: qsub -v "DATASET_DIR=...,WORKDIR=..." 2_preprocess_dataset.sh
-#        DATASET_DIR=... ./2_preprocess_dataset.sh [PREP OPTION...]         here and now
-#        DATASET_DIR=... ./2_preprocess_dataset.sh --submit                 qsub with site.sh's DLRM_QSUB
+#        DATASET_DIR=... ./2_preprocess_dataset.sh [OPTION...]     here and now
+#        DATASET_DIR=... ./2_preprocess_dataset.sh --submit        qsub with site.sh's DLRM_QSUB
+# options:   those of python -m dlrm.prep run, whose --help lists them (source env.sh first)
 # variables: DATASET_DIR  folder of the TSV files
 #            OUTPUT_DIR   where the dataset goes (default: DATASET_DIR with -npy appended)
-#            WORKDIR      the project's folder (default: where this script is, or where qsub was called)
+#            WORKDIR      the project's folder (default: where this script is, or where qsub was
+#                         called)
 #            NPROC        processes per node (default: its cores)
-#            ARGS         more options of python -m dlrm.prep run; for data of other columns than Criteo's
-#                         ARGS="--num_numerical 5 --num_categorical 7" (the label is not counted)
+#            ARGS         more options, quoted as in a shell; for data of other columns than
+#                         Criteo's: ARGS="--num_numerical 5 --num_categorical 7" (without the label)
 # Relative paths, also among the options, are relative to the folder of the call.
 set -euo pipefail
 script=2_preprocess_dataset.sh
@@ -27,15 +30,16 @@ find_project() {    # sets `start`, the folder of the call, and `here`, the proj
     [[ -e $here/scripts/job.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
     here=$(realpath -m -- "${WORKDIR:-$here}")
     if [[ ! -e $here/scripts/job.sh ]]; then
-        echo "$script: ${WORKDIR:+WORKDIR=}$(printf %q "$here") is not the project's folder, it has no" \
-            "scripts/job.sh: name the folder by WORKDIR" >&2
+        echo "$script: ${WORKDIR:+WORKDIR=}$(printf %q "$here") is not the project's folder," \
+            "it has no scripts/job.sh: name the folder by WORKDIR" >&2
         exit 2
     fi
 }
 
 resolve_paths() {    # relative paths are relative to the folder of the call; sets `from` and `to`
-    [[ -n ${DATASET_DIR:-} ]] || die "DATASET_DIR is not set: the folder of day_0 .. day_23; see --help"
-    [[ -d $DATASET_DIR ]] || die "DATASET_DIR=$DATASET_DIR is not a folder"
+    [[ -n ${DATASET_DIR:-} ]] \
+        || die "DATASET_DIR is not set: the folder of day_0 .. day_23; see --help"
+    check_folder DATASET_DIR
     from=$(realpath -- "$DATASET_DIR")
     to=$(realpath -m -- "${OUTPUT_DIR:-${DATASET_DIR%/}-npy}")
 }

@@ -4,15 +4,18 @@
 #PBS -l walltime=01:00:00
 #PBS -r y
 # Train and evaluate on every node of the job, convert the traces, write the report.
-# usage: ./3_train.sh                                  the demo: toy data, two ranks, here and now
+# usage: ./3_train.sh [OPTION...]                      the demo: toy data, two ranks, here and now
 #        qsub -v "DATASET_DIR=...,WORKDIR=..." 3_train.sh
-#        DATASET_DIR=... ./3_train.sh [TRAIN OPTION...]                here and now
-#        DATASET_DIR=... ./3_train.sh --submit                         qsub with site.sh's DLRM_QSUB
-# variables: DATASET_DIR  a dataset folder made by 2_preprocess_dataset.sh; with MODEL=bert4rec: MovieLens'
-#                         folder, or a file of `user item [timestamp]` lines, or its folder
-#            WORKDIR      the project's folder (default: where this script is, or where qsub was called)
+#        DATASET_DIR=... ./3_train.sh [OPTION...]      here and now
+#        DATASET_DIR=... ./3_train.sh --submit         qsub with site.sh's DLRM_QSUB
+# options:   those of python -m dlrm.train, whose --help lists them (source env.sh first)
+# variables: DATASET_DIR  a dataset folder made by 2_preprocess_dataset.sh; with MODEL=bert4rec:
+#                         MovieLens' folder, or a file of `user item [timestamp]` lines, or its
+#                         folder
+#            WORKDIR      the project's folder (default: where this script is, or where qsub was
+#                         called)
 #            BATCH_SIZE (per rank), EMBEDDING_DIM, EPOCHS, LEARNING_RATE
-#            ARGS         more options of python -m dlrm.train, quoted as in a shell
+#            ARGS         more options, quoted as in a shell
 #            NPROC        ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md)
 #            RESULTS      where run folders go (default: WORKDIR/results)
@@ -35,18 +38,18 @@ find_project() {    # sets `start`, the folder of the call, and `here`, the proj
     [[ -e $here/scripts/job.sh ]] || here=${PBS_O_WORKDIR:-$PWD}
     here=$(realpath -m -- "${WORKDIR:-$here}")
     if [[ ! -e $here/scripts/job.sh ]]; then
-        echo "$script: ${WORKDIR:+WORKDIR=}$(printf %q "$here") is not the project's folder, it has no" \
-            "scripts/job.sh: name the folder by WORKDIR" >&2
+        echo "$script: ${WORKDIR:+WORKDIR=}$(printf %q "$here") is not the project's folder," \
+            "it has no scripts/job.sh: name the folder by WORKDIR" >&2
         exit 2
     fi
 }
 
 may_be_file() { [[ $1 == DATASET_DIR && ${MODEL:-dlrm} != dlrm && -f ${!1} ]]; }
 
-resolve_paths() {    # relative paths are relative to the folder of the call; sets `results`, `resume`
+resolve_paths() {    # those of the variables, from the folder of the call; sets `results`, `resume`
     local name
     for name in DATASET_DIR RESUME; do
-        [[ -z ${!name:-} || -d ${!name} ]] || may_be_file "$name" || die "$name=${!name} is not a folder"
+        [[ -z ${!name:-} ]] || may_be_file "$name" || check_folder "$name"
     done
     [[ -z ${DATASET_DIR:-} ]] || DATASET_DIR=$(realpath -- "$DATASET_DIR")
     results=$(realpath -m -- "${RESULTS:-$here/results}")
@@ -66,7 +69,7 @@ find_demo_data() {    # find_demo_data NAME: prints the folder
 make_toy_data() (    # make_toy_data FOLDER, the same way that real data go
     [[ ! -e $1/npy/meta.json ]] || exit 0
     mkdir -p -- "${1%/*}"
-    # A subshell holds the lock, so that neither the ranks nor anything they leave behind inherit it.
+    # A subshell holds the lock, so that neither the ranks nor what they leave behind inherit it.
     exec 8> "$1.lock"
     flock -n 8 || { say "another demo is making the toy data, waiting for it"; flock 8; }
     [[ ! -e $1/npy/meta.json ]] || exit 0
@@ -76,8 +79,8 @@ make_toy_data() (    # make_toy_data FOLDER, the same way that real data go
 )
 
 # The model's spec says how DATASET_DIR, BATCH_SIZE and the like become options. A mistake in the
-# options ends here, before anything is made.
-read_options() {    # read_options OPTION...: sets `title`, `demo` (what the demo trains on), `demo_data`, `options`
+# options, or a dataset that is not there, ends here, before anything is made.
+read_options() {    # sets `title`, `demo` (what the demo trains on), `demo_data` and `options`
     local answer
     mapfile -d '' -t answer < <(
         python -m dlrm.models.script_options "$start" "$run" "${args[@]}" "$@"
@@ -161,7 +164,7 @@ train() {    # sets `code`, and `stopped` after a signal
 
 has_trained() { [[ $code != 2 || -s $run/metrics.jsonl ]]; }
 
-analyse() {    # both Perfetto traces, the check of bytes and the report, from one reading of the traces
+analyse() {    # two Perfetto files, the check of bytes and the report, from one reading
     say "analysis"
     python -m analysis finish "$run" \
         || say "not all of that was done; the traces are in $run/trace," \
@@ -218,7 +221,7 @@ main() {
     start_log
     say "training, run folder $run"
     train
-    # Code 2 before the first step is a mistake in the options that only the ranks could see: nothing to keep.
+    # Code 2 before the first step is a mistake that only the ranks could see: nothing to keep.
     if [[ -n $made ]] && ! has_trained; then
         python -m dlrm.runtime.new_run_folder discard "$run" "$made" || true
     fi

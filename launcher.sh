@@ -2,14 +2,16 @@
 # Start COMMAND on every rank of the job; inside a rank, set the variables that torch reads.
 # usage: [NPROC=4] ./launcher.sh COMMAND [ARG...]        starts mpiexec over the job's nodes
 #        mpiexec -n N ./launcher.sh COMMAND [ARG...]     with your own line; also srun and torchrun
-# variables: NPROC                     ranks per node (default: as PBS was asked, else one per GPU, else 1)
+# variables: NPROC                     ranks per node (default: as PBS was asked, else one per GPU,
+#                                      else 1); LOCAL_WORLD_SIZE, exported outside of the ranks,
+#                                      means the same
 #            MPIEXEC                   instead of env.sh's line, e.g. "mpiexec -n {N} -ppn {PPN}"
-#                                      LOCAL_WORLD_SIZE, exported outside of the ranks, means the same
 #            MASTER_ADDR, MASTER_PORT  where rank 0 listens (default: the first node, a free port)
-#            DLRM_JOB_TOKEN            a secret that all ranks share: messages without it are ignored
+#            DLRM_JOB_TOKEN            a secret of all ranks: messages without it are ignored
 #                                      (default: a random one; with your own mpiexec line, srun or
 #                                      torchrun, export it yourself)
-#            DLRM_THREADS              threads per rank (default: the node's cores divided by its ranks)
+#            DLRM_THREADS              threads per rank (default: the node's cores divided by its
+#                                      ranks)
 #            DLRM_GPU_ORDER=reverse    last GPU to first local rank
 #            DRY_RUN=1                 print the mpiexec line instead
 set -euo pipefail
@@ -64,7 +66,8 @@ find_rank() {    # sets `rank`; empty outside of a rank
     if [[ -n ${TORCHELASTIC_RUN_ID:-} ]]; then
         rank=$RANK
     elif [[ -z $rank && ${SLURM_STEP_NUM_TASKS:-1} != 1 ]]; then
-        rank=$SLURM_PROCID    # Slurm's batch script itself has rank 0: only a step of several tasks counts
+        # Slurm's batch script itself has rank 0: only a step of several tasks counts.
+        rank=$SLURM_PROCID
     fi
 }
 
@@ -88,12 +91,13 @@ choose_nproc() {    # sets NPROC, the ranks per node
 
 choose_meeting_point() {    # exports MASTER_ADDR and MASTER_PORT
     local port
-    if [[ -n ${MASTER_PORT:-} ]] && ! [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ && $MASTER_PORT -lt 65536 ]]; then
+    if [[ -n ${MASTER_PORT:-} ]] \
+        && ! [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ && $MASTER_PORT -lt 65536 ]]; then
         die "MASTER_PORT=$MASTER_PORT: wanted a port, 1 to 65535; unset it and a free one is taken"
     fi
     [[ ${#nodes[@]} -gt 1 ]] || nodes=(127.0.0.1)
     while [[ -z ${MASTER_PORT:-} ]]; do
-        port=$(( 20000 + RANDOM % 12000 ))    # below the range from which the system hands out ports
+        port=$(( 20000 + RANDOM % 12000 ))    # below the range that the system hands out ports from
         (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null || MASTER_PORT=$port
     done
     export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT
@@ -107,7 +111,7 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec
     depth=$(divide_cores "$NPROC")
     export DLRM_THREADS=${DLRM_THREADS:-$depth} DLRM_WORLD_SIZE=$count
     choose_meeting_point
-    # it signs the ranks' messages to each other
+    # It signs the ranks' messages to each other.
     [[ -n ${DLRM_JOB_TOKEN:-} ]] || DLRM_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
     export DLRM_JOB_TOKEN
 
@@ -120,17 +124,20 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec
         echo
         exit
     fi
-    command -v "${mpi[0]}" > /dev/null || die "no ${mpi[0]} on PATH: run 0_setup_env.sh, or set MPIEXEC"
+    command -v "${mpi[0]}" > /dev/null \
+        || die "no ${mpi[0]} on PATH: run 0_setup_env.sh, or set MPIEXEC"
     exec "${mpi[@]}" "$here/launcher.sh" "$@"
 }
 
 # --- inside a rank: name it, and become the command
 
-name_rank() {    # exports RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; torchrun has set them itself
+# torchrun has set these variables itself.
+name_rank() {    # exports RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE
     if [[ -z ${TORCHELASTIC_RUN_ID:-} ]]; then
         RANK=$rank
         WORLD_SIZE=$(first_set PMI_SIZE OMPI_COMM_WORLD_SIZE SLURM_STEP_NUM_TASKS DLRM_WORLD_SIZE)
-        [[ -n $WORLD_SIZE ]] || die "rank $RANK cannot tell how many ranks there are: set DLRM_WORLD_SIZE"
+        [[ -n $WORLD_SIZE ]] \
+            || die "rank $RANK cannot tell how many ranks there are: set DLRM_WORLD_SIZE"
         LOCAL_RANK=$(first_set PMI_LOCAL_RANK PALS_LOCAL_RANKID MPI_LOCALRANKID \
             OMPI_COMM_WORLD_LOCAL_RANK SLURM_LOCALID)
         LOCAL_WORLD_SIZE=$(first_set PMI_LOCAL_SIZE PALS_LOCAL_SIZE MPI_LOCALNRANKS \
@@ -142,17 +149,19 @@ name_rank() {    # exports RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; torch
     export RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 }
 
-find_meeting_point() {    # exports MASTER_ADDR and MASTER_PORT: every rank comes to the same answer by itself
+# Every rank comes to the same answer by itself.
+find_meeting_point() {    # exports MASTER_ADDR and MASTER_PORT
     local job
     if [[ -z ${MASTER_ADDR:-} ]]; then
         MASTER_ADDR=127.0.0.1
         (( LOCAL_WORLD_SIZE == WORLD_SIZE )) || MASTER_ADDR=$(list_hosts | head -n 1)
         [[ $MASTER_ADDR != localhost ]] \
-            || die "rank $RANK cannot tell which node is the first: export MASTER_ADDR before mpiexec"
+            || die "rank $RANK cannot tell which node is the first:" \
+                "export MASTER_ADDR before mpiexec"
     fi
     if [[ -z ${MASTER_PORT:-} ]]; then
         job=$(first_set PBS_JOBID SLURM_JOB_ID)
-        # one mpiexec is the parent of all ranks of a node
+        # One mpiexec is the parent of all ranks of a node.
         (( LOCAL_WORLD_SIZE < WORLD_SIZE )) || job=$job.$PPID
         MASTER_PORT=$(( 20000 + $(cksum <<< "$job" | cut -d' ' -f1) % 12000 ))
     fi
@@ -168,10 +177,10 @@ choose_gpu() {    # exports CUDA_VISIBLE_DEVICES where there are several: one fo
     export CUDA_VISIBLE_DEVICES=${devices[device]}
 }
 
-# When a rank fails before MPI_Init, mpich's mpiexec keeps the other ranks waiting forever; programs that
-# use gloo or NCCL never call MPI_Init. So this shell stays and sends PMI's abort command, which ends the
-# job. Not if all ranks are ending anyway (75: stopped cleanly), and only after 5 seconds: ranks on other
-# hosts need 4 to report why.
+# When a rank fails before MPI_Init, mpich's mpiexec keeps the other ranks waiting forever; programs
+# that use gloo or NCCL never call MPI_Init. So this shell stays and sends PMI's abort command,
+# which ends the job. Not if all ranks are ending anyway (75: stopped cleanly), and only after 5
+# seconds: ranks on other hosts need 4 to report why.
 run_and_abort_on_failure() {    # run_and_abort_on_failure COMMAND [ARG...]: exits with its code
     local signalled='' code=0
     trap signalled=1 INT TERM
@@ -182,7 +191,8 @@ run_and_abort_on_failure() {    # run_and_abort_on_failure COMMAND [ARG...]: exi
     fi
     if [[ $code != 0 && $code != 75 && -z $signalled ]]; then
         sleep 5
-        { echo "cmd=abort exitcode=$code" >&"$PMI_FD"; } 2> /dev/null || true    # mpiexec may be gone
+        # mpiexec may be gone already
+        { echo "cmd=abort exitcode=$code" >&"$PMI_FD"; } 2> /dev/null || true
     fi
     exit "$code"
 }

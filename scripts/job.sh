@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # What the job scripts share: messages, checks of variables, the environment, submission.
-# A script sources this once it has found the project's folder. `script` is the script's name, `start` the
-# folder of the call.
+# A script sources this once it has found the project's folder. `script` is the script's name,
+# `start` the folder of the call.
 
 say() { echo "$script: $*"; }
 
@@ -19,6 +19,12 @@ check_path() {    # check_path VARIABLE: its value is UTF-8 without control char
     if [[ $value == *[[:cntrl:]]* ]]; then
         die "$1=$(printf %q "$value") has a control character in its name: name another folder"
     fi
+}
+
+check_folder() {    # check_folder VARIABLE: its value is a folder, for the folder of the call
+    local value=${!1} where=''
+    [[ $value == /* ]] || where=" in $start"
+    [[ -d $value ]] || die "$1=$value is not a folder$where"
 }
 
 split_args() {    # sets `args`: the words of ARGS, quoted as in a shell
@@ -39,8 +45,10 @@ load_environment() {    # load_environment OPTION...: makes the Python environme
 
 submit() {    # submit SCRIPT: hands it to qsub with site.sh's options, and ends
     local resources
-    [[ -n ${DLRM_QSUB:-} ]] || die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1"'
+    [[ -n ${DLRM_QSUB:-} ]] \
+        || die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1"'
     read -ra resources <<< "$DLRM_QSUB"
-    cd -- "$start" || exit    # where relative paths among the options count from, and where PBS puts its log
-    exec qsub -V "${resources[@]}" "$1"    # -V and not -v: a comma inside a value would end it there
+    cd -- "$start" || exit    # the job finds relative paths from here, and PBS puts its log here
+    # -V and not -v: a comma inside a value would end it there.
+    exec qsub -V "${resources[@]}" "$1"
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the whole test suite, making the environment first if it is missing.
-# usage: tests/run.sh [PYTEST OPTION...]        e.g. tests/run.sh -k patches; -m slow: fuzzing, kills
+# usage: tests/run.sh [PYTEST OPTION...]
+#        e.g. tests/run.sh -k patches; -m slow: fuzzing and kills
 #        pytest's own options: source env.sh && pytest --help
 set -euo pipefail
 case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;; esac

@@ -312,8 +312,10 @@ def test_preprocess_by_hand(tmp_path: Path) -> None:
     meta = json.loads((tmp_path / "t s v-npy" / "meta.json").read_text())
     assert (tmp_path / "on scratch").is_dir()
     assert meta["rows"] == [50] * 3 and meta["parameters"]["frequency_threshold"] == 2
-    bad = run("2_preprocess_dataset.sh", DATASET_DIR=tmp_path, NPROC=2)
-    assert bad.returncode == 2
+    bad = run("2_preprocess_dataset.sh", DATASET_DIR=tmp_path / "t s v-npy", NPROC=2)
+    assert bad.returncode == 2 and "/t s v-npy' ./3_train.sh trains on it" in bad.stderr
+    bad = run("2_preprocess_dataset.sh", cwd=tmp_path, DATASET_DIR="tsv")
+    assert bad.returncode == 2 and f"DATASET_DIR=tsv is not a folder in {tmp_path}" in bad.stderr
 
 
 def test_other_columns_than_criteos(other_columns: Callable[[int, int], Path], tmp_path: Path) -> None:

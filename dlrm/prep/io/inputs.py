@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, os_errors_as_user_errors, printable
+from common.errors import UserError, os_errors_as_user_errors, printable, quote_for_shell
 from common.inputs import check_regular
-from dlrm.data.criteo import rows_of_rank
+from dlrm.data.criteo import META, rows_of_rank
 
 KAGGLE_DAYS = 7  # facebookresearch/dlrm cuts train.txt into seven days; the last one validates and tests
 NAMES = ("day_{}", "day_{}.gz", "day_{}.txt", "day_{}.tsv", "day_{}.txt.gz", "day_{}.tsv.gz")
@@ -85,6 +85,11 @@ def find_inputs(folder: Path, dataset: str = "") -> list[InputFile]:
     if dataset == "criteo_kaggle" or (not dataset and kaggle):
         return find_kaggle_inputs(folder, names)
     days = sorted({parse_day(folder, found) for name in names if (found := DAY.fullmatch(name))})
+    if not days and META in names:
+        raise UserError(
+            f"--input_dir {printable(folder)}: a dataset already, not text: "
+            f"DATASET_DIR={quote_for_shell(folder)} ./3_train.sh trains on it"
+        )
     if not days:
         raise UserError(f"--input_dir {printable(folder)}: no day_0, day_1 ... in it, and no train.txt")
     for expected, day in enumerate(days):

@@ -227,6 +227,8 @@ class PrepOptions:
             raise UserError("--compat needs --format npy: drop one of the two")
         if not self.input_dir.is_dir():
             raise UserError(f"--input_dir {printable(self.input_dir)}: not a folder")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise UserError(f"--output_dir {printable(self.output_dir)}: not a folder; choose another")
         if same_folder(self.output_dir, self.input_dir):
             raise UserError(
                 f"--output_dir {printable(self.output_dir)}: the same as --input_dir; choose another"
