@@ -51,7 +51,7 @@ def check_options(spec: ModelSpec, words: Sequence[str], environ: Mapping[str, s
         check_inputs(options)
 
 
-def answer(folder: str, run: str, given: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+def make_answer(folder: str, run: str, given: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """What is printed. The user's words come after the variables', because the last one wins."""
     try:
         name, words = take_model_name(given, environ.get("MODEL") or "dlrm")
@@ -71,7 +71,7 @@ def main() -> int:
         print(__doc__)
         return 0 if HELP & set(sys.argv) else USAGE
     try:
-        words = answer(sys.argv[1], sys.argv[2], sys.argv[3:], os.environ)
+        words = make_answer(sys.argv[1], sys.argv[2], sys.argv[3:], os.environ)
     except UserError as error:
         print(f"3_train.sh: {printable(error)}", file=sys.stderr)
         return USAGE
