@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Make the environment .venv, patch its torchrec, and write env.sh. A second time takes no time.
+# Make the environment .venv, patch its torchrec, and write env.sh. A second call takes no time.
 # usage: ./0_setup_env.sh [--dev]        --dev adds what the tests need; then: source env.sh
 # variables: PYTHON=python3.12           the interpreter, 3.10 to 3.13
 #            DLRM_VARIANT=cpu|cuda       otherwise: has this machine an NVIDIA GPU?
 #            DLRM_MPI=site|pypi          otherwise: the site's mpiexec, if mpi4py works with it
-#            DLRM_ENV=venv|conda         otherwise: conda, if this machine has a conda command; Polaris: venv
+#            DLRM_ENV=venv|conda         otherwise: conda, if this machine has a conda command; on
+#                                        Polaris venv
 #            DLRM_VENV=FOLDER            instead of .venv: new, empty, or made by this script
-#            DLRM_HASHES=no              packages are not compared with the hashes in requirements/locked
+#            DLRM_HASHES=no              packages are not compared with their hashes in
+#                                        requirements/locked
+# These choices are remembered.
 set -Eeuo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 root=$PWD
@@ -35,7 +38,7 @@ lock_setup() {
     flock 9
 }
 
-load_site() {    # defines site_variant and the others, by the first file of sites/ that is for this machine
+load_site() {    # defines site_variant and the others, by this machine's file in sites/
     local file
     for file in sites/*.sh; do
         [[ $file != sites/generic.sh ]] || continue
@@ -47,8 +50,8 @@ load_site() {    # defines site_variant and the others, by the first file of sit
     source sites/generic.sh
 }
 
-# Sets was_variant, was_python, was_mpi, was_hashes and was_kind: what an earlier setup was asked for.
-read_choices() {
+# What an earlier setup was asked for.
+read_choices() {    # sets was_variant, was_python, was_mpi, was_hashes and was_kind
     local line
     was_variant='' was_python='' was_mpi='' was_hashes='' was_kind=''
     [[ -f $venv/dlrm-io.choices ]] || return 0
@@ -93,14 +96,16 @@ choose() {    # sets variant, mpi, hashes, kind (of environment), python
 describe_setup() {    # what the stamp of a finished setup says
     local sources
     sources=$(
-        cat requirements/*.txt requirements/locked/*.txt patches/*.* sites/*.sh 0_setup_env.sh | sha256sum
+        cat requirements/*.txt requirements/locked/*.txt patches/*.* sites/*.sh 0_setup_env.sh \
+            | sha256sum
     )
     echo "$sources $root $venv $variant $python $mpi $hashes $kind"
 }
 
 is_ready() {
     local stamp=$venv/dlrm-io.stamp$dev
-    [[ -e env.sh && -x $venv/bin/python && -e $stamp ]] && [[ $(< "$stamp") == "$(describe_setup)" ]]
+    [[ -e env.sh && -x $venv/bin/python && -e $stamp ]] \
+        && [[ $(< "$stamp") == "$(describe_setup)" ]]
 }
 
 compile() {    # once, and not in every rank of every run
@@ -109,7 +114,9 @@ compile() {    # once, and not in every rank of every run
 
 # --- the interpreter and the environment
 
-fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; }
+fits() {    # fits PYTHON
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null
+}
 
 # conda brings a Python of its own: PYTHON, if it is set, only says which version.
 choose_python() {    # sets python; it stays empty where conda decides
@@ -132,14 +139,19 @@ check_venv() {
     [[ -d $venv ]] || die "$venv is not a folder: name another by DLRM_VENV"
     [[ -n $(ls -A -- "$venv") ]] || return 0
     [[ -f $venv/dlrm-io.made || -f $venv/dlrm-io.choices ]] \
-        || die "$venv was not made by this script: move it away, or name another folder by DLRM_VENV"
+        || die "$venv was not made by this script: move it away," \
+            "or name another folder by DLRM_VENV"
     while IFS= read -r -d '' name; do
         case ${name##*/} in
             bin | include | lib | lib64 | share | etc | man | pyvenv.cfg | .gitignore) ;;
             dlrm-io.made | dlrm-io.choices | dlrm-io.choices.partial) ;;
             dlrm-io.stamp | dlrm-io.stamp--dev) ;;
-            conda-meta | ssl | sbin | var | libexec | compiler_compat | cmake | x86_64-*) ;;    # conda's
-            *) die "$venv holds something that is not this script's, $(printf %q "${name##*/}"): move it away" ;;
+            # conda's
+            conda-meta | ssl | sbin | var | libexec | compiler_compat | cmake | x86_64-*) ;;
+            *)
+                die "$venv holds something that is not this script's," \
+                    "$(printf %q "${name##*/}"): move it away"
+                ;;
         esac
     done < <(find "$venv" -mindepth 1 -maxdepth 1 -print0)
 }
@@ -181,14 +193,19 @@ make_conda_environment() {    # 1 if conda cannot; its words are in .cache/conda
     return 1
 }
 
-make_venv() { "$python" -m venv "$venv" > /dev/null 2>&1 || "$python" -m virtualenv -q "$venv" 2> /dev/null; }
+make_venv() {
+    "$python" -m venv "$venv" > /dev/null 2>&1 \
+        || "$python" -m virtualenv -q "$venv" 2> /dev/null
+}
 
 # Debian keeps venv in a package of its own, which a fresh machine or container lacks.
 install_venv_package() {
-    (( EUID == 0 )) && apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv
+    (( EUID == 0 )) && apt-get -q update \
+        && DEBIAN_FRONTEND=noninteractive apt-get -qy install python3-venv
 }
 
-# The choice of conda that nobody asked for becomes venv where conda cannot; the other ends the setup.
+# Where conda cannot make an environment, a venv is made instead; if conda was asked for, the setup
+# ends.
 prepare_conda() {
     local reason="no conda, mamba or micromamba is here"
     find_conda
@@ -198,11 +215,13 @@ prepare_conda() {
         remove_venv
         mark_venv
         if make_conda_environment; then return; fi
-        reason="$conda cannot make an environment ($(grep -i -m 1 error .cache/conda.log || echo no reason given);"
+        reason="$conda cannot make an environment"
+        reason+=" ($(grep -i -m 1 error .cache/conda.log || echo no reason given);"
         reason+=" all it said is in .cache/conda.log)"
     fi
-    [[ ${DLRM_ENV:-$was_kind} != conda ]] || die "DLRM_ENV=conda: $reason. If its channels cannot be reached," \
-        "set https_proxy or channels in ~/.condarc; or choose DLRM_ENV=venv"
+    [[ ${DLRM_ENV:-$was_kind} != conda ]] || die "DLRM_ENV=conda: $reason." \
+        "If its channels cannot be reached, set https_proxy or channels in ~/.condarc;" \
+        "or choose DLRM_ENV=venv"
     say "$reason: DLRM_ENV=venv is taken instead"
     kind=venv
     choose_python
@@ -226,13 +245,16 @@ prepare_venv() {
     say "making $venv, a virtual environment, $variant variant ($size GB), with $("$python" -V)"
     remove_venv
     mark_venv
-    make_venv || { install_venv_package && make_venv; } || die "$python cannot make an environment:" \
-        "install its venv module (Debian: apt-get install python3-venv) or name another Python with PYTHON=..."
+    make_venv || { install_venv_package && make_venv; } \
+        || die "$python cannot make an environment: install its venv module" \
+            "(Debian: apt-get install python3-venv) or name another Python with PYTHON=..."
 }
 
 # --- packages
 
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --retries 10 --timeout 120 "$@"; }
+pip() {
+    "$venv/bin/python" -m pip --disable-pip-version-check --no-input --retries 10 --timeout 120 "$@"
+}
 
 install_pins() {    # install_pins [PIP OPTION...] -- NAME...: the files of requirements/ to install
     local options=() files=() folder=requirements name
@@ -250,17 +272,19 @@ install_pins() {    # install_pins [PIP OPTION...] -- NAME...: the files of requ
 }
 
 install_failed() {
-    local hint=''
-    [[ $hashes == no ]] || hint=" If it names hashes, this machine's index serves other files than the \
-ones that were tested: DLRM_HASHES=no installs them without that check"
-    code=1 die "installing the packages failed; the reason is above.$hint"
+    local hint=()
+    [[ $hashes == no ]] \
+        || hint=("If it names hashes, this machine's index serves other files than the ones that"
+            "were tested: DLRM_HASHES=no installs them without that check")
+    code=1 die "installing the packages failed; the reason is above." "${hint[@]}"
 }
 
-# The build without CUDA has no place in the common index, but many machines have it in one of their own.
+# The build without CUDA is not in the common index, but many machines have it in one of their own.
 install_torch() {
     if [[ $variant == cpu ]]; then
         if install_pins -q --no-deps -- torch-cpu > /dev/null 2>&1; then return; fi
-        say "this machine's index has no known build of torch without CUDA: the larger one is installed"
+        say "this machine's index has no known build of torch without CUDA:" \
+            "the larger one is installed"
     fi
     install_pins --no-deps -- "$variant" || install_failed
 }
@@ -273,16 +297,18 @@ sys.exit(not any("nvidia" in each or "cuda" in each for each in m.requires("torc
 install_packages() {    # all but MPI
     local names=(build base "$variant")
     if [[ $hashes == no ]]; then
-        say "DLRM_HASHES=no: packages are installed WITHOUT comparing them with their known hashes" >&2
+        say "DLRM_HASHES=no: packages are installed WITHOUT comparing them with their hashes" >&2
     else
-        "$venv/bin/python" requirements/lock.py --check || die "the hashes are not those of the pins; see above"
+        "$venv/bin/python" requirements/lock.py --check \
+            || die "the hashes are not those of the pins; see above"
     fi
     say "installing the pinned packages"
     install_pins --no-deps -- build || install_failed
     install_torch
     if [[ $variant == cuda ]] || torch_needs_cuda; then names+=(nvidia); fi
     [[ -z $dev ]] || names+=(dev)
-    # iopath comes as source only: it is built with the setuptools of the first step, whose hash is known
+    # iopath comes as source only: it is built with the setuptools of the first step, whose hash is
+    # known.
     install_pins --no-build-isolation --use-pep517 -- "${names[@]}" || install_failed
     install_pins --no-deps -- torchrec || install_failed
     packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -300,7 +326,8 @@ install_packages() {    # all but MPI
 
 # --- how ranks start here
 
-find_site_mpi() {    # sets line: {N} ranks in all, {PPN} on each node, {DEPTH} cores for each; and mpiexec
+# `line` starts {N} ranks in all, {PPN} on each node, {DEPTH} cores for each.
+find_site_mpi() {    # sets line, and mpiexec
     local version
     line=$(site_mpiexec)
     if [[ -n $line ]]; then
@@ -324,16 +351,19 @@ find_site_mpi() {    # sets line: {N} ranks in all, {PPN} on each node, {DEPTH} 
     line=${line/#mpiexec/"${mpiexec:-}"}
 }
 
-# A launcher without its library, or with another than the one that mpi4py finds, starts ranks that are alone.
+# A launcher without its library, or with another than the one that mpi4py finds, starts ranks that
+# are alone.
 site_mpi_works() {
     local sizes
-    [[ -z $(site_mpiexec) ]] || return 0    # its library comes with env.sh; patches/check.py proves it
+    # A site's library comes with env.sh; patches/check.py proves that it works.
+    [[ -z $(site_mpiexec) ]] || return 0
     timeout 60 "$venv/bin/python" -c 'import mpi4py; mpi4py.rc.initialize = False
 from mpi4py import MPI' > /dev/null 2>&1 < /dev/null || return 1
-    # Outside of a job srun would wait for one. A launcher that refuses to run here says nothing about sizes.
+    # Outside of a job srun would wait for one. A launcher that refuses to run here proves nothing.
     [[ $line != srun* ]] || return 0
     sizes=$(timeout 60 "$mpiexec" -n 2 "$venv/bin/python" -c \
-        'from mpi4py import MPI; print(f"size {MPI.COMM_WORLD.size}")' 2> /dev/null < /dev/null) || return 0
+        'from mpi4py import MPI; print(f"size {MPI.COMM_WORLD.size}")' \
+        2> /dev/null < /dev/null) || return 0
     [[ $(grep -c '^size 2$' <<< "$sizes") == 2 ]]
 }
 
@@ -392,7 +422,8 @@ main() {
         *) die "unknown option $1; see --help" ;;
     esac
     venv=${DLRM_VENV:-$root/.venv}
-    [[ $venv != *[[:cntrl:]]* ]] || die "DLRM_VENV=$(printf %q "$venv") has a control character in its name"
+    [[ $venv != *[[:cntrl:]]* ]] \
+        || die "DLRM_VENV=$(printf %q "$venv") has a control character in its name"
     venv=$(realpath -m -- "$venv")    # Python makes no environment through a link
     load_site
     lock_setup
@@ -402,7 +433,8 @@ main() {
         say "nothing to do, $venv is ready ($variant, $kind)"
         exit
     fi
-    [[ -w $root ]] || die "$root cannot be written, and is not set up as asked: its owner runs ./0_setup_env.sh"
+    [[ -w $root ]] || die "$root cannot be written, and is not set up as asked:" \
+        "its owner runs ./0_setup_env.sh"
 
     site_load_modules
     choose_python

@@ -1,8 +1,10 @@
 # shellcheck shell=bash
-# What differs by machine: any Linux machine or cluster. A new site is a copy of this file under its own name;
-# 0_setup_env.sh takes the first file of this folder whose `site_is_here` says yes, and this one last.
+# What differs by machine; this file is for any Linux machine or cluster. A new site is a copy of it
+# under another name. 0_setup_env.sh takes the first other file of this folder whose `site_is_here`
+# says yes, and this one if none does. A function that a site leaves out is the one of this file.
 
-# Is this machine of that site? Look at files, not at host names: compute nodes have others than login nodes.
+# Is this machine of that site? Look at files, not at host names: compute nodes have other names
+# than login nodes.
 site_is_here() { true; }
 
 # Which build of torch: cuda or cpu. Login nodes often have no GPU though the nodes of a job do.
@@ -19,7 +21,8 @@ site_environment() {
     fi
 }
 
-# Before anything is installed: modules to load, a proxy to reach the package index. Fails with a message.
+# Before anything is installed: modules to load, a proxy to reach the package index. Fails with a
+# message.
 site_load_modules() { true; }
 
 # The line that starts ranks, with {N} in all, {PPN} on each node and {DEPTH} cores for each.
