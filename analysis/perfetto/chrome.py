@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from analysis.perfetto.convert import name_trace, new_trace
+from analysis.perfetto.positions import FilePositions
 from analysis.perfetto.tracks import ConversionSummary, name_process_track
 from analysis.run_folder import outputs
 from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
@@ -39,10 +42,14 @@ def convert_to_json(
             launch = 1 + next(n for n, job in enumerate(jobs) if process in job) if len(jobs) > 1 else 0
             reader = TraceReader(process.path, strings, paths)
             done.append(reader.process)
+            positions = FilePositions()
             for block in reader:
+                offsets = positions.find_offsets(block, strings)[block.is_event()]
                 table = known[process.path].correct_frame(
                     make_event_frame(block, strings, paths, process.rank, COLUMNS)
                 )
+                followed = pl.when(pl.lit(pl.Series(offsets)) >= 0).then(pl.lit(pl.Series(offsets)))
+                table = table.with_columns(pl.coalesce("offset", followed))
                 for event in _make_events(table.iter_rows(named=True), pid, posix):
                     file.write(comma + json.dumps(event, separators=(",", ":")).encode())
                     comma = b",\n"

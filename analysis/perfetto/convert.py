@@ -14,6 +14,7 @@ import numpy as np
 
 from analysis.perfetto import proto
 from analysis.perfetto.bandwidth import BandwidthCounter
+from analysis.perfetto.links import number_run
 from analysis.perfetto.tracks import (
     ConversionSummary,
     FileTracks,
@@ -27,11 +28,13 @@ from analysis.perfetto.tracks import (
 from analysis.run_folder import outputs, records, run_settings
 from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.events import assign_ranks
+from analysis.trace.process import is_forked
 from analysis.trace.source import FileSource, Progress, TraceSource
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 LONGEST_NAME = 200  # bytes of a file's name, its ending not counted
 EARLIER_US = 60_000_000  # what ended later than the file's first records may have begun before them
+EVERYTHING, POSIX_ONLY = 1, 2  # the second half of a trace's number, after the run's
 _NO_COUNTERS = ("step", "epoch", "time", "split", "samples")
 # a track for each of their other numbers would bury the rest
 _OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
@@ -52,6 +55,7 @@ def convert_to_pftrace(
     name = name_trace(run_dir, posix) + ".pftrace"
     with new_trace(run_dir, path, name, outputs.is_own_trace) as (summary.path, file):
         file.write(outputs.mark_packet())
+        file.write(proto.encode_trace_uuid(number_run(processes), POSIX_ONLY if posix else EVERYTHING))
         shared = SharedTracks(TraceOutput(file), summary, posix, begin, BandwidthCounter(begin))
         done = []
         shown = [
@@ -59,8 +63,10 @@ def convert_to_pftrace(
             for number, job in enumerate(jobs, 1)
             for process in assign_ranks(job)
         ]
+        # its counters of the run are those of all ranks
+        speakers = {min(job, key=lambda process: (is_forked(process), process.rank)).path for job in jobs}
         abouts = [
-            TrackLabels(shared.reserve_number(process.pid), name, order)
+            TrackLabels(shared.reserve_number(process.pid), name, order, process.path in speakers)
             for order, (process, name) in enumerate(shown)
         ]
         for about in abouts:
@@ -157,7 +163,6 @@ def _write_metrics(shared: SharedTracks, path: Path) -> None:
             if key not in _NO_COUNTERS and isinstance(value, int | float) and key not in shared.counted:
                 series.setdefault(prefix + key, []).append((row["time"], float(value)))
     for name, points in series.items():
-        uuid = shared.new_uuid()
-        shared.out.write(proto.describe_counter_track(uuid, 0, name, ""))
+        uuid = shared.describe_run_counter(name)
         times, values = np.array(sorted(points)).T
         write_counter(shared, uuid, (times * 1e6).astype(np.int64), values)

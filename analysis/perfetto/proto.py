@@ -4,6 +4,7 @@ A trace is a row of `packet` fields. Events refer to names by number; a number i
 its first use (InternedData). Times are microseconds since the beginning, on a clock of this sequence.
 """
 
+import itertools
 import struct
 from collections.abc import Iterator
 
@@ -15,12 +16,13 @@ from analysis.trace.strings import compiled, pointer
 SEQUENCE, CLOCK, BOOTTIME, REALTIME = 1, 64, 6, 1
 PACKET, TIMESTAMP, SEQUENCE_ID, TRACK_EVENT, INTERNED, FLAGS, COMPRESSED = 1, 8, 10, 11, 12, 13, 50
 LEGACY, PROCESS_DESCRIPTOR = 6, 43
-CLOCK_ID, DEFAULTS, DESCRIPTOR, SNAPSHOT = 58, 59, 60, 6
+CLOCK_ID, DEFAULTS, DESCRIPTOR, SNAPSHOT, TRACE_UUID = 58, 59, 60, 6, 89
 CLEARED, NEEDED = 1, 2
 SLICE_BEGIN, SLICE_END, INSTANT, COUNTER = 1, 2, 3, 4
 CATEGORIES, NAMES, KEYS, VALUES = 1, 2, 3, 29  # fields of InternedData
 INTERNED_KINDS = (CATEGORIES, NAMES, KEYS, VALUES)
-BYTES_PER_EVENT, BYTES_PER_ARG = 80, 32  # upper bounds, texts apart
+BYTES_PER_STEP_NAME = 48
+BYTES_PER_EVENT, BYTES_PER_ARG = 104, 32  # upper bounds, texts apart
 
 
 def encode_varint(value: int) -> bytes:
@@ -86,6 +88,31 @@ def describe_counter_track(uuid: int, parent: int, name: str, unit: str) -> byte
     )
 
 
+def describe_group(uuid: int, name: str) -> bytes:
+    """A track without events, for other tracks to be below."""
+    return encode_packet(encode_nested(DESCRIPTOR, encode_number(1, uuid), encode_nested(2, name)))
+
+
+def encode_trace_uuid(high: int, low: int) -> bytes:
+    """Which trace it is, in 128 bits."""
+    return encode_packet(encode_nested(TRACE_UUID, encode_number(1, high), encode_number(2, low)))
+
+
+def find_trace_uuid(begin: bytes) -> tuple[int, int] | None:
+    """The two halves of the number that `encode_trace_uuid` wrote near the beginning of a trace."""
+    try:
+        for field, _, packet in itertools.islice(_list_fields(begin), 4):
+            for inner, _, body in _list_fields(packet) if field == PACKET else ():
+                if inner == TRACE_UUID:
+                    _, p = _read_varint(body, 0)
+                    high, p = _read_varint(body, p)
+                    _, p = _read_varint(body, p)
+                    return high, _read_varint(body, p)[0]
+    except IndexError:  # the beginning ends within a field, or is something else
+        pass
+    return None
+
+
 def encode_interned(entries: list[tuple[int, int, str]]) -> bytes:
     """entries: (CATEGORIES | NAMES | KEYS | VALUES, number, text)."""
     texts = [
@@ -93,6 +120,13 @@ def encode_interned(entries: list[tuple[int, int, str]]) -> bytes:
         for kind, iid, text in entries
     ]
     return encode_packet(encode_number(FLAGS, NEEDED), encode_nested(INTERNED, *texts))
+
+
+def encode_step_names(numbers: np.ndarray, first: int) -> bytes:
+    """The names `step N` of these numbers (int64); the name of step 0 has the number `first`."""
+    out = np.empty(BYTES_PER_STEP_NAME * len(numbers), np.uint8)
+    used = _put_step_names(numbers, first, out)
+    return encode_packet(encode_number(FLAGS, NEEDED), encode_nested(INTERNED, out[:used].tobytes()))
 
 
 def encode_clock(begin_us: int) -> bytes:
@@ -170,6 +204,29 @@ def _put_varint(out, p, value):
         p += 1
     out[p] = np.uint8(rest)
     return p + 1
+
+
+@compiled
+def _put_step_names(numbers, first, out):
+    """InternedData's event_names { iid, name }, one after the other; returns the bytes used."""
+    p = 0
+    for number in numbers:
+        entry = p + 1
+        out[p], out[p + 2] = NAMES << 3 | 2, 1 << 3
+        p = _put_varint(out, p + 3, first + number)
+        digits, rest = 1, number // 10
+        while rest > 0:
+            digits, rest = digits + 1, rest // 10
+        out[p], out[p + 1] = 2 << 3 | 2, 5 + digits
+        for i, letter in enumerate((115, 116, 101, 112, 32)):  # "step "
+            out[p + 2 + i] = letter
+        p += 7 + digits
+        rest = number
+        for i in range(digits):
+            out[p - 1 - i] = 48 + rest % 10
+            rest //= 10
+        out[entry] = p - entry - 1
+    return p
 
 
 @compiled
@@ -257,6 +314,8 @@ def encode_events(
     text,
     flow_base,
     flow_count,
+    offset,
+    offset_key,
     out,
 ):
     """The events in this order on a clock that began at `begin` -> bytes written.
@@ -265,6 +324,7 @@ def encode_events(
     text and for the flows that end (`FileTracks._encode_events`). An event is below 2 MiB, so its length fits
     into three bytes: the scanner limits a line and its arguments, ReadToStepFlows the flows.
 
+    offset: where in its file an event began, written as its argument `offset_key`; below 0 none is written.
     flow_count: 0 none; -1 - k: this event starts flow k of its base; n: n flows of its base end here.
     """
     q, text_p, p = pointer(out), pointer(text), 0
@@ -286,6 +346,8 @@ def encode_events(
             q[size_at] = p - size_at - 1
         for j in range(arg_begin[i], arg_begin[i + 1]):
             p = _put_annotation(q, p, keys[j], kinds[j], values[j], text_p)
+        if offset[i] >= 0:
+            p = _put_annotation(q, p, offset_key, INT, offset[i], text_p)
         if flow_count[i] < 0:
             p = _put_flow(q, p, 47, flow_id(flow_base[i], -1 - flow_count[i]))
         for k in range(flow_count[i]):

@@ -11,13 +11,14 @@ from analysis.perfetto import proto
 from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.flows import ReadToStepFlows
 from analysis.perfetto.nest import SliceLane
-from analysis.trace.arguments import count_moved_bytes, read_real_argument
+from analysis.perfetto.positions import FilePositions
+from analysis.trace.arguments import count_moved_bytes, read_argument_of, read_real_argument
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import resolve_paths
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import INLINE, STRING, EventBlock
 from analysis.trace.source import BlockReader
-from analysis.trace.strings import ID, StringTable
+from analysis.trace.strings import ID, MAX_NAMES, StringTable
 from common.errors import printable
 
 _PIDS = 1 << 22  # more than any kernel gives out: one of these apart, equal pids of two hosts stay apart
@@ -25,7 +26,12 @@ _CHUNK = 1 << 20
 MAX_THREADS = 1024  # tracks of one process; further threads share one
 MAX_LANES = 64  # of one track
 MAX_COUNTERS = 1000  # of one process
+RUN_GROUP = "run"  # the track above the run's counters
 OTHERS = -1  # the thread number of what shares a track
+RUN_COUNTERS = ("loss", "samples_per_second")  # of the run: every rank logs the same values
+# Slices of steps are named by their number. These names are numbered after those of all strings.
+FIRST_STEP_NAME = MAX_NAMES + 2
+MAX_STEP_NAMES = 1 << 20  # further steps are just "step"
 
 
 @dataclass
@@ -69,6 +75,7 @@ class NameTable:
     def __init__(self, out: TraceOutput, strings: StringTable) -> None:
         self.out, self.strings = out, strings
         self.known = {kind: np.zeros(1, np.bool_) for kind in proto.INTERNED_KINDS}
+        self.steps = np.zeros(1 << 10, np.bool_)  # whose names are known
 
     def explain_names(self, used: dict[int, np.ndarray]) -> None:
         """Write the texts that are used for the first time. used: kind -> numbers of strings."""
@@ -84,6 +91,25 @@ class NameTable:
         if entries:
             self.out.write(proto.encode_interned(entries))
 
+    def name_steps(self, block: EventBlock) -> None:
+        """`step 803` instead of `step`. To be called when names are Perfetto's already, which begin at 1."""
+        chosen = np.flatnonzero((block.name == ID["step"] + 1) & (block.cat == ID["train"] + 1))
+        if not len(chosen):
+            return
+        numbers = read_argument_of(block, chosen, ID["step"] + 1)
+        named = (numbers >= 0) & (numbers < MAX_STEP_NAMES)
+        chosen, numbers = chosen[named], numbers[named]
+        if not len(chosen):
+            return
+        used = np.unique(numbers)
+        if used[-1] >= len(self.steps):
+            self.steps = np.concatenate([self.steps, np.zeros(int(used[-1]) + 1, np.bool_)])
+        new = used[~self.steps[used]]
+        self.steps[used] = True
+        if len(new):
+            self.out.write(proto.encode_step_names(new, FIRST_STEP_NAME))
+        block.name[chosen] = FIRST_STEP_NAME + numbers
+
 
 @dataclass
 class SharedTracks:
@@ -97,6 +123,7 @@ class SharedTracks:
     strings: StringTable = field(default_factory=StringTable)
     paths: dict[int, int] = field(default_factory=dict)
     counted: set[str] = field(default_factory=set)
+    group: int = 0  # the track above the run's counters, once it is there
     uuid: int = 0
     taken: set[int] = field(default_factory=set)
     buffer: np.ndarray = field(default_factory=lambda: np.empty(1 << 20, np.uint8))
@@ -109,6 +136,15 @@ class SharedTracks:
         """The tables that the reader fills: those of this object, or of a reading that is shared."""
         self.strings = self.names.strings = strings
         self.paths = paths
+
+    def describe_run_counter(self, name: str, unit: str = "") -> int:
+        """A counter of the run, in a group of their own. Returns its track."""
+        if not self.group:
+            self.group = self.new_uuid()
+            self.out.write(proto.describe_group(self.group, RUN_GROUP))
+        uuid = self.new_uuid()
+        self.out.write(proto.describe_counter_track(uuid, self.group, name, unit))
+        return uuid
 
     def new_uuid(self) -> int:
         self.uuid += 1
@@ -143,6 +179,7 @@ class TrackLabels:
     pid: int
     name: str
     order: int
+    speaks_for_run: bool  # its counters of the run are shown, those of the other ranks are the same
 
 
 class FileTracks:
@@ -162,6 +199,9 @@ class FileTracks:
         self.counters: dict[int, int] = {}
         self.crowded = self.uncounted = 0  # events that were left out
         self.flows = ReadToStepFlows(about.order + 1)
+        self.positions = FilePositions()
+        self.offsets = np.empty(0, np.int64)  # of the block's events, where the calls do not say them
+        self.speaks_for_run = about.speaks_for_run
         self.bandwidth = BandwidthCounter(clock.correct_time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
         shared.out.write(proto.describe_process(self.uuid, self.pid, about.name, labels, about.order))
@@ -182,6 +222,7 @@ class FileTracks:
         counter = keep & (block.cat == ID["counter"])
         self._write_counters(block, np.flatnonzero(counter))
         flow = self.flows.find_flows(block)
+        self.offsets = self.positions.find_offsets(block, shared.strings)
         self._resolve_files(block)
         instant = keep & (block.cat == ID["clock"])
         slices = keep & ~counter & ~instant
@@ -192,6 +233,8 @@ class FileTracks:
                 proto.KEYS: block.arg_key, proto.VALUES: block.arg_val[strings],
             }
         )  # fmt: skip
+        if (self.offsets >= 0).any():
+            shared.names.explain_names({proto.KEYS: np.array([ID["offset"]])})
         for column, where in (
             (block.cat, ...),
             (block.name, ...),
@@ -199,6 +242,7 @@ class FileTracks:
             (block.arg_val, strings),
         ):
             column[where] += 1  # in Perfetto the number 0 means none
+        shared.names.name_steps(block)
         chosen = np.flatnonzero(slices | instant)
         tids = self._limit_threads(block.tid[chosen])
         order = np.argsort(tids, kind="stable")
@@ -303,7 +347,8 @@ class FileTracks:
         out = self.shared.get_buffer(size)
         used = proto.encode_events(
             order, self.shared.begin, block.ts, block.dur, block.name, block.cat, instant,
-            block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, block.text, base, count, out,
+            block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, block.text, base, count,
+            self.offsets, ID["offset"] + 1, out,
         )  # fmt: skip
         return out.data[:used]
 
@@ -324,16 +369,23 @@ class FileTracks:
             mine = chosen[block.name[chosen] == number]
             mine = mine[np.argsort(block.ts[mine], kind="stable")]
             name = self.shared.strings.text(number)
+            of_run = name in RUN_COUNTERS
+            if of_run and not self.speaks_for_run:
+                continue
             if number not in self.counters and len(self.counters) == MAX_COUNTERS:
                 self.uncounted += len(mine)
                 continue
             if number not in self.counters:
-                self.counters[number] = self.shared.new_uuid()
-                self.shared.out.write(
-                    proto.describe_counter_track(self.counters[number], self.uuid, name, "")
+                self.counters[number] = (
+                    self.shared.describe_run_counter(name) if of_run else self._describe_counter(name)
                 )
                 self.shared.counted.add(name)
             write_counter(self.shared, self.counters[number], block.ts[mine], values[mine])
+
+    def _describe_counter(self, name: str) -> int:
+        uuid = self.shared.new_uuid()
+        self.shared.out.write(proto.describe_counter_track(uuid, self.uuid, name, ""))
+        return uuid
 
 
 def name_process_track(process: TracedProcess, launch: int = 0) -> str:
@@ -359,7 +411,9 @@ def write_bandwidth(shared: SharedTracks, parent: int, bandwidth: BandwidthCount
     for name in bandwidth.bytes:
         ts, rate = bandwidth.make_series(name)
         if len(ts):
-            uuid = shared.new_uuid()
-            label = f"{name} MB/s" if parent else f"{name} MB/s, all ranks"
-            shared.out.write(proto.describe_counter_track(uuid, parent, label, "MB/s"))
+            if parent:
+                uuid = shared.new_uuid()
+                shared.out.write(proto.describe_counter_track(uuid, parent, f"{name} MB/s", "MB/s"))
+            else:
+                uuid = shared.describe_run_counter(f"{name} MB/s, all ranks", "MB/s")
             write_counter(shared, uuid, ts, rate / 1e6)

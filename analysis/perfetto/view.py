@@ -14,10 +14,14 @@ import socket
 import sys
 import zlib
 from functools import partial
+from html import escape
 from importlib import util
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
+from analysis.perfetto.proto import find_trace_uuid
+from analysis.perfetto.ui import make_script
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import check_regular, is_regular, open_regular
 
@@ -46,18 +50,20 @@ ONLY_THE_DOOR = "default-src 'none'; script-src 'unsafe-inline'; frame-ancestors
 GZIP_MAGIC = b"\x1f\x8b"
 PACKET_TAG = b"\x0a"  # field 1 of perfetto.protos.Trace, a packet: what every native trace begins with
 SNIFFED_BYTES = 1 << 20
-PORT = 9001  # of links in reports, and unless --port says otherwise
+UUID_WITHIN = 256  # bytes
+OTHER_RUN = """<!doctype html><meta charset="utf-8"><title>analysis view</title>
+<p>This link is of another run, <b>{linked}</b>; here is <b>{shown}</b>. To follow it, end this
+<code>python -m analysis view</code> with Ctrl-C and start it for that run:
+<code>python -m analysis view RUN</code>, where RUN is the folder of {linked}.
+"""
 TYPES = {".wasm": "application/wasm", ".js": "text/javascript", ".pftrace": "application/octet-stream"}
 
 
-def make_link(ts: int, dur: int) -> str:
-    """Where the UI shows the slice that begins at `ts` and takes `dur`, both in us, while `view` runs.
-
-    The time is in it twice: the part after # is read on loading, and a new ? makes a browser load.
-    """
-    around = max(dur, 100)
-    sight = f"visStart={(ts - around) * 1000}&visEnd={(ts + dur + around) * 1000}"
-    return f"http://127.0.0.1:{PORT}/?{ts}#!/?ts={ts * 1000}&dur={dur * 1000}&{sight}"
+def read_run_number(path: Path) -> int:
+    """Of the run that the trace was made of; 0 where the file does not say it, as those of other tools."""
+    with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
+        found = find_trace_uuid(file.read(UUID_WITHIN))
+    return found[0] if found else 0
 
 
 def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:
@@ -148,8 +154,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **TYPES}
     timeout = 60
 
-    def __init__(self, *args: Any, trace: Path, folder: Path, token: str) -> None:
-        self.trace, self.token, self.folder = trace, token, folder
+    def __init__(self, *args: Any, trace: Path, folder: Path, token: str, run_number: int) -> None:
+        self.trace, self.token, self.folder, self.run_number = trace, token, folder, run_number
         self.policy = ONLY_HERE
         super().__init__(*args, directory=str(folder))
 
@@ -187,10 +193,22 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         elif page in ("/vizviewer_info", "/file_info"):
             self._send_answer("application/json", json.dumps({}).encode())
         elif page in ("/", "/index.html"):
+            asked = parse_qs(self.path.partition("?")[2])
+            if self._is_of_another_run(asked.get("run", [""])[0]):
+                names = {"linked": asked.get("name", ["?"])[0][:80], "shown": printable(self.trace.name)}
+                page = OTHER_RUN.format(**{key: escape(name) for key, name in names.items()})
+                self.policy = ONLY_THE_DOOR
+                self._send_answer("text/html", page.encode(), 409)
+                return
             index = (self.folder / "index.html").read_bytes()
-            self._send_answer("text/html", index.replace(b"<head>", b"<head>" + BELOW_THE_TOKEN, 1))
+            added = BELOW_THE_TOKEN + make_script()
+            self._send_answer("text/html", index.replace(b"<head>", b"<head>" + added, 1))
         else:
             super().do_GET()
+
+    def _is_of_another_run(self, run: str) -> bool:
+        """Links of earlier reports, and traces of earlier versions, do not say which run they are of."""
+        return bool(run and self.run_number) and run != f"{self.run_number:016x}"
 
     do_HEAD = do_GET  # noqa: N815  # nothing is sent as a body then
 
@@ -240,7 +258,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     def __init__(self, trace: Path, port: int) -> None:
         self.token = secrets.token_urlsafe(24)
-        handler = partial(Handler, trace=trace, folder=find_interface(), token=self.token)
+        handler = partial(
+            Handler, trace=trace, folder=find_interface(), token=self.token, run_number=read_run_number(trace)
+        )
         super().__init__(("127.0.0.1", port), handler)
 
     @property

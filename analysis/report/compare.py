@@ -131,7 +131,8 @@ def render_comparison(comparison: Comparison, points: Sequence[ScalingPoint] = (
             parts.append(f"<h3>{escape(name)}</h3>{figures.add_figure(spec, caption, name)}")
     parts.append("<h2>Findings</h2>")
     for label, run in runs:
-        parts.append(f"<h3>{escape(label)}: {escape(run.name)}</h3>{render_findings(run.findings)}")
+        findings = render_findings(run.findings, run.run.linked)
+        parts.append(f"<h3>{escape(label)}: {escape(run.name)}</h3>{findings}")
     return make_page(title, parts, figures)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from analysis.perfetto.view import make_link
+from analysis.perfetto.links import LinkedRun, make_link
 
 HERE = Path(__file__).parent
 MANY_COLUMNS = 14  # of a table that a window of 1280 pixels would else cut
@@ -37,6 +37,7 @@ class ReportEntry:
     rows: int = 60
     jump: str = ""  # the column with the duration: each row is a slice to be shown in Perfetto
     fold: str = ""  # where the table is folded though there is no figure: what to click on
+    run: LinkedRun | None = None  # whose slices those are
 
     @property
     def has_something(self) -> bool:
@@ -100,7 +101,9 @@ def format_heading(name: str) -> str:
     return {"us": "time", "dur": "time"}.get(known, known).replace("_", " ")
 
 
-def render_table(table: pl.DataFrame, rows: int = 60, jump: str = "", label: str = "") -> str:
+def render_table(
+    table: pl.DataFrame, rows: int = 60, jump: str = "", label: str = "", run: LinkedRun | None = None
+) -> str:
     """The first `rows` rows as HTML.
 
     jump: the column with the duration of a slice; each row then has a link that shows it in Perfetto.
@@ -124,7 +127,8 @@ def render_table(table: pl.DataFrame, rows: int = 60, jump: str = "", label: str
             else:
                 cells.append(f"<td>{text}</td>")
         if jump:
-            href = escape(make_link(*(int(row[table.columns.index(name)]) for name in ("ts", jump))))
+            ts, dur = (int(row[table.columns.index(name)]) for name in ("ts", jump))
+            href = escape(make_link(ts, dur, run))
             cells.append(f'<td><a href="{href}" target="perfetto">show</a></td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     more = (
@@ -219,7 +223,7 @@ def render_entry(entry: ReportEntry, figures: Figures) -> str:
     elif entry.caption:
         parts.append(f"<p class=soft>{to_prose(entry.caption)}</p>")
     if entry.table is not None and len(entry.table):
-        text = render_table(entry.table, entry.rows, entry.jump, entry.title)
+        text = render_table(entry.table, entry.rows, entry.jump, entry.title, entry.run)
         fold = entry.fold or ("the numbers" if entry.plot is not None and not entry.show else "")
         parts.append(f"<details><summary>{escape(fold)}</summary>{text}</details>" if fold else text)
     return f"<section>{''.join(parts)}</section>"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.perfetto.view import make_link
+from analysis.perfetto.links import LinkedRun, make_link
 from analysis.report import plots, summary
 from analysis.report.about import list_about
 from analysis.report.answer import Answer, find_answer
@@ -34,7 +34,7 @@ PAGE, SUMMARY = "report.html", "summary.json"
 REMEDY = "name another place with -o: a file for the page, or a folder for all files"
 
 
-def render_findings(found: list[Finding]) -> str:
+def render_findings(found: list[Finding], run: LinkedRun) -> str:
     """The findings as a numbered list; options in a remedy are set as code."""
     if not found:
         return "<p>No rule found anything: I/O and waiting are a small part of this run.</p>"
@@ -45,16 +45,16 @@ def render_findings(found: list[Finding]) -> str:
         remedy = re.sub(r"(--\w+)", r"<code>\1</code>", to_prose(f.remedy))
         items.append(
             f"<li{kind}><b class=won>{won}</b>{to_prose(f.text)} <span class=do>{remedy}</span>"
-            f"{render_place(f)}</li>"
+            f"{render_place(f, run)}</li>"
         )
     return f"<ol class=findings>{''.join(items)}</ol>"
 
 
-def render_place(finding: Finding) -> str:
+def render_place(finding: Finding, run: LinkedRun) -> str:
     """A link that shows in Perfetto what the finding is about; nothing where it names no slice."""
     if "ts" not in finding.evidence:
         return ""
-    href = make_link(int(finding.evidence["ts"]), int(finding.evidence["dur_us"]))
+    href = make_link(int(finding.evidence["ts"]), int(finding.evidence["dur_us"]), run)
     return f' <a href="{escape(href)}" target="perfetto">show</a>'
 
 
@@ -120,7 +120,7 @@ def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list
         f"<nav aria-label=Sections>{links}</nav>",
         '<h2 id="findings">Findings</h2><p class=soft>By the time there is to win, at best. '
         "What is hidden behind compute does not count.</p>",
-        render_findings(found),
+        render_findings(found, run.linked),
         render_rules(found),
         f'<h2 id="numbers">Numbers</h2>{render_tiles(groups)}',
         f'<h2 id="therun">The run</h2>{render_about(run, facts)}',

@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from analysis.perfetto.links import LinkedRun, name_run
 from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
 from analysis.tables.device import explain_missing_counters
@@ -33,6 +34,10 @@ class TracedRun:
     @property
     def name(self) -> str:
         return printable(self.path.resolve().name)
+
+    @property
+    def linked(self) -> LinkedRun:
+        return name_run(self.joined.processes, self.name)
 
     @property
     def begin_us(self) -> int:

@@ -99,7 +99,7 @@ def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
         ReportEntry(
             "Steps", "Late steps", late, None,
             "Steps of more than twice the median, and what took the extra time. `ts` is the step's begin in "
-            f"the trace, in us. {SHOW}", "late_steps", jump="wall_us",
+            f"the trace, in us. {SHOW}", "late_steps", jump="wall_us", run=run.linked,
         ),
         ReportEntry(
             "Steps", "Ranks against each other", facts.ranks, plots.plot_work(facts.ranks),
@@ -185,11 +185,13 @@ def _list_requests(run: TracedRun) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Requests", "Slowest operations", answers.list_slowest(j), None,
-            f"`ts` is the time in the trace, in us. Start-up is left out. {SHOW}", "slowest", jump="dur",
+            f"`ts` is the time in the trace, in us. Start-up is left out. {SHOW}", "slowest",
+            jump="dur", run=run.linked,
         ),
         ReportEntry(
             "Requests", "Slowest operations of the start-up", answers.list_slowest(j, startup=True), None,
-            "And of Python's modules and libraries at any time.", "slowest_startup", jump="dur",
+            "And of Python's modules and libraries at any time.", "slowest_startup",
+            jump="dur", run=run.linked,
             fold="the operations",
         ),
         ReportEntry(

@@ -41,6 +41,21 @@ def read_argument(block: EventBlock, key: int, missing: int = 0) -> np.ndarray:
     return found
 
 
+def read_argument_of(block: EventBlock, events: np.ndarray, key: int) -> np.ndarray:
+    """One whole-number argument of these events alone (int64); -1 where one has none."""
+    found = np.full(len(events), -1, np.int64)
+    _fill_argument_of(events, block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, key, found)
+    return found
+
+
+@compiled
+def _fill_argument_of(events, arg_begin, arg_key, arg_kind, arg_val, key, found):
+    for k in range(len(events)):
+        for j in range(arg_begin[events[k]], arg_begin[events[k] + 1]):
+            if arg_key[j] == key and arg_kind[j] == INT:
+                found[k] = arg_val[j]
+
+
 @compiled
 def _fill_argument(arg_begin, arg_key, arg_kind, arg_val, key, found):
     for i in range(len(found)):

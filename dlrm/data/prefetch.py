@@ -21,8 +21,9 @@ STOP_SECONDS = 5.0  # a thread that hangs in a read of a file system must not de
 class Prefetcher:
     """Iterates like the `BatchLoader` that it wraps; `batch_number` is that of the last batch."""
 
-    def __init__(self, batches: BatchLoader, depth: int = 2) -> None:
+    def __init__(self, batches: BatchLoader, depth: int = 2, stage: str = "") -> None:
         self.batches, self.depth = batches, max(1, depth)
+        self.stage = stage  # of the training, for the thread's name in the trace
         self.batch_number = -1
         self._state = batches.state_dict()
 
@@ -66,7 +67,7 @@ class Prefetcher:
                     worker.join(0.01)
 
     def _fill_queue(self, ready: queue.Queue[tuple[Batch | None, int, Any]], stop: threading.Event) -> None:
-        name_thread("prefetch")
+        name_thread(f"prefetch {self.stage}".rstrip())
         failure: BaseException | None = None
         batches = iter(self.batches)
         try:

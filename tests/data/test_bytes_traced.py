@@ -109,7 +109,7 @@ def test_spans_tell_file_bytes_batch_and_thread(traced: Traced, kind: str) -> No
     for path, size in in_spans.items():
         assert size <= bytes_read[path]
         assert kind not in ("stream", "memory") or size == bytes_read[path] - 128  # all but the header
-    threads = {e["tid"] for e in events if e["name"] == "CM" and e["args"]["value"] == "prefetch"}
+    threads = {e["tid"] for e in events if e["name"] == "CM" and e["args"]["value"].startswith("prefetch")}
     assert {e["tid"] for e in spans} <= threads
     steps = {e["args"]["batch"] for e in events if e["name"] == "step" and e["args"]["kind"] == kind}
     waits = {e["args"]["batch"] for e in events if e.get("cat") == "data" and e["name"] == "wait"}

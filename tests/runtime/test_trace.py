@@ -56,10 +56,10 @@ def test_spans_threads_and_posix_calls(tmp_path: Path) -> None:
         "rank": "0", "world_size": "1", "host": "node7", "role": "train",
     }  # fmt: skip
     named = {r["tid"]: r["args"]["value"] for r in records if r["args"].get("name") == "thread_name"}
-    assert sorted(named.values()) == ["main", "prefetch"]
+    assert sorted(named.values()) == ["main", "prefetch train"]
     preads = [r for r in spans if r["name"] == "pread64"]
     assert len(preads) == 6 and all(r["args"]["ret"] == 1000 for r in preads)
-    assert {named[r["tid"]] for r in preads} == {"prefetch"}
+    assert {named[r["tid"]] for r in preads} == {"prefetch train"}
 
 
 def test_any_value_and_any_text(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ trace.start_tracing(run, here, "train")
 trace.instant("clock", "barrier", when="start")
 read = [threading.Event() for _ in range(3)]
 def prefetch():
-    trace.name_thread("prefetch")
+    trace.name_thread("prefetch train")
     for batch in range(3):
         for part in range(2):
             with trace.span("data", "read", batch=batch, file=path, bytes=1000):

@@ -103,7 +103,7 @@ def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
             source, getattr(data, f"{stage}_batch_size"), here.rank, here.world_size, to_batch=to_batch,
             shuffle_set=stage == "train", by_rank=False, seed=seed,
         )  # fmt: skip
-        loaders[stage] = Prefetcher(batches, data.prefetch_batches)
+        loaders[stage] = Prefetcher(batches, data.prefetch_batches, stage)
     found = best_reachable_scores(prepared, REACHABLE) if data.dataset_name == "markov" else {}
     return BertDatasets(prepared.data, bytes_read, **loaders, reachable=found)
 

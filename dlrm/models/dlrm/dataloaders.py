@@ -237,7 +237,7 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
                 f"{here.world_size} ranks: lower --batch_size, or leave out --drop_last_training_batch"
             )
         sources.append(source)
-        loaders[stage] = Prefetcher(batches, data.prefetch_batches)
+        loaders[stage] = Prefetcher(batches, data.prefetch_batches, stage)
     frequencies = None
     if data.collect_multi_hot_freqs_stats and hots:
         frequencies = IdFrequencies(sizes, cfg.run.output_dir or ".", f"{here.rank}_{distribution}")

@@ -10,7 +10,7 @@ from support import traced
 from support.reports import analysis
 from support.trace_processor import Trace, opened
 
-from analysis.perfetto import chrome, convert
+from analysis.perfetto import chrome, convert, ui
 from analysis.trace import events
 from common.errors import UserError
 
@@ -25,10 +25,14 @@ def slices(trace: Trace) -> list[tuple]:
 
 
 def expected(run: Path) -> list[tuple]:
-    table = events.load_events(run, columns=("cat", "name", "ts", "dur")).filter(
+    """Slices and instants; a step is named by its number."""
+    table = events.load_events(run, columns=("cat", "name", "step", "ts", "dur")).filter(
         events.pl.col("cat") != "counter"
     )
-    return sorted((cat, name, ts * 1000, dur * 1000) for cat, name, ts, dur in table.iter_rows())
+    return sorted(
+        (cat, f"step {step}" if (cat, name) == ("train", "step") else name, ts * 1000, dur * 1000)
+        for cat, name, step, ts, dur in table.iter_rows()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_processes_by_rank_and_threads_by_name(full: Trace) -> None:
         "where p.name != ''"
     )
     assert sorted(rows) == sorted(
-        (f"rank {r} on node7", n, m) for r in range(3) for n, m in (("main", 1), ("prefetch", 0))
+        (f"rank {r} on node7", n, m) for r in range(3) for n, m in (("main", 1), ("prefetch train", 0))
     )
 
 
@@ -86,7 +90,7 @@ def test_nesting(full: Trace) -> None:
     depths = {
         (name, depth) for name, depth in full.rows("select name, depth from slice where category != 'POSIX'")
     }
-    assert {("epoch", 0), ("step", 1), ("forward", 2), ("backward", 2), ("read", 0)} <= depths
+    assert {("epoch", 0), ("step 1", 1), ("forward", 2), ("backward", 2), ("read", 0)} <= depths
     parents = full.rows(
         "select distinct p.name from slice s join slice p on s.parent_id = p.id where s.name = 'pread64'"
     )
@@ -103,18 +107,28 @@ def test_arguments(full: Trace, run: Path) -> None:
     )
     rows = full.rows(
         "select extract_arg(arg_set_id, 'debug.step'), extract_arg(arg_set_id, 'debug.batch') "
-        "from slice where name = 'step'"
+        "from slice where name glob 'step *'"
     )
     assert sorted(rows) == sorted((i, i) for _ in range(3) for i in range(3))
 
 
 def test_counters(full: Trace) -> None:
+    """Those of the run are there once, below a track of their own."""
     rows = full.rows(
-        "select p.name, c.value from counter c join process_counter_track t on c.track_id = t.id "
-        "join process p using(upid) where t.name = 'loss' order by p.upid, c.ts"
+        "select up.name as above, c.value from counter c join track t on c.track_id = t.id "
+        "join track up on t.parent_id = up.id where t.name = 'loss' order by c.ts"
     )
-    assert [name for name, _ in rows] == [f"rank {r} on node7" for r in range(3) for _ in range(3)]
-    assert [value for _, value in rows] == pytest.approx([0.5, 0.25, 1 / 6] * 3, rel=1e-5)
+    assert [name for name, _ in rows] == ["run"] * 3
+    assert [value for _, value in rows] == pytest.approx([0.5, 0.25, 1 / 6], rel=1e-5)
+    below = full.rows(
+        "select t.name from track t join track up on t.parent_id = up.id where up.name = 'run' order by 1"
+    )
+    names = ["loss", "lr", "read MB/s, all ranks", "val auroc", "write MB/s, all ranks"]
+    assert [name for (name,) in below] == names
+    of_ranks = full.rows(
+        "select distinct name from process_counter_track where name not glob 'proc/*' order by 1"
+    )
+    assert of_ranks == [("read MB/s",), ("write MB/s",)]
     assert full.rows(
         "select t.name, c.value from counter c join track t on c.track_id = t.id where t.name = 'lr'"
     ) == [("lr", 0.5)]
@@ -140,7 +154,7 @@ def test_bandwidth_adds_up_to_the_bytes(full: Trace) -> None:
 
 def test_flows_from_reads_to_the_step_of_their_batch(full: Trace) -> None:
     rows = full.rows("""
-        select a.category || '/' || a.name as source, b.category || '/' || b.name as sink,
+        select a.category || '/' || a.name as source, b.category || '/' || substr(b.name, 1, 4) as sink,
                extract_arg(a.arg_set_id, 'debug.batch') as read,
                extract_arg(b.arg_set_id, 'debug.batch') as used,
                ta.upid as from_process, tb.upid as to_process
@@ -151,6 +165,16 @@ def test_flows_from_reads_to_the_step_of_their_batch(full: Trace) -> None:
     assert len(rows) == 3 * 6  # ranks x reads
     assert {row[:2] for row in rows} == {("data/read", "train/step")}
     assert all(read == used and source == sink for _, _, read, used, source, sink in rows)
+
+
+def test_commands_of_the_interface_answer_in_the_trace_processor(full: Trace, run: Path) -> None:
+    steps = full.rows(ui.QUERIES["Slowest steps"])
+    assert {row[0] for row in steps} == {"step 0", "step 1", "step 2"} and len(steps) == 9
+    assert [row[2] for row in steps] == sorted((row[2] for row in steps), reverse=True)
+    files = {row[:2]: row[2:4] for row in full.rows(ui.QUERIES["I/O by file"])}
+    assert all(files[str(run / f"data{rank}.bin"), "pread64"] == (6, 6000) for rank in range(3))
+    assert all(files[str(run / f"out{rank}.bin"), "write"] == (1, 5000) for rank in range(3))
+    assert full.rows(ui.QUERIES["Waiting for data"]) == []
 
 
 def test_posix_only(run: Path) -> None:
@@ -167,7 +191,9 @@ def test_chrome_json(run: Path, tmp_path: Path) -> None:
     assert json.loads(summary.path.read_text())["traceEvents"]
     with opened(summary.path) as trace:
         assert trace.complaints() == []
-        assert slices(trace) == expected(run)
+        assert [(cat, name.split(" ")[0]) for cat, name, _, _ in slices(trace)] == [
+            (cat, name.split(" ")[0]) for cat, name, _, _ in expected(run)
+        ]
         assert trace.one("select count(*) from process where name like 'rank % on node7'") == 3
 
 
@@ -181,7 +207,7 @@ def test_killed_rank(tmp_path: Path) -> None:
     assert len(summary.lost) == 1 and "no end record" in summary.lost[0]
     with opened(summary.path) as trace:
         assert trace.complaints() == []
-        assert trace.one("select count(*) from slice where name = 'step'") == 3
+        assert trace.one("select count(*) from slice where name glob 'step *'") == 3
         assert trace.one(INSIDE) == 0
 
 
@@ -256,6 +282,64 @@ def test_same_pids_on_two_hosts_stay_apart(tmp_path: Path) -> None:
             "join thread using(utid) join process p using(upid) order by p.upid"
         )
         assert rows == [("rank 0 on node0", 10_000), ("rank 1 on node1", 11_000)]
+
+
+FOLLOWED = """
+path = f"{run}/data.bin"
+open(path, "wb").write(bytes(10_000))
+trace.start_tracing(run, here, "train")
+fd = os.open(path, os.O_RDONLY)
+os.read(fd, 100); os.read(fd, 200)                     # 0, 100
+os.lseek(fd, 5000, os.SEEK_SET); os.read(fd, 10)       # 5000
+os.lseek(fd, -100, os.SEEK_END); os.read(fd, 1000); os.read(fd, 1000)   # 9900, of which 100 are there; 10000
+os.lseek(fd, 50, os.SEEK_SET); os.lseek(fd, 50, os.SEEK_CUR); os.read(fd, 1)   # 100
+other = os.open(path, os.O_RDONLY)
+os.read(other, 7); os.read(fd, 7)                      # which of the two it is the trace does not say
+os.close(other)
+os.lseek(fd, 3000, os.SEEK_SET); os.read(fd, 5)        # 3000
+os.pread(fd, 4, 42)                                    # 42, and moves nothing
+os.read(fd, 5)                                         # 3005
+os.close(fd)
+fd = os.open(path, os.O_RDONLY)
+os.read(fd, 9)                                         # 0
+os.close(fd)
+fd = os.open(path + ".log", os.O_WRONLY | os.O_CREAT)
+os.write(fd, b"abc"); os.write(fd, b"def")             # 0, 3
+os.close(fd)
+fd = os.open(path + ".log", os.O_WRONLY | os.O_APPEND)
+os.write(fd, b"ghi")                                   # at the end, wherever that is
+os.close(fd)
+trace.stop_tracing()
+"""
+
+
+def test_offsets_of_reads_that_do_not_say_them(tmp_path: Path) -> None:
+    run = traced.run(tmp_path / "run", FOLLOWED)
+    query = (
+        "select extract_arg(arg_set_id, 'debug.offset') from slice where name in ('read', 'pread64') and "
+        "extract_arg(arg_set_id, 'debug.file') glob '*/data.bin' order by ts, id"
+    )
+    written = query.replace("'read', 'pread64'", "'write'").replace("data.bin", "data.bin.log")
+    expected_reads = [0, 100, 5000, 9900, 10000, 100, None, None, 3000, 42, 3005, 0]
+    for summary in (
+        convert.convert_to_pftrace(run),
+        convert.convert_to_pftrace(run, posix=True),
+    ):
+        with opened(summary.path) as trace:
+            assert trace.complaints() == []
+            assert [offset for (offset,) in trace.rows(query)] == expected_reads
+            assert [offset for (offset,) in trace.rows(written)] == [0, 3, None]
+    chrome_json = json.loads(chrome.convert_to_json(run, tmp_path / "t.json").path.read_text())
+    reads = [
+        event["args"].get("offset")
+        for event in sorted(chrome_json["traceEvents"], key=lambda event: event.get("ts", 0))
+        if event["name"] in ("read", "pread64") and event["args"].get("file", "").endswith("/data.bin")
+    ]
+    assert reads == expected_reads
+
+
+def test_the_view_by_hand_is_documented() -> None:
+    assert ui.make_public_address() in (traced.ROOT / "docs" / "traces.md").read_text()
 
 
 def test_command_line(run: Path, tmp_path: Path) -> None:

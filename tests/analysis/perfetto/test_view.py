@@ -16,10 +16,12 @@ import pytest
 from support import traced
 from support.browser import chromium
 
-from analysis.perfetto import convert, view
+from analysis.perfetto import convert, links, view
 from analysis.tables.gather import gather_tables
+from analysis.trace.events import read_processes
 from common.errors import UserError
 
+TRACKS = "app.trace.workspace"
 CHOSEN = "globalThis.app?.trace?.selection?.selection"
 
 
@@ -154,6 +156,23 @@ def test_nothing_but_the_interface_is_served(
         other.server_close()
 
 
+def test_a_link_of_another_run_is_refused(server: view.Server, run: Path) -> None:
+    own = links.name_run(read_processes(run), "run")
+    path = f"/{server.token}/?17&run={{}}&name=a%3Cb"
+    code, body = ask(server, path.format(own.id))
+    assert code == 200 and b"Perfetto UI" in body
+    code, body = ask(server, path.format("00ff"))
+    assert code == 409 and b"This link is of another run, <b>a&lt;b</b>" in body
+    assert b"python -m analysis view" in body and b"Perfetto UI" not in body
+    assert view.read_run_number(run / "run-posix.pftrace") == own.number
+
+
+def test_traces_that_name_no_run_take_every_link(tmp_path: Path) -> None:
+    for content in (b"", b"[]", b"\n\x05", b"\n" + b"\xff" * 99):
+        (tmp_path / "t").write_bytes(content)
+        assert view.read_run_number(tmp_path / "t") == 0
+
+
 def test_which_file(run: Path, tmp_path: Path) -> None:
     assert view.find_trace(run, None).name == "run.pftrace"
     assert view.find_trace(run, "run-posix.pftrace").name == "run-posix.pftrace"
@@ -216,14 +235,27 @@ def test_in_a_browser(server: view.Server, run: Path, tmp_path: Path) -> None:
         browser.open(url)
         text = browser.wait_for("/rank 0 on node7/.test(document.body.innerText) && document.body.innerText")
         assert "rank 1 on node7" in text
+        pinned = browser.wait_for(f"{TRACKS}.pinnedTracks.map(t => t.name).join('; ')")
+        assert pinned == "loss; read MB/s, all ranks; write MB/s, all ranks"
+        expanded = browser.run(f"{TRACKS}.flatTracks.filter(t => t.expanded).map(t => t.name)")
+        assert [name.rpartition(" ")[0] for name in expanded] == ["rank 0 on node7", "rank 1 on node7"]
+        commands = browser.run("app.commands.commands.map(command => command.name)")
+        assert {"Slowest steps", "I/O by file", "Waiting for data"} <= set(commands)
+        table = browser.wait_for("/Query result/.test(document.body.innerText) && document.body.innerText")
+        assert "step 2" in table
         answered = "performance.getEntriesByType('resource').filter(e => e.responseStatus).map(e => e.name)"
         assert {name.split("/")[2] for name in browser.run(answered) if name.startswith("http")} == {root[7:]}
         assert browser.run("app.trace.traceInfo.importErrors") == 0
         browser.picture(tmp_path / "perfetto.png")
         assert (tmp_path / "perfetto.png").stat().st_size > 10_000
         # the report's links, which know no secret: one after the other in the same tab
+        processes = read_processes(run)
         for step in gather_tables(run)["steps"].sort("ts").tail(2).iter_rows(named=True):
-            link = view.make_link(step["ts"], step["wall_us"])
-            browser.open(root + link.removeprefix(f"http://127.0.0.1:{view.PORT}"))
+            link = links.make_link(step["ts"], step["wall_us"], links.name_run(processes, "run"))
+            browser.open(root + link.removeprefix(f"http://127.0.0.1:{links.PORT}"))
             arrived = f"String({CHOSEN}?.ts) === '{step['ts']}000'"
-            assert browser.wait_for(f"{arrived} && {CHOSEN}.name") == "step"
+            assert browser.wait_for(f"{arrived} && {CHOSEN}.name") == f"step {step['step']}"
+        other = links.make_link(step["ts"], step["wall_us"], links.LinkedRun(7, "yesterday's <run>"))
+        browser.open(root + other.removeprefix(f"http://127.0.0.1:{links.PORT}"))
+        said = browser.wait_for("/another run/.test(document.body.innerText) && document.body.innerText")
+        assert "yesterday's <run>" in said and "run.pftrace" in said and "Perfetto" not in said

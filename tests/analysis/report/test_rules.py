@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from support.made_traces import Made, training
 
+from analysis.perfetto.links import LinkedRun
 from analysis.report.facts import Facts, Finding
 from analysis.report.findings import RULES, find_all, list_rules
 from analysis.report.report import render_findings, render_rules
@@ -207,7 +208,9 @@ def test_a_planted_problem_is_found_and_one_that_nearly_is_one_is_not(tmp_path: 
     wall = float(gather_tables(tmp_path / "0")["time"]["wall_us"].sum()) / 1e6
     assert 0 <= finding.seconds <= wall
     if rule != "no_learning":  # of the whole run; the others show a slice
-        assert finding.evidence["dur_us"] >= 0 and "127.0.0.1" in render_findings([finding])
+        assert finding.evidence["dur_us"] >= 0 and "127.0.0.1" in render_findings(
+            [finding], LinkedRun(1, "run")
+        )
 
 
 def test_the_table_in_the_documentation_is_that_of_the_code() -> None:
