@@ -40,7 +40,14 @@ const ticks = (lo, hi, n) => {
   for (let v = Math.ceil(lo / step) * step; v <= hi + step * 1e-6; v += step) found.push(+v.toFixed(12));
   return found;
 };
-const cut = (text, width) => text.length * 6.6 <= width ? text : "…" + text.slice(-Math.max(1, Math.floor(width / 6.6) - 1));
+// the end of a long text: of a path it says more than the beginning
+const fit = (e, width) => {
+  const text = e.textContent;
+  for (let n = text.length; n > 1 && e.getComputedTextLength() > width;) {
+    n = Math.min(n - 1, Math.floor(n * width / e.getComputedTextLength()));
+    e.textContent = "…" + text.slice(-n);
+  }
+};
 const legend = (fig, names) => {
   const box = document.createElement("div");
   box.className = "legend";
@@ -76,7 +83,7 @@ const draw = {
     const svg = canvas(fig, W, H);
     s.rows.forEach((row, i) => {
       const y = i * (bar + 6) + 4;
-      node("text", { x: left - 8, y: y + bar / 2 + 4, "text-anchor": "end" }, svg, cut(row.label, left - 12));
+      fit(node("text", { x: left - 8, y: y + bar / 2 + 4, "text-anchor": "end" }, svg, row.label), left - 12);
       const whole = row.parts.reduce((a, p) => a + p[2], 0);
       for (const [name, from, length] of row.parts) {
         const x = left + from / end * (W - left - right), w = length / end * (W - left - right);

@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                    ret=4096)  # fmt: skip
         made.posix("lseek64", 20_500, 700, f"{LONG}/day_0_dense.npy", 7, ret=1 << 40)
         made.posix("read", 22_000, 800, f"{LONG}/day_0_dense.npy", 7, ret=1 << 20)
-        made.posix("write", 505_000, 4_000, f"{LONG}/step_40/rank_{rank}.bin", ret=50 << 20, cat="STDIO")
+        made.posix("write", 505_000, 4_000, f"{LONG}/step_40/0a7f216a54072e7f216a54072e_rank_{rank}.safetensors", ret=50 << 20, cat="STDIO")
         made.span("checkpoint", "save", 504_000, 6_000, step=40)
         made.span("eval", "evaluate", 511_000, 9_000, split="val")
         made.write(folder)
