@@ -150,7 +150,8 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
         ),
         ReportEntry(
             "I/O", "Shared and unique files", answers.sum_file_use(j), None,
-            "Files that were read or written after the start-up, by how many ranks used them and for what.",
+            "Files that were read or written after the start-up, by how many ranks used them and for what. "
+            "Misaligned are requests that skip into the middle of a block of 4,096 bytes.",
             "file_use",
         ),
         ReportEntry("I/O", "By rank", answers.sum_volume(j, "rank"), None, "", "io_ranks"),

@@ -112,7 +112,7 @@ def sum_file_use(j: JoinedTables) -> pl.DataFrame:
         pl.col("op").is_in(DATA_OPS) & pl.col("file").is_not_null() & (pl.col("phase") != "startup")
     )
     files = moved.group_by("file").agg(
-        pl.col("rank").n_unique().alias("ranks"), *count_by("count"),
+        pl.col("rank").n_unique().alias("ranks"), *count_by("count", "misaligned"),
         _sum_of("bytes", "read").alias("bytes_read"), _sum_of("bytes", "write").alias("bytes_written"),
         (pl.col("op") == "read").any().alias("is_read"), (pl.col("op") == "write").any().alias("is_written"),
     )  # fmt: skip
@@ -121,7 +121,7 @@ def sum_file_use(j: JoinedTables) -> pl.DataFrame:
     ).otherwise(pl.lit("write only"))  # fmt: skip
     used = pl.when(pl.col("ranks") > 1).then(pl.lit("several ranks")).otherwise(pl.lit("one rank"))
     found = files.group_by(used.alias("used_by"), access.alias("access")).agg(
-        pl.len().alias("files"), *count_by("count", "bytes_read", "bytes_written")
+        pl.len().alias("files"), *count_by("count", "misaligned", "bytes_read", "bytes_written")
     )
     return found.rename({"count": "requests"}).sort("used_by", "access")
 

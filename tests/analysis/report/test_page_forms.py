@@ -11,6 +11,7 @@ from support.made_traces import training
 from support.reports import METRICS, analysis
 
 LONG = "/a/file/system/with/long/paths/of/a/project/data/criteo/npy"
+SAVED = f"{LONG}/step_40/0a7f216a54072e7f216a54072e_rank"
 PAPER = 1032  # pixels between the margins of A4, landscape
 FORMS = [(width, scheme) for width in (800, 1280, 1920) for scheme in ("light", "dark")]
 
@@ -25,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                    ret=4096)  # fmt: skip
         made.posix("lseek64", 20_500, 700, f"{LONG}/day_0_dense.npy", 7, ret=1 << 40)
         made.posix("read", 22_000, 800, f"{LONG}/day_0_dense.npy", 7, ret=1 << 20)
-        made.posix("write", 505_000, 4_000, f"{LONG}/step_40/0a7f216a54072e7f216a54072e_rank_{rank}.safetensors", ret=50 << 20, cat="STDIO")
+        made.posix("write", 505_000, 4_000, f"{SAVED}_{rank}.safetensors", ret=50 << 20, cat="STDIO")
         made.span("checkpoint", "save", 504_000, 6_000, step=40)
         made.span("eval", "evaluate", 511_000, 9_000, split="val")
         made.write(folder)
@@ -206,9 +207,9 @@ def test_no_epoch_is_longer_than_the_run(run: Path) -> None:
 def test_files_by_use_and_calls_by_interface(run: Path) -> None:
     use = pl.read_csv(run / "tables" / "file_use.csv").sort("used_by", "access").to_dicts()
     assert use == [
-        {"used_by": "one rank", "access": "write only", "files": 2, "requests": 2, "bytes_read": 0,
-         "bytes_written": 100 << 20},
-        {"used_by": "several ranks", "access": "read only", "files": 2, "requests": 322,
+        {"used_by": "one rank", "access": "write only", "files": 2, "requests": 2, "misaligned": 0,
+         "bytes_read": 0, "bytes_written": 100 << 20},
+        {"used_by": "several ranks", "access": "read only", "files": 2, "requests": 322, "misaligned": 0,
          "bytes_read": (320 + 2) << 20, "bytes_written": 0},
     ]  # fmt: skip
     calls = {row["interface"]: row for row in pl.read_csv(run / "tables" / "interfaces.csv").to_dicts()}
