@@ -63,8 +63,8 @@ def _print_conversion(summary: "ConversionSummary", printed: set[str]) -> None:
 def run_check(options: argparse.Namespace) -> int:
     from analysis.tables import check
 
-    rows, processes = check.check_run(options.run)
-    print(check.format_check(rows, processes))
+    rows, processes, unchecked = check.check_run(options.run)
+    print(check.format_check(rows, processes, unchecked))
     return 1 if any(row.missed for row in rows) else 0
 
 
@@ -85,8 +85,8 @@ def run_finish(options: argparse.Namespace) -> int:
                 _print_refusal(message)
             failed.append(outcome.command)
         elif outcome.command == "check":
-            rows, processes = outcome.result
-            print(f"\n{check.format_check(rows, processes)}\n")
+            rows, processes, unchecked = outcome.result
+            print(f"\n{check.format_check(rows, processes, unchecked)}\n")
             if any(row.missed for row in rows):
                 failed.append(outcome.command)
         elif outcome.command == "report":

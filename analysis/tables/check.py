@@ -3,6 +3,7 @@
 The run's count is in results.json: bytes_read and bytes_written, by rank and file. The trace's count is what
 the read and write calls moved, by the same rank (its forked workers included) and file.
 A launch that was stopped leaves no results.json: the bytes that its data/read spans declare are compared.
+What cannot be compared is named: bytes of mapped files, and files that the run does not count.
 """
 
 import os
@@ -27,8 +28,12 @@ from common.errors import UserError, printable
 from common.inputs import read_json_object
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
-Moved = dict[tuple[int, str], int]  # (READ | WRITE, file) -> bytes
+Moved = dict[tuple[int, str], int]  # (READ | WRITE | SPANS | MAPPED, file) -> bytes
 SPANS = 3  # as a direction: bytes that data/read spans declare
+MAPPED = 4  # the same of mapped files, whose pages no call reads
+_NAMES = {READ: "read", WRITE: "written", MAPPED: "mapped"}
+# parts of paths of what every program loads; nobody asks whether those bytes are complete
+_PROGRAM = re.compile(r"/site-packages/|/python3[^/]*/|\.so(\.[0-9.]+)?$|\.pyc?$|^/(proc|sys|dev|etc|usr)/")
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,22 @@ class CheckedFile:
         return max(0, self.counted - self.traced) if self.by_spans else abs(self.counted - self.traced)
 
 
+@dataclass(frozen=True)
+class UncheckedBytes:
+    """What one rank moved that cannot be compared with a second count."""
+
+    rank: int
+    direction: str  # "read", "written", "mapped"
+    file: str
+    bytes: int
+
+
 def check_run(
     run_dir: str | Path, source: TraceSource | None = None
-) -> tuple[list[CheckedFile], list[TracedProcess]]:
-    """One row per launch, rank, direction and file that the run names; the processes hold what was lost."""
+) -> tuple[list[CheckedFile], list[TracedProcess], list[UncheckedBytes]]:
+    """One row per launch, rank, direction and file that the run names; the processes hold what was lost; and
+    what was not compared.
+    """
     launched, results = sum_by_launch(source or FileSource(run_dir)), Path(run_dir) / "results.json"
     ended = _find_ended_launch([job for job, _ in launched])
     rows: list[CheckedFile] = []
@@ -74,7 +91,33 @@ def check_run(
         raise UserError(
             f"{printable(run_dir)}: no results.json and no data/read spans with bytes; nothing to compare"
         )
-    return rows, [process for job, _ in launched for process in job]
+    processes = [process for job, _ in launched for process in job]
+    return rows, processes, _list_unchecked(rows, launched)
+
+
+def _list_unchecked(
+    rows: list[CheckedFile], launched: list[tuple[list[TracedProcess], dict[int, Moved]]]
+) -> list[UncheckedBytes]:
+    """Mapped files, and files of calls that no row is about; not what belongs to the program itself."""
+    names: dict[tuple[int, int, str], set[str]] = {}
+    for row in rows:
+        known = names.setdefault((row.launch, row.rank, row.direction), set())
+        known |= _list_names(row.file)
+    found: list[UncheckedBytes] = []
+    for launch, (_, traced) in enumerate(launched, 1):
+        for rank, seen in sorted(traced.items()):
+            for (kind, file), amount in sorted(seen.items(), key=lambda item: item[0][1]):
+                direction = _NAMES.get(kind)
+                if direction is None or not amount:
+                    continue
+                if kind != MAPPED and (
+                    file in names.get((launch, rank, direction), ())
+                    or not file.startswith("/")
+                    or _PROGRAM.search(file)
+                ):
+                    continue
+                found.append(UncheckedBytes(rank, direction, file, amount))
+    return found
 
 
 def _find_ended_launch(jobs: list[list[TracedProcess]]) -> int:
@@ -145,10 +188,12 @@ def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[i
     found = []
     for job in group_launches(assign_ranks(processes)):
         by_rank: dict[int, Moved] = {}
+        folders = {p.rank: p.folder for p in reversed(job) if p.folder}
         for process in assign_ranks(job):
             seen = by_rank.setdefault(process.rank, {})
             for (hashed, direction), total in sums[process.path].items():
                 file = strings.text(int(resolve_paths(np.array([hashed]), paths, strings)[0]))
+                file = os.path.join(folders.get(process.rank, ""), file)  # as the program named it
                 seen[direction, file] = seen.get((direction, file), 0) + total
         found.append((job, by_rank))
     return found
@@ -158,17 +203,18 @@ def _add_block(block: EventBlock, strings: StringTable, sums: dict[tuple[int, in
     """Bytes of calls by file hash, and of spans data/read by the file that they name."""
     kinds, amounts = count_moved_bytes(block, strings)
     spans = (block.cat == ID["data"]) & (block.name == ID["read"])
+    declared = np.where(read_argument(block, ID["mapped"]) > 0, MAPPED, SPANS)
     for key, mine, kind, bytes_ in (
         (ID["fhash"], kinds > 0, kinds, amounts),
-        (ID["file"], spans, np.full(len(block), SPANS), read_argument(block, ID["bytes"])),
+        (ID["file"], spans, declared, read_argument(block, ID["bytes"])),
     ):
         owner = np.repeat(np.arange(len(block)), np.diff(block.arg_begin))
         where = np.flatnonzero((block.arg_key == key) & mine[owner] & (block.arg_kind == STRING))
-        named = (block.arg_val[where] << 2) | kind[owner[where]]
+        named = (block.arg_val[where] << 3) | kind[owner[where]]
         unique, group = np.unique(named, return_inverse=True)
         totals = _sum_groups(group, bytes_[owner[where]], len(unique))
         for number, total in zip(unique.tolist(), totals, strict=True):
-            sums[number >> 2, number & 3] = sums.get((number >> 2, number & 3), 0) + total
+            sums[number >> 3, number & 7] = sums.get((number >> 3, number & 7), 0) + total
 
 
 def _sum_groups(group: np.ndarray, amounts: np.ndarray, size: int) -> list[int]:
@@ -179,11 +225,14 @@ def _sum_groups(group: np.ndarray, amounts: np.ndarray, size: int) -> list[int]:
 
 def _find_traced(seen: Moved, direction: int, file: str) -> int:
     """A file may have been opened through a link or by a path with dots in it; and see `_as_traced`."""
+    return sum(seen.get((direction, name), 0) for name in _list_names(file))
+
+
+def _list_names(file: str) -> set[str]:
     names = {file, os.path.normpath(file)}
     with suppress(ValueError, OSError):  # a name with a zero byte, or in a loop of links
         names.add(os.path.realpath(file))
-    names |= {each for name in list(names) for each in _as_traced(name)}
-    return sum(seen.get((direction, name), 0) for name in names)
+    return names | {each for name in names for each in _as_traced(name)}
 
 
 def _as_traced(file: str) -> list[str]:
@@ -194,8 +243,10 @@ def _as_traced(file: str) -> list[str]:
     return [shown, "".join(" " if c in '"\\' or c < " " else c for c in shown), unescape_text(shown.encode())]
 
 
-def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) -> str:
-    """A line per rank and direction, then every file that is not covered to the byte."""
+def format_check(
+    rows: list[CheckedFile], processes: Iterable[TracedProcess], unchecked: list[UncheckedBytes]
+) -> str:
+    """A line per rank and direction, each file that is not covered to the byte, and what was not compared."""
     lines = [f"{'rank':>4}  {'':7}  {'files':>5}  {'counted by run':>16}  {'in the trace':>16}  coverage"]
     numbers = sorted({row.launch for row in rows})
     for number in numbers:
@@ -216,11 +267,44 @@ def format_check(rows: list[CheckedFile], processes: Iterable[TracedProcess]) ->
     if len(wrong) > 50:
         lines.append(f"and {len(wrong) - 50} more files")
     lines += [f"lost: {process.lost}" for process in processes if process.lost]
-    lines.append(
-        f"coverage {format_total(rows)}: "
-        + ("every byte is in the trace" if not wrong else "NOT every byte is in the trace")
-    )
+    lines += _format_unchecked(unchecked)
+    if not any(row.counted or row.traced for row in rows):
+        lines.append("coverage unknown: the run counted no bytes, so none were compared")
+        return "\n".join(lines)
+    if wrong:
+        verdict = "NOT every byte is in the trace"
+    elif unchecked:
+        verdict = "every byte that was compared is in the trace"
+    else:
+        verdict = "every byte is in the trace"
+    lines.append(f"coverage {format_total(rows)}: {verdict}")
     return "\n".join(lines)
+
+
+def _format_unchecked(unchecked: list[UncheckedBytes]) -> list[str]:
+    """Mapped files one by one, since they are missing in the trace; of the others, which it has, the sums."""
+    lines = []
+    mapped: dict[str, int] = {}
+    for each in unchecked:
+        if each.direction == "mapped":
+            mapped[each.file] = mapped.get(each.file, 0) + each.bytes
+    if mapped:
+        lines.append(
+            f"not compared: {sum(mapped.values()):,} bytes from {len(mapped)} mapped files: the kernel reads "
+            "those by page faults, which are no calls"
+        )
+        lines += [f"  {printable(file)}: {amount:,} bytes" for file, amount in list(mapped.items())[:20]]
+        lines += [f"  and {len(mapped) - 20} more"] if len(mapped) > 20 else []
+    for direction in ("read", "written"):
+        mine = [each for each in unchecked if each.direction == direction]
+        if mine:
+            names = sorted({os.path.basename(each.file) for each in mine})
+            shown = ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+            lines.append(
+                f"not compared: {sum(each.bytes for each in mine):,} bytes {direction} of files that the run "
+                f"does not count, which are in the trace: {shown}"
+            )
+    return lines
 
 
 def _format_sums(rows: list[CheckedFile]) -> list[str]:
@@ -243,6 +327,8 @@ def format_total(rows: list[CheckedFile]) -> str:
 
 def format_share(row: CheckedFile) -> str:
     """Percent, and 100.0% only when it is: 99.96 is no 100.0."""
+    if not row.counted and not row.traced:
+        return "-"
     shown = f"{row.coverage:.1f}%"
     return shown if shown != "100.0%" or row.counted == row.traced else f"{row.coverage:.6f}%"
 

@@ -118,7 +118,7 @@ def cut_into_phases(events: RankEvents, main: pl.DataFrame) -> Windows:
         until = min(begun) if begun else last
         add("startup", None, (np.array([first]), np.array([until])))
     whole = np.array([first]), np.array([last])
-    known = any(len(found[0]) for _, _, found in pieces)
+    known = any(len(found[0]) for phase, _, found in pieces if phase != "checkpoint")
     add("preprocess" if len(of["prep"]) else "other" if known else "run", None, whole)
     return _in_order(pieces, first, last)
 

@@ -49,6 +49,9 @@ _SPANS = [  # category, name, kind; the first that matches wins
 _RULES = [(re.compile(cat, re.I), re.compile(name, re.I), kind) for cat, name, kind in _SPANS]
 
 _OPS = [
+    # their event names one of the two files only: what is copied from, and what is sent to
+    (r"copy_file_range", "read"),
+    (r"sendfile(64)?", "write"),
     (r"(p?readv?(64)?(v2)?|fread(_unlocked)?|fgets|fgetc|mpi_file_i?read.*|h5dread.*)", "read"),
     (r"(p?writev?(64)?(v2)?|fwrite(_unlocked)?|fputs|fputc|fprintf|mpi_file_i?write.*|h5dwrite.*)", "write"),
     (r"(open(at)?(64)?|creat(64)?|f(d)?open(64)?|freopen(64)?|mpi_file_open|h5fopen|h5fcreate)", "open"),

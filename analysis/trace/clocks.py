@@ -69,11 +69,17 @@ class Clock:
 def group_launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
     """The traces by the job that wrote them, in the order of time: a run that was stopped has several.
 
-    Each rank is in a job once, and all of a job have the same world size. A forked process belongs to the
-    latest job that began before it.
+    Each rank is in a job once, and all of a job have the same world size. A forked process, or one that is
+    no rank, belongs to the latest job that began before it.
     """
     found, made = list(found), []
-    parents = [p for p in found if not is_forked(p)]
+    ours = any(p.world_size > 0 for p in found)
+
+    def is_beside(process: TracedProcess) -> bool:
+        """A worker; or, where ranks are named, a process of no rank, such as dftracer_service."""
+        return is_forked(process) or (ours and process.world_size < 1)
+
+    parents = [p for p in found if not is_beside(p)]
     in_time = sorted(parents, key=lambda p: (p.barriers.get("start", p.first), p.rank))
     of_rank: dict[int, list[TracedProcess]] = {}
     for process in in_time:
@@ -92,7 +98,7 @@ def group_launches(found: Iterable[TracedProcess]) -> list[list[TracedProcess]]:
     begun = [min(p.first for p in job) for job in made]
     made = made or [[]]
     for process in found:
-        if is_forked(process):
+        if is_beside(process):
             before = [number for number, at in enumerate(begun) if at <= process.first]
             made[max(before, default=0)].append(process)
     return [job for job in made if job]

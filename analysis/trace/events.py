@@ -20,7 +20,7 @@ from analysis.trace.clocks import make_clocks
 from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.lines import Opener, open_trace, read_blocks, read_tail
 from analysis.trace.process import TracedProcess
-from analysis.trace.scan import EVENT, MAX_TS, MAX_WHOLE, METADATA, EventBlock, scan_block
+from analysis.trace.scan import COUNTER, EVENT, MAX_TS, MAX_WHOLE, METADATA, SUM, EventBlock, scan_block
 from analysis.trace.strings import ID, PAD, StringTable
 from common.errors import UserError, os_errors_as_user_errors, printable
 
@@ -104,6 +104,8 @@ class TraceReader:
             if process.pid < 0 and len(block):
                 process.pid = int(block.pid[0])
             is_event = block.ph == EVENT
+            process.sums += int(np.count_nonzero(block.ph == SUM))
+            process.counters += int(np.count_nonzero(block.ph == COUNTER))
             process.events += int(np.count_nonzero(is_event))
             if is_event.any():
                 ts = block.ts[is_event]
@@ -112,6 +114,11 @@ class TraceReader:
                 process.last = max(process.last, last)
             yield block
         process.events -= process.ended  # the end record does not count itself
+        if process.sums and process.sums > process.events:
+            raise UserError(
+                f"{printable(process.path)}: holds sums of many calls, not the calls "
+                "(DFTRACER_ENABLE_AGGREGATION=1): record the trace without that variable"
+            )
 
     def _read_records(self, block: EventBlock) -> None:
         """Metadata, start and end, barriers: few, so one by one."""
@@ -126,9 +133,17 @@ class TraceReader:
                 self._read_metadata(int(block.name[i]), int(block.tid[i]), args)
             elif block.cat[i] == ID["clock"]:
                 _read_clock_mark(self.process, int(block.ts[i]), args)
+            elif block.name[i] == ID["start"]:
+                self._read_start(args)
             elif block.name[i] == ID["end"]:
                 self.process.ended = True
                 self.process.expected = take_whole_number(args.get("num_events"), MAX_WHOLE, 0)
+
+    def _read_start(self, args: dict) -> None:
+        self.process.parent = take_whole_number(args.get("ppid"), 1 << 32, -1)
+        folder = self.paths.get(self.strings.add(str(args.get("cwd", ""))), -1)
+        if folder >= 0 and not self.process.folder:
+            self.process.folder = self.strings.text(folder)
 
     def _read_metadata(self, kind: int, tid: int, args: dict) -> None:
         key, value = str(args.get("name", "")), args.get("value", "")
@@ -250,10 +265,14 @@ def read_end_marks(process: TracedProcess, opened: Opener = open_trace) -> None:
 def assign_ranks(found: list[TracedProcess]) -> list[TracedProcess]:
     """In the order of ranks; traces that were not made by dlrm get the order of the files."""
     named = max((process.rank for process in found), default=-1)
-    for process in found:
+    of_pid: dict[tuple[str, int], int] = {}
+    for process in sorted(found, key=lambda p: "-fork." in p.path.name):
+        if process.rank < 0 and "-fork." in process.path.name:
+            process.rank = of_pid.get((process.host, process.parent), -1)  # a worker is of its parent's rank
         if process.rank < 0:
             named += 1
             process.rank = named
+        of_pid[process.host, process.pid] = process.rank
     return sorted(found, key=lambda p: (p.rank, _parents_first(p.path)))
 
 

@@ -19,6 +19,10 @@ class TracedProcess:
     host: str = ""
     role: str = ""
     pid: int = -1
+    parent: int = -1  # pid of the process that started it
+    folder: str = ""  # in which it began: relative names of files count from there
+    sums: int = 0  # records that hold the sums of many calls
+    counters: int = 0  # of the tracer or its service, which are not shown
     threads: dict[int, str] = field(default_factory=dict)  # tid -> name
     barriers: dict[str, int] = field(default_factory=dict)  # "start", "end" -> us on this host's clock
     # "start", "end" -> us on this host's clock, by how much it is ahead of the first rank's, and the error
@@ -38,9 +42,17 @@ class TracedProcess:
         """What this trace lacks, as one sentence; empty when it is whole."""
         parts = []
         if not self.ended:
-            parts.append("no end record (killed or still running): what was not yet flushed is missing")
-        elif self.expected > self.events:
-            parts.append(f"{self.expected - self.events} of {self.expected} events missing")
+            parts.append(
+                "no end record (killed or still running): what was not yet flushed is missing"
+                if self.role
+                else "no end record (killed, still running, or its DFTracer writes none)"
+            )
+        elif self.expected > self.events + self.counters and not self.sums:
+            parts.append(f"{self.expected - self.events - self.counters} of {self.expected} events missing")
+        if self.sums:
+            parts.append(f"{self.sums} sums of many calls (DFTRACER_ENABLE_AGGREGATION) are not shown")
+        if self.counters:
+            parts.append(f"{self.counters} counters of DFTracer (ph 2) are not shown")
         if self.loss.cut:
             parts.append("the gzip stream is cut")
         if self.loss.bomb:

@@ -35,7 +35,7 @@ from analysis.trace.strings import (
 )
 
 INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that StringTable is too full for
-EVENT, METADATA = 1, 4
+EVENT, COUNTER, SUM, METADATA = 1, 2, 3, 4
 HASH_DIGITS = 16  # of a file's hash: where it has no letter it is no number all the same
 _HHASH, _VALUE = ID["hhash"], ID["value"]
 _NUMERIC = tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes", "value"))
@@ -48,6 +48,8 @@ MAX_LINE = 1 << 20  # bytes; DFTracer's lines have hundreds
 MAX_ARGS = 4096  # of one event
 MAX_DEPTH = 64  # of a value inside an argument
 MAX_TS, MAX_DUR = 1 << 54, 1 << 47  # us: hundreds of years, and four years
+# with DFTRACER_TIME_METRIC=NS: from 1973 to 2116. No time in us is so large, so an event tells its unit.
+MIN_TS_NS, MAX_TS_NS = 10**17, 1 << 62
 MAX_WHOLE = 1 << 57  # of an argument that is a count
 MAX_BYTES = 1 << 50  # that one call or span moves, where bytes are added up: a petabyte
 MAX_BAD = 1000  # bad lines of a block whose places are returned; all are counted
@@ -303,6 +305,10 @@ def _scan_line(text, p, end, j, row, args, strings):
     while 0 <= p < end:
         c = byte(text, p)
         if c == 125:
+            if row[4] >= MIN_TS_NS:  # such a time has a digit more than was kept, so round
+                row[4], row[5] = (row[4] + 500) // 1000, (row[5] + 500) // 1000
+            if row[4] > MAX_TS or row[5] > MAX_DUR:
+                break
             return p + 1, j
         if c == 32 or c == 44:
             p += 1
@@ -334,13 +340,15 @@ def _scan_line(text, p, end, j, row, args, strings):
             p += 1
         elif place == 6 and quoted:  # as Chrome writes it: X, M
             c = byte(text, p + 1)
-            row[6] = 4 if c == 77 else 1 if c == 88 else 0
+            row[6] = METADATA if c == 77 else EVENT if c == 88 else COUNTER if c == 67 else 0
             p = _skip_value(text, p, end)
         else:
-            p, kind, whole, real = _scan_number(text, p)
+            p, kind, whole, real = _scan_number(text, p + quoted)
+            if quoted and p >= 0:  # as DFTracer 1 wrote some
+                p = p + 1 if byte(text, p) == 34 else -1
             if kind == FLOAT:
-                whole = np.int64(real) if 0.0 <= real <= MAX_TS else -1
-            most = 0xFFFFFFFF if place < 4 else MAX_TS if place == 4 else MAX_DUR if place == 5 else 255
+                whole = np.int64(real) if 0.0 <= real <= MAX_TS_NS else -1
+            most = 0xFFFFFFFF if place < 4 else MAX_TS_NS if place < 6 else 255
             if whole < 0 or whole > most:
                 break
             row[place] = whole

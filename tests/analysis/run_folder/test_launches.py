@@ -97,7 +97,7 @@ def test_it_is_said(resumed: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_in_perfetto_they_are_processes_of_their_own(resumed: Path) -> None:
     summary = convert.convert_to_pftrace(resumed)
-    assert "clock of m1 in launch 2: moved by -9000000 us to meet the barrier at the start" in summary.clocks
+    assert any("clock of m1 in launch 2: moved by -9000000 us, right" in line for line in summary.clocks)
     with trace_processor.opened(summary.path) as trace:
         assert not trace.complaints()
         names = "select name from process where name glob 'rank*' order by name"
@@ -134,7 +134,7 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "launch 1 left no results.json" in out and "launch 2, from results.json:" in out
     assert "coverage 100.0%" in out
-    rows, _ = check.check_run(tmp_path)
+    rows, *_ = check.check_run(tmp_path)
     mine = [row for row in rows if row.launch == 2]
     # a checkpoint is written in a work folder, which gets the name of its step when it is complete
     saved = [(path.name, path.stat().st_size) for path in (tmp_path / "checkpoints").glob("0*/*")]

@@ -112,6 +112,50 @@ def test_all_covered(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"all +read +2 +12,000 +12,000 +100\.0%", out)
 
 
+def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mapped file has no calls; and a file that the run does not count has no second count."""
+    from analysis.__main__ import main
+
+    made = Made()
+    made.posix("read", 0, 5, "/data/day_0.npy", ret=128, count=128)
+    made.span("data", "read", 10, 5, file="/data/day_0.npy", bytes=19_000_000, mapped=1)
+    made.posix("write", 20, 5, "/run/state.json", ret=77, count=77)
+    made.posix("read", 30, 5, "/x/lib/python3.11/os.py", ret=5000, count=5000)
+    made.write(tmp_path)
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"bytes_read": {"0": {"/data/day_0.npy": 128}}, "bytes_written": {}}))
+    assert main(["check", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "not compared: 19,000,000 bytes from 1 mapped files" in out and "/data/day_0.npy: 19,000,000" in out
+    )
+    assert "not compared: 77 bytes written of files that the run does not count" in out
+    assert "state.json" in out and "5,000" not in out
+    assert "coverage 100.0%: every byte that was compared is in the trace" in out
+
+    results.write_text(json.dumps({"bytes_read": {"0": {"/data/none.npy": 0}}}))
+    assert main(["check", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "100.0%" not in out and "coverage unknown: the run counted no bytes" in out
+
+
+RELATIVE = """
+os.chdir(run)
+trace.start_tracing(run, here, "train")
+with open("out.bin", "wb", buffering=0) as file:
+    file.write(bytes(5000))
+trace.stop_tracing()
+"""
+
+
+def test_a_relative_name_counts_from_where_the_process_began(tmp_path: Path) -> None:
+    run = traced.run(tmp_path / "run", RELATIVE)
+    said = {"bytes_written": {"0": {str(run / "out.bin"): 5000}}}
+    (run / "results.json").write_text(json.dumps(said))
+    rows, *_ = check.check_run(run)
+    assert [(row.counted, row.traced) for row in rows] == [(5000, 5000)]
+
+
 @pytest.mark.parametrize("by, share", [(1, "99.995455%"), (-1, "99.995454%"), (6000, "78.6%")])
 def test_a_single_byte_is_missed(run: Path, capsys: pytest.CaptureFixture[str], by: int, share: str) -> None:
     from analysis.__main__ import main
@@ -131,7 +175,7 @@ def test_killed_before_results(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["check", str(run)]) == 0
     out = capsys.readouterr().out
     assert "launch 1 left no results.json" in out and "coverage 100.0%" in out
-    rows, _ = check.check_run(run)
+    rows, *_ = check.check_run(run)
     assert {(row.rank, row.file, row.counted, row.traced) for row in rows} == {
         (rank, str(run / f"data{rank}.bin"), 6000, 6000) for rank in range(2)
     }

@@ -188,6 +188,49 @@ def test_dftracer_1_files(tmp_path: Path) -> None:
     assert sorted(table["rank"]) == [0, 1] and set(table["file"].cast(str)) == {"/d/x"}
 
 
+def test_times_in_ns_and_numbers_in_quotes(tmp_path: Path) -> None:
+    """DFTRACER_TIME_METRIC=NS gives thousandfold times; DFTracer 1 wrote some numbers between quotes."""
+    at = 1_795_729_008_798_435
+    records = [
+        event(ts=at * 1000, dur=8_000),
+        event(ts=(at + 1) * 1000, dur=1_000),
+        event(ph="X", ts=str(at + 2), dur="5", pid="11", tid="12", cat="POSIX", args={"ret": "512"}),
+        event(ph=2, cat="sys", name="cpu", ts=at, dur=0, args={"user_pct": 3.5}),
+        event(ph="C", cat="sys", name="cpu", ts=at, dur=0, args={"user_pct": 3.5}),
+    ]
+    path = write(tmp_path / "t.pfw.gz", records)
+    table = events.load_events(path)
+    assert table["ts"].to_list() == [at, at + 1, at + 2] and table["dur"].to_list() == [8, 1, 5]
+    (process,) = events.read_processes(path)
+    assert process.bad_lines == 0 and "2 counters of DFTracer (ph 2) are not shown" in process.lost
+    assert "killed or" not in process.lost  # nobody knows that
+
+
+def test_sums_of_calls_are_refused(tmp_path: Path) -> None:
+    sums = [event(ph=3, name="read", cat="POSIX", args={"dft_cnt": 9, "ret_sum": 900}) for _ in range(5)]
+    with pytest.raises(UserError, match="DFTRACER_ENABLE_AGGREGATION=1.: record the trace without"):
+        events.load_events(write(tmp_path / "t.pfw.gz", sums))
+    mixed = write(tmp_path / "mixed.pfw.gz", [*[event(ts=1000 + i) for i in range(9)], *sums])
+    (process,) = events.read_processes(mixed)
+    assert process.events == 9 and "5 sums of many calls" in process.lost
+
+
+def test_forks_and_services_are_no_ranks(tmp_path: Path) -> None:
+    def begin(pid: int, parent: int) -> dict:
+        return event(cat="dftracer", name="start", pid=pid, args={"ppid": parent})
+
+    for name, pid, parent in (("app-1.pfw", 11, 1), ("app-2.pfw", 12, 1), ("app-1-fork.x.pfw", 13, 11)):
+        write(tmp_path / "other" / name, [begin(pid, parent), event(pid=pid)])
+    found = events.read_processes(tmp_path / "other")
+    assert [(p.pid, p.rank) for p in found] == [(11, 0), (13, 0), (12, 1)]
+
+    for rank in range(2):
+        Made(rank, 2).write(tmp_path / "ours")
+    write(tmp_path / "ours/trace/service.pfw.gz", [event(cat="sys", pid=77, ts=1_795_252_103_000_000)])
+    (job,) = clocks.group_launches(events.read_processes(tmp_path / "ours"))
+    assert len(job) == 3
+
+
 def test_hosts_meet_at_the_barrier(tmp_path: Path) -> None:
     for rank, host, late in ((0, "a", 0), (1, "a", 3), (2, "b", 5000), (3, "b", 5004)):
         name = {"ph": 4, "name": "CM", "cat": "dftracer"}

@@ -25,11 +25,12 @@ def test_bytes_of_every_kind_of_call(tmp_path: Path) -> None:
     made.posix("fread", 300_020, 10, FILE, cat="STDIO", ret=256, count=256, size=4096)  # items
     made.posix("fwrite", 300_040, 10, FILE, cat="STDIO", ret=3, count=10, size=100)
     made.posix("pwritev2", 300_060, 10, FILE, ret=77)
+    made.posix("copy_file_range", 300_070, 5, FILE, ret=9000, len=9000, fd_out=7)
     made.posix("lseek64", 300_080, 10, FILE, ret=5000, offset=5000)
     made.span("STDIO", "ftell", 300_100, 10, ret=5000)
     made.span("data", "read", 300_120, 10, bytes=1)  # a span, no call
     made.write(tmp_path)
-    expected = {"read": 1000 + 256 * 4096, "write": 300 + 77}
+    expected = {"read": 1000 + 256 * 4096 + 9000, "write": 300 + 77}
 
     volume = answers.sum_volume(gather_tables(tmp_path), "layer")
     calls = volume.filter(volume["layer"] == "calls")
