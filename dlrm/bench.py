@@ -15,7 +15,8 @@ from dlrm.config.parser import check_at_least, option, parse_options, path_optio
 from dlrm.data import criteo
 from dlrm.models.dlrm.options import ModelOptions, check_shared_sizes, keep_model_options
 from dlrm.models.dlrm.presets import PRESETS
-from dlrm.runtime import entry, imports
+from dlrm.runtime import entry, imports, trace
+from dlrm.runtime.device_io import list_folders
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
@@ -44,6 +45,7 @@ class BenchmarkOptions:
     compile: bool = option(False, "torch.compile the dense part")
     allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
     cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
+    trace_dir: str | None = path_option("run folder for a DFTracer trace of this benchmark")
     timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
 
     def __post_init__(self) -> None:
@@ -72,7 +74,12 @@ MODELS = {name: lambda make=make: keep_model_options(make()) for name, make in P
 def main(here: Ranks) -> None:
     cfg = parse_options(BenchConfig, sys.argv[1:], "python -m dlrm.bench", __doc__ or "", MODELS)
     check_usage(cfg, here)
-    results, about = measure_batch_sizes(cfg, here)
+    if cfg.bench.trace_dir:
+        trace.start_tracing(cfg.bench.trace_dir, here, "bench", folders=list_folders(cfg))
+    try:
+        results, about = measure_batch_sizes(cfg, here)
+    finally:
+        trace.stop_tracing()
     if here.first:
         from dlrm.models.dlrm.inference import format_table
 

@@ -32,6 +32,11 @@ def make_parser() -> tuple[CommandLineParser, dict[str, CommandLineParser]]:
     check.add_argument("folder", type=Path, help="the folder with meta.json")
     add_multihot_options(commands.add_parser("multihot", help="synthetic multi-hot ids for MLPerf DLRM v2"))
     add_script_options(commands)
+    for name, command in commands.choices.items():
+        if name != "toy":
+            command.add_argument(
+                "--trace_dir", type=Path, help="run folder for a DFTracer trace of this preprocessing"
+            )
     return parser, commands.choices
 
 
@@ -106,7 +111,6 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         help="skip and count bad lines instead of stopping at the first",
     )
     add("--no_md5", dest="md5", action="store_false", help="write no md5 sums to meta.json")
-    add("--trace_dir", type=Path, help="run folder for a DFTracer trace of this preprocessing")
     add(
         "--part_bytes", type=int, default=0, help="cut the input into parts of about this size [by --workers]"
     )
@@ -198,7 +202,7 @@ def add_script_options(commands: Any) -> None:
 def run_script(args: argparse.Namespace) -> None:
     from dlrm.prep.tools import torchrec_scripts, torchrec_shuffle
 
-    values = vars(args)
+    values = dict(vars(args))
     command = values.pop("command")
     {
         "parse": torchrec_scripts.parse_folder,
@@ -284,6 +288,28 @@ COMMANDS = {"toy": run_toy, "run": run_pipeline, "check": run_check, "multihot":
 COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), run_script)
 
 
+def run_command(args: argparse.Namespace) -> None:
+    """Run a command, in a trace if it is asked for one. `run` traces itself, with its engine."""
+    if args.command == "run" or not getattr(args, "trace_dir", None):
+        if args.command != "run":
+            vars(args).pop("trace_dir", None)
+        COMMANDS[args.command](args)
+        return
+    from dlrm.prep.io.tracing import save_byte_counts, trace_command
+    from dlrm.prep.job.workers import Workers
+
+    paths = {name: path.absolute() for name, path in vars(args).items() if isinstance(path, Path)}
+    vars(args).update(paths)  # the trace names files as they are opened
+    trace_dir = paths.pop("trace_dir")
+    vars(args).pop("trace_dir")
+    named = {f"--{name}": path for name, path in paths.items()}
+    prep_options.check_traced_paths(trace_dir, {"--trace_dir": trace_dir, **named})
+    here = ranks.find_ranks()
+    with trace_command(trace_dir, {name: str(path) for name, path in named.items()}, here):
+        COMMANDS[args.command](args)
+        save_byte_counts(trace_dir, Workers(here, 1))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code; a UserError becomes one line on stderr, from rank 0 only."""
     args = argparse.Namespace(command="")
@@ -292,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         commands[args.command].resolve_paths(args, getattr(args, "relative_to", None))
         with os_errors_as_user_errors(getattr(args, "output_dir", None) or "python -m dlrm.prep"):
-            COMMANDS[args.command](args)
+            run_command(args)
     except (errors.UserError, ModuleNotFoundError) as error:
         message = errors.explain_missing_module(error) if isinstance(error, ModuleNotFoundError) else error
         if message is None:

@@ -228,7 +228,7 @@ def train_steps(
     try:
         for number in range(first, first + count):
             hooks.before_batch()
-            trace.set_context(step=progress.step)
+            trace.set_context(step=progress.step + 1)  # as log and metrics number it
             with trace.span("train", "step", batch=number):
                 progress.lr = set_next_lr()
                 loss, logits, labels = pipeline.progress(feed)

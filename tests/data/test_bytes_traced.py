@@ -1,6 +1,5 @@
 """The trace shows, to the byte, what a rank read from each file."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -13,11 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.data_folder import write_days
+from support.file_calls import count_traced_calls, read_events
 from test_multihot import multi_hot_days
 from test_parquet import day, table
 
 KINDS = ("stream", "memory", "mmap", "multi_hot", "parquet")
-READS = ("read", "pread", "pread64", "readv")
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys
@@ -63,30 +62,16 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         command, cwd=here, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    events = []
-    for path in (here / "run" / "trace").glob("*.pfw.gz"):
-        with gzip.open(path, "rt", errors="replace") as lines:  # dftracer cuts long texts anywhere
-            events += [json.loads(line.strip().rstrip(",")) for line in lines if line.startswith("{")]
-    return json.loads(done.stdout), events, world
-
-
-def bytes_by_file(events: list[dict]) -> Counter[str]:
-    names = {e["args"]["value"]: e["args"]["name"] for e in events if e["name"] == "FH"}
-    found: Counter[str] = Counter()
-    for event in events:
-        args = event.get("args", {})
-        if event.get("cat") == "POSIX" and event["name"] in READS and "fhash" in args:
-            found[names[args["fhash"]]] += args["ret"]
-    return found
+    return json.loads(done.stdout), read_events(here / "run"), world
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trace_equals_what_was_read(traced: Traced, kind: str) -> None:
     results, events, world = traced
-    result, seen = results[kind], bytes_by_file(events)
+    result, seen = results[kind], count_traced_calls(events).bytes
     assert result["rows"] == 360 // world
     assert result["bytes"]
-    assert {path: seen[path] for path in result["bytes"]} == result["bytes"]
+    assert {path: seen[path, "read"] for path in result["bytes"]} == result["bytes"]
     for path, size in result["bytes"].items():
         if kind == "mmap":
             assert size == 128  # the header: page faults are not seen

@@ -61,7 +61,7 @@ def count_traced_calls(events: list[dict[str, Any]]) -> FileCalls:
 
 
 def count_strace_calls(log: str) -> FileCalls:
-    """From a log of strace -f -y -e trace=STRACED."""
+    """From a log of strace -f -y -e trace=STRACED. What opendir opens is no file, and no open in a trace."""
     found = FileCalls(Counter(), Counter())
     begun: dict[str, str] = {}  # per thread, a call that another one's line cut in two
     for line in log.splitlines():
@@ -71,6 +71,8 @@ def count_strace_calls(log: str) -> FileCalls:
             continue
         if " resumed>" in line:
             line = begun.pop(thread, "") + line.partition(" resumed>")[2]
+        if "O_DIRECTORY" in line:
+            continue
         if call := re.search(r'\b(open|openat|creat)\((?:\w+<([^>]*)>, )?"([^"]*)"', line):
             found.add(os.path.join(call[2] or "", call[3]), "open", 0)
         elif call := re.search(r"\b([a-z_0-9]+)\(\d+<([^>]*)>.*\)\s+= (-?\d+)(?: |$)", line):

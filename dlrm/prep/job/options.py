@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ COMPAT = ("torchrec", "mlperf")
 FORMATS = ("npy", "parquet")
 ENGINES = ("numba", "plain", "spark")
 DATASETS = ("criteo_1tb", "criteo_kaggle")
+BYTE_COUNTS = "results.json"  # in --trace_dir
 MISSING = -(1 << 31)  # value of an empty count where NVIDIA's rules distinguish it from 0
 # options that `list_parameters` leaves out: they do not change the output's bytes, or meta.json has them
 NOT_IN_OUTPUT = {
@@ -49,6 +51,21 @@ def read_format(folder: Path) -> str:
         return DatasetMeta.load(folder).format
     except UserError:
         return ""
+
+
+def check_traced_paths(trace_dir: Path, paths: Mapping[str, Path | None]) -> None:
+    """UserError for paths that would break the trace: DFTracer writes them to JSON without escaping. And for
+    a folder whose file of byte counts is somebody else's.
+
+    paths: option -> what it is given.
+    """
+    for name, path in paths.items():
+        if path and (printable(path) != str(path) or any(c in str(path) for c in '"\\')):
+            raise UserError(
+                f"{name} {printable(path)}: quotes, backslashes and unprintable characters are not "
+                "possible in a traced path; rename it, or drop --trace_dir"
+            )
+    OutputFolder(trace_dir).refuse_foreign([BYTE_COUNTS])
 
 
 @dataclass(frozen=True)
@@ -160,17 +177,6 @@ class PrepOptions:
             if path := getattr(self, name):
                 object.__setattr__(self, name, Path(path).absolute())
 
-    def _check_trace_paths(self) -> None:
-        """Refuse paths that would break the trace: DFTracer writes them to JSON without escaping."""
-        for name in ("trace_dir", "input_dir", "output_dir", "tmp_dir"):
-            path = getattr(self, name)
-            if path and (printable(path) != str(path) or any(c in str(path) for c in '"\\')):
-                raise UserError(
-                    f"--{name} {printable(path)}: quotes, backslashes and unprintable characters are not "
-                    "possible in a traced path; rename it, or drop --trace_dir"
-                )
-        OutputFolder(self.trace_dir or "").refuse_foreign(["results.json"])
-
     def _check_spark(self) -> None:
         """Refuse options of the Spark engine that another one would ignore, or that Spark would not take."""
         for name in ("spark_driver_memory_gb", "spark_tmp_dir", "spark_conf"):
@@ -235,7 +241,8 @@ class PrepOptions:
             )
         refuse_overlap("--tmp_dir", self.tmp_dir, [("--input_dir", self.input_dir)])
         if self.trace_dir:
-            self._check_trace_paths()
+            names = ("trace_dir", "input_dir", "output_dir", "tmp_dir")
+            check_traced_paths(self.trace_dir, {f"--{name}": getattr(self, name) for name in names})
         found = read_format(self.output_dir)
         if found not in ("", self.format):
             raise UserError(

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
@@ -79,7 +80,9 @@ def _run_forked(processes: int, run_share: Callable[[], dict[int, Any]]) -> dict
         )  # Ctrl-C reaches all processes; the parent ends its forks
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork ends when its parent does
         if os.getppid() == parent:
-            out.send(run_share())
+            results = run_share()
+            trace.stop_tracing()  # the parent ends its forks once it has their results
+            out.send(results)
 
     gc.freeze()  # a collection in a fork would write to the objects' headers and so copy the parent's pages
     fork = multiprocessing.get_context("fork")

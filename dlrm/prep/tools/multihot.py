@@ -17,7 +17,7 @@ from common.errors import UserError, printable
 from common.memory import format_size
 from common.owned import finish_file
 from dlrm.data.criteo import META, DatasetMeta, array_file_name, multi_hot_file_name
-from dlrm.prep.io.files import OffsetFile, os_errors_as_user_errors
+from dlrm.prep.io.files import OffsetFile, os_errors_as_user_errors, view_bytes
 from dlrm.prep.io.folders import DATASET, Folders, Output, publish_results
 from dlrm.prep.io.inputs import FileStamps
 from dlrm.prep.io.publish import compute_md5, write_meta
@@ -25,6 +25,7 @@ from dlrm.prep.job.overlap import same_folder
 from dlrm.prep.job.workers import Workers
 from dlrm.prep.tools.check import read_layout
 from dlrm.prep.tools.torchrec_shuffle import copy_day
+from dlrm.runtime import trace
 
 DISTRIBUTIONS = ("uniform", "pareto")
 ROWS = 1 << 16  # rows of a table or of a day handled at a time
@@ -156,6 +157,28 @@ def draw_pareto(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -
 DRAWS = {"uniform": draw_uniform, "pareto": draw_pareto}
 
 
+class IdTable:
+    """A file of `make_tables`: in memory, or mapped if it is large."""
+
+    def __init__(self, path: Path, rows: int, hots: int) -> None:
+        self.path = path
+        if 4 * rows * hots > IN_MEMORY:
+            self._ids: np.ndarray = np.memmap(path, np.int32, "r", shape=(rows, hots))
+            return
+        self._ids = np.empty((rows, hots), np.int32)
+        with OffsetFile(path) as file:
+            if file.read_into(view_bytes(self._ids), 0) != self._ids.nbytes:
+                raise UserError(f"{printable(path)}: shorter than it should be; start again")
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """int32 [rows, ids per row]"""
+        if not isinstance(self._ids, np.memmap):
+            return self._ids.take(rows, axis=0)
+        size = 4 * len(rows) * self._ids.shape[1]
+        with trace.span("data", "read", file=str(self.path), bytes=size, mapped=1):  # by page faults
+            return np.ascontiguousarray(self._ids[rows])
+
+
 def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
     """Write a day's .npz as np.savez would, column by column, and before it the copies of labels and counts:
     a day whose .npz exists is done.
@@ -184,10 +207,7 @@ def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
     ):
         for column in range(columns):
             rows, hots = options.tables[column], options.sizes[column]
-            path = folders.work / f"table_{column}.i4"
-            table = np.memmap(path, np.int32, "r", shape=(rows, hots))
-            if table.nbytes <= IN_MEMORY:
-                table = np.array(table)
+            table = IdTable(folders.work / f"table_{column}.i4", rows, hots)
             with archive.open(f"{column}.npy", "w", force_zip64=True) as out:
                 description = {"descr": "<i4", "fortran_order": False, "shape": (shape[0], hots)}
                 np.lib.format.write_array_header_1_0(out, description)
@@ -195,7 +215,7 @@ def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
                     count = min(ROWS, shape[0] - row)
                     at = first + row * columns * dtype.itemsize
                     block = ids.read_array(count * columns, at, dtype).reshape(count, columns)
-                    out.write(np.ascontiguousarray(table[block[:, column] % rows]).data)
+                    out.write(table.take(block[:, column] % rows).data)
     finish_file(partial, target)
 
 

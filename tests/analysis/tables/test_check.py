@@ -3,11 +3,11 @@
 import json
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from support import traced
+from support.file_calls import STRACED, count_strace_calls
 from support.made_traces import Made
 
 from analysis.tables import check
@@ -50,39 +50,26 @@ trace.stop_tracing()
 """
 
 
-def by_strace(log: str, names: set[str]) -> Counter[tuple[int, str]]:
-    """Bytes per direction and file, from strace -f -y after the files were made."""
-    found: Counter[tuple[int, str]] = Counter()
-    pattern = re.compile(r"\b(p?read64|read|p?write64|write)\(\d+<([^>]*)>.*\) = (\d+)$")
-    begun: dict[str, str] = {}  # per thread, a call that another one's line cut in two
-    for line in log.splitlines():
-        thread = line.split(maxsplit=1)[0]
-        if line.endswith("<unfinished ...>"):
-            begun[thread] = line.removesuffix("<unfinished ...>")
-        elif " resumed>" in line:
-            line = begun.pop(thread, "") + line.partition(" resumed>")[2]
-        if (match := pattern.search(line)) and match[2] in names:
-            found[READ if "read" in match[1] else WRITE, match[2]] += int(match[3])
-    return found
-
-
 def test_every_byte_that_strace_sees(tmp_path: Path) -> None:
     strace = shutil.which("strace")
     if strace is None:
         pytest.skip("needs strace")
     log, run = tmp_path / "log", tmp_path / "run"
-    calls = "trace=read,pread64,write,pwrite64,readv,preadv,writev,pwritev"
-    process = traced.start(run, READING, 0, 1, strace, "-f", "-y", "-e", calls, "-o", str(log))
+    process = traced.start(run, READING, 0, 1, strace, "-f", "-y", "-e", f"trace={STRACED}", "-o", str(log))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     names = {str(run / name) for name in ("data.bin", "array.npy", "out.bin", "log.txt")}
-    seen = by_strace(log.read_text(), names)
+    moved = count_strace_calls(log.read_text()).bytes
+    kinds = {"read": READ, "write": WRITE}
+    seen = {
+        (kinds[name], file): size for (file, name), size in moved.items() if name in kinds and file in names
+    }
     for name, before in (("data.bin", 300_000), ("array.npy", 40_128)):  # written before the trace began
         assert seen.pop((WRITE, str(run / name))) == before
     [(processes, traced_bytes)] = check.sum_by_launch(FileSource(run))
     assert set(traced_bytes) == {0} and len(processes) == 2  # the worker's bytes are its rank's
     mine = {key: value for key, value in traced_bytes[0].items() if key[1] in names and value}
-    assert mine == dict(seen)
+    assert mine == seen
     assert mine[READ, str(run / "data.bin")] >= 1000 + 100_000 + 70_000 + 20 * 4096 + 5000 + 12_345
 
 
