@@ -29,7 +29,11 @@ def os_errors_as_user_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 def printable(path: object) -> str:
     """A path as one line of text; newlines, control characters and bytes that are not UTF-8 are escaped."""
     text = os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path)
-    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a pair of surrogates, which JSON can hold
+        data = text.encode("utf-8", "backslashreplace")
+    shown = data.decode("utf-8", "backslashreplace")
     return shown if shown.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 

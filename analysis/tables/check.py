@@ -239,7 +239,10 @@ def _as_traced(file: str) -> list[str]:
     """How DFTracer writes a path: quotes, backslashes and what is below a space become spaces (version 4), or
     nothing is escaped (before). What is no UTF-8 reads as the mark of that.
     """
-    shown = file.encode(errors="surrogateescape").decode(errors="replace")
+    try:
+        shown = file.encode(errors="surrogateescape").decode(errors="replace")
+    except UnicodeEncodeError:  # a text of results.json that no file can have as its name
+        return [file]
     return [shown, "".join(" " if c in '"\\' or c < " " else c for c in shown), unescape_text(shown.encode())]
 
 

@@ -89,6 +89,27 @@ def fuzz(run: Path, folder: Path, seed: int, cases: int, every: int) -> None:
             raise
 
 
+@pytest.mark.parametrize("command", ["check", "perfetto", "summary", "compare", "report"])
+def test_half_a_character_as_a_name(run: Path, tmp_path: Path, command: str) -> None:
+    """JSON can hold one of a pair of surrogates, as a value and as a key; no encoding can."""
+    half = "\ud800"
+    for name in FILES:
+        lines = (run / name).read_text().splitlines() or ["{}"]
+        last = json.loads(lines[-1]) | {half: half}
+        for key, value in last.items():
+            if isinstance(value, dict):
+                last[key] = value | {half: half}
+        if name == "results.json":
+            last["bytes_read"] = {"0": {half: 3, f"/data/{half}": 4}}
+        if name == "metrics.jsonl":
+            last |= {half: 0.5}
+        (tmp_path / name).write_text("\n".join([*lines[:-1], json.dumps(last), ""]))
+    (tmp_path / "trace").symlink_to(run / "trace")
+    more = [run] if command == "compare" else []
+    more += ["-o", tmp_path / "made.out"] if command in ("perfetto", "compare", "report") else []
+    check(run_hostile(command, tmp_path, *more))
+
+
 def test_damaged_files(run: Path, tmp_path: Path) -> None:
     fuzz(run, tmp_path, 1, 60, 8)
 
