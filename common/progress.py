@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from common.words import format_number
+
 
 def open_terminal_bar(label: str, unit: str, total: int | None = None, done: int = 0, **more: Any) -> Any:
     """A tqdm bar on stderr; a disabled one where that is no terminal. `more`: other options of tqdm."""
@@ -132,7 +134,7 @@ class StepProgress:
                 while not done.wait(self.BAR_SECONDS):
                     with self._lock:
                         count = self.bytes if bytes else self.rows
-                    bar.add(count - bar.count, f"{self.rows:,} rows" if bytes and self.rows else "")
+                    bar.add(count - bar.count, format_number(self.rows, "row") if bytes and self.rows else "")
                     bar.refresh_bar()
 
             clock = threading.Thread(target=refresh_until_done, name="progress", daemon=True)
@@ -152,7 +154,7 @@ class StepProgress:
         self.print_line(f"step {self._number} of {self._steps} {name}: {why}")
 
     def _sum_up(self, seconds: float) -> str:
-        parts = [f"{self.rows:,} rows"] if self.rows else []
+        parts = [format_number(self.rows, "row")] if self.rows else []
         if self.bytes:
             parts.append(f"{self.bytes / 1e6 / max(seconds, 1e-6):,.0f} MB/s")
         return ", ".join([*parts, f"{seconds:.1f} s"])

@@ -7,11 +7,12 @@ from typing import Any
 import polars as pl
 
 from analysis.report.facts import Facts
-from analysis.report.page import format_number, format_seconds, format_size
+from analysis.report.page import format_seconds, format_size
 from analysis.report.run import TracedRun
 from analysis.run_folder import run_settings
 from analysis.tables import answers, device
 from common.errors import printable
+from common.words import format_number
 
 MAX_COMMAND = 4000  # characters
 PLAUSIBLE_US = 10**15  # times after September 2001 are the clock's; others count from something else

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 
 from analysis.perfetto.links import LinkedRun, make_link
+from common.words import format_number
 
 HERE = Path(__file__).parent
 MANY_COLUMNS = 14  # of a table that a window of 1280 pixels would else cut
@@ -53,10 +54,6 @@ def format_size(n: float | None) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
     raise AssertionError
-
-
-def format_number(n: int, of: str) -> str:
-    return f"{n:,} {of}{'' if n == 1 else 's'}"
 
 
 def to_prose(text: str) -> str:

@@ -16,7 +16,6 @@ from analysis.report.findings import WORTH_SAYING, find_all, list_rules
 from analysis.report.page import (
     Figures,
     ReportEntry,
-    format_number,
     format_seconds,
     make_page,
     render_entry,
@@ -29,6 +28,7 @@ from analysis.run_folder import outputs, run_settings
 from analysis.tables.gather import Map, map_on_threads
 from analysis.trace.source import TraceSource
 from common.errors import os_errors_as_user_errors
+from common.words import format_number
 
 PAGE, SUMMARY = "report.html", "summary.json"
 REMEDY = "name another place with -o: a file for the page, or a folder for all files"

@@ -7,12 +7,13 @@ import polars as pl
 
 from analysis.report.answer import find_answer
 from analysis.report.findings import Facts, Finding, list_rules
-from analysis.report.page import format_number, format_seconds, format_size
+from analysis.report.page import format_seconds, format_size
 from analysis.report.run import TracedRun
 from analysis.tables import answers, device, progress
 from analysis.tables.answers import PARTS
 from analysis.tables.gather import JoinedTables
 from analysis.trace.clocks import list_clocks, make_clocks
+from common.words import format_number
 
 # Until the next release: columns of tables, and labels in `headline`, which that release will not have.
 EARLIER_COLUMNS = {"io_not_hidden_s": "io_bare_s", "io_not_hidden_us": "io_bare_us"}

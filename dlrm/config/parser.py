@@ -5,6 +5,7 @@ UserError of one line, the same on all ranks.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -28,9 +29,13 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: 
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
-def path_option(help: str) -> Any:
-    """A field that becomes a flag for a file or a folder: `str | None`, absolute with --relative_to."""
-    return field(default=None, metadata={"help": help, "choices": None, "bare": None, "path": True})
+def path_option(help: str, default_path: Callable[[Mapping[str, Any]], str | None] | None = None) -> Any:
+    """A field that becomes a flag for a file or a folder: `str | None`, absolute with --relative_to.
+
+    default_path: all options -> where the file is sought without the flag, for --relative_to.
+    """
+    metadata = {"help": help, "choices": None, "bare": None, "path": True, "default_path": default_path}
+    return field(default=None, metadata=metadata)
 
 
 def parsed_field(default: Any) -> Any:
@@ -154,8 +159,12 @@ def _parse_options(
             from_preset = presets[chosen]()
             parser.set_defaults(**from_preset)
     found = parser.parse_args(argv)
-    parser.resolve_paths(found, found.relative_to)
     values = vars(found)
+    if found.relative_to:
+        for each in itertools.chain.from_iterable(map(list_flags, groups.values())):
+            if values[each.name] is None and (find := each.metadata.get("default_path")):
+                values[each.name] = find(values)
+    parser.resolve_paths(found, found.relative_to)
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and not -LARGEST <= number <= LARGEST:

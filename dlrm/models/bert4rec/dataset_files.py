@@ -13,13 +13,20 @@ from common.inputs import check_regular
 AUTO, TEXT = "auto", "text"
 MADE = ("random", "markov")
 FILES = {"ml-1m": "ratings.dat", "ml-20m": "ratings.csv"}
+WITHOUT_PATH = "ml-1m"
 DATASETS = (AUTO, *FILES, TEXT, *MADE)
+
+
+def find_default_path(name: str) -> str | None:
+    """Where a data set is sought without a --dataset_path; None for one that has no such place."""
+    name = WITHOUT_PATH if name == AUTO else name
+    return f"{name}/{FILES[name]}" if name in FILES else None
 
 
 def recognize_dataset(path: str | None) -> str:
     """The --dataset_name of what lies at `path`; without a path ml-1m."""
     if path is None:
-        return "ml-1m"
+        return WITHOUT_PATH
     found = Path(path)
     if not os.path.isdir(found):
         named = {file: name for name, file in FILES.items()}

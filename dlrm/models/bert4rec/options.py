@@ -9,7 +9,13 @@ from typing import Any
 from common.memory import refuse_too_large
 from dlrm.config.options import CheckpointOptions, RunOptions
 from dlrm.config.parser import check_at_least, check_at_most, option, path_option
-from dlrm.models.bert4rec.dataset_files import AUTO, DATASETS, find_ratings_file, recognize_dataset
+from dlrm.models.bert4rec.dataset_files import (
+    AUTO,
+    DATASETS,
+    find_default_path,
+    find_ratings_file,
+    recognize_dataset,
+)
 from dlrm.runtime.errors import UserError
 
 
@@ -29,7 +35,8 @@ class BertData:
         "`user item [timestamp]`; random, markov: made here", DATASETS,
     )  # fmt: skip
     dataset_path: str | None = path_option(
-        "the file with the ratings, or its folder (default: ./ml-1m or ./ml-20m, by --dataset_name)"
+        "the file with the ratings, or its folder (default: ./ml-1m or ./ml-20m, by --dataset_name)",
+        default_path=lambda values: find_default_path(values["dataset_name"]),
     )
     cache_dir: str | None = path_option(
         "folder for prepared data (default: .bert4rec next to the ratings; none for random, markov)"

@@ -26,6 +26,7 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.progress import StepProgress
+from common.words import format_number
 from dlrm.data.criteo import META, DatasetMeta
 from dlrm.prep.io import inputs, publish
 from dlrm.prep.io.columns import choose_columns
@@ -286,7 +287,7 @@ def write_digests(plan: PrepPlan, workers: Workers, names: list[str]) -> None:
 def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: StepProgress) -> DatasetMeta:
     options, values = plan.options, plan.load_json(plan.file_path("publish"))
     for count, example in values["skipped"]:
-        progress.print_line(f"skipped {count} bad rows, the first: {example}")
+        progress.print_line(f"skipped {format_number(count, 'bad row')}, the first: {example}")
     meta = publish.make_meta(options, values["rows"], values["last"], inputs=stamps.list_recorded())
     if options.md5:
         digests = load_digests(plan)

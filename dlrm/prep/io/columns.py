@@ -8,16 +8,17 @@ import re
 import zlib
 
 from common.errors import UserError, printable
+from common.words import format_number
 from dlrm.data.criteo import CRITEO, MOST_COLUMNS, Columns
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.inputs import InputFile
+from dlrm.prep.io.odd_lines import COLUMNS_REMEDY
 from dlrm.prep.job.options import PrepOptions
 
 LOOKED_AT = 1 << 18  # bytes of the first file
 MOST_LINES = 1000
 DECIMAL = re.compile(rb"-?[0-9]*")
 ID = re.compile(rb"[0-9a-fA-F]{8}|")
-REMEDY = "give --num_numerical N --num_categorical M"
 
 
 def choose_columns(options: PrepOptions, sources: list[InputFile]) -> PrepOptions:
@@ -39,7 +40,9 @@ def find_columns(source: InputFile, numerical: int | None, categorical: int | No
     if numerical is not None or categorical is not None:
         given = numerical if categorical is None else categorical
         if width - 1 - (given or 0) < (categorical is None):
-            raise UserError(f"{printable(source.path)}: its first lines do not have more columns: {REMEDY}")
+            raise UserError(
+                f"{printable(source.path)}: its first lines do not have more columns: {COLUMNS_REMEDY}"
+            )
         rest = width - 1 - (given or 0)
         return Columns(given or 0, rest) if categorical is None else Columns(rest, categorical)
     if any(len(row) + (not source.labelled) == CRITEO.total for row in rows) or width < 3:
@@ -51,9 +54,9 @@ def find_columns(source: InputFile, numerical: int | None, categorical: int | No
         raise UserError(
             f"{printable(source.path)}:1: {width - (not source.labelled)} columns, "
             f"{CRITEO.total - (not source.labelled)} expected as in Criteo's data, and it is not certain "
-            f"which are categorical: for other data {REMEDY}"
+            f"which are categorical: for other data {COLUMNS_REMEDY}"
         )
-    print(f"{printable(source.path)}: {columns}, by its first {len(rows)} lines")
+    print(f"{printable(source.path)}: {columns}, by its first {format_number(len(rows), 'line')}")
     return columns
 
 

@@ -14,6 +14,7 @@ from dlrm.data.criteo import CRITEO, Columns
 INT32 = range(-(1 << 31), 1 << 31)
 UINT32 = range(1 << 32)
 LONGEST_LINE = 64 << 20
+COLUMNS_REMEDY = "give --num_numerical N --num_categorical M"
 
 Row = tuple[list[int], list[int], int]  # dense, sparse, label
 
@@ -88,7 +89,7 @@ def read_fields(fields: list[str], rules: LineRules) -> Row:
     if len(fields) < expected or (len(fields) > expected and not rules.lenient):
         if len(fields) == 1:
             raise BadRow(f"1 column, {expected} expected: separate the fields by tabs, without a header line")
-        raise BadRow(f"{len(fields)} columns, {expected} expected")
+        raise BadRow(f"{len(fields)} columns, {expected} expected; for other data {COLUMNS_REMEDY}")
     label = parse_number(fields[0], "the label", 0) if rules.labelled else -1
     first = 1 if rules.labelled else 0
     dense = [parse_number(fields[first + i], f"I{i + 1}", rules.empty_dense) for i in range(numerical)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import os_errors_as_user_errors, printable, quote_for_shell
+from common.words import format_number
 from dlrm.data.criteo import META, DatasetMeta
 from dlrm.prep.io.digests import compute_digests
 from dlrm.prep.io.files import OffsetFile, write_atomically
@@ -124,9 +125,11 @@ def write_meta(folders: Folders, meta: DatasetMeta) -> None:
 
 def describe_dataset(folder: Path, meta: DatasetMeta) -> str:
     """One line for the user, at the very end: the dataset's size, and the command that trains on it."""
-    text = f"{printable(folder)}: {sum(meta.rows):,} rows in {meta.days} days, "
-    text += f"{len(meta.table_sizes)} tables of {min(meta.table_sizes):,} to "
-    text += f"{max(meta.table_sizes):,} rows ({meta.format})"
+    text = (
+        f"{printable(folder)}: {format_number(sum(meta.rows), 'row')} in {format_number(meta.days, 'day')}, "
+    )
+    text += f"{format_number(len(meta.table_sizes), 'table')} of {min(meta.table_sizes):,} to "
+    text += f"{format_number(max(meta.table_sizes), 'row')} ({meta.format})"
     parameters = meta.parameters
     if "contiguous" in parameters["steps"] or parameters["max_ind_range"]:
         text += f"; next: DATASET_DIR={quote_for_shell(folder)} {find_train_script()}"

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlrm.config.parser import parse_options
 from dlrm.data.batches import BatchLoader
 from dlrm.models.bert4rec import ratings
 from dlrm.models.bert4rec.cache import load_prepared, save_prepared
 from dlrm.models.bert4rec.dataloaders import prepare_data
 from dlrm.models.bert4rec.dataset_files import find_ratings_file
-from dlrm.models.bert4rec.options import BertData
+from dlrm.models.bert4rec.options import BertConfig, BertData
 from dlrm.models.bert4rec.ratings import Ratings, RatingsOptions
 from dlrm.models.bert4rec.sequence_reader import SequenceRows, TrainingSequences
 from dlrm.models.bert4rec.sequences import (
@@ -110,6 +111,15 @@ def test_data_sets_are_found_and_recognized(tmp_path: Path, monkeypatch: pytest.
         assert data.dataset_name == name
         assert find_ratings_file(name, path) == Path(file)
     assert find_ratings_file("ml-20m", None) == Path("ml-20m/ratings.csv")
+    monkeypatch.chdir("one")  # --relative_to names the folder of the call, which need not be the current one
+    for given, file in (([], "ml-1m/ratings.dat"), (["--dataset_name", "ml-20m"], "ml-20m/ratings.csv")):
+        config = parse_options(BertConfig, [*given, "--relative_to", str(tmp_path)], "bert4rec", "")
+        config.check_inputs()
+        assert config.data.dataset_path == str(tmp_path / file)
+        assert config.data.dataset_name == file.partition("/")[0]
+    made = parse_options(BertConfig, ["--dataset_name", "random", "--relative_to", "."], "bert4rec", "")
+    assert made.data.dataset_path is None
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="both has ratings.dat and ratings.csv: give --dataset_name"):
         BertData(dataset_path="both")
     with pytest.raises(UserError, match="a folder with 2 such files: give the file"):
