@@ -104,10 +104,10 @@ def _longest_rank(f: Facts, amount: pl.Expr, *phases: str, more: pl.DataFrame | 
 
 
 def _records_all_io(f: Facts) -> bool:
-    """Whether the trace has all I/O of the data as calls or spans: mapped files come by page faults."""
+    """Whether the trace has all I/O of the data as calls or spans: older ones lack what mapped files give."""
     data = f.config.get("data", {})
     mapped = data.get("mmap_mode") or data.get("source") == "mmap"
-    return f.is_own_run and f.joined.calls > 0 and not mapped
+    return f.is_own_run and f.joined.calls > 0 and (not mapped or len(f.mapped_files) > 0)
 
 
 def _make_sentence(

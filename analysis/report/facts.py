@@ -8,6 +8,7 @@ import polars as pl
 
 from analysis.run_folder import run_settings
 from analysis.tables import answers, progress
+from analysis.tables.calls import MAPPED
 from analysis.tables.gather import JoinedTables
 
 TRAIN = ("train", "run")  # `run`: traces without phases
@@ -63,11 +64,12 @@ class Facts:
 
     @cached_property
     def requests(self) -> pl.DataFrame:
-        """Reads and writes after start-up, a row per rank, operation and file; without programs' files."""
+        """Reads and writes after start-up, a row per rank, operation and file; without programs' files, and
+        without copies from mapped files, which are no requests."""
         file = pl.col("file")
         found = self.after_startup("ops").filter(
             pl.col("op").is_in(["read", "write"]) & file.is_not_null() & ~file.str.contains(NOT_DATA)
-        )
+        ).filter(pl.col("layer") != MAPPED)
         sums = pl.col(
             "count", "bytes", "us", "sequential", "strided", "random", "small", "small_bytes", "small_us",
             "misaligned", "misaligned_bytes", "misaligned_us",
@@ -75,6 +77,11 @@ class Facts:
         return found.group_by("rank", "op", "file").agg(
             sums.sum().cast(pl.Int64), pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
         )
+
+    @cached_property
+    def mapped_files(self) -> pl.Series:
+        """Files whose bytes are copied from maps of them."""
+        return self.joined["ops"].filter(pl.col("layer") == MAPPED)["file"].unique()
 
     @cached_property
     def jumping(self) -> pl.DataFrame:
@@ -201,6 +208,13 @@ def show_longest(requests: pl.DataFrame) -> dict[str, int]:
         return {}
     top = requests.sort("max_us", "ts").row(-1, named=True)
     return {"ts": int(top["ts"]), "dur_us": int(top["max_us"])}
+
+
+def advise_mapped_files(facts: Facts) -> str:
+    """What makes mapped files come in faster."""
+    if facts.is_own_dlrm:
+        return "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
+    return "Read the files instead of mapping them, or advise the kernel to read ahead."
 
 
 def advise_tables_in_files(facts: Facts) -> str:

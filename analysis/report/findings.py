@@ -99,7 +99,8 @@ RULES: tuple[Rule, ...] = (
          "opening", "Drishti: P10"),
     Rule("amplified", files.find_amplified_reads, f"{files.AMPLIFIED} times the bytes that the loader "
          "asked for", "-"),
-    Rule("mapped", files.find_mapped_files, "2% of the training is reading or waiting for mapped files", "-"),
+    Rule("mapped", files.find_mapped_files, f"{files.MAPPED_PART:.0%} of the training "
+         f"reads mapped files, at less than {files.MAPPED_RATE / 1e9:.0f} GB/s", "-"),
     Rule("metadata", files.find_metadata_load, f"{files.METADATA_PART:.0%} of the time in file calls "
          "moves no byte; "
          "hints and syncs are left out",

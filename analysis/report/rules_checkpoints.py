@@ -5,7 +5,7 @@ import polars as pl
 
 from analysis.report.facts import Facts, Finding, show_longest
 from analysis.report.page import format_seconds, format_size
-from analysis.tables import progress
+from analysis.tables import device, progress
 
 PAUSE = 0.02  # of the run
 TAIL, LEAST_CHECKPOINTS, TAIL_PART = 2.0, 4, 0.01  # times the median; checkpoints; of the run, longer than it
@@ -21,11 +21,11 @@ def find_checkpoint_cost(f: Facts) -> Finding | None:
     written = progress.list_checkpoints(f.joined).filter(pl.col("name") == "write")
     moved, spent = int(written["bytes"].sum()), float(written["seconds"].sum())
     speed = (
-        f": {format_size(moved)} written at {moved / spent / 1e6:.0f} MB/s per rank"
+        f": {format_size(moved)} written at {moved / spent / 1e6:.0f} MB/s per rank. {device.WRITE_RATES}"
         if moved and spent
-        else ""
+        else "."
     )
-    text = f"Training pauses for {format_seconds(stall)} while checkpoints are saved or loaded{speed}."
+    text = f"Training pauses for {format_seconds(stall)} while checkpoints are saved or loaded{speed}"
     remedy = "Save less often, or to faster storage; or write in the background."
     if f.is_own_run:  # it does write in the background: what is left is copying, and waiting for the last one
         remedy = "Save less often (--checkpoint_every_steps), or put --checkpoint_dir on faster storage."

@@ -2,9 +2,9 @@
 
 import polars as pl
 
-from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, show_longest
+from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, advise_mapped_files, show_longest
 from analysis.report.page import format_seconds, format_size
-from analysis.tables import answers
+from analysis.tables import answers, device
 from analysis.tables.calls import BLOCK, SMALL_REQUEST
 
 SHARED_COUNT = 1000  # small or misaligned requests
@@ -17,6 +17,7 @@ METADATA_PART = 0.3  # of the time in file calls
 METADATA_RANK_S = 30.0
 HINTS_PART = 0.1
 SYNC_PART = 0.02  # of the run
+MAPPED_PART, MAPPED_RATE = 0.02, 2e9  # of the training; bytes per s: faster ones come from memory
 AMPLIFIED = 1.2  # times the bytes asked for
 METADATA_OPS = ("open", "close", "stat", "seek", "other")
 
@@ -248,46 +249,22 @@ def find_amplified_reads(f: Facts) -> Finding | None:
 
 def find_mapped_files(f: Facts) -> Finding | None:
     """Files that the application reads and no call touches: page faults, seen only as slow spans."""
-    reads = f.after_startup("ops").filter((pl.col("layer") == "spans") & (pl.col("op") == "read"))
-    if not len(reads):
-        return _mapped_by_option(f)
-    if f.joined.calls == 0:
+    reads = f.after_startup("ops").filter((pl.col("layer") != "calls") & (pl.col("op") == "read"))
+    if not len(reads) or f.joined.calls == 0:
         return None
     moved, spent = int(reads["bytes"].sum()), float(reads["us"].sum()) / 1e6
     rate, gain = moved / max(spent, 1e-9) / 1e6, f.limit_gain(spent)
-    if rate > 2000 or gain < 0.02 * f.mean_seconds("wall_s", *TRAIN, "preprocess"):
+    wall = f.mean_seconds("wall_s", *TRAIN, "preprocess")
+    if rate > MAPPED_RATE / 1e6 or gain < MAPPED_PART * wall:
         return None
-    slow = reads.group_by("file").agg(pl.col("us").sum()).sort("us", descending=True)["file"][0]
+    slow = reads.group_by("file").agg(pl.col("us").sum()).sort("us", "file", descending=[True, False])
     text = (
-        f"{format_size(moved)} are read without any call, at {rate:.0f} MB/s, most of the time in {slow}: "
-        "a mapped file that is not in memory comes in by page faults, a few pages at a time."
+        f"{format_size(moved)} are read without any call, at {rate:.0f} MB/s, most of the time in "
+        f"{slow['file'][0]}: a mapped file comes in by page faults, a few pages at a time. "
+        + device.describe_reads(f.joined, *reads["phase"].unique())
     )
-    remedy = "Read the files instead of mapping them, or advise the kernel to read ahead."
-    if f.is_own_dlrm:
-        remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
-    evidence = {"bytes": moved, "MB_per_s": rate, "file": slow} | show_longest(reads)
-    return Finding("mapped", gain, text, remedy, evidence)
-
-
-def _mapped_by_option(f: Facts) -> Finding | None:
-    """The trainer's mapped source has no spans of its reads: its batches take long to assemble."""
-    data = f.config.get("data", {})
-    assembled = f.joined["spans"].filter((pl.col("cat") == "data") & (pl.col("name") == "assemble"))
-    stall, wall = f.mean_seconds("wait_s", *TRAIN), f.mean_seconds("wall_s", *TRAIN)
-    if (
-        not (data.get("mmap_mode") or data.get("source") == "mmap")
-        or not len(assembled)
-        or stall < 0.02 * wall
-    ):
-        return None
-    usual, late = (float(assembled[c].to_numpy().max()) / 1e6 for c in ("p50_us", "p99_us"))
-    text = (
-        "The dataset is mapped, so its bytes come in by page faults, which no trace shows: half of the "
-        f"batches are assembled in {format_seconds(usual)}, one in a hundred takes more than "
-        f"{format_seconds(late)}, and the training waits {format_seconds(stall)} for them."
-    )
-    remedy = "Leave out --mmap_mode (a streamed source reads ahead), or read the files once beforehand."
-    return Finding("mapped", stall, text, remedy, {"p50_s": usual, "p99_s": late, "stall_s": stall})
+    evidence = {"bytes": moved, "MB_per_s": rate, "file": slow["file"][0]} | show_longest(reads)
+    return Finding("mapped", gain, text, advise_mapped_files(f), evidence)
 
 
 def _sum_metadata(f: Facts) -> pl.DataFrame:

@@ -19,7 +19,7 @@ from analysis.report.facts import (
 )
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import answers
-from analysis.tables.calls import BLOCK, SMALL_REQUEST, add_latency_us
+from analysis.tables.calls import BLOCK, MAPPED, SMALL_REQUEST, add_latency_us
 
 LARGE_REQUEST = 8 << 20  # a request of this size is large enough for common file systems
 SMALL_COUNT = 1000
@@ -253,7 +253,8 @@ def find_stdio(f: Facts) -> Finding | None:
 
 def find_slow_tail(f: Facts) -> Finding | None:
     """A few reads that take most of the time: the storage was busy, or cold."""
-    reads = add_latency_us(f.after_startup("latencies").filter(pl.col("op") == "read"))
+    is_call = (pl.col("op") == "read") & (pl.col("layer") != MAPPED)
+    reads = add_latency_us(f.after_startup("latencies").filter(is_call))
     if int(reads["count"].sum()) < 1000:
         return None
     middle, last = answers.find_percentiles(reads, "op").select("p50_us", "p99_us").row(0)
@@ -273,7 +274,7 @@ def find_slow_tail(f: Facts) -> Finding | None:
     )
     remedy = "The storage is shared or cold: stripe the files wider, or stage them on the node."
     evidence: dict[str, object] = {"share": tail / spent, "reads": number, "p50_us": middle}
-    reads = f.after_startup("ops").filter(pl.col("op") == "read")
+    reads = f.after_startup("ops").filter(is_call)
     return Finding("slow_tail", gain, text, remedy, evidence | show_longest(reads))
 
 

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, show_longest
+from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, advise_mapped_files, show_longest
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import progress
 
@@ -28,12 +28,16 @@ def find_waiting(f: Facts) -> Finding | None:
     if len(reads):
         name = str(reads["file"][0])
         mean = float(reads["bytes"].sum()) / max(1, int(reads["count"].sum()))
-        size_text = f"; a read moves {format_size(mean)} on average"
+        is_mapped = name in f.mapped_files
+        what = "a copy from the mapped file" if is_mapped else "a read"
+        size_text = f"; {what} moves {format_size(mean)} on average"
         evidence |= {"file": name, "mean_read_bytes": mean}
         if _reads_little(f, stall):
             read_s = float(reads["seconds"].sum()) / max(1, f.breakdown.height)
             size_text = f", though its reads take {format_seconds(read_s)} per rank only"
             remedy = _advise_loader(f)
+        elif is_mapped:
+            remedy = advise_mapped_files(f)
         elif name.endswith(TABLE_FILE):
             remedy = "These are tables in files: raise --cache_memory_budget_mb."
         elif mean < 1 << 20:

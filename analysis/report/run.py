@@ -8,8 +8,10 @@ from typing import Any
 import polars as pl
 
 from analysis.perfetto.links import LinkedRun, name_run
+from analysis.report.page import format_number, format_size
 from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
+from analysis.tables.calls import MAPPED
 from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import JoinedTables, Map, gather_tables, map_on_threads
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
@@ -87,6 +89,13 @@ def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
     if joined.calls == 0:
         shown.append(
             "No file calls were recorded: bytes and times of I/O are those that the application declares."
+        )
+    copied = joined["ops"].filter(pl.col("layer") == MAPPED)
+    if len(copied):
+        shown.append(
+            f"{format_size(int(copied['bytes'].sum()))} of the bytes read, in "
+            f"{format_number(int(copied['count'].sum()), 'read')}, were copied from mapped files, as the "
+            "application's spans declare them: page faults brought them in, which are no calls."
         )
     if not len(joined["steps"]) and "preprocess" not in joined["time"]["phase"]:
         shown.append("No training steps (category train, name step): everything about steps is left out.")

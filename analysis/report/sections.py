@@ -7,6 +7,7 @@ from analysis.report.facts import Facts
 from analysis.report.page import ReportEntry
 from analysis.report.run import TracedRun
 from analysis.tables import answers, device, progress
+from analysis.tables.calls import MAPPED
 from analysis.trace.classify import KINDS
 
 KEPT = (
@@ -180,8 +181,9 @@ def _list_requests(run: TracedRun) -> list[ReportEntry]:
             "Requests", "Bytes by size", None, plots_io.plot_request_bytes(sizes), "Where the bytes go.",
         ),
         ReportEntry(
-            "Requests", "Operations", answers.sum_operations(j), plots_io.plot_latency(j["latencies"]),
-            "Time of one operation. Percentiles are exact below 256 us, else within 1%.",
+            "Requests", "Operations", answers.sum_operations(j), 
+            plots_io.plot_latency(j["latencies"].filter(pl.col("layer") != MAPPED)),
+            "Time of one operation; in the table, `mapped` are copies from mapped files. Percentiles are exact below 256 us, else within 1%.",
             "operations", show=True,
         ),
         ReportEntry(
@@ -212,8 +214,7 @@ def _list_special(run: TracedRun) -> list[ReportEntry]:
         ),
         ReportEntry(
             "Checkpoints", "Saved and loaded", saved, None,
-            "`save` and `load` on the main thread is how long training stood still. MB/s are the "
-            "application's: what is written goes to memory first, unless it waits for the disk.",
+            f"`save` and `load` on the main thread is how long training stood still. {device.WRITE_RATES}",
             "checkpoints",
         ),
         ReportEntry(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from analysis.tables.calls import add_latency_us
+from analysis.tables.calls import MAPPED, add_latency_us
 from analysis.tables.gather import JoinedTables
 from analysis.tables.times import MEASURES
 from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS
@@ -159,9 +159,13 @@ def find_percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
 
 
 def count_request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
-    """Requests by size: `bytes_from` is the power of two that a size begins with; 0 for nothing moved."""
+    """Requests by size: `bytes_from` is the power of two that a size begins with; 0 for nothing moved.
+
+    Copies from mapped files are none: the kernel fetches their pages as it likes.
+    """
     low = pl.when(pl.col("bucket") < 0).then(0).otherwise(2 ** pl.col("bucket").cast(pl.Int64).clip(0))
-    found = j["sizes"].group_by(*by, "op", "bucket").agg(*count_by("count", "bytes"), SECONDS)
+    requests = j["sizes"].filter(pl.col("layer") != MAPPED)
+    found = requests.group_by(*by, "op", "bucket").agg(*count_by("count", "bytes"), SECONDS)
     return found.with_columns(low.alias("bytes_from")).sort(*by, "op", "bucket")
 
 
@@ -178,12 +182,13 @@ def list_slowest(j: JoinedTables, startup: bool = False, n: int = 40) -> pl.Data
 
 
 def compare_declared(j: JoinedTables) -> pl.DataFrame:
-    """Bytes that the application declares per file, and bytes that the calls moved after start-up."""
+    """Bytes that the application declares per file, and bytes that the calls moved after start-up; without
+    mapped files, whose bytes no call moves."""
     calls = j["ops"].filter(
         (pl.col("layer") == "calls") & pl.col("op").is_in(DATA_OPS) & (pl.col("phase") != "startup")
     )
     moved = calls.group_by("op", "file").agg(pl.col("bytes").sum().alias("moved"), pl.col("us").sum())
-    asked = j["claims"].group_by("op", "file").agg(pl.col("bytes").sum().alias("asked"))
+    asked = j["claims"].filter(~pl.col("mapped")).group_by("op", "file").agg(pl.col("bytes").sum().alias("asked"))
     both = moved.join(asked.filter(pl.col("asked") > 0), on=["op", "file"])
     times = (pl.col("moved") / pl.col("asked")).alias("times")
     return both.with_columns(times).sort("moved", "op", "file", descending=[True, False, False])

@@ -1,7 +1,8 @@
 """What one rank asked of the storage: operations, sizes, latencies, order of access, rates over time.
 
-Rows come in two layers: "calls" are intercepted calls; "spans" are reads and writes that the application
-declares and no call shows, as with a mapped file. A file is in one of them, so the layers can be added up.
+Rows come in three layers: "calls" are intercepted calls; "mapped" are copies from mapped files, which spans
+declare and no call shows; "spans" are other reads and writes that the application declares and no call shows.
+No byte is in two of them, so the layers can be added up.
 """
 
 import numpy as np
@@ -14,6 +15,7 @@ from analysis.trace.strings import compiled
 from analysis.trace.windows import spread_bytes
 
 SLOWEST = 40
+MAPPED = "mapped"  # the layer of copies from mapped files
 _NONE, _SEQUENTIAL, _RANDOM, _STRIDED = 0, 1, 2, 3
 _OPEN, _SEEK, _DATA, _ELSE = 0, 1, 2, 3
 SMALL_REQUEST = 64 << 10  # a request below this is small
@@ -67,14 +69,15 @@ def make_io_tables(
     """Tables ops, extents, claims, sizes, latencies, rates, slowest."""
     order, misaligned, extents = follow_calls(calls)
     calls = calls.with_columns(pl.Series("order", order, pl.UInt8), pl.Series("misaligned", misaligned))
-    spans = find_unseen(declared, calls).select(
-        "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
+    unseen = find_unseen(declared, calls).select(
+        "mapped", "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
         pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
         pl.lit(False).alias("misaligned"),
     )  # fmt: skip
     made = [_sum_layer(calls.select(_NEEDED), "calls", cuts)]
-    if len(spans):
-        made.append(_sum_layer(spans.select(_NEEDED), "spans", cuts))
+    for layer, rows in (("spans", ~pl.col("mapped")), (MAPPED, pl.col("mapped"))):
+        if len(own := unseen.filter(rows)):
+            made.append(_sum_layer(own.select(_NEEDED), layer, cuts))
     number = pl.lit(rank, pl.Int32).alias("rank")
     tables = {name: pl.concat([t[name] for t in made]).select(number, pl.all()) for name in made[0]}
     tables["claims"] = sum_declared(declared).select(number, pl.all())
@@ -85,9 +88,12 @@ def make_io_tables(
 def find_unseen(declared: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
     """Declared reads and writes that no call shows: mapped files, calls that are not intercepted.
 
+    What is copied from a mapped file is never seen: the calls on it read its header, or another mapping's.
     A span that names a file is seen when any call moved bytes of it (a bare name: of any file so called);
     one that names none, when calls of its process moved at least half of its bytes while it was open.
     """
+    kept = [declared.filter("mapped")]
+    declared = declared.filter(~pl.col("mapped"))
     moving = calls.select("pid", "op", "file", "ts", "size").filter(pl.col("size") > 0)
     paths = moving.select("op", pl.col("file")).unique().with_columns(pl.col("file").cast(pl.String))
     bare = paths.with_columns(pl.col("file").str.split("/").list.last())
@@ -98,7 +104,7 @@ def find_unseen(declared: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
         pl.concat([paths, bare]).unique(), left_on=["op", "path"], right_on=["op", "file"], how="anti"
     ).drop("path")
     nameless = declared.filter(pl.col("file").is_null())
-    kept = [named]
+    kept.append(named)
     for (pid, op), spans in nameless.group_by("pid", "op"):
         own = moving.filter((pl.col("pid") == pid) & (pl.col("op") == op)).sort("ts")
         sums = np.concatenate([[0], np.cumsum(own["size"].to_numpy())])
@@ -111,7 +117,7 @@ def find_unseen(declared: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
 
 def sum_declared(declared: pl.DataFrame) -> pl.DataFrame:
     """Bytes per category and file as the application declares them, to compare with the calls."""
-    return declared.group_by("cat", "op", "file").agg(
+    return declared.group_by("cat", "op", "file", "mapped").agg(
         pl.len().alias("count"), pl.col("bytes").sum(), pl.col("dur").sum()
     )
 

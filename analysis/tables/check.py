@@ -77,7 +77,7 @@ def check_run(
     ended = _find_ended_launch([job for job, _ in launched])
     rows: list[CheckedFile] = []
     for number, (_, traced) in enumerate(launched):
-        spans = any(direction == SPANS for seen in traced.values() for direction, _ in seen)
+        spans = any(kind in (SPANS, MAPPED) for seen in traced.values() for kind, _ in seen)
         if number == ended and (os.path.lexists(results) or not spans):
             rows += _by_results(results, traced, number + 1)
         else:
@@ -87,12 +87,13 @@ def check_run(
                 for (direction, file), counted in sorted(seen.items(), key=lambda item: item[0][1])
                 if direction == SPANS
             ]
-    if not rows:
+    unchecked = _list_unchecked(rows, launched)
+    if not rows and not any(each.direction == "mapped" for each in unchecked):
         raise UserError(
             f"{printable(run_dir)}: no results.json and no data/read spans with bytes; nothing to compare"
         )
     processes = [process for job, _ in launched for process in job]
-    return rows, processes, _list_unchecked(rows, launched)
+    return rows, processes, unchecked
 
 
 def _list_unchecked(
@@ -250,7 +251,8 @@ def format_check(
     rows: list[CheckedFile], processes: Iterable[TracedProcess], unchecked: list[UncheckedBytes]
 ) -> str:
     """A line per rank and direction, each file that is not covered to the byte, and what was not compared."""
-    lines = [f"{'rank':>4}  {'':7}  {'files':>5}  {'counted by run':>16}  {'in the trace':>16}  coverage"]
+    head = f"{'rank':>4}  {'':7}  {'files':>5}  {'counted by run':>16}  {'in the trace':>16}  coverage"
+    lines = [head] if rows else []
     numbers = sorted({row.launch for row in rows})
     for number in numbers:
         own = [row for row in rows if row.launch == number]
@@ -272,7 +274,8 @@ def format_check(
     lines += [f"lost: {process.lost}" for process in processes if process.lost]
     lines += _format_unchecked(unchecked)
     if not any(row.counted or row.traced for row in rows):
-        lines.append("coverage unknown: the run counted no bytes, so none were compared")
+        why = "the run counted no bytes" if rows else "no results.json, and the spans name mapped files only"
+        lines.append(f"coverage unknown: {why}, so no bytes were compared")
         return "\n".join(lines)
     if wrong:
         verdict = "NOT every byte is in the trace"
@@ -293,8 +296,8 @@ def _format_unchecked(unchecked: list[UncheckedBytes]) -> list[str]:
             mapped[each.file] = mapped.get(each.file, 0) + each.bytes
     if mapped:
         lines.append(
-            f"not compared: {sum(mapped.values()):,} bytes from {len(mapped)} mapped files: the kernel reads "
-            "those by page faults, which are no calls"
+            f"not compared: {sum(mapped.values()):,} bytes from {len(mapped)} mapped "
+            f"file{'s' if len(mapped) > 1 else ''}: the kernel reads those by page faults, which are no calls"
         )
         lines += [f"  {printable(file)}: {amount:,} bytes" for file, amount in list(mapped.items())[:20]]
         lines += [f"  and {len(mapped) - 20} more"] if len(mapped) > 20 else []

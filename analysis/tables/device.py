@@ -21,6 +21,7 @@ COUNTED = (
 )  # fmt: skip
 SIDES = {"memory": IN_MEMORY, "device": COUNTED}  # what a file system's reads count as, else "not known"
 NOT_FILES = r"^/(proc|sys)/"
+WRITE_RATES = "Rates are the application's: what is written goes to memory first, unless a sync waits for it."
 SUMS = (
     "read_bytes", "device_read_bytes", "cache_read_bytes", "write_bytes", "device_write_bytes",
     "major_faults", "minor_faults",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis.trace.arguments import count_moved_bytes
+from analysis.trace.arguments import count_moved_bytes, read_argument
 from analysis.trace.classify import CALLS, classify
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import make_event_frame
@@ -14,7 +14,7 @@ from analysis.trace.events import TraceReader
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import MAX_BYTES, EventBlock
 from analysis.trace.source import BlockReader, TraceSource
-from analysis.trace.strings import StringTable
+from analysis.trace.strings import ID, StringTable
 
 _COLUMNS = (
     "pid", "tid", "cat", "name", "ts", "dur", "file", "offset", "ret", "bytes",
@@ -23,7 +23,7 @@ _COLUMNS = (
 CALL = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed")
 SPAN = (
     "pid", "tid", "cat", "name", "kind", "op", "ts", "dur", "file", "bytes",
-    "epoch", "step", "batch", "value", "split",
+    "epoch", "step", "batch", "value", "split", "mapped",
 )  # fmt: skip
 
 
@@ -77,7 +77,9 @@ def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[
     """The calls of a block (columns CALL) and its spans (columns SPAN), times corrected."""
     _, moved = count_moved_bytes(block, reader.strings)
     events = make_event_frame(block, reader.strings, reader.paths, 0, _COLUMNS)
-    events = events.with_columns(pl.Series("moved", moved[block.is_event()]))
+    rows = block.is_event()
+    mapped = read_argument(block, ID["mapped"]) > 0
+    events = events.with_columns(pl.Series("moved", moved[rows]), pl.Series("mapped", mapped[rows]))
     meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
     events = events.join(
         meaning.with_columns(pl.col("kind", "op").cast(pl.Categorical)),
@@ -100,5 +102,5 @@ def _make_empty(columns: Iterable[str]) -> pl.DataFrame:
     """A table without rows that can be joined to those of `_split_block`."""
     types = dict.fromkeys(("cat", "name", "op", "kind", "file", "split"), pl.Categorical)
     types |= dict.fromkeys(("pid", "tid"), pl.UInt32)
-    types |= {"failed": pl.Boolean, "value": pl.Float64}
+    types |= {"failed": pl.Boolean, "value": pl.Float64, "mapped": pl.Boolean}
     return pl.DataFrame(schema={name: types.get(name, pl.Int64) for name in columns})

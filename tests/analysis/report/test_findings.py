@@ -110,17 +110,26 @@ def test_cold_mapped_file(tmp_path: Path) -> None:
 
 
 def test_mapped_source_of_our_own(tmp_path: Path) -> None:
-    """It has no spans of reads, only batches that are slow to assemble where the file is cold."""
-    made = training(wait=4_000, reads=0)
-    for step in range(40):
-        made.span("data", "assemble", 10_000 + step * 12_010, 9_000 if step < 3 else 500, 7, batch=step)
-    config = {"data": {"mmap_mode": True}, "launch": {}}
-    finding = found(tmp_path, made, config=config)["mapped"]
-    assert (
-        "half of the batches are assembled in 500 us, one in a hundred takes more than 9 ms" in finding.text
-    )
-    assert finding.seconds == pytest.approx(0.16)
-    assert "mapped" not in found(tmp_path)
+    """Its copies count though calls have read the files' headers; they are no requests, small or large."""
+    made = training(wait=6_000, reads=0)
+    for i in range(1200):
+        at = 10_100 + i * 400
+        made.posix("pread64", at, 1, "/data/day_0_sparse.npy", 7, ret=128, offset=0)
+        made.span("data", "read", at, 300, 7, file="/data/day_0_sparse.npy", bytes=20_000, offset=128, mapped=1)
+    made.write(tmp_path)
+    joined = gather_tables(tmp_path)
+    finding = {f.rule: f for f in find_all(Facts(joined, {"data": {"mmap_mode": True}, "launch": {}}))}
+    assert "24 MB are read without any call, at 67 MB/s" in finding["mapped"].text
+    assert "it is not known what came from a device" in finding["mapped"].text
+    assert "--mmap_mode" in finding["mapped"].remedy
+    assert "a copy from the mapped file moves 10.1 KB" in finding["waiting"].text
+    assert "--mmap_mode" in finding["waiting"].remedy
+    assert not set(finding) & {"small_reads", "random_access", "amplified"}
+    assert not len(answers.compare_declared(joined))
+    volume = answers.sum_operations(joined).filter(pl.col("op") == "read").sort("layer")
+    assert volume.select("layer", "count", "bytes").rows() == [
+        ("calls", 1200, 153_600), ("mapped", 1200, 24_000_000),
+    ]  # fmt: skip
 
 
 def test_warm_mapped_file_is_fine(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.Capture
     assert main(["check", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert (
-        "not compared: 19,000,000 bytes from 1 mapped files" in out and "/data/day_0.npy: 19,000,000" in out
+        "not compared: 19,000,000 bytes from 1 mapped file:" in out and "/data/day_0.npy: 19,000,000" in out
     )
     assert "not compared: 77 bytes written of files that the run does not count" in out
     assert "state.json" in out and "5,000" not in out
@@ -124,6 +124,21 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.Capture
     assert main(["check", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "100.0%" not in out and "coverage unknown: the run counted no bytes" in out
+
+
+def test_a_stopped_run_of_mapped_files_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from analysis.__main__ import main
+
+    made = Made()
+    made.posix("pread64", 0, 5, "/data/day_0.npy", ret=128, count=128, offset=0)
+    made.span("data", "read", 10, 5, file="/data/day_0.npy", bytes=19_000_000, offset=128, mapped=1)
+    made.write(tmp_path)
+    assert main(["check", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "not compared: 19,000,000 bytes from 1 mapped file:" in out
+    assert "coverage unknown: no results.json, and the spans name mapped files only" in out
 
 
 RELATIVE = """
