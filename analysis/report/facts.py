@@ -10,13 +10,14 @@ from analysis.run_folder import run_settings
 from analysis.tables import answers, progress
 from analysis.tables.calls import MAPPED
 from analysis.tables.gather import JoinedTables
+from analysis.trace.classify import PROGRAM_FILE, SYSTEM_FILE
 
 TRAIN = ("train", "run")  # `run`: traces without phases
 TABLE_FILE = ".rows"  # the end of the name of an embedding table's file
 MATTERS = 0.01  # of the run: less time to be won is no finding
 MATTERS_HIDDEN = 0.05  # of the run: so much of a rank's time in calls is one, though all of it is hidden
 JUMPS, JUMPING = 1000, 0.5  # requests that jump to another offset, and their share in a file's
-NOT_DATA = r"\.(py|pyc|pyi|so)(\.|$)|/site-packages/|^/(proc|sys|dev|etc)/"
+NOT_DATA = f"{PROGRAM_FILE}|{SYSTEM_FILE}"
 
 
 @dataclass
@@ -67,9 +68,11 @@ class Facts:
         """Reads and writes after start-up, a row per rank, operation and file; without programs' files, and
         without copies from mapped files, which are no requests."""
         file = pl.col("file")
-        found = self.after_startup("ops").filter(
-            pl.col("op").is_in(["read", "write"]) & file.is_not_null() & ~file.str.contains(NOT_DATA)
-        ).filter(pl.col("layer") != MAPPED)
+        found = (
+            self.after_startup("ops")
+            .filter(pl.col("op").is_in(["read", "write"]) & file.is_not_null() & ~file.str.contains(NOT_DATA))
+            .filter(pl.col("layer") != MAPPED)
+        )
         sums = pl.col(
             "count", "bytes", "us", "sequential", "strided", "random", "small", "small_bytes", "small_us",
             "misaligned", "misaligned_bytes", "misaligned_us",

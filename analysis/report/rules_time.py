@@ -50,9 +50,8 @@ def find_waiting(f: Facts) -> Finding | None:
             )
         elif f.is_own_run:
             remedy = "Raise --prefetch_batches, stage the data on the node, or hold it in memory."
-    text = (
-        f"{stall / wall:.0%} of the training's time is waiting for data, most of all for {name}{size_text}."
-    )
+    of = "training" if len(f.joined["steps"]) else "run"
+    text = f"{stall / wall:.0%} of the {of}'s time is waiting for data, most of all for {name}{size_text}."
     steps = f.joined["steps"].filter(pl.col("wait_us") + pl.col("io_us") > 0)
     evidence |= _show_step(steps, pl.col("wait_us") + pl.col("io_us"))
     return Finding("waiting", stall, text, remedy, evidence)

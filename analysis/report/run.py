@@ -84,6 +84,13 @@ def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
         shown.append(
             f"{len(empty)} traces hold no events: {', '.join(empty[:3])}{'...' if len(empty) > 3 else ''}."
         )
+    merged = [p for p in joined.processes if p.pids > 1]
+    shown += [
+        f"{printable(p.path.name)} holds the events of {p.pids:,} processes, which count as one rank: times, "
+        "phases and steps are those of one of them, the one with the longest training or the most work; "
+        "calls and bytes are of all."
+        for p in merged[:8]
+    ]
     if reason := explain_missing_counters(joined):
         shown.append(reason)
     if joined.calls == 0:

@@ -181,9 +181,10 @@ def _list_requests(run: TracedRun) -> list[ReportEntry]:
             "Requests", "Bytes by size", None, plots_io.plot_request_bytes(sizes), "Where the bytes go.",
         ),
         ReportEntry(
-            "Requests", "Operations", answers.sum_operations(j), 
+            "Requests", "Operations", answers.sum_operations(j),
             plots_io.plot_latency(j["latencies"].filter(pl.col("layer") != MAPPED)),
-            "Time of one operation; in the table, `mapped` are copies from mapped files. Percentiles are exact below 256 us, else within 1%.",
+            "Time of one operation; in the table, `mapped` are copies from mapped files. Percentiles "
+            "are exact below 256 us, else within 1%.",
             "operations", show=True,
         ),
         ReportEntry(

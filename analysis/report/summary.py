@@ -70,11 +70,12 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
                 key = f"{split}_{name.removesuffix('@10').lower()}_at_10"
                 rows.append(Headline(key, f"{split} {name}", scores[name], f"{scores[name]:.5f}", 1))
     if train_s:
+        of = "training" if len(j["steps"]) else "the run"
         wait, comm = stall_s / train_s, facts.mean_seconds("communication_s", "train", "run") / train_s
         rows += [
-            _make_seconds("training_seconds", "training", train_s),
-            Headline("wait_share", "waiting for data, of training", wait, f"{wait:.1%}", -1),
-            Headline("communication_share", "communication, of training", comm, f"{comm:.1%}", -1),
+            _make_seconds("training_seconds", "training" if len(j["steps"]) else "the run", train_s),
+            Headline("wait_share", f"waiting for data, of {of}", wait, f"{wait:.1%}", -1),
+            Headline("communication_share", f"communication, of {of}", comm, f"{comm:.1%}", -1),
         ]
     if io >= LEAST_IO_SECONDS:
         hidden = 1 - not_hidden / io

@@ -10,10 +10,9 @@ import polars as pl
 from analysis.tables.calls import MAPPED, add_latency_us
 from analysis.tables.gather import JoinedTables
 from analysis.tables.times import MEASURES
-from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS
+from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS, PROGRAM_FILE
 
 S = 1e6
-PROGRAM_FILE = r"\.(py|pyc|pyi|so)(\.|$)|/site-packages/"
 WHOLE_PHASES = ("startup", "evaluate", "checkpoint", "preprocess", "other")
 PARTS = ("startup", *reversed(KINDS), "rest", "evaluate", "checkpoint", "preprocess", "other")
 
@@ -188,7 +187,9 @@ def compare_declared(j: JoinedTables) -> pl.DataFrame:
         (pl.col("layer") == "calls") & pl.col("op").is_in(DATA_OPS) & (pl.col("phase") != "startup")
     )
     moved = calls.group_by("op", "file").agg(pl.col("bytes").sum().alias("moved"), pl.col("us").sum())
-    asked = j["claims"].filter(~pl.col("mapped")).group_by("op", "file").agg(pl.col("bytes").sum().alias("asked"))
+    asked = (
+        j["claims"].filter(~pl.col("mapped")).group_by("op", "file").agg(pl.col("bytes").sum().alias("asked"))
+    )
     both = moved.join(asked.filter(pl.col("asked") > 0), on=["op", "file"])
     times = (pl.col("moved") / pl.col("asked")).alias("times")
     return both.with_columns(times).sort("moved", "op", "file", descending=[True, False, False])

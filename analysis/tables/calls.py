@@ -70,7 +70,8 @@ def make_io_tables(
     order, misaligned, extents = follow_calls(calls)
     calls = calls.with_columns(pl.Series("order", order, pl.UInt8), pl.Series("misaligned", misaligned))
     unseen = find_unseen(declared, calls).select(
-        "mapped", "pid", "tid", "cat", "name", "op", "ts", "dur", "file", pl.lit(None, pl.Int64).alias("offset"),
+        "mapped", "pid", "tid", "cat", "name", "op", "ts", "dur", "file",
+        pl.lit(None, pl.Int64).alias("offset"),
         pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
         pl.lit(False).alias("misaligned"),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from analysis.trace.arguments import count_moved_bytes, read_argument
@@ -51,10 +52,13 @@ def read_rank(
         reader = source.open_reader(path, strings, paths) if source else TraceReader(path, strings, paths)
         strings, paths = reader.strings, reader.paths
         found.append(reader.process)
+        pids: set[int] = set()
         for block in reader:
+            pids |= _list_pids(block)
             one, other = _split_block(block, reader, clock)
             calls.append(one)
             spans.append(other)
+        reader.process.pids = max(1, len(pids))
     known = {strings.text(given): strings.text(path) for given, path in paths.items()}
     return RankEvents(
         rank,
@@ -63,6 +67,14 @@ def read_rank(
         _resolve_files(pl.concat(spans) if spans else _make_empty(SPAN), known),
         known,
     )
+
+
+def _list_pids(block: EventBlock) -> set[int]:
+    """The processes whose events are in the block: usually one, which is found without sorting."""
+    pids = block.pid[block.is_event()]
+    if not len(pids) or (pids == pids[0]).all():
+        return {int(pid) for pid in pids[:1]}
+    return set(np.unique(pids).tolist())
 
 
 def _resolve_files(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:

@@ -12,7 +12,7 @@ import polars as pl
 
 from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
 from analysis.tables.read import RankEvents
-from analysis.trace.classify import KINDS
+from analysis.trace.classify import KINDS, PROGRAM_FILE, SYSTEM_FILE
 
 MEASURES = (
     "wall_us", *(f"{kind}_us" for kind in KINDS), "other_us",
@@ -131,10 +131,19 @@ def _in_order(pieces: list[tuple[str, int | None, Stretches]], first: int, last:
     return Windows(list(phases), list(epochs), np.array(starts), np.array(ends))
 
 
-def measure_times(events: RankEvents, main: pl.DataFrame, times: np.ndarray) -> dict[str, np.ndarray]:
-    """For each measure, its amount before each time (int64, us): two of them differ by what is between."""
+def measure_times(
+    events: RankEvents, main: pl.DataFrame, times: np.ndarray, has_startup: bool = True
+) -> dict[str, np.ndarray]:
+    """For each measure, its amount before each time (int64, us): two of them differ by what is between.
+
+    Where nothing tells the start-up from the rest, the main thread's imports are no I/O that it waits for.
+    """
     pid, tid = find_main_thread(events)
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
+    if not has_startup:
+        files = events.calls["file"].unique().drop_nulls()  # far fewer than calls
+        own = files.filter(files.cast(pl.String).str.contains(f"{PROGRAM_FILE}|{SYSTEM_FILE}")).to_physical()
+        here &= ~pl.col("file").to_physical().is_in(own.implode()).fill_null(False)
     io_all = unite_stretches(
         find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io")
     )
@@ -198,12 +207,15 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
     bins = np.arange(cuts.starts[0] // width, cuts.ends[-1] // width + 2)
     edges = np.clip(bins * width, cuts.starts[0], cuts.ends[-1])
     times = np.concatenate([cuts.starts, cuts.ends, begin, end, edges])
-    sums = measure_times(events, main, times)
+    sums = measure_times(events, main, times, "startup" in cuts.phase)
     n, m = len(cuts.starts), len(begin)
     by_piece = {k: v[n : 2 * n] - v[:n] for k, v in sums.items()}
     by_step = {k: v[2 * n + m : 2 * n + 2 * m] - v[2 * n : 2 * n + m] for k, v in sums.items()}
     by_bin = {k: np.diff(v[2 * (n + m) :]) for k, v in sums.items()}
     rank = pl.lit(events.rank, pl.Int32).alias("rank")
+    # a merged file has the start-up and the checkpoints of several processes: only one can be the rank's
+    merged = any(process.pids > 1 for process in events.processes)
+    of_rank = (pl.col("pid") == pid) | pl.lit(not merged)
     time = (
         pl.DataFrame({"phase": cuts.phase, "epoch": cuts.epoch, "ts": cuts.starts, **by_piece},
                      schema_overrides={"epoch": pl.Int64})
@@ -220,7 +232,7 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
             rank, pl.lit(width, pl.Int64).alias("width_us"), pl.all()
         ),
         "spans": sum_by_name(events.spans).select(rank, pl.all()),
-        "marks": events.spans.filter(pl.col("cat").cast(pl.String).is_in(KEPT_CATS)).head(20_000)
+        "marks": events.spans.filter(pl.col("cat").cast(pl.String).is_in(KEPT_CATS) & of_rank).head(20_000)
         .select(rank, "pid", "tid", "cat", "name", "ts", "dur", "file", "bytes", "epoch", "step", "split"),
         "curves": events.spans.filter(
             (pl.col("cat") == "counter") & ~pl.col("name").cast(pl.String).str.starts_with(KERNEL_COUNTERS)

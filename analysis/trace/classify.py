@@ -64,6 +64,9 @@ _OPS = [
 ]  # fmt: skip
 _CALLS = [(re.compile(pattern, re.I), op) for pattern, op in _OPS]
 DATA_OPS = ("read", "write")
+# parts of paths of what a program loads of itself
+PROGRAM_FILE = r"\.(py|pyc|pyi|so)(\.|$)|/(site|dist)-packages(/|$)|/lib(64)?/python3[^/]*(/|$)"
+SYSTEM_FILE = r"^/(proc|sys|dev|etc)/"  # of what the system makes up or is configured by
 
 
 def find_kind(cat: str, name: str) -> str | None:

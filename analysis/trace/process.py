@@ -20,6 +20,7 @@ class TracedProcess:
     role: str = ""
     pid: int = -1
     parent: int = -1  # pid of the process that started it
+    pids: int = 1  # how many processes' events are in the file: more in files that were merged
     folder: str = ""  # in which it began: relative names of files count from there
     sums: int = 0  # records that hold the sums of many calls
     counters: int = 0  # of the tracer or its service, which are not shown

@@ -115,7 +115,9 @@ def test_mapped_source_of_our_own(tmp_path: Path) -> None:
     for i in range(1200):
         at = 10_100 + i * 400
         made.posix("pread64", at, 1, "/data/day_0_sparse.npy", 7, ret=128, offset=0)
-        made.span("data", "read", at, 300, 7, file="/data/day_0_sparse.npy", bytes=20_000, offset=128, mapped=1)
+        made.span(
+            "data", "read", at, 300, 7, file="/data/day_0_sparse.npy", bytes=20_000, offset=128, mapped=1
+        )
     made.write(tmp_path)
     joined = gather_tables(tmp_path)
     finding = {f.rule: f for f in find_all(Facts(joined, {"data": {"mmap_mode": True}, "launch": {}}))}

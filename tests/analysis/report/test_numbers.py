@@ -14,6 +14,11 @@ from support import trace_processor, traced
 from support.made_traces import BEGIN, Made, training
 
 from analysis.perfetto import convert
+from analysis.report.answer import find_answer
+from analysis.report.facts import Facts
+from analysis.report.findings import find_all
+from analysis.report.run import open_run
+from analysis.report.summary import list_headlines
 from analysis.tables import answers, progress
 from analysis.tables.gather import JoinedTables, gather_tables
 from analysis.trace.classify import CALLS, KINDS, find_kind, find_operation
@@ -232,6 +237,41 @@ def test_bytes_that_no_call_shows_count_once(tmp_path: Path) -> None:
     made.write(tmp_path)
     found = answers.sum_volume(gather_tables(tmp_path), "file")
     assert dict(found.select("file", "bytes").iter_rows()) == {"/seen": 100, "/mapped": 70}
+
+
+def test_a_merged_file_counts_nothing_twice(tmp_path: Path) -> None:
+    """Two processes in one file are one rank, which is said: its start-up is that of one of them."""
+    one, other = (Made(None, pid=pid) for pid in (500, 600))
+    for made, steps in ((one, 20), (other, 10)):
+        made.span("startup", "imports", 0, 1_000_000)
+        made.posix("read", 1_000, 500, "/data", ret=100)
+        for step in range(steps):
+            made.span("train", "step", 1_000_000 + step * 10_000, 10_000, step=step, epoch=0)
+    one.lines += other.lines
+    one.write(tmp_path)
+    run = open_run(tmp_path)
+    parts = progress.list_startup(run.joined)
+    assert float(parts["seconds"].sum()) == pytest.approx(1.01)  # to the end of the first step, once
+    assert len(run.joined["steps"]) == 20
+    volume = answers.sum_volume(run.joined, "file")
+    assert dict(volume.select("file", "bytes").iter_rows()) == {"/data": 200}
+    assert any("holds the events of 2 processes, which count as one rank" in note for note in run.notes)
+
+
+def test_imports_are_no_waiting_for_data(tmp_path: Path) -> None:
+    """A trace without steps does not tell its start-up from the rest."""
+    made = Made(None)
+    for i in range(50):
+        made.posix("read", i * 1_000, 900, f"/env/lib/python3.11/site-packages/a/{i}.pyc", ret=100)
+    made.posix("read", 60_000, 5_000, "/data/day_0", ret=100)
+    made.posix("close", 99_999, 1, "/data/day_0")
+    made.write(tmp_path)
+    run = open_run(tmp_path)
+    facts = Facts(run.joined, {})
+    wait = next(each for each in list_headlines(run, facts) if each.key == "wait_share")
+    assert wait.value == pytest.approx(0.05, abs=0.001) and wait.label == "waiting for data, of the run"
+    assert find_answer(facts).storage_seconds == pytest.approx(0.005, abs=1e-4)
+    assert "of the run's time is waiting for data" in find_all(facts)[0].text
 
 
 def test_spans_without_a_file_count_when_no_call_did_the_work(tmp_path: Path) -> None:
