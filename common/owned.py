@@ -10,8 +10,7 @@ OutputFolder  Results, in a folder that the user gave. FOLDER/.dlrm-io.json (the
               there, by name, size and time of change. Only a file that is still as listed is replaced or
               removed. It also has the folder's own inode, by which a copy is recognised.
 write_file    One file that the user gave (-o FILE). An existing one is not replaced, unless it is empty or
-the
-              caller recognizes its contents as the program's own.
+              the caller recognizes its contents as the program's own.
 """
 
 import contextlib
@@ -117,9 +116,10 @@ class WorkFolders:
         """Whether a folder under any name was made by `make_folder`, and has no other files in it than this
         program's. False for a copy: it has another inode.
         """
-        return bool(self._published_token(final)) and not _foreign_files(
-            final, "", self.files, os.lstat(final).st_dev
-        )
+        if not self._published_token(final):
+            return False
+        _, foreign = _find_files(final, "", self.files, os.lstat(final).st_dev)
+        return not foreign
 
     def remove_published(self, final: Path) -> bool:
         """Remove a published folder. It is renamed first: a process that is killed meanwhile must not leave a
@@ -155,7 +155,7 @@ class WorkFolders:
         if not self.is_ours(folder):
             return [folder]
         with os_errors_as_user_errors(folder):
-            left = _remove_files(folder, "", self.files, os.lstat(folder).st_dev)
+            left = _remove_files(folder, self.files, os.lstat(folder).st_dev)
             if not left:
                 os.unlink(folder / MARK)
                 os.rmdir(folder)
@@ -179,27 +179,15 @@ class WorkFolders:
         }  # fmt: skip
 
 
-def _foreign_files(folder: Path, below: str, files: re.Pattern[str], device: int) -> list[Path]:
-    """What `_remove_files` would leave, of a folder on `device`; `below` is its path in the work folder."""
-    left: list[Path] = []
-    with os.scandir(folder) as entries:
-        for entry in list(entries):
-            name, status = f"{below}{entry.name}", entry.stat(follow_symlinks=False)
-            ours = status.st_dev == device and status.st_uid == os.geteuid()
-            if not below and entry.name == MARK:
-                continue
-            if ours and stat.S_ISDIR(status.st_mode) and files.fullmatch(name + "/"):
-                left += _foreign_files(Path(entry.path), name + "/", files, device)
-            elif not (ours and stat.S_ISREG(status.st_mode) and files.fullmatch(name)):
-                left.append(Path(entry.path))
-    return left
-
-
-def _remove_files(folder: Path, below: str, files: re.Pattern[str], device: int) -> list[Path]:
-    """Remove the files and folders below `folder` that match `files` and are this user's; returns the
-    others.
+def _find_files(
+    folder: Path, below: str, files: re.Pattern[str], device: int
+) -> tuple[list[os.DirEntry[str]], list[Path]]:
+    """(own, foreign) files and folders in `folder`, without its mark. Own are this user's on `device` whose
+    path in the work folder matches `files`. The files of an own folder come before it; a folder that holds
+    a foreign one is in neither list. `below`: the path of `folder` in the work folder, "" or with a / behind.
     """
-    left: list[Path] = []
+    own: list[os.DirEntry[str]] = []
+    foreign: list[Path] = []
     with os.scandir(folder) as entries:
         for entry in list(entries):
             name, status = f"{below}{entry.name}", entry.stat(follow_symlinks=False)
@@ -207,15 +195,25 @@ def _remove_files(folder: Path, below: str, files: re.Pattern[str], device: int)
             if not below and entry.name == MARK:
                 continue
             if ours and stat.S_ISDIR(status.st_mode) and files.fullmatch(name + "/"):
-                inside = _remove_files(Path(entry.path), name + "/", files, device)
-                left += inside
-                if not inside:
-                    os.rmdir(entry.path)
+                inside = _find_files(Path(entry.path), name + "/", files, device)
+                own += inside[0] if inside[1] else [*inside[0], entry]
+                foreign += inside[1]
             elif ours and stat.S_ISREG(status.st_mode) and files.fullmatch(name):
-                os.unlink(entry.path)
+                own.append(entry)
             else:
-                left.append(Path(entry.path))
-    return left
+                foreign.append(Path(entry.path))
+    return own, foreign
+
+
+def _remove_files(folder: Path, files: re.Pattern[str], device: int) -> list[Path]:
+    """Remove the own files and folders in `folder`, see `_find_files`; returns the foreign ones."""
+    own, foreign = _find_files(folder, "", files, device)
+    for entry in own:
+        if entry.is_dir(follow_symlinks=False):
+            os.rmdir(entry.path)
+        else:
+            os.unlink(entry.path)
+    return foreign
 
 
 def remove_made_folder(folder: Path, identity: str, files: re.Pattern[str]) -> list[Path]:
@@ -226,7 +224,7 @@ def remove_made_folder(folder: Path, identity: str, files: re.Pattern[str]) -> l
         status = os.lstat(folder)
         if not stat.S_ISDIR(status.st_mode) or f"{status.st_dev}:{status.st_ino}" != identity:
             return [folder]
-        left = _remove_files(folder, "", files, status.st_dev)
+        left = _remove_files(folder, files, status.st_dev)
         if not left:
             os.rmdir(folder)
     return left

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.ranks import python
 
 from dlrm.data.criteo import DatasetMeta
 from dlrm.prep.__main__ import main
@@ -207,30 +208,30 @@ def test_ranks_end_together_with_one_error(days: Path, tmp_path: Path) -> None:
     assert f"{source}/day_0 is missing" in output()
 
 
+def copy_few_rows(days: Path, folder: Path) -> Path:
+    """Three days of 60 rows: Spark is slow."""
+    folder.mkdir()
+    for day in range(3):
+        lines = (days / f"day_{day}").read_bytes().splitlines(keepends=True)
+        (folder / f"day_{day}").write_bytes(b"".join(lines[:60]))
+    return folder
+
+
+def run_spark(days: Path, out: Path, *flags: object, code: int = 0) -> str:
+    """In local mode and in a subprocess, because Spark leaves threads and a JVM running. Returns stderr."""
+    words = ("--engine", "spark", "--input_dir", days, "--output_dir", out, *flags)
+    done = python("-m", "dlrm.prep", "run", *words, timeout=500)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
+
+
 @pytest.mark.spark
 @pytest.mark.parametrize("flags", [["--frequency_threshold", "2"], ["--compat", "torchrec"]])
 def test_spark_gives_the_same_bytes(days: Path, tmp_path: Path, flags: list[str]) -> None:
-    """In local mode and in a subprocess, because Spark leaves threads and a JVM running."""
     pytest.importorskip("pyspark")
-    few = tmp_path / "few"
-    few.mkdir()
-    for day in range(3):
-        lines = (days / f"day_{day}").read_bytes().splitlines(keepends=True)
-        (few / f"day_{day}").write_bytes(b"".join(lines[:60]))
+    few = copy_few_rows(days, tmp_path / "few")
     wanted = run(few, tmp_path / "plain", "--engine", "plain", *flags)
-    command = [
-        sys.executable,
-        "-m",
-        "dlrm.prep",
-        "run",
-        "--input_dir",
-        few,
-        "--output_dir",
-        tmp_path / "spark",
-    ]
-    command += ["--engine", "spark", "--workers", "1", *flags]
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, timeout=500)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    run_spark(few, tmp_path / "spark", "--workers", 1, *flags)
     same(wanted, tmp_path / "spark")
 
 
@@ -238,34 +239,11 @@ def test_spark_gives_the_same_bytes(days: Path, tmp_path: Path, flags: list[str]
 def test_spark_writes_the_same_parquet(days: Path, tmp_path: Path) -> None:
     """With OneFlow's ids and its memory options."""
     pytest.importorskip("pyspark")
-    few = tmp_path / "few"
-    few.mkdir()
-    for day in range(3):
-        lines = (days / f"day_{day}").read_bytes().splitlines(keepends=True)
-        (few / f"day_{day}").write_bytes(b"".join(lines[:60]))
+    few = copy_few_rows(days, tmp_path / "few")
     flags = ["--format", "parquet", "--mod_idx", "500"]
     wanted = run(few, tmp_path / "numba", *flags)
-    memory = [
-        "--spark_driver_memory_gb",
-        "1",
-        "--spark_tmp_dir",
-        tmp_path,
-        "--spark_conf",
-        "spark.task.cpus=1",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "dlrm.prep",
-        "run",
-        "--input_dir",
-        few,
-        "--output_dir",
-        tmp_path / "spark",
-    ]
-    command += ["--engine", "spark", *memory, *flags]
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, timeout=500)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    memory = ["--spark_driver_memory_gb", 1, "--spark_tmp_dir", tmp_path, "--spark_conf", "spark.task.cpus=1"]
+    run_spark(few, tmp_path / "spark", *memory, *flags)
     names = [path.relative_to(wanted) for path in wanted.rglob("*") if path.suffix in (".parquet", ".md")]
     assert len(names) == 4
     for name in names:
@@ -296,11 +274,8 @@ def test_spark_names_the_bad_line(days: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     lines = (days / "day_0").read_bytes().splitlines(keepends=True)
     (tmp_path / "in" / "day_0").write_bytes(b"".join([*lines[:4], b"x\n", *lines[4:9]]))
-    command = [sys.executable, "-m", "dlrm.prep", "run", "--input_dir", tmp_path / "in", "--engine", "spark"]
-    command += ["--output_dir", tmp_path / "out"]
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, timeout=500)
-    assert done.returncode == 2
-    assert f"{tmp_path}/in/day_0:5: 1 column, 40 expected" in done.stderr.decode().splitlines()[-1]
+    error = run_spark(tmp_path / "in", tmp_path / "out", code=2)
+    assert f"{tmp_path}/in/day_0:5: 1 column, 40 expected" in error.splitlines()[-1]
     assert not (tmp_path / "out" / "meta.json").exists()
 
 

@@ -2,14 +2,12 @@
 
 import filecmp
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.ranks import python
 
 from dlrm.data.criteo import CRITEO, Columns, DatasetMeta
 from dlrm.data.readers import open_source, scan_dataset
@@ -194,8 +192,7 @@ def test_a_meta_without_columns_is_criteos(toy: Path, tmp_path: Path) -> None:
 def test_spark_agrees(other_columns: Made, tmp_path: Path, shape: tuple[int, int]) -> None:
     pytest.importorskip("pyspark")
     made = other_columns(*shape)
-    command = [sys.executable, "-m", "dlrm.prep", "run", "--engine", "spark", "--input_dir", made / "tsv"]
-    command += ["--output_dir", tmp_path / "spark"]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=os.environ, capture_output=True, timeout=500)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    words = ("--engine", "spark", "--input_dir", made / "tsv", "--output_dir", tmp_path / "spark")
+    done = python("-m", "dlrm.prep", "run", *words, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
     same(made / "npy", tmp_path / "spark")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.ranks import Finished
+from support.ranks import Finished, python
 
 from dlrm.data.criteo import DatasetMeta
 from dlrm.prep.__main__ import main
@@ -250,22 +250,11 @@ def test_one_file_is_the_days_after_each_other(tmp_path: Path) -> None:
 def test_trace_accounts_for_every_byte(days: Path, tmp_path: Path) -> None:
     """In a subprocess, because the tracer cannot be unloaded."""
     import gzip
-    import subprocess
-    import sys
     from collections import defaultdict
 
-    command = [
-        sys.executable,
-        "-m",
-        "dlrm.prep",
-        "run",
-        "--input_dir",
-        days,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    command += ["--trace_dir", tmp_path / "run", "--part_bytes", "100000", "--workers", "2"]
-    subprocess.run([str(word) for word in command], cwd=Path(__file__).parents[2], check=True, timeout=100)
+    words = ["--trace_dir", tmp_path / "run", "--part_bytes", 100000, "--workers", 2]
+    done = python("-m", "dlrm.prep", "run", "--input_dir", days, "--output_dir", tmp_path / "out", *words)
+    assert done.returncode == 0, done.stderr
     files, read, written, spans = {}, defaultdict(int), defaultdict(int), set()
     for path in (tmp_path / "run" / "trace").glob("prep00000*.pfw.gz"):
         for line in gzip.decompress(path.read_bytes()).decode().splitlines():

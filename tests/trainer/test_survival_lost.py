@@ -86,17 +86,25 @@ def kill_behind_a_checkpoint(toy: Path, folder: Path, rank: int, wait: float) ->
         before = newest(folder / "checkpoints")
         ranks.until(lambda: newest(folder / "checkpoints") > before)
         time.sleep(wait)
-        for process in ranks.processes if rank < 0 else [ranks.processes[rank]]:
-            process.kill()
-        assert -signal.SIGKILL in ranks.wait(), "the training was over before it was killed"
+        kill(ranks, rank)
+
+
+def kill(ranks: LiveRanks, rank: int) -> None:
+    """Kill a rank (or, -1, all) and wait until the others have ended, too."""
+    for process in ranks.processes if rank < 0 else [ranks.processes[rank]]:
+        process.kill()
+    assert -signal.SIGKILL in ranks.wait(BOUND), "the training was over before it was killed"
+
+
+def train_to_the_end(folder: Path, options: list[object]) -> Path:
+    with LiveRanks(folder, 2, *options) as ranks:
+        assert ranks.wait(BOUND) == [0, 0], ranks.stderr
+    return folder
 
 
 @pytest.fixture(scope="module")
 def never_killed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("never killed") / "run"
-    with LiveRanks(folder, 2, *words(toy, *SAVING)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.stderr
-    return folder
+    return train_to_the_end(tmp_path_factory.mktemp("never killed") / "run", words(toy, *SAVING))
 
 
 @pytest.mark.mpi
@@ -105,9 +113,7 @@ def test_after_a_kill_the_next_run_goes_on_as_if_nothing_had_been(
 ) -> None:
     for seed in range(3):  # somewhere, three times
         kill_behind_a_checkpoint(toy, tmp_path / "killed", seed % 2, random.Random(seed).random() / 20)
-    with LiveRanks(tmp_path / "killed", 2, *words(toy, *SAVING)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.stderr
-    same(never_killed, tmp_path / "killed")
+    same(never_killed, train_to_the_end(tmp_path / "killed", words(toy, *SAVING)))
 
 
 @pytest.mark.slow
@@ -122,9 +128,7 @@ def test_many_kills(toy: Path, never_killed: Path, tmp_path: Path, seed: int) ->
         path.write_text("somebody's")
     for _ in range(3):
         kill_behind_a_checkpoint(toy, folder, chance.choice([-1, 0, 1]), chance.random() / 5)
-    with LiveRanks(folder, 2, *words(toy, *SAVING)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.stderr
-    same(never_killed, folder)
+    same(never_killed, train_to_the_end(folder, words(toy, *SAVING)))
     assert all(path.read_text() == "somebody's" for path in foreign)
 
 
@@ -132,18 +136,15 @@ ANYWHERE = [*SAVING, "--validation_freq_within_epoch", 5, "--epochs", 2]
 
 
 @pytest.fixture(scope="module")
-def also_never_killed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("also never killed") / "run"
-    with LiveRanks(folder, 2, *words(toy, *ANYWHERE)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.stderr
-    return folder
+def validating_never_killed(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_to_the_end(tmp_path_factory.mktemp("validating") / "run", words(toy, *ANYWHERE))
 
 
 @pytest.mark.slow
 @pytest.mark.mpi
 @pytest.mark.parametrize("seed", range(18))  # three kills each
-def test_many_kills_anywhere(toy: Path, also_never_killed: Path, tmp_path: Path, seed: int) -> None:
-    """In the start-up, in steps and in validations, wherever a clock that starts with a line or not ends."""
+def test_many_kills_anywhere(toy: Path, validating_never_killed: Path, tmp_path: Path, seed: int) -> None:
+    """In the start-up, in steps and in validations: a random time after the start, or after a report."""
     chance = random.Random(2000 + seed)
     for kind in ("start-up", "lines", chance.choice(["start-up", "lines"])):
         with LiveRanks(tmp_path, 2, *words(toy, *ANYWHERE)) as ranks:
@@ -151,13 +152,8 @@ def test_many_kills_anywhere(toy: Path, also_never_killed: Path, tmp_path: Path,
                 wanted = len(metrics(tmp_path)) + chance.randrange(1, 4)
                 ranks.until(lambda wanted=wanted, ranks=ranks: len(metrics(ranks.folder)) >= wanted)
             time.sleep(chance.random() / (1 if kind == "start-up" else 20))
-            which = chance.choice([-1, 0, 1])
-            for process in ranks.processes if which < 0 else [ranks.processes[which]]:
-                process.kill()
-            assert -signal.SIGKILL in ranks.wait(BOUND), "the training was over before it was killed"
-    with LiveRanks(tmp_path, 2, *words(toy, *ANYWHERE)) as ranks:
-        assert ranks.wait(BOUND) == [0, 0], ranks.stderr
-    same(also_never_killed, tmp_path)
+            kill(ranks, chance.choice([-1, 0, 1]))
+    same(validating_never_killed, train_to_the_end(tmp_path, words(toy, *ANYWHERE)))
 
 
 @pytest.mark.mpi

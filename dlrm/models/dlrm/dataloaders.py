@@ -29,13 +29,16 @@ from dlrm.runtime.ranks import Ranks
 
 KAGGLE, KAGGLE_DAYS = "criteo_kaggle", (1, 7)
 RANDOM_BATCHES = 10  # batches of random data per set, if there is no limit
-
-
-FREQUENCIES = b"dlrm-io: how often each id was looked up"  # comment of the .npz files
+FREQUENCIES_COMMENT = b"dlrm-io: how often each id was looked up"  # of the .npz files, which are zip files
 
 
 class IdFrequencies:
-    """How often each id was looked up in training, before and after one id became several (multi-hot)."""
+    """How often this rank looked up each id in training: before and after one id became several (multi-hot).
+
+    before, after  a list of arrays int64 [rows of the table], one per feature: the count of each id
+    folder, name   where `save` puts them: stats_pre_hash_NAME.npz and stats_post_hash_NAME.npz. UserError at
+                   once where one of them is there and is not such a file: not after hours of training
+    """
 
     def __init__(self, sizes: list[int], folder: str, name: str) -> None:
         refuse_too_large(
@@ -46,13 +49,14 @@ class IdFrequencies:
         self.folder, self.name = Path(folder), name
         for when in ("pre", "post"):
             path = self._make_path(when)
-            if os.path.lexists(path) and not is_frequencies(path):
+            if os.path.lexists(path) and not is_frequencies_file(path):
                 raise UserError(
                     f"{printable(path)}: is there and was not made by this program; move it away or name "
                     "another --output_dir"
                 )
 
     def count_batch(self, batch: Batch) -> None:
+        """Add the ids of a batch in which `MultiHotMaker` has made several of each."""
         features = batch.sparse_features
         ids = np.split(features.values().numpy(), features.offset_per_key()[1:-1])
         rows = features.stride()
@@ -69,24 +73,24 @@ class IdFrequencies:
         for when, counts in (("pre", self.before), ("post", self.after)):
             arrays: dict[str, Any] = {str(feature): each for feature, each in enumerate(counts)}
             path = self._make_path(when)
-            with write_file(path, is_frequencies) as partial, os_errors_as_user_errors(path):
+            with write_file(path, is_frequencies_file) as partial, os_errors_as_user_errors(path):
                 with open(partial, "wb") as file:
                     np.savez(file, **arrays)
                 with zipfile.ZipFile(partial, "a") as archive:
-                    archive.comment = FREQUENCIES
+                    archive.comment = FREQUENCIES_COMMENT
 
     def _make_path(self, when: str) -> Path:
         return self.folder / f"stats_{when}_hash_{self.name}.npz"
 
 
-def is_frequencies(path: Path) -> bool:
+def is_frequencies_file(path: Path) -> bool:
     """Whether `IdFrequencies` has made this file: a zip file's comment is its last bytes."""
     try:
         with open(
             path, "rb", opener=lambda name, flags: open_regular_file(name, flags | os.O_NOFOLLOW)
         ) as file:
-            file.seek(-len(FREQUENCIES), os.SEEK_END)
-            return file.read() == FREQUENCIES
+            file.seek(-len(FREQUENCIES_COMMENT), os.SEEK_END)
+            return file.read() == FREQUENCIES_COMMENT
     except OSError:
         return False
 

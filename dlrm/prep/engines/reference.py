@@ -52,7 +52,8 @@ def make_dataset(
         for part in ("sparse", "labels"):
             whole[part][:shuffled] = publish.round_through_float(whole[part][:shuffled])
     write_arrays(whole, outputs, options, folders.unfinished)
-    return publish.publish_arrays(options, folders, outputs, last_ids, "dlrm.prep", stamps)
+    names = list(publish.list_arrays(outputs, options))
+    return publish.publish_dataset(names, options, folders, outputs, last_ids, "dlrm.prep", stamps)
 
 
 def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:

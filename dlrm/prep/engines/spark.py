@@ -102,12 +102,12 @@ def make_dataset(
     else:
         last_ids = whole.map(lambda item: get_ids(item[1], columns)).reduce(np.maximum).tolist()
     placed = find_places(spark, options, whole, shuffled, folders)
-    made_by = "dlrm.prep, Spark"
     if options.format == "parquet":
         names = write_parquet(options, placed, outputs, folders, last_ids)
-        return publish.publish_results_of(names, options, folders, outputs, last_ids, made_by, stamps)
-    write_arrays(options, placed, outputs, shuffled, folders)
-    return publish.publish_arrays(options, folders, outputs, last_ids, made_by, stamps)
+    else:
+        write_arrays(options, placed, outputs, shuffled, folders)
+        names = list(publish.list_arrays(outputs, options))
+    return publish.publish_dataset(names, options, folders, outputs, last_ids, "dlrm.prep, Spark", stamps)
 
 
 def shift_counts(start: int):

@@ -66,9 +66,8 @@ def list_result_names(options: PrepOptions, found: list[InputFile]) -> list[str]
     names = [META]
     if options.format == "npy":
         return names + list(list_arrays(plan_outputs(found, [1] * len(found), options.steps), options))
-    for (
-        subset
-    ) in SUBSETS:  # foreign parts there must be refused: a reader would take them for the dataset's own
+    # foreign parts there must be refused: a reader would take them for the dataset's own
+    for subset in SUBSETS:
         names += [f"{subset}/{path.name}" for path in (options.output_dir / subset).glob("part_*.parquet")]
     return [*names, "README.md", *(f"{subset}/part_00000.parquet" for subset in SUBSETS)]
 
@@ -165,20 +164,7 @@ def make_meta(
     )
 
 
-def publish_arrays(
-    options: PrepOptions,
-    folders: Folders,
-    outputs: list[OutputDay],
-    last_ids: list[int],
-    made_by: str,
-    stamps: FileStamps,
-) -> DatasetMeta:
-    """Flush, digest and publish arrays that are complete, for the engines that cannot resume."""
-    names = list(list_arrays(outputs, options))
-    return publish_results_of(names, options, folders, outputs, last_ids, made_by, stamps)
-
-
-def publish_results_of(
+def publish_dataset(
     names: list[str],
     options: PrepOptions,
     folders: Folders,
@@ -187,7 +173,13 @@ def publish_results_of(
     made_by: str,
     stamps: FileStamps,
 ) -> DatasetMeta:
-    """The same for the results of any format, which `names` lists."""
+    """Flush, digest and publish results that are complete, for the engines that cannot resume.
+
+    names     the results' files, relative to the unfinished folder; with arrays those of `list_arrays`
+    last_ids  the largest id of each categorical column
+    made_by   what meta.json says of the engine
+    stamps    of the input files: UserError where one was changed since
+    """
     rows = [output.rows for output in select_days(outputs)]
     meta = make_meta(options, rows, last_ids, made_by, inputs=stamps.list_recorded())
     sync_files(folders, names)
