@@ -20,12 +20,18 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from dlrm.trainer.mixed_precision import LossScale
+
 FEATURE, TABLE = "item", "item_embedding"
 KS = (1, 5, 10, 20, 50, 100)
 LEAST = 10  # up to this k metrics are always reported
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention: [rows, length, width] -> the same. `mask`: bool, true where a token is
+    attended to.
+    """
+
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.rate = heads, dropout
@@ -44,6 +50,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers, `hidden` features and a ReLU between them: [..., width] -> the same."""
+
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.w_1, self.w_2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -62,6 +70,8 @@ class ResidualBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Attention and feed-forward layers, each in a residual block. `attention_dropout`: None: `dropout`."""
+
     def __init__(
         self, width: int, heads: int, dropout: float, attention_dropout: float | None = None
     ) -> None:
@@ -118,11 +128,18 @@ class BERT4Rec(nn.Module):
         table_device: torch.device | None = None,
         attention_dropout: float | None = None,
     ) -> None:
+        """Sizes and options.
+
+        vocabulary         number of items, with the padding (0) and the mask
+        max_len, width     tokens of a sequence, and features of each
+        heads, layers      of attention; transformer blocks
+        table_device       where the item embeddings are made, e.g. "meta" before they are sharded
+        attention_dropout  None: the same as `dropout`
+        """
         super().__init__()
         self.max_len, self.vocabulary, self.tied = max_len, vocabulary, tied
-        self.unscale: Callable[[torch.Tensor], torch.Tensor] | None = (
-            None  # gradients on their way to the table
-        )
+        # divides gradients on their way to the table by the loss scale of fp16
+        self.unscale: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.history = HistoryArch(vocabulary, max_len, width, dropout, table_device)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(width, heads, dropout, attention_dropout) for _ in range(layers)]
@@ -202,14 +219,14 @@ class BERT4RecTrain(nn.Module):
         self.precision: Callable[[], Any] = contextlib.nullcontext
         self.scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def use_mixed_precision(self, device: str, dtype: torch.dtype, scale: Any | None) -> None:
+    def use_mixed_precision(self, device: str, dtype: torch.dtype, scale: LossScale | None) -> None:
         """Mixed precision for all but the lookup.
 
-        scale: the loss scaler (dlrm/trainer/mixed_precision.py), applied between the logits and the lookup.
+        scale: applied between the logits and the lookup.
         """
         self.precision = lambda: torch.autocast(device, dtype)
         if scale:
-            self.scale, self.model.unscale = scale.scale, scale.unscale_for_tables
+            self.scale, self.model.unscale = scale.scale_gradient, scale.unscale_for_tables
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         if batch.candidates is not None:
