@@ -267,12 +267,15 @@ def read_blocks(
 
 
 def _read_exactly(file: Any, position: int, buffer: memoryview, path: Path) -> None:
+    """Fill `buffer` from byte `position` of an open file; its bytes count in `bytes_read`. CorruptCheckpoint,
+    which names `path`, where the file ends before.
+    """
     file.seek(position)
     filled = 0
     while filled < len(buffer):
         count = file.readinto(buffer[filled:])
         if not count:
-            raise CorruptCheckpoint(f"{path}: ends at byte {position + filled}, too early")
+            raise CorruptCheckpoint(f"{path}: was cut short, at byte {position + filled}")
         filled += count
         bytes_read[os.path.abspath(path)] += count
 

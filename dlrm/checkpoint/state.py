@@ -143,6 +143,7 @@ class _Filling:
         self._pieces.append(piece)
 
     def add_table(self, name: str, table: FileBackedTable, source: Sequence[StoredPiece]) -> None:
+        """Fill a table in files from `source`, the stored rectangles of `name`."""
         place = min(_place_of(each) for each in source)
         if name.startswith("optim/"):  # not before the table's weights: filling those sets its state to 0
             weights = "model/" + name.removeprefix("optim/").rpartition("/")[0]
@@ -166,6 +167,9 @@ class _Filling:
         return done
 
     def _read(self, stored: StoredPiece, numbers: list[int], counts: list[int]) -> None:
+        """Copy a stored rectangle to the pieces of these numbers that overlap it; adds the elements that each
+        got to `counts` [all pieces].
+        """
         pieces = [self._pieces[number] for number in numbers]
         copied = read_into(self.found.path, self.found.files, stored, pieces, self.found.reader)
         for number, count in zip(numbers, copied, strict=True):

@@ -72,6 +72,12 @@ def parse_numbers(text: str) -> tuple[int, ...]:
 
 
 def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> None:
+    """Add the option --`name` for a field of a dataclass.
+
+    kind      the field's type; of `X | None` it is X that is parsed
+    default   the field's default; None and False are not shown in --help
+    metadata  as `option` and `path_option` make it: help, choices, bare, path
+    """
     of = [arm for arm in typing.get_args(kind) if arm is not type(None)]
     bare = of[0] if isinstance(kind, types.UnionType) else kind
     listed = typing.get_origin(bare) is tuple

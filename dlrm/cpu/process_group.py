@@ -35,6 +35,9 @@ def register_backend(device: torch.device) -> str:
 
 
 def _create_shared(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    """What torch.distributed calls for the backend: a ShmProcessGroup where all ranks can share memory, else
+    gloo's. `store`: torch's, with a prefix of this group.
+    """
     store.set(f"host{rank}", _shared_memory_id(size))
     group = gloo.create_gloo(store, rank, size, timeout)
     hosts = {store.get(f"host{peer}") for peer in range(size)}
@@ -130,6 +133,9 @@ class ShmProcessGroup(UnevenGloo):
         input_splits: Any,
         opts: Any = None,
     ) -> Any:
+        """input [rows to send, ...] -> output [rows received, ...], in the order of the ranks.
+        `output_splits`, `input_splits`: rows from and to each rank; empty: the same number for each.
+        """
         segments = self.segments
         sent = _split_sizes(input, input_splits, segments.size)
         received = _split_sizes(output, output_splits, segments.size)

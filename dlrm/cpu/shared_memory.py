@@ -137,6 +137,7 @@ class ShmChannels:
 
 
 def _open_files(store: Any, rank: int, size: int) -> list[int]:
+    """Descriptors of all ranks' files, in rank order. NotShared on all ranks where one cannot open all."""
     files: list[int] = []
     try:
         mine = _make_file()

@@ -71,6 +71,7 @@ class BatchCollator:
             self.index = {name: number for number, name in enumerate(self.names)}
 
     def _make_batch(self, rows: Rows, values: torch.Tensor, ids_per_row: tuple[int, ...]) -> Batch:
+        """`values`: int32, flat, feature after feature. `ids_per_row`: of each feature."""
         n = len(rows.labels)
         lengths, offsets, length_per_key, offset_per_key = self._make_index_tensors(n, ids_per_row)
         return Batch(

@@ -324,6 +324,9 @@ def choose_table_sizes(
 
 
 def _refuse_small_tables(sizes: Sequence[int], counted: Sequence[int], option: str) -> None:
+    """UserError where a table has fewer rows than its column has different ids, `counted`. `option`: the one
+    that gave `sizes`.
+    """
     for column, (rows, ids) in enumerate(zip(sizes, counted, strict=True), 1):
         if rows < ids:
             raise UserError(
@@ -335,6 +338,7 @@ def _refuse_small_tables(sizes: Sequence[int], counted: Sequence[int], option: s
 def _find_table_sizes(
     every: int | None, each: Sequence[int] | None, tables: int, known: Sequence[int] | None
 ) -> tuple[list[int], bool]:
+    """Rows per table, and whether ids must be folded into them; arguments as in `choose_table_sizes`."""
     if each is not None:
         if len(each) != tables:
             raise UserError(f"--num_embeddings_per_feature: {len(each)} sizes, {tables} expected")

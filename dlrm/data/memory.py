@@ -106,6 +106,7 @@ class MappedPiece:
     """
 
     def __init__(self, piece: StreamPiece, columns: int, dtype: np.dtype) -> None:
+        """`columns`: of the array. `dtype`: of the copies; the file may have int64 where it is int32."""
         self.piece, self.dtype = piece, dtype
         self.end = piece.offset + piece.rows * columns * piece.dtype.itemsize
         with (
@@ -145,11 +146,8 @@ class MappedSource:
 
     def __init__(self, layout: NpyLayout, stage: str) -> None:
         self.stream = StreamSource(layout, stage)
-        self.rows, self.row_bytes, self.bytes_read = (
-            self.stream.rows,
-            self.stream.row_bytes,
-            layout.bytes_read,
-        )
+        self.rows, self.row_bytes = self.stream.rows, self.stream.row_bytes
+        self.bytes_read = layout.bytes_read
         self.batch, self.batch_key = 0, batch_key(stage)
         self.maps = {
             name: [MappedPiece(piece, part.columns, part.buffer.dtype) for piece in part.pieces]

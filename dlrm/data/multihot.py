@@ -52,6 +52,7 @@ def scan_multi_hot_files(folder: str | os.PathLike[str]) -> NpyLayout:
 def open_npz_or_npy(
     path: str, part: str, columns: int | None, bytes_read: dict[str, int]
 ) -> dict[str, NpyFile]:
+    """The opener of `scan_npy` for folders whose ids are in .npz files; arguments as in `open_array`."""
     if part == "sparse":
         return open_npz(path, columns, bytes_read)
     return open_array(path, part, columns, bytes_read)
@@ -118,6 +119,7 @@ class MultiHotMaker:
     """
 
     def __init__(self, table_sizes: Sequence[int], ids_per_row: Sequence[int], distribution: str = "uniform"):
+        """`ids_per_row`: k of each table. `distribution`: of the added ids, a key of DISTRIBUTIONS."""
         if distribution not in DISTRIBUTIONS:
             raise UserError(
                 f"--multi_hot_distribution_type {distribution}: choose from {', '.join(DISTRIBUTIONS)}"

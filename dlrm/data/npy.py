@@ -133,6 +133,12 @@ Opener = Callable[[str, str, int | None, dict[str, int]], dict[str, NpyFile]]
 
 
 def open_array(path: str, part: str, columns: int | None, bytes_read: dict[str, int]) -> dict[str, NpyFile]:
+    """{part: where its rows are in the file `path`}; ValueError where its header does not fit.
+
+    part        "dense", "sparse" or "labels"
+    columns     that the array must have; None: any number
+    bytes_read  by path; what is read of the file is added
+    """
     with CountingFile(path, bytes_read) as file:
         size = os.fstat(file.fileno()).st_size
         return {part: describe_array(file, 0, size, DTYPES[part], columns, part != "dense")}

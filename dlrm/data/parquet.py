@@ -314,6 +314,7 @@ class ParquetSource:
 
 
 def refuse_large_group(file: ParquetFile, number: int, columns: Columns) -> None:
+    """UserError where row group `number` of the file does not fit into memory."""
     rows = file.metadata.row_group(number).num_rows
     refuse_too_large(
         rows * FIELD_BYTES * len(columns.names),

@@ -39,6 +39,12 @@ class StreamedArray:
         bytes_read: dict[str, int],
         batch_key: str = "batch",
     ) -> None:
+        """`pieces`: its rows, file by file. `bytes_read`: by path; what is read is added.
+
+        name       "dense", "sparse", "labels" or a feature's number
+        dtype      of the rows that are returned; a file may have int64 where it is int32
+        batch_key  the name of the batch's number in the spans: it tells the sets apart
+        """
         self.batch_key = batch_key
         self.name, self.columns, self.pieces, self.bytes_read = name, columns, pieces, bytes_read
         self.starts = np.cumsum([0] + [piece.rows for piece in pieces])
@@ -75,6 +81,7 @@ class StreamedArray:
             number += 1
 
     def _read(self, piece: StreamPiece, inside: int, out: np.ndarray, batch: int) -> None:
+        """Fill `out` [rows, columns] with a piece's rows from number `inside` on. `batch`: for the trace."""
         if not out.size:
             return
         raw = out if piece.dtype == out.dtype else np.empty(out.shape, piece.dtype)
@@ -86,6 +93,7 @@ class StreamedArray:
             out[:] = narrow_ids(raw, piece, np.arange(inside, inside + len(raw)))
 
     def _read_bytes(self, path: str, offset: int, view: memoryview) -> None:
+        """Fill `view` from byte `offset` of a file, which stays open for the next call."""
         try:
             if self._handle is None or self._handle.name != path:
                 self.close()

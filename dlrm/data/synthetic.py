@@ -19,6 +19,8 @@ POOL = 1 << 14  # rows
 
 
 class RandomSource:
+    """Random rows, the same for the same seed: a pool of POOL rows, with other ids in each pass."""
+
     random_access = True
     in_memory = False
     contiguous = False
@@ -31,6 +33,9 @@ class RandomSource:
         seed: int = 0,
         numerical: int = CRITEO.numerical,
     ) -> None:
+        """`table_sizes`: rows of each table, one table per categorical column. `numerical`: columns of
+        counts.
+        """
         if not table_sizes or min(table_sizes) < 1:
             raise UserError("--num_embeddings_per_feature: sizes of at least 1 are needed")
         self.rows, self.batch = rows, 0

@@ -38,6 +38,7 @@ class SignedStore:
     """
 
     def __init__(self, store: Any, key: bytes, seconds: float) -> None:
+        """`key`: of the job, see `job_key`. `seconds`: how long a call waits for a value."""
         self.store, self._key, self._seconds = store, key, seconds
         store.set_timeout(timedelta(seconds=seconds))
 

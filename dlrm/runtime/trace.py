@@ -265,6 +265,9 @@ def counter(name: str, value: float) -> None:
 
 
 def _log(native: Any, cat: str, name: str, begin: int, duration: int, args: dict[str, Any]) -> None:
+    """Give an event to DFTracer. `native`: its logger. `begin`, `duration`: in its clock, microseconds; 0: an
+    instant. `args`: of the event, of any type; each becomes an int, a float or a text.
+    """
     ints: dict[str, Any] = _context.copy()
     floats: dict[str, Any] = {}
     strings: dict[str, Any] = {}

@@ -62,6 +62,10 @@ class LossWatch:
         return trouble
 
     def _compare_with_entropy(self, step: int, rows: int, loss: float, share: float) -> str | None:
+        """What is wrong, where the loss of the last reports is that of a model which ignores its input.
+
+        rows   samples since the report before;  loss, share  their mean loss, and the share of clicks
+        """
         self._reports.append((step, rows, loss, share))
         while self._reports[-1][0] - self._reports[0][0] >= self._window:
             kept = self._reports[1:]

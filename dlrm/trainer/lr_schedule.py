@@ -45,6 +45,7 @@ class Schedule:
 
 
 def constant_rate(step: int, base: float, schedule: Schedule) -> float:
+    """The same rate at every step. Like all of SCHEDULES: `step` counts from 0, `base` is --learning_rate."""
     return base
 
 

@@ -114,6 +114,9 @@ class ScaledClippedOptimizer:
         clip: float | None = None,
         scale: LossScale | None = None,
     ) -> None:
+        """`dense`: the parameters outside the tables. `clip`: the largest norm of their gradients, None: any.
+        `scale`: the loss scale of fp16, None: gradients are not scaled.
+        """
         self.optimizer, self.dense = optimizer, list(dense)
         self.clip, self.scale = clip, scale
 

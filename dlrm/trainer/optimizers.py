@@ -54,6 +54,9 @@ class ShardedState(KeyedOptimizerWrapper):
     """
 
     def __init__(self, params: Mapping[str, Any], make: Make, weights: Mapping[str, Any]) -> None:
+        """`params`: name -> this rank's shard. `make`: parameters -> optimizer. `weights`: name ->
+        ShardedTensor.
+        """
         super().__init__(params, make)
         self.weights = weights
 
@@ -73,6 +76,7 @@ class ShardedState(KeyedOptimizerWrapper):
 def _optimizer_arguments(
     name: str, lr: float, eps: float, betas: tuple[float, float], weight_decay: float
 ) -> dict[str, Any]:
+    """The keyword arguments of optimizer `name`, a key of RULES: those of these that it uses."""
     if name not in RULES:
         raise UserError(f"--optimizer {name} is unknown; choose from {', '.join(RULES)}")
     extras: dict[str, Any] = {"weight_decay": weight_decay} if weight_decay else {}

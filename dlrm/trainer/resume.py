@@ -231,6 +231,9 @@ class RankState:
 def _restore_progress(
     trainer: Any, found: Checkpoint, progress: loop.Progress, rank_state: RankState
 ) -> None:
+    """Put the trainer where the checkpoint was written: progress, results, random numbers, and the position
+    in the training set.
+    """
     # in place: the loss scale of mixed precision has a reference to it
     vars(trainer.progress).update(vars(progress))
     trainer.results.update(found.state["results"])

@@ -63,6 +63,7 @@ class RunFolder:
                 raise
 
     def _open_folder(self, folder: Path, tensorboard: bool, more: Iterable[str]) -> None:
+        """Lock the folder, and refuse foreign files in it. `more`: other files that this run writes."""
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.lock_folder(folder, "training into it")

@@ -81,9 +81,8 @@ class CachedTable:
         self.consistent = row_file.clean  # else a killed job left rows of different steps
         self.loaded = False  # a checkpoint's rows have replaced those of the file
         self._io_thread = io_thread  # reads and writes while batches are computed
-        self._prefetched: Future[tuple[LookupResult, np.ndarray, np.ndarray]] | None = (
-            None  # of the next batch
-        )
+        # of the next batch
+        self._prefetched: Future[tuple[LookupResult, np.ndarray, np.ndarray]] | None = None
         self._writing: Future[None] | None = None  # rows of the last batch are being written
         self._read = 0  # bytes read up to the last batch: those of a running prefetch are not counted yet
         self._snapshot: Callable[[], TableSnapshot | None] = lambda: None  # weak reference
@@ -125,6 +124,7 @@ class CachedTable:
         return new.slots
 
     def _fill_slots(self, slots: np.ndarray, values: np.ndarray) -> None:
+        """Write rows, float32 [slots, weights and state], to their slots."""
         for array, columns in self.slots:
             array[slots] = values[:, columns]
 
@@ -159,9 +159,14 @@ class CachedTable:
             self._writing = self._io_thread.submit(self._write, new.evicted, values, far)
 
     def _write(self, rows: np.ndarray, values: np.ndarray, far: np.ndarray) -> None:
-        self.row_file.announce_reads(
-            self.row_file.find_ranges(far)
-        )  # a page is read before a part of it is written
+        """Write evicted rows to the file.
+
+        rows    int64 [n], their numbers
+        values  float32 [n, weights and state]
+        far     int64 [k], those of `rows` whose pages are probably not in the page cache
+        """
+        # a page is read before a part of it is written
+        self.row_file.announce_reads(self.row_file.find_ranges(far))
         self.row_file.write(rows, values)
 
     def _read_slots(self, slots: np.ndarray) -> np.ndarray:

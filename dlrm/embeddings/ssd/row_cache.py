@@ -237,7 +237,9 @@ def _find_least_used(
 
 @compile_function
 def _pop_queue(in_queue: np.ndarray, queue: np.ndarray, cursors: np.ndarray) -> Any:
-    """Take the first slot out of the queue."""
+    """Take the first slot out of the queue. `cursors`: as in `RowCache`; [2] is the queue's start, [3] its
+    length.
+    """
     slot = queue[cursors[2]]
     cursors[2] = cursors[2] + 1 if cursors[2] + 1 < len(queue) else 0
     cursors[3] -= 1

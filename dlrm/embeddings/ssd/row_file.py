@@ -51,6 +51,9 @@ class RowFile:
         self, folder: Path, table: str, rows: int, dim: int, state: int, optimizer: str, seed: int,
         first: int = 0, total: int | None = None, first_column: int = 0, total_dim: int | None = None,
     ) -> None:  # fmt: skip
+        """`state`: floats of the optimizer's state in each row. `optimizer`: its name; a file of another one
+        is refused. The rest: see the class.
+        """
         self.table, self.rows, self.dim, self.seed, self.first = table, rows, dim, seed, first
         self.total, self.first_column, self.total_dim = total or rows, first_column, total_dim or dim
         self.width = dim + state
@@ -68,9 +71,8 @@ class RowFile:
         # held while rows are written, or read for a checkpoint on another thread
         self.lock = threading.Lock()
         self.count_lock = threading.Lock()
-        self.before_write: Callable[[np.ndarray], None] | None = (
-            None  # gets the ids of rows to be overwritten
-        )
+        # gets the ids of rows that are about to be overwritten
+        self.before_write: Callable[[np.ndarray], None] | None = None
         self._old_values: Any = None
         self._description = {
             "version": VERSION, "table": table, "rows": rows, "dim": dim, "state": state, "dtype": "float32",

@@ -58,6 +58,13 @@ class SsdTables:
         self, tables: Sequence[TableShare] = (), folder: Path = Path(), budget: int = 0, optimizer: str = "",
         seed: int = 0, say: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
+        """Before any file is opened.
+
+        tables     those that are kept in files, whole
+        budget     bytes of memory for this rank's caches
+        optimizer  of the tables: a key of STATE
+        say        prints a line, on the first rank only
+        """
         self._say = say  # prints on the first rank
         self.tables = {table.name: table for table in tables}
         self.folder, self.budget, self.optimizer, self.seed = folder, budget, optimizer, seed
@@ -68,10 +75,8 @@ class SsdTables:
         self.other_row_files: dict[str, list[Path]] = {}  # of another sharding
         self._tables_of_feature: dict[str, list[CachedTable]] = {}  # several where it is column-wise
         self._io_thread: ThreadPoolExecutor | None = None
-        self._counts_reported, self._counts_traced, self._step_reported = (
-            *np.zeros((2, len(COUNTS)), np.int64),
-            0,
-        )
+        self._counts_reported, self._counts_traced = np.zeros((2, len(COUNTS)), np.int64)
+        self._step_reported = 0
 
     def shrink_configs(
         self, collection: EmbeddingBagCollection, plan: ShardingPlan

@@ -49,6 +49,7 @@ def save_prepared(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping
 
 
 def _save(folder: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    """`save_prepared` with the lock held. `facts`: what the marker file has besides the arrays' shapes."""
     for old in KIND.find_folders(folder.parent):  # of writers that were killed
         KIND.remove_folder(old)
     if os.path.lexists(folder) and not KIND.holds_only_own_files(folder):

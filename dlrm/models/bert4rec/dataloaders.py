@@ -46,6 +46,7 @@ class BertCollator:
     """SequenceRows -> BertBatch."""
 
     def __init__(self, vocabulary: int, tied: bool, pin_memory: bool) -> None:
+        """`vocabulary`: number of items, with the padding and the mask. `tied`: see `BERT4Rec`."""
         self.vocabulary, self.tied, self.pin_memory = vocabulary, tied, pin_memory
 
     def __call__(self, rows: SequenceRows, where: Callable[[int, str], str]) -> BertBatch:
@@ -179,6 +180,9 @@ def best_reachable_scores(prepared: PreparedData, lengths: tuple[int, ...]) -> d
 
 
 def cache_folder(data: BertData, seed: int, path: Path | None) -> Path | None:
+    """Where histories prepared with these options belong; None: nowhere. `path`: the ratings' file, None for
+    random ones.
+    """
     root = data.cache_dir or (os.path.join(path.parent, CACHE) if path else None)
     if root is None:
         return None
@@ -196,6 +200,9 @@ def cache_folder(data: BertData, seed: int, path: Path | None) -> Path | None:
 def make_data(
     data: BertData, options: ratings.RatingsOptions, path: Path | None, seed: int, show: bool
 ) -> PreparedData:
+    """Read or draw ratings and prepare them. `path`: the ratings' file, None for random ones. `show`: print
+    the progress.
+    """
     progress = StepProgress(3, show)
     with progress.step("ratings"):
         raw = ratings.read_ratings(data.dataset_name, path, options)

@@ -127,7 +127,7 @@ def _read_table(path: Path, separator: bytes | None, header: bool, rated: bool) 
             line = int(column.cast(pl.Float64, strict=False).is_null().arg_max() or 0)
             held = f"{printable(column[line])[:60] or 'nothing'} in column {number}"
             raise UserError(
-                f"{printable(path)}, line {line + 1 + header}: {held} is no number; repair the line"
+                f"{printable(path)}, line {line + 1 + header}: {held} is not a number; repair the line"
             )
         if number != least or not rated:
             _refuse_beyond_int64(column, path, number, header)

@@ -54,6 +54,14 @@ class _InMemorySource:
 
 
 class TrainingSequences(_InMemorySource):
+    """The masked sequences of all users.
+
+    mask_prob     share of the items that are hidden
+    mask_share    share of the hidden ones that the mask replaces; the others become random items
+    dupe_factor   copies of each sequence, each masked differently
+    window_share  from one sequence of a long history to the next, as a share of `max_len`
+    """
+
     def __init__(
         self, data: Histories, max_len: int, mask_prob: float, dupe_factor: int, seed: int,
         bytes_read: dict[str, int] | None = None, window_share: float = STEP, mask_share: float = MASKED,
@@ -78,6 +86,10 @@ class TrainingSequences(_InMemorySource):
 
 
 class EvaluationSequences(_InMemorySource):
+    """A row per user: the history, then the mask, and the right item among `negatives`, int32 [users, n].
+    `split`: "val" or "test".
+    """
+
     def __init__(self, data: Histories, negatives: np.ndarray, max_len: int, split: str) -> None:
         self.tokens, self.right = make_evaluation_sequence(data, max_len, split)
         self.negatives = negatives

@@ -87,6 +87,9 @@ def transform_and_publish(
     stamps: FileStamps,
     folders: Folders,
 ) -> DatasetMeta:
+    """All steps, from the input files to published results. A step that an earlier run has finished in
+    `folders` is skipped. `stamps`: of the input files, which must not change meanwhile.
+    """
     progress = StepProgress(STEPS, workers.first, workers.size)
     plan = PrepPlan(
         options, input_files, [unpack.find_text_path(source, folders.work) for source in input_files], folders
@@ -248,6 +251,7 @@ def record_results(plan: PrepPlan) -> None:
 def digest_and_publish(
     plan: PrepPlan, workers: Workers, stamps: FileStamps, progress: StepProgress
 ) -> DatasetMeta:
+    """Flush and digest the results on all ranks, then publish them on rank 0."""
     workers.run_on_first(lambda: record_results(plan))
     names = plan.load_json(plan.file_path("publish"))["files"]
     # Each node flushes its own writes to disk; meanwhile the digests are computed and spill files removed.
@@ -285,6 +289,7 @@ def write_digests(plan: PrepPlan, workers: Workers, names: list[str]) -> None:
 
 
 def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: StepProgress) -> DatasetMeta:
+    """Rank 0: write meta.json from what the ranks have recorded, and give all results their names."""
     options, values = plan.options, plan.load_json(plan.file_path("publish"))
     for count, example in values["skipped"]:
         progress.print_line(f"skipped {format_number(count, 'bad row')}, the first: {example}")

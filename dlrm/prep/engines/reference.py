@@ -35,6 +35,7 @@ def run(options: PrepOptions) -> None:
 def make_dataset(
     options: PrepOptions, input_files: list[inputs.InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> DatasetMeta:
+    """Write and publish the dataset of the whole input, which is in memory meanwhile."""
     tables = [read_rows(source, options) for source in input_files]
     outputs = inputs.plan_outputs(input_files, [len(table[2]) for table in tables], options.steps)
     dense = np.concatenate([take_logarithm(table[0], options) for table in tables])
@@ -123,6 +124,9 @@ def lines_of(source: inputs.InputFile) -> Iterator[bytes]:
 def write_arrays(
     whole: dict[str, np.ndarray], outputs: list[inputs.OutputDay], options: PrepOptions, folder: Path
 ) -> None:
+    """`whole`: part -> [rows of all days, columns], in the order of the output. The days' arrays go to
+    `folder`.
+    """
     begin = 0
     for output in outputs:
         for part in PARTS:

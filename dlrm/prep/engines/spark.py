@@ -52,6 +52,7 @@ def run(options: PrepOptions) -> None:
 def start_session(
     session: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> DatasetMeta:
+    """Set up Spark, make the dataset with it, stop it. `session`: the class pyspark.sql.SparkSession."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     here = str(Path(__file__).parents[3])
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
@@ -85,6 +86,7 @@ def list_settings(options: PrepOptions) -> Iterator[tuple[str, str]]:
 def make_dataset(
     spark: Any, options: PrepOptions, found: list[InputFile], folders: Folders, stamps: inputs.FileStamps
 ) -> DatasetMeta:
+    """Write and publish the dataset. `found`: the input files; `stamps`: of them. `spark`: a session."""
     parsed, counts = zip(*(parse_lines(spark, options, source) for source in found), strict=True)
     outputs = inputs.plan_outputs(found, list(counts), options.steps)
     starts = [0, *itertools.accumulate(counts)]

@@ -81,6 +81,9 @@ class LineScanner:
         skip_bad: bool,
         text: np.ndarray | None = None,
     ) -> None:
+        """`text`: uint8, as `make_text_buffer` makes it, to be used again for several pieces; None: a new
+        one.
+        """
         self.file, self.name, self.piece, self.rules, self.skip_bad = file, name, piece, rules, skip_bad
         self.skipped = 0
         self.first_bad = ""

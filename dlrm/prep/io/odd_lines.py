@@ -99,6 +99,7 @@ def read_fields(fields: list[str], rules: LineRules) -> Row:
 
 
 def parse_number(field: str, name: str, empty: int) -> int:
+    """A label or count. `name`: of the column, for messages. `empty`: the value of an empty field."""
     if not field:
         return empty
     try:
@@ -113,6 +114,7 @@ def parse_number(field: str, name: str, empty: int) -> int:
 
 
 def parse_hash(field: str, name: str, rules: LineRules) -> int:
+    """An id of up to eight hexadecimal digits; with --max_ind_range, its remainder. `name`: of the column."""
     try:
         value = int(field or "0", 16)
     except ValueError:

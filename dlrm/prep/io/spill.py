@@ -106,6 +106,7 @@ class SpillFile:
         bits: int,
         columns: Columns,
     ) -> None:
+        """`rows`: of the piece. `bits`: a bucket has 2^bits rows of the output."""
         self.record_bytes, self._scatter = count_record_bytes(columns), make_scatterer(columns)
         self.file, self.read_places, self.rows, self.bits = file, read_places, rows, bits
         self.done = 0  # rows added

@@ -32,6 +32,9 @@ def parse_numbers(words: FieldWords, digits: Any) -> Any:
 
 
 def store_counts(builder: Any, values: Any, count: int, label: Any, dense: Any) -> None:
+    """Emit the stores of a parsed line: the first of `values` (i32 lanes) to address `label`, the next
+    `count` to address `dense`.
+    """
     builder.store(builder.extract_element(values, I32(0)), builder.inttoptr(label, I32.as_pointer()))
     if not count:
         return

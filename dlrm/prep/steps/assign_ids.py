@@ -57,11 +57,16 @@ class ColumnMaps:
         file.write(numbers.astype(np.int32, copy=False), 4 * (int(self.offsets[lane]) + at))
 
     def read_map(self, lane: int, at: int, count: int) -> np.ndarray:
+        """int32 [count]: part of a lane's map, from position `at` of its list on."""
         with OffsetFile(self.plan.file_path("lane", lane, "map")) as file:
             return file.read_array(count, 4 * (int(self.offsets[lane]) + at), np.int32)
 
 
 def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: StepProgress) -> None:
+    """Write a column's maps from the lanes' numbers to the dataset's ids, and how many ids it keeps.
+
+    `sizes`: int64 [lanes, columns], how many ids each lane has found. A column that is done is skipped.
+    """
     path = plan.file_path("column", column)
     if path.exists():
         return
@@ -153,6 +158,7 @@ def add_counts(counters, low, ids, seen, most):
 
 @compiled
 def mark_kept(words, counters, low, least):
+    """Mark in the bitmap `words` the ids low .. low + len(counters) that occur at least `least` times."""
     for at in range(len(counters)):
         if counters[at] >= least:
             id = low + at

@@ -93,6 +93,7 @@ class IdMaps:
 
 
 def load_map(plan: PrepPlan, sizes: np.ndarray, lane: int) -> tuple[np.ndarray, np.ndarray]:
+    """A lane's part of `IdMaps`: (offsets, values). `sizes`: int64 [lanes, columns], ids of each."""
     offsets = np.concatenate([[0], np.cumsum(sizes[lane])])
     if not offsets[-1]:  # a lane with no valid row has no map file
         return offsets, np.zeros(0, np.int32)
@@ -241,6 +242,7 @@ class Placer:
         return dense, sparse, labels
 
     def write_rows(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
+        """Write a bucket, the rows from `begin` of the output on; arrays as in `store_rows`."""
         plan = self.plan
         store_rows(
             plan.folders.unfinished, plan.options, plan.outputs, plan.shuffled_rows, begin,

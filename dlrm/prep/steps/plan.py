@@ -45,6 +45,7 @@ class PrepPlan:
     # --- intermediate files
 
     def file_path(self, kind: str, number: int = 0, ending: str = "json") -> Path:
+        """An intermediate file: e.g. ("lane", 3, "ids") is lane_00003.ids in the work folder."""
         return self.folder / f"{kind}_{number:05d}.{ending}"
 
     def load_json(self, path: Path) -> Any:

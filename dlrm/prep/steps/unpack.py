@@ -22,6 +22,7 @@ def find_text_path(source: InputFile, folder: Path) -> Path:
 
 
 def unpack_file(source: InputFile, folder: Path, progress: StepProgress) -> None:
+    """Unpack an input file into `folder`, unless it is not compressed or an earlier run has done it."""
     target = find_text_path(source, folder)
     if not source.compressed or target.exists():
         return

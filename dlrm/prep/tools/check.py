@@ -89,6 +89,12 @@ def read_layout(path: Path, whole: bool = True) -> tuple[tuple[int, ...], np.dty
 
 
 def check_layout(path: Path, shape: tuple[int, int], meta: DatasetMeta, part: str, last: bool) -> str:
+    """What is wrong with an array's header or size, "" if nothing.
+
+    shape  (rows, columns) that meta.json promises
+    part   "dense", "sparse" or "labels"
+    last   whether it is of the last day, which is not shuffled
+    """
     if not path.exists():
         return "missing"
     try:

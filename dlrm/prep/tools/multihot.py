@@ -90,6 +90,7 @@ def write_multi_hot(options: MultiHotOptions, workers: Workers) -> None:
 def publish_days(
     options: MultiHotOptions, days: int, names: list[str], folders: Folders, stamps: FileStamps
 ) -> None:
+    """Give the results their names. `names`: all of them, the .npz files first."""
     last, others = names[0], r"day_\d+_sparse_multi_hot\.npz|meta\.json"
     if options.copy_labels_and_dense:  # a folder that can be read on its own
         write_meta(folders, make_meta(options, days, names, folders))
@@ -220,6 +221,7 @@ def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
 
 
 def make_meta(options: MultiHotOptions, days: int, names: list[str], folders: Folders) -> DatasetMeta:
+    """The contents of meta.json for a folder that can be read on its own. `names`: the files to digest."""
     rows = [read_shape(options.input_dir, day, "sparse")[0] for day in range(days)]
     parameters = {"multi_hot_sizes": list(options.sizes), "distribution": options.distribution}
     if (options.input_dir / META).exists():

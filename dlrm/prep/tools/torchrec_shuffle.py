@@ -68,6 +68,11 @@ def write_days(
     seed: int,
     output_folders: Folders,
 ) -> None:
+    """Shuffle the rows of all days but the last into new days of the same lengths, and copy the last.
+
+    folders   of the input: part ("dense", "sparse", "labels") -> folder
+    shuffled  rows of all days but the last
+    """
     with trace.span("prep", "permute", bytes=4 * shuffled):
         permute.write_places(output_folders.work_path(PLACES), shuffled, seed, lambda rows: None)
     bits, begin, spills = choose_bucket_bits(shuffled, columns), 0, []
@@ -169,6 +174,12 @@ def write_bucket(
     buffers: tuple[np.ndarray, ...],
     folder: Path,
 ) -> None:
+    """Write rows bucket * 2^bits .. (bucket + 1) * 2^bits of the shuffled days to their files in `folder`.
+
+    outputs  the shuffled days
+    spills   of each day, as `spill_day` returns them
+    buffers  int32 [rows of a bucket, columns] of dense, sparse and labels; uint32 [n, words] for records
+    """
     place_records = make_placer(columns)
     *whole, buffer = buffers
     rows = min(sum(output.rows for output in outputs), (bucket + 1) << bits) - (bucket << bits)

@@ -65,8 +65,8 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("ml-1m", "1::2\n", "2 columns"),
-        ("ml-1m", "a::b::c::d\n", "line 1: a in column 1 is no number"),
-        ("text", "1 2 3\n4 x 6\n", "line 2: x in column 2 is no number"),
+        ("ml-1m", "a::b::c::d\n", "line 1: a in column 1 is not a number"),
+        ("text", "1 2 3\n4 x 6\n", "line 2: x in column 2 is not a number"),
         ("text", "", "empty"),
         ("ml-20m", "userId,movieId,rating,timestamp\n", "at least"),
     ],
@@ -285,10 +285,10 @@ def test_prepared_data_is_kept_until_the_source_changes(
     data = BertData(dataset_name="text", dataset_path=str(path), negatives=5)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with session.open_session(Ranks(), 60):
-        the_cache(path, data)
+        check_cache(path, data)
 
 
-def the_cache(path: Path, data: BertData) -> None:
+def check_cache(path: Path, data: BertData) -> None:
     read: dict[str, int] = {}
     first = prepare_data(data, 0, Ranks(), {})
     second = prepare_data(data, 0, Ranks(), read)
