@@ -51,7 +51,7 @@ def main(run: Path) -> None:
         report.write_report(run, Path(folder) / "report.html")
         with chromium(Path(folder) / "narrow", "1280,1060") as browser:
             take_report(browser, Path(folder) / "report.html")
-        with chromium(Path(folder) / "wide", "1600,1000") as browser:
+        with chromium(Path(folder) / "wide", "1600,1150") as browser:
             take_trace(browser, run)
 
 

@@ -88,9 +88,10 @@ def describe_counter_track(uuid: int, parent: int, name: str, unit: str) -> byte
     )
 
 
-def describe_group(uuid: int, name: str) -> bytes:
+def describe_group(uuid: int, name: str, parent: int = 0) -> bytes:
     """A track without events, for other tracks to be below."""
-    return encode_packet(encode_nested(DESCRIPTOR, encode_number(1, uuid), encode_nested(2, name)))
+    above = encode_number(5, parent) if parent else b""
+    return encode_packet(encode_nested(DESCRIPTOR, encode_number(1, uuid), above, encode_nested(2, name)))
 
 
 def encode_trace_uuid(high: int, low: int) -> bytes:

@@ -13,6 +13,7 @@ from analysis.perfetto.flows import ReadToStepFlows
 from analysis.perfetto.nest import SliceLane
 from analysis.perfetto.positions import FilePositions
 from analysis.trace.arguments import count_moved_bytes, read_argument_of, read_real_argument
+from analysis.trace.classify import KERNEL_COUNTERS
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import resolve_paths
 from analysis.trace.process import TracedProcess
@@ -27,6 +28,7 @@ MAX_THREADS = 1024  # tracks of one process; further threads share one
 MAX_LANES = 64  # of one track
 MAX_COUNTERS = 1000  # of one process
 RUN_GROUP = "run"  # the track above the run's counters
+KERNEL_GROUP = "kernel"  # the track above those that the kernel keeps of a process, closed at first
 OTHERS = -1  # the thread number of what shares a track
 RUN_COUNTERS = ("loss", "samples_per_second")  # of the run: every rank logs the same values
 # Slices of steps are named by their number. These names are numbered after those of all strings.
@@ -197,6 +199,7 @@ class FileTracks:
         self.uuid, self.pid = shared.new_uuid(), about.pid
         self.tracks: dict[int, Track] = {}
         self.counters: dict[int, int] = {}
+        self.kernel_group = 0  # the track above the kernel's counters, once it is there
         self.crowded = self.uncounted = 0  # events that were left out
         self.flows = ReadToStepFlows(about.order + 1)
         self.positions = FilePositions()
@@ -383,8 +386,14 @@ class FileTracks:
             write_counter(self.shared, self.counters[number], block.ts[mine], values[mine])
 
     def _describe_counter(self, name: str) -> int:
+        parent = self.uuid
+        if name.startswith(KERNEL_COUNTERS):
+            if not self.kernel_group:
+                self.kernel_group = self.shared.new_uuid()
+                self.shared.out.write(proto.describe_group(self.kernel_group, KERNEL_GROUP, self.uuid))
+            parent = self.kernel_group
         uuid = self.shared.new_uuid()
-        self.shared.out.write(proto.describe_counter_track(uuid, self.uuid, name, ""))
+        self.shared.out.write(proto.describe_counter_track(uuid, parent, name, ""))
         return uuid
 
 

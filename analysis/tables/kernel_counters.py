@@ -4,7 +4,8 @@ import numpy as np
 import polars as pl
 
 from analysis.tables.read import RankEvents
-from analysis.tables.times import KERNEL_COUNTERS, Windows
+from analysis.tables.times import Windows
+from analysis.trace.classify import KERNEL_COUNTERS
 
 COUNTERS = {  # in the trace -> in the table
     "read_bytes": "device_read_bytes",

@@ -12,7 +12,7 @@ import polars as pl
 
 from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
 from analysis.tables.read import RankEvents
-from analysis.trace.classify import KINDS, PROGRAM_FILE, SYSTEM_FILE
+from analysis.trace.classify import KERNEL_COUNTERS, KINDS, PROGRAM_FILE, SYSTEM_FILE
 
 MEASURES = (
     "wall_us", *(f"{kind}_us" for kind in KINDS), "other_us",
@@ -20,7 +20,6 @@ MEASURES = (
 )  # fmt: skip
 BINS = 600  # stretches of the timeline, at most, of one rank
 MAX_EPOCHS = 1000  # that are kept apart
-KERNEL_COUNTERS = "proc/"  # the beginning of their names
 MAX_COLLECTIVES = 200_000  # of a rank that are kept
 KEPT_CATS = ("startup", "eval", "checkpoint", "prep")
 

@@ -13,6 +13,7 @@ import polars as pl
 KINDS = ("io", "wait", "communication", "copy", "compute")
 OTHER = "other"
 DATASET_CATS = ("data", "dataset", "reader", "data_loader", "dataloader")  # whose reads are of the dataset
+KERNEL_COUNTERS = "proc/"  # the beginning of the names of what the kernel counts of a process
 CALLS = ("POSIX", "STDIO")  # intercepted calls; what MPI-IO and HDF5 do shows in these, so they are spans
 
 _EXCHANGE = (

@@ -30,8 +30,6 @@ class CompactReader:
         self._data, self._at = data, 0
 
     def read_struct(self, depth: int = 0) -> dict[int, Any]:
-        if depth > MOST_NESTING:
-            raise ValueError("is nested too deeply")
         found, number = {}, 0
         while (head := self._take_byte()) & 15 != STOP:
             number = number + (head >> 4) if head >> 4 else self._read_integer()
@@ -39,6 +37,8 @@ class CompactReader:
         return found
 
     def _read_value(self, kind: int, depth: int) -> Any:
+        if depth > MOST_NESTING:
+            raise ValueError("is nested too deeply")
         if kind in (TRUE, FALSE):
             return kind == TRUE
         if kind in INTEGERS:
