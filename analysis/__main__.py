@@ -194,7 +194,7 @@ def make_parser() -> argparse.ArgumentParser:
             )  # fmt: skip
         if name == "compare":
             made.add_argument(
-                "others", metavar="RUN", nargs="+",
+                "others", metavar="ANOTHER_RUN", nargs="+",
                 help="runs to compare it with; runs of the same settings tell how large the noise is",
             )  # fmt: skip
             made.add_argument(

@@ -65,11 +65,11 @@ def _name_runs(setting: Setting) -> str:
 def _format_numbers(comparison: Comparison) -> Iterator[str]:
     """Two settings with the change beside them; of more, the numbers, then what changed against A."""
     if len(comparison.settings) == 2:
-        yield f"{'':<29}{'A':>11}{'B':>11}{'change':>12}" + ("  noise" if comparison.is_repeated else "")
+        yield f"{'':<29}{'A':>11}{'B':>11}{'change':>14}" + ("  noise" if comparison.is_repeated else "")
         for row in comparison.rows:
             change = row.changes[0]
             noise = f"  {change.noise_text} {change.verdict}".rstrip()
-            yield f"{row.label:<29.29}{row.texts[0]:>11}{row.texts[1]:>11}{change.text:>12}{noise}".rstrip()
+            yield f"{row.label:<29.29}{row.texts[0]:>11}{row.texts[1]:>11}{change.text:>14}{noise}".rstrip()
         return
     for begin in range(0, len(comparison.settings), 4):
         places = range(begin, min(begin + 4, len(comparison.settings)))
@@ -83,7 +83,7 @@ def _format_numbers(comparison: Comparison) -> Iterator[str]:
             yield f"{setting.letter} against A, beyond the noise:"
         for row in judged:
             change = row.changes[place]
-            yield f"  {row.label:<29.29}{change.text:>12}  {change.noise_text} {change.verdict}"
+            yield f"  {row.label:<29.29}{change.text:>14}  {change.noise_text} {change.verdict}"
 
 
 def _format_scaling(points: Sequence[ScalingPoint], called: str) -> Iterator[str]:

@@ -241,7 +241,7 @@ def test_links_lead_to_one_slice(tmp_path: Path) -> None:
     ("words", "says"),
     [
         ("reprt RUN", "invalid choice: 'reprt'"),
-        ("compare RUN", "required: RUN (python -m analysis compare --help lists the options)"),
+        ("compare RUN", "required: ANOTHER_RUN (python -m analysis compare --help lists the options)"),
         ("view RUN/x.pftrace --port 80000", "--port 80000: not a port's number"),
         ("view RUN/report.html", "not a trace for the Perfetto UI"),
         ("report RUN --dask foo", "--dask foo: local, pbs, or the host:port"),
