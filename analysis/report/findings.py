@@ -42,72 +42,59 @@ RULES: tuple[Rule, ...] = (
          f"{training.ABOVE_STEPS} steps, or at what a constant prediction has", "-"),
     Rule("waiting", time.find_waiting, f"{time.WAITING:.0%} of the training waits for data or is I/O",
          "DFAnalyzer: fetch_pressure"),
-    Rule("persistent_pressure", time.find_persistent_pressure, f"{time.PRESSURE:.0%} of the time waits "
-         "for data in "
-         f"{PRESSED}", "DFDiagnoser: persistent_pressure"),
-    Rule("waiting_for_ranks", communication.find_waiting_for_ranks, f"{communication.COMMUNICATION:.0%} "
-         "of the "
-         "training waits in collectives for the last rank, beyond the clocks' error", "-"),
+    Rule("persistent_pressure", time.find_persistent_pressure, f"{time.PRESSURE:.0%} of the time waits for "
+         f"data in {PRESSED}", "DFDiagnoser: persistent_pressure"),
+    Rule("waiting_for_ranks", communication.find_waiting_for_ranks, f"{communication.COMMUNICATION:.0%} of "
+         "the training waits in collectives for the last rank, beyond the clocks' error", "-"),
     Rule("transfer", communication.find_transfer, f"{communication.COMMUNICATION:.0%} of the training is "
          "communication after the last rank has come", "-"),
     Rule("slow_rank", time.find_slow_rank, f"a rank's own part of a step is {time.SLOW_RANK} times the "
          "others'",
          "DFDiagnoser: epoch_straggler"),
-    Rule("io_imbalance", time.find_io_imbalance, f"the ranks' times in I/O that nothing hides differ by "
-         "more than "
-         f"{time.IO_UNEVEN:.0%}", "DFAnalyzer: fetch_rank_imbalance"),
+    Rule("io_imbalance", time.find_io_imbalance, "the ranks' times in I/O that nothing hides differ by more "
+         f"than {time.IO_UNEVEN:.0%}", "DFAnalyzer: fetch_rank_imbalance"),
     Rule("startup", time.find_slow_startup, f"the first step ends after {time.STARTUP:.0%} of the run", "-"),
     Rule("late_steps", time.find_late_steps, f"steps of {time.LATE:.0f} times the median take "
          f"{time.LATE_PART:.0%} of the training", "-"),
-    Rule("checkpoint", checkpoints.find_checkpoint_cost, f"checkpoints pause {checkpoints.PAUSE:.0%} of "
-         "the run", "-"),
-    Rule("checkpoint_tail", checkpoints.find_checkpoint_tail, f"of {checkpoints.LEAST_CHECKPOINTS} or "
-         "more the "
-         f"slowest takes {checkpoints.TAIL:.0f} times the median", "DFDiagnoser: checkpoint_tail_risk"),
+    Rule("checkpoint", checkpoints.find_checkpoint_cost, f"checkpoints pause {checkpoints.PAUSE:.0%} of the "
+         "run", "-"),
+    Rule("checkpoint_tail", checkpoints.find_checkpoint_tail, f"of {checkpoints.LEAST_CHECKPOINTS} or more "
+         f"the slowest takes {checkpoints.TAIL:.0f} times the median", "DFDiagnoser: checkpoint_tail_risk"),
     Rule("checkpoint_fragments", checkpoints.find_checkpoint_fragments, f"{checkpoints.PIECES:,} or more "
-         "writes of "
-         "less than 1 MiB on average", "DFDiagnoser: checkpoint_fragmentation"),
+         "writes of less than 1 MiB on average", "DFDiagnoser: checkpoint_fragmentation"),
     Rule("small_reads", requests.find_small_reads, SMALL,
          "Drishti: P05, P15; WisIO: small_reads; DFAnalyzer: small_read_dominance"),
     Rule("small_writes", requests.find_small_writes, SMALL,
          "Drishti: P06; WisIO: small_writes; DFAnalyzer: small_write_dominance"),
     Rule("random_access", requests.find_random_access, RANDOM, "Drishti: P11; WisIO: random_operations"),
     Rule("random_writes", requests.find_random_writes, RANDOM, "Drishti: P13; WisIO: random_operations"),
-    Rule("misaligned", requests.find_misaligned, f"{requests.MISALIGNED:.0%} of the requests skip into "
-         "the middle of "
-         f"a block of 4 KiB, which moves {requests.MISALIGNED:.0%} more", "Drishti: P08"),
-    Rule("operation_imbalance", requests.find_operation_imbalance, f"{requests.MORE_CALLS:.0%} more calls "
-         "of one "
-         "kind, which move less than half of their share of the bytes",
+    Rule("misaligned", requests.find_misaligned, f"{requests.MISALIGNED:.0%} of the requests skip into the "
+         f"middle of a block of 4 KiB, which moves {requests.MISALIGNED:.0%} more", "Drishti: P08"),
+    Rule("operation_imbalance", requests.find_operation_imbalance, f"{requests.MORE_CALLS:.0%} more calls of "
+         "one kind, which move less than half of their share of the bytes",
          "Drishti: P01 to P04; WisIO: operation_imbalance; DFAnalyzer: operation_imbalance, size_imbalance"),
     Rule("stdio", requests.find_stdio, f"more than {requests.STDIO_SHARE:.0%} of the bytes, and 1 MiB, by "
-         "buffered "
-         "calls of the C library", "Drishti: S01"),
-    Rule("slow_tail", requests.find_slow_tail, "the slowest 1% of reads take 30% of the time, 10 times "
-         "the median "
-         "each", "DFAnalyzer: read_contention"),
-    Rule("shared_requests", files.find_shared_requests, f"{SHARED} are small or misaligned", "Drishti: "
-         "P16, P08"),
-    Rule("stragglers", files.find_stragglers, f"ranks differ by more than {files.STRAGGLES:.0%} in a "
-         "shared file's "
-         "time, or bytes", "Drishti: P18, P19"),
+         "buffered calls of the C library", "Drishti: S01"),
+    Rule("slow_tail", requests.find_slow_tail, "the slowest 1% of reads take 30% of the time, 10 times the "
+         "median each", "DFAnalyzer: read_contention"),
+    Rule("shared_requests", files.find_shared_requests, f"{SHARED} are small or misaligned", "Drishti: P16, "
+         "P08"),
+    Rule("stragglers", files.find_stragglers, f"ranks differ by more than {files.STRAGGLES:.0%} in a shared "
+         "file's time, or bytes", "Drishti: P18, P19"),
     Rule("file_imbalance", files.find_file_imbalance, f"ranks differ by more than {files.UNEVEN:.0%} in a "
-         "shared "
-         "file's bytes", "Drishti: P21, P22"),
+         "shared file's bytes", "Drishti: P21, P22"),
     Rule("redundant_reads", files.find_redundant_reads, f"{AGAIN}, are read in one epoch", "Drishti: P09"),
     Rule("redundant_writes", files.find_redundant_writes, f"{AGAIN}, are written in one "
          "opening", "Drishti: P10"),
-    Rule("amplified", files.find_amplified_reads, f"{files.AMPLIFIED} times the bytes that the loader "
-         "asked for", "-"),
-    Rule("mapped", files.find_mapped_files, f"{files.MAPPED_PART:.0%} of the training "
-         f"reads mapped files, at less than {files.MAPPED_RATE / 1e9:.0f} GB/s", "-"),
-    Rule("metadata", files.find_metadata_load, f"{files.METADATA_PART:.0%} of the time in file calls "
-         "moves no byte; "
-         "hints and syncs are left out",
+    Rule("amplified", files.find_amplified_reads, f"{files.AMPLIFIED} times the bytes that the loader asked "
+         "for", "-"),
+    Rule("mapped", files.find_mapped_files, f"{files.MAPPED_PART:.0%} of the training reads mapped files, at "
+         f"less than {files.MAPPED_RATE / 1e9:.0f} GB/s", "-"),
+    Rule("metadata", files.find_metadata_load, f"{files.METADATA_PART:.0%} of the time in file calls moves "
+         "no byte; hints and syncs are left out",
          "Drishti: P17; WisIO: excessive_metadata_access; DFAnalyzer: excessive_metadata_access"),
     Rule("metadata_time", files.find_metadata_time, f"more than {files.METADATA_RANK_S:.0f} s on a rank, "
-         "start-up "
-         "included", "Drishti: P17"),
+         "start-up included", "Drishti: P17"),
     Rule("hints", files.find_hint_cost, f"hints (fadvise) take {files.HINTS_PART:.0%} of the time in file "
          "calls", "-"),
     Rule("sync", files.find_sync_cost, f"fsync and the like take {files.SYNC_PART:.0%} of the run", "-"),
@@ -116,9 +103,8 @@ RULES: tuple[Rule, ...] = (
 
 # Beyond its own condition, a rule over requests or files says something only where it matters.
 WORTH_SAYING = (
-    f"At least {MATTERS:.0%} of the run is to be won; or, of small and random requests, "
-    f"{MATTERS_HIDDEN:.0%} of a "
-    "rank's time is in them, though all of it is hidden."
+    f"At least {MATTERS:.0%} of the run is to be won; or, of small and random requests, {MATTERS_HIDDEN:.0%} "
+    "of a rank's time is in them, though all of it is hidden."
 )
 
 

@@ -74,17 +74,14 @@ def find_checkpoint_tail(f: Facts) -> Finding | None:
     gain = min(late, f.longest_phase_seconds("checkpoint"))
     text = (
         f"The slowest of {table.height} checkpoints takes {format_seconds(longest)} from its copy to its "
-        "last "
-        f"byte, half of them {format_seconds(usual)} or less: one that is saved when the job's time runs "
-        "out may "
-        "not be done in time."
+        f"last byte, half of them {format_seconds(usual)} or less: one that is saved when the job's time "
+        "runs out may not be done in time."
     )
     remedy = f"Leave more than {format_seconds(longest)} for it at the end of the job, or save elsewhere."
     if f.is_own_run:
         remedy = (
             f"Give --stop_before_walltime more than {max(1, round(longest))} seconds, or put "
-            "--checkpoint_dir on "
-            "storage that is not shared."
+            "--checkpoint_dir on storage that is not shared."
         )
     evidence = {"checkpoints": table.height, "longest_s": longest, "median_s": usual}
     evidence |= {"ts": int(top["ts"]), "dur_us": int(top["us"])}

@@ -104,15 +104,13 @@ def find_waiting_for_ranks(f: Facts) -> Finding | None:
         remedy = "The ranks disturb each other or their work varies: give each rank cores of its own."
         if f.is_own_run and cpu:
             remedy = (
-                "The ranks disturb each other or their work varies: start fewer ranks on a node (NPROC), "
-                "or try "
-                "DLRM_THREADS=1."
+                "The ranks disturb each other or their work varies: start fewer ranks on a node (NPROC), or "
+                "try DLRM_THREADS=1."
             )
     text = (
         f"{split.waiting / wall:.0%} of the training, {format_seconds(split.waiting)} per rank, the ranks "
-        "wait in "
-        f"communication for the slowest of them, most of all in {split.name}; {who}. "
-        f"The transfer takes {format_seconds(split.transfer)}{_say_unclear(split)}."
+        f"wait in communication for the slowest of them, most of all in {split.name}; {who}. The transfer "
+        f"takes {format_seconds(split.transfer)}{_say_unclear(split)}."
     )
     evidence = {"waiting_s": split.waiting, "transfer_s": split.transfer, "unclear_s": split.unclear,
                 "clock_error_us": split.error_us, "rank": rank, "share": share}  # fmt: skip

@@ -53,9 +53,8 @@ def find_shared_requests(f: Facts) -> Finding | None:
     ]
     text = (
         f"{top['ranks']} ranks share {top['file']} and write it: of {top['count']:,} requests "
-        f"{' and '.join(kinds)}. They take {format_seconds(spent)}, added up over the ranks: the ranks "
-        "wait for "
-        "each other's locks."
+        f"{' and '.join(kinds)}. They take {format_seconds(spent)}, added up over the ranks: the ranks wait "
+        "for each other's locks."
     )
     remedy = "Give each rank a file, or a stretch that begins at a block; or let one rank write for its node."
     evidence = {name: int(top[name]) for name in ("ranks", "count", "small", "misaligned")}
@@ -101,8 +100,7 @@ def find_file_imbalance(f: Facts) -> Finding | None:
         return None
     text = (
         f"Rank {top['largest']} moves {format_size(top['most_bytes'])} of {top['file']}, which "
-        f"{top['ranks']} "
-        f"ranks share, and the rank with the least {format_size(top['least_bytes'])}."
+        f"{top['ranks']} ranks share, and the rank with the least {format_size(top['least_bytes'])}."
     )
     remedy = "Cut the file into equal parts for the ranks, or let all of them read and write."
     evidence = {
@@ -320,9 +318,8 @@ def find_metadata_time(f: Facts) -> Finding | None:
     spent = top["us"] / 1e6
     not_hidden = early + float(f.exposed_of_ranks().filter(pl.col("rank") == top["rank"])["seconds"].sum())
     text = (
-        f"Rank {top['rank']} spends {format_seconds(spent)} in {top['count']:,} opens, closes, stats, "
-        "seeks and "
-        f"other calls that move no byte, {format_seconds(early)} of them before its first step."
+        f"Rank {top['rank']} spends {format_seconds(spent)} in {top['count']:,} opens, closes, stats, seeks "
+        f"and other calls that move no byte, {format_seconds(early)} of them before its first step."
     )
     remedy = "Open fewer files: many small ones in few large ones."
     if early > spent / 2:
@@ -364,8 +361,7 @@ def find_sync_cost(f: Facts) -> Finding | None:
     top = calls.sort("us", "max_us").row(-1, named=True)
     text = (
         f"{number:,} calls of {top['name']} wait {format_seconds(spent)} until written data are on the "
-        "device, "
-        f"added up over the ranks; the longest "
+        "device, added up over the ranks; the longest "
         f"{format_seconds(float(calls['max_us'].to_numpy().max()) / 1e6)}."
     )
     remedy = "Sync once, after the last write, or from a thread that the training does not wait for."

@@ -107,8 +107,7 @@ def find_random_access(f: Facts) -> Finding | None:
     top = jumping.row(0, named=True)
     text = (
         f"{share:.0%} of the reads of {top['file']}{_count_others(jumping)} jump to another offset, "
-        f"{format_size(_mean_bytes(jumping))} at a time: no file system reads ahead for that. They "
-        "take "
+        f"{format_size(_mean_bytes(jumping))} at a time: no file system reads ahead for that. They take "
         f"{format_seconds(spent)}, added up over the ranks.{_say_hidden(gain)}"
     )
     remedy = "Shuffle batches, not rows; or read long stretches and shuffle inside them."
@@ -132,8 +131,7 @@ def find_random_writes(f: Facts) -> Finding | None:
         f"{share:.0%} of the writes to {top['file']}{_count_others(jumping)} jump to another offset, "
         f"{format_size(_mean_bytes(jumping))} at a time: {int(jumping['random'].sum()):,} of them, "
         f"{format_size(int(jumping['bytes'].sum()))} in all. They take {format_seconds(spent)}, added up "
-        "over "
-        f"the ranks.{_say_hidden(gain)}"
+        f"over the ranks.{_say_hidden(gain)}"
     )
     remedy = "Sort the pieces by offset and write neighbours together, or append and put them in order later."
     if str(top["file"]).endswith(TABLE_FILE):
@@ -181,9 +179,9 @@ def find_misaligned(f: Facts) -> Finding | None:
         return None
     file, _, _ = _name_top(files, "misaligned")
     text = (
-        f"{number / calls:.0%} of the requests skip into the middle of a block of {BLOCK:,} bytes"
-        f"{f', most of them in {file}' if file else ''}: {format_size(moved / number)} on average, so about "
-        f"{in_vain:.0%} of the bytes that the storage moves for them is for nothing."
+        f"{number / calls:.0%} of the requests skip into the middle of a block of {BLOCK:,} "
+        f"bytes{f', most of them in {file}' if file else ''}: {format_size(moved / number)} on average, so "
+        f"about {in_vain:.0%} of the bytes that the storage moves for them is for nothing."
     )
     remedy = (
         f"Begin requests at multiples of {BLOCK:,} bytes: pad records, or read whole blocks and cut them."

@@ -45,8 +45,7 @@ def find_waiting(f: Facts) -> Finding | None:
         elif f.is_own_dlrm and find_persistent_pressure(f):
             remedy = (
                 "Stage the data on the node, or hold it in memory (--source memory): --prefetch_batches "
-                "evens out "
-                "single late reads only, and it waits all the time."
+                "evens out single late reads only, and it waits all the time."
             )
         elif f.is_own_run:
             remedy = "Raise --prefetch_batches, stage the data on the node, or hold it in memory."
@@ -128,9 +127,8 @@ def find_slow_rank(f: Facts) -> Finding | None:
     what = max(usual, key=lambda c: late[c] - usual[c]).removesuffix("_s")
     host = next((p.host for p in f.joined.processes if p.rank == late["rank"]), "")
     text = (
-        f"Rank {late['rank']}{f' on {host}' if host else ''} needs {late['own_ms']:.3g} ms for its own "
-        f"part of a step, the others {own:.3g} ms: mostly more {what}. The others wait for it in "
-        "communication."
+        f"Rank {late['rank']}{f' on {host}' if host else ''} needs {late['own_ms']:.3g} ms for its own part "
+        f"of a step, the others {own:.3g} ms: mostly more {what}. The others wait for it in communication."
     )
     remedy = {
         "wait": "Look at that host's storage and at which files this rank reads.",
@@ -184,8 +182,8 @@ def find_slow_startup(f: Facts) -> Finding | None:
     name = {"first step": "the first step itself", "between": "what no span covers"}.get(part, part)
     text = (
         f"{'The first step ends' if jobs == 1 else f'The first steps of {jobs} launches end'} after "
-        f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; "
-        f"its longest part is {name}, {format_seconds(long)}{calls}."
+        f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; its "
+        f"longest part is {name}, {format_seconds(long)}{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
     if part == "imports" and f.mean_seconds("io_s", "startup") > 0.2 * long:  # else it is Python's own work
@@ -224,8 +222,8 @@ def find_late_steps(f: Facts) -> Finding | None:
     worst = late.row(0, named=True)
     many = f"{len(by_step)} steps take" if len(by_step) > 1 else "One step takes"
     text = (
-        f"{many} more than three times the median, {format_seconds(lost)} in all; "
-        f"the extra time is mostly {why}. The longest is step {worst['step']} on rank {worst['rank']}, "
+        f"{many} more than three times the median, {format_seconds(lost)} in all; the extra time is mostly "
+        f"{why}. The longest is step {worst['step']} on rank {worst['rank']}, "
         f"{format_seconds(worst['wall_us'] / 1e6)}."
     )
     evidence = {"steps": len(by_step), "mostly": why, "longest": worst["step"], "rank": worst["rank"]}
