@@ -63,40 +63,18 @@ def format_steps(count: int, begin: int) -> Iterator[str]:
             at, fhash = ts + 400 * part, f'"fhash":"88f87106115{file:05x}"'
             yield format_event(number, "lseek64", "POSIX", 4002, at + 5, 1, f'"ret":{step * size},{fhash}')
             took = 100 + (step * 7919 + part * 104729) % 150
-            yield format_event(
-                number,
-                "read",
-                "POSIX",
-                4002,
-                at + 9,
-                took,
-                f'"ret":{size},"count":{size},"offset":{step * size},{fhash}',
-            )
-            name = FILES[file]
-            yield format_event(
-                number,
-                "read",
-                "data",
-                4002,
-                at,
-                took + 12,
-                f'{about},"file":"{name}","batch":{step},"bytes":{size}',
-            )
+            call = f'"ret":{size},"count":{size},"offset":{step * size},{fhash}'
+            yield format_event(number, "read", "POSIX", 4002, at + 9, took, call)
+            read = f'{about},"file":"{FILES[file]}","batch":{step},"bytes":{size}'
+            yield format_event(number, "read", "data", 4002, at, took + 12, read)
             number += 3
         yield format_event(
             number, "assemble", "data", 4002, ts + 1300, 200 + step % 90, f'{about},"batch":{step}'
         )
         yield format_event(number, "wait", "data", 4001, ts + 1505, 30 + step % 11, f'{about},"batch":{step}')
         for i, stage in enumerate(STAGES):
-            yield format_event(
-                number,
-                stage,
-                "torchrec",
-                4001,
-                ts + 1560 + 150 * i,
-                120 + step % 29,
-                f'{about},"number":{step}',
-            )
+            begin_of_stage, counted = ts + 1560 + 150 * i, f'{about},"number":{step}'
+            yield format_event(number, stage, "torchrec", 4001, begin_of_stage, 120 + step % 29, counted)
         yield format_event(number, "step", "train", 4001, ts + 1500, 1400, f'{about},"batch":{step}')
         yield format_event(
             number, "loss", "counter", 4001, ts + 2900, 0, f'"value":{0.7 / (1 + step):.6f},{about}'

@@ -84,9 +84,8 @@ def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     if not len(j["steps"]):
         return []
     steps = progress.list_steps(j)
-    late = progress.find_late_steps(j).select(
-        KEPT[facts.launches.height == 1 :]
-    )  # one launch needs no number
+    # one launch needs no number
+    late = progress.find_late_steps(j).select(KEPT[facts.launches.height == 1 :])
     return [
         ReportEntry(
             "Steps", "Time of each step", steps,

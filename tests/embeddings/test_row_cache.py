@@ -20,7 +20,7 @@ from dlrm.runtime.errors import UserError
 ROWS, DIM = 3000, 8
 
 
-def opened(
+def open_table(
     folder: Path, slots: int = 200, state: int = 1, rows: int = ROWS, io_thread: Executor | None = None,
     **changed: Any,
 ) -> CachedTable:  # fmt: skip
@@ -107,7 +107,7 @@ def test_rows_looked_up_again_outlast_those_looked_up_once() -> None:
 
 
 def test_a_batch_of_too_many_rows_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    table = opened(tmp_path, slots=50)
+    table = open_table(tmp_path, slots=50)
     weights, random = first_values(), np.random.default_rng(1)
     table.admit_rows(np.arange(30), False)
     with pytest.raises(CacheFull):
@@ -126,11 +126,11 @@ def test_rows_are_those_of_a_table_in_memory_and_survive_the_process(
 ) -> None:
     weights, state = first_values(), np.zeros((ROWS, 1), np.float32)
     for opening in range(3):
-        table = opened(tmp_path, slots, io_thread=ThreadPoolExecutor(1) if threads else None)
+        table = open_table(tmp_path, slots, io_thread=ThreadPoolExecutor(1) if threads else None)
         assert table.consistent
         work(table, weights, state, 60, opening)
         table.close()
-    table = opened(tmp_path, slots, seed=99)  # rows not read so far get the first job's values
+    table = open_table(tmp_path, slots, seed=99)  # rows not read so far get the first job's values
     work(table, weights, state, 20, 7)
     for part, whole in (
         (WholeTable(table.table, table, False), weights),
@@ -145,7 +145,7 @@ def all_of(part: WholeTable) -> np.ndarray:
 
 
 def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:
-    table = opened(tmp_path)
+    table = open_table(tmp_path)
 
     def kernel() -> tuple[int, int]:
         lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
@@ -165,10 +165,10 @@ def test_bytes_are_counted_as_the_kernel_counts_them(tmp_path: Path) -> None:
 
 
 def test_a_killed_job_leaves_an_inconsistent_row_file(tmp_path: Path) -> None:
-    table = opened(tmp_path)
+    table = open_table(tmp_path)
     table.admit_rows(np.arange(100), True)
     os.close(table.row_file._file)  # as a kill does: nothing flushed, the lock gone
-    assert not opened(tmp_path).consistent
+    assert not open_table(tmp_path).consistent
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_killed_job_leaves_an_inconsistent_row_file(tmp_path: Path) -> None:
     [({"rows": 2999}, "rows 3000"), ({"dim": 4}, "dim 8"), ({"optimizer": "sgd"}, "optimizer x")],
 )
 def test_another_table_is_refused(tmp_path: Path, changed: dict[str, Any], says: str) -> None:
-    opened(tmp_path).close()
+    open_table(tmp_path).close()
     before = (tmp_path / "t_a.rows").read_bytes()
     facts: dict[str, Any] = {"rows": ROWS, "dim": DIM, "state": 1, "optimizer": "x", "seed": 5} | changed
     with pytest.raises(UserError, match=f"t_a.rows: made with {says}"):
@@ -185,23 +185,23 @@ def test_another_table_is_refused(tmp_path: Path, changed: dict[str, Any], says:
 
 
 def test_a_damaged_row_file_is_an_error_with_its_name(tmp_path: Path) -> None:
-    opened(tmp_path).close()
+    open_table(tmp_path).close()
     rows, about = tmp_path / "t_a.rows", tmp_path / "t_a.json"
     os.truncate(rows, 1000)
     with pytest.raises(UserError, match="t_a.rows: 1000 bytes, 108000 expected"):
-        opened(tmp_path)
+        open_table(tmp_path)
     os.truncate(rows, 108000)
     text = about.read_text()
     about.write_text(text[:20])
     with pytest.raises(UserError, match="t_a.json: not the description"):
-        opened(tmp_path)
+        open_table(tmp_path)
     about.unlink()
     with pytest.raises(UserError, match="rows without t_a.json"):
-        opened(tmp_path)
+        open_table(tmp_path)
 
 
 def test_a_row_file_cut_while_in_use_is_an_error_with_its_name(tmp_path: Path) -> None:
-    table = opened(tmp_path)
+    table = open_table(tmp_path)
     table.admit_rows(np.arange(100), True)
     os.truncate(tmp_path / "t_a.rows", 500)
     with pytest.raises(UserError, match="ends too early"):
@@ -209,11 +209,11 @@ def test_a_row_file_cut_while_in_use_is_an_error_with_its_name(tmp_path: Path) -
 
 
 def test_two_jobs_on_one_row_file_are_refused(tmp_path: Path) -> None:
-    first = opened(tmp_path)
+    first = open_table(tmp_path)
     with pytest.raises(UserError, match="another job trains this table"):
-        opened(tmp_path)
+        open_table(tmp_path)
     first.close()
-    opened(tmp_path).close()
+    open_table(tmp_path).close()
 
 
 FULL_DISK = """
@@ -221,11 +221,11 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, "tests/embeddings")
-from test_row_cache import opened
+from test_row_cache import open_table
 from dlrm.runtime.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
-table = opened(folder, slots=1000, rows=400_000)
+table = open_table(folder, slots=1000, rows=400_000)
 table.admit_rows(np.arange(10), True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, -1))
 try:
@@ -240,7 +240,7 @@ def test_a_full_disk_is_an_error_with_the_file_name(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=100
     )
     assert "t_a.rows: File too large: free some space" in done.stdout, done.stderr
-    assert not opened(tmp_path, rows=400_000).consistent
+    assert not open_table(tmp_path, rows=400_000).consistent
 
 
 BOUNDED = """

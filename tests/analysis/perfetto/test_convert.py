@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import traced
 from support.reports import analysis
-from support.trace_processor import Trace, opened
+from support.trace_processor import Trace, open_trace
 
 from analysis.perfetto import chrome, convert, ui
 from analysis.trace import events
@@ -59,7 +59,7 @@ def full(run: Path):
     summary = convert.convert_to_pftrace(run)
     assert summary.path == run / "dlrm-n1-ppn3-gpu0-ep2-bs128-ed16-lr0.05.pftrace"
     assert not summary.lost and not summary.moved and not summary.unresolved
-    with opened(summary.path) as trace:
+    with open_trace(summary.path) as trace:
         yield trace
 
 
@@ -185,7 +185,7 @@ def test_commands_of_the_interface_answer_in_the_trace_processor(full: Trace, ru
 def test_posix_only(run: Path) -> None:
     summary = convert.convert_to_pftrace(run, posix=True)
     assert summary.path.name == "dlrm-n1-ppn3-gpu0-ep2-bs128-ed16-lr0.05-posix.pftrace"
-    with opened(summary.path) as trace:
+    with open_trace(summary.path) as trace:
         assert trace.complaints() == []
         assert slices(trace) == [row for row in expected(run) if row[0] in ("POSIX", "STDIO")]
         assert trace.one("select count(*) from track where name = 'loss'") == 0
@@ -194,7 +194,7 @@ def test_posix_only(run: Path) -> None:
 def test_chrome_json(run: Path, tmp_path: Path) -> None:
     summary = chrome.convert_to_json(run, tmp_path / "t.json")
     assert json.loads(summary.path.read_text())["traceEvents"]
-    with opened(summary.path) as trace:
+    with open_trace(summary.path) as trace:
         assert trace.complaints() == []
         assert [(cat, name.split(" ")[0]) for cat, name, _, _ in slices(trace)] == [
             (cat, name.split(" ")[0]) for cat, name, _, _ in expected(run)
@@ -210,7 +210,7 @@ def test_killed_rank(tmp_path: Path) -> None:
     summary = convert.convert_to_pftrace(tmp_path / "run")
     assert summary.path.name == "run.pftrace"  # no config.json: named after the folder
     assert len(summary.lost) == 1 and "no end record" in summary.lost[0]
-    with opened(summary.path) as trace:
+    with open_trace(summary.path) as trace:
         assert trace.complaints() == []
         assert trace.one("select count(*) from slice where name glob 'step *'") == 3
         assert trace.one(INSIDE) == 0
@@ -236,7 +236,7 @@ def test_overlaps_get_a_lane_and_nothing_is_lost(tmp_path: Path) -> None:
     ]
     summary = convert.convert_to_pftrace(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
     assert summary.moved == 2
-    with opened(summary.path) as trace:
+    with open_trace(summary.path) as trace:
         assert trace.complaints() == []
         assert trace.rows("select name, ts / 1000, dur / 1000 from slice order by name") == spans
         assert trace.one("select count(*) from thread where name like 'main overlap%'") == 2
@@ -254,7 +254,7 @@ def test_parent_in_a_later_block_than_its_first_child(
     ]
     summary = convert.convert_to_pftrace(write(tmp_path / "t.pfw.gz", spans), tmp_path / "t.pftrace")
     assert summary.moved == 0
-    with opened(summary.path) as trace:
+    with open_trace(summary.path) as trace:
         assert trace.complaints() == []
         assert trace.one("select count(*) from slice") == len(spans)
         assert (
@@ -281,7 +281,7 @@ def test_same_pids_on_two_hosts_stay_apart(tmp_path: Path) -> None:
         path = write(tmp_path / f"{1 - rank}.pfw.gz", [("step", 1000, 10 + rank)])
         lines = "".join(json.dumps(record) + "\n" for record in records)
         path.write_bytes(gzip.compress(lines.encode()) + path.read_bytes())
-    with opened(convert.convert_to_pftrace(tmp_path, tmp_path / "t.pftrace").path) as trace:
+    with open_trace(convert.convert_to_pftrace(tmp_path, tmp_path / "t.pftrace").path) as trace:
         rows = trace.rows(
             "select p.name, s.dur from slice s join thread_track t on s.track_id = t.id "
             "join thread using(utid) join process p using(upid) order by p.upid"
@@ -330,7 +330,7 @@ def test_offsets_of_reads_that_do_not_say_them(tmp_path: Path) -> None:
         convert.convert_to_pftrace(run),
         convert.convert_to_pftrace(run, posix=True),
     ):
-        with opened(summary.path) as trace:
+        with open_trace(summary.path) as trace:
             assert trace.complaints() == []
             assert [offset for (offset,) in trace.rows(query)] == expected_reads
             assert [offset for (offset,) in trace.rows(written)] == [0, 3, None]

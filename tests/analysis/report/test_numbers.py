@@ -161,7 +161,7 @@ def test_operations_by_plain_python(run: Path, joined: JoinedTables) -> None:
 
 def test_steps_by_sql(run: Path, joined: JoinedTables, tmp_path: Path) -> None:
     made = convert.convert_to_pftrace(run, tmp_path / "x.pftrace")
-    with trace_processor.opened(made.path) as trace:
+    with trace_processor.open_trace(made.path) as trace:
         steps = trace.rows(
             "select count(*), sum(dur), max(dur) from slice where category='train' and name glob 'step *'"
         )

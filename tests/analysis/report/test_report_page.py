@@ -10,7 +10,7 @@ import pytest
 from support.browser import chromium
 from support.made_traces import Made, training
 from support.reports import METRICS, ROOT, a_run, analysis
-from support.trace_processor import opened
+from support.trace_processor import open_trace
 
 from analysis.__main__ import main
 
@@ -230,7 +230,7 @@ def test_links_lead_to_one_slice(tmp_path: Path) -> None:
     analysis("perfetto", tmp_path, "-o", tmp_path / "x.pftrace")
     page = (tmp_path / "report.html").read_text()
     links = re.findall(r"#!/\?ts=(\d+)&amp;dur=(\d+)&amp;visStart=(\d+)&amp;visEnd=(\d+)\"", page)
-    with opened(tmp_path / "x.pftrace") as trace:
+    with open_trace(tmp_path / "x.pftrace") as trace:
         for ts, dur, begin, end in links:
             assert int(begin) < int(ts) and int(ts) + int(dur) < int(end)
             assert trace.rows(f"select count(*) from slice where ts = {ts} and dur = {dur}")[0][0] >= 1

@@ -98,7 +98,7 @@ def test_it_is_said(resumed: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_in_perfetto_they_are_processes_of_their_own(resumed: Path) -> None:
     summary = convert.convert_to_pftrace(resumed)
     assert any("clock of m1 in launch 2: moved by -9000000 us, right" in line for line in summary.clocks)
-    with trace_processor.opened(summary.path) as trace:
+    with trace_processor.open_trace(summary.path) as trace:
         assert not trace.complaints()
         names = "select name from process where name glob 'rank*' order by name"
         assert [name for (name,) in trace.rows(names)] == [
@@ -123,7 +123,7 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     steps = run.results["steps"]
     table = progress.list_launches(run.joined)
     assert table["ranks"].to_list() == [2, 2] and sum(table["steps"]) == steps
-    assert table["first_step"].to_list() == [0, table["last_step"][0] + 1]
+    assert table["first_step"].to_list() == [1, table["last_step"][0] + 1]
     assert run.joined["steps"]["step"].n_unique() == steps
     pause = table["not_running_before_s"][1]
     both = answers.sum_breakdown(run.joined)["wall"]

@@ -292,7 +292,7 @@ def test_a_clock_that_goes_wrong_is_set_right_along_the_way(tmp_path: Path) -> N
         "clock of b: moved by -40030 us, right within 40 us (by round trips); "
         "it gains 20 us per s, give or take 8: corrected"
     ]
-    with trace_processor.opened(summary.path) as trace:
+    with trace_processor.open_trace(summary.path) as trace:
         sql = "select ts from slice join thread_track t on track_id = t.id join thread using (utid) "
         sql += "join process using (upid) where slice.name glob 'step *' and process.name like '{}%' "
         sql += "order by ts"
