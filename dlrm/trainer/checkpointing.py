@@ -151,7 +151,8 @@ class CheckpointManager(loop.Hooks):
         if error:
             raise NotSaved(f"{text}, but the checkpoint failed: {error}")
         where = f"saved in {self.writer.last_path}" if self.writer.last_path else "no new checkpoint needed"
-        stopped.args = (f"{text}, {where}: run the same command again to resume",)
+        resume = "to resume, run the same command again, with this run folder"
+        stopped.args = (f"{text}, {where}: {resume}",)
 
     def raise_if_not_saved(self) -> None:
         """At the very end: raises NotSaved if the state at the end of the training is in no checkpoint."""

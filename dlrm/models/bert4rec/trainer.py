@@ -37,7 +37,9 @@ class BERT4RecTrainer(Trainer):
         result, best = super().evaluate(split), self.datasets.reachable
         if split == "test" and best:
             reached = (f"{name} {result[name]:.4f} of {value:.4f}" for name, value in best.items())
-            self.run_folder.print_line(f"{split}, against the best possible score: {', '.join(reached)}")
+            self.run_folder.print_line(
+                f"{split}, against what the best guess scores on average: {', '.join(reached)}"
+            )
         return result
 
     def collect_results(self) -> Mapping[str, Any]:
