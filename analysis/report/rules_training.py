@@ -24,7 +24,7 @@ def find_no_learning(f: Facts) -> Finding | None:
     """The loss became NaN, ended above its first value, or sits at what a constant prediction has."""
     if not {"step", "loss"} <= set(f.metrics.columns):
         return None
-    reports = f.metrics.filter(pl.col("loss").is_not_null()).sort("step", maintain_order=True)
+    reports = f.metrics.drop_nulls(["step", "loss"]).sort("step", maintain_order=True)
     if not len(reports):
         return None
     text, evidence = _find_trouble(reports)
