@@ -422,7 +422,7 @@ def write_bandwidth(shared: SharedTracks, parent: int, bandwidth: BandwidthCount
         if len(ts):
             if parent:
                 uuid = shared.new_uuid()
-                shared.out.write(proto.describe_counter_track(uuid, parent, f"{name} MB/s", "MB/s"))
+                shared.out.write(proto.describe_counter_track(uuid, parent, f"{name} MB/s by calls", "MB/s"))
             else:
-                uuid = shared.describe_run_counter(f"{name} MB/s, all ranks", "MB/s")
+                uuid = shared.describe_run_counter(f"{name} MB/s by calls, all ranks", "MB/s")
             write_counter(shared, uuid, ts, rate / 1e6)

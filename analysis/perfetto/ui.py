@@ -10,7 +10,7 @@ from analysis.perfetto.tracks import RUN_COUNTERS
 
 MOST_EXPANDED = 8  # ranks; of more, the first ones
 _RANKS = r"^rank [0-7]( on [^,]+)?(, launch \d+)? \d+$"  # the UI adds the pid
-_COUNTERS = f"^({'|'.join(RUN_COUNTERS)}|lr|(read|write) MB/s, all ranks)$"
+_COUNTERS = f"^({'|'.join(RUN_COUNTERS)}|lr|(read|write) MB/s by calls, all ranks)$"
 _WHERE = "join thread_track k on s.track_id = k.id join thread using (utid) join process p using (upid)"
 _SLICE = "s.id, s.ts, s.dur, s.track_id"  # by these the UI makes a row a link
 _MOVED = (

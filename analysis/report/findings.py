@@ -13,6 +13,8 @@ from analysis.report import rules_requests as requests
 from analysis.report import rules_time as time
 from analysis.report import rules_training as training
 from analysis.report.facts import JUMPING, JUMPS, MATTERS, MATTERS_HIDDEN, Facts, Finding
+from analysis.report.page import format_size
+from analysis.tables.calls import BLOCK, SMALL_REQUEST
 
 HIGH, MEDIUM = 0.1, 0.02  # of the run: what can be won makes a finding severe
 
@@ -27,14 +29,18 @@ class Rule(NamedTuple):
 
 
 SMALL = (
-    f"{requests.SMALL_COUNT:,} or more of less than 64 KiB take {requests.SMALL_TIME:.0%} of the time of all"
+    f"{requests.SMALL_COUNT:,} or more of less than {format_size(SMALL_REQUEST)} take "
+    f"{requests.SMALL_TIME:.0%} of the time of all"
 )
-RANDOM = f"{JUMPS:,} or more requests of a file, and {JUMPING:.0%} of them, jump, less than 1 MiB each"
+RANDOM = (
+    f"{JUMPS:,} or more requests of a file, and {JUMPING:.0%} of them, jump, less than "
+    f"{format_size(requests.LARGE_REQUEST / 8)} each"
+)
 SHARED = (
     f"{files.SHARED_COUNT:,} or more requests and {files.SHARED_PART:.0%} of a file that ranks share and "
     "write"
 )
-AGAIN = f"more than {files.AGAIN} times the file's size, and {files.AGAIN_BYTES >> 20} MiB"
+AGAIN = f"more than {files.AGAIN} times the file's size, and {format_size(files.AGAIN_BYTES)}"
 PRESSED = f"more than {time.PRESSED_PART:.0%} of the ranges of steps, {time.PRESSED_IN_A_ROW} in a row"
 
 RULES: tuple[Rule, ...] = (
@@ -61,7 +67,8 @@ RULES: tuple[Rule, ...] = (
     Rule("checkpoint_tail", checkpoints.find_checkpoint_tail, f"of {checkpoints.LEAST_CHECKPOINTS} or more "
          f"the slowest takes {checkpoints.TAIL:.0f} times the median", "DFDiagnoser: checkpoint_tail_risk"),
     Rule("checkpoint_fragments", checkpoints.find_checkpoint_fragments, f"{checkpoints.PIECES:,} or more "
-         "writes of less than 1 MiB on average", "DFDiagnoser: checkpoint_fragmentation"),
+         f"writes of less than {format_size(checkpoints.PIECE)} on average",
+         "DFDiagnoser: checkpoint_fragmentation"),
     Rule("small_reads", requests.find_small_reads, SMALL,
          "Drishti: P05, P15; WisIO: small_reads; DFAnalyzer: small_read_dominance"),
     Rule("small_writes", requests.find_small_writes, SMALL,
@@ -69,12 +76,12 @@ RULES: tuple[Rule, ...] = (
     Rule("random_access", requests.find_random_access, RANDOM, "Drishti: P11; WisIO: random_operations"),
     Rule("random_writes", requests.find_random_writes, RANDOM, "Drishti: P13; WisIO: random_operations"),
     Rule("misaligned", requests.find_misaligned, f"{requests.MISALIGNED:.0%} of the requests skip into the "
-         f"middle of a block of 4 KiB, which moves {requests.MISALIGNED:.0%} more", "Drishti: P08"),
+         f"middle of a block of {BLOCK:,} bytes, which moves {requests.MISALIGNED:.0%} more", "Drishti: P08"),
     Rule("operation_imbalance", requests.find_operation_imbalance, f"{requests.MORE_CALLS:.0%} more calls of "
          "one kind, which move less than half of their share of the bytes",
          "Drishti: P01 to P04; WisIO: operation_imbalance; DFAnalyzer: operation_imbalance, size_imbalance"),
-    Rule("stdio", requests.find_stdio, f"more than {requests.STDIO_SHARE:.0%} of the bytes, and 1 MiB, by "
-         "buffered calls of the C library", "Drishti: S01"),
+    Rule("stdio", requests.find_stdio, f"more than {requests.STDIO_SHARE:.0%} of the bytes, and "
+         f"{format_size(requests.STDIO_BYTES)}, by buffered calls of the C library", "Drishti: S01"),
     Rule("slow_tail", requests.find_slow_tail, "the slowest 1% of reads take 30% of the time, 10 times the "
          "median each", "DFAnalyzer: read_contention"),
     Rule("shared_requests", files.find_shared_requests, f"{SHARED} are small or misaligned", "Drishti: P16, "

@@ -102,7 +102,7 @@ def plot_over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()
         {"label": "share of the ranks' time", "unit": "", "kind": "stack", "height": 110, "series": [
             {"name": kind, "color": COLORS[kind], "x": at, "y": timeline[kind].to_list(), "width": width}
             for kind in (*reversed(KINDS), "other")]},
-        {"label": "MB/s of the application's calls, all ranks", "unit": "MB/s", "kind": "line", "series": [
+        {"label": "MB/s read and written, all ranks", "unit": "MB/s", "kind": "line", "series": [
             {"name": op, "color": color, "x": at, "y": timeline[f"{op}_MB_per_s"].to_list(), "width": width}
             for op, color in (("read", READ), ("write", WRITE))]},
     ]  # fmt: skip

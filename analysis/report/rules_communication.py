@@ -100,7 +100,7 @@ def find_waiting_for_ranks(f: Facts) -> Finding | None:
         if f.is_own_run:
             remedy += " A plan of your own (--sharding_file) can take tables from it."
     else:
-        who = f"no rank is always the last (most often rank {rank}, {share:.0%} of it)"
+        who = f"no rank is always the last (most often rank {rank}, for {share:.0%} of that time)"
         remedy = "The ranks disturb each other or their work varies: give each rank cores of its own."
         if f.is_own_run and cpu:
             remedy = (

@@ -26,7 +26,7 @@ SMALL_COUNT = 1000
 SMALL_TIME = 0.2  # of the time of all requests of its kind
 MISALIGNED = 0.1  # of the requests; and the blocks touched in vain, of the bytes
 MORE_CALLS = 0.1  # calls of one kind, over those of the other
-STDIO_SHARE = 0.1  # of the bytes
+STDIO_SHARE, STDIO_BYTES = 0.1, 1 << 20  # of the bytes; at least
 
 
 def find_small_reads(f: Facts) -> Finding | None:
@@ -233,7 +233,7 @@ def find_stdio(f: Facts) -> Finding | None:
     calls = calls.filter(~pl.col("file").fill_null("").str.contains(r"^/(proc|sys|dev|etc)/"))
     own, direct = (calls.filter((pl.col("cat") == "STDIO") == is_own) for is_own in (True, False))
     moved, other, spent = int(own["bytes"].sum()), int(direct["bytes"].sum()), float(own["us"].sum()) / 1e6
-    if moved < 1 << 20 or moved <= STDIO_SHARE * (moved + other):
+    if moved < STDIO_BYTES or moved <= STDIO_SHARE * (moved + other):
         return None
     rate = other / max(1, int(direct["us"].sum()))  # B/us
     gain = f.limit_gain(max(0.0, spent - moved / rate / 1e6)) if other >= 1 << 20 else 0.0

@@ -222,8 +222,8 @@ def find_late_steps(f: Facts) -> Finding | None:
     worst = late.row(0, named=True)
     many = f"{len(by_step)} steps take" if len(by_step) > 1 else "One step takes"
     text = (
-        f"{many} more than three times the median, {format_seconds(lost)} in all; the extra time is mostly "
-        f"{why}. The longest is step {worst['step']} on rank {worst['rank']}, "
+        f"{many} more than three times the median, {format_seconds(lost)} beyond it in all; "
+        f"the extra time is mostly {why}. The longest is step {worst['step']} on rank {worst['rank']}, "
         f"{format_seconds(worst['wall_us'] / 1e6)}."
     )
     evidence = {"steps": len(by_step), "mostly": why, "longest": worst["step"], "rank": worst["rank"]}

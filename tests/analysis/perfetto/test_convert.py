@@ -123,12 +123,12 @@ def test_counters(full: Trace) -> None:
     below = full.rows(
         "select t.name from track t join track up on t.parent_id = up.id where up.name = 'run' order by 1"
     )
-    names = ["loss", "lr", "read MB/s, all ranks", "val auroc", "write MB/s, all ranks"]
+    names = ["loss", "lr", "read MB/s by calls, all ranks", "val auroc", "write MB/s by calls, all ranks"]
     assert [name for (name,) in below] == names
     of_ranks = full.rows(
         "select distinct name from process_counter_track where name not glob 'proc/*' order by 1"
     )
-    assert of_ranks == [("read MB/s",), ("write MB/s",)]
+    assert of_ranks == [("read MB/s by calls",), ("write MB/s by calls",)]
     of_kernel = full.rows(
         "select up.name, count(*) from track t join track up on t.parent_id = up.id "
         "where t.id in (select id from process_counter_track where name glob 'proc/*') group by 1"
@@ -152,9 +152,9 @@ def test_bandwidth_adds_up_to_the_bytes(full: Trace) -> None:
 
     calls = "select sum(extract_arg(arg_set_id, 'debug.ret')) from slice where category = 'POSIX' and name "
     read = full.one(calls + "in ('read', 'pread64')")
-    assert read >= 3 * 6000 and moved("read MB/s, all ranks") == pytest.approx(read, rel=1e-6)
+    assert read >= 3 * 6000 and moved("read MB/s by calls, all ranks") == pytest.approx(read, rel=1e-6)
     written = full.one(calls + "= 'write'")
-    assert written >= 3 * 5000 and moved("write MB/s, all ranks") == pytest.approx(written, rel=1e-6)
+    assert written >= 3 * 5000 and moved("write MB/s by calls, all ranks") == pytest.approx(written, rel=1e-6)
 
 
 def test_flows_from_reads_to_the_step_of_their_batch(full: Trace) -> None:

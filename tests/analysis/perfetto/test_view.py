@@ -236,7 +236,7 @@ def test_in_a_browser(server: view.Server, run: Path, tmp_path: Path) -> None:
         text = browser.wait_for("/rank 0 on node7/.test(document.body.innerText) && document.body.innerText")
         assert "rank 1 on node7" in text
         pinned = browser.wait_for(f"{TRACKS}.pinnedTracks.map(t => t.name).join('; ')")
-        assert pinned == "loss; read MB/s, all ranks; write MB/s, all ranks"
+        assert pinned == "loss; read MB/s by calls, all ranks; write MB/s by calls, all ranks"
         expanded = browser.run(f"{TRACKS}.flatTracks.filter(t => t.expanded).map(t => t.name)")
         assert [name.rpartition(" ")[0] for name in expanded] == ["rank 0 on node7", "rank 1 on node7"]
         commands = browser.run("app.commands.commands.map(command => command.name)")
