@@ -181,7 +181,8 @@ def test_a_folder_of_an_earlier_version_and_a_copy_go_on(run: Path) -> None:
             page = (run / "report.html").read_text()
             (run / "report.html").write_text(page[: page.rindex("<!-- made by")])
             numbers = json.loads((run / "summary.json").read_text())
-            del numbers["metrics"]
+            earlier = ("run", "ranks", "hosts", "events", "calls", "headline", "findings", "notes")
+            numbers = {key: numbers[key] for key in earlier}
             (run / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n")
         analysis("report", run)
         analysis("perfetto", run)
