@@ -38,16 +38,26 @@ def test_stopped_and_run_again_equals_never_stopped(
     same(never_stopped, tmp_path)
 
 
+VALIDATE_EVERY = 8  # steps
+
+
+def has_begun_to_validate(folder: Path, before: int) -> bool:
+    """Whether the newest of more than `before` lines reports a step after which a validation comes."""
+    lines = metrics(folder)
+    return len(lines) > before and "loss" in lines[-1] and lines[-1]["step"] % VALIDATE_EVERY == 0
+
+
 @pytest.mark.mpi
 def test_stopped_again_and_again_mostly_while_it_validates(toy: Path, tmp_path: Path) -> None:
-    more = ["--validation_freq_within_epoch", 4, "--test_batch_size", 8, "--max_steps", 60]
+    more = ["--validation_freq_within_epoch", VALIDATE_EVERY, "--report_every", 1, "--max_steps", 40]
+    more += ["--test_batch_size", 4]  # so that a validation takes long
     with LiveRanks(tmp_path / "whole", 2, *words(toy, *more)) as ranks:
         assert ranks.wait() == [0, 0], ranks.stderr
     stops = []
     for turn in range(4):
         with LiveRanks(tmp_path / "often", 2, *words(toy, *more)) as ranks:
             before = len(metrics(ranks.folder))
-            ranks.until(lambda before=before, ranks=ranks: len(metrics(ranks.folder)) > before + 2)
+            ranks.until(lambda before=before, ranks=ranks: has_begun_to_validate(ranks.folder, before))
             ranks.signal(signal.SIGTERM, turn % 2)
             assert ranks.wait(20) == [STOPPED, STOPPED], ranks.stderr
         newest = max((tmp_path / "often" / "checkpoints").iterdir())
