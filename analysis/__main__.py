@@ -225,14 +225,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader closed the pipe; the interpreter would complain at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader closed the pipe
+        _drop_output()
         return 0
     except Exception as error:
         message = _describe_error(error, run)
         if message is None:
             raise
+        if isinstance(error, OSError) and error.filename is None:  # standard output is full
+            _drop_output()
         return _print_refusal(message)
+
+
+def _drop_output() -> None:
+    """What is still to be printed cannot be: the interpreter would complain at its end, with exit code 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _describe_error(error: BaseException, run: str) -> str | None:

@@ -260,9 +260,10 @@ def test_what_is_no_run(tmp_path: Path, command: str) -> None:
 
 
 def test_who_reads_has_seen_enough(run: Path) -> None:
-    command = f"{shlex.quote(sys.executable)} -m analysis summary {run} | true"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == ""
-    full = f"{shlex.quote(sys.executable)} -m analysis summary {run} > /dev/full"
-    done = subprocess.run(full, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    command = f"{shlex.quote(sys.executable)} -m analysis summary {run}"
+    for unbuffered in ("", "1"):
+        asked = {"shell": True, "cwd": ROOT, "env": os.environ | {"PYTHONUNBUFFERED": unbuffered}}
+        done = subprocess.run(f"{command} | true", capture_output=True, text=True, timeout=60, **asked)
+        assert done.returncode == 0 and done.stderr == ""
+        done = subprocess.run(f"{command} > /dev/full", capture_output=True, text=True, timeout=60, **asked)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
