@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """What is still to be printed cannot be: the interpreter would complain at its end, with exit code 120."""
+    """What is left to print cannot be printed: the interpreter would end with a complaint and code 120."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
