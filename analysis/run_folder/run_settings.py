@@ -1,5 +1,6 @@
 """What was run, in words, from config.json and plan.json: for headings, names of files and comparisons."""
 
+import os
 import re
 from contextlib import suppress
 from typing import Any
@@ -27,7 +28,7 @@ DATASET_PATHS = (
 _DATA = ("data.in_memory_binary_criteo_path", "data.dataset_path", "data.dataset_name")
 _NOT_SETTINGS = (
     "run.output_dir", "run.num_epochs", "run.given_options", "launch.local_world_size", "launch.hosts",
-    "launch.chosen", "launch.command",
+    "launch.chosen", "launch.command", "launch.directory",
 )  # fmt: skip
 
 
@@ -61,9 +62,13 @@ def read_option(config: Config, called: str) -> Any:
 
 
 def list_dataset_paths(config: Config) -> list[str]:
-    """Where the run's data was, as its options name it."""
+    """Where the run's data was: what its options name, absolute as in the traces."""
     options = flatten_options(config)
-    return [str(options[name]).rstrip("/") for name in DATASET_PATHS if options.get(name)]
+    base = options.get("launch.directory")
+    paths = [str(options[name]) for name in DATASET_PATHS if options.get(name)]
+    if isinstance(base, str):
+        paths = [os.path.normpath(os.path.join(base, path)) for path in paths]
+    return [path.rstrip("/") for path in paths]
 
 
 def list_tables(plan: Config) -> str:

@@ -3,6 +3,7 @@
 Time as a whole and I/O; progress.py has what goes step by step.
 """
 
+import os
 from collections.abc import Sequence
 
 import polars as pl
@@ -126,12 +127,16 @@ def sum_file_use(j: JoinedTables) -> pl.DataFrame:
 
 
 def list_dataset_files(j: JoinedTables, folders: Sequence[str] = ()) -> pl.Series:
-    """Files of the dataset: those that a span of reading data names, and all that is read in `folders`."""
+    """Files of the dataset: those that a span of reading data names, and all that is read in `folders`.
+
+    DFTracer writes a relative path as it was opened, behind the current directory: /here/../data/day_0.
+    """
     named = pl.col("cat").str.to_lowercase().is_in(DATASET_CATS) & (pl.col("op") == "read")
     declared = j["claims"].filter(named & pl.col("file").is_not_null())["file"]
-    read = j["ops"].filter((pl.col("op") == "read") & pl.col("file").is_not_null())["file"]
+    read = j["ops"].filter((pl.col("op") == "read") & pl.col("file").is_not_null())["file"].unique()
     inside = pl.Series(
-        [any(file.startswith(folder + "/") for folder in folders) for file in read], dtype=pl.Boolean
+        [any(os.path.normpath(file).startswith(folder + "/") for folder in folders) for file in read],
+        dtype=pl.Boolean,
     )
     return pl.concat([declared, read.filter(inside)]).unique().sort()
 

@@ -125,6 +125,7 @@ def record_launch(
         "tuned": tuned,
         "chosen": chosen,
         "command": describe_command(),
+        "directory": os.getcwd(),  # what relative paths among the options count from
         "versions": list_versions() if run_folder.folder else {},
     }
     # An earlier run's config.json stays until this run is known to resume it; a run that ends before that

@@ -18,6 +18,7 @@ import pytest
 from support import traced
 from support.analysis_command import run_command
 from support.made_traces import training
+from support.ranks import Train
 from support.reports import METRICS, analysis
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,19 @@ def test_keys_and_columns_of_the_earlier_release_are_still_there(run: Path) -> N
     assert rows and all(row["io_not_hidden_s"] == row["io_bare_s"] for row in rows)
     steps = [*csv.DictReader((run / "tables" / "steps.csv").open())]
     assert steps and all(row["io_not_hidden_us"] == row["io_bare_us"] for row in steps)
+
+
+def test_data_that_were_named_by_a_relative_path_count_whole(toy: Path, train: Train) -> None:
+    counted = []
+    for path in (toy, os.path.relpath(toy, ROOT)):
+        words = ["--preset", "toy", "--in_memory_binary_criteo_path", path, "--max_steps", 3, "--trace"]
+        done = train(1, *words)
+        assert done.codes == [0], done.err
+        analysis("report", done.folder)
+        counted.append(
+            json.loads((done.folder / "summary.json").read_text())["metrics"]["dataset_read_bytes"]
+        )
+    assert counted[0] == counted[1] > 0
 
 
 def test_several_launches_hosts_and_blocks(tmp_path: Path) -> None:
