@@ -1,5 +1,7 @@
 """Rules over files: shared by ranks, read or written again and again, mapped; and calls that move no byte."""
 
+from typing import Any
+
 import polars as pl
 
 from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, advise_mapped_files, show_longest
@@ -67,13 +69,10 @@ def find_stragglers(f: Facts) -> Finding | None:
     files = compare_shared(f).filter(
         (pl.col("by_bytes") <= UNEVEN) & (pl.max_horizontal("by_time", "by_bytes") > STRAGGLES)
     )
-    files = files.sort("late_us", "file", descending=[True, False])
-    if not len(files):
+    found = _find_worst(f, files, "late_us", "slowest")
+    if found is None:
         return None
-    top = files.row(0, named=True)
-    gain = min(top["late_us"] / 1e6, _exposed_of(f, top["slowest"]))
-    if not f.matters(gain):
-        return None
+    top, gain = found
     same = "the same bytes" if top["by_bytes"] < 0.01 else f"{top['by_bytes']:.0%} more bytes at most"
     text = (
         f"Rank {top['slowest']} spends {format_seconds(top['most_us'] / 1e6)} in {top['file']}, which "
@@ -91,13 +90,10 @@ def find_stragglers(f: Facts) -> Finding | None:
 def find_file_imbalance(f: Facts) -> Finding | None:
     """One rank moves much more of a shared file than another."""
     files = compare_shared(f).filter(pl.col("by_bytes") > UNEVEN)
-    files = files.sort("more_us", "file", descending=[True, False])
-    if not len(files):
+    found = _find_worst(f, files, "more_us", "largest")
+    if found is None:
         return None
-    top = files.row(0, named=True)
-    gain = min(top["more_us"] / 1e6, _exposed_of(f, top["largest"]))
-    if not f.matters(gain):
-        return None
+    top, gain = found
     text = (
         f"Rank {top['largest']} moves {format_size(top['most_bytes'])} of {top['file']}, which "
         f"{top['ranks']} ranks share, and the rank with the least {format_size(top['least_bytes'])}."
@@ -108,6 +104,18 @@ def find_file_imbalance(f: Facts) -> Finding | None:
         "ts": top["ts"], "dur_us": top["dur_us"],
     }  # fmt: skip
     return Finding("file_imbalance", gain, text, remedy, evidence)
+
+
+def _find_worst(f: Facts, files: pl.DataFrame, lost: str, rank: str) -> tuple[dict[str, Any], float] | None:
+    """(the shared file that costs most, seconds to be won); None where that does not matter.
+
+    lost: the column with the microseconds that it costs. rank: the column that says whose they are.
+    """
+    if not len(files):
+        return None
+    top = files.sort(lost, "file", descending=[True, False]).row(0, named=True)
+    gain = min(top[lost] / 1e6, _exposed_of(f, top[rank]))
+    return (top, gain) if f.matters(gain) else None
 
 
 def compare_shared(f: Facts) -> pl.DataFrame:

@@ -4,6 +4,8 @@ Files of programs are left out, and each file is in one rule only: one that is r
 for small reads too. The gain that they promise is never more than the I/O that nothing hides.
 """
 
+from collections.abc import Sequence
+
 import polars as pl
 
 from analysis.report.facts import (
@@ -104,20 +106,15 @@ def find_random_access(f: Facts) -> Finding | None:
     if found is None:
         return None
     jumping, share, spent, gain = found
-    top = jumping.row(0, named=True)
     text = (
-        f"{share:.0%} of the reads of {top['file']}{_count_others(jumping)} jump to another offset, "
-        f"{format_size(_mean_bytes(jumping))} at a time: no file system reads ahead for that. They take "
-        f"{format_seconds(spent)}, added up over the ranks.{_say_hidden(gain)}"
+        f"{share:.0%} of the reads of {_name_jumping(jumping)}: no file system reads ahead for that. They "
+        f"take {format_seconds(spent)}, added up over the ranks.{_say_hidden(gain)}"
     )
     remedy = "Shuffle batches, not rows; or read long stretches and shuffle inside them."
-    if str(top["file"]).endswith(TABLE_FILE):
-        remedy = advise_tables_in_files(f)
-    elif f.is_own_dlrm:
+    if f.is_own_dlrm:
         remedy = "Shuffle in memory: --shuffle_batches, or --shuffle_training_set (reads long stretches)."
-    evidence = {c: int(jumping[c].sum()) for c in ("random", "strided", "sequential")}
-    evidence |= {"file": top["file"], "seconds_all_ranks": spent}
-    return Finding("random_access", gain, text, remedy, evidence | show_longest(jumping))
+    columns = ("random", "strided", "sequential")
+    return Finding("random_access", gain, text, *_advise_on_jumps(f, jumping, spent, remedy, columns))
 
 
 def find_random_writes(f: Facts) -> Finding | None:
@@ -126,19 +123,30 @@ def find_random_writes(f: Facts) -> Finding | None:
     if found is None:
         return None
     jumping, share, spent, gain = found
-    top = jumping.row(0, named=True)
     text = (
-        f"{share:.0%} of the writes to {top['file']}{_count_others(jumping)} jump to another offset, "
-        f"{format_size(_mean_bytes(jumping))} at a time: {int(jumping['random'].sum()):,} of them, "
+        f"{share:.0%} of the writes to {_name_jumping(jumping)}: {int(jumping['random'].sum()):,} of them, "
         f"{format_size(int(jumping['bytes'].sum()))} in all. They take {format_seconds(spent)}, added up "
         f"over the ranks.{_say_hidden(gain)}"
     )
     remedy = "Sort the pieces by offset and write neighbours together, or append and put them in order later."
-    if str(top["file"]).endswith(TABLE_FILE):
-        remedy = advise_tables_in_files(f)
-    evidence = {c: int(jumping[c].sum()) for c in ("random", "strided", "sequential", "bytes")}
-    evidence |= {"file": top["file"], "seconds_all_ranks": spent}
-    return Finding("random_writes", gain, text, remedy, evidence | show_longest(jumping))
+    columns = ("random", "strided", "sequential", "bytes")
+    return Finding("random_writes", gain, text, *_advise_on_jumps(f, jumping, spent, remedy, columns))
+
+
+def _name_jumping(files: pl.DataFrame) -> str:
+    named = f"{files['file'][0]}{_count_others(files)}"
+    return f"{named} jump to another offset, {format_size(_mean_bytes(files))} at a time"
+
+
+def _advise_on_jumps(
+    f: Facts, files: pl.DataFrame, spent: float, remedy: str, columns: Sequence[str]
+) -> tuple[str, dict[str, object]]:
+    """(the remedy, which is another one for tables in files; the evidence, with the sums of `columns`)."""
+    file = files["file"][0]
+    evidence: dict[str, object] = {column: int(files[column].sum()) for column in columns}
+    evidence |= {"file": file, "seconds_all_ranks": spent}
+    remedy = advise_tables_in_files(f) if str(file).endswith(TABLE_FILE) else remedy
+    return remedy, evidence | show_longest(files)
 
 
 def _mean_bytes(files: pl.DataFrame) -> float:

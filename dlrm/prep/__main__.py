@@ -289,10 +289,9 @@ COMMANDS |= dict.fromkeys(("parse", "contiguous", "shuffle"), run_script)
 
 
 def run_command(args: argparse.Namespace) -> None:
-    """Run a command, in a trace if it is asked for one. `run` traces itself, with its engine."""
-    if args.command == "run" or not getattr(args, "trace_dir", None):
-        if args.command != "run":
-            vars(args).pop("trace_dir", None)
+    """Run a command, traced where --trace_dir is given. `run` traces itself, with its engine."""
+    trace_dir: Path | None = None if args.command == "run" else vars(args).pop("trace_dir", None)
+    if trace_dir is None:
         COMMANDS[args.command](args)
         return
     from dlrm.prep.io.tracing import save_byte_counts, trace_command
@@ -300,8 +299,7 @@ def run_command(args: argparse.Namespace) -> None:
 
     paths = {name: path.absolute() for name, path in vars(args).items() if isinstance(path, Path)}
     vars(args).update(paths)  # the trace names files as they are opened
-    trace_dir = paths.pop("trace_dir")
-    vars(args).pop("trace_dir")
+    trace_dir = trace_dir.absolute()
     named = {f"--{name}": path for name, path in paths.items()}
     prep_options.check_traced_paths(trace_dir, {"--trace_dir": trace_dir, **named})
     here = ranks.find_ranks()

@@ -14,12 +14,9 @@ from tests.support import traced
 from tests.support.disk import mount_small_disk
 
 MB = 1 << 20
-READING = """
-path = f"{run}/data.bin"
-with open(path, "wb") as file:
-    file.write(os.urandom(8 << 20))
-    os.fsync(file.fileno())
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+READING = (
+    traced.COLD_FILE
+    + """
 trace.start_tracing(run, here, "train")
 for _ in range(2):  # cold, then warm
     handle = os.open(path, os.O_RDONLY)
@@ -32,6 +29,7 @@ while not os.path.exists(f"{run}/go"):
     time.sleep(0.01)
 trace.stop_tracing()
 """
+)
 PLAIN = """{}
 lmm_stripe_count:  4
 lmm_stripe_size:   1048576

@@ -88,7 +88,7 @@ def test_a_finished_job_succeeds_whatever_is_deleted(toy: Path, tmp_path: Path) 
             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         ) as intruder:  # fmt: skip
             while not all(has_ended(rank.pid) for rank in ranks.processes):
-                time.sleep(0.01)  # nobody waits for a rank meanwhile: its exit code is not known to the other
+                time.sleep(0.01)  # a rank whose parent has not waited for it does not tell its exit code
             intruder.kill()
         assert ranks.wait(10) == [0, 0], ranks.stderr
 

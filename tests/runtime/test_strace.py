@@ -76,7 +76,7 @@ PROGRAMS: dict[str, list[Any]] = {
         "--seconds", 0, "--iterations", 1, "--benchmark_warmup_steps", 0, *TRACED,
     ],
 }  # fmt: skip
-# the tracer's own files, and those that are looked at before it starts: whose folder is it
+# the tracer's own files, and those that are read before it starts: whose folder is it
 UNSEEN = ("/trace/", "/.dlrm-io.json", "/.dlrm-io.lock")
 Calls = dict[tuple[str, str], tuple[int, int]]
 

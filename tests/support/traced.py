@@ -13,6 +13,14 @@ from dlrm.runtime.ranks import Ranks
 run, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 here = Ranks(rank, rank, world, world, "node7")
 """
+# A file of 8 MiB that is on the disk and no longer in memory.
+COLD_FILE = """
+path = f"{run}/data.bin"
+with open(path, "wb") as file:
+    file.write(os.urandom(8 << 20))
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+"""
 # Three steps of something like training: a thread reads batches, the main thread takes them.
 TRAINING = """
 path = f"{run}/data{rank}.bin"

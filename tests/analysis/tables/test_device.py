@@ -14,12 +14,9 @@ from tests.support.disk import mount_small_disk
 
 MB = 1 << 20
 # An epoch that reads a file of 8 MB cold, and an evaluation that reads it again.
-READING = """
-path = f"{run}/data.bin"
-with open(path, "wb") as file:
-    file.write(os.urandom(8 << 20))
-    os.fsync(file.fileno())
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+READING = (
+    traced.COLD_FILE
+    + """
 def read_all():
     with trace.span("data", "read", file=path, bytes=8 << 20):
         with open(path, "rb", buffering=0) as file:
@@ -35,6 +32,7 @@ with trace.span("eval", "evaluate", split="val"):
     read_all()
 trace.stop_tracing()
 """
+)
 
 
 def make_report(run: Path) -> dict:

@@ -375,7 +375,7 @@ def test_no_drift_is_made_of_late_ranks(seed: int) -> None:
 
 @pytest.mark.parametrize("by", ["round trips", "barriers"])
 def test_an_absurd_drift_is_reported(by: str) -> None:
-    """2,000 us per s: round trips prove it, barriers do not; both are told."""
+    """2,000 us per s: round trips prove it, barriers do not; the report says both."""
     one, two = (
         TracedProcess(Path(h), r, world_size=2, host=h, first=1, barriers={"start": 10_000_000, "end": end})
         for r, h, end in ((0, "a", 110_000_000), (1, "b", 110_200_000))
