@@ -2,7 +2,8 @@
 
 The run's count is in results.json: bytes_read and bytes_written, by rank and file. The trace's count is what
 the read and write calls moved, by the same rank (its forked workers included) and file.
-A launch that was stopped leaves no results.json: the bytes that its data/read spans declare are compared.
+A launch that was stopped leaves no results.json: the bytes that its spans declare are compared, of data
+(data/read) and of complete files of checkpoints (checkpoint/sync).
 What cannot be compared is named: bytes of mapped files, and files that the run does not count.
 """
 
@@ -28,12 +29,17 @@ from common.errors import UserError, printable
 from common.inputs import read_json_object
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
-Moved = dict[tuple[int, str], int]  # (READ | WRITE | SPANS | MAPPED, file) -> bytes
+Moved = dict[tuple[int, str], int]  # (READ | WRITE | SPANS | MAPPED | SAVED, file) -> bytes
 SPANS = 3  # as a direction: bytes that data/read spans declare
 MAPPED = 4  # the same of mapped files, whose pages no call reads
+SAVED = 5  # bytes of checkpoint files that checkpoint/sync spans declare
+_DECLARED = {SPANS: ("read", READ), SAVED: ("written", WRITE)}  # and the calls that they are held against
 _NAMES = {READ: "read", WRITE: "written", MAPPED: "mapped"}
 # parts of paths of what every program loads; nobody asks whether those bytes are complete
 _PROGRAM = re.compile(r"/site-packages/|/python3[^/]*/|\.so(\.[0-9.]+)?$|\.pyc?$|^/(proc|sys|dev|etc|usr)/")
+
+# the name under which common/owned.py writes a file until it is complete, and the file's own in it
+_UNFINISHED = re.compile(r"\.?(.+)\.[0-9a-f]{16}\.partial")
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class CheckedFile:
     counted: int
     traced: int
     launch: int = 1
-    by_spans: bool = False  # counted from spans, which leave out headers and what a kill cut off
+    by_spans: bool = False  # counted from spans; those of data leave out headers and what a kill cut off
 
     @property
     def coverage(self) -> float:
@@ -54,7 +60,9 @@ class CheckedFile:
     @property
     def missed(self) -> int:
         """Bytes that one of the two lacks."""
-        return max(0, self.counted - self.traced) if self.by_spans else abs(self.counted - self.traced)
+        if self.by_spans and self.direction == "read":
+            return max(0, self.counted - self.traced)
+        return abs(self.counted - self.traced)
 
 
 @dataclass(frozen=True)
@@ -77,16 +85,11 @@ def check_run(
     ended = _find_ended_launch([job for job, _ in launched])
     rows: list[CheckedFile] = []
     for number, (_, traced) in enumerate(launched):
-        spans = any(kind in (SPANS, MAPPED) for seen in traced.values() for kind, _ in seen)
+        spans = any(kind in (SPANS, MAPPED, SAVED) for seen in traced.values() for kind, _ in seen)
         if number == ended and (os.path.lexists(results) or not spans):
             rows += _by_results(results, traced, number + 1)
         else:
-            rows += [
-                CheckedFile(rank, "read", file, counted, _find_traced(seen, READ, file), number + 1, True)
-                for rank, seen in sorted(traced.items())
-                for (direction, file), counted in sorted(seen.items(), key=lambda item: item[0][1])
-                if direction == SPANS
-            ]
+            rows += _by_spans(traced, number + 1)
     unchecked = _list_unchecked(rows, launched)
     if not rows and not any(each.direction == "mapped" for each in unchecked):
         raise UserError(
@@ -126,6 +129,18 @@ def _find_ended_launch(jobs: list[list[TracedProcess]]) -> int:
     ended = [number for number, job in enumerate(jobs) if any("end" in p.barriers for p in job)]
     begun = any("start" in p.barriers for job in jobs for p in job)
     return ended[-1] if ended else -1 if begun and len(jobs) > 1 else len(jobs) - 1
+
+
+def _by_spans(traced: dict[int, Moved], launch: int) -> list[CheckedFile]:
+    """A row per rank, direction and file that the launch's own spans name. `traced`: as in `_by_results`."""
+    rows = []
+    for rank, seen in sorted(traced.items()):
+        for (kind, file), counted in sorted(seen.items(), key=lambda item: item[0][1]):
+            if kind in _DECLARED:
+                direction, calls = _DECLARED[kind]
+                moved = _find_traced(seen, calls, file)
+                rows.append(CheckedFile(rank, direction, file, counted, moved, launch, by_spans=True))
+    return rows
 
 
 def _by_results(path: Path, traced: dict[int, Moved], launch: int) -> list[CheckedFile]:
@@ -201,13 +216,15 @@ def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[i
 
 
 def _add_block(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], int]) -> None:
-    """Bytes of calls by file hash, and of spans data/read by the file that they name."""
+    """Bytes of calls by file hash, and of spans data/read and checkpoint/sync by the file that they name."""
     kinds, amounts = count_moved_bytes(block, strings)
     spans = (block.cat == ID["data"]) & (block.name == ID["read"])
     declared = np.where(read_argument(block, ID["mapped"]) > 0, MAPPED, SPANS)
+    synced = (block.cat == ID["checkpoint"]) & (block.name == ID["sync"])
     for key, mine, kind, bytes_ in (
         (ID["fhash"], kinds > 0, kinds, amounts),
         (ID["file"], spans, declared, read_argument(block, ID["bytes"])),
+        (ID["file"], synced, np.full(len(block), SAVED), read_argument(block, ID["size"])),
     ):
         owner = np.repeat(np.arange(len(block)), np.diff(block.arg_begin))
         where = np.flatnonzero((block.arg_key == key) & mine[owner] & (block.arg_kind == STRING))
@@ -258,7 +275,8 @@ def format_check(
         own = [row for row in rows if row.launch == number]
         if own[0].by_spans:
             lines.append(
-                f"launch {number} left no results.json: what its spans read; headers and writes not compared"
+                f"launch {number} left no results.json: what its spans say of rows read and checkpoints "
+                "written; headers of data files are not compared"
             )
         elif len(numbers) > 1:
             lines.append(f"launch {number}, from results.json:")
@@ -304,7 +322,7 @@ def _format_unchecked(unchecked: list[UncheckedBytes]) -> list[str]:
     for direction in ("read", "written"):
         mine = [each for each in unchecked if each.direction == direction]
         if mine:
-            names = sorted({os.path.basename(each.file) for each in mine})
+            names = sorted({_UNFINISHED.sub(r"\1", os.path.basename(each.file)) for each in mine})
             shown = ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
             lines.append(
                 f"not compared: {sum(each.bytes for each in mine):,} bytes {direction} of files that the run "
@@ -340,8 +358,9 @@ def format_share(row: CheckedFile) -> str:
 
 
 def _format_line(rank: str, direction: str, rows: list[CheckedFile]) -> str:
-    # spans do not count headers, so bytes that the calls moved beyond them are no fault of the trace
-    traced = sum(min(row.counted, row.traced) if row.by_spans else row.traced for row in rows)
+    # spans of rows do not count headers, so bytes that calls read beyond them are no fault of the trace
+    beyond = direction == "read"
+    traced = sum(min(row.counted, row.traced) if row.by_spans and beyond else row.traced for row in rows)
     whole = CheckedFile(0, direction, "", sum(row.counted for row in rows), traced)
     counted = f"{len(rows):>5}  {whole.counted:>16,}  {whole.traced:>16,}"
     return f"{rank:>4}  {direction:7}  {counted}  {format_share(whole):>8}"

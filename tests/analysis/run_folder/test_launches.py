@@ -134,7 +134,7 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "launch 1 left no results.json" in out and "launch 2, from results.json:" in out
     assert "coverage 100.0%" in out
-    rows, *_ = check.check_run(tmp_path)
+    rows, _, unchecked = check.check_run(tmp_path)
     mine = [row for row in rows if row.launch == 2]
     # a checkpoint is written in a work folder, which gets the name of its step when it is complete
     saved = [(path.name, path.stat().st_size) for path in (tmp_path / "checkpoints").glob("0*/*")]
@@ -146,4 +146,11 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     said = sum(row.counted for row in mine)
     assert said == sum(sum(of.values()) for key in ("bytes_read", "bytes_written")
                        for of in run.results.get(key, {}).values())  # fmt: skip
-    assert sum(row.counted for row in rows if row.launch == 1) > 22 * 128 * 2 * 160  # rows of 160 bytes
+    first = [row for row in rows if row.launch == 1]
+    rows_read = sum(row.counted for row in first if row.direction == "read")
+    assert rows_read > 22 * 128 * 2 * 160  # rows of 160 bytes
+    # the first launch's checkpoints have their second count in its spans: nothing of them is left out
+    written = [(Path(row.file).name, row.counted) for row in first if row.direction == "written"]
+    assert len(written) >= 22 // 3 * 3 and set(written) <= set(saved)
+    left_out = {Path(each.file).name for each in unchecked if each.direction == "written"}
+    assert not left_out & {name for name, _ in written}, left_out
