@@ -1,7 +1,6 @@
 """Rules over communication: waiting for the slowest rank, and what is left, the transfer.
 
-The ranks' spans of one collective are joined; the rank that comes last decides. What a rank waits before that
-is waiting for it; what follows is transfer. A wait that is shorter than the clocks' error is neither.
+What of a collective is waiting and what is transfer: analysis/tables/collectives.py.
 """
 
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ import polars as pl
 
 from analysis.report.facts import TRAIN, Facts, Finding
 from analysis.report.page import format_seconds
-from analysis.trace.clocks import make_clocks
+from analysis.tables.collectives import estimate_clock_error, join_collectives
 
 COMMUNICATION = 0.05  # of the training, that is waiting for a rank, or transfer
 ALWAYS_LAST = 0.75  # of the waiting, for one rank
-UNKNOWN_ERROR_US = 1000  # of the clocks of two hosts, where nothing compares them
 
 
 @dataclass(frozen=True)
@@ -34,25 +32,15 @@ class Split:
 def split_communication(f: Facts) -> Split | None:
     """None where the ranks' spans cannot be joined: one rank, or no steps."""
     table = f.joined["collectives"]
-    ranks = f.launches.select("launch", "ranks")
-    keys = ["launch", "epoch", "step", "name", "nth"]
     if table["rank"].n_unique() < 2:
         return None
-    end = pl.col("ts") + pl.col("dur")
-    last = table.group_by(keys).agg(
-        pl.len().alias("there"), pl.col("ts").max().alias("latest"),
-        pl.col("rank").sort_by("ts", "rank").last().alias("last_rank"),
-    )  # fmt: skip
-    last = last.join(ranks, on="launch").filter(pl.col("there") == pl.col("ranks"))
-    joined = table.join(last, on=keys, nulls_equal=True).with_columns(
-        (pl.min_horizontal("latest", end) - pl.col("ts")).clip(0).alias("wait")
-    )
+    joined = join_collectives(table, f.joined.launches)
     if not len(joined):
         return None
-    error = estimate_clock_error(f)
+    error = estimate_clock_error(f.joined.launches)
     joined = joined.with_columns(
-        pl.when(pl.col("wait") > error).then("wait").otherwise(0).alias("sure"),
-        pl.when(pl.col("wait") <= error).then("wait").otherwise(0).alias("unclear"),
+        pl.when("sure").then("wait").otherwise(0).alias("sure"),
+        pl.when("sure").then(0).otherwise("wait").alias("unclear"),
         (pl.col("dur") - pl.col("wait")).alias("transfer"),
     )
     number = f.breakdown.height
@@ -74,17 +62,6 @@ def split_communication(f: Facts) -> Split | None:
 def _show(joined: pl.DataFrame) -> dict[str, int]:
     top = joined.row(-1, named=True)
     return {"ts": int(top["ts"]), "dur_us": int(top["dur"])}
-
-
-def estimate_clock_error(f: Facts) -> int:
-    """How far the times of two ranks may be wrong against each other, in us: 0 on one host."""
-    worst = 0
-    for job in f.joined.launches:
-        first, known = min(job, key=lambda p: p.rank).host, make_clocks(job)
-        clocks = {p.host: known[p.path] for p in job if p.host != first}
-        errors = sorted(clock.error if clock.by else UNKNOWN_ERROR_US for clock in clocks.values())
-        worst = max(worst, sum(errors[-2:]))  # between two hosts both errors add up
-    return worst
 
 
 def find_waiting_for_ranks(f: Facts) -> Finding | None:

@@ -167,10 +167,13 @@ def measure_times(
     return sums
 
 
-def list_collectives(main: pl.DataFrame, steps: pl.DataFrame) -> pl.DataFrame:
+def list_collectives(
+    main: pl.DataFrame, steps: pl.DataFrame, most: int | None = MAX_COLLECTIVES
+) -> pl.DataFrame:
     """The communication of each step, as the main thread waits in it; spans inside another one are left out.
 
     `nth`: the how many-th of its name in the step, so that the ranks' spans of one collective can be joined.
+    main: the main thread's spans. steps: epoch, step, ts, dur. most: that are kept, None for all.
     """
     begin = steps["ts"].to_numpy()
     end = begin + steps["dur"].to_numpy()
@@ -186,7 +189,8 @@ def list_collectives(main: pl.DataFrame, steps: pl.DataFrame) -> pl.DataFrame:
         pl.int_range(pl.len(), dtype=pl.Int64).alias("nth_step"), "epoch",
         pl.col("step").fill_null(pl.int_range(pl.len(), dtype=pl.Int64)),
     )  # fmt: skip
-    found = found.head(MAX_COLLECTIVES).join(numbers, on="nth_step", how="left", maintain_order="left")
+    kept = found if most is None else found.head(most)
+    found = kept.join(numbers, on="nth_step", how="left", maintain_order="left")
     nth = pl.int_range(pl.len(), dtype=pl.Int64).over("nth_step", "name").alias("nth")
     return found.select("epoch", "step", "name", nth, "ts", "dur")
 
