@@ -10,6 +10,7 @@ A round trip is six messages (to set a key, to wait for one, the answer; on both
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlrm.runtime.signed_store import SignedStore
@@ -43,7 +44,15 @@ def measure_offset(store: SignedStore, group: str, rank: int) -> ClockOffset:
         store.store.set(f"{group}/{rank}/ask{number}", "1")
         store.store.wait([f"{group}/{rank}/answer{number}"])
         own.append((sent, time.time_ns()))
-    theirs = json.loads(store.get(f"{group}/{rank}/times"))
+    return choose_round_trip(own, json.loads(store.get(f"{group}/{rank}/times")))
+
+
+def choose_round_trip(own: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> ClockOffset:
+    """The offset by the quickest round trip.
+
+    own     (sent, received) of each, by this host's clock, in ns
+    theirs  (received, sent) of each, by the clock of rank 0's host
+    """
     found = []
     for (sent, received), (their_received, their_sent) in zip(own, theirs, strict=True):
         round_trip = (received - sent) - (their_sent - their_received)

@@ -1,0 +1,168 @@
+"""The ranks of a job that needs no torch: barriers, exchange of values, errors of all ranks, over MPI.
+
+In: this rank, as the launcher started it. Out: a `RankGroup`. What `dlrm/runtime/session.py` is to a
+training, this is to programs that only move bytes (`dlrm.emulate`, `dlrm.replay`). A job of one rank needs no
+MPI. A rank that dies is noticed by mpiexec, which ends the others.
+
+Waiting ranks sleep between looks instead of spinning, so that many more ranks than cores fit on a host.
+"""
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from dlrm.runtime import entry, trace
+from dlrm.runtime.clock_offset import ROUND_TRIPS, choose_round_trip
+from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
+
+T = TypeVar("T")
+POLL_SECONDS = 50e-6  # between two looks of a rank that has a core of its own
+PR_SET_TIMERSLACK = 29
+CLOCK_TAG = 7
+LEAVE_SECONDS = 5
+
+
+@contextmanager
+def open_group(here: Ranks) -> Iterator["RankGroup"]:
+    """All ranks of this job, for the block. A collective; UserError where MPI sees other ranks than the
+    launcher named. When the block raises, all ranks exit with the same code.
+    """
+    set_exact_sleep()
+    if here.world_size == 1:
+        yield RankGroup(here, None)
+        return
+    os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # our own line says why
+    from mpi4py import MPI  # importing it initializes MPI
+
+    comm = MPI.COMM_WORLD
+    if comm.size != here.world_size or comm.rank != here.rank:
+        raise UserError(
+            f"rank {here.rank} of {here.world_size}: MPI says rank {comm.rank} of {comm.size}: start it with "
+            "the mpiexec of the MPI that mpi4py was built for (./launcher.sh knows it)"
+        )
+    group = RankGroup(here, comm)
+    try:
+        yield group
+        group.barrier()
+        MPI.Finalize()
+    except BaseException as error:
+        failure = error
+        if getattr(error, "shared", False):  # all ranks are here, with the same error
+            trace.stop_tracing()
+            group.barrier()
+            if not here.first:
+                time.sleep(LEAVE_SECONDS)  # until rank 0, which prints, has ended the job
+        code = entry.run_for_exit_code(lambda _: _raise(failure), here)
+        trace.stop_tracing()
+        comm.Abort(code)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def set_exact_sleep() -> None:
+    """Let this process's sleeps end on time: Linux adds 50 microseconds to each otherwise."""
+    ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+class RankGroup:
+    """All ranks of this job. Every method is a collective: all ranks call it, in the same order."""
+
+    def __init__(self, here: Ranks, comm: Any) -> None:
+        """`comm`: an mpi4py communicator, or None where there is one rank."""
+        self.here, self._comm = here, comm
+        cores = len(os.sched_getaffinity(0))
+        self._poll_seconds = POLL_SECONDS * max(1.0, here.local_world_size / cores)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self._comm is not None:
+            self._wait(self._comm.Ibarrier())
+
+    def exchange_bytes(self, send: Any, receive: Any) -> None:
+        """Send an equal part of `send` to every rank, and get one from each into `receive`: buffers of one
+        size, a multiple of the number of ranks.
+        """
+        if self._comm is not None:
+            self._wait(self._comm.Ialltoall(send, receive))
+
+    def _wait(self, request: Any) -> None:
+        while not request.Test():
+            time.sleep(self._poll_seconds)
+
+    def gather_from_all(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order. They must be picklable."""
+        if self._comm is None:
+            return [value]
+        self.barrier()  # sleeps where the gather itself would spin
+        return self._comm.allgather(value)
+
+    def broadcast_from_first(self, value: T) -> T:
+        """Rank 0's value, on all ranks; what the others pass is ignored."""
+        if self._comm is None:
+            return value
+        self.barrier()
+        return self._comm.bcast(value)
+
+    def scatter_from_first(self, values: list[T] | None) -> T:
+        """The value that rank 0 has for this rank; `values`: one for each rank, on rank 0."""
+        if self._comm is None:
+            assert values is not None
+            return values[0]
+        self.barrier()
+        return self._comm.scatter(values)
+
+    @contextmanager
+    def errors_on_all_ranks(self) -> Iterator[None]:
+        """A UserError that one rank raises in this block is raised on all ranks, and printed once. If several
+        ranks raise one, the lowest rank's counts.
+        """
+        mine = ""
+        try:
+            yield
+        except UserError as error:
+            mine = str(error)
+        if text := next((each for each in self.gather_from_all(mine) if each), None):
+            error = UserError(text)
+            error.shared = True
+            raise error
+
+    def mark_clock(self, when: str) -> None:
+        """Record in the trace how the clocks of the ranks' hosts compare; `when`: "start" or "end"."""
+        hosts = self.gather_from_all(self.here.host)
+        asking = [hosts.index(host) for host in dict.fromkeys(hosts) if host != hosts[0]]
+        for rank in asking:
+            if self.here.first:
+                self._answer_host(rank)
+            elif self.here.rank == rank:
+                ahead_us, error_us = self._measure_offset()
+                trace.instant(
+                    "clock", "offset", when=when, ahead_us=ahead_us, error_us=error_us,
+                    round_trips=ROUND_TRIPS,
+                )  # fmt: skip
+        self.barrier()
+        trace.instant("clock", "barrier", when=when)
+
+    def _answer_host(self, rank: int) -> None:
+        times = []
+        for _ in range(ROUND_TRIPS):
+            self._comm.recv(source=rank, tag=CLOCK_TAG)
+            received = time.time_ns()
+            self._comm.send(None, rank, tag=CLOCK_TAG)
+            times.append((received, received))
+        self._comm.send(times, rank, tag=CLOCK_TAG)
+
+    def _measure_offset(self) -> tuple[int, int]:
+        own = []
+        for _ in range(ROUND_TRIPS):
+            sent = time.time_ns()
+            self._comm.send(None, 0, tag=CLOCK_TAG)
+            self._comm.recv(source=0, tag=CLOCK_TAG)
+            own.append((sent, time.time_ns()))
+        offset = choose_round_trip(own, self._comm.recv(source=0, tag=CLOCK_TAG))
+        return offset.ahead_us, offset.error_us
