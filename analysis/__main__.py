@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.export.registry import EXPORT_FORMATS
 from common.command_line import CommandLineParser
 from common.errors import USAGE, UserError, printable, quote_for_shell
 from common.progress import show_progress
@@ -134,6 +135,11 @@ def run_compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(options: argparse.Namespace) -> int:
+    print(EXPORT_FORMATS[options.format].write(options.run, options.output))
+    return 0
+
+
 def _choose_map(options: argparse.Namespace):
     """Where ranks are read: on this machine's threads, or by a Dask cluster."""
     from analysis.tables.gather import map_on_threads
@@ -209,6 +215,13 @@ def make_parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--dask", metavar="WHERE", help="read the ranks on a Dask cluster: `local`, `pbs`, or host:port"
         )
+    made = commands.add_parser("export", help="the run's I/O for other tools: fio")
+    formats = made.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for name, form in EXPORT_FORMATS.items():
+        made = formats.add_parser(name, help=form.help, description=form.help)
+        made.add_argument("run", metavar="RUN", help="run folder, or any folder of DFTracer traces")
+        made.add_argument("-o", dest="output", type=Path, required=True, metavar=form.metavar)
+        made.set_defaults(function=run_export)
     return top
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import polars as pl
 
 from analysis.perfetto.convert import name_trace, new_trace
-from analysis.perfetto.positions import FilePositions
 from analysis.perfetto.tracks import ConversionSummary, name_process_track
 from analysis.run_folder import outputs
 from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.events import TraceReader, assign_ranks, read_heads
+from analysis.trace.positions import FilePositions
 from analysis.trace.process import TracedProcess
 from analysis.trace.strings import StringTable
 

@@ -11,11 +11,11 @@ from analysis.perfetto import proto
 from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.flows import ReadToStepFlows
 from analysis.perfetto.nest import SliceLane
-from analysis.perfetto.positions import FilePositions
 from analysis.trace.arguments import count_moved_bytes, read_argument_of, read_real_argument
 from analysis.trace.classify import KERNEL_COUNTERS
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import resolve_paths
+from analysis.trace.positions import FilePositions
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import INLINE, STRING, EventBlock
 from analysis.trace.source import BlockReader

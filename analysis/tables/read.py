@@ -1,5 +1,10 @@
-"""The trace files of one rank -> two lean tables: intercepted calls, and everything else."""
+"""The trace files of one rank -> two lean tables: intercepted calls, and everything else.
 
+For those who make the calls again (replay, exports) the table of calls can also have what was asked for.
+"""
+
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +17,7 @@ from analysis.trace.classify import CALLS, classify
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import make_event_frame
 from analysis.trace.events import TraceReader
+from analysis.trace.positions import FilePositions
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import MAX_BYTES, EventBlock
 from analysis.trace.source import BlockReader, TraceSource
@@ -22,6 +28,15 @@ _COLUMNS = (
     "epoch", "step", "batch", "value", "split",
 )  # fmt: skip
 CALL = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed")
+# What a call was asked for: where it began (`offset` as the call says it, else followed from open, seek and
+# read; null where nobody knows), its arguments count, flags, whence, iovcnt and (of an item) size, its return
+# value, the other file of a rename or link, all arguments that have no column above, as JSON, and `path`: the
+# whole name of the file, null where the trace has none (`other` is a whole name, too).
+DETAILS = ("position", "count", "ret", "flags", "whence", "iovcnt", "item", "other", "args", "path")
+_INTEGERS = {"flags": "flags", "whence": "whence", "iovcnt": "iovcnt", "item": "size"}
+_NOT_THERE = -(1 << 62)  # beyond what an argument can be
+_BARE_HASH = re.compile("[0-9a-f]{16}")
+_OTHER_FILE = r'"(?:newpath|path2|new)_hash":"([^"]*)"'
 SPAN = (
     "pid", "tid", "cat", "name", "kind", "op", "ts", "dur", "file", "bytes",
     "epoch", "step", "batch", "value", "split", "mapped",
@@ -40,30 +55,35 @@ class RankEvents:
 
 
 def read_rank(
-    rank: int, files: Iterable[Path], clock: Clock | None = None, source: TraceSource | None = None
-) -> RankEvents:
+    rank: int, files: Iterable[Path], clock: Clock | None = None, source: TraceSource | None = None,
+    details: bool = False,
+) -> RankEvents:  # fmt: skip
     """Calls and spans of one rank, from all its trace files.
 
     clock: what corrects its times. source: a reading that several analyses share, else these files.
+    details: whether calls also have the columns DETAILS.
     """
     calls, spans, found = [], [], []
     strings, paths, clock = StringTable(), {}, clock or Clock()
     for path in files:
+        positions = FilePositions() if details else None
         reader = source.open_reader(path, strings, paths) if source else TraceReader(path, strings, paths)
         strings, paths = reader.strings, reader.paths
         found.append(reader.process)
         pids: set[int] = set()
         for block in reader:
             pids |= _list_pids(block)
-            one, other = _split_block(block, reader, clock)
+            one, other = _split_block(block, reader, clock, positions)
             calls.append(one)
             spans.append(other)
         reader.process.pids = max(1, len(pids))
     known = {strings.text(given): strings.text(path) for given, path in paths.items()}
+    columns = (*CALL, *DETAILS[:-1]) if details else CALL
+    joined = _resolve_files(pl.concat(calls, rechunk=False) if calls else _make_empty(columns), known)
     return RankEvents(
         rank,
         found,
-        _resolve_files(pl.concat(calls, rechunk=False) if calls else _make_empty(CALL), known),
+        _name_in_full(joined, found, known) if details else joined,
         _resolve_files(pl.concat(spans) if spans else _make_empty(SPAN), known),
         known,
     )
@@ -79,17 +99,54 @@ def _list_pids(block: EventBlock) -> set[int]:
 
 def _resolve_files(events: pl.DataFrame, known: dict[str, str]) -> pl.DataFrame:
     """A forked process does not write its parent's hashes again, and its file may have been read first."""
+    if "other" in events.columns:
+        events = events.with_columns(pl.col("other").replace(known))
     texts = events["file"].unique().cast(pl.String)
     if not any(text in known for text in texts):
         return events
     return events.with_columns(pl.col("file").cast(pl.String).replace(known).cast(pl.Categorical))
 
 
-def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The calls of a block (columns CALL) and its spans (columns SPAN), times corrected."""
+def _name_in_full(
+    calls: pl.DataFrame, processes: Iterable[TracedProcess], known: dict[str, str]
+) -> pl.DataFrame:
+    """Adds `path`, and makes `other` a whole name: relative names count from where the process began.
+
+    known: file hash -> path. A hash that it lacks names no file.
+    """
+    folders = {process.pid: process.folder for process in reversed(list(processes))}
+    named = set(known.values())
+
+    def find_path(pid: int, name: str | None) -> str | None:
+        if name is None or (name not in named and _BARE_HASH.fullmatch(name)):
+            return None
+        return os.path.normpath(os.path.join("/", folders.get(pid, ""), name))
+
+    for column, made in (("file", "path"), ("other", "other")):
+        calls = calls.with_columns(pl.col(column).cast(pl.String).alias("named"))
+        pairs = calls.select("pid", "named").unique()
+        found = [find_path(pid, name) for pid, name in pairs.iter_rows()]
+        calls = calls.join(
+            pairs.with_columns(pl.Series("in_full", found, pl.String)),
+            on=["pid", "named"], how="left", maintain_order="left", nulls_equal=True,
+        )  # fmt: skip
+        calls = calls.with_columns(pl.col("in_full").alias(made)).drop("named", "in_full")
+    return calls
+
+
+def _split_block(
+    block: EventBlock, reader: BlockReader, clock: Clock, positions: FilePositions | None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The calls of a block (columns CALL) and its spans (columns SPAN), times corrected.
+
+    positions: of this file up to here; then calls also have the columns DETAILS.
+    """
     _, moved = count_moved_bytes(block, reader.strings)
-    events = make_event_frame(block, reader.strings, reader.paths, 0, _COLUMNS)
+    columns = _COLUMNS if positions is None else (*_COLUMNS, "count", "args")
+    events = make_event_frame(block, reader.strings, reader.paths, 0, columns)
     rows = block.is_event()
+    if positions is not None:
+        events = _add_details(events, block, reader.strings, positions)
     mapped = read_argument(block, ID["mapped"]) > 0
     events = events.with_columns(pl.Series("moved", moved[rows]), pl.Series("mapped", mapped[rows]))
     meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
@@ -107,7 +164,25 @@ def _split_block(block: EventBlock, reader: BlockReader, clock: Clock) -> tuple[
     calls = events.filter(is_call).with_columns(
         size.alias("size"), (pl.col("ret") < 0).fill_null(False).alias("failed")
     )
-    return calls.select(CALL), events.filter(~is_call).select(SPAN)
+    chosen = CALL if positions is None else (*CALL, *DETAILS[:-1])
+    return calls.select(chosen), events.filter(~is_call).select(SPAN)
+
+
+def _add_details(
+    events: pl.DataFrame, block: EventBlock, strings: StringTable, positions: FilePositions
+) -> pl.DataFrame:
+    """Adds those of DETAILS that are no columns of events yet. events: the rows of the block's events."""
+    rows = block.is_event()
+    followed = pl.Series("followed", positions.find_offsets(block, strings)[rows])
+    found = [
+        pl.Series(name, read_argument(block, strings.add(key), _NOT_THERE)[rows])
+        for name, key in _INTEGERS.items()
+    ]
+    events = events.with_columns(followed, *found, pl.col("args").str.extract(_OTHER_FILE).alias("other"))
+    return events.with_columns(
+        *(pl.when(pl.col(name) != _NOT_THERE).then(name).alias(name) for name in _INTEGERS),
+        pl.coalesce("offset", pl.when(pl.col("followed") >= 0).then("followed")).alias("position"),
+    )
 
 
 def _make_empty(columns: Iterable[str]) -> pl.DataFrame:
@@ -115,4 +190,5 @@ def _make_empty(columns: Iterable[str]) -> pl.DataFrame:
     types = dict.fromkeys(("cat", "name", "op", "kind", "file", "split"), pl.Categorical)
     types |= dict.fromkeys(("pid", "tid"), pl.UInt32)
     types |= {"failed": pl.Boolean, "value": pl.Float64, "mapped": pl.Boolean}
+    types |= dict.fromkeys(("args", "other"), pl.String)
     return pl.DataFrame(schema={name: types.get(name, pl.Int64) for name in columns})

@@ -69,6 +69,14 @@ DATA_OPS = ("read", "write")
 PROGRAM_FILE = r"\.(py|pyc|pyi|so)(\.|$)|/(site|dist)-packages(/|$)|/lib(64)?/python3[^/]*(/|$)"
 SYSTEM_FILE = r"^/(proc|sys|dev|etc)/"  # of what the system makes up or is configured by
 
+_KERNEL_FILE = re.compile(r"/(proc|sys|dev)(/|$)")
+
+
+@lru_cache(4096)
+def is_kernel_file(path: str) -> bool:
+    """Whether the kernel makes the file up, so that no storage holds it."""
+    return _KERNEL_FILE.match(path) is not None
+
 
 def find_kind(cat: str, name: str) -> str | None:
     """The kind of a span, or None for one that only groups others."""
