@@ -145,7 +145,7 @@ def measure_batch_sizes(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, A
 def open_checkpoint(given: str) -> Any:
     """The newest checkpoint of a run folder, or the one given; UserError if there is none."""
     from dlrm.checkpoint import folder
-    from dlrm.checkpoint.shards import CorruptCheckpoint
+    from dlrm.checkpoint.blocks import CorruptCheckpoint
 
     try:
         path = next(folder.find_checkpoints(Path(given)), None)
@@ -191,11 +191,12 @@ def make_batches(bench: BenchmarkOptions, size: int, dataset: BenchDataset, here
     """This rank's share of the batches that are scored."""
     from dlrm.data.collate import BatchCollator
     from dlrm.data.readers import open_source
-    from dlrm.models.dlrm.inference import POOL, take_batches
+    from dlrm.models.dlrm.inference import take_batches
+    from dlrm.models.dlrm.options import INFERENCE_POOL
 
     layout, sizes = dataset.layout, dataset.sizes
     source = open_source(
-        dataset.kind, layout, "test", rows=size * POOL, table_sizes=sizes, seed=bench.seed,
+        dataset.kind, layout, "test", rows=size * INFERENCE_POOL, table_sizes=sizes, seed=bench.seed,
         numerical=dataset.columns.numerical,
     )  # fmt: skip
     try:

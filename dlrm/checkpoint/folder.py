@@ -22,7 +22,7 @@ from typing import Any
 from common.errors import UserError
 from common.inputs import check_regular, read_json_object
 from common.owned import MARK, WorkFolders
-from dlrm.checkpoint.shards import DTYPES, BlockReader, CorruptCheckpoint, StoredPiece, write_synced
+from dlrm.checkpoint.blocks import ITEM_BYTES, BlockReader, CorruptCheckpoint, StoredPiece, write_synced
 from dlrm.runtime.trace import sync_to_disk
 
 MARKER = "checkpoint.json"
@@ -115,7 +115,7 @@ def _check_tensors(found: Checkpoint) -> None:
         whole = first.setdefault(stored.name, stored)
         if (stored.shape, stored.dtype) != (whole.shape, whole.dtype):
             raise CorruptCheckpoint(f"{found.path}: {stored.name[:100]} has two shapes or types")
-        end = stored.at + math.prod(stored.size) * DTYPES[stored.dtype].itemsize
+        end = stored.at + math.prod(stored.size) * ITEM_BYTES[stored.dtype]
         if end > found.files[stored.file]["bytes"]:
             raise CorruptCheckpoint(
                 f"{found.path / stored.file}: a tensor ends at byte {end}, after the end of the file"

@@ -16,13 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dlrm.checkpoint import folder, shards, state
-from dlrm.checkpoint.shards import TensorPiece
+from dlrm.checkpoint import folder
 from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
 POLL_SECONDS = 0.02
+# for the tensors of a training: `state.copy_pieces` and `shards.write_pieces`
+CopyPieces = Callable[[list[Any], dict[Any, Any]], list[Any]]
+WritePieces = Callable[[Path, str, list[Any]], dict[str, Any]]
 
 
 class CheckpointWriter:
@@ -30,16 +32,19 @@ class CheckpointWriter:
 
     def __init__(
         self, root: Path, here: Ranks, store: Any, keep: int | None, timeout: float,
-        lock_root: Callable[[], None] = lambda: None,
+        lock_root: Callable[[], None] = lambda: None, *, copy_pieces: CopyPieces, write_pieces: WritePieces,
     ) -> None:  # fmt: skip
-        """root       the folder of checkpoints
-        store      a connection to the ranks' store that no other thread uses
-        keep       how many checkpoints to keep, the newest ones; the best one besides. 0 or None: all
-        timeout    seconds in which the slowest rank must have written its file
-        lock_root  makes rank 0 the folder's only writer, or raises UserError
+        """root          the folder of checkpoints
+        store         a connection to the ranks' store that no other thread uses
+        keep          how many checkpoints to keep, the newest ones; the best one besides. 0 or None: all
+        timeout       seconds in which the slowest rank must have written its file
+        lock_root     makes rank 0 the folder's only writer, or raises UserError
+        copy_pieces   (pieces, memory of the last save, to be used again) -> copies, which do not change
+        write_pieces  (folder, name of this rank's file, copies) -> what the description has of the file
         """
         self.root, self.here, self.store, self.keep = root, here, store, keep
         self.timeout, self.lock_root = timeout, lock_root
+        self._copy_pieces, self._write_pieces = copy_pieces, write_pieces
         self.last_path: str | None = None  # the newest checkpoint that this run published
         self.failure_count = 0
         self._number = 0  # of the save; the same on all ranks
@@ -47,14 +52,14 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # of the last save
 
-    def save(self, pieces: list[TensorPiece], values: dict[str, Any], step: int) -> None:
-        """Copy these tensors and start to write them; returns as soon as the copy is complete.
+    def save(self, pieces: list[Any], values: dict[str, Any], step: int) -> None:
+        """Copy these pieces and start to write them; returns as soon as the copy is complete.
 
         Waits first for the checkpoint before, if that is still being written.
         """
         self.wait_for_save()
-        with trace.span("checkpoint", "save", bytes=sum(piece.tensor.nbytes for piece in pieces)):
-            copied = state.copy_pieces(pieces, self._staging)
+        with trace.span("checkpoint", "save", bytes=sum(piece.nbytes for piece in pieces)):
+            copied = self._copy_pieces(pieces, self._staging)
         self._number += 1
         self._error = None
         arguments = (self._number, copied, values, step)
@@ -70,16 +75,14 @@ class CheckpointWriter:
             self.failure_count += self._error is not None
         return self._error
 
-    def _run_save(self, number: int, pieces: list[TensorPiece], values: dict[str, Any], step: int) -> None:
+    def _run_save(self, number: int, pieces: list[Any], values: dict[str, Any], step: int) -> None:
         trace.name_thread("checkpoint")
         try:
             self._error = self._write_checkpoint(f"dlrm/checkpoint/{number}", pieces, values, step)
         except Exception as error:  # noqa: BLE001  # e.g. the store is lost: the heartbeat ends this rank
             self._error = f"{type(error).__name__}: {error}"
 
-    def _write_checkpoint(
-        self, key: str, pieces: list[TensorPiece], values: dict[str, Any], step: int
-    ) -> str | None:
+    def _write_checkpoint(self, key: str, pieces: list[Any], values: dict[str, Any], step: int) -> str | None:
         """Write this rank's file; on rank 0 also make the folder and publish it. Returns the error, or None.
 
         No rank learns that a checkpoint is good before rank 0 has published it.
@@ -93,7 +96,7 @@ class CheckpointWriter:
         if "error" not in begun:
             partial, final = (Path(path) for path in begun["done"])
             file = f"rank{self.here.rank:05d}.safetensors"
-            written = _catch_user_errors(lambda: shards.write_pieces(partial, file, pieces))
+            written = _catch_user_errors(lambda: self._write_pieces(partial, file, pieces))
             self.store.set(f"{key}/{self.here.rank}", json.dumps(written))
         if first:
             outcome = begun if partial is None else self._publish_checkpoint(key, partial, final, values)

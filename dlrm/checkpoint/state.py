@@ -6,15 +6,19 @@ sharding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from dlrm.checkpoint.blocks import CorruptCheckpoint, StoredPiece
 from dlrm.checkpoint.folder import Checkpoint
-from dlrm.checkpoint.shards import CorruptCheckpoint, StoredPiece, TensorPiece, read_into
+from dlrm.checkpoint.saver import CheckpointWriter, WritePieces
+from dlrm.checkpoint.shards import TensorPiece, read_into, write_pieces
 from dlrm.runtime.errors import UserError
+from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.trace import span
 
 # The same state under two names: torch's optimizers (for data-parallel tables), fbgemm's fused ones.
@@ -244,6 +248,16 @@ def _create_optimizer_state(optimizer: Any, stored: dict[str, Any]) -> None:
                     made[key.removeprefix(prefix)] = torch.zeros(shape, device=device)
             if made:
                 part.state[parameter] = made
+
+
+def open_writer(
+    root: Path, here: Ranks, store: Any, keep: int | None, timeout: float,
+    lock_root: Callable[[], None] = lambda: None, write_pieces: WritePieces = write_pieces,
+) -> CheckpointWriter:  # fmt: skip
+    """A writer of tensors; the arguments are those of `CheckpointWriter`."""
+    return CheckpointWriter(
+        root, here, store, keep, timeout, lock_root, copy_pieces=copy_pieces, write_pieces=write_pieces
+    )
 
 
 def copy_pieces(

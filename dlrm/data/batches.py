@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torchrec.datasets.utils import Batch
 
-from dlrm.data.collate import BatchCollator
+from dlrm.data.arrays import ArrayCollator
 from dlrm.data.rows import Rows, RowSource
 from dlrm.data.sampler import RowSampler, Segment, merge_ranges, split_rows
 from dlrm.data.shuffle import BatchOrder, ShuffledOrder, ShuffleWindow, collect_rows
@@ -26,6 +25,7 @@ class BatchLoader:
     epoch differently. shuffle_set: permute the whole set, each epoch differently; sources without random
     access in windows of `window_mb`; then shuffle_order has no effect. by_rank: see RowSampler; None: as
     suits the source. limit: largest number of batches of an epoch. rows: an epoch has only the first ones.
+    to_batch: what makes a batch of rows; None: torchrec's `Batch`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class BatchLoader:
         world_size: int = 1,
         table_sizes: Sequence[int] | None = None,
         *,
-        to_batch: BatchCollator | None = None,
+        to_batch: ArrayCollator | None = None,
         drop_last: bool = False,
         shuffle_batches: bool = False,
         shuffle_set: bool = False,
@@ -46,13 +46,16 @@ class BatchLoader:
         seed: int = 0,
         limit: int | None = None,
         rows: int | None = None,
-        pin_memory: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"--batch_size {batch_size}: must be at least 1")
         self.source, self.batch_size, self.rank, self.world_size = source, batch_size, rank, world_size
         self.rows = source.rows if rows is None else min(rows, source.rows)
-        self.to_batch = to_batch or BatchCollator(table_sizes, pin_memory=pin_memory)
+        if to_batch is None:  # torchrec's batches; imported here because the emulator has no torch
+            from dlrm.data.collate import BatchCollator
+
+            to_batch = BatchCollator(table_sizes)
+        self.to_batch = to_batch
         self.drop_last, self.shuffle_batches, self.shuffle_set = drop_last, shuffle_batches, shuffle_set
         self.window_rows = (
             0 if source.random_access else max(1, int(window_mb * (1 << 20)) // source.row_bytes)
@@ -83,7 +86,7 @@ class BatchLoader:
         """Batches of the current pass."""
         return self.steps
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         if not self._loaded:
             self._start_pass([(0, self.rows)], 0)
         self._loaded = False
@@ -160,7 +163,7 @@ class BatchLoader:
         remaining = self.sampler.find_remaining(self.steps_done - self.steps_before)
         return merge_ranges([part for segment in remaining for part in split_rows(self.segments, *segment)])
 
-    def _make_batch(self, step: int) -> Batch:
+    def _make_batch(self, step: int) -> Any:
         self.batch_number += 1
         self.source.batch = self.batch_number
         rows, numbers = self._read_rows(step)

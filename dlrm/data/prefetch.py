@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from torchrec.datasets.utils import Batch
-
 from dlrm.data.batches import BatchLoader
 from dlrm.runtime.trace import name_thread, span
 
@@ -41,8 +39,8 @@ class Prefetcher:
         self.batches.load_state_dict(state)
         self._state = self.batches.state_dict()
 
-    def __iter__(self) -> Iterator[Batch]:
-        ready: queue.Queue[tuple[Batch | None, int, Any]] = queue.Queue(self.depth)
+    def __iter__(self) -> Iterator[Any]:
+        ready: queue.Queue[tuple[Any, int, Any]] = queue.Queue(self.depth)
         stop = threading.Event()
         worker = threading.Thread(target=self._fill_queue, args=(ready, stop), name="prefetch", daemon=True)
         worker.start()
@@ -66,7 +64,7 @@ class Prefetcher:
                 except queue.Empty:
                     worker.join(0.01)
 
-    def _fill_queue(self, ready: queue.Queue[tuple[Batch | None, int, Any]], stop: threading.Event) -> None:
+    def _fill_queue(self, ready: queue.Queue[tuple[Any, int, Any]], stop: threading.Event) -> None:
         name_thread(f"prefetch {self.stage}".rstrip())
         failure: BaseException | None = None
         batches = iter(self.batches)

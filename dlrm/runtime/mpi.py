@@ -24,6 +24,7 @@ POLL_SECONDS = 50e-6  # between two looks of a rank that has a core of its own
 PR_SET_TIMERSLACK = 29
 CLOCK_TAG = 7
 LEAVE_SECONDS = 5
+PRINT_SECONDS = 0.3  # mpiexec drops what it has not passed on when a rank aborts
 
 
 @contextmanager
@@ -58,6 +59,7 @@ def open_group(here: Ranks) -> Iterator["RankGroup"]:
                 time.sleep(LEAVE_SECONDS)  # until rank 0, which prints, has ended the job
         code = entry.run_for_exit_code(lambda _: _raise(failure), here)
         trace.stop_tracing()
+        time.sleep(PRINT_SECONDS)
         comm.Abort(code)
 
 

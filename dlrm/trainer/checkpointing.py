@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 
 from dlrm.checkpoint import state
-from dlrm.checkpoint.saver import CheckpointWriter
 from dlrm.checkpoint.shards import TensorPiece
 from dlrm.runtime import entry, session
 from dlrm.runtime.errors import NotSaved, Stopped, UserError
@@ -21,6 +20,7 @@ from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.stop import SAVE, STOP, CollectiveStop
 from dlrm.runtime.walltime import find_deadline
 from dlrm.trainer import loop
+from dlrm.trainer.meter import ThroughputMeter
 from dlrm.trainer.run_folder import RunFolder
 
 
@@ -40,7 +40,7 @@ class CheckpointedTraining(Protocol):
     datasets: Any
     run_folder: RunFolder
     progress: loop.Progress
-    meter: loop.ThroughputMeter
+    meter: ThroughputMeter
     results: dict[str, dict[str, Any]]
     score_metric: str  # in the validation's result: the checkpoint with the highest is the best
     evaluate_seconds: float
@@ -60,9 +60,10 @@ class CheckpointManager(loop.Hooks):
         self.root = locate_checkpoints(trainer.options)
         # The slowest rank's disk may take long, and a rank that ended is noticed by its heartbeat, not here.
         timeout = max(3600, 10 * run.timeout)
-        self.writer = self.root and CheckpointWriter(
-            self.root, here, session.clone_store(), self.options.keep_checkpoints, timeout, self._lock_folder
-        )
+        self.writer = self.root and state.open_writer(
+            self.root, here, session.clone_store(), self.options.keep_checkpoints, timeout,
+            self._lock_folder,
+        )  # fmt: skip
         self.save_error: str | None = None  # why the state at the end of the training is in no checkpoint
         self._save_requested = False  # save after the step that is under way
         self._validated_step: int | None = None  # step of the last validation

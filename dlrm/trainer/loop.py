@@ -1,4 +1,4 @@
-"""The training and the evaluation loop. It knows neither the command line nor files.
+"""The training and the evaluation loop. It knows neither the command line nor files, nor torch.
 
 In: a torchrec train pipeline, batches, a Progress. Out: the Progress, advanced in place after every step, so
 that a checkpoint can be taken between any two steps and the loop can start again from it.
@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-import torch
-import torch.distributed as dist
 
 from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
@@ -34,7 +31,9 @@ class BatchIterable(Sized, Iterable[Any], Protocol):
 class MetricCollector(Protocol):
     """Gathers the outputs of an evaluation on this rank."""
 
-    def update(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None: ...
+    def update(self, scores: Any, labels: Any, /) -> None:
+        """Of one batch, [n] each: tensors in a training."""
+        ...
 
     def compute(self) -> dict[str, Any]:
         """The metrics over the rows of all ranks. A collective."""
@@ -93,47 +92,23 @@ class Hooks:
     def after_epoch(self) -> None: ...
 
 
-class ThroughputMeter:
-    """Mean loss over all ranks, and samples per second, since the last report."""
+class Meter(Protocol):
+    """Mean loss over all ranks, and samples per second, since the last report: `meter.ThroughputMeter`."""
 
-    def __init__(self, device: torch.device, labels_are_clicks: bool = False) -> None:
-        # [sum of loss x rows, rows, labels that are 1, labels] of this rank, float64: summed on the device,
-        # so that a step that is not reported never waits for the GPU
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._labels_are_clicks = labels_are_clicks
-        self._since = time.perf_counter()
-        self.steps = 0
-        self.click_share: float | None = None  # of the labels between the last two calls of reduce_and_reset
+    steps: int
+    click_share: float | None  # of the labels between the last two calls of reduce_and_reset
 
-    def add_step(self, loss: torch.Tensor, rows: int, labels: torch.Tensor | None = None) -> None:
-        """`loss`: the mean over this rank's `rows` rows, a scalar tensor."""
-        self._sums[0] += loss.detach() * rows
-        self._sums[1] += rows
-        if labels is not None and self._labels_are_clicks:
-            self._sums[2] += labels.detach().sum()
-            self._sums[3] += rows
-        self.steps += 1
+    def add_step(self, loss: Any, rows: int, labels: Any = None) -> None:
+        """`loss`: the mean over this rank's `rows` rows."""
+        ...
 
     def reduce_and_reset(self) -> tuple[float, int, float]:
         """(mean loss, rows, seconds) since the last call. A collective: called at the same step."""
-        sums = self._sums.clone()
-        dist.all_reduce(sums)
-        loss, rows, clicks, labels = sums.tolist()
-        self.click_share = clicks / labels if labels else None
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        self._sums.zero_()
-        self.steps = 0
-        return loss / max(rows, 1), int(rows), seconds
+        ...
 
     def exclude_time(self, seconds: float) -> None:
         """Do not count these seconds: they were spent on a validation or a checkpoint."""
-        self._since += seconds
-
-    @property
-    def sums(self) -> torch.Tensor:
-        """This rank's sums since the last report, [4] float64; a checkpoint stores and refills them."""
-        return self._sums
+        ...
 
 
 def run_training(
@@ -144,7 +119,7 @@ def run_training(
     set_next_lr: Callable[[], float],
     validate: Callable[[], dict[str, Any]],
     log_metrics: LogMetrics,
-    meter: ThroughputMeter,
+    meter: Meter,
     hooks: Hooks,
     during_epoch: Callable[[int], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
@@ -205,7 +180,7 @@ def train_steps(
     pipeline: Any,
     batches: BatchIterable,
     progress: Progress,
-    meter: ThroughputMeter,
+    meter: Meter,
     set_next_lr: Callable[[], float],
     hooks: Hooks,
     limit: int | None = None,
@@ -243,9 +218,7 @@ def train_steps(
             close()
 
 
-def report_steps(
-    meter: ThroughputMeter, progress: Progress, log_metrics: LogMetrics, timed: bool = True
-) -> None:
+def report_steps(meter: Meter, progress: Progress, log_metrics: LogMetrics, timed: bool = True) -> None:
     """Log loss and speed since the last report; UserError on all ranks where the loss is not finite.
 
     `timed`: count the steps in results.json's samples_per_second.
@@ -279,7 +252,6 @@ def report_steps(
 
 def evaluate(
     pipeline: Any,
-    model: torch.nn.Module,
     batches: BatchIterable,
     split: str,
     metrics: MetricCollector,
@@ -290,11 +262,9 @@ def evaluate(
     The pipeline is not the one that trains: that one may have batches of the epoch in flight.
     """
     started = time.perf_counter()
-    was_training = model.training
-    model.eval()
     iterator = iter(batches)
     trace.sample_io()
-    with trace.span("eval", "evaluate", split=split), torch.no_grad():
+    with trace.span("eval", "evaluate", split=split):
         for batch in range(len(batches)):
             before_batch()
             with trace.span("eval", "eval_step", batch=batch):
@@ -303,5 +273,4 @@ def evaluate(
         with trace.span("eval", "metrics"):
             result = metrics.compute()
     trace.sample_io()
-    model.train(was_training)
     return {"split": split, **result, "seconds": time.perf_counter() - started}

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from dlrm.checkpoint import folder, state
+from dlrm.checkpoint.blocks import CorruptCheckpoint
 from dlrm.checkpoint.folder import Checkpoint
-from dlrm.checkpoint.shards import CorruptCheckpoint, TensorPiece
+from dlrm.checkpoint.shards import TensorPiece
 from dlrm.runtime import session, trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
@@ -223,7 +224,7 @@ def _check_values(
 class RankState:
     """What one rank has for itself: the sums of its next report, the states of its random numbers."""
 
-    sums: torch.Tensor  # [4] float64, as loop.ThroughputMeter has them
+    sums: torch.Tensor  # [4] float64, as meter.ThroughputMeter has them
     random: torch.Tensor | None = None  # uint8, as torch.get_rng_state gives it
     cuda_random: torch.Tensor | None = None
 

@@ -21,7 +21,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from dlrm.checkpoint import shards
+from dlrm.checkpoint import blocks
 from dlrm.config.options import list_deprecated
 from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
@@ -35,6 +35,7 @@ from dlrm.trainer.checkpointing import CheckpointManager
 from dlrm.trainer.device import enable_fast_path
 from dlrm.trainer.loss_watch import LossWatch
 from dlrm.trainer.lr_schedule import set_lr
+from dlrm.trainer.meter import ThroughputMeter
 from dlrm.trainer.mlcommons_log import MLCommonsLog
 from dlrm.trainer.mlperf_log import MLPerfLog
 from dlrm.trainer.resume import find_stored_model, resume_training
@@ -206,7 +207,7 @@ class Trainer:
         optim = options.optim
         self.progress = loop.Progress(loss_scale=optim.loss_scale if optim.amp == "fp16" else 1.0)
         self.epoch_steps = len(datasets.train)
-        self.meter = loop.ThroughputMeter(device, self.labels_are_clicks)
+        self.meter = ThroughputMeter(device, self.labels_are_clicks)
         self.loss_watch = LossWatch()
         self.hooks = loop.Hooks()  # `run_trainer` puts the CheckpointManager here
         self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
@@ -314,16 +315,23 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, Any]:
         """The metrics over all rows of "val" or "test", logged and kept for results.json."""
         batches, before_batch = getattr(self.datasets, split), self.hooks.before_batch
-        with self.mlperf_log.log_evaluation(self.count_epochs()) as logged:
-            result = loop.evaluate(
-                self.eval_pipeline, self.model, batches, split, self.make_metrics(), before_batch
-            )
+        with self.mlperf_log.log_evaluation(self.count_epochs()) as logged, self.evaluation_mode():
+            result = loop.evaluate(self.eval_pipeline, batches, split, self.make_metrics(), before_batch)
             logged.update(result)
         self.log_metrics(step=self.progress.step, epoch=self.progress.epoch, **result)
         self.mlcommons_log.log_evaluation(result)
         self.results[split] = result
         self.evaluate_seconds += result["seconds"]
         return result
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """The model computes no gradients in this block."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.train(was_training)
 
     def validate(self) -> dict[str, Any]:
         """The evaluation of --validation_split, during training."""
@@ -341,9 +349,9 @@ class Trainer:
         progress = self.progress
         val, test = self.results.get("val", {}), self.results.get("test", {})
         read = session.gather_from_all(
-            self.datasets.bytes_read() | self.ssd_tables.bytes_read() | shards.bytes_read
+            self.datasets.bytes_read() | self.ssd_tables.bytes_read() | blocks.bytes_read
         )
-        written = session.gather_from_all(self.ssd_tables.bytes_written() | shards.bytes_written)
+        written = session.gather_from_all(self.ssd_tables.bytes_written() | blocks.bytes_written)
         self.run_folder.write_json(
             "results.json",
             {

@@ -16,9 +16,9 @@ from support.file_calls import count_traced_calls, read_events
 from torch.distributed import HashStore
 
 from common.owned import MARK
-from dlrm.checkpoint import folder, shards
-from dlrm.checkpoint.saver import CheckpointWriter
-from dlrm.checkpoint.shards import CorruptCheckpoint, TensorPiece
+from dlrm.checkpoint import blocks, folder, shards, state
+from dlrm.checkpoint.blocks import CorruptCheckpoint
+from dlrm.checkpoint.shards import TensorPiece
 from dlrm.runtime.ranks import Ranks
 
 
@@ -31,9 +31,11 @@ def cut(name: str, tensor: torch.Tensor, low: tuple[int, ...], high: tuple[int, 
     return TensorPiece(name, tuple(tensor.shape), low, part)
 
 
-def save(root: Path, pieces: list[TensorPiece], step: int = 1, keep: int | None = None, **state: Any) -> Path:
-    saver = CheckpointWriter(root, Ranks(), HashStore(), keep, timeout=10)
-    saver.save(pieces, state, step)
+def save(
+    root: Path, pieces: list[TensorPiece], step: int = 1, keep: int | None = None, **values: Any
+) -> Path:
+    saver = state.open_writer(root, Ranks(), HashStore(), keep, timeout=10)
+    saver.save(pieces, values, step)
     assert saver.wait_for_save() is None
     return Path(str(saver.last_path))
 
@@ -84,7 +86,7 @@ def test_any_cut_is_read_under_any_other(tmp_path: Path, seed: int, monkeypatch:
             for c, d in zip(marks[1], marks[1][1:], strict=False)
         ]
 
-    monkeypatch.setattr(shards, "BLOCK", 1 << rng.randint(3, 12))
+    monkeypatch.setattr(blocks, "BLOCK", 1 << rng.randint(3, 12))
     path = save(tmp_path, cuts())
     for piece in cuts():
         target = TensorPiece("t", piece.shape, piece.offset, torch.zeros_like(piece.tensor))
@@ -174,8 +176,16 @@ def test_half_written_ones_are_never_seen_and_cleared_away(tmp_path: Path) -> No
 def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
     """Threads play the ranks: they share only the store."""
     store, tensor = HashStore(), torch.randn(9, 4)
+    full: list[str] = []  # files that cannot be written
+
+    def write(into: Path, file: str, pieces: Any) -> Any:
+        if file in full:
+            raise OSError(28, "No space left on device", str(into / file))
+        return shards.write_pieces(into, file, pieces)
+
     savers = [
-        CheckpointWriter(tmp_path, Ranks(rank=r, world_size=3), store, None, timeout=10) for r in range(3)
+        state.open_writer(tmp_path, Ranks(rank=r, world_size=3), store, None, 10, write_pieces=write)
+        for r in range(3)
     ]
     for rank, saver in enumerate(savers):
         saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {"from": rank}, 5)
@@ -187,20 +197,10 @@ def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
     )
     assert torch.equal(load(path, whole("t", torch.zeros(9, 4))), tensor)
     # rank 1 cannot write: nothing is published, all are told why, the one before stays
-    real = shards.write_pieces
-
-    def write(into: Path, file: str, pieces: Any) -> Any:
-        if file == "rank00001.safetensors":
-            raise OSError(28, "No space left on device", str(into / file))
-        return real(into, file, pieces)
-
-    shards.write_pieces = write
-    try:
-        for rank, saver in enumerate(savers):
-            saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {}, 6)
-        message = [saver.wait_for_save() for saver in savers]
-    finally:
-        shards.write_pieces = real
+    full.append("rank00001.safetensors")
+    for rank, saver in enumerate(savers):
+        saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {}, 6)
+    message = [saver.wait_for_save() for saver in savers]
     assert len(set(message)) == 1 and "No space left" in str(message[0]) and "rank 1" in str(message[0])
     assert os.listdir(tmp_path) == ["00001-step-5"]
 
@@ -208,21 +208,16 @@ def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
 def test_training_waits_for_the_copy_alone(tmp_path: Path) -> None:
     """What is trained after `save` returned is not in the checkpoint."""
     tensor, gate = torch.zeros(1000, 1000), threading.Event()
-    real = shards.write_pieces
 
-    def slow(*arguments: Any) -> Any:
+    def write_late(*arguments: Any) -> Any:
         gate.wait(10)
-        return real(*arguments)
+        return shards.write_pieces(*arguments)
 
-    shards.write_pieces = slow
-    try:
-        saver = CheckpointWriter(tmp_path, Ranks(), HashStore(), None, timeout=10)
-        saver.save([whole("t", tensor)], {}, 1)
-        tensor += 1
-        gate.set()
-        assert saver.wait_for_save() is None
-    finally:
-        shards.write_pieces = real
+    saver = state.open_writer(tmp_path, Ranks(), HashStore(), None, timeout=10, write_pieces=write_late)
+    saver.save([whole("t", tensor)], {}, 1)
+    tensor += 1
+    gate.set()
+    assert saver.wait_for_save() is None
     assert not load(Path(str(saver.last_path)), whole("t", torch.ones(1000, 1000))).any()
 
 
@@ -242,7 +237,7 @@ def test_files_are_the_users_own(tmp_path: Path) -> None:
 RESUME = """
 import torch
 from pathlib import Path
-from dlrm.checkpoint import folder, shards, state
+from dlrm.checkpoint import blocks, folder, shards, state
 from dlrm.checkpoint.shards import TensorPiece
 made, files = [], {}
 tensors = {f"model/w{i:02}": torch.randn(300 + 40 * i, 130) for i in range(40)}
@@ -276,6 +271,6 @@ def test_each_block_is_read_once(tmp_path: Path) -> None:
     assert len(files) == 2
     for path in files:
         size = path.stat().st_size
-        assert size > 2 * shards.BLOCK
+        assert size > 2 * blocks.BLOCK
         assert seen[path.name, "open"][0] == 1
         assert 0.95 * size < seen[path.name, "read"][1] <= 1.05 * size

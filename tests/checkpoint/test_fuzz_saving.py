@@ -22,10 +22,10 @@ from test_foreign_saving import ARRAYS, store
 
 from common.errors import UserError
 from dlrm.checkpoint import folder, state
-from dlrm.checkpoint.saver import CheckpointWriter
 from dlrm.models.bert4rec import cache
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, resume
+from dlrm.trainer.meter import ThroughputMeter
 from dlrm.trainer.run_folder import RunFolder
 
 CASES = CaseServer(__file__)
@@ -50,14 +50,14 @@ class Small(torch.nn.Module):
 
 class Job:
     def __init__(self) -> None:
-        self.meter = loop.ThroughputMeter(torch.device("cpu"))
+        self.meter = ThroughputMeter(torch.device("cpu"))
 
 
 def checkpoint(root: Path) -> Path:
     job, model = Job(), Small()
     own = {"meter/0": job.meter.sums, "rng/cpu/0": torch.get_rng_state()}
     pieces = state.pieces_of_rank(model, None, 0) + [whole(name, value) for name, value in own.items()]
-    saver = CheckpointWriter(root, Ranks(), torch.distributed.HashStore(), None, timeout=10)
+    saver = state.open_writer(root, Ranks(), torch.distributed.HashStore(), None, timeout=10)
     saver.save(pieces, STATE, 4)
     assert saver.wait_for_save() is None
     return Path(str(saver.last_path))

@@ -35,7 +35,7 @@ from dlrm.models.bert4rec import cache, ratings, sequences
 from dlrm.models.bert4rec import dataloaders as bert_dataloaders
 from dlrm.models.bert4rec.dataset_files import find_ratings_file
 from dlrm.models.bert4rec.options import BertConfig
-from dlrm.models.dlrm import dataloaders
+from dlrm.models.dlrm import build
 from dlrm.models.dlrm.build import assemble_model
 from dlrm.models.dlrm.options import Config
 from dlrm.prep.__main__ import main as prep_main
@@ -393,7 +393,7 @@ def open_dlrm(argv: list[str]) -> int:
         import torch
 
         cfg = parse_options(Config, argv, "train", "")
-        found = dataloaders.open_datasets(cfg, Ranks())
+        found = build.open_batches(cfg, Ranks())
         assemble_model(cfg.model, found.numerical, found.sizes, torch.device("cpu"), cfg.run.seed or 0, False)
         for each in (found.train, found.test):
             next(iter(each))

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dlrm.runtime.errors import UserError
 from dlrm.trainer import loop
+from dlrm.trainer.meter import ThroughputMeter
 
 ROWS, BATCHES = 3, 10
 
@@ -76,7 +77,7 @@ class Course:
         self.target_reached = loop.run_training(
             Ahead(odd), self.batches, self.progress, loop.Limits(**limits), set_next_lr, validate,
             lambda **report: self.reports.append((report["step"], report["loss"])),
-            loop.ThroughputMeter(torch.device("cpu")), loop.Hooks(),
+            ThroughputMeter(torch.device("cpu")), loop.Hooks(),
         )  # fmt: skip
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dlrm.config.parser import parse_options
-from dlrm.models.dlrm.build import build_model, shard_dlrm
-from dlrm.models.dlrm.dataloaders import open_datasets
+from dlrm.models.dlrm.build import build_model, open_batches, shard_dlrm
 from dlrm.models.dlrm.options import Config
 from dlrm.models.dlrm.presets import PRESETS
 from dlrm.models.dlrm.trainer import DLRMTrainer
@@ -41,7 +40,7 @@ def trained(*words: object) -> tuple[Trainer, dict[str, torch.Tensor], dict[str,
     here = Ranks()
     with session.open_session(here, 60) as device:
         records = open_run_folder(cfg, here)
-        sets = open_datasets(cfg, here)
+        sets = open_batches(cfg, here)
         module = build_model(cfg, sets, device)
         model, optimizer = shard_dlrm(cfg, module, sets, here, device, records)
         job = DLRMTrainer(cfg, sets, model, optimizer, records, device)

@@ -13,8 +13,8 @@ import pytest
 from support.disk import mount_small_disk
 from support.ranks import LiveRanks, words
 
+from dlrm.checkpoint.blocks import read_blocks
 from dlrm.checkpoint.folder import list_checkpoints, read_description
-from dlrm.checkpoint.shards import read_blocks
 
 # Fails the calls of one kind on files whose path matches FAULT_PATH, after the first FAULT_AFTER of them.
 SHIM = r"""

@@ -1,5 +1,6 @@
-"""A DLRM from its options: the model, its optimizer, the sharding plan, this rank's shards."""
+"""A DLRM from its options: its batches, the model, its optimizer, the sharding plan, this rank's shards."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,10 +8,11 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from common.memory import refuse_too_large
+from dlrm.data.collate import BatchCollator
 from dlrm.data.criteo import name_features
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
-from dlrm.models.dlrm.dataloaders import Datasets
+from dlrm.models.dlrm.dataloaders import Datasets, open_datasets
 from dlrm.models.dlrm.interactions import InteractionConfig, find_interaction
 from dlrm.models.dlrm.mlp import count_layer_weights
 from dlrm.models.dlrm.model import DLRMTrain, SparseArch, build_dlrm, compile_dense
@@ -21,6 +23,12 @@ from dlrm.trainer import optimizers
 from dlrm.trainer.run_folder import RunFolder
 
 WEIGHT_BYTES = 8  # of memory for a weight of the dense part: itself and its gradient
+
+
+def open_batches(cfg: Config, here: Ranks) -> Datasets:
+    """This rank's batches of the three sets, as torchrec takes them."""
+    make_collator = partial(BatchCollator, pin_memory=cfg.data.pin_memory)
+    return open_datasets(cfg, here, make_collator, on_gpu=torch.cuda.is_available())
 
 
 def build_model(cfg: Config, datasets: Datasets, device: torch.device) -> DLRMTrain:

@@ -1,116 +1,28 @@
-"""From options to this rank's batches of the three sets: the source of rows, and how they are batched."""
+"""From options to this rank's batches of the three sets: the source of rows, and how they are batched.
+
+Needs no torch: what makes a batch of rows is passed in.
+"""
 
 import math
-import os
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torchrec.datasets.utils import Batch
-
-from common.errors import UserError, os_errors_as_user_errors, printable
-from common.inputs import open_regular_file
+from common.errors import UserError, printable
 from common.memory import refuse_too_large
-from common.owned import write_file
 from dlrm.data import criteo
+from dlrm.data.arrays import ArrayCollator
 from dlrm.data.batches import BatchLoader
-from dlrm.data.collate import BatchCollator
 from dlrm.data.multihot import MultiHotMaker
 from dlrm.data.prefetch import Prefetcher
 from dlrm.data.readers import count_ids, detect_format, open_source, scan_dataset
 from dlrm.data.rows import RowSource
-from dlrm.models.dlrm.inference import POOL
-from dlrm.models.dlrm.options import Config
+from dlrm.models.dlrm.id_frequencies import IdFrequencies, ObservedLoader
+from dlrm.models.dlrm.options import INFERENCE_POOL, Config
 from dlrm.runtime.ranks import Ranks
 
 KAGGLE, KAGGLE_DAYS = "criteo_kaggle", (1, 7)
 RANDOM_BATCHES = 10  # batches of random data per set, if there is no limit
-FREQUENCIES_COMMENT = b"dlrm-io: how often each id was looked up"  # of the .npz files, which are zip files
-
-
-class IdFrequencies:
-    """How often this rank looked up each id in training: before and after one id became several (multi-hot).
-
-    before, after  a list of arrays int64 [rows of the table], one per feature: the count of each id
-    folder, name   where `save` puts them: stats_pre_hash_NAME.npz and stats_post_hash_NAME.npz. UserError at
-                   once where one of them is there and is not such a file: not after hours of training
-    """
-
-    def __init__(self, sizes: list[int], folder: str, name: str) -> None:
-        refuse_too_large(
-            16 * sum(sizes), "--collect_multi_hot_freqs_stats", "leave it out, or use smaller tables"
-        )
-        self.before = [np.zeros(size, np.int64) for size in sizes]
-        self.after = [np.zeros(size, np.int64) for size in sizes]
-        self.folder, self.name = Path(folder), name
-        for when in ("pre", "post"):
-            path = self._make_path(when)
-            if os.path.lexists(path) and not is_frequencies_file(path):
-                raise UserError(
-                    f"{printable(path)}: is there and was not made by this program; move it away or name "
-                    "another --output_dir"
-                )
-
-    def count_batch(self, batch: Batch) -> None:
-        """Add the ids of a batch in which `MultiHotMaker` has made several of each."""
-        features = batch.sparse_features
-        ids = np.split(features.values().numpy(), features.offset_per_key()[1:-1])
-        rows = features.stride()
-        for feature, values in enumerate(ids):
-            size = len(self.after[feature])
-            self.after[feature] += np.bincount(values, minlength=size)
-            # the first of the ids made from one is that one
-            self.before[feature] += np.bincount(values.reshape(rows, -1)[:, 0], minlength=size)
-
-    def save(self) -> None:
-        """One .npz per rank: for each feature, by its number, an array of counts by id."""
-        with os_errors_as_user_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        for when, counts in (("pre", self.before), ("post", self.after)):
-            arrays: dict[str, Any] = {str(feature): each for feature, each in enumerate(counts)}
-            path = self._make_path(when)
-            with write_file(path, is_frequencies_file) as partial, os_errors_as_user_errors(path):
-                with open(partial, "wb") as file:
-                    np.savez(file, **arrays)
-                with zipfile.ZipFile(partial, "a") as archive:
-                    archive.comment = FREQUENCIES_COMMENT
-
-    def _make_path(self, when: str) -> Path:
-        return self.folder / f"stats_{when}_hash_{self.name}.npz"
-
-
-def is_frequencies_file(path: Path) -> bool:
-    """Whether `IdFrequencies` has made this file: a zip file's comment is its last bytes."""
-    try:
-        with open(
-            path, "rb", opener=lambda name, flags: open_regular_file(name, flags | os.O_NOFOLLOW)
-        ) as file:
-            file.seek(-len(FREQUENCIES_COMMENT), os.SEEK_END)
-            return file.read() == FREQUENCIES_COMMENT
-    except OSError:
-        return False
-
-
-class ObservedLoader:
-    """A loader that calls `observe` with every batch; otherwise like the loader that it wraps."""
-
-    def __init__(self, loader: Prefetcher, observe: Callable[[Batch], None]) -> None:
-        self._loader, self._observe = loader, observe
-
-    def __getattr__(self, name: str):
-        return getattr(self._loader, name)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            self._observe(batch)
-            yield batch
 
 
 @dataclass
@@ -149,7 +61,7 @@ def check_dataset_name(name: str, folder: str | None, layout: Any) -> None:
 
 def refuse_large_batches(
     cfg: Config, source: RowSource, stage: str, batch_size: int, columns: criteo.Columns,
-    hots: Sequence[int] | None,
+    hots: Sequence[int] | None, on_gpu: bool,
 ) -> None:  # fmt: skip
     """UserError where the batches of a stage cannot fit into memory; one has never more rows than its set."""
     rows = min(batch_size, source.rows)
@@ -163,7 +75,7 @@ def refuse_large_batches(
         rows * row_bytes * (ahead + 1), f"{option} with --prefetch_batches {cfg.data.prefetch_batches}",
         "lower them",
     )  # fmt: skip
-    if not torch.cuda.is_available():
+    if not on_gpu:  # there torch says so, at once
         model = cfg.model
         layers = sum(model.dense_arch_layer_sizes) + sum(model.over_arch_layer_sizes)
         width = layers + columns.categorical * model.embedding_dim
@@ -189,8 +101,17 @@ def choose_columns(cfg: Config, layout: Any) -> tuple[criteo.Columns, list[int] 
     return found, layout.table_sizes
 
 
-def open_datasets(cfg: Config, here: Ranks) -> Datasets:
-    """Open the source of each set and make this rank's loaders."""
+def open_datasets(
+    cfg: Config,
+    here: Ranks,
+    make_collator: Callable[..., ArrayCollator] = ArrayCollator,
+    on_gpu: bool = False,
+) -> Datasets:
+    """Open the source of each set and make this rank's loaders.
+
+    make_collator  (table sizes, whether ids are folded, what makes ids multi-hot) -> what makes batches
+    on_gpu         whether batches are computed on a GPU: the host needs no memory for the model's layers
+    """
     data, seed = cfg.data, cfg.run.seed or 0
     by_name = data.source == "memory"  # asks for .npy files: then Parquet files are not looked for
     kind = data.kind if by_name else detect_format(data.kind, data.folder)
@@ -204,8 +125,7 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
     distribution = data.multi_hot_distribution_type or "uniform"
     hots = data.multi_hot_sizes
     make_multi_hot = MultiHotMaker(sizes, hots, distribution) if hots else None
-    pin = data.pin_memory and torch.cuda.is_available()
-    to_batch = BatchCollator(sizes, fold, pin, make_multi_hot)
+    to_batch = make_collator(sizes, fold, make_multi_hot)
     if kind == "multi_hot":
         hots = tuple(layout.parts[str(feature)][0].columns for feature in range(len(sizes)))
     sources, loaders = [], {}
@@ -216,7 +136,7 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
             limit = RANDOM_BATCHES if limit is None else limit
         rows = (limit or 1) * batch_size * here.world_size
         if kind == "random" and stage == "test" and cfg.run.mode == "inference_benchmark":
-            rows = POOL * max(cfg.inference.inference_benchmark_batch_sizes)
+            rows = INFERENCE_POOL * max(cfg.inference.inference_benchmark_batch_sizes)
         if rows >= 1 << 62:
             raise UserError(f"--limit_{stage}_batches {limit}: too many rows; lower it")
         source = open_source(
@@ -224,7 +144,7 @@ def open_datasets(cfg: Config, here: Ranks) -> Datasets:
             read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes, seed=seed,
             numerical=columns.numerical,
         )  # fmt: skip
-        refuse_large_batches(cfg, source, stage, batch_size, columns, hots)
+        refuse_large_batches(cfg, source, stage, batch_size, columns, hots, on_gpu)
         training = stage == "train"
         batches = BatchLoader(
             source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,

@@ -15,10 +15,10 @@ from torchrec.datasets.utils import Batch
 from dlrm.data.batches import BatchLoader
 from dlrm.data.collate import BatchCollator
 from dlrm.data.rows import RowSource
+from dlrm.models.dlrm.options import INFERENCE_POOL
 from dlrm.runtime.errors import UserError
 
 PERCENTILES = (50, 90, 95, 99)
-POOL = 8  # different batches per batch size, at most
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,16 @@ class Repetitions:
 def take_batches(
     source: RowSource, to_batch: BatchCollator, option: str, size: int, rank: int, world_size: int
 ) -> list[Batch]:
-    """This rank's share of up to POOL batches of `size` rows, from the start of the source.
+    """This rank's share of up to INFERENCE_POOL batches of `size` rows, from the start of the source.
 
     option: the flag that asked for the size, for messages.
     """
     if source.rows < size:
         raise UserError(f"--{option} {size}: the test set has {source.rows} rows")
     each = size // world_size
-    return list(BatchLoader(source, each, rank, world_size, to_batch=to_batch, drop_last=True, limit=POOL))
+    return list(
+        BatchLoader(source, each, rank, world_size, to_batch=to_batch, drop_last=True, limit=INFERENCE_POOL)
+    )
 
 
 @torch.no_grad()

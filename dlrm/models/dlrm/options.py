@@ -15,6 +15,7 @@ from dlrm.runtime.errors import UserError
 LARGEST_BATCH = (1 << 31) - 1  # rows; its ids are counted with 32 bits, which is seen with the data
 LARGEST_TABLE = (1 << 31) - 1  # rows: ids have 32 bits
 LARGEST_FACTOR = 1000  # 2^N must be a float
+INFERENCE_POOL = 8  # --mode inference_benchmark: different batches per batch size, at most
 LARGEST_LAYER = 1 << 24  # what fits into memory is seen once the whole model is known
 LAYERS = (
     "dense_arch_layer_sizes", "over_arch_layer_sizes", "interaction_branch1_layer_sizes",
