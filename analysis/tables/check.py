@@ -39,7 +39,7 @@ _NAMES = {READ: "read", WRITE: "written", MAPPED: "mapped"}
 _PROGRAM = re.compile(r"/site-packages/|/python3[^/]*/|\.so(\.[0-9.]+)?$|\.pyc?$|^/(proc|sys|dev|etc|usr)/")
 
 # the name under which common/owned.py writes a file until it is complete, and the file's own in it
-_UNFINISHED = re.compile(r"\.?(.+)\.[0-9a-f]{16}\.partial")
+_UNFINISHED = re.compile(r"(?:\.(?!dlrm-io))?(.+)\.[0-9a-f]{16}\.partial")
 
 
 @dataclass(frozen=True)

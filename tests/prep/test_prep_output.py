@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.ranks import Finished, python
 
+from analysis.tables.check import check_run
 from dlrm.data.criteo import DatasetMeta
 from dlrm.prep.__main__ import main
 from dlrm.prep.tools.toy import draw_log_odds, draw_skewed, write_days
@@ -245,6 +246,22 @@ def test_one_file_is_the_days_after_each_other(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [".dlrm-io.json", "day_0"]
     lines = days.splitlines()
     assert len(lines) == 210 and {line.count(b"\t") for line in lines} == {39}
+
+
+def test_parse_counts_the_bytes_of_all_its_processes(days: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = ["--input_dir", days, "--output_dir", out, "--workers", 3, "--trace_dir", run]
+    done = python("-m", "dlrm.prep", "parse", *words)
+    assert done.returncode == 0, done.stderr
+    rows, *_ = check_run(run)
+    assert not [row for row in rows if row.missed]
+    written = {Path(row.file).name: row.counted for row in rows if row.direction == "written"}
+    for path in out.glob("day_*.npy"):  # dense values twice: counts, then their logarithms
+        twice = 1001 * 13 * 4 if path.name.endswith("dense.npy") else 0
+        assert written[path.name] == path.stat().st_size + twice
+    assert sum(name.endswith(".npy") for name in written) == 9
+    read = {Path(row.file).name: row.counted for row in rows if row.direction == "read"}
+    assert all(read[f"day_{day}"] >= (days / f"day_{day}").stat().st_size for day in range(3))
 
 
 def test_trace_accounts_for_every_byte(days: Path, tmp_path: Path) -> None:
