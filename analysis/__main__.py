@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = make_parser().parse_args(argv)
         run = options.run
-        code = options.function(options)
+        code = _run_command(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -248,6 +248,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename is None:  # standard output is full
             _drop_output()
         return _print_refusal(message)
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    if options.function is run_view:  # it reads no traces
+        return run_view(options)
+    from analysis.trace.compiling import announce_compiling
+
+    with announce_compiling():
+        return options.function(options)
 
 
 def _drop_output() -> None:
