@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import json
 import os
 import sys
 import traceback
@@ -126,6 +127,19 @@ def run_summary(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_whatif(options: argparse.Namespace) -> int:
+    from analysis.report import whatif
+    from analysis.workload.simulate import Scenario
+
+    scenario = Scenario(
+        options.storage, options.latency, options.compute, options.prefetch, options.read_chunk_mb,
+        options.ranks,
+    )  # fmt: skip
+    text, found = whatif.predict_run(options.run, scenario, _choose_map(options))
+    print(json.dumps(found, indent=1, allow_nan=False) if options.json else text)
+    return 0
+
+
 def run_compare(options: argparse.Namespace) -> int:
     from analysis.report import compare
 
@@ -149,6 +163,54 @@ def _choose_map(options: argparse.Namespace):
     from analysis.tables import dask_cluster
 
     return dask_cluster.map_on_cluster(options.dask)
+
+
+def _parse_factor(text: str) -> float:
+    """x2, 2x, 2 or x0.25."""
+    try:
+        factor = float(text.strip("x"))
+    except ValueError:
+        factor = 0.0
+    if not 1e-6 <= factor <= 1e6:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a factor from 0.000001 to 1000000, e.g. x2 or x0.25"
+        )
+    return factor
+
+
+def _parse_chunk(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r}: give MB, more than 0, e.g. 32")
+    return size
+
+
+def _parse_count(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 to {most}")
+        return int(text)
+
+    return parse
+
+
+def _add_whatif_options(made: argparse.ArgumentParser) -> None:
+    for name, help in (
+        ("storage", "bandwidth of reads, e.g. x2 or x0.25"),
+        ("latency", "what a read takes whatever its size, e.g. x0.5"),
+        ("compute", "time that a step computes, e.g. x0.1 for a processor ten times as fast"),
+    ):
+        made.add_argument(f"--{name}", type=_parse_factor, default=1.0, metavar="xF", help=help)
+    made.add_argument("--prefetch", type=_parse_count(1 << 20), metavar="N", help="batches prepared ahead")
+    made.add_argument("--read_chunk_mb", type=_parse_chunk, metavar="MB", help="MB of one read of a stream")
+    made.add_argument(
+        "--ranks", type=_parse_count(4096), metavar="N",
+        help="so many ranks, each with the batch size and the storage that one has now",
+    )  # fmt: skip
+    made.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -190,6 +252,11 @@ def make_parser() -> argparse.ArgumentParser:
             "report.html, summary.json and tables/*.csv: where the time and the bytes went",
         ),
         ("summary", run_summary, "the run in numbers, in the terminal"),
+        (
+            "whatif",
+            run_whatif,
+            "predict the training with other storage, queue, processors or number of ranks",
+        ),
         ("compare", run_compare, "two runs or more: what differs, by how much, and whether that is noise"),
     ):
         made = add_command(name, run, help)
@@ -198,6 +265,8 @@ def make_parser() -> argparse.ArgumentParser:
                 "-o", dest="output", type=Path, metavar="WHERE",
                 help="file to write the page to, or a folder that exists, for all files (default: RUN)",
             )  # fmt: skip
+        if name == "whatif":
+            _add_whatif_options(made)
         if name == "compare":
             made.add_argument(
                 "others", metavar="ANOTHER_RUN", nargs="+",

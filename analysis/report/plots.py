@@ -45,6 +45,18 @@ def plot_answer(answer: Answer) -> Spec | None:
     return _make_rows(rows, colors | {"storage": COLORS["io"]}, left=130)
 
 
+def plot_whatif(table: pl.DataFrame) -> Spec | None:
+    """Speed of the training over the speed of storage. `table`: rows of `whatif.predict_table`."""
+    known = table["samples_per_second"].null_count() == 0
+    values = table["samples_per_second"] if known else 1e6 / table["step_us"]
+    unit = "samples/s" if known else "steps/s"
+    series = [{"name": f"predicted {unit}", "color": READ, "y": values.to_list()}]
+    return {
+        "type": "columns", "labels": table["storage"].to_list(), "series": series, "yunit": unit,
+        "xunit": "speed of storage, against the run's", "log": False,
+    }  # fmt: skip
+
+
 def plot_time_by_rank(breakdown: pl.DataFrame) -> Spec | None:
     """A bar per rank: seconds by phase and kind."""
     rows = []

@@ -1,6 +1,7 @@
 """A run folder as read: the joined traces, the JSON files beside them, and notes on what is missing."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import JoinedTables, Map, gather_tables, map_on_threads
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.source import TraceSource
+from analysis.workload.steps import Workload, join_workload, measure_rank_workload
 from common.errors import printable
 
 
@@ -28,6 +30,11 @@ class TracedRun:
     results: dict[str, Any] = field(default_factory=dict)
     metrics: pl.DataFrame = field(default_factory=pl.DataFrame)
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def workload(self) -> Workload:
+        """What steps took and batches asked for; frames without rows where the trace has no steps."""
+        return join_workload(self.joined.tables, self.joined.launches)
 
     @property
     def home(self) -> Path:
@@ -49,7 +56,7 @@ class TracedRun:
 def open_run(path: str | Path, over: Map = map_on_threads, source: TraceSource | None = None) -> TracedRun:
     """Reads a run: its traces (`over` says where) and the JSON files beside them."""
     folder = Path(path)
-    run = TracedRun(folder, gather_tables(folder, over, source))
+    run = TracedRun(folder, gather_tables(folder, over, source, measure_rank_workload))
     run.config = records.read_config(run.home / "config.json", run.notes)
     run.plan = records.read_plan(run.home / "plan.json", run.notes)
     run.results = records.read_results(run.home / "results.json", run.notes)

@@ -2,13 +2,15 @@
 
 import polars as pl
 
-from analysis.report import plots, plots_io
+from analysis.report import plots, plots_io, whatif
 from analysis.report.facts import Facts
 from analysis.report.page import ReportEntry
 from analysis.report.run import TracedRun
 from analysis.tables import answers, device, progress
 from analysis.tables.calls import MAPPED
 from analysis.trace.classify import KINDS
+from analysis.workload.simulate import Scenario
+from common.errors import UserError
 
 KEPT = (
     "launch",
@@ -31,6 +33,7 @@ def list_entries(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     return [
         *_list_times(run, facts),
         *_list_steps(run, facts),
+        *_list_predictions(run),
         *_list_io(run),
         *_list_requests(run),
         *_list_special(run),
@@ -111,6 +114,26 @@ def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             "Of all ranks; spans may contain each other. p50 is the middle rank's, p99 the worst "
             "rank's.", "spans",
         ),
+    ]  # fmt: skip
+
+
+def _list_predictions(run: TracedRun) -> list[ReportEntry]:
+    try:
+        model = whatif.make_run_model(run)
+        table = whatif.predict_table(model)
+    except UserError:  # without steps, or without what a batch asks for, nothing can be predicted
+        return []
+    notes = whatif.list_notes(run, model, Scenario())
+    return [
+        ReportEntry(
+            "Steps", "What faster storage would buy", table, plots.plot_whatif(table),
+            "Predicted from the run's own reads and steps by a model of loading thread, queue, step and "
+            "barrier: all else stays. `no time` is storage that takes none. Utilisation is the "
+            "accelerator's, as DLIO counts it; `saved` is of the whole run, and negative where it would take "
+            "longer. `python -m analysis whatif` also changes latency, queue, chunks, compute and ranks."
+            + "".join(f" {note}" for note in notes),
+            "whatif",
+        )
     ]  # fmt: skip
 
 

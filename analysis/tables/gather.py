@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -25,6 +26,7 @@ from common.errors import UserError
 
 OF_A_LAUNCH = ("time", "steps", "collectives", "marks")  # tables whose rows hold their launch
 Map = Callable[..., Iterable["RankTables"]]
+More = Callable[["Launch", RankEvents], dict[str, pl.DataFrame]]  # further tables of one rank in one launch
 
 
 @dataclass
@@ -77,11 +79,11 @@ def plan_launches(source: TraceSource) -> list[Launch]:
     return made
 
 
-def read_rank_tables(job: Launch) -> RankTables:
-    return make_rank_tables(job, read_rank(job.rank, job.files, job.clock))
+def read_rank_tables(job: Launch, more: More | None = None) -> RankTables:
+    return make_rank_tables(job, read_rank(job.rank, job.files, job.clock), more)
 
 
-def make_rank_tables(job: Launch, events: RankEvents) -> RankTables:
+def make_rank_tables(job: Launch, events: RankEvents, more: More | None = None) -> RankTables:
     """The tables of one rank in one launch. `events` may be freed on the way: they are most of the memory."""
     for process in events.processes:
         process.rank = job.rank
@@ -90,12 +92,13 @@ def make_rank_tables(job: Launch, events: RankEvents) -> RankTables:
     if made.events:
         made.tables, cuts = measure_rank(events)
         made.tables["device"] = measure_device(events, cuts)
+        further = more(job, events) if more else {}
         calls, spans = events.calls, select_declared_io(events)
         del events  # most of the memory: the spans are not needed any more
         made.tables |= make_io_tables(job.rank, calls, spans, cuts)
         made.tables = {name: _cast_categories(table) for name, table in made.tables.items()}
         launch = pl.lit(job.launch, pl.Int32).alias("launch")
-        made.tables |= {name: made.tables[name].with_columns(launch) for name in OF_A_LAUNCH}
+        made.tables |= {name: made.tables[name].with_columns(launch) for name in OF_A_LAUNCH} | further
     return made
 
 
@@ -110,7 +113,7 @@ def map_on_threads(function: Callable[[Launch], RankTables], work: list[Launch])
         yield from pool.map(function, work)
 
 
-def read_shared(source: TraceSource, work: list[Launch]) -> list[RankTables]:
+def read_shared(source: TraceSource, work: list[Launch], more: More | None = None) -> list[RankTables]:
     """One rank after the other is read; while the next one is, the tables of the last one are made."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         made: list[Future[RankTables]] = []
@@ -118,17 +121,26 @@ def read_shared(source: TraceSource, work: list[Launch]) -> list[RankTables]:
             events = read_rank(job.rank, job.files, job.clock, source)
             if made:
                 made[-1].result()  # no more than two ranks are in memory
-            made.append(pool.submit(make_rank_tables, job, events))
+            made.append(pool.submit(make_rank_tables, job, events, more))
             del events
         return [future.result() for future in made]
 
 
 def gather_tables(
-    run_dir: str | Path, over: Map = map_on_threads, source: TraceSource | None = None
+    run_dir: str | Path,
+    over: Map = map_on_threads,
+    source: TraceSource | None = None,
+    more: More | None = None,
 ) -> JoinedTables:
-    """source: a reading of the traces that is shared with other analyses; then `over` is not used."""
+    """source: a reading of the traces that is shared with other analyses; then `over` is not used.
+
+    more: makes further tables of each rank; a function of a module, which Dask can send.
+    """
     work = plan_launches(source or FileSource(run_dir))
-    parts = list(over(read_rank_tables, work)) if source is None else read_shared(source, work)
+    if source is None:
+        parts = list(over(partial(read_rank_tables, more=more), work))
+    else:
+        parts = read_shared(source, work, more)
     full = [p for p in parts if p.tables]
     if not full:
         raise UserError(f"{run_dir}: the traces hold no events; was the run killed before it flushed any?")

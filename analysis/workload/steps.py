@@ -16,6 +16,7 @@ communication has the time.
   start
   period_us       until the next step of the epoch or evaluation begins; of the last one: its own duration
   wait_us         in data/wait: for the loading thread, whichever batch it is that is waited for
+  waits           how many of these spans there are: batches taken
   peers_us        in collectives, until the slowest rank has come (one rank: 0)
   transfer_us     the rest of the collectives
   exchange_bytes  that the collectives' spans declare; null where they declare none
@@ -120,9 +121,6 @@ def measure_rank_workload(job: Launch, events: RankEvents) -> dict[str, pl.DataF
         ("eval", _list_eval_steps(main, evaluations), checkpoints),
     ):
         steps.append(_divide_periods(found, main, calls, pause))
-        inside = measure_covered_time(pause, main["ts"].to_numpy() + 1) - measure_covered_time(
-            pause, main["ts"].to_numpy()
-        )
         # list_collectives joins by epoch and step: of an evaluation by its number and the batch
         keys = ("epoch", "step") if phase == "train" else ("evaluation", "batch")
         windows = found.select(
@@ -131,7 +129,9 @@ def measure_rank_workload(job: Launch, events: RankEvents) -> dict[str, pl.DataF
             "ts",
             pl.col("period_us").alias("dur"),
         )
-        own = list_collectives(main.filter(pl.Series(inside == 0)), windows, None)
+        own = list_collectives(
+            main.filter(pl.Series(_is_outside(pause, main["ts"].to_numpy()))), windows, None
+        )
         collectives.append(own.select(pl.lit(phase).alias("phase"), pl.all()))
     batches, requests = _measure_batches(events, pid, evaluations)
     number = pl.lit(job.launch, pl.Int32).alias("launch"), pl.lit(job.rank, pl.Int32).alias("rank")
@@ -170,7 +170,8 @@ def join_workload(tables: dict[str, pl.DataFrame], launches: list[list[TracedPro
     return Workload(
         steps.sort("launch", "rank", "start").select(
             "launch", "rank", "phase", "split", "epoch", "step", "evaluation", "batch", "start", "period_us",
-            "wait_us", "peers_us", "transfer_us", "exchange_bytes", "pause_us", "io_us", "compute_us",
+            "wait_us", "waits", "peers_us", "transfer_us", "exchange_bytes", "pause_us", "io_us",
+            "compute_us",
         ),
         tables[PREFIX + "batches"].sort("launch", "rank", "start"),
         tables[PREFIX + "pauses"].sort("launch", "rank", "start"),
@@ -200,6 +201,11 @@ def _list_eval_steps(main: pl.DataFrame, evaluations: pl.DataFrame) -> pl.DataFr
         pl.int_range(pl.len(), dtype=pl.Int64).over("evaluation").alias("batch"), "ts",
         _make_period("evaluation"),
     )  # fmt: skip
+
+
+def _is_outside(stretches: Stretches, ts: np.ndarray) -> np.ndarray:
+    """Which of these times are in none of the stretches (bool [times])."""
+    return measure_covered_time(stretches, ts + 1) == measure_covered_time(stretches, ts)
 
 
 def _make_period(within: str) -> pl.Expr:
@@ -237,6 +243,10 @@ def _divide_periods(
         now = measure_covered_time(taken, end) - measure_covered_time(taken, begin)
         amounts.append(pl.Series(now - covered, dtype=pl.Int64))
         covered = now
+    waiting = main.filter((pl.col("kind") == "wait") & pl.Series(_is_outside(pause, main["ts"].to_numpy())))
+    at = np.searchsorted(begin, waiting["ts"].to_numpy(), side="right") - 1
+    at = at[(at >= 0) & (waiting["ts"].to_numpy() < end[at])] if len(end) else at[:0]
+    waits = pl.Series(np.bincount(at, minlength=len(begin)), dtype=pl.Int64)
     talking = main.filter((pl.col("kind") == "communication") & pl.col("bytes").is_not_null())
     place = np.searchsorted(begin, talking["ts"].to_numpy(), side="right") - 1
     sums = (
@@ -248,7 +258,8 @@ def _divide_periods(
     numbered = numbered.join(sums, on="place", how="left", maintain_order="left")
     return steps.select(
         "phase", "split", "epoch", "step", "evaluation", "batch", pl.col("ts").alias("start"), "period_us",
-        amounts[0].alias("pause_us"), amounts[1].alias("wait_us"), amounts[2].alias("io_us"),
+        amounts[0].alias("pause_us"), amounts[1].alias("wait_us"), waits.alias("waits"),
+        amounts[2].alias("io_us"),
         amounts[3].alias("communication_us"), numbered["bytes"].alias("exchange_bytes"),
         (pl.col("period_us") - pl.Series(covered, dtype=pl.Int64)).alias("compute_us"),
     )  # fmt: skip
@@ -272,28 +283,20 @@ def _measure_batches(
     What a thread reads before it assembles a batch is of that batch; where nothing is assembled, reads in a
     row with the same batch number are of that one.
     """
-    is_read, is_made = pl.col("name") == "read", pl.col("name") == "assemble"
     spans = (
-        events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("cat") == "data"))
-        .with_columns(pl.col("name").cast(pl.String)).filter(is_read | is_made)
-        .select("tid", "name", "ts", "dur", "bytes", "epoch", "batch", "mapped").sort("tid", "ts").collect()
+        events.spans.lazy()
+        .filter((pl.col("cat") == "data") & ((pl.col("name") == "read") | (pl.col("name") == "assemble")))
+        .filter(pl.col("pid") == pid)
+        .select("tid", (pl.col("name") == "assemble").alias("made"), "ts", "dur", "bytes", "epoch", "batch",
+                "mapped")
+        .sort("tid", "ts").collect()
     )  # fmt: skip
-    group = pl.when(is_made.any().over("tid")).then(
-        (is_made.cum_sum() - is_made.cast(pl.UInt32)).over("tid")
-    ).otherwise(pl.col("batch").rle_id().over("tid"))  # fmt: skip
-    spans = spans.with_columns(group.cast(pl.Int64).alias("group"))
-    calls = _list_read_calls(events, pid, spans.filter(is_read))
-    moved = calls.group_by("tid", "group").agg(
+    spans = spans.with_columns(pl.Series("group", _number_batches(spans), pl.Int64))
+    calls = _list_read_calls(events, pid, spans.filter(~pl.col("made")))
+    moved = calls.group_by("group").agg(
         pl.col("dur").sum().alias("call_us"), pl.col("size").sum().alias("moved"), pl.len().alias("calls")
     )
-    made = spans.group_by("tid", "group").agg(
-        pl.col("ts").min().alias("start"), (pl.col("ts") + pl.col("dur")).max().alias("end"),
-        pl.col("dur").filter(is_read).sum().alias("read_us"),
-        pl.col("dur").filter(is_made).sum().alias("assemble_us"),
-        pl.col("bytes").filter(is_read).sum().alias("declared"), pl.col("mapped").sum(),
-        pl.col("epoch").drop_nulls().first(), pl.col("batch").drop_nulls().last(),
-        pl.col("batch").filter(is_read).is_not_null().any().alias("numbered"),
-    ).join(moved, on=["tid", "group"], how="left").sort("start")  # fmt: skip
+    made = _sum_by_batch(spans).join(moved, on="group", how="left").sort("start")
     splits = _name_splits(events, pid, made, evaluations)
     place = pl.Series("evaluation", _find_span(evaluations, made["start"].to_numpy()), pl.Int64)
     made = made.with_columns(splits, place).with_columns(
@@ -312,21 +315,56 @@ def _measure_batches(
         (pl.col("calls").fill_null(0) + pl.col("mapped")).cast(pl.Int64).alias("requests"),
     )  # fmt: skip
     calls = calls.gather_every(max(1, -(-len(calls) // MAX_REQUESTS)))
-    phases = made.select("tid", "group", "phase")
-    requests = calls.join(phases, on=["tid", "group"], how="left", maintain_order="left")
+    requests = calls.join(made.select("group", "phase"), on="group", how="left", maintain_order="left")
     return batches, requests.select("phase", pl.col("dur").alias("dur_us"), pl.col("size").alias("bytes"))
 
 
+def _number_batches(spans: pl.DataFrame) -> np.ndarray:
+    """For each span (sorted by thread and time) the number of the batch that it is of: int64 [spans].
+
+    A thread that assembles begins the next batch after that, another one when the batch's number changes.
+    """
+    tid, made = spans["tid"].to_numpy(), spans["made"].to_numpy()
+    batch = spans["batch"].fill_null(-1).to_numpy()
+    first = np.concatenate([[True], tid[1:] != tid[:-1]])[: len(tid)]
+    assembling = np.isin(tid, np.unique(tid[made]))
+    after = np.concatenate([[False], made[:-1]])[: len(tid)]
+    changed = np.concatenate([[False], batch[1:] != batch[:-1]])[: len(tid)]
+    return np.cumsum(first | np.where(assembling, after, changed))
+
+
+def _sum_by_batch(spans: pl.DataFrame) -> pl.DataFrame:
+    """A row per group of the spans, which are sorted by it: their sums."""
+    group = spans["group"].to_numpy()
+    begins = np.flatnonzero(np.diff(group, prepend=-1)) if len(group) else np.zeros(0, np.int64)
+    made, ts, dur = (spans[name].to_numpy() for name in ("made", "ts", "dur"))
+    ends = np.append(begins[1:], len(group))[: len(begins)] - 1
+
+    def add(values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values, begins) if len(begins) else values[:0]
+
+    numbered = ~made & spans["batch"].is_not_null().to_numpy()
+    return pl.DataFrame({
+        "group": group[begins], "tid": spans["tid"].gather(begins), "start": ts[begins],
+        "end": np.maximum.reduceat(ts + dur, begins) if len(begins) else ts[:0],
+        "read_us": add(np.where(made, 0, dur)), "assemble_us": add(np.where(made, dur, 0)),
+        "declared": add(np.where(made, 0, spans["bytes"].fill_null(0).to_numpy())),
+        "mapped": add(spans["mapped"].fill_null(False).to_numpy().astype(np.int64)),
+        "epoch": spans["epoch"].gather(ends), "batch": spans["batch"].gather(ends),
+        "numbered": add(numbered.astype(np.int64)) > 0,
+    })  # fmt: skip
+
+
 def _list_read_calls(events: RankEvents, pid: int, reads: pl.DataFrame) -> pl.DataFrame:
-    """The calls that read inside these data/read spans: tid, group of the span, dur and size."""
+    """The calls that read inside these data/read spans: group of the span, dur and size."""
     threads = reads["tid"].unique()
     calls = events.calls.lazy().filter(
-        (pl.col("pid") == pid) & pl.col("tid").is_in(threads.implode()) & (pl.col("op") == "read")
+        (pl.col("op") == "read") & (pl.col("pid") == pid) & pl.col("tid").is_in(threads.implode())
         & (pl.col("size") > 0)
     ).select("tid", "ts", "dur", "size").sort("ts").collect()  # fmt: skip
     until = reads.select("tid", "ts", "group", (pl.col("ts") + pl.col("dur")).alias("until")).sort("ts")
     found = calls.join_asof(until, on="ts", by="tid", strategy="backward", check_sortedness=False)
-    return found.filter(pl.col("ts") <= pl.col("until")).select("tid", "group", "dur", "size")
+    return found.filter(pl.col("ts") <= pl.col("until")).select("group", "dur", "size")
 
 
 def _name_splits(events: RankEvents, pid: int, made: pl.DataFrame, evaluations: pl.DataFrame) -> pl.Series:

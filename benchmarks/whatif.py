@@ -1,0 +1,149 @@
+"""Are the predictions of `python -m analysis whatif` true? Real trainings, once as they are and once changed.
+
+Each family is one run, from whose trace everything is predicted, and runs with one setting changed: the
+speed of storage (a library below DFTracer makes reads of the dataset as slow as asked), its latency, the
+queue, the chunk of a read, the number of ranks. What is compared is the training's time per step,
+traced. Nothing is tuned between the families. Last line: one JSON object. Other work on the machine
+changes how long computing takes between two runs: each line has its load.
+
+usage: python benchmarks/whatif.py [--steps N] [--batch_size N] [--families A,B]
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[0] = str(ROOT)
+
+from analysis.workload.simulate import Model, Scenario, make_model, measure, predict  # noqa: E402
+from analysis.workload.steps import measure_steps  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of a real run."""
+
+    MB_per_s: float  # of the reads of each rank
+    latency_ms: float = 1.0
+    prefetch: int = 4
+    chunk_mb: float = 0.5
+    ranks: int = 1
+
+
+FAMILIES = {  # name -> the run that is traced, and what is changed in the others
+    "waits": (
+        Setting(MB_per_s=4),
+        ({"MB_per_s": 8}, {"MB_per_s": 16}, {"MB_per_s": 2}, {"latency_ms": 20}, {"prefetch": 1},
+         {"prefetch": 16}, {"chunk_mb": 0.1}, {"chunk_mb": 2}, {"ranks": 2}),
+    ),
+    "hidden": (
+        Setting(MB_per_s=40, latency_ms=2, chunk_mb=1),
+        ({"MB_per_s": 5}, {"MB_per_s": 2.5}, {"latency_ms": 60}, {"prefetch": 1}, {"chunk_mb": 0.1}),
+    ),
+    "two_ranks": (
+        Setting(MB_per_s=4, latency_ms=2, ranks=2),
+        ({"MB_per_s": 8}, {"MB_per_s": 2}, {"latency_ms": 20}, {"prefetch": 1}),
+    ),
+}  # fmt: skip
+
+
+def build_slow_reads(folder: Path) -> Path:
+    library = folder / "slow_reads.so"
+    source = ROOT / "benchmarks" / "slow_reads.c"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+def make_data(folder: Path) -> Path:
+    npy = folder / "npy"
+    for words in (
+        ["toy", folder / "tsv", "--days", 6, "--rows", 20_000, "--seed", 1],
+        ["run", "--input_dir", folder / "tsv", "--output_dir", npy],
+    ):
+        command = [sys.executable, "-m", "dlrm.prep", *map(str, words)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return npy
+
+
+def run_training(
+    data: Path, library: Path, output: Path, setting: Setting, options: argparse.Namespace
+) -> None:
+    """A traced training with slow reads."""
+    command = [
+        "mpiexec", "-n", str(setting.ranks), "./launcher.sh", "python", "-m", "dlrm.train", "--preset", "toy",
+        "--in_memory_binary_criteo_path", data, "--output_dir", output, "--trace", "--source", "stream",
+        "--batch_size", options.batch_size, "--max_steps", options.steps, "--epochs", 99,
+        "--prefetch_batches", setting.prefetch, "--read_chunk_mb", setting.chunk_mb,
+    ]  # fmt: skip
+    slow = {
+        "SLOW_FOLDER": str(data.resolve()), "SLOW_LATENCY_US": str(1e3 * setting.latency_ms),
+        "SLOW_BYTES_PER_US": str(setting.MB_per_s), "LD_PRELOAD": str(library),
+        "OMP_WAIT_POLICY": "passive", "DLRM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=os.environ | slow, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"benchmarks/whatif.py: {output.name}: {done.stderr[-2000:]}")
+
+
+def make_scenario(base: Setting, changed: dict[str, float]) -> Scenario:
+    """The change as the model takes it."""
+    words = {
+        "MB_per_s": lambda value: {"storage": value / base.MB_per_s},
+        "latency_ms": lambda value: {"latency": value / base.latency_ms},
+        "prefetch": lambda value: {"prefetch": value},
+        "chunk_mb": lambda value: {"read_chunk_mb": value},
+        "ranks": lambda value: {"ranks": value},
+    }
+    return Scenario(**{k: v for name, value in changed.items() for k, v in words[name](value).items()})
+
+
+def read_model(output: Path, setting: Setting) -> Model:
+    return make_model(measure_steps(output), setting.prefetch, None, setting.chunk_mb, by_turns=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=80, help="of each run")
+    parser.add_argument("--batch_size", type=int, default=512, help="of a rank")
+    parser.add_argument("--families", default=",".join(FAMILIES), help="which, separated by commas")
+    parser.add_argument("--keep", type=Path, help="folder to keep the runs in (default: they are removed)")
+    options = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        data, library = make_data(Path(scratch)), build_slow_reads(Path(scratch))
+        for family in options.families.split(","):
+            base, changes = FAMILIES[family]
+            run_training(data, library, folder / family, base, options)
+            model = read_model(folder / family, base)
+            print(f"{family}: {base}: {measure(model)[1]:.2f} ms a step, by the model "
+                  f"{predict(model).step_ms:.2f}; {model.cost}", flush=True)  # fmt: skip
+            for changed in changes:
+                name = "_".join(f"{key}{value}" for key, value in changed.items())
+                setting = dataclasses.replace(base, **changed)
+                output = folder / f"{family}-{name}"
+                run_training(data, library, output, setting, options)
+                real = measure(read_model(output, setting))[1]
+                predicted = predict(model, make_scenario(base, changed)).step_ms
+                error = predicted / real - 1
+                found.append({"family": family, **changed, "real_ms": real, "predicted_ms": predicted,
+                              "error": error})  # fmt: skip
+                print(f"  {name}: {real:.2f} ms a step, predicted {predicted:.2f}, {error:+.1%}; "
+                      f"load {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
+    within = sum(abs(case["error"]) <= 0.1 for case in found)
+    print(json.dumps({"cases": len(found), "within_10_percent": within, "load": os.getloadavg()[0],
+                      "errors": found}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
