@@ -115,7 +115,7 @@ def find_setting(config: Config, called: str) -> Any:
 
 def format_setting(value: Any) -> str:
     """A setting on one line; a text as long as a file is cut."""
-    text = printable(str(value))
+    text = "not set" if value is None else printable(str(value))
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 

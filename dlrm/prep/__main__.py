@@ -282,6 +282,9 @@ def run_toy(args: argparse.Namespace) -> None:
         criteo.CRITEO.categorical if args.num_categorical is None else args.num_categorical,
     )
     write_days(args.out, args.days, args.rows, args.seed, args.one_file, columns)
+    rows, files = args.days * args.rows, 1 if args.one_file else args.days
+    names = f"{files} file{'s' if files > 1 else ''}"
+    print(f"toy: {rows:,} rows in {names} of {printable(args.out)}", file=sys.stderr)
 
 
 COMMANDS = {"toy": run_toy, "run": run_pipeline, "check": run_check, "multihot": run_multihot}

@@ -138,6 +138,7 @@ class Heartbeat:
 
     def _guard_processes(self) -> None:
         """The guard thread: never asks the store. It notices ends of processes, and a store that is stuck."""
+        trace.name_thread("guard")
         before = time.monotonic()
         while not self._closed.is_set():
             ended = self._peers.wait(BEAT_SECONDS)

@@ -18,6 +18,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,6 +160,11 @@ def name_thread(name: str) -> None:
     if _native is not None:
         threading.current_thread().name = name
         _native.log_metadata_event(key="thread_name", value=_plain_value(name))
+
+
+def make_named_pool(threads: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads all have this name in the trace."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=name_thread, initargs=(name,))
 
 
 def _record_note(key: str, text: str) -> None:

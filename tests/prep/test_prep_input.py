@@ -154,7 +154,7 @@ def test_skipping_bad_rows_counts_them(tmp_path: Path, capsys: pytest.CaptureFix
     for name, folder, flags in (("a", source, ["--skip_bad_rows"]), ("b", clean, [])):
         assert main(["run", "--input_dir", str(folder), "--output_dir", str(tmp_path / name), *flags]) == 0
     output = capsys.readouterr().err
-    assert f"skipped 1 bad row, the first: {source}/day_0:3: 1 column," in output
+    assert f"skipped 1 bad row, the first: {source}/day_0:3: 1 column, 40 expected\n" in output
     assert f"skipped 2 bad rows, the first: {source}/day_1:2: a blank line" in output
     for path in (tmp_path / "b").glob("*.npy"):
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes(), path.name

@@ -273,6 +273,7 @@ def test_trace_accounts_for_every_byte(days: Path, tmp_path: Path) -> None:
     done = python("-m", "dlrm.prep", "run", "--input_dir", days, "--output_dir", tmp_path / "out", *words)
     assert done.returncode == 0, done.stderr
     files, read, written, spans = {}, defaultdict(int), defaultdict(int), set()
+    calling, named_threads = set(), set()
     for path in (tmp_path / "run" / "trace").glob("prep00000*.pfw.gz"):
         for line in gzip.decompress(path.read_bytes()).decode().splitlines():
             if not line.startswith("{"):
@@ -281,13 +282,17 @@ def test_trace_accounts_for_every_byte(days: Path, tmp_path: Path) -> None:
             args = event.get("args", {})
             if event["name"] == "FH":
                 files[args["value"]] = args["name"]
+            elif args.get("name") == "thread_name":
+                named_threads.add(event["tid"])
             elif event.get("cat") == "POSIX" and "ret" in args:
+                calling.add(event["tid"])
                 side = read if event["name"] in ("read", "pread64") else written
                 if event["name"] in ("read", "pread64", "write", "pwrite64"):
                     side[args["fhash"]] += max(0, int(args["ret"]))
             elif event.get("cat") == "prep":
                 spans.add(event["name"])
                 assert args["bytes"] > 0
+    assert len(calling) > 2 and calling <= named_threads
     assert spans >= {"count", "permute", "parse", "ids", "place"}
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for side, traced in (("bytes_read", read), ("bytes_written", written)):

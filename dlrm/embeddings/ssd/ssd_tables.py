@@ -162,9 +162,7 @@ class SsdTables:
                     share.first, whole.rows, share.first_column, whole.dim,
                 )  # fmt: skip
                 self.other_row_files[name] = find_other_row_files(row_file)
-                self._io_thread = self._io_thread or ThreadPoolExecutor(
-                    1, initializer=trace.name_thread, initargs=("tables",)
-                )
+                self._io_thread = self._io_thread or trace.make_named_pool(1, "tables")
                 self.local_tables[name] = CachedTable(
                     share, row_file, weights, state if share.state else None, self._io_thread
                 )

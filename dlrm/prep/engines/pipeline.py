@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +254,7 @@ def digest_and_publish(
     workers.run_on_first(lambda: record_results(plan))
     names = plan.load_json(plan.file_path("publish"))["files"]
     # Each node flushes its own writes to disk; meanwhile the digests are computed and spill files removed.
-    with ThreadPoolExecutor(2) as pool:
+    with trace.make_named_pool(2, "flush and tidy") as pool:
         synced = pool.submit(publish.sync_files, plan.folders, names)
         if workers.first and not plan.options.keep_tmp:
             pool.submit(plan.discard_spills)

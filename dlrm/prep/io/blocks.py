@@ -172,7 +172,7 @@ class LineScanner:
             if not self.skip_bad:
                 raise UserError(f"{self._describe_position()}: {error}") from None
             self.skipped += 1
-            self.first_bad = self.first_bad or f"{self._describe_position()}: {error}"
+            self.first_bad = self.first_bad or f"{self._describe_position()}: {error.reason}"
         self._lines += 1
         self._append_waiting_rows(block)
         return begin + len(line)

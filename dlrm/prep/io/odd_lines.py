@@ -20,7 +20,14 @@ Row = tuple[list[int], list[int], int]  # dense, sparse, label
 
 
 class BadRow(Exception):
-    """Why a line cannot be read; the caller adds the file and the line number."""
+    """Why a line cannot be read; the caller adds the file and the line number.
+
+    reason  the same without the remedy, for a line that is skipped: there is nothing to mend
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason + remedy)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,10 @@ def read_fields(fields: list[str], rules: LineRules) -> Row:
         raise BadRow("a blank line")
     if len(fields) < expected or (len(fields) > expected and not rules.lenient):
         if len(fields) == 1:
-            raise BadRow(f"1 column, {expected} expected: separate the fields by tabs, without a header line")
-        raise BadRow(f"{len(fields)} columns, {expected} expected; for other data {COLUMNS_REMEDY}")
+            remedy = ": separate the fields by tabs, without a header line"
+            raise BadRow(f"1 column, {expected} expected", remedy)
+        remedy = f"; for other data {COLUMNS_REMEDY}"
+        raise BadRow(f"{len(fields)} columns, {expected} expected", remedy)
     label = parse_number(fields[0], "the label", 0) if rules.labelled else -1
     first = 1 if rules.labelled else 0
     dense = [parse_number(fields[first + i], f"I{i + 1}", rules.empty_dense) for i in range(numerical)]

@@ -2,7 +2,6 @@
 
 import json
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from dlrm.prep.io.files import OffsetFile, write_atomically
 from dlrm.prep.io.folders import DATASET, SUBSETS, Folders, publish_results
 from dlrm.prep.io.inputs import FileStamps, InputFile, OutputDay, plan_outputs, select_days
 from dlrm.prep.job.options import PrepOptions
-from dlrm.runtime.trace import sync_to_disk
+from dlrm.runtime.trace import make_named_pool, sync_to_disk
 
 HEADER_BYTES = 128
 WITHOUT_MD5 = {"npy": [], "parquet": ["README.md"]}  # published with the results, not listed in meta.json
@@ -97,7 +96,7 @@ def sync_files(folders: Folders, names: list[str]) -> None:
         with os_errors_as_user_errors(path):
             sync_to_disk(path)
 
-    with ThreadPoolExecutor(8) as pool:
+    with make_named_pool(8, "flush") as pool:
         list(pool.map(sync_file, names))
 
 

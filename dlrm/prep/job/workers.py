@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -32,7 +31,7 @@ def run_in_threads(threads: int, function: Callable[[T], R], items: Iterable[T])
     """The results in the order of the items. The error of the earliest item that failed is raised."""
     if threads == 1:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(threads) as pool:
+    with trace.make_named_pool(threads, "worker") as pool:
         return list(pool.map(function, items))
 
 

@@ -54,6 +54,15 @@ def test_one_run_each_has_no_verdict(runs: dict[str, Path], tmp_path: Path) -> N
     assert 'class="n better' not in page and "batch size of a rank" in page
 
 
+def test_an_option_without_a_value_is_not_set(tmp_path: Path) -> None:
+    whole, limited = (make_run(tmp_path / name, wait=6_000) for name in ("whole", "limited"))
+    for run, batches in ((whole, None), (limited, 5)):
+        change(run, "config.json", data__limit_train_batches=batches)
+    out, _ = analysis("compare", whole, limited, "-o", tmp_path / "c.html")
+    assert "limit_train_batches: not set\n" in out and "limit_train_batches: 5\n" in out
+    assert "None" not in out + (tmp_path / "c.html").read_text()
+
+
 def test_verdicts_beyond_the_noise_only(runs: dict[str, Path], tmp_path: Path) -> None:
     """By hand: waits of 6,000 and 6,100, 100 and 110 us: s of the ratios, t with 2 degrees of freedom."""
     four = [runs[name] for name in ("slow", "fast", "slow2", "fast2")]
