@@ -57,7 +57,8 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             "Time", "Where each rank's time went", facts.breakdown, plots.plot_time_by_rank(facts.breakdown),
             "Seconds of wall clock. Training is cut by what its main thread did: I/O and waiting for "
             "data first, "
-            "then communication, copies, compute; `rest` is training that no span covers.",
+            "then communication, copies, compute; `rest` is training that no span covers."
+            + _describe_gradient_sums(facts),
             "breakdown",
         ),
         ReportEntry(
@@ -80,6 +81,14 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             "The training in up to twenty ranges of steps, of a rank on average.", "step_ranges",
         ),
     ]  # fmt: skip
+
+
+def _describe_gradient_sums(facts: Facts) -> str:
+    """A sentence where ranks sum gradients and no span shows it: through NCCL, or gloo on several hosts."""
+    table = facts.joined["collectives"]
+    if not facts.is_own_run or facts.ranks.height < 2 or (table["name"] == "all_reduce").any():
+        return ""
+    return " The sum of gradients over the ranks has no span in this run: it counts as compute."
 
 
 def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from common.owned import remove_dead_segments
 from dlrm.cpu.shared_memory import FOLDER, HEADER, SLOTS, STRIDE, ArrivingMessage, NotShared, ShmChannels
-from dlrm.runtime import gloo
+from dlrm.runtime import gloo, trace
 from dlrm.runtime.gloo import FinishedWork, UnevenGloo
 
 NAME = "shared"  # for dist.init_process_group, after `register_backend`
@@ -91,11 +91,13 @@ class ShmProcessGroup(UnevenGloo):
         floats = all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors)
         if opts.reduceOp != dist.ReduceOp.SUM or not floats:
             return self.gloo.allreduce(tensors, opts)
-        for tensor in tensors:
-            flat = tensor.detach().contiguous().view(-1)
-            self._sum_in_place(flat)
-            if not tensor.is_contiguous():
-                tensor.detach().copy_(flat.view(tensor.shape))
+        # DistributedDataParallel calls this inside the backward pass, which is compute but for this span
+        with trace.span("communication", "all_reduce", bytes=sum(tensor.nbytes for tensor in tensors)):
+            for tensor in tensors:
+                flat = tensor.detach().contiguous().view(-1)
+                self._sum_in_place(flat)
+                if not tensor.is_contiguous():
+                    tensor.detach().copy_(flat.view(tensor.shape))
         return FinishedWork(tensors)
 
     def _sum_in_place(self, flat: torch.Tensor) -> None:

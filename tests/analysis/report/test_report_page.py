@@ -58,6 +58,25 @@ def test_a_model_that_ranks_items(tmp_path: Path) -> None:
     assert '"label":"NDCG@10"' in page and '"label":"Recall@10"' in page and '"label":"AUROC"' not in page
 
 
+def test_gradients_summed_without_a_span_are_said(tmp_path: Path) -> None:
+    """The time is communication where a span shows it; the page says so where none does."""
+    sentence, seconds = "counts as compute", {}
+    for name in ("without", "with"):
+        folder = a_run(tmp_path / name)
+        if name == "with":
+            for rank in range(2):
+                made = training(rank, 2)
+                for step in range(40):  # inside its backward span
+                    at = 10_000 + step * 12_010 + 3_000
+                    made.span("communication", "all_reduce", at, 1_000, epoch=0, step=step)
+                made.write(folder)
+        analysis("report", folder)
+        assert (sentence in (folder / "report.html").read_text()) == (name == "without")
+        seconds[name] = json.loads((folder / "summary.json").read_text())["breakdown_s"][0]
+    for kind, more in (("communication", 0.04), ("compute", -0.04)):
+        assert seconds["with"][kind] - seconds["without"][kind] == pytest.approx(more, abs=0.001)
+
+
 def test_one_file_that_needs_no_network(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert set(re.findall(r"(?:src|href)=[\"']?(#|http)?", page)) == {"#", "http"}

@@ -125,6 +125,8 @@ def test_stopped_and_run_again(toy: Path, tmp_path: Path, capsys: pytest.Capture
     assert table["ranks"].to_list() == [2, 2] and sum(table["steps"]) == steps
     assert table["first_step"].to_list() == [1, table["last_step"][0] + 1]
     assert run.joined["steps"]["step"].n_unique() == steps
+    sums = run.joined["collectives"].filter(pl.col("name") == "all_reduce")  # of gradients
+    assert sums["step"].n_unique() == steps and (sums["dur"] > 0).any()
     pause = table["not_running_before_s"][1]
     both = answers.sum_breakdown(run.joined)["wall"]
     begin = min(p.first for p in run.joined.processes)
