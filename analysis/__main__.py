@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from analysis.export.registry import EXPORT_FORMATS
 from common.command_line import CommandLineParser
@@ -147,6 +147,11 @@ def run_compare(options: argparse.Namespace) -> int:
     page, text = compare.write_comparison(runs, options.output, _choose_map(options), options.vs)
     print(f"{text}\n\n{printable(page)}")
     return 0
+
+
+def run_replay(words: Sequence[str]) -> NoReturn:
+    """The player is `dlrm.replay`: it starts the tracer, which no command of this package does."""
+    os.execv(sys.executable, [sys.executable, "-m", "dlrm.replay", *words])
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -291,6 +296,7 @@ def make_parser() -> argparse.ArgumentParser:
         made.add_argument("run", metavar="RUN", help="run folder, or any folder of DFTracer traces")
         made.add_argument("-o", dest="output", type=Path, required=True, metavar=form.metavar)
         made.set_defaults(function=run_export)
+    commands.add_parser("replay", help="make the run's file calls again, in another folder")
     return top
 
 
@@ -298,9 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
-    run = ""
+    run, words = "", list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["replay"]:
+        run_replay(words[1:])
     try:
-        options = make_parser().parse_args(argv)
+        options = make_parser().parse_args(words)
         run = options.run
         code = _run_command(options)
         sys.stdout.flush()

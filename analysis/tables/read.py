@@ -61,7 +61,7 @@ def read_rank(
     """Calls and spans of one rank, from all its trace files.
 
     clock: what corrects its times. source: a reading that several analyses share, else these files.
-    details: whether calls also have the columns DETAILS.
+    details: whether calls also have the columns DETAILS, and spans the column offset.
     """
     calls, spans, found = [], [], []
     strings, paths, clock = StringTable(), {}, clock or Clock()
@@ -84,7 +84,9 @@ def read_rank(
         rank,
         found,
         _name_in_full(joined, found, known) if details else joined,
-        _resolve_files(pl.concat(spans) if spans else _make_empty(SPAN), known),
+        _resolve_files(
+            pl.concat(spans) if spans else _make_empty((*SPAN, "offset") if details else SPAN), known
+        ),
         known,
     )
 
@@ -165,7 +167,8 @@ def _split_block(
         size.alias("size"), (pl.col("ret") < 0).fill_null(False).alias("failed")
     )
     chosen = CALL if positions is None else (*CALL, *DETAILS[:-1])
-    return calls.select(chosen), events.filter(~is_call).select(SPAN)
+    also = () if positions is None else ("offset",)
+    return calls.select(chosen), events.filter(~is_call).select(*SPAN, *also)
 
 
 def _add_details(

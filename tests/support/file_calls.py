@@ -78,3 +78,35 @@ def count_strace_calls(log: str) -> FileCalls:
         elif call := re.search(r"\b([a-z_0-9]+)\(\d+<([^>]*)>.*\)\s+= (-?\d+)(?: |$)", line):
             found.add(call[2], OPERATIONS[call[1]], int(call[3]))
     return found
+
+
+PLACED = "openat,open,creat,close,lseek,read,pread64,readv,preadv,write,pwrite64,writev,pwritev,ftruncate"
+
+
+def list_strace_requests(log: str) -> Counter[tuple[str, str, int, int]]:
+    """(file, read or write, offset, bytes moved) of each call of one process, by a log of strace -f -y -e
+    trace=PLACED. Offsets are followed from open, lseek, read and write, descriptor by descriptor.
+    """
+    found: Counter[tuple[str, str, int, int]] = Counter()
+    position: dict[str, int] = {}  # descriptor -> where it is
+    begun: dict[str, str] = {}
+    for line in log.splitlines():
+        thread = line.split(maxsplit=1)[0]
+        if line.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+            continue
+        if " resumed>" in line:
+            line = begun.pop(thread, "") + line.partition(" resumed>")[2]
+        if opened := re.search(r"\b(?:open|openat|creat)\(.*= (\d+)<", line):
+            position[opened[1]] = 0
+        elif call := re.search(r"\b([a-z_0-9]+)\((\d+)<([^>]*)>(.*)\)\s+= (-?\d+)", line):
+            name, descriptor, file, arguments, result = call[1], call[2], call[3], call[4], int(call[5])
+            if name == "lseek" and result >= 0:
+                position[descriptor] = result
+            elif name in OPERATIONS and result >= 0:
+                placed = name.startswith("p")
+                at = int(arguments.rpartition(", ")[2]) if placed else position.get(descriptor, 0)
+                found[file, OPERATIONS[name], at, result] += 1
+                if not placed:
+                    position[descriptor] = at + result
+    return found

@@ -1,0 +1,341 @@
+"""The files that a replay needs below its root: which must be there first, and how large.
+
+In: the calls of all ranks. Out: files and folders, made before the first call. A file that the run itself
+made is not made here; one that it found is. Files of the same name that are there already are used if they
+are large enough and only read; else they are refused, unless the user allows to overwrite them.
+"""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.errors import UserError, os_errors_as_user_errors, printable
+from dlrm.replay.paths import MappedPaths
+from dlrm.replay.plan import RankPlan, TracedCall
+
+STREAM_BLOCK = 4096  # bytes that stdio reads at once
+BLOCK = 1 << 20  # bytes that are written at once into a file of real bytes
+
+
+@dataclass
+class FileUse:
+    """What the calls of a run tell about one file or folder. Times are us on the run's clock."""
+
+    created: int | None = None  # when the run made it: opened it with O_CREAT, or renamed something to it
+    found: int | None = None  # when the run first needed it to be there
+    is_folder: bool = False
+    read_end: int = 0  # bytes from the beginning to the end of the last read
+    written_end: int = 0
+    written: int = 0  # bytes of all writes
+    changed: bool = False  # written, cut, removed or renamed
+
+    @property
+    def is_there_first(self) -> bool:
+        """Whether it must be there before the run begins."""
+        return self.found is not None and (self.created is None or self.found < self.created)
+
+    @property
+    def first(self) -> int | None:
+        times = [time for time in (self.created, self.found) if time is not None]
+        return min(times) if times else None
+
+    def merge(self, other: "FileUse") -> None:
+        for name in ("created", "found"):
+            times = [time for time in (getattr(self, name), getattr(other, name)) if time is not None]
+            setattr(self, name, min(times, default=None))
+        self.is_folder |= other.is_folder
+        self.changed |= other.changed
+        self.read_end = max(self.read_end, other.read_end)
+        self.written_end = max(self.written_end, other.written_end)
+        self.written += other.written
+
+
+@dataclass
+class RunUse:
+    """What the calls of some ranks, or of all, tell about files."""
+
+    files: dict[str, FileUse] = field(default_factory=dict)
+    renamed: list[tuple[int, str, str]] = field(default_factory=list)  # us, from, to
+
+    def use(self, path: str) -> FileUse:
+        return self.files.setdefault(path, FileUse())
+
+    def merge(self, other: "RunUse") -> None:
+        for path, use in other.files.items():
+            self.use(path).merge(use)
+        self.renamed += other.renamed
+
+    def follow_renamed_folders(self) -> None:
+        """What is found in a folder that got its name by renaming was in the folder of the old name."""
+        for when, source, target in sorted(self.renamed):
+            for path in [p for p in self.files if p.startswith(f"{target}/")]:
+                use, origin = self.files[path], source + path[len(target) :]
+                if not use.is_there_first or use.found is None or use.found < when:
+                    continue
+                before = self.use(origin)
+                if before.first is None or before.first > when:
+                    before.found = when
+                before.read_end = max(before.read_end, use.read_end)
+                use.created = when
+
+
+def list_uses(plans: Iterable[RankPlan]) -> RunUse:
+    """What the calls of these ranks tell about the files that they use."""
+    run = RunUse()
+    for plan in plans:
+        for ts, _, call in plan.calls:
+            _add_use(run, ts, call)
+    return run
+
+
+def _add_use(run: RunUse, ts: int, call: TracedCall) -> None:
+    if call.op == "open":
+        _add_open(run, ts, call)
+    elif call.op in ("read", "write", "seek", "map") and not call.failed:
+        use = run.use(call.path)
+        if call.op == "write":
+            use.changed = True
+            use.written += call.moved
+            begin = call.position if call.position is not None else use.written_end
+            use.written_end = max(use.written_end, begin + call.moved)
+        else:
+            end = _find_needed_end(call, use)
+            if end > use.written_end and use.created != ts and _may_be_found(use, ts):
+                use.found = ts if use.created is None else use.created - 1
+            use.read_end = max(use.read_end, end)
+    elif call.name == "mkdir":
+        use = run.use(call.path)
+        use.is_folder = True
+        use.created = ts if use.created is None else use.created
+    elif call.name == "opendir":
+        use = run.use(call.path)
+        use.is_folder = True
+        use.found = ts if use.first is None else use.found
+    elif call.name in ("rename", "link") and call.other is not None:
+        source, target = run.use(call.path), run.use(call.other)
+        if source.first is None:
+            source.found = ts
+        source.changed = True
+        target.created = ts if target.created is None else target.created
+        target.changed = True
+        if call.name == "rename":
+            run.renamed.append((ts, call.path, call.other))
+    elif call.name == "symlink" and call.other is not None:
+        run.use(call.other).created = ts
+    elif call.name in ("unlink", "remove", "rmdir") and call.path in run.files:
+        run.files[call.path].changed = True
+
+
+def _add_open(run: RunUse, ts: int, call: TracedCall) -> None:
+    flags = find_open_flags(call)
+    if flags is None or not flags & os.O_CREAT:
+        if call.unused:
+            return  # perhaps there was no such file
+        use = run.use(call.path)
+        if use.first is None:
+            use.found = ts
+    else:
+        use = run.use(call.path)
+        if use.first is None:
+            use.created = ts
+    if flags is not None:
+        use.is_folder |= bool(flags & os.O_DIRECTORY)
+        use.changed |= bool(flags & os.O_TRUNC)
+
+
+def _find_needed_end(call: TracedCall, use: FileUse) -> int:
+    """How large the file must be for the call to give what it gave (bytes)."""
+    if call.op == "read":
+        end = (call.position if call.position is not None else use.read_end) + call.moved
+        in_full = call.count is not None and call.moved == call.count * max(1, call.item or 1)
+        # a stream reads whole blocks, and did not find the file's end
+        return -(-end // STREAM_BLOCK) * STREAM_BLOCK if call.name.startswith("f") and in_full else end
+    if call.op == "map":
+        return (call.position or 0) + call.argument("length", 0)
+    return max(0, call.moved - (call.position or 0)) if call.whence == os.SEEK_END else 0
+
+
+def _may_be_found(use: FileUse, ts: int) -> bool:
+    """Whether a file that was opened with O_CREAT, and never written before, was there already."""
+    return use.found is None and use.written_end == 0 and not use.changed and ts > 0
+
+
+_FLAGS_OF_MODES = {
+    "r": os.O_RDONLY, "r+": os.O_RDWR, "w": os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+    "w+": os.O_RDWR | os.O_CREAT | os.O_TRUNC, "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+    "a+": os.O_RDWR | os.O_CREAT | os.O_APPEND,
+}  # fmt: skip
+
+
+def find_open_flags(call: TracedCall) -> int | None:
+    """open(2)'s flags of any call that opens; None where the trace does not say."""
+    if call.flags is not None:
+        return call.flags
+    if call.name.startswith("creat"):
+        return os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    mode = find_stream_mode(call)
+    if mode is None:
+        return None
+    return _FLAGS_OF_MODES.get(mode[:1] + "+" * ("+" in mode))
+
+
+def find_stream_mode(call: TracedCall) -> str | None:
+    """fopen(3)'s mode."""
+    mode = call.other_arguments().get("mode")
+    return mode if isinstance(mode, str) and mode[:1] in tuple("rwa") else None
+
+
+# --- making them
+
+
+@dataclass
+class FilePlan:
+    """What is to be done below the root before the first call."""
+
+    folders: list[str] = field(default_factory=list)  # to be made
+    sizes: dict[str, int] = field(default_factory=dict)  # files to be there -> bytes
+    absent: list[str] = field(default_factory=list)  # files that the run makes itself
+    changed: set[str] = field(default_factory=set)  # those of all that the run changes
+    grow: dict[str, int] = field(
+        default_factory=dict
+    )  # files of the run that are read beyond what was written
+    written: int = 0  # bytes that the run's files may need
+
+
+def plan_files(run: RunUse, paths: MappedPaths) -> FilePlan:
+    """All keys are paths below the root."""
+    run.follow_renamed_folders()
+    found = FilePlan()
+    above = {folder for path in run.files for folder in _list_folders_above(path)}
+    for path, use in sorted(run.files.items()):
+        if use.first is None:
+            continue
+        mapped, is_folder = paths.find(path), use.is_folder or path in above
+        if use.changed:
+            found.changed.add(mapped)
+        if use.is_there_first and is_folder:
+            found.folders.append(mapped)
+        elif use.is_there_first:
+            found.sizes[mapped] = use.read_end
+        elif not is_folder:
+            found.absent.append(mapped)
+            if use.read_end > use.written_end:
+                found.grow[mapped] = use.read_end
+        made_by_run = any(
+            (made := run.files.get(folder)) is not None
+            and made.created is not None
+            and made.created <= use.first
+            for folder in _list_folders_above(path)
+        )
+        if not made_by_run:
+            found.folders.append(os.path.dirname(mapped))
+        if not is_folder:
+            found.written += min(use.written, use.written_end)
+    return found
+
+
+def _list_folders_above(path: str) -> Iterator[str]:
+    while (above := os.path.dirname(path)) not in (path, "/"):
+        yield above
+        path = above
+
+
+def make_files(root: Path, plan: FilePlan, real_bytes: bool, overwrite: bool) -> None:
+    """Make what is missing below the root, or raise a UserError before anything is changed."""
+    with os_errors_as_user_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+    missing = {}
+    for path, size in plan.sizes.items():
+        present = _find_size(root, path)
+        if present is None or (present < size and overwrite):
+            missing[path] = size
+        elif present < size:
+            raise UserError(
+                f"{printable(path)}: has {present:,} bytes, the replay reads up to byte {size:,}; "
+                "--overwrite makes it larger, or name another --root"
+            )
+        elif path in plan.changed and not overwrite:
+            raise _exists_error(path)
+    emptied = []
+    for path in plan.absent:
+        if _find_size(root, path) is not None:
+            if not overwrite:
+                raise _exists_error(path)
+            emptied.append(path)
+    for path in plan.folders:
+        _check_folders(root, path)
+    _check_space(root, sum(missing.values()) * real_bytes + plan.written)
+    for path in dict.fromkeys([*plan.folders, *map(os.path.dirname, missing)]):
+        with os_errors_as_user_errors(path):
+            os.makedirs(path, exist_ok=True)
+    for path in emptied:
+        with os_errors_as_user_errors(path):
+            os.truncate(path, 0)
+    for path, size in missing.items():
+        with os_errors_as_user_errors(path):
+            _make_file(path, size, real_bytes)
+
+
+def _exists_error(path: str) -> UserError:
+    return UserError(
+        f"{printable(path)}: exists, and the replay would change it; name another --root, or give --overwrite"
+    )
+
+
+def _find_size(root: Path, path: str) -> int | None:
+    """The size of a file below the root that a replay may use; None where there is none."""
+    _check_folders(root, os.path.dirname(path))
+    with os_errors_as_user_errors(path):
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(
+            f"{printable(path)}: is not a plain file; a replay uses no links; name another --root"
+        )
+    if status.st_nlink > 1:
+        raise UserError(f"{printable(path)}: is a file with several names; name another --root")
+    return status.st_size
+
+
+def _check_folders(root: Path, folder: str) -> None:
+    """UserError where a folder between the root and a file is a link: it could lead out of the root."""
+    for path in [folder, *_list_folders_above(folder)]:
+        if not path.startswith(f"{root}/"):
+            return
+        try:
+            status = os.lstat(path)
+        except OSError:
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            raise UserError(
+                f"{printable(path)}: is a link or a file where the replay needs a folder; name another --root"
+            )
+
+
+def _check_space(root: Path, needed: int) -> None:
+    with os_errors_as_user_errors(root):
+        status = os.statvfs(root)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise UserError(
+            f"{printable(root)}: the replay writes up to {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            "free; free some, or name another --root"
+        )
+
+
+def _make_file(path: str, size: int, real_bytes: bool) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        if not real_bytes:
+            os.ftruncate(descriptor, size)
+            return
+        done = 0
+        while done < size:
+            done += os.write(descriptor, os.urandom(min(BLOCK, size - done)))
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,200 @@
+"""What waits for what among the threads of a rank, found in its trace.
+
+In: calls and spans of each thread with their times. Out: nodes to be played one after the other. Waiting is
+not thinking: a thread that waited for another one in the trace waits for it again, however long that takes.
+
+The order that is kept, and no other is:
+- a thread begins after what the rank's main thread had finished by then;
+- a `data/wait` ends when the thread that read or assembled the batch is done with it;
+- a reading thread is never more batches ahead than it was at most;
+- all ranks meet at the end of each `train/step` and of each evaluation.
+Each of these points back in the trace's time, so threads cannot wait for each other in a circle.
+"""
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# Kinds of nodes. CALL: a call. BEGIN, END: of a span. COPY: from a mapped file, which a span tells. PUT: a
+# batch is ready. TAKE: wait for one. ROOM: wait until so many batches are taken. START: let a thread begin.
+# MEET: wait for all ranks.
+CALL, BEGIN, END, COPY, PUT, TAKE, ROOM, START, MEET = range(9)
+Thread = tuple[int, int]  # pid, tid
+Timed = tuple[int, int, int, Any]  # begin, end (us), kind, payload; or begin, -duration, ...
+
+
+class Node(NamedTuple):
+    """payload: of CALL a call, of BEGIN, END and COPY a span, of PUT and ROOM a number of batches, of TAKE a
+    thread and how many batches it must have put, of START a thread, of MEET what names the meeting.
+    """
+
+    think: int  # us
+    kind: int
+    payload: Any
+
+
+class _Batch(NamedTuple):
+    """What a thread did for one batch."""
+
+    thread: Thread
+    number: int  # how many the thread made before
+    batch: int  # the batch's number, by the spans
+    begin: int  # us
+    end: int
+
+
+@dataclass
+class _Deliveries:
+    """Who waited for whom over batches."""
+
+    takes: dict[tuple[Thread, int, int], _Batch]  # (thread, begin, end) of a wait -> the batch that ended it
+    puts: dict[Thread, list[_Batch]]  # the batches of a thread that some wait took
+    # begin of a batch -> how many must be taken before, and when they were
+    rooms: dict[Thread, dict[int, tuple[int, int]]]
+
+
+def order_threads(
+    items: dict[Thread, list[Timed]], main: Thread, spans: dict[Thread, list[tuple[int, int, Any]]]
+) -> dict[Thread, list[Node]]:
+    """The nodes of each thread, of the main thread first.
+
+    items: (begin, -duration, CALL or BEGIN, payload), sorted. spans: (begin, duration, span) of those.
+    """
+    begins = {thread: own[0][0] for thread, own in items.items()}
+    others = sorted((thread for thread in items if thread != main), key=lambda thread: begins[thread])
+    deliveries = _match_batches(spans)
+    started: dict[Thread, int] = {main: min(begins.values())}  # when (us) a thread may begin
+    made = {}
+    for thread in [main, *others]:
+        nodes = list(_nest(items[thread], deliveries, thread))
+        nodes = _insert(nodes, [(b.end, PUT, b.number + 1) for b in deliveries.puts.get(thread, ())])
+        if thread == main:
+            nodes = _insert(nodes, [(begins[other], START, other) for other in others])
+            started |= {payload: at for _, at, kind, payload in nodes if kind == START}
+        at, made[thread] = started[thread], []
+        for begin, end, kind, payload in nodes:
+            made[thread].append(Node(max(0, begin - at), kind, payload))
+            at = max(at, end)
+    return made
+
+
+def _insert(nodes: list[Timed], added: list[tuple[int, int, Any]]) -> list[Timed]:
+    """The nodes with others among them: (time, kind, payload), each after all that had ended by then."""
+    latest, ends = nodes[0][0], []  # when all nodes up to this one had ended
+    for _, end, _, _ in nodes:
+        latest = max(latest, end)
+        ends.append(latest)
+    found, done = [], 0
+    for time, kind, payload in sorted(added, key=lambda each: each[0]):
+        place = bisect.bisect_right(ends, time)
+        found += nodes[done:place]
+        if place < len(nodes):  # at the latest before what the thread was busy with then
+            time = min(time, nodes[place][0])
+        found.append((time, time, kind, payload))
+        done = place
+    return found + nodes[done:]
+
+
+def _nest(items: list[Timed], deliveries: _Deliveries, thread: Thread) -> Iterator[Timed]:
+    """The nodes of a thread in the order of time; a span becomes a BEGIN and an END around what is inside."""
+    stack: list[tuple[int, Any]] = []  # end, span
+    rooms = deliveries.rooms.get(thread, {})
+    latest = items[0][0]
+
+    def close(until: int | None) -> Iterator[Timed]:
+        while stack and (until is None or stack[-1][0] <= until):
+            end, span = stack.pop()
+            yield end, end, END, span
+            if (key := _find_meeting(span)) is not None:
+                yield end, end, MEET, key
+
+    for ts, negative, kind, payload in items:
+        yield from close(ts)
+        end = ts - negative
+        if kind == CALL:
+            yield ts, end, CALL, payload
+            latest = max(latest, end)
+            continue
+        if payload.cat == "data" and ts in rooms:
+            number, taken = rooms.pop(ts)
+            begin = min(ts, latest)
+            yield begin, max(begin, taken), ROOM, number
+        batch = deliveries.takes.get((thread, ts, end))
+        if stack:
+            end = min(end, stack[-1][0])
+        yield ts, ts, BEGIN, payload
+        latest = max(latest, ts)
+        if batch is not None:
+            yield ts, end, TAKE, (batch.thread, batch.number + 1)
+            latest = max(latest, end)
+        if payload.mapped:
+            yield ts, end, COPY, payload
+            latest = max(latest, end)
+        stack.append((end, payload))
+    yield from close(None)
+
+
+def _find_meeting(span: Any) -> tuple[Any, ...] | None:
+    """What names, on all ranks, the meeting at the end of a span; None where they do not meet."""
+    if (span.cat, span.name) == ("train", "step"):
+        return "step", span.args.get("epoch"), span.args.get("step"), span.args.get("batch")
+    if (span.cat, span.name) == ("eval", "evaluate"):
+        return "evaluate", span.args.get("epoch"), span.args.get("step"), span.args.get("split")
+    return None
+
+
+def _match_batches(spans: dict[Thread, list[tuple[int, int, Any]]]) -> _Deliveries:
+    """A wait was ended by the thread whose oldest batch that nobody had taken is the one waited for."""
+    made = {thread: _list_batches(thread, own) for thread, own in spans.items()}
+    waits = [
+        (ts + dur, ts, thread, span.args.get("batch"))
+        for thread, own in spans.items()
+        for ts, dur, span in own
+        if (span.cat, span.name) == ("data", "wait")
+    ]
+    oldest = {thread: 0 for thread, batches in made.items() if batches}
+    found = _Deliveries({}, defaultdict(list), {})
+    taken: dict[Thread, list[int]] = defaultdict(list)  # when, us, a thread's batches were taken
+    for end, begin, thread, number in sorted(waits, key=lambda wait: wait[:2]):
+        next_ones = [made[other][place] for other, place in oldest.items() if other != thread]
+        ready = [each for each in next_ones if each.batch == number and each.end <= end]
+        if not ready:
+            continue
+        batch = max(ready, key=lambda each: each.end)
+        found.takes[thread, begin, end] = batch
+        found.puts[batch.thread].append(batch)
+        taken[batch.thread].append(end)
+        oldest[batch.thread] += 1
+        if oldest[batch.thread] == len(made[batch.thread]):
+            del oldest[batch.thread]
+    found.rooms = {thread: _find_rooms(made[thread], times) for thread, times in taken.items()}
+    return found
+
+
+def _list_batches(thread: Thread, spans: list[tuple[int, int, Any]]) -> list[_Batch]:
+    """What a thread did for each batch: its reads, and the assembling that follows them."""
+    made: list[_Batch] = []
+    for ts, dur, span in sorted(spans, key=lambda item: item[0]):
+        number = span.args.get("batch")
+        if span.cat != "data" or span.name not in ("read", "assemble") or number is None:
+            continue
+        if made and made[-1].batch == number:
+            made[-1] = made[-1]._replace(end=max(made[-1].end, ts + dur))
+        else:
+            made.append(_Batch(thread, len(made), number, ts, ts + dur))
+    return made
+
+
+def _find_rooms(made: list[_Batch], taken: list[int]) -> dict[int, tuple[int, int]]:
+    """When a batch's work began -> how many batches must be taken before, and when they were.
+
+    made: a thread's batches. taken: when (us) each of the first of them was taken.
+    """
+    ahead = max(batch.number - bisect.bisect_right(taken, batch.begin) for batch in made)
+    return {
+        batch.begin: (batch.number - ahead, taken[batch.number - ahead - 1])
+        for batch in made
+        if 0 < batch.number - ahead <= len(taken)
+    }

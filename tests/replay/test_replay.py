@@ -1,0 +1,400 @@
+"""Traced runs played again: by strace, by the trace that the replay leaves, by the files that are there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import traced
+from support.disk import mount_small_disk
+from support.file_calls import PLACED, list_strace_requests, read_events
+from support.made_traces import Made
+from support.replays import ROOT, Replayed, count_requests, replay
+
+NEEDS_STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+STRACE = ["strace", "-f", "-y", "-e", f"trace={PLACED}", "-o"]
+# Calls of many kinds: with and without offsets, of two descriptors, by streams, on files that the run makes
+# (also a folder that it renames), and on ones that it finds.
+MIXED = """
+import ctypes
+os.makedirs(f"{run}/in")
+for name in ("a", "b", "deep"):
+    with open(f"{run}/in/{name}", "wb") as file:
+        file.write(os.urandom(50_000))
+trace.start_tracing(run, here, "train")
+fd = os.open(f"{run}/in/a", os.O_RDONLY)
+os.pread(fd, 1000, 3000)
+os.read(fd, 500)
+os.lseek(fd, 20_000, os.SEEK_SET)
+os.readv(fd, [bytearray(100), bytearray(300)])
+os.lseek(fd, -50, os.SEEK_END)
+os.read(fd, 500)
+os.read(fd, 500)
+other = os.open(f"{run}/in/a", os.O_RDONLY)
+os.preadv(other, [bytearray(70)], 44)
+os.close(other)
+os.close(fd)
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+stream = ctypes.c_void_p(libc.fopen(f"{run}/in/b".encode(), b"rb"))
+memory = ctypes.create_string_buffer(9000)
+libc.fread(memory, 10, 700, stream)
+libc.fseek(stream, ctypes.c_long(33_000), 0)
+libc.fread(memory, 1, 800, stream)
+libc.fclose(stream)
+os.mkdir(f"{run}/part")
+fd = os.open(f"{run}/part/x", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+os.write(fd, bytes(7000))
+os.pwrite(fd, bytes(100), 9000)
+os.writev(fd, [b"ab", b"cde"])
+os.fsync(fd)
+os.pread(fd, 50, 100)
+os.close(fd)
+os.rename(f"{run}/part", f"{run}/whole")
+with open(f"{run}/whole/x", "rb", buffering=0) as file:
+    file.read(4000)
+with open(f"{run}/log", "ab", buffering=0) as file:
+    file.write(b"a line")
+    file.write(b"another")
+try:
+    os.open(f"{run}/not there", os.O_RDONLY)
+except FileNotFoundError:
+    pass
+os.unlink(f"{run}/log")
+trace.stop_tracing()
+"""
+
+
+def below(requests: Counter[tuple[str, str, int, int]], folder: Path) -> Counter[tuple[str, str, int, int]]:
+    """The requests on files in a folder, without a tracer's own, by their names in it."""
+    return Counter({
+        (file.removeprefix(f"{folder}/"), op, at, moved): count
+        for (file, op, at, moved), count in requests.items()
+        if file.startswith(f"{folder}/") and "/trace/" not in file
+    })  # fmt: skip
+
+
+@NEEDS_STRACE
+def test_a_replay_makes_the_requests_of_the_run(tmp_path: Path) -> None:
+    """The same reads and writes of the same bytes of the same files, by strace of both."""
+    run = tmp_path / "run"
+    _, errors = traced.start(run, MIXED, 0, 1, *STRACE, str(tmp_path / "first")).communicate(timeout=60)
+    assert (run / "trace").is_dir(), errors
+    shutil.rmtree(run / "in")  # nothing of the original is needed
+    shutil.rmtree(run / "whole")
+    done = replay(run, tmp_path / "replayed", prefix=(*STRACE, tmp_path / "second"))
+    assert done.code == 0, done.err
+    first = below(list_strace_requests((tmp_path / "first").read_text(errors="replace")), run)
+    second = below(list_strace_requests((tmp_path / "second").read_text(errors="replace")), done.at(run))
+    made = {"in/a", "in/b", "in/deep"}
+    setup = {key for key in first if key[0] in made and key[1] == "write"}  # before the trace began
+    for key in setup:
+        del first[key]
+    assert len(first) == 15 and second == first
+    assert sorted(p.name for p in done.at(run).rglob("*")) == ["a", "b", "in", "whole", "x"]
+    assert done.at(f"{run}/whole/x").stat().st_size == 9100
+    assert not (run / "in").exists()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return traced.run(tmp_path_factory.mktemp("two") / "run", traced.TRAINING, world=2)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_ranks_are_dealt_to_processes(two_ranks: Path, tmp_path: Path, processes: int) -> None:
+    """Fewer processes than ranks, as many, and more."""
+    mpiexec = (Path(sys.executable).parent / "mpiexec", "-n", processes) if processes > 1 else ()
+    done = replay(two_ranks, tmp_path / "out", prefix=mpiexec)
+    assert done.code == 0, done.err
+    assert done.count_requests() == count_requests(two_ranks)
+    assert len(list((done.output / "trace").iterdir())) == processes
+    assert [each["rank"] for each in done.record["ranks"]] == [0, 1]
+    assert done.record["bytes_read"] == 12_000 and done.record["bytes_written"] == 10_000
+    assert not done.record["differences"] and done.err == ""
+
+
+def test_the_command_of_analysis_and_its_report(two_ranks: Path, tmp_path: Path) -> None:
+    """What a replay leaves is a run folder like others: spans, steps and all."""
+    words = ["-m", "analysis", "replay", two_ranks, "--output_dir", tmp_path / "out", "--ranks", "1"]
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    events = read_events(tmp_path / "out")
+    steps = [e["args"] for e in events if (e.get("cat"), e["name"]) == ("train", "step")]
+    assert [(args["epoch"], args["step"], args["batch"]) for args in steps] == [(0, n, n) for n in range(3)]
+    named = {e["args"]["file"] for e in events if (e.get("cat"), e["name"]) == ("data", "read")}
+    assert named == {f"{tmp_path}/out/files{two_ranks}/data1.bin"}
+    names = {e["args"]["value"] for e in events if e["args"].get("name") == "thread_name"}
+    assert {"main", "prefetch train"} <= names
+
+
+# --- traces of other programs
+
+
+def write_calls(run: Path, *calls: tuple[str, int, str, dict[str, Any]], rank: int | None = None) -> Path:
+    """A trace of these calls: name, begin (us), file, arguments; each lasts 10 us."""
+    made = Made(rank)
+    for name, ts, file, args in calls:
+        made.posix(name, ts, 10, file, **args)
+    made.write(run)
+    return run
+
+
+def test_a_trace_of_another_program(tmp_path: Path) -> None:
+    """Without ranks, steps or flags; a file that was open before the trace began; calls nobody knows."""
+    run = write_calls(
+        tmp_path / "run",
+        ("open64", 0, "/data/a", {}),
+        ("read", 20, "/data/a", {"ret": 4096, "count": 4096}),
+        ("pread", 40, "/data/a", {"ret": 100, "count": 4096, "offset": 1_000_000}),
+        ("close", 60, "/data/a", {"ret": 0}),
+        ("pread64", 80, "/data/b", {"ret": 10, "count": 10, "offset": 5}),
+        ("frobnicate", 100, "/data/a", {}),
+        ("read", 120, "/proc/self/maps", {"ret": 10}),
+    )
+    done = replay(run, tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.at("/data/a").stat().st_size == 1_000_100
+    assert done.at("/data/b").stat().st_size == 15
+    assert done.at("/data/a").stat().st_blocks == 0  # sparse
+    assert done.count_requests() == count_requests(run) - Counter({("/proc/self/maps", "read", 0, 10): 1})
+    lines = done.err.splitlines()
+    assert lines == [
+        "replay: not replayed: frobnicate (not known to the replay): 1; "
+        "calls on files of /proc, /sys and /dev: 1",
+        "replay: other than in the trace: on a file that the trace does not open: opened at its first use: 1",
+    ]
+    assert done.record["not_replayed"] == {
+        "frobnicate (not known to the replay)": 1, "calls on files of /proc, /sys and /dev": 1,
+    }  # fmt: skip
+
+
+def test_files_of_real_bytes(tmp_path: Path) -> None:
+    run = write_calls(tmp_path / "run", ("pread64", 0, "/d/a", {"ret": 70_000, "count": 70_000, "offset": 0}))
+    done = replay(run, tmp_path / "out", "--real_bytes")
+    assert done.code == 0, done.err
+    data = done.at("/d/a").read_bytes()
+    assert len(data) == 70_000 and len(set(data)) == 256
+
+
+READ: dict[str, Any] = {"ret": 10, "count": 10, "offset": 0}
+WRITE: dict[str, Any] = {"ret": 10, "count": 10, "offset": 0}
+CREATE: dict[str, Any] = {"flags": os.O_WRONLY | os.O_CREAT}
+
+
+def test_no_name_leads_out_of_the_root(tmp_path: Path) -> None:
+    """`..`, links that the run makes, names too long, names with anything in them."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    made = Made(None)
+    up = "/../" * 30 + str(outside).lstrip("/")
+    made.posix("open64", 0, 5, f"/d{up}/made", **CREATE)
+    made.posix("pwrite64", 10, 5, f"/d{up}/made", **WRITE)
+    made.posix("symlink", 20, 5, str(outside))  # /d/link -> outside, then through it
+    made.lines[-1]["args"]["path2_hash"] = "00000000000000aa"
+    made._meta("FH", "/d/link", "00000000000000aa")
+    made.posix("open64", 30, 5, "/d/link/through", **CREATE)
+    made.posix("pwrite64", 40, 5, "/d/link/through", **WRITE)
+    odd = ["/d/a b\n$(x)", "/d/" + "n" * 300, "/d/" + "ü" * 200, "relative/../../../x"]
+    for number, name in enumerate(odd):
+        made.posix("open64", 100 + number * 20, 5, name, **CREATE)
+        made.posix("pwrite64", 110 + number * 20, 5, name, **WRITE)
+    made.write(tmp_path / "run")
+    done = replay(tmp_path / "run", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert not list(outside.iterdir()) and not (tmp_path / "outside/made").exists()
+    assert done.at(f"{outside}/made").stat().st_size == 10
+    assert done.at(f"{outside}/through").stat().st_size == 10  # the link leads to where its target lies below
+    assert os.readlink(done.at("/d/link")) == str(done.at(outside))
+    assert done.record["bytes_written"] == 10 * (2 + len(odd))
+
+
+def test_a_name_with_a_nul_is_refused(tmp_path: Path) -> None:
+    run = write_calls(tmp_path / "run", ("pread64", 0, "/d/a\0b", READ))
+    done = replay(run, tmp_path / "out")
+    assert done.code == 2 and "has a NUL in its name" in done.err and done.err.count("\n") == 1
+
+
+def refused(done: Replayed, said: str) -> bool:
+    """One line that says it, exit code 2, and no trace of a replay."""
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    return said in done.err and not (done.output / "trace").exists()
+
+
+def test_files_that_are_there(tmp_path: Path) -> None:
+    """What is only read and large enough is used as it is; all else is refused, or overwritten on demand."""
+    run = write_calls(
+        tmp_path / "run",
+        ("pread64", 0, "/d/read", {"ret": 10, "count": 10, "offset": 90}),
+        ("open64", 20, "/d/made", {"flags": os.O_WRONLY | os.O_CREAT | os.O_EXCL}),
+        ("pwrite64", 40, "/d/made", WRITE),
+    )
+    root = tmp_path / "root"
+    (root / "d").mkdir(parents=True)
+    here, made = root / "d/read", root / "d/made"
+    here.write_bytes(b"mine" * 30)
+    done = replay(run, tmp_path / "out1", "--root", root)
+    assert done.code == 0 and here.read_bytes() == b"mine" * 30
+    made.write_bytes(b"mine, too, and long")
+    assert refused(
+        replay(run, tmp_path / "out2", "--root", root), "made: exists, and the replay would change"
+    )
+    here.write_bytes(b"short")
+    made.unlink()
+    done = replay(run, tmp_path / "out3", "--root", root)
+    assert refused(done, "read: has 5 bytes, the replay reads up to byte 100")
+    assert here.read_bytes() == b"short" and not made.exists()
+    made.write_bytes(b"mine, too, and long")
+    done = replay(run, tmp_path / "out4", "--root", root, "--overwrite")
+    assert done.code == 0, done.err
+    assert here.stat().st_size == 100 and here.read_bytes()[:5] == b"short" and made.stat().st_size == 10
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "second name"])
+def test_links_that_are_there_are_not_followed(tmp_path: Path, kind: str) -> None:
+    run = write_calls(
+        tmp_path / "run", ("open64", 0, "/d/e/made", CREATE), ("pwrite64", 20, "/d/e/made", WRITE)
+    )
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_bytes(b"precious")
+    (root / "d").mkdir(parents=True)
+    if kind == "folder":
+        (root / "d/e").symlink_to(outside)
+    else:
+        (root / "d/e").mkdir()
+        link = (root / "d/e/made").symlink_to if kind == "file" else (root / "d/e/made").hardlink_to
+        link(outside / "precious")
+    said = {"folder": "is a link", "file": "is not a plain file", "second name": "several names"}[kind]
+    assert refused(replay(run, tmp_path / "out", "--root", root, "--overwrite"), said)
+    assert [path.name for path in outside.iterdir()] == ["precious"]
+    assert (outside / "precious").read_bytes() == b"precious"
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """Before anything is done where the sizes say so, else where it happens."""
+    big: dict[str, Any] = {"ret": 3 << 20, "count": 3 << 20, "offset": 0}
+    foreseen = write_calls(
+        tmp_path / "foreseen", ("open64", 0, "/d/a", CREATE), ("pwrite64", 20, "/d/a", big)
+    )
+    sudden = write_calls(
+        tmp_path / "sudden", ("open64", 0, "/d/a", CREATE), ("posix_fallocate64", 20, "/d/a", {"offset": 0})
+    )
+    made = Made(None)
+    made.posix("open64", 0, 5, "/d/a", **CREATE)
+    made.posix("posix_fallocate64", 20, 5, "/d/a", offset=0, len=3 << 20)
+    made.write(sudden)
+    for path in sorted((sudden / "trace").iterdir())[:-1]:
+        path.unlink()
+    with mount_small_disk(tmp_path / "disk", 2) as disk:
+        done = replay(foreseen, tmp_path / "out1", "--root", disk / "root")
+        assert refused(done, "the replay writes up to 0.00315 GB, and 0.0021 GB are free")
+        done = replay(sudden, tmp_path / "out2", "--root", disk / "root")
+        assert done.code == 2 and done.err.count("\n") == 1
+        assert f"posix_fallocate64 of {disk}/root/d/a: No space left on device; free space" in done.err
+
+
+# --- time and order
+
+
+def test_speed(tmp_path: Path) -> None:
+    """Time to think is kept, shortened, or left out."""
+    run = write_calls(
+        tmp_path / "run", *(("pread64", 100_000 * n, "/d/a", READ) for n in range(6)), rank=0
+    )  # 0.5 s
+    seconds = {}
+    for speed in ("1", "2.5", "max"):
+        done = replay(run, tmp_path / speed, "--speed", speed)
+        assert done.code == 0, done.err
+        seconds[speed] = done.record["seconds"]
+    assert 0.5 <= seconds["1"] < 1.5
+    assert 0.2 <= seconds["2.5"] < seconds["1"]
+    assert seconds["max"] < 0.2
+
+
+def make_training(rank: int = 0, world: int = 1, slow: int = 0) -> Made:
+    """Three steps; before each the main thread waits for a batch, for which another one makes 50 reads. After
+    each step it writes. slow: us that a step computes.
+    """
+    made = Made(rank, world)
+    made.posix("open64", 0, 5, f"/d/out{rank}", **CREATE)
+    for step in range(3):
+        begin, where = 1000 + step * 200_000, {"epoch": 0, "step": step, "batch": step}
+        for n in range(50):
+            made.posix("pread64", begin + 20 + n * 20, 5, "/d/in", 1, ret=100, count=100, offset=n * 100)
+        made.span("data", "read", begin + 10, 1200, 1, **where, bytes=5000, file="/d/in")
+        made.span("data", "wait", begin, 1500, **where)
+        made.span("train", "step", begin, 2000 + slow, **where)
+        made.posix("pwrite64", begin + 2010 + slow, 5, f"/d/out{rank}", ret=8, count=8, offset=step * 8)
+    return made
+
+
+def list_times(done: Replayed, name: str, of: str) -> list[tuple[int, int]]:
+    """(begin, end) of the events of a name whose file's name ends so, in us."""
+    events = read_events(done.output)
+    hashes = {e["args"]["value"]: e["args"]["name"] for e in events if e["name"] == "FH"}
+    return sorted(
+        (e["ts"], e["ts"] + e["dur"]) for e in events
+        if e["name"] == name and hashes.get(e["args"].get("fhash"), "").endswith(of)
+    )  # fmt: skip
+
+
+def test_a_step_waits_for_its_batch(tmp_path: Path) -> None:
+    """Also where nothing else delays it: with no time to think all would be done at once."""
+    make_training().write(tmp_path / "run")
+    done = replay(tmp_path / "run", tmp_path / "out", "--speed", "max")
+    assert done.code == 0, done.err
+    reads, writes = list_times(done, "pread64", "/d/in"), list_times(done, "pwrite64", "/d/out0")
+    assert (len(reads), len(writes)) == (150, 3)
+    for step in range(3):
+        assert reads[50 * step + 49][1] <= writes[step][0]
+
+
+def test_ranks_meet_at_each_step(tmp_path: Path) -> None:
+    """Rank 1 computes 60 ms longer: rank 0 does not go on before."""
+    for rank in range(2):
+        make_training(rank, 2, slow=60_000 * rank).write(tmp_path / "run")
+    done = replay(tmp_path / "run", tmp_path / "out")
+    assert done.code == 0, done.err
+    fast, slow = (list_times(done, "pwrite64", f"/d/out{rank}") for rank in range(2))
+    assert len(fast) == len(slow) == 3
+    assert all(abs(one[0] - other[0]) < 50_000 for one, other in zip(fast, slow, strict=True))
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--speed", "0"], "--speed 0: give a number above 0, or max"),
+        (["--speed", "fast"], "--speed fast"),
+        (["--ranks", "3-1"], "--ranks 3-1: give one rank, or A-B"),
+        (["--ranks", "7"], "--ranks 7-7: "),
+        (["--launch", "5"], "--launch 5: "),
+        (["--spead", "2"], "did you mean --speed instead of --spead?"),
+    ],
+)
+def test_wrong_options(two_ranks: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    assert refused(replay(two_ranks, tmp_path / "out", *words), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_be_used(two_ranks: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("mine")
+    assert refused(replay(two_ranks, tmp_path / "full"), "is not empty; name a new folder")
+    assert refused(replay(tmp_path / "none", tmp_path / "out"), "no such folder")
+    Made(None).write(tmp_path / "silent")
+    assert refused(replay(tmp_path / "silent", tmp_path / "out"), "hold no calls on files")
+
+
+def test_a_dry_run_changes_nothing(two_ranks: Path, tmp_path: Path) -> None:
+    done = replay(two_ranks, tmp_path / "out", "--dry_run", "--root", tmp_path / "root")
+    assert done.code == 0 and not list(tmp_path.iterdir())
+    assert done.out.splitlines()[1].startswith("rank 1: 2 threads, 21 calls: 6 reads of 6,000 bytes, 1 write")
+    assert "files to be there: 2, 12,000 bytes, sparse where missing" in done.out
