@@ -59,9 +59,10 @@ class ModelParts:
     trainer: type[Any]
     # (options, device type) -> one line for each group of options that have no effect in this run
     list_unused_options: Callable[[Any, str], list[str]] = field(default=lambda options, device: [])
-    # (options, ranks, device) -> the options of this run: called first, on rank 0
-    choose_options: Callable[[Any, "Ranks", "torch.device"], ChosenOptions] = field(
-        default=lambda options, ranks, device: ChosenOptions(options)
+    # (options, ranks, device, the checkpoint that the run starts from or None) -> the options of this run:
+    # called first, on rank 0
+    choose_options: Callable[[Any, "Ranks", "torch.device", "Checkpoint | None"], ChosenOptions] = field(
+        default=lambda options, ranks, device, stored: ChosenOptions(options)
     )
     # (options, checkpoint) -> the options with the checkpoint's model, for a run that does not train
     adopt_model: Callable[[Any, "Checkpoint"], Any] = field(default=lambda options, checkpoint: options)

@@ -22,6 +22,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from dlrm.checkpoint import blocks
+from dlrm.checkpoint.folder import Checkpoint
 from dlrm.config.options import list_deprecated
 from dlrm.embeddings.tables import WEIGHT, NoSsdTables
 from dlrm.runtime import session, trace
@@ -65,10 +66,11 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
             trace.discard_tracing()  # nothing of a refused run stays in the folder
             raise
         try:
-            if options.run.mode != "train" and (stored := find_stored_model(options, here)):
+            stored = find_stored_model(options, here)
+            if options.run.mode != "train" and stored:
                 with session.errors_on_all_ranks():
                     options = parts.adopt_model(options, stored)
-            options, chosen = choose_options(parts, options, here, device, run_folder)
+            options, chosen = choose_options(parts, options, here, device, run_folder, stored)
             record_launch(run_folder, spec.title, options, here, device, tuned, chosen)
             trainer = make_trainer(parts, options, here, device, run_folder)
             run_trainer(trainer, here, started)
@@ -85,13 +87,17 @@ def open_run_folder(options: Any, here: Ranks) -> RunFolder:
 
 
 def choose_options(
-    parts: ModelParts, options: Any, here: Ranks, device: torch.device, run_folder: RunFolder
-) -> tuple[Any, str]:
-    """(the options with what the user left open filled in, what was chosen in one line). A collective."""
+    parts: ModelParts, options: Any, here: Ranks, device: torch.device, run_folder: RunFolder,
+    stored: Checkpoint | None,
+) -> tuple[Any, str]:  # fmt: skip
+    """(the options with what the user left open filled in, what was chosen in one line). A collective.
+
+    stored  the checkpoint that the run starts from
+    """
     chosen = None
     with session.errors_on_all_ranks():
         if here.first:  # the others need not read the dataset's description too
-            chosen = parts.choose_options(options, here, device)
+            chosen = parts.choose_options(options, here, device, stored)
     chosen = session.broadcast_from_first(chosen)
     assert chosen is not None
     if chosen.summary:

@@ -126,6 +126,8 @@ def test_ratings_are_a_file_or_its_folder(tmp_path: Path) -> None:
         ("3_train.sh", {"WORKDIR": "/no/such"}, "WORKDIR=/no/such is not the project's folder"),
         ("3_train.sh", {"MODEL": "gpt"}, "MODEL: model gpt is unknown; there are dlrm, bert4rec"),
         ("3_train.sh", {"MODEL": "a\nb"}, "MODEL: model a\\nb is unknown"),
+        ("3_train.sh", {"MODEL": "bert4rec", "ARGS": "--dataset_name ml-1m"}, "ml-1m/ratings.dat is missing"),
+        ("3_train.sh", {"ARGS": "--in_memory_binary_criteo_path no/data"}, "/no/data is not a folder"),
         ("3_train.sh", {"ARGS": "--seed '1"}, "ARGS=--seed\\ \\'1: is a quote left open?"),
         ("3_train.sh", {"ARGS": "--seed 'a\nb"}, "is a quote left open?"),
         ("3_train.sh", {"DATASET_DIR": "a\nb"}, "DATASET_DIR=$'a\\nb' has a control character"),

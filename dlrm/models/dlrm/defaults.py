@@ -1,8 +1,9 @@
 """Defaults that fit the dataset: batch size, optimizer, learning rate, warm-up, decay and the largest table.
 
-In: options as parsed, and which of them were given; the dataset's rows, the ranks, their memory. Out: the
-options with the others filled in, and what to tell the user. `--defaults dataset` asks for it (3_train.sh
-does); `--defaults mlcommons` keeps the reference's values and warns where they make no sense.
+In: options as parsed, and which of them were given; the dataset's rows, the ranks, their memory, and the
+checkpoint that the run starts from, whose tables stay as large as they are. Out: the options with the others
+filled in, and what to tell the user. `--defaults dataset` asks for it (3_train.sh does); `--defaults
+mlcommons` keeps the reference's values and warns where they make no sense.
 
 The rules were measured with benchmarks/defaults.py (BENCHMARKS.md, "Defaults").
 """
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 
 from common.errors import os_errors_as_user_errors
+from dlrm.checkpoint.folder import Checkpoint
 from dlrm.data.criteo import META, DatasetMeta, array_file_name
 from dlrm.embeddings.planner import memory_of_rank
 from dlrm.models.dlrm.options import Config
+from dlrm.models.dlrm.stored_model import read_trained_options
 from dlrm.runtime.ranks import Ranks
 from dlrm.trainer.spec import ChosenOptions
 
@@ -47,9 +50,11 @@ NPY_HEADER = 128  # bytes, as np.save writes it
 PARQUET_ROW_BYTES = 100  # of a compressed row of 40 columns, roughly
 
 
-def choose_dlrm_options(cfg: Config, here: Ranks, device: torch.device) -> ChosenOptions:
+def choose_dlrm_options(
+    cfg: Config, here: Ranks, device: torch.device, stored: Checkpoint | None
+) -> ChosenOptions:
     """The options of this run, on the ranks that there are."""
-    return choose_options(cfg, here.world_size, memory_of_rank(device, here) * here.world_size)
+    return choose_options(cfg, here.world_size, memory_of_rank(device, here) * here.world_size, stored)
 
 
 def count_training_rows(folder: str | os.PathLike[str]) -> int:
@@ -121,15 +126,19 @@ def table_row_bytes(width: int, optimizer: str) -> int:
     return 4 * (width + states[optimizer])
 
 
-def choose_options(cfg: Config, ranks: int, memory: int) -> ChosenOptions:
-    """The options of this run. `memory`: bytes of all ranks together that tables may use."""
+def choose_options(cfg: Config, ranks: int, memory: int, stored: Checkpoint | None = None) -> ChosenOptions:
+    """The options of this run.
+
+    memory  bytes of all ranks together that tables may use
+    stored  the checkpoint that the run starts from
+    """
     given = set(cfg.run.given_options)
     adagrad = cfg.optim.name != "sgd" and "learning_rate" not in given
     folder = cfg.data.folder
     if cfg.data.defaults == "dataset" and folder and cfg.run.preset is None and cfg.run.mode == "train":
         rows = int(count_training_rows(folder) * (cfg.data.dataset_subset or 1))
         if rows:
-            return choose_for_rows(cfg, given, rows, ranks, memory)
+            return choose_for_rows(cfg, given, rows, ranks, memory, stored)
     batch = cfg.data.batch_size * ranks
     if adagrad:
         rate = choose_rate(cfg.optim.name, batch)
@@ -157,8 +166,10 @@ def warn_of_rate(cfg: Config, rows: int, batch: int) -> tuple[str, ...]:
     )
 
 
-def choose_for_rows(cfg: Config, given: set[str], rows: int, ranks: int, memory: int) -> ChosenOptions:
-    """What was not given, chosen for so many training rows on so many ranks."""
+def choose_for_rows(
+    cfg: Config, given: set[str], rows: int, ranks: int, memory: int, stored: Checkpoint | None
+) -> ChosenOptions:
+    """What was not given, chosen for so many training rows on so many ranks. `memory`, `stored`: as above."""
     data: dict[str, Any] = {}
     if "batch_size" not in given:
         data["batch_size"] = -(-choose_batch(rows) // ranks)
@@ -180,7 +191,8 @@ def choose_for_rows(cfg: Config, given: set[str], rows: int, ranks: int, memory:
 
     cap = None
     if not given & set(SIZES) and cfg.plan.store_type == "device_mem":
-        cap = cap_tables(cfg, name, memory)
+        # the memory of another machine would give another cap, and the checkpoint would not fit
+        cap = read_trained_options(stored).max_table_size if stored else cap_tables(cfg, name, memory)
         cfg = replace(cfg, model=replace(cfg.model, max_table_size=cap))
     said = [f"batch {cfg.data.batch_size:,} a rank"] if "batch_size" in data else []
     said += [name] if "optimizer" in optim else []

@@ -85,6 +85,18 @@ def test_tables_are_capped_as_the_published_runs_cap_them_where_they_do_not_fit(
     assert fitted(folder, "--num_embeddings", 5).options.model.max_table_size is None
 
 
+def test_a_resumed_run_keeps_its_cap(toy: Path, run_ranks: Any) -> None:
+    """The machine's memory would give none, as one with more memory than that of the first launch."""
+    words = ["--defaults", "dataset", "--in_memory_binary_criteo_path", toy, "--checkpoint_every_steps", 2]
+    first = run_ranks(1, "dlrm.train", *words, "--max_steps", 4, "--max_table_size", 50)
+    assert first.codes == [0], first
+    again = run_ranks(1, "dlrm.train", *words, "--max_steps", 6)
+    assert again.codes == [0], again
+    assert "tables of at most 50 rows" in again.out[0] and ": step 4, epoch 0" in again.out[0]
+    config = json.loads((first.folder / "config.json").read_text())
+    assert config["model"]["max_table_size"] == 50
+
+
 def test_rows_are_counted_without_meta_json(tmp_path: Path) -> None:
     for day, rows in enumerate((300, 400, 50)):
         for part, columns in (("dense", 13), ("sparse", 26), ("labels", 1)):
