@@ -155,7 +155,10 @@ def run_replay(words: Sequence[str]) -> NoReturn:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    print(EXPORT_FORMATS[options.format].write(options.run, options.output))
+    form = EXPORT_FORMATS[options.format]
+    print(form.write(options.run, options.output))
+    if form.run and options.run_in is not None:
+        print(form.run(options.run, options.run_in))
     return 0
 
 
@@ -289,12 +292,18 @@ def make_parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--dask", metavar="WHERE", help="read the ranks on a Dask cluster: `local`, `pbs`, or host:port"
         )
-    made = commands.add_parser("export", help="the run's I/O for other tools: fio")
+    made = commands.add_parser("export", help="the run's I/O for other tools: fio, DLIO, MLPerf Storage")
     formats = made.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, form in EXPORT_FORMATS.items():
         made = formats.add_parser(name, help=form.help, description=form.help)
         made.add_argument("run", metavar="RUN", help="run folder, or any folder of DFTracer traces")
         made.add_argument("-o", dest="output", type=Path, required=True, metavar=form.metavar)
+        if form.run:
+            made.add_argument(
+                "--run", dest="run_in", type=Path, metavar="DIR",
+                help="then run it, where that tool is installed, in a new folder on the storage to measure, "
+                "and compare",
+            )  # fmt: skip
         made.set_defaults(function=run_export)
     commands.add_parser("replay", help="make the run's file calls again, in another folder")
     return top

@@ -37,7 +37,8 @@ communication has the time.
 
 `pauses`, a row per rank and span of the main thread that interrupts training, whether inside a step's period
 or between two epochs: `name` ("eval/evaluate", "eval/metrics", "checkpoint/save", "checkpoint/wait",
-"checkpoint/load"), split, epoch, step, start, dur_us. eval/metrics is inside eval/evaluate.
+"checkpoint/load"), split, epoch, step, start, dur_us, bytes (that the span declares, else null). eval/metrics
+is inside eval/evaluate.
 
 `requests`, file calls that read for batches (every n-th, where a rank made more than MAX_REQUESTS): phase,
 dur_us, bytes.
@@ -271,7 +272,7 @@ def _list_pauses(main: pl.DataFrame) -> pl.DataFrame:
     )
     return main.filter(chosen).select(
         pl.concat_str("cat", "name", separator="/").alias("name"), "split", "epoch", "step",
-        pl.col("ts").alias("start"), pl.col("dur").alias("dur_us"),
+        pl.col("ts").alias("start"), pl.col("dur").alias("dur_us"), "bytes",
     )  # fmt: skip
 
 
