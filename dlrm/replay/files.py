@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError, os_errors_as_user_errors, printable
+from dlrm.replay.order import Thread
 from dlrm.replay.paths import MappedPaths
 from dlrm.replay.plan import RankPlan, TracedCall
 
@@ -29,6 +30,10 @@ class FileUse:
     read_end: int = 0  # bytes from the beginning to the end of the last read
     written_end: int = 0
     written: int = 0  # bytes of all writes
+    writer: Thread | None = None  # the first one that wrote
+    appended: bool = False  # opened with O_APPEND: where writes go depends on how large it is
+    # how large it must be for reads of what other threads write, or of what no traced call has written
+    grow: int = 0
     changed: bool = False  # written, cut, removed or renamed
 
     @property
@@ -42,11 +47,16 @@ class FileUse:
         return min(times) if times else None
 
     def merge(self, other: "FileUse") -> None:
+        """With what another rank did to the file."""
+        if (self.written and other.read_end) or (self.read_end and other.written):
+            self.grow = max(self.grow, self.read_end, other.read_end)
+        self.grow = max(self.grow, other.grow)
         for name in ("created", "found"):
             times = [time for time in (getattr(self, name), getattr(other, name)) if time is not None]
             setattr(self, name, min(times, default=None))
         self.is_folder |= other.is_folder
         self.changed |= other.changed
+        self.appended |= other.appended
         self.read_end = max(self.read_end, other.read_end)
         self.written_end = max(self.written_end, other.written_end)
         self.written += other.written
@@ -58,6 +68,7 @@ class RunUse:
 
     files: dict[str, FileUse] = field(default_factory=dict)
     renamed: list[tuple[int, str, str]] = field(default_factory=list)  # us, from, to
+    named: set[str] = field(default_factory=set)  # all names that calls have, whatever they do with them
 
     def use(self, path: str) -> FileUse:
         return self.files.setdefault(path, FileUse())
@@ -66,6 +77,7 @@ class RunUse:
         for path, use in other.files.items():
             self.use(path).merge(use)
         self.renamed += other.renamed
+        self.named |= other.named
 
     def follow_renamed_folders(self) -> None:
         """What is found in a folder that got its name by renaming was in the folder of the old name."""
@@ -85,12 +97,13 @@ def list_uses(plans: Iterable[RankPlan]) -> RunUse:
     """What the calls of these ranks tell about the files that they use."""
     run = RunUse()
     for plan in plans:
-        for ts, _, call in plan.calls:
-            _add_use(run, ts, call)
+        for ts, thread, call in plan.calls:
+            run.named |= {call.path} if call.other is None else {call.path, call.other}
+            _add_use(run, ts, thread, call)
     return run
 
 
-def _add_use(run: RunUse, ts: int, call: TracedCall) -> None:
+def _add_use(run: RunUse, ts: int, thread: Thread, call: TracedCall) -> None:
     if call.op == "open":
         _add_open(run, ts, call)
     elif call.op in ("read", "write", "seek", "map") and not call.failed:
@@ -98,6 +111,7 @@ def _add_use(run: RunUse, ts: int, call: TracedCall) -> None:
         if call.op == "write":
             use.changed = True
             use.written += call.moved
+            use.writer = use.writer or thread
             begin = call.position if call.position is not None else use.written_end
             use.written_end = max(use.written_end, begin + call.moved)
         else:
@@ -105,6 +119,8 @@ def _add_use(run: RunUse, ts: int, call: TracedCall) -> None:
             if end > use.written_end and use.created != ts and _may_be_found(use, ts):
                 use.found = ts if use.created is None else use.created - 1
             use.read_end = max(use.read_end, end)
+            if end > use.written_end or use.writer not in (None, thread):
+                use.grow = max(use.grow, end)
     elif call.name == "mkdir":
         use = run.use(call.path)
         use.is_folder = True
@@ -124,8 +140,8 @@ def _add_use(run: RunUse, ts: int, call: TracedCall) -> None:
             run.renamed.append((ts, call.path, call.other))
     elif call.name == "symlink" and call.other is not None:
         run.use(call.other).created = ts
-    elif call.name in ("unlink", "remove", "rmdir") and call.path in run.files:
-        run.files[call.path].changed = True
+    elif call.name in ("unlink", "remove", "rmdir", "chmod"):
+        run.use(call.path).changed = True
 
 
 def _add_open(run: RunUse, ts: int, call: TracedCall) -> None:
@@ -143,6 +159,7 @@ def _add_open(run: RunUse, ts: int, call: TracedCall) -> None:
     if flags is not None:
         use.is_folder |= bool(flags & os.O_DIRECTORY)
         use.changed |= bool(flags & os.O_TRUNC)
+        use.appended |= bool(flags & os.O_APPEND)
 
 
 def _find_needed_end(call: TracedCall, use: FileUse) -> int:
@@ -198,31 +215,30 @@ class FilePlan:
     sizes: dict[str, int] = field(default_factory=dict)  # files to be there -> bytes
     absent: list[str] = field(default_factory=list)  # files that the run makes itself
     changed: set[str] = field(default_factory=set)  # those of all that the run changes
-    grow: dict[str, int] = field(
-        default_factory=dict
-    )  # files of the run that are read beyond what was written
+    grow: dict[str, int] = field(default_factory=dict)  # files of the run -> bytes to have at once
+    named: set[str] = field(default_factory=set)  # all paths that calls name
     written: int = 0  # bytes that the run's files may need
 
 
 def plan_files(run: RunUse, paths: MappedPaths) -> FilePlan:
     """All keys are paths below the root."""
     run.follow_renamed_folders()
-    found = FilePlan()
+    found = FilePlan(named={paths.find(path) for path in run.named})
     above = {folder for path in run.files for folder in _list_folders_above(path)}
     for path, use in sorted(run.files.items()):
-        if use.first is None:
-            continue
         mapped, is_folder = paths.find(path), use.is_folder or path in above
         if use.changed:
             found.changed.add(mapped)
+        if use.first is None:
+            continue
         if use.is_there_first and is_folder:
             found.folders.append(mapped)
         elif use.is_there_first:
             found.sizes[mapped] = use.read_end
         elif not is_folder:
             found.absent.append(mapped)
-            if use.read_end > use.written_end:
-                found.grow[mapped] = use.read_end
+            if use.grow > use.written_end * use.appended:
+                found.grow[mapped] = use.grow
         made_by_run = any(
             (made := run.files.get(folder)) is not None
             and made.created is not None
@@ -246,74 +262,65 @@ def make_files(root: Path, plan: FilePlan, real_bytes: bool, overwrite: bool) ->
     """Make what is missing below the root, or raise a UserError before anything is changed."""
     with os_errors_as_user_errors(root):
         root.mkdir(parents=True, exist_ok=True)
+    _check_links(root, plan)
+    present = {path: _find_size(path) for path in (*plan.sizes, *plan.absent)}
+    for path in sorted({*plan.changed, *plan.absent}):
+        if not overwrite and os.path.lexists(path):
+            raise UserError(
+                f"{printable(path)}: exists, and the replay would change it; name another --root, or give "
+                "--overwrite"
+            )
     missing = {}
     for path, size in plan.sizes.items():
-        present = _find_size(root, path)
-        if present is None or (present < size and overwrite):
-            missing[path] = size
-        elif present < size:
+        found = present[path]
+        if found is not None and found < size and not overwrite:
             raise UserError(
-                f"{printable(path)}: has {present:,} bytes, the replay reads up to byte {size:,}; "
-                "--overwrite makes it larger, or name another --root"
+                f"{printable(path)}: has {found:,} bytes, the replay reads up to byte {size:,}; --overwrite "
+                "makes it larger, or name another --root"
             )
-        elif path in plan.changed and not overwrite:
-            raise _exists_error(path)
-    emptied = []
-    for path in plan.absent:
-        if _find_size(root, path) is not None:
-            if not overwrite:
-                raise _exists_error(path)
-            emptied.append(path)
-    for path in plan.folders:
-        _check_folders(root, path)
+        if found is None or found < size:
+            missing[path] = size
     _check_space(root, sum(missing.values()) * real_bytes + plan.written)
     for path in dict.fromkeys([*plan.folders, *map(os.path.dirname, missing)]):
         with os_errors_as_user_errors(path):
             os.makedirs(path, exist_ok=True)
-    for path in emptied:
-        with os_errors_as_user_errors(path):
-            os.truncate(path, 0)
+    for path in plan.absent:
+        if present[path] is not None:
+            with os_errors_as_user_errors(path):
+                os.truncate(path, 0)
     for path, size in missing.items():
         with os_errors_as_user_errors(path):
             _make_file(path, size, real_bytes)
 
 
-def _exists_error(path: str) -> UserError:
-    return UserError(
-        f"{printable(path)}: exists, and the replay would change it; name another --root, or give --overwrite"
-    )
+def _check_links(root: Path, plan: FilePlan) -> None:
+    """UserError where a link, or a file in place of a folder, is on the way to any name below the root: it
+    could lead out of it.
+    """
+    folders = set(plan.folders)
+    for path in sorted({*plan.named, *plan.folders}):
+        folders |= {above for above in _list_folders_above(path) if above.startswith(f"{root}/")}
+        if os.path.islink(path):
+            raise UserError(f"{printable(path)}: is a link; a replay follows none; name another --root")
+    for path in sorted(folders):
+        if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+            raise UserError(
+                f"{printable(path)}: is a link or a file where the replay needs a folder; name another --root"
+            )
 
 
-def _find_size(root: Path, path: str) -> int | None:
+def _find_size(path: str) -> int | None:
     """The size of a file below the root that a replay may use; None where there is none."""
-    _check_folders(root, os.path.dirname(path))
     with os_errors_as_user_errors(path):
         try:
             status = os.lstat(path)
         except FileNotFoundError:
             return None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(
-            f"{printable(path)}: is not a plain file; a replay uses no links; name another --root"
-        )
+        raise UserError(f"{printable(path)}: is not a plain file; name another --root")
     if status.st_nlink > 1:
         raise UserError(f"{printable(path)}: is a file with several names; name another --root")
     return status.st_size
-
-
-def _check_folders(root: Path, folder: str) -> None:
-    """UserError where a folder between the root and a file is a link: it could lead out of the root."""
-    for path in [folder, *_list_folders_above(folder)]:
-        if not path.startswith(f"{root}/"):
-            return
-        try:
-            status = os.lstat(path)
-        except OSError:
-            continue
-        if not stat.S_ISDIR(status.st_mode):
-            raise UserError(
-                f"{printable(path)}: is a link or a file where the replay needs a folder; name another --root"
-            )
 
 
 def _check_space(root: Path, needed: int) -> None:

@@ -5,6 +5,7 @@ think before it, in us: from the end of what the thread did before to its own be
 """
 
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class TracedSpan(NamedTuple):
 
     cat: str
     name: str
-    path: str | None  # a file that it names
+    path: str | None  # a file that it names: whole, or its last part alone
     mapped: bool  # it copies from a mapped file, which no call shows
     args: dict[str, Any]
 
@@ -184,8 +185,11 @@ def _is_program_file(path: str) -> bool:
 def _read_spans(events: RankEvents) -> _Made:
     rows = events.spans.select(_SPANS).with_columns(pl.col(pl.Categorical).cast(pl.String))
     rows = rows.filter(~pl.col("cat").is_in(_NOT_REPLAYED))
+    folders = {process.pid: process.folder for process in reversed(events.processes)}
     threads: _Made = defaultdict(list)
     for pid, tid, ts, dur, cat, name, file, *values, mapped in rows.iter_rows():
+        if file and "/" in file:
+            file = os.path.normpath(os.path.join("/", folders.get(pid, ""), file))
         args = {key: value for key, value in zip(_SPANS[7:-1], values, strict=True) if value is not None}
         threads[pid, tid].append((ts, dur, TracedSpan(cat, name, file, mapped, args)))
     return threads

@@ -202,7 +202,9 @@ class RankPlayer:
         return caller.outcome
 
     def _begin_span(self, span: TracedSpan) -> trace.span:
-        named = {"file": self.player.paths.find(span.path)} if span.path else {}
+        named = {"file": span.path} if span.path else {}
+        if span.path and span.path.startswith("/"):
+            named = {"file": self.player.paths.find(span.path)}
         mapped = {"mapped": 1} if span.mapped else {}
         return trace.span(span.cat, span.name, **span.args, **named, **mapped).__enter__()
 

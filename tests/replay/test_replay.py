@@ -1,5 +1,6 @@
 """Traced runs played again: by strace, by the trace that the replay leaves, by the files that are there."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,12 +9,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from support import traced
 from support.disk import mount_small_disk
 from support.file_calls import PLACED, list_strace_requests, read_events
 from support.made_traces import Made
+from support.ranks import Train, words
 from support.replays import ROOT, Replayed, count_requests, replay
+
+from analysis.tables.gather import plan_launches
+from analysis.tables.read import read_rank
+from analysis.trace.source import FileSource
 
 NEEDS_STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 STRACE = ["strace", "-f", "-y", "-e", f"trace={PLACED}", "-o"]
@@ -130,6 +137,88 @@ def test_the_command_of_analysis_and_its_report(two_ranks: Path, tmp_path: Path)
     assert named == {f"{tmp_path}/out/files{two_ranks}/data1.bin"}
     names = {e["args"]["value"] for e in events if e["args"].get("name") == "thread_name"}
     assert {"main", "prefetch train"} <= names
+
+
+@NEEDS_STRACE
+def test_a_training_played_again(toy: Path, train: Train, tmp_path: Path) -> None:
+    """With validation, checkpoints, a test: each request whose place the trace tells, and as many others."""
+    words_ = words(toy, "--max_steps", 6, "--checkpoint_every_steps", 3, "--limit_val_batches", 2, "--trace")
+    run = train(1, *words_, "--checkpoint_dir", tmp_path / "checkpoints").folder
+    done = replay(run, tmp_path / "out", "--speed", "max", "--data_only", prefix=(*STRACE, tmp_path / "log"))
+    assert done.code == 0, done.err
+    names = json.loads((done.output / "replayed_files.json").read_text())
+    made = list_strace_requests((tmp_path / "log").read_text(errors="replace"))
+    by_strace = Counter({(names[key[0]], *key[1:]): n for key, n in made.items() if key[0] in names})
+    (launch,) = plan_launches(FileSource(run))
+    calls = read_rank(launch.rank, launch.files, launch.clock, details=True).calls
+    rows = calls.filter(pl.col("op").is_in(["read", "write"])).select("path", "op", "position", "size").rows()
+    wanted = Counter(row for row in rows if row[0] in names.values())
+    placed = Counter({row: n for row, n in wanted.items() if row[2] is not None})
+    assert placed.total() > 50 and not placed - by_strace
+    assert by_strace.total() == wanted.total()
+    files = {row[0].rpartition("/")[2] for row in placed}
+    assert {"day_0_sparse.npy", "day_5_labels.npy", "metrics.jsonl"} & files
+    assert any(name.endswith(".safetensors") for name in files)
+
+
+@pytest.mark.mpi
+def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
+    """Its line, and no rank left waiting for it at the next step."""
+    for rank in range(2):
+        made = make_training(rank, 2, slow=100_000)
+        made.posix("posix_fallocate64", 300_000, 5, f"/d/out{rank}", offset=0, len=(3 << 20) * rank)
+        made.write(tmp_path / "run")
+    mpiexec = (Path(sys.executable).parent / "mpiexec", "-n", 2)
+    with mount_small_disk(tmp_path / "disk", 2) as disk:
+        done = replay(tmp_path / "run", tmp_path / "out", "--root", disk / "root", prefix=mpiexec)
+    lines = [line for line in done.err.splitlines() if line.startswith("dlrm: ")]
+    assert done.code == 2 and len(lines) == 1
+    assert "posix_fallocate64" in lines[0] and "No space left on device" in lines[0] and "rank 1" in lines[0]
+
+
+def test_of_several_launches_one_is_replayed(tmp_path: Path) -> None:
+    for launch in range(2):
+        made = Made(0, 1, pid=1000 + launch)
+        for n in range(launch + 1):
+            at = launch * 3_600_000_000 + 10 * n
+            made.posix("pread64", at, 5, f"/d/launch{launch}", ret=10, count=10, offset=0)
+        made.write(tmp_path / "run")
+    for words_, launch in (((), 1), (("--launch", 1), 0)):
+        done = replay(tmp_path / "run", tmp_path / f"out{launch}", *words_)
+        assert done.code == 0, done.err
+        assert [path.name for path in done.at("/d").iterdir()] == [f"launch{launch}"]
+        assert done.record["calls"] == launch + 1 and done.record["seconds"] < 60
+        assert ("has 2 launches: the last is replayed" in done.err) == (not words_)
+
+
+def test_a_thread_reads_what_another_will_write(tmp_path: Path) -> None:
+    """Without times to think the reader may be first: the file is as large as it needs from the beginning."""
+    made = Made(0)
+    made.posix("open64", 0, 5, "/d/store", flags=os.O_RDWR | os.O_CREAT)
+    for n in range(40):
+        made.posix("pwrite64", 1000 + n * 1000, 5, "/d/store", ret=100, count=100, offset=n * 100)
+        made.posix("pread64", 1500 + n * 1000, 5, "/d/store", 1, ret=100, count=100, offset=n * 100)
+    made.write(tmp_path / "run")
+    done = replay(tmp_path / "run", tmp_path / "out", "--speed", "max")
+    assert done.code == 0 and not done.record["differences"], done.record
+    assert done.count_requests() == count_requests(tmp_path / "run")
+
+
+def test_copies_from_mapped_files(tmp_path: Path) -> None:
+    """What spans say that they copied is copied again, from a mapping."""
+    made = Made(0)
+    made.posix("open64", 0, 5, "/d/a", flags=0)
+    made.posix("mmap64", 10, 5, "/d/a", offset=0, flags=1, length=100_000)
+    made.posix("close", 20, 5, "/d/a", ret=0)
+    made.span("data", "read", 30, 50, file="/d/a", bytes=5000, offset=95_000, mapped=1, batch=0)
+    made.span("data", "read", 90, 50, file="/d/b", bytes=5000, mapped=1, batch=0)
+    made.write(tmp_path / "run")
+    done = replay(tmp_path / "run", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.at("/d/a").stat().st_size == 100_000
+    assert done.record["differences"] == {"copies from files that the trace does not map: not replayed": 1}
+    spans = [e["args"] for e in read_events(done.output) if (e.get("cat"), e["name"]) == ("data", "read")]
+    assert [args["mapped"] for args in spans] == [1, 1] and spans[0]["file"] == str(done.at("/d/a"))
 
 
 # --- traces of other programs
@@ -269,10 +358,40 @@ def test_links_that_are_there_are_not_followed(tmp_path: Path, kind: str) -> Non
         (root / "d/e").mkdir()
         link = (root / "d/e/made").symlink_to if kind == "file" else (root / "d/e/made").hardlink_to
         link(outside / "precious")
-    said = {"folder": "is a link", "file": "is not a plain file", "second name": "several names"}[kind]
+    said = {"folder": "is a link", "file": "is a link", "second name": "several names"}[kind]
     assert refused(replay(run, tmp_path / "out", "--root", root, "--overwrite"), said)
     assert [path.name for path in outside.iterdir()] == ["precious"]
     assert (outside / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "name, more", [("unlink", {}), ("rmdir", {}), ("chmod", {"mode": 0}), ("rename", {}), ("open64", CREATE)]
+)
+def test_nothing_that_is_there_is_removed_or_changed(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
+    """Also by calls on names that the trace uses for nothing else; nor through a folder that is a link."""
+    made = Made(None)
+    made.posix(name, 0, 5, "/d/mine", **more)
+    if name == "rename":
+        made.lines[-1]["args"]["newpath_hash"] = "00000000000000aa"
+        made._meta("FH", "/d/new", "00000000000000aa")
+    made.write(tmp_path / "run")
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "d", outside):
+        folder.mkdir(parents=True)
+        if name == "rmdir":
+            (folder / "mine").mkdir()
+        else:
+            (folder / "mine").write_text("mine")
+    before = os.lstat(root / "d/mine")
+    assert refused(
+        replay(tmp_path / "run", tmp_path / "out1", "--root", root), "d/mine: exists, and the replay"
+    )
+    assert os.lstat(root / "d/mine") == before
+    (root / "d").rename(tmp_path / "away")
+    (root / "d").symlink_to(outside)
+    done = replay(tmp_path / "run", tmp_path / "out2", "--root", root, "--overwrite")
+    assert refused(done, "d: is a link")
+    assert [path.name for path in outside.iterdir()] == ["mine"]
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
