@@ -53,6 +53,7 @@ def run_bert4rec_main(
 def _make_job(
     name: str, script: str, script_args: tuple[str, ...], trainers: int, per_node: int, cpus: int, gpus: int
 ) -> specs.AppDef:
+    """A torchx job of `trainers` ranks, `per_node` on each node; cpus and gpus are those of a rank."""
     if trainers < 1 or per_node < 1:
         raise ValueError(f"--num_trainers {trainers}, --trainers_per_node {per_node}: give at least 1")
     if trainers > per_node and trainers % per_node:

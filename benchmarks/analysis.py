@@ -90,6 +90,7 @@ def write_trace(folder: str, rank: int, events: int) -> int:
 
 
 def make_traces(run: Path, events: int, ranks: int) -> int:
+    """Write the traces of so many ranks, `events` in all; returns how many there are."""
     folder = run / "trace"
     folder.mkdir(parents=True)
     with ProcessPoolExecutor(2) as pool:

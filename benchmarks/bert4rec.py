@@ -50,6 +50,9 @@ def run_torchrun(args: argparse.Namespace, words: list[Any]) -> None:
 
 
 def train_ours(args: argparse.Namespace, words: list[Any], how: str, folder: Path) -> dict[str, float]:
+    """One run of this project. words: options that both programs take. how: mode and optimizer, "dmp
+    adam".
+    """
     mode, optimizer = how.split()
     more = ["--mode", mode, "--optimizer", optimizer, "--max_steps", args.steps,
             "--report_every", args.steps, "--num_epochs", 1, "--no-evaluate_on_epoch_end",
@@ -61,6 +64,7 @@ def train_ours(args: argparse.Namespace, words: list[Any], how: str, folder: Pat
 
 
 def train_reference(args: argparse.Namespace, words: list[Any], out: Path) -> dict[str, float]:
+    """One run of the example with the same words. out: a JSON file with its results."""
     given = ["--reference_path", str(Path(args.reference_path).absolute())] if args.reference_path else []
     run_torchrun(args, [ROOT / "benchmarks/bert4rec_reference.py", *given, "--steps", args.steps,
                         "--out", out, *words])  # fmt: skip

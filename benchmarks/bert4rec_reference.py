@@ -37,6 +37,7 @@ class Rebuilt(nn.Module):
     """The example's model in torch's own parts."""
 
     def __init__(self, vocabulary: int, length: int, width: int, heads: int, layers: int) -> None:
+        """vocabulary: items, with padding and mask. length: tokens of a sequence. width: of an embedding."""
         super().__init__()
         self.items = nn.Embedding(vocabulary, width)
         nn.init.uniform_(self.items.weight, -1, 1)
@@ -69,6 +70,9 @@ def take_rows(cfg: BertConfig, steps: int) -> tuple[list[Row], int]:
 
 
 def train_rebuilt(cfg: BertConfig, rows: list[Row], vocabulary: int) -> tuple[float, float]:
+    """Seconds and mean loss, as `time_epoch` says. rows: (tokens, labels), a label 0 where nothing is
+    hidden.
+    """
     model = cfg.model
     module = Rebuilt(vocabulary, cfg.data.max_len, model.emb_dim, model.nhead, model.num_layers)
     trained = DistributedDataParallel(module)

@@ -33,6 +33,7 @@ BATCH = 2048
 
 
 def format_event(number: int, name: str, cat: str, tid: int, ts: int, dur: int, args: str) -> str:
+    """A line of a trace. ts, dur: us. args: the rest of its arguments, as JSON without the braces."""
     kind = 3 if cat == "POSIX" else 6
     return (
         f'{{"id":{number},"name":"{name}","cat":"{cat}","type":{kind},"pid":4001,"tid":{tid},"ts":{ts},"dur":{dur},'

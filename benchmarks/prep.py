@@ -121,6 +121,9 @@ def our_step(command: list[Any], cores: list[int], small: Path) -> dict[str, flo
 
 
 def check_same_files(left: Path, right: Path, ours: str = "") -> int:
+    """Compare the .npy files of two folders byte by byte; returns how many. ours: the end of their names in
+    `right`.
+    """
     names = [path.name for path in left.glob("day_*.npy")]
     for name in names:
         other = right / name.replace(".npy", f"{ours}.npy")
@@ -179,6 +182,9 @@ def one_round(folder: Path, small: Path, cores: list[int]) -> dict[str, tuple[An
 
 
 def round_with_threshold(folder: Path, small: Path, cores: list[int]) -> dict[str, tuple[Any, Any]]:
+    """The reference and this project with a threshold, once each. folder: with the reference's output. cores:
+    to run on. small: input that compiles or loads the kernels beforehand.
+    """
     scratch = folder / "scratch"
     one, two = folder / "reference" / "one", clear_folder(folder / "reference" / "two")
     words = ["--input_dir", str(one), "--output_dir", str(two), "--frequency_threshold", "3"]

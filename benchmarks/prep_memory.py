@@ -77,6 +77,7 @@ def make_lists(folder: str, distinct: int) -> None:
 
 
 def number_column(folder: str, distinct: int, least: int) -> None:
+    """Merge the ids of one column. distinct: in all lanes together. least: the frequency threshold."""
     from common.progress import StepProgress
     from dlrm.data.criteo import CRITEO
     from dlrm.prep.steps.assign_ids import merge_column

@@ -52,6 +52,9 @@ def run_by_turns(batch: int, sides: Sequence[Iterator[float]]) -> list[float]:
 
 
 def measure_case(options: argparse.Namespace, folder: Path, kind: str, part: float) -> dict[str, Any]:
+    """Lookups per second of one table in a file. kind: how ids are drawn. part: of the rows that memory
+    holds.
+    """
     table, batch = TableShare("t_bench", options.rows, options.dim, options.dim), options.batch
     count = options.warm if kind != "uniform" else options.warm // 4
     warm = np.concatenate(draw_lookups(options.rows, 1 << 16, -(-count // (1 << 16)), kind))

@@ -63,6 +63,7 @@ def compute_processor_ms(folder: Path) -> float:
 
 
 def train_once(folder: Path, options: argparse.Namespace, traced: bool) -> dict:
+    """One training; its results."""
     command = [
         sys.executable, "-m", "dlrm.train", "--output_dir", str(folder),
         "--batch_size", str(options.batch_size),

@@ -125,6 +125,7 @@ def compute_rate(ends: Sequence[float], batch: int) -> float:
 
 
 def train_reference(args: argparse.Namespace, data: Path, out: Path) -> Run:
+    """One run of the reference's loop on all ranks. out: a folder for its results, made here."""
     command = [
         sys.executable, str(ROOT / "benchmarks" / "reference.py"), "--data", str(data), "--days", str(DAYS),
         "--out", str(out), "--batch_size", str(args.batch_size), "--steps", str(args.steps),
@@ -154,6 +155,7 @@ def train_reference(args: argparse.Namespace, data: Path, out: Path) -> Run:
 
 
 def train_ours(args: argparse.Namespace, data: Path, out: Path) -> Run:
+    """One run of this project with the same model and data. out: its run folder, made here."""
     command = [
         sys.executable, "-m", "dlrm.train", "--in_memory_binary_criteo_path", str(data),
         "--output_dir", str(out), "--batch_size", str(args.batch_size), "--epochs", "1",
@@ -264,6 +266,10 @@ def main() -> None:
 def print_report(
     args: argparse.Namespace, runs: dict[str, list[Run]], limit: dict[str, float], theirs: dict[str, float]
 ) -> None:
+    """Print the ratios of each pair of runs, then all as JSON.
+
+    runs: "reference" and "ours", run by turns. limit, theirs: further numbers, by name, for the JSON.
+    """
     pairs = list(zip(runs["reference"], runs["ours"], strict=True))
     ratios = {
         "training": describe_spread([b.samples_per_second / a.samples_per_second for a, b in pairs]),

@@ -53,6 +53,7 @@ def encode_packet(*fields: bytes) -> bytes:
 
 
 def describe_process(uuid: int, pid: int, name: str, labels: list[str], order: int) -> bytes:
+    """The packet that names the track of a process. order: of the processes in the UI, the lowest on top."""
     about = encode_number(1, pid) + encode_nested(6, name) + encode_number(3, order)
     return encode_packet(
         encode_nested(
@@ -64,6 +65,7 @@ def describe_process(uuid: int, pid: int, name: str, labels: list[str], order: i
 
 
 def describe_thread(uuid: int, parent: int, pid: int, tid: int, name: str) -> bytes:
+    """The packet that names the track `uuid` of a thread; parent: the track of its process."""
     about = encode_number(1, pid) + encode_number(2, tid) + encode_nested(5, name)
     return encode_packet(
         encode_nested(DESCRIPTOR, encode_number(1, uuid), encode_number(5, parent), encode_nested(4, about))
@@ -76,6 +78,7 @@ def describe_process_early(pid: int, name: str) -> bytes:
 
 
 def describe_counter_track(uuid: int, parent: int, name: str, unit: str) -> bytes:
+    """The packet that names the track of a counter; parent: the track that it stands under, 0 for none."""
     above = encode_number(5, parent) if parent else b""
     return encode_packet(
         encode_nested(
@@ -198,6 +201,7 @@ def _read_varint(message: bytes, p: int) -> tuple[int, int]:
 
 @compiled
 def _put_varint(out, p, value):
+    """Write a number in 7-bit groups at out[p], uint8; returns the place after it."""
     rest = np.uint64(value)
     while rest > np.uint64(127):
         out[p] = np.uint8(rest & np.uint64(127)) | np.uint8(128)
@@ -287,6 +291,9 @@ def _put_annotation(out, p, key, kind, value, text):
 
 @compiled
 def _put_flow(out, p, field, flow):
+    """Write the number of an arrow, uint64, as a field of eight bytes at out[p]; returns the place after
+    it.
+    """
     p = _put_varint(out, p, field << 3 | 1)
     for i in range(8):
         out[p + i] = (flow >> np.uint64(8 * i)) & np.uint64(255)

@@ -195,6 +195,9 @@ class FileTracks:
         clock: Clock,
         about: "TrackLabels",
     ) -> None:
+        """shared: what the tracks of all files share, the output among it. reader: of the same file; it
+        learns the names of threads on the way. clock: of the host. about: how the process is shown.
+        """
         self.shared, self.process, self.reader, self.clock = shared, process, reader, clock
         self.uuid, self.pid = shared.new_uuid(), about.pid
         self.tracks: dict[int, Track] = {}
@@ -335,6 +338,9 @@ class FileTracks:
             level += 1
 
     def _write_events(self, block: EventBlock, order: np.ndarray, uuid: int, flow, instant: bool) -> None:
+        """Write events of a block on one track. The arguments are those of `_encode_events`; uuid: the
+        track.
+        """
         if not len(order):
             return
         if instant:
@@ -343,6 +349,11 @@ class FileTracks:
         self.shared.out.write(self._encode_events(block, order, flow, instant))
 
     def _encode_events(self, block: EventBlock, order: np.ndarray, flow, instant: bool) -> memoryview:
+        """Events of a block as packets, in a buffer that the next call uses again.
+
+        order: int64, which events, and in which order. flow: (first number, count) of each event's arrows,
+        arrays. instant: as points in time, not as slices.
+        """
         texts = len(block.text) if (block.arg_kind >= INLINE).any() else 0
         base, count = flow
         ends = int(np.maximum(count[order], 0).sum()) * 10

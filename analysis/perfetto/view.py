@@ -155,6 +155,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     timeout = 60
 
     def __init__(self, *args: Any, trace: Path, folder: Path, token: str, run_number: int) -> None:
+        """folder: of the UI. run_number: of the trace, which a link from a report must have; 0: it has
+        none.
+        """
         self.trace, self.token, self.folder, self.run_number = trace, token, folder, run_number
         self.policy = ONLY_HERE
         super().__init__(*args, directory=str(folder))
@@ -236,6 +239,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.close_connection = self.close_connection or left > 0  # it has become shorter
 
     def _send_answer(self, kind: str, body: bytes, status: int = 200) -> None:
+        """Send a whole answer. kind: its media type."""
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -301,6 +305,9 @@ def format_instructions(trace: Path, address: str, port: int) -> str:
 
 
 def serve_trace(run_dir: str | Path, file: str | Path | None, port: int) -> None:
+    """Serve the UI and a trace until Ctrl-C. file: one of several in the run folder; None: the full one.
+    port: on the loopback interface, 0 for any.
+    """
     trace = find_trace(run_dir, file)
     with make_server(trace, port) as http_server:
         print(format_instructions(trace, http_server.address, http_server.server_address[1]), flush=True)

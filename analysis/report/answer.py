@@ -113,6 +113,11 @@ def _records_all_io(f: Facts) -> bool:
 def _make_sentence(
     f: Facts, parts: dict[str, float], storage: dict[str, float], bottleneck: str, saved: float, wall: float
 ) -> str:
+    """The answer in a sentence.
+
+    parts: seconds of the run by what they were spent on. storage: seconds that faster storage could save, by
+    phase. bottleneck: "storage" or a key of `parts`. saved, wall: seconds, of all phases and of the run.
+    """
     whole = sum(parts.values())
     share = f"{saved / wall:.0%}" if saved >= WORTH_A_LOOK * wall else f"{saved / wall:.1%}"
     amount = f"{format_seconds(saved)} of {format_seconds(wall)} ({share})"

@@ -51,6 +51,9 @@ class ComparedRun:
     better: dict[str, int] = field(default_factory=dict)  # 1: more is better, -1: less is
 
     def add(self, key: str, label: str, value: float, better: int) -> None:
+        """Add a number. label: what it is called. better: 1 if more of it is better, -1 if less is, 0 if
+        neither.
+        """
         self.labels[key], self.values[key], self.better[key] = label, float(value), better
 
     @property
@@ -179,6 +182,9 @@ class Comparison:
         return Row(key, label, means, texts, changes)
 
     def _find_change(self, key: str, first: Setting, other: Setting) -> Change:
+        """How a number's mean changed from one setting to another, and whether that is more than the
+        noise.
+        """
         old, new = first.mean(key), other.mean(key)
         if old is None or new is None:
             return Change(None, "", None, "")

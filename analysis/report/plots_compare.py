@@ -120,6 +120,7 @@ def _make_series(lines: Iterable[tuple[str, Any, Any]]) -> list[dict[str, Any]]:
 
 
 def _make_panel(label: str, unit: str, series: list[dict[str, Any]], zero: bool) -> dict[str, Any]:
+    """A panel of lines. zero: its axis begins at 0."""
     return {"label": label, "unit": unit, "kind": "line", "height": 140, "series": series, "zero": zero}
 
 

@@ -52,6 +52,9 @@ def plot_request_bytes(sizes: pl.DataFrame) -> Spec | None:
 
 
 def _make_histogram(sizes: pl.DataFrame, column: str, unit: str, log: bool) -> Spec | None:
+    """Columns by size of request. sizes: rows with op, bucket (log2 of bytes, -1 for none) and `column`,
+    which is added up. log: a logarithmic axis.
+    """
     table = sizes.group_by("op", "bucket").agg(pl.col(column).sum())
     if not len(table):
         return None

@@ -188,6 +188,7 @@ class Results:
         return path
 
     def write(self, name: str, data: bytes, is_own: IsOwn) -> None:
+        """Write a file whole. is_own: whether a file of this name that is there may be replaced."""
         with os_errors_as_user_errors(self.folder / name), open(self.file(name, is_own), "wb") as file:
             file.write(data)
 

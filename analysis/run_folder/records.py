@@ -144,6 +144,10 @@ def is_number(value: Any) -> bool:
 
 
 def _read_object(path: Path, notes: list[str], paths: bool = False) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or with a note where it cannot be read.
+
+    notes: where the note goes. paths: its texts may hold names of files in any encoding.
+    """
     if not os.path.lexists(path):
         return {}
     try:

@@ -236,6 +236,7 @@ def _add_block(block: EventBlock, strings: StringTable, sums: dict[tuple[int, in
 
 
 def _sum_groups(group: np.ndarray, amounts: np.ndarray, size: int) -> list[int]:
+    """The sum of the amounts of each group. group: int64 [n], from 0 to size - 1; amounts: int64 [n]."""
     total = np.zeros(size, np.int64)
     np.add.at(total, group, amounts)
     return total.tolist()
@@ -358,6 +359,7 @@ def format_share(row: CheckedFile) -> str:
 
 
 def _format_line(rank: str, direction: str, rows: list[CheckedFile]) -> str:
+    """A line of the table. rank: its number, or "all"."""
     # spans of rows do not count headers, so bytes that calls read beyond them are no fault of the trace
     beyond = direction == "read"
     traced = sum(min(row.counted, row.traced) if row.by_spans and beyond else row.traced for row in rows)

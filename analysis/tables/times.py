@@ -123,6 +123,9 @@ def cut_into_phases(events: RankEvents, main: pl.DataFrame) -> Windows:
 
 
 def _in_order(pieces: list[tuple[str, int | None, Stretches]], first: int, last: int) -> Windows:
+    """Stretches of all phases in the order of time. pieces: (phase, epoch, its stretches); where there is
+    none, the whole from `first` to `last` is the phase "run".
+    """
     rows = [(int(a), int(b), phase, epoch) for phase, epoch, (starts, ends) in pieces
             for a, b in zip(starts, ends, strict=True)] or [(first, last, "run", None)]  # fmt: skip
     rows.sort()

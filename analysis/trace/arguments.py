@@ -50,6 +50,9 @@ def read_argument_of(block: EventBlock, events: np.ndarray, key: int) -> np.ndar
 
 @compiled
 def _fill_argument_of(events, arg_begin, arg_key, arg_kind, arg_val, key, found):
+    """Set found, int64 [len(events)], to the argument `key` of these events. The columns arg_* are those of
+    an `EventBlock`.
+    """
     for k in range(len(events)):
         for j in range(arg_begin[events[k]], arg_begin[events[k] + 1]):
             if arg_key[j] == key and arg_kind[j] == INT:
@@ -58,6 +61,7 @@ def _fill_argument_of(events, arg_begin, arg_key, arg_kind, arg_val, key, found)
 
 @compiled
 def _fill_argument(arg_begin, arg_key, arg_kind, arg_val, key, found):
+    """The same for all events of a block: found is int64 [events]."""
     for i in range(len(found)):
         for j in range(arg_begin[i], arg_begin[i + 1]):
             if arg_key[j] == key and arg_kind[j] == INT:
@@ -73,6 +77,7 @@ def read_real_argument(block: EventBlock, key: int) -> np.ndarray:
 
 @compiled
 def _fill_real_argument(arg_begin, arg_key, arg_kind, arg_val, key, found):
+    """The same with real numbers, whose bits stand in arg_val: found is float64 [events]."""
     real = arg_val.view(np.float64)
     for i in range(len(found)):
         for j in range(arg_begin[i], arg_begin[i + 1]):

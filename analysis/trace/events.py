@@ -83,6 +83,9 @@ class TraceReader:
         paths: dict[int, int] | None = None,
         opened: Opener = open_trace,
     ) -> None:
+        """strings: where texts get their numbers, shared by several files. paths: number of a file's hash ->
+        number of its path. opened: opens the file and gives its lines.
+        """
         self.opened = opened
         self.process = TracedProcess(path)
         self.strings = strings
@@ -146,6 +149,9 @@ class TraceReader:
             self.process.folder = self.strings.text(folder)
 
     def _read_metadata(self, kind: int, tid: int, args: dict) -> None:
+        """Take in one metadata event. kind: number of its name (FH, HH, SH, CM). tid: the thread that wrote
+        it. args: of the event, as in the file.
+        """
         key, value = str(args.get("name", "")), args.get("value", "")
         process = self.process
         if kind == ID["FH"]:

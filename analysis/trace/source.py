@@ -41,7 +41,11 @@ class TraceSource(Protocol):
 
     def list_files(self) -> list[Path]: ...
 
-    def open_reader(self, path: Path, strings: StringTable, paths: dict[int, int]) -> BlockReader: ...
+    def open_reader(self, path: Path, strings: StringTable, paths: dict[int, int]) -> BlockReader:
+        """The blocks of one file. strings, paths: filled on the way, as in `TraceReader`; the reader may have
+        others.
+        """
+        ...
 
 
 class FileSource:
@@ -156,6 +160,7 @@ class _Sharer:
     """One of the analyses of a shared reading: its thread, its source, and how it ended."""
 
     def __init__(self, reading: SharedReading, name: str, analysis: Callable[[TraceSource], Any]) -> None:
+        """name: of the analysis, for messages. analysis: called with this source on a thread of its own."""
         self.reading, self.name = reading, name
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self.asked = threading.Semaphore(0)

@@ -218,6 +218,7 @@ def line_end(text, p):
 
 @compiled
 def _add_text(text, size, arrays):
+    """The number of a text: uint8, `size` bytes and PAD more. arrays: of the `StringTable`."""
     return intern_text(pointer(text), 0, size, make_pointers(arrays), True)
 
 

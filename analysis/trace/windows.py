@@ -18,6 +18,11 @@ def spread_bytes(
 
 @compiled
 def _spread_bytes(starts, ends, amounts, window, sums):
+    """Add each call's bytes to the windows of time that it lies in, by its share in each.
+
+    starts, ends: us from the first window, int64 [calls]. amounts: bytes [calls]. window: us. sums: float64
+    [windows], changed.
+    """
     most = len(sums) - 1
     for i in range(len(starts)):
         a, b = starts[i], ends[i]

@@ -76,6 +76,9 @@ class CheckpointWriter:
         return self._error
 
     def _run_save(self, number: int, pieces: list[Any], values: dict[str, Any], step: int) -> None:
+        """What the thread does; `save` says what the arguments are. number: of the save, the same on all
+        ranks.
+        """
         trace.name_thread("checkpoint")
         try:
             self._error = self._write_checkpoint(f"dlrm/checkpoint/{number}", pieces, values, step)

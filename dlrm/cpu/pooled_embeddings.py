@@ -125,6 +125,7 @@ class ShmPooledAwaitable(Awaitable[torch.Tensor]):
         target.copy_(self.as_matrix(part, *target.shape))
 
     def as_matrix(self, part: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """A peer's part, uint8 [bytes], as numbers [rows, columns]."""
         if part.numel() != rows * columns * self.type.itemsize:
             raise RuntimeError(
                 f"rank {self.own} received {part.numel()} bytes, expected {rows} x {columns} numbers"

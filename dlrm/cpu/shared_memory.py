@@ -37,6 +37,7 @@ class ShmChannels:
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+        """rank, size: of the process group, all ranks of which are on this host."""
         self.rank, self.size, self.timeout = rank, size, timeout
         self.peers = [peer for peer in range(size) if peer != rank]
         self.files = _open_files(store, rank, size)

@@ -34,6 +34,9 @@ class BatchCollator(ArrayCollator):
     def make_batch(
         self, dense: np.ndarray, values: np.ndarray, ids_per_row: tuple[int, ...], labels: np.ndarray
     ) -> Batch:
+        """torchrec's batch of n rows. dense: float32 [n, numerical]. values: int32 [ids], feature by feature.
+        ids_per_row: of each feature. labels: int32 [n].
+        """
         n = len(labels)
         lengths, offsets, length_per_key, offset_per_key = self._make_index_tensors(n, ids_per_row)
         batch = Batch(

@@ -144,10 +144,12 @@ Draw = Callable[[np.random.RandomState, int, int], np.ndarray]  # (generator, ta
 
 
 def draw_uniform(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
+    """int [count], ids below `size`."""
     return state.randint(0, size, count)
 
 
 def draw_pareto(state: np.random.RandomState, size: int, count: int) -> np.ndarray:
+    """int32 [count], ids below `size`, the low ones most often."""
     with np.errstate(invalid="ignore"):  # values beyond int32 wrap, as in the reference
         return state.pareto(0.25, count).astype(np.int32) % size
 

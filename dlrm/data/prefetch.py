@@ -20,6 +20,7 @@ class Prefetcher:
     """Iterates like the `BatchLoader` that it wraps; `batch_number` is that of the last batch."""
 
     def __init__(self, batches: BatchLoader, depth: int = 2, stage: str = "") -> None:
+        """depth: batches that are read ahead. stage: train, val or test."""
         self.batches, self.depth = batches, max(1, depth)
         self.stage = stage  # of the training, for the thread's name in the trace
         self.batch_number = -1

@@ -133,6 +133,7 @@ class StreamSource:
     contiguous = False
 
     def __init__(self, layout: NpyLayout, stage: str, chunk_mb: float = 16) -> None:
+        """stage: train, val or test, which decides the days."""
         self.bytes_read = layout.bytes_read
         self.batch = 0
         days = layout.split_days(stage)

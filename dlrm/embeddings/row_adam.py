@@ -125,6 +125,7 @@ class RowAdam(torch.optim.Optimizer):
     def __init__(
         self, parameters: Any, lr: float, betas: tuple[float, float], eps: float, foreach: bool = False
     ) -> None:
+        """parameters: tables [rows, width]. foreach: without effect, torch's optimizers have it."""
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
         for group in self.param_groups:
             for weights in group["params"]:  # now, so that a checkpoint of fused tables finds them by name

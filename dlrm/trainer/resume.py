@@ -258,6 +258,7 @@ class StoredRankState:
     """
 
     def __init__(self, trainer: Any, here: Ranks, found: Checkpoint) -> None:
+        """found: the description of a checkpoint, of which nothing is read yet."""
         self.path, self.rank = found.path, here.rank
         self.sums = torch.zeros_like(trainer.meter.sums)
         shapes = {each.name: each.shape for each in found.tensors}

@@ -204,6 +204,9 @@ class Trainer:
         run_folder: RunFolder,
         device: torch.device,
     ) -> None:
+        """options: of the model's own type. optimizer: of the dense layers, and fbgemm's for the tables.
+        device: the same kind on all ranks.
+        """
         self.options, self.datasets, self.model, self.optimizer = options, datasets, model, optimizer
         self.run_folder, self.device = run_folder, device
         self.mlperf_log = MLPerfLog(False)

@@ -66,6 +66,7 @@ class CachedTable:
         self, table: TableShare, row_file: RowFile, weights: torch.Tensor,
         state: torch.Tensor | Sequence[torch.Tensor] | None, io_thread: Executor | None = None,
     ) -> None:  # fmt: skip
+        """table: this rank's share of it. io_thread: reads and writes its file while batches are computed."""
         self.table, self.row_file = table, row_file
         self.cache = RowCache(len(weights))
         states = [] if state is None else [state] if isinstance(state, torch.Tensor) else state

@@ -33,6 +33,7 @@ class Attention(nn.Module):
     """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
+        """width: a multiple of `heads`. dropout: of the attention weights."""
         super().__init__()
         self.heads, self.rate = heads, dropout
         self.linear_layers = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
@@ -97,6 +98,9 @@ class HistoryArch(nn.Module):
     def __init__(
         self, vocabulary: int, max_len: int, width: int, dropout: float, table_device: torch.device | None
     ) -> None:
+        """vocabulary: items, with padding and mask. width: of an embedding. table_device: `meta` for a table
+        that is sharded later.
+        """
         super().__init__()
         self.positional = nn.Parameter(torch.randn(max_len, width))
         self.layernorm = nn.LayerNorm([max_len, width])

@@ -66,6 +66,7 @@ class TrainingSequences(_InMemorySource):
         self, data: Histories, max_len: int, mask_prob: float, dupe_factor: int, seed: int,
         bytes_read: dict[str, int] | None = None, window_share: float = STEP, mask_share: float = MASKED,
     ) -> None:  # fmt: skip
+        """bytes_read: by file, what was read to make `data`."""
         self.data, self.max_len, self.mask_prob, self.seed = data, max_len, mask_prob, seed
         self.mask_share = mask_share
         self.windows = cut_windows(data, max_len, window_share)

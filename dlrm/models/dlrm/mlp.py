@@ -37,6 +37,7 @@ class OverArch(nn.Module):
     """A ReLU MLP whose last layer is linear."""
 
     def __init__(self, inputs: int, layers: Sequence[int], device: torch.device | None) -> None:
+        """layers: the width of each layer; the last is that of the output."""
         super().__init__()
         hidden = list(layers[:-1])
         self.model = nn.Sequential(

@@ -39,6 +39,9 @@ class DLRM(nn.Module):
     """dense_features float32 [rows, numerical columns] and ids -> logits [rows, 1]."""
 
     def __init__(self, sparse: nn.Module, dense: nn.Module, interaction: nn.Module, over: nn.Module) -> None:
+        """sparse: ids -> pooled embeddings. dense: [rows, numerical] -> [rows, width]. interaction: both ->
+        [rows, n]. over: that -> [rows, 1].
+        """
         super().__init__()
         self.sparse_arch, self.dense_arch = sparse, dense
         self.inter_arch, self.over_arch = interaction, over

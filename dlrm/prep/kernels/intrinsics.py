@@ -62,11 +62,14 @@ def load_word(typing: Any, base: Any) -> Any:
 
 
 def get_pointer(builder: Any, base: Any, index: Any, kind: Any) -> Any:
+    """LLVM's pointer to item `index` of type `kind`, from the address `base`, int64."""
     return builder.gep(builder.inttoptr(base, kind.as_pointer()), [index])
 
 
 @intrinsic
 def load64(typing: Any, base: Any, index: Any) -> Any:
+    """Item `index` of an array of uint64 at the address `base`, unchecked."""
+
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(get_pointer(builder, args[0], args[1], I64))
 
@@ -75,6 +78,8 @@ def load64(typing: Any, base: Any, index: Any) -> Any:
 
 @intrinsic
 def store64(typing: Any, base: Any, index: Any, value: Any) -> Any:
+    """Write item `index` of an array of uint64 at the address `base`, unchecked."""
+
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], get_pointer(builder, args[0], args[1], I64))
         return context.get_dummy_value()
@@ -84,6 +89,8 @@ def store64(typing: Any, base: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def load32(typing: Any, base: Any, index: Any) -> Any:
+    """Item `index` of an array of uint32 at the address `base`, unchecked."""
+
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(get_pointer(builder, args[0], args[1], I32))
 
@@ -92,6 +99,8 @@ def load32(typing: Any, base: Any, index: Any) -> Any:
 
 @intrinsic
 def store32(typing: Any, base: Any, index: Any, value: Any) -> Any:
+    """Write item `index` of an array of uint32 at the address `base`, unchecked."""
+
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[2], get_pointer(builder, args[0], args[1], I32))
         return context.get_dummy_value()

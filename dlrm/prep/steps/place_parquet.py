@@ -72,6 +72,9 @@ class ParquetPlacer(Placer):
     """Writes a bucket's rows as one Parquet file in each subset that they belong to."""
 
     def write_rows(self, begin: int, dense: np.ndarray, sparse: np.ndarray, labels: np.ndarray) -> None:
+        """Write rows from output row `begin` on. dense: float32 [n, numerical]. sparse: [n, categorical].
+        labels: int32 [n].
+        """
         write_bucket(self.plan, begin, dense, sparse, labels)
 
 

@@ -35,6 +35,7 @@ class PrepPlan:
     def __init__(
         self, options: PrepOptions, found: list[InputFile], texts: list[Path], folders: Folders
     ) -> None:
+        """found: the input files, in order. folders: where work files and results go."""
         self.options, self.sources, self.texts, self.folders = options, found, texts, folders
         self.folder = folders.work
         self.pieces: list[InputPiece] = []

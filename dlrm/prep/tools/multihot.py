@@ -146,6 +146,7 @@ def make_tables(options: MultiHotOptions, scratch: Path) -> None:
 
 
 def draw_uniform(rng: np.random.RandomState, rows: int, shape: tuple[int, int]) -> np.ndarray:
+    """int [shape], ids below `rows`."""
     return rng.randint(0, rows, size=shape)
 
 
@@ -162,6 +163,7 @@ class IdTable:
     """A file of `make_tables`: in memory, or mapped if it is large."""
 
     def __init__(self, path: Path, rows: int, hots: int) -> None:
+        """The file has int32 [rows, hots]: for each id of a column the ids that it becomes."""
         self.path = path
         if 4 * rows * hots > IN_MEMORY:
             self._ids: np.ndarray = np.memmap(path, np.int32, "r", shape=(rows, hots))
