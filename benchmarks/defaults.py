@@ -1,4 +1,4 @@
-"""Whether the defaults of 3_train.sh learn: five datasets of different size and learnability.
+"""Whether the defaults of 3_train.sh learn: six datasets of different size and learnability.
 
 usage: python benchmarks/defaults.py [--work FOLDER] [--only NAME,NAME] [--ranks 1,2] [--options "..."]
 
@@ -109,6 +109,10 @@ DATASETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "rare": (
         "3 % clicks, weak signal in large tables",
         lambda folder: make_drawn(folder, 5, 60_000, draw_rare_clicks),
+    ),
+    "rare_large": (
+        "the same with two million training rows",
+        lambda folder: make_drawn(folder, 5, 500_000, draw_rare_clicks),
     ),
     "pairs": (
         "50 % clicks, only pairs of ids count",

@@ -53,8 +53,8 @@ class _CompileAnnouncer(Listener):
             self._is_said = True
         where = printable(os.environ.get(VARIABLE, ""))
         print(
-            f"analysis: compiling the loops that read traces: once for this processor and version, up to "
-            f"some minutes; kept in {where}",
+            "analysis: compiling the loops that read traces: once for this processor and version, half a "
+            f"minute or more; kept in {where}",
             file=sys.stderr,
             flush=True,
         )
