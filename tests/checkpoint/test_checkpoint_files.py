@@ -22,11 +22,11 @@ from dlrm.checkpoint.shards import TensorPiece
 from dlrm.runtime.ranks import Ranks
 
 
-def whole(name: str, tensor: torch.Tensor) -> TensorPiece:
+def make_whole_piece(name: str, tensor: torch.Tensor) -> TensorPiece:
     return TensorPiece(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
-def cut(name: str, tensor: torch.Tensor, low: tuple[int, ...], high: tuple[int, ...]) -> TensorPiece:
+def cut_piece(name: str, tensor: torch.Tensor, low: tuple[int, ...], high: tuple[int, ...]) -> TensorPiece:
     part = tensor[tuple(slice(a, b) for a, b in zip(low, high, strict=True))].clone()
     return TensorPiece(name, tuple(tensor.shape), low, part)
 
@@ -57,16 +57,16 @@ TENSORS = {
 
 
 def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
-    path = save(tmp_path, [whole(name, tensor) for name, tensor in TENSORS.items()])
+    path = save(tmp_path, [make_whole_piece(name, tensor) for name, tensor in TENSORS.items()])
     for name, tensor in TENSORS.items():
-        read = load(path, whole(name, torch.zeros_like(tensor)))
+        read = load(path, make_whole_piece(name, torch.zeros_like(tensor)))
         assert torch.equal(read, tensor), name
 
 
 def test_others_can_open_the_files(tmp_path: Path) -> None:
     """They are safetensors: the format's own library reads them."""
     load_file = pytest.importorskip("safetensors.torch").load_file
-    path = save(tmp_path, [whole(name, tensor) for name, tensor in TENSORS.items()])
+    path = save(tmp_path, [make_whole_piece(name, tensor) for name, tensor in TENSORS.items()])
     theirs = load_file(path / "rank00000.safetensors")
     assert {name.split(":", 1)[1] for name in theirs} == set(TENSORS)
     assert all(torch.equal(tensor, TENSORS[name.split(":", 1)[1]]) for name, tensor in theirs.items())
@@ -81,7 +81,7 @@ def test_any_cut_is_read_under_any_other(tmp_path: Path, seed: int, monkeypatch:
     def cuts() -> list[TensorPiece]:
         marks = [sorted({0, n, *(rng.randint(0, n) for _ in range(rng.randint(0, 3)))}) for n in tensor.shape]
         return [
-            cut("t", tensor, (a, c), (b, d))
+            cut_piece("t", tensor, (a, c), (b, d))
             for a, b in zip(marks[0], marks[0][1:], strict=False)
             for c, d in zip(marks[1], marks[1][1:], strict=False)
         ]
@@ -95,9 +95,9 @@ def test_any_cut_is_read_under_any_other(tmp_path: Path, seed: int, monkeypatch:
 
 def test_a_hole_is_noticed(tmp_path: Path) -> None:
     tensor = torch.randn(10, 4)
-    path = save(tmp_path, [cut("t", tensor, (0, 0), (6, 4))])
+    path = save(tmp_path, [cut_piece("t", tensor, (0, 0), (6, 4))])
     with pytest.raises(AssertionError):
-        load(path, whole("t", torch.zeros(10, 4)))
+        load(path, make_whole_piece("t", torch.zeros(10, 4)))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -105,7 +105,7 @@ def test_damage_is_noticed(tmp_path: Path, seed: int) -> None:
     """One byte anywhere: read whole and equal, or refused; never something else, never a crash."""
     rng = random.Random(seed)
     tensor = torch.randn(200, 16)
-    path = save(tmp_path, [whole("t", tensor)], score=0.5)
+    path = save(tmp_path, [make_whole_piece("t", tensor)], score=0.5)
     victim = path / rng.choice(["checkpoint.json", "rank00000.safetensors"])
     data = bytearray(victim.read_bytes())
     act = rng.choice(["flip", "cut", "grow", "zero", "remove"])
@@ -123,7 +123,7 @@ def test_damage_is_noticed(tmp_path: Path, seed: int) -> None:
         victim.unlink()
     try:
         found = folder.read_description(path)
-        target = whole("t", torch.zeros(200, 16))
+        target = make_whole_piece("t", torch.zeros(200, 16))
         stored = [each for each in found.tensors if each.name == "t"]
         count = sum(shards.read_into(path, found.files, each, [target], found.reader)[0] for each in stored)
     except CorruptCheckpoint as error:
@@ -133,7 +133,7 @@ def test_damage_is_noticed(tmp_path: Path, seed: int) -> None:
 
 
 def test_an_untrusted_description_cannot_reach_outside(tmp_path: Path) -> None:
-    path = save(tmp_path, [whole("t", torch.randn(4, 4))])
+    path = save(tmp_path, [make_whole_piece("t", torch.randn(4, 4))])
     values = json.loads((path / "checkpoint.json").read_text())
     outside = tmp_path / "secret"
     outside.write_bytes(bytes(1000))
@@ -158,18 +158,18 @@ def test_nothing_is_unpickled() -> None:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     scores = [0.1, 0.9, 0.3, 0.4, 0.5]
     for step, score in enumerate(scores):
-        save(tmp_path, [whole("t", torch.ones(3))], step, keep=2, score=score)
+        save(tmp_path, [make_whole_piece("t", torch.ones(3))], step, keep=2, score=score)
     kept = [path.name for path in folder.list_checkpoints(tmp_path)]
     assert kept == ["00005-step-4", "00004-step-3", "00002-step-1"]
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
 def test_half_written_ones_are_never_seen_and_cleared_away(tmp_path: Path) -> None:
-    save(tmp_path, [whole("t", torch.ones(3))], 1)
+    save(tmp_path, [make_whole_piece("t", torch.ones(3))], 1)
     partial, _ = folder.begin_checkpoint(tmp_path, 2)  # killed before the rename
     (partial / "rank00000.safetensors").write_bytes(b"half")
     assert [path.name for path in folder.list_checkpoints(tmp_path)] == ["00001-step-1"]
-    save(tmp_path, [whole("t", torch.ones(3))], 3)
+    save(tmp_path, [make_whole_piece("t", torch.ones(3))], 3)
     assert sorted(os.listdir(tmp_path)) == ["00001-step-1", "00002-step-3"]
 
 
@@ -188,18 +188,18 @@ def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
         for r in range(3)
     ]
     for rank, saver in enumerate(savers):
-        saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {"from": rank}, 5)
+        saver.save([cut_piece("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {"from": rank}, 5)
     assert [saver.wait_for_save() for saver in savers] == [None] * 3
     path = folder.list_checkpoints(tmp_path)[0]
     assert {saver.last_path for saver in savers} == {str(path)}
     assert (
         folder.read_description(path).state == {"from": 0} and len(folder.read_description(path).files) == 3
     )
-    assert torch.equal(load(path, whole("t", torch.zeros(9, 4))), tensor)
+    assert torch.equal(load(path, make_whole_piece("t", torch.zeros(9, 4))), tensor)
     # rank 1 cannot write: nothing is published, all are told why, the one before stays
     full.append("rank00001.safetensors")
     for rank, saver in enumerate(savers):
-        saver.save([cut("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {}, 6)
+        saver.save([cut_piece("t", tensor, (3 * rank, 0), (3 * rank + 3, 4))], {}, 6)
     message = [saver.wait_for_save() for saver in savers]
     assert len(set(message)) == 1 and "No space left" in str(message[0]) and "rank 1" in str(message[0])
     assert os.listdir(tmp_path) == ["00001-step-5"]
@@ -214,17 +214,17 @@ def test_training_waits_for_the_copy_alone(tmp_path: Path) -> None:
         return shards.write_pieces(*arguments)
 
     saver = state.open_writer(tmp_path, Ranks(), HashStore(), None, timeout=10, write_pieces=write_late)
-    saver.save([whole("t", tensor)], {}, 1)
+    saver.save([make_whole_piece("t", tensor)], {}, 1)
     tensor += 1
     gate.set()
     assert saver.wait_for_save() is None
-    assert not load(Path(str(saver.last_path)), whole("t", torch.ones(1000, 1000))).any()
+    assert not load(Path(str(saver.last_path)), make_whole_piece("t", torch.ones(1000, 1000))).any()
 
 
 def test_files_are_the_users_own(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        path = save(tmp_path, [whole("t", torch.ones(3))])
+        path = save(tmp_path, [make_whole_piece("t", torch.ones(3))])
     finally:
         os.umask(before)
     modes = {each.name: each.stat().st_mode & 0o777 for each in [path, *path.iterdir()]}

@@ -18,18 +18,18 @@ def words(toy: Path, *more: object) -> list[object]:
     return [*TOY, "--in_memory_binary_criteo_path", toy, *more]
 
 
-def steps(root: Path) -> list[int]:
+def list_saved_steps(root: Path) -> list[int]:
     return sorted(read_description(path).state["step"] for path in list_checkpoints(root))
 
 
-def numbers(done: Any) -> dict[str, Any]:
+def pick_numbers(done: Any) -> dict[str, Any]:
     return {key: done.results[key] for key in ("val_scores", "test_auroc", "steps", "samples")}
 
 
 def test_they_come_when_asked_for(toy: Path, train_here: Any) -> None:
     def made(*more: object) -> list[int]:
         done = train_here(*words(toy, "--max_steps", 10, "--keep_checkpoints", 0, *more))
-        return steps(done.folder / "checkpoints")
+        return list_saved_steps(done.folder / "checkpoints")
 
     assert made() == []
     assert made("--checkpoint_every_steps", 4) == [4, 8, 10]
@@ -41,7 +41,7 @@ def test_they_come_when_asked_for(toy: Path, train_here: Any) -> None:
 def test_epoch_ends_and_another_folder(toy: Path, tmp_path: Path, train_here: Any) -> None:
     more = ["--epochs", 2, "--limit_train_batches", 5, "--checkpoint_dir", tmp_path / "a place"]
     train_here(*words(toy, *more))
-    assert steps(tmp_path / "a place") == [5, 10]
+    assert list_saved_steps(tmp_path / "a place") == [5, 10]
     assert [read_description(path).state["epoch"] for path in list_checkpoints(tmp_path / "a place")] == [
         2,
         1,
@@ -56,7 +56,7 @@ def test_more_epochs_go_on_where_fewer_ended(toy: Path, tmp_path: Path, train_he
     kept = ["--checkpoint_dir", tmp_path / "kept"]
     train_here(*words(toy, "--epochs", 1, *more, *kept))
     done = train_here(*words(toy, "--epochs", 3, *more, *kept))
-    assert numbers(done) == numbers(whole)
+    assert pick_numbers(done) == pick_numbers(whole)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
@@ -71,7 +71,7 @@ def test_the_middle_of_an_epoch_to_the_bit(
     (gone,) = [path for path in list_checkpoints(tmp_path / "kept") if path.name.endswith("-9")]
     shutil.rmtree(gone)  # as if killed before: on from step 7, in the middle of a report
     done = train_here(*words(toy, *more, *kept))
-    assert numbers(done) == numbers(whole)
+    assert pick_numbers(done) == pick_numbers(whole)
     assert metrics(done.folder) == metrics(whole.folder)[-len(metrics(done.folder)) :]
 
 
@@ -94,7 +94,7 @@ def test_a_damaged_one_is_passed_over(
     output = capsys.readouterr()
     assert "skipped" in output.err and str(data) in output.err and "checksum" in output.err
     assert "-step-4: step 4" in output.out
-    assert numbers(done) == numbers(whole)
+    assert pick_numbers(done) == pick_numbers(whole)
     for path in list_checkpoints(tmp_path / "kept"):
         (path / "checkpoint.json").unlink()
     with pytest.raises(UserError, match="none of .* checkpoints can be read"):
@@ -109,7 +109,7 @@ def test_test_only_and_going_on_from_a_given_one(toy: Path, tmp_path: Path, trai
     assert tested.results["test_samples"] == whole.results["test_samples"] == 1500
     sixth = [path for path in list_checkpoints(whole.folder / "checkpoints") if path.name.endswith("-6")][0]
     on = train_here(*words(toy, "--max_steps", 12, "--load_checkpoint_path", sixth))
-    assert numbers(on) == numbers(whole)
+    assert pick_numbers(on) == pick_numbers(whole)
     anew = train_here(*words(toy, "--max_steps", 5, "--load_model_only", *given))
     assert anew.results["steps"] == 5
     with pytest.raises(UserError, match="--load_checkpoint_path"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.disk import mount_small_disk
 from support.ranks import LiveRanks, on_ranks, words
-from test_checkpoint_files import save, whole
+from test_checkpoint_files import make_whole_piece, save
 
 from common.errors import UserError
 from common.lock import FolderLock
@@ -26,7 +26,7 @@ from dlrm.trainer.run_folder import RunFolder
 THEIRS = b'{"step": 3, "mine": "thesis"}\n'
 
 
-def tree(root: Path) -> dict[str, bytes | str]:
+def read_tree(root: Path) -> dict[str, bytes | str]:
     return {
         str(path.relative_to(root)): os.readlink(path) if path.is_symlink() else path.read_bytes()
         for path in root.rglob("*")
@@ -40,10 +40,10 @@ def tree(root: Path) -> dict[str, bytes | str]:
 def test_a_run_folder_with_a_foreign_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(THEIRS)
-    before = tree(tmp_path)
+    before = read_tree(tmp_path)
     with pytest.raises(UserError, match="move it away") as refused:
         RunFolder(str(tmp_path), True, tensorboard=True)
-    assert tree(tmp_path) == before and len(str(refused.value).splitlines()) == 1
+    assert read_tree(tmp_path) == before and len(str(refused.value).splitlines()) == 1
 
 
 def test_a_link_in_place_of_a_file(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_link_in_place_of_a_file(tmp_path: Path) -> None:
     assert theirs.read_bytes() == THEIRS
 
 
-def report(run: Path, steps: range, **known: Any) -> dict[str, Any]:
+def write_reports(run: Path, steps: range, **known: Any) -> dict[str, Any]:
     records = RunFolder(str(run), True)
     records.resume_metrics(**known) if known else records.start_metrics()
     place: dict[str, Any] = {}
@@ -67,23 +67,23 @@ def report(run: Path, steps: range, **known: Any) -> dict[str, Any]:
     return place
 
 
-def steps(path: Path) -> list[int]:
+def read_steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
 def test_steps_are_never_twice_in_metrics(tmp_path: Path) -> None:
-    place = report(tmp_path, range(1, 6))
+    place = write_reports(tmp_path, range(1, 6))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # killed
-    report(tmp_path, range(1, 4))  # from the start again
-    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3] and steps_before(tmp_path) == [1, 2, 3, 4, 5]
+    write_reports(tmp_path, range(1, 4))  # from the start again
+    assert read_steps(tmp_path / "metrics.jsonl") == [1, 2, 3] and steps_before(tmp_path) == [1, 2, 3, 4, 5]
     shutil.rmtree(tmp_path)
-    place = report(tmp_path, range(1, 6))
-    report(tmp_path, range(6, 9), step=5, size=place["metrics_bytes"], checksum=place["metrics_crc32"])
-    report(tmp_path, range(6, 8), step=5, size=place["metrics_bytes"], checksum=place["metrics_crc32"])
-    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6, 7]
-    report(tmp_path, range(4, 6), step=3, size=7, checksum=1)  # of another folder
-    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    place = write_reports(tmp_path, range(1, 6))
+    write_reports(tmp_path, range(6, 9), step=5, size=place["metrics_bytes"], checksum=place["metrics_crc32"])
+    write_reports(tmp_path, range(6, 8), step=5, size=place["metrics_bytes"], checksum=place["metrics_crc32"])
+    assert read_steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6, 7]
+    write_reports(tmp_path, range(4, 6), step=3, size=7, checksum=1)  # of another folder
+    assert read_steps(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
 
 
 def steps_before(run: Path) -> list[int]:
@@ -101,20 +101,20 @@ def test_checkpoints_beside_foreign_files(tmp_path: Path) -> None:
         for file in ("checkpoint.json", "rank00000.safetensors", "notes"):
             (root / name / file).write_bytes(THEIRS)
     (root / "00003-step-5").symlink_to(elsewhere)
-    before = tree(tmp_path)
-    made = [save(root, [whole("t", torch.ones(3))], step, keep=1) for step in range(10, 13)]
+    before = read_tree(tmp_path)
+    made = [save(root, [make_whole_piece("t", torch.ones(3))], step, keep=1) for step in range(10, 13)]
     assert [path.exists() for path in made] == [False, False, True]
     copy = root / "00099-step-99"
     shutil.copytree(made[-1], copy)  # a copy is the user's
-    with_notes = save(root, [whole("t", torch.ones(3))], 100, keep=1)
+    with_notes = save(root, [make_whole_piece("t", torch.ones(3))], 100, keep=1)
     (with_notes / "notes").write_bytes(THEIRS)
-    save(root, [whole("t", torch.ones(3))], 101, keep=1)
-    after = tree(tmp_path)
+    save(root, [make_whole_piece("t", torch.ones(3))], 101, keep=1)
+    after = read_tree(tmp_path)
     assert {name: after.get(name) for name in before} == before
     assert copy.exists() and (with_notes / "notes").exists() and folder.read_description(with_notes)
 
 
-def store(root: Path) -> RowFile:
+def make_row_file(root: Path) -> RowFile:
     return RowFile(root, "t_cat_0", 100, 4, 0, "sgd", 0)
 
 
@@ -122,10 +122,10 @@ def store(root: Path) -> RowFile:
 def test_a_store_beside_foreign_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(THEIRS)
     if name.endswith("partial"):
-        store(tmp_path).close()
+        make_row_file(tmp_path).close()
     else:
         with pytest.raises(UserError, match="persistent_path"):
-            store(tmp_path)
+            make_row_file(tmp_path)
     assert (tmp_path / name).read_bytes() == THEIRS
 
 
@@ -139,10 +139,10 @@ def test_a_cache_whose_place_is_taken(tmp_path: Path) -> None:
     cache = tmp_path / "markov-1"
     cache.mkdir()
     (cache / "prepared.json").write_bytes(THEIRS)
-    before = tree(tmp_path)
+    before = read_tree(tmp_path)
     with pytest.raises(UserError, match="--cache_dir"):
         prepared.save_prepared(cache, ARRAYS, {"items": 3})
-    assert tree(tmp_path) == before
+    assert read_tree(tmp_path) == before
     prepared.save_prepared(tmp_path / "markov-2", ARRAYS, {"items": 3})
     prepared.save_prepared(tmp_path / "markov-2", ARRAYS, {"items": 3})
     found = prepared.load_prepared(tmp_path / "markov-2", {})
@@ -152,7 +152,7 @@ def test_a_cache_whose_place_is_taken(tmp_path: Path) -> None:
 # --- one writer
 
 
-def _hold(place: str, gate: Any, results: Any) -> None:
+def _try_to_lock(place: str, gate: Any, results: Any) -> None:
     gate.wait()
     try:
         with FolderLock(place, "training into it"):
@@ -163,11 +163,11 @@ def _hold(place: str, gate: Any, results: Any) -> None:
         gate.wait()
 
 
-def pairs(count: int, root: Path) -> None:
+def start_pairs(count: int, root: Path) -> None:
     fork = multiprocessing.get_context("fork")
     for _ in range(count):
         gate, results = fork.Barrier(2), fork.Queue()
-        both = [fork.Process(target=_hold, args=(str(root), gate, results)) for _ in range(2)]
+        both = [fork.Process(target=_try_to_lock, args=(str(root), gate, results)) for _ in range(2)]
         for each in both:
             each.start()
         output = sorted(results.get(timeout=60) for _ in both)
@@ -180,12 +180,12 @@ def pairs(count: int, root: Path) -> None:
 
 
 def test_pairs_of_writers(tmp_path: Path) -> None:
-    pairs(10, tmp_path)
+    start_pairs(10, tmp_path)
 
 
 @pytest.mark.slow
 def test_many_pairs_of_writers(tmp_path: Path) -> None:
-    pairs(200, tmp_path)
+    start_pairs(200, tmp_path)
 
 
 @pytest.mark.mpi

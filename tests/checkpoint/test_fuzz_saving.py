@@ -17,8 +17,8 @@ import pytest
 import torch
 from support.case_server import CaseServer
 from support.fuzzing import EXTREMES, check, mutate, outcome
-from test_checkpoint_files import whole
-from test_foreign_saving import ARRAYS, store
+from test_checkpoint_files import make_whole_piece
+from test_foreign_saving import ARRAYS, make_row_file
 
 from common.errors import UserError
 from dlrm.checkpoint import folder, state
@@ -56,7 +56,8 @@ class Job:
 def checkpoint(root: Path) -> Path:
     job, model = Job(), Small()
     own = {"meter/0": job.meter.sums, "rng/cpu/0": torch.get_rng_state()}
-    pieces = state.pieces_of_rank(model, None, 0) + [whole(name, value) for name, value in own.items()]
+    pieces = state.pieces_of_rank(model, None, 0)
+    pieces += [make_whole_piece(name, value) for name, value in own.items()]
     saver = state.open_writer(root, Ranks(), torch.distributed.HashStore(), None, timeout=10)
     saver.save(pieces, STATE, 4)
     assert saver.wait_for_save() is None
@@ -87,7 +88,7 @@ def read_checkpoint(argv: list[str]) -> int:
 
 def read_store(argv: list[str]) -> int:
     def read() -> None:
-        opened = store(Path(argv[0]))
+        opened = make_row_file(Path(argv[0]))
         opened.read(np.arange(100))
         opened.close()
 
@@ -114,13 +115,13 @@ def read_metrics(argv: list[str]) -> int:
     return run_as_entry(read)
 
 
-def sealed(values: dict[str, Any]) -> bytes:
+def seal_description(values: dict[str, Any]) -> bytes:
     """A description whose checksum is right, whatever it says."""
     values = {key: value for key, value in values.items() if key != "crc32"}
     return json.dumps({**values, "crc32": zlib.crc32(json.dumps(values, sort_keys=True).encode())}).encode()
 
 
-def changed(value: Any, chance: random.Random) -> Any:
+def change_one_value(value: Any, chance: random.Random) -> Any:
     """The same JSON with one value anywhere replaced by another."""
     strange = [
         None, True, -1, 0, 99999999999, 1 << 62, -(1 << 63), 10**19, 1e308, float("nan"), "", "x" * 3000,
@@ -131,28 +132,28 @@ def changed(value: Any, chance: random.Random) -> Any:
         key = chance.choice(sorted(value))
         if chance.random() < 0.05:
             return {k: v for k, v in value.items() if k != key}
-        return {**value, key: changed(value[key], chance)}
+        return {**value, key: change_one_value(value[key], chance)}
     if isinstance(value, list) and value and chance.random() < 0.93:
         at = chance.randrange(len(value))
-        return [*value[:at], changed(value[at], chance), *value[at + 1 :]]
+        return [*value[:at], change_one_value(value[at], chance), *value[at + 1 :]]
     return chance.choice(strange)
 
 
-def hostile(name: str, data: bytes, chance: random.Random) -> bytes:
+def damage_bytes(name: str, data: bytes, chance: random.Random) -> bytes:
     if name.endswith(".json") and chance.random() < 0.7:
-        made = changed(json.loads(data), chance)
+        made = change_one_value(json.loads(data), chance)
         if name == "checkpoint.json" and isinstance(made, dict):
-            return sealed(made)
+            return seal_description(made)
         return json.dumps(made).encode()
     return chance.choice(EXTREMES) * 3 if chance.random() < 0.05 else mutate(data, chance)
 
 
-def prepare(place: Path, which: str) -> tuple[Path, Callable[[list[str]], int]]:
+def make_target(place: Path, which: str) -> tuple[Path, Callable[[list[str]], int]]:
     """A whole one of this kind, and what reads it."""
     if which == "checkpoint":
         return checkpoint(place), read_checkpoint
     if which == "store":
-        opened = store(place / "store")
+        opened = make_row_file(place / "store")
         opened.read(np.arange(100))
         opened.close()
         return place / "store", read_store
@@ -173,7 +174,7 @@ WHICH = ["checkpoint", "store", "cache", "metrics"]
 def read_damaged(argv: list[str]) -> None:
     """argv: one of WHICH, an empty folder, the first seed and the one after the last."""
     which, place, seeds = argv[0], Path(argv[1]), range(int(argv[2]), int(argv[3]))
-    good, read = prepare(place, which)
+    good, read = make_target(place, which)
     check(outcome(read, [good]))
     names = sorted(path.name for path in good.iterdir() if path.is_file())
     for seed in seeds:
@@ -182,7 +183,7 @@ def read_damaged(argv: list[str]) -> None:
         shutil.copytree(good, case)
         # the description decides what is done with the rest
         name = chance.choice([*names, *(each for each in names if each.endswith(".json"))])
-        (case / name).write_bytes(hostile(name, (case / name).read_bytes(), chance))
+        (case / name).write_bytes(damage_bytes(name, (case / name).read_bytes(), chance))
         try:
             check(outcome(read, [case]))
         except AssertionError as error:
@@ -218,7 +219,7 @@ def test_impossible_numbers_are_refused(whole_one: Path, tmp_path: Path, key: st
     shutil.copytree(whole_one, path)
     values = json.loads((path / "checkpoint.json").read_text())
     values["state"][key] = value
-    (path / "checkpoint.json").write_bytes(sealed(values))
+    (path / "checkpoint.json").write_bytes(seal_description(values))
     check(CASES.run("read_checkpoint", path), refused=True)
 
 
@@ -231,7 +232,7 @@ def test_names_of_the_first_checkpoints_are_still_read(tmp_path: Path) -> None:
     ):
         for old, new in names.items():
             found[old] = found.pop(new)
-    (path / "checkpoint.json").write_bytes(sealed(values))
+    (path / "checkpoint.json").write_bytes(seal_description(values))
     progress, old_keys = resume.check_state(folder.read_description(path), True)
     assert progress == loop.Progress(**STATE["progress"])
     assert old_keys == [*resume.OLD_STATE_KEYS, *resume.OLD_PROGRESS_KEYS]

@@ -19,7 +19,7 @@ SIZES = [3 + 7 * k for k in range(26)]
 KINDS = ["stream", "memory", "mmap"]
 
 
-def equal(mine: Batch, theirs: Batch) -> bool:
+def are_equal(mine: Batch, theirs: Batch) -> bool:
     ids, ids2 = mine.sparse_features, theirs.sparse_features
     return (
         torch.equal(mine.dense_features, theirs.dense_features)
@@ -61,7 +61,7 @@ def test_equal_to_torchrec(tmp_path: Path, kind: str, world: int) -> None:
                     batches = BatchLoader(source, size, rank, world, SIZES, drop_last=drop)
                     mine = list(batches)
                     assert len(batches) == len(mine) == len(theirs)
-                    assert all(equal(a, b) for a, b in zip(mine, theirs, strict=True))
+                    assert all(are_equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["memory", "mmap"])
@@ -78,7 +78,7 @@ def test_shuffled_set_equal_to_torchrec(tmp_path: Path, kind: str, world: int) -
         # the tail differs: torchrec's ranks may have unequal numbers of batches
         full = len(theirs) - 2
         assert full > 5
-        assert all(equal(a, b) for a, b in zip(mine[:full], theirs[:full], strict=True))
+        assert all(are_equal(a, b) for a, b in zip(mine[:full], theirs[:full], strict=True))
 
 
 def test_two_ranks_see_what_one_sees_with_twice_the_batch(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dlrm.data.rows import Rows
 from dlrm.runtime.errors import UserError
 
 
-def some(n: int = 50) -> Rows:
+def make_rows(n: int = 50) -> Rows:
     made = rows(n)
     return Rows(made["dense"], made["sparse"], made["labels"].reshape(-1))
 
@@ -24,7 +24,7 @@ def where(row: int, part: str) -> str:
 
 
 def test_folding_is_the_remainder_also_of_negative_ids() -> None:
-    given = some()
+    given = make_rows()
     ids = np.asarray(given.sparse)
     ids[::3] = -ids[::3]
     sizes = [1, 2, 3, *[10**k for k in range(1, 10)], *[977] * 14]
@@ -34,7 +34,7 @@ def test_folding_is_the_remainder_also_of_negative_ids() -> None:
 
 
 def test_the_batch_owns_its_memory() -> None:
-    given = some()
+    given = make_rows()
     batch = BatchCollator([1000] * 26)(given, where)
     before = [batch.dense_features.clone(), batch.sparse_features.values().clone(), batch.labels.clone()]
     for array in given:
@@ -45,21 +45,21 @@ def test_the_batch_owns_its_memory() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_dense_values_that_are_no_numbers(value: float) -> None:
-    given = some()
+    given = make_rows()
     given.dense[17, 4] = value
     with pytest.raises(UserError, match=rf"^dense 17: {value} in column 4"):
         BatchCollator()(given, where)
 
 
 def test_large_finite_values_pass() -> None:
-    given = some()
+    given = make_rows()
     given.dense[17, 4] = 3e38
     assert BatchCollator()(given, where).dense_features[17, 4] == np.float32(3e38)
 
 
 @pytest.mark.parametrize("label", [2, -1, 7])
 def test_labels_other_than_0_and_1(label: int) -> None:
-    given = some()
+    given = make_rows()
     given.labels[3] = label
     with pytest.raises(UserError, match=rf"^labels 3: label {label}, expected 0 or 1"):
         BatchCollator()(given, where)
@@ -67,7 +67,7 @@ def test_labels_other_than_0_and_1(label: int) -> None:
 
 @pytest.mark.parametrize("bad", [100, -1, 2**31 - 1])
 def test_ids_outside_their_table(bad: int) -> None:
-    given = some()
+    given = make_rows()
     np.asarray(given.sparse)[:] %= 100
     BatchCollator([100] * 26, fold=False)(given, where)
     np.asarray(given.sparse)[8, 25] = bad
@@ -76,7 +76,7 @@ def test_ids_outside_their_table(bad: int) -> None:
 
 
 def test_negative_ids_without_table_sizes() -> None:
-    given = some()
+    given = make_rows()
     np.asarray(given.sparse)[8, 25] = -5
     with pytest.raises(UserError, match="^sparse 8: id -5 of cat_25"):
         BatchCollator()(given, where)
@@ -104,6 +104,6 @@ def test_the_message_names_file_and_row(tmp_path: Path, kind: str, how: dict[str
 
 def test_wrong_table_sizes() -> None:
     with pytest.raises(UserError, match="num_embeddings_per_feature: 26 sizes"):
-        BatchCollator([5] * 25)(some(), where)
+        BatchCollator([5] * 25)(make_rows(), where)
     with pytest.raises(UserError, match="num_embeddings_per_feature"):
         BatchCollator([5] * 25 + [0])

@@ -279,7 +279,7 @@ def damage_text(data: bytes, chance: random.Random) -> bytes:
     return b"\n".join(words)
 
 
-def damage(name: str, data: bytes, chance: random.Random) -> bytes:
+def damage_bytes(name: str, data: bytes, chance: random.Random) -> bytes:
     kind = chance.random()
     if kind < 0.35 or not data:
         return mutate(data, chance)
@@ -354,7 +354,7 @@ def read_damaged(argv: list[str]) -> None:
             done = replace_file(case / name, chance)
         elif seed >= 0:
             done = "bytes"
-            (case / name).write_bytes(damage(name, (case / name).read_bytes(), chance))
+            (case / name).write_bytes(damage_bytes(name, (case / name).read_bytes(), chance))
         if seed >= 0 and chance.random() < 0.05:  # a day that is far away
             (case / f"day_{chance.choice((2, 7, 9999, 10**12, '٣', '00', '01'))}{name[5:]}").touch()
         found = one(case)

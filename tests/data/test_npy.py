@@ -15,7 +15,7 @@ from dlrm.runtime.errors import UserError
 KINDS = ["stream", "memory", "mmap"]
 
 
-def whole(folder: Path, days: list[int], part: str) -> np.ndarray:
+def load_days(folder: Path, days: list[int], part: str) -> np.ndarray:
     return np.concatenate([np.load(folder / f"day_{day}_{part}.npy") for day in days])
 
 
@@ -32,7 +32,7 @@ def test_sequential_reads_give_each_row_once(tmp_path: Path, kind: str, chunk_mb
             got = source.read(start, stop, source.rows)
             found.append([got.dense.copy(), np.array(got.sparse), got.labels[:, None].copy()])
         for part, columns in zip(("dense", "sparse", "labels"), zip(*found, strict=True), strict=True):
-            want = whole(folder, days, part)[half[stage] or slice(None)]
+            want = load_days(folder, days, part)[half[stage] or slice(None)]
             np.testing.assert_array_equal(np.concatenate(columns), want)
         source.close()
 

@@ -37,7 +37,7 @@ def first_values(rows: int = ROWS) -> np.ndarray:
     return weights.numpy()
 
 
-def skewed(random: np.random.Generator, count: int, rows: int = ROWS, power: int = 4) -> np.ndarray:
+def draw_skewed(random: np.random.Generator, count: int, rows: int = ROWS, power: int = 4) -> np.ndarray:
     return (rows * random.random(count) ** power).astype(np.int64)
 
 
@@ -46,7 +46,7 @@ def work(
 ) -> None:  # fmt: skip
     """Batches of updates on the table and on whole arrays; what is looked up is the same."""
     random = np.random.default_rng(seed)
-    all_ids = [skewed(random, 150, len(weights), power) for _ in range(batches)]
+    all_ids = [draw_skewed(random, 150, len(weights), power) for _ in range(batches)]
     for batch, ids in enumerate(all_ids):
         change = batch % 3 != 2
         slots = table.admit_rows(ids, change)
@@ -69,9 +69,9 @@ def test_slots_agree_with_a_plain_map_under_random_batches() -> None:
     cached: dict[int, int] = {}  # row -> slot, kept by plain means
     changed: set[int] = set()
     for batch in range(400):
-        ids = skewed(random, int(random.integers(1, 60)))
+        ids = draw_skewed(random, int(random.integers(1, 60)))
         change = bool(batch % 2)
-        lookup = cache.look_up(skewed(random, 30) if batch % 5 else ids) if batch % 3 else None
+        lookup = cache.look_up(draw_skewed(random, 30) if batch % 5 else ids) if batch % 3 else None
         new = cache.admit_rows(ids, change, lookup)
         slots, missing, into, evicted, evicted_slots = (
             new.slots,

@@ -22,7 +22,7 @@ SMALL = [
 FILES = ["--store_type", "cached_ssd", "--cache_memory_budget_mb", 1.5]
 
 
-def same(one: Finished, other: Finished) -> None:
+def check_same_results(one: Finished, other: Finished) -> None:
     assert one.losses == other.losses and len(one.losses) == 12
     assert one.results["val_scores"] == other.results["val_scores"]
     assert one.results["test_auroc"] == other.results["test_auroc"] is not None
@@ -34,7 +34,7 @@ def test_losses_are_those_of_tables_in_memory(train_here: Train, optimizer: str)
     memory = train_here(*words)
     for budget in (1.5 if optimizer == "adam" else 1, 100):  # two floats of state for a weight
         files = train_here(*words, *FILES[:3], budget)
-        same(files, memory)
+        check_same_results(files, memory)
         evicted = sum(line["cache_evictions"] for line in files.metrics if "loss" in line)
         assert (evicted > 0) == (budget < 100)
         assert all(0 <= line["cache_hit_rate"] < 1 for line in files.metrics)
@@ -45,7 +45,7 @@ def test_two_ranks(train: Train, toy: Path) -> None:
     words = [*SMALL, "--in_memory_binary_criteo_path", toy, "--multi_hot_sizes", ",".join(["2"] * 26)]
     memory, files = train(2, *words), train(2, *words, *FILES)
     assert memory.codes == files.codes == [0, 0], files.err
-    same(files, memory)
+    check_same_results(files, memory)
     read = files.results["bytes_read"]
     for rank in ("0", "1"):
         stores = {path: count for path, count in read[rank].items() if path.endswith(".rows")}
@@ -70,7 +70,7 @@ def test_two_ranks_share_the_rows_of_tables(train: Train, toy: Path, tmp_path: P
     saves = ["--checkpoint_dir", tmp_path / "saved", "--checkpoint_every_steps", 5, "--keep_checkpoints", 0]
     memory, files = train(2, *words, *parts), train(2, *words, *FILES, *parts, *saves)
     assert memory.codes == files.codes == [0, 0], files.err
-    same(files, memory)
+    check_same_results(files, memory)
     stores = files.folder / "store"
     assert {path.name for path in stores.glob("t_cat_0.*.rows")} == {
         "t_cat_0.0-1501.rows",
@@ -100,7 +100,7 @@ def test_columns_of_tables(train_here: Train, tmp_path: Path, optimizer: str) ->
     saves = ["--checkpoint_dir", tmp_path / "saved", "--checkpoint_every_steps", 5, "--keep_checkpoints", 0]
     memory = train_here(*words, *parts)
     files = train_here(*words, *parts, *FILES[:3], 4, *saves)
-    same(files, memory)
+    check_same_results(files, memory)
     assert sum(line["cache_evictions"] for line in files.metrics if "loss" in line) > 0
     names = {path.name for path in (files.folder / "store").glob("t_cat_0.*rows")}
     assert names == {"t_cat_0.columns-0-8.rows", "t_cat_0.columns-8-16.rows"}
@@ -119,7 +119,7 @@ def test_two_ranks_share_the_columns_of_tables(train: Train, toy: Path, tmp_path
     words = [*SMALL, "--in_memory_binary_criteo_path", toy, "--sharding_file", sharding_file]
     memory, files = train(2, *words), train(2, *words, *FILES)
     assert memory.codes == files.codes == [0, 0], files.err
-    same(files, memory)
+    check_same_results(files, memory)
     plan = json.loads((files.folder / "plan.json").read_text())["t_cat_0"]
     assert {(shard["rank"], *shard["size"]) for shard in plan["shards"]} == {(0, 3000, 8), (1, 3000, 8)}
 
@@ -181,7 +181,7 @@ def test_single_tables_by_the_sharding_file(train_here: Train, tmp_path: Path) -
     sharding_file = tmp_path / "sharding.json"
     sharding_file.write_text('{"t_cat_3": {"store": "cached_ssd"}, "t_cat_9": {"store": "cached_ssd"}}')
     some = train_here(*SMALL, "--cache_memory_budget_mb", 0.1, "--sharding_file", sharding_file)
-    same(some, train_here(*SMALL))
+    check_same_results(some, train_here(*SMALL))
     assert {path.name for path in (some.folder / "store").glob("*.rows")} == {"t_cat_3.rows", "t_cat_9.rows"}
 
 
@@ -255,7 +255,7 @@ def test_auto_takes_files_where_memory_is_short(
         "tables: cached_ssd: tables and optimizer take 0.00998 GB, memory has 0.01" in capsys.readouterr().out
     )
     assert len(list((files.folder / "store").glob("*.rows"))) == 26
-    same(files, memory)
+    check_same_results(files, memory)
 
 
 def test_oneflows_recipe(train: Train, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """All output files are equal, byte for byte, to those of torchrec's three scripts and of the plain engine."""
 
-import filecmp
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.data_folder import check_same_files
 from support.ranks import python
 
 from dlrm.data.criteo import DatasetMeta
@@ -42,7 +42,7 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reference(days: Path, out: Path, count: int, threshold: int, seed: int) -> Path:
+def run_torchrec(days: Path, out: Path, count: int, threshold: int, seed: int) -> Path:
     """torchrec's functions, called as its scripts call them, for fewer than 24 days."""
     from torchrec.datasets.criteo import BinaryCriteoUtils as Utils
 
@@ -59,13 +59,6 @@ def reference(days: Path, out: Path, count: int, threshold: int, seed: int) -> P
     return out
 
 
-def same(left: Path, right: Path, pattern: str = "day_*.npy") -> None:
-    names = sorted(path.name for path in left.glob(pattern))
-    assert names
-    for name in names:
-        assert filecmp.cmp(left / name, right / name, shallow=False), name
-
-
 def run(days: Path, out: Path, *flags: str) -> Path:
     assert main(["run", "--input_dir", str(days), "--output_dir", str(out), *flags]) == 0
     return out
@@ -73,40 +66,40 @@ def run(days: Path, out: Path, *flags: str) -> Path:
 
 @pytest.mark.parametrize(("threshold", "seed"), [(0, 0), (3, 0), (2, 42), (1, 7), (40, 1)])
 def test_torchrec_byte_for_byte(days: Path, tmp_path: Path, threshold: int, seed: int) -> None:
-    wanted = reference(days, tmp_path / "reference", 4, threshold, seed)
+    wanted = run_torchrec(days, tmp_path / "reference", 4, threshold, seed)
     flags = ["--frequency_threshold", str(threshold), "--random_seed", str(seed), "--compat", "torchrec"]
     for engine in ("plain", "numba"):
         got = run(days, tmp_path / engine, *flags, "--engine", engine)
-        same(wanted / "three", got)
+        check_same_files(wanted / "three", got)
         assert len(list(got.glob("*.npy"))) == 12
     steps = run(days, tmp_path / "parsed", *flags[4:], "--steps", "parse")
-    same(wanted / "one", steps)
+    check_same_files(wanted / "one", steps)
     steps = run(days, tmp_path / "numbered", *flags[:2], *flags[4:], "--steps", "parse,contiguous")
-    same(wanted / "two", steps)
+    check_same_files(wanted / "two", steps)
 
 
 @pytest.mark.parametrize("threshold", [0, 3])
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_three_scripts_one_at_a_time(days: Path, tmp_path: Path, threshold: int, workers: str) -> None:
-    wanted = reference(days, tmp_path / "reference", 4, threshold, 5)
+    wanted = run_torchrec(days, tmp_path / "reference", 4, threshold, 5)
     one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
     assert main(["parse", "--input_dir", str(days), "--output_dir", one, "--workers", workers]) == 0
-    same(wanted / "one", Path(one))
+    check_same_files(wanted / "one", Path(one))
     numbering = ["--frequency_threshold", str(threshold)]
     assert main(["contiguous", "--input_dir", one, "--output_dir", two, *numbering]) == 0
     for path in Path(two).glob("*_contig_freq.npy"):
         path.rename(path.with_name(path.name.replace("_contig_freq", "")))
-    same(wanted / "two", Path(two))
+    check_same_files(wanted / "two", Path(two))
     folders = ["--input_dir_labels_and_dense", one, "--input_dir_sparse", two, "--output_dir_shuffled", three]
     assert main(["shuffle", *folders, "--random_seed", "5"]) == 0
-    same(wanted / "three", Path(three))
+    check_same_files(wanted / "three", Path(three))
     folders = ["--input_dir_labels_and_dense", one, "--input_dir_sparse", one, "--output_dir_shuffled", three]
     assert main(["shuffle", *folders, "--random_seed", "5"]) == 0  # raw hashes: rounded, and lost above 2^31
     rows = {day: len(np.load(f"{one}/day_{day}_labels.npy")) for day in range(3)}
     from torchrec.datasets.criteo import BinaryCriteoUtils as Utils
 
     Utils.shuffle(one, one, str(wanted / "three"), rows, days=4, random_seed=5)
-    same(wanted / "three", Path(three))
+    check_same_files(wanted / "three", Path(three))
 
 
 VARIANTS = {
@@ -129,7 +122,7 @@ def test_engines_agree(days: Path, tmp_path: Path, name: str) -> None:
         days = without_low_counts(days, tmp_path / "days")
     wanted = run(days, tmp_path / "plain", *VARIANTS[name], "--engine", "plain")
     got = run(days, tmp_path / "numba", *VARIANTS[name])
-    same(wanted, got)
+    check_same_files(wanted, got)
     wanted, got = ((folder / "meta.json").read_text() for folder in (wanted, got))
     assert wanted.split('"parameters"')[0] == got.split('"parameters"')[0]
     assert wanted.split('"md5"')[1] == got.split('"md5"')[1]
@@ -148,7 +141,7 @@ def test_giant_columns_by_bitmap(days: Path, tmp_path: Path, least: int) -> None
     flags = ["--frequency_threshold", str(least), "--part_bytes", "90000"]
     wanted = run(days, tmp_path / "tables", *flags)
     got = run(days, tmp_path / "bitmaps", *flags, "--bitmap_entries", "2600")
-    same(wanted, got)
+    check_same_files(wanted, got)
 
 
 def test_exact_ids_where_torchrec_rounds(tmp_path: Path) -> None:
@@ -178,7 +171,7 @@ def test_same_bytes_for_any_number_of_ranks(days: Path, one_rank: Path, tmp_path
         [str(word) for word in command], cwd=ROOT, env=environment, timeout=200, capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()
-    same(one_rank, tmp_path / "out")
+    check_same_files(one_rank, tmp_path / "out")
 
 
 @pytest.mark.mpi
@@ -232,7 +225,7 @@ def test_spark_gives_the_same_bytes(days: Path, tmp_path: Path, flags: list[str]
     few = copy_few_rows(days, tmp_path / "few")
     wanted = run(few, tmp_path / "plain", "--engine", "plain", *flags)
     run_spark(few, tmp_path / "spark", "--workers", 1, *flags)
-    same(wanted, tmp_path / "spark")
+    check_same_files(wanted, tmp_path / "spark")
 
 
 @pytest.mark.spark

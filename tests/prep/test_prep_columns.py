@@ -1,12 +1,12 @@
 """Datasets with other numbers of columns than Criteo's 13 and 26: the same bytes by every engine and tool."""
 
-import filecmp
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.data_folder import check_same_files
 from support.ranks import python
 
 from dlrm.data.criteo import CRITEO, Columns, DatasetMeta
@@ -21,23 +21,16 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape
 Made = Callable[[int, int], Path]
 
 
-def prep(command: str, **options: object) -> int:
+def run_prep(command: str, **options: object) -> int:
     words = [word for name, value in options.items() for word in (f"--{name}", str(value)) if word]
     return main([command, *words])
-
-
-def same(left: Path, right: Path) -> None:
-    names = sorted(path.name for path in left.glob("day_*.npy"))
-    assert len(names) == 9
-    for name in names:
-        assert filecmp.cmp(left / name, right / name, shallow=False), name
 
 
 @each_shape
 def test_engines_agree(other_columns: Made, tmp_path: Path, shape: tuple[int, int]) -> None:
     made, out = other_columns(*shape), tmp_path / "npy"
-    assert prep("run", input_dir=made / "tsv", output_dir=out, workers=2, part_bytes=20_000) == 0
-    same(made / "npy", out)
+    assert run_prep("run", input_dir=made / "tsv", output_dir=out, workers=2, part_bytes=20_000) == 0
+    check_same_files(made / "npy", out)
     assert DatasetMeta.load(out).columns == Columns(*shape)
     assert main(["check", str(out)]) == 0
 
@@ -47,7 +40,7 @@ def test_against_the_text(other_columns: Made, tmp_path: Path, shape: tuple[int,
     """Each field of the text, parsed here, is where it belongs."""
     numerical, categorical = shape
     made = other_columns(*shape)
-    assert prep("run", input_dir=made / "tsv", output_dir=tmp_path / "raw", steps="parse") == 0
+    assert run_prep("run", input_dir=made / "tsv", output_dir=tmp_path / "raw", steps="parse") == 0
     for day in range(3):
         lines = [line.split("\t") for line in (made / "tsv" / f"day_{day}").read_text().split("\n")[:-1]]
         counts = np.array([[int(f or "0") for f in line[1 : 1 + numerical]] for line in lines], np.int32)
@@ -69,14 +62,14 @@ def test_the_three_scripts(other_columns: Made, tmp_path: Path, shape: tuple[int
     one, two, three, whole = (tmp_path / name for name in ("one", "two", "three", "whole"))
     # of lines with more than Criteo's 40 columns torchrec ignores the rest, unless the numbers are given
     given = {"num_numerical": shape[0], "num_categorical": shape[1]} if sum(shape) > 39 else {}
-    assert prep("parse", input_dir=text, output_dir=one, workers=1, **given) == 0
-    assert prep("contiguous", input_dir=one, output_dir=two) == 0
+    assert run_prep("parse", input_dir=text, output_dir=one, workers=1, **given) == 0
+    assert run_prep("contiguous", input_dir=one, output_dir=two) == 0
     for path in two.glob("*_contig_freq.npy"):
         path.rename(two / path.name.replace("_contig_freq", ""))
     dirs = {"input_dir_labels_and_dense": one, "input_dir_sparse": two, "output_dir_shuffled": three}
-    assert prep("shuffle", **dirs) == 0
-    assert prep("run", input_dir=text, output_dir=whole, compat="torchrec", **given) == 0
-    same(whole, three)
+    assert run_prep("shuffle", **dirs) == 0
+    assert run_prep("run", input_dir=text, output_dir=whole, compat="torchrec", **given) == 0
+    check_same_files(whole, three)
     assert scan_dataset("stream", three).columns == Columns(*shape)
 
 
@@ -92,7 +85,7 @@ def read(kind: str, folder: Path, stage: str) -> Rows:
 def test_every_format_has_the_same_rows(other_columns: Made, tmp_path: Path, shape: tuple[int, int]) -> None:
     made = other_columns(*shape)
     parquet, multi_hot = tmp_path / "parquet", tmp_path / "multi_hot"
-    assert prep("run", input_dir=made / "tsv", output_dir=parquet, format="parquet") == 0
+    assert run_prep("run", input_dir=made / "tsv", output_dir=parquet, format="parquet") == 0
     hots = [1 + column % 3 for column in range(shape[1])]
     words = ["--copy_labels_and_dense", "--multi_hot_sizes", ",".join(map(str, hots))]
     folders = ["--input_dir", str(made / "npy"), "--output_dir", str(multi_hot)]
@@ -134,7 +127,7 @@ def test_how_many_columns_there_are(
     tmp_path: Path, line: str, given: dict[str, int], found: tuple[int, int]
 ) -> None:
     text = write_text(tmp_path / "in", line)
-    code = prep("run", input_dir=text, output_dir=tmp_path / "out", engine="plain", **given)
+    code = run_prep("run", input_dir=text, output_dir=tmp_path / "out", engine="plain", **given)
     if found == (13, 26) and "deadbeef" in line:  # 40 columns are read as Criteo's: the tenth id is "5"
         assert code == 2 or DatasetMeta.load(tmp_path / "out").columns == CRITEO
     else:
@@ -163,7 +156,7 @@ def test_what_is_not_certain_must_be_given(
     why: str,
 ) -> None:
     text = write_text(tmp_path / "in", line)
-    assert prep("run", input_dir=text, output_dir=tmp_path / "out", engine=engine, **given) == 2
+    assert run_prep("run", input_dir=text, output_dir=tmp_path / "out", engine=engine, **given) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert why in last and last.startswith("dlrm.prep: ")
     assert not (tmp_path / "out" / "meta.json").exists()
@@ -171,8 +164,11 @@ def test_what_is_not_certain_must_be_given(
 
 def test_a_dataset_of_other_columns_is_made_again(other_columns: Made, tmp_path: Path) -> None:
     text, out = other_columns(5, 7) / "tsv", tmp_path / "out"
-    assert prep("run", input_dir=text, output_dir=out, steps="parse") == 0
-    assert prep("run", input_dir=text, output_dir=out, steps="parse", num_numerical=4, num_categorical=8) == 0
+    assert run_prep("run", input_dir=text, output_dir=out, steps="parse") == 0
+    assert (
+        run_prep("run", input_dir=text, output_dir=out, steps="parse", num_numerical=4, num_categorical=8)
+        == 0
+    )
     assert np.load(out / "day_0_sparse.npy").shape == (500, 8)
     assert DatasetMeta.load(out).columns == Columns(4, 8)
 
@@ -195,4 +191,4 @@ def test_spark_agrees(other_columns: Made, tmp_path: Path, shape: tuple[int, int
     words = ("--engine", "spark", "--input_dir", made / "tsv", "--output_dir", tmp_path / "spark")
     done = python("-m", "dlrm.prep", "run", *words, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    same(made / "npy", tmp_path / "spark")
+    check_same_files(made / "npy", tmp_path / "spark")

@@ -19,7 +19,7 @@ from dlrm.runtime.errors import UserError
 GOOD = "1\t" + "\t".join(str(i) for i in range(13)) + "\t" + "\t".join(f"{i:08x}" for i in range(26)) + "\n"
 
 
-def field(number: int, value: str) -> str:
+def make_line(number: int, value: str) -> str:
     fields = GOOD[:-1].split("\t")
     fields[number] = value
     return "\t".join(fields) + "\n"
@@ -30,21 +30,21 @@ BAD = {
     "39 columns": (GOOD.rsplit("\t", 1)[0] + "\n", "39 columns, 40 expected; for other data give --num_"),
     "41 columns": (GOOD[:-1] + "\t1\n", "41 columns, 40 expected"),
     "trailing tab": (GOOD[:-1] + "\t\n", "41 columns"),
-    "not hexadecimal": (field(20, "12g45678"), "C7 is '12g45678', not hexadecimal"),
-    "a decimal point": (field(3, "1.0"), "I3 is '1.0', not an integer"),
-    "a lone minus": (field(1, "-"), "I1 is '-', not an integer"),
-    "too large": (field(2, "2147483648"), "I2 is '2147483648', which does not fit 32 bits"),
-    "too small": (field(2, "-2147483649"), "which does not fit 32 bits"),
-    "a wide id": (field(39, "123456789"), "C26 is '123456789', which is not an id of 32 bits"),
-    "a negative id": (field(39, "-1"), "not an id of 32 bits"),
-    "a label in words": (field(0, "yes"), "the label is 'yes', not an integer"),
+    "not hexadecimal": (make_line(20, "12g45678"), "C7 is '12g45678', not hexadecimal"),
+    "a decimal point": (make_line(3, "1.0"), "I3 is '1.0', not an integer"),
+    "a lone minus": (make_line(1, "-"), "I1 is '-', not an integer"),
+    "too large": (make_line(2, "2147483648"), "I2 is '2147483648', which does not fit 32 bits"),
+    "too small": (make_line(2, "-2147483649"), "which does not fit 32 bits"),
+    "a wide id": (make_line(39, "123456789"), "C26 is '123456789', which is not an id of 32 bits"),
+    "a negative id": (make_line(39, "-1"), "not an id of 32 bits"),
+    "a label in words": (make_line(0, "yes"), "the label is 'yes', not an integer"),
     "CRLF": (GOOD[:-1] + "\r\n", "a carriage return"),
     "lone CR": (GOOD[:-1] + "\r" + GOOD, "a carriage return"),
     "blank line": ("\n", "a blank line"),
-    "open quote": (field(5, '"5'), "a quote is left open"),
-    "not UTF-8": (field(5, "\udcff"), "not UTF-8"),
+    "open quote": (make_line(5, '"5'), "a quote is left open"),
+    "not UTF-8": (make_line(5, "\udcff"), "not UTF-8"),
     "a byte order mark": ("\ufeff" + GOOD, "the label is"),
-    "NUL": (field(5, "\0"), "not an integer"),
+    "NUL": (make_line(5, "\0"), "not an integer"),
 }
 
 
@@ -56,7 +56,7 @@ def write(folder: Path, *texts: str | bytes) -> Path:
     return folder
 
 
-def refused(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *flags: str) -> str:
+def run_refused(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *flags: str) -> str:
     """The error of a run that must fail: exit code 2, one line, no published file."""
     assert main(["run", "--input_dir", str(source), "--output_dir", str(out), *flags]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dlrm.prep:")]
@@ -70,7 +70,7 @@ def refused(capsys: pytest.CaptureFixture[str], source: Path, out: Path, *flags:
 def test_bad_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line, reason = BAD[name]
     source = write(tmp_path / "in", GOOD * 3, GOOD * 4 + line + GOOD * 2)
-    output = refused(capsys, source, tmp_path / "out")
+    output = run_refused(capsys, source, tmp_path / "out")
     assert f"{source}/day_1:5: " in output
     assert reason in output
     write(source, GOOD * 3, GOOD * 6)  # mended: the same command goes on
@@ -80,7 +80,7 @@ def test_bad_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_no_newline_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", GOOD * 2 + GOOD[:-1])
-    assert f"{source}/day_0:3: no newline at the end" in refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_0:3: no newline at the end" in run_refused(capsys, source, tmp_path / "out")
     assert (
         main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "o"), "--compat", "torchrec"])
         == 0
@@ -91,19 +91,19 @@ def test_no_newline_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_missing_empty_and_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", GOOD, GOOD, GOOD)
     (source / "day_1").rename(source / "elsewhere")
-    assert f"{source}/day_1 is missing" in refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_1 is missing" in run_refused(capsys, source, tmp_path / "out")
     (source / "day_1").write_bytes(b"")
-    assert f"{source}/day_1: empty" in refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_1: empty" in run_refused(capsys, source, tmp_path / "out")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert f"{empty}: no day_0" in refused(capsys, empty, tmp_path / "out")
-    assert "not a folder" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
+    assert f"{empty}: no day_0" in run_refused(capsys, empty, tmp_path / "out")
+    assert "not a folder" in run_refused(capsys, tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_numbers_that_float_would_lose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write(tmp_path / "in", field(1, "2147483647") + field(1, "-3"))
+    source = write(tmp_path / "in", make_line(1, "2147483647") + make_line(1, "-3"))
     for engine in ("numba", "plain"):
-        output = refused(capsys, source, tmp_path / "out", "--engine", engine)
+        output = run_refused(capsys, source, tmp_path / "out", "--engine", engine)
         assert f"{source}/day_0: counts from -3 to 2147483647" in output
 
 
@@ -120,9 +120,9 @@ def test_no_logarithm_with_three_added(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], count: str, engine: str
 ) -> None:
     flags = ["--frequency_limit", "1", "--engine", engine]
-    source = write(tmp_path / "in", field(1, "") + field(1, count))
-    assert LIMITED[count] in refused(capsys, source, tmp_path / "out", *flags)
-    source = write(tmp_path / "good", field(1, "") + field(1, "-2") + field(1, "2147483644"))
+    source = write(tmp_path / "in", make_line(1, "") + make_line(1, count))
+    assert LIMITED[count] in run_refused(capsys, source, tmp_path / "out", *flags)
+    source = write(tmp_path / "good", make_line(1, "") + make_line(1, "-2") + make_line(1, "2147483644"))
     assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out"), *flags]) == 0
     found = np.load(tmp_path / "out" / "day_0_dense.npy")[:, 0]
     np.testing.assert_array_equal(found, np.log(np.array([1, 1, 2147483647], np.float32)))
@@ -131,7 +131,7 @@ def test_no_logarithm_with_three_added(
 def test_a_folder_in_place_of_a_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", GOOD)
     (source / "day_1").mkdir()
-    assert f"{source}/day_1: is a folder, a file is expected" in refused(capsys, source, tmp_path / "out")
+    assert f"{source}/day_1: is a folder, a file is expected" in run_refused(capsys, source, tmp_path / "out")
 
 
 def test_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (source / "day_0").unlink()
     packed = gzip.compress(text)
     (source / "day_0.gz").write_bytes(packed[: len(packed) // 2])
-    output = refused(capsys, source, tmp_path / "out")
+    output = run_refused(capsys, source, tmp_path / "out")
     assert f"{source}/day_0.gz: byte " in output and "truncated" in output
     (source / "day_0.gz").write_bytes(packed)
     assert main(["run", "--input_dir", str(source), "--output_dir", str(tmp_path / "out")]) == 0
@@ -163,8 +163,8 @@ def test_skipping_bad_rows_counts_them(tmp_path: Path, capsys: pytest.CaptureFix
 def test_no_permission_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in", GOOD)
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in refused(capsys, source, tmp_path / "file" / "out")
-    assert str(tmp_path / "file") in refused(
+    assert str(tmp_path / "file") in run_refused(capsys, source, tmp_path / "file" / "out")
+    assert str(tmp_path / "file") in run_refused(
         capsys, source, tmp_path / "out", "--trace_dir", str(tmp_path / "file")
     )
     assert main(["parse", "--input_dir", str(source), "--output_dir", str(tmp_path / "file")]) == 2
@@ -180,7 +180,7 @@ def test_full_disk(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 9_000, 1_000))
     source = write(tmp_path / "in", GOOD * 100)
-    output = refused(capsys, source, tmp_path / "out")
+    output = run_refused(capsys, source, tmp_path / "out")
     assert f"{tmp_path}/out: " in output and "kB needed, 1.0 kB free: free some space" in output
 
 
@@ -231,7 +231,7 @@ def torchrec_row(line: str) -> tuple[list[int], list[int], int]:
     return dense, [int(row[i] or "0", 16) for i in range(14, 40)], int(row[0] or "0")
 
 
-def corrupted(random_: random.Random, line: str) -> str:
+def corrupt_line(random_: random.Random, line: str) -> str:
     """A line with one to three random changes."""
     for _ in range(random_.randint(1, 3)):
         at = random_.randrange(len(line))
@@ -246,7 +246,7 @@ def corrupted(random_: random.Random, line: str) -> str:
         elif kind == 3:
             line = line[:at] + line[at : at + 9] + line[at:]
         else:
-            line = field(random_.randrange(40), some * random_.randint(1, 12))
+            line = make_line(random_.randrange(40), some * random_.randint(1, 12))
     return line
 
 
@@ -256,7 +256,7 @@ def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
     good = format_tsv(400, np.random.default_rng(3), 0).decode().splitlines()
     path, both, ours_only = tmp_path / "line", 0, 0
     for _ in range(6000):
-        line = corrupted(random_, random_.choice(good))
+        line = corrupt_line(random_, random_.choice(good))
         if "\n" in line or not line:
             continue
         path.write_bytes(line.encode() + b"\n")
@@ -284,7 +284,7 @@ def test_fuzzed_lines_mean_what_torchrec_reads(tmp_path: Path) -> None:
 
 def test_block_borders(tmp_path: Path) -> None:
     """The rows do not depend on where chunks, blocks and odd lines begin."""
-    text = (GOOD * 2047 + field(3, " 5 ") + GOOD * 2048 + field(3, "+7") * 3000 + GOOD).encode()
+    text = (GOOD * 2047 + make_line(3, " 5 ") + GOOD * 2048 + make_line(3, "+7") * 3000 + GOOD).encode()
     path = tmp_path / "text"
     path.write_bytes(text)
     with OffsetFile(path) as file:

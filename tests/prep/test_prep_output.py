@@ -132,7 +132,7 @@ def test_oneflow_ids_that_make_no_sense(
     assert not (tmp_path / "out").exists()
 
 
-def equal(left: Path, right: Path) -> bool:
+def have_same_bytes(left: Path, right: Path) -> bool:
     return left.read_bytes() == right.read_bytes()
 
 
@@ -172,7 +172,7 @@ def test_multi_hot_wants_26_numbers(
     assert "--multi_hot_sizes: 26 numbers" in capsys.readouterr().err
 
 
-def damage(folder: Path, name: str, at: int, data: bytes) -> None:
+def set_bytes(folder: Path, name: str, at: int, data: bytes) -> None:
     with open(folder / name, "r+b") as file:
         file.seek(at)
         file.write(data)
@@ -180,20 +180,20 @@ def damage(folder: Path, name: str, at: int, data: bytes) -> None:
 
 HUGE = b"\xff\xff\xff\x7f"
 FLAWS = {
-    "id too large": (lambda f: damage(f, "day_0_sparse.npy", 128, HUGE), "its table has"),
-    "dense not a number": (lambda f: damage(f, "day_1_dense.npy", 128, b"\0\0\xc0\x7f"), "not finite"),
-    "label": (lambda f: damage(f, "day_1_labels.npy", 128, b"\5\0\0\0"), "labels from 0 to 5"),
-    "cut short": (lambda f: truncate(f), "cut short"),
+    "id too large": (lambda f: set_bytes(f, "day_0_sparse.npy", 128, HUGE), "its table has"),
+    "dense not a number": (lambda f: set_bytes(f, "day_1_dense.npy", 128, b"\0\0\xc0\x7f"), "not finite"),
+    "label": (lambda f: set_bytes(f, "day_1_labels.npy", 128, b"\5\0\0\0"), "labels from 0 to 5"),
+    "cut short": (lambda f: truncate_labels(f), "cut short"),
     "missing": (lambda f: (f / "day_2_dense.npy").unlink(), "day_2_dense.npy: missing"),
     "other shape": (lambda f: np.save(f / "day_2_dense.npy", np.zeros((2, 13), "f4")), "shape (2, 13)"),
     "other type": (lambda f: np.save(f / "day_2_sparse.npy", np.zeros((1001, 26), "i8")), "int64 instead"),
-    "a changed value": (lambda f: damage(f, "day_0_dense.npy", 400, b"\0"), "md5 is not the one"),
+    "a changed value": (lambda f: set_bytes(f, "day_0_dense.npy", 400, b"\0"), "md5 is not the one"),
     "left over": (lambda f: (f / "day_0_dense.npy.partial").write_text(""), "left by an unfinished run"),
     "not numpy": (lambda f: (f / "day_2_dense.npy").write_text("hello, world"), "no readable header"),
 }  # fmt: skip
 
 
-def truncate(folder: Path) -> None:
+def truncate_labels(folder: Path) -> None:
     with open(folder / "day_0_labels.npy", "r+b") as file:
         file.truncate(1000)
 

@@ -32,7 +32,7 @@ def run(days: Path, out: Path, *flags: str) -> Path:
     return out
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_arrays(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
 
 
@@ -155,7 +155,7 @@ def test_killed_at_many_calls_the_next_run_makes_the_same(command: str, tmp_path
 
 def test_killed_again_and_again(days: Path, tmp_path: Path) -> None:
     """Killed in each of several steps."""
-    wanted = contents(run(days, tmp_path / "whole"))
+    wanted = read_arrays(run(days, tmp_path / "whole"))
     assert len(wanted) == 9
     out = tmp_path / "out"
     command = ["run", "--input_dir", str(days), "--output_dir", str(out), "--part_bytes", "300000"]
@@ -163,7 +163,7 @@ def test_killed_again_and_again(days: Path, tmp_path: Path) -> None:
     codes = [killed_at_call(call, False)(command) for call in (30, 60, 90, 120, 250)]
     assert codes[0] == -signal.SIGKILL
     assert killed_at_call(0, False)(command) == 0
-    assert contents(out) == wanted
+    assert read_arrays(out) == wanted
     assert not list(out.glob(".dlrm-io-*"))
     assert main(["check", str(out)]) == 0
 
@@ -195,11 +195,11 @@ def test_finished_work_is_left_alone(days: Path, tmp_path: Path, capsys: pytest.
 
 def test_other_parameters_start_anew(days: Path, tmp_path: Path) -> None:
     out = run(days, tmp_path / "out", "--keep_tmp")
-    first = contents(out)
+    first = read_arrays(out)
     run(days, out, "--random_seed", "1")
-    second = contents(out)
+    second = read_arrays(out)
     assert first != second
-    assert second == contents(run(days, tmp_path / "other", "--random_seed", "1"))
+    assert second == read_arrays(run(days, tmp_path / "other", "--random_seed", "1"))
 
 
 def test_steps_that_are_done_are_not_done_again(
@@ -207,7 +207,7 @@ def test_steps_that_are_done_are_not_done_again(
 ) -> None:
     """A run that had only to publish does not read the text again."""
     out = run(days, tmp_path / "out", "--keep_tmp")
-    wanted = contents(out)
+    wanted = read_arrays(out)
     [work] = [path.parent for path in out.glob(".dlrm-io-run-*/state.json")]
     kept = {path: path.stat().st_mtime_ns for path in work.glob("piece_*")}
     assert kept
@@ -216,7 +216,7 @@ def test_steps_that_are_done_are_not_done_again(
     for path in out.glob("day_1_*"):
         path.unlink()
     run(days, out, "--keep_tmp")
-    assert contents(out) == wanted
+    assert read_arrays(out) == wanted
     assert {path: path.stat().st_mtime_ns for path in work.glob("piece_*")} == kept
 
 
@@ -228,7 +228,7 @@ def test_changed_input_starts_anew(days: Path, tmp_path: Path) -> None:
     write_days(folder, 2, 120, 0)
     run(folder, out)
     write_days(folder, 2, 120, 0)
-    assert contents(out) == contents(run(folder, tmp_path / "fresh"))
+    assert read_arrays(out) == read_arrays(run(folder, tmp_path / "fresh"))
 
 
 @pytest.mark.parametrize("where", ["apart", "linked", "output", "above output", "inside output"])
@@ -297,7 +297,7 @@ def test_machine_code_goes_with_what_is_built_into_it(tmp_path: Path) -> None:
 def test_more_pieces_than_files_reserve_open_files(
     days: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, spills = contents(run(days, tmp_path / "whole")), []
+    wanted, spills = read_arrays(run(days, tmp_path / "whole")), []
 
     class Counted(place.OffsetFile):
         def __init__(self, path: Path, mode: str = "r") -> None:
@@ -311,7 +311,7 @@ def test_more_pieces_than_files_reserve_open_files(
         monkeypatch.setattr(place, "reserve_open_files", lambda files, most=most: most)
         spills.clear()
         out = run(days, tmp_path / str(most), "--part_bytes", "4000000")
-        assert contents(out) == wanted
+        assert read_arrays(out) == wanted
         opened[most] = spills.count(".spill")
     assert 3 < opened[100] < 15 < opened[2]
 
@@ -333,6 +333,6 @@ def test_shuffle_alone_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     (mine / "thesis.txt").write_text("years of work")
     (out / "day_0_labels.npy.partial").write_bytes(b"mine")
     assert main(["shuffle", *folders, "--output_dir_shuffled", str(out), "--tmp_dir", str(mine)]) == 0
-    assert contents(out) == contents(wanted)
+    assert read_arrays(out) == read_arrays(wanted)
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
     assert (out / "day_0_labels.npy.partial").read_bytes() == b"mine"

@@ -15,7 +15,7 @@ from dlrm.runtime.environment import HEADER, describe_environment, is_recorded, 
 ROOT = Path(__file__).parents[2]
 
 
-def recorded(**environment: str) -> dict[str, str]:
+def record_environment(**environment: str) -> dict[str, str]:
     header, *lines = describe_environment(environment).splitlines()
     assert header == HEADER
     return dict(line.split("=", 1) for line in lines)
@@ -34,7 +34,7 @@ def recorded(**environment: str) -> dict[str, str]:
     ],
 )  # fmt: skip
 def test_names_that_are_not_on_the_list(name: str) -> None:
-    assert recorded(**{name: "hunter2"}) == {name: "<not recorded>"}
+    assert record_environment(**{name: "hunter2"}) == {name: "<not recorded>"}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_names_that_are_not_on_the_list(name: str) -> None:
     ],
 )  # fmt: skip
 def test_names_on_the_list(name: str) -> None:
-    assert recorded(**{name: "a 'b'"}) == {name: "'a '\\''b'\\'''"}
+    assert record_environment(**{name: "a 'b'"}) == {name: "'a '\\''b'\\'''"}
 
 
 SECRET = "s3cr/et@1&2"
@@ -91,11 +91,11 @@ def test_values_on_the_list_are_masked(value: str) -> None:
     ],
 )  # fmt: skip
 def test_values_that_are_no_secrets_stay(value: str) -> None:
-    assert recorded(DLRM_QSUB=value)["DLRM_QSUB"] == f"'{value}'"
+    assert record_environment(DLRM_QSUB=value)["DLRM_QSUB"] == f"'{value}'"
 
 
 def test_a_secret_that_another_variable_repeats() -> None:
-    assert recorded(ARGS="--x hunter22", DB_PWD="hunter22") == {
+    assert record_environment(ARGS="--x hunter22", DB_PWD="hunter22") == {
         "ARGS": "'--x ***'",
         "DB_PWD": "<not recorded>",
     }
@@ -103,7 +103,9 @@ def test_a_secret_that_another_variable_repeats() -> None:
 
 def test_what_the_user_adds() -> None:
     keep = "MY_SETTING OTHER_* MY_KEY"
-    found = recorded(DLRM_ENV_KEEP=keep, MY_SETTING="1", OTHER_A="2", OTHER_TOKEN="3", MY_KEY="4", MORE="5")
+    found = record_environment(
+        DLRM_ENV_KEEP=keep, MY_SETTING="1", OTHER_A="2", OTHER_TOKEN="3", MY_KEY="4", MORE="5"
+    )
     assert found == {
         "DLRM_ENV_KEEP": f"'{keep}'", "MY_SETTING": "'1'", "OTHER_A": "'2'", "OTHER_TOKEN": "<not recorded>",
         "MY_KEY": "'4'", "MORE": "<not recorded>",

@@ -21,7 +21,7 @@ PREFIXES = (  # what a job would set
 )
 
 
-def clean(**more: object) -> dict[str, str]:
+def clean_environment(**more: object) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
     kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
     return kept | {name: str(value) for name, value in more.items()}
@@ -30,11 +30,11 @@ def clean(**more: object) -> dict[str, str]:
 def launch(*words: object, timeout: float = 60, **environment: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(ROOT / "launcher.sh"), *map(str, words)],
-        env=clean(**environment), capture_output=True, text=True, timeout=timeout,
+        env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
 
-def shown(**environment: Any) -> str:
+def show_rank(**environment: Any) -> str:
     done = launch("bash", "-c", SHOW, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -63,7 +63,7 @@ def shown(**environment: Any) -> str:
     ids=["pmi", "hydra", "pals", "pmix", "openmpi", "slurm", "torchrun"],
 )  # fmt: skip
 def test_names_inside_a_rank(names: dict[str, Any]) -> None:
-    assert shown(MASTER_ADDR="first", MASTER_PORT=1, **names) == "5 8 1 4 first"
+    assert show_rank(MASTER_ADDR="first", MASTER_PORT=1, **names) == "5 8 1 4 first"
 
 
 def test_an_sbatch_script_is_not_a_rank() -> None:
@@ -74,7 +74,7 @@ def test_an_sbatch_script_is_not_a_rank() -> None:
 def test_the_first_node_comes_from_the_node_file(tmp_path: Path) -> None:
     (tmp_path / "nodes").write_text("nid2\nnid1\n")
     names = {"PMI_RANK": 1, "PMI_SIZE": 2, "PMI_LOCAL_RANK": 0, "PMI_LOCAL_SIZE": 1}
-    assert shown(PBS_NODEFILE=tmp_path / "nodes", PBS_JOBID="1", **names).endswith(" nid2")
+    assert show_rank(PBS_NODEFILE=tmp_path / "nodes", PBS_JOBID="1", **names).endswith(" nid2")
 
 
 def test_without_one_it_asks() -> None:
@@ -149,7 +149,9 @@ def test_two_real_ranks_meet() -> None:
     )
     program = [str(ROOT / "launcher.sh"), sys.executable, "-c", code]
     for command in (program, [str(Path(sys.executable).parent / "mpiexec"), "-n", "2", *program]):
-        done = subprocess.run(command, env=clean(NPROC=2), capture_output=True, text=True, timeout=90)
+        done = subprocess.run(
+            command, env=clean_environment(NPROC=2), capture_output=True, text=True, timeout=90
+        )
         assert sorted(done.stdout.split("\n")) == ["", "2 0", "2 1"], done.stderr
 
 
@@ -191,7 +193,7 @@ os.write(1, b"ready\\n")
 time.sleep(50)
 """
     ranks = subprocess.Popen(
-        [str(ROOT / "launcher.sh"), sys.executable, "-c", program], env=clean(NPROC=2),
+        [str(ROOT / "launcher.sh"), sys.executable, "-c", program], env=clean_environment(NPROC=2),
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert ranks.stdout

@@ -34,7 +34,7 @@ def run(script: str, *words: str, cwd: Path = ROOT, **more: object) -> subproces
 SMALL = "--limit_train_batches 4 --limit_val_batches 2 --limit_test_batches 2 --report_every 1"
 
 
-def only(folder: Path) -> Path:
+def find_only_file(folder: Path) -> Path:
     [path] = folder.iterdir()
     return path
 
@@ -113,7 +113,7 @@ def test_ratings_are_a_file_or_its_folder(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "10 users, 20 items, 60 ratings" in done.stdout
-        config = json.loads((only(results) / "config.json").read_text())
+        config = json.loads((find_only_file(results) / "config.json").read_text())
         assert config["data"]["dataset_name"] == "text"
     refused = run("3_train.sh", DATASET_DIR=folder / "beauty.txt", RESULTS=tmp_path)
     assert refused.returncode == 2 and "beauty.txt is not a folder" in refused.stderr
@@ -163,7 +163,7 @@ def test_the_exit_code_of_training_is_kept(toy: Path, tmp_path: Path) -> None:
 def test_after_nan_the_reason_is_the_last_line(toy: Path, tmp_path: Path) -> None:
     words = ["--learning_rate", "3000", "--batch_size", "1024", "--report_every", "5"]
     done = run("3_train.sh", *words, DATASET_DIR=toy, RESULTS=tmp_path, NPROC=1, DLRM_THREADS=1)
-    log = (only(tmp_path) / "log.txt").read_text()
+    log = (find_only_file(tmp_path) / "log.txt").read_text()
     last = log.splitlines()[-1]
     assert done.returncode == 2 and done.stdout.splitlines()[-1] == last
     assert last.startswith("3_train.sh: failed with exit code 2: the loss became nan in steps "), log
@@ -274,12 +274,12 @@ def test_a_job_that_is_stopped_ends_at_once_keeps_its_log_and_goes_on(toy: Path,
     rest = job.stdout.read()
     assert job.wait(30) != 0 and time.monotonic() - begun < 15
     assert "results: " in rest and "analysis" not in rest
-    folder = only(tmp_path / "the out")
+    folder = find_only_file(tmp_path / "the out")
     assert "training ended with exit code" in (folder / "log.txt").read_text()
     assert f"RESUME='{folder}'" in rest
     more = {"DATASET_DIR": toy, "RESUME": f"the out/{folder.name}", "NPROC": 2, "TRACE": "no"}
     done = run("3_train.sh", *words, "--max_steps", "12", cwd=tmp_path, **more)
-    assert done.returncode == 0 and only(tmp_path / "the out") == folder, done.stdout
+    assert done.returncode == 0 and find_only_file(tmp_path / "the out") == folder, done.stdout
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
 
@@ -297,7 +297,7 @@ def test_relative_paths_among_options_are_those_of_the_caller(toy: Path, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((caller / "the checkpoints").iterdir())
-    config = json.loads((only(caller / "results") / "config.json").read_text())
+    config = json.loads((find_only_file(caller / "results") / "config.json").read_text())
     assert config["plan"]["sharding_file"] == str(caller / "plan.json")
 
 
@@ -329,6 +329,6 @@ def test_other_columns_than_criteos(other_columns: Callable[[int, int], Path], t
     words = ("--batch_size", "64", *SMALL.split())
     done = run("3_train.sh", *words, DATASET_DIR=npy, RESULTS=tmp_path / "results", NPROC=1, TRACE="no")
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = only(tmp_path / "results")
+    folder = find_only_file(tmp_path / "results")
     assert json.loads((folder / "results.json").read_text())["test_samples"] == 250
     assert set(json.loads((folder / "plan.json").read_text())) == {f"t_cat_{table}" for table in range(7)}

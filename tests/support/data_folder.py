@@ -1,10 +1,19 @@
-"""Dataset folders for the tests of dlrm/data, written with numpy alone."""
+"""Dataset folders for tests, written with numpy alone, and the comparison of two."""
 
+import filecmp
 from pathlib import Path
 
 import numpy as np
 
 PARTS = ("dense", "sparse", "labels")
+
+
+def check_same_files(left: Path, right: Path, pattern: str = "day_*.npy") -> None:
+    """The files of `left` are there in `right`, byte for byte."""
+    names = sorted(path.name for path in left.glob(pattern))
+    assert names
+    for name in names:
+        assert filecmp.cmp(left / name, right / name, shallow=False), name
 
 
 def rows(n: int, seed: int = 0, high: int = 2**31 - 1) -> dict[str, np.ndarray]:

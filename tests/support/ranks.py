@@ -25,6 +25,11 @@ def words(toy: Path, *more: object) -> list[object]:
     return [*TOY, "--in_memory_binary_criteo_path", toy, *more]
 
 
+def words_of_each_step(folder: Path, *more: object) -> list[object]:
+    """Options of a training on the toy dataset that reports every step."""
+    return ["--preset", "toy", "--report_every", 1, "--in_memory_binary_criteo_path", folder, *more]
+
+
 @dataclass
 class Finished:
     """What some ranks left behind when they ended."""

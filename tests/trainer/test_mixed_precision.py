@@ -32,7 +32,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def trained(*words: object) -> tuple[Trainer, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def train_job(*words: object) -> tuple[Trainer, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A job after its steps; its tables and its dense weights."""
     cfg = parse_options(
         Config, [*(f"--{k}={v}" for k, v in SMALL.items()), *map(str, words)], "train", "", PRESETS
@@ -51,21 +51,21 @@ def trained(*words: object) -> tuple[Trainer, dict[str, torch.Tensor], dict[str,
     return job, tables, dense
 
 
-def first(*words: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def read_first_weights(*words: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The weights before any step."""
-    _, tables, dense = trained("--learning_rate", 0, *words)
+    _, tables, dense = train_job("--learning_rate", 0, *words)
     return tables, dense
 
 
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+def find_gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 @pytest.fixture(scope="module")
 def plain() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     """fp32: tables and dense weights after training, and how far the tables moved."""
-    _, tables, dense = trained()
-    return tables, dense, furthest(tables, first()[0])
+    _, tables, dense = train_job()
+    return tables, dense, find_gap(tables, read_first_weights()[0])
 
 
 @pytest.mark.parametrize(
@@ -81,30 +81,30 @@ def plain() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
 @pytest.mark.parametrize("interaction", ["dot", "dcn"])
 def test_amp_trains_the_same_model(words: list[object], within: float, interaction: str) -> None:
     shape = ["--interaction_type", interaction, "--dcn_low_rank_dim", 8]
-    _, tables, dense = trained(*shape)
-    start_tables, start_dense = first(*shape)
-    moved = furthest(tables, start_tables)
-    job, amp_tables, amp_dense = trained(*shape, *words)
+    _, tables, dense = train_job(*shape)
+    start_tables, start_dense = read_first_weights(*shape)
+    moved = find_gap(tables, start_tables)
+    job, amp_tables, amp_dense = train_job(*shape, *words)
     assert moved > 1e-3, "the tables must move for this to say anything"
-    assert 0 < furthest(tables, amp_tables) < within * moved
-    assert 0 < furthest(dense, amp_dense) < within * furthest(dense, start_dense)
+    assert 0 < find_gap(tables, amp_tables) < within * moved
+    assert 0 < find_gap(dense, amp_dense) < within * find_gap(dense, start_dense)
     assert job.progress.skipped_steps == 0
 
 
 def test_overflow_leaves_the_weights_alone(plain: Any) -> None:
-    job, tables, dense = trained("--amp", "fp16", "--loss_scale_policy", "static", "--loss_scale", 1e12)
-    before_tables, before_dense = first()
+    job, tables, dense = train_job("--amp", "fp16", "--loss_scale_policy", "static", "--loss_scale", 1e12)
+    before_tables, before_dense = read_first_weights()
     assert job.progress.skipped_steps == 6
-    assert furthest(dense, before_dense) == 0
+    assert find_gap(dense, before_dense) == 0
     assert all(bool(torch.isfinite(table).all()) for table in tables.values())
-    assert furthest(tables, before_tables) <= plain[2] * 1.1  # no row moved by a scaled gradient
+    assert find_gap(tables, before_tables) <= plain[2] * 1.1  # no row moved by a scaled gradient
 
 
 def test_dynamic_scaling_recovers() -> None:
     words = ["--amp", "fp16", "--loss_scale", 2.0**24, "--limit_train_batches", 40]
-    job, tables, dense = trained(*words)
+    job, tables, dense = train_job(*words)
     assert 0 < job.progress.skipped_steps < 30 and job.progress.loss_scale < 2.0**24
-    assert furthest(dense, first()[1]) > 0
+    assert find_gap(dense, read_first_weights()[1]) > 0
     assert all(bool(torch.isfinite(table).all()) for table in tables.values())
 
 
@@ -125,9 +125,9 @@ def test_the_scale_grows_after_good_steps() -> None:
 
 def test_clipping_bounds_the_dense_step() -> None:
     clip, lr = 0.01, 1.0
-    _, before = first()
-    _, _, free = trained("--max_steps", 1)
-    _, _, clipped = trained("--max_steps", 1, "--grad_clip", clip)
+    _, before = read_first_weights()
+    _, _, free = train_job("--max_steps", 1)
+    _, _, clipped = train_job("--max_steps", 1, "--grad_clip", clip)
 
     def step(after: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.cat([(after[name] - before[name]).flatten() for name in before]).double()

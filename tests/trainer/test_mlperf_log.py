@@ -14,11 +14,11 @@ DCN = """--preset toy --interaction_type dcn --dcn_low_rank_dim 4 --dcn_num_laye
 --mllog_submitter somebody --validation_freq_within_epoch 20 --validation_auroc 0.6"""
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
+def read_entries(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix(":::MLLOG ")) for line in path.read_text().splitlines()]
 
 
-def compliant(path: Path) -> bool:
+def is_compliant(path: Path) -> bool:
     checker = mlp_compliance.make_checker("training", RULES, False, False)
     return mlp_compliance.main(str(path), f"training_{RULES}/common.yaml", checker)[0]
 
@@ -42,13 +42,13 @@ def as_on_criteo(log: Path, auroc: float = 0.81) -> Path:
 
 
 def test_the_checker_accepts_it(log: Path) -> None:
-    assert compliant(as_on_criteo(log))
-    assert not compliant(log)  # the toy's samples are not Criteo's: the checker does look
-    assert not compliant(as_on_criteo(log, auroc=0.7))
+    assert is_compliant(as_on_criteo(log))
+    assert not is_compliant(log)  # the toy's samples are not Criteo's: the checker does look
+    assert not is_compliant(as_on_criteo(log, auroc=0.7))
 
 
 def test_what_it_says(log: Path) -> None:
-    entries = lines(log)
+    entries = read_entries(log)
     keys = [line["key"] for line in entries]
     value = {line["key"]: line["value"] for line in entries}
     assert value["submission_benchmark"] == "dlrm_dcnv2" and value["submission_org"] == "somebody"
@@ -69,7 +69,7 @@ def test_what_it_says(log: Path) -> None:
 
 def test_a_run_that_does_not_reach_the_goal_is_aborted(toy: Path, train_here: Any) -> None:
     done = train_here("--preset", "toy", "--in_memory_binary_criteo_path", toy, "--max_steps", 3, "--mllog")
-    stop = next(line for line in lines(done.folder / "mlperf.log") if line["key"] == "run_stop")
+    stop = next(line for line in read_entries(done.folder / "mlperf.log") if line["key"] == "run_stop")
     assert stop["metadata"]["status"] == "aborted"
     again = train_here("--preset", "toy", "--in_memory_binary_criteo_path", toy, "--max_steps", 3)
     assert not (again.folder / "mlperf.log").exists()

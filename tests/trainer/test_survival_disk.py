@@ -63,14 +63,14 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shim.so"
 
 
-def fault(shim: Path, call: str, path: str, number: int, after: int) -> dict[str, Any]:
+def make_fault(shim: Path, call: str, path: str, number: int, after: int) -> dict[str, Any]:
     return {
         "LD_PRELOAD": str(shim), "FAULT_CALL": call, "FAULT_PATH": f"*{path}*", "FAULT_ERRNO": str(number),
         "FAULT_AFTER": str(after),
     }  # fmt: skip
 
 
-def whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     found = read_description(path)
     for name, facts in found.files.items():
         for _ in read_blocks(path / name, facts, 0, facts["bytes"], found.reader):
@@ -84,13 +84,13 @@ def whole(path: Path) -> bool:
 def test_a_read_error_names_file_and_rank(toy: Path, tmp_path: Path, shim: Path, number: int) -> None:
     more = ["--read_chunk_mb", 0.01, "--checkpoint_every_steps", 5]
     with LiveRanks(
-        tmp_path, 2, *words(toy, *more), **fault(shim, "read", "day_3_sparse", number, 3)
+        tmp_path, 2, *words(toy, *more), **make_fault(shim, "read", "day_3_sparse", number, 3)
     ) as ranks:
         codes = ranks.wait()
     assert 0 not in codes, codes
     assert str(toy / "day_3_sparse.npy") in ranks.stderr and os.strerror(number) in ranks.stderr, ranks.stderr
     assert "Traceback" not in ranks.stderr
-    assert whole(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert is_whole(list_checkpoints(tmp_path / "checkpoints")[0])
 
 
 @pytest.mark.mpi
@@ -105,7 +105,7 @@ def test_a_mapped_file_that_shrinks(toy: Path, tmp_path: Path) -> None:
         codes = ranks.wait()
     assert codes == [2, 2], (codes, ranks.stderr)
     assert str(victim) in ranks.stderr and "Traceback" not in ranks.stderr, ranks.stderr
-    assert whole(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
+    assert is_whole(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
 
 
 @pytest.mark.mpi
@@ -116,13 +116,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     """Training continues: its progress is worth more than a checkpoint."""
     more = ["--max_steps", 20, "--checkpoint_every_steps", 6, "--keep_checkpoints", 1]
     with LiveRanks(
-        tmp_path, 2, *words(toy, *more), **fault(shim, call, "step-12-*/rank00001", number, 0)
+        tmp_path, 2, *words(toy, *more), **make_fault(shim, call, "step-12-*/rank00001", number, 0)
     ) as ranks:
         assert ranks.wait() == [0, 0], ranks.stderr
     assert "checkpoint not written, the one before it is kept" in ranks.stderr
     assert "rank 1: " in ranks.stderr and f"rank00001.safetensors: {os.strerror(number)}" in ranks.stderr
     left = os.listdir(tmp_path / "checkpoints")
-    assert len(left) == 1 and whole(tmp_path / "checkpoints" / left[0])
+    assert len(left) == 1 and is_whole(tmp_path / "checkpoints" / left[0])
 
 
 @pytest.fixture
@@ -146,4 +146,4 @@ def test_a_disk_that_fills_up_with_the_run_folder(toy: Path, small_disk: Path) -
         codes = ranks.wait(90)
     assert "No space left on device" in ranks.stderr or "checkpoint not written" in ranks.stderr, ranks.stderr
     assert all(code in (0, 1) for code in codes), (codes, ranks.stderr)
-    assert all(whole(path) for path in list_checkpoints(run / "checkpoints"))
+    assert all(is_whole(path) for path in list_checkpoints(run / "checkpoints"))

@@ -19,12 +19,12 @@ LONG = ["--epochs", 60]  # still training when the signal comes, however slow th
 EACH = ["--checkpoint_every_steps", 7, "--trace"]
 
 
-def started(ranks: LiveRanks) -> bool:
+def have_started(ranks: LiveRanks) -> bool:
     return len(ranks.pids()) == ranks.count and (ranks.folder / "trace").exists()
 
 
 MOMENTS: dict[str, tuple[list[object], Callable[[LiveRanks], object]]] = {
-    "start-up": (["--timeout", 12], started),
+    "start-up": (["--timeout", 12], have_started),
     "step": (PATIENT, lambda ranks: any(line["step"] > 20 for line in metrics(ranks.folder))),
     "evaluation": (
         [*PATIENT, "--validation_freq_within_epoch", 1],
@@ -57,11 +57,11 @@ def test_a_killed_rank_is_named_and_the_others_end(toy: Path, tmp_path: Path, mo
     assert killed in ranks.stderr or moment == "start-up" and f"rank {rank}" in ranks.stderr, ranks.stderr
     assert "Traceback" not in ranks.stderr and len(ranks.stderr.splitlines()) == 1
     survivors = list((tmp_path / "trace").glob(f"train{1 - rank:05d}-*.pfw.gz"))
-    assert survivors and readable(survivors[0]) > 10
+    assert survivors and count_readable_lines(survivors[0]) > 10
     assert not ranks.pids()
 
 
-def readable(path: Path) -> int:
+def count_readable_lines(path: Path) -> int:
     """Whole lines of a trace whose writer may not have closed it."""
     lines = []
     try:
@@ -76,15 +76,15 @@ def readable(path: Path) -> int:
 SAVING = ["--epochs", 6, "--checkpoint_every_steps", 9, "--timeout", 20]  # where no connection breaks
 
 
-def newest(folder: Path) -> str:
+def find_newest(folder: Path) -> str:
     return max((path.name for path in folder.glob("0*-step-*")), default="")
 
 
 def kill_behind_a_checkpoint(toy: Path, folder: Path, rank: int, wait: float) -> None:
     """Start, see the next checkpoint appear, and kill a rank (or, -1, all) so many seconds later."""
     with LiveRanks(folder, 2, *words(toy, *SAVING)) as ranks:
-        before = newest(folder / "checkpoints")
-        ranks.until(lambda: newest(folder / "checkpoints") > before)
+        before = find_newest(folder / "checkpoints")
+        ranks.until(lambda: find_newest(folder / "checkpoints") > before)
         time.sleep(wait)
         kill(ranks, rank)
 

@@ -9,14 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.ranks import words_of_each_step
 
 ROOT = Path(__file__).parents[2]
-TOY = ["--preset", "toy", "--report_every", 1]
 ROWS, TRAIN_ROWS = 3000, 15000  # a day; all days but the last
-
-
-def on(folder: Path, *words: object) -> list[object]:
-    return [*TOY, "--in_memory_binary_criteo_path", folder, *words]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +21,7 @@ def two_ranks(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two") / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
-        "-m", "dlrm.train", *on(toy, "--batch_size", 128, "--output_dir", folder),
+        "-m", "dlrm.train", *words_of_each_step(toy, "--batch_size", 128, "--output_dir", folder),
     ]  # fmt: skip
     done = subprocess.run(
         [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -40,7 +36,7 @@ def read(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text())
 
 
-def losses(folder: Path) -> list[float]:
+def read_losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
@@ -50,7 +46,7 @@ def test_it_learns_and_scores_each_row_once(two_ranks: Path) -> None:
     assert results["test_auroc"] > 0.72 and results["val_scores"][0] > 0.72
     assert results["val_samples"] == results["test_samples"] == ROWS // 2
     assert results["samples"] == TRAIN_ROWS and results["world_size"] == 2
-    first, last = np.mean(losses(two_ranks)[:3]), np.mean(losses(two_ranks)[-10:])
+    first, last = np.mean(read_losses(two_ranks)[:3]), np.mean(read_losses(two_ranks)[-10:])
     assert last < first - 0.1
 
 
@@ -85,7 +81,9 @@ def test_two_ranks_read_every_byte_of_the_rows_once(two_ranks: Path, toy: Path) 
 def test_one_rank_with_twice_the_batch_is_the_same_run(toy: Path, train: Any) -> None:
     """By SGD: adagrad's first step of a weight is of full length whatever the gradient, of rounding too."""
     flags = ["--optimizer", "sgd", "--learning_rate", 0.1]
-    one, two = (train(ranks, *on(toy, "--batch_size", 256 // ranks, *flags)) for ranks in (1, 2))
+    one, two = (
+        train(ranks, *words_of_each_step(toy, "--batch_size", 256 // ranks, *flags)) for ranks in (1, 2)
+    )
     assert one.codes == [0] and two.codes == [0, 0], one.err + two.err
     assert one.losses == pytest.approx(two.losses, abs=1e-6)
     assert one.losses[-1] < one.losses[0] - 0.05
@@ -97,12 +95,12 @@ def test_one_rank_with_twice_the_batch_is_the_same_run(toy: Path, train: Any) ->
 def test_a_seed_makes_a_run_repeatable_and_validation_leaves_no_trace(
     toy: Path, train: Any, train_here: Any
 ) -> None:
-    words = on(toy, "--batch_size", 256, "--max_steps", 30)
+    words = words_of_each_step(toy, "--batch_size", 256, "--max_steps", 30)
     plain = train(2, *words)
     looking = train(2, *words, "--validation_freq_within_epoch", 7, "--test_batch_size", 100)
     assert plain.codes == looking.codes == [0, 0], looking.err
     assert len(plain.losses) == 30 and plain.losses == looking.losses
-    here, other = (train_here(*on(toy, "--max_steps", 2, "--seed", seed)) for seed in (0, 3))
+    here, other = (train_here(*words_of_each_step(toy, "--max_steps", 2, "--seed", seed)) for seed in (0, 3))
     assert here.losses[0] != other.losses[0]
     within = [line for line in looking.metrics if line.get("split") == "val"]
     assert [line["step"] for line in within] == [7, 14, 21, 28]
@@ -111,7 +109,9 @@ def test_a_seed_makes_a_run_repeatable_and_validation_leaves_no_trace(
 
 def test_it_stops_once_validation_is_good_enough(toy: Path, train_here: Any) -> None:
     done = train_here(
-        *on(toy, "--validation_auroc", 0.6, "--validation_freq_within_epoch", 10, "--epochs", 5)
+        *words_of_each_step(
+            toy, "--validation_auroc", 0.6, "--validation_freq_within_epoch", 10, "--epochs", 5
+        )
     )
     found = [line["auroc"] for line in done.metrics if line.get("split") == "val"]
     assert found[-1] >= 0.6 and all(value < 0.6 for value in found[:-1])

@@ -14,13 +14,13 @@ from dlrm.runtime.errors import UserError
 Spoil = Callable[[Path], object]
 
 
-def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
+def edit_array(path: Path, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
     array = np.load(path)
     changed = change(array)
     np.save(path, array if changed is None else changed)
 
 
-def put(row: int, column: int, value: float) -> Callable[[np.ndarray], None]:
+def put_at(row: int, column: int, value: float) -> Callable[[np.ndarray], None]:
     def change(array: np.ndarray) -> None:
         array[row, column] = value
 
@@ -35,19 +35,22 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     "a day is missing": (lambda f: (f / "day_2_sparse.npy").unlink(), ["day_2_sparse.npy"]),
     "a file was cut": (lambda f: cut_file(f / "day_1_dense.npy"), ["day_1_dense.npy"]),
     "shapes disagree": (
-        lambda f: rewrite(f / "day_3_labels.npy", lambda a: a[:-5]),
+        lambda f: edit_array(f / "day_3_labels.npy", lambda a: a[:-5]),
         ["day_3_labels.npy", "3000", "2995"],
     ),
     "a column is missing": (
-        lambda f: rewrite(f / "day_0_dense.npy", lambda a: a[:, :12]),
+        lambda f: edit_array(f / "day_0_dense.npy", lambda a: a[:, :12]),
         ["day_0_dense.npy"],
     ),
-    "NaN": (lambda f: rewrite(f / "day_0_dense.npy", put(200, 4, np.nan)), ["day_0_dense.npy", "nan"]),
+    "NaN": (lambda f: edit_array(f / "day_0_dense.npy", put_at(200, 4, np.nan)), ["day_0_dense.npy", "nan"]),
     "an id too large": (
-        lambda f: rewrite(f / "day_0_sparse.npy", put(77, 5, 10**6)),
+        lambda f: edit_array(f / "day_0_sparse.npy", put_at(77, 5, 10**6)),
         ["day_0_sparse.npy", "cat_5", "1000000"],
     ),
-    "a label of 7": (lambda f: rewrite(f / "day_0_labels.npy", put(9, 0, 7)), ["day_0_labels.npy", "7"]),
+    "a label of 7": (
+        lambda f: edit_array(f / "day_0_labels.npy", put_at(9, 0, 7)),
+        ["day_0_labels.npy", "7"],
+    ),
     "no files": (lambda f: [path.unlink() for path in f.glob("*")], ["run"]),
 }  # fmt: skip
 
@@ -130,7 +133,7 @@ def test_bad_data_late_in_the_training_ends_all_ranks(toy: Path, tmp_path: Path,
     """One of three ranks reads it and prints why, another that it ends, all exit with the same code."""
     folder = tmp_path / "data"
     shutil.copytree(toy, folder)
-    rewrite(folder / "day_1_dense.npy", put(2500, 4, np.nan))
+    edit_array(folder / "day_1_dense.npy", put_at(2500, 4, np.nan))
     done = train(3, "--preset", "toy", "--in_memory_binary_criteo_path", folder, timeout=60)
     assert done.codes == [2, 2, 2], done
     assert "day_1_dense.npy, row 2500: nan" in only_line(done.err)
@@ -153,7 +156,7 @@ def test_an_id_is_folded_when_sizes_are_given(toy: Path, tmp_path: Path, train_h
     """As MLCommons' loader: an id beyond a table asked for by its size is taken modulo that size."""
     folder = tmp_path / "data"
     shutil.copytree(toy, folder)
-    rewrite(folder / "day_0_sparse.npy", put(77, 5, 10**6))
+    edit_array(folder / "day_0_sparse.npy", put_at(77, 5, 10**6))
     meta = json.loads((folder / "meta.json").read_text())
     sizes = ",".join(map(str, meta["table_sizes"]))
     words = ["--preset", "toy", "--in_memory_binary_criteo_path", folder, "--max_steps", 2]

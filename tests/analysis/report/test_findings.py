@@ -15,24 +15,27 @@ from analysis.tables.gather import gather_tables
 OURS = {"data": {"batch_size": 8}, "launch": {"world_size": 1}}
 
 
-def found(run: Path, *made: Made, config: dict | None = None) -> dict[str, Finding]:
+def find_by_rule(run: Path, *made: Made, config: dict | None = None) -> dict[str, Finding]:
     for one in made:
         one.write(run)
     return {f.rule: f for f in find_all(Facts(gather_tables(run), OURS if config is None else config))}
 
 
-def problems(found: dict[str, Finding]) -> set[str]:
+def leave_out_startup(found: dict[str, Finding]) -> set[str]:
     """Made runs are so short that start-up is always a finding."""
     return set(found) - {"startup"}
 
 
 def test_healthy(tmp_path: Path) -> None:
-    assert problems(found(tmp_path, *(training(rank, 2, compute=11_500) for rank in range(2)))) == set()
+    assert (
+        leave_out_startup(find_by_rule(tmp_path, *(training(rank, 2, compute=11_500) for rank in range(2))))
+        == set()
+    )
 
 
 def test_waiting_for_data(tmp_path: Path) -> None:
     made = training(wait=6_000, compute=5_000, read_size=4 << 20)
-    finding = found(tmp_path, made)["waiting"]
+    finding = find_by_rule(tmp_path, made)["waiting"]
     assert finding.seconds == pytest.approx(40 * 0.006)
     assert finding.text.startswith(
         "50% of the training's time is waiting for data, most of all for /data/day_0_sparse"
@@ -45,7 +48,7 @@ def test_waiting_names_data_and_not_what_python_imports(tmp_path: Path) -> None:
     made = training(wait=6_000, compute=5_000, read_size=4 << 20)
     for step in range(40):
         made.posix("read", 10_500 + step * 12_010, 9_000, "/env/lib/site-packages/late.pyc", ret=100)
-    finding = found(tmp_path / "ours", made)["waiting"]
+    finding = find_by_rule(tmp_path / "ours", made)["waiting"]
     assert "most of all for /data/day_0_sparse.npy" in finding.text
     assert finding.evidence["mean_read_bytes"] == 4 << 20 and "--read_chunk_mb" not in finding.remedy
 
@@ -53,12 +56,15 @@ def test_waiting_names_data_and_not_what_python_imports(tmp_path: Path) -> None:
     for i in range(40):
         made.posix("read", i * 2_000, 1_000, "/env/lib/python3.11/late.pyc", ret=100)
         made.posix("read", i * 2_000 + 1_000, 500, "/data/images.tar", ret=4 << 20)
-    assert "most of all for /data/images.tar" in found(tmp_path / "other", made, config={})["waiting"].text
+    assert (
+        "most of all for /data/images.tar"
+        in find_by_rule(tmp_path / "other", made, config={})["waiting"].text
+    )
 
 
 def test_tiny_reads_are_named_with_their_file(tmp_path: Path) -> None:
     made = training(wait=9_000, compute=2_000, reads=40, read_size=4096, read_us=200)
-    result = found(tmp_path, made)
+    result = find_by_rule(tmp_path, made)
     finding = result["small_reads"]
     assert (
         "1,600 reads are smaller than 65.5 KB: 4.1 KB on average, most of them of /data/day_0_sparse.npy"
@@ -73,20 +79,20 @@ def test_remedy_for_tiny_reads_is_one_that_can_help(tmp_path: Path) -> None:
     """The option is large already: what ends a read is the batch or the file."""
     config = {"data": {"read_chunk_mb": 8.0}, "launch": {}}
     made = training(wait=9_000, compute=2_000, reads=40, read_size=4096, read_us=200)
-    result = found(tmp_path, made, config=config)
+    result = find_by_rule(tmp_path, made, config=config)
     assert "larger batches" in result["small_reads"].remedy and "larger batches" in result["waiting"].remedy
-    assert "larger pieces" in found(tmp_path, config={})["small_reads"].remedy
+    assert "larger pieces" in find_by_rule(tmp_path, config={})["small_reads"].remedy
 
 
 def test_hidden_tiny_reads_win_nothing(tmp_path: Path) -> None:
     """The same reads, but the main thread computes meanwhile: there is no time to be saved."""
     made = training(wait=0, compute=11_000, reads=40, read_size=4096, read_us=200)
-    assert found(tmp_path, made)["small_reads"].seconds == 0.0
+    assert find_by_rule(tmp_path, made)["small_reads"].seconds == 0.0
 
 
 def test_slow_rank(tmp_path: Path) -> None:
     made = [training(rank, 4, compute=10_000 if rank == 2 else 5_000, host=f"n{rank}") for rank in range(4)]
-    finding = found(tmp_path, *made)["slow_rank"]
+    finding = find_by_rule(tmp_path, *made)["slow_rank"]
     assert finding.text.startswith("Rank 2 on n2 needs 10.1 ms for its own part of a step, the others 5.1 ms")
     assert finding.evidence["mostly"] == "compute"
     assert finding.seconds == pytest.approx(40 * (0.0101 - (0.0101 + 3 * 0.0051) / 4))
@@ -94,7 +100,7 @@ def test_slow_rank(tmp_path: Path) -> None:
 
 def test_slow_rank_that_waits_for_its_storage(tmp_path: Path) -> None:
     made = [training(rank, 2, wait=5_000 if rank == 0 else 100) for rank in range(2)]
-    finding = found(tmp_path, *made)["slow_rank"]
+    finding = find_by_rule(tmp_path, *made)["slow_rank"]
     assert finding.evidence["rank"] == 0 and finding.evidence["mostly"] == "wait"
     assert "storage" in finding.remedy
 
@@ -102,10 +108,10 @@ def test_slow_rank_that_waits_for_its_storage(tmp_path: Path) -> None:
 def test_cold_mapped_file(tmp_path: Path) -> None:
     made = training(wait=6_000, read_size=100_000, read_us=1_400, calls=False)
     made.posix("open64", 9_900, 5, "/data/day_0_sparse.npy")
-    finding = found(tmp_path, made)["mapped"]
+    finding = find_by_rule(tmp_path, made)["mapped"]
     assert "16 MB are read without any call, at 71 MB/s" in finding.text
     assert "/data/day_0_sparse.npy" in finding.text and "--mmap_mode" in finding.remedy
-    other = found(tmp_path, config={})["mapped"]
+    other = find_by_rule(tmp_path, config={})["mapped"]
     assert "--" not in other.remedy  # not our trainer: its options mean nothing
 
 
@@ -137,14 +143,14 @@ def test_mapped_source_of_our_own(tmp_path: Path) -> None:
 def test_warm_mapped_file_is_fine(tmp_path: Path) -> None:
     made = training(wait=0, read_size=1 << 20, read_us=100, calls=False)
     made.posix("open64", 9_900, 5, "/data/day_0_sparse.npy")
-    assert problems(found(tmp_path, made)) == set()
+    assert leave_out_startup(find_by_rule(tmp_path, made)) == set()
 
 
 def test_checkpoint_stall(tmp_path: Path) -> None:
     made = training()
     made.span("checkpoint", "save", 300_000, 100_000, step=25)
     made.span("checkpoint", "write", 310_000, 80_000, bytes=400_000_000)
-    finding = found(tmp_path, made)["checkpoint"]
+    finding = find_by_rule(tmp_path, made)["checkpoint"]
     assert finding.seconds == pytest.approx(0.1)
     assert "400 MB written at 5000 MB/s" in finding.text
 
@@ -153,7 +159,7 @@ def test_metadata(tmp_path: Path) -> None:
     made = training(wait=8_000)
     for i in range(900):
         made.posix("open64", 10_100 + i * 400, 300, f"/data/{i}")
-    finding = found(tmp_path, made)["metadata"]
+    finding = find_by_rule(tmp_path, made)["metadata"]
     assert "moves no byte and is no hint: 900 opens 270 ms" in finding.text
     assert finding.seconds == pytest.approx(0.27)
 
@@ -170,7 +176,7 @@ def test_random_access(tmp_path: Path) -> None:
             ret=80_000,
             offset=(i * 7919) % 2000 * 80_000,
         )
-    finding = found(tmp_path, made)["random_access"]
+    finding = find_by_rule(tmp_path, made)["random_access"]
     assert finding.evidence["file"] == "/data/shuffled" and finding.evidence["random"] > 1900
     assert "80 KB at a time" in finding.text
 
@@ -185,7 +191,7 @@ def test_ranks_that_take_turns_read_in_strides(tmp_path: Path) -> None:
             made.posix("lseek64", 10_000 + i * 250, 1, file, 7, ret=place, offset=place)
             made.posix("read", 10_002 + i * 250, 150, file, 7, ret=26_000, count=26_000)
         ranks.append(made)
-    result = found(tmp_path, *ranks, config={"data": {"read_chunk_mb": 0.03}, "launch": {}})
+    result = find_by_rule(tmp_path, *ranks, config={"data": {"read_chunk_mb": 0.03}, "launch": {}})
     assert "random_access" not in result
     reads = answers.sum_volume(gather_tables(tmp_path), "rank").filter(pl.col("op") == "read")
     assert reads.select("sequential", "strided", "random").rows() == [(2, 1498, 0)] * 2
@@ -198,7 +204,7 @@ def test_random_rows_of_tables_in_files(tmp_path: Path) -> None:
     for i in range(2000):
         place = (i * 7919) % 2000 * 256
         made.posix("pread64", 10_100 + i * 200, 50, "/store/t_0.rows", 3, ret=256, offset=place)
-    assert "--cache_memory_budget_mb" in found(tmp_path, made)["random_access"].remedy
+    assert "--cache_memory_budget_mb" in find_by_rule(tmp_path, made)["random_access"].remedy
 
 
 def test_late_steps(tmp_path: Path) -> None:
@@ -208,7 +214,7 @@ def test_late_steps(tmp_path: Path) -> None:
     )
     made.span("train", "step", end, 300_000, epoch=0, step=60, batch=60)
     made.span("data", "wait", end, 280_000, epoch=0, step=60, batch=60)
-    finding = found(tmp_path, made)["late_steps"]
+    finding = find_by_rule(tmp_path, made)["late_steps"]
     assert finding.evidence.items() >= {"steps": 1, "mostly": "wait", "longest": 60, "rank": 0}.items()
     assert finding.evidence["dur_us"] == 300_000  # the slice that its link shows
     assert finding.seconds == pytest.approx(0.288, rel=0.01)
@@ -219,7 +225,7 @@ def test_slow_tail(tmp_path: Path) -> None:
     for i in range(2000):
         slow = i % 110 == 0
         made.posix("pread64", 10_100 + i * 200, 9_000 if slow else 100, "/x", 3, ret=1 << 20, offset=i << 20)
-    finding = found(tmp_path, made)["slow_tail"]
+    finding = find_by_rule(tmp_path, made)["slow_tail"]
     assert finding.evidence["p50_us"] == 100 and finding.evidence["reads"] == 19
     assert "these need 8.99 ms each" in finding.text
     assert finding.evidence["share"] == pytest.approx(19 * 9 / (19 * 9 + 1981 * 0.1 + 160 * 0.2), rel=0.02)
@@ -229,7 +235,7 @@ def test_read_amplification(tmp_path: Path) -> None:
     made = training(wait=3_000, reads=2)
     for i in range(100):
         made.posix("pread64", 10_100 + i * 300, 100, "/data/day_0_sparse.npy", 7, ret=1 << 20, offset=i << 20)
-    finding = found(tmp_path, made)["amplified"]
+    finding = find_by_rule(tmp_path, made)["amplified"]
     assert "/data/day_0_sparse.npy is read 2.2 times over" in finding.text
     assert finding.evidence["bytes"] == 100 << 20
 
@@ -237,14 +243,14 @@ def test_read_amplification(tmp_path: Path) -> None:
 def test_failed_calls(tmp_path: Path) -> None:
     made = training()
     made.posix("write", 20_000, 5, "/full/disk", ret=-1, count=10)
-    finding = found(tmp_path, made)["failed"]
+    finding = find_by_rule(tmp_path, made)["failed"]
     assert finding.seconds == 0 and finding.severity == "high"
     assert finding.text == "A read or write failed: write of /full/disk."
 
 
 def test_order_and_start_up(tmp_path: Path) -> None:
     made = training(wait=6_000, steps=10)
-    result = found(tmp_path, made)
+    result = find_by_rule(tmp_path, made)
     assert list(result) == sorted(result, key=lambda rule: -result[rule].seconds)
     startup = result["startup"]
     assert startup.evidence["part"] == "first step" and startup.seconds == pytest.approx(0.012)
@@ -253,7 +259,7 @@ def test_order_and_start_up(tmp_path: Path) -> None:
 
 def test_no_finding_promises_more_than_the_wall(tmp_path: Path) -> None:
     made = training(wait=9_000, compute=2_000, reads=40, read_size=4096, read_us=200)
-    result = found(tmp_path, made)
+    result = find_by_rule(tmp_path, made)
     wall = float(gather_tables(tmp_path)["time"]["wall_us"].sum()) / 1e6
     assert all(0 <= f.seconds <= wall for f in result.values())
     assert not pl.Series([f.seconds for f in result.values()]).is_nan().any()

@@ -24,7 +24,7 @@ from analysis.tables.gather import JoinedTables, gather_tables
 from analysis.trace.classify import CALLS, KINDS, find_kind, find_operation
 
 
-def raw(run: Path) -> list[dict[str, Any]]:
+def read_all_events(run: Path) -> list[dict[str, Any]]:
     """Every event by Python's own gzip and json, file hashes resolved."""
     found = []
     for path in sorted((run / "trace").glob("*.pfw.gz")):
@@ -40,7 +40,7 @@ def raw(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def chaos(seed: int) -> Made:
+def make_random_training(seed: int) -> Made:
     """Random spans and calls on two threads, epochs, evaluations and checkpoints in between."""
     rng = random.Random(seed)
     made = Made()
@@ -64,7 +64,7 @@ def chaos(seed: int) -> Made:
     return made
 
 
-def painted(events: list[dict[str, Any]]) -> tuple[list[str], list[int | None], dict[str, np.ndarray]]:
+def paint_each_us(events: list[dict[str, Any]]) -> tuple[list[str], list[int | None], dict[str, np.ndarray]]:
     """For each us: the phase, the epoch, and which sets it is in."""
     begin = min(e["ts"] for e in events)
     n = max(e["ts"] + e["dur"] for e in events) - begin
@@ -101,8 +101,8 @@ def painted(events: list[dict[str, Any]]) -> tuple[list[str], list[int | None], 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_time_us_by_us(tmp_path: Path, seed: int) -> None:
-    chaos(seed).write(tmp_path)
-    phases, epochs, layers = painted(raw(tmp_path))
+    make_random_training(seed).write(tmp_path)
+    phases, epochs, layers = paint_each_us(read_all_events(tmp_path))
     expected: dict[tuple[str, int | None], Counter[str]] = defaultdict(Counter)
     for t, key in enumerate(zip(phases, epochs, strict=True)):
         kind = next((k for k in KINDS if layers[k][t]), "other")
@@ -129,10 +129,10 @@ def test_time_us_by_us(tmp_path: Path, seed: int) -> None:
 
 
 def test_steps_and_timeline_add_up(tmp_path: Path) -> None:
-    chaos(3).write(tmp_path)
+    make_random_training(3).write(tmp_path)
     joined = gather_tables(tmp_path)
     begin = BEGIN + 5
-    _, _, layers = painted(raw(tmp_path))
+    _, _, layers = paint_each_us(read_all_events(tmp_path))
     for row in joined["steps"].iter_rows(named=True):
         here = slice(row["ts"] - begin, row["ts"] - begin + row["wall_us"])
         assert row["wall_us"] == 200 and row["io_all_us"] == layers["io_all"][here].sum()
@@ -143,7 +143,7 @@ def test_steps_and_timeline_add_up(tmp_path: Path) -> None:
 
 def test_operations_by_plain_python(run: Path, joined: JoinedTables) -> None:
     expected: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for e in raw(run):
+    for e in read_all_events(run):
         if e["cat"] in CALLS:
             op = find_operation(e["name"])
             moved = max(0, e["args"].get("ret", 0)) if op in ("read", "write") else 0

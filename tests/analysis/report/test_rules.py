@@ -20,7 +20,7 @@ OURS = {"data": {"batch_size": 8}, "launch": {"world_size": 1}}
 KIB, MIB = 1 << 10, 1 << 20
 
 
-def find(
+def find_in_runs(
     run: Path, *made: Made, config: dict | None = None, losses: list[float] | None = None
 ) -> list[Finding]:
     for one in made:
@@ -34,7 +34,7 @@ def at_random(n: int, size: int) -> Callable[[int], int]:
     return lambda i: places[i] * size
 
 
-def waits(**more: Any) -> Made:
+def make_waiting(**more: Any) -> Made:
     """A training whose I/O is not hidden: 3 of 12 ms of a step wait."""
     return training(**{"wait": 3_000, **more})
 
@@ -46,7 +46,7 @@ def last_step(dur: int) -> Made:
     return made
 
 
-def saves(*took: int) -> Made:
+def make_saves(*took: int) -> Made:
     """Checkpoints whose copies take 1 ms, and whose last bytes are written so many us later."""
     made = training()
     for i, dur in enumerate(took):
@@ -55,30 +55,30 @@ def saves(*took: int) -> Made:
     return made
 
 
-def pause(dur: int) -> Made:
+def make_load(dur: int) -> Made:
     made = training()
     made.span("checkpoint", "load", 300_000, dur)
     return made
 
 
-def fragments(n: int) -> Made:
+def make_fragments(n: int) -> Made:
     made = training()
     made.span("checkpoint", "save", 300_000, 150_000)
     return made.requests("write", "/run/checkpoints/a", n, 4 * KIB, begin=300_000, every=100)
 
 
-def opens(n: int, dur: int) -> Made:
-    made = waits()
+def make_opens(n: int, dur: int) -> Made:
+    made = make_waiting()
     for i in range(n):
         made.posix("open64", 10_100 + i * 400, dur, f"/data/{i}", 3)
     return made
 
 
-def two(make: Callable[[int], Made]) -> list[Made]:
+def make_both_ranks(make: Callable[[int], Made]) -> list[Made]:
     return [make(0), make(1)]
 
 
-def uneven(rank: int, **other: Any) -> Made:
+def make_uneven(rank: int, **other: Any) -> Made:
     """Rank 1 differs from rank 0, which shares its file."""
     return training(rank, 2, **{"wait": 3_000, **(other if rank else {})})
 
@@ -89,7 +89,7 @@ def now_and_then(rank: int, other: int) -> Made:
     return training(rank, 2, wait=lambda step: 100 if step % 3 else late)
 
 
-def mapped(read_us: int) -> Made:
+def make_mapped(read_us: int) -> Made:
     made = training(wait=6_000, read_us=read_us, calls=False)
     made.posix("open64", 9_900, 5, "/data/day_0_sparse.npy")
     return made
@@ -104,65 +104,80 @@ def slow_ones(dur: int) -> Made:
 
 
 def one_size_each(read_size: int) -> Made:
-    made = waits(reads=0).requests("pwrite64", "/out", 160, 4 * MIB)
+    made = make_waiting(reads=0).requests("pwrite64", "/out", 160, 4 * MIB)
     return made.requests("pread64", "/in", 1200, read_size, 100)
 
 
-def shares(rank: int, n: int) -> Made:
+def make_shared_writes(rank: int, n: int) -> Made:
     made = training(rank, 2, wait=3_000)
     return made.requests("pwrite64", "/shared", n, 4 * KIB, place=lambda i: (2 * i + rank) * 8 * KIB)
 
 
-def strides(step: int, first: int) -> Made:
-    return waits().requests("pread64", "/data/x", 1100, 26_000, 150, place=lambda i: first + i * step)
+def make_strides(step: int, first: int) -> Made:
+    return make_waiting().requests("pread64", "/data/x", 1100, 26_000, 150, place=lambda i: first + i * step)
 
 
 # rule -> what it finds something in, and what it nearly does: a trace, or one per rank
 PLANTED: dict[str, tuple[Made | list[Made], Made | list[Made]]] = {
     "no_learning": (training(), training()),
     "waiting": (training(wait=700), training(wait=500)),
-    "persistent_pressure": (waits(), training(wait=lambda step: 3_000 if step < 20 else 0)),
+    "persistent_pressure": (make_waiting(), training(wait=lambda step: 3_000 if step < 20 else 0)),
     "waiting_for_ranks": (
-        two(lambda rank: training(rank, 2, compute=(5_000, 11_500)[rank])),
-        two(lambda rank: training(rank, 2, compute=(5_000, 6_000)[rank])),
+        make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 11_500)[rank])),
+        make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 6_000)[rank])),
     ),
-    "transfer": (two(lambda r: training(r, 2)), two(lambda r: training(r, 2, compute=11_500))),
+    "transfer": (
+        make_both_ranks(lambda r: training(r, 2)),
+        make_both_ranks(lambda r: training(r, 2, compute=11_500)),
+    ),
     "slow_rank": (
-        two(lambda rank: training(rank, 2, compute=(5_000, 10_000)[rank])),
-        two(lambda rank: training(rank, 2, compute=(5_000, 6_000)[rank])),
+        make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 10_000)[rank])),
+        make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 6_000)[rank])),
     ),
-    "io_imbalance": (two(lambda r: now_and_then(r, 3_000)), two(lambda r: now_and_then(r, 4_500))),
+    "io_imbalance": (
+        make_both_ranks(lambda r: now_and_then(r, 3_000)),
+        make_both_ranks(lambda r: now_and_then(r, 4_500)),
+    ),
     "startup": (training(steps=15), training(steps=20)),
     "late_steps": (last_step(300_000), last_step(35_000)),
-    "checkpoint": (pause(11_000), pause(9_000)),
-    "checkpoint_tail": (saves(6_000, 6_000, 6_000, 15_000), saves(6_000, 6_000, 6_000, 11_000)),
-    "checkpoint_fragments": (fragments(1000), fragments(999)),
+    "checkpoint": (make_load(11_000), make_load(9_000)),
+    "checkpoint_tail": (make_saves(6_000, 6_000, 6_000, 15_000), make_saves(6_000, 6_000, 6_000, 11_000)),
+    "checkpoint_fragments": (make_fragments(1000), make_fragments(999)),
     "small_reads": (
-        waits().requests("pread64", "/data/x", 1000, 4 * KIB),
-        waits().requests("pread64", "/data/x", 999, 4 * KIB),
+        make_waiting().requests("pread64", "/data/x", 1000, 4 * KIB),
+        make_waiting().requests("pread64", "/data/x", 999, 4 * KIB),
     ),
     "small_writes": (
-        waits().requests("pwrite64", "/out", 1000, 4 * KIB),
-        waits().requests("pwrite64", "/out", 1000, 64 * KIB),
+        make_waiting().requests("pwrite64", "/out", 1000, 4 * KIB),
+        make_waiting().requests("pwrite64", "/out", 1000, 64 * KIB),
     ),
     "random_access": (
-        waits().requests("pread64", "/data/x", 1100, 80_000, place=at_random(1100, 80_000)),
-        waits().requests("pread64", "/data/x", 990, 80_000, place=at_random(990, 80_000)),
+        make_waiting().requests("pread64", "/data/x", 1100, 80_000, place=at_random(1100, 80_000)),
+        make_waiting().requests("pread64", "/data/x", 990, 80_000, place=at_random(990, 80_000)),
     ),
     "random_writes": (
-        waits().requests("pwrite64", "/out", 1100, 80_000, place=at_random(1100, 80_000)),
-        waits().requests("pwrite64", "/out", 990, 80_000, place=at_random(990, 80_000)),
+        make_waiting().requests("pwrite64", "/out", 1100, 80_000, place=at_random(1100, 80_000)),
+        make_waiting().requests("pwrite64", "/out", 990, 80_000, place=at_random(990, 80_000)),
     ),
-    "misaligned": (strides(52_000, 128), strides(13 * 4 * KIB, 0)),
+    "misaligned": (make_strides(52_000, 128), make_strides(13 * 4 * KIB, 0)),
     "operation_imbalance": (one_size_each(70_000), one_size_each(600_000)),
     "stdio": (
-        waits().requests("fread", "/data/s", 20, cat="STDIO"),
-        waits().requests("fread", "/data/s", 16, cat="STDIO"),
+        make_waiting().requests("fread", "/data/s", 20, cat="STDIO"),
+        make_waiting().requests("fread", "/data/s", 16, cat="STDIO"),
     ),
     "slow_tail": (slow_ones(9_000), slow_ones(900)),
-    "shared_requests": (two(lambda r: shares(r, 600)), two(lambda r: shares(r, 400))),
-    "stragglers": (two(lambda r: uneven(r, read_us=400)), two(lambda r: uneven(r, read_us=230))),
-    "file_imbalance": (two(lambda r: uneven(r, reads=8)), two(lambda r: uneven(r, reads=5))),
+    "shared_requests": (
+        make_both_ranks(lambda r: make_shared_writes(r, 600)),
+        make_both_ranks(lambda r: make_shared_writes(r, 400)),
+    ),
+    "stragglers": (
+        make_both_ranks(lambda r: make_uneven(r, read_us=400)),
+        make_both_ranks(lambda r: make_uneven(r, read_us=230)),
+    ),
+    "file_imbalance": (
+        make_both_ranks(lambda r: make_uneven(r, reads=8)),
+        make_both_ranks(lambda r: make_uneven(r, reads=5)),
+    ),
     "redundant_reads": (
         training().requests("pread64", "/data/again", 40, place=lambda i: i % 10 * MIB),
         training().requests("pread64", "/data/again", 15, place=lambda i: i % 10 * MIB),
@@ -175,16 +190,16 @@ PLANTED: dict[str, tuple[Made | list[Made], Made | list[Made]]] = {
         training(reads=2).requests("pread64", "/data/day_0_sparse.npy", 20),
         training(reads=2).requests("pread64", "/data/day_0_sparse.npy", 15),
     ),
-    "mapped": (mapped(600), mapped(500)),
-    "metadata": (opens(50, 300), opens(45, 300)),
-    "metadata_time": (opens(31, 1_000_000), opens(30, 1_000_000)),
+    "mapped": (make_mapped(600), make_mapped(500)),
+    "metadata": (make_opens(50, 300), make_opens(45, 300)),
+    "metadata_time": (make_opens(31, 1_000_000), make_opens(30, 1_000_000)),
     "hints": (
-        waits().requests("posix_fadvise64", "/data/x", 200, dur=100, ret=0),
-        waits().requests("posix_fadvise64", "/data/x", 30, dur=100, ret=0),
+        make_waiting().requests("posix_fadvise64", "/data/x", 200, dur=100, ret=0),
+        make_waiting().requests("posix_fadvise64", "/data/x", 30, dur=100, ret=0),
     ),
     "sync": (
-        waits().requests("fsync", "/out", 1, dur=20_000, ret=0),
-        waits().requests("fsync", "/out", 1, dur=9_000, ret=0),
+        make_waiting().requests("fsync", "/out", 1, dur=20_000, ret=0),
+        make_waiting().requests("fsync", "/out", 1, dur=9_000, ret=0),
     ),
     "failed": (
         training().requests("write", "/out", 1, ret=-1),
@@ -200,7 +215,7 @@ def test_a_planted_problem_is_found_and_one_that_nearly_is_one_is_not(tmp_path: 
     for number, planted in enumerate(PLANTED[rule]):
         made = planted if isinstance(planted, list) else [planted]
         losses = LOSSES[rule][number] if rule in LOSSES else None
-        results.append({f.rule: f for f in find(tmp_path / str(number), *made, losses=losses)})
+        results.append({f.rule: f for f in find_in_runs(tmp_path / str(number), *made, losses=losses)})
     assert rule in results[0] and rule not in results[1]
     finding = results[0][rule]
     assert finding.text.endswith(".") and finding.remedy.endswith(".") and "None" not in finding.text
@@ -222,7 +237,7 @@ def test_the_table_in_the_documentation_is_that_of_the_code() -> None:
 
 
 def test_every_rule_is_listed_whether_it_found_something_or_not(tmp_path: Path) -> None:
-    found = find(tmp_path, training(wait=700))
+    found = find_in_runs(tmp_path, training(wait=700))
     rules = list_rules(found)
     assert [each["rule"] for each in rules] == [rule.name for rule in RULES]
     assert {each["rule"] for each in rules if each["found"]} == {finding.rule for finding in found}
@@ -232,17 +247,17 @@ def test_every_rule_is_listed_whether_it_found_something_or_not(tmp_path: Path) 
 
 def test_hints_are_no_metadata(tmp_path: Path) -> None:
     """The rows of tables in files are announced to the kernel one by one; that is no opening of files."""
-    made = waits().requests("posix_fadvise64", "/store/t_0.rows", 2000, 548, 100, ret=0)
-    found = {f.rule: f for f in find(tmp_path, made)}
+    made = make_waiting().requests("posix_fadvise64", "/store/t_0.rows", 2000, 548, 100, ret=0)
+    found = {f.rule: f for f in find_in_runs(tmp_path, made)}
     assert "metadata" not in found and "--cache_memory_budget_mb" in found["hints"].remedy
 
 
 def test_a_file_of_a_table_is_told_once(tmp_path: Path) -> None:
     """Small rows at random, read and written: no advice about larger batches or larger files."""
-    made = waits()
+    made = make_waiting()
     for name in ("pread64", "pwrite64"):
         made.requests(name, "/store/t_0.rows", 2000, 548, 100, place=at_random(2000, 548))
-    found = {f.rule: f for f in find(tmp_path, made)}
+    found = {f.rule: f for f in find_in_runs(tmp_path, made)}
     assert {"random_access", "random_writes"} <= set(found)
     assert not {"small_reads", "small_writes", "misaligned", "operation_imbalance"} & set(found)
     for rule in ("random_access", "random_writes", "waiting", "persistent_pressure"):
@@ -251,8 +266,8 @@ def test_a_file_of_a_table_is_told_once(tmp_path: Path) -> None:
 
 def test_waiting_and_transfer_of_a_planted_collective(tmp_path: Path) -> None:
     """Rank 1 comes 6 ms later each time: rank 0 waits so long, and both then need 0.9 ms."""
-    made = two(lambda rank: training(rank, 2, compute=(5_000, 11_000)[rank]))
-    finding = {f.rule: f for f in find(tmp_path, *made)}["waiting_for_ranks"]
+    made = make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 11_000)[rank]))
+    finding = {f.rule: f for f in find_in_runs(tmp_path, *made)}["waiting_for_ranks"]
     assert finding.seconds == pytest.approx(40 * 0.006 / 2)
     assert finding.evidence["transfer_s"] == pytest.approx(40 * 0.0009)
     assert (
@@ -270,7 +285,7 @@ def test_waits_within_the_error_of_the_clocks_are_neither(tmp_path: Path) -> Non
     ]
     for rank, made in enumerate(ranks):
         made.span("clock", "barrier", (0, 4_000, 8_000)[rank], 0, when="start")
-    found = {f.rule: f for f in find(tmp_path, *ranks)}
+    found = {f.rule: f for f in find_in_runs(tmp_path, *ranks)}
     assert "waiting_for_ranks" not in found
     assert (
         found["transfer"].evidence["clock_error_us"] >= 8_000 and "nobody can say" in found["transfer"].text
@@ -290,7 +305,7 @@ def test_no_remedy_names_an_option_that_the_program_does_not_have(tmp_path: Path
     chosen = random.Random(0).sample(sorted(set(PLANTED) - {"no_learning"}), 12)
     for rule in {*chosen, "waiting", "small_reads", "transfer", "redundant_reads", "random_access"}:
         planted = PLANTED[rule][0]
-        for finding in find(
+        for finding in find_in_runs(
             tmp_path / rule, *(planted if isinstance(planted, list) else [planted]), config=config
         ):
             named = {

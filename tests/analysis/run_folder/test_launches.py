@@ -23,7 +23,7 @@ from dlrm.runtime.errors import STOPPED
 PAUSE = 600_000_000  # us
 
 
-def later(made: Made, by: int, pid: int) -> Made:
+def shift_launch(made: Made, by: int, pid: int) -> Made:
     """The same, so much later, by another process."""
     for line in made.lines:
         if line["ph"] == 1:
@@ -40,11 +40,11 @@ def resumed(tmp_path: Path) -> Path:
     for rank, off in ((0, 0), (1, 50_000)):
         made = training(rank, 2, steps=30, host=f"n{rank}")
         made.span("clock", "barrier", 9_400, 0, when="start")
-        later(made, off, 1000 + rank).write(tmp_path, end=False)
+        shift_launch(made, off, 1000 + rank).write(tmp_path, end=False)
     for rank, off in ((0, 0), (1, 9_000_000), (2, 9_000_000)):
         made = training(rank, 3, steps=40, host=f"m{min(rank, 1)}")
         made.span("clock", "barrier", 9_400, 0, when="start")
-        later(made, PAUSE + off, 2000 + rank).write(tmp_path)
+        shift_launch(made, PAUSE + off, 2000 + rank).write(tmp_path)
     return tmp_path
 
 
@@ -61,12 +61,12 @@ def test_the_pause_is_not_counted(resumed: Path) -> None:
     assert facts.wall_seconds() == pytest.approx((one + two) / 1e6)
     assert facts.mean_seconds("wall_s") == pytest.approx((one + two) / 1e6)
     assert facts.mean_seconds("wait_s", "train") == pytest.approx(70 * 100e-6)
-    shares = pl.read_csv(_written(resumed) / "timeline.csv")
+    shares = pl.read_csv(write_tables(resumed) / "timeline.csv")
     inside = shares.filter((pl.col("at_s") > one / 1e6 + 2) & (pl.col("at_s") < PAUSE / 1e6 - 2))
     assert len(inside) == 0
 
 
-def _written(run: Path) -> Path:
+def write_tables(run: Path) -> Path:
     report.write_report(run)
     return run / "tables"
 

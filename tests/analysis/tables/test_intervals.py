@@ -5,7 +5,7 @@ import numpy as np
 from analysis.tables import intervals
 
 
-def bits(stretches: intervals.Stretches) -> np.ndarray:
+def mark_covered(stretches: intervals.Stretches) -> np.ndarray:
     found = np.zeros(100, np.bool_)
     for start, end in zip(*stretches, strict=True):
         found[start:end] = True
@@ -23,6 +23,10 @@ def test_against_bits() -> None:
         one, two = some(), some()
         starts, ends = intervals.merge_stretches(*one)
         assert (starts[1:] > ends[:-1]).all()
-        assert (bits((starts, ends)) == bits(one)).all()
-        assert (bits(intervals.unite_stretches(one, two)) == (bits(one) | bits(two))).all()
-        assert (bits(intervals.subtract_stretches(one, two)) == (bits(one) & ~bits(two))).all()
+        assert (mark_covered((starts, ends)) == mark_covered(one)).all()
+        assert (
+            mark_covered(intervals.unite_stretches(one, two)) == (mark_covered(one) | mark_covered(two))
+        ).all()
+        assert (
+            mark_covered(intervals.subtract_stretches(one, two)) == (mark_covered(one) & ~mark_covered(two))
+        ).all()

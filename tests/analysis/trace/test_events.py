@@ -16,7 +16,7 @@ from analysis.trace.process import TracedProcess
 from common.errors import UserError
 
 
-def event(**fields: object) -> dict:
+def make_event(**fields: object) -> dict:
     known = {
         "id": 1,
         "name": "read",
@@ -52,7 +52,7 @@ def random_records(count: int) -> list[dict]:
 
     keys = ["alpha", "beta", "offset", "epoch", "value", "split", "a key", "k" * 30]
     return [
-        event(
+        make_event(
             name=rng.choice(["a", "b" * 9, 'n"', "é"]), cat=rng.choice(["data", "train", "x" * 20]),
             ts=rng.randrange(10**16), dur=rng.randrange(10**6), tid=rng.randrange(2**31),
             args={key: value() for key in rng.sample(keys, rng.randrange(len(keys)))},
@@ -136,7 +136,7 @@ def test_cut_at_every_place(tmp_path: Path) -> None:
 
 
 def test_damage_in_the_middle_costs_one_member(tmp_path: Path) -> None:
-    records = [event(ts=1000 + i) for i in range(300)]
+    records = [make_event(ts=1000 + i) for i in range(300)]
     members = [
         gzip.compress("".join(json.dumps(r) + "\n" for r in records[i : i + 100]).encode())
         for i in (0, 100, 200)
@@ -154,7 +154,7 @@ def test_damage_in_the_middle_costs_one_member(tmp_path: Path) -> None:
 
 def test_lines_that_are_not_json_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "t.pfw"
-    good = json.dumps(event())
+    good = json.dumps(make_event())
     path.write_text(
         f'[\n{good},\n{{"name":"x\n{good}\nnonsense\n{{"ph":1,"name":3}}\n{good}\n{{"name":"cut", "ca'
     )
@@ -168,7 +168,7 @@ def test_path_with_a_quote(tmp_path: Path) -> None:
     path = tmp_path / "t.pfw"
     about = '"name":"FH","cat":"dftracer","type":1,"pid":1,"tid":1,"ph":4'
     text = f'{{{about},"args":{{"hhash":"a","name":"/d/o"dd.bin","value":"ff"}}}}\n'
-    path.write_text(text + json.dumps(event(cat="POSIX", args={"fhash": "ff", "ret": 3})) + "\n")
+    path.write_text(text + json.dumps(make_event(cat="POSIX", args={"fhash": "ff", "ret": 3})) + "\n")
     assert events.load_events(path)["file"].to_list() == ['/d/o"dd.bin']
     assert events.read_processes(path)[0].bad_lines == 0
 
@@ -179,8 +179,8 @@ def test_dftracer_1_files(tmp_path: Path) -> None:
         write(
             tmp_path / f"app-{number}.pfw.gz",
             [
-                event(ph="M", name="FH", cat="dftracer", args={"name": "/d/x", "value": "ff"}),
-                event(ph="X", cat="POSIX", pid=7, args={"fhash": "ff", "ret": "512", "offset": "-1"}),
+                make_event(ph="M", name="FH", cat="dftracer", args={"name": "/d/x", "value": "ff"}),
+                make_event(ph="X", cat="POSIX", pid=7, args={"fhash": "ff", "ret": "512", "offset": "-1"}),
             ],
         )
     table = events.load_events(tmp_path)
@@ -192,11 +192,11 @@ def test_times_in_ns_and_numbers_in_quotes(tmp_path: Path) -> None:
     """DFTRACER_TIME_METRIC=NS gives thousandfold times; DFTracer 1 wrote some numbers between quotes."""
     at = 1_795_729_008_798_435
     records = [
-        event(ts=at * 1000, dur=8_000),
-        event(ts=(at + 1) * 1000, dur=1_000),
-        event(ph="X", ts=str(at + 2), dur="5", pid="11", tid="12", cat="POSIX", args={"ret": "512"}),
-        event(ph=2, cat="sys", name="cpu", ts=at, dur=0, args={"user_pct": 3.5}),
-        event(ph="C", cat="sys", name="cpu", ts=at, dur=0, args={"user_pct": 3.5}),
+        make_event(ts=at * 1000, dur=8_000),
+        make_event(ts=(at + 1) * 1000, dur=1_000),
+        make_event(ph="X", ts=str(at + 2), dur="5", pid="11", tid="12", cat="POSIX", args={"ret": "512"}),
+        make_event(ph=2, cat="sys", name="cpu", ts=at, dur=0, args={"user_pct": 3.5}),
+        make_event(ph="C", cat="sys", name="cpu", ts=at, dur=0, args={"user_pct": 3.5}),
     ]
     path = write(tmp_path / "t.pfw.gz", records)
     table = events.load_events(path)
@@ -207,26 +207,26 @@ def test_times_in_ns_and_numbers_in_quotes(tmp_path: Path) -> None:
 
 
 def test_sums_of_calls_are_refused(tmp_path: Path) -> None:
-    sums = [event(ph=3, name="read", cat="POSIX", args={"dft_cnt": 9, "ret_sum": 900}) for _ in range(5)]
+    sums = [make_event(ph=3, name="read", cat="POSIX", args={"dft_cnt": 9, "ret_sum": 900}) for _ in range(5)]
     with pytest.raises(UserError, match="DFTRACER_ENABLE_AGGREGATION=1.: record the trace without"):
         events.load_events(write(tmp_path / "t.pfw.gz", sums))
-    mixed = write(tmp_path / "mixed.pfw.gz", [*[event(ts=1000 + i) for i in range(9)], *sums])
+    mixed = write(tmp_path / "mixed.pfw.gz", [*[make_event(ts=1000 + i) for i in range(9)], *sums])
     (process,) = events.read_processes(mixed)
     assert process.events == 9 and "5 sums of many calls" in process.lost
 
 
 def test_forks_and_services_are_no_ranks(tmp_path: Path) -> None:
     def begin(pid: int, parent: int) -> dict:
-        return event(cat="dftracer", name="start", pid=pid, args={"ppid": parent})
+        return make_event(cat="dftracer", name="start", pid=pid, args={"ppid": parent})
 
     for name, pid, parent in (("app-1.pfw", 11, 1), ("app-2.pfw", 12, 1), ("app-1-fork.x.pfw", 13, 11)):
-        write(tmp_path / "other" / name, [begin(pid, parent), event(pid=pid)])
+        write(tmp_path / "other" / name, [begin(pid, parent), make_event(pid=pid)])
     found = events.read_processes(tmp_path / "other")
     assert [(p.pid, p.rank) for p in found] == [(11, 0), (13, 0), (12, 1)]
 
     for rank in range(2):
         Made(rank, 2).write(tmp_path / "ours")
-    write(tmp_path / "ours/trace/service.pfw.gz", [event(cat="sys", pid=77, ts=1_795_252_103_000_000)])
+    write(tmp_path / "ours/trace/service.pfw.gz", [make_event(cat="sys", pid=77, ts=1_795_252_103_000_000)])
     (job,) = clocks.group_launches(events.read_processes(tmp_path / "ours"))
     assert len(job) == 3
 
@@ -237,11 +237,11 @@ def test_hosts_meet_at_the_barrier(tmp_path: Path) -> None:
         write(
             tmp_path / f"r{rank}.pfw.gz",
             [
-                event(**name, args={"name": "rank", "value": str(rank)}),
-                event(**name, args={"name": "host", "value": host}),
-                event(cat="clock", name="barrier", ts=10_000 + late, args={"when": "start"}),
-                event(ts=20_000 + late),
-                event(cat="clock", name="barrier", ts=30_000 + late, args={"when": "end"}),
+                make_event(**name, args={"name": "rank", "value": str(rank)}),
+                make_event(**name, args={"name": "host", "value": host}),
+                make_event(cat="clock", name="barrier", ts=10_000 + late, args={"when": "start"}),
+                make_event(ts=20_000 + late),
+                make_event(cat="clock", name="barrier", ts=30_000 + late, args={"when": "end"}),
             ],
         )
     found = events.read_processes(tmp_path)
@@ -305,10 +305,10 @@ def test_the_barrier_at_the_end_is_found_from_the_file_s_end_alone(tmp_path: Pat
     """Members as DFTracer writes them, more than is looked at; and bytes that look like a header."""
     noise = random.Random(1).randbytes(3000).replace(b"\n", b"").hex()
     members = [
-        gzip.compress((json.dumps(event(ts=number, args={"x": noise + str(number)})) + "\n").encode(), 0)
+        gzip.compress((json.dumps(make_event(ts=number, args={"x": noise + str(number)})) + "\n").encode(), 0)
         for number in range(400)
     ]
-    end = json.dumps(event(cat="clock", name="barrier", ts=77_000, args={"when": "end"})) + "\n"
+    end = json.dumps(make_event(cat="clock", name="barrier", ts=77_000, args={"when": "end"})) + "\n"
     path = tmp_path / "t.pfw.gz"
     path.write_bytes(b"".join(members) + gzip.compress(b"\x1f\x8b\x08\n" + end.encode(), 0))
     assert path.stat().st_size > 2 << 20

@@ -80,7 +80,7 @@ def job_of(words: list[str], folder: Path) -> tuple[Any, BertConfig]:
     ), cfg
 
 
-def whole(model: nn.Module) -> dict[str, torch.Tensor]:
+def gather_state(model: nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for name, value in model.state_dict().items():
         if hasattr(value, "local_shards"):
@@ -100,7 +100,7 @@ def test_twenty_steps_are_those_of_plain_pytorch(
     with session.open_session(Ranks(), 60):
         job, cfg = job_of(words, tmp_path)
         plain = Plain(42, 12, 16, 4, 2, output == "tied")
-        plain.take(whole(job.model))
+        plain.take(gather_state(job.model))
         batches = [batch for _, batch in zip(range(20), job.datasets.train.batches, strict=False)]
         job.datasets.train.batches.batch_number = -1  # as before the first batch
         job.fit()
@@ -121,12 +121,12 @@ def test_twenty_steps_are_those_of_plain_pytorch(
     np.testing.assert_allclose(lines, losses, rtol=2e-4)
     plain.eval()
     scores = torch.cat([plain(b.tokens)[:, -1].gather(1, b.candidates.long()) for b in judged])
-    for name, value in brute(scores.detach().numpy(), (1, 5, 10)).items():
+    for name, value in rank_by_sorting(scores.detach().numpy(), (1, 5, 10)).items():
         assert ours_after[name] == pytest.approx(value, abs=0.02), name  # a near tie may fall otherwise
     assert ours_after["samples"] == len(scores) == 60
 
 
-def brute(scores: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
+def rank_by_sorting(scores: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
     """By sorting each user's candidates, the right one being the first; ties go against it."""
     places = []
     for row in scores:
@@ -151,7 +151,7 @@ def test_rankings_are_those_of_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
         few.update(scores[:, :11], scores)
         short = few.compute()
         assert RankingMetrics().compute()["samples"] == 0
-    expected = brute(scores.numpy(), (1, 5, 10, 20, 50, 100))
+    expected = rank_by_sorting(scores.numpy(), (1, 5, 10, 20, 50, 100))
     assert found.pop("samples") == 300
     assert found == pytest.approx(expected, abs=1e-12)
     assert set(short) == {"samples", *(f"{kind}@{k}" for kind in ("Recall", "NDCG") for k in (1, 5, 10))}

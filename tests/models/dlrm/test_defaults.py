@@ -25,20 +25,20 @@ def dataset(folder: Path, rows: list[int], sizes: list[int] | None = None) -> Pa
     return folder
 
 
-def choose(folder: Path, *words: object, ranks: int = 1) -> ChosenOptions:
+def choose_for(folder: Path, *words: object, ranks: int = 1) -> ChosenOptions:
     argv = ["--in_memory_binary_criteo_path", str(folder), *map(str, words)]
     cfg = parse_options(Config, argv, "python -m dlrm.train", "", PRESETS)
     return defaults.choose_options(cfg, ranks, ranks * MEMORY)
 
 
-def fitted(folder: Path, *words: object, ranks: int = 1) -> ChosenOptions:
-    return choose(folder, "--defaults", "dataset", *words, ranks=ranks)
+def fit_to_dataset(folder: Path, *words: object, ranks: int = 1) -> ChosenOptions:
+    return choose_for(folder, "--defaults", "dataset", *words, ranks=ranks)
 
 
 @pytest.mark.parametrize("rows", [5_000, 20_000, 460_000, 45_840_617, CRITEO_1TB])
 @pytest.mark.parametrize("ranks", [1, 3, 8, 80])
 def test_any_size_on_any_number_of_ranks_is_sensible(tmp_path: Path, rows: int, ranks: int) -> None:
-    chosen = fitted(dataset(tmp_path / "d", [rows, rows // 23]), ranks=ranks)
+    chosen = fit_to_dataset(dataset(tmp_path / "d", [rows, rows // 23]), ranks=ranks)
     data, optim = chosen.options.data, chosen.options.optim
     batch = data.batch_size * ranks
     assert 32 <= batch <= 65_536 + ranks  # what all ranks together take, whatever their number
@@ -52,7 +52,7 @@ def test_any_size_on_any_number_of_ranks_is_sensible(tmp_path: Path, rows: int, 
 
 
 def test_the_full_dataset_gets_the_batch_of_mlperf(tmp_path: Path) -> None:
-    chosen = fitted(dataset(tmp_path / "d", [CRITEO_1TB // 24] * 24), ranks=8)
+    chosen = fit_to_dataset(dataset(tmp_path / "d", [CRITEO_1TB // 24] * 24), ranks=8)
     assert chosen.options.data.batch_size == 8192 and chosen.options.optim.learning_rate == 0.005
 
 
@@ -72,17 +72,17 @@ def test_the_full_dataset_gets_the_batch_of_mlperf(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_given_wins(tmp_path: Path, words: list[Any], group: str, name: str, value: Any) -> None:
-    chosen = fitted(dataset(tmp_path / "d", [20_000, 2_000]), *words)
+    chosen = fit_to_dataset(dataset(tmp_path / "d", [20_000, 2_000]), *words)
     assert getattr(getattr(chosen.options, group), name) == value
 
 
 def test_tables_are_capped_as_the_published_runs_cap_them_where_they_do_not_fit(tmp_path: Path) -> None:
     folder = dataset(tmp_path / "d", [CRITEO_1TB, 100], LARGE_TABLES)
-    caps = [fitted(folder, ranks=ranks).options.model.max_table_size for ranks in (1, 2, 8)]
+    caps = [fit_to_dataset(folder, ranks=ranks).options.model.max_table_size for ranks in (1, 2, 8)]
     assert caps == [10_000_000, 80_000_000, None]  # 64 floats a row in 64 GiB, 128 GiB, 512 GiB
-    assert "tables of at most 10,000,000 rows" in fitted(folder).summary
-    assert fitted(folder, "--store_type", "cached_ssd").options.model.max_table_size is None
-    assert fitted(folder, "--num_embeddings", 5).options.model.max_table_size is None
+    assert "tables of at most 10,000,000 rows" in fit_to_dataset(folder).summary
+    assert fit_to_dataset(folder, "--store_type", "cached_ssd").options.model.max_table_size is None
+    assert fit_to_dataset(folder, "--num_embeddings", 5).options.model.max_table_size is None
 
 
 def test_a_resumed_run_keeps_its_cap(toy: Path, run_ranks: Any) -> None:
@@ -106,22 +106,22 @@ def test_rows_are_counted_without_meta_json(tmp_path: Path) -> None:
 
 def test_mlcommons_defaults_stay_with_a_warning(tmp_path: Path) -> None:
     small, large = dataset(tmp_path / "s", [20_000, 10]), dataset(tmp_path / "l", [CRITEO_1TB, 10])
-    chosen = choose(small)
+    chosen = choose_for(small)
     assert chosen.options.data.batch_size == 32 and chosen.options.optim.learning_rate == 15.0
     assert chosen.summary == "" and len(chosen.warnings) == 1
     assert "here are 625 steps of 32 rows" in chosen.warnings[0]
     assert "--learning_rate 0.1, --preset kaggle or --defaults dataset" in chosen.warnings[0]
-    assert choose(large, "--batch_size", 8192, ranks=8).warnings == ()
-    assert choose(small, "--learning_rate", 15).warnings == ()
+    assert choose_for(large, "--batch_size", 8192, ranks=8).warnings == ()
+    assert choose_for(small, "--learning_rate", 15).warnings == ()
 
 
 @pytest.mark.parametrize("name", ["adagrad", "rowwise_adagrad", "adam"])
 def test_another_optimizer_does_not_take_the_rate_of_sgd(tmp_path: Path, name: str) -> None:
     folder = dataset(tmp_path / "d", [20_000, 10])
-    chosen = choose(folder, "--optimizer", name)
+    chosen = choose_for(folder, "--optimizer", name)
     assert chosen.options.optim.learning_rate <= 0.02
     assert f"--optimizer {name} without --learning_rate" in chosen.warnings[0]
-    assert choose(folder, "--optimizer", name, "--learning_rate", 15).options.optim.learning_rate == 15
+    assert choose_for(folder, "--optimizer", name, "--learning_rate", 15).options.optim.learning_rate == 15
 
 
 def test_a_small_dataset_is_learned_by_default_and_the_run_folder_says_how(toy: Path, train: Any) -> None:

@@ -5,14 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ranks import words_of_each_step
 
 from dlrm.runtime.errors import UserError
-
-TOY = ["--preset", "toy", "--report_every", 1]
-
-
-def on(toy: Path, *words: object) -> list[object]:
-    return [*TOY, "--in_memory_binary_criteo_path", toy, *words]
 
 
 def table_rows(folder: Path) -> list[int]:
@@ -25,7 +20,7 @@ def test_large_tables_are_capped_and_their_ids_folded(toy: Path, train_here: Any
     sizes = json.loads((toy / "meta.json").read_text())["table_sizes"]
     capped = [min(size, 100) for size in sizes]
     assert 0 < sum(size > 100 for size in sizes) < len(sizes)
-    words = on(toy, "--max_steps", 3, "--no-evaluate_on_epoch_end")
+    words = words_of_each_step(toy, "--max_steps", 3, "--no-evaluate_on_epoch_end")
     done = train_here(*words, "--max_table_size", 100)
     listed = train_here(*words, "--num_embeddings_per_feature", ",".join(map(str, capped)))
     assert table_rows(done.folder) == capped
@@ -38,7 +33,7 @@ def test_training_stops_once_the_test_set_reaches_an_auc(toy: Path, train: Any) 
     """On two ranks; 59 steps of 256 rows are an epoch. No validation before half of one."""
     done = train(
         2,
-        *on(toy, "--batch_size", 128, "--epochs", 5, "--validation_freq_within_epoch", 7),
+        *words_of_each_step(toy, "--batch_size", 128, "--epochs", 5, "--validation_freq_within_epoch", 7),
         *["--validation_split", "test", "--validation_auroc", 0.6, "--test_after", 0.5],
         *["--benchmark_warmup_steps", 5, "--no-evaluate_on_training_end"],
     )  # fmt: skip
@@ -59,7 +54,7 @@ def test_training_stops_once_the_test_set_reaches_an_auc(toy: Path, train: Any) 
 
 def test_a_resumed_run_remembers_the_best_validation(toy: Path, train_here: Any, run_ranks: Any) -> None:
     """One diverges after its first epoch: the best one is not the last."""
-    words = on(
+    words = words_of_each_step(
         toy, "--optimizer", "sgd", "--learning_rate", 0.1, "--checkpoint_every_steps", 1000,
         "--change_lr", "--lr_change_point", 1.0, "--lr_after_change_point", 8,
     )  # fmt: skip
@@ -76,14 +71,16 @@ def test_a_resumed_run_remembers_the_best_validation(toy: Path, train_here: Any,
 
 def test_the_warm_up_starts_where_its_factor_says(toy: Path, train_here: Any) -> None:
     words = ["--lr_schedule", "nvidia", "--lr_warmup_steps", 4, "--learning_rate", 0.08, "--max_steps", 5]
-    done = train_here(*on(toy, *words, "--lr_warmup_factor", 1))
+    done = train_here(*words_of_each_step(toy, *words, "--lr_warmup_factor", 1))
     rates = [line["lr"] for line in done.metrics if "loss" in line]
     assert rates == pytest.approx([0.05, 0.06, 0.07, 0.08, 0.08])
 
 
 def test_a_share_of_the_rows_in_batches_of_random_order(toy: Path, train: Any, tmp_path: Path) -> None:
     """Stopped and resumed, it is the run that was not; a tenth of 15,000 rows are six steps of two ranks."""
-    words = on(toy, "--batch_size", 128, "--dataset_subset", 0.1, "--shuffle_batch_order", "--epochs", 2)
+    words = words_of_each_step(
+        toy, "--batch_size", 128, "--dataset_subset", 0.1, "--shuffle_batch_order", "--epochs", 2
+    )
     words += ["--no-evaluate_on_training_end", "--checkpoint_dir", tmp_path / "saved"]
     straight = train(2, *words, "--no-checkpoint_epochs")
     assert straight.codes == [0, 0], straight.err
