@@ -17,7 +17,8 @@
 #            BATCH_SIZE (per rank), EMBEDDING_DIM, EPOCHS, LEARNING_RATE
 #            ARGS         more options, quoted as in a shell
 #            NPROC        ranks per node (default: as PBS was asked, else one per GPU, else 1)
-#            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md)
+#            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md);
+#                         emulate: a run without its computing, --from RUN
 #            RESULTS      where run folders go (default: WORKDIR/results)
 #            RESUME       the run folder of a run to resume
 #            TRACE=no     without DFTracer; DFTRACER_ENABLE=0 means the same
@@ -94,7 +95,8 @@ read_options() {    # sets `title`, `demo` (what the demo trains on), `demo_data
 
 prepare_demo() {    # without DATASET_DIR: two ranks, on data that are made here
     local folder
-    [[ -z ${DATASET_DIR:-} ]] || return 0
+    # A program that has no demo (the emulator) knows its data itself.
+    [[ -z ${DATASET_DIR:-} && -n $demo ]] || return 0
     export NPROC=${NPROC:-${LOCAL_WORLD_SIZE:-2}}
     say "no DATASET_DIR: the demo of $title, on $demo"
     [[ -n $demo_data ]] || return 0

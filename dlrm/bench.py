@@ -151,7 +151,7 @@ def open_checkpoint(given: str) -> Any:
         path = next(folder.find_checkpoints(Path(given)), None)
         if path is None:
             raise UserError(f"--load_checkpoint_path {given}: {folder.NONE_FOUND}")
-        return folder.read_description(path)
+        return folder.read_trained(path)
     except (CorruptCheckpoint, OSError) as error:
         raise UserError(f"--load_checkpoint_path {given}: {error}") from None
 

@@ -30,9 +30,12 @@ def main(here: Ranks, argv: Sequence[str] | None = None, default: str = "dlrm") 
         trace.start_tracing(options.run.output_dir, here, "train", options.run.trace_flush_ms, folders)
 
     with trace.span("startup", "imports"), imports.import_quickly(options.run.cpu_fast_path):
-        from dlrm.trainer.trainer import train
+        if spec.load_program:
+            train = spec.load_program()
+        else:
+            from dlrm.trainer.trainer import train
 
-        spec.load_parts()
+            spec.load_parts()
 
     # ranks, data, model, sharding, optimizer, pipeline, loop, evaluation, run folder
     train(spec, options, here)

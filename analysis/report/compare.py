@@ -19,6 +19,7 @@ from analysis.report.page import Figures, make_page, render_table, wrap_table
 from analysis.report.report import render_findings
 from analysis.run_folder import outputs
 from analysis.tables.gather import Map, map_on_threads
+from analysis.workload.fidelity import Fidelity, describe_files
 from common.errors import os_errors_as_user_errors
 
 PAGE, NUMBERS = "compare.html", "compare.json"
@@ -38,12 +39,26 @@ def format_text(comparison: Comparison, points: Sequence[ScalingPoint] = (), cal
     ]
     if points:
         lines += ["", *_format_scaling(points, called)]
+    for fidelity in comparison.fidelities:
+        lines += ["", *_format_fidelity(fidelity)]
     for label, run in plots_compare.label_runs(comparison):
         lines += ["", f"findings of {label}:"]
         for finding in run.findings:
             lines += _wrap(f"  {finding.text}")
         lines += [] if run.findings else ["  none"]
     return "\n".join(lines)
+
+
+def _format_fidelity(fidelity: Fidelity) -> Iterator[str]:
+    yield from _wrap(f"how faithful {Path(fidelity.copy).name} is: {fidelity.describe()}")
+    for name, error in fidelity.errors.items():
+        yield f"  {name:<27.27}{error:>11.2%}"
+    for file, requests, size, copied, copied_size, missing, extra in describe_files(fidelity):
+        if missing != "0" or extra != "0":
+            yield from _wrap(
+                f"  {file}: {requests} requests of {size} bytes, in the copy {copied} of {copied_size}; "
+                f"{missing} missing, {extra} extra"
+            )
 
 
 def _format_settings(comparison: Comparison) -> Iterator[str]:
@@ -109,6 +124,8 @@ def render_comparison(comparison: Comparison, points: Sequence[ScalingPoint] = (
         if spec := plots_compare.plot_scaling(points, called):
             parts.append(figures.add_figure(spec, "Mean of the runs of each value.", f"By {called}"))
         parts.append(render_table(scaling_table(list(points), called), label=f"By {called}"))
+    for fidelity in comparison.fidelities:
+        parts.append(_render_fidelity(fidelity))
     parts.append("<h2>All runs on one axis</h2>")
     for name, spec, caption in (
         (
@@ -134,6 +151,24 @@ def render_comparison(comparison: Comparison, points: Sequence[ScalingPoint] = (
         findings = render_findings(run.findings, run.run.linked)
         parts.append(f"<h3>{escape(label)}: {escape(run.name)}</h3>{findings}")
     return make_page(title, parts, figures)
+
+
+def _render_fidelity(fidelity: Fidelity) -> str:
+    title = f"How faithful {Path(fidelity.copy).name} is"
+    body = ""
+    for name, error in fidelity.errors.items():
+        texts = [f"{value:.4g}" for value in fidelity.values.get(name, ())] or ["", ""]
+        values = "".join(f"<td class=n>{text}</td>" for text in texts)
+        body += f"<tr><td>{escape(name)}</td>{values}<td class=n>{error:.2%}</td></tr>"
+    heads = "".join(f"<th scope=col class=n>{each}</th>" for each in ("original", "copy", "error"))
+    errors = wrap_table(f"<th scope=col>of</th>{heads}", body, title, " whole")
+    columns = ("requests", "bytes", "of the copy", "bytes", "missing", "extra")
+    heads = "".join(f"<th scope=col class=n>{each}</th>" for each in columns)
+    rows = ""
+    for file, *numbers in describe_files(fidelity):
+        rows += f"<tr><td>{escape(file)}</td>{''.join(f'<td class=n>{each}</td>' for each in numbers)}</tr>"
+    files = wrap_table(f"<th scope=col>file</th>{heads}", rows, "Requests by file", " whole")
+    return f"<h2>{escape(title)}</h2><p>{escape(fidelity.describe())}</p>{errors}{files}"
 
 
 def _make_title(comparison: Comparison) -> str:

@@ -20,6 +20,7 @@ from analysis.report.page import format_seconds, format_size
 from analysis.report.run import TracedRun, open_run
 from analysis.run_folder import run_settings
 from analysis.tables.gather import Map
+from analysis.workload.fidelity import Fidelity, compare_with_original, find_original
 from common.errors import UserError, printable
 
 SEED = "run.seed"  # runs that differ in it alone repeat each other
@@ -114,6 +115,7 @@ class Row(NamedTuple):
 @dataclass
 class Comparison:
     settings: list[Setting]
+    fidelities: list[Fidelity] = field(default_factory=list)  # of emulated and replayed runs
 
     @cached_property
     def runs(self) -> list[ComparedRun]:
@@ -252,6 +254,7 @@ class Comparison:
                 for row in self.rows
             },
             "findings": {run.name: [finding.as_dict() for finding in run.findings] for run in self.runs},
+            **({"fidelity": [each.as_dict() for each in self.fidelities]} if self.fidelities else {}),
         }
 
 
@@ -267,7 +270,18 @@ def compare_runs(paths: Sequence[str | Path], over: Map) -> Comparison:
         groups.setdefault(settings if run.run.config else number, []).append(run)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     named = [letters[i] if i < len(letters) else f"S{i + 1}" for i in range(len(groups))]
-    return Comparison([Setting(name, found) for name, found in zip(named, groups.values(), strict=True)])
+    settings = [Setting(name, found) for name, found in zip(named, groups.values(), strict=True)]
+    return Comparison(settings, _compare_copies(runs))
+
+
+def _compare_copies(runs: list[ComparedRun]) -> list[Fidelity]:
+    """Each emulated or replayed run beside its original, where that is one of these runs."""
+    found = []
+    for run in runs:
+        if original := find_original(run.run.config):
+            paths = [each.run.path for each in runs if each.run.path.resolve() == Path(original).resolve()]
+            found += [compare_with_original(path, run.run.path) for path in paths[:1]]
+    return found
 
 
 def _open_run(path: str | Path, over: Map) -> ComparedRun:

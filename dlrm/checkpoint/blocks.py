@@ -88,6 +88,11 @@ class ChecksummedFile:
         if len(data) >= SMALL_BYTES:
             self._write_blocks(data)
 
+    def write_now(self, data: memoryview) -> None:
+        """One write of exactly these bytes, whatever their size; up to the end of a block."""
+        self._flush_small()
+        self._write_blocks(data)
+
     def _flush_small(self) -> None:
         small, self._small = self._small, bytearray()
         self._write_blocks(memoryview(small))

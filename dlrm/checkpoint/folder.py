@@ -90,6 +90,18 @@ def read_description(path: Path) -> Checkpoint:
     return found
 
 
+def read_trained(path: Path) -> Checkpoint:
+    """As `read_description`, for those who want the tensors; UserError for one of the emulator's, which has
+    none.
+    """
+    found = read_description(path)
+    if found.state.get("emulated"):
+        raise UserError(
+            f"{path}: was made by the emulator, its bytes have no meaning: give one of a training"
+        )
+    return found
+
+
 def _check_file(folder: Path, name: str, facts: Any) -> None:
     """The file is there and has the described size, and one checksum for each block."""
     if not FILE.fullmatch(name) or not isinstance(facts, dict):
@@ -171,12 +183,14 @@ def begin_checkpoint(root: Path, step: int) -> tuple[Path, Path]:
     return partial, root / f"{max(taken, default=0) + 1:05d}-step-{step}"
 
 
-def publish_checkpoint(partial: Path, final: Path, description: dict[str, Any]) -> None:
+def publish_checkpoint(partial: Path, final: Path, description: dict[str, Any], least_bytes: int = 0) -> None:
     """Write the description and give the folder its final name. The ranks' files are synced to disk before,
     and each step here is synced before the next: after a crash of the host the name implies the contents.
+
+    least_bytes: a shorter description is filled up with blanks (the emulator's, which lists no tensors)
     """
     values = {"version": VERSION, **description}
-    text = json.dumps({**values, "crc32": _compute_checksum(values)}) + "\n"
+    text = json.dumps({**values, "crc32": _compute_checksum(values)}).ljust(least_bytes - 1) + "\n"
     write_synced(partial / MARKER, text.encode())
     sync_to_disk(partial)
     KIND.publish_folder(partial, final)

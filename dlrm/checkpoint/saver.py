@@ -48,20 +48,23 @@ class CheckpointWriter:
         self.last_path: str | None = None  # the newest checkpoint that this run published
         self.failure_count = 0
         self._number = 0  # of the save; the same on all ranks
+        self._description_bytes = 0
         self._staging: dict[Any, Any] = {}  # the copies' memory, used again for the next save
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # of the last save
 
-    def save(self, pieces: list[Any], values: dict[str, Any], step: int) -> None:
+    def save(self, pieces: list[Any], values: dict[str, Any], step: int, description_bytes: int = 0) -> None:
         """Copy these pieces and start to write them; returns as soon as the copy is complete.
 
-        Waits first for the checkpoint before, if that is still being written.
+        Waits first for the checkpoint before, if that is still being written. `description_bytes`: at least
+        so many for the description.
         """
         self.wait_for_save()
         with trace.span("checkpoint", "save", bytes=sum(piece.nbytes for piece in pieces)):
             copied = self._copy_pieces(pieces, self._staging)
         self._number += 1
         self._error = None
+        self._description_bytes = description_bytes
         arguments = (self._number, copied, values, step)
         self._thread = threading.Thread(target=self._run_save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
@@ -132,7 +135,8 @@ class CheckpointWriter:
                     raise UserError(f"rank {rank}: {written['error']}")
                 tensors += written["done"]["tensors"]
                 files |= written["done"]["file"]
-            folder.publish_checkpoint(partial, final, {"state": values, "tensors": tensors, "files": files})
+            description = {"state": values, "tensors": tensors, "files": files}
+            folder.publish_checkpoint(partial, final, description, self._description_bytes)
             if self.keep:
                 folder.remove_old_checkpoints(self.root, self.keep)
             return {"done": str(final)}

@@ -29,12 +29,16 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None, bare: 
     return field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
-def path_option(help: str, default_path: Callable[[Mapping[str, Any]], str | None] | None = None) -> Any:
+def path_option(
+    help: str, default_path: Callable[[Mapping[str, Any]], str | None] | None = None, flag: str | None = None
+) -> Any:
     """A field that becomes a flag for a file or a folder: `str | None`, absolute with --relative_to.
 
     default_path: all options -> where the file is sought without the flag, for --relative_to.
+    flag: its name, where it is not the field's.
     """
     metadata = {"help": help, "choices": None, "bare": None, "path": True, "default_path": default_path}
+    metadata["flag"] = flag
     return field(default=None, metadata=metadata)
 
 
@@ -90,7 +94,8 @@ def _add_flag(group: Any, name: str, kind: Any, default: Any, metadata: Mapping[
     parse = path_text if metadata.get("path") else parse_numbers if listed else bare
     alone = {"nargs": "?", "const": metadata["bare"]} if metadata["bare"] else {}
     group.add_argument(
-        f"--{name}", type=parse, default=default, help=text, choices=metadata["choices"],
+        f"--{metadata.get('flag') or name}", dest=name, type=parse, default=default, help=text,
+        choices=metadata["choices"],
         metavar=None if metadata["choices"] else METAVARS.get(parse, "N,N,.."),
         **alone,
     )  # fmt: skip
@@ -164,6 +169,8 @@ def _parse_options(
         if chosen := chooser.parse_known_args(argv)[0].preset:
             from_preset = presets[chosen]()
             parser.set_defaults(**from_preset)
+    if hasattr(kind, "read_defaults"):
+        parser.set_defaults(**kind.read_defaults(_find_source_run(program, argv)))  # type: ignore[attr-defined]
     found = parser.parse_args(argv)
     values = vars(found)
     if found.relative_to:
@@ -190,6 +197,16 @@ def _parse_options(
             if not each.init and each.name in parsed:
                 object.__setattr__(group, each.name, parsed[each.name])  # frozen for everyone else
     return kind(**made), values["validate_only"] or values["check_options"]
+
+
+def _find_source_run(program: str, argv: Sequence[str]) -> str | None:
+    """The run folder of --from, whose options are defaults."""
+    chooser = CommandLineParser(prog=program, add_help=False)
+    chooser.add_argument("--from", dest="source_run", type=path_text)
+    chooser.add_argument("--relative_to")
+    found, _ = chooser.parse_known_args(argv)
+    chooser.resolve_paths(found, found.relative_to)
+    return found.source_run
 
 
 def check_inputs(config: Any) -> None:

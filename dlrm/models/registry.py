@@ -11,8 +11,16 @@ from collections.abc import Mapping
 from common.errors import UserError, printable
 from dlrm.trainer.spec import ModelSpec
 
-MODULES = {"dlrm": "dlrm.models.dlrm.spec", "bert4rec": "dlrm.models.bert4rec.spec"}
-PROGRAMS = {"dlrm": "python -m dlrm.train", "bert4rec": "python -m dlrm.bert4rec"}
+MODULES = {
+    "dlrm": "dlrm.models.dlrm.spec",
+    "bert4rec": "dlrm.models.bert4rec.spec",
+    "emulate": "dlrm.emulate.spec",
+}
+PROGRAMS = {
+    "dlrm": "python -m dlrm.train",
+    "bert4rec": "python -m dlrm.bert4rec",
+    "emulate": "python -m dlrm.emulate",
+}
 VARIABLE = "DLRM_MODELS"
 
 

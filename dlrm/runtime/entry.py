@@ -35,9 +35,9 @@ def run_entry(main: Callable[[Ranks], None]) -> NoReturn:
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if not code and "mpi4py.MPI" in sys.modules:
+    if "mpi4py.MPI" in sys.modules:
         # MPICH signs off from mpiexec only in an exit handler of C: without it mpiexec kills the other ranks
-        sys.exit()
+        sys.exit(code)
     # Otherwise not sys.exit, for two reasons. Threads that still wait for a peer in a collective would keep
     # this process alive. And a C++ thread of torch that frees a tensor while the interpreter shuts down
     # aborts the process. Everything that must be closed is closed before: the run folder and TensorBoard in

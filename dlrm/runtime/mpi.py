@@ -23,7 +23,6 @@ T = TypeVar("T")
 POLL_SECONDS = 50e-6  # between two looks of a rank that has a core of its own
 PR_SET_TIMERSLACK = 29
 CLOCK_TAG = 7
-LEAVE_SECONDS = 5
 PRINT_SECONDS = 0.3  # mpiexec drops what it has not passed on when a rank aborts
 
 
@@ -55,8 +54,8 @@ def open_group(here: Ranks) -> Iterator["RankGroup"]:
         if getattr(error, "shared", False):  # all ranks are here, with the same error
             trace.stop_tracing()
             group.barrier()
-            if not here.first:
-                time.sleep(LEAVE_SECONDS)  # until rank 0, which prints, has ended the job
+            MPI.Finalize()
+            raise
         code = entry.run_for_exit_code(lambda _: _raise(failure), here)
         trace.stop_tracing()
         time.sleep(PRINT_SECONDS)

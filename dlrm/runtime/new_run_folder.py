@@ -28,7 +28,7 @@ from dlrm.runtime.environment import HEADER, describe_environment
 GPU_HEADER = "# The GPUs of the first node, written by dlrm-io."
 # What a run that ended before its first step leaves in its folder.
 FILES = re.compile(
-    r"(env|gpu|log)\.txt|(config|plan|results)\.json|metrics\.jsonl|startup\.csv|"
+    r"(env|gpu|log)\.txt|(config|plan|dataset|results)\.json|metrics\.jsonl|startup\.csv|"
     r"trace/|trace/[^/]*\.pfw(\.gz)?|\.dlrm-io\.(lock|json)"
 )
 

@@ -20,6 +20,7 @@ from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.stop import SAVE, STOP, CollectiveStop
 from dlrm.runtime.walltime import find_deadline
 from dlrm.trainer import loop
+from dlrm.trainer.checkpoint_schedule import CheckpointSchedule
 from dlrm.trainer.meter import ThroughputMeter
 from dlrm.trainer.run_folder import RunFolder
 
@@ -46,7 +47,7 @@ class CheckpointedTraining(Protocol):
     evaluate_seconds: float
 
 
-class CheckpointManager(loop.Hooks):
+class CheckpointManager(CheckpointSchedule):
     """Saves a training's checkpoints and stops it; the loop calls it between its steps.
 
     Every rank has one, and all ranks must save and stop at the same step, because saving gathers the state of
@@ -55,8 +56,9 @@ class CheckpointManager(loop.Hooks):
     """
 
     def __init__(self, trainer: CheckpointedTraining, here: Ranks) -> None:
+        super().__init__(trainer.options.checkpoint, trainer.progress)
         self.trainer, self.here = trainer, here
-        run, self.options = trainer.options.run, trainer.options.checkpoint
+        run = trainer.options.run
         self.root = locate_checkpoints(trainer.options)
         # The slowest rank's disk may take long, and a rank that ended is noticed by its heartbeat, not here.
         timeout = max(3600, 10 * run.timeout)
@@ -65,9 +67,6 @@ class CheckpointManager(loop.Hooks):
             self._lock_folder,
         )  # fmt: skip
         self.save_error: str | None = None  # why the state at the end of the training is in no checkpoint
-        self._save_requested = False  # save after the step that is under way
-        self._validated_step: int | None = None  # step of the last validation
-        self._saved_position: Any = None  # `_describe_position` of the newest save
         self._last_save = time.monotonic()
         # rank 0's clock decides for all
         self._deadline = (
@@ -88,10 +87,7 @@ class CheckpointManager(loop.Hooks):
             self._lock_folder()
 
     def start(self) -> None:
-        """Call it on all ranks, once the training is where it starts or resumes."""
-        self._saved_position = self._describe_position()
-        if self.options.save_initial_model and self.trainer.progress.step == 0:
-            self.save()
+        super().start()
         self._last_save = time.monotonic()
         self.collective_stop.start_listening()
 
@@ -117,36 +113,21 @@ class CheckpointManager(loop.Hooks):
             stopped.shared = True
             raise stopped
 
-    def after_step(self) -> None:
-        every = self.options.checkpoint_every_steps
-        if self._save_requested or (every and self.trainer.progress.step % every == 0):
-            self.save()
-
-    def after_epoch(self) -> None:
-        if self._save_requested or (self.options.asked and self.options.checkpoint_epochs):
-            self.save()
-
-    def after_validation(self) -> None:
-        # not saved at once: the loop has not yet recorded the validation's score in `progress`
-        self._save_requested = self._save_requested or self.options.save_model_after_each_eval
-        self._validated_step = self.trainer.progress.step
-
     def finish_training(self) -> None:
         """Save the last state, unless it is saved already, and wait until it is on the disk."""
-        if self.options.asked and self._describe_position() != self._saved_position:
-            self.save()
+        self.save_last()
         self.save_error = self._wait_for_save()
 
     def save_when_stopped(self, stopped: Stopped) -> None:
         """Save the state at which the training was stopped. Changes the exception's text to say where it is;
         raises NotSaved if it could not be saved.
         """
-        step = self.trainer.progress.step
+        step = self.progress.step
         text = f"stopped at step {step} ({stopped})"
         if self.writer is None:
             stopped.args = (f"{text}, nothing saved: give --output_dir or --checkpoint_dir",)
             return
-        if self._describe_position() != self._saved_position:
+        if self.has_news:
             self.save()
         error = self._wait_for_save()
         if error:
@@ -161,7 +142,7 @@ class CheckpointManager(loop.Hooks):
             last = self.writer and self.writer.last_path
             where = f"the newest one is {last}" if last else "there is none"
             raise NotSaved(
-                f"trained to step {self.trainer.progress.step}, but the checkpoint of step "
+                f"trained to step {self.progress.step}, but the checkpoint of step "
                 f"{self._saved_position[0]} was not written ({where}): {self.save_error}"
             )
 
@@ -174,23 +155,13 @@ class CheckpointManager(loop.Hooks):
 
     # --- what is saved
 
-    def _describe_position(self) -> Any:
-        """Changes whenever there is something new to save: a step, an epoch, the start or end of a
-        validation.
-        """
-        progress = self.trainer.progress
-        return (
-            progress.step, progress.epoch, progress.validating_at, progress.target_reached,
-            len(progress.val_scores),
-        )  # fmt: skip
-
     def save(self) -> None:
         """Copy the state now; a thread writes it meanwhile. All ranks call it at the same step."""
         if self.writer is None:
             raise UserError("checkpoints need a folder: give --checkpoint_dir or --output_dir")
         self._wait_for_save()
-        self._save_requested, self._last_save = False, time.monotonic()
-        self._saved_position = self._describe_position()
+        self.note_save()
+        self._last_save = time.monotonic()
         started = time.perf_counter()
         trainer = self.trainer
         pieces = state.pieces_of_rank(trainer.model, trainer.optimizer, self.here.rank)

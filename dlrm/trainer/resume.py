@@ -79,7 +79,7 @@ def find_stored_model(options: Any, here: Ranks) -> Checkpoint | None:
     """The description of the newest readable checkpoint that this run can start from. A collective."""
     for path in _list_sources(options, here, locate_checkpoints(options))[0]:
         with contextlib.suppress(CorruptCheckpoint, OSError):  # skipped with a warning when it is loaded
-            return folder.read_description(path)
+            return folder.read_trained(path)
     return None
 
 
@@ -104,7 +104,7 @@ def _load_newest(
         found = progress = rank_state = None
         try:
             with trace.span("checkpoint", "load") as loading:
-                found = folder.read_description(path)
+                found = folder.read_trained(path)
                 progress, old_keys = check_state(found, with_progress)
                 if old_keys:
                     trainer.run_folder.print_warning(

@@ -29,7 +29,7 @@ from dlrm.config.parser import as_json
 
 METRICS = "metrics.jsonl"
 MAX_METRICS_BYTES = 4 << 30
-WRITTEN = ("config.json", "plan.json", "results.json", METRICS)
+WRITTEN = ("config.json", "plan.json", "dataset.json", "results.json", METRICS)
 
 
 class RunFolder:
@@ -227,10 +227,8 @@ class RunFolder:
             self._show_step(values)
 
     def _show_step(self, values: dict[str, Any]) -> None:
-        text = (
-            f"loss {values['loss']:.5f}, lr {values['lr']:.4g}, "
-            f"{values['samples_per_second']:,.0f} samples/s, step_time {values['step_time']:.6f}"
-        )
+        text = f"loss {values['loss']:.5f}, lr {values['lr']:.4g}, " if "loss" in values else ""
+        text += f"{values['samples_per_second']:,.0f} samples/s, step_time {values['step_time']:.6f}"
         if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix_str(text)
             self._bar.update(values["step"] - self._bar.n)

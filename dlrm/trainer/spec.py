@@ -84,3 +84,5 @@ class ModelSpec:
     presets: Presets
     script: ScriptOptions
     load_parts: Callable[[], ModelParts]
+    # -> what runs instead of `trainer.train`, with the same arguments (the emulator)
+    load_program: Callable[[], Callable[..., None]] | None = None

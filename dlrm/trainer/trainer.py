@@ -400,6 +400,8 @@ def run_trainer(trainer: Trainer, here: Ranks, started: float) -> None:
     resume_training(trainer, here, checkpoints.root)
     with session.errors_on_all_ranks():
         trainer.run_folder.write_config(trainer.options)
+        if description := getattr(trainer.datasets, "description", None):
+            trainer.run_folder.write_json("dataset.json", description)
         trainer.ssd_tables.check_row_files()
     startup_seconds = time.perf_counter() - started
 

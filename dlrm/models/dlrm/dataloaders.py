@@ -4,6 +4,7 @@ Needs no torch: what makes a batch of rows is passed in.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from dlrm.data import criteo
 from dlrm.data.arrays import ArrayCollator
 from dlrm.data.batches import BatchLoader
 from dlrm.data.multihot import MultiHotMaker
+from dlrm.data.npy import NpyLayout
 from dlrm.data.prefetch import Prefetcher
 from dlrm.data.readers import count_ids, detect_format, open_source, scan_dataset
 from dlrm.data.rows import RowSource
@@ -37,6 +39,7 @@ class Datasets:
     val: Prefetcher
     test: Prefetcher
     frequencies: IdFrequencies | None = None
+    description: dict[str, Any] | None = None  # of .npy files, see `describe_files`
 
     def bytes_read(self) -> dict[str, int]:
         return {path: count for source in self.sources for path, count in source.bytes_read.items()}
@@ -167,4 +170,31 @@ def open_datasets(
         frequencies = IdFrequencies(sizes, cfg.run.output_dir or ".", f"{here.rank}_{distribution}")
         loaders["train"] = ObservedLoader(loaders["train"], frequencies.count_batch)
     poolings = [float(k) for k in hots] if hots else None
-    return Datasets(columns.numerical, sizes, poolings, sources, **loaders, frequencies=frequencies)
+    return Datasets(
+        columns.numerical, sizes, poolings, sources, **loaders, frequencies=frequencies,
+        description=describe_files(layout, sizes),
+    )  # fmt: skip
+
+
+def describe_files(layout: Any, sizes: list[int]) -> dict[str, Any] | None:
+    """dataset.json: what `dlrm.emulate --make_data` needs to make such a dataset; None for other formats.
+
+    files        name -> [rows, columns, dtype] of each .npy file
+    rows         of each day
+    table_sizes  of the tables
+    meta_bytes   of meta.json
+    """
+    arrays = getattr(layout, "parts", {}) if isinstance(layout, NpyLayout) else {}
+    if set(arrays) != set(criteo.PARTS):
+        return None
+    meta = os.path.join(layout.folder, criteo.META)
+    return {
+        "files": {
+            os.path.basename(file.path): [file.rows, file.columns, file.dtype.name]
+            for files in arrays.values()
+            for file in files
+        },
+        "rows": [file.rows for file in arrays["labels"]],
+        "table_sizes": sizes,
+        "meta_bytes": os.path.getsize(meta) if os.path.exists(meta) else 0,
+    }

@@ -1,0 +1,233 @@
+"""How faithful a copy of a run is: an emulated or a replayed one beside its original.
+
+In: two run folders with traces. Out: `Fidelity`: per file the requests that only one of them made, and how
+far step times, waiting and bandwidth over time are apart. Compared are the files that hold the workload: the
+dataset, checkpoints, tables in files; of a replay every file that it played. What a program reads of itself,
+and the run folder's own logs, are no part of the workload.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from analysis.run_folder import records
+from analysis.run_folder.run_settings import list_dataset_paths
+from analysis.tables.gather import plan_launches
+from analysis.tables.read import read_rank
+from analysis.trace.classify import DATA_OPS
+from analysis.trace.source import FileSource
+from analysis.workload.steps import Workload, measure_steps
+from common.errors import UserError
+from common.inputs import read_json_object
+
+COPY_KEYS = ("emulated", "replayed")  # of config.json's launch: the run folder that was copied
+PLAYED_FILES = "replayed_files.json"  # of a replay: path -> the original's path
+BINS = 50  # of the bandwidth over time
+_CHECKPOINT = re.compile(r"/checkpoints/[^/]*/(rank\d+\.safetensors|checkpoint\.json)$")
+_TABLE = re.compile(r"/store/([^/]+\.(rows|json))$")
+
+
+@dataclass(frozen=True)
+class FileDifference:
+    """Requests of one file; `missing` and `extra`: those of the original, or the copy, alone."""
+
+    file: str
+    requests: int  # of the original
+    bytes: int
+    copied_requests: int
+    copied_bytes: int
+    missing: int
+    extra: int
+
+
+@dataclass
+class Fidelity:
+    """Errors are shares of the original's value; of the waiting share, the difference of the two shares."""
+
+    original: str
+    copy: str
+    files: list[FileDifference] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)  # what -> error
+    values: dict[str, tuple[float, float]] = field(default_factory=dict)  # what -> original's, copy's
+
+    @property
+    def different_requests(self) -> int:
+        return sum(each.missing + each.extra for each in self.files)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """What is furthest from the original, and how far."""
+        return max(self.errors.items(), key=lambda each: each[1], default=("nothing", 0.0))
+
+    def describe(self) -> str:
+        """One sentence."""
+        requests = sum(each.requests for each in self.files)
+        count = self.different_requests
+        what = f"all {requests:,} requests are the original's, to the byte"
+        if count:
+            what = f"{count:,} requests differ, of {requests:,}"
+        name, error = self.worst
+        return f"{what}; the largest error is {error:.1%}, of {name}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "different_requests": self.different_requests,
+            "worst": dict(zip(("name", "error"), self.worst, strict=True)),
+        }
+
+
+def find_original(config: Mapping[str, Any]) -> str | None:
+    """The run folder that the run of this config.json is a copy of; None of an ordinary run."""
+    launch = config.get("launch")
+    values = [launch.get(key) for key in COPY_KEYS] if isinstance(launch, dict) else []
+    return next((value for value in values if isinstance(value, str)), None)
+
+
+def compare_with_original(original: str | Path, copy: str | Path) -> Fidelity:
+    """UserError where a folder has no traces."""
+    played = _read_played_files(Path(copy))
+    first, second = (_list_requests(Path(run), played) for run in (original, copy))
+    if played:
+        first = first.filter(pl.col("file").is_in(list(set(played.values()))))
+    found = Fidelity(str(original), str(copy), _compare_files(first, second))
+    counts = [max(1, len(requests)) for requests in (first, second)]
+    found.errors["requests"] = found.different_requests / sum(counts)
+    found.errors["sizes of requests"] = _compare_histograms(first["size"], second["size"])
+    try:
+        steps = [measure_steps(run) for run in (original, copy)]
+    except UserError:  # a trace of another program: it has no steps to compare
+        _compare_rates(found, first, second, _find_start(first), _find_start(second))
+        return found
+    _compare_steps(found, *steps)
+    _compare_rates(found, first, second, *(int(each.steps["start"].min()) for each in steps))  # type: ignore[arg-type]
+    return found
+
+
+def _read_played_files(run: Path) -> dict[str, str]:
+    path = run / PLAYED_FILES
+    values = read_json_object(path) if path.exists() else {}
+    return {str(name): str(value) for name, value in values.items()}
+
+
+def _list_requests(run: Path, played: Mapping[str, str]) -> pl.DataFrame:
+    """Reads and writes of the workload's files: file (as both runs name it), op, position, size, ts, dur."""
+    folders = list_dataset_paths(records.read_config(run / "config.json", []))
+    source = FileSource(run)
+    parts = []
+    for job in plan_launches(source):
+        calls = read_rank(job.rank, job.files, job.clock, source, details=True).calls
+        calls = calls.with_columns(
+            pl.col("op").cast(pl.String), pl.coalesce("path", pl.col("file").cast(pl.String)).alias("path")
+        )
+        calls = calls.filter(pl.col("op").is_in(DATA_OPS) & ~pl.col("failed"))
+        names = _name_files(calls["path"].drop_nulls().unique(), folders, played)
+        calls = calls.with_columns(pl.col("path").replace_strict(names, default=None).alias("file"))
+        parts.append(
+            calls.filter(pl.col("file").is_not_null()).select("file", "op", "position", "size", "ts", "dur")
+        )
+    return pl.concat(parts)
+
+
+def _name_files(paths: Iterable[str], folders: list[str], played: Mapping[str, str]) -> dict[str, str]:
+    """Path -> the name that a copy of the file has, too; nothing for what is no part of the workload."""
+    found = {}
+    for path in paths:
+        if played:
+            found[path] = played.get(path, path)
+        elif inside := next((each for each in folders if path.startswith(each + "/")), None):
+            found[path] = f"data/{os.path.relpath(path, inside)}"
+        elif match := _CHECKPOINT.search(path):
+            found[path] = f"checkpoints/{match[1]}"
+        elif match := _TABLE.search(path):
+            found[path] = f"store/{match[1]}"
+    return found
+
+
+def _compare_files(first: pl.DataFrame, second: pl.DataFrame) -> list[FileDifference]:
+    keys = ["file", "op", "position", "size"]
+    counts = first.group_by(keys).len("first").join(
+        second.group_by(keys).len("second"), on=keys, how="full", coalesce=True, nulls_equal=True
+    ).with_columns(pl.col("first", "second").fill_null(0).cast(pl.Int64))  # fmt: skip
+    over = (pl.col("first") - pl.col("second")).clip(0).sum()
+    under = (pl.col("second") - pl.col("first")).clip(0).sum()
+    rows = counts.group_by("file").agg(
+        pl.col("first").sum().alias("requests"),
+        (pl.col("first") * pl.col("size")).sum().alias("bytes"),
+        pl.col("second").sum().alias("copied_requests"),
+        (pl.col("second") * pl.col("size")).sum().alias("copied_bytes"),
+        over.alias("missing"),
+        under.alias("extra"),
+    )
+    return [FileDifference(**row) for row in rows.sort("file").iter_rows(named=True)]
+
+
+def _compare_histograms(first: pl.Series, second: pl.Series) -> float:
+    """The share of requests that would have to be of another size (in powers of two) to be as the others."""
+    shares = []
+    for sizes in (first, second):
+        counts = np.bincount(np.frexp(sizes.to_numpy().clip(0).astype(np.float64))[1], minlength=65)
+        shares.append(counts / max(1, counts.sum()))
+    return float(np.abs(shares[0] - shares[1]).sum() / 2)
+
+
+def _compare_steps(found: Fidelity, first: Workload, second: Workload) -> None:
+    """Step time, waiting, and the time of training in all."""
+    both = []
+    for workload in (first, second):
+        steps = workload.steps.filter(pl.col("phase") == "train")
+        whole = steps.group_by("rank").agg(pl.col("period_us").sum())["period_us"].mean() or 1
+        both.append(
+            {
+                "step time, median": float(steps["period_us"].median() or 0) / 1e6,  # type: ignore[arg-type]
+                "step time, 95th percentile": float(steps["period_us"].quantile(0.95) or 0) / 1e6,
+                "training time": float(whole) / 1e6,  # type: ignore[arg-type]
+                "waiting share": float(steps["wait_us"].sum()) / max(1.0, float(steps["period_us"].sum())),
+            }
+        )
+    for name, value in both[0].items():
+        other = both[1][name]
+        found.values[name] = (value, other)
+        share = name.endswith("share")
+        found.errors[name] = abs(other - value) if share else abs(other - value) / value if value else 0.0
+
+
+def _find_start(requests: pl.DataFrame) -> int:
+    return int(requests["ts"].min() or 0)  # type: ignore[arg-type]
+
+
+def _compare_rates(
+    found: Fidelity, first: pl.DataFrame, second: pl.DataFrame, start: int, second_start: int
+) -> None:
+    """Bandwidth over time: how far the bytes moved up to a time are apart, on average, as a share of all.
+
+    start, second_start: from which the times of each run count, so that start-up is no part of it.
+    """
+    times = [
+        (requests["ts"] - begin).to_numpy() for requests, begin in ((first, start), (second, second_start))
+    ]
+    end = max([int(each.max()) for each in times if len(each)] or [0])
+    edges = np.linspace(0, max(1, end) + 1, BINS + 1)
+    moved = [
+        np.histogram(each, edges, weights=requests["size"].to_numpy())[0]
+        for each, requests in zip(times, (first, second), strict=True)
+    ]
+    total = max(1.0, float(moved[0].sum()))
+    apart = np.abs(np.cumsum(moved[0]) - np.cumsum(moved[1])).mean()
+    found.errors["bandwidth over time"] = float(apart / total)
+
+
+def describe_files(fidelity: Fidelity, most: int = 20) -> list[tuple[str, ...]]:
+    """(file, requests, bytes, those of the copy, missing, extra) as text: differing ones first."""
+    ordered = sorted(fidelity.files, key=lambda each: (-(each.missing + each.extra), -each.bytes, each.file))
+    return [
+        (each.file, *(f"{n:,}" for n in (each.requests, each.bytes, each.copied_requests, each.copied_bytes)),
+         f"{each.missing:,}", f"{each.extra:,}")
+        for each in ordered[:most]
+    ]  # fmt: skip

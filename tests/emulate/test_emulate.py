@@ -1,0 +1,229 @@
+"""python -m dlrm.emulate beside the training that it emulates, by the traces of both."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.analysis_command import run_command
+from support.file_calls import STRACED, count_strace_calls, read_events
+from support.job_scripts import clean_environment
+from support.ranks import ROOT, python
+
+LAUNCHER = str(ROOT / "launcher.sh")
+TRAINING = [
+    "--preset", "toy", "--batch_size", 64, "--max_steps", 40, "--report_every", 10,
+    "--checkpoint_every_steps", 15, "--limit_val_batches", 5, "--limit_test_batches", 5, "--trace",
+    "--read_chunk_mb", 0.1,
+]  # fmt: skip
+
+
+def train(run: Path, npy: Path, ranks: int, *more: object) -> Path:
+    words = [LAUNCHER, sys.executable, "-m", "dlrm.train", *TRAINING, "--in_memory_binary_criteo_path", npy]
+    done = subprocess.run(
+        [*map(str, [*words, *more]), "--output_dir", str(run)], cwd=ROOT, capture_output=True, text=True,
+        timeout=240, env=clean_environment(NPROC=ranks),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training on two ranks with checkpoints, traced."""
+    return train(tmp_path_factory.mktemp("trained") / "run", toy, 2)
+
+
+def emulate(run: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """By itself: it starts its ranks."""
+    command = [sys.executable, "-m", "dlrm.emulate", *map(str, words), "--output_dir", str(run)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=clean_environment()
+    )
+
+
+def compare(original: Path, copy: Path) -> dict[str, Any]:
+    done = run_command("compare", original, copy)
+    assert done.code == 0, done.err
+    assert "how faithful" in done.out
+    (found,) = json.loads((copy / "compare.json").read_text())["fidelity"]
+    return found
+
+
+def list_steps(run: Path) -> list[float]:
+    """Milliseconds of the training steps of all ranks, but for each rank's first ones."""
+    found: dict[int, list[float]] = {}
+    for event in read_events(run):
+        if (event.get("cat"), event["name"]) == ("train", "step"):
+            found.setdefault(event["pid"], []).append(event["dur"] / 1000)
+    return [each for steps in found.values() for each in steps[3:]]
+
+
+def test_every_request_is_the_runs_own(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = emulate(run, "--from", trained)
+    assert done.returncode == 0, done.stderr
+    found = compare(trained, run)
+    assert found["different_requests"] == 0
+    files = {each["file"]: each for each in found["files"]}
+    assert {"data/day_0_sparse.npy", "checkpoints/rank00001.safetensors", "data/meta.json"} <= set(files)
+    assert all(each["requests"] == each["copied_requests"] > 0 for each in files.values())
+    results = json.loads((run / "results.json").read_text())
+    assert (results["steps"], results["samples"], results["world_size"]) == (40, 40 * 64 * 2, 2)
+    checked = run_command("check", run)
+    assert checked.code == 0, checked.out
+
+
+def test_reads_are_those_that_strace_sees(toy: Path, tmp_path: Path) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace")
+    original = train(tmp_path / "original", toy, 1)
+    log = tmp_path / "log"
+    done = subprocess.run(
+        ["strace", "-f", "-y", "-e", f"trace={STRACED}", "-o", log, sys.executable, "-m", "dlrm.emulate",
+         "--from", original, "--output_dir", tmp_path / "run", "--compute", "1ms"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, env=clean_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    by_strace = count_strace_calls(log.read_text(errors="replace")).below(toy)
+    results = json.loads((original / "results.json").read_text())["bytes_read"]["0"]
+    read = {file: moved for (file, operation), (_, moved) in by_strace.items() if operation == "read"}
+    assert {file: moved for file, moved in read.items() if file.endswith(".npy")} == {
+        os.path.relpath(file, toy): count for file, count in results.items() if file.endswith(".npy")
+    }
+
+
+def test_compute_is_traced_scaled_or_given(trained: Path, tmp_path: Path) -> None:
+    medians = {}
+    for compute in ("x4", "30ms"):
+        run = tmp_path / compute
+        done = emulate(run, "--from", trained, "--compute", compute, "--max_steps", 12)
+        assert done.returncode == 0, done.stderr
+        medians[compute] = statistics.median(list_steps(run))
+    traced = statistics.median(list_steps(trained))
+    assert 29 <= medians["30ms"] < 45
+    assert 1.5 * traced < medians["x4"]
+
+
+def test_data_are_made_where_they_are_missing(trained: Path, toy: Path, tmp_path: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in toy.glob("*.npy")}
+    for contents in ("sparse", "real"):
+        folder, run = tmp_path / contents, tmp_path / f"run-{contents}"
+        words = ["--from", trained, "--compute", "1ms", "--in_memory_binary_criteo_path", folder]
+        done = emulate(run, *words, "--make_data", contents)
+        assert done.returncode == 0, done.stderr
+        assert {path.name: path.stat().st_size for path in folder.glob("*.npy")} == sizes
+        on_disk = sum(path.stat().st_blocks * 512 for path in folder.glob("*.npy"))
+        assert (on_disk >= sum(sizes.values())) == (contents == "real")
+        assert compare(trained, run)["different_requests"] == 0
+    # a file that is there stays as it is
+    before = (folder / "day_0_sparse.npy").read_bytes()
+    (folder / "day_1_dense.npy").unlink()
+    done = emulate(tmp_path / "again", *words, "--make_data", "real")
+    assert done.returncode == 0 and (folder / "day_0_sparse.npy").read_bytes() == before
+    assert (folder / "day_1_dense.npy").stat().st_size == sizes["day_1_dense.npy"]
+
+
+def test_tables_in_files_are_read_and_written(toy: Path, tmp_path: Path) -> None:
+    ssd = ["--store_type", "cached_ssd", "--cache_memory_budget_mb", 1, "--max_steps", 12]
+    original = train(tmp_path / "original", toy, 2, *ssd)
+    done = emulate(tmp_path / "run", "--from", original)
+    assert done.returncode == 0, done.stderr
+    found = compare(original, tmp_path / "run")
+    assert found["different_requests"] == 0
+    assert sum(each["requests"] for each in found["files"] if each["file"].startswith("store/")) > 100
+
+
+def test_more_ranks_than_the_run_had(trained: Path, tmp_path: Path) -> None:
+    """Many ranks on few cores, each row read once: what 64 would do is in the slow tests."""
+    run = tmp_path / "run"
+    done = emulate(run, "--from", trained, "--ranks", 8, "--batch_size", 16, "--compute", "5ms")
+    assert done.returncode == 0, done.stderr
+    assert "the run had 2 ranks, this one has 8" in done.stderr
+    results = json.loads((run / "results.json").read_text())
+    assert results["world_size"] == 8 and results["samples"] == 40 * 16 * 8
+
+
+@pytest.mark.slow
+def test_sixty_four_ranks(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = emulate(run, "--from", trained, "--ranks", 64, "--batch_size", 2, "--compute", "20ms")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "results.json").read_text())["samples"] == 40 * 2 * 64
+
+
+def test_no_torch_is_loaded(trained: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.argv = ["emulate", "--from", {str(trained)!r}, "--ranks", "1", "--max_steps", "3", "--compute", "1ms",
+            "--no-trace"]
+from dlrm.emulate.__main__ import main
+from dlrm.runtime.ranks import Ranks
+main(Ranks())
+print(sorted({{"torch", "torchrec", "polars", "numba", "scipy"}} & set(sys.modules)))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_through_the_job_script(trained: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "3_train.sh", "--from", os.path.relpath(trained, tmp_path), "--max_steps", "10"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=clean_environment(MODEL="emulate", NPROC=2, RESULTS=tmp_path / "results"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "demo" not in done.stdout
+    (run,) = (tmp_path / "results").iterdir()
+    assert (run / "report.html").exists() and list(run.glob("*.pftrace"))
+    assert json.loads((run / "results.json").read_text())["emulated"] == str(trained)
+
+
+def test_made_up_checkpoints_are_never_trained_from(trained: Path, toy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert emulate(run, "--from", trained, "--compute", "1ms").returncode == 0
+    done = python(
+        "-m", "dlrm.train", *TRAINING, "--in_memory_binary_criteo_path", toy, "--load_checkpoint_path",
+        run / "checkpoints", "--output_dir", tmp_path / "next",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "was made by the emulator" in done.stderr and done.stderr.count("\n") == 1
+
+
+BAD = {
+    "no run": ([], "--from RUN is needed"),
+    "not there": (["--from", "{tmp}/nowhere"], "nowhere/config.json"),
+    "no trace": (["--from", "{bare}"], "bare: "),
+    "compute": (["--from", "{run}", "--compute", "fast"], "--compute fast: wanted traced"),
+    "another model": (["--from", "{bert}"], "is a run of BERT4Rec"),
+    "no data": (["--from", "{run}", "--in_memory_binary_criteo_path", "{tmp}/none"], "none"),
+    "a file": (["--from", "{run}", "--make_data", "--in_memory_binary_criteo_path", "{file}"], "file"),
+    "mode": (["--from", "{run}", "--mode", "test"], "--mode test"),
+    "ranks": (["--from", "{run}", "--ranks", "0"], "--ranks 0"),
+    "meant": (["--from", "{run}", "--computee", "1ms"], "did you mean --compute"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes(case: str, trained: Path, tmp_path: Path) -> None:
+    words, expected = BAD[case]
+    bare, bert, file = tmp_path / "bare", tmp_path / "bert", tmp_path / "file"
+    bare.mkdir()
+    bert.mkdir()
+    file.write_text("mine")
+    shutil.copy(trained / "config.json", bare)
+    config = {"launch": {"model": "BERT4Rec"}, "data": {"dataset_name": "ml-1m"}}
+    (bert / "config.json").write_text(json.dumps(config))
+    places = {"tmp": tmp_path, "bare": bare, "bert": bert, "file": file, "run": trained}
+    done = emulate(tmp_path / "out", *(word.format(**places) for word in words))
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("dlrm: ") and expected in lines[0]
+    assert file.read_text() == "mine"
+    assert not (tmp_path / "out" / "results.json").exists()
