@@ -120,14 +120,14 @@ def test_no_circle_of_files() -> None:
 
 def test_the_packages_talk_through_files() -> None:
     """The common floor knows nothing of the two packages, and they nothing of each other; but the replay
-    reads traces.
+    and the emulator read traces.
     """
     allowed = {
         "common": {"common"}, "dlrm": {"common", "dlrm"}, "analysis": {"common", "analysis"},
-        "replay": {"common", "dlrm", "analysis"},
+        "both": {"common", "dlrm", "analysis"},
     }  # fmt: skip
     for name, target in arrows():
-        top = "replay" if name.startswith("dlrm.replay.") else name.partition(".")[0]
+        top = "both" if name.startswith(("dlrm.replay.", "dlrm.emulate.")) else name.partition(".")[0]
         assert target.partition(".")[0] in allowed[top], f"{name} imports {target}"
 
 
