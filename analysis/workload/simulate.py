@@ -5,8 +5,8 @@ and puts it into a queue that holds `prefetch` of them; the main thread takes a 
 be), computes, and meets the other ranks. The durations are the trace's own, step by step and batch by batch;
 only what the scenario changes is scaled. A step's end is that of its last rank plus the exchange.
 
-A read of n bytes costs `latency + n / bandwidth`, both fitted to the run's own calls; a batch's time in calls
-is scaled by what the fit says of its requests and bytes, so that its ups and downs stay.
+A read of n bytes costs `latency + n / bandwidth`, both fitted to the run's calls. What a batch's calls took
+beyond that stays, or shrinks with it.
 """
 
 import math
@@ -23,7 +23,7 @@ from common.errors import UserError
 RANGE = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of storage speeds that the table has
 DEPTH = 4  # batches that the queue holds where no configuration says it
 LONGEST_REQUEST = 1 << 40  # bytes; a trace can claim anything
-MAX_RANKS = 4096
+SELDOM = 0.01  # of the time in reads: sizes with less do not count as different
 MAX_CELLS = 20_000_000  # ranks times steps of a pass
 
 
@@ -110,27 +110,36 @@ class Model:
 def fit_request_cost(requests: pl.DataFrame) -> RequestCost:
     """Latency and bandwidth of reads that took `dur_us` and moved `bytes`: from the median of each size.
 
-    Relative errors count, so that small requests decide about the latency. Where all have about one size
-    nothing tells the two apart: then all of it counts as bandwidth.
+    Of the lines through two sizes (and those with no latency, or with latency only) the one that is nearest
+    to all, by the ratio of what it says to what was measured; a size counts as much as the time spent in it,
+    so that a few reads which memory answered decide nothing. Where all have about one size nothing tells the
+    two apart: then all of it counts as bandwidth.
     """
     found = (
         requests.filter(pl.col("bytes").is_between(1, LONGEST_REQUEST))
         .group_by((pl.col("bytes").cast(pl.Float64).log(2) * 4).floor().alias("bucket"))
         .agg(pl.col("bytes").mean(), pl.col("dur_us").median(), pl.len().alias("n"))
+        .sort("bytes")
     )
     if not len(found):
         return RequestCost(0.0, 0.0, False)
     size, took, n = (found[name].to_numpy().astype(np.float64) for name in ("bytes", "dur_us", "n"))
     took = np.maximum(took, 0.5)  # a trace has whole us
-    weight = np.sqrt(n) / took
-    alone = float((weight**2 * size * took).sum() / (weight**2 * size**2).sum())
-    if size.max() < 4 * size.min():
-        return RequestCost(0.0, alone, False)
-    columns = np.stack([weight, weight * size], axis=1)
-    latency, rate = (float(x) for x in np.linalg.lstsq(columns, weight * took, rcond=None)[0])
-    if rate <= 0:  # the larger ones are no slower
-        return RequestCost(float((weight**2 * took).sum() / (weight**2).sum()), 0.0, True)
-    return RequestCost(latency, rate, True) if latency > 0 else RequestCost(0.0, alone, True)
+    weight = n * took
+    common = size[weight >= SELDOM * weight.sum()]
+    separable = bool(len(common)) and common.max() >= 4 * common.min()
+    if not separable:
+        return RequestCost(0.0, float((weight * took / size).sum() / weight.sum()), False)
+    one, two = np.triu_indices(len(size), 1)
+    slopes = (took[two] - took[one]) / (size[two] - size[one])
+    latencies = took[one] - slopes * size[one]
+    latency = np.concatenate([latencies, np.zeros(len(size)), took])
+    slope = np.concatenate([slopes, took / size, np.zeros(len(size))])
+    good = (latency >= 0) & (slope >= 0)
+    latency, slope = latency[good], slope[good]
+    says = latency[:, None] + slope[:, None] * size
+    best = int(np.argmin(np.abs(np.log(says / took)) @ weight))
+    return RequestCost(float(latency[best]), float(slope[best]), True)
 
 
 def make_model(
@@ -250,7 +259,10 @@ def _find_load_times(own: Pass, model: Model, scenario: Scenario) -> np.ndarray:
         return _change_chunks(own, model, scenario, chunk * (1 << 20))
     was = model.cost.of(own.requests, own.moved, Scenario())
     now = model.cost.of(own.requests, own.moved, scenario)
-    return own.call * np.divide(now, was, out=np.ones_like(was), where=was > 0) + own.work
+    # What calls took beyond the fit is the machine's and the storage's ups and downs: slower storage does not
+    # lengthen it, faster storage shortens it as all the rest.
+    faster = np.minimum(1.0, np.divide(now, was, out=np.ones_like(was), where=was > 0))
+    return np.maximum(0.0, now + faster * (own.call - was)) + own.work
 
 
 def _change_chunks(own: Pass, model: Model, scenario: Scenario, chunk: float) -> np.ndarray:
@@ -262,7 +274,8 @@ def _change_chunks(own: Pass, model: Model, scenario: Scenario, chunk: float) ->
         have, left = 0.0, float(own.moved[rank].sum())
         for batch in range(moved.shape[1]):
             if have < needed[rank, 0] - 1 and left > 0:
-                got = min(left, max(chunk, float(needed[rank, 0]) - have))
+                # up to a chunk from the batch's first row on, as the reader does
+                got = min(left, max(chunk, float(needed[rank, 0])) - have)
                 moved[rank, batch], have, left = got, have + got, left - got
             have -= needed[rank, 0]
     requests = np.where(moved > 0, files, 0.0)
