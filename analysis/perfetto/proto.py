@@ -5,7 +5,6 @@ its first use (InternedData). Times are microseconds since the beginning, on a c
 """
 
 import itertools
-import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,10 +36,6 @@ def encode_varint(value: int) -> bytes:
 
 def encode_number(field: int, value: int) -> bytes:
     return encode_varint(field << 3) + encode_varint(value)
-
-
-def encode_double(field: int, value: float) -> bytes:
-    return encode_varint(field << 3 | 1) + struct.pack("<d", value)
 
 
 def encode_nested(field: int, *parts: bytes | str) -> bytes:

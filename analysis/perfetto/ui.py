@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from analysis.perfetto.tracks import RUN_COUNTERS
 
-MOST_EXPANDED = 8  # ranks; of more, the first ones
-_RANKS = r"^rank [0-7]( on [^,]+)?(, launch \d+)? \d+$"  # the UI adds the pid
+MOST_EXPANDED = 8  # ranks, at most 10; of more, the first ones
+_RANKS = rf"^rank [0-{MOST_EXPANDED - 1}]( on [^,]+)?(, launch \d+)? \d+$"  # the UI adds the pid
 _COUNTERS = f"^({'|'.join(RUN_COUNTERS)}|lr|(read|write) MB/s by calls, all ranks)$"
 _WHERE = "join thread_track k on s.track_id = k.id join thread using (utid) join process p using (upid)"
 _SLICE = "s.id, s.ts, s.dur, s.track_id"  # by these the UI makes a row a link

@@ -54,12 +54,13 @@ def split_communication(f: Facts) -> Split | None:
         error,
         {rank: us / max(1, sure) for rank, us in shares.iter_rows()},
         str(names["name"][0]),
-        _show(joined.sort("sure", "ts")),
-        _show(joined.sort("transfer", "ts")),
+        _show_last(joined.sort("sure", "ts")),
+        _show_last(joined.sort("transfer", "ts")),
     )
 
 
-def _show(joined: pl.DataFrame) -> dict[str, int]:
+def _show_last(joined: pl.DataFrame) -> dict[str, int]:
+    """The last row, as evidence."""
     top = joined.row(-1, named=True)
     return {"ts": int(top["ts"]), "dur_us": int(top["dur"])}
 
@@ -120,6 +121,6 @@ def _say_unclear(split: Split) -> str:
     if not split.error_us or split.unclear < 0.001:
         return ""
     return (
-        f" (the hosts' clocks are known to {format_seconds(split.error_us / 1e6)}: of "
-        f"{format_seconds(split.unclear)} more nobody can say which it is)"
+        f" (the hosts' clocks may be wrong by {format_seconds(split.error_us / 1e6)}, so "
+        f"{format_seconds(split.unclear)} more may be either)"
     )

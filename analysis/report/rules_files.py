@@ -167,7 +167,7 @@ def find_redundant_reads(f: Facts) -> Finding | None:
     if f.is_own_dlrm and top["file"] in f.dataset_files:
         remedy = "If the dataset fits into memory, hold it there: --source memory reads it once."
     evidence = {"file": top["file"], "times": top["times"], "bytes_again": extra, "seconds_all_ranks": spent}
-    return Finding("redundant_reads", gain, text, remedy, evidence | _show(f, "read", top["file"]))
+    return Finding("redundant_reads", gain, text, remedy, evidence | _show_request(f, "read", top["file"]))
 
 
 def find_redundant_writes(f: Facts) -> Finding | None:
@@ -184,7 +184,7 @@ def find_redundant_writes(f: Facts) -> Finding | None:
     )
     remedy = "Change the data in memory and write each place once."
     evidence = {"file": top["file"], "times": top["times"], "bytes_again": extra, "seconds_all_ranks": spent}
-    return Finding("redundant_writes", gain, text, remedy, evidence | _show(f, "write", top["file"]))
+    return Finding("redundant_writes", gain, text, remedy, evidence | _show_request(f, "write", top["file"]))
 
 
 def _find_again(f: Facts, op: str) -> pl.DataFrame:
@@ -224,7 +224,8 @@ def _count_most(marks: pl.DataFrame) -> int:
     return max([1, *marks.group_by("rank").len()["len"].to_list()])
 
 
-def _show(f: Facts, op: str, file: str) -> dict[str, int]:
+def _show_request(f: Facts, op: str, file: str) -> dict[str, int]:
+    """The longest read or write (`op`) of a file, as evidence."""
     return show_longest(f.requests.filter((pl.col("op") == op) & (pl.col("file") == file)))
 
 
@@ -249,7 +250,7 @@ def find_amplified_reads(f: Facts) -> Finding | None:
         f"{top['times']:.1f} times over."
     )
     remedy = "Keep what was read until it is used: whole batches per read, or fewer passes."
-    evidence = {"bytes": extra, "file": top["file"]} | _show(f, "read", top["file"])
+    evidence = {"bytes": extra, "file": top["file"]} | _show_request(f, "read", top["file"])
     return Finding("amplified", f.limit_gain(spent), text, remedy, evidence)
 
 

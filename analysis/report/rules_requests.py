@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import polars as pl
 
 from analysis.report.facts import (
-    JUMPING,
-    JUMPS,
     MATTERS,
     TABLE_FILE,
     Facts,
@@ -282,6 +280,3 @@ def find_slow_tail(f: Facts) -> Finding | None:
     evidence: dict[str, object] = {"share": tail / spent, "reads": number, "p50_us": middle}
     reads = f.after_startup("ops").filter(is_call)
     return Finding("slow_tail", gain, text, remedy, evidence | show_longest(reads))
-
-
-RANDOM_CONDITION = f"{JUMPS:,} requests of a file or more, and at least {JUMPING:.0%} of its, jump"

@@ -45,7 +45,6 @@ RULES = {
     # adam whose weight decay is not part of the gradient: fbgemm's adam is of that kind
     "adamw": OptimizerRule(torch.optim.Adam, torch.optim.AdamW, ("eps", "betas")),
 }
-SPARSE = tuple(RULES)
 
 
 class ShardedState(KeyedOptimizerWrapper):

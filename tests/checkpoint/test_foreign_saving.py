@@ -5,14 +5,12 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.disk import mount_small_disk
 from support.ranks import LiveRanks, on_ranks, words
 from test_checkpoint_files import make_whole_piece, save
 
@@ -199,23 +197,3 @@ def test_a_second_training_in_the_same_folder(toy: Path, tmp_path: Path) -> None
         for process in first.processes:
             process.send_signal(signal.SIGTERM)
         assert first.wait() == [75, 75], first.stderr
-
-
-# --- asked to save, and could not
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    with mount_small_disk(tmp_path / "disk", 1) as folder:
-        yield folder
-
-
-@pytest.mark.mpi
-def test_a_last_checkpoint_that_is_not_written_is_exit_code_1(toy: Path, tiny_disk: Path) -> None:
-    run = tiny_disk / "run"
-    with LiveRanks(run, 2, *words(toy, "--max_steps", 7, "--checkpoint_every_steps", 3)) as ranks:
-        assert ranks.wait() == [1, 1], ranks.stderr
-    last = ranks.stderr.strip().splitlines()[-1]
-    assert "checkpoint of step 7 was not written" in last and "No space left" in last, ranks.stderr
-    assert (run / "results.json").exists() and "Traceback" not in ranks.stderr
-    assert not folder.list_checkpoints(run / "checkpoints")

@@ -132,10 +132,6 @@ def test_oneflow_ids_that_make_no_sense(
     assert not (tmp_path / "out").exists()
 
 
-def have_same_bytes(left: Path, right: Path) -> bool:
-    return left.read_bytes() == right.read_bytes()
-
-
 @pytest.mark.parametrize("distribution", ["uniform", "pareto"])
 def test_multi_hot_is_what_np_savez_writes(dataset: Path, tmp_path: Path, distribution: str) -> None:
     sizes = DatasetMeta.load(dataset).table_sizes

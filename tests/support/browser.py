@@ -86,9 +86,5 @@ class Browser:
             time.sleep(0.3)
         raise AssertionError(f"not in {seconds} s: {script}\n{self.run('document.body.innerText')}")
 
-    def press(self, key: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=f"Key{key.upper()}", text=key)
-
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,17 +61,23 @@ def count_traced_calls(events: list[dict[str, Any]]) -> FileCalls:
     return found
 
 
-def count_strace_calls(log: str) -> FileCalls:
-    """From a log of strace -f -y -e trace=STRACED. What opendir opens is no file, and no open in a trace."""
-    found = FileCalls(Counter(), Counter())
-    begun: dict[str, str] = {}  # per thread, a call that another one's line cut in two
+def join_cut_lines(log: str) -> Iterator[str]:
+    """The lines of strace's log; a call that another thread's line cut in two is whole, where it ended."""
+    begun: dict[str, str] = {}  # by thread
     for line in log.splitlines():
         thread = line.split(maxsplit=1)[0]
         if line.endswith("<unfinished ...>"):
             begun[thread] = line.removesuffix("<unfinished ...>")
-            continue
-        if " resumed>" in line:
-            line = begun.pop(thread, "") + line.partition(" resumed>")[2]
+        elif " resumed>" in line:
+            yield begun.pop(thread, "") + line.partition(" resumed>")[2]
+        else:
+            yield line
+
+
+def count_strace_calls(log: str) -> FileCalls:
+    """From a log of strace -f -y -e trace=STRACED. What opendir opens is no file, and no open in a trace."""
+    found = FileCalls(Counter(), Counter())
+    for line in join_cut_lines(log):
         if "O_DIRECTORY" in line:
             continue
         if call := re.search(r'\b(open|openat|creat)\((?:\w+<([^>]*)>, )?"([^"]*)"', line):
@@ -89,14 +96,7 @@ def list_strace_requests(log: str) -> Counter[tuple[str, str, int, int]]:
     """
     found: Counter[tuple[str, str, int, int]] = Counter()
     position: dict[str, int] = {}  # descriptor -> where it is
-    begun: dict[str, str] = {}
-    for line in log.splitlines():
-        thread = line.split(maxsplit=1)[0]
-        if line.endswith("<unfinished ...>"):
-            begun[thread] = line.removesuffix("<unfinished ...>")
-            continue
-        if " resumed>" in line:
-            line = begun.pop(thread, "") + line.partition(" resumed>")[2]
+    for line in join_cut_lines(log):
         if opened := re.search(r"\b(?:open|openat|creat)\(.*= (\d+)<", line):
             position[opened[1]] = 0
         elif call := re.search(r"\b([a-z_0-9]+)\((\d+)<([^>]*)>(.*)\)\s+= (-?\d+)", line):

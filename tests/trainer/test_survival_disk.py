@@ -126,12 +126,26 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    with mount_small_disk(tmp_path / "small disk", 3) as folder:
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Its parameter: megabytes."""
+    with mount_small_disk(tmp_path / "small disk", request.param) as folder:
         yield folder
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("small_disk", [1], indirect=True)
+def test_a_last_checkpoint_that_is_not_written_is_exit_code_1(toy: Path, small_disk: Path) -> None:
+    run = small_disk / "run"
+    with LiveRanks(run, 2, *words(toy, "--max_steps", 7, "--checkpoint_every_steps", 3)) as ranks:
+        assert ranks.wait() == [1, 1], ranks.stderr
+    last = ranks.stderr.strip().splitlines()[-1]
+    assert "checkpoint of step 7 was not written" in last and "No space left" in last, ranks.stderr
+    assert (run / "results.json").exists() and "Traceback" not in ranks.stderr
+    assert not list_checkpoints(run / "checkpoints")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("small_disk", [3], indirect=True)
 def test_a_disk_that_fills_up_with_the_run_folder(toy: Path, small_disk: Path) -> None:
     """Metrics, traces and checkpoints share it."""
     run = small_disk / "run"
