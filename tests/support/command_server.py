@@ -68,7 +68,8 @@ def import_programs() -> None:
     from dlrm.models.registry import MODULES, find_model
 
     for name in MODULES:
-        find_model(name).load_parts()
+        spec = find_model(name)
+        (spec.load_program or spec.load_parts)()
 
 
 def run_module(argv: list[str]) -> int | None:
