@@ -19,7 +19,7 @@ from analysis.trace.source import FileSource
 from common.command_line import CommandLineParser
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.owned import OutputFolder
-from dlrm.replay.calls import KNOWN_CALLS, Outcome
+from dlrm.replay.calls import ADVISING, KNOWN_CALLS, CallSettings, Outcome
 from dlrm.replay.files import FilePlan, RunUse, list_uses, make_files, plan_files
 from dlrm.replay.paths import MappedPaths
 from dlrm.replay.plan import RankPlan, plan_rank
@@ -30,6 +30,10 @@ from dlrm.runtime.ranks import Ranks
 
 MAPPING = "replayed_files.json"
 RECORD = "replay.json"
+ADVICE = {
+    "willneed": os.POSIX_FADV_WILLNEED, "dontneed": os.POSIX_FADV_DONTNEED, "random": os.POSIX_FADV_RANDOM,
+    "sequential": os.POSIX_FADV_SEQUENTIAL,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class ReplayOptions:
     real_bytes: bool
     overwrite: bool
     data_only: bool
+    fadvise: str | None
     dry_run: bool
 
 
@@ -61,6 +66,11 @@ def parse_options(argv: list[str]) -> ReplayOptions:
         help="write the files that are to be read, instead of sparse ones",
     )
     add("--overwrite", action="store_true", help="files below --root that are there already may be changed")
+    add(
+        "--fadvise",
+        choices=tuple(ADVICE),
+        help="replay posix_fadvise with this advice: a trace does not say which it was [not replayed]",
+    )
     add("--data_only", action="store_true", help="leave out files of programs and of the system")
     add("--dry_run", action="store_true", help="print what would be done; change nothing")
     found = parser.parse_args(argv)
@@ -72,7 +82,7 @@ def parse_options(argv: list[str]) -> ReplayOptions:
         parser.error(f"--speed {found.speed}: give a number above 0, or max")
     return ReplayOptions(
         found.run, found.root, found.output_dir, speed, _parse_ranks(parser, found.ranks), found.launch,
-        found.real_bytes, found.overwrite, found.data_only, found.dry_run,
+        found.real_bytes, found.overwrite, found.data_only, found.fadvise, found.dry_run,
     )  # fmt: skip
 
 
@@ -96,7 +106,8 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
     here, output = group.here, Path()
     with group.errors_on_all_ranks():
         jobs, notes = choose_jobs(options)
-        plans = [plan_rank(job, set(KNOWN_CALLS), options.data_only) for job in deal_jobs(jobs, here)]
+        known = set(KNOWN_CALLS) - set(() if options.fadvise else ADVISING)
+        plans = [plan_rank(job, known, options.data_only) for job in deal_jobs(jobs, here)]
         uses = list_uses(plans)
     if not options.dry_run:
         with group.errors_on_all_ranks():
@@ -211,10 +222,11 @@ def play(
     common = find_common_meetings([key for process in group.gather_from_all(keys) for key in process])
     begins = [plan.begin for plan in plans if plan.threads]
     begin = min(each for each in group.gather_from_all(min(begins, default=None)) if each is not None)
+    settings = CallSettings(options.overwrite, ADVICE.get(options.fadvise or ""))
     trace.start_tracing(output, group.here, "replay", folders={"--root": paths.root})
     try:
         player = Player(
-            plans, paths, files, options.speed, options.overwrite, group.barrier, set(common), begin
+            plans, paths, files, options.speed, settings, group.barrier, set(common), begin
         )  # fmt: skip
         group.mark_clock("start")
         started = time.perf_counter()

@@ -51,6 +51,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     **dict.fromkeys(("preadv", "preadv64", "pwritev", "pwritev64"), (_LONG, [_INT, _POINTER, _INT, _LONG])),
     **dict.fromkeys(("lseek", "lseek64"), (_LONG, [_INT, _LONG, _INT])),
     **dict.fromkeys(("posix_fallocate", "posix_fallocate64"), (_INT, [_INT, _LONG, _LONG])),
+    **dict.fromkeys(("posix_fadvise", "posix_fadvise64"), (_INT, [_INT, _LONG, _LONG, _INT])),
     **dict.fromkeys(("mmap", "mmap64"), (_POINTER, [_POINTER, _SIZE, _INT, _INT, _INT, _LONG])),
     "munmap": (_INT, [_POINTER, _SIZE]),
     **dict.fromkeys(("unlink", "remove", "rmdir"), (_INT, [_TEXT])),
@@ -158,20 +159,28 @@ class ProcessFiles:
                 del self._open[path]
 
 
+@dataclass(frozen=True)
+class CallSettings:
+    """What the user chose of what a trace leaves open."""
+
+    overwrite: bool = False  # files may be there already: O_EXCL is left out
+    advice: int | None = None  # which advice posix_fadvise gives; None: it is not called
+
+
 class Caller:
     """Makes the calls of one traced thread.
 
     files: the open files of its process. library: all functions. buffer, pattern: addresses of memory to read
-    into, and of made-up bytes to write, each as large as the largest request. overwrite: O_EXCL is left out.
+    into, and of made-up bytes to write, each as large as the largest request.
     is_stopped: whether another thread has failed, so that waiting is in vain.
     """
 
     def __init__(
         self, thread: int, files: ProcessFiles, library: CLibrary, paths: MappedPaths, plan: FilePlan,
-        buffer: int, pattern: int, overwrite: bool, is_stopped: Callable[[], bool],
+        buffer: int, pattern: int, settings: CallSettings, is_stopped: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.thread, self.files, self.library = thread, files, library
-        self.paths, self.plan, self.overwrite, self.is_stopped = paths, plan, overwrite, is_stopped
+        self.paths, self.plan, self.settings, self.is_stopped = paths, plan, settings, is_stopped
         self.buffer, self.pattern = buffer, pattern
         self.outcome = Outcome()
         self._scratch = ctypes.addressof(_SCRATCH)
@@ -187,7 +196,7 @@ class Caller:
         if flags is None:
             changes = path in self.plan.changed
             flags = os.O_RDWR | os.O_CREAT if changes else os.O_RDONLY
-        if self.overwrite:
+        if self.settings.overwrite:
             flags &= ~os.O_EXCL
         stream = call.name.startswith("fopen")
         mode = (find_stream_mode(call) or ("r+" if flags & os.O_RDWR else "r")).encode(errors="replace")
@@ -374,6 +383,16 @@ class Caller:
             ctypes.set_errno(code)
             self._check_error(call, path, tolerated=call.failed)
 
+    def advise(self, call: TracedCall) -> None:
+        path = self.paths.find(call.path)
+        file = self._find_file(call, path, False)
+        function = getattr(self.library, call.name)
+        if code := function(
+            file.descriptor, call.position or 0, call.argument("len", 0), self.settings.advice
+        ):
+            ctypes.set_errno(code)
+            self._check_error(call, path, tolerated=True)
+
     def map(self, call: TracedCall) -> None:
         """A file's largest mapping stays, for spans that copy from it: its end is not in the trace."""
         path = self.paths.find(call.path)
@@ -473,6 +492,9 @@ def _split_pieces(memory: int, size: int, count: int) -> Any:
     return (_Piece * count)(*((memory + each * n, length) for n, length in enumerate(lengths)))
 
 
+ADVISING = ("posix_fadvise", "posix_fadvise64")  # known only with a `CallSettings.advice`
+
+
 def _list_calls() -> dict[str, Callable[[Caller, TracedCall], None]]:
     groups = {
         Caller.open: ("open", "open64", "openat", "openat64", "creat", "creat64", "fopen", "fopen64"),
@@ -485,6 +507,7 @@ def _list_calls() -> dict[str, Callable[[Caller, TracedCall], None]]:
         Caller.seek: ("lseek", "lseek64", "fseek", "fseeko", "fseeko64", "ftell", "ftello", "rewind"),
         Caller.synchronize: ("fsync", "fdatasync", "fflush"),
         Caller.allocate: ("posix_fallocate", "posix_fallocate64"),
+        Caller.advise: ADVISING,
         Caller.map: ("mmap", "mmap64"),
         Caller.call_on_name: (
             "mkdir", "rmdir", "unlink", "remove", "rename", "link", "chmod", "access", "readlink", "opendir",

@@ -43,6 +43,8 @@ class _Batch(NamedTuple):
     batch: int  # the batch's number, by the spans
     begin: int  # us
     end: int
+    first: Any  # the span that began first
+    last: Any  # the span that ended last
 
 
 @dataclass
@@ -50,9 +52,9 @@ class _Deliveries:
     """Who waited for whom over batches."""
 
     takes: dict[tuple[Thread, int, int], _Batch]  # (thread, begin, end) of a wait -> the batch that ended it
-    puts: dict[Thread, list[_Batch]]  # the batches of a thread that some wait took
-    # begin of a batch -> how many must be taken before, and when they were
-    rooms: dict[Thread, dict[int, tuple[int, int]]]
+    puts: dict[int, _Batch]  # id of the last span of a batch that some wait took -> the batch
+    # id of the first span of a batch -> how many must be taken before, and when they were
+    rooms: dict[int, tuple[int, int]]
 
 
 def order_threads(
@@ -69,9 +71,8 @@ def order_threads(
     made = {}
     for thread in [main, *others]:
         nodes = list(_nest(items[thread], deliveries, thread))
-        nodes = _insert(nodes, [(b.end, PUT, b.number + 1) for b in deliveries.puts.get(thread, ())])
         if thread == main:
-            nodes = _insert(nodes, [(begins[other], START, other) for other in others])
+            nodes = _insert_starts(nodes, [(begins[other], other) for other in others])
             started |= {payload: at for _, at, kind, payload in nodes if kind == START}
         at, made[thread] = started[thread], []
         for begin, end, kind, payload in nodes:
@@ -80,19 +81,20 @@ def order_threads(
     return made
 
 
-def _insert(nodes: list[Timed], added: list[tuple[int, int, Any]]) -> list[Timed]:
-    """The nodes with others among them: (time, kind, payload), each after all that had ended by then."""
+def _insert_starts(nodes: list[Timed], starts: list[tuple[int, Thread]]) -> list[Timed]:
+    """The main thread's nodes with a START for each (time, thread): after all that had ended before, and
+    before what the main thread was busy with then.
+    """
     latest, ends = nodes[0][0], []  # when all nodes up to this one had ended
     for _, end, _, _ in nodes:
         latest = max(latest, end)
         ends.append(latest)
     found, done = [], 0
-    for time, kind, payload in sorted(added, key=lambda each: each[0]):
-        place = bisect.bisect_right(ends, time)
+    for time, thread in starts:
+        place = bisect.bisect_left(ends, time)  # what ended at the same time may have waited for the thread
         found += nodes[done:place]
-        if place < len(nodes):  # at the latest before what the thread was busy with then
-            time = min(time, nodes[place][0])
-        found.append((time, time, kind, payload))
+        time = min(time, nodes[place][0]) if place < len(nodes) else time
+        found.append((time, time, START, thread))
         done = place
     return found + nodes[done:]
 
@@ -100,13 +102,14 @@ def _insert(nodes: list[Timed], added: list[tuple[int, int, Any]]) -> list[Timed
 def _nest(items: list[Timed], deliveries: _Deliveries, thread: Thread) -> Iterator[Timed]:
     """The nodes of a thread in the order of time; a span becomes a BEGIN and an END around what is inside."""
     stack: list[tuple[int, Any]] = []  # end, span
-    rooms = deliveries.rooms.get(thread, {})
     latest = items[0][0]
 
     def close(until: int | None) -> Iterator[Timed]:
         while stack and (until is None or stack[-1][0] <= until):
             end, span = stack.pop()
             yield end, end, END, span
+            if id(span) in deliveries.puts:
+                yield end, end, PUT, deliveries.puts[id(span)].number + 1
             if (key := _find_meeting(span)) is not None:
                 yield end, end, MEET, key
 
@@ -117,8 +120,8 @@ def _nest(items: list[Timed], deliveries: _Deliveries, thread: Thread) -> Iterat
             yield ts, end, CALL, payload
             latest = max(latest, end)
             continue
-        if payload.cat == "data" and ts in rooms:
-            number, taken = rooms.pop(ts)
+        if id(payload) in deliveries.rooms:
+            number, taken = deliveries.rooms[id(payload)]
             begin = min(ts, latest)
             yield begin, max(begin, taken), ROOM, number
         batch = deliveries.takes.get((thread, ts, end))
@@ -155,7 +158,7 @@ def _match_batches(spans: dict[Thread, list[tuple[int, int, Any]]]) -> _Deliveri
         if (span.cat, span.name) == ("data", "wait")
     ]
     oldest = {thread: 0 for thread, batches in made.items() if batches}
-    found = _Deliveries({}, defaultdict(list), {})
+    found = _Deliveries({}, {}, {})
     taken: dict[Thread, list[int]] = defaultdict(list)  # when, us, a thread's batches were taken
     for end, begin, thread, number in sorted(waits, key=lambda wait: wait[:2]):
         next_ones = [made[other][place] for other, place in oldest.items() if other != thread]
@@ -164,12 +167,13 @@ def _match_batches(spans: dict[Thread, list[tuple[int, int, Any]]]) -> _Deliveri
             continue
         batch = max(ready, key=lambda each: each.end)
         found.takes[thread, begin, end] = batch
-        found.puts[batch.thread].append(batch)
+        found.puts[id(batch.last)] = batch
         taken[batch.thread].append(end)
         oldest[batch.thread] += 1
         if oldest[batch.thread] == len(made[batch.thread]):
             del oldest[batch.thread]
-    found.rooms = {thread: _find_rooms(made[thread], times) for thread, times in taken.items()}
+    for thread, times in taken.items():
+        found.rooms |= _find_rooms(made[thread], times)
     return found
 
 
@@ -180,21 +184,21 @@ def _list_batches(thread: Thread, spans: list[tuple[int, int, Any]]) -> list[_Ba
         number = span.args.get("batch")
         if span.cat != "data" or span.name not in ("read", "assemble") or number is None:
             continue
-        if made and made[-1].batch == number:
-            made[-1] = made[-1]._replace(end=max(made[-1].end, ts + dur))
-        else:
-            made.append(_Batch(thread, len(made), number, ts, ts + dur))
+        if not made or made[-1].batch != number:
+            made.append(_Batch(thread, len(made), number, ts, ts + dur, span, span))
+        elif ts + dur >= made[-1].end:
+            made[-1] = made[-1]._replace(end=ts + dur, last=span)
     return made
 
 
 def _find_rooms(made: list[_Batch], taken: list[int]) -> dict[int, tuple[int, int]]:
-    """When a batch's work began -> how many batches must be taken before, and when they were.
+    """The id of a batch's first span -> how many batches must be taken before, and when they were.
 
     made: a thread's batches. taken: when (us) each of the first of them was taken.
     """
     ahead = max(batch.number - bisect.bisect_right(taken, batch.begin) for batch in made)
     return {
-        batch.begin: (batch.number - ahead, taken[batch.number - ahead - 1])
+        id(batch.first): (batch.number - ahead, taken[batch.number - ahead - 1])
         for batch in made
         if 0 < batch.number - ahead <= len(taken)
     }

@@ -169,7 +169,7 @@ def _read_calls(events: RankEvents, known: set[str], data_only: bool, plan: Rank
 def _find_reason(name: str, path: str | None, known: set[str], data_only: bool) -> str:
     """Why a call is not replayed; nothing if it is."""
     if path is None:
-        return "calls whose file the trace does not name"
+        return f"{name} (the trace names no file)"
     if is_kernel_file(path):
         return "calls on files of /proc, /sys and /dev"
     if data_only and _is_program_file(path):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.replay.calls import Caller, CLibrary, Outcome, ProcessFiles
+from dlrm.replay.calls import Caller, CallSettings, CLibrary, Outcome, ProcessFiles
 from dlrm.replay.files import FilePlan
 from dlrm.replay.order import BEGIN, CALL, COPY, END, MEET, PUT, ROOM, START, TAKE, Thread
 from dlrm.replay.paths import MappedPaths
@@ -71,16 +71,16 @@ class Meeting:
 class Player:
     """All traced ranks that this process plays.
 
-    speed: by what times to think are divided; 0: there are none. overwrite: see `Caller`.
+    speed: by what times to think are divided; 0: there are none.
     """
 
     def __init__(
-        self, plans: list[RankPlan], paths: MappedPaths, files: FilePlan, speed: float, overwrite: bool,
-        meet_processes: Callable[[], None], keys: set[tuple[Any, ...]], begin: int,
+        self, plans: list[RankPlan], paths: MappedPaths, files: FilePlan, speed: float,
+        settings: CallSettings, meet_processes: Callable[[], None], keys: set[tuple[Any, ...]], begin: int,
     ) -> None:  # fmt: skip
         """begin: us on the run's clock, from which all ranks count their first time to think."""
         self.plans, self.paths, self.files = plans, paths, files
-        self.speed, self.overwrite, self.begin = speed, overwrite, begin
+        self.speed, self.settings, self.begin = speed, settings, begin
         self._meet_processes, self._meetings = meet_processes, len(keys)
         attending = sum(bool(plan.list_meetings()) for plan in plans)
         self._attends = attending > 0
@@ -165,7 +165,7 @@ class RankPlayer:
         memory = mmap.mmap(-1, max(1, *(_find_request(call) for call in calls), 1))
         caller = Caller(
             plan.thread[1], self._open_files[plan.thread[0]], player._library, player.paths, player.files,
-            _find_address(memory), player.pattern, player.overwrite, player.is_stopped,
+            _find_address(memory), player.pattern, player.settings, player.is_stopped,
         )  # fmt: skip
         pace = _Pace(player.speed)
         if plan is self.plan.threads[0]:

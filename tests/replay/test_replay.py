@@ -221,6 +221,21 @@ def test_copies_from_mapped_files(tmp_path: Path) -> None:
     assert [args["mapped"] for args in spans] == [1, 1] and spans[0]["file"] == str(done.at("/d/a"))
 
 
+def test_advice(tmp_path: Path) -> None:
+    run = write_calls(
+        tmp_path / "run",
+        ("open64", 0, "/d/a", {"flags": 0}),
+        ("posix_fadvise64", 20, "/d/a", {"offset": 100, "len": 50}),
+        ("pread64", 40, "/d/a", READ),
+    )
+    done = replay(run, tmp_path / "out1")
+    assert "not replayed: posix_fadvise64 (not known to the replay): 1" in done.err
+    done = replay(run, tmp_path / "out2", "--fadvise", "willneed")
+    assert (done.code, done.err) == (0, "") and done.record["calls"] == 3
+    (advised,) = [e["args"] for e in read_events(done.output) if e["name"] == "posix_fadvise64"]
+    assert (advised["offset"], advised["len"]) == (100, 50)
+
+
 # --- traces of other programs
 
 
