@@ -2,9 +2,10 @@
 
 Each family is one run, from whose trace everything is predicted, and runs with one setting changed: the
 speed of storage (a library below DFTracer makes reads of the dataset as slow as asked), its latency, the
-queue, the chunk of a read, the number of ranks. What is compared is the training's time per step,
-traced. Nothing is tuned between the families. Last line: one JSON object. Other work on the machine
-changes how long computing takes between two runs: each line has its load.
+queue, the chunk of a read, the number of ranks, and of emulated runs (python -m dlrm.emulate) what a
+step computes. What is compared is the training's time per step, traced. Nothing is tuned between the
+families. Last line: one JSON object. Other work on the machine changes how long computing takes between
+two runs: each line has its load.
 
 usage: python benchmarks/whatif.py [--steps N] [--batch_size N] [--families A,B]
 """
@@ -37,6 +38,7 @@ class Setting:
     prefetch: int = 4
     chunk_mb: float = 0.5
     ranks: int = 1
+    compute_ms: float | None = None  # of an emulated step, which waits so long; None: a real training
 
 
 FAMILIES = {  # name -> the run that is traced, and what is changed in the others
@@ -52,6 +54,20 @@ FAMILIES = {  # name -> the run that is traced, and what is changed in the other
     "two_ranks": (
         Setting(MB_per_s=4, latency_ms=2, ranks=2),
         ({"MB_per_s": 8}, {"MB_per_s": 2}, {"latency_ms": 20}, {"prefetch": 1}),
+    ),
+    "emulated_waits": (
+        Setting(MB_per_s=5, latency_ms=1.5, chunk_mb=0.3, compute_ms=15),
+        ({"MB_per_s": 10}, {"MB_per_s": 2.5}, {"latency_ms": 15}, {"prefetch": 1}, {"chunk_mb": 1.5},
+         {"compute_ms": 5}, {"compute_ms": 40}),
+    ),
+    "emulated_hidden": (
+        Setting(MB_per_s=30, latency_ms=2, chunk_mb=1, compute_ms=20),
+        ({"MB_per_s": 4}, {"latency_ms": 50}, {"prefetch": 1}, {"compute_ms": 3}),
+    ),
+    "emulated_ranks": (
+        Setting(MB_per_s=6, latency_ms=2, ranks=2, compute_ms=15),
+        ({"MB_per_s": 12}, {"MB_per_s": 3}, {"latency_ms": 20}, {"prefetch": 1}, {"compute_ms": 5},
+         {"ranks": 4}),
     ),
 }  # fmt: skip
 
@@ -77,13 +93,22 @@ def make_data(folder: Path) -> Path:
 def run_training(
     data: Path, library: Path, output: Path, setting: Setting, options: argparse.Namespace
 ) -> None:
-    """A traced training with slow reads."""
-    command = [
+    """A traced training with slow reads, or an emulated one."""
+    command: list[object] = [
         "mpiexec", "-n", str(setting.ranks), "./launcher.sh", "python", "-m", "dlrm.train", "--preset", "toy",
         "--in_memory_binary_criteo_path", data, "--output_dir", output, "--trace", "--source", "stream",
         "--batch_size", options.batch_size, "--max_steps", options.steps, "--epochs", 99,
         "--prefetch_batches", setting.prefetch, "--read_chunk_mb", setting.chunk_mb,
     ]  # fmt: skip
+    if setting.compute_ms is not None:
+        source = output.parent / "source"  # what is emulated: only its model and data matter
+        if not source.exists():
+            run_training(data, library, source, Setting(MB_per_s=1000, latency_ms=0), options)
+        communication = "barrier" if setting.ranks > 1 else "none"
+        command[: command.index("--preset")] = [sys.executable, "-m", "dlrm.emulate", "--from", source]
+        del command[command.index("--preset") : command.index("--preset") + 2]
+        command += ["--ranks", setting.ranks, "--compute", f"{setting.compute_ms}ms"]
+        command += ["--communication", communication]
     slow = {
         "SLOW_FOLDER": str(data.resolve()), "SLOW_LATENCY_US": str(1e3 * setting.latency_ms),
         "SLOW_BYTES_PER_US": str(setting.MB_per_s), "LD_PRELOAD": str(library),
@@ -104,6 +129,7 @@ def make_scenario(base: Setting, changed: dict[str, float]) -> Scenario:
         "prefetch": lambda value: {"prefetch": value},
         "chunk_mb": lambda value: {"read_chunk_mb": value},
         "ranks": lambda value: {"ranks": value},
+        "compute_ms": lambda value: {"compute": value / (base.compute_ms or 1)},
     }
     return Scenario(**{k: v for name, value in changed.items() for k, v in words[name](value).items()})
 
