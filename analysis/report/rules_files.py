@@ -303,8 +303,8 @@ def find_metadata_load(f: Facts) -> Finding | None:
     if not len(kinds) or spent < METADATA_PART * whole or not f.matters(gain):
         return None
     text = (
-        f"{spent / whole:.0%} of the time in file calls moves no byte and is no hint: {_name_kinds(kinds)}, "
-        "added up over the ranks."
+        f"{spent / whole:.0%} of the time in file calls, hints left out, goes into calls that move no byte: "
+        f"{_name_kinds(kinds)}, added up over the ranks."
     )
     remedy = "Keep files open, and put many small files into few large ones."
     if kinds["kind"][0] == "seek":

@@ -3,8 +3,9 @@
 The only module that imports dftracer, and only in `start_tracing`. What is in RUN/trace/*.pfw.gz:
   metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once per thread;
                   file_system, JSON, once per folder; io_error, why the kernel's counters are missing
-  spans           cat is the phase (startup, data, train, eval, checkpoint, ssd, prep; torchrec: the patches),
-                  args are epoch, step, and bytes, file, batch where there are any
+  spans           cat is the phase (startup, data, train, eval, checkpoint, ssd, prep), communication (the
+                  sum of gradients) or torchrec (the patches); args are epoch, step, and bytes, file, batch
+                  where there are any
   instants        duration 0; cat `clock`, name `barrier`, arg `when` (start, end): all ranks leave a barrier
   counters        cat `counter`, name of the counter, arg `value`; proc/...: the kernel's, of this process
   POSIX calls     by interception, each with its file, offset and bytes

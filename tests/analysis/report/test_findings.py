@@ -160,7 +160,7 @@ def test_metadata(tmp_path: Path) -> None:
     for i in range(900):
         made.posix("open64", 10_100 + i * 400, 300, f"/data/{i}")
     finding = find_by_rule(tmp_path, made)["metadata"]
-    assert "moves no byte and is no hint: 900 opens 270 ms" in finding.text
+    assert "goes into calls that move no byte: 900 opens 270 ms" in finding.text
     assert finding.seconds == pytest.approx(0.27)
 
 
