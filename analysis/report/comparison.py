@@ -134,6 +134,8 @@ class Comparison:
     def differing(self) -> dict[str, list[str]]:
         """Settings that are not the same everywhere: name -> the value of each setting's first run."""
         firsts = [setting.runs[0] for setting in self.settings]
+        if not all(first.run.config for first in firsts):  # `describe` says that nobody knows
+            return {}
         own = [
             run_settings.run_settings(first.run.config, first.run.plan)
             if len(self.models) > 1 else first.settings
@@ -278,7 +280,7 @@ def _compare_copies(runs: list[ComparedRun]) -> list[Fidelity]:
     """Each emulated or replayed run beside its original, where that is one of these runs."""
     found = []
     for run in runs:
-        if original := find_original(run.run.config):
+        if original := find_original(run.run.home, run.run.config):
             paths = [each.run.path for each in runs if each.run.path.resolve() == Path(original).resolve()]
             found += [compare_with_original(path, run.run.path) for path in paths[:1]]
     return found
