@@ -1,7 +1,8 @@
 """Where in its file each call began that does not say so: followed from open, seek and read to the next.
 
 A descriptor's position moves with what is read and written through it. A trace names files, not descriptors:
-a position is known while a file has one descriptor in the process, and again from a seek on.
+a position is known while a file has one descriptor in the process; and where it has several, for what a thread
+reads right after its own seek, as long as no other thread uses the file.
 
 The compiled loop indexes by numbers of strings, which the scanner keeps below the length of the table.
 """
@@ -25,6 +26,7 @@ class FilePositions:
     def __init__(self) -> None:
         self.position = np.empty(0, np.int64)  # by the number of the file's hash
         self.opened = np.empty(0, np.int32)  # descriptors
+        self.seeker = np.empty(0, np.int64)  # the thread whose seek the position comes from
         self.actions = np.empty(0, np.uint8)  # by the number of the call's name
         self.in_items = np.empty(0, np.bool_)
 
@@ -42,6 +44,7 @@ class FilePositions:
         if more > 0:
             self.position = np.concatenate([self.position, np.full(more, _UNKNOWN, np.int64)])
             self.opened = np.concatenate([self.opened, np.zeros(more, np.int32)])
+            self.seeker = np.concatenate([self.seeker, np.zeros(more, np.int64)])
             self.actions = np.concatenate([self.actions, np.full(more, 255, np.uint8)])
             self.in_items = np.concatenate([self.in_items, np.zeros(more, np.bool_)])
         used = np.zeros(len(self.actions), np.bool_)
@@ -51,8 +54,9 @@ class FilePositions:
             self.actions[number] = _find_action(name)
             self.in_items[number] = name in _ITEMS
         _follow_positions(
-            calls, block.name, block.cat == ID["STDIO"], block.arg_begin, block.arg_key, block.arg_kind,
-            block.arg_val, _KEYS, self.actions, self.in_items, self.position, self.opened, found,
+            calls, block.name, block.tid, block.cat == ID["STDIO"], block.arg_begin, block.arg_key,
+            block.arg_kind, block.arg_val, _KEYS, self.actions, self.in_items, self.position, self.opened,
+            self.seeker, found,
         )  # fmt: skip
         return found
 
@@ -68,10 +72,10 @@ _KEYS = np.array([ID[key] for key in ("ret", "offset", "whence", "size", "flags"
 
 @compiled
 def _follow_positions(
-    calls, name, stdio, arg_begin, arg_key, arg_kind, arg_val,
-    keys, actions, in_items, position, opened, found,
+    calls, name, tid, stdio, arg_begin, arg_key, arg_kind, arg_val,
+    keys, actions, in_items, position, opened, seeker, found,
 ):  # fmt: skip
-    """Fills `found`; changes `position` and `opened`.
+    """Fills `found`; changes `position`, `opened` and `seeker`.
 
     keys: the numbers of ret, offset, whence, size, flags, fhash.
     """
@@ -98,6 +102,8 @@ def _follow_positions(
                 file = arg_val[j]
         if file < 0:
             continue
+        if opened[file] > 1 and seeker[file] != tid[i]:
+            position[file] = _UNKNOWN
         if action == OPEN:
             if ret == -1:
                 continue
@@ -106,14 +112,17 @@ def _follow_positions(
             position[file] = 0 if alone else _UNKNOWN
         elif action == CLOSE:
             opened[file] = max(0, opened[file] - 1)
-            if opened[file] == 0:
-                position[file] = _UNKNOWN
+            if opened[file] == 0 or seeker[file]:
+                position[file] = _UNKNOWN  # nobody knows which of several descriptors is left
+            if opened[file] <= 1:
+                seeker[file] = 0
         elif action == LOSE:
             position[file] = _UNKNOWN
         elif action == SEEK:
             place = ret if not stdio[i] else offset if whence == 0 and ret == 0 else _UNKNOWN
             if stdio[i] or place >= 0:  # a seek that failed moves nothing
-                position[file] = place if opened[file] <= 1 and 0 <= place <= MAX_WHOLE else _UNKNOWN
+                position[file] = place if 0 <= place <= MAX_WHOLE else _UNKNOWN
+                seeker[file] = tid[i] if opened[file] > 1 else 0
         elif not has_offset and position[file] >= 0:
             found[i] = position[file]
             moved = ret
