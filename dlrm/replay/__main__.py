@@ -18,11 +18,11 @@ from analysis.tables.gather import Launch, plan_launches
 from analysis.trace.source import FileSource
 from common.command_line import CommandLineParser
 from common.errors import UserError, os_errors_as_user_errors, printable
-from common.owned import OutputFolder
+from common.owned import OutputFolder, discard_empty_folder, discard_file
 from dlrm.replay.calls import ADVISING, KNOWN_CALLS, CallSettings, Outcome
 from dlrm.replay.files import FilePlan, RunUse, list_uses, make_files, plan_files
 from dlrm.replay.paths import MappedPaths
-from dlrm.replay.plan import RankPlan, plan_rank
+from dlrm.replay.plan import RankPlan, measure_waits, plan_rank
 from dlrm.replay.player import Player
 from dlrm.runtime import entry, mpi, trace
 from dlrm.runtime.new_run_folder import make_run, write_environment
@@ -107,7 +107,10 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
     with group.errors_on_all_ranks():
         jobs, notes = choose_jobs(options)
         known = set(KNOWN_CALLS) - set(() if options.fadvise else ADVISING)
-        plans = [plan_rank(job, known, options.data_only) for job in deal_jobs(jobs, here)]
+        waits = measure_waits(options.run, jobs[0].launch) if here.first else {}
+    waits = group.broadcast_from_first(waits)
+    with group.errors_on_all_ranks():
+        plans = [plan_rank(job, known, options.data_only, waits) for job in deal_jobs(jobs, here)]
         uses = list_uses(plans)
     if not options.dry_run:
         with group.errors_on_all_ranks():
@@ -128,9 +131,14 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
         print_plan(summaries, files, left_out, notes, options)
     if options.dry_run:
         return
-    with group.errors_on_all_ranks():
+    try:
+        with group.errors_on_all_ranks():
+            if here.first:
+                make_files(root, files, options.real_bytes, options.overwrite)
+    except UserError:
         if here.first:
-            make_files(root, files, options.real_bytes, options.overwrite)
+            _discard_output(output)
+        raise
     outcome, seconds = play(plans, paths, files, options, group, output)
     finish(group, output, options, paths, outcome, seconds, summaries, left_out)
 
@@ -170,6 +178,14 @@ def _make_output(options: ReplayOptions) -> Path:
             raise UserError(f"--output_dir {printable(folder)}: is not empty; name a new folder")
     write_environment(folder)
     return folder.absolute()
+
+
+def _discard_output(folder: Path) -> None:
+    """Remove what `_make_output` has made: the replay was refused, and the same command may come again."""
+    for name in ("env.txt", "gpu.txt"):
+        if os.path.lexists(folder / name):
+            discard_file(folder / name)
+    discard_empty_folder(folder)
 
 
 def _summarize(plans: list[RankPlan]) -> list[dict[str, Any]]:

@@ -7,13 +7,14 @@ The order that is kept, and no other is:
 - a thread begins after what the rank's main thread had finished by then;
 - a `data/wait` ends when the thread that read or assembled the batch is done with it;
 - a reading thread is never more batches ahead than it was at most;
-- all ranks meet at the end of each `train/step` and of each evaluation.
+- all ranks meet at the end of each `train/step` and of each evaluation; what they waited for each other
+  before, inside of it, is no time to think.
 Each of these points back in the trace's time, so threads cannot wait for each other in a circle.
 """
 
 import bisect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,6 +79,24 @@ def order_threads(
         for begin, end, kind, payload in nodes:
             made[thread].append(Node(max(0, begin - at), kind, payload))
             at = max(at, end)
+    return made
+
+
+def take_out_waits(nodes: list[Node], waits: Mapping[tuple[Any, ...], int]) -> list[Node]:
+    """The nodes without what a rank waited for others before it met them: it waits again, at the meeting.
+
+    waits: what names a meeting -> us that the rank waited inside the span that ends there.
+    """
+    made = list(nodes)
+    for place, node in enumerate(nodes):
+        left, at = waits.get(node.payload, 0) if node.kind == MEET else 0, place
+        while left > 0 and at >= 0:
+            if made[at].kind == BEGIN and _find_meeting(made[at].payload) == node.payload:
+                break  # its time to think was before the span
+            taken = min(left, made[at].think)
+            made[at] = made[at]._replace(think=made[at].think - taken)
+            left -= taken
+            at -= 1
     return made
 
 

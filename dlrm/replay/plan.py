@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -17,7 +18,9 @@ import polars as pl
 from analysis.tables.gather import Launch
 from analysis.tables.read import RankEvents, read_rank
 from analysis.trace.classify import PROGRAM_FILE, SYSTEM_FILE, is_kernel_file
-from dlrm.replay.order import BEGIN, CALL, MEET, Node, Thread, order_threads
+from analysis.workload.steps import measure_steps
+from common.errors import UserError
+from dlrm.replay.order import BEGIN, CALL, MEET, Node, Thread, order_threads, take_out_waits
 
 _CALLS = (
     "pid", "tid", "ts", "dur", "name", "op", "path", "other", "position", "count", "size", "failed", "flags",
@@ -104,7 +107,27 @@ class RankPlan:
         return [node.payload for plan in self.threads for node in plan.nodes if node.kind == MEET]
 
 
-def plan_rank(job: Launch, known: set[str], data_only: bool) -> RankPlan:
+Waits = dict[int, dict[tuple[Any, ...], int]]  # rank -> what names a meeting -> us
+
+
+def measure_waits(run: Path, launch: int) -> Waits:
+    """What each rank of a launch waited for others in its steps and evaluations; none of a trace without
+    steps.
+    """
+    try:
+        steps = measure_steps(run).steps.filter(pl.col("launch") == launch)
+    except UserError:
+        return {}
+    waits: Waits = defaultdict(lambda: defaultdict(int))
+    for rank, phase, epoch, step, batch, split, waited in steps.select(
+        "rank", "phase", "epoch", "step", "batch", "split", "peers_us"
+    ).iter_rows():
+        key = ("step", epoch, step, batch) if phase == "train" else ("evaluate", epoch, step, split)
+        waits[rank][key] += waited
+    return {rank: dict(found) for rank, found in waits.items()}
+
+
+def plan_rank(job: Launch, known: set[str], data_only: bool, waits: Waits) -> RankPlan:
     """Read the trace of a rank. known: the names of calls that the player can make.
 
     data_only: leave out files of programs and of the system, such as modules that are imported.
@@ -127,6 +150,8 @@ def plan_rank(job: Launch, known: set[str], data_only: bool) -> RankPlan:
     names = {(p.pid, tid): name for p in events.processes for tid, name in p.threads.items()}
     main = _find_main(items, events)
     for thread, nodes in order_threads(items, main, spans).items():
+        if thread == main:
+            nodes = take_out_waits(nodes, waits.get(job.rank, {}))
         plan.threads.append(ThreadPlan(thread, names.get(thread, f"thread {thread[1]}"), nodes))
     return plan
 

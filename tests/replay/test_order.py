@@ -2,7 +2,20 @@
 
 from typing import Any
 
-from dlrm.replay.order import BEGIN, CALL, END, MEET, PUT, ROOM, START, TAKE, Node, Timed, order_threads
+from dlrm.replay.order import (
+    BEGIN,
+    CALL,
+    END,
+    MEET,
+    PUT,
+    ROOM,
+    START,
+    TAKE,
+    Node,
+    Timed,
+    order_threads,
+    take_out_waits,
+)
 from dlrm.replay.plan import TracedSpan
 
 MAIN, READER = (1, 1), (1, 2)
@@ -119,3 +132,21 @@ def test_ranks_meet_after_steps_and_evaluations() -> None:
     )["main"]
     keys = [node.payload for node in nodes if node.kind == MEET]
     assert keys == [("step", 0, 1, 0), ("evaluate", 0, None, None)]
+
+
+def test_waiting_for_others_is_no_thinking() -> None:
+    """It is taken from the end of the step, and never from what was before the step."""
+    step = span("train", "step", epoch=0, step=1, batch=0)
+    nodes = order(main=[(0, 10, "a"), (100, 200, step), (150, 10, "b")])["main"]
+    (key,) = [node.payload for node in nodes if node.kind == MEET]
+    assert times(nodes) == [(0, CALL), (90, BEGIN), (50, CALL), (140, END), (0, MEET)]
+    assert times(take_out_waits(nodes, {key: 60})) == [
+        (0, CALL),
+        (90, BEGIN),
+        (50, CALL),
+        (80, END),
+        (0, MEET),
+    ]
+    gone = [(0, CALL), (90, BEGIN), (0, CALL), (0, END), (0, MEET)]
+    assert times(take_out_waits(nodes, {key: 10_000})) == gone
+    assert take_out_waits(nodes, {("step", 0, 2, 1): 60}) == nodes
