@@ -1,8 +1,8 @@
 """Where in its file each call began that does not say so: followed from open, seek and read to the next.
 
 A descriptor's position moves with what is read and written through it. A trace names files, not descriptors:
-a position is known while a file has one descriptor in the process; and where it has several, for what a thread
-reads right after its own seek, as long as no other thread uses the file.
+a position is known while a file has one descriptor in the process; and where it has several, for what a
+thread reads right after its own seek, as long as no other thread uses the file.
 
 The compiled loop indexes by numbers of strings, which the scanner keeps below the length of the table.
 """

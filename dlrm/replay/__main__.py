@@ -10,6 +10,8 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,7 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
     with group.errors_on_all_ranks():
         jobs, notes = choose_jobs(options)
         known = set(KNOWN_CALLS) - set(() if options.fadvise else ADVISING)
-        waits = measure_waits(options.run, jobs[0].launch) if here.first else {}
+        waits = measure_waits(Path(options.run), jobs[0].launch) if here.first else {}
     waits = group.broadcast_from_first(waits)
     with group.errors_on_all_ranks():
         plans = [plan_rank(job, known, options.data_only, waits) for job in deal_jobs(jobs, here)]
@@ -122,7 +124,7 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
     for use, counts in group.gather_from_all((uses, sum((plan.left_out for plan in plans), Counter[str]()))):
         run_use.merge(use)
         left_out += counts
-    with group.errors_on_all_ranks():
+    with _discard_if_refused(output, group):
         files = plan_files(run_use, paths)
         if not run_use.files:
             raise UserError(f"{printable(options.run)}: the traces hold no calls on files to be replayed")
@@ -131,14 +133,9 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
         print_plan(summaries, files, left_out, notes, options)
     if options.dry_run:
         return
-    try:
-        with group.errors_on_all_ranks():
-            if here.first:
-                make_files(root, files, options.real_bytes, options.overwrite)
-    except UserError:
+    with _discard_if_refused(output, group):
         if here.first:
-            _discard_output(output)
-        raise
+            make_files(root, files, options.real_bytes, options.overwrite)
     outcome, seconds = play(plans, paths, files, options, group, output)
     finish(group, output, options, paths, outcome, seconds, summaries, left_out)
 
@@ -180,12 +177,18 @@ def _make_output(options: ReplayOptions) -> Path:
     return folder.absolute()
 
 
-def _discard_output(folder: Path) -> None:
-    """Remove what `_make_output` has made: the replay was refused, and the same command may come again."""
-    for name in ("env.txt", "gpu.txt"):
-        if os.path.lexists(folder / name):
-            discard_file(folder / name)
-    discard_empty_folder(folder)
+@contextmanager
+def _discard_if_refused(output: Path, group: mpi.RankGroup) -> Iterator[None]:
+    """As `errors_on_all_ranks`; after an error what `_make_output` has made goes, too."""
+    try:
+        with group.errors_on_all_ranks():
+            yield
+    except UserError:
+        if group.here.first and output != Path():
+            for name in ("env.txt", "gpu.txt"):
+                discard_file(output / name)
+            discard_empty_folder(output)
+        raise
 
 
 def _summarize(plans: list[RankPlan]) -> list[dict[str, Any]]:
