@@ -24,14 +24,17 @@ BLOCK_ROWS = 1 << 16  # that are made at once
 MOST_BYTES = 1 << 50  # of all files together
 
 
-def make_dataset(run: Path, folder: Path, contents: str) -> None:
+def make_dataset(run: Path, folder: Path, contents: str, scale: float) -> None:
     """By a process of its own: see `make_files`."""
-    run_apart("dlrm.emulate.dataset", str(run), str(folder), contents)
+    run_apart("dlrm.emulate.dataset", str(run), str(folder), contents, repr(scale))
 
 
-def make_files(run: Path, folder: Path, contents: str) -> None:
-    """Make the files that the run's dataset.json lists and this folder lacks; `contents`: sparse or real."""
-    description = read_description(run)
+def make_files(run: Path, folder: Path, contents: str, scale: float) -> None:
+    """Make the files that the run's dataset.json lists and this folder lacks.
+
+    contents: sparse or real. scale: how many times the run's rows.
+    """
+    description = _scale_rows(read_description(run), scale)
     missing = {name: array for name, array in description["files"].items() if not (folder / name).exists()}
     sizes = {name: _count_bytes(*array) for name, array in missing.items()}
     with os_errors_as_user_errors(folder):
@@ -88,6 +91,18 @@ def read_description(run: Path) -> dict[str, Any]:
     return values
 
 
+def _scale_rows(description: dict[str, Any], scale: float) -> dict[str, Any]:
+    """The description of a dataset with `scale` times as many rows a day, at least one."""
+    rows = [max(1, round(count * scale)) for count in description["rows"]]
+    files = {
+        name: [max(1, round(count * scale)), columns, dtype]
+        for name, (count, columns, dtype) in description["files"].items()
+    }
+    if sum(_count_bytes(*array) for array in files.values()) > MOST_BYTES:
+        raise UserError(f"--data_scale {scale:g}: the files would have more than {format_size(MOST_BYTES)}")
+    return {**description, "rows": rows, "files": files}
+
+
 def _check_count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 48:
         raise ValueError
@@ -120,4 +135,6 @@ def _write_meta(path: Path, description: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    print_value(lambda run, folder, contents: make_files(Path(run), Path(folder), contents))
+    print_value(
+        lambda run, folder, contents, scale: make_files(Path(run), Path(folder), contents, float(scale))
+    )

@@ -68,7 +68,7 @@ def prepare_workload(options: EmulateConfig, here: Ranks) -> RunWorkload:
     if options.emulate.make_data:
         if folder is None:
             raise UserError("--make_data: name a folder with --in_memory_binary_criteo_path")
-        dataset.make_dataset(run, Path(folder), options.emulate.make_data)
+        dataset.make_dataset(run, Path(folder), options.emulate.make_data, options.emulate.data_scale)
     return measure_run(run)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import UserError, printable
 from common.inputs import read_json_object
-from dlrm.config.parser import check_at_least, list_flags, option, path_option
+from dlrm.config.parser import check_at_least, check_at_most, list_flags, option, path_option
 from dlrm.models.dlrm.options import Config
 
 # of the emulated run, and not of this one
@@ -46,9 +46,14 @@ class EmulateOptions:
         None, "make the dataset's files where they are missing: of holes that read as zeros, or real bytes",
         ("sparse", "real"), "sparse",
     )  # fmt: skip
+    data_scale: float = option(1.0, "files that are made have X times as many rows as the run's")
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "ranks")
+        check_at_least(1e-9, self, "data_scale")
+        check_at_most(1e9, self, "data_scale")
+        if self.data_scale != 1 and not self.make_data:
+            raise UserError("--data_scale: says how large made files are: give --make_data, too")
         if not self.source_run:
             raise UserError("--from RUN is needed: the folder of the run to emulate")
         if self.compute != "traced" and not COMPUTE.fullmatch(self.compute):

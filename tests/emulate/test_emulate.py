@@ -121,6 +121,22 @@ def test_data_are_made_where_they_are_missing(trained: Path, toy: Path, tmp_path
         on_disk = sum(path.stat().st_blocks * 512 for path in folder.glob("*.npy"))
         assert (on_disk >= sum(sizes.values())) == (contents == "real")
         assert compare(trained, run)["different_requests"] == 0
+    # twice as many rows: an epoch is twice as long
+    larger = tmp_path / "larger"
+    more = [
+        "--from",
+        trained,
+        "--compute",
+        "0ms",
+        "--max_steps",
+        999,
+        "--in_memory_binary_criteo_path",
+        larger,
+    ]
+    done = emulate(tmp_path / "run-larger", *more, "--make_data", "--data_scale", 2, "--batch_size", 500)
+    assert done.returncode == 0, done.stderr
+    assert (larger / "day_0_labels.npy").stat().st_size == 128 + 2 * 4 * 3000
+    assert json.loads((tmp_path / "run-larger" / "results.json").read_text())["samples"] == 5 * 2 * 3000
     # a file that is there stays as it is
     before = (folder / "day_0_sparse.npy").read_bytes()
     (folder / "day_1_dense.npy").unlink()
@@ -206,6 +222,7 @@ BAD = {
     "a file": (["--from", "{run}", "--make_data", "--in_memory_binary_criteo_path", "{file}"], "file"),
     "mode": (["--from", "{run}", "--mode", "test"], "--mode test"),
     "ranks": (["--from", "{run}", "--ranks", "0"], "--ranks 0"),
+    "scale": (["--from", "{run}", "--data_scale", "3"], "give --make_data, too"),
     "meant": (["--from", "{run}", "--computee", "1ms"], "did you mean --compute"),
 }
 
