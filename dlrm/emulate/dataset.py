@@ -83,8 +83,11 @@ def read_description(run: Path) -> dict[str, Any]:
             for rows, columns, dtype in values["files"].values()
         )
         names = [name for name in values["files"] if Path(name).name != name or not name.endswith(".npy")]
-        counts = [*values["rows"], *values["table_sizes"], values["meta_bytes"]]
-        if names or total > MOST_BYTES or not all(_check_count(each) for each in counts):
+        _check_count(values["meta_bytes"])
+        counts = [*values["rows"], *values["table_sizes"]]
+        widths = {columns for _, columns, dtype in values["files"].values() if dtype != "float32"}
+        fits = widths <= {1, len(values["table_sizes"])}
+        if names or total > MOST_BYTES or not fits or not all(_check_count(each) for each in counts):
             raise ValueError
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise UserError(f"{printable(path)}: does not describe a dataset; make it again by a run") from None

@@ -3,8 +3,11 @@
 In: the command line, RUN/config.json. Out: an `EmulateConfig`.
 """
 
+import itertools
 import os
 import re
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +18,7 @@ from common.inputs import read_json_object
 from dlrm.config.parser import check_at_least, check_at_most, list_flags, option, path_option
 from dlrm.models.dlrm.options import Config
 
+GROUPS = ("data", "model", "optim", "plan", "run", "checkpoint")  # of options, in config.json
 # of the emulated run, and not of this one
 NOT_INHERITED = {
     "output_dir", "checkpoint_dir", "load_checkpoint_path", "persistent_path", "sharding_file", "mode",
@@ -93,13 +97,18 @@ class EmulateConfig(Config):
         if source_run is None:
             return {}
         config = read_config(Path(source_run))
-        known = {each.name: each for group in _list_groups(cls) for each in list_flags(group)}
-        found = {
-            name: tuple(value) if isinstance(value, list) else value
-            for group in ("data", "model", "optim", "plan", "run", "checkpoint")
-            for name, value in config[group].items()
-            if name in known and name not in NOT_INHERITED
-        }
+        groups = _list_groups(cls)
+        known = {each.name: each for group in groups for each in list_flags(group)}
+        hints = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
+        found = {}
+        for name, value in itertools.chain.from_iterable(config[group].items() for group in GROUPS):
+            if name in known and name not in NOT_INHERITED:
+                if not _fits(value, hints[name]):
+                    raise UserError(
+                        f"{printable(source_run)}/config.json: {name} has an impossible value; give a run "
+                        "folder as a training leaves it"
+                    )
+                found[name] = tuple(value) if isinstance(value, list) else value
         base = str(config["launch"].get("directory") or "")
         for name, value in found.items():
             if known[name].metadata.get("path") and value:
@@ -111,12 +120,24 @@ def _list_groups(kind: type) -> list[Any]:
     return [each.default_factory for each in fields(kind)]
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of config.json can be one of an option of this type; lists stand for tuples."""
+    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for arm in arms:
+        if typing.get_origin(arm) is tuple:
+            inner = typing.get_args(arm)[0]
+            if isinstance(value, list) and all(type(each) is inner for each in value):
+                return True
+        elif type(value) is arm or (arm is float and type(value) is int):
+            return True
+    return False
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """The run's config.json; UserError where it is none of a DLRM training."""
     path = run / "config.json"
     config = read_json_object(path)
-    groups = ("data", "model", "optim", "plan", "run", "checkpoint", "launch")
-    whole = all(isinstance(config.get(group), dict) for group in groups)
+    whole = all(isinstance(config.get(group), dict) for group in (*GROUPS, "launch"))
     if not whole or "in_memory_binary_criteo_path" not in config["data"]:
         model = str(config["launch"].get("model", "?")) if isinstance(config.get("launch"), dict) else "?"
         raise UserError(
