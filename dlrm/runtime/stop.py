@@ -59,7 +59,8 @@ def _handle_signal(number: int, _: Any) -> None:
         if time.monotonic() - _first_interrupt > SECOND_INTERRUPT_SECONDS:
             raise KeyboardInterrupt
     if not _has_listener:
-        raise Stopped(f"stopped by {signal.Signals(number).name} before training began: nothing to save")
+        name = signal.Signals(number).name
+        raise Stopped(f"stopped by {name} while nothing was being trained, so nothing is saved")
 
 
 def _wait_for_signal(seconds: float) -> str | None:

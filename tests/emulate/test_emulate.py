@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,27 @@ def test_sixty_four_ranks(trained: Path, tmp_path: Path) -> None:
     done = emulate(run, "--from", trained, "--ranks", 64, "--batch_size", 2, "--compute", "20ms")
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "results.json").read_text())["samples"] == 40 * 2 * 64
+
+
+def test_stopped_in_the_middle(trained: Path, tmp_path: Path) -> None:
+    """What a signal says is true after the first steps, too: an emulation has nothing to save."""
+    metrics = tmp_path / "copy/metrics.jsonl"
+    words = ["--from", trained, "--output_dir", tmp_path / "copy", "--compute", "200ms", "--ranks", 1]
+    with subprocess.Popen(
+        [sys.executable, "-m", "dlrm.emulate", *map(str, words)],
+        cwd=ROOT, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 75, said
+    assert "stopped by SIGINT while nothing was being trained" in said
+    assert not (tmp_path / "copy/results.json").exists()
 
 
 def test_no_torch_is_loaded(trained: Path, tmp_path: Path) -> None:
