@@ -147,6 +147,11 @@ class Comparison:
 
     def describe(self) -> str:
         """What a reader must know before the numbers."""
+        if self.fidelities:
+            return " ".join(
+                f"{Path(each.copy).name} is a copy of {Path(each.original).name}: {each.describe()}."
+                for each in self.fidelities
+            )
         lacking = [run.name for run in self.runs if not run.run.config]
         if lacking:
             first = f"{' and '.join(lacking)}: no config.json, so it is not known which settings differ."

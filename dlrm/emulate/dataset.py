@@ -73,8 +73,8 @@ def read_description(run: Path) -> dict[str, Any]:
     path = run / "dataset.json"
     if not path.exists():
         raise UserError(
-            f"{printable(path)} is missing: the run read no .npy files, or is of an earlier release: name a "
-            "folder that has the data with --in_memory_binary_criteo_path"
+            f"{printable(path)} is missing: the run read no .npy files, or is of an earlier release, so its "
+            "files cannot be made: leave out --make_data, and name a folder that has them"
         )
     values = read_json_object(path)
     try:

@@ -47,8 +47,13 @@ def emulate(spec: ModelSpec, options: EmulateConfig, here: Ranks) -> None:
             trace.discard_tracing()  # nothing of a refused run stays in the folder
             raise
         try:
-            with group.errors_on_all_ranks(), trace.span("startup", "workload"):
-                found = prepare_workload(options, here) if here.first else None
+            try:
+                with group.errors_on_all_ranks(), trace.span("startup", "workload"):
+                    found = prepare_workload(options, here) if here.first else None
+            except UserError:
+                trace.discard_tracing()
+                raise
+            with group.errors_on_all_ranks():
                 if run_folder.folder:
                     record_launch(run_folder, spec.title, options, here)
             workload = group.scatter_from_first(found and share_workload(found, here.world_size))
