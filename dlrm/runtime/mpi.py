@@ -9,10 +9,13 @@ Waiting ranks sleep between looks instead of spinning, so that many more ranks t
 
 import ctypes
 import os
+import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import numpy as np
 
 from dlrm.runtime import entry, trace
 from dlrm.runtime.clock_offset import ROUND_TRIPS, choose_round_trip
@@ -100,23 +103,37 @@ class RankGroup:
         """The values of all ranks, in rank order. They must be picklable."""
         if self._comm is None:
             return [value]
-        self.barrier()  # sleeps where the gather itself would spin
-        return self._comm.allgather(value)
+        mine = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = np.empty(self.here.world_size, np.int64)
+        self._wait(self._comm.Iallgather(np.array([len(mine)], np.int64), sizes))
+        joined = np.empty(int(sizes.sum()), np.uint8)
+        self._wait(self._comm.Iallgatherv(mine, (joined, sizes)))
+        return [pickle.loads(part.tobytes()) for part in np.split(joined, np.cumsum(sizes)[:-1])]
 
     def broadcast_from_first(self, value: T) -> T:
         """Rank 0's value, on all ranks; what the others pass is ignored."""
         if self._comm is None:
             return value
-        self.barrier()
-        return self._comm.bcast(value)
+        data = np.frombuffer(pickle.dumps(value if self.here.first else None), np.uint8).copy()
+        size = np.array([len(data)], np.int64)
+        self._wait(self._comm.Ibcast(size))
+        data = data if self.here.first else np.empty(int(size[0]), np.uint8)
+        self._wait(self._comm.Ibcast(data))
+        return pickle.loads(data.tobytes())
 
     def scatter_from_first(self, values: list[T] | None) -> T:
         """The value that rank 0 has for this rank; `values`: one for each rank, on rank 0."""
         if self._comm is None:
             assert values is not None
             return values[0]
-        self.barrier()
-        return self._comm.scatter(values)
+        parts = [pickle.dumps(value) for value in values or ()]
+        sizes = np.array([len(part) for part in parts], np.int64) if values else None
+        size = np.empty(1, np.int64)
+        self._wait(self._comm.Iscatter(sizes, size))
+        joined = (np.frombuffer(b"".join(parts), np.uint8), sizes) if values else None
+        mine = np.empty(int(size[0]), np.uint8)
+        self._wait(self._comm.Iscatterv(joined, mine))
+        return pickle.loads(mine.tobytes())
 
     @contextmanager
     def errors_on_all_ranks(self) -> Iterator[None]:

@@ -42,6 +42,8 @@ def open_shared_values(group: RankGroup) -> Any:
     if group.here.first:
         _Manager.register("values", callable=lambda: values)
         server = _Manager(("", 0), authkey=key).get_server()
+        # the library lets 16 wait for a connection: of more ranks that come at once some would hang
+        server.listener._listener._socket.listen(4096)  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, name="shared-values", daemon=True).start()
         port = int(server.address[1])  # type: ignore[index, arg-type]
     host, port = group.broadcast_from_first((group.here.host, port))
