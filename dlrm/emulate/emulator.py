@@ -31,6 +31,7 @@ from dlrm.runtime.new_run_folder import update_environment
 from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.shared_values import open_shared_values
 from dlrm.trainer import loop
+from dlrm.trainer.results import describe_results
 from dlrm.trainer.run_folder import RunFolder
 from dlrm.trainer.spec import ModelSpec
 
@@ -66,7 +67,7 @@ def emulate(spec: ModelSpec, options: EmulateConfig, here: Ranks) -> None:
 
 
 def prepare_workload(options: EmulateConfig, here: Ranks) -> RunWorkload:
-    """On rank 0: make the dataset where it is asked for, measure the run's trace."""
+    """On rank 0: make the dataset if --make_data says so, measure the run's trace."""
     if options.run.mode != "train":
         raise UserError(f"--mode {options.run.mode}: the emulator does what training does; leave it out")
     folder, run = options.data.folder, options.emulate.run
@@ -224,23 +225,15 @@ class Emulator:
         tables = self.tables
         read = self.group.gather_from_all(self.datasets.bytes_read() | (tables.bytes_read if tables else {}))
         written = self.group.gather_from_all(blocks.bytes_written | (tables.bytes_written if tables else {}))
-        progress = self.progress
-        speed = progress.timed_samples / progress.seconds if progress.seconds else None
         self.run_folder.write_json(
             "results.json",
             {
                 "emulated": str(self.options.emulate.run),
-                "evaluations": self.results,
-                "steps": progress.step,
-                "samples": progress.samples,
-                "samples_per_second": speed,
-                "bytes_read": {str(rank): files for rank, files in enumerate(read)},
-                "bytes_written": {str(rank): files for rank, files in enumerate(written)},
+                **describe_results(self.progress, self.results, read, written),
                 "seconds": {
                     "startup": startup_seconds,
-                    "train": progress.seconds,
+                    "train": self.progress.seconds,
                     "evaluate": self.evaluate_seconds,
                 },
-                "world_size": len(read),
             },
         )

@@ -107,8 +107,9 @@ def _list_table_calls(
     if not len(calls):
         return []
     found: list[list[tuple[int, str, str, int, int]]] = [[] for _ in range(len(starts) + 1)]
-    calls = calls.sort("ts").with_columns(
-        starts.search_sorted(calls.sort("ts")["ts"], side="right").alias("step"),
+    calls = calls.sort("ts")
+    calls = calls.with_columns(
+        starts.search_sorted(calls["ts"], side="right").alias("step"),
         pl.when(pl.col("tid") == main_thread).then(0).otherwise(pl.col("tid")).alias("thread"),
         pl.col("position").fill_null(0), pl.col("size").fill_null(0),
     )  # fmt: skip

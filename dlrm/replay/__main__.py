@@ -18,6 +18,7 @@ from typing import Any
 
 from analysis.tables.gather import Launch, plan_launches
 from analysis.trace.source import FileSource
+from analysis.workload.fidelity import PLAYED_FILES, REPLAY
 from common.command_line import CommandLineParser
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.owned import OutputFolder, discard_empty_folder, discard_file
@@ -30,8 +31,6 @@ from dlrm.runtime import entry, mpi, trace
 from dlrm.runtime.new_run_folder import make_run, write_environment
 from dlrm.runtime.ranks import Ranks
 
-MAPPING = "replayed_files.json"
-RECORD = "replay.json"
 ADVICE = {
     "willneed": os.POSIX_FADV_WILLNEED, "dontneed": os.POSIX_FADV_DONTNEED, "random": os.POSIX_FADV_RANDOM,
     "sequential": os.POSIX_FADV_SEQUENTIAL,
@@ -109,7 +108,9 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
     with group.errors_on_all_ranks():
         jobs, notes = choose_jobs(options)
         known = set(KNOWN_CALLS) - set(() if options.fadvise else ADVISING)
-        waits = measure_waits(Path(options.run), jobs[0].launch) if here.first else {}
+        # without time to think there is nothing to take out
+        timed = here.first and options.speed > 0
+        waits = measure_waits(Path(options.run), jobs[0].launch) if timed else {}
     waits = group.broadcast_from_first(waits)
     with group.errors_on_all_ranks():
         plans = [plan_rank(job, known, options.data_only, waits) for job in deal_jobs(jobs, here)]
@@ -283,7 +284,7 @@ def finish(
     if not group.here.first:
         return
     folder = OutputFolder(output)
-    folder.write(MAPPING, json.dumps(mapping, indent=1, sort_keys=True) + "\n")
+    folder.write(PLAYED_FILES, json.dumps(mapping, indent=1, sort_keys=True) + "\n")
     for each in summaries:
         del each["meetings"]
     record = {
@@ -292,7 +293,7 @@ def finish(
         "bytes_read": total.moved["read"], "bytes_written": total.moved["write"],
         "differences": dict(total.differences), "failed": dict(total.failed), "not_replayed": dict(left_out),
     }  # fmt: skip
-    folder.write(RECORD, json.dumps(record, indent=1) + "\n")
+    folder.write(REPLAY, json.dumps(record, indent=1) + "\n")
     traced = max(each["begin_us"] / 1e6 + each["seconds"] for each in summaries)
     traced -= min(each["begin_us"] for each in summaries) / 1e6
     print(

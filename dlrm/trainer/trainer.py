@@ -39,6 +39,7 @@ from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.meter import ThroughputMeter
 from dlrm.trainer.mlcommons_log import MLCommonsLog
 from dlrm.trainer.mlperf_log import MLPerfLog
+from dlrm.trainer.results import describe_results
 from dlrm.trainer.resume import find_stored_model, resume_training
 from dlrm.trainer.run_folder import RunFolder
 from dlrm.trainer.spec import ModelParts, ModelSpec
@@ -370,19 +371,13 @@ class Trainer:
                 "best_epoch": progress.best_epoch,
                 "val_samples": val.get("samples"),
                 "test_samples": test.get("samples"),
-                "evaluations": self.results,
-                "steps": progress.step,
                 "skipped_steps": progress.skipped_steps,
-                "samples": progress.samples,
-                "samples_per_second": progress.timed_samples / progress.seconds if progress.seconds else None,
-                "bytes_read": {str(rank): files for rank, files in enumerate(read)},
-                "bytes_written": {str(rank): files for rank, files in enumerate(written)},
+                **describe_results(progress, self.results, read, written),
                 "seconds": {
                     "startup": startup_seconds,
                     "train": progress.seconds,
                     "evaluate": self.evaluate_seconds,
                 },
-                "world_size": len(read),
             },
         )
 
