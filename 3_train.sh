@@ -20,6 +20,7 @@
 #            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md);
 #                         emulate: a run without its computing, --from RUN
 #            RESULTS      where run folders go (default: WORKDIR/results)
+#            NAME         a label, which the run folder's name ends in
 #            RESUME       the run folder of a run to resume
 #            TRACE=no     without DFTracer; DFTRACER_ENABLE=0 means the same
 #            DFTRACER_DATA_DIR  trace only I/O below these folders (default: all)

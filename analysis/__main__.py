@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from analysis.export.registry import EXPORT_FORMATS
 from common.command_line import CommandLineParser
@@ -127,6 +127,20 @@ def run_summary(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_list(options: argparse.Namespace) -> int:
+    from analysis.runs import list_runs
+
+    results = Path(options.run)
+    runs = list_runs.list_runs(results, options.where, options.sort, options.reverse)
+    if options.json:
+        print(list_runs.format_json(runs))
+    elif options.csv:
+        print(list_runs.format_csv(runs))
+    else:
+        print(list_runs.format_table(results, runs))
+    return 0
+
+
 def run_whatif(options: argparse.Namespace) -> int:
     from analysis.report import whatif
     from analysis.workload.simulate import Scenario
@@ -221,6 +235,23 @@ def _add_whatif_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
 
+def _add_list_command(commands: Any) -> None:
+    help = "the runs in a folder: state, settings, speed, waiting, score, and what makes each differ"
+    made = commands.add_parser("list", help=help, description=help)
+    made.add_argument("run", metavar="RESULTS", nargs="?", default="results", help="default: results")
+    made.add_argument(
+        "--where", metavar="CONDITION", action="append", default=[],
+        help="only runs for which it holds, of a column or an option: model=DLRM, 'ranks>=4', state!=done "
+        "(may be repeated)",
+    )  # fmt: skip
+    made.add_argument("--sort", metavar="NAME", help="by a column or an option")
+    made.add_argument("--reverse", action="store_true", help="the other way round, largest first")
+    form = made.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all columns, and all settings that differ")
+    form.add_argument("--csv", action="store_true")
+    made.set_defaults(function=run_list)
+
+
 def make_parser() -> argparse.ArgumentParser:
     top = CommandLineParser(prog="python -m analysis", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -292,6 +323,7 @@ def make_parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--dask", metavar="WHERE", help="read the ranks on a Dask cluster: `local`, `pbs`, or host:port"
         )
+    _add_list_command(commands)
     made = commands.add_parser("export", help="the run's I/O for other tools: fio, DLIO, MLPerf Storage")
     formats = made.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, form in EXPORT_FORMATS.items():
@@ -337,7 +369,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    if options.function is run_view:  # it reads no traces
+    if options.function is run_list:  # it reads no traces
+        return run_list(options)
+    from analysis.runs.list_runs import refuse_results_folder
+
+    refuse_results_folder(Path(options.run))
+    if options.function is run_view:  # nor does this
         return run_view(options)
     from analysis.trace.compiling import announce_compiling
 

@@ -31,6 +31,9 @@ from common.errors import UserError, os_errors_as_user_errors, printable
 LOCK_NAME = ".dlrm-io.lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # from a file system without locks
 HELD = {errno.EACCES, errno.EAGAIN}  # another process has the lock
+# struct flock: kind, whence, start, length (0: to the end), process
+_LOCK_FORMAT = "hhqqi4x"
+_WHOLE_FILE = struct.pack(_LOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 class FolderInUse(UserError):
@@ -154,12 +157,32 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def find_lock_owner(folder: Path, name: str = LOCK_NAME) -> dict[str, Any]:
+    """Who holds the lock on a folder (host, pid, user, since, purpose); empty: nobody. It is not taken, and
+    nothing is written: for a look at other people's folders.
+    """
+    marker = folder / f"{name}.held"
+    if (owner := _read_owner(marker)) and not _is_dead(owner):
+        return owner
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(folder / name, flags)
+    except OSError:
+        return {}
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _WHOLE_FILE)
+        held = struct.unpack(_LOCK_FORMAT, answer)[0] != fcntl.F_UNLCK
+    except OSError:
+        return {}
+    finally:
+        os.close(descriptor)
+    return _read_owner(folder / name) if held else {}
+
+
 def _lock_range(descriptor: int) -> None:
     """Lock the whole file until this descriptor is closed; OSError at once where another process has it."""
-    kind, whence, start, length, pid = fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0
-    wanted = struct.pack("hhqqi4x", kind, whence, start, length, pid)
     try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, wanted)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _WHOLE_FILE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

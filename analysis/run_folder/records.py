@@ -6,7 +6,7 @@ Each of them may be damaged, or may come from another program: values of another
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     elif evaluations is not None:
         notes.append(f"{path.name}: evaluations is not an object and was left out.")
     return results
+
+
+def read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
+    """What an earlier report left; `metrics` are numbers by name."""
+    summary = _read_object(path, notes, paths=True)
+    metrics = summary.get("metrics")
+    summary["metrics"] = metrics if isinstance(metrics, dict) else {}
+    return summary
 
 
 def read_metrics(path: Path, notes: list[str]) -> pl.DataFrame:
@@ -111,6 +119,13 @@ def read_metrics_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]
         notes.append(f"{path.name}: {bad} lines could not be read.")
     if more:
         notes.append(f"{path.name}: has more than {MAX_NAMES} different values; the others were left out.")
+
+
+def parse_metrics_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The same of some lines, without those that cannot be read."""
+    for line in lines:
+        if (row := _parse_row(line.encode(errors="replace"))) is not None:
+            yield row
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from common.inputs import read_bytes, read_json_object
 from common.owned import remove_made_folder, write_file
 from dlrm.runtime.environment import HEADER, describe_environment
 
+LABEL = re.compile(r"[A-Za-z0-9._-]{1,60}")
 GPU_HEADER = "# The GPUs of the first node, written by dlrm-io."
 # What a run that ended before its first step leaves in its folder.
 FILES = re.compile(
@@ -34,19 +35,30 @@ FILES = re.compile(
 
 
 def propose_names(environment: Mapping[str, str]) -> Iterator[str]:
-    """Names for the run folder, to be tried in this order.
+    """Names for the run folder, to be tried in this order; each ends in -NAME where the user gave one.
 
-    A batch job is named by its job id alone, so that PBS's rerun of the job finds its folder and resumes in
-    it. In an interactive job (`qsub -I`) many runs have one id: there the time tells them apart.
+    A batch job is named by its job id, without the time, so that PBS's rerun of the job finds its folder and
+    resumes in it. In an interactive job (`qsub -I`) many runs have one id: there the time tells them apart.
     """
+    label = read_label(environment)
     job = environment.get("PBS_JOBID", "").replace("/", "_")
     if job and environment.get("PBS_ENVIRONMENT") == "PBS_BATCH":
-        yield job
+        yield job + label
         return
-    name = f"{job}-" * bool(job) + time.strftime("%Y%m%d-%H%M%S")
+    name = f"{job}-" * bool(job) + time.strftime("%Y%m%d-%H%M%S") + label
     yield name
     for number in range(2, 10_000):
         yield f"{name}-{number}"
+
+
+def read_label(environment: Mapping[str, str]) -> str:
+    """The end of the folder's name: -NAME, or nothing."""
+    name = environment.get("NAME", "")
+    if name and not LABEL.fullmatch(name):
+        raise UserError(
+            f"NAME={printable(name)}: give at most 60 letters, digits, dots, hyphens or underscores"
+        )
+    return f"-{name}" if name else ""
 
 
 def is_run_folder(folder: Path) -> bool:

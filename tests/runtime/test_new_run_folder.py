@@ -10,7 +10,7 @@ import pytest
 from dlrm.runtime.environment import HEADER
 
 ROOT = Path(__file__).parents[2]
-DROP = ("PBS", "SLURM", "DLRM_ENV_KEEP")
+DROP = ("PBS", "SLURM", "DLRM_ENV_KEEP", "NAME")
 
 
 def start_command(*words: object, **more: str) -> "subprocess.Popen[bytes]":
@@ -49,6 +49,16 @@ def test_names_are_for_one_run_each(tmp_path: Path) -> None:
     ]
     assert len(set(runs)) == 12
     assert sorted(os.listdir(tmp_path / "new" / "results")) == sorted(Path(run).name for run in runs)
+
+
+def test_a_label_ends_the_name(tmp_path: Path) -> None:
+    batch = {"PBS_JOBID": "17.pbs", "PBS_ENVIRONMENT": "PBS_BATCH", "NAME": "lr-0.1"}
+    run, made = finish_command(start_command("make", tmp_path, **batch))
+    assert Path(run).name == "17.pbs-lr-0.1" and made
+    assert finish_command(start_command("make", tmp_path, **batch)) == [run, ""]
+    assert finish_command(start_command("make", tmp_path, NAME="big_batch"))[0].endswith("-big_batch")
+    for name in ("a/b", "..\n", "x" * 61, "a b"):
+        assert "NAME=" in read_refusal("make", tmp_path, NAME=name)
 
 
 def test_a_batch_job_finds_its_folder_again_and_an_interactive_one_does_not(tmp_path: Path) -> None:
