@@ -115,7 +115,9 @@ def run_view(options: argparse.Namespace) -> int:
 def run_report(options: argparse.Namespace) -> int:
     from analysis.report import report
 
-    page, text = report.write_report(options.run, options.output, _choose_map(options))
+    page, text = report.write_report(
+        options.run, options.output, _choose_map(options), parquet=options.parquet
+    )
     print(f"{text}\n\n{printable(page)}")
     return 0
 
@@ -304,6 +306,9 @@ def make_parser() -> argparse.ArgumentParser:
                 "-o", dest="output", type=Path, metavar="WHERE",
                 help="file to write the page to, or a folder that exists, for all files (default: RUN)",
             )  # fmt: skip
+            made.add_argument(
+                "--parquet", action="store_true", help="also write tables/*.parquet, which keep the types"
+            )
         if name == "whatif":
             _add_whatif_options(made)
         if name == "compare":

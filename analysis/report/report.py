@@ -1,5 +1,6 @@
 """RUN -> report.html, summary.json, tables/*.csv."""
 
+import io
 import json
 import re
 from html import escape
@@ -142,9 +143,12 @@ def write_report(
     output: Path | None = None,
     over: Map = map_on_threads,
     source: TraceSource | None = None,
+    parquet: bool = False,
 ) -> tuple[Path, str]:
     """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
     name. Returns the page's path and the terminal's text.
+
+    parquet: whether each table is written as Parquet too, beside the CSV file.
     """
     folder = outputs.output_folder(path) if output is None else output if output.is_dir() else None
     if folder is not None and Path(path).exists():
@@ -168,6 +172,9 @@ def write_report(
                 data = encode_csv(summary.with_earlier_names(entry.table))
                 header = outputs.has_header(_list_headers(data))
                 results.write(f"tables/{entry.name}.csv", data, header if ours else lambda _: False)
+                if parquet:
+                    name = f"tables/{entry.name}.parquet"
+                    results.write(name, encode_parquet(entry.table), lambda _: False)
         results.write(SUMMARY, numbers.encode(), outputs.is_own_summary)
         results.write(PAGE, made, is_own_page)
     return folder / PAGE, text
@@ -196,6 +203,12 @@ def encode_csv(table: pl.DataFrame) -> bytes:
         for name, is_formula in zip(texts, formula, strict=True)
     ]
     return table.with_columns(safe).write_csv().encode()
+
+
+def encode_parquet(table: pl.DataFrame) -> bytes:
+    out = io.BytesIO()
+    table.write_parquet(out)
+    return out.getvalue()
 
 
 def render_terminal(path: str | Path, over: Map = map_on_threads) -> str:
