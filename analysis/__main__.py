@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -190,11 +191,9 @@ def _choose_map(options: argparse.Namespace):
 
 
 def _parse_factor(text: str) -> float:
-    """x2, 2x, 2 or x0.25."""
-    try:
-        factor = float(text.strip("x"))
-    except ValueError:
-        factor = 0.0
+    """x2 or x0.25: a bare number might be meant as MB/s or ms."""
+    found = re.fullmatch(r"x(\d+\.?\d*|\.\d+)", text, re.ASCII)
+    factor = float(found[1]) if found else 0.0
     if not 1e-6 <= factor <= 1e6:
         raise argparse.ArgumentTypeError(
             f"{text!r}: give a factor from 0.000001 to 1000000, e.g. x2 or x0.25"

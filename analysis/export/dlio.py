@@ -54,13 +54,8 @@ def make_workload(training: MeasuredTraining) -> str:
     t = training
     records, train_files, eval_files = plan_files(t)
     kept = train_files * records // t.ranks
-    about = (
-        f"of the run {json.dumps(t.name)}. For DLIO's main branch: its releases up to 2.0 read no "
-        "distributions and have other names for the record's length."
-    )
-    lines = [HEADER, *wrap_comment(about), "#", "# What it cannot say:"]
-    lines += [line for limit in _list_limits(t, kept) for line in wrap_comment(limit, "- ")]
-    lines += [
+    lines = [
+        *_describe_workload(t, kept),
         "",
         "model:",
         "  name: dlrm",
@@ -100,6 +95,24 @@ def make_workload(training: MeasuredTraining) -> str:
         "  computation_time:  # seconds of a step: computing, and exchanging with the other ranks",
         *_make_distribution(t.compute),
     ]
+    lines += [*_make_pauses(t, kept), "", "output:", "  metric:"]
+    lines += ["    exclude_start_steps: 1", "    exclude_end_steps: 0"]
+    return "\n".join([*lines, ""])
+
+
+def _describe_workload(t: MeasuredTraining, kept: int) -> list[str]:
+    """The comments on top. kept: steps of an epoch that the workload has."""
+    about = (
+        f"of the run {json.dumps(t.name)}. For DLIO's main branch: its releases up to 2.0 read no "
+        "distributions and have other names for the record's length."
+    )
+    limits = [line for limit in _list_limits(t, kept) for line in wrap_comment(limit, "- ")]
+    return [HEADER, *wrap_comment(about), "#", "# What it cannot say:", *limits]
+
+
+def _make_pauses(t: MeasuredTraining, kept: int) -> list[str]:
+    """The sections of evaluations and checkpoints, where the run had any."""
+    lines = []
     if t.eval_steps:
         between = max(1, t.epochs // t.evaluations)
         lines += ["", "evaluation:", "  eval_time:", *_make_distribution(t.eval_compute)]
@@ -108,8 +121,7 @@ def make_workload(training: MeasuredTraining) -> str:
         every = max(1, min(t.checkpoint_steps, kept))
         lines += ["", "checkpoint:", f"  checkpoint_folder: {json.dumps(f'checkpoints/{t.name}')}"]
         lines += [f"  steps_between_checkpoints: {every}", "  checkpoint_after_epoch: 1"]
-    lines += ["", "output:", "  metric:", "    exclude_start_steps: 1", "    exclude_end_steps: 0"]
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def wrap_comment(text: str, before: str = "") -> list[str]:

@@ -69,6 +69,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._run_save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def error(self) -> str | None:
+        """What went wrong with the last save, as far as this rank knows by now."""
+        return self._error
+
     def wait_for_save(self) -> str | None:
         """None once the last save is published, else what went wrong: the same text on all ranks."""
         if self._thread is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError, os_errors_as_user_errors
 from dlrm.checkpoint.blocks import ChecksummedFile
 from dlrm.checkpoint.saver import CheckpointWriter
 from dlrm.config.options import CheckpointOptions
@@ -36,14 +37,15 @@ def write_made_up_file(folder: Path, file: str, pieces: list[MadeUpFile]) -> dic
     """As `shards.write_pieces`: write FOLDER/FILE and fsync it; its description has no tensors."""
     (made,) = pieces
     noise = memoryview(np.random.default_rng(0).bytes(max(made.writes, default=0)))
-    output = ChecksummedFile(folder / file)
-    try:
-        with span("checkpoint", "write", file=file, bytes=made.nbytes):
-            for size in made.writes:
-                output.write_now(noise[:size])
-        output.finish_file()
-    finally:
-        output.close()
+    with os_errors_as_user_errors(folder / file):
+        output = ChecksummedFile(folder / file)
+        try:
+            with span("checkpoint", "write", file=file, bytes=made.nbytes):
+                for size in made.writes:
+                    output.write_now(noise[:size])
+            output.finish_file()
+        finally:
+            output.close()
     return {"tensors": [], "file": {file: output.describe()}}
 
 
@@ -57,7 +59,6 @@ class EmulatedCheckpoints(CheckpointSchedule):
         self.writer: CheckpointWriter | None = None
         self.meter, self.workload = meter, workload
         self.saved = 0
-        self.error: str | None = None  # of the last save
 
     def save(self) -> None:
         self.note_save()
@@ -67,7 +68,8 @@ class EmulatedCheckpoints(CheckpointSchedule):
         values = {"step": self.progress.step, "emulated": True, "score": None}
         written, described = self.workload.checkpoint_writes, self.workload.description_bytes or [0]
         made = [MadeUpFile(written[self.saved % len(written)])]
-        self.error = self.writer.wait_for_save() or self.error
+        self.writer.wait_for_save()
+        self.end_if_failed(on_all_ranks=True)
         self.writer.save(made, values, self.progress.step, described[self.saved % len(described)])
         self.saved += 1
         self.meter.exclude_time(time.perf_counter() - started)
@@ -84,9 +86,25 @@ class EmulatedCheckpoints(CheckpointSchedule):
             time.sleep(seconds[self.saved % len(seconds)])
         return pieces
 
-    def finish(self) -> str | None:
-        """Save the last state, if it is not saved, and wait for the disk; returns the last error."""
+    def after_step(self) -> None:
+        self.end_if_failed(on_all_ranks=False)
+        super().after_step()
+
+    def end_if_failed(self, on_all_ranks: bool) -> None:
+        """A checkpoint that cannot be written ends the emulation: what would follow is not what the run did.
+
+        on_all_ranks: all ranks call this after the same save, so that all of them know of its error.
+        """
+        if self.writer is None or self.writer.error is None:
+            return
+        error = UserError(f"a checkpoint cannot be written: {self.writer.error}; free space, or name another "
+                          "--output_dir or --checkpoint_dir")  # fmt: skip
+        error.shared = on_all_ranks
+        raise error
+
+    def finish(self) -> None:
+        """Save the last state, if it is not saved, and wait for the disk."""
         self.save_last()
         if self.writer is not None:
-            self.error = self.writer.wait_for_save() or self.error
-        return self.error
+            self.writer.wait_for_save()
+            self.end_if_failed(on_all_ranks=True)

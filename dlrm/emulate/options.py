@@ -31,6 +31,7 @@ NO_EFFECT = {
     "load_checkpoint_path", "load_model_only", "pin_memory",
 }  # fmt: skip
 COMPUTE = re.compile(r"x(?P<factor>[0-9]*\.?[0-9]+)|(?P<time>[0-9]*\.?[0-9]+)(?P<unit>us|ms|s)")
+MOST_SECONDS = 86_400  # of a step
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
@@ -64,6 +65,13 @@ class EmulateOptions:
             raise UserError(
                 f"--compute {printable(self.compute)}: wanted traced, a factor (x0.1) or a time (5ms)"
             )
+        factor, seconds = self.compute_factor, self.compute_seconds
+        if factor is not None and not 1e-6 <= factor <= 1e6:
+            raise UserError(
+                f"--compute {self.compute}: wanted a factor from x0.000001 to x1000000; 0ms: no computing"
+            )
+        if seconds is not None and seconds > MOST_SECONDS:
+            raise UserError(f"--compute {self.compute}: a step of more than {MOST_SECONDS} s; give less")
 
     @property
     def run(self) -> Path:
@@ -136,6 +144,11 @@ def _fits(value: Any, hint: Any) -> bool:
 def read_config(run: Path) -> dict[str, Any]:
     """The run's config.json; UserError where it is none of a DLRM training."""
     path = run / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"--from {printable(run)}: has no config.json: name the run folder of a traced training; of a "
+            "trace alone python -m analysis replay makes the calls again"
+        )
     config = read_json_object(path)
     whole = all(isinstance(config.get(group), dict) for group in (*GROUPS, "launch"))
     if not whole or "in_memory_binary_criteo_path" not in config["data"]:

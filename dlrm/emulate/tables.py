@@ -35,7 +35,7 @@ class TableFiles:
         """folder: made here, or empty. steps: first the calls before the first step, then those of each."""
         self._steps, self._number = steps, 0
         self._threads: list[threading.Thread] = []
-        self._failures: list[OSError] = []
+        self._failures: list[UserError] = []
         calls = [call for step in steps for call in step]
         self._noise = np.random.default_rng(0).bytes(max((call.size for call in calls), default=0))
         sizes: dict[str, int] = {}
@@ -91,7 +91,7 @@ class TableFiles:
         name_thread("tables in files")
         try:
             self._play(calls)
-        except OSError as error:
+        except UserError as error:
             self._failures.append(error)
 
     def _play(self, calls: Sequence[TableCall]) -> None:
@@ -100,14 +100,20 @@ class TableFiles:
         with span("ssd", "fetch", bytes=sum(call.size for call in calls)):
             for call in calls:
                 file, path = self._files[call.file], self._paths[call.file]
-                if call.op == "read":
-                    count = len(os.pread(file, call.size, call.offset))
-                    self.bytes_read[path] = self.bytes_read.get(path, 0) + count
-                elif call.op == "write":
-                    count = os.pwrite(file, memoryview(self._noise)[: call.size], call.offset)
-                    self.bytes_written[path] = self.bytes_written.get(path, 0) + count
-                else:
-                    os.fsync(file)
+                with os_errors_as_user_errors(path):
+                    self._make(call, file, path)
+
+    def _make(self, call: TableCall, file: int, path: str) -> None:
+        if call.op == "read":
+            count = len(os.pread(file, call.size, call.offset))
+            self.bytes_read[path] = self.bytes_read.get(path, 0) + count
+        elif call.op == "write":
+            count = os.pwrite(file, memoryview(self._noise)[: call.size], call.offset)
+            self.bytes_written[path] = self.bytes_written.get(path, 0) + count
+            if count < call.size:  # the disk is full: the next write says so
+                os.pwrite(file, memoryview(self._noise)[count : call.size], call.offset + count)
+        else:
+            os.fsync(file)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -34,18 +34,12 @@ class RankWorkload:
     exchange_bytes: int | None = None  # of a step's collectives, where the trace says so
 
 
-@dataclass
-class RunWorkload:
-    ranks: list[RankWorkload]
+def measure_run(run: Path) -> list[RankWorkload]:
+    """Of each rank of the run, by a process of its own."""
+    return [RankWorkload(**rank) for rank in run_apart("dlrm.emulate.workload", str(run))]
 
 
-def measure_run(run: Path) -> RunWorkload:
-    """By a process of its own."""
-    found = run_apart("dlrm.emulate.workload", str(run))
-    return RunWorkload([RankWorkload(**rank) for rank in found["ranks"]])
-
-
-def read_workload(run: Path) -> RunWorkload:
+def read_workload(run: Path) -> list[RankWorkload]:
     """Read the trace; a resumed run's launches one after the other."""
     import polars as pl
 
@@ -84,7 +78,7 @@ def read_workload(run: Path) -> RunWorkload:
             is_mine = (pl.col("rank") == job.rank) & (pl.col("launch") == job.launch)
             steps = found.steps.filter(is_mine & (pl.col("phase") == "train"))
             rank.table_calls += _list_table_calls(calls, steps["start"].sort(), find_main_thread(events)[1])
-    return RunWorkload(ranks)
+    return ranks
 
 
 def _list_writes(calls: "pl.DataFrame", pattern: str) -> list[list[int]]:
@@ -119,4 +113,4 @@ def _list_table_calls(
 
 
 if __name__ == "__main__":
-    print_value(lambda run: asdict(read_workload(Path(run))))
+    print_value(lambda run: [asdict(rank) for rank in read_workload(Path(run))])

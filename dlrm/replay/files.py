@@ -260,8 +260,6 @@ def _list_folders_above(path: str) -> Iterator[str]:
 
 def make_files(root: Path, plan: FilePlan, real_bytes: bool, overwrite: bool) -> None:
     """Make what is missing below the root, or raise a UserError before anything is changed."""
-    with os_errors_as_user_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
     _check_links(root, plan)
     present = {path: _find_size(path) for path in (*plan.sizes, *plan.absent)}
     for path in sorted({*plan.changed, *plan.absent}):
@@ -281,6 +279,8 @@ def make_files(root: Path, plan: FilePlan, real_bytes: bool, overwrite: bool) ->
         if found is None or found < size:
             missing[path] = size
     _check_space(root, sum(missing.values()) * real_bytes + plan.written)
+    with os_errors_as_user_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
     for path in dict.fromkeys([*plan.folders, *map(os.path.dirname, missing)]):
         with os_errors_as_user_errors(path):
             os.makedirs(path, exist_ok=True)
@@ -324,8 +324,9 @@ def _find_size(path: str) -> int | None:
 
 
 def _check_space(root: Path, needed: int) -> None:
-    with os_errors_as_user_errors(root):
-        status = os.statvfs(root)
+    above = next(each for each in (root, *root.parents) if each.exists())
+    with os_errors_as_user_errors(above):
+        status = os.statvfs(above)
     free = status.f_bavail * status.f_frsize
     if needed > free:
         raise UserError(

@@ -5,6 +5,8 @@ prints it. `shared` means that all ranks raise the same error, so only rank 0 pr
 """
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from common.errors import USAGE as USAGE
 from common.errors import UserError as UserError
@@ -29,6 +31,25 @@ class LostRank(Exception):
 
     code = 1  # what this rank exits with: the other rank's code, if that one ended with an error of its own
     is_printed = False  # another rank prints the reason
+
+
+@contextmanager
+def share_user_errors(gather_from_all: Callable[[str], list[str]]) -> Iterator[None]:
+    """A UserError that one rank raises in this block is raised on all ranks, and printed once.
+
+    Without it the others would wait for that rank in their next collective. If several ranks raise one, the
+    lowest rank's counts. The block must not contain a collective that only some ranks reach.
+    gather_from_all: a collective; gives the texts of all ranks.
+    """
+    mine = ""
+    try:
+        yield
+    except UserError as error:
+        mine = str(error)
+    if text := next((each for each in gather_from_all(mine) if each), None):
+        error = UserError(text)
+        error.shared = True
+        raise error
 
 
 ENVIRONMENT_MODULES = ("numpy", "torch", "torchrec", "polars", "numba")

@@ -10,23 +10,27 @@ Waiting ranks sleep between looks instead of spinning, so that many more ranks t
 import ctypes
 import os
 import pickle
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from dlrm.runtime import entry, trace
 from dlrm.runtime.clock_offset import ROUND_TRIPS, choose_round_trip
-from dlrm.runtime.errors import UserError
+from dlrm.runtime.errors import UserError, share_user_errors
 from dlrm.runtime.ranks import Ranks
+from dlrm.runtime.stop import SIGNALS
 
 T = TypeVar("T")
 POLL_SECONDS = 50e-6  # between two looks of a rank that has a core of its own
 PR_SET_TIMERSLACK = 29
 CLOCK_TAG = 7
 PRINT_SECONDS = 0.3  # mpiexec drops what it has not passed on when a rank aborts
+TURN_SECONDS = 2 * PRINT_SECONDS  # in which a rank that has failed prints, and ends all ranks
+MOST_TURNS = 5
 
 
 @contextmanager
@@ -38,7 +42,6 @@ def open_group(here: Ranks) -> Iterator["RankGroup"]:
     if here.world_size == 1:
         yield RankGroup(here, None)
         return
-    os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # our own line says why
     from mpi4py import MPI  # importing it initializes MPI
 
     comm = MPI.COMM_WORLD
@@ -53,20 +56,31 @@ def open_group(here: Ranks) -> Iterator["RankGroup"]:
         group.barrier()
         MPI.Finalize()
     except BaseException as error:
-        failure = error
         if getattr(error, "shared", False):  # all ranks are here, with the same error
             trace.stop_tracing()
             group.barrier()
             MPI.Finalize()
             raise
-        code = entry.run_for_exit_code(lambda _: _raise(failure), here)
-        trace.stop_tracing()
-        time.sleep(PRINT_SECONDS)
-        comm.Abort(code)
+        _end_all_ranks(error, here, comm)
 
 
-def _raise(error: BaseException) -> None:
-    raise error
+def _end_all_ranks(error: BaseException, here: Ranks, comm: Any) -> NoReturn:
+    """Print the line of this rank's error, and end all ranks with its exit code."""
+    for number in SIGNALS:  # one Ctrl-C may come twice, from the terminal and from mpiexec
+        signal.signal(number, signal.SIG_IGN)
+    trace.stop_tracing()
+    # Ctrl-C, or a disk that is full, comes to many ranks at once: the lowest one prints its line, and has
+    # ended the others before it is their turn.
+    time.sleep(TURN_SECONDS * min(here.rank, MOST_TURNS))
+
+    def fail(_: Ranks) -> NoReturn:
+        raise error
+
+    code = entry.run_for_exit_code(fail, here)
+    time.sleep(PRINT_SECONDS)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPICH prints a line of its own, which says nothing
+    comm.Abort(code)
+    raise AssertionError("MPI_Abort came back")
 
 
 def set_exact_sleep() -> None:
@@ -135,20 +149,9 @@ class RankGroup:
         self._wait(self._comm.Iscatterv(joined, mine))
         return pickle.loads(mine.tobytes())
 
-    @contextmanager
-    def errors_on_all_ranks(self) -> Iterator[None]:
-        """A UserError that one rank raises in this block is raised on all ranks, and printed once. If several
-        ranks raise one, the lowest rank's counts.
-        """
-        mine = ""
-        try:
-            yield
-        except UserError as error:
-            mine = str(error)
-        if text := next((each for each in self.gather_from_all(mine) if each), None):
-            error = UserError(text)
-            error.shared = True
-            raise error
+    def errors_on_all_ranks(self) -> AbstractContextManager[None]:
+        """`errors.share_user_errors` between these ranks."""
+        return share_user_errors(self.gather_from_all)
 
     def mark_clock(self, when: str) -> None:
         """Record in the trace how the clocks of the ranks' hosts compare; `when`: "start" or "end"."""

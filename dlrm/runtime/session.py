@@ -7,7 +7,7 @@ collectives: every rank calls them, in the same order.
 import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from common.memory import is_out_of_memory
 from dlrm.runtime import accelerate, trace
 from dlrm.runtime.clock_offset import ROUND_TRIPS, answer_host, measure_offset
 from dlrm.runtime.entry import print_error
-from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError
+from dlrm.runtime.errors import STOPPED, USAGE, LostRank, Stopped, UserError, share_user_errors
 from dlrm.runtime.heartbeat import Heartbeat, is_broken_connection
 from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.rendezvous import rendezvous
@@ -138,24 +138,9 @@ def _end_together(error: BaseException, here: Ranks) -> None:
         dist.barrier()
 
 
-@contextmanager
-def errors_on_all_ranks() -> Iterator[None]:
-    """A UserError that one rank raises in this block is raised on all ranks, and printed once.
-
-    Without it the others would wait for that rank in their next collective. If several ranks raise one, the
-    lowest rank's counts. The block must not contain a collective that only some ranks reach.
-    """
-    mine = ""
-    try:
-        yield
-    except UserError as error:
-        mine = str(error)
-    errors = gather_from_all(mine)
-    text = next((text for text in errors if text), None)
-    if text:
-        error = UserError(text)
-        error.shared = True
-        raise error
+def errors_on_all_ranks() -> AbstractContextManager[None]:
+    """`errors.share_user_errors` between the ranks of the open session."""
+    return share_user_errors(gather_from_all)
 
 
 def gather_from_all(value: T) -> list[T]:

@@ -24,6 +24,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.errors import UserError, os_errors_as_user_errors
 from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.device_io import IoCounters, IoRecorder, find_file_systems
 from dlrm.runtime.ranks import Ranks
@@ -82,9 +83,14 @@ def start_tracing(
     global _native, _folder, _io
     traced_folders = find_traced_folders(os.environ)
     folder = Path(run_dir).absolute() / "trace"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True)
-        _made_folders.append(folder)
+    try:
+        with os_errors_as_user_errors(folder), contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            _made_folders.append(folder)
+    except UserError as error:
+        refused = UserError(f"{error}: name another folder, where the trace can be written")
+        refused.shared = here.nodes == 1  # ranks of several nodes may see different disks
+        raise refused from None
     for name in UNSET:
         os.environ.pop(name, None)
     os.environ.update(

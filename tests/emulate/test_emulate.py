@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.analysis_command import run_command
+from support.disk import mount_small_disk
 from support.file_calls import STRACED, count_strace_calls, read_events
 from support.job_scripts import clean_environment
 from support.ranks import ROOT, python
@@ -43,7 +44,7 @@ def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def emulate(run: Path, *words: object) -> subprocess.CompletedProcess[str]:
     """By itself: it starts its ranks."""
-    command = [sys.executable, "-m", "dlrm.emulate", *map(str, words), "--output_dir", str(run)]
+    command = [sys.executable, "-m", "dlrm.emulate", "--output_dir", str(run), *map(str, words)]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=clean_environment()
     )
@@ -178,9 +179,11 @@ def test_sixty_four_ranks(trained: Path, tmp_path: Path) -> None:
 
 
 def test_stopped_in_the_middle(trained: Path, tmp_path: Path) -> None:
-    """What a signal says is true after the first steps, too: an emulation has nothing to save."""
+    """One line, though all ranks get the signal. It is true after the first steps, too: an emulation has
+    nothing to save.
+    """
     metrics = tmp_path / "copy/metrics.jsonl"
-    words = ["--from", trained, "--output_dir", tmp_path / "copy", "--compute", "200ms", "--ranks", 1]
+    words = ["--from", trained, "--output_dir", tmp_path / "copy", "--compute", "200ms"]
     with subprocess.Popen(
         [sys.executable, "-m", "dlrm.emulate", *map(str, words)],
         cwd=ROOT, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -194,8 +197,18 @@ def test_stopped_in_the_middle(trained: Path, tmp_path: Path) -> None:
         finally:
             process.kill()
     assert process.returncode == 75, said
-    assert "stopped by SIGINT while nothing was being trained" in said
+    lines = [line for line in said.splitlines() if "mpiexec@" not in line]  # which says what it passes on
+    assert len(lines) == 1 and "stopped by SIGINT while nothing was being trained" in lines[0]
     assert not (tmp_path / "copy/results.json").exists()
+
+
+def test_a_full_disk_ends_all_ranks_at_once(trained: Path, tmp_path: Path) -> None:
+    with mount_small_disk(tmp_path / "disk", 2) as disk:
+        done = emulate(disk / "out", "--from", trained, "--compute", "50ms", "--checkpoint_every_steps", 4)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "step-4-" in done.stderr and "safetensors: No space left on device; free" in done.stderr
+        steps = [json.loads(line)["step"] for line in (disk / "out/metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] < 30  # of 40
 
 
 def test_no_torch_is_loaded(trained: Path, tmp_path: Path) -> None:
@@ -239,9 +252,11 @@ def test_made_up_checkpoints_are_never_trained_from(trained: Path, toy: Path, tm
 
 BAD = {
     "no run": ([], "--from RUN is needed"),
-    "not there": (["--from", "{tmp}/nowhere"], "nowhere/config.json"),
+    "not there": (["--from", "{tmp}/nowhere"], "nowhere: has no config.json: name the run folder of"),
+    "nowhere to write": (["--from", "{run}", "--output_dir", "/proc/x"], "/proc/x: No such file or"),
     "no trace": (["--from", "{bare}"], "bare: "),
     "compute": (["--from", "{run}", "--compute", "fast"], "--compute fast: wanted traced"),
+    "no computer": (["--from", "{run}", "--compute", "x0"], "--compute x0: wanted a factor from"),
     "another model": (["--from", "{bert}"], "is a run of BERT4Rec"),
     "no data": (["--from", "{run}", "--in_memory_binary_criteo_path", "{tmp}/none"], "none"),
     "a file": (["--from", "{run}", "--make_data", "--in_memory_binary_criteo_path", "{file}"], "file"),

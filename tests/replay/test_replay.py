@@ -324,8 +324,9 @@ def test_a_name_with_a_nul_is_refused(tmp_path: Path) -> None:
 
 
 def refused(done: Replayed, said: str) -> bool:
-    """One line that says it, exit code 2, and no trace of a replay."""
+    """One line that says it, exit code 2, and no trace of a replay: no folder without a file, either."""
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert not done.root.is_dir() or any(done.root.iterdir())
     made = ("trace", "env.txt", "gpu.txt")
     return said in done.err and not any((done.output / name).exists() for name in made)
 

@@ -72,8 +72,8 @@ def test_a_trace_without_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("--storage", "0"), ("--storage", "nan"), ("--storage", "inf"), ("--latency", "-1"),
-     ("--compute", "fast"),
+    [("--storage", "2"), ("--storage", "2x"), ("--storage", "xnan"), ("--storage", "x1e9"),
+     ("--latency", "x-1"), ("--compute", "x0"),
      ("--prefetch", "0"), ("--prefetch", "1.5"), ("--ranks", "5000"), ("--read_chunk_mb", "0"),
      ("--read_chunk_mb", "x2")],
 )  # fmt: skip
