@@ -172,10 +172,8 @@ def run_replay(words: Sequence[str]) -> NoReturn:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    form = EXPORT_FORMATS[options.format]
-    print(form.write(options.run, options.output))
-    if form.run and options.run_in is not None:
-        print(form.run(options.run, options.run_in))
+    for text in EXPORT_FORMATS[options.format].write(options):
+        print(text)
     return 0
 
 
@@ -334,12 +332,7 @@ def make_parser() -> argparse.ArgumentParser:
         made = formats.add_parser(name, help=form.help, description=form.help)
         made.add_argument("run", metavar="RUN", help="run folder, or any folder of DFTracer traces")
         made.add_argument("-o", dest="output", type=Path, required=True, metavar=form.metavar)
-        if form.run:
-            made.add_argument(
-                "--run", dest="run_in", type=Path, metavar="DIR",
-                help="then run it, where that tool is installed, in a new folder on the storage to measure, "
-                "and compare",
-            )  # fmt: skip
+        form.add_options(made)
         made.set_defaults(function=run_export)
     commands.add_parser("replay", help="make the run's file calls again, in another folder")
     return top

@@ -3,14 +3,15 @@
 In: RUN. Out: a folder with logs/*.log, replay.fio, make_files.sh (files of the sizes that the requests need)
 and files.json (which of them stands for which file of the run). fio knows reads, writes, fsync and fdatasync:
 other calls are counted in the job file. It takes no paths with blanks and makes no folders, so all files lie
-in one folder, files/, under names of their own.
+in one folder, files/, under names of their own. It renames nothing: what a file is renamed to is its name
+from the beginning.
 """
 
 import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import polars as pl
 from analysis.run_folder.outputs import has_header, results_in
 from analysis.tables.gather import Launch, plan_launches
 from analysis.tables.read import read_rank
-from analysis.trace.classify import is_kernel_file
+from analysis.trace.classify import is_kernel_file, is_program_file
 from analysis.trace.source import FileSource
 from common.errors import UserError, os_errors_as_user_errors, printable
 
@@ -33,11 +34,15 @@ _ACTIONS = {"read": "read", "write": "write", "fsync": "sync", "fdatasync": "dat
 class _FioFiles:
     """The names under which fio sees the files of the run, and how large they must be."""
 
+    renamed: dict[str, tuple[int, str]]  # path in the trace -> when (us) it was renamed, and to what
     names: dict[str, str] = field(default_factory=dict)  # path in the trace -> path for fio
     sizes: dict[str, int] = field(default_factory=dict)  # path for fio -> bytes
     taken: set[str] = field(default_factory=set)
 
-    def find_name(self, path: str) -> str:
+    def find_name(self, path: str, ts: int) -> str:
+        """ts: of the call, in us."""
+        when, target = self.renamed.get(path, (ts, path))
+        path = target if ts <= when else path
         if path not in self.names:
             plain = re.sub(r"[^A-Za-z0-9._-]", "_", path.rpartition("/")[2][-_NAME:]) or "_"
             name, number = plain, 1
@@ -62,20 +67,27 @@ class _Counts:
     at_end: int = 0  # reads that moved nothing
     guessed: int = 0  # requests whose offset the trace does not tell
     kernel: int = 0  # calls on files of /proc, /sys and /dev
+    program: int = 0  # calls on files of programs and of the system, which are not wanted
     unnamed: int = 0  # calls whose file the trace does not name
 
 
-def write_fio_job(run: str, folder: Path) -> str:
-    """Write the logs of all ranks of the last launch into `folder`, which is made; gives what to print."""
+def write_fio_job(run: str, folder: Path, data_only: bool) -> str:
+    """Write the logs of all ranks of the last launch into `folder`, which is made; gives what to print.
+
+    data_only: leave out files of programs and of the system.
+    """
     planned = plan_launches(FileSource(run))
     last = max(job.launch for job in planned)
     if not folder.parent.is_dir():
         raise UserError(f"-o {printable(folder)}: {printable(folder.parent)} is no folder; name another")
     with os_errors_as_user_errors(folder):
         folder.mkdir(exist_ok=True)
-    files, counts, logs = _FioFiles(), _Counts(), {}
+    counts, logs = _Counts(), {}
     with results_in(folder, complete="logs/") as results:
         ranks = [_read_calls(job) for job in planned if job.launch == last]
+        files = _FioFiles(_list_renamed(calls for _, calls in ranks))
+        if data_only:
+            ranks = [(rank, _leave_out_programs(calls, counts)) for rank, calls in ranks]
         starts = [calls["ts"].min() for _, calls in ranks if len(calls)]
         if not starts:
             raise UserError(f"{printable(run)}: the traces hold no calls; was all I/O traced?")
@@ -109,9 +121,28 @@ def write_fio_job(run: str, folder: Path) -> str:
 
 def _read_calls(job: Launch) -> tuple[int, pl.DataFrame]:
     """(rank, its calls in the order of time)."""
-    wanted = ("pid", "tid", "name", "op", "ts", "path", "position", "size")
+    wanted = ("pid", "tid", "name", "op", "ts", "path", "other", "position", "size")
     calls = read_rank(job.rank, job.files, job.clock, details=True).calls
     return job.rank, calls.select(wanted).sort("ts", maintain_order=True)
+
+
+def _list_renamed(ranks: Iterable[pl.DataFrame]) -> dict[str, tuple[int, str]]:
+    """Path -> when (us) it was renamed for the last time, and to what: such as results that get their name
+    once they are whole.
+    """
+    found = {}
+    for calls in ranks:
+        renames = calls.filter(pl.col("name") == "rename").select("path", "ts", "other").drop_nulls()
+        found |= {path: (ts, other) for path, ts, other in renames.iter_rows()}
+    return found
+
+
+def _leave_out_programs(calls: pl.DataFrame, counts: _Counts) -> pl.DataFrame:
+    names = calls["path"].drop_nulls().unique()
+    unwanted = [name for name in names if is_program_file(name) and not is_kernel_file(name)]
+    kept = calls.filter(~pl.col("path").is_in(unwanted).fill_null(False))
+    counts.program += len(calls) - len(kept)
+    return kept
 
 
 def _split_threads(rank: int, calls: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -128,14 +159,14 @@ def _make_log(thread: pl.DataFrame, begin: int, files: _FioFiles, counts: _Count
     yield HEADER
     added, opened = set[str](), set[str]()
     ends: dict[str, int] = {}  # where the last request of a file ended
-    columns = thread.with_columns(pl.col(pl.Categorical).cast(pl.String))
+    columns = thread.drop("other").with_columns(pl.col(pl.Categorical).cast(pl.String))
     for _, _, call, op, ts, path, position, size in columns.iter_rows():
         if path is None or is_kernel_file(path):
             counts.unnamed += path is None
             counts.kernel += path is not None
             continue
         at = ts - begin
-        name = files.find_name(path)
+        name = files.find_name(path, ts)
         if op == "close":
             if name in opened:
                 opened.remove(name)
@@ -183,6 +214,10 @@ def _describe_lacks(counts: _Counts) -> list[str]:
         )
     if counts.kernel:
         found.append(f"calls on files of /proc, /sys and /dev, left out: {counts.kernel:,}")
+    if counts.program:
+        found.append(
+            f"calls on files of programs and of the system, left out (--data_only): {counts.program:,}"
+        )
     if counts.unnamed:
         found.append(f"calls whose file the trace does not name, left out: {counts.unnamed:,}")
     return found

@@ -70,12 +70,19 @@ PROGRAM_FILE = r"\.(py|pyc|pyi|so)(\.|$)|/(site|dist)-packages(/|$)|/lib(64)?/py
 SYSTEM_FILE = r"^/(proc|sys|dev|etc)/"  # of what the system makes up or is configured by
 
 _KERNEL_FILE = re.compile(r"/(proc|sys|dev)(/|$)")
+_NO_DATA_FILE = re.compile(f"{PROGRAM_FILE}|{SYSTEM_FILE}")
 
 
 @lru_cache(4096)
 def is_kernel_file(path: str) -> bool:
     """Whether the kernel makes the file up, so that no storage holds it."""
     return _KERNEL_FILE.match(path) is not None
+
+
+@lru_cache(4096)
+def is_program_file(path: str) -> bool:
+    """Whether a program loads the file of itself, or it is the system's."""
+    return _NO_DATA_FILE.search(path) is not None
 
 
 def find_kind(cat: str, name: str) -> str | None:

@@ -57,7 +57,7 @@ def parse_options(argv: list[str]) -> ReplayOptions:
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder, or any folder of DFTracer traces, or one of them")
     add("--root", type=Path, help="folder below which all files lie [files/ in the output folder]")
-    add("--output_dir", type=Path, help="new folder for the replay's own trace [results/TIME in the current folder]")
+    add("--output_dir", type=Path, help="new folder for its own trace [results/TIME in the current folder]")
     add("--speed", default="1", help="1: time between calls as in the trace; 2: half of it; max: none [1]")
     add("--ranks", metavar="A-B", help="only these ranks of the trace, e.g. 0-3 or 5 [all]")
     add("--launch", type=int, metavar="N", help="which launch of a run that was resumed [the last]")

@@ -6,10 +6,8 @@ think before it, in us: from the end of what the thread did before to its own be
 
 import json
 import os
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ import polars as pl
 
 from analysis.tables.gather import Launch
 from analysis.tables.read import RankEvents, read_rank
-from analysis.trace.classify import PROGRAM_FILE, SYSTEM_FILE, is_kernel_file
+from analysis.trace.classify import is_kernel_file, is_program_file
 from analysis.workload.steps import measure_steps
 from common.errors import UserError
 from dlrm.replay.order import BEGIN, CALL, MEET, Node, Thread, order_threads, take_out_waits
@@ -31,7 +29,6 @@ _SPANS = (
     "mapped",
 )  # fmt: skip
 _NOT_REPLAYED = ("counter", "clock", "dftracer")  # categories of events that are no work
-_IS_PROGRAM_FILE = re.compile(f"{PROGRAM_FILE}|{SYSTEM_FILE}")
 _Made = dict[Thread, list[tuple[int, int, Any]]]  # begin, duration (us), TracedCall or TracedSpan
 
 
@@ -197,14 +194,9 @@ def _find_reason(name: str, path: str | None, known: set[str], data_only: bool) 
         return f"{name} (the trace names no file)"
     if is_kernel_file(path):
         return "calls on files of /proc, /sys and /dev"
-    if data_only and _is_program_file(path):
+    if data_only and is_program_file(path):
         return "calls on files of programs and of the system (--data_only)"
     return "" if name in known else f"{name} (not known to the replay)"
-
-
-@lru_cache(4096)
-def _is_program_file(path: str) -> bool:
-    return _IS_PROGRAM_FILE.search(path) is not None
 
 
 def _read_spans(events: RankEvents) -> _Made:

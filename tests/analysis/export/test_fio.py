@@ -17,8 +17,8 @@ NEEDS_FIO = pytest.mark.skipif(
 )
 
 
-def export(run: Path, folder: Path) -> str:
-    done = run_command("export", "fio", run, "-o", folder)
+def export(run: Path, folder: Path, *words: str) -> str:
+    done = run_command("export", "fio", run, "-o", folder, *words)
     assert done.code == 0, done.err
     return done.out
 
@@ -69,6 +69,27 @@ def test_a_log_keeps_offsets_and_times(tmp_path: Path) -> None:
         "1000400 files/a close",
     ]
     assert "make 1030 files/a\n" in (tmp_path / "fio/make_files.sh").read_text()
+
+
+def test_last_names_and_data_alone(tmp_path: Path) -> None:
+    """What is written under one name and then renamed has the last name; of programs nothing is left."""
+    made = Made()
+    made.posix("pwrite64", 100, 5, "/out/.a.part", count=10, ret=10, offset=0)
+    made.posix("rename", 200, 5, "/out/.a.part")
+    made.lines[-1]["args"]["newpath_hash"] = "00000000000000aa"
+    made._meta("FH", "/out/a", "00000000000000aa")
+    made.posix("pwrite64", 300, 5, "/out/.a.part", count=20, ret=20, offset=0)  # another file of the name
+    made.posix("pread64", 400, 5, "/usr/lib/python3.11/os.py", count=9, ret=9, offset=0)
+    made.write(tmp_path / "run")
+    printed = export(tmp_path / "run", tmp_path / "fio", "--data_only")
+    assert json.loads((tmp_path / "fio/files.json").read_text()) == {
+        "files/a": "/out/a", "files/.a.part": "/out/.a.part",
+    }  # fmt: skip
+    (log,) = (tmp_path / "fio/logs").iterdir()
+    assert [line.split()[1:] for line in log.read_text().splitlines() if " write " in line] == [
+        ["files/a", "write", "0", "10"], ["files/.a.part", "write", "0", "20"],
+    ]  # fmt: skip
+    assert "calls on files of programs and of the system, left out (--data_only): 1" in printed
 
 
 HOSTILE = ["/d/a b", "/d/$(touch here)/x", "/other/x", "/d/;rm -rf files;", "/d/" + "n" * 300, "/"]

@@ -22,7 +22,7 @@ def test_the_table_over_the_speed_of_storage(tmp_path: Path) -> None:
 
 def test_a_scenario_as_json(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
-    words = ["--storage", "x0.01", "--latency", "2x", "--compute", "0.5", "--prefetch", 8, "--ranks", 4]
+    words = ["--storage", "x0.01", "--latency", "x2", "--compute", "x.5", "--prefetch", 8, "--ranks", 4]
     found = json.loads(analysis("whatif", run, *words, "--json")[0])
     assert found["scenario"] == {
         "storage": 0.01, "latency": 2.0, "compute": 0.5, "prefetch": 8, "read_chunk_mb": None, "ranks": 4,
