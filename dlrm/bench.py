@@ -135,9 +135,9 @@ def measure_batch_sizes(cfg: BenchConfig, here: Ranks) -> tuple[list[dict[str, A
             mixed_precision.cast_dense_part(whole.model, device, bench.amp)
         model.eval()
         results, repetitions = [], Repetitions(bench.benchmark_warmup_steps, bench.iterations, bench.seconds)
-        for size in bench.batch_sizes:
-            with session.errors_on_all_ranks():
-                pool = make_batches(bench, size, dataset, here)
+        with session.errors_on_all_ranks():
+            pools = make_batches(bench, dataset, here)
+        for size, pool in pools.items():
             results.append({"batch_size": size, **time_batches(model, pool, repetitions, device)})
     return results, {"device": device.type, "tables": len(sizes), "table_rows": sum(sizes), **asdict(cfg)}
 
@@ -187,22 +187,24 @@ def open_dataset(cfg: BenchConfig, stored: Any) -> BenchDataset:
     return BenchDataset(kind, layout, columns, sizes)
 
 
-def make_batches(bench: BenchmarkOptions, size: int, dataset: BenchDataset, here: Ranks) -> list[Any]:
-    """This rank's share of the batches that are scored."""
+def make_batches(bench: BenchmarkOptions, dataset: BenchDataset, here: Ranks) -> dict[int, list[Any]]:
+    """This rank's share of the batches that are scored, for each batch size."""
     from dlrm.data.collate import BatchCollator
     from dlrm.data.readers import open_source
-    from dlrm.models.dlrm.inference import take_batches
+    from dlrm.models.dlrm.inference import select_sizes, take_batches
     from dlrm.models.dlrm.options import INFERENCE_POOL
 
     layout, sizes = dataset.layout, dataset.sizes
     source = open_source(
-        dataset.kind, layout, "test", rows=size * INFERENCE_POOL, table_sizes=sizes, seed=bench.seed,
-        numerical=dataset.columns.numerical,
+        dataset.kind, layout, "test", rows=max(bench.batch_sizes) * INFERENCE_POOL, table_sizes=sizes,
+        seed=bench.seed, numerical=dataset.columns.numerical,
     )  # fmt: skip
     try:
-        return take_batches(
-            source, BatchCollator(sizes, True), "batch_sizes", size, here.rank, here.world_size
-        )
+        chosen, left_out = select_sizes("batch_sizes", bench.batch_sizes, source.rows)
+        if left_out and here.first:
+            print(f"dlrm: {left_out}", file=sys.stderr, flush=True)
+        to_batch = BatchCollator(sizes, True)
+        return {size: take_batches(source, to_batch, size, here.rank, here.world_size) for size in chosen}
     finally:
         source.close()
 

@@ -62,7 +62,7 @@ def test_a_checkpoint_on_real_rows(toy: Path, tmp_path: Path, run_ranks: Any) ->
         "dlrm.bench",
         *words,
         "--batch_sizes",
-        str(size),
+        f"{size},{size + 2}",
         "--seconds",
         "0",
         "--iterations",
@@ -74,6 +74,9 @@ def test_a_checkpoint_on_real_rows(toy: Path, tmp_path: Path, run_ranks: Any) ->
     assert found["model"]["embedding_dim"] == 16 and found["tables"] == 26
     # calibration: the mean prediction over the mean label
     expected = trained.results["evaluations"]["test"]["calibration"] * labels.mean()
+    left_out = f"--batch_sizes {size + 2}: the test set has {len(labels):,} rows; left out\n"
+    assert done.err[0].endswith(left_out)
+    assert [each["batch_size"] for each in found["results"]] == [size]
     assert found["results"][0]["mean_prediction"] == pytest.approx(expected, rel=2e-4)
 
 

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-ABOVE_STEPS = 50  # so long may the loss stay above its first value
+ABOVE_STEPS = 50  # so long may the loss stay above its first value, ...
+ABOVE = 1.02  # ... by this factor: the first value is that of one batch, which may be a lucky one
 WINDOW = (50, 500)  # steps over which the loss is compared with the entropy: from .. to, a quarter of all
 AT_ENTROPY = 0.995  # of the labels' entropy: what counts as no better than a constant
 
@@ -35,7 +36,7 @@ class LossWatch:
     def __init__(self, total_steps: int = 0) -> None:
         self._window = min(max(total_steps // 4, WINDOW[0]), WINDOW[1])
         self._first = math.inf  # the loss of step 1; a resumed run has none
-        self._fine_until = 0  # last step at which the loss was not above it
+        self._fine_until = 0  # last step at which the loss was not clearly above it
         self._reports: list[Report] = []
         self._samples = 0
         self._told = False
@@ -48,7 +49,7 @@ class LossWatch:
             return None
         if step == 1:
             self._first = loss
-        if loss <= self._first:
+        if loss <= ABOVE * self._first:
             self._fine_until = step
         trouble = None
         if step - self._fine_until >= ABOVE_STEPS and math.isfinite(self._first):

@@ -34,10 +34,10 @@ def test_train_test_and_benchmark(toy: Path, tmp_path: Path, run_ranks: Any) -> 
     assert tested.codes == [0], tested.err
     assert f"auroc {best:.6g}" in tested.out[0]
     timed = run_ranks(
-        1, MODULE, "--mode", "inference_benchmark", *words, "--inference_benchmark_batch_sizes=1,64",
+        1, MODULE, "--mode", "inference_benchmark", *words, "--inference_benchmark_batch_sizes=1,64,999999",
         "--inference_benchmark_steps=3", output=False,
     )  # fmt: skip
-    assert timed.codes == [0], timed.err
+    assert timed.codes == [0] and "batch_sizes 999999: the test set has" in timed.err[0], timed.err
     found = json.loads(timed.out[0].splitlines()[-1])
     assert [each["batch_size"] for each in found["results"]] == [1, 64]
     assert found["model"]["embedding_dim"] == 8 and found["results"][0]["iterations"] == 3

@@ -4,6 +4,7 @@ In: a sharded model, batches in host memory. Out: a dict of numbers for each bat
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +31,24 @@ class Repetitions:
     seconds: float  # as many more as fit into this time
 
 
-def take_batches(
-    source: RowSource, to_batch: BatchCollator, option: str, size: int, rank: int, world_size: int
-) -> list[Batch]:
-    """This rank's share of up to INFERENCE_POOL batches of `size` rows, from the start of the source.
+def select_sizes(option: str, sizes: Sequence[int], rows: int) -> tuple[list[int], str]:
+    """(the batch sizes that so many rows can fill, a line about those left out, or nothing).
 
-    option: the flag that asked for the size, for messages.
+    option: the flag that gives the sizes, for messages.
     """
-    if source.rows < size:
-        raise UserError(f"--{option} {size}: the test set has {source.rows} rows")
+    fitting, larger = [size for size in sizes if size <= rows], [size for size in sizes if size > rows]
+    if not larger:
+        return fitting, ""
+    note = f"--{option} {','.join(map(str, larger))}: the test set has {rows:,} rows"
+    if not fitting:
+        raise UserError(f"{note}: give smaller sizes")
+    return fitting, f"{note}; left out"
+
+
+def take_batches(
+    source: RowSource, to_batch: BatchCollator, size: int, rank: int, world_size: int
+) -> list[Batch]:
+    """This rank's share of up to INFERENCE_POOL batches of `size` rows, from the start of the source."""
     each = size // world_size
     return list(
         BatchLoader(source, each, rank, world_size, to_batch=to_batch, drop_last=True, limit=INFERENCE_POOL)

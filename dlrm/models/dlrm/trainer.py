@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dlrm.models.dlrm.defaults import choose_rate
-from dlrm.models.dlrm.inference import Repetitions, format_table, take_batches, time_batches
+from dlrm.models.dlrm.inference import Repetitions, format_table, select_sizes, take_batches, time_batches
 from dlrm.models.dlrm.options import check_shared_sizes
 from dlrm.runtime import session
 from dlrm.trainer import mixed_precision
@@ -55,12 +55,13 @@ class DLRMTrainer(Trainer):
         repetitions = Repetitions(run.benchmark_warmup_steps, options.inference_benchmark_steps, 0)
         with session.errors_on_all_ranks():
             check_shared_sizes(name, sizes, batches.world_size)
+            sizes, left_out = select_sizes(name, sizes, batches.source.rows)
+        if left_out:
+            self.run_folder.print_warning(left_out)
         self.model.eval()
         for size in sizes:
             with session.errors_on_all_ranks():
-                pool = take_batches(
-                    batches.source, batches.to_batch, name, size, batches.rank, batches.world_size
-                )
+                pool = take_batches(batches.source, batches.to_batch, size, batches.rank, batches.world_size)
             timed = time_batches(self.model, pool, repetitions, self.device)
             self.inference.append({"batch_size": size, **timed})
         self.run_folder.print_line(format_table(self.inference))
