@@ -144,6 +144,12 @@ def run_list(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_watch(options: argparse.Namespace) -> int:
+    from analysis.runs import watch
+
+    return watch.watch_run(Path(options.run), options.interval, options.once)
+
+
 def run_whatif(options: argparse.Namespace) -> int:
     from analysis.report import whatif
     from analysis.workload.simulate import Scenario
@@ -251,6 +257,16 @@ def _add_list_command(commands: Any) -> None:
     made.set_defaults(function=run_list)
 
 
+def _add_watch_command(add_command: Callable[..., argparse.ArgumentParser]) -> None:
+    made = add_command(
+        "watch", run_watch, "a run while it goes: step, time to go, speed, waiting, loss, lost ranks, queue"
+    )
+    made.add_argument(
+        "--interval", type=_parse_count(3600), default=5, metavar="S", help="seconds between two looks (5)"
+    )
+    made.add_argument("--once", action="store_true", help="print it a single time")
+
+
 def make_parser() -> argparse.ArgumentParser:
     top = CommandLineParser(prog="python -m analysis", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -326,6 +342,7 @@ def make_parser() -> argparse.ArgumentParser:
             "--dask", metavar="WHERE", help="read the ranks on a Dask cluster: `local`, `pbs`, or host:port"
         )
     _add_list_command(commands)
+    _add_watch_command(add_command)
     made = commands.add_parser("export", help="the run's I/O for other tools: fio, DLIO, MLPerf Storage")
     formats = made.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, form in EXPORT_FORMATS.items():
@@ -366,8 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    if options.function is run_list:  # it reads no traces
-        return run_list(options)
+    if options.function in (run_list, run_watch):  # they read no traces
+        return options.function(options)
     from analysis.runs.list_runs import refuse_results_folder
 
     refuse_results_folder(Path(options.run))

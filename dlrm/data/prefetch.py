@@ -25,6 +25,7 @@ class Prefetcher:
         self.stage = stage  # of the training, for the thread's name in the trace
         self.batch_number = -1
         self._state = batches.state_dict()
+        self.wait_seconds = 0.0  # for which the training has waited for batches
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -48,7 +49,9 @@ class Prefetcher:
         try:
             while True:
                 with span("data", "wait", batch=self.batch_number + 1) as waiting:
+                    began = time.perf_counter()
                     batch, number, state = ready.get()
+                    self.wait_seconds += time.perf_counter() - began
                     waiting.update(batch=number)
                 if batch is None:
                     if state is not None:

@@ -30,6 +30,7 @@ from dlrm.runtime.new_run_folder import update_environment
 from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.shared_values import open_shared_values
 from dlrm.trainer import loop
+from dlrm.trainer.live_progress import report_while_training
 from dlrm.trainer.results import describe_results
 from dlrm.trainer.run_folder import RunFolder
 from dlrm.trainer.spec import ModelSpec
@@ -185,10 +186,11 @@ class Emulator:
             evaluate_on_epoch_end=run.evaluate_on_epoch_end,
         )
         self.checkpoints.start()
-        loop.run_training(
-            self.pipeline, self.datasets.train, self.progress, limits, lambda: 0.0, self.validate,
-            self.log_metrics, self.meter, self.checkpoints,
-        )  # fmt: skip
+        with report_while_training(self.run_folder, self.progress, self.datasets, lambda _: {}):
+            loop.run_training(
+                self.pipeline, self.datasets.train, self.progress, limits, lambda: 0.0, self.validate,
+                self.log_metrics, self.meter, self.checkpoints,
+            )  # fmt: skip
         self.checkpoints.finish()
         if run.evaluate_on_training_end:
             self.evaluate("test")

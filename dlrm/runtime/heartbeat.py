@@ -76,6 +76,7 @@ class Heartbeat:
         self._ended: dict[int, str] = {}  # ranks of this host whose process ended, and the cause or ""
         self._store = store
         self._last_answer = time.monotonic()  # of the store
+        self._heartbeats: _PeerHeartbeats | None = None  # of the ranks that this one watches
         if here.world_size > 1:
             self._peers = LocalPeers()
             for rank, process in enumerate(processes):
@@ -99,7 +100,7 @@ class Heartbeat:
         trace.name_thread("watch")
         watched = set(range(self._here.world_size)) if self._here.first else {0}
         watched.discard(self._here.rank)
-        heartbeats = _PeerHeartbeats(self._store, watched)
+        heartbeats = self._heartbeats = _PeerHeartbeats(self._store, watched)
         count, before = 0, time.monotonic()
         while not self._closed.is_set():
             self._wake_watch.wait(BEAT_SECONDS)
@@ -218,6 +219,13 @@ class Heartbeat:
             os._exit(notice.code)
 
     # --- what the main thread calls
+
+    def list_silent(self, seconds: float) -> dict[int, tuple[str, float]]:
+        """On rank 0, of the ranks without a heartbeat for so long: host, and seconds. Asks nobody."""
+        if self._heartbeats is None:
+            return {}
+        silent = self._heartbeats.measure_silence()
+        return {rank: (self._processes[rank].host, age) for rank, age in silent.items() if age > seconds}
 
     def mark_group_formed(self) -> None:
         """The process group is there: its deadline is over."""
@@ -340,6 +348,11 @@ class _PeerHeartbeats:
         self.read_all()
         now = time.monotonic()
         return {rank for rank, (_, since) in self._last.items() if now - since > seconds}
+
+    def measure_silence(self) -> dict[int, float]:
+        """Seconds since the heartbeat of each rank changed, as far as it was read."""
+        now = time.monotonic()
+        return {rank: now - since for rank, (_, since) in dict(self._last).items()}
 
     def reset_timers(self) -> None:
         self._last.clear()

@@ -29,7 +29,7 @@ LABEL = re.compile(r"[A-Za-z0-9._-]{1,60}")
 GPU_HEADER = "# The GPUs of the first node, written by dlrm-io."
 # What a run that ended before its first step leaves in its folder.
 FILES = re.compile(
-    r"(env|gpu|log)\.txt|(config|plan|dataset|results)\.json|metrics\.jsonl|startup\.csv|"
+    r"(env|gpu|log)\.txt|(config|plan|dataset|results|progress)\.json|metrics\.jsonl|startup\.csv|"
     r"trace/|trace/[^/]*\.pfw(\.gz)?|\.dlrm-io\.(lock|json)"
 )
 

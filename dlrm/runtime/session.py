@@ -27,6 +27,7 @@ from dlrm.runtime.signed_store import SignedStore
 T = TypeVar("T")
 _store: Any = None  # of the open session
 _here = Ranks()  # this rank in the open session
+_heartbeat: Heartbeat | None = None  # of the open session
 # A collective may take this many times --timeout: a rank that is slow (a full file system, a long
 # compilation) but sends its heartbeat is not lost.
 COLLECTIVE_TIMEOUT_FACTOR = 10
@@ -52,12 +53,12 @@ def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
     When the block raises, all ranks exit: those whose own code raised nothing raise LostRank, or are ended by
     their heartbeat. The error's attribute `shared` says that all ranks raise it alike.
     """
-    global _store, _here
+    global _store, _here, _heartbeat
     _here = here
     with trace.span("startup", "process_group"):
         device = choose_device(here)
         _store, processes = rendezvous(here, timeout)
-        heartbeat = Heartbeat(_store, here, processes, timeout)
+        heartbeat = _heartbeat = Heartbeat(_store, here, processes, timeout)
         try:
             dist.init_process_group(
                 accelerate.hooks.choose_backend(device),
@@ -119,6 +120,11 @@ def _exit_code_of(error: BaseException) -> int:
     if is_out_of_memory(error):
         return USAGE
     return {UserError: USAGE, Stopped: STOPPED}.get(type(error), 1)
+
+
+def list_silent_ranks(seconds: float) -> dict[int, tuple[str, float]]:
+    """On rank 0: host, and seconds, of the ranks without a heartbeat for so long. Not a collective."""
+    return _heartbeat.list_silent(seconds) if _heartbeat else {}
 
 
 def clone_store() -> SignedStore:

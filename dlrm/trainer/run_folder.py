@@ -29,7 +29,9 @@ from dlrm.config.parser import as_json
 
 METRICS = "metrics.jsonl"
 MAX_METRICS_BYTES = 4 << 30
-WRITTEN = ("config.json", "plan.json", "dataset.json", "results.json", METRICS)
+PROGRESS = "progress.json"
+PROGRESS_BYTES = 1024  # of progress.json, always: a reader never sees half of it
+WRITTEN = ("config.json", "plan.json", "dataset.json", "results.json", METRICS, PROGRESS)
 
 
 class RunFolder:
@@ -49,7 +51,8 @@ class RunFolder:
         self.launch: dict[str, Any] = {}
         self._bar: Any = None
         self._board: Any = None
-        self._metrics = -1  # descriptor
+        self._metrics = self._progress = -1  # descriptors
+        self._last_line = time.monotonic()  # when one was printed
         self._size = self._sum = 0  # bytes of metrics.jsonl, and their CRC-32
         self._locks: dict[str, FolderLock] = {}  # by the folder's real path
         self._locking = threading.Lock()  # the thread that writes checkpoints locks their folder
@@ -203,6 +206,45 @@ class RunFolder:
         if show_bar and self._first:
             self._bar = open_terminal_bar("train", "step", total_steps)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self._first
+
+    def quiet_seconds(self) -> float:
+        """Since the last line."""
+        return time.monotonic() - self._last_line
+
+    def write_progress(self, values: dict[str, Any]) -> None:
+        """progress.json: these numbers, and those of `start_progress`. A disk that is full is no error here:
+        the next line of metrics.jsonl will say so.
+        """
+        if self._output is None:
+            return
+        known = {
+            "total_steps": self._total_steps, "steps_before": self._steps_before, "started": self._started_at,
+        }  # fmt: skip
+        data = json.dumps(values | known).encode().ljust(PROGRESS_BYTES - 1)[: PROGRESS_BYTES - 1] + b"\n"
+        with contextlib.suppress(OSError):
+            if self._progress < 0:
+                os.close(self._output.open_growing(PROGRESS))  # made, and recorded as this program's own
+                flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._progress = os.open(self._output.folder / PROGRESS, flags)
+            os.pwrite(self._progress, data, 0)
+
+    def show_position(self, epoch: int, step: int, evaluating: bool) -> None:
+        """A line for someone who waits for the next report."""
+        doing = "evaluating" if evaluating else "no report yet"
+        self.print_line(
+            f"epoch {epoch} step {step}/{self._total_steps}: {doing}, eta {self._estimate_end(step)}"
+        )
+
+    def _estimate_end(self, step: int) -> timedelta:
+        """By the mean time of the steps that this launch has done."""
+        done, to_do = step - self._steps_before, self._total_steps - step
+        left = (time.time() - self._started_at) * to_do / done if done > 0 else 0
+        return timedelta(seconds=round(left))
+
     def log_metrics(self, **values: Any) -> None:
         """One line of metrics.jsonl, TensorBoard's scalars, and one line on stdout (or a step of the bar).
 
@@ -233,13 +275,9 @@ class RunFolder:
             self._bar.set_postfix_str(text)
             self._bar.update(values["step"] - self._bar.n)
             return
-        done = values["step"] - self._steps_before
-        to_do = self._total_steps - values["step"]
-        left = (time.time() - self._started_at) * to_do / done if done > 0 else 0
-        eta = timedelta(seconds=round(left))
-        self.print_line(
-            f"epoch {values['epoch']} step {values['step']}/{self._total_steps}: {text}, eta {eta}"
-        )
+        step = values["step"]
+        eta = self._estimate_end(step)
+        self.print_line(f"epoch {values['epoch']} step {step}/{self._total_steps}: {text}, eta {eta}")
 
     def print_warning(self, text: str) -> None:
         """One line on stderr."""
@@ -248,6 +286,7 @@ class RunFolder:
 
     def print_line(self, text: str) -> None:
         """One line on stdout, above the progress bar if there is one."""
+        self._last_line = time.monotonic()
         if self._first:
             if self._bar is not None and not self._bar.disable:
                 self._bar.write(text)
@@ -271,12 +310,13 @@ class RunFolder:
             if each is not None:
                 each.close()
         self._bar = self._board = None
-        if self._metrics >= 0:
-            os.close(self._metrics)
-            self._metrics = -1
-            if self._output:
-                with contextlib.suppress(UserError, OSError):  # full disk: the old list still holds
-                    self._output.record_files([METRICS])
+        for descriptor, name in ((self._metrics, METRICS), (self._progress, PROGRESS)):
+            if descriptor >= 0:
+                os.close(descriptor)
+                if self._output:
+                    with contextlib.suppress(UserError, OSError):  # full disk: the old list still holds
+                        self._output.record_files([name])
+        self._metrics = self._progress = -1
         for lock in self._locks.values():
             lock.release()
         self._locks.clear()
@@ -325,9 +365,15 @@ def _is_board_file(path: Path) -> bool:
     return path.name.startswith("events.out.tfevents.") and _is_recorded(path, lambda _: True)
 
 
+def _is_progress(data: bytes) -> bool:
+    return len(data) == PROGRESS_BYTES and {"step", "total_steps", "silent"} <= set(
+        parse_json(data, PROGRESS)
+    )
+
+
 RECORDED: dict[str, Callable[[bytes], bool]] = {
     "config.json": _is_config, "plan.json": _is_plan, "results.json": _is_results, METRICS: _is_metrics,
-    "mlperf.log": _is_mlperf_log,
+    PROGRESS: _is_progress, "mlperf.log": _is_mlperf_log,
 }  # fmt: skip
 
 

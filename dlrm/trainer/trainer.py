@@ -34,6 +34,7 @@ from dlrm.runtime.ranks import Ranks
 from dlrm.trainer import loop, mixed_precision
 from dlrm.trainer.checkpointing import CheckpointManager
 from dlrm.trainer.device import enable_fast_path
+from dlrm.trainer.live_progress import report_while_training
 from dlrm.trainer.loss_watch import LossWatch
 from dlrm.trainer.lr_schedule import set_lr
 from dlrm.trainer.meter import ThroughputMeter
@@ -296,10 +297,12 @@ class Trainer:
         self.loss_watch = LossWatch(total_steps)
         self.run_folder.start_progress(total_steps, self.progress.step, run.print_progress)
         self.mlperf_log.log_run_start(self.epoch_steps)
-        target_reached = loop.run_training(
-            self.pipeline, self.datasets.train, self.progress, limits, self.set_next_lr,
-            self.validate, self.log_metrics, self.meter, self.hooks, self.log_epoch,
-        )  # fmt: skip
+        silent = session.list_silent_ranks
+        with report_while_training(self.run_folder, self.progress, self.datasets, silent):
+            target_reached = loop.run_training(
+                self.pipeline, self.datasets.train, self.progress, limits, self.set_next_lr,
+                self.validate, self.log_metrics, self.meter, self.hooks, self.log_epoch,
+            )  # fmt: skip
         self.mlperf_log.log_run_stop(target_reached, self.count_epochs())
 
     @contextmanager
