@@ -11,6 +11,7 @@ import polars as pl
 from analysis.perfetto.convert import name_trace, new_trace
 from analysis.perfetto.tracks import ConversionSummary, name_process_track
 from analysis.run_folder import outputs
+from analysis.trace.arguments import count_moved_bytes
 from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.events import TraceReader, assign_ranks, read_heads
@@ -44,7 +45,8 @@ def convert_to_json(
             done.append(reader.process)
             positions = FilePositions()
             for block in reader:
-                offsets = positions.find_offsets(block, strings)[block.is_event()]
+                _, moved = count_moved_bytes(block, strings)
+                offsets = positions.find_offsets(block, strings, moved)[block.is_event()]
                 table = known[process.path].correct_frame(
                     make_event_frame(block, strings, paths, process.rank, COLUMNS)
                 )

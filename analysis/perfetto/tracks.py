@@ -228,7 +228,7 @@ class FileTracks:
         counter = keep & (block.cat == ID["counter"])
         self._write_counters(block, np.flatnonzero(counter))
         flow = self.flows.find_flows(block)
-        self.offsets = self.positions.find_offsets(block, shared.strings)
+        self.offsets = self.positions.find_offsets(block, shared.strings, amounts)
         self._resolve_files(block)
         instant = keep & (block.cat == ID["clock"])
         slices = keep & ~counter & ~instant

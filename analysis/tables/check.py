@@ -4,7 +4,8 @@ The run's count is in results.json: bytes_read and bytes_written, by rank and fi
 the read and write calls moved, by the same rank (its forked workers included) and file.
 A launch that was stopped leaves no results.json: the bytes that its spans declare are compared, of data
 (data/read) and of complete files of checkpoints (checkpoint/sync).
-What cannot be compared is named: bytes of mapped files, and files that the run does not count.
+What cannot be compared is named: bytes of mapped files, files that the run does not count, and those of the
+C library's streams, of which DFTracer does not record fprintf and fscanf.
 """
 
 import os
@@ -29,12 +30,13 @@ from common.errors import UserError, printable
 from common.inputs import read_json_object
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
-Moved = dict[tuple[int, str], int]  # (READ | WRITE | SPANS | MAPPED | SAVED, file) -> bytes
+Moved = dict[tuple[int, str], int]  # (READ, WRITE or one of these, file) -> bytes
 SPANS = 3  # as a direction: bytes that data/read spans declare
 MAPPED = 4  # the same of mapped files, whose pages no call reads
 SAVED = 5  # bytes of checkpoint files that checkpoint/sync spans declare
+STREAM = 6  # calls on streams, not bytes
 _DECLARED = {SPANS: ("read", READ), SAVED: ("written", WRITE)}  # and the calls that they are held against
-_NAMES = {READ: "read", WRITE: "written", MAPPED: "mapped"}
+_NAMES = {READ: "read", WRITE: "written", MAPPED: "mapped", STREAM: "stream"}
 # parts of paths of what every program loads; nobody asks whether those bytes are complete
 _PROGRAM = re.compile(r"/site-packages/|/python3[^/]*/|\.so(\.[0-9.]+)?$|\.pyc?$|^/(proc|sys|dev|etc|usr)/")
 
@@ -70,9 +72,9 @@ class UncheckedBytes:
     """What one rank moved that cannot be compared with a second count."""
 
     rank: int
-    direction: str  # "read", "written", "mapped"
+    direction: str  # "read", "written", "mapped", "stream"
     file: str
-    bytes: int
+    bytes: int  # of a stream the calls
 
 
 def check_run(
@@ -216,13 +218,17 @@ def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[i
 
 
 def _add_block(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], int]) -> None:
-    """Bytes of calls by file hash, and of spans data/read and checkpoint/sync by the file that they name."""
+    """Of calls the bytes, and those on streams, by file hash; bytes of spans data/read and checkpoint/sync by
+    the file that they name.
+    """
     kinds, amounts = count_moved_bytes(block, strings)
     spans = (block.cat == ID["data"]) & (block.name == ID["read"])
     declared = np.where(read_argument(block, ID["mapped"]) > 0, MAPPED, SPANS)
+    streams = (block.cat == ID["STDIO"]) & block.is_event()
     synced = (block.cat == ID["checkpoint"]) & (block.name == ID["sync"])
     for key, mine, kind, bytes_ in (
         (ID["fhash"], kinds > 0, kinds, amounts),
+        (ID["fhash"], streams, np.full(len(block), STREAM), np.ones(len(block), np.int64)),
         (ID["file"], spans, declared, read_argument(block, ID["bytes"])),
         (ID["file"], synced, np.full(len(block), SAVED), read_argument(block, ID["size"])),
     ):
@@ -320,15 +326,19 @@ def _format_unchecked(unchecked: list[UncheckedBytes]) -> list[str]:
         )
         lines += [f"  {printable(file)}: {amount:,} bytes" for file, amount in list(mapped.items())[:20]]
         lines += [f"  and {len(mapped) - 20} more"] if len(mapped) > 20 else []
-    for direction in ("read", "written"):
+    for direction in ("read", "written", "stream"):
         mine = [each for each in unchecked if each.direction == direction]
-        if mine:
-            names = sorted({_UNFINISHED.sub(r"\1", os.path.basename(each.file)) for each in mine})
-            shown = ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
-            lines.append(
-                f"not compared: {sum(each.bytes for each in mine):,} bytes {direction} of files that the run "
-                f"does not count, which are in the trace: {shown}"
-            )
+        if not mine:
+            continue
+        if direction == "stream":
+            what = "what fprintf and fscanf moved, which DFTracer does not record, of files used by streams"
+        else:
+            amount = sum(each.bytes for each in mine)
+            files = "files that the run does not count, which are in the trace"
+            what = f"{amount:,} bytes {direction} of {files}"
+        names = sorted({_UNFINISHED.sub(r"\1", os.path.basename(each.file)) for each in mine})
+        shown = ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+        lines.append(f"not compared: {what}: {shown}")
     return lines
 
 

@@ -148,7 +148,7 @@ def _split_block(
     events = make_event_frame(block, reader.strings, reader.paths, 0, columns)
     rows = block.is_event()
     if positions is not None:
-        events = _add_details(events, block, reader.strings, positions)
+        events = _add_details(events, block, moved, reader.strings, positions)
     mapped = read_argument(block, ID["mapped"]) > 0
     events = events.with_columns(pl.Series("moved", moved[rows]), pl.Series("mapped", mapped[rows]))
     meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
@@ -172,11 +172,18 @@ def _split_block(
 
 
 def _add_details(
-    events: pl.DataFrame, block: EventBlock, strings: StringTable, positions: FilePositions
+    events: pl.DataFrame,
+    block: EventBlock,
+    moved: np.ndarray,
+    strings: StringTable,
+    positions: FilePositions,
 ) -> pl.DataFrame:
-    """Adds those of DETAILS that are no columns of events yet. events: the rows of the block's events."""
+    """Adds those of DETAILS that are no columns of events yet.
+
+    events: the rows of the block's events. moved: bytes, of every row.
+    """
     rows = block.is_event()
-    followed = pl.Series("followed", positions.find_offsets(block, strings)[rows])
+    followed = pl.Series("followed", positions.find_offsets(block, strings, moved)[rows])
     found = [
         pl.Series(name, read_argument(block, strings.add(key), _NOT_THERE)[rows])
         for name, key in _INTEGERS.items()

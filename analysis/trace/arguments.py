@@ -9,13 +9,19 @@ from analysis.trace.strings import ID, StringTable, compiled
 NO_CALL, READ, WRITE = 0, 1, 2  # directions
 _DIRECTIONS = {"read": READ, "write": WRITE}
 _NOT_THERE = -(1 << 62)  # beyond what an argument can be
+# How calls of the C library's streams say what they moved; all others return it. fgetc and the like return
+# the character, getw and putw the word.
+_ITEMS, _CHARACTER, _WORD, _LENGTH = 1, 2, 3, 4
+_STREAM_CALLS = dict.fromkeys(("fread", "fwrite"), _ITEMS)
+_STREAM_CALLS |= dict.fromkeys(("fgetc", "getc", "fputc", "putc"), _CHARACTER)
+_STREAM_CALLS |= dict.fromkeys(("getw", "putw"), _WORD) | dict.fromkeys(("fgets", "fputs"), _LENGTH)
 
 
 def count_moved_bytes(block: EventBlock, strings: StringTable) -> tuple[np.ndarray, np.ndarray]:
     """Per event: NO_CALL, READ or WRITE (uint8), and the bytes that the call moved (int64).
 
-    A POSIX call returns its bytes. fread and fwrite return items; the size of one is their argument `size`.
-    Where a trace has no return value, the argument `bytes` counts.
+    A POSIX call returns its bytes; of streams see `_count_stream_bytes`. Where a trace has no return value,
+    the argument `bytes` counts.
     """
     is_call = block.is_event() & np.isin(block.cat, [ID[cat] for cat in CALLS])
     used = np.zeros(len(strings) + 1, np.bool_)
@@ -27,11 +33,30 @@ def count_moved_bytes(block: EventBlock, strings: StringTable) -> tuple[np.ndarr
     amounts = read_argument(block, ID["ret"], _NOT_THERE)
     amounts = np.where(amounts == _NOT_THERE, read_argument(block, ID["bytes"]), amounts)
     amounts = np.clip(amounts, 0, MAX_BYTES)
-    in_items = (block.cat == ID["STDIO"]) & (kinds != NO_CALL)
-    if in_items.any():
-        item = np.where(in_items, np.clip(read_argument(block, ID["size"], 1), 1, MAX_BYTES), 1)
-        amounts = np.minimum(amounts, MAX_BYTES // item) * item
+    streams = np.flatnonzero((block.cat == ID["STDIO"]) & (kinds != NO_CALL))
+    if len(streams):
+        amounts[streams] = _count_stream_bytes(block, strings, streams, amounts[streams])
     return kinds, np.where(kinds == NO_CALL, 0, amounts)
+
+
+def _count_stream_bytes(
+    block: EventBlock, strings: StringTable, events: np.ndarray, returned: np.ndarray
+) -> np.ndarray:
+    """The bytes that these reads and writes of streams moved. returned: int64, at least 0, one per event."""
+    ways = np.zeros(len(strings) + 1, np.uint8)
+    for number in np.unique(block.name[events]).tolist():
+        ways[number] = _STREAM_CALLS.get(strings.text(number).removesuffix("_unlocked"), 0)
+    way = ways[block.name[events]]
+    item = np.clip(read_argument(block, ID["size"], 1)[events], 1, MAX_BYTES)
+    items = np.minimum(returned, MAX_BYTES // item) * item
+    length = np.maximum(*(read_argument(block, ID[key])[events] for key in ("ret_len", "str_len")))
+    moved = np.select(
+        [way == _ITEMS, way == _CHARACTER, way == _WORD, way == _LENGTH],
+        [items, 1, 4, np.clip(length, 0, MAX_BYTES)],
+        returned,
+    )
+    failed = read_argument(block, ID["ret"])[events] == -1
+    return np.where(failed, 0, moved)
 
 
 def read_argument(block: EventBlock, key: int, missing: int = 0) -> np.ndarray:

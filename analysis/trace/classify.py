@@ -53,8 +53,16 @@ _OPS = [
     # their event names one of the two files only: what is copied from, and what is sent to
     (r"copy_file_range", "read"),
     (r"sendfile(64)?", "write"),
-    (r"(p?readv?(64)?(v2)?|fread(_unlocked)?|fgets|fgetc|mpi_file_i?read.*|h5dread.*)", "read"),
-    (r"(p?writev?(64)?(v2)?|fwrite(_unlocked)?|fputs|fputc|fprintf|mpi_file_i?write.*|h5dwrite.*)", "write"),
+    (
+        r"(p?readv?(64)?(v2)?|(fread|f?getc)(_unlocked)?|fgets|getline|getdelim|getw|mpi_file_i?read.*"
+        r"|h5dread.*)",
+        "read",
+    ),
+    (
+        r"(p?writev?(64)?(v2)?|(fwrite|f?putc)(_unlocked)?|fputs|putw|v?fprintf|mpi_file_i?write.*"
+        r"|h5dwrite.*)",
+        "write",
+    ),
     (r"(open(at)?(64)?|creat(64)?|f(d)?open(64)?|freopen(64)?|mpi_file_open|h5fopen|h5fcreate)", "open"),
     (r"(f?close|mpi_file_close|h5fclose)", "close"),
     (r"(l?seek(64)?|_?llseek|fseek(o)?(64)?|rewind|ftell(o)?(64)?)", "seek"),

@@ -2,7 +2,8 @@
 
 A descriptor's position moves with what is read and written through it. A trace names files, not descriptors:
 a position is known while a file has one descriptor in the process; and where it has several, for what a
-thread reads right after its own seek, as long as no other thread uses the file.
+thread reads right after its own seek, as long as no other thread uses the file. DFTracer does not record
+fprintf and fscanf: what they move is missing in the positions of streams.
 
 The compiled loop indexes by numbers of strings, which the scanner keeps below the length of the table.
 """
@@ -16,7 +17,8 @@ from analysis.trace.strings import ID, StringTable, compiled
 NOT_FOLLOWED, OPEN, CLOSE, SEEK, MOVE, LOSE = range(6)  # what a call does to a position
 _UNKNOWN = -1
 _APPEND = 0o2000  # of open(2)'s flags
-_ITEMS = ("fread", "fwrite", "fread_unlocked", "fwrite_unlocked")  # return items, not bytes
+# move the position, and do not say where to
+_LOSING = ("rewind", "ungetc", "fsetpos", "fprintf", "fscanf", "vfscanf")
 _OPERATIONS = {"open": OPEN, "close": CLOSE, "seek": SEEK, "read": MOVE, "write": MOVE}
 
 
@@ -28,12 +30,11 @@ class FilePositions:
         self.opened = np.empty(0, np.int32)  # descriptors
         self.seeker = np.empty(0, np.int64)  # the thread whose seek the position comes from
         self.actions = np.empty(0, np.uint8)  # by the number of the call's name
-        self.in_items = np.empty(0, np.bool_)
 
-    def find_offsets(self, block: EventBlock, strings: StringTable) -> np.ndarray:
+    def find_offsets(self, block: EventBlock, strings: StringTable, moved: np.ndarray) -> np.ndarray:
         """Per event (int64): where the read or write began; -1 where it says so itself, or nobody knows.
 
-        To be called while files are still named by their hashes.
+        moved: the bytes by `count_moved_bytes`. To be called while files are still named by their hashes.
         """
         found = np.full(len(block), _UNKNOWN, np.int64)
         calls = block.is_event() & ((block.cat == ID["POSIX"]) | (block.cat == ID["STDIO"]))
@@ -46,43 +47,42 @@ class FilePositions:
             self.opened = np.concatenate([self.opened, np.zeros(more, np.int32)])
             self.seeker = np.concatenate([self.seeker, np.zeros(more, np.int64)])
             self.actions = np.concatenate([self.actions, np.full(more, 255, np.uint8)])
-            self.in_items = np.concatenate([self.in_items, np.zeros(more, np.bool_)])
         used = np.zeros(len(self.actions), np.bool_)
         used[block.name[calls]] = True
         for number in np.flatnonzero(used & (self.actions == 255)).tolist():
-            name = strings.text(number)
-            self.actions[number] = _find_action(name)
-            self.in_items[number] = name in _ITEMS
+            self.actions[number] = _find_action(strings.text(number))
         _follow_positions(
             calls, block.name, block.tid, block.cat == ID["STDIO"], block.arg_begin, block.arg_key,
-            block.arg_kind, block.arg_val, _KEYS, self.actions, self.in_items, self.position, self.opened,
+            block.arg_kind, block.arg_val, _KEYS, _APPENDING, self.actions, moved, self.position, self.opened,
             self.seeker, found,
         )  # fmt: skip
         return found
 
 
 def _find_action(name: str) -> int:
-    if name.startswith(("fgets", "fgetc", "fputs", "fputc", "fprintf", "rewind", "ftell")):
-        return LOSE  # they do not say how many bytes, or where to
+    if name in _LOSING:
+        return LOSE
     return _OPERATIONS.get(find_operation(name), NOT_FOLLOWED)
 
 
-_KEYS = np.array([ID[key] for key in ("ret", "offset", "whence", "size", "flags", "fhash")], np.int32)
+_KEYS = np.array([ID[key] for key in ("ret", "offset", "whence", "flags", "fhash", "mode")], np.int32)
+_APPENDING = np.array([ID[mode] for mode in ("a", "ab", "ae", "a+", "ab+", "a+b")], np.int64)  # of fopen(3)
 
 
 @compiled
 def _follow_positions(
     calls, name, tid, stdio, arg_begin, arg_key, arg_kind, arg_val,
-    keys, actions, in_items, position, opened, seeker, found,
+    keys, appending, actions, moved, position, opened, seeker, found,
 ):  # fmt: skip
     """Fills `found`; changes `position`, `opened` and `seeker`.
 
-    keys: the numbers of ret, offset, whence, size, flags, fhash.
+    keys: the numbers of ret, offset, whence, flags, fhash, mode; appending: of the modes that append.
+    moved: bytes, of each event.
     """
     for i in range(len(calls)):
         if not calls[i] or actions[name[i]] == NOT_FOLLOWED:
             continue
-        action, ret, offset, whence, size, flags, file = actions[name[i]], -2, -1, -1, 1, 0, -1
+        action, ret, offset, whence, flags, file = actions[name[i]], -2, -1, -1, 0, -1
         has_offset = False
         for j in range(arg_begin[i], arg_begin[i + 1]):
             key, kind = arg_key[j], arg_kind[j]
@@ -95,11 +95,11 @@ def _follow_positions(
                 elif key == keys[2]:
                     whence = value
                 elif key == keys[3]:
-                    size = value
-                elif key == keys[4]:
                     flags = value
-            elif kind == STRING and key == keys[5]:
+            elif kind == STRING and key == keys[4]:
                 file = arg_val[j]
+            elif kind == STRING and key == keys[5] and (appending == arg_val[j]).any():
+                flags |= _APPEND
         if file < 0:
             continue
         if opened[file] > 1 and seeker[file] != tid[i]:
@@ -125,10 +125,7 @@ def _follow_positions(
                 seeker[file] = tid[i] if opened[file] > 1 else 0
         elif not has_offset and position[file] >= 0:
             found[i] = position[file]
-            moved = ret
-            if in_items[name[i]]:
-                moved = ret * size if 0 <= size < 1 << 30 and ret < 1 << 30 else -2
-            if ret == -2 or moved > MAX_WHOLE - position[file]:
+            if moved[i] > MAX_WHOLE - position[file] or (ret == -2 and moved[i] == 0):
                 position[file] = _UNKNOWN
-            elif moved > 0:
-                position[file] += moved
+            else:
+                position[file] += moved[i]

@@ -30,7 +30,8 @@ KNOWN = (
     "file", "bytes", "name", "POSIX", "STDIO", "counter", "clock", "dftracer", "data", "read", "train",
     "barrier", "num_events", "CM", "FH", "HH", "SH", "thread_name", "start", "end", "fname", "size",
     "whence", "flags",
-    "mapped", "checkpoint", "sync",
+    "mapped", "checkpoint", "sync", "ret_len", "str_len", "mode",
+    "a", "ab", "ae", "a+", "ab+", "a+b",
 )  # fmt: skip
 ID = {text: number for number, text in enumerate(KNOWN)}
 MAX_STRINGS = 200_000  # beyond this, new values are not kept: memory is bounded

@@ -1,14 +1,19 @@
 """The bytes of a call, which the check, the tables and the bandwidth counters must count alike."""
 
+import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import traced
 from support.made_traces import BEGIN, Made
 
 from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.tables import answers, check
-from analysis.tables.gather import gather_tables
+from analysis.tables.gather import gather_tables, plan_launches
+from analysis.tables.read import read_rank
 from analysis.trace.arguments import READ, WRITE, count_moved_bytes
 from analysis.trace.events import TraceReader
 from analysis.trace.source import FileSource
@@ -16,6 +21,14 @@ from analysis.trace.strings import StringTable
 from analysis.trace.windows import spread_bytes
 
 FILE = "/data/day_0"
+STREAMS = """
+import ctypes
+trace.start_tracing(run, here, "train")
+library = ctypes.CDLL(f"{run}/streams.so")
+library.write_stream(f"{run}/text".encode())
+library.read_stream(f"{run}/text".encode())
+trace.stop_tracing()
+"""
 
 
 def test_bytes_of_every_kind_of_call(tmp_path: Path) -> None:
@@ -37,7 +50,9 @@ def test_bytes_of_every_kind_of_call(tmp_path: Path) -> None:
     assert dict(calls.select("op", "bytes").iter_rows()) == expected
 
     ((_, by_rank),) = check.sum_by_launch(FileSource(tmp_path))
-    assert by_rank[0] == {(READ, FILE): expected["read"], (WRITE, FILE): expected["write"]}
+    assert by_rank[0] == {
+        (READ, FILE): expected["read"], (WRITE, FILE): expected["write"], (check.STREAM, FILE): 2,
+    }  # fmt: skip
 
     strings, counter = StringTable(), BandwidthCounter(BEGIN)
     (path,) = (tmp_path / "trace").iterdir()
@@ -52,3 +67,30 @@ def test_bytes_are_spread_over_the_time_of_the_call() -> None:
     spread_bytes(starts, ends, np.array([200, 7, 9, 40, 52]), 10, sums)
     before, after = 40, 52  # what is outside of the windows counts in the first and in the last one
     assert sums.tolist() == pytest.approx([50 + before, 100 + 7, 50 + 9, after])
+
+
+def test_streams_of_the_c_library_move_the_bytes_of_the_file(tmp_path: Path) -> None:
+    """Characters and lines too; and each call begins where the last one ended, but for the appended ones."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    run = tmp_path / "run"
+    run.mkdir()
+    source = traced.ROOT / "tests/support/streams.c"
+    subprocess.run([compiler, "-O0", "-shared", "-fPIC", "-o", run / "streams.so", source], check=True)
+    traced.run(run, STREAMS)
+    size = (run / "text").stat().st_size
+    ((_, by_rank),) = check.sum_by_launch(FileSource(run))
+    assert [by_rank[0][kind, str(run / "text")] for kind in (READ, WRITE)] == [size, size]
+    (run / "results.json").write_text(json.dumps({"bytes_written": {"0": {str(run / "text"): size}}}))
+    assert "fprintf and fscanf moved, which DFTracer does not record, of files used by streams: text\n" in (
+        check.format_check(*check.check_run(run))
+    )
+    (job,) = plan_launches(FileSource(run))
+    calls = read_rank(job.rank, job.files, job.clock, details=True).calls.sort("ts", maintain_order=True)
+    calls = calls.filter((calls["file"] == str(run / "text")) & calls["op"].is_in(["read", "write"]))
+    for op, before in (("read", 0), ("write", 1)):
+        mine = calls.filter(calls["op"] == op)
+        ends = mine["size"].cum_sum().to_list()
+        followed = mine["position"].to_list()
+        assert followed == ([0, *ends][: len(mine) - before] + [None] * before) and len(mine) > 7
