@@ -11,7 +11,6 @@ import polars as pl
 from analysis.report.facts import TRAIN, Facts
 from analysis.report.page import format_seconds
 
-S = 1e6
 CUT = (*TRAIN, "preprocess")  # phases that are cut by what the main thread did; the others count whole
 WHOLE = {"startup": "startup", "evaluation": "evaluate", "checkpoints": "checkpoint"}
 LABELS = {
@@ -64,43 +63,18 @@ def sum_parts(f: Facts) -> dict[str, float]:
 def limit_storage(f: Facts) -> dict[str, float]:
     """Of each part the seconds that storage without any delay would save at most.
 
-    Ranks wait for each other at every step, so a step costs what its slowest rank waits. A checkpoint's I/O
-    counts on any thread, unless compute or communication hides it.
+    A checkpoint's I/O counts on any thread, unless compute or communication hides it.
     """
-    steps = _waiting_in_steps(f)
+    stall = pl.col("io_s") + pl.col("wait_s")
     found = {
-        name: _longest_rank(f, pl.col("io_s") + pl.col("wait_s"), phase)
-        for name, phase in (*WHOLE.items(), ("other", "other"))
+        name: f.longest_rank_seconds(stall, phase) for name, phase in (*WHOLE.items(), ("other", "other"))
     }
-    found["checkpoints"] = _longest_rank(
-        f, pl.max_horizontal("io_not_hidden_s", pl.col("io_s") + pl.col("wait_s")), "checkpoint"
-    )
-    stall = pl.col("io_s") + pl.col("wait_s") - pl.col("in_steps_s").fill_null(0.0)
-    in_steps = steps.group_by("launch", "rank").agg((pl.col("us").sum() / S).alias("in_steps_s"))
-    outside = _longest_rank(f, stall.clip(0), *CUT, more=in_steps)
-    by_step = steps.group_by("launch", "epoch", "step").agg(pl.col("us").max())
-    found["waiting"] = outside + float(by_step["us"].sum()) / S
+    found["checkpoints"] = f.longest_rank_seconds(pl.max_horizontal("io_not_hidden_s", stall), "checkpoint")
+    found["waiting"] = f.limit_waiting(*CUT)
     if _records_all_io(f):  # ranks also wait for a loader that computes: not for storage
         of_all_ranks = f.launched.filter(pl.col("phase").is_in(CUT))
         found["waiting"] = min(found["waiting"], float(of_all_ranks["io_all_s"].sum()))
     return found
-
-
-def _waiting_in_steps(f: Facts) -> pl.DataFrame:
-    """launch, rank, epoch, step, us: what each rank waited in each numbered step."""
-    steps = f.joined["steps"].filter(pl.col("step").is_not_null())
-    us = (pl.col("wait_us") + pl.col("io_us")).alias("us")
-    return steps.select("launch", "rank", "epoch", "step", us)
-
-
-def _longest_rank(f: Facts, amount: pl.Expr, *phases: str, more: pl.DataFrame | None = None) -> float:
-    """Of each launch the rank with most of it, added up."""
-    rows = f.launched.filter(pl.col("phase").is_in(phases))
-    rows = rows.group_by("launch", "rank").agg(pl.col("io_s", "wait_s", "io_not_hidden_s").sum())
-    if more is not None:
-        rows = rows.join(more, on=["launch", "rank"], how="left")
-    most = rows.select("launch", amount.alias("amount")).group_by("launch").agg(pl.col("amount").max())
-    return float(most["amount"].sum())
 
 
 def _records_all_io(f: Facts) -> bool:

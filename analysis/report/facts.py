@@ -145,6 +145,43 @@ class Facts:
         found = self.launched.filter(pl.col("phase").is_in(phases)) if phases else self.launched
         return float((found[column] / found["ranks"]).sum())
 
+    def longest_rank_seconds(self, amount: pl.Expr, *phases: str, more: pl.DataFrame | None = None) -> float:
+        """Of each launch the rank with most of it, added up. more: columns by launch and rank."""
+        rows = self.launched.filter(pl.col("phase").is_in(phases))
+        rows = rows.group_by("launch", "rank").agg(pl.col("io_s", "wait_s", "io_not_hidden_s").sum())
+        if more is not None:
+            rows = rows.join(more, on=["launch", "rank"], how="left")
+        most = rows.select("launch", amount.alias("amount")).group_by("launch").agg(pl.col("amount").max())
+        return float(most["amount"].sum())
+
+    @cached_property
+    def waited_in_steps(self) -> pl.DataFrame:
+        """launch, epoch, step, us: what the rank that waits longest for data waits in each numbered step.
+
+        Ranks wait for each other at every step, so that is what the step costs all of them.
+        """
+        return self._waited_by_ranks().group_by("launch", "epoch", "step").agg(pl.col("us").max())
+
+    def _waited_by_ranks(self) -> pl.DataFrame:
+        steps = self.joined["steps"].filter(pl.col("step").is_not_null())
+        us = (pl.col("wait_us") + pl.col("io_us")).alias("us")
+        return steps.select("launch", "rank", "epoch", "step", us)
+
+    def limit_waiting(self, *phases: str) -> float:
+        """Seconds that these phases of steps would save at most if nothing was waited for data."""
+        in_steps = self._waited_by_ranks().group_by("launch", "rank").agg(pl.col("us").sum() / 1e6)
+        outside = (pl.col("io_s") + pl.col("wait_s") - pl.col("us").fill_null(0.0)).clip(0)
+        rest = self.longest_rank_seconds(outside, *phases, more=in_steps)
+        return rest + float(self.waited_in_steps["us"].sum()) / 1e6
+
+    def reads_longer(self, rank: int, times: float) -> bool:
+        """Whether this rank's reads of the training's data take so many times as long as the others'."""
+        ops = self.joined["ops"].filter((pl.col("op") == "read") & pl.col("phase").is_in(TRAIN))
+        own = ops.filter(pl.col("file").is_in(self.data_reads(*TRAIN)["file"].unique().implode()))
+        by_rank = dict(own.group_by("rank").agg(pl.col("us").sum()).iter_rows())
+        others = [float(by_rank.get(each, 0)) for each in self.ranks["rank"] if each != rank]
+        return float(by_rank.get(rank, 0)) > times * sum(others) / max(1, len(others))
+
     def exposed_seconds(self) -> float:
         """Seconds of I/O and of waiting for data per rank that nothing hides, start-up left out."""
         work = self.launched.filter(pl.col("phase") != "startup")

@@ -80,7 +80,7 @@ def format_cell(name: str, value: Any) -> str:
         return format_size(value)
     if name.endswith("_share"):
         return f"{value:.1%}"
-    if name.endswith("_s") and name != "MB_per_s" or name == "seconds":
+    if name.endswith("_s") and not name.endswith("MB_per_s") or name == "seconds":
         return format_seconds(value)
     if name.endswith("_us") or name in ("us", "dur"):
         return format_seconds(value / 1e6)
@@ -94,7 +94,7 @@ def format_cell(name: str, value: Any) -> str:
 def format_heading(name: str) -> str:
     """The cells carry their own units, so the heading needs none."""
     known = name.removesuffix("_us") if name.endswith("_us") else name
-    known = name.removesuffix("_s") if name.endswith("_s") and name != "MB_per_s" else known
+    known = name.removesuffix("_s") if name.endswith("_s") and not name.endswith("MB_per_s") else known
     return {"us": "time", "dur": "time"}.get(known, known).replace("_", " ")
 
 

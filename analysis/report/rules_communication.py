@@ -9,6 +9,7 @@ import polars as pl
 
 from analysis.report.facts import TRAIN, Facts, Finding
 from analysis.report.page import format_seconds
+from analysis.report.rules_time import find_slow_rank
 from analysis.tables.collectives import estimate_clock_error, join_collectives
 
 COMMUNICATION = 0.05  # of the training, that is waiting for a rank, or transfer
@@ -75,7 +76,10 @@ def find_waiting_for_ranks(f: Facts) -> Finding | None:
     if share >= ALWAYS_LAST:
         who = f"for {share:.0%} of it rank {rank} is the last to come"
         remedy = "Find out what that rank does longer: the table of ranks says of which kind."
-        if f.is_own_run:
+        slow = find_slow_rank(f)
+        if slow and slow.evidence["rank"] == rank and slow.evidence["mostly"] in ("wait", "io"):
+            remedy = "That rank waits for its data meanwhile: make those come in faster."
+        elif f.is_own_run:
             remedy += " A plan of your own (--sharding_file) can take tables from it."
     else:
         who = f"no rank is always the last (most often rank {rank}, for {share:.0%} of that time)"

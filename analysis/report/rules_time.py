@@ -11,7 +11,9 @@ PRESSURE, PRESSED_PART, PRESSED_IN_A_ROW, LEAST_RANGES = 0.2, 0.5, 4, 10
 SLOW_RANK = 1.25  # times the others' part of a step
 IO_UNEVEN = 0.3  # of the time in I/O of the rank with most
 STARTUP = 0.1  # of the run
+OWN_CALLS = 0.2  # of what the main thread waits: then the sentence says how long its own file calls take
 READING = 0.1  # of the time that is waited: if reading is less, something else keeps the data back
+KIND_WORDS = {"wait": "waiting for data", "io": "I/O", "copy": "copying"}
 LATE, LATE_PART, LEAST_STEPS = 3.0, 0.02, 20  # times the median step; of the training
 
 
@@ -24,7 +26,7 @@ def find_waiting(f: Facts) -> Finding | None:
     evidence: dict[str, object] = {"stall_s": stall, "wall_s": wall}
     name, size_text = "its data", ""
     remedy = "Let the loader prefetch further ahead, or put the data on faster storage."
-    reads = f.data_reads(*TRAIN).sort("seconds", descending=True)
+    reads = _list_waited_reads(f)
     if len(reads):
         name = str(reads["file"][0])
         mean = float(reads["bytes"].sum()) / max(1, int(reads["count"].sum()))
@@ -50,15 +52,35 @@ def find_waiting(f: Facts) -> Finding | None:
         elif f.is_own_run:
             remedy = "Raise --prefetch_batches, stage the data on the node, or hold it in memory."
     of = "training" if len(f.joined["steps"]) else "run"
-    text = f"{stall / wall:.0%} of the {of}'s time is waiting for data, most of all for {name}{size_text}."
+    own = f.mean_seconds("io_s", *TRAIN)
+    calls = ""
+    if OWN_CALLS * stall < own < stall:
+        calls = f", or file calls of the main thread ({format_seconds(own)})"
+    text = (
+        f"{stall / wall:.0%} of the {of}'s time is waiting for data{calls}, most of all for "
+        f"{name}{size_text}."
+    )
     steps = f.joined["steps"].filter(pl.col("wait_us") + pl.col("io_us") > 0)
     evidence |= _show_step(steps, pl.col("wait_us") + pl.col("io_us"))
-    return Finding("waiting", stall, text, remedy, evidence)
+    return Finding("waiting", f.limit_waiting(*TRAIN), text, remedy, evidence)
+
+
+def _list_waited_reads(f: Facts) -> pl.DataFrame:
+    """The reads that the training waits for, by file, those that take longest first: of tables in files, or
+    of the dataset.
+    """
+    reads = f.data_reads(*TRAIN).sort("seconds", descending=True)
+    waits = f.joined["spans"].filter((pl.col("kind") == "wait") & pl.col("cat").is_in(["data", "ssd"]))
+    by_cat = dict(waits.group_by("cat").agg(pl.col("us").sum()).iter_rows())
+    if not by_cat:
+        return reads
+    of_tables = by_cat.get("ssd", 0) > by_cat.get("data", 0)
+    return reads.filter(pl.col("file").str.ends_with(TABLE_FILE) == of_tables)
 
 
 def _reads_little(f: Facts, stall: float) -> bool:
     """Whether reading is a small part of what the training waits for: then faster storage wins nothing."""
-    reads = f.data_reads(*TRAIN)
+    reads = _list_waited_reads(f)
     return 0 < float(reads["seconds"].sum()) / max(1, f.breakdown.height) < READING * stall
 
 
@@ -89,7 +111,9 @@ def find_persistent_pressure(f: Facts) -> Finding | None:
     longest = max([0, *(len(run) for run in "".join("x" if each else " " for each in pressed).split())])
     if pressed.sum() <= PRESSED_PART * len(pressed) or longest < PRESSED_IN_A_ROW:
         return None
-    seconds = float(ranges.filter(pressed).select(stall.sum()).item()) / max(1, f.ranks.height)
+    found = ranges.select("from_step", pressed.alias("pressed"))
+    steps = f.waited_in_steps.sort("step").join_asof(found, left_on="step", right_on="from_step")
+    seconds = float(steps.filter("pressed")["us"].sum()) / 1e6
     text = (
         f"The training waits for data all the time: in {pressed.sum()} of its {len(pressed)} ranges of steps "
         f"for {PRESSURE:.0%} or more. Data come in more slowly than they are used, so no queue can hide it."
@@ -99,7 +123,7 @@ def find_persistent_pressure(f: Facts) -> Finding | None:
         remedy = _advise_loader(f)
     elif f.is_own_dlrm:
         remedy = "Raise what comes in: hold the dataset in memory (--source memory), or stage it on the node."
-        reads = f.data_reads(*TRAIN).sort("seconds", descending=True)
+        reads = _list_waited_reads(f)
         if len(reads) and str(reads["file"][0]).endswith(TABLE_FILE):
             remedy = "The rows of tables in files come in too slowly: raise --cache_memory_budget_mb."
     evidence: dict[str, object] = {"ranges": len(pressed), "pressed": int(pressed.sum()), "in_a_row": longest}
@@ -128,16 +152,30 @@ def find_slow_rank(f: Facts) -> Finding | None:
     host = next((p.host for p in f.joined.processes if p.rank == late["rank"]), "")
     text = (
         f"Rank {late['rank']}{f' on {host}' if host else ''} needs {late['own_ms']:.3g} ms for its own part "
-        f"of a step, the others {own:.3g} ms: mostly more {what}. The others wait for it in communication."
+        f"of a step (median), the others {own:.3g} ms: mostly more {KIND_WORDS.get(what, what)}. The others "
+        "wait for it in communication."
     )
-    remedy = {
-        "wait": "Look at that host's storage and at which files this rank reads.",
-        "io": "Look at that host's storage and at which files this rank reads.",
-    }.get(what, "Look at that host's processor and neighbours; balance the plan if it gives this rank more.")
+    remedy = "Look at that host's processor and neighbours; balance the plan if it gives this rank more."
+    if what in ("wait", "io"):
+        remedy = _advise_late_reader(
+            f, late["rank"], "Look at that host's storage and at which files this rank reads."
+        )
     evidence = {"rank": late["rank"], "own_ms": late["own_ms"], "others_ms": own, "mostly": what}
     mine = f.joined["steps"].filter(pl.col("rank") == late["rank"])
     evidence |= _show_step(mine, pl.col("wall_us") - pl.col("communication_us"))
     return Finding("slow_rank", lost, text, remedy, evidence)
+
+
+def _advise_late_reader(f: Facts, rank: int, remedy: str) -> str:
+    """The remedy, if this rank's reads take longer. If not, data come in as slowly for all ranks: the one
+    whose queue is empty waits, and the others' fill up meanwhile.
+    """
+    if f.reads_longer(rank, SLOW_RANK):
+        return remedy
+    return (
+        "Its reads take no longer than the others': data come in as slowly for all ranks, and those that "
+        "wait for this one find theirs ready meanwhile. Make data come in faster for all."
+    )
 
 
 def find_io_imbalance(f: Facts) -> Finding | None:
@@ -157,6 +195,9 @@ def find_io_imbalance(f: Facts) -> Finding | None:
         f"hides, the rank with the least {format_seconds(least)}."
     )
     remedy = "Give the ranks equal parts of the data and of the writing; look at that rank's host and files."
+    waited = dict(f.ranks.select("rank", "wait_s").iter_rows())
+    if waited and 2 * (waited.get(top["rank"], 0.0) - min(waited.values())) > top["seconds"] - least:
+        remedy = _advise_late_reader(f, top["rank"], remedy)
     evidence = {"rank": top["rank"], "most_s": top["seconds"], "least_s": least}
     mine = f.requests.filter(pl.col("rank") == top["rank"])
     return Finding("io_imbalance", gain, text, remedy, evidence | show_longest(mine))
@@ -180,9 +221,10 @@ def find_slow_startup(f: Facts) -> Finding | None:
         else ""
     )
     name = {"first step": "the first step itself", "between": "what no span covers"}.get(part, part)
+    their = "its" if jobs == 1 else "their"
     text = (
         f"{'The first step ends' if jobs == 1 else f'The first steps of {jobs} launches end'} after "
-        f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; its "
+        f"{format_seconds(first)}{'' if jobs == 1 else ' in all'}, {first / wall:.0%} of the run; {their} "
         f"longest part is {name}, {format_seconds(long)}{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."

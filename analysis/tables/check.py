@@ -38,7 +38,9 @@ STREAM = 6  # calls on streams, not bytes
 _DECLARED = {SPANS: ("read", READ), SAVED: ("written", WRITE)}  # and the calls that they are held against
 _NAMES = {READ: "read", WRITE: "written", MAPPED: "mapped", STREAM: "stream"}
 # parts of paths of what every program loads; nobody asks whether those bytes are complete
-_PROGRAM = re.compile(r"/site-packages/|/python3[^/]*/|\.so(\.[0-9.]+)?$|\.pyc?$|^/(proc|sys|dev|etc|usr)/")
+_PROGRAM = re.compile(
+    r"/site-packages/|/python3[^/]*/|\.so(\.[0-9.]+)?$|\.pyc?$|\.nb[ci]$|^/(proc|sys|dev|etc|usr)/"
+)
 
 # the name under which common/owned.py writes a file until it is complete, and the file's own in it
 _UNFINISHED = re.compile(r"(?:\.(?!dlrm-io))?(.+)\.[0-9a-f]{16}\.partial")

@@ -110,9 +110,13 @@ def find_gaps(j: JoinedTables) -> list[tuple[float, float]]:
 
 
 def list_checkpoints(j: JoinedTables) -> pl.DataFrame:
-    """A row per checkpoint span: rank, what it did, when, for how long, bytes and MB/s."""
+    """A row per checkpoint span: rank, what it did, when, for how long, bytes and MB/s.
+
+    A save has no rate: a thread writes its bytes after the span.
+    """
     at = ((pl.col("ts") - j["time"]["ts"].min()) / S).alias("at_s")
-    rate = pl.when(pl.col("dur") > 0).then(pl.col("bytes") / pl.col("dur")).alias("MB_per_s")
+    rated = (pl.col("dur") > 0) & (pl.col("name") != "save")
+    rate = pl.when(rated).then(pl.col("bytes") / pl.col("dur")).alias("MB_per_s")
     found = j["marks"].filter(pl.col("cat") == "checkpoint").sort("ts", "rank", "name")
     return found.select(
         "rank", "name", "step", at, (pl.col("dur") / S).alias("seconds"), "bytes", rate, "file"

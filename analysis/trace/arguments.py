@@ -12,9 +12,10 @@ _NOT_THERE = -(1 << 62)  # beyond what an argument can be
 # How calls of the C library's streams say what they moved; all others return it. fgetc and the like return
 # the character, getw and putw the word.
 _ITEMS, _CHARACTER, _WORD, _LENGTH = 1, 2, 3, 4
-_STREAM_CALLS = dict.fromkeys(("fread", "fwrite"), _ITEMS)
-_STREAM_CALLS |= dict.fromkeys(("fgetc", "getc", "fputc", "putc"), _CHARACTER)
-_STREAM_CALLS |= dict.fromkeys(("getw", "putw"), _WORD) | dict.fromkeys(("fgets", "fputs"), _LENGTH)
+_STREAM_CALLS: dict[str, int] = {
+    "fread": _ITEMS, "fwrite": _ITEMS, "fgetc": _CHARACTER, "getc": _CHARACTER, "fputc": _CHARACTER,
+    "putc": _CHARACTER, "getw": _WORD, "putw": _WORD, "fgets": _LENGTH, "fputs": _LENGTH,
+}  # fmt: skip
 
 
 def count_moved_bytes(block: EventBlock, strings: StringTable) -> tuple[np.ndarray, np.ndarray]:

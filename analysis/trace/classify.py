@@ -23,7 +23,7 @@ _EXCHANGE = (
 _MOVES = r".*(read|open|load|fetch|get_sample|write|save).*"
 _SPANS = [  # category, name, kind; the first that matches wins
     (r"counter|clock|dftracer", r".*", None),
-    (r"data", r"wait", "wait"),
+    (r"data|ssd", r"wait", "wait"),
     (r"data", r"read", "io"),
     (r"data", r"assemble", "compute"),
     (r"checkpoint", r"write|load|read", "io"),

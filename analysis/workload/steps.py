@@ -232,11 +232,12 @@ def _divide_periods(
     """
     begin = steps["ts"].to_numpy()
     end = begin + steps["period_us"].to_numpy()
+    for_data = (pl.col("kind") == "wait") & (pl.col("cat") != "ssd")  # what tables in files cost stays
     taken, covered, amounts = pause, np.zeros(len(begin), np.int64), []
     empty = (np.zeros(0, np.int64), np.zeros(0, np.int64))
     for more in (
         empty,
-        find_stretches(main, pl.col("kind") == "wait"),
+        find_stretches(main, for_data),
         calls,
         find_stretches(main, pl.col("kind") == "communication"),
     ):
@@ -244,7 +245,7 @@ def _divide_periods(
         now = measure_covered_time(taken, end) - measure_covered_time(taken, begin)
         amounts.append(pl.Series(now - covered, dtype=pl.Int64))
         covered = now
-    waiting = main.filter((pl.col("kind") == "wait") & pl.Series(_is_outside(pause, main["ts"].to_numpy())))
+    waiting = main.filter(for_data & pl.Series(_is_outside(pause, main["ts"].to_numpy())))
     at = np.searchsorted(begin, waiting["ts"].to_numpy(), side="right") - 1
     at = at[(at >= 0) & (waiting["ts"].to_numpy() < end[at])] if len(end) else at[:0]
     waits = pl.Series(np.bincount(at, minlength=len(begin)), dtype=pl.Int64)

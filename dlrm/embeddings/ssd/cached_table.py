@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,19 @@ import torch
 from dlrm.embeddings.ssd.row_cache import NONE, SLOT_BYTES, AdmissionResult, CacheFull, LookupResult, RowCache
 from dlrm.embeddings.ssd.row_file import BUFFER_BYTES, MAX_CALL_BYTES, RowFile
 from dlrm.embeddings.ssd.snapshot import SnapshotSlice, TableSnapshot
+from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 
 NO_ROWS = np.empty(0, np.int64)
 COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
+
+
+def _wait_for(work: Future[Any]) -> Any:
+    """The result of what the I/O thread does. A span says how long it was waited for: that is no compute."""
+    if work.done():
+        return work.result()
+    with trace.span("ssd", "wait"):
+        return work.result()
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class CachedTable:
         """
         prefetched, self._prefetched = self._prefetched, None
         lookup, read_rows, values = (
-            prefetched.result() if prefetched else (None, NO_ROWS, self._read_slots(NO_ROWS))
+            _wait_for(prefetched) if prefetched else (None, NO_ROWS, self._read_slots(NO_ROWS))
         )
         try:
             new = self.cache.admit_rows(ids, will_update, lookup)
@@ -181,7 +191,7 @@ class CachedTable:
         """Wait until evicted rows are in the file; raises the I/O thread's UserError if they are not."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.result()
+            _wait_for(writing)
 
     def discard_cached_rows(self) -> None:
         """Empty the cache without writing: the file's rows are about to be replaced."""

@@ -25,6 +25,8 @@ def test_latency_buckets_are_close() -> None:
         ("torchrec", "copy_batch_to_gpu", "copy"),
         ("torchrec", "next_batch", None),
         ("data", "wait", "wait"),
+        ("ssd", "wait", "wait"),  # for rows of tables in files, inside of
+        ("ssd", "fetch", None),
         ("checkpoint", "save", None),
         ("comm", "all_reduce", "communication"),
         ("dataloader", "fetch.iter", "wait"),

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made.posix("lseek64", 20_500, 700, f"{LONG}/day_0_dense.npy", 7, ret=1 << 40)
         made.posix("read", 22_000, 800, f"{LONG}/day_0_dense.npy", 7, ret=1 << 20)
         made.posix("write", 505_000, 4_000, f"{SAVED}_{rank}.safetensors", ret=50 << 20, cat="STDIO")
-        made.span("checkpoint", "save", 504_000, 6_000, step=40)
+        made.span("checkpoint", "save", 504_000, 6_000, step=40, bytes=50 << 20)
         made.span("eval", "evaluate", 511_000, 9_000, split="val")
         made.write(folder)
     config = {
@@ -196,6 +196,16 @@ def test_a_seek_has_no_size_and_start_up_is_apart(run: Path) -> None:
     assert slowest.filter(pl.col("name") == "write")["size"].to_list() == [50 << 20] * 2
     assert not slowest["file"].str.ends_with(".pyc").any()
     assert pl.read_csv(run / "tables" / "slowest_startup.csv")["dur"].to_list() == [900, 900]
+
+
+def test_rates_are_no_times_and_a_save_has_none(run: Path) -> None:
+    """A save on the main thread is over before its bytes are written."""
+    page = (run / "report.html").read_text()
+    assert ">read MB per s<" in page and ">write MB per s<" in page
+    timeline = pl.read_csv(run / "tables" / "timeline.csv")["read_MB_per_s"].to_list()
+    assert f">{max(timeline[:60]):.4g}<" in page
+    saves = pl.read_csv(run / "tables" / "checkpoints.csv")
+    assert saves["bytes"].to_list() == [50 << 20] * 2 and saves["MB_per_s"].null_count() == 2
 
 
 def test_no_epoch_is_longer_than_the_run(run: Path) -> None:

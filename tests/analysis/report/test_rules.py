@@ -254,7 +254,9 @@ def test_hints_are_no_metadata(tmp_path: Path) -> None:
 
 def test_a_file_of_a_table_is_told_once(tmp_path: Path) -> None:
     """Small rows at random, read and written: no advice about larger batches or larger files."""
-    made = make_waiting()
+    made = make_waiting(wait=0)
+    for step in range(40):  # for rows of tables, inside of the forward pass
+        made.span("ssd", "wait", 10_500 + step * 12_010, 3_000)
     for name in ("pread64", "pwrite64"):
         made.requests(name, "/store/t_0.rows", 2000, 548, 100, place=at_random(2000, 548))
     found = {f.rule: f for f in find_in_runs(tmp_path, made)}
@@ -275,6 +277,20 @@ def test_waiting_and_transfer_of_a_planted_collective(tmp_path: Path) -> None:
         and finding.evidence["share"] == 1
         and finding.evidence["clock_error_us"] == 0
     )
+
+
+def test_a_rank_that_waits_though_its_reads_are_as_quick_is_not_blamed(tmp_path: Path) -> None:
+    """The others' queues fill up while they wait for it; what is waited costs all ranks, at every step."""
+    found = {}
+    for read_us in (200, 900):  # of rank 1, which waits
+        made = [training(0, 2, wait=100), training(1, 2, wait=6_000, read_us=read_us)]
+        found[read_us] = {f.rule: f for f in find_in_runs(tmp_path / str(read_us), *made)}
+    assert "no longer than the others'" in found[200]["slow_rank"].remedy
+    assert "that host's storage" in found[900]["slow_rank"].remedy
+    for each in found.values():
+        assert "waits for its data" in each["waiting_for_ranks"].remedy
+        assert each["waiting"].seconds == pytest.approx(40 * 0.006)
+        assert each["persistent_pressure"].seconds == pytest.approx(40 * 0.006)
 
 
 def test_waits_within_the_error_of_the_clocks_are_neither(tmp_path: Path) -> None:
