@@ -8,7 +8,8 @@
 #        qsub -v "DATASET_DIR=...,WORKDIR=..." 3_train.sh
 #        DATASET_DIR=... ./3_train.sh [OPTION...]      here and now
 #        DATASET_DIR=... ./3_train.sh --submit         qsub with site.sh's DLRM_QSUB
-# options:   those of python -m dlrm.train, whose --help lists them (source env.sh first)
+# options:   those of python -m dlrm.train, whose --help lists them (source env.sh first), or a
+#            script's own
 # variables: DATASET_DIR  a dataset folder made by 2_preprocess_dataset.sh; with MODEL=bert4rec:
 #                         MovieLens' folder, or a file of `user item [timestamp]` lines, or its
 #                         folder
@@ -18,7 +19,8 @@
 #            ARGS         more options, quoted as in a shell
 #            NPROC        ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md);
-#                         emulate: a run without its computing, --from RUN
+#                         emulate: a run without its computing, --from RUN;
+#                         path/to/script.py: any PyTorch training, traced (docs/any_training.md)
 #            RESULTS      where run folders go (default: WORKDIR/results)
 #            NAME         a label, which the run folder's name ends in
 #            RESUME       the run folder of a run to resume
@@ -80,13 +82,19 @@ make_toy_data() (    # make_toy_data FOLDER, the same way that real data go
     DATASET_DIR=$1/split OUTPUT_DIR=$1/npy ARGS='' ./2_preprocess_dataset.sh
 )
 
+choose_program() {    # sets `program`, the module that every rank runs
+    case ${MODEL:-} in
+        */* | *.py) program=dlrm.traced ;;
+        *) program=dlrm.train ;;
+    esac
+}
+
 # The model's spec says how DATASET_DIR, BATCH_SIZE and the like become options. A mistake in the
 # options, or a dataset that is not there, ends here, before anything is made.
 read_options() {    # sets `title`, `demo` (what the demo trains on), `demo_data` and `options`
-    local answer
-    mapfile -d '' -t answer < <(
-        python -m dlrm.models.script_options "$start" "$run" "${args[@]}" "$@"
-    )
+    local answer ask=(dlrm.models.script_options "$start" "$run")
+    [[ $program != dlrm.traced ]] || ask=(dlrm.traced.script_options "$start")
+    mapfile -d '' -t answer < <(python -m "${ask[@]}" "${args[@]}" "$@")
     wait "$!" || exit 2
     title=${answer[0]}
     demo=${answer[1]}
@@ -134,7 +142,10 @@ check_resume() {
 }
 
 end_without_training() {    # for options that only ask: --help shows the other ones
-    if has_option --help || has_option -h; then exec python -m dlrm.train "${options[@]}"; fi
+    if has_option --help || has_option -h; then
+        exec env -u DFTRACER_ENABLE TRACE=no python -m "$program" "${options[@]}"
+    fi
+    [[ $program == dlrm.train ]] || return 0
     if has_option --validate_only || has_option --check_options; then exit; fi
 }
 
@@ -148,8 +159,8 @@ train() {    # sets `code`, and `stopped` after a signal
     local ranks signalled status
     stopped=''
     code=0
-    ./launcher.sh python -m dlrm.train "${options[@]}" --output_dir "$run" \
-        < /dev/null &
+    # A script's own words end the line.
+    ./launcher.sh python -m "$program" --output_dir "$run" "${options[@]}" < /dev/null &
     ranks=$!
     trap 'signalled=1 stopped=1; kill -TERM "$ranks" 2> /dev/null || true' INT TERM
     while :; do
@@ -165,7 +176,10 @@ train() {    # sets `code`, and `stopped` after a signal
     fi
 }
 
-has_trained() { [[ $code != 2 || -s $run/metrics.jsonl ]]; }
+# A script may end with code 2 whenever it likes.
+has_trained() {
+    [[ $code != 2 || -s $run/metrics.jsonl || ($program == dlrm.traced && -e $run/config.json) ]]
+}
 
 analyse() {    # two Perfetto files, the check of bytes and the report, from one reading
     say "analysis"
@@ -215,6 +229,7 @@ main() {
         submit "$here/3_train.sh"
     fi
 
+    choose_program
     name_run
     read_options "$@"
     check_resume

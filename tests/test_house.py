@@ -146,6 +146,13 @@ def test_analysis_and_replay_need_no_torch() -> None:
         assert not {name.split(".")[0] for name in imported(path)} & {"torch", "torchrec", "mpi4py"}, path
 
 
+def test_other_trainings_need_nothing_of_ours() -> None:
+    """What runs and traces a script of somebody else's shares the runtime, and no more."""
+    for name, target in arrows():
+        if name.startswith("dlrm.traced."):
+            assert target.startswith(("common.", "dlrm.runtime.", "dlrm.traced.")), f"{name} imports {target}"
+
+
 def test_only_trace_imports_dftracer() -> None:
     for path in sources("dlrm"):
         if path.name != "trace.py":

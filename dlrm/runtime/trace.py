@@ -113,9 +113,7 @@ def start_tracing(
     if _native is None and not _identity:  # only once: a fork hook cannot be removed
         os.register_at_fork(after_in_child=_restart_after_fork)
     _native, _folder = native, folder
-    _identity.update(
-        rank=here.rank, local_rank=here.local_rank, world_size=here.world_size, host=here.host, role=role
-    )
+    _set_identity(here, role)
     _record_identity(flush_ms)
     for each in file_systems:
         _record_note("file_system", json.dumps(each))
@@ -157,6 +155,23 @@ def discard_tracing() -> None:
     _made_folders.clear()
 
 
+def change_identity(here: Ranks, role: str) -> None:
+    """This process turns out to be another rank than its launcher said: one that a script has spawned."""
+    _set_identity(here, role)
+    _write_identity()
+
+
+def _set_identity(here: Ranks, role: str) -> None:
+    _identity.update(
+        rank=here.rank, local_rank=here.local_rank, world_size=here.world_size, host=here.host, role=role
+    )
+
+
+def _write_identity() -> None:
+    for key, value in _identity.items():
+        _record_note(key, str(value))
+
+
 def set_context(**args: int) -> None:
     """Arguments of every span from here on (epoch, step)."""
     _context.update((key, (0, value)) for key, value in args.items())
@@ -190,8 +205,7 @@ def sample_io() -> None:
 def _record_identity(flush_ms: int) -> None:
     """Write whose file this is, and start the thread that flushes it."""
     global _flusher
-    for key, value in _identity.items():
-        _native.log_metadata_event(key=key, value=_plain_value(str(value)))
+    _write_identity()
     name_thread("main")
     for _ in range(MIN_EVENTS):
         _log(_native, "dftracer", "keep", _native.get_time(), 0, {})
@@ -264,6 +278,19 @@ class span:
                 return function(*args, **kwargs)
 
         return wrapper  # type: ignore[return-value]
+
+
+def get_time() -> int:
+    """Now, on the trace's clock; 0 while not tracing."""
+    native = _native
+    return native.get_time() if native is not None else 0
+
+
+def record_span(cat: str, name: str, begin: int, end: int, **args: Any) -> None:
+    """A span whose beginning and end, by `get_time`, are known only afterwards."""
+    native = _native
+    if native is not None and begin:
+        _log(native, cat, name, begin, max(0, end - begin), args)
 
 
 def instant(cat: str, name: str, **args: Any) -> None:

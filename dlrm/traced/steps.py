@@ -1,0 +1,124 @@
+"""Steps of a plain PyTorch loop, from the batches that it fetches and the optimizers that it steps.
+
+A step begins when a batch is asked for and ends with the last optimizer's step before the next batch is
+asked for. So several optimizers of one iteration are one step, and so are the batches whose gradients are
+accumulated. A loop without a DataLoader has a step whenever an optimizer steps again. Batches that are
+fetched without gradients are an evaluation. Where torchrec's pipelines train, they count (`pipelines`).
+"""
+
+import importlib
+import threading
+from types import ModuleType
+from typing import Any
+
+from dlrm.runtime import trace
+from dlrm.traced.hooks import as_span, replace
+
+
+class Steps:
+    """The steps of this process so far. Only its main thread's batches and optimizers count."""
+
+    def __init__(self) -> None:
+        self.step = 0  # steps that are done
+        self.in_pipeline = 0  # how many calls of a pipeline's progress are going on, one inside the other
+        self.by_pipeline = False  # a pipeline has trained: optimizers do not count steps
+        self._begin = self._end = 0  # of the step that goes on; `_end`: of its latest optimizer's step
+        self._idle_since = 0  # when something ended that belongs to no step
+        self._stepped: set[int] = set()  # optimizers, in this step
+        self._fetches = False  # batches are fetched here
+        self._eval_begin = self._eval_end = 0
+        self._optimizer_begin = 0
+        self._epoch = 0
+
+    def counts_here(self) -> bool:
+        return not self.in_pipeline and threading.current_thread() is threading.main_thread()
+
+    # --- batches
+
+    def before_batch(self, training: bool, epoch: int) -> None:
+        """The loop asks for a batch. `training`: gradients are on."""
+        if not self.counts_here():
+            return
+        now = trace.get_time()
+        self.close_step()
+        if not training:
+            self._eval_begin = self._eval_begin or now
+            return
+        self._close_evaluation()
+        self._fetches = True
+        self._epoch = epoch
+        if not self._begin:
+            self._begin = now
+            self._name_step()
+
+    def after_batch(self, training: bool) -> None:
+        if not training and self.counts_here():
+            self._eval_end = trace.get_time()
+
+    def after_last_batch(self, training: bool) -> None:
+        """There was no batch left: what was fetched since the last step was not trained on."""
+        if not self.counts_here():
+            return
+        if training and not self._end:
+            self._begin = 0
+        elif not training:
+            self._eval_end = trace.get_time()
+            self._close_evaluation()
+
+    # --- optimizers
+
+    def before_optimizer(self, optimizer: Any, *_: Any) -> None:
+        if self.by_pipeline or not self.counts_here():
+            return
+        if not self._fetches and id(optimizer) in self._stepped:
+            self.close_step()
+        self._optimizer_begin = trace.get_time()
+        if not self._begin:
+            self._begin = (not self._fetches and self._idle_since) or self._optimizer_begin
+            self._name_step()
+        self._stepped.add(id(optimizer))
+
+    def after_optimizer(self, *_: Any) -> None:
+        if self._optimizer_begin and self.counts_here():
+            self._end = trace.get_time()
+            trace.record_span("compute", "optimizer", self._optimizer_begin, self._end)
+            self._optimizer_begin = 0
+
+    # --- steps
+
+    def close_step(self) -> None:
+        """Something begins that is no part of the step; recorded is what an optimizer has ended."""
+        if self._end and self.counts_here():
+            trace.record_span("train", "step", self._begin, self._end)
+            self.step += 1
+            self._idle_since = self._end
+            self._begin = self._end = 0
+            self._stepped.clear()
+
+    def leave(self) -> None:
+        """Something has ended that was no part of a step."""
+        self._idle_since = trace.get_time()
+
+    def close(self) -> None:
+        """The script has ended."""
+        self.close_step()
+        self._close_evaluation()
+
+    def _close_evaluation(self) -> None:
+        if self._eval_begin:
+            trace.record_span("eval", "evaluate", self._eval_begin, self._eval_end)
+            self._idle_since = self._eval_end
+        self._eval_begin = self._eval_end = 0
+
+    def _name_step(self) -> None:
+        trace.set_context(step=self.step + 1, epoch=self._epoch)
+
+
+steps = Steps()
+
+
+def hook(torch: ModuleType) -> None:
+    optimizer = importlib.import_module("torch.optim.optimizer")
+    optimizer.register_optimizer_step_pre_hook(steps.before_optimizer)
+    optimizer.register_optimizer_step_post_hook(steps.after_optimizer)
+    replace(torch.autograd, "backward", as_span("compute", "backward"), torch)

@@ -1,0 +1,117 @@
+"""A plain PyTorch script on two ranks: the same results, every byte in the trace, steps and workers."""
+
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import plain_training
+from support.analysis_command import run_command
+from support.file_calls import STRACED, count_strace_calls, count_traced_calls, read_events
+from support.job_scripts import clean_environment
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "support" / "plain_training.py"
+STEPS = (
+    plain_training.EPOCHS * plain_training.ROWS // (2 * 2 * plain_training.BATCH)
+)  # two ranks, two batches
+
+
+def start(here: Path, *words: object) -> subprocess.Popen:
+    command = ["./launcher.sh", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=clean_environment(NPROC=2, DLRM_THREADS=1), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with and one without the tracer, at the same time."""
+    here = tmp_path_factory.mktemp("plain")
+    data = plain_training.make_data(here / "data")
+    for name in ("plain", "traced"):
+        (here / name).mkdir()
+    strace = []
+    if shutil.which("strace"):
+        command = f'exec strace -f -y --seccomp-bpf -e trace={STRACED} -o {here}/calls.$RANK "$@"'
+        strace = ["bash", "-c", command, "bash"]
+    both = [
+        start(here, sys.executable, SCRIPT, data, here / "plain"),
+        start(
+            here, *strace, sys.executable, "-m", "dlrm.traced", "--output_dir", here / "run", SCRIPT, data,
+            here / "traced",
+        ),
+    ]  # fmt: skip
+    for process in both:
+        text, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, text
+        assert "Traceback" not in text and "not traced" not in text, text
+    return here
+
+
+def test_results_are_the_same(here: Path) -> None:
+    for rank in (0, 1):
+        texts = [(here / name / f"losses{rank}.txt").read_text() for name in ("plain", "traced")]
+        assert texts[0].replace("/plain'", "/traced'") == texts[1]
+        for epoch in range(plain_training.EPOCHS):
+            name = f"rank{rank}-{epoch}"
+            states = [torch.load(here / each / f"{name}.pt") for each in ("plain", "traced")]
+            assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+            assert (here / "plain" / f"{name}.npy").read_bytes() == (
+                here / "traced" / f"{name}.npy"
+            ).read_bytes()
+
+
+def test_every_byte_is_in_the_trace(here: Path) -> None:
+    events = read_events(here / "run")
+    traced = count_traced_calls(events)
+    spans = [e["args"] for e in events if (e.get("cat"), e["name"]) == ("data", "read")]
+    # each rank has half of the rows in each epoch, and all to evaluate
+    for path in (here / "data/rows").iterdir():
+        read = [span for span in spans if span["file"] == str(path)]
+        assert len(read) == 3 * plain_training.EPOCHS
+        assert {span["bytes"] for span in read} == {np.load(path).nbytes}
+        assert traced.bytes[str(path), "read"] >= sum(span["bytes"] for span in read)
+    for path in (here / "traced").iterdir():
+        assert traced.bytes[str(path), "write"] == path.stat().st_size, path
+    logs = [path.read_text() for path in here.glob("calls.*")]
+    asked = count_strace_calls("".join(logs))
+    for folder in ("data", "traced"):
+        assert not logs or traced.below(here / folder) == asked.below(here / folder)
+    mapped = [(span["file"], span["bytes"]) for span in spans if span.get("mapped")]
+    assert mapped == [(f"{here}/data/weights.bin", 20_000)] * 2
+
+
+def test_steps_and_what_is_in_them(here: Path) -> None:
+    events = read_events(here / "run")
+    spans = Counter((e["cat"], e["name"]) for e in events if e.get("cat") not in ("POSIX", "STDIO"))
+    epochs, batches = (
+        plain_training.EPOCHS,
+        plain_training.EPOCHS * plain_training.ROWS // plain_training.BATCH,
+    )
+    assert spans["train", "step"] == 2 * STEPS
+    assert spans["compute", "optimizer"] == 2 * 2 * STEPS
+    assert spans["compute", "backward"] == batches
+    assert spans["eval", "evaluate"] == spans["checkpoint", "save"] == 2 * epochs
+    assert spans["communication", "all_reduce"] == 2 * epochs
+    assert spans["data", "assemble"] == batches + 2 * epochs
+    steps = [e for e in events if (e["cat"], e["name"]) == ("train", "step")]
+    numbers = {(e["args"]["step"], e["args"]["epoch"]) for e in steps}
+    assert numbers == {(step + 1, step // (STEPS // epochs)) for step in range(STEPS)}
+    workers = {e["pid"] for e in events if e["name"] == "CM" and e["args"].get("value") == "worker"}
+    loading = {e["pid"] for e in events if (e.get("cat"), e["name"]) == ("data", "assemble")}
+    assert len(workers) == 2 * 2 * epochs and workers <= loading
+
+
+def test_check_and_report(here: Path) -> None:
+    checked = run_command("check", here / "run")
+    assert checked.code == 0 and "every byte that was compared is in the trace" in checked.out, checked
+    assert f"{here}/data/weights.bin: 40,000 bytes" in checked.out
+    reported = run_command("report", here / "run")
+    assert reported.code == 0 and "2 ranks" in reported.out, reported
+    assert (here / "run" / "report.html").exists()
