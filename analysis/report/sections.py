@@ -155,8 +155,10 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
         ReportEntry(
             "I/O", "From a device or from memory", by_phase, plots_io.plot_device(by_phase),
             "What calls read (of mapped files: what spans say), all ranks, and how much of it the kernel "
-            "fetched from a device for these processes meanwhile; what is beyond that came from memory. A "
-            "device can give more than is read: by read-ahead, mapped files, and programs. "
+            "fetched from a device for these processes meanwhile; what is beyond that came from memory. Its "
+            "counters are read around epochs and evaluations and every 5 s, and are taken to grow evenly in "
+            "between: of a short phase this is an estimate. A device can give more than is read: by "
+            "read-ahead, mapped files, and programs. "
             "`device write bytes` will be sent to a device, now or later, the trace among them; a major "
             "fault waits for a device.",
             "device",

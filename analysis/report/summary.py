@@ -136,7 +136,7 @@ def group_headlines(run: TracedRun, facts: Facts) -> dict[str, list[tuple[str, s
         volume = answers.sum_volume(run.joined, "phase")
         read = volume.filter((pl.col("phase") == "startup") & (pl.col("op") == "read"))
         parts = progress.list_startup(run.joined).filter(~pl.col("part").is_in(["between", "first step"]))
-        groups["Start-up"].append(("of the run's time", f"{startup / wall:.1%}"))
+        groups["Start-up"].append(("start-up, of the run's time", f"{startup / wall:.1%}"))
         for row in parts.sort("seconds", descending=True).head(1).iter_rows(named=True):
             groups["Start-up"].append((f"longest part: {row['part']}", format_seconds(row["seconds"])))
         groups["Start-up"] += [

@@ -80,6 +80,13 @@ def list_notes(run: TracedRun, model: Model, scenario: Scenario) -> list[str]:
         )
     elif source is None:
         notes.append("It is not known whether reads came from a device or from memory.")
+    waits = run.joined["spans"].filter((pl.col("cat") == "ssd") & (pl.col("name") == "wait"))
+    if len(waits):
+        seconds = float(waits["us"].sum()) / 1e6 / max(1, run.joined["time"]["rank"].n_unique())
+        notes.append(
+            f"Tables in files are not in the model: the {format_seconds(seconds)} that a rank waits for rows "
+            "of them stay, whatever the storage."
+        )
     if not model.cost.separable and scenario.latency != 1:
         notes.append(
             "All reads have about one size, so latency and bandwidth cannot be told apart: all counts as "

@@ -88,3 +88,8 @@ class Browser:
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def print_page(self, path: Path) -> None:
+        """As PDF, on the paper that the page asks for."""
+        found = self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=True)
+        path.write_bytes(base64.b64decode(found["data"]))

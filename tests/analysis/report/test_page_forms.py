@@ -1,6 +1,9 @@
 """The report's page as people see it: narrow, wide, dark, printed, read aloud, and used by keyboard."""
 
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,6 +144,31 @@ def test_on_paper(browser: Browser, run: Path) -> None:
     styles = "[...new Set([...document.querySelectorAll('%s')].map(e => getComputedStyle(e).%s))]"
     assert browser.run(styles % ("figure", "breakInside")) == ["avoid"]
     assert browser.run(styles % ("thead", "display")) == ["table-header-group"]
+
+
+@pytest.mark.browser
+def test_the_printed_pages(browser: Browser, run: Path, tmp_path: Path) -> None:
+    """No sentence or heading is missing or alone, tables have heads on each page, and words are whole."""
+    program = shutil.which("pdftotext")
+    if program is None:
+        pytest.skip("needs pdftotext (poppler-utils)")
+    show(browser, run, PAPER)
+    browser.print_page(tmp_path / "report.pdf")
+    command = [program, "-raw", tmp_path / "report.pdf", "-"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pages = [" ".join(page.split()) for page in text.split("\f")[:-1]]
+    summary = json.loads((run / "summary.json").read_text())
+    said = [summary["answer"]["text"], *(finding["text"] for finding in summary["findings"])]
+    bare = "".join(text.split())
+    assert len(said) > 2 and [each for each in said if "".join(each.split()) not in bare] == []
+    titles = browser.run("[...document.querySelectorAll('h2, section > h3')].map(h => h.textContent)")
+    assert len(titles) > 20 and [title for title in titles if title not in " ".join(pages)] == []
+    alone = [page for page in pages[:-1] if len(page) < 60]
+    assert alone == []
+    # a table that goes on has its head on the next page, too
+    head = "rank phase name file size time at tid ts in Perfetto"
+    slowest = [page for page in pages if re.search(r"train pread64 /data/day_0_sparse.npy 1.05 MB", page)]
+    assert len(slowest) > 1 and all(head in page for page in slowest)
 
 
 @pytest.mark.browser
