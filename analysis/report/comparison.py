@@ -19,8 +19,9 @@ from analysis.report.findings import find_all
 from analysis.report.page import format_seconds, format_size
 from analysis.report.run import TracedRun, open_run
 from analysis.run_folder import run_settings
+from analysis.run_folder.outputs import output_folder
 from analysis.tables.gather import Map
-from analysis.workload.fidelity import Fidelity, compare_with_original, find_original
+from analysis.workload.fidelity import Fidelity, compare_tables, find_original
 from common.errors import UserError, printable
 
 SEED = "run.seed"  # runs that differ in it alone repeat each other
@@ -266,7 +267,9 @@ class Comparison:
 
 
 def compare_runs(paths: Sequence[str | Path], over: Map) -> Comparison:
-    runs = [_open_run(path, over) for path in paths]
+    copies = _find_copies(paths)
+    detailed = {path for pair in copies for path in pair}
+    runs = [_open_run(path, over, path in detailed) for path in paths]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = printable(run.run.path)
@@ -278,21 +281,26 @@ def compare_runs(paths: Sequence[str | Path], over: Map) -> Comparison:
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     named = [letters[i] if i < len(letters) else f"S{i + 1}" for i in range(len(groups))]
     settings = [Setting(name, found) for name, found in zip(named, groups.values(), strict=True)]
-    return Comparison(settings, _compare_copies(runs))
+    by_path = dict(zip(paths, runs, strict=True))
+    fidelities = [
+        compare_tables(original, copy, *(by_path[path].run.joined for path in (original, copy)))
+        for original, copy in copies
+    ]
+    return Comparison(settings, fidelities)
 
 
-def _compare_copies(runs: list[ComparedRun]) -> list[Fidelity]:
-    """Each emulated or replayed run beside its original, where that is one of these runs."""
+def _find_copies(paths: Sequence[str | Path]) -> list[tuple[str | Path, str | Path]]:
+    """(original, copy): each emulated or replayed run, where its original is one of these runs, too."""
     found = []
-    for run in runs:
-        if original := find_original(run.run.home, run.run.config):
-            paths = [each.run.path for each in runs if each.run.path.resolve() == Path(original).resolve()]
-            found += [compare_with_original(path, run.run.path) for path in paths[:1]]
+    for copy in paths:
+        if original := find_original(output_folder(copy)):
+            same = [path for path in paths if Path(path).resolve() == Path(original).resolve()]
+            found += [(path, copy) for path in same[:1]]
     return found
 
 
-def _open_run(path: str | Path, over: Map) -> ComparedRun:
-    run = open_run(path, over)
+def _open_run(path: str | Path, over: Map, with_requests: bool) -> ComparedRun:
+    run = open_run(path, over, with_requests=with_requests)
     facts = Facts(run.joined, run.config, run.metrics)
     settings = run_settings.list_settings(run.config, run.plan)
     compared = ComparedRun(run, facts, find_all(facts), run.name, settings)

@@ -17,6 +17,7 @@ from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import JoinedTables, Map, gather_tables, map_on_threads
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.source import TraceSource
+from analysis.workload.fidelity import measure_requests
 from analysis.workload.steps import Workload, join_workload, measure_rank_workload
 from common.errors import printable
 
@@ -53,10 +54,18 @@ class TracedRun:
         return int(self.joined["time"]["ts"].min())  # type: ignore[arg-type]
 
 
-def open_run(path: str | Path, over: Map = map_on_threads, source: TraceSource | None = None) -> TracedRun:
-    """Reads a run: its traces (`over` says where) and the JSON files beside them."""
-    folder = Path(path)
-    run = TracedRun(folder, gather_tables(folder, over, source, measure_rank_workload))
+def open_run(
+    path: str | Path,
+    over: Map = map_on_threads,
+    source: TraceSource | None = None,
+    with_requests: bool = False,
+) -> TracedRun:
+    """Reads a run: its traces (`over` says where) and the JSON files beside them.
+
+    with_requests: also each single read and write, for `fidelity.compare_tables`.
+    """
+    folder, more = Path(path), measure_requests if with_requests else measure_rank_workload
+    run = TracedRun(folder, gather_tables(folder, over, source, more, details=with_requests))
     run.config = records.read_config(run.home / "config.json", run.notes)
     run.plan = records.read_plan(run.home / "plan.json", run.notes)
     run.results = records.read_results(run.home / "results.json", run.notes)

@@ -79,8 +79,8 @@ def plan_launches(source: TraceSource) -> list[Launch]:
     return made
 
 
-def read_rank_tables(job: Launch, more: More | None = None) -> RankTables:
-    return make_rank_tables(job, read_rank(job.rank, job.files, job.clock), more)
+def read_rank_tables(job: Launch, more: More | None = None, details: bool = False) -> RankTables:
+    return make_rank_tables(job, read_rank(job.rank, job.files, job.clock, details=details), more)
 
 
 def make_rank_tables(job: Launch, events: RankEvents, more: More | None = None) -> RankTables:
@@ -131,14 +131,16 @@ def gather_tables(
     over: Map = map_on_threads,
     source: TraceSource | None = None,
     more: More | None = None,
+    details: bool = False,
 ) -> JoinedTables:
     """source: a reading of the traces that is shared with other analyses; then `over` is not used.
 
-    more: makes further tables of each rank; a function of a module, which Dask can send.
+    more: makes further tables of each rank; a function of a module, which Dask can send. details: it gets
+    calls with the columns DETAILS; not of a shared reading.
     """
     work = plan_launches(source or FileSource(run_dir))
     if source is None:
-        parts = list(over(partial(read_rank_tables, more=more), work))
+        parts = list(over(partial(read_rank_tables, more=more, details=details), work))
     else:
         parts = read_shared(source, work, more)
     full = [p for p in parts if p.tables]

@@ -18,16 +18,15 @@ import polars as pl
 
 from analysis.run_folder import records
 from analysis.run_folder.run_settings import list_dataset_paths
-from analysis.tables.gather import plan_launches
-from analysis.tables.read import read_rank
+from analysis.tables.gather import JoinedTables, Launch, gather_tables
+from analysis.tables.read import RankEvents
 from analysis.trace.classify import DATA_OPS
-from analysis.trace.source import FileSource
-from analysis.workload.steps import Workload, measure_steps
-from common.errors import UserError
+from analysis.workload.steps import Workload, join_workload, measure_rank_workload
 from common.inputs import read_json_object
 
 REPLAY = "replay.json"  # of a replay: its entry "run" is the run folder that was replayed
 PLAYED_FILES = "replayed_files.json"  # of a replay: path -> the original's path
+REQUESTS = "copied_requests"  # the table's name
 BINS = 50  # of the bandwidth over time
 _CHECKPOINT = re.compile(r"/checkpoints/[^/]*/(rank\d+\.safetensors|checkpoint\.json)$")
 _TABLE = re.compile(r"/store/([^/]+\.(rows|json))$")
@@ -48,7 +47,7 @@ class FileDifference:
 
 @dataclass
 class Fidelity:
-    """Errors are shares of the original's value; of the waiting share, the difference of the two shares."""
+    """Errors are shares of the original's value; of what is a share itself, the difference of the two."""
 
     original: str
     copy: str
@@ -84,9 +83,9 @@ class Fidelity:
         }
 
 
-def find_original(run: Path, config: Mapping[str, Any]) -> str | None:
+def find_original(run: Path) -> str | None:
     """The run folder that this run is a copy of, as its config.json or replay.json says; else None."""
-    launch = config.get("launch")
+    launch = records.read_config(run / "config.json", []).get("launch")
     value = launch.get("emulated") if isinstance(launch, dict) else None
     if value is None and (run / REPLAY).exists():
         value = read_json_object(run / REPLAY).get("run")
@@ -95,8 +94,30 @@ def find_original(run: Path, config: Mapping[str, Any]) -> str | None:
 
 def compare_with_original(original: str | Path, copy: str | Path) -> Fidelity:
     """UserError where a folder has no traces."""
+    joined = [gather_tables(run, more=measure_requests, details=True) for run in (original, copy)]
+    return compare_tables(original, copy, *joined)
+
+
+def measure_requests(job: Launch, events: RankEvents) -> dict[str, pl.DataFrame]:
+    """The tables of one rank that a comparison needs. The events: with details."""
+    calls = events.calls.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS) & ~pl.col("failed"))
+    calls = calls.with_columns(
+        pl.col("op").cast(pl.String), pl.coalesce("path", pl.col("file").cast(pl.String)).alias("path")
+    )
+    requests = calls.select("path", "op", "position", "size", "ts")
+    return measure_rank_workload(job, events) | {REQUESTS: requests}
+
+
+def compare_tables(
+    original: str | Path, copy: str | Path, of_original: JoinedTables, of_copy: JoinedTables
+) -> Fidelity:
+    """The two runs by their tables, with those that `measure_requests` makes."""
     played = _read_played_files(Path(copy))
-    first, second = (_list_requests(Path(run), played) for run in (original, copy))
+    joined = of_original, of_copy
+    first, second = (
+        _name_requests(each[REQUESTS], Path(run), played)
+        for each, run in zip(joined, (original, copy), strict=True)
+    )
     if played:
         first = first.filter(pl.col("file").is_in(list(set(played.values()))))
     found = Fidelity(str(original), str(copy))
@@ -108,13 +129,12 @@ def compare_with_original(original: str | Path, copy: str | Path) -> Fidelity:
     counts = [max(1, len(requests)) for requests in (first, second)]
     found.errors["requests"] = found.different_requests / sum(counts)
     found.errors["sizes of requests"] = _compare_histograms(first["size"], second["size"])
-    try:
-        steps = [measure_steps(run) for run in (original, copy)]
-    except UserError:  # a trace of another program: it has no steps to compare
+    works = [join_workload(each.tables, each.launches) for each in joined]
+    if not all(len(work.steps) for work in works):  # a trace of another program: no steps to compare
         _compare_rates(found, first, second, _find_start(first), _find_start(second))
         return found
-    _compare_steps(found, *steps)
-    _compare_rates(found, first, second, *(int(each.steps["start"].min()) for each in steps))  # type: ignore[arg-type]
+    _add_values(found, *(_measure_training(*each) for each in zip(works, joined, strict=True)))
+    _compare_rates(found, first, second, *(int(work.steps["start"].min()) for work in works))  # type: ignore[arg-type]
     return found
 
 
@@ -124,23 +144,12 @@ def _read_played_files(run: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in values.items()}
 
 
-def _list_requests(run: Path, played: Mapping[str, str]) -> pl.DataFrame:
-    """Reads and writes of the workload's files: file (as both runs name it), op, position, size, ts, dur."""
+def _name_requests(requests: pl.DataFrame, run: Path, played: Mapping[str, str]) -> pl.DataFrame:
+    """Those on the workload's files: file (as both runs name it), op, position, size, ts."""
     folders = list_dataset_paths(records.read_config(run / "config.json", []))
-    source = FileSource(run)
-    parts = []
-    for job in plan_launches(source):
-        calls = read_rank(job.rank, job.files, job.clock, source, details=True).calls
-        calls = calls.with_columns(
-            pl.col("op").cast(pl.String), pl.coalesce("path", pl.col("file").cast(pl.String)).alias("path")
-        )
-        calls = calls.filter(pl.col("op").is_in(DATA_OPS) & ~pl.col("failed"))
-        names = _name_files(calls["path"].drop_nulls().unique(), folders, played)
-        calls = calls.with_columns(pl.col("path").replace_strict(names, default=None).alias("file"))
-        parts.append(
-            calls.filter(pl.col("file").is_not_null()).select("file", "op", "position", "size", "ts", "dur")
-        )
-    return pl.concat(parts)
+    names = _name_files(requests["path"].drop_nulls().unique(), folders, played)
+    named = pl.col("path").replace_strict(names, default=None, return_dtype=pl.String)
+    return requests.with_columns(named.alias("file")).filter(pl.col("file").is_not_null()).drop("path")
 
 
 def _name_files(paths: Iterable[str], folders: list[str], played: Mapping[str, str]) -> dict[str, str]:
@@ -196,22 +205,23 @@ def _compare_histograms(first: pl.Series, second: pl.Series) -> float:
     return float(np.abs(shares[0] - shares[1]).sum() / 2)
 
 
-def _compare_steps(found: Fidelity, first: Workload, second: Workload) -> None:
-    """Step time, waiting, and the time of training in all."""
-    both = []
-    for workload in (first, second):
-        steps = workload.steps.filter(pl.col("phase") == "train")
-        whole = steps.group_by("rank").agg(pl.col("period_us").sum())["period_us"].mean() or 1
-        both.append(
-            {
-                "step time, median": float(steps["period_us"].median() or 0) / 1e6,  # type: ignore[arg-type]
-                "step time, 95th percentile": float(steps["period_us"].quantile(0.95) or 0) / 1e6,
-                "training time": float(whole) / 1e6,  # type: ignore[arg-type]
-                "waiting share": float(steps["wait_us"].sum()) / max(1.0, float(steps["period_us"].sum())),
-            }
-        )
-    for name, value in both[0].items():
-        other = both[1][name]
+def _measure_training(work: Workload, joined: JoinedTables) -> dict[str, float]:
+    """Step time, waiting, I/O that nothing hides, and the time of training in all; seconds and shares."""
+    steps = work.steps.filter(pl.col("phase") == "train")
+    whole = steps.group_by("rank").agg(pl.col("period_us").sum())["period_us"].mean() or 1
+    times = joined["time"].filter(pl.col("phase") == "train").select("io_not_hidden_us", "wall_us").sum()
+    return {
+        "step time, median": float(steps["period_us"].median() or 0) / 1e6,  # type: ignore[arg-type]
+        "step time, 95th percentile": float(steps["period_us"].quantile(0.95) or 0) / 1e6,
+        "training time": float(whole) / 1e6,  # type: ignore[arg-type]
+        "waiting share": float(steps["wait_us"].sum()) / max(1.0, float(steps["period_us"].sum())),
+        "unhidden I/O, share": times["io_not_hidden_us"][0] / max(1, times["wall_us"][0]),
+    }
+
+
+def _add_values(found: Fidelity, first: Mapping[str, float], second: Mapping[str, float]) -> None:
+    for name, value in first.items():
+        other = second[name]
         found.values[name] = (value, other)
         share = name.endswith("share")
         found.errors[name] = abs(other - value) if share else abs(other - value) / value if value else 0.0

@@ -5,6 +5,7 @@ TCP, with the job's key. Any thread may use it.
 """
 
 import multiprocessing
+import os
 import threading
 from multiprocessing.managers import BaseManager
 from typing import Any
@@ -46,10 +47,12 @@ def open_shared_values(group: RankGroup) -> Any:
         server.listener._listener._socket.listen(4096)  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, name="shared-values", daemon=True).start()
         port = int(server.address[1])  # type: ignore[index, arg-type]
-    host, port = group.broadcast_from_first((group.here.host, port))
+    # the launcher may know rank 0's node by a better name than its own: of a network that all nodes are in
+    host = os.environ.get("MASTER_ADDR") or group.here.host
+    host, first_host, port = group.broadcast_from_first((host, group.here.host, port))
     if group.here.first:
         return values
     _Manager.register("values")
-    manager = _Manager(("127.0.0.1" if host == group.here.host else host, port), authkey=key)
+    manager = _Manager(("127.0.0.1" if first_host == group.here.host else host, port), authkey=key)
     manager.connect()
     return manager.values()  # type: ignore[attr-defined]

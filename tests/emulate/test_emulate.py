@@ -76,6 +76,7 @@ def test_every_request_is_the_runs_own(trained: Path, tmp_path: Path) -> None:
     files = {each["file"]: each for each in found["files"]}
     assert {"data/day_0_sparse.npy", "checkpoints/rank00001.safetensors", "data/meta.json"} <= set(files)
     assert all(each["requests"] == each["copied_requests"] > 0 for each in files.values())
+    assert {"waiting share", "unhidden I/O, share"} <= set(found["errors"])
     results = json.loads((run / "results.json").read_text())
     assert (results["steps"], results["samples"], results["world_size"]) == (40, 40 * 64 * 2, 2)
     checked = run_command("check", run)

@@ -14,12 +14,14 @@ import pytest
 from support import traced
 from support.disk import mount_small_disk
 from support.file_calls import PLACED, list_strace_requests, read_events
+from support.hosts import start_on_hosts
 from support.made_traces import Made
 from support.ranks import Train, words
 from support.replays import ROOT, Replayed, count_requests, replay
 
 from analysis.tables.gather import plan_launches
 from analysis.tables.read import read_rank
+from analysis.trace.events import read_heads
 from analysis.trace.source import FileSource
 
 NEEDS_STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
@@ -124,6 +126,19 @@ def test_ranks_are_dealt_to_processes(two_ranks: Path, tmp_path: Path, processes
     assert [each["rank"] for each in done.record["ranks"]] == [0, 1]
     assert done.record["bytes_read"] == 12_000 and done.record["bytes_written"] == 10_000
     assert not done.record["differences"] and done.err == ""
+
+
+@pytest.mark.mpi
+def test_over_two_hosts(two_ranks: Path, tmp_path: Path) -> None:
+    """Each host has its own trace, and the clocks of both are compared; the root is shared."""
+    mpiexec, variables = start_on_hosts(tmp_path, ["node-a", "node-b"])
+    done = replay(two_ranks, tmp_path / "out", prefix=mpiexec, **variables)
+    assert done.code == 0, done.err
+    assert done.count_requests() == count_requests(two_ranks)
+    assert [head.host for head in read_heads(done.output)] == ["node-a", "node-b"]
+    offsets = [e["args"] for e in read_events(done.output) if (e.get("cat"), e["name"]) == ("clock", "offset")]
+    assert [each["when"] for each in offsets] == ["start", "end"]
+    assert all(abs(int(each["ahead_us"])) <= int(each["error_us"]) for each in offsets)
 
 
 def test_the_command_of_analysis_and_its_report(two_ranks: Path, tmp_path: Path) -> None:

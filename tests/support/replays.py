@@ -1,6 +1,7 @@
 """`python -m dlrm.replay` on made or real traces, and what it leaves."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -36,13 +37,16 @@ class Replayed:
         return self.root / str(path).lstrip("/")
 
 
-def replay(run: Path, output: Path, *words: object, prefix: tuple[object, ...] = ()) -> Replayed:
-    """prefix: the words of a command before, such as mpiexec's."""
+def replay(
+    run: Path, output: Path, *words: object, prefix: tuple[object, ...] = (), **variables: str
+) -> Replayed:
+    """prefix: the words of a command before, such as mpiexec's. variables: of the environment."""
     named = "--root" in words
     command = [*prefix, sys.executable, "-m", "dlrm.replay", run, "--output_dir", output, *words]
     done = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, **variables},
+    )  # fmt: skip
     root = Path(str(words[words.index("--root") + 1])) if named else output / "files"
     return Replayed(done.returncode, done.stdout, done.stderr, output, root)
 
