@@ -213,6 +213,10 @@ class Caller:
                     return function(raw, permissions)
                 return function(raw, flags, permissions)
 
+        if path in self.plan.absent and not call.unused:
+            # not to be tried in vain: two opens of a file would hide from the replay's own trace where its
+            # reads and writes are
+            self._wait_for(path, bool(flags & os.O_CREAT))
         found = open_once()
         if found in (None, -1) and ctypes.get_errno() == errno.ENOENT and not call.unused:
             self._wait_for(path, bool(flags & os.O_CREAT))
@@ -440,6 +444,8 @@ class Caller:
             if call.other is None:
                 self.outcome.differences[f"{name} of which the trace names one file: not replayed"] += 1
                 return
+            if name == "rename":
+                self._wait_until_whole(path)
             result = function(raw, os.fsencode(self.paths.find(call.other)))
         elif name == "opendir":
             result = function(raw)
@@ -451,6 +457,18 @@ class Caller:
             result = function(raw, self._scratch)
         if result is None or result < 0:
             self._check_error(call, path, tolerated=True)
+
+    def _wait_until_whole(self, path: str) -> None:
+        """Until other ranks have written what is to be renamed, as they had in the run. They may be on
+        another host, so the files themselves are looked at.
+        """
+        begun = time.monotonic()
+        for file, size in self.plan.whole.get(path, {}).items():
+            while not os.path.exists(file) or os.stat(file).st_size < size:
+                if time.monotonic() - begun > WAIT_SECONDS or self.is_stopped():
+                    self.outcome.differences["renamed before another rank had written all of it"] += 1
+                    return
+                time.sleep(0.001)
 
     def link_by_name(self, call: TracedCall) -> None:
         """symlink: the target is below the root, whatever the link of the run pointed to."""

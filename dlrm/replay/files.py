@@ -7,9 +7,11 @@ are large enough and only read; else they are refused, unless the user allows to
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UserError, os_errors_as_user_errors, printable
 from dlrm.replay.order import Thread
@@ -35,6 +37,7 @@ class FileUse:
     # how large it must be for reads of what other threads write, or of what no traced call has written
     grow: int = 0
     changed: bool = False  # written, cut, removed or renamed
+    writers: set[int] = field(default_factory=set)  # ranks
 
     @property
     def is_there_first(self) -> bool:
@@ -60,6 +63,14 @@ class FileUse:
         self.read_end = max(self.read_end, other.read_end)
         self.written_end = max(self.written_end, other.written_end)
         self.written += other.written
+        self.writers |= other.writers
+
+
+class Renaming(NamedTuple):
+    when: int  # us
+    source: str
+    target: str
+    rank: int
 
 
 @dataclass
@@ -67,7 +78,7 @@ class RunUse:
     """What the calls of some ranks, or of all, tell about files."""
 
     files: dict[str, FileUse] = field(default_factory=dict)
-    renamed: list[tuple[int, str, str]] = field(default_factory=list)  # us, from, to
+    renamed: list[Renaming] = field(default_factory=list)
     named: set[str] = field(default_factory=set)  # all names that calls have, whatever they do with them
 
     def use(self, path: str) -> FileUse:
@@ -81,7 +92,7 @@ class RunUse:
 
     def follow_renamed_folders(self) -> None:
         """What is found in a folder that got its name by renaming was in the folder of the old name."""
-        for when, source, target in sorted(self.renamed):
+        for when, source, target, _ in sorted(self.renamed):
             for path in [p for p in self.files if p.startswith(f"{target}/")]:
                 use, origin = self.files[path], source + path[len(target) :]
                 if not use.is_there_first or use.found is None or use.found < when:
@@ -100,6 +111,10 @@ def list_uses(plans: Iterable[RankPlan]) -> RunUse:
         for ts, thread, call in plan.calls:
             run.named |= {call.path} if call.other is None else {call.path, call.other}
             _add_use(run, ts, thread, call)
+            if call.op == "write" and not call.failed:
+                run.use(call.path).writers.add(plan.rank)
+            elif call.name == "rename" and call.other is not None:
+                run.renamed.append(Renaming(ts, call.path, call.other, plan.rank))
     return run
 
 
@@ -136,8 +151,6 @@ def _add_use(run: RunUse, ts: int, thread: Thread, call: TracedCall) -> None:
         source.changed = True
         target.created = ts if target.created is None else target.created
         target.changed = True
-        if call.name == "rename":
-            run.renamed.append((ts, call.path, call.other))
     elif call.name == "symlink" and call.other is not None:
         run.use(call.other).created = ts
     elif call.name in ("unlink", "remove", "rmdir", "chmod"):
@@ -213,11 +226,13 @@ class FilePlan:
 
     folders: list[str] = field(default_factory=list)  # to be made
     sizes: dict[str, int] = field(default_factory=dict)  # files to be there -> bytes
-    absent: list[str] = field(default_factory=list)  # files that the run makes itself
+    absent: set[str] = field(default_factory=set)  # files that the run makes itself
     changed: set[str] = field(default_factory=set)  # those of all that the run changes
     grow: dict[str, int] = field(default_factory=dict)  # files of the run -> bytes to have at once
     named: set[str] = field(default_factory=set)  # all paths that calls name
     written: int = 0  # bytes that the run's files may need
+    # what is renamed once -> files of other ranks in it, or itself, and how large they must be before
+    whole: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def plan_files(run: RunUse, paths: MappedPaths) -> FilePlan:
@@ -236,7 +251,7 @@ def plan_files(run: RunUse, paths: MappedPaths) -> FilePlan:
         elif use.is_there_first:
             found.sizes[mapped] = use.read_end
         elif not is_folder:
-            found.absent.append(mapped)
+            found.absent.add(mapped)
             if use.grow > use.written_end * use.appended:
                 found.grow[mapped] = use.grow
         made_by_run = any(
@@ -249,7 +264,21 @@ def plan_files(run: RunUse, paths: MappedPaths) -> FilePlan:
             found.folders.append(os.path.dirname(mapped))
         if not is_folder:
             found.written += min(use.written, use.written_end)
+    found.whole = _list_whole(run, paths)
     return found
+
+
+def _list_whole(run: RunUse, paths: MappedPaths) -> dict[str, dict[str, int]]:
+    """`FilePlan.whole`: such as the folder of a checkpoint, which one rank renames once all have written."""
+    times = Counter(renaming.source for renaming in run.renamed)
+    found = {}
+    for _, source, _, rank in run.renamed:
+        if times[source] == 1:
+            found[paths.find(source)] = {
+                paths.find(path): use.written_end for path, use in run.files.items()
+                if use.writers - {rank} and (path == source or path.startswith(f"{source}/"))
+            }  # fmt: skip
+    return {source: files for source, files in found.items() if files}
 
 
 def _list_folders_above(path: str) -> Iterator[str]:
@@ -261,7 +290,7 @@ def _list_folders_above(path: str) -> Iterator[str]:
 def make_files(root: Path, plan: FilePlan, real_bytes: bool, overwrite: bool) -> None:
     """Make what is missing below the root, or raise a UserError before anything is changed."""
     _check_links(root, plan)
-    present = {path: _find_size(path) for path in (*plan.sizes, *plan.absent)}
+    present = {path: _find_size(path) for path in (*plan.sizes, *sorted(plan.absent))}
     for path in sorted({*plan.changed, *plan.absent}):
         if not overwrite and os.path.lexists(path):
             raise UserError(

@@ -4,7 +4,9 @@ In: calls and spans of each thread with their times. Out: nodes to be played one
 not thinking: a thread that waited for another one in the trace waits for it again, however long that takes.
 
 The order that is kept, and no other is:
-- a thread begins after what the rank's main thread had finished by then;
+- a thread begins after what the rank's main thread had finished by then, and after the threads that had
+  ended by then: one checkpoint is written after the other;
+- a `checkpoint/wait` ends after the threads that had ended by then;
 - a `data/wait` ends when the thread that read or assembled the batch is done with it;
 - a reading thread is never more batches ahead than it was at most;
 - all ranks meet at the end of each `train/step` and of each evaluation; what they waited for each other
@@ -20,15 +22,15 @@ from typing import Any, NamedTuple
 
 # Kinds of nodes. CALL: a call. BEGIN, END: of a span. COPY: from a mapped file, which a span tells. PUT: a
 # batch is ready. TAKE: wait for one. ROOM: wait until so many batches are taken. START: let a thread begin.
-# MEET: wait for all ranks.
-CALL, BEGIN, END, COPY, PUT, TAKE, ROOM, START, MEET = range(9)
+# JOIN: wait until a thread has ended. MEET: wait for all ranks.
+CALL, BEGIN, END, COPY, PUT, TAKE, ROOM, START, JOIN, MEET = range(10)
 Thread = tuple[int, int]  # pid, tid
 Timed = tuple[int, int, int, Any]  # begin, end (us), kind, payload; or begin, -duration, ...
 
 
 class Node(NamedTuple):
     """payload: of CALL a call, of BEGIN, END and COPY a span, of PUT and ROOM a number of batches, of TAKE a
-    thread and how many batches it must have put, of START a thread, of MEET what names the meeting.
+    thread and how many batches it must have put, of START and JOIN a thread, of MEET what names the meeting.
     """
 
     think: int  # us
@@ -66,6 +68,7 @@ def order_threads(
     items: (begin, -duration, CALL or BEGIN, payload), sorted. spans: (begin, duration, span) of those.
     """
     begins = {thread: own[0][0] for thread, own in items.items()}
+    ends = {thread: max(ts - negative for ts, negative, _, _ in own) for thread, own in items.items()}
     others = sorted((thread for thread in items if thread != main), key=lambda thread: begins[thread])
     deliveries = _match_batches(spans)
     started: dict[Thread, int] = {main: min(begins.values())}  # when (us) a thread may begin
@@ -75,6 +78,9 @@ def order_threads(
         if thread == main:
             nodes = _insert_starts(nodes, [(begins[other], other) for other in others])
             started |= {payload: at for _, at, kind, payload in nodes if kind == START}
+            nodes = list(_insert_joins(nodes, {other: ends[other] for other in others}))
+        else:
+            nodes = _list_joins(thread, started[thread], begins, ends, main) + nodes
         at, made[thread] = started[thread], []
         for begin, end, kind, payload in nodes:
             made[thread].append(Node(max(0, begin - at), kind, payload))
@@ -116,6 +122,28 @@ def _insert_starts(nodes: list[Timed], starts: list[tuple[int, Thread]]) -> list
         found.append((time, time, START, thread))
         done = place
     return found + nodes[done:]
+
+
+def _list_joins(
+    thread: Thread, started: int, begins: dict[Thread, int], ends: dict[Thread, int], main: Thread
+) -> list[Timed]:
+    """A JOIN for each thread that had ended before this one began, unless a later one of them has joined it."""
+    ended = [each for each in ends if each not in (main, thread) and ends[each] <= begins[thread]]
+    latest = max((begins[each] for each in ended), default=0)
+    return [(started, max(started, ends[each]), JOIN, each) for each in ended if ends[each] > latest]
+
+
+def _insert_joins(nodes: list[Timed], ends: dict[Thread, int]) -> Iterator[Timed]:
+    """The main thread's nodes with a JOIN for each thread that had ended by the end of a checkpoint/wait."""
+    left, latest = sorted(ends, key=lambda thread: ends[thread]), nodes[0][0]
+    for node in nodes:
+        _, end, kind, payload = node
+        if kind == END and (payload.cat, payload.name) == ("checkpoint", "wait"):
+            while left and ends[left[0]] <= end:
+                yield latest, end, JOIN, left.pop(0)
+                latest = end
+        yield node
+        latest = max(latest, end)
 
 
 def _nest(items: list[Timed], deliveries: _Deliveries, thread: Thread) -> Iterator[Timed]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dlrm.replay.calls import Caller, CallSettings, CLibrary, Outcome, ProcessFiles
 from dlrm.replay.files import FilePlan
-from dlrm.replay.order import BEGIN, CALL, COPY, END, MEET, PUT, ROOM, START, TAKE, Thread
+from dlrm.replay.order import BEGIN, CALL, COPY, END, JOIN, MEET, PUT, ROOM, START, TAKE, Thread
 from dlrm.replay.paths import MappedPaths
 from dlrm.replay.plan import RankPlan, ThreadPlan, TracedCall, TracedSpan
 from dlrm.runtime import mpi, trace
@@ -153,6 +153,7 @@ class RankPlayer:
         self._open_files = {thread.thread[0]: ProcessFiles() for thread in plan.threads}
         self._put = {thread.thread: Progress(player.is_stopped) for thread in plan.threads}
         self._taken = {thread.thread: Progress(player.is_stopped) for thread in plan.threads}
+        self._ended = {thread.thread: Progress(player.is_stopped) for thread in plan.threads}
 
     def start_thread(self, thread: Thread) -> None:
         plan = self._threads[thread]
@@ -194,11 +195,14 @@ class RankPlayer:
                 self._taken[plan.thread].wait(payload)
             elif kind == START:
                 self.start_thread(payload)
+            elif kind == JOIN:
+                self._ended[payload].wait(1)
             elif kind == MEET:
                 player.meeting.meet(payload)
             pace.end()
             if player.error is not None:
                 raise Stopped
+        self._ended[plan.thread].reach(1)
         return caller.outcome
 
     def _begin_span(self, span: TracedSpan) -> trace.span:

@@ -6,6 +6,7 @@ from dlrm.replay.order import (
     BEGIN,
     CALL,
     END,
+    JOIN,
     MEET,
     PUT,
     ROOM,
@@ -69,6 +70,22 @@ def test_a_thread_begins_after_what_main_had_done() -> None:
     nodes = order(main=[(100, 10, "a"), (130, 50, "b"), (300, 5, "c")], reader=[(150, 5, "r"), (160, 5, "s")])
     assert times(nodes["main"]) == [(0, CALL), (20, START), (0, CALL), (120, CALL)]
     assert times(nodes["reader"]) == [(20, CALL), (5, CALL)]
+
+
+def test_threads_that_had_ended_are_waited_for() -> None:
+    """A save waits for the one before, and so does main where it waited for a checkpoint; it thinks no longer
+    for that.
+    """
+    items: dict[tuple[int, int], list[Timed]] = {
+        MAIN: [(0, -5, CALL, "a"), (300, -200, BEGIN, span("checkpoint", "wait")), (600, -5, CALL, "b")],
+        (1, 2): [(100, -5, CALL, "write"), (400, -5, CALL, "rename")],
+        (1, 3): [(550, -5, CALL, "write")],
+    }
+    found = order_threads(items, MAIN, {})
+    assert [(node.kind, node.think) for node in found[MAIN]] == [
+        (CALL, 0), (START, 95), (BEGIN, 200), (JOIN, 0), (END, 0), (START, 50), (CALL, 50),
+    ]  # fmt: skip
+    assert [(node.kind, node.think) for node in found[1, 3]] == [(JOIN, 0), (CALL, 0)]
 
 
 def test_a_wait_ends_with_the_batch() -> None:

@@ -516,6 +516,33 @@ def test_ranks_meet_at_each_step(tmp_path: Path) -> None:
     assert all(abs(one[0] - other[0]) < 50_000 for one, other in zip(fast, slow, strict=True))
 
 
+@pytest.mark.mpi
+def test_a_folder_is_renamed_once_it_is_whole(tmp_path: Path) -> None:
+    """As checkpoints are written: threads of two ranks fill a folder, one renames it, the next one's thread
+    removes a file. The trace shows who came after whom; at full speed nothing else would keep the order.
+    """
+    first, other = Made(0, 2), Made(1, 2)
+    first.posix("open64", 0, 5, "/d/log", **CREATE)
+    first.posix("mkdir", 100, 5, "/d/part", 5)
+    for made, rank, count in ((first, 0, 1), (other, 1, 300)):
+        made.posix("open64", 200, 5, f"/d/part/{rank}", 5, **CREATE)
+        for n in range(count):
+            made.posix("pwrite64", 210 + 10 * n, 5, f"/d/part/{rank}", 5, ret=9, count=9, offset=9 * n)
+        made.posix("close", 4000, 5, f"/d/part/{rank}", 5)
+    first.posix("rename", 5000, 5, "/d/part", 5)
+    first.lines[-1]["args"]["newpath_hash"] = "00000000000000aa"
+    first._meta("FH", "/d/whole", "00000000000000aa")
+    first.posix("unlink", 6000, 5, "/d/whole/0", 6)
+    for made in (first, other):
+        made.write(tmp_path / "run")
+    mpiexec = (Path(sys.executable).parent / "mpiexec", "-n", 2)
+    done = replay(tmp_path / "run", tmp_path / "out", "--speed", "max", prefix=mpiexec)
+    assert (done.code, done.err) == (0, ""), done.err
+    assert sorted(path.name for path in done.at("/d").rglob("*")) == ["1", "log", "whole"]
+    assert done.at("/d/whole/1").stat().st_size == 2700
+    assert done.count_requests() == count_requests(tmp_path / "run")
+
+
 # --- options
 
 
