@@ -74,7 +74,8 @@ def read_description(run: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(
             f"{printable(path)} is missing: the run read no .npy files, or is of an earlier release, so its "
-            "files cannot be made: leave out --make_data, and name a folder that has them"
+            "files cannot be made: leave out --make_data, and name a folder that has them (or python -m "
+            "analysis replay, which needs the trace alone)"
         )
     values = read_json_object(path)
     try:

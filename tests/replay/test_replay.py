@@ -524,11 +524,13 @@ def test_a_folder_is_renamed_once_it_is_whole(tmp_path: Path) -> None:
     first, other = Made(0, 2), Made(1, 2)
     first.posix("open64", 0, 5, "/d/log", **CREATE)
     first.posix("mkdir", 100, 5, "/d/part", 5)
-    for made, rank, count in ((first, 0, 1), (other, 1, 300)):
-        made.posix("open64", 200, 5, f"/d/part/{rank}", 5, **CREATE)
-        for n in range(count):
-            made.posix("pwrite64", 210 + 10 * n, 5, f"/d/part/{rank}", 5, ret=9, count=9, offset=9 * n)
-        made.posix("close", 4000, 5, f"/d/part/{rank}", 5)
+    other.posix("open64", 200, 5, "/d/in", 5, flags=0)
+    for n in range(300):  # what the other rank does before takes it long
+        other.posix("pread64", 210 + 10 * n, 5, "/d/in", 5, ret=9, count=9, offset=9 * n)
+    for made, rank in ((first, 0), (other, 1)):
+        made.posix("open64", 4000, 5, f"/d/part/{rank}", 5, **CREATE)
+        made.posix("pwrite64", 4010, 5, f"/d/part/{rank}", 5, ret=9, count=9, offset=0)
+        made.posix("close", 4020, 5, f"/d/part/{rank}", 5)
     first.posix("rename", 5000, 5, "/d/part", 5)
     first.lines[-1]["args"]["newpath_hash"] = "00000000000000aa"
     first._meta("FH", "/d/whole", "00000000000000aa")
@@ -538,8 +540,8 @@ def test_a_folder_is_renamed_once_it_is_whole(tmp_path: Path) -> None:
     mpiexec = (Path(sys.executable).parent / "mpiexec", "-n", 2)
     done = replay(tmp_path / "run", tmp_path / "out", "--speed", "max", prefix=mpiexec)
     assert (done.code, done.err) == (0, ""), done.err
-    assert sorted(path.name for path in done.at("/d").rglob("*")) == ["1", "log", "whole"]
-    assert done.at("/d/whole/1").stat().st_size == 2700
+    assert sorted(path.name for path in done.at("/d").rglob("*")) == ["1", "in", "log", "whole"]
+    assert done.at("/d/whole/1").stat().st_size == 9
     assert done.count_requests() == count_requests(tmp_path / "run")
 
 
