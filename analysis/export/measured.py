@@ -66,22 +66,10 @@ class MeasuredTraining:
 def measure_training(run: str | Path) -> MeasuredTraining:
     """UserError where the trace has no steps, or does not say what was read for a batch."""
     joined = gather_tables(run, more=measure_rank_workload)
-    whole = join_workload(joined.tables, joined.launches)
-    shown = printable(run)
-    if not len(whole.steps.filter(pl.col("phase") == "train")):
-        raise UserError(
-            f"{shown}: the trace has no training steps (category train, name step); give the run folder of a "
-            "traced training"
-        )
+    work = _choose_launch(run, join_workload(joined.tables, joined.launches))
     config = records.read_config(output_folder(run) / "config.json", [])
-    work = _keep_longest_launch(whole)
     train = work.steps.filter(pl.col("phase") == "train")
     batches = work.batches.filter(pl.col("phase") == "train")
-    if not batches["bytes"].sum():
-        raise UserError(
-            f"{shown}: the trace does not say what was read for a batch (spans data/read with bytes, or "
-            "calls inside them): a benchmark of storage needs it"
-        )
     evals = work.steps.filter(pl.col("phase") == "eval")
     eval_batches = work.batches.filter(pl.col("phase") == "eval")
     saves = work.pauses.filter(pl.col("name") == "checkpoint/save")
@@ -125,10 +113,24 @@ def _count_dataset_files(joined: JoinedTables, config: dict[str, Any]) -> int:
     return len(files.filter(~files.str.ends_with(".json")))
 
 
-def _keep_longest_launch(work: Workload) -> Workload:
+def _choose_launch(run: str | Path, work: Workload) -> Workload:
+    """The longest launch alone; UserError as `measure_training` says."""
+    is_train = pl.col("phase") == "train"
+    if not len(work.steps.filter(is_train)):
+        raise UserError(
+            f"{printable(run)}: the trace has no training steps (category train, name step); give the run "
+            "folder of a traced training"
+        )
     longest = work.steps.group_by("launch").agg(pl.col("period_us").sum()).sort("period_us", "launch")
     here = pl.col("launch") == longest["launch"][-1]
-    return Workload(*(frame.filter(here) for frame in (work.steps, work.batches, work.pauses, work.requests)))
+    frames = [frame.filter(here) for frame in (work.steps, work.batches, work.pauses, work.requests)]
+    chosen = Workload(*frames)
+    if not chosen.batches.filter(is_train)["bytes"].sum():
+        raise UserError(
+            f"{printable(run)}: the trace does not say what was read for a batch (spans data/read with "
+            "bytes, or calls inside them): a benchmark of storage needs it"
+        )
+    return chosen
 
 
 def _find_own_deviation(steps: pl.DataFrame) -> float:
