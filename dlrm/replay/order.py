@@ -127,7 +127,7 @@ def _insert_starts(nodes: list[Timed], starts: list[tuple[int, Thread]]) -> list
 def _list_joins(
     thread: Thread, started: int, begins: dict[Thread, int], ends: dict[Thread, int], main: Thread
 ) -> list[Timed]:
-    """A JOIN for each thread that had ended before this one began, unless a later one of them has joined it."""
+    """A JOIN for each thread that had ended before this one began, but for what a later one of them joins."""
     ended = [each for each in ends if each not in (main, thread) and ends[each] <= begins[thread]]
     latest = max((begins[each] for each in ended), default=0)
     return [(started, max(started, ends[each]), JOIN, each) for each in ended if ends[each] > latest]

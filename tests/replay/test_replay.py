@@ -136,7 +136,8 @@ def test_over_two_hosts(two_ranks: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert done.count_requests() == count_requests(two_ranks)
     assert [head.host for head in read_heads(done.output)] == ["node-a", "node-b"]
-    offsets = [e["args"] for e in read_events(done.output) if (e.get("cat"), e["name"]) == ("clock", "offset")]
+    spans = [(e.get("cat"), e["name"], e["args"]) for e in read_events(done.output)]
+    offsets = [args for cat, name, args in spans if (cat, name) == ("clock", "offset")]
     assert [each["when"] for each in offsets] == ["start", "end"]
     assert all(abs(int(each["ahead_us"])) <= int(each["error_us"]) for each in offsets)
 
