@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from common.progress import show_progress
 
 if TYPE_CHECKING:
     from analysis.perfetto.tracks import ConversionSummary
+    from analysis.trace.selection import Selection
 
 FAILED = 1  # exit code: bytes are missing in the trace, or an analysis of `finish` failed
 SET_UP = ("numpy", "polars", "numba", "pyarrow", "isal", "tqdm")  # what a shell lacks without env.sh
@@ -34,11 +36,35 @@ def _show_events_read() -> Iterator[Callable[[Path, int], None]]:
 def run_perfetto(options: argparse.Namespace) -> int:
     from analysis.perfetto import chrome, convert
 
-    convert_run = {"pftrace": convert.convert_to_pftrace, "json": chrome.convert_to_json}[options.format]
+    selection = _make_selection(options)
     with _show_events_read() as advance:
-        summary = convert_run(options.run, options.output, options.posix, advance)
+        if options.format == "json":
+            if not selection.is_whole:
+                raise UserError(f"{selection.describe()}: not with --format json; leave one of them out")
+            summary = chrome.convert_to_json(options.run, options.output, options.posix, advance)
+        else:
+            summary = convert.convert_to_pftrace(
+                options.run, options.output, options.posix, advance, selection=selection
+            )
     _print_conversion(summary, set())
     return 0
+
+
+def _make_rank_selection(options: argparse.Namespace) -> "Selection":
+    from analysis.trace.selection import Selection
+
+    hosts = tuple(filter(None, options.hosts.split(",")))
+    return Selection(ranks=options.ranks or (), hosts=hosts, every=options.every)
+
+
+def _make_selection(options: argparse.Namespace) -> "Selection":
+    steps = options.steps
+    if steps is not None and len(steps) != 1:
+        raise UserError("--steps: give one range, e.g. 100-120")
+    return dataclasses.replace(
+        _make_rank_selection(options), steps=steps[0] if steps else None, epoch=options.epoch,
+        from_seconds=options.from_seconds, to_seconds=options.to_seconds, min_us=options.min_us,
+    )  # fmt: skip
 
 
 def _print_conversion(summary: "ConversionSummary", printed: set[str]) -> None:
@@ -117,7 +143,11 @@ def run_report(options: argparse.Namespace) -> int:
     from analysis.report import report
 
     page, text = report.write_report(
-        options.run, options.output, _choose_map(options), parquet=options.parquet
+        options.run,
+        options.output,
+        _choose_map(options),
+        parquet=options.parquet,
+        selection=_make_rank_selection(options),
     )
     print(f"{text}\n\n{printable(page)}")
     return 0
@@ -224,6 +254,50 @@ def _parse_count(most: int) -> Callable[[str], int]:
     return parse
 
 
+def _parse_ranges(text: str) -> tuple[tuple[int, int], ...]:
+    from analysis.trace.selection import parse_ranges
+
+    try:
+        return parse_ranges(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r}: give seconds since the run began, e.g. 12.5")
+    return seconds
+
+
+def _add_rank_selection(made: argparse.ArgumentParser) -> Any:
+    """Which ranks are read. Returns the group of options."""
+    group = made.add_argument_group("a part of the run")
+    group.add_argument("--ranks", type=_parse_ranges, metavar="A-B,C", help="e.g. 0-7,64")
+    group.add_argument("--hosts", default="", metavar="NAME,NAME", help="the ranks on these hosts")
+    group.add_argument(
+        "--every", type=_parse_count(1 << 20), default=1, metavar="N", help="every N-th of these ranks"
+    )
+    return group
+
+
+def _add_selection_options(made: argparse.ArgumentParser) -> None:
+    """Which part of a run is shown."""
+    group = _add_rank_selection(made)
+    group.add_argument("--steps", type=_parse_ranges, metavar="A-B", help="all that went on during them")
+    group.add_argument("--epoch", type=int, metavar="E", help="all that went on during it")
+    group.add_argument(
+        "--from", dest="from_seconds", type=_parse_seconds, metavar="S", help="since the run began"
+    )
+    group.add_argument("--to", dest="to_seconds", type=_parse_seconds, metavar="S")
+    group.add_argument(
+        "--min-us", type=_parse_count(1 << 40), default=0, metavar="N", help="leave out shorter events"
+    )
+
+
 def _add_whatif_options(made: argparse.ArgumentParser) -> None:
     for name, help in (
         ("storage", "bandwidth of reads, e.g. x2 or x0.25"),
@@ -289,6 +363,7 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
     )
+    _add_selection_options(made)
     add_command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")
     add_command("check", run_check, "compare the bytes that the run counted with those in the trace")
     made = add_command("view", run_view, "show the trace in a browser, without a network")
@@ -322,6 +397,7 @@ def make_parser() -> argparse.ArgumentParser:
             made.add_argument(
                 "--parquet", action="store_true", help="also write tables/*.parquet, which keep the types"
             )
+            _add_rank_selection(made)
         if name == "whatif":
             _add_whatif_options(made)
         if name == "compare":

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ from analysis.run_folder import outputs, records, run_settings
 from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.events import assign_ranks
 from analysis.trace.process import is_forked
+from analysis.trace.selection import WHOLE, Selection, find_windows
 from analysis.trace.source import FileSource, Progress, TraceSource
 from common.errors import UserError, os_errors_as_user_errors, printable
 
@@ -42,21 +44,30 @@ _OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
 
 def convert_to_pftrace(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
-    progress: Progress | None = None, source: TraceSource | None = None,
+    progress: Progress | None = None, source: TraceSource | None = None, selection: Selection = WHOLE,
 ) -> ConversionSummary:  # fmt: skip
-    """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events."""
+    """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events.
+
+    selection: the part of the run that is shown; only without a source that several analyses share.
+    """
     source = source or FileSource(run_dir)
     processes = source.read_heads()
     summary = ConversionSummary(Path())
     known, jobs = make_clocks(processes), group_launches(processes)
     summary.clocks = describe_moves(processes, known)
     begin = min((known[p.path].correct_time(p.first) for p in processes if p.first), default=0)
+    if not selection.is_whole:
+        ranked = [process for job in jobs for process in assign_ranks(job)]
+        kept = selection.choose_processes(ranked)
+        jobs = group_launches(kept)
+        selection = replace(selection, windows=find_windows(selection, jobs, known, begin))
     begin = max(0, begin - EARLIER_US)
-    name = name_trace(run_dir, posix) + ".pftrace"
+    name = name_trace(run_dir, posix) + selection.name_part() + ".pftrace"
     with new_trace(run_dir, path, name, outputs.is_own_trace) as (summary.path, file):
         file.write(outputs.mark_packet())
         file.write(proto.encode_trace_uuid(number_run(processes), POSIX_ONLY if posix else EVERYTHING))
-        shared = SharedTracks(TraceOutput(file), summary, posix, begin, BandwidthCounter(begin))
+        bandwidth = BandwidthCounter(begin)
+        shared = SharedTracks(TraceOutput(file), summary, posix, begin, bandwidth, selection)
         done = []
         shown = [
             (process, name_process_track(process, number if len(jobs) > 1 else 0))
@@ -85,6 +96,8 @@ def convert_to_pftrace(
         if not posix:
             _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
+        if not summary.events and not selection.is_whole:
+            raise UserError(f"{selection.describe()}: nothing is in this part of the run")
         if not summary.events:
             which = " of POSIX calls" if posix else ""
             raise UserError(f"{printable(run_dir)}: the traces hold no events{which}")
@@ -165,4 +178,6 @@ def _write_metrics(shared: SharedTracks, path: Path) -> None:
     for name, points in series.items():
         uuid = shared.describe_run_counter(name)
         times, values = np.array(sorted(points)).T
-        write_counter(shared, uuid, (times * 1e6).astype(np.int64), values)
+        ts = (times * 1e6).astype(np.int64)
+        inside = shared.selection.is_inside(ts, np.zeros_like(ts))
+        write_counter(shared, uuid, ts[inside], values[inside])

@@ -11,13 +11,14 @@ from analysis.perfetto import proto
 from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.flows import ReadToStepFlows
 from analysis.perfetto.nest import SliceLane
-from analysis.trace.arguments import count_moved_bytes, read_argument_of, read_real_argument
+from analysis.trace.arguments import NO_CALL, count_moved_bytes, read_argument_of, read_real_argument
 from analysis.trace.classify import KERNEL_COUNTERS
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import resolve_paths
 from analysis.trace.positions import FilePositions
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import INLINE, STRING, EventBlock
+from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import BlockReader
 from analysis.trace.strings import ID, MAX_NAMES, StringTable
 from common.errors import printable
@@ -122,6 +123,7 @@ class SharedTracks:
     posix: bool
     begin: int  # us: the trace's times count from here
     total: BandwidthCounter
+    selection: Selection = WHOLE
     strings: StringTable = field(default_factory=StringTable)
     paths: dict[int, int] = field(default_factory=dict)
     counted: set[str] = field(default_factory=set)
@@ -217,18 +219,22 @@ class FileTracks:
         shared = self.shared
         block.ts, block.dur = self.clock.correct_spans(block.ts, block.dur)
         keep = block.is_event()
+        # these follow the file from its beginning, whatever is shown of it
+        calls, amounts = count_moved_bytes(block, shared.strings)
+        flow = self.flows.find_flows(block)
+        self.offsets = self.positions.find_offsets(block, shared.strings, amounts)
+        inside = shared.selection.is_inside(block.ts, block.dur)
+        keep &= inside & shared.selection.is_long(block)
         if shared.posix:
             keep &= (block.cat == ID["POSIX"]) | (block.cat == ID["STDIO"])
-        if not keep.any():
+        calls = np.where(inside, calls, NO_CALL)
+        if not keep.any() and not (calls != NO_CALL).any():
             return
         shared.summary.events += int(np.count_nonzero(keep))
-        calls, amounts = count_moved_bytes(block, shared.strings)
         for sums in (self.bandwidth, shared.total):
             sums.add(block.ts, block.dur, calls, amounts)
         counter = keep & (block.cat == ID["counter"])
         self._write_counters(block, np.flatnonzero(counter))
-        flow = self.flows.find_flows(block)
-        self.offsets = self.positions.find_offsets(block, shared.strings, amounts)
         self._resolve_files(block)
         instant = keep & (block.cat == ID["clock"])
         slices = keep & ~counter & ~instant

@@ -79,8 +79,10 @@ def find_trace(run_dir: str | Path, file: str | Path | None) -> Path:
     if not run.is_dir():
         check_regular(run)
         return _check_format(run)
+    # what shows a part of the run has a longer name
     found = sorted(
-        filter(is_regular, run.glob("*.pftrace")), key=lambda path: ("-posix" in path.name, path.name)
+        filter(is_regular, run.glob("*.pftrace")),
+        key=lambda path: ("-posix" in path.name, len(path.name), path.name),
     )
     if not found:
         named = printable(run)

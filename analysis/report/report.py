@@ -27,6 +27,7 @@ from analysis.report.run import TracedRun, open_run
 from analysis.report.sections import list_entries
 from analysis.run_folder import outputs, run_settings
 from analysis.tables.gather import Map, map_on_threads
+from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import TraceSource
 from common.errors import os_errors_as_user_errors
 from common.words import format_number
@@ -144,17 +145,21 @@ def write_report(
     over: Map = map_on_threads,
     source: TraceSource | None = None,
     parquet: bool = False,
+    selection: Selection = WHOLE,
 ) -> tuple[Path, str]:
     """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
     name. Returns the page's path and the terminal's text.
 
-    parquet: whether each table is written as Parquet too, beside the CSV file.
+    parquet: whether each table is written as Parquet too, beside the CSV file. selection: of ranks and hosts;
+    without `output` only the page is written, under a name that says them.
     """
+    if output is None and not selection.is_whole:
+        output = outputs.output_folder(path) / f"report{selection.name_part()}.html"
     folder = outputs.output_folder(path) if output is None else output if output.is_dir() else None
     if folder is not None and Path(path).exists():
         early = {PAGE: is_own_page, SUMMARY: outputs.is_own_summary, "tables/breakdown.csv": lambda _: True}
         outputs.check_folder(folder, early, REMEDY)
-    run = open_run(path, over, source)
+    run = open_run(path, over, source, selection=selection)
     facts = Facts(run.joined, run.config, run.metrics)
     found, things = find_all(facts), list_entries(run, facts)
     text = summary.format_text(run, facts, found)

@@ -16,6 +16,7 @@ from analysis.tables.calls import MAPPED
 from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import JoinedTables, Map, gather_tables, map_on_threads
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
+from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import TraceSource
 from analysis.workload.fidelity import measure_requests
 from analysis.workload.steps import Workload, join_workload, measure_rank_workload
@@ -59,23 +60,32 @@ def open_run(
     over: Map = map_on_threads,
     source: TraceSource | None = None,
     with_requests: bool = False,
+    selection: Selection = WHOLE,
 ) -> TracedRun:
     """Reads a run: its traces (`over` says where) and the JSON files beside them.
 
-    with_requests: also each single read and write, for `fidelity.compare_tables`.
+    with_requests: also each single read and write, for `fidelity.compare_tables`. selection: of ranks and
+    hosts.
     """
     folder, more = Path(path), measure_requests if with_requests else measure_rank_workload
-    run = TracedRun(folder, gather_tables(folder, over, source, more, details=with_requests))
+    run = TracedRun(folder, gather_tables(folder, over, source, more, with_requests, selection))
     run.config = records.read_config(run.home / "config.json", run.notes)
     run.plan = records.read_plan(run.home / "plan.json", run.notes)
     run.results = records.read_results(run.home / "results.json", run.notes)
     run.metrics = records.read_metrics(run.home / "metrics.jsonl", run.notes)
-    run.notes += _list_notes(run.joined, bool(run.config))
+    if not selection.is_whole:
+        run.notes.append(
+            f"Only a part of the ranks was read: {selection.describe()}. Sums and means are theirs."
+        )
+    run.notes += _list_notes(run.joined, bool(run.config), selection.is_whole)
     return run
 
 
-def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
-    """Sentences on what is missing in the traces or must be known to read the report."""
+def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
+    """Sentences on what is missing in the traces or must be known to read the report.
+
+    ours: config.json is there. whole: all ranks were read.
+    """
     notes = [process.lost + "." for process in joined.processes if process.lost]
     shown = notes[:8] + ([f"{len(notes) - 8} more traces are incomplete."] if len(notes) > 8 else [])
     several = len(joined.launches) > 1
@@ -89,7 +99,7 @@ def _list_notes(joined: JoinedTables, ours: bool) -> list[str]:
         world = max((p.world_size for p in job), default=-1)
         there = {p.rank for p in job}
         lacking = list(islice((rank for rank in range(world) if rank not in there), 11))
-        if lacking:
+        if lacking and whole:
             names = ", ".join(map(str, lacking[:10])) + ("..." if len(lacking) > 10 else "")
             shown.append(
                 f"{f'Launch {number}' if several else 'The run'} had {world} ranks; there is no trace of "

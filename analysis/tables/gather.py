@@ -21,6 +21,7 @@ from analysis.tables.times import measure_rank
 from analysis.trace.clocks import Clock, group_launches, make_clocks
 from analysis.trace.events import assign_ranks
 from analysis.trace.process import TracedProcess
+from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError
 
@@ -67,11 +68,17 @@ class JoinedTables:
         return self.tables[name]
 
 
-def plan_launches(source: TraceSource) -> list[Launch]:
-    """What is to be read: the files of each rank in each launch, with the clock that corrects their times."""
+def plan_launches(source: TraceSource, selection: Selection = WHOLE) -> list[Launch]:
+    """What is to be read: the files of each rank in each launch, with the clock that corrects their times.
+
+    selection: of ranks and hosts.
+    """
     found = source.read_heads()
     known, made = make_clocks(found), []
-    for launch, job in enumerate(group_launches(found), 1):
+    jobs = group_launches(found)
+    if not selection.is_whole:
+        jobs = group_launches(selection.choose_processes(p for job in jobs for p in assign_ranks(job)))
+    for launch, job in enumerate(jobs, 1):
         by_rank: dict[int, list[Path]] = {}
         for process in assign_ranks(job):
             by_rank.setdefault(process.rank, []).append(process.path)
@@ -132,13 +139,14 @@ def gather_tables(
     source: TraceSource | None = None,
     more: More | None = None,
     details: bool = False,
+    selection: Selection = WHOLE,
 ) -> JoinedTables:
     """source: a reading of the traces that is shared with other analyses; then `over` is not used.
 
     more: makes further tables of each rank; a function of a module, which Dask can send. details: it gets
-    calls with the columns DETAILS; not of a shared reading.
+    calls with the columns DETAILS; not of a shared reading. selection: of ranks and hosts.
     """
-    work = plan_launches(source or FileSource(run_dir))
+    work = plan_launches(source or FileSource(run_dir), selection)
     if source is None:
         parts = list(over(partial(read_rank_tables, more=more, details=details), work))
     else:
