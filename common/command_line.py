@@ -7,7 +7,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ class CommandLineParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **settings})
+        self.other_names: Mapping[str, str] = {}  # options of programs like this one -> what they are here
         self._words: list[str] = []
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -68,7 +69,7 @@ class CommandLineParser(argparse.ArgumentParser):
         options = [option for action in self._actions for option in action.option_strings]
         wrong = [word.partition("=")[0] for word in self._words if re.match("--[A-Za-z]", word)]
         for word in wrong:
-            if word not in options and (meant := find_similar(word, options)):
+            if word not in options and (meant := self.other_names.get(word) or find_similar(word, options)):
                 message += f"; did you mean {meant} instead of {word}?"
         error = UserError(f"{printable(message)} ({self.prog} --help lists the options)")
         error.shared = True  # every rank has the same command line
@@ -77,6 +78,7 @@ class CommandLineParser(argparse.ArgumentParser):
 
 def find_similar(wrong: str, known: Iterable[str]) -> str:
     """The known word that is most like a wrong one, or nothing; hyphens count as underscores."""
-    plain = {word.lower().replace("-", "_"): word for word in known}
-    close = difflib.get_close_matches(wrong.lower().replace("-", "_"), plain, n=1, cutoff=LIKE)
+    # without the two hyphens before them, which would make all short options alike
+    plain = {word.lower().lstrip("-").replace("-", "_"): word for word in known}
+    close = difflib.get_close_matches(wrong.lower().lstrip("-").replace("-", "_"), plain, n=1, cutoff=LIKE)
     return plain[close[0]] if close else ""

@@ -148,6 +148,7 @@ def _parse_options(
         prog=program, description=description, epilog=describe_presets(presets),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.other_names = getattr(kind, "other_names", {})
     parser.add_argument("--validate_only", action="store_true", help="check the options, then exit")
     parser.add_argument("--check_options", action="store_true", help=argparse.SUPPRESS)  # its old name
     parser.add_argument("--relative_to", metavar="FOLDER", help=RELATIVE_TO_HELP)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 
 import pytest
 from support.ranks import python
@@ -10,9 +11,10 @@ from analysis.__main__ import make_parser as make_analysis_parser
 from common.command_line import find_similar
 from common.errors import UserError
 from dlrm.bench import BenchConfig
-from dlrm.config.parser import parse_options
+from dlrm.config.parser import list_flags, parse_options
 from dlrm.models.bert4rec.options import BertConfig
 from dlrm.models.dlrm.options import Config
+from dlrm.models.dlrm.other_names import OTHER_NAMES
 from dlrm.models.dlrm.presets import PRESETS
 from dlrm.prep.__main__ import make_parser as make_prep_parser
 
@@ -36,6 +38,12 @@ PROGRAMS: dict[str, Callable[[list[str]], object]] = {
         ("prep", "run --input_dir a --output_dir b --worker=2", "did you mean --workers instead of --worker"),
         ("train", "--batch-size 5", "did you mean --batch_size instead of --batch-size"),
         ("train", "--preset kagle", "did you mean kaggle"),
+        ("train", "--lr=28", "did you mean --learning_rate instead of --lr"),  # NVIDIA's
+        (
+            "train",
+            "--train_batch_size 8",
+            "did you mean --batch_size instead of --train_batch_size",
+        ),  # OneFlow's
         ("bert4rec", "--Output_Dir x", "did you mean --output_dir instead of --Output_Dir"),
         ("bench", "--batch_size 5", "did you mean --batch_sizes instead of --batch_size"),
     ],
@@ -49,9 +57,15 @@ def test_what_was_meant(program: str, words: str, meant: str) -> None:
 
 def test_nothing_is_suggested_for_a_word_like_none() -> None:
     assert find_similar("--zzz", ["--batch_size", "--epochs"]) == ""
-    with pytest.raises(UserError) as error:
-        PROGRAMS["train"](["--zzz_9"])
-    assert "did you mean" not in str(error.value)
+    for word in ("--zzz_9", "--qx"):
+        with pytest.raises(UserError) as error:
+            PROGRAMS["train"]([word])
+        assert "did you mean" not in str(error.value)
+
+
+def test_names_of_other_programs_mean_options_of_this_one() -> None:
+    known = {f"--{flag.name}" for group in fields(Config) for flag in list_flags(group.default_factory)}
+    assert {meant.split()[0] for meant in OTHER_NAMES.values()} <= known and not known & set(OTHER_NAMES)
 
 
 @pytest.mark.parametrize("program", ["analysis", "dlrm.prep"])

@@ -4,12 +4,13 @@ names and meaning here; and ours.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dlrm.config.options import CheckpointOptions, PlanOptions, RunOptions
 from dlrm.config.parser import check_at_least, check_at_most, option, path_option
 from dlrm.data.criteo import CRITEO, check_column_counts
 from dlrm.data.registry import CHOICES
+from dlrm.models.dlrm.other_names import OTHER_NAMES
 from dlrm.runtime.errors import UserError
 
 LARGEST_BATCH = (1 << 31) - 1  # rows; its ids are counted with 32 bits, which is seen with the data
@@ -214,6 +215,8 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class Config:
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES  # for the message about a wrong option
+
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optim: OptimizerOptions = field(default_factory=OptimizerOptions)

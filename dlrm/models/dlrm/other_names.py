@@ -1,0 +1,42 @@
+"""What options of NVIDIA's and OneFlow's DLRM are called here, for whoever types one of theirs."""
+
+NVIDIA = {
+    "--auc_threshold": "--validation_auroc",
+    "--bottom_mlp_sizes": "--dense_arch_layer_sizes",
+    "--dataset": "--in_memory_binary_criteo_path",
+    "--decay_start_step": "--lr_decay_start",
+    "--decay_steps": "--lr_decay_steps",
+    "--fp16": "--amp fp16",
+    "--interaction_op": "--interaction_type",
+    "--log_path": "--output_dir",
+    "--lr": "--learning_rate",
+    "--num_numerical_features": "--num_numerical",
+    "--print_freq": "--report_every",
+    "--save_checkpoint_path": "--checkpoint_dir",
+    "--synthetic_dataset": "--source random",
+    "--synthetic_dataset_table_sizes": "--num_embeddings_per_feature",
+    "--test_freq": "--validation_freq_within_epoch",
+    "--top_mlp_sizes": "--over_arch_layer_sizes",
+    "--warmup_factor": "--lr_warmup_factor",
+    "--warmup_steps": "--lr_warmup_steps",
+}
+ONEFLOW = {
+    "--bottom_mlp": "--dense_arch_layer_sizes",
+    "--data_dir": "--in_memory_binary_criteo_path",
+    "--decay_batches": "--lr_decay_steps",
+    "--decay_start": "--lr_decay_start",
+    "--embedding_vec_size": "--embedding_dim",
+    "--eval_batch_size": "--test_batch_size",
+    "--eval_batches": "--limit_val_batches",
+    "--eval_interval": "--validation_freq_within_epoch",
+    "--interaction_itself": "--self_interaction",
+    "--loss_print_interval": "--report_every",
+    "--model_load_dir": "--load_checkpoint_path",
+    "--model_save_dir": "--checkpoint_dir",
+    "--table_size_array": "--num_embeddings_per_feature",
+    "--top_mlp": "--over_arch_layer_sizes",
+    "--train_batch_size": "--batch_size",
+    "--train_batches": "--max_steps",
+    "--warmup_batches": "--lr_warmup_steps",
+}
+OTHER_NAMES = {**NVIDIA, **ONEFLOW}
