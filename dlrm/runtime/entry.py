@@ -54,9 +54,17 @@ def _quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _set_threads() -> None:
+    """DLRM_THREADS, as launcher.sh takes it, where a rank was started without it; torch is not loaded yet."""
+    threads = os.environ.get("DLRM_THREADS", "")
+    if threads.isdigit() and int(threads):
+        os.environ["OMP_NUM_THREADS"] = threads
+
+
 def run_for_exit_code(main: Callable[[Ranks], None], here: Ranks) -> int:
     """Run `main`, print the line of an error that it ends with, and return the exit code that it means."""
     _quieten_libraries()
+    _set_threads()
     try:
         main(here)
         return 0

@@ -1,6 +1,7 @@
 """The warning before ranks of several threads start on cores that are taken."""
 
 import pytest
+from support.ranks import python
 
 from dlrm.runtime.busy_cores import describe_busy_cores
 from dlrm.runtime.ranks import Ranks
@@ -29,3 +30,14 @@ def test_a_busy_host_is_named_with_the_remedy() -> None:
 )
 def test_otherwise_nothing_is_said(ranks: int, load: float, cores: int, environ: dict[str, str]) -> None:
     assert describe_busy_cores(here(ranks), load, cores, environ) is None
+
+
+def test_the_remedy_works_without_launcher_sh() -> None:
+    lines = [
+        "from dlrm.runtime import entry",
+        "def main(here):",
+        " import torch",
+        " print(torch.get_num_threads())",
+    ]
+    done = python("-c", "\n".join([*lines, "entry.run_entry(main)"]), DLRM_THREADS="3", OMP_NUM_THREADS="1")
+    assert done.stdout == "3\n", done.stderr
