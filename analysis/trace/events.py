@@ -20,8 +20,18 @@ from analysis.trace.clocks import make_clocks
 from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.lines import Opener, open_trace, read_blocks, read_tail
 from analysis.trace.process import TracedProcess
-from analysis.trace.scan import COUNTER, EVENT, MAX_TS, MAX_WHOLE, METADATA, SUM, EventBlock, scan_block
-from analysis.trace.strings import ID, PAD, StringTable
+from analysis.trace.scan import (
+    COUNTER,
+    EVENT,
+    MAX_TS,
+    MAX_WHOLE,
+    METADATA,
+    STRING,
+    SUM,
+    EventBlock,
+    scan_block,
+)
+from analysis.trace.strings import ID, PAD, StringTable, compiled
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 __all__ = [
@@ -124,13 +134,14 @@ class TraceReader:
             )
 
     def _read_records(self, block: EventBlock) -> None:
-        """Metadata, start and end, barriers: few, so one by one."""
+        """Names of files all at once; other metadata, start and end, barriers: few, so one by one."""
         special = (block.ph == METADATA) | (block.cat == ID["dftracer"]) | (block.cat == ID["clock"])
         found = np.flatnonzero(special)
         self.records += len(found)
         beyond = min(len(found), max(0, self.records - MAX_RECORDS))
         self.process.bad_lines += beyond
-        for i in found[: len(found) - beyond].tolist():
+        found = self._read_file_names(block, found[: len(found) - beyond])
+        for i in found.tolist():
             args = block.args(i, self.strings)
             if block.ph[i] == METADATA:
                 self._read_metadata(int(block.name[i]), int(block.tid[i]), args)
@@ -141,6 +152,20 @@ class TraceReader:
             elif block.name[i] == ID["end"]:
                 self.process.ended = True
                 self.process.expected = take_whole_number(args.get("num_events"), MAX_WHOLE, 0)
+
+    def _read_file_names(self, block: EventBlock, found: np.ndarray) -> np.ndarray:
+        """Take in the hashes of files among these records; returns the records that are left."""
+        named = (block.ph[found] == METADATA) & (block.name[found] == ID["FH"])
+        rows = found[named]
+        pairs = np.full((2, len(rows)), -1, np.int64)
+        strings = self.strings
+        _pair_texts(
+            rows, block.arg_begin, block.arg_key, block.arg_kind, block.arg_val, ID["value"], ID["name"],
+            strings.pool, strings.starts, pairs,
+        )  # fmt: skip
+        plain = (pairs >= 0).all(axis=0)
+        self.paths.update(zip(pairs[0, plain].tolist(), pairs[1, plain].tolist(), strict=True))
+        return np.sort(np.concatenate([found[~named], rows[~plain]]))
 
     def _read_start(self, args: dict) -> None:
         self.process.parent = take_whole_number(args.get("ppid"), 1 << 32, -1)
@@ -183,6 +208,26 @@ class TraceReader:
             self._read_metadata(ID.get(kind, 0), 0, {"name": key, "value": value})
         else:
             self.process.bad_lines += 1
+
+
+@compiled
+def _pair_texts(rows, arg_begin, arg_key, arg_kind, arg_val, first, second, pool, starts, pairs):
+    """Fills `pairs` (int64 [2, rows]) with the numbers of the texts of two arguments of these events. What is
+    no text, or has a backslash in it (its number stands for the text as it is in the file), is left at -1.
+    """
+    for k in range(len(rows)):
+        for j in range(arg_begin[rows[k]], arg_begin[rows[k] + 1]):
+            place = 0 if arg_key[j] == first else 1 if arg_key[j] == second else -1
+            if place < 0:
+                continue
+            pairs[place, k] = -1
+            if arg_kind[j] == STRING:
+                number = arg_val[j]
+                plain = True
+                for at in range(starts[number], starts[number + 1]):
+                    plain &= pool[at] != 92
+                if plain:
+                    pairs[place, k] = number
 
 
 def _read_clock_mark(process: TracedProcess, at: int, args: dict) -> None:

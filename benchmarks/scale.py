@@ -1,0 +1,115 @@
+"""Conversion, report and overview of traces of many ranks: time, memory and size of each step.
+
+The traces are made from those of one real run: the file of one rank is copied for each rank, with its own
+rank, process number and host (four ranks a node), and as many steps as asked for.
+
+usage: python benchmarks/scale.py RUN [--ranks 64 256 1024 2048] [--steps 899 100 ...] [--folder DIR]
+"""
+
+import argparse
+import gzip
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RANKS_PER_NODE = 4
+
+
+def read_template(run: Path, steps: int) -> bytes:
+    """The trace of one rank, its training cut after so many steps; what comes after the training stays."""
+    path = sorted((run / "trace").glob("train00000-*.pfw.gz"))[0]
+    kept, last = [], re.compile(rb'"step":(\d+)')
+    with gzip.open(path, "rb") as file:
+        for line in file:
+            found = last.search(line)
+            if found is None or int(found[1]) <= steps or b'"cat":"dftracer"' in line:
+                kept.append(line)
+    return b"".join(kept)
+
+
+def make_run(template: bytes, folder: Path, ranks: int, run: Path) -> None:
+    """A run folder with a trace for each rank."""
+    (folder / "trace").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "results.json"):
+        shutil.copyfile(run / name, folder / name)
+    pid = re.search(rb'"pid":(\d+)', template)
+    host = re.search(rb'"name":"host","value":"([^"]*)"', template)
+    assert pid and host
+    for rank in range(ranks):
+        mine, node = str(1_000_000 + 100 * rank).encode(), f"x{rank // RANKS_PER_NODE:04d}".encode()
+        text = template.replace(b'"pid":' + pid[1], b'"pid":' + mine)
+        text = text.replace(b'"tid":' + pid[1], b'"tid":' + mine)
+        text = text.replace(b'"name":"rank","value":"0"', b'"name":"rank","value":"%d"' % rank)
+        world = b'"name":"world_size","value":"%d"' % ranks
+        text = re.sub(rb'"name":"world_size","value":"\d+"', world, text)
+        for before, after in ((b'"name":"host","value":"', b'"'), (b'"name":"', b'","value":"6')):
+            text = text.replace(before + host[1] + after, before + node + after)
+        path = folder / "trace" / f"train{rank:05d}-{rank:016x}-app.pfw.gz"
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.write(text)
+
+
+def measure(*words: object) -> tuple[float, float, float]:
+    """Wall seconds, processor seconds and GB of memory of a command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "analysis", *map(str, words)], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    peak = 0.0
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        peak = max(peak, int(found[1]) / 1e6 if found else 0.0)
+        time.sleep(0.05)
+    seconds = time.perf_counter() - began
+    assert process.stderr
+    if process.returncode:
+        raise SystemExit(f"{words}: exit code {process.returncode}: {process.stderr.read()}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, used, peak
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("run", type=Path, help="a traced run, e.g. the demo's")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 2048])
+    parser.add_argument("--steps", type=int, nargs="+", default=[899, 400, 100, 50], help="one for each")
+    parser.add_argument("--folder", type=Path, help="where the traces are made (default: a temporary folder)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        for ranks, steps in zip(options.ranks, options.steps, strict=False):
+            folder = Path(scratch) / f"ranks{ranks}"
+            template = read_template(options.run, steps)
+            make_run(template, folder, ranks, options.run)
+            events = template.count(b'"ph":1') * ranks
+            for words in (["perfetto", folder], ["report", folder]):
+                seconds, used, memory = measure(*words)
+                made = next(folder.glob("*.pftrace" if words[0] == "perfetto" else "report.html"))
+                row = {
+                    "ranks": ranks,
+                    "events": events,
+                    "command": words[0],
+                    "seconds": round(seconds, 1),
+                    "processor_seconds": round(used, 1),
+                    "GB": round(memory, 2),
+                    "MB_written": round(made.stat().st_size / 1e6, 1),
+                }
+                if words[0] == "report":
+                    row["summary_MB"] = round((folder / "summary.json").stat().st_size / 1e6, 2)
+                print(json.dumps(row), flush=True)
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
