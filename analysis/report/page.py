@@ -85,7 +85,7 @@ def format_cell(name: str, value: Any) -> str:
     if name.endswith("_us") or name in ("us", "dur"):
         return format_seconds(value / 1e6)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
     if isinstance(value, int) and name not in ("pid", "tid", "ts", "rank", "step", "epoch", "batch"):
         return f"{value:,}"
     return str(value)

@@ -47,7 +47,7 @@ def find_waiting(f: Facts) -> Finding | None:
         elif f.is_own_dlrm and find_persistent_pressure(f):
             remedy = (
                 "Stage the data on the node, or hold it in memory (--source memory): --prefetch_batches "
-                "evens out single late reads only, and it waits all the time."
+                "evens out single late reads only, and it waits most of the time."
             )
         elif f.is_own_run:
             remedy = "Raise --prefetch_batches, stage the data on the node, or hold it in memory."
@@ -114,8 +114,9 @@ def find_persistent_pressure(f: Facts) -> Finding | None:
     found = ranges.select("from_step", pressed.alias("pressed"))
     steps = f.waited_in_steps.sort("step").join_asof(found, left_on="step", right_on="from_step")
     seconds = float(steps.filter("pressed")["us"].sum()) / 1e6
+    always = "all the time" if pressed.all() else "most of the time"
     text = (
-        f"The training waits for data all the time: in {pressed.sum()} of its {len(pressed)} ranges of steps "
+        f"The training waits for data {always}: in {pressed.sum()} of its {len(pressed)} ranges of steps "
         f"for {PRESSURE:.0%} or more. Data come in more slowly than they are used, so no queue can hide it."
     )
     remedy = "Raise what comes in: larger reads, faster storage, or data held in memory."

@@ -4,6 +4,7 @@ For each program and each file: how many calls of a kind, and how many bytes the
 """
 
 import fnmatch
+import gzip
 import json
 import os
 import shutil
@@ -39,12 +40,17 @@ TRAIN = [
 ]  # fmt: skip
 SSD = ["--store_type", "cached_ssd", "--persistent_path", "{store}", "--cache_memory_budget_mb", 1]
 STRACE = ["strace", "-f", "-y", "--seccomp-bpf", "-e", f"trace={STRACED}"]
+BERT4REC: list[Any] = [
+    "-m", "dlrm.bert4rec", "--dataset_path", "{ratings}", "--cache_dir", "{prepared}", "--max_len", 6,
+    "--train_batch_size", 16, "--emb_dim", 8, "--num_layers", 1, "--max_steps", 2, "--negatives", 5,
+    "--checkpoint_every_steps", 1, "--checkpoint_dir", "{run}/saved", "--trace", "--output_dir", "{run}",
+]  # fmt: skip
 PREP: list[Any] = ["-m", "dlrm.prep"]
 TRACED = ["--trace_dir", "{run}"]
 # In this order, as some read what others have written. {run}: a folder of the program's own.
 PROGRAMS: dict[str, list[Any]] = {
     "prep run": [
-        *PREP, "run", "--input_dir", "{tsv}", "--output_dir", "{npy}", "--part_bytes", 30_000, *TRACED,
+        *PREP, "run", "--input_dir", "{gz}", "--output_dir", "{npy}", "--part_bytes", 30_000, *TRACED,
     ],
     "prep run, Parquet": [
         *PREP, "run", "--input_dir", "{tsv}", "--output_dir", "{parquet}", "--format", "parquet", *TRACED,
@@ -75,6 +81,8 @@ PROGRAMS: dict[str, list[Any]] = {
         "--in_memory_binary_criteo_path", "{npy}", "--batch_sizes", 10,
         "--seconds", 0, "--iterations", 1, "--benchmark_warmup_steps", 0, *TRACED,
     ],
+    "BERT4Rec": BERT4REC,
+    "BERT4Rec, prepared": BERT4REC,
 }  # fmt: skip
 # the tracer's own files, and those that are read before it starts: whose folder is it
 UNSEEN = ("/trace/", "/.dlrm-io.json", "/.dlrm-io.lock")
@@ -92,7 +100,16 @@ def calls(folders: Path) -> dict[str, tuple[Calls, Calls]]:
     base = folders
     toy = [sys.executable, *PREP, "toy", str(base / "tsv"), "--days", "3", "--rows", "300"]
     subprocess.run(toy, cwd=ROOT, check=True, capture_output=True)
-    names = ("tsv", "npy", "parquet", "parsed", "contiguous", "shuffled", "multi_hot", "checkpoints", "store")
+    (base / "gz").mkdir()
+    for number in range(3):
+        text = (base / "tsv" / f"day_{number}").read_bytes()
+        (base / "gz" / f"day_{number}.gz").write_bytes(gzip.compress(text, 1))
+    ratings = [f"{user} {(user * 7 + item * 3) % 40} {item}\n" for user in range(30) for item in range(12)]
+    (base / "ratings").write_text("".join(ratings))
+    names = (
+        "tsv", "gz", "npy", "parquet", "parsed", "contiguous", "shuffled", "multi_hot", "checkpoints",
+        "store", "ratings", "prepared",
+    )  # fmt: skip
     places = {name: base / name for name in names}
     found = {}
     for number, (program, words) in enumerate(PROGRAMS.items()):
@@ -115,7 +132,7 @@ def calls(folders: Path) -> dict[str, tuple[Calls, Calls]]:
 
 # what each program must have done at least: it must not be that both saw nothing
 DONE = {
-    "prep run": ["read tsv/day_0", "write npy/*/day_2_sparse.npy", "read npy/*/piece_*.runs"],
+    "prep run": ["read gz/day_0.gz", "write npy/*/day_2_sparse.npy", "read npy/*/piece_*.runs"],
     "prep run, Parquet": ["read tsv/day_2", "write parquet/*/train/part_*.parquet"],
     "prep parse": ["read tsv/day_0", "write parsed/*/day_0_dense.npy"],
     "prep contiguous": ["read parsed/day_0_sparse.npy", "write contiguous/*/day_0_sparse*.npy"],
@@ -131,6 +148,8 @@ DONE = {
         "write run*results.json*", "write run*/tensorboard/*",
     ],
     "resuming": ["read checkpoints/00002-step-4/rank00000.safetensors", "read store/t_cat_0.json"],
+    "BERT4Rec": ["read ratings", "write prepared/*", "write run*/saved/*.safetensors"],
+    "BERT4Rec, prepared": ["read prepared/*"],
     "bench": ["read checkpoints/*.safetensors", "read npy/day_2_dense.npy"],
 }  # fmt: skip
 

@@ -291,6 +291,10 @@ def test_a_rank_that_waits_though_its_reads_are_as_quick_is_not_blamed(tmp_path:
         assert "waits for its data" in each["waiting_for_ranks"].remedy
         assert each["waiting"].seconds == pytest.approx(40 * 0.006)
         assert each["persistent_pressure"].seconds == pytest.approx(40 * 0.006)
+        assert "waits for data all the time: in 20 of its 20 ranges" in each["persistent_pressure"].text
+    mostly = find_in_runs(tmp_path / "mostly", training(wait=lambda step: 3_000 if step < 30 else 0))
+    text = next(finding.text for finding in mostly if finding.rule == "persistent_pressure")
+    assert "waits for data most of the time: in 15 of its 20 ranges" in text
 
 
 def test_waits_within_the_error_of_the_clocks_are_neither(tmp_path: Path) -> None:
