@@ -127,10 +127,15 @@ class ProcessFiles:
         self._lock = threading.Lock()
         self._open: dict[str, list[OpenFile]] = defaultdict(list)
         self.mapped: dict[str, tuple[int, int, int]] = {}  # path -> place in the file, bytes, address
+        self.tried: Counter[str] = Counter()  # path -> how often it was opened, or that failed
 
     def add(self, path: str, file: OpenFile) -> None:
         with self._lock:
             self._open[path].append(file)
+
+    def count_try(self, path: str) -> None:
+        with self._lock:
+            self.tried[path] += 1
 
     def find(self, path: str, thread: int, stream: bool, op: str, position: int | None) -> OpenFile | None:
         """The descriptor that a call was most likely made through."""
@@ -222,6 +227,7 @@ class Caller:
             self._wait_for(path, bool(flags & os.O_CREAT))
             found = open_once()
         if found is None or found == -1:
+            self.files.count_try(path)
             self._check_error(call, path, tolerated=call.unused)
             return
         descriptor = self.library.fileno(found) if stream else found
@@ -234,6 +240,7 @@ class Caller:
         if grow and file.writes and os.fstat(descriptor).st_size < grow:
             os.ftruncate(descriptor, grow)  # as the run did by a call that is not traced
         self.files.add(path, file)
+        self.files.count_try(path)
 
     def _wait_for(self, path: str, makes: bool) -> None:
         """Until there is such a file; of one that the call itself makes, such a folder."""
@@ -320,10 +327,19 @@ class Caller:
         return asked
 
     def _find_file(self, call: TracedCall, path: str, stream: bool) -> OpenFile:
-        """A descriptor for a call. A file that was open before tracing began is opened now."""
-        file = self.files.find(path, self.thread, stream, call.op, call.position)
-        if file is not None:
-            return file
+        """A descriptor for a call: of a file that another thread opens, once it has. A file that was open
+        before tracing began is opened now.
+        """
+        begun = time.monotonic()
+        while True:
+            file = self.files.find(path, self.thread, stream, call.op, call.position)
+            if file is not None:
+                return file
+            if self.files.tried[path] >= call.opens or time.monotonic() - begun > WAIT_SECONDS:
+                break
+            if self.is_stopped():
+                break
+            time.sleep(0.001)
         self.outcome.differences["on a file that the trace does not open: opened at its first use"] += 1
         flags = os.O_RDWR | os.O_CREAT if path in self.plan.changed else os.O_RDONLY
         self._wait_for(path, bool(flags & os.O_CREAT))

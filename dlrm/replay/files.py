@@ -246,6 +246,8 @@ def plan_files(run: RunUse, paths: MappedPaths) -> FilePlan:
             found.changed.add(mapped)
         if use.first is None:
             continue
+        if is_folder and use.read_end:  # of files without a name (O_TMPFILE): the trace gives them the folder's
+            found.grow[mapped] = use.read_end
         if use.is_there_first and is_folder:
             found.folders.append(mapped)
         elif use.is_there_first:

@@ -50,6 +50,7 @@ class TracedCall(NamedTuple):
     args: str | None  # JSON
     text: str  # the name as it was given
     unused: bool  # an open after which the process does nothing with the file: perhaps it failed
+    opens: int  # how often the process had opened the file before
 
     def other_arguments(self) -> dict[str, Any]:
         """The other arguments."""
@@ -167,9 +168,11 @@ def _read_calls(events: RankEvents, known: set[str], data_only: bool, plan: Rank
     rows = rows.with_columns(pl.col(pl.Categorical).cast(pl.String))
     # whether the process uses the file again before it opens it another time
     next_op = rows.select(pl.col("op").shift(-1).over("pid", "path"))["op"].to_list()
+    opened = (pl.col("op") == "open").cum_sum().over("pid", "path").fill_null(0)
+    opens = rows.select(opened.cast(pl.Int64))["op"].to_list()
     threads: _Made = defaultdict(list)
     texts: dict[str | None, str | None] = {}  # each once, whatever the number of calls
-    for values, after in zip(rows.iter_rows(), next_op, strict=True):
+    for values, after, before in zip(rows.iter_rows(), next_op, opens, strict=True):
         row: list[Any] = [texts.setdefault(v, v) if isinstance(v, str) else v for v in values]
         pid, tid, ts, dur, name, op, path, other, position, count, size, failed, flags, *rest = row
         reason = _find_reason(name, path, known, data_only)
@@ -181,7 +184,7 @@ def _read_calls(events: RankEvents, known: set[str], data_only: bool, plan: Rank
         whence, iovcnt, item, args, text = rest
         call = TracedCall(
             name, op, path, other, position, count, moved, bool(failed), flags, whence, iovcnt, item, args,
-            text, unused,
+            text, unused, before - (op == "open"),
         )  # fmt: skip
         threads[pid, tid].append((ts, dur, call))
         plan.calls.append((ts, (pid, tid), call))

@@ -517,6 +517,26 @@ def test_ranks_meet_at_each_step(tmp_path: Path) -> None:
     assert all(abs(one[0] - other[0]) < 50_000 for one, other in zip(fast, slow, strict=True))
 
 
+def test_files_that_another_thread_opens(tmp_path: Path) -> None:
+    """A thread writes into one that main opens later than the thread began; it has no name (O_TMPFILE)."""
+    nameless = os.O_RDWR | os.O_TMPFILE
+    made = Made(None)
+    made.posix("open64", 0, 5, "/d/in", flags=0)
+    made.posix("pread64", 10, 5, "/d/in", 5, ret=9, count=9, offset=0)
+    for n in range(300):
+        made.posix("pread64", 20 + 10 * n, 5, "/d/in", ret=9, count=9, offset=9 * n)
+    made.posix("open64", 4000, 5, "/d", flags=nameless)
+    made.posix("open64", 4010, 5, "/d", flags=nameless)
+    made.posix("pwrite64", 5000, 5, "/d", 5, ret=9, count=9, offset=0)
+    made.posix("pread64", 5010, 5, "/d", 5, ret=9, count=9, offset=0)
+    made.posix("pread64", 5020, 5, "/d", 5, ret=7, count=7, offset=2)
+    made.write(tmp_path / "run")
+    done = replay(tmp_path / "run", tmp_path / "out", "--speed", "max")
+    assert (done.code, done.err) == (0, ""), done.err
+    assert done.count_requests() == count_requests(tmp_path / "run")
+    assert [path.name for path in done.at("/d").iterdir()] == ["in"]
+
+
 @pytest.mark.mpi
 def test_a_folder_is_renamed_once_it_is_whole(tmp_path: Path) -> None:
     """As checkpoints are written: threads of two ranks fill a folder, one renames it, the next one's thread
