@@ -18,7 +18,7 @@ from pathlib import Path
 import polars as pl
 
 from analysis.run_folder.outputs import has_header, results_in
-from analysis.tables.gather import Launch, plan_launches
+from analysis.tables.gather import Launch, plan_launches, shorten_losses
 from analysis.tables.read import read_rank
 from analysis.trace.classify import is_kernel_file, is_program_file
 from analysis.trace.source import FileSource
@@ -69,6 +69,7 @@ class _Counts:
     kernel: int = 0  # calls on files of /proc, /sys and /dev
     program: int = 0  # calls on files of programs and of the system, which are not wanted
     unnamed: int = 0  # calls whose file the trace does not name
+    lost: list[str] = field(default_factory=list)  # what the traces lack
 
 
 def write_fio_job(run: str, folder: Path, data_only: bool) -> str:
@@ -84,7 +85,7 @@ def write_fio_job(run: str, folder: Path, data_only: bool) -> str:
         folder.mkdir(exist_ok=True)
     counts, logs = _Counts(), {}
     with results_in(folder, complete="logs/") as results:
-        ranks = [_read_calls(job) for job in planned if job.launch == last]
+        ranks = [_read_calls(job, counts) for job in planned if job.launch == last]
         files = _FioFiles(_list_renamed(calls for _, calls in ranks))
         if data_only:
             ranks = [(rank, _leave_out_programs(calls, counts)) for rank, calls in ranks]
@@ -119,11 +120,12 @@ def write_fio_job(run: str, folder: Path, data_only: bool) -> str:
     return "\n".join([*words, f"to replay it: cd {quoted} && sh make_files.sh && fio replay.fio"])
 
 
-def _read_calls(job: Launch) -> tuple[int, pl.DataFrame]:
+def _read_calls(job: Launch, counts: _Counts) -> tuple[int, pl.DataFrame]:
     """(rank, its calls in the order of time)."""
     wanted = ("pid", "tid", "name", "op", "ts", "path", "other", "position", "size")
-    calls = read_rank(job.rank, job.files, job.clock, details=True).calls
-    return job.rank, calls.select(wanted).sort("ts", maintain_order=True)
+    events = read_rank(job.rank, job.files, job.clock, details=True)
+    counts.lost += [process.lost for process in events.processes if process.lost]
+    return job.rank, events.calls.select(wanted).sort("ts", maintain_order=True)
 
 
 def _list_renamed(ranks: Iterable[pl.DataFrame]) -> dict[str, tuple[int, str]]:
@@ -202,7 +204,7 @@ def _make_log(thread: pl.DataFrame, begin: int, files: _FioFiles, counts: _Count
 
 def _describe_lacks(counts: _Counts) -> list[str]:
     """A line for each thing that the logs lack."""
-    found = []
+    found = shorten_losses(counts.lost)
     if counts.other:
         named = ", ".join(f"{call} {n:,}" for call, n in counts.other.most_common())
         found.append(f"calls that fio has no action for: {named}")

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,14 @@ from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
 from analysis.tables.calls import MAPPED
 from analysis.tables.device import explain_missing_counters
-from analysis.tables.gather import JoinedTables, Map, gather_tables, map_on_threads
+from analysis.tables.gather import (
+    JoinedTables,
+    Map,
+    describe_missing_ranks,
+    gather_tables,
+    map_on_threads,
+    shorten_losses,
+)
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import TraceSource
@@ -86,8 +92,7 @@ def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
 
     ours: config.json is there. whole: all ranks were read.
     """
-    notes = [process.lost + "." for process in joined.processes if process.lost]
-    shown = notes[:8] + ([f"{len(notes) - 8} more traces are incomplete."] if len(notes) > 8 else [])
+    shown = [f"{text}." for text in shorten_losses([p.lost for p in joined.processes if p.lost])]
     several = len(joined.launches) > 1
     if several:
         shown.append(
@@ -97,14 +102,9 @@ def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
     world = -1
     for number, job in enumerate(joined.launches, 1):
         world = max((p.world_size for p in job), default=-1)
-        there = {p.rank for p in job}
-        lacking = list(islice((rank for rank in range(world) if rank not in there), 11))
-        if lacking and whole:
-            names = ", ".join(map(str, lacking[:10])) + ("..." if len(lacking) > 10 else "")
-            shown.append(
-                f"{f'Launch {number}' if several else 'The run'} had {world} ranks; there is no trace of "
-                f"rank {names}. Sums and means are over the others."
-            )
+        missing = describe_missing_ranks(job, f"Launch {number}" if several else "The run")
+        if missing and whole:
+            shown.append(f"{missing}. Sums and means are over the others.")
     empty = [p.path.name for p in joined.processes if p.events == 0]
     if empty:
         shown.append(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -66,6 +67,30 @@ class JoinedTables:
 
     def __getitem__(self, name: str) -> pl.DataFrame:
         return self.tables[name]
+
+
+def list_losses(processes: Iterable[TracedProcess]) -> list[str]:
+    """What the traces of one launch lack, a sentence each."""
+    known = list(processes)
+    missing = describe_missing_ranks(known, "the run")
+    return shorten_losses([process.lost for process in known if process.lost]) + [missing] * bool(missing)
+
+
+def shorten_losses(losses: list[str], most: int = 8) -> list[str]:
+    """The first ones, and how many more there are."""
+    more = len(losses) - most
+    return losses[:most] + ([f"{more} more traces are incomplete"] if more > 0 else [])
+
+
+def describe_missing_ranks(processes: Iterable[TracedProcess], name: str) -> str:
+    """Which ranks of a launch, called `name`, have no trace; empty where all have, or nobody knows."""
+    known = list(processes)
+    world, there = max((p.world_size for p in known), default=-1), {p.rank for p in known}
+    lacking = list(islice((rank for rank in range(world) if rank not in there), 11))
+    if not lacking:
+        return ""
+    names = ", ".join(map(str, lacking[:10])) + ("..." if len(lacking) > 10 else "")
+    return f"{name} had {world} ranks; there is no trace of rank {names}"
 
 
 def plan_launches(source: TraceSource, selection: Selection = WHOLE) -> list[Launch]:

@@ -50,7 +50,7 @@ def emulate(spec: ModelSpec, options: EmulateConfig, here: Ranks) -> None:
         try:
             try:
                 with group.errors_on_all_ranks(), trace.span("startup", "workload"):
-                    found = prepare_workload(options, here) if here.first else None
+                    found, losses = prepare_workload(options) if here.first else (None, [])
             except UserError:
                 trace.discard_tracing()
                 raise
@@ -58,7 +58,7 @@ def emulate(spec: ModelSpec, options: EmulateConfig, here: Ranks) -> None:
                 if run_folder.folder:
                     record_launch(run_folder, spec.title, options, here)
             workload = group.scatter_from_first(found and share_workload(found, here.world_size))
-            for line in list_unused_options(options.run.given_options):
+            for line in [*losses, *list_unused_options(options.run.given_options)]:
                 run_folder.print_warning(line)
             emulator = Emulator(options, here, group, run_folder, workload)
             emulator.run(started)
@@ -66,8 +66,8 @@ def emulate(spec: ModelSpec, options: EmulateConfig, here: Ranks) -> None:
             run_folder.close()
 
 
-def prepare_workload(options: EmulateConfig, here: Ranks) -> list[RankWorkload]:
-    """On rank 0: make the dataset if --make_data says so, measure the run's trace."""
+def prepare_workload(options: EmulateConfig) -> tuple[list[RankWorkload], list[str]]:
+    """On rank 0: make the dataset if --make_data says so; `measure_run`."""
     if options.run.mode != "train":
         raise UserError(f"--mode {options.run.mode}: the emulator does what training does; leave it out")
     folder, run = options.data.folder, options.emulate.run

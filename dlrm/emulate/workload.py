@@ -5,7 +5,7 @@ In: a run folder. Out: a `RankWorkload` for each rank. The trace is read by a pr
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlrm.emulate.apart import print_value, run_apart
 
@@ -34,16 +34,17 @@ class RankWorkload:
     exchange_bytes: int | None = None  # of a step's collectives, where the trace says so
 
 
-def measure_run(run: Path) -> list[RankWorkload]:
-    """Of each rank of the run, by a process of its own."""
-    return [RankWorkload(**rank) for rank in run_apart("dlrm.emulate.workload", str(run))]
+def measure_run(run: Path) -> tuple[list[RankWorkload], list[str]]:
+    """(workload of each rank of the run, what its trace lacks), by a process of its own."""
+    ranks, losses = run_apart("dlrm.emulate.workload", str(run))
+    return [RankWorkload(**rank) for rank in ranks], losses
 
 
-def read_workload(run: Path) -> list[RankWorkload]:
+def read_workload(run: Path) -> tuple[list[RankWorkload], list[str]]:
     """Read the trace; a resumed run's launches one after the other."""
     import polars as pl
 
-    from analysis.tables.gather import plan_launches
+    from analysis.tables.gather import list_losses, plan_launches
     from analysis.tables.read import read_rank
     from analysis.tables.times import find_main_thread
     from analysis.trace.source import FileSource
@@ -68,8 +69,10 @@ def read_workload(run: Path) -> list[RankWorkload]:
         sizes = steps["exchange_bytes"].drop_nulls()
         rank.exchange_bytes = int(sizes.median()) if len(sizes) else None  # type: ignore[arg-type]
         ranks.append(rank)
+    processes = []
     for job in plan_launches(source):
         events = read_rank(job.rank, job.files, job.clock, source, details=True)
+        processes += events.processes
         calls = events.calls.with_columns(pl.col("file", "op").cast(pl.String))
         if job.rank < len(ranks):
             rank, written = ranks[job.rank], calls.filter(pl.col("op") == "write")
@@ -78,7 +81,7 @@ def read_workload(run: Path) -> list[RankWorkload]:
             is_mine = (pl.col("rank") == job.rank) & (pl.col("launch") == job.launch)
             steps = found.steps.filter(is_mine & (pl.col("phase") == "train"))
             rank.table_calls += _list_table_calls(calls, steps["start"].sort(), find_main_thread(events)[1])
-    return ranks
+    return ranks, list_losses(processes)
 
 
 def _list_writes(calls: "pl.DataFrame", pattern: str) -> list[list[int]]:
@@ -113,4 +116,9 @@ def _list_table_calls(
 
 
 if __name__ == "__main__":
-    print_value(lambda run: [asdict(rank) for rank in read_workload(Path(run))])
+
+    def describe_run(run: str) -> tuple[list[dict[str, Any]], list[str]]:
+        ranks, losses = read_workload(Path(run))
+        return [asdict(rank) for rank in ranks], losses
+
+    print_value(describe_run)

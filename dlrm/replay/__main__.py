@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.tables.gather import Launch, plan_launches
+from analysis.tables.gather import Launch, describe_missing_ranks, plan_launches, shorten_losses
 from analysis.trace.source import FileSource
 from analysis.workload.fidelity import PLAYED_FILES, REPLAY
 from common.command_line import CommandLineParser
@@ -143,13 +143,16 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
 
 def choose_jobs(options: ReplayOptions) -> tuple[list[Launch], list[str]]:
     """(the traced ranks to replay, lines to print)."""
-    found, notes = plan_launches(FileSource(options.run)), []
+    source = FileSource(options.run)
+    found, notes = plan_launches(source), []
     launches = sorted({job.launch for job in found})
     chosen = options.launch if options.launch is not None else launches[-1]
     if chosen not in launches:
         raise UserError(f"--launch {chosen}: {printable(options.run)} has launches 1 to {launches[-1]}")
     if len(launches) > 1 and options.launch is None:
         notes.append(f"the run has {len(launches)} launches: the last is replayed (--launch N: another)")
+    elif len(launches) == 1 and (missing := describe_missing_ranks(source.read_heads(), "the run")):
+        notes.append(missing)
     jobs = [job for job in found if job.launch == chosen]
     if options.ranks is not None:
         first, last = options.ranks
@@ -201,7 +204,8 @@ def _summarize(plans: list[RankPlan]) -> list[dict[str, Any]]:
         made.append({
             "rank": plan.rank, "threads": len(plan.threads), "calls": len(plan.calls), "reads": reads,
             "bytes_read": read, "writes": writes, "bytes_written": written, "begin_us": plan.begin,
-            "seconds": (plan.end - plan.begin) / 1e6, "meetings": [list(key) for key in plan.list_meetings()],
+            "seconds": (plan.end - plan.begin) / 1e6, "lost": plan.lost,
+            "meetings": [list(key) for key in plan.list_meetings()],
         })  # fmt: skip
     return made
 
@@ -224,7 +228,7 @@ def print_plan(
         f"{kind} where missing; files that the calls make: {len(files.absent):,}, "
         f"up to {files.written:,} bytes"
     )
-    for note in notes:
+    for note in [*notes, *shorten_losses([text for each in summaries for text in each["lost"]])]:
         print(f"replay: {note}", file=sys.stderr)
     if left_out:
         named = "; ".join(f"{reason}: {count:,}" for reason, count in left_out.most_common())

@@ -246,7 +246,7 @@ def plan_files(run: RunUse, paths: MappedPaths) -> FilePlan:
             found.changed.add(mapped)
         if use.first is None:
             continue
-        if is_folder and use.read_end:  # of files without a name (O_TMPFILE): the trace gives them the folder's
+        if is_folder and use.read_end:  # files without a name (O_TMPFILE) have the folder's in the trace
             found.grow[mapped] = use.read_end
         if use.is_there_first and is_folder:
             found.folders.append(mapped)

@@ -95,6 +95,7 @@ class RankPlan:
     threads: list[ThreadPlan] = field(default_factory=list)
     calls: list[tuple[int, Thread, TracedCall]] = field(default_factory=list)  # in the order of time (us)
     left_out: Counter[str] = field(default_factory=Counter)  # why -> calls that are not replayed
+    lost: list[str] = field(default_factory=list)  # what its traces lack
 
     def count_calls(self, op: str) -> tuple[int, int]:
         """(calls, bytes moved) of an operation."""
@@ -131,7 +132,7 @@ def plan_rank(job: Launch, known: set[str], data_only: bool, waits: Waits) -> Ra
     data_only: leave out files of programs and of the system, such as modules that are imported.
     """
     events = read_rank(job.rank, job.files, job.clock, details=True)
-    plan = RankPlan(job.rank)
+    plan = RankPlan(job.rank, lost=[process.lost for process in events.processes if process.lost])
     calls, spans = _read_calls(events, known, data_only, plan), _read_spans(events)
     if not calls and not spans:
         return plan

@@ -251,6 +251,21 @@ def test_made_up_checkpoints_are_never_trained_from(trained: Path, toy: Path, tm
     assert "was made by the emulator" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_trace_that_lacks_a_rank_and_ends_early(trained: Path, tmp_path: Path) -> None:
+    """What is there is taken, and what is not is said."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "trace", run / "trace")
+    shutil.copy(trained / "config.json", run)
+    first, second = sorted((run / "trace").iterdir())
+    second.unlink()
+    os.truncate(first, first.stat().st_size - 1000)  # the start-up is most of it
+    done = emulate(tmp_path / "copy", "--from", run, "--compute", "0ms", "--ranks", 1)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3 and "the gzip stream is cut" in lines[1], lines
+    assert lines[2] == "dlrm: the run had 2 ranks; there is no trace of rank 1"
+
+
 BAD = {
     "no run": ([], "--from RUN is needed"),
     "not there": (["--from", "{tmp}/nowhere"], "nowhere: has no config.json: name the run folder of"),
