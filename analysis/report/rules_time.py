@@ -157,6 +157,8 @@ def find_slow_rank(f: Facts) -> Finding | None:
         "wait for it in communication."
     )
     remedy = "Look at that host's processor and neighbours; balance the plan if it gives this rank more."
+    if len({process.host for process in f.joined.processes}) == 1:
+        remedy = "All ranks share that host's cores: give each its own, or balance the plan."
     if what in ("wait", "io"):
         remedy = _advise_late_reader(
             f, late["rank"], "Look at that host's storage and at which files this rank reads."

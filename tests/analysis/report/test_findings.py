@@ -100,6 +100,11 @@ def test_slow_rank(tmp_path: Path) -> None:
     assert finding.seconds == pytest.approx(40 * (0.0101 - (0.0101 + 3 * 0.0051) / 4))
 
 
+def test_slow_rank_on_the_only_host(tmp_path: Path) -> None:
+    made = [training(rank, 2, compute=10_000 if rank else 5_000) for rank in range(2)]
+    assert "All ranks share that host's cores" in find_by_rule(tmp_path, *made)["slow_rank"].remedy
+
+
 def test_slow_rank_that_waits_for_its_storage(tmp_path: Path) -> None:
     made = [training(0, 2, wait=5_000, read_us=900), training(1, 2)]
     finding = find_by_rule(tmp_path, *made)["slow_rank"]
