@@ -44,7 +44,7 @@ def run_perfetto(options: argparse.Namespace) -> int:
             summary = chrome.convert_to_json(options.run, options.output, options.posix, advance)
         else:
             summary = convert.convert_to_pftrace(
-                options.run, options.output, options.posix, advance, selection=selection
+                options.run, options.output, options.posix, advance, selection=selection, whole=options.whole
             )
     _print_conversion(summary, set())
     return 0
@@ -79,7 +79,7 @@ def _print_conversion(summary: "ConversionSummary", printed: set[str]) -> None:
         messages.append(f"{summary.moved} slices overlap others of their thread: on lanes of their own")
     if summary.unresolved:
         messages.append(f"{summary.unresolved} events name their file only by a hash")
-    for message in messages:
+    for message in summary.notes + messages:
         if message not in printed:
             print(f"analysis: {message}", file=sys.stderr)
     printed.update(messages)
@@ -362,6 +362,9 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument("--posix", action="store_true", help="I/O calls only")
     made.add_argument(
         "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
+    )
+    made.add_argument(
+        "--whole", action="store_true", help="no overview of a run that is too large for the Perfetto UI"
     )
     _add_selection_options(made)
     add_command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")

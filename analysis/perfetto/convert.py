@@ -5,7 +5,7 @@ Streamed block by block, in constant memory; written under a temporary name and 
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from analysis.perfetto import proto
+from analysis.perfetto import overview, proto
 from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.links import number_run
 from analysis.perfetto.tracks import (
@@ -27,9 +27,10 @@ from analysis.perfetto.tracks import (
     write_counter,
 )
 from analysis.run_folder import outputs, records, run_settings
-from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
+from analysis.tables.gather import plan_launches
+from analysis.trace.clocks import Clock, describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.events import assign_ranks
-from analysis.trace.process import is_forked
+from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.selection import WHOLE, Selection, find_windows
 from analysis.trace.source import FileSource, Progress, TraceSource
 from common.errors import UserError, os_errors_as_user_errors, printable
@@ -45,10 +46,12 @@ _OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
 def convert_to_pftrace(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
     progress: Progress | None = None, source: TraceSource | None = None, selection: Selection = WHOLE,
+    whole: bool = False,
 ) -> ConversionSummary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events.
 
-    selection: the part of the run that is shown; only without a source that several analyses share.
+    selection: the part of the run that is shown; only without a source that several analyses share. whole:
+    all of it, though the Perfetto UI cannot open so much; else a large run becomes an overview.
     """
     source = source or FileSource(run_dir)
     processes = source.read_heads()
@@ -68,31 +71,34 @@ def convert_to_pftrace(
         file.write(proto.encode_trace_uuid(number_run(processes), POSIX_ONLY if posix else EVERYTHING))
         bandwidth = BandwidthCounter(begin)
         shared = SharedTracks(TraceOutput(file), summary, posix, begin, bandwidth, selection)
-        done = []
         shown = [
             (process, name_process_track(process, number if len(jobs) > 1 else 0))
             for number, job in enumerate(jobs, 1)
             for process in assign_ranks(job)
         ]
-        # its counters of the run are those of all ranks
-        speakers = {min(job, key=lambda process: (is_forked(process), process.rank)).path for job in jobs}
+        outlined = selection.is_whole and not whole and overview.is_too_large(p for p, _ in shown)
+        # its counters of the run are those of all ranks; an overview has them from metrics.jsonl
+        speakers = (
+            set()
+            if outlined
+            else {min(job, key=lambda process: (is_forked(process), process.rank)).path for job in jobs}
+        )
         abouts = [
             TrackLabels(shared.reserve_number(process.pid), name, order, process.path in speakers)
             for order, (process, name) in enumerate(shown)
         ]
         for about in abouts:
             shared.out.write(proto.describe_process_early(about.pid, about.name))
-        for (process, _), about in zip(shown, abouts, strict=True):
-            reader = source.open_reader(process.path, shared.strings, shared.paths)
-            shared.use_tables(reader.strings, reader.paths)
-            tracks = FileTracks(shared, process, reader, known[process.path], about)
-            for block in reader:
-                tracks.add_block(block)
-                if progress:
-                    progress(process.path, len(block))
-            tracks.finish_file()
-            done.append(reader.process)
-        write_bandwidth(shared, 0, shared.total)
+        if outlined:
+            labels = {process.path: about for (process, _), about in zip(shown, abouts, strict=True)}
+            heads = {process.path: process for process, _ in shown}
+            jobs_of_ranks = plan_launches(source)
+            summary.notes = overview.write_overview(
+                shared, source, run_dir, jobs_of_ranks, labels, heads, progress
+            )
+            done = [process for process, _ in shown]
+        else:
+            done = _write_whole(shared, source, shown, abouts, known, progress)
         if not posix:
             _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
@@ -103,6 +109,26 @@ def convert_to_pftrace(
             raise UserError(f"{printable(run_dir)}: the traces hold no events{which}")
     summary.skew = measure_clock_skew(done)
     return summary
+
+
+def _write_whole(
+    shared: SharedTracks, source: TraceSource, shown: list[tuple[TracedProcess, str]],
+    abouts: list[TrackLabels], clocks: Mapping[Path, Clock], progress: Progress | None,
+) -> list[TracedProcess]:  # fmt: skip
+    """All events of these processes (and the names of their tracks). Returns the processes as read."""
+    done = []
+    for (process, _), about in zip(shown, abouts, strict=True):
+        reader = source.open_reader(process.path, shared.strings, shared.paths)
+        shared.use_tables(reader.strings, reader.paths)
+        tracks = FileTracks(shared, process, reader, clocks[process.path], about)
+        for block in reader:
+            tracks.add_block(block)
+            if progress:
+                progress(process.path, len(block))
+        tracks.finish_file()
+        done.append(reader.process)
+    write_bandwidth(shared, 0, shared.total)
+    return done
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class ConversionSummary:
     lost: list[str] = field(default_factory=list)
     skew: dict[str, int] = field(default_factory=dict)  # between ranks at a barrier, us
     clocks: list[str] = field(default_factory=list)  # how hosts' times were moved
+    notes: list[str] = field(default_factory=list)  # what a reader must know about the file
 
 
 LEVEL = 1  # of ISA-L's deflate: four times the speed of zlib's level 1, at the same size
@@ -209,6 +210,7 @@ class FileTracks:
         self.flows = ReadToStepFlows(about.order + 1)
         self.positions = FilePositions()
         self.offsets = np.empty(0, np.int64)  # of the block's events, where the calls do not say them
+        self.selection = shared.selection
         self.speaks_for_run = about.speaks_for_run
         self.bandwidth = BandwidthCounter(clock.correct_time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
@@ -223,8 +225,8 @@ class FileTracks:
         calls, amounts = count_moved_bytes(block, shared.strings)
         flow = self.flows.find_flows(block)
         self.offsets = self.positions.find_offsets(block, shared.strings, amounts)
-        inside = shared.selection.is_inside(block.ts, block.dur)
-        keep &= inside & shared.selection.is_long(block)
+        inside = self.selection.is_inside(block.ts, block.dur)
+        keep &= inside & self.selection.is_long(block)
         if shared.posix:
             keep &= (block.cat == ID["POSIX"]) | (block.cat == ID["STDIO"])
         calls = np.where(inside, calls, NO_CALL)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
 
@@ -27,6 +28,7 @@ from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError
 
 OF_A_LAUNCH = ("time", "steps", "collectives", "marks")  # tables whose rows hold their launch
+T = TypeVar("T")
 Map = Callable[..., Iterable["RankTables"]]
 More = Callable[["Launch", RankEvents], dict[str, pl.DataFrame]]  # further tables of one rank in one launch
 
@@ -139,7 +141,7 @@ def _cast_categories(table: pl.DataFrame) -> pl.DataFrame:
     return table.with_columns(pl.col(pl.Categorical).cast(pl.String))
 
 
-def map_on_threads(function: Callable[[Launch], RankTables], work: list[Launch]) -> Iterable[RankTables]:
+def map_on_threads(function: Callable[[Launch], T], work: list[Launch]) -> Iterable[T]:
     """Runs the function on each launch, as many at once as there are cores."""
     with ThreadPoolExecutor(max_workers=min(len(work), os.cpu_count() or 1)) as pool:
         yield from pool.map(function, work)

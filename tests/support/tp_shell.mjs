@@ -81,7 +81,7 @@ const EP = {
   '/trace_summary': b => rpc(15, 110, b, 214),
 };
 
-http.createServer((req, res) => {
+const server = http.createServer((req, res) => {
   const chunks = [];
   req.on('data', c => chunks.push(c));
   req.on('end', async () => {
@@ -95,6 +95,7 @@ http.createServer((req, res) => {
     } catch (e) { console.error(e); res.writeHead(500); res.end(String(e)); }
   });
 }).listen(port, 'localhost');
+server.keepAliveTimeout = 600_000;  // a test may compute for a while between two queries
 
 // the bundle sets up its rpc buffer in a promise after the runtime initialises: poll until a status call answers
 (async function poll() {
