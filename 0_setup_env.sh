@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Make the environment .venv, patch its torchrec, and write env.sh. A second call takes no time.
 # usage: ./0_setup_env.sh [--dev]        --dev adds what the tests need; then: source env.sh
-# variables: PYTHON=python3.12           the interpreter, 3.10 to 3.13
+#        ./0_setup_env.sh --mlcommons    and MLCommons' DLRM, for MODEL=mlcommons ./3_train.sh
+# variables: MLCOMMONS_DIR=FOLDER        a checkout of mlcommons/training instead of the network
+#            PYTHON=python3.12           the interpreter, 3.10 to 3.13
 #            DLRM_VARIANT=cpu|cuda       otherwise: has this machine an NVIDIA GPU?
 #            DLRM_MPI=site|pypi          otherwise: the site's mpiexec, if mpi4py works with it
 #            DLRM_ENV=venv|conda         otherwise: conda, if this machine has a conda command; on
@@ -415,6 +417,10 @@ ENV
 main() {
     case ${1:-} in
         '' | --dev) dev=${1:-} ;;
+        --mlcommons)
+            ./0_setup_env.sh
+            exec scripts/mlcommons.sh "${MLCOMMONS_DIR:-}"
+            ;;
         -h | --help)
             print_help
             exit

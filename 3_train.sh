@@ -20,7 +20,10 @@
 #            NPROC        ranks per node (default: as PBS was asked, else one per GPU, else 1)
 #            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md);
 #                         emulate: a run without its computing, --from RUN;
-#                         path/to/script.py: any PyTorch training, traced (docs/any_training.md)
+#                         path/to/script.py: any PyTorch training, traced (docs/any_training.md);
+#                         mlcommons: MLCommons' reference, traced
+#            MLCOMMONS_DIR  a checkout of github.com/mlcommons/training for MODEL=mlcommons
+#                         (default: what ./0_setup_env.sh --mlcommons has fetched)
 #            RESULTS      where run folders go (default: WORKDIR/results)
 #            NAME         a label, which the run folder's name ends in
 #            RESUME       the run folder of a run to resume
@@ -84,7 +87,7 @@ make_toy_data() (    # make_toy_data FOLDER, the same way that real data go
 
 choose_program() {    # sets `program`, the module that every rank runs
     case ${MODEL:-} in
-        */* | *.py) program=dlrm.traced ;;
+        mlcommons | */* | *.py) program=dlrm.traced ;;
         *) program=dlrm.train ;;
     esac
 }
@@ -230,6 +233,9 @@ main() {
     fi
 
     choose_program
+    if [[ ${MODEL:-} == mlcommons && -n ${MLCOMMONS_DIR:-} ]]; then
+        scripts/mlcommons.sh "$(cd "$start" && realpath -m -- "$MLCOMMONS_DIR")"
+    fi
     name_run
     read_options "$@"
     check_resume

@@ -155,10 +155,12 @@ def discard_tracing() -> None:
     _made_folders.clear()
 
 
-def change_identity(here: Ranks, role: str) -> None:
-    """This process turns out to be another rank than its launcher said: one that a script has spawned."""
-    _set_identity(here, role)
-    _write_identity()
+def change_identity(here: Ranks) -> None:
+    """This process turns out to be another rank than its launcher said. A worker stays its parent's."""
+    recorded = (_identity.get("rank"), _identity.get("world_size"))
+    if _identity.get("role") != "worker" and recorded != (here.rank, here.world_size):
+        _set_identity(here, str(_identity.get("role", "")))
+        _write_identity()
 
 
 def _set_identity(here: Ranks, role: str) -> None:

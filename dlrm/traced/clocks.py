@@ -61,7 +61,7 @@ def _find_here(dist: Any) -> Ranks:
     if (rank, size) != (here.rank, here.world_size):
         local = os.environ.get("LOCAL_RANK", "")
         here = Ranks(rank, int(local) if local.isdecimal() else rank, size, size, here.host)
-        trace.change_identity(here, "train")
+        trace.change_identity(here)
     return here
 
 

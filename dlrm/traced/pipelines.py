@@ -28,7 +28,8 @@ def _wrap_progress(original: Any) -> Any:
         begin = trace.get_time()
         if training:
             steps.by_pipeline = True
-            trace.set_context(step=steps.step + 1, epoch=_count_epoch(pipeline, args or kwargs.values()))
+            steps.epoch = _count_epoch(pipeline, args or kwargs.values())
+            trace.set_context(step=steps.step + 1, epoch=steps.epoch)
         steps.in_pipeline += 1
         try:
             found = original(pipeline, *args, **kwargs)

@@ -37,6 +37,7 @@ def start_spawned() -> None:
     """Called first of all in a process that multiprocessing has spawned."""
     folder = os.environ.get(VARIABLE)
     if folder and not trace.is_tracing():
+        os.environ.pop("DFTRACER_LOG_FILE", None)  # set by DFTracer in the parent
         start(Path(folder), find_ranks(), "worker")
         hooks.install(quiet=True)
 

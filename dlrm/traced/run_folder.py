@@ -59,7 +59,7 @@ def open_run_folder(folder: Path, program: Program, here: Ranks) -> None:
     lock.acquire()
     atexit.register(lock.release)
     output = OutputFolder(folder)
-    output.refuse_foreign(["config.json"], "move it away or name another --output_dir")
+    output.refuse_foreign(["config.json", "metrics.jsonl"], "move it away or name another --output_dir")
     output.write("config.json", json.dumps(make_config(folder, program, here), indent=1) + "\n")
     update_environment(folder)
 

@@ -42,6 +42,12 @@ def _wrap_open(original: Any) -> Any:
         def get_tensor(self, name: str) -> Any:
             return self._note(self._opened.get_tensor(name))
 
+        def get_tensors(self, *args: Any) -> Any:
+            found = self._opened.get_tensors(*args)
+            for tensor in found.values():
+                self._note(tensor)
+            return found
+
         def get_slice(self, name: str) -> Any:
             return _Slice(self, self._opened.get_slice(name))
 

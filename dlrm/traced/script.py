@@ -78,7 +78,7 @@ def _run_as_main(program: Program) -> None:
         return
     sys.argv = [program.target, *program.words]
     if os.path.isdir(program.target) or program.target.endswith((".zip", ".pyz")):
-        _set_first_path(program.target)
+        _set_first_path(os.path.abspath(program.target))
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
         return
     path = os.path.abspath(program.target)

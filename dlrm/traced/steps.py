@@ -28,7 +28,7 @@ class Steps:
         self._fetches = False  # batches are fetched here
         self._eval_begin = self._eval_end = 0
         self._optimizer_begin = 0
-        self._epoch = 0
+        self.epoch = 0  # of the latest step
 
     def counts_here(self) -> bool:
         return not self.in_pipeline and threading.current_thread() is threading.main_thread()
@@ -46,7 +46,7 @@ class Steps:
             return
         self._close_evaluation()
         self._fetches = True
-        self._epoch = epoch
+        self.epoch = epoch
         if not self._begin:
             self._begin = now
             self._name_step()
@@ -111,7 +111,7 @@ class Steps:
         self._eval_begin = self._eval_end = 0
 
     def _name_step(self) -> None:
-        trace.set_context(step=self.step + 1, epoch=self._epoch)
+        trace.set_context(step=self.step + 1, epoch=self.epoch)
 
 
 steps = Steps()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PATCHES = sorted((ROOT / "patches").glob("*.patch"))
+PATCHES = sorted((ROOT / "patches").glob("torchrec-*.patch"))
 SHIM = "torchrec/dftracer_spans.py"
 
 

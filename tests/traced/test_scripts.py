@@ -1,0 +1,92 @@
+"""Scripts run as Python runs them: main module, words, path, stdin, exit code, traceback; and torchrec."""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.file_calls import read_events
+from support.job_scripts import clean_environment
+
+SUPPORT = Path(__file__).parents[1] / "support"
+SCRIPT = """
+import atexit, sys
+print(__name__, __file__, sys.argv, sys.path[0], sys.modules["__main__"].__dict__ is globals())
+print(sorted(name for name in globals() if name.startswith("__")), sys.stdin.read())
+atexit.register(print, "at exit")
+def end(how):
+    if how == "error":
+        try:
+            {}[how]
+        except KeyError as error:
+            raise ValueError("no") from error
+    if how == "interrupt":
+        raise KeyboardInterrupt
+    sys.exit(how)
+end(int(sys.argv[1]) if sys.argv[1].isdecimal() else sys.argv[1])
+"""
+
+
+def run(here: Path, *words: object, given: str = "", **more: object) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=here, input=given, capture_output=True, text=True,
+        timeout=180, env=clean_environment(**more),
+    )  # fmt: skip
+    # addresses differ from run to run
+    return done.returncode, re.sub("0x[0-9a-f]+", "", done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("how", ["0", "3", "a reason", "error", "interrupt"])
+@pytest.mark.parametrize("target", [("script.py",), ("-m", "package.module"), ("package",)], ids=str)
+def test_script_runs_as_python_runs_it(tmp_path: Path, target: tuple[str, ...], how: str) -> None:
+    (tmp_path / "package").mkdir()
+    for name in ("script.py", "package/module.py", "package/__main__.py"):
+        (tmp_path / name).write_text(SCRIPT)
+    words = (*target, how, "-x", "--output_dir")
+    plain = run(tmp_path, *words, given="typed")
+    traced = run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", *words, given="typed")
+    assert traced == plain and "typed" in plain[1]
+    assert any(event["name"] == "end" for event in read_events(tmp_path / "run"))  # the trace was closed
+
+
+def test_hook_that_does_not_fit_says_so(tmp_path: Path) -> None:
+    """A library of another shape; the script goes on, with its own result."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '9.9'\n")
+    (tmp_path / "script.py").write_text("import torch\nprint(torch.__version__)\n")
+    code, out, err = run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", "script.py")
+    assert (code, out) == (0, "9.9\n") and "Traceback" not in err
+    lines = err.splitlines()
+    assert len(lines) == 4 and all(line.startswith("dlrm.traced: torch 9.9: ") for line in lines), err
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    for words, said in (
+        (["none.py"], "no such script"), (["--output_dirs", "x", "a.py"], "did you mean --output_dir"),
+        ([], "no script is named"), (["-m"], "-m needs the name of a module"),
+    ):  # fmt: skip
+        code, out, err = run(tmp_path, "-m", "dlrm.traced", *words)
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and said in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_pipelines_of_torchrec(tmp_path: Path) -> None:
+    ranks = {
+        "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 0,
+    }  # fmt: skip
+    script = SUPPORT / "pipeline_training.py"
+    lines = [[script, "plain.txt"], ["-m", "dlrm.traced", "--output_dir", "run", script, "traced.txt"]]
+    with ThreadPoolExecutor() as pool:
+        plain, traced = pool.map(lambda line: run(tmp_path, *line, **ranks), lines)
+    assert plain[0] == traced[0] == 0, traced
+    assert "not traced" not in traced[2]
+    assert (tmp_path / "plain.txt").read_text() == (tmp_path / "traced.txt").read_text()
+    events = read_events(tmp_path / "run")
+    steps = [e["args"] for e in events if (e.get("cat"), e["name"]) == ("train", "step")]
+    assert [(args["step"], args["epoch"]) for args in steps] == [(n + 1, n // 6) for n in range(12)]
+    assert sum((e.get("cat"), e["name"]) == ("eval", "eval_step") for e in events) == 6
+    assert sum((e.get("cat"), e["name"]) == ("torchrec", "forward") for e in events) == 18
