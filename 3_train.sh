@@ -3,21 +3,28 @@
 #PBS -j oe
 #PBS -l walltime=01:00:00
 #PBS -r y
+#SBATCH --job-name=dlrm-train
+#SBATCH --output=%x.o%j
+#SBATCH --open-mode=append
+#SBATCH --time=01:00:00
+#SBATCH --requeue
 # Train and evaluate on every node of the job, convert the traces, write the report.
 # usage: ./3_train.sh [OPTION...]                      the demo: toy data, two ranks, here and now
 #        qsub -v "DATASET_DIR=...,WORKDIR=..." 3_train.sh
-#        DATASET_DIR=... ./3_train.sh [OPTION...]      here and now
-#        DATASET_DIR=... ./3_train.sh --submit         qsub with site.sh's DLRM_QSUB
+#        DATASET_DIR=... sbatch -N2 --ntasks-per-node=4 3_train.sh
+#        DATASET_DIR=... ./3_train.sh [OPTION...]      here and now, or in qsub -I or salloc
+#        DATASET_DIR=... ./3_train.sh --submit         with site.sh's DLRM_QSUB or DLRM_SBATCH
 # options:   those of python -m dlrm.train, whose --help lists them (source env.sh first), or a
 #            script's own
 # variables: DATASET_DIR  a dataset folder made by 2_preprocess_dataset.sh; with MODEL=bert4rec:
 #                         MovieLens' folder, or a file of `user item [timestamp]` lines, or its
 #                         folder
-#            WORKDIR      the project's folder (default: where this script is, or where qsub was
-#                         called)
+#            WORKDIR      the project's folder (default: where this script is, or where qsub or
+#                         sbatch was called)
 #            BATCH_SIZE (per rank), EMBEDDING_DIM, EPOCHS, LEARNING_RATE
 #            ARGS         more options, quoted as in a shell
-#            NPROC        ranks per node (default: as PBS was asked, else one per GPU, else 1)
+#            NPROC        ranks per node (default: as PBS or Slurm was asked, else one per GPU,
+#                         else 1)
 #            MODEL        dlrm, bert4rec, or a model that DLRM_MODELS brings (see CONTRIBUTING.md);
 #                         emulate: a run without its computing, --from RUN;
 #                         path/to/script.py: any PyTorch training, traced (docs/any_training.md);
@@ -27,6 +34,8 @@
 #            RESULTS      where run folders go (default: WORKDIR/results)
 #            NAME         a label, which the run folder's name ends in
 #            RESUME       the run folder of a run to resume
+#            ANALYSIS     now (default): when training has ended, on the first node; later: by a
+#                         job of one node that starts after this one; no: by hand
 #            TRACE=no     without DFTracer; DFTRACER_ENABLE=0 means the same
 #            DFTRACER_DATA_DIR  trace only I/O below these folders (default: all)
 #            DLRM_ENV_KEEP  more variables whose values go into env.txt, e.g. "MY_SETTING OTHER_*"
@@ -37,7 +46,7 @@ script=3_train.sh
 
 print_help() { sed -n '/^# Train/,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
-# PBS copies this script into its spool and starts it in $HOME.
+# PBS copies this script into its spool and starts it in $HOME; Slurm copies it, too.
 find_project() {    # sets `start`, the folder of the call, and `here`, the project's
     [[ ${PBS_ENVIRONMENT:-} != PBS_BATCH ]] || cd "$PBS_O_WORKDIR"
     start=$PWD
@@ -184,11 +193,50 @@ has_trained() {
     [[ $code != 2 || -s $run/metrics.jsonl || ($program == dlrm.traced && -e $run/config.json) ]]
 }
 
+choose_analysis() {    # choose_analysis [OPTION...]: sets `analysis`: now, later or no
+    analysis=${ANALYSIS:-now}
+    [[ $analysis == @(now|later|no) ]] || die "ANALYSIS=$analysis: wanted now, later or no"
+    if [[ $analysis == later && -z ${PBS_JOBID:-}${SLURM_JOB_ID:-} && ${1:-} != --submit ]]; then
+        say "ANALYSIS=later: this is no batch job, the analysis is done now"
+        analysis=now
+    fi
+}
+
+# The job of the analysis is submitted right here, too: many sites allow no qsub in a job.
+submit_training() {    # prints the training's job id
+    local job
+    export WORKDIR=$here RESULTS=$results
+    [[ $analysis != later ]] || export ANALYSIS=no
+    job=$(submit "$here/3_train.sh")
+    echo "$job"
+    [[ $analysis == later ]] || return 0
+    run=${resume:-$results/$job${NAME:+-$NAME}}
+    submit_analysis "$job" >&2
+    [[ $analysis == later ]] || say "when the job has ended: python -m analysis finish ${run@Q}" >&2
+}
+
+# In a batch job before training, so that it also comes after a training that is killed; where a
+# person works, after it. A requeued job has done it when it first started.
+submit_analysis() {    # submit_analysis before|after|JOB: a job's analysis as a job of its own
+    local job
+    if ! job=$(cd -- "$start" && python -m dlrm.runtime.later_analysis "$1" "$run"); then
+        say "the analysis could not be submitted"
+        analysis=now
+    fi
+    [[ -z $job ]] || say "the analysis is job $job"
+}
+
 analyse() {    # two Perfetto files, the check of bytes and the report, from one reading
     say "analysis"
     python -m analysis finish "$run" \
         || say "not all of that was done; the traces are in $run/trace," \
             "try again: python -m analysis finish ${run@Q}"
+}
+
+end_with_analysis() {
+    if [[ $analysis == later ]]; then submit_analysis after; fi
+    # A stopped job has seconds left: its traces can wait.
+    if [[ $analysis == now && -z $stopped ]]; then analyse; fi
 }
 
 list_results() {
@@ -224,13 +272,16 @@ main() {
     source "$here/scripts/job.sh"
     for name in WORKDIR DATASET_DIR RESULTS RESUME; do check_path "$name"; done
     split_args
+    choose_analysis "$@"
     resolve_paths
     cd "$here"
     load_environment "$@"
     if [[ ${1:-} == --submit ]]; then
-        export WORKDIR=$here RESULTS=$results
-        submit "$here/3_train.sh"
+        submit_training
+        exit
     fi
+    leave_rank
+    name_job_start
 
     choose_program
     if [[ ${MODEL:-} == mlcommons && -n ${MLCOMMONS_DIR:-} ]]; then
@@ -244,13 +295,13 @@ main() {
     make_run
     start_log
     say "training, run folder $run"
+    if [[ $analysis == later && -n $made$resume ]]; then submit_analysis before; fi
     train
     # Code 2 before the first step is a mistake that only the ranks could see: nothing to keep.
     if [[ -n $made ]] && ! has_trained; then
         python -m dlrm.runtime.new_run_folder discard "$run" "$made" || true
     fi
-    # A stopped job has seconds left: its traces can wait.
-    if [[ -d $run/trace && -z $stopped ]] && has_trained; then analyse; fi
+    if [[ -d $run/trace ]] && has_trained; then end_with_analysis; fi
     list_results
     repeat_reason
     exec >&- 2>&-

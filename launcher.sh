@@ -2,9 +2,9 @@
 # Start COMMAND on every rank of the job; inside a rank, set the variables that torch reads.
 # usage: [NPROC=4] ./launcher.sh COMMAND [ARG...]        starts mpiexec over the job's nodes
 #        mpiexec -n N ./launcher.sh COMMAND [ARG...]     with your own line; also srun and torchrun
-# variables: NPROC                     ranks per node (default: as PBS was asked, else one per GPU,
-#                                      else 1); LOCAL_WORLD_SIZE, exported outside of the ranks,
-#                                      means the same
+# variables: NPROC                     ranks per node (default: as PBS or Slurm was asked, else one
+#                                      per GPU, else 1); LOCAL_WORLD_SIZE, exported outside of the
+#                                      ranks, means the same
 #            MPIEXEC                   instead of env.sh's line, e.g. "mpiexec -n {N} -ppn {PPN}"
 #            MASTER_ADDR, MASTER_PORT  where rank 0 listens (default: the first node, a free port)
 #            DLRM_JOB_TOKEN            a secret of all ranks: messages without it are ignored
@@ -36,8 +36,10 @@ first_set() {    # first_set NAME...: prints the value of the first of these var
 # Physical cores, because two threads of one core share its vector units. nproc alone would report
 # OMP_NUM_THREADS.
 divide_cores() {    # divide_cores N: prints this process's cores divided by N, at least 1
-    local usable physical
+    local usable physical slurm_cpus=$slurm_cpus
     usable=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+    # Slurm may allot fewer than it binds a process to.
+    (( ${slurm_cpus:=usable} >= usable )) || usable=$slurm_cpus
     physical=$(lscpu -p=CORE,SOCKET 2> /dev/null | grep -v '^#' | sort -u | wc -l)
     (( physical > 0 && physical < usable )) || physical=$usable
     echo $(( physical > $1 ? physical / $1 : 1 ))
@@ -68,22 +70,38 @@ find_rank() {    # sets `rank`; empty outside of a rank
     elif [[ -z $rank && ${SLURM_STEP_NUM_TASKS:-1} != 1 ]]; then
         # Slurm's batch script itself has rank 0: only a step of several tasks counts.
         rank=$SLURM_PROCID
+    elif [[ -z $rank && -n ${SLURM_STEP_ID:-} && -n ${DLRM_WORLD_SIZE:-} ]]; then
+        # A step of one task may be `srun --pty bash`, but not with a variable of start_ranks.
+        rank=$SLURM_PROCID
     fi
 }
 
 # --- outside of the ranks: start them
 
-# PBS's node file has a line for each rank that was asked for.
+# PBS's node file has a line for each rank that was asked for. Slurm has SLURM_NTASKS if ranks were
+# asked for; in a step of its own (`srun --pty`) it counts that step's.
+count_asked_ranks() {    # prints the ranks per node that the scheduler was asked for, or 1
+    local lines tasks=''
+    if [[ -r ${PBS_NODEFILE:-} ]]; then
+        lines=$(wc -l < "$PBS_NODEFILE")
+        (( lines % ${#nodes[@]} == 0 )) \
+            || die "$PBS_NODEFILE gives its nodes unequal shares: set NPROC, ranks per node"
+        echo $(( lines / ${#nodes[@]} ))
+        return
+    fi
+    [[ -z ${SLURM_NTASKS:-} || -n ${SLURM_STEP_ID:-} ]] || tasks=${SLURM_TASKS_PER_NODE:-}
+    tasks=${tasks/%"(x${#nodes[@]})"/}    # Slurm says 4(x2) for four on each of two nodes
+    [[ $tasks =~ ^[0-9]*$ ]] || die "Slurm gives its nodes unequal shares, $tasks:" \
+        "ask it for --ntasks-per-node, or set NPROC, ranks per node"
+    echo "${tasks:-1}"
+}
+
 choose_nproc() {    # sets NPROC, the ranks per node
-    local lines=1
     if [[ -n ${LOCAL_WORLD_SIZE:-} && ${NPROC:=$LOCAL_WORLD_SIZE} != "$LOCAL_WORLD_SIZE" ]]; then
         die "NPROC=$NPROC contradicts LOCAL_WORLD_SIZE=$LOCAL_WORLD_SIZE: unset one of them"
     fi
     if [[ -z ${NPROC:-} ]]; then
-        [[ ! -r ${PBS_NODEFILE:-} ]] || lines=$(wc -l < "$PBS_NODEFILE")
-        (( lines % ${#nodes[@]} == 0 )) \
-            || die "$PBS_NODEFILE gives its nodes unequal shares: set NPROC, ranks per node"
-        NPROC=$(( lines / ${#nodes[@]} ))
+        NPROC=$(count_asked_ranks) || exit
         (( NPROC > 1 )) || NPROC=$(list_gpus | grep -c .) || NPROC=1
     fi
     [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC: wanted the number of ranks per node"
@@ -103,7 +121,19 @@ choose_meeting_point() {    # exports MASTER_ADDR and MASTER_PORT
     export MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}} MASTER_PORT
 }
 
-start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec
+# srun, also the one that an mpiexec starts its helpers with.
+set_slurm_variables() {
+    export SLURM_OVERLAP=1    # a step inside of `srun --pty` would wait for that step to end
+    # More ranks than processors were allotted, as after `sbatch -N2` alone.
+    (( NPROC <= ${slurm_cpus:-NPROC} )) || export SLURM_OVERCOMMIT=1
+}
+
+# Which of these would kill the ranks when it is told to end, instead of passing SIGTERM on?
+kills_its_ranks() {    # kills_its_ranks MPIEXEC
+    [[ ${1##*/} == srun || $("$1" --version 2> /dev/null) == *@("Open MPI"|OpenRTE)* ]]
+}
+
+start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec, or what passes signals on to it
     local count depth mpi
     mapfile -t nodes < <(list_hosts)
     choose_nproc
@@ -111,6 +141,7 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec
     depth=$(divide_cores "$NPROC")
     export DLRM_THREADS=${DLRM_THREADS:-$depth} DLRM_WORLD_SIZE=$count
     choose_meeting_point
+    [[ -z ${SLURM_JOB_ID:-} ]] || set_slurm_variables
     # It signs the ranks' messages to each other.
     [[ -n ${DLRM_JOB_TOKEN:-} ]] || DLRM_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
     export DLRM_JOB_TOKEN
@@ -126,6 +157,9 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec
     fi
     command -v "${mpi[0]}" > /dev/null \
         || die "no ${mpi[0]} on PATH: run 0_setup_env.sh, or set MPIEXEC"
+    if kills_its_ranks "${mpi[0]}"; then
+        exec python3 "$here/scripts/pass_signals.py" "${mpi[@]}" "$here/launcher.sh" "$@"
+    fi
     exec "${mpi[@]}" "$here/launcher.sh" "$@"
 }
 
@@ -178,21 +212,24 @@ choose_gpu() {    # exports CUDA_VISIBLE_DEVICES where there are several: one fo
 }
 
 # When a rank fails before MPI_Init, mpich's mpiexec keeps the other ranks waiting forever; programs
-# that use gloo or NCCL never call MPI_Init. So this shell stays and sends PMI's abort command,
-# which ends the job. Not if all ranks are ending anyway (75: stopped cleanly), and only after 5
-# seconds: ranks on other hosts need 4 to report why.
-run_and_abort_on_failure() {    # run_and_abort_on_failure COMMAND [ARG...]: exits with its code
+# that use gloo or NCCL never call MPI_Init. Open MPI and srun do the opposite and end the others at
+# once. So this shell stays and waits 5 seconds, as ranks on other hosts need 4 to report why; then
+# it sends PMI's abort command, which ends the job. Not if all ranks are ending anyway (75: stopped
+# cleanly); Open MPI alone would kill then those that are still writing.
+run_and_report_failure() {    # run_and_report_failure COMMAND [ARG...]: exits with its code
     local signalled='' code=0
-    trap signalled=1 INT TERM
+    trap signalled=1 INT TERM USR1
     trap : PIPE
     "$@" || code=$?
     if [[ -z $signalled ]] && (( code > 130 && code < 160 )); then
         echo "launcher.sh: rank $RANK on $(uname -n): killed by signal $(( code - 128 ))" >&2
     fi
     if [[ $code != 0 && $code != 75 && -z $signalled ]]; then
-        sleep 5
-        # mpiexec may be gone already
-        { echo "cmd=abort exitcode=$code" >&"$PMI_FD"; } 2> /dev/null || true
+        sleep 5 || true    # it gets signals, too
+        # Only mpich has it, and it may be gone already.
+        { echo "cmd=abort exitcode=$code" >&"${PMI_FD:-1000}"; } 2> /dev/null || true
+    elif [[ $code == 75 && -n ${OMPI_COMM_WORLD_RANK:-} ]]; then
+        sleep 2 || true
     fi
     exit "$code"
 }
@@ -208,6 +245,9 @@ main() {
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
     [[ ! -e $here/env.sh ]] || source "$here/env.sh"
 
+    # What Slurm has allotted of this node, e.g. 2(x3); salloc's shell is on no node of the job.
+    slurm_cpus=${SLURM_CPUS_ON_NODE:-${SLURM_JOB_CPUS_PER_NODE:-}}
+    slurm_cpus=${slurm_cpus%%[(,]*}
     find_rank
     [[ -n $rank ]] || start_ranks "$@"
 
@@ -215,8 +255,10 @@ main() {
     find_meeting_point
     export OMP_NUM_THREADS=${DLRM_THREADS:-$(divide_cores "$LOCAL_WORLD_SIZE")} TMPDIR=/tmp
     choose_gpu
-    if [[ -n ${PMI_FD:-} && -z ${TORCHELASTIC_RUN_ID:-} ]]; then
-        run_and_abort_on_failure "$@"
+    # torchrun has an agent of its own, and PALS ends a job by itself.
+    if [[ -z ${TORCHELASTIC_RUN_ID:-} ]] \
+        && [[ -n ${PMI_FD:-}${OMPI_COMM_WORLD_RANK:-}${SLURM_STEP_ID:-} ]]; then
+        run_and_report_failure "$@"
     fi
     exec "$@"
 }

@@ -43,12 +43,52 @@ load_environment() {    # load_environment OPTION...: makes the Python environme
     [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"    # PBS's own is 077
 }
 
-submit() {    # submit SCRIPT: hands it to qsub with site.sh's options, and ends
-    local resources
-    [[ -n ${DLRM_QSUB:-} ]] \
-        || die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1"'
-    read -ra resources <<< "$DLRM_QSUB"
-    cd -- "$start" || exit    # the job finds relative paths from here, and PBS puts its log here
-    # -V and not -v: a comma inside a value would end it there.
-    exec qsub -V "${resources[@]}" "$1"
+# The scripts start the ranks. `srun ./3_train.sh` in a job of several tasks would run it several
+# times; in `srun --pty` there is one, and what names it a rank is not for mpiexec.
+leave_rank() {
+    if [[ ${SLURM_STEP_NUM_TASKS:-1}${PMI_SIZE:-1}${OMPI_COMM_WORLD_SIZE:-1} != 111 ]]; then
+        die "this script starts the ranks itself: call it once, without srun or mpiexec"
+    fi
+    unset "${!PMI_@}" "${!PMIX_@}" "${!OMPI_COMM_@}"
+}
+
+# Exports what differs each time that a requeued job starts: its session's first process.
+name_job_start() {
+    local fields session stat
+    fields=$(< "/proc/$$/stat")
+    read -ra stat <<< "${fields##*)}"
+    session=${stat[3]}
+    fields=$(cat "/proc/$session/stat" 2> /dev/null) || fields=''
+    read -ra stat <<< "${fields##*)}"
+    DLRM_JOB_START="$(uname -n) $session ${stat[19]:-}"
+    export DLRM_JOB_START
+}
+
+# The scheduler whose options site.sh has, and those; an empty DLRM_SBATCH is enough for Slurm.
+find_scheduler() {    # sets `scheduler` (pbs, slurm) and `resources`
+    resources=()
+    if [[ -n ${DLRM_QSUB:-} && -n ${DLRM_SBATCH+set} ]]; then
+        die "both DLRM_QSUB and DLRM_SBATCH are set: keep that of this machine's scheduler"
+    elif [[ -n ${DLRM_SBATCH+set} ]]; then
+        scheduler=slurm
+        read -ra resources <<< "$DLRM_SBATCH" || true
+    elif [[ -n ${DLRM_QSUB:-} ]]; then
+        scheduler=pbs
+        read -ra resources <<< "$DLRM_QSUB"
+    else
+        die 'set DLRM_QSUB in site.sh, e.g. "-A PROJECT -q debug -l select=1",' \
+            'or for Slurm DLRM_SBATCH, e.g. "-A PROJECT -N2 --ntasks-per-node=4"'
+    fi
+}
+
+# All variables go along, whole: in a list of some, a comma inside a value would end it.
+submit() {    # submit SCRIPT: to PBS or Slurm with site.sh's options; prints the job's id
+    local scheduler resources
+    find_scheduler
+    cd -- "$start" || exit    # the job finds relative paths from here, and leaves its log here
+    if [[ $scheduler == pbs ]]; then
+        qsub -V "${resources[@]}" "$1"
+    else
+        sbatch --parsable --export=ALL "${resources[@]}" "$1" | cut -d ';' -f 1
+    fi
 }

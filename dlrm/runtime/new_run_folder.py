@@ -23,10 +23,12 @@ from pathlib import Path
 from common.errors import USAGE, UserError, os_errors_as_user_errors, printable
 from common.inputs import read_bytes, read_json_object
 from common.owned import remove_made_folder, write_file
+from dlrm.runtime.batch_job import find_batch_job
 from dlrm.runtime.environment import HEADER, describe_environment
 
 LABEL = re.compile(r"[A-Za-z0-9._-]{1,60}")
 GPU_HEADER = "# The GPUs of the first node, written by dlrm-io."
+JOB_START = "DLRM_JOB_START"  # from scripts/job.sh: another one each time that the job starts
 # What a run that ended before its first step leaves in its folder.
 FILES = re.compile(
     r"(env|gpu|log)\.txt|(config|plan|dataset|results|progress)\.json|metrics\.jsonl|startup\.csv|"
@@ -37,15 +39,15 @@ FILES = re.compile(
 def propose_names(environment: Mapping[str, str]) -> Iterator[str]:
     """Names for the run folder, to be tried in this order; each ends in -NAME where the user gave one.
 
-    A batch job is named by its job id, without the time, so that PBS's rerun of the job finds its folder and
-    resumes in it. In an interactive job (`qsub -I`) many runs have one id: there the time tells them apart.
+    A batch job's first run is named by the job id alone, its second by the id and 2, so that a requeued job
+    finds its folders again and resumes in them. In an interactive job (`qsub -I`, `salloc`) many runs have
+    one id: there the time tells them apart.
     """
-    label = read_label(environment)
-    job = environment.get("PBS_JOBID", "").replace("/", "_")
-    if job and environment.get("PBS_ENVIRONMENT") == "PBS_BATCH":
-        yield job + label
-        return
-    name = f"{job}-" * bool(job) + time.strftime("%Y%m%d-%H%M%S") + label
+    job = find_batch_job(environment)
+    name = job.id.replace("/", "_") if job else ""
+    if not job or not job.unattended:
+        name = f"{name}-" * bool(name) + time.strftime("%Y%m%d-%H%M%S")
+    name += read_label(environment)
     yield name
     for number in range(2, 10_000):
         yield f"{name}-{number}"
@@ -98,12 +100,21 @@ def name_run(results: Path, resume: Path | None) -> Path:
         return resume
     check_results(results)
     for name in propose_names(os.environ):
-        if not os.path.lexists(results / name):
-            return results / name
-        if os.environ.get("PBS_ENVIRONMENT") == "PBS_BATCH":
-            check_run_folder(results / name, "the job's folder, RESULTS")
+        if not os.path.lexists(results / name) or _is_of_this_job(results / name):
             return results / name
     raise UserError(f"RESULTS={printable(results)}: has too many runs of this second; name another folder")
+
+
+def _is_of_this_job(run: Path) -> bool:
+    """Whether the job made this folder before it was requeued. One of the same start of the job is of an
+    earlier command of its script. UserError if it is not a run folder.
+    """
+    job = find_batch_job(os.environ)
+    if not job or not job.unattended:
+        return False
+    check_run_folder(run, "the job's folder, RESULTS")
+    start = f"\n{JOB_START}={os.environ.get(JOB_START, '')!r}\n".encode()
+    return not os.path.lexists(run / "env.txt") or start not in read_bytes(run / "env.txt", 16 << 20)
 
 
 def check_results(results: Path) -> None:
@@ -159,8 +170,7 @@ def _make_folder(results: Path) -> tuple[Path, str]:
         except UserError:
             if not os.path.lexists(run):
                 raise
-            if os.environ.get("PBS_ENVIRONMENT") == "PBS_BATCH":
-                check_run_folder(run, "the job's folder, RESULTS")
+            if _is_of_this_job(run):
                 return run, ""
             continue
         status = os.lstat(run)

@@ -66,7 +66,21 @@ def test_a_batch_job_finds_its_folder_again_and_an_interactive_one_does_not(tmp_
     run, made = finish_command(start_command("make", tmp_path, **batch))
     assert Path(run).name == "17[3].pbs" and made
     assert finish_command(start_command("make", tmp_path, **batch)) == [run, ""]
-    for job in ({"PBS_JOBID": "17.pbs", "PBS_ENVIRONMENT": "PBS_INTERACTIVE"}, {"PBS_JOBID": "17.pbs"}):
+    slurm = {"SLURM_JOB_ID": "19", "SLURM_TASK_PID": "5"}
+    again = [finish_command(start_command("make", tmp_path, **slurm))[0] for _ in range(2)]
+    assert again == [str(tmp_path / "19")] * 2
+    array = slurm | {"SLURM_ARRAY_JOB_ID": "19", "SLURM_ARRAY_TASK_ID": "3"}
+    assert finish_command(start_command("name", tmp_path, **array)) == [str(tmp_path / "19_3")]
+    # one start of the job, two runs: as in a loop of a job script; a requeued job finds both again
+    for start in ("n1 7 1", "n1 7 2"):
+        names = [
+            finish_command(start_command("make", tmp_path, **batch, DLRM_JOB_START=start))[0] for _ in "12"
+        ]
+        assert names == [run, f"{run}-2"]
+    for job in (
+        {"PBS_JOBID": "17.pbs", "PBS_ENVIRONMENT": "PBS_INTERACTIVE"}, {"PBS_JOBID": "17.pbs"},
+        {"SLURM_JOB_ID": "17.pbs"}, {"SLURM_JOB_ID": "17.pbs", "SLURM_TASK_PID": "5", "SLURM_STEP_ID": "0"},
+    ):  # fmt: skip
         pair = [finish_command(start_command("make", tmp_path, **job))[0] for _ in range(2)]
         assert len(set(pair)) == 2 and all(Path(run).name.startswith("17.pbs-2") for run in pair)
 

@@ -237,6 +237,61 @@ def test_submit_hands_everything_to_qsub(toy: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_later_analysis_asks_pbs_for_one_node_after_the_job(toy: Path, tmp_path: Path) -> None:
+    """By --submit for both jobs; by a batch job itself, for its project and queue, before it trains."""
+    facts = {
+        "queue": "prod", "Account_Name": "mine",
+        "Resource_List": {"select": "2:system=x:ngpus=4:mpiprocs=4+1:y", "filesystems": "home:eagle"},
+    }  # fmt: skip
+    (tmp_path / "qstat.json").write_text(json.dumps({"Jobs": {"17.pbs": facts}}))
+    (tmp_path / "qstat").write_text(f"#!/bin/bash\ncat {tmp_path}/qstat.json\n")
+    (tmp_path / "qsub").write_text(
+        '#!/bin/bash\nprintf "%s " "$@" >> "$OUT"; echo "$ANALYSIS|${RUN:-}|${PBS_JOBID:-}" >> "$OUT"\n'
+        "wc -l < $OUT | sed 's/$/8.pbs/'\n"
+    )
+    for name in ("qsub", "qstat"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "site.sh").write_text('export DLRM_QSUB="-A mine -l select=2:a=b:ngpus=4 -l walltime=9"\n')
+    out, runs = tmp_path / "out", tmp_path / "results"
+    more: dict[str, Any] = {
+        "DATASET_DIR": toy, "RESULTS": runs, "OUT": out, "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "ANALYSIS": "later", "ARGS": SMALL, "NPROC": 1,
+    }  # fmt: skip
+    done = run("3_train.sh", "--submit", cwd=tmp_path, DLRM_SITE=tmp_path / "site.sh", **more)
+    assert (done.returncode, done.stdout) == (0, "18.pbs\n"), done.stderr
+    script = f"{ROOT}/scripts/analyse_run.sh"
+    first, second = out.read_text().splitlines()
+    assert first.endswith(f"{ROOT}/3_train.sh no||")  # the training's job leaves the analysis alone
+    assert second == (
+        "-V -A mine -l walltime=9 -l select=1:a=b -W depend=afterany:18.pbs "
+        f"{script} no|{runs}/18.pbs|"
+    )  # fmt: skip
+    assert "the analysis is job 28.pbs" in done.stderr
+    out.unlink()
+    job: dict[str, Any] = {"PBS_JOBID": "17.pbs", "PBS_ENVIRONMENT": "PBS_BATCH", "PBS_O_WORKDIR": tmp_path}
+    done = run("3_train.sh", cwd=tmp_path, **more, **job)
+    assert done.returncode == 0 and "3_train.sh: analysis\n" not in done.stdout, done.stdout + done.stderr
+    assert out.read_text() == (
+        "-V -q prod -A mine -l filesystems=home:eagle -l select=1:system=x -W depend=afterany:17.pbs "
+        f"{script} later|{runs}/17.pbs|\n"
+    )  # fmt: skip
+    done = run("scripts/analyse_run.sh", RUN=runs / "17.pbs", WORKDIR=ROOT)
+    assert done.returncode == 0 and (runs / "17.pbs" / "report.html").exists(), done.stdout + done.stderr
+    (tmp_path / "qsub").write_text("#!/bin/bash\necho 'no jobs from jobs' >&2\nexit 3\n")
+    more["TRACE"] = "no"
+    done = run("3_train.sh", cwd=tmp_path, **more, **job | {"PBS_JOBID": "19.pbs"})
+    assert done.returncode == 0 and "qsub: no jobs from jobs" in done.stdout
+
+
+def test_without_a_scheduler_later_is_now(toy: Path, tmp_path: Path) -> None:
+    places: dict[str, Any] = {"DATASET_DIR": toy, "RESULTS": tmp_path, "NPROC": 1, "ARGS": SMALL}
+    done = run("3_train.sh", ANALYSIS="later", **places)
+    assert "ANALYSIS=later: this is no batch job, the analysis is done now" in done.stdout
+    assert done.returncode == 0 and (find_only_file(tmp_path) / "report.html").exists()
+    done = run("3_train.sh", ANALYSIS="maybe", **places)
+    assert done.returncode == 2 and done.stderr == "3_train.sh: ANALYSIS=maybe: wanted now, later or no\n"
+
+
 def test_without_workdir_the_folder_is_named(tmp_path: Path) -> None:
     for script in ("2_preprocess_dataset.sh", "3_train.sh"):
         copied = shutil.copy(ROOT / script, tmp_path)
@@ -246,11 +301,11 @@ def test_without_workdir_the_folder_is_named(tmp_path: Path) -> None:
         assert "WORKDIR=" not in done.stderr
 
 
-def test_directives_suit_any_qsub_line() -> None:
+def test_directives_suit_any_line_of_qsub_and_sbatch() -> None:
     """No resources that a user's own -l nodes= or select= would contradict, nothing expanded, no comments."""
-    for script in ("2_preprocess_dataset.sh", "3_train.sh"):
+    for script in ("2_preprocess_dataset.sh", "3_train.sh", "scripts/analyse_run.sh"):
         lines = (ROOT / script).read_text().splitlines()
-        directives = [line for line in lines if line.startswith("#PBS")]
+        directives = [line for line in lines if line.startswith(("#PBS", "#SBATCH"))]
         assert lines[1 : 1 + len(directives)] == directives  # any command above silences those below
         text = "\n".join(directives)
         assert "select" not in text and "nodes" not in text and "$" not in text

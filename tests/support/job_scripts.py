@@ -4,6 +4,7 @@ import os
 
 # beginnings of names; pytest itself may run inside a job, or beside a user's settings
 OF_JOBS_AND_USERS = (
+    "ANALYSIS",
     "ARGS",
     "CUDA",
     "DATASET_DIR",
@@ -16,6 +17,9 @@ OF_JOBS_AND_USERS = (
     "PMI",
     "RESULTS",
     "RESUME",
+    "RUN",
+    "SBATCH",
+    "SLURM",
     "WORKDIR",
 )
 

@@ -1,0 +1,156 @@
+"""The job scripts under a real Slurm of two nodes: shapes of jobs, and all ways in which a job ends."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.slurm import Slurm, last_step
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "3_train.sh"
+SRUN = "srun -n {N} --ntasks-per-node {PPN} -c {DEPTH} --kill-on-bad-exit=1"
+SHORT = "--preset toy --limit_train_batches 4 --limit_val_batches 1 --limit_test_batches 1 --report_every 1"
+LONG = (
+    "--preset toy --epochs 5000 --report_every 1 --checkpoint_every_steps 5 --limit_val_batches 1 "
+    "--limit_test_batches 1 --batch_size 64 --timeout 20"
+)
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(scope="module")
+def slurm(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "site.sh").write_text("export MPIEXEC=${TEST_MPIEXEC-}\n")
+    cluster = Slurm(
+        folder / "cluster", DATASET_DIR=toy, RESULTS=folder / "results", WORKDIR=ROOT, OMP_NUM_THREADS=1,
+        DLRM_THREADS=1, OMP_WAIT_POLICY="passive", DLRM_SITE=folder / "site.sh",
+    )  # fmt: skip
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def results(slurm: Slurm) -> Path:
+    return Path(slurm.environment["RESULTS"])
+
+
+def log_of(slurm: Slurm, job: str) -> str:
+    return (slurm.folder / f"dlrm-train.o{job}").read_text()
+
+
+def find_rank(run: Path, rank: int) -> int:
+    """The pid of a rank that trains into this folder, as this machine counts."""
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if (
+            words[1:3] == [b"-m", b"dlrm.train"]
+            and {str(run).encode()} <= set(words)
+            and (f"RANK={rank}".encode() in environment)
+        ):
+            return int(entry.name)
+    raise AssertionError(f"no rank {rank} of {run}")
+
+
+def test_jobs_of_every_shape_train_with_the_ranks_that_were_asked_for(slurm: Slurm) -> None:
+    """One rank hung for ever once, as its step looked like the batch script. One per node needs no word."""
+    asked = {
+        ("-N1", SRUN): 1,
+        ("-N2", SRUN): 2,
+        ("-N2 --ntasks-per-node=2", ""): 4,
+        ("-N1 -n2", SRUN): 2,
+    }  # fmt: skip
+    jobs = {
+        slurm.submit(*words.split(), SCRIPT, TRACE="no", ARGS=SHORT, TEST_MPIEXEC=mpiexec): ranks
+        for (words, mpiexec), ranks in asked.items()
+    }
+    for job, ranks in jobs.items():
+        facts = slurm.wait(job)
+        assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log_of(slurm, job)
+        assert json.loads((results(slurm) / job / "results.json").read_text())["world_size"] == ranks
+
+
+def test_unequal_nodes_and_srun_around_the_script_are_refused(slurm: Slurm) -> None:
+    show = slurm.folder / "show.sh"
+    show.write_text(f"#!/bin/bash\n{ROOT}/launcher.sh true; srun -n2 {SCRIPT}\n")
+    job = slurm.submit("-N2", "-n3", "-o", slurm.folder / "refused", show)
+    slurm.wait(job)
+    text = (slurm.folder / "refused").read_text()
+    assert "Slurm gives its nodes unequal shares, 2,1: ask it for --ntasks-per-node, or set NPROC" in text
+    assert text.count("call it once, without srun or mpiexec") == 2
+
+
+@pytest.mark.parametrize("mpiexec", ["", SRUN], ids=["mpich", "srun"])
+def test_scancel_saves_and_books_75(slurm: Slurm, mpiexec: str) -> None:
+    job = slurm.submit("-N2", SCRIPT, TRACE="no", ARGS=LONG, TEST_MPIEXEC=mpiexec)
+    run = results(slurm) / job
+    slurm.until_step(run, 7)
+    slurm.ask("scancel", job)
+    facts = slurm.wait(job)
+    assert (facts["JobState"], facts["ExitCode"]) == ("CANCELLED", "75:0"), log_of(slurm, job)
+    assert any(path.name.endswith(f"step-{last_step(run)}") for path in (run / "checkpoints").iterdir())
+    assert f"RESUME='{run}' and the same command" in log_of(slurm, job)
+
+
+def test_a_requeued_job_resumes_in_its_own_folder_and_a_killed_rank_is_named(slurm: Slurm) -> None:
+    job = slurm.submit("-n2", "-N2", SCRIPT, TRACE="no", ARGS=LONG, TEST_MPIEXEC=SRUN)
+    run = results(slurm) / job
+    slurm.until_step(run, 7)
+    slurm.ask("scontrol", "requeue", job)
+    slurm.restart_when_requeued(job)
+    saved = last_step(run)
+    slurm.until_step(run, saved + 5)
+    os.kill(find_rank(run, 1), signal.SIGKILL)
+    facts = slurm.wait(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
+    steps = [
+        json.loads(line)["step"]
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
+    log = log_of(slurm, job)
+    assert steps[: saved + 3] == list(range(1, saved + 4)), log
+    assert "launcher.sh: rank 1 on n2: killed by signal 9" in log
+    assert "rank 0 on n1: ends because rank 1 on n2 is gone" in log and "rank 1 on n2" in log.splitlines()[-1]
+    assert not (run.parent / f"{job}-2").exists()
+
+
+def test_a_job_script_that_trains_twice_has_two_folders(slurm: Slurm) -> None:
+    twice = slurm.folder / "twice.sh"
+    twice.write_text(f"#!/bin/bash\nfor seed in 1 2; do {SCRIPT} --seed $seed; done\n")
+    job = slurm.submit("-N1", twice, TRACE="no", ARGS=SHORT, TEST_MPIEXEC=SRUN)
+    assert slurm.wait(job)["ExitCode"] == "0:0"
+    seeds = [
+        json.loads((results(slurm) / name / "config.json").read_text())["run"]["seed"]
+        for name in (job, f"{job}-2")
+    ]
+    assert seeds == [1, 2]
+
+
+def test_analysis_later_is_a_job_of_one_node_with_the_same_results(slurm: Slurm, tmp_path: Path) -> None:
+    """By sbatch alone; and by --submit, which submits both jobs."""
+    more = {"ARGS": SHORT, "TEST_MPIEXEC": SRUN, "ANALYSIS": "later"}
+    first = slurm.submit("-N2", SCRIPT, **more)
+    second = slurm.ask(SCRIPT, "--submit", DLRM_SBATCH="-N 2 --ntasks-per-node=1", **more)
+    for job in (first, second):
+        assert slurm.wait(job)["ExitCode"] == "0:0", log_of(slurm, job)
+        run = results(slurm) / job
+        later = slurm.analysis_of(run)
+        facts = slurm.wait(later)
+        assert (facts["NumNodes"], facts["ExitCode"]) == ("1", "0:0")
+        assert facts["StartTime"] >= slurm.facts(job)["EndTime"]
+        names = ["summary.json", *(path.name for path in run.glob("*.pftrace"))]
+        assert len(names) == 3
+        copied = shutil.copytree(run, tmp_path / job, ignore=shutil.ignore_patterns(*names))
+        slurm.ask(sys.executable, "-m", "analysis", "finish", copied)
+        for name in names:
+            assert (copied / name).read_bytes() == (run / name).read_bytes(), name
