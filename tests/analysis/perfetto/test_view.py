@@ -231,7 +231,7 @@ def test_in_a_browser(server: view.Server, run: Path, tmp_path: Path) -> None:
     url, root = server.address, f"http://127.0.0.1:{server.server_address[1]}"
     with chromium(tmp_path / "profile") as browser:
         browser.open(root + "/?17#!/?ts=17")  # a browser that has not been here
-        assert "python -m analysis view" in browser.wait_for("document.body.innerText")
+        assert browser.wait_for("document.body.innerText.includes('python -m analysis view')")
         browser.open(url)
         text = browser.wait_for("/rank 0 on node7/.test(document.body.innerText) && document.body.innerText")
         assert "rank 1 on node7" in text
