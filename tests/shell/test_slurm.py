@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -81,7 +82,9 @@ def test_jobs_of_every_shape_train_with_the_ranks_that_were_asked_for(slurm: Slu
 
 def test_unequal_nodes_and_srun_around_the_script_are_refused(slurm: Slurm) -> None:
     show = slurm.folder / "show.sh"
-    show.write_text(f"#!/bin/bash\n{ROOT}/launcher.sh true; srun -n2 {SCRIPT}\n")
+    show.write_text(
+        f"#!/bin/bash\n{shlex.quote(str(ROOT))}/launcher.sh true; srun -n2 {shlex.quote(str(SCRIPT))}\n"
+    )
     job = slurm.submit("-N2", "-n3", "-o", slurm.folder / "refused", show)
     slurm.wait(job)
     text = (slurm.folder / "refused").read_text()
@@ -126,7 +129,7 @@ def test_a_requeued_job_resumes_in_its_own_folder_and_a_killed_rank_is_named(slu
 
 def test_a_job_script_that_trains_twice_has_two_folders(slurm: Slurm) -> None:
     twice = slurm.folder / "twice.sh"
-    twice.write_text(f"#!/bin/bash\nfor seed in 1 2; do {SCRIPT} --seed $seed; done\n")
+    twice.write_text(f"#!/bin/bash\nfor seed in 1 2; do {shlex.quote(str(SCRIPT))} --seed $seed; done\n")
     job = slurm.submit("-N1", twice, TRACE="no", ARGS=SHORT, TEST_MPIEXEC=SRUN)
     assert slurm.wait(job)["ExitCode"] == "0:0"
     seeds = [
