@@ -128,7 +128,7 @@ set_slurm_variables() {
     (( NPROC <= ${slurm_cpus:-NPROC} )) || export SLURM_OVERCOMMIT=1
 }
 
-# Which of these would kill the ranks when it is told to end, instead of passing SIGTERM on?
+# Which of these would kill the ranks on SIGTERM, instead of passing it on?
 kills_its_ranks() {    # kills_its_ranks MPIEXEC
     [[ ${1##*/} == srun || $("$1" --version 2> /dev/null) == *@("Open MPI"|OpenRTE)* ]]
 }

@@ -111,7 +111,7 @@ def write_overview(
             _write_details(outline.tracks[path], reader, windows, job.clock)
     ranks = len({job.rank for job in jobs})
     return [
-        f"an overview: {ranks:,} ranks are more than the Perfetto UI opens (--whole converts all); "
+        f"an overview: {ranks:,} ranks, together too many events for the Perfetto UI (--whole converts all); "
         "phases and steps of all ranks, and in full:",
         *(f"  {detail.describe()}" for detail in details),
     ]

@@ -22,10 +22,7 @@ ENDED = re.compile(r"training ended with exit code (\d+)")
 STOPPED = 75  # exit code of a run that saved a checkpoint because it was asked to stop
 TRAINING = ("train", "run")
 # config.json's names of what columns of the list show
-SHOWN = {
-    "model", "ranks", "batch size of a rank", "learning rate", "data", "run.seed", "run.given_options",
-    "launch.time", "launch.node_of_rank",
-}  # fmt: skip
+SHOWN = {"model", "ranks", "batch size of a rank", "learning rate", "data", "run.seed"}
 LABELS = {"batch": "batch size of a rank", "rate": "learning rate", "ranks": "ranks"}
 
 

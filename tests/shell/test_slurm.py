@@ -63,7 +63,7 @@ def find_rank(run: Path, rank: int) -> int:
 
 
 def test_jobs_of_every_shape_train_with_the_ranks_that_were_asked_for(slurm: Slurm) -> None:
-    """One rank hung for ever once, as its step looked like the batch script. One per node needs no word."""
+    """One rank once hung without end: its step looked like the batch script. One per node needs no word."""
     asked = {
         ("-N1", SRUN): 1,
         ("-N2", SRUN): 2,

@@ -51,7 +51,7 @@ class Host:
         return ["nsenter", "-t", str(self.pid), "--uts", "--pid", "--mount"]
 
     def cut_power(self) -> None:
-        """All of its processes die, and nobody is told."""
+        """All of its processes die, without a message to anybody."""
         os.kill(self.pid, signal.SIGKILL)
         self._process.wait(10)
 
