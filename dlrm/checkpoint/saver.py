@@ -130,16 +130,18 @@ class CheckpointWriter:
         checkpoints. If one rank failed, nothing is published and the older checkpoints stay.
         """
         assert final is not None
-        tensors, files = [], {}
         try:
-            for rank in range(self.here.world_size):
-                written = json.loads(
-                    self._wait_for_key(f"{key}/{rank}", f"rank {rank} did not write its file")
-                )
-                if "error" in written:
-                    raise UserError(f"rank {rank}: {written['error']}")
-                tensors += written["done"]["tensors"]
-                files |= written["done"]["file"]
+            # wait for all ranks, also when one has failed: a folder that is written into cannot be removed
+            written = [
+                json.loads(self._wait_for_key(f"{key}/{rank}", f"rank {rank} did not write its file"))
+                for rank in range(self.here.world_size)
+            ]
+            tensors, files = [], {}
+            for rank, each in enumerate(written):
+                if "error" in each:
+                    raise UserError(f"rank {rank}: {each['error']}")
+                tensors += each["done"]["tensors"]
+                files |= each["done"]["file"]
             description = {"state": values, "tensors": tensors, "files": files}
             folder.publish_checkpoint(partial, final, description, self._description_bytes)
             if self.keep:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,8 @@ def test_several_ranks_publish_one_checkpoint_or_none(tmp_path: Path) -> None:
     def write(into: Path, file: str, pieces: Any) -> Any:
         if file in full:
             raise OSError(28, "No space left on device", str(into / file))
+        if full:
+            time.sleep(0.3)  # still writing when the other rank has failed
         return shards.write_pieces(into, file, pieces)
 
     savers = [
