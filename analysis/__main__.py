@@ -36,16 +36,21 @@ def _show_events_read() -> Iterator[Callable[[Path, int], None]]:
 def run_perfetto(options: argparse.Namespace) -> int:
     from analysis.perfetto import chrome, convert
 
+    if options.kineto and options.posix:
+        raise UserError("--kineto: not with --posix, which shows file calls only; leave one of them out")
     selection = _make_selection(options)
     with _show_events_read() as advance:
         if options.format == "json":
             if not selection.is_whole:
                 raise UserError(f"{selection.describe()}: not with --format json; leave one of them out")
+            if options.kineto:
+                raise UserError("--kineto: not with --format json; leave one of them out")
             summary = chrome.convert_to_json(options.run, options.output, options.posix, advance)
         else:
             summary = convert.convert_to_pftrace(
-                options.run, options.output, options.posix, advance, selection=selection, whole=options.whole
-            )
+                options.run, options.output, options.posix, advance, selection=selection, whole=options.whole,
+                kineto=options.kineto,
+            )  # fmt: skip
     _print_conversion(summary, set())
     return 0
 
@@ -284,6 +289,14 @@ def _add_rank_selection(made: argparse.ArgumentParser) -> Any:
     return group
 
 
+def _add_kineto_option(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--kineto", type=Path, nargs="+", default=[], metavar="FILE",
+        help="profiles of torch.profiler (.json, .json.gz) from elsewhere; those of --profile_steps are "
+        "found in RUN",
+    )  # fmt: skip
+
+
 def _add_selection_options(made: argparse.ArgumentParser) -> None:
     """Which part of a run is shown."""
     group = _add_rank_selection(made)
@@ -366,6 +379,7 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--whole", action="store_true", help="no overview of a run that is too large for the Perfetto UI"
     )
+    _add_kineto_option(made)
     _add_selection_options(made)
     add_command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")
     add_command("check", run_check, "compare the bytes that the run counted with those in the trace")

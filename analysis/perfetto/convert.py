@@ -5,7 +5,7 @@ Streamed block by block, in constant memory; written under a temporary name and 
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from analysis.perfetto import overview, proto
 from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.links import number_run
+from analysis.perfetto.profiles import Place, write_profiles
 from analysis.perfetto.tracks import (
     ConversionSummary,
     FileTracks,
@@ -30,6 +31,7 @@ from analysis.run_folder import outputs, records, run_settings
 from analysis.tables.gather import plan_launches
 from analysis.trace.clocks import Clock, describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.events import assign_ranks
+from analysis.trace.kineto import read_profile
 from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.selection import WHOLE, Selection, find_windows
 from analysis.trace.source import FileSource, Progress, TraceSource
@@ -46,17 +48,20 @@ _OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
 def convert_to_pftrace(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
     progress: Progress | None = None, source: TraceSource | None = None, selection: Selection = WHOLE,
-    whole: bool = False,
+    whole: bool = False, kineto: Sequence[Path] = (),
 ) -> ConversionSummary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events.
 
     selection: the part of the run that is shown; only without a source that several analyses share. whole:
-    all of it, though the Perfetto UI cannot open so much; else a large run becomes an overview.
+    all of it, though the Perfetto UI cannot open so much; else a large run becomes an overview. kineto:
+    profiles of torch.profiler to be shown with the run's own.
     """
+    given = [read_profile(path) for path in kineto]
     source = source or FileSource(run_dir)
     processes = source.read_heads()
     summary = ConversionSummary(Path())
     known, jobs = make_clocks(processes), group_launches(processes)
+    every_rank = {process.rank for process in processes}
     summary.clocks = describe_moves(processes, known)
     begin = min((known[p.path].correct_time(p.first) for p in processes if p.first), default=0)
     if not selection.is_whole:
@@ -93,13 +98,18 @@ def convert_to_pftrace(
             labels = {process.path: about for (process, _), about in zip(shown, abouts, strict=True)}
             heads = {process.path: process for process, _ in shown}
             jobs_of_ranks = plan_launches(source)
-            summary.notes = overview.write_overview(
+            summary.notes, tracks = overview.write_overview(
                 shared, source, run_dir, jobs_of_ranks, labels, heads, progress
             )
             done = [process for process, _ in shown]
         else:
-            done = _write_whole(shared, source, shown, abouts, known, progress)
+            done, tracks = _write_whole(shared, source, shown, abouts, known, progress)
         if not posix:
+            places = [
+                Place(process, known[process.path], tracks[process.path], about.pid)
+                for process, about in zip(done, abouts, strict=True)
+            ]
+            summary.notes += write_profiles(shared, run_dir, given, places, every_rank)
             _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
         if not summary.events and not selection.is_whole:
@@ -114,9 +124,11 @@ def convert_to_pftrace(
 def _write_whole(
     shared: SharedTracks, source: TraceSource, shown: list[tuple[TracedProcess, str]],
     abouts: list[TrackLabels], clocks: Mapping[Path, Clock], progress: Progress | None,
-) -> list[TracedProcess]:  # fmt: skip
-    """All events of these processes (and the names of their tracks). Returns the processes as read."""
-    done = []
+) -> tuple[list[TracedProcess], dict[Path, int]]:  # fmt: skip
+    """All events of these processes (and the names of their tracks). Returns the processes as read, and the
+    number of each one's track.
+    """
+    done, written = [], {}
     for (process, _), about in zip(shown, abouts, strict=True):
         reader = source.open_reader(process.path, shared.strings, shared.paths)
         shared.use_tables(reader.strings, reader.paths)
@@ -126,9 +138,11 @@ def _write_whole(
             if progress:
                 progress(process.path, len(block))
         tracks.finish_file()
+        reader.process.rank = process.rank
         done.append(reader.process)
+        written[process.path] = tracks.uuid
     write_bandwidth(shared, 0, shared.total)
-    return done
+    return done, written
 
 
 @contextmanager

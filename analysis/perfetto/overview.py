@@ -85,8 +85,9 @@ def is_too_large(processes: Iterable[TracedProcess]) -> bool:
 def write_overview(
     shared: SharedTracks, source: TraceSource, run_dir: str | Path, jobs: list[Launch],
     labels: dict[Path, TrackLabels], processes: dict[Path, TracedProcess], progress: Progress | None,
-) -> list[str]:  # fmt: skip
-    """Write all packets but the counters of the run. Returns sentences on what is shown.
+) -> tuple[list[str], dict[Path, int]]:  # fmt: skip
+    """Write all packets but the counters of the run. Returns sentences on what is shown, and the processes'
+    tracks.
 
     jobs: in the order in which the source gives its files. labels, processes: by trace file.
     """
@@ -110,11 +111,12 @@ def write_overview(
             reader = again.open_reader(path, shared.strings, shared.paths)
             _write_details(outline.tracks[path], reader, windows, job.clock)
     ranks = len({job.rank for job in jobs})
-    return [
+    notes = [
         f"an overview: {ranks:,} ranks, together too many events for the Perfetto UI (--whole converts all); "
         "phases and steps of all ranks, and in full:",
         *(f"  {detail.describe()}" for detail in details),
     ]
+    return notes, {path: tracks.uuid for path, tracks in outline.tracks.items()}
 
 
 def measure_outline(job: Launch, source: TraceSource | None = None) -> RankOutline:
@@ -143,6 +145,7 @@ def _write_outline(
     for path, read in zip(job.files, rank.processes, strict=True):
         known = processes[path]
         known.threads = read.threads | {OUTLINE_TID: OUTLINE}
+        known.last = read.last
         outline.tracks[path] = FileTracks(shared, known, _NoBlocks(known), Clock(), labels[path])
         if read.lost:
             shared.summary.lost.append(read.lost)

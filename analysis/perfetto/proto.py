@@ -5,6 +5,7 @@ its first use (InternedData). Times are microseconds since the beginning, on a c
 """
 
 import itertools
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +20,7 @@ CLOCK_ID, DEFAULTS, DESCRIPTOR, SNAPSHOT, TRACE_UUID = 58, 59, 60, 6, 89
 CLEARED, NEEDED = 1, 2
 SLICE_BEGIN, SLICE_END, INSTANT, COUNTER = 1, 2, 3, 4
 CATEGORIES, NAMES, KEYS, VALUES = 1, 2, 3, 29  # fields of InternedData
+ARROW_OUT, ARROW_IN = 47, 48  # fields of TrackEvent
 INTERNED_KINDS = (CATEGORIES, NAMES, KEYS, VALUES)
 BYTES_PER_STEP_NAME = 48
 BYTES_PER_EVENT, BYTES_PER_ARG = 104, 32  # upper bounds, texts apart
@@ -150,18 +152,43 @@ def select_track(uuid: int) -> bytes:
     return encode_packet(encode_number(FLAGS, NEEDED), defaults)
 
 
+def encode_slice_begin(ts_ns: int, *about: bytes) -> bytes:
+    """The beginning of a slice on the selected track, at an exact time. about: fields of its TrackEvent."""
+    return _encode_boundary(SLICE_BEGIN, ts_ns, *about)
+
+
+def encode_slice_end(ts_ns: int) -> bytes:
+    return _encode_boundary(SLICE_END, ts_ns)
+
+
+def _encode_boundary(kind: int, ts_ns: int, *about: bytes) -> bytes:
+    when = encode_number(TIMESTAMP, ts_ns) + encode_number(CLOCK_ID, BOOTTIME)
+    return encode_packet(
+        when, encode_number(FLAGS, NEEDED), encode_nested(TRACK_EVENT, encode_number(9, kind), *about)
+    )
+
+
+def encode_argument(key: int, value: int | float | str) -> bytes:
+    """A field of TrackEvent: an argument of a slice. key: the number of its name."""
+    if isinstance(value, str):
+        body = encode_nested(6, value)
+    elif isinstance(value, float):
+        body = encode_varint(5 << 3 | 1) + struct.pack("<d", value)
+    else:
+        body = encode_number(4, value)
+    return encode_nested(4, encode_number(1, key), body)
+
+
+def encode_arrow(end: int, number: int) -> bytes:
+    """A field of TrackEvent: an arrow with this number begins (ARROW_OUT) or ends (ARROW_IN) here."""
+    return encode_varint(end << 3 | 1) + struct.pack("<Q", number)
+
+
 def split_into_boundaries(event: bytes, begin_ns: int, end_ns: int) -> bytes:
     """One packet of `events` as a slice's begin and its end, at exact times."""
     track_event = _find_field(_find_field(event, PACKET), TRACK_EVENT)
     rest = b"".join(raw for field, raw, _ in _list_fields(track_event) if field != LEGACY)
-
-    def encode_boundary(kind: int, time: int, *about: bytes) -> bytes:
-        when = encode_number(TIMESTAMP, time) + encode_number(CLOCK_ID, BOOTTIME)
-        return encode_packet(
-            when, encode_number(FLAGS, NEEDED), encode_nested(TRACK_EVENT, encode_number(9, kind), *about)
-        )
-
-    return encode_boundary(SLICE_BEGIN, begin_ns, rest) + encode_boundary(SLICE_END, end_ns)
+    return encode_slice_begin(begin_ns, rest) + encode_slice_end(end_ns)
 
 
 def _find_field(message: bytes, wanted: int) -> bytes:
@@ -352,9 +379,9 @@ def encode_events(
         if offset[i] >= 0:
             p = _put_annotation(q, p, offset_key, INT, offset[i], text_p)
         if flow_count[i] < 0:
-            p = _put_flow(q, p, 47, flow_id(flow_base[i], -1 - flow_count[i]))
+            p = _put_flow(q, p, ARROW_OUT, flow_id(flow_base[i], -1 - flow_count[i]))
         for k in range(flow_count[i]):
-            p = _put_flow(q, p, 48, flow_id(flow_base[i], k))
+            p = _put_flow(q, p, ARROW_IN, flow_id(flow_base[i], k))
         _put_size(q, event_at, p - event_at - 3)
         _put_size(q, packet_at, p - packet_at - 3)
     return p

@@ -50,6 +50,12 @@ class Clock:
             return ts + self.shift
         return ts + self.shift + np.rint((ts - self.start) * self.rate).astype(np.int64)
 
+    def correct_ns(self, ns: np.ndarray) -> np.ndarray:
+        """The same of times in ns."""
+        if not self.rate:
+            return ns + self.shift * 1000
+        return ns + self.shift * 1000 + np.rint((ns - self.start * 1000) * self.rate).astype(np.int64)
+
     def correct_spans(self, ts: np.ndarray, dur: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Begin and duration: both ends are moved, so that what was inside another span stays inside."""
         begin = self.correct_times(ts)

@@ -58,6 +58,10 @@ class RunOptions:
     compile: bool = option(False, "torch.compile the dense part")
     trace: bool = option(False, "record every I/O call and stage with DFTracer (needs --output_dir)")
     trace_flush_ms: int = option(1000, "a killed run loses at most the last N ms of its trace")
+    profile_steps: str | None = option(
+        None,
+        "A-B: torch.profiler on these steps, on every rank, for Perfetto and the report (in --output_dir)",
+    )
     mllog: bool = option(False, "MLPerf :::MLLOG lines, in mlperf.log of the run folder too")
     mllog_submitter: str = option("dlrm-io", "submission_org of the MLPerf log")
     mllog_platform: str = option("dlrm-io", "submission_platform of the MLPerf log")
@@ -83,6 +87,12 @@ class RunOptions:
             object.__setattr__(self, "cpu_fast_path", False)
         if self.trace and not self.output_dir:
             raise UserError("--trace needs --output_dir: the trace is written there")
+        if self.profile_steps is not None:
+            from dlrm.runtime.step_profiler import parse_steps
+
+            parse_steps(self.profile_steps)
+            if not self.output_dir:
+                raise UserError("--profile_steps needs --output_dir: the profile is written there")
 
 
 def list_deprecated(run: RunOptions) -> list[str]:

@@ -22,13 +22,13 @@ GROUPS = ("data", "model", "optim", "plan", "run", "checkpoint")  # of options, 
 # of the emulated run, and not of this one
 NOT_INHERITED = {
     "output_dir", "checkpoint_dir", "load_checkpoint_path", "persistent_path", "sharding_file", "mode",
-    "resume", "mllog", "mlcommons_log", "tensorboard", "load_model_only",
+    "resume", "mllog", "mlcommons_log", "tensorboard", "load_model_only", "profile_steps",
 }  # fmt: skip
 # where there is nothing to compute
 NO_EFFECT = {
     "validation_auroc", "mllog", "mlcommons_log", "tensorboard", "compile", "allow_tf32", "print_lr",
     "collect_multi_hot_freqs_stats", "checkpoint_every_minutes", "stop_before_walltime",
-    "load_checkpoint_path", "load_model_only", "pin_memory",
+    "load_checkpoint_path", "load_model_only", "pin_memory", "profile_steps",
 }  # fmt: skip
 COMPUTE = re.compile(r"x(?P<factor>[0-9]*\.?[0-9]+)|(?P<time>[0-9]*\.?[0-9]+)(?P<unit>us|ms|s)")
 MOST_SECONDS = 86_400  # of a step

@@ -13,6 +13,7 @@ from dlrm.runtime import entry, trace
 from dlrm.runtime.ranks import Ranks, find_ranks
 from dlrm.runtime.tracer_variables import wants_trace
 from dlrm.traced import hooks, options, process, run_folder, script
+from dlrm.traced.steps import steps
 
 
 def prepare(here: Ranks, words: list[str]) -> script.Program:
@@ -25,6 +26,8 @@ def prepare(here: Ranks, words: list[str]) -> script.Program:
     if here.first:
         run_folder.open_run_folder(folder, program, here)
     process.start(folder, here, "train")
+    if chosen.profile_steps:
+        steps.profile(folder, here, chosen.profile_steps)
     hooks.install(quiet=not here.first)
     return program
 

@@ -7,7 +7,10 @@ from common.command_line import CommandLineParser
 from common.errors import UserError
 
 PROGRAM = "python -m dlrm.traced"
-USAGE = f"{PROGRAM} [--output_dir RUN] [--directory FOLDER] [--title TEXT] SCRIPT | -m MODULE  [ARG...]"
+USAGE = (
+    f"{PROGRAM} [--output_dir RUN] [--directory FOLDER] [--title TEXT] [--profile_steps A-B] "
+    "SCRIPT | -m MODULE  [ARG...]"
+)
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,7 @@ class Chosen:
     output_dir: str | None
     directory: str | None
     title: str | None
+    profile_steps: tuple[int, int] | None
     is_module: bool
     target: str  # the script, or the module's name
     words: tuple[str, ...]  # the script's own
@@ -35,6 +39,11 @@ def make_parser() -> CommandLineParser:
         "--directory", metavar="FOLDER", help="run the script in this folder [the current one]"
     )
     parser.add_argument("--title", metavar="TEXT", help="what reports call the run [the script's name]")
+    parser.add_argument(
+        "--profile_steps",
+        metavar="A-B",
+        help="torch.profiler on these steps, on every rank, for Perfetto and the report",
+    )
     return parser
 
 
@@ -52,7 +61,22 @@ def parse_words(words: Sequence[str]) -> Chosen:
         error = UserError(f"{what}: {USAGE}")
         error.shared = True  # every rank has the same words
         raise error
-    return Chosen(found.output_dir, found.directory, found.title, is_module, rest[0], tuple(rest[1:]))
+    return Chosen(
+        found.output_dir, found.directory, found.title, _read_steps(found.profile_steps), is_module, rest[0],
+        tuple(rest[1:]),
+    )  # fmt: skip
+
+
+def _read_steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    from dlrm.runtime.step_profiler import parse_steps
+
+    try:
+        return parse_steps(text)
+    except UserError as error:
+        error.shared = True
+        raise
 
 
 def _count_own_words(words: Sequence[str]) -> int:

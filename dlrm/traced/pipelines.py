@@ -25,7 +25,7 @@ def _wrap_progress(original: Any) -> Any:
             return original(pipeline, *args, **kwargs)
         training = getattr(getattr(pipeline, "_model", None), "training", True)
         steps.close()
-        begin = trace.get_time()
+        begin = (training and steps.begin_profile()) or trace.get_time()
         if training:
             steps.by_pipeline = True
             steps.epoch = _count_epoch(pipeline, args or kwargs.values())
@@ -38,6 +38,7 @@ def _wrap_progress(original: Any) -> Any:
         if training:
             trace.record_span("train", "step", begin, trace.get_time())
             steps.step += 1
+            steps.end_profile()
         else:
             trace.record_span("eval", "eval_step", begin, trace.get_time())
         return found

@@ -56,6 +56,7 @@ def _stop_and_exit(code: int) -> NoReturn:
 def _stop() -> None:
     if os.getpid() == _pid:  # a forked process has no steps of its own
         steps.close()
+        steps.close_profile()
     trace.stop_tracing()
 
 

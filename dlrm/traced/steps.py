@@ -7,11 +7,13 @@ fetched without gradients are an evaluation. Where torchrec's pipelines train, t
 """
 
 import importlib
+import os
 import threading
 from types import ModuleType
 from typing import Any
 
 from dlrm.runtime import trace
+from dlrm.runtime.ranks import Ranks
 from dlrm.traced.hooks import as_span, replace
 
 
@@ -29,6 +31,13 @@ class Steps:
         self._eval_begin = self._eval_end = 0
         self._optimizer_begin = 0
         self.epoch = 0  # of the latest step
+        self._profiler: Any = None
+
+    def profile(self, folder: str | os.PathLike[str], here: Ranks, steps: tuple[int, int]) -> None:
+        """Run torch.profiler on these steps, from the first to the last."""
+        from dlrm.runtime.step_profiler import StepProfiler
+
+        self._profiler = StepProfiler(folder, here, steps)
 
     def counts_here(self) -> bool:
         return not self.in_pipeline and threading.current_thread() is threading.main_thread()
@@ -48,7 +57,7 @@ class Steps:
         self._fetches = True
         self.epoch = epoch
         if not self._begin:
-            self._begin = now
+            self._begin = self.begin_profile() or now
             self._name_step()
 
     def after_batch(self, training: bool) -> None:
@@ -94,15 +103,35 @@ class Steps:
             self._idle_since = self._end
             self._begin = self._end = 0
             self._stepped.clear()
+            self.end_profile()
+            if not self._fetches:  # nothing tells when the next one begins, but for the end of this one
+                self._idle_since = self.begin_profile() or self._idle_since
 
     def leave(self) -> None:
         """Something has ended that was no part of a step."""
         self._idle_since = trace.get_time()
 
     def close(self) -> None:
-        """The script has ended."""
+        """The script has ended, or something else counts its steps."""
         self.close_step()
         self._close_evaluation()
+
+    def close_profile(self) -> None:
+        """Write what was profiled, where the script has ended before the last of these steps."""
+        if self._profiler is not None:
+            self._profiler.close()
+
+    def begin_profile(self) -> int:
+        """Before a step: profile it, if that was asked for. When the step begins then, or 0."""
+        if self._profiler is None:
+            return 0
+        self._profiler.begin_step(self.step + 1)
+        return trace.get_time()
+
+    def end_profile(self) -> None:
+        """After a step."""
+        if self._profiler is not None:
+            self._profiler.end_step(self.step)
 
     def _close_evaluation(self) -> None:
         if self._eval_begin:

@@ -122,6 +122,7 @@ def run_training(
     meter: Meter,
     hooks: Hooks,
     during_epoch: Callable[[int], AbstractContextManager[None]] = nullcontext,
+    during_step: Callable[[int], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
     """Train until the epochs are over, `max_steps` are done, or a validation reaches the target (True).
 
@@ -131,6 +132,7 @@ def run_training(
     set_next_lr   sets the learning rate of the coming step and returns it
     validate      evaluates the validation split; its result has `limits.score_metric` and "seconds"
     during_epoch  a context manager around each epoch, given the epoch's number
+    during_step   the same around each step, which counts from 1
     """
 
     def validate_at(point: str) -> bool:
@@ -155,7 +157,10 @@ def run_training(
         trace.sample_io()
         with during_epoch(progress.epoch), trace.span("train", "epoch"):
             steps_left = None if limits.max_steps is None else limits.max_steps - progress.step
-            for _ in train_steps(pipeline, batches, progress, meter, set_next_lr, hooks, steps_left):
+            steps = train_steps(
+                pipeline, batches, progress, meter, set_next_lr, hooks, steps_left, during_step
+            )
+            for _ in steps:
                 at_end = progress.step == limits.max_steps
                 if meter.steps == limits.report_every or at_end or progress.step == limits.warmup_steps:
                     report_steps(meter, progress, log_metrics, timed=progress.step > limits.warmup_steps)
@@ -184,6 +189,7 @@ def train_steps(
     set_next_lr: Callable[[], float],
     hooks: Hooks,
     limit: int | None = None,
+    during_step: Callable[[int], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[None]:
     """Train the rest of the epoch (at most `limit` steps); yields after each step, once it is counted."""
     iterator = iter(batches)
@@ -204,7 +210,7 @@ def train_steps(
         for number in range(first, first + count):
             hooks.before_batch()
             trace.set_context(step=progress.step + 1)  # as log and metrics number it
-            with trace.span("train", "step", batch=number):
+            with during_step(progress.step + 1), trace.span("train", "step", batch=number):
                 progress.lr = set_next_lr()
                 loss, logits, labels = pipeline.progress(feed)
                 meter.add_step(loss, len(logits), labels)

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -221,6 +221,7 @@ class Trainer:
         self.meter = ThroughputMeter(device, self.labels_are_clicks)
         self.loss_watch = LossWatch()
         self.hooks = loop.Hooks()  # `run_trainer` puts the CheckpointManager here
+        self.profiler: Any = None  # and here a StepProfiler, with --profile_steps
         self.results: dict[str, dict[str, Any]] = {}  # the last evaluation of each split
         self.evaluate_seconds = 0.0
         # Two pipelines: an evaluation in the middle of an epoch must not drop the training batches that the
@@ -298,11 +299,16 @@ class Trainer:
         self.run_folder.start_progress(total_steps, self.progress.step, run.print_progress)
         self.mlperf_log.log_run_start(self.epoch_steps)
         silent = session.list_silent_ranks
-        with report_while_training(self.run_folder, self.progress, self.datasets, silent):
-            target_reached = loop.run_training(
-                self.pipeline, self.datasets.train, self.progress, limits, self.set_next_lr,
-                self.validate, self.log_metrics, self.meter, self.hooks, self.log_epoch,
-            )  # fmt: skip
+        during_step = self.profiler.during_step if self.profiler else nullcontext
+        try:
+            with report_while_training(self.run_folder, self.progress, self.datasets, silent):
+                target_reached = loop.run_training(
+                    self.pipeline, self.datasets.train, self.progress, limits, self.set_next_lr,
+                    self.validate, self.log_metrics, self.meter, self.hooks, self.log_epoch, during_step,
+                )  # fmt: skip
+        finally:
+            if self.profiler:  # where the last of its steps was not reached
+                self.profiler.close()
         self.mlperf_log.log_run_stop(target_reached, self.count_epochs())
 
     @contextmanager
@@ -401,6 +407,11 @@ def run_trainer(trainer: Trainer, here: Ranks, started: float) -> None:
         if description := getattr(trainer.datasets, "description", None):
             trainer.run_folder.write_json("dataset.json", description)
         trainer.ssd_tables.check_row_files()
+    if run.profile_steps:
+        from dlrm.runtime.step_profiler import StepProfiler, parse_steps
+
+        steps = parse_steps(run.profile_steps)
+        trainer.profiler = StepProfiler(run.output_dir, here, steps, trainer.meter.exclude_time)
     startup_seconds = time.perf_counter() - started
 
     try:

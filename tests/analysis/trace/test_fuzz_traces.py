@@ -1,6 +1,6 @@
-"""Random damage to traces, and random lines: no command ends by a signal or a traceback, or takes 1 GB.
+"""Random damage to traces and profiles, and random lines: no signal, no traceback, no command takes 1 GB.
 
-Each seed is a case of its own, and a failure names it: `run_command_case(folder, SEED)` and
+Each seed is a case of its own, and a failure names it: `run_command_case(folder, SEED)`, `profile_case` and
 `scan_case(SEED, folder)` repeat it, and so does `PYTHONPATH=.:tests python THIS_FILE SEED 1` for the scanner.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from support.analysis_command import run_hostile
 from support.fuzzing import EXTREMES, check, mutate
+from support.made_profiles import gpu_steps
 from support.made_traces import training
 
 from analysis.tables import gather
@@ -158,6 +159,56 @@ def test_commands_survive_damaged_traces(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", range(0, 8000, 400))
 def test_commands_survive_thousands_of_damaged_traces(tmp_path: Path, start: int) -> None:
     run_command_cases(tmp_path, range(start, start + 400))
+
+
+def profile_case(folder: Path, seed: int) -> None:
+    """A damaged profile of torch.profiler, given by its name or as the run's own, beside a whole trace."""
+    chance = random.Random(seed)
+    text = gpu_steps(wait=chance.choice((0, 3_000))).text().encode()
+    if chance.random() < 0.5:  # numbers, texts and nests in the places where values are expected
+        pieces = text.split(b": ")
+        for _ in range(chance.choice((1, 2, 8))):
+            at = chance.randrange(1, len(pieces))
+            new = chance.choice((*EXTREMES, *(each.encode() for each in (*NUMBERS, '"<b>\\u2028"'))))
+            pieces[at] = new + pieces[at][pieces[at].find(b",") :]
+        text = b": ".join(pieces)
+    else:
+        text = mutate(text, chance)
+    packed = chance.random() < 0.5
+    data = mutate(gzip.compress(text, 1), chance) if chance.random() < 0.3 else gzip.compress(text, 1)
+    training(0, 1, steps=6, wait=3_000).write(folder / "run")
+    name = "rank00000-steps3-5-1000.json" + (".gz" if packed else "")
+    own = chance.random() < 0.3
+    path = folder / "run" / "profile" / name if own else folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data if packed else text)
+    try:
+        found = run_hostile("perfetto", folder / "run", *given_profile(path, own))
+        check(found)
+        assert not own or found.code == 0, found  # the rest of the run does not need it
+    except AssertionError as error:
+        error.add_note(f"seed {seed}; kept in {folder}")
+        raise
+
+
+def given_profile(path: Path, own: bool) -> list[object]:
+    return [] if own else ["--kineto", path]
+
+
+def profile_cases(folder: Path, seeds: Iterable[int]) -> None:
+    for seed in seeds:
+        profile_case(folder / str(seed), seed)
+        shutil.rmtree(folder / str(seed))
+
+
+def test_commands_survive_damaged_profiles(tmp_path: Path) -> None:
+    profile_cases(tmp_path, range(20))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(0, 2000, 400))
+def test_commands_survive_thousands_of_damaged_profiles(tmp_path: Path, start: int) -> None:
+    profile_cases(tmp_path, range(start, start + 400))
 
 
 def scan_case(seed: int, folder: Path) -> None:
