@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -55,19 +54,15 @@ def run_perfetto(options: argparse.Namespace) -> int:
     return 0
 
 
-def _make_rank_selection(options: argparse.Namespace) -> "Selection":
+def _make_selection(options: argparse.Namespace) -> "Selection":
     from analysis.trace.selection import Selection
 
-    hosts = tuple(filter(None, options.hosts.split(",")))
-    return Selection(ranks=options.ranks or (), hosts=hosts, every=options.every)
-
-
-def _make_selection(options: argparse.Namespace) -> "Selection":
     steps = options.steps
     if steps is not None and len(steps) != 1:
         raise UserError("--steps: give one range, e.g. 100-120")
-    return dataclasses.replace(
-        _make_rank_selection(options), steps=steps[0] if steps else None, epoch=options.epoch,
+    return Selection(
+        ranks=options.ranks or (), hosts=tuple(filter(None, options.hosts.split(","))), every=options.every,
+        steps=steps[0] if steps else None, epoch=options.epoch,
         from_seconds=options.from_seconds, to_seconds=options.to_seconds, min_us=options.min_us,
     )  # fmt: skip
 
@@ -152,7 +147,7 @@ def run_report(options: argparse.Namespace) -> int:
         options.output,
         _choose_map(options),
         parquet=options.parquet,
-        selection=_make_rank_selection(options),
+        selection=_make_selection(options),
     )
     print(f"{text}\n\n{printable(page)}")
     return 0
@@ -278,28 +273,14 @@ def _parse_seconds(text: str) -> float:
     return seconds
 
 
-def _add_rank_selection(made: argparse.ArgumentParser) -> Any:
-    """Which ranks are read. Returns the group of options."""
+def _add_selection_options(made: argparse.ArgumentParser) -> None:
+    """Which part of a run is shown."""
     group = made.add_argument_group("a part of the run")
     group.add_argument("--ranks", type=_parse_ranges, metavar="A-B,C", help="e.g. 0-7,64")
     group.add_argument("--hosts", default="", metavar="NAME,NAME", help="the ranks on these hosts")
     group.add_argument(
         "--every", type=_parse_count(1 << 20), default=1, metavar="N", help="every N-th of these ranks"
     )
-    return group
-
-
-def _add_kineto_option(made: argparse.ArgumentParser) -> None:
-    made.add_argument(
-        "--kineto", type=Path, nargs="+", default=[], metavar="FILE",
-        help="profiles of torch.profiler (.json, .json.gz) from elsewhere; those of --profile_steps are "
-        "found in RUN",
-    )  # fmt: skip
-
-
-def _add_selection_options(made: argparse.ArgumentParser) -> None:
-    """Which part of a run is shown."""
-    group = _add_rank_selection(made)
     group.add_argument("--steps", type=_parse_ranges, metavar="A-B", help="all that went on during them")
     group.add_argument("--epoch", type=int, metavar="E", help="all that went on during it")
     group.add_argument(
@@ -309,6 +290,14 @@ def _add_selection_options(made: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min-us", type=_parse_count(1 << 40), default=0, metavar="N", help="leave out shorter events"
     )
+
+
+def _add_kineto_option(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--kineto", type=Path, nargs="+", default=[], metavar="FILE",
+        help="profiles of torch.profiler (.json, .json.gz) from elsewhere; those of --profile_steps are "
+        "found in RUN",
+    )  # fmt: skip
 
 
 def _add_whatif_options(made: argparse.ArgumentParser) -> None:
@@ -414,7 +403,7 @@ def make_parser() -> argparse.ArgumentParser:
             made.add_argument(
                 "--parquet", action="store_true", help="also write tables/*.parquet, which keep the types"
             )
-            _add_rank_selection(made)
+            _add_selection_options(made)
         if name == "whatif":
             _add_whatif_options(made)
         if name == "compare":
@@ -432,7 +421,9 @@ def make_parser() -> argparse.ArgumentParser:
                 "the last run)",
             )  # fmt: skip
         made.add_argument(
-            "--dask", metavar="WHERE", help="read the ranks on a Dask cluster: `local`, `pbs`, or host:port"
+            "--dask",
+            metavar="WHERE",
+            help="read the ranks on a Dask cluster: `local`, `pbs`, `slurm`, or host:port",
         )
     _add_list_command(commands)
     _add_watch_command(add_command)

@@ -69,7 +69,13 @@ class Outline:
 
     tracks: dict[Path, FileTracks] = field(default_factory=dict)
     steps: list[pl.DataFrame] = field(default_factory=list)  # launch, rank, step, ts, wall_us, own_us
-    begins: dict[int, int] = field(default_factory=dict)  # rank -> us, of its first event
+    # launch, rank -> us, of its first event and its last
+    bounds: dict[tuple[int, int], Window] = field(default_factory=dict)
+
+    @property
+    def begins(self) -> dict[int, int]:
+        """Of each rank the first event of its first launch."""
+        return {rank: begin for (_, rank), (begin, _) in sorted(self.bounds.items(), reverse=True)}
 
 
 def is_too_large(processes: Iterable[TracedProcess]) -> bool:
@@ -104,8 +110,11 @@ def write_overview(
     details = choose_details(outline)
     again = FileSource(run_dir)
     for job in jobs:
-        windows = tuple(d.window for d in details if job.rank in d.ranks)
-        if not windows:
+        first, last = outline.bounds.get((job.launch, job.rank), (0, -1))
+        windows = tuple(
+            d.window for d in details if job.rank in d.ranks and d.window[0] <= last and d.window[1] >= first
+        )
+        if not windows:  # of this launch
             continue
         for path in job.files:
             reader = again.open_reader(path, shared.strings, shared.paths)
@@ -152,8 +161,8 @@ def _write_outline(
     if not len(rank.phases):
         return
     tracks = outline.tracks[job.files[0]]
-    begin = int(rank.phases["ts"][0])
-    outline.begins[job.rank] = min(begin, outline.begins.get(job.rank, begin))
+    end = (rank.phases["ts"] + rank.phases["dur"]).max()
+    outline.bounds[job.launch, job.rank] = int(rank.phases["ts"][0]), int(end)  # type: ignore[arg-type]
     outline.steps.append(rank.steps.select("launch", "rank", "step", "ts", "wall_us", "own_us"))
     ts, dur, kinds, sizes = (rank.moved[name].to_numpy() for name in ("ts", "dur", "kind", "size"))
     for sums in (tracks.bandwidth, shared.total):

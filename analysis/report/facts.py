@@ -145,6 +145,10 @@ class Facts:
         found = self.launched.filter(pl.col("phase").is_in(phases)) if phases else self.launched
         return float((found[column] / found["ranks"]).sum())
 
+    def mean_of_ranks(self, column: str, *phases: str) -> float:
+        """Seconds of a rank on average, all launches added up."""
+        return float(self.phases.filter(pl.col("phase").is_in(phases))[column].sum()) / self.breakdown.height
+
     def longest_rank_seconds(self, amount: pl.Expr, *phases: str, more: pl.DataFrame | None = None) -> float:
         """Of each launch the rank with most of it, added up. more: columns by launch and rank."""
         rows = self.launched.filter(pl.col("phase").is_in(phases))

@@ -227,22 +227,25 @@ const draw = {
     node("text", { x: W - right, y: head + plot + 36, "text-anchor": "end", class: "soft" }, svg, s.xunit || "");
     node("text", { x: 4, y: 12, class: "soft" }, svg, (s.yunit || "") + (log ? ", log scale" : ""));
   },
-  // ranks x time
+  // ranks x time; cells of about the same value are one path, since there may be tens of thousands
   heat(fig, s) {
-    const W = fig.clientWidth || 1180, left = 74, right = 20, cell = Math.max(4, Math.min(22, 400 / s.rows.length));
-    const H = s.rows.length * cell + 44, hi = Math.max(...s.values.flat(), 1e-9), n = s.values[0].length, w = (W - left - right) / n;
-    const svg = canvas(fig, W, H), every = Math.ceil(14 / cell);
+    const W = fig.clientWidth || 1180, left = s.left, right = 20, cell = Math.max(2.5, Math.min(22, 400 / s.rows.length));
+    const H = s.rows.length * cell + 44, n = s.values[0].length, w = (W - left - right) / n, SHADES = 24;
+    const hi = s.values.reduce((a, row) => Math.max(a, ...row), 1e-9), shades = Array.from({ length: SHADES + 1 }, () => []);
+    const svg = canvas(fig, W, H), every = Math.ceil(14 / cell), height = cell > 4 ? cell - 0.6 : cell;
     s.rows.forEach((label, i) => {
-      if (i % every === 0) node("text", { x: left - 8, y: i * cell + cell / 2 + 4, "text-anchor": "end" }, svg, label);
-      node("rect", { x: left, y: i * cell, width: W - left - right, height: cell - 0.6, class: "cold" }, svg);
+      if (i % every === 0) fit(node("text", { x: left - 8, y: i * cell + cell / 2 + 4, "text-anchor": "end" }, svg, label), left - 10);
+      node("rect", { x: left, y: i * cell, width: W - left - right, height, class: "cold" }, svg);
       s.values[i].forEach((v, k) => {
-        if (v > 0) node("rect", { x: left + k * w, y: i * cell, width: w + 0.4, height: cell - 0.6, class: "heat", "fill-opacity": Math.sqrt(v / hi).toFixed(3) }, svg);
+        if (v > 0) shades[Math.max(1, Math.round(SHADES * Math.sqrt(v / hi)))].push(`M${(left + k * w).toFixed(1)} ${(i * cell).toFixed(1)}h${(w + 0.4).toFixed(1)}v${height}h${(-w - 0.4).toFixed(1)}z`);
       });
-      const pad = node("rect", { x: left, y: i * cell, width: W - left - right, height: cell, fill: "transparent" }, svg);
-      hover(pad, ev => {
-        const b = svg.getBoundingClientRect(), k = Math.floor(((ev.clientX - b.left) / b.width * W - left) / w);
-        return s.values[i][k] === undefined ? "" : `${label} at ${num(s.from + k * s.width)} s\n${num(s.values[i][k])} ${s.unit}`;
-      });
+    });
+    shades.forEach((cells, shade) => { if (cells.length) node("path", { d: cells.join(""), class: "heat", "fill-opacity": shade / SHADES }, svg); });
+    const pad = node("rect", { x: left, y: 0, width: W - left - right, height: s.rows.length * cell, fill: "transparent" }, svg);
+    hover(pad, ev => {
+      const b = svg.getBoundingClientRect(), k = Math.floor(((ev.clientX - b.left) / b.width * W - left) / w);
+      const i = Math.floor((ev.clientY - b.top) / b.height * H / cell);
+      return s.values[i]?.[k] === undefined ? "" : `${s.rows[i]} at ${num(s.from + k * s.width)} s\n${num(s.values[i][k])} ${s.unit}`;
     });
     xaxis(svg, left, W - right, H - 38, s.from, s.from + n * s.width, "s");
   },

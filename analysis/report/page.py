@@ -39,6 +39,7 @@ class ReportEntry:
     jump: str = ""  # the column with the duration: each row is a slice to be shown in Perfetto
     fold: str = ""  # where the table is folded though there is no figure: what to click on
     run: LinkedRun | None = None  # whose slices those are
+    shown: pl.DataFrame | None = None  # what the page shows of a table that has too many ranks for it
 
     @property
     def has_something(self) -> bool:
@@ -99,12 +100,13 @@ def format_heading(name: str) -> str:
 
 
 def render_table(
-    table: pl.DataFrame, rows: int = 60, jump: str = "", label: str = "", run: LinkedRun | None = None
-) -> str:
+    table: pl.DataFrame, rows: int = 60, jump: str = "", label: str = "", run: LinkedRun | None = None,
+    of: int = 0,
+) -> str:  # fmt: skip
     """The first `rows` rows as HTML.
 
     jump: the column with the duration of a slice; each row then has a link that shows it in Perfetto.
-    label: what a screen reader calls the table.
+    label: what a screen reader calls the table. of: how many rows the file in tables/ has, if more than here.
     """
     numeric = [dtype.is_numeric() for dtype in table.dtypes]
     heads = "".join(
@@ -128,9 +130,8 @@ def render_table(
             href = escape(make_link(ts, dur, run))
             cells.append(f'<td><a href="{href}" target="perfetto">show</a></td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
-    more = (
-        f"<p class=soft>{rows} of {len(table):,} rows; all are in tables/.</p>" if len(table) > rows else ""
-    )
+    of, shown = max(of, len(table)), min(rows, len(table))
+    more = f"<p class=soft>{shown} of {of:,} rows; all are in tables/.</p>" if of > shown else ""
     kind = " dense" if table.width > MANY_COLUMNS else ""
     return wrap_table(heads, "".join(body), label, kind) + more
 
@@ -220,7 +221,10 @@ def render_entry(entry: ReportEntry, figures: Figures) -> str:
     elif entry.caption:
         parts.append(f"<p class=soft>{to_prose(entry.caption)}</p>")
     if entry.table is not None and len(entry.table):
-        text = render_table(entry.table, entry.rows, entry.jump, entry.title, entry.run)
+        text = render_table(
+            entry.table if entry.shown is None else entry.shown,
+            entry.rows, entry.jump, entry.title, entry.run, len(entry.table),
+        )  # fmt: skip
         fold = entry.fold or ("the numbers" if entry.plot is not None and not entry.show else "")
         parts.append(f"<details><summary>{escape(fold)}</summary>{text}</details>" if fold else text)
     return f"<section>{''.join(parts)}</section>"

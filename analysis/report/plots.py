@@ -2,13 +2,14 @@
 page.js draws. Nothing is computed here but positions and labels. None when there is nothing to show."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 import polars as pl
 
 from analysis.report.answer import LABELS, Answer
+from analysis.report.many_ranks import ChosenRanks
 from analysis.report.page import Spec, format_size
 from analysis.tables.answers import PARTS
 from analysis.tables.progress import RANKINGS
@@ -24,7 +25,7 @@ READ, WRITE, THIRD = "#332288", "#999933", "#44aa99"  # of lines and columns: no
 VAL, TEST, ALONE = "#aa4499", "#111111", "#555555"  # alone: a line that has its panel for itself
 STEP, LATE = "#0072b2", "#cc3311"
 CYCLE = ("#f0c14b", "#56b4e9", "#009e73", "#e6a0c4", "#d55e00", "#0072b2", "#999999", "#b3de69", "#9970ab")
-MAX_ROWS = 64
+MAX_ROWS, MAX_NODES = 64, 24
 Gaps = Sequence[tuple[float, float]]  # from when to when nothing ran
 
 
@@ -57,17 +58,38 @@ def plot_whatif(table: pl.DataFrame) -> Spec | None:
     }  # fmt: skip
 
 
-def plot_time_by_rank(breakdown: pl.DataFrame) -> Spec | None:
-    """A bar per rank: seconds by phase and kind."""
-    rows = []
-    for row in breakdown.head(MAX_ROWS).iter_rows(named=True):
-        at, parts = 0.0, []
-        for name in PARTS:
-            if row[name] > 0:
-                parts.append([name, at, row[name]])
-                at += row[name]
-        rows.append({"label": f"rank {row['rank']}", "parts": parts})
+def plot_time_by_rank(breakdown: pl.DataFrame, chosen: ChosenRanks) -> Spec | None:
+    """A bar per rank: seconds by phase and kind; and the mean of all where they are too many."""
+    shown = chosen.show(breakdown)
+    rows = [
+        {"label": chosen.name_rank(row["rank"]), "parts": _put_in_line(row)}
+        for row in shown.iter_rows(named=True)
+    ]
+    if len(shown) < len(breakdown):
+        means = breakdown.select(pl.col(PARTS).mean()).row(0, named=True)
+        rows.append({"label": f"mean of {len(breakdown):,}", "parts": _put_in_line(means)})
     return _make_rows(rows, COLORS)
+
+
+def plot_nodes(nodes: pl.DataFrame) -> Spec | None:
+    """A bar per node, the mean of its ranks; of many nodes those with the slowest ranks. nodes: of
+    `many_ranks.sum_nodes`.
+    """
+    rows = [
+        {"label": row["host"] or "?", "parts": _put_in_line({part: row[f"{part}_s"] for part in PARTS})}
+        for row in nodes.head(MAX_NODES).iter_rows(named=True)
+    ]
+    return _make_rows(rows, COLORS, left=150)
+
+
+def _put_in_line(seconds: Mapping[str, float]) -> list[list]:
+    """One part behind the other: name, begin, length."""
+    at, parts = 0.0, []
+    for name in PARTS:
+        if seconds[name] > 0:
+            parts.append([name, at, seconds[name]])
+            at += seconds[name]
+    return parts
 
 
 def _make_rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = False) -> Spec | None:
@@ -90,11 +112,12 @@ def _make_rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = Fa
     }
 
 
-def plot_hidden_io(phases: pl.DataFrame) -> Spec | None:
+def plot_hidden_io(phases: pl.DataFrame, chosen: ChosenRanks) -> Spec | None:
     """I/O of each rank and phase: behind compute, behind communication, not hidden."""
     colors = {"behind compute": "#8fd3b6", "behind communication": "#9ecae1", "not hidden": "#882255"}
     rows = []
-    for row in phases.filter(pl.col("io_all_s") > 0).head(MAX_ROWS).iter_rows(named=True):
+    shown = chosen.show(phases.filter(pl.col("io_all_s") > 0))
+    for row in shown.head(MAX_ROWS).iter_rows(named=True):
         at, parts = 0.0, []
         for name, column in zip(colors, ("compute", "communication", None), strict=True):
             value = row[f"io_behind_{column}_s"] if column else row["io_not_hidden_s"]
@@ -259,14 +282,15 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     }  # fmt: skip
 
 
-def plot_startup(table: pl.DataFrame) -> Spec | None:
+def plot_startup(table: pl.DataFrame, chosen: ChosenRanks) -> Spec | None:
     """A bar per rank: the parts of its start-up, each where it began."""
     names = [n for n in table["part"].unique(maintain_order=True) if n != "between"]
     colors = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
     rows = []
     several = table["launch"].n_unique() > 1
-    for (launch, rank), group in table.drop_nulls("at_s").group_by("launch", "rank", maintain_order=True):
-        label = f"rank {rank}, launch {launch}" if several else f"rank {rank}"
+    shown = chosen.show(table.drop_nulls("at_s"))
+    for (launch, rank), group in shown.group_by("launch", "rank", maintain_order=True):
+        label = f"rank {rank}, launch {launch}" if several else chosen.name_rank(rank)
         rows.append({"label": label, "parts": list(group.select("part", "at_s", "seconds").iter_rows())})
     return _make_rows(rows[:MAX_ROWS], colors, left=150 if several else 110, gantt=True)
 
@@ -285,11 +309,12 @@ def plot_files(volume: pl.DataFrame, n: int = 20) -> Spec | None:
     return _make_rows(rows, {"read": READ, "write": WRITE}, left=420)
 
 
-def plot_work(ranks: pl.DataFrame) -> Spec | None:
+def plot_work(ranks: pl.DataFrame, chosen: ChosenRanks) -> Spec | None:
     """Each rank's own work in its steps beside what it waited for the others."""
     if len(ranks) < 2:
         return None
-    labels = [f"rank {r}" for r in ranks["rank"]]
+    ranks = chosen.show(ranks)
+    labels = [chosen.name_rank(rank) for rank in ranks["rank"]]
     series = [
         {"name": "own work", "color": THIRD, "y": (ranks["wall_s"] - ranks["communication_s"]).to_list()},
         {"name": "communication", "color": COLORS["communication"], "y": ranks["communication_s"].to_list()},

@@ -1,30 +1,29 @@
 """Figures of reads and writes: rates by rank, sizes of requests, times of operations. As in plots.py."""
 
-import math
-
 import polars as pl
 
+from analysis.report.many_ranks import Heat
 from analysis.report.page import Spec, format_seconds, format_size
-from analysis.report.plots import MAX_ROWS, READ, THIRD, WRITE
+from analysis.report.plots import READ, THIRD, WRITE
 from analysis.tables.calls import add_latency_us
 
 
-def plot_rank_heat(rates: pl.DataFrame, begin_us: int) -> Spec | None:
-    """Bytes moved per rank over time."""
-    if not len(rates) or rates["rank"].n_unique() < 2:
+def plot_heat(heat: Heat | None, begin_us: int, unit: str) -> Spec | None:
+    """Ranks, or groups of them, over time. begin_us: of the run."""
+    if heat is None or sum(len(row.ranks) for row in heat.rows) < 2:
         return None
-    width = int(rates["width_us"][0])
-    table = rates.group_by("rank", "bin").agg(pl.col("bytes").sum())
-    first, last = int(table["bin"].to_numpy().min()), int(table["bin"].to_numpy().max())
-    step = max(1, math.ceil((last - first + 1) / 150))
-    ranks = table["rank"].unique().sort().to_list()[:MAX_ROWS]
-    values = {rank: [0.0] * ((last - first) // step + 1) for rank in ranks}
-    for rank, bin_, moved in table.filter(pl.col("rank").is_in(ranks)).iter_rows():
-        values[rank][(bin_ - first) // step] += moved / (width * step)
+    labels = [row.label for row in heat.rows]
+    values = [[_shorten(value) for value in row] for row in heat.values.tolist()]
     return {
-        "type": "heat", "rows": [f"rank {r}" for r in ranks], "values": [values[r] for r in ranks],
-        "unit": "MB/s", "from": (first * width - begin_us) / 1e6, "width": width * step / 1e6,
+        "type": "heat", "rows": labels, "values": values,
+        "unit": unit, "from": (heat.begin_us - begin_us) / 1e6, "width": heat.width_us / 1e6,
+        "left": min(250, max(74, 20 + 7 * max(map(len, labels)))),
     }  # fmt: skip
+
+
+def _shorten(value: float) -> float:
+    """Three digits: there are thousands of such numbers on a page."""
+    return float(f"{value:.3g}") if value else 0
 
 
 def plot_device(device: pl.DataFrame) -> Spec | None:

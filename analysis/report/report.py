@@ -150,8 +150,8 @@ def write_report(
     """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
     name. Returns the page's path and the terminal's text.
 
-    parquet: whether each table is written as Parquet too, beside the CSV file. selection: of ranks and hosts;
-    without `output` only the page is written, under a name that says them.
+    parquet: whether each table is written as Parquet too, beside the CSV file. selection: the part
+    that is read; without `output` only the page is written, under a name that says which.
     """
     if output is None and not selection.is_whole:
         output = outputs.output_folder(path) / f"report{selection.name_part()}.html"

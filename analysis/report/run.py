@@ -70,8 +70,8 @@ def open_run(
 ) -> TracedRun:
     """Reads a run: its traces (`over` says where) and the JSON files beside them.
 
-    with_requests: also each single read and write, for `fidelity.compare_tables`. selection: of ranks and
-    hosts.
+    with_requests: also each single read and write, for `fidelity.compare_tables`. selection: the part of the
+    run that is read.
     """
     folder, more = Path(path), measure_requests if with_requests else measure_rank_workload
     run = TracedRun(folder, gather_tables(folder, over, source, more, with_requests, selection))
@@ -81,10 +81,20 @@ def open_run(
     run.metrics = records.read_metrics(run.home / "metrics.jsonl", run.notes)
     if not selection.is_whole:
         run.notes.append(
-            f"Only a part of the ranks was read: {selection.describe()}. Sums and means are theirs."
+            f"Only a part of the run was read: {selection.describe()}. Sums and means are of that."
         )
+        if selection.has_times:
+            run.metrics = _cut_metrics(run.metrics, run.joined["time"])
     run.notes += _list_notes(run.joined, bool(run.config), selection.is_whole)
     return run
+
+
+def _cut_metrics(metrics: pl.DataFrame, time: pl.DataFrame) -> pl.DataFrame:
+    """The rows that were written during the time that the traces were read of."""
+    if "time" not in metrics.columns or not metrics["time"].dtype.is_numeric():
+        return metrics
+    first, last = time["ts"].min(), (time["ts"] + time["wall_us"]).max()
+    return metrics.filter((pl.col("time") * 1e6).is_between(pl.lit(first), pl.lit(last)))
 
 
 def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:

@@ -4,11 +4,25 @@ import polars as pl
 
 from analysis.report import plots, plots_io, whatif
 from analysis.report.facts import Facts
+from analysis.report.many_ranks import (
+    HEAT_ROWS,
+    LISTED_NODES,
+    LISTED_RANKS,
+    MANY_RANKS,
+    ChosenRanks,
+    choose_ranks,
+    group_file_systems,
+    make_rate_heat,
+    make_share_heat,
+    sum_nodes,
+)
 from analysis.report.page import ReportEntry
 from analysis.report.run import TracedRun
 from analysis.tables import answers, device, progress
 from analysis.tables.calls import MAPPED
+from analysis.tables.gather import JoinedTables
 from analysis.trace.classify import KINDS
+from analysis.trace.clocks import list_clocks, make_clocks
 from analysis.workload.simulate import Scenario
 from common.errors import UserError
 
@@ -30,17 +44,18 @@ SHOW = "The links show it in Perfetto while `python -m analysis view RUN` runs, 
 
 def list_entries(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     """All entries in the order of the page; those without a table or figure show nothing."""
+    chosen = choose_ranks(facts)
     return [
-        *_list_times(run, facts),
-        *_list_steps(run, facts),
+        *_list_times(run, facts, chosen),
+        *_list_steps(run, facts, chosen),
         *_list_predictions(run),
-        *_list_io(run),
+        *_list_io(run, chosen),
         *_list_requests(run),
-        *_list_special(run),
+        *_list_special(run, chosen),
     ]
 
 
-def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
+def _list_times(run: TracedRun, facts: Facts, chosen: ChosenRanks) -> list[ReportEntry]:
     j = run.joined
     timeline, curves, gaps = (
         progress.make_timeline(j),
@@ -54,18 +69,20 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             "not as waiting.", "launches",
         ),
         ReportEntry(
-            "Time", "Where each rank's time went", facts.breakdown, plots.plot_time_by_rank(facts.breakdown),
+            "Time", "Where each rank's time went", facts.breakdown,
+            plots.plot_time_by_rank(facts.breakdown, chosen),
             "Seconds of wall clock. Training is cut by what its main thread did: I/O and waiting for "
             "data first, "
             "then communication, copies, compute; `rest` is training that no span covers."
-            + _describe_gradient_sums(facts),
-            "breakdown",
+            + _describe_gradient_sums(facts) + chosen.describe(),
+            "breakdown", shown=chosen.show(facts.breakdown),
         ),
+        *(_list_many_ranks(run, facts) if chosen.ranks > MANY_RANKS else ()),
         ReportEntry(
-            "Time", "How much I/O is hidden", facts.phases, plots.plot_hidden_io(facts.phases),
+            "Time", "How much I/O is hidden", facts.phases, plots.plot_hidden_io(facts.phases, chosen),
             "The union of all I/O of a rank, on any thread: behind compute or communication of the main "
             "thread, or not hidden. Start-up has no spans of compute, so its I/O counts as not hidden.",
-            "phases",
+            "phases", shown=chosen.show(facts.phases),
         ),
         ReportEntry(
             "Time", "Over the run", timeline, plots.plot_over_time(timeline, curves, gaps),
@@ -83,6 +100,32 @@ def _list_times(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     ]  # fmt: skip
 
 
+def _list_many_ranks(run: TracedRun, facts: Facts) -> list[ReportEntry]:
+    """What stands for a row per rank where there are too many of them."""
+    nodes = sum_nodes(facts)
+    waiting, talking = ("wait_us", "io_us"), ("communication_us",)
+    of_row = "Sorted by node. Where a row stands for several ranks, it shows the one with most."
+    return [
+        ReportEntry(
+            "Time", "Where each node's time went", nodes, plots.plot_nodes(nodes),
+            f"Seconds of a rank, the mean of the node's, of the {min(len(nodes), plots.MAX_NODES)} nodes (of "
+            f"{len(nodes):,}) with the slowest ranks. `own` is the steps without communication: of the "
+            "node's ranks on average, and of its slowest one.",
+            "nodes",
+        ),
+        ReportEntry(
+            "Time", "Waiting for data and I/O, rank by time", None,
+            plots_io.plot_heat(make_share_heat(run.joined, *waiting), run.begin_us, "% of the time"),
+            f"Of the main thread. {of_row}",
+        ),
+        ReportEntry(
+            "Time", "Communication, rank by time", None,
+            plots_io.plot_heat(make_share_heat(run.joined, *talking), run.begin_us, "% of the time"),
+            f"Of the main thread: a slow rank is a light row among dark ones, which wait for it. {of_row}",
+        ),
+    ]  # fmt: skip
+
+
 def _describe_gradient_sums(facts: Facts) -> str:
     """A sentence where ranks sum gradients and no span shows it: through NCCL, or gloo on several hosts."""
     table = facts.joined["collectives"]
@@ -91,7 +134,7 @@ def _describe_gradient_sums(facts: Facts) -> str:
     return " The sum of gradients over the ranks has no span in this run: it counts as compute."
 
 
-def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
+def _list_steps(run: TracedRun, facts: Facts, chosen: ChosenRanks) -> list[ReportEntry]:
     j = run.joined
     if not len(j["steps"]):
         return []
@@ -114,9 +157,10 @@ def _list_steps(run: TracedRun, facts: Facts) -> list[ReportEntry]:
             f"the trace, in us. {SHOW}", "late_steps", jump="wall_us", run=run.linked,
         ),
         ReportEntry(
-            "Steps", "Ranks against each other", facts.ranks, plots.plot_work(facts.ranks),
-            "A rank's own work is its steps without communication: a slow rank has more, the others wait.",
-            "ranks",
+            "Steps", "Ranks against each other", facts.ranks, plots.plot_work(facts.ranks, chosen),
+            "A rank's own work is its steps without communication: a slow rank has more, the others wait."
+            + chosen.describe(),
+            "ranks", shown=chosen.show(facts.ranks),
         ),
         ReportEntry(
             "Steps", "Spans by name", answers.sum_spans(j), None,
@@ -146,8 +190,10 @@ def _list_predictions(run: TracedRun) -> list[ReportEntry]:
     ]  # fmt: skip
 
 
-def _list_io(run: TracedRun) -> list[ReportEntry]:
+def _list_io(run: TracedRun, chosen: ChosenRanks) -> list[ReportEntry]:
     j = run.joined
+    grouped = chosen.ranks > HEAT_ROWS
+    by_rank, systems = answers.sum_volume(j, "rank"), device.list_file_systems(j)
     files, epochs = answers.sum_files(j), answers.sum_volume(j, "epoch").drop_nulls("epoch")
     by_phase = device.sum_device(j, "phase")
     rates = device.describe_reads(j)
@@ -163,12 +209,13 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
             "fault waits for a device.",
             "device",
         ),
+        *_list_device_of_ranks(j, chosen),
         ReportEntry(
-            "I/O", "File systems", device.list_file_systems(j), None,
+            "I/O", "File systems", systems, None,
             "Where the run's folders are; of the mount options those that change reading, writing or "
             "caching. `reads are` says what reads count as: memory where there is no device, not known "
             "where the kernel may not count what comes from one.",
-            "file_systems",
+            "file_systems", shown=group_file_systems(systems) if chosen.ranks > MANY_RANKS else None,
         ),
         ReportEntry(
             "I/O", "By phase", answers.sum_volume(j, "phase"), None,
@@ -188,18 +235,28 @@ def _list_io(run: TracedRun) -> list[ReportEntry]:
             "Misaligned are requests that skip into the middle of a block of 4,096 bytes.",
             "file_use",
         ),
-        ReportEntry("I/O", "By rank", answers.sum_volume(j, "rank"), None, "", "io_ranks"),
+        ReportEntry("I/O", "By rank", by_rank, None, "", "io_ranks", shown=chosen.show(by_rank)),
         ReportEntry("I/O", "By host", answers.sum_volume(j, "host"), None, "", "io_hosts"),
         ReportEntry("I/O", "By epoch", epochs, None, "", "io_epochs"),
         ReportEntry(
-            "I/O", "Rank by time", None, plots_io.plot_rank_heat(j["rates"], run.begin_us),
-            f"MB/s read and written. {rates}",
+            "I/O", "Rank by time", None, plots_io.plot_heat(make_rate_heat(j), run.begin_us, "MB/s"),
+            f"MB/s read and written. {rates}"
+            + (" Where a row stands for several ranks, it shows their mean." if grouped else ""),
         ),
         ReportEntry(
             "I/O", "Files", files, plots.plot_files(files),
             "The files with the most time in them, start-up left out.", "files",
         ),
     ]  # fmt: skip
+
+
+def _list_device_of_ranks(j: JoinedTables, chosen: ChosenRanks) -> list[ReportEntry]:
+    """Of few ranks summary.json lists it."""
+    if chosen.ranks <= LISTED_RANKS:
+        return []
+    table = device.sum_device(j, "rank", "phase")
+    title = "From a device or from memory, by rank"
+    return [ReportEntry("I/O", title, table, None, "", "device_ranks", shown=chosen.show(table))]
 
 
 def _list_requests(run: TracedRun) -> list[ReportEntry]:
@@ -238,24 +295,31 @@ def _list_requests(run: TracedRun) -> list[ReportEntry]:
     ]  # fmt: skip
 
 
-def _list_special(run: TracedRun) -> list[ReportEntry]:
+def _list_special(run: TracedRun, chosen: ChosenRanks) -> list[ReportEntry]:
     j = run.joined
     start, saved, prep = progress.list_startup(j), progress.list_checkpoints(j), progress.sum_preprocessing(j)
+    many = chosen.ranks > MANY_RANKS
+    clocks = pl.DataFrame(list_clocks(j.processes, make_clocks(j.processes)), infer_schema_length=None)
     found = [
         ReportEntry(
-            "Start-up", "To the end of the first step", start, plots.plot_startup(start),
-            "Gaps are what no span covers.", "startup",
+            "Start-up", "To the end of the first step", start, plots.plot_startup(start, chosen),
+            "Gaps are what no span covers." + chosen.describe(), "startup", shown=chosen.show(start),
         ),
         ReportEntry(
             "Checkpoints", "Saved and loaded", saved, None,
-            f"`save` and `load` on the main thread is how long training stood still. {device.WRITE_RATES}",
-            "checkpoints",
+            f"`save` and `load` on the main thread is how long training stood still. {device.WRITE_RATES}"
+            + (" The longest first." if many else ""),
+            "checkpoints", shown=saved.sort("seconds", descending=True) if many else saved,
         ),
         ReportEntry(
             "Preprocessing", "Step by step", prep, plots.plot_preprocessing(prep),
             "Elapsed from the first worker's begin to the last one's end; work is the sum over workers. "
             + device.describe_reads(j, "preprocess"),
             "preprocessing",
+        ),
+        ReportEntry(
+            "Clocks", "Hosts against the first one", clocks if len(clocks) > LISTED_NODES else None, None,
+            "By how much the times of a host were moved, and how certain that is.", "clocks",
         ),
     ]  # fmt: skip
     return [entry for entry in found if entry.table is not None and len(entry.table)]

@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from analysis.report.answer import find_answer
-from analysis.report.findings import Facts, Finding, list_rules
+from analysis.report.facts import TRAIN, Facts, Finding
+from analysis.report.findings import list_rules
+from analysis.report.many_ranks import (
+    LISTED_NODES,
+    LISTED_RANKS,
+    MANY_RANKS,
+    choose_ranks,
+    group_file_systems,
+    sum_nodes,
+)
 from analysis.report.page import format_seconds, format_size
 from analysis.report.run import TracedRun
 from analysis.tables import answers, device, progress
@@ -160,28 +169,42 @@ def with_earlier_names(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str, Any]:
-    """All of it for programs: summary.json."""
+    """All of it for programs: summary.json. Of very many ranks and nodes only some are listed."""
     j, headlines = run.joined, list_headlines(run, facts)
+    chosen = choose_ranks(facts)
+    clocks = list_clocks(j.processes, make_clocks(j.processes))
+    systems = device.list_file_systems(j)
+    if chosen.ranks > LISTED_RANKS:
+        clocks = sorted(clocks, key=lambda row: -abs(row["moved_us"]))[:LISTED_NODES]
+        systems = group_file_systems(systems)
+
+    def list_ranks(table: pl.DataFrame) -> list[dict[str, Any]]:
+        return chosen.list_rows(table).to_dicts()
+
     return {
         "run": run.name, "ranks": facts.breakdown.height, "hosts": sorted({p.host for p in j.processes}),
+        "ranks_listed": chosen.list_rows(facts.breakdown)["rank"].to_list(),
+        "slowest_ranks": list(chosen.slowest), "typical_rank": chosen.typical,
         "events": j.events, "calls": j.calls,
-        "metrics": {each.key: each.value for each in headlines},
+        "metrics": {each.key: each.value for each in headlines}
+        | {"io_not_hidden_seconds": facts.mean_of_ranks("io_not_hidden_s", *TRAIN)},
         "headline": {EARLIER_LABELS.get(each.key, each.label): each.value for each in headlines},
         "findings": [finding.as_dict() for finding in found],
         "rules": list_rules(found),
         "notes": run.notes,
         "answer": find_answer(facts).as_dict(),
-        "clocks": list_clocks(j.processes, make_clocks(j.processes)),
+        "clocks": clocks,
         "launches": facts.launches.to_dicts(),
-        "breakdown_s": facts.breakdown.to_dicts(),
-        "phases_s": with_earlier_names(facts.phases).to_dicts(),
+        "nodes": sum_nodes(facts).head(LISTED_NODES).to_dicts(),
+        "breakdown_s": list_ranks(facts.breakdown),
+        "phases_s": list_ranks(with_earlier_names(facts.phases)),
         "io_by_phase": answers.sum_volume(j, "phase").to_dicts(),
-        "io_by_rank": answers.sum_volume(j, "rank").to_dicts(),
-        "device": device.sum_device(j, "rank", "phase").to_dicts(),
-        "file_systems": device.list_file_systems(j).to_dicts(),
+        "io_by_rank": list_ranks(answers.sum_volume(j, "rank")),
+        "device": list_ranks(device.sum_device(j, "rank", "phase")),
+        "file_systems": systems.to_dicts(),
         "operations": answers.sum_operations(j).to_dicts(),
-        "startup_s": progress.list_startup(j).to_dicts(),
-        "checkpoints": progress.list_checkpoints(j).to_dicts(),
+        "startup_s": list_ranks(progress.list_startup(j)),
+        "checkpoints": list_ranks(progress.list_checkpoints(j)),
         "preprocessing": progress.sum_preprocessing(j).to_dicts(),
     }  # fmt: skip
 
@@ -205,10 +228,13 @@ def format_text(run: TracedRun, facts: Facts, found: list[Finding]) -> str:
         )
     used = [part for part in PARTS if facts.breakdown[part].sum() > 0]
     lines += ["", "  seconds      " + "".join(f"{part:>14}" for part in used)]
-    for row in facts.breakdown.head(32).iter_rows(named=True):
+    chosen = choose_ranks(facts)
+    for row in chosen.show(facts.breakdown).iter_rows(named=True):
         lines.append(f"  rank {row['rank']:<8}" + "".join(f"{row[part]:>14.3f}" for part in used))
-    if facts.breakdown.height > 32:
-        lines.append(f"  ... {facts.breakdown.height - 32} more ranks")
+    if chosen.ranks > MANY_RANKS:
+        means = facts.breakdown.select(used).mean().row(0)
+        lines.append(f"  {'mean':<13}" + "".join(f"{mean:>14.3f}" for mean in means))
+        lines += ["", *textwrap.wrap(chosen.describe().strip(), 100)]
     lines += ["", "  Findings, by the time that could be saved:" if found else "  No findings."]
     for finding in found:
         seconds = format_seconds(finding.seconds) if finding.seconds else ""

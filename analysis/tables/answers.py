@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from analysis.tables.calls import MAPPED, add_latency_us
+from analysis.tables.calls import MAPPED, PROGRAMS, add_latency_us
 from analysis.tables.gather import JoinedTables
 from analysis.tables.times import MEASURES
 from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS, PROGRAM_FILE
@@ -98,8 +98,10 @@ def _sum_of(column: str, op: str) -> pl.Expr:
 def sum_interfaces(j: JoinedTables) -> pl.DataFrame:
     """A row for each interface that calls went through, POSIX or STDIO, as Darshan counts its modules."""
     calls = j["ops"].filter(pl.col("layer") == "calls")
-    return calls.group_by(pl.col("cat").alias("interface")).agg(
-        pl.col("file").n_unique().alias("files"),
+    named = pl.concat([calls.filter(pl.col("file") != PROGRAMS).select("cat", "file"), j["programs"]])
+    files = named.group_by("cat").agg(pl.col("file").n_unique().alias("files"))
+    return calls.join(files, on="cat").group_by(pl.col("cat").alias("interface")).agg(
+        pl.col("files").first(),
         *(_sum_of("count", op).alias(f"{op}s") for op in ("open", "read", "write", "seek", "stat", "sync")),
         _sum_of("bytes", "read").alias("bytes_read"), _sum_of("bytes", "write").alias("bytes_written"),
         SECONDS,

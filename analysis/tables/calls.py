@@ -10,11 +10,12 @@ import polars as pl
 
 from analysis.tables.read import RankEvents
 from analysis.tables.times import Windows
-from analysis.trace.classify import DATA_OPS
+from analysis.trace.classify import DATA_OPS, PROGRAM_FILE
 from analysis.trace.strings import compiled
 from analysis.trace.windows import spread_bytes
 
 SLOWEST = 40
+PROGRAMS = "(modules and libraries)"  # stands in table ops for the files of `fold_program_files`
 MAPPED = "mapped"  # the layer of copies from mapped files
 _NONE, _SEQUENTIAL, _RANDOM, _STRIDED = 0, 1, 2, 3
 _OPEN, _SEEK, _DATA, _ELSE = 0, 1, 2, 3
@@ -84,6 +85,26 @@ def make_io_tables(
     tables["claims"] = sum_declared(declared).select(number, pl.all())
     tables["extents"] = extents.select(number, pl.all())
     return tables
+
+
+def fold_program_files(ops: pl.DataFrame, extents: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """Tables ops and extents with one row for all modules and libraries that only the start-up reads: those
+    are thousands of files, the same ones on each rank. Table programs keeps their names, for counting.
+    """
+    early = (pl.col("phase") == "startup") & (pl.col("op") != "write") & (pl.col("failed") == 0)
+    files = ops.group_by("file").agg((early & (pl.col("layer") == "calls")).all().alias("early"))
+    files = files.filter(pl.col("early") & pl.col("file").str.contains(PROGRAM_FILE))["file"]
+    is_folded = pl.col("file").is_in(files.implode()).fill_null(False)
+    folded, kept = ops.filter(is_folded), ops.filter(~is_folded)
+    sums = folded.group_by("rank", "layer", "phase", "epoch", "cat", "name", "op").agg(
+        pl.lit(PROGRAMS).alias("file"), pl.col(_SUMS).sum(), pl.col("ts").sort_by("max_us").last(),
+        pl.col("max_us").max(),
+    )  # fmt: skip
+    return {
+        "ops": pl.concat([kept, sums.select(kept.columns)]),
+        "extents": extents.join(kept.select("file").unique(), on="file", how="semi"),
+        "programs": folded.select("cat", "file").unique(),
+    }
 
 
 def find_unseen(declared: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:

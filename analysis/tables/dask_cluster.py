@@ -1,8 +1,8 @@
 """The same tables from traces larger than one machine: a Dask cluster reads the ranks, parts come back.
 
-`local` starts two worker processes here; `pbs` asks the scheduler for them as the user's Dask configuration
-describes (jobqueue.pbs in ~/.config/dask); host:port is a scheduler that already runs. Workers need this
-package and the trace folder at the same paths.
+`local` starts two worker processes here; `pbs` and `slurm` ask the scheduler for them as the user's Dask
+configuration describes (jobqueue.pbs or jobqueue.slurm in ~/.config/dask); host:port is a scheduler that
+already runs. Workers need this package and the trace folder at the same paths.
 """
 
 import logging
@@ -15,12 +15,14 @@ from analysis.tables.gather import Launch, Map, RankTables
 from common.errors import UserError
 
 WORKERS = 2
+MAX_JOBS = 16  # in a queue
+SCHEDULERS = {"pbs": "PBSCluster", "slurm": "SLURMCluster"}  # the classes of dask_jobqueue
 
 
 def map_on_cluster(where: str) -> Map:
     """What gather_tables calls instead of its threads."""
-    if where not in ("local", "pbs") and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
-        raise UserError(f"--dask {where}: local, pbs, or the host:port of a scheduler that runs")
+    if where not in ("local", *SCHEDULERS) and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
+        raise UserError(f"--dask {where}: local, pbs, slurm, or the host:port of a scheduler that runs")
     try:
         import distributed  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -40,7 +42,7 @@ def map_on_cluster(where: str) -> Map:
 
 
 def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:
-    """A local cluster, one of PBS jobs, or the address of a scheduler that runs already."""
+    """A local cluster, one of a scheduler's jobs, or the address of a scheduler that runs already."""
     import distributed  # pyright: ignore[reportMissingImports]
 
     if where == "local":
@@ -53,16 +55,16 @@ def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:
                 host="127.0.0.1",
             )
         )
-    if where == "pbs":
+    if where in SCHEDULERS:
         try:
-            from dask_jobqueue import PBSCluster  # pyright: ignore[reportMissingImports]
+            import dask_jobqueue  # pyright: ignore[reportMissingImports]
 
-            cluster = stack.enter_context(PBSCluster())
+            cluster = stack.enter_context(getattr(dask_jobqueue, SCHEDULERS[where])())
         except (ImportError, ValueError, TypeError) as error:  # no queue, cores or memory configured
             raise UserError(
-                f"--dask pbs: {error}; see jobqueue.pbs in ~/.config/dask/jobqueue.yaml"
+                f"--dask {where}: {error}; see jobqueue.{where} in ~/.config/dask/jobqueue.yaml"
             ) from error
-        cluster.adapt(minimum=1, maximum=jobs)
+        cluster.adapt(minimum=1, maximum=min(MAX_JOBS, jobs))
         return cluster
     return where
 

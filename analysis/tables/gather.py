@@ -5,10 +5,11 @@ A run that was stopped and resumed has several launches: each rank of each launc
 `read_rank_tables` is the unit of work: it needs only the files of one rank, so a Dask cluster can run it.
 """
 
+import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,14 +17,15 @@ from typing import TypeVar
 
 import polars as pl
 
-from analysis.tables.calls import make_io_tables, select_declared_io
+from analysis.tables.calls import fold_program_files, make_io_tables, select_declared_io
 from analysis.tables.kernel_counters import measure_device
+from analysis.tables.part import cut_events
 from analysis.tables.read import RankEvents, read_rank
 from analysis.tables.times import measure_rank
 from analysis.trace.clocks import Clock, group_launches, make_clocks
 from analysis.trace.events import assign_ranks
 from analysis.trace.process import TracedProcess
-from analysis.trace.selection import WHOLE, Selection
+from analysis.trace.selection import WHOLE, Selection, find_windows
 from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError
 
@@ -41,6 +43,7 @@ class Launch:
     files: list[Path]
     clock: Clock = Clock()
     launch: int = 1
+    part: Selection = WHOLE  # of its events
 
 
 @dataclass
@@ -96,25 +99,28 @@ def describe_missing_ranks(processes: Iterable[TracedProcess], name: str) -> str
 
 
 def plan_launches(source: TraceSource, selection: Selection = WHOLE) -> list[Launch]:
-    """What is to be read: the files of each rank in each launch, with the clock that corrects their times.
-
-    selection: of ranks and hosts.
-    """
+    """What is to be read: the files of each rank in each launch, with the clock that corrects their times."""
     found = source.read_heads()
     known, made = make_clocks(found), []
     jobs = group_launches(found)
+    begin = min((known[p.path].correct_time(p.first) for p in found if p.first), default=0)
+    part = replace(selection, ranks=(), hosts=(), every=1)
+    part = replace(part, windows=find_windows(replace(part, steps=None, epoch=None), jobs, known, begin))
     if not selection.is_whole:
         jobs = group_launches(selection.choose_processes(p for job in jobs for p in assign_ranks(job)))
     for launch, job in enumerate(jobs, 1):
         by_rank: dict[int, list[Path]] = {}
         for process in assign_ranks(job):
             by_rank.setdefault(process.rank, []).append(process.path)
-        made += [Launch(rank, paths, known[paths[0]], launch) for rank, paths in by_rank.items()]
+        made += [Launch(rank, paths, known[paths[0]], launch, part) for rank, paths in by_rank.items()]
     return made
 
 
 def read_rank_tables(job: Launch, more: More | None = None, details: bool = False) -> RankTables:
-    return make_rank_tables(job, read_rank(job.rank, job.files, job.clock, details=details), more)
+    events = read_rank(job.rank, job.files, job.clock, details=details)
+    if not job.part.is_whole:
+        events = cut_events(events, job.part)
+    return make_rank_tables(job, events, more)
 
 
 def make_rank_tables(job: Launch, events: RankEvents, more: More | None = None) -> RankTables:
@@ -131,6 +137,7 @@ def make_rank_tables(job: Launch, events: RankEvents, more: More | None = None) 
         del events  # most of the memory: the spans are not needed any more
         made.tables |= make_io_tables(job.rank, calls, spans, cuts)
         made.tables = {name: _cast_categories(table) for name, table in made.tables.items()}
+        made.tables |= fold_program_files(made.tables["ops"], made.tables["extents"])
         launch = pl.lit(job.launch, pl.Int32).alias("launch")
         made.tables |= {name: made.tables[name].with_columns(launch) for name in OF_A_LAUNCH} | further
     return made
@@ -147,17 +154,18 @@ def map_on_threads(function: Callable[[Launch], T], work: list[Launch]) -> Itera
         yield from pool.map(function, work)
 
 
-def read_shared(source: TraceSource, work: list[Launch], more: More | None = None) -> list[RankTables]:
+def read_shared(source: TraceSource, work: list[Launch], more: More | None = None) -> Iterator[RankTables]:
     """One rank after the other is read; while the next one is, the tables of the last one are made."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        made: list[Future[RankTables]] = []
+        made: Future[RankTables] | None = None
         for job in work:
             events = read_rank(job.rank, job.files, job.clock, source)
             if made:
-                made[-1].result()  # no more than two ranks are in memory
-            made.append(pool.submit(make_rank_tables, job, events, more))
+                yield made.result()  # no more than two ranks are in memory
+            made = pool.submit(make_rank_tables, job, events, more)
             del events
-        return [future.result() for future in made]
+        if made:
+            yield made.result()
 
 
 def gather_tables(
@@ -171,32 +179,49 @@ def gather_tables(
     """source: a reading of the traces that is shared with other analyses; then `over` is not used.
 
     more: makes further tables of each rank; a function of a module, which Dask can send. details: it gets
-    calls with the columns DETAILS; not of a shared reading. selection: of ranks and hosts.
+    calls with the columns DETAILS; not of a shared reading. selection: not of a shared reading, either.
     """
     work = plan_launches(source or FileSource(run_dir), selection)
     if source is None:
-        parts = list(over(partial(read_rank_tables, more=more, details=details), work))
+        parts = over(partial(read_rank_tables, more=more, details=details), work)
     else:
         parts = read_shared(source, work, more)
-    full = [p for p in parts if p.tables]
-    if not full:
-        raise UserError(f"{run_dir}: the traces hold no events; was the run killed before it flushed any?")
-    paths = {given: path for p in parts for given, path in p.paths.items()}
-    tables = {name: _join_tables([p.tables[name] for p in full], paths) for name in full[0].tables}
+    tables: dict[str, list[bytes]] = {}
+    names = pl.DataFrame()  # those of programs are the same ones on each rank
+    paths: dict[str, str] = {}
     by_launch: dict[int, list[TracedProcess]] = {}
+    events = calls = 0
     for job, made in zip(work, parts, strict=True):
         by_launch.setdefault(job.launch, []).extend(made.processes)
-    return JoinedTables(
-        list(by_launch.values()), tables, sum(p.events for p in parts), sum(p.calls for p in parts)
-    )
+        events, calls = events + made.events, calls + made.calls
+        paths.update(made.paths)
+        if made.tables:
+            names = pl.concat([names, made.tables.pop("programs")], how="diagonal").unique()
+        for name, table in made.tables.items():
+            tables.setdefault(name, []).append(_pack(table))
+    if not tables and not selection.is_whole:
+        raise UserError(
+            f"{selection.describe()}: nothing is in this part of the run; `report` lists the steps"
+        )
+    if not tables:
+        raise UserError(f"{run_dir}: the traces hold no events; was the run killed before it flushed any?")
+    joined = {name: _join_tables(tables.pop(name), paths) for name in list(tables)}
+    return JoinedTables(list(by_launch.values()), joined | {"programs": names}, events, calls)
 
 
-def _join_tables(tables: list[pl.DataFrame], paths: dict[str, str]) -> pl.DataFrame:
+def _pack(table: pl.DataFrame) -> bytes:
+    """A tenth of the memory, as long as other ranks are read."""
+    packed = io.BytesIO()
+    table.write_ipc(packed, compression="zstd")
+    return packed.getvalue()
+
+
+def _join_tables(packed: list[bytes], paths: dict[str, str]) -> pl.DataFrame:
     """One table of all ranks. Timelines of different widths are summed into bins of the widest.
 
     paths: file hash -> path, for rows whose rank did not have the path.
     """
-    table = pl.concat(tables)
+    table = pl.concat([pl.read_ipc(io.BytesIO(each)) for each in packed], rechunk=True)
     if "file" in table.columns:  # a forked process does not write its parent's hashes again
         table = table.with_columns(pl.col("file").replace(paths))
     if "width_us" in table.columns and len(table):  # the coarsest rank's bins for all

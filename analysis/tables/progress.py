@@ -66,22 +66,25 @@ def compare_ranks(j: JoinedTables) -> pl.DataFrame:
 
 def list_startup(j: JoinedTables) -> pl.DataFrame:
     """From a launch's first event to the end of its first step; `between` is what no span covers."""
-    rows: list[tuple[int, int, str, float | None, float]] = []
-    for (launch, rank), own in j["steps"].sort("ts").group_by("launch", "rank", maintain_order=True):
-        first = own.row(0, named=True)
-        here = (pl.col("launch") == launch) & (pl.col("rank") == rank)
-        begin = int(j["time"].filter(here)["ts"].to_numpy().min())
-        end = first["ts"] + first["wall_us"]
-        marks = j["marks"].filter(here & (pl.col("cat") == "startup") & (pl.col("ts") < first["ts"]))
-        parts = [(m["name"], m["ts"], m["dur"]) for m in marks.sort("ts").iter_rows(named=True)]
-        parts.append(("first step", first["ts"], first["wall_us"]))
-        about = first["launch"], first["rank"]
-        rows += [(*about, name, (ts - begin) / S, dur / S) for name, ts, dur in parts]
-        between = end - begin - sum(dur for _, _, dur in parts)
-        rows.append((*about, "between", None, max(0, between) / S))
-    schema = {"launch": pl.Int32, "rank": pl.Int32, "part": pl.String}
-    schema |= {"at_s": pl.Float64, "seconds": pl.Float64}
-    return pl.DataFrame(rows, schema=schema, orient="row").sort("launch", "rank", "at_s", nulls_last=True)
+    about = ["launch", "rank"]
+    first = j["steps"].sort("ts").group_by(about, maintain_order=True).first()
+    bounds = first.select(
+        *about, pl.col("ts").alias("first_ts"), (pl.col("ts") + pl.col("wall_us")).alias("end")
+    )
+    bounds = bounds.join(j["time"].group_by(about).agg(pl.col("ts").min().alias("begin")), on=about)
+    marks = j["marks"].filter(pl.col("cat") == "startup").join(bounds, on=about).sort("ts")
+    marks = marks.filter(pl.col("ts") < pl.col("first_ts"))
+    step = first.select(*about, pl.lit("first step").alias("part"), "ts", pl.col("wall_us").alias("dur"))
+    parts = pl.concat([marks.select(*about, pl.col("name").alias("part"), "ts", "dur"), step])
+    covered = bounds.join(parts.group_by(about).agg(pl.col("dur").sum()), on=about)
+    between = (pl.col("end") - pl.col("begin") - pl.col("dur")).clip(0).alias("dur")
+    gaps = covered.select(
+        *about, pl.lit("between").alias("part"), pl.lit(None, pl.Int64).alias("ts"), between
+    )
+    rows = pl.concat([parts, gaps]).join(bounds, on=about)
+    at = ((pl.col("ts") - pl.col("begin")) / S).alias("at_s")
+    rows = rows.select(*about, "part", at, (pl.col("dur") / S).alias("seconds"))
+    return rows.sort("launch", "rank", "at_s", nulls_last=True, maintain_order=True)
 
 
 def list_launches(j: JoinedTables) -> pl.DataFrame:

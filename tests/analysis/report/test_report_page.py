@@ -263,7 +263,7 @@ def test_links_lead_to_one_slice(tmp_path: Path) -> None:
         ("compare RUN", "required: ANOTHER_RUN (python -m analysis compare --help lists the options)"),
         ("view RUN/x.pftrace --port 80000", "--port 80000: not a port's number"),
         ("view RUN/report.html", "not a trace for the Perfetto UI"),
-        ("report RUN --dask foo", "--dask foo: local, pbs, or the host:port"),
+        ("report RUN --dask foo", "--dask foo: local, pbs, slurm, or the host:port"),
         ("summary RUN/report.html", "end in .pfw.gz or .pfw; give one, or a run folder"),
         ("perfetto RUN -o /nowhere/x", "name another file with -o"),
     ],
