@@ -388,6 +388,7 @@ choose_mpi() {    # sets line
     if [[ -n $line ]]; then
         # Its library and mpiexec would come before the site's.
         if pip show -q mpich > /dev/null 2>&1; then pip uninstall -qy mpich; fi
+        rm -f -- "$venv/bin/dlrm-rsh"
         if site_mpi_works; then return; fi
         [[ $mpi != site ]] || die "DLRM_MPI=site: mpi4py does not work with ${line%% *}:" \
             "load the module of its MPI library and run again, or choose DLRM_MPI=pypi"
@@ -406,6 +407,9 @@ print_env() {
     cat <<'ENV'
 case ":$PATH:" in *":$VIRTUAL_ENV/bin:"*) ;; *) export PATH="$VIRTUAL_ENV/bin:$PATH" ;; esac
 export PYTHONNOUSERSITE=1
+ENV
+    # The site's own mpiexec knows how to reach its nodes.
+    [[ ! -e $venv/bin/dlrm-rsh ]] || cat <<'ENV'
 if [[ -n ${PBS_NODEFILE:-} ]]; then export HYDRA_LAUNCHER=rsh HYDRA_LAUNCHER_EXEC=dlrm-rsh; fi
 ENV
     site_print_env

@@ -18,6 +18,18 @@ die() {
 
 print_help() { sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; }
 
+# site.sh's settings; this script needs no environment, so it also works before the setup.
+load_settings() {
+    local here
+    here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+    if [[ -e $here/env.sh ]]; then
+        source "$here/env.sh"    # it reads site.sh, too
+    elif [[ -e ${DLRM_SITE:-$here/site.sh} ]]; then
+        source "${DLRM_SITE:-$here/site.sh}"
+    fi
+    [[ -z ${DLRM_UMASK:-} ]] || umask "$DLRM_UMASK"
+}
+
 find_day_file() {    # sets `file`: day_0 if there is one, else the only day_*
     local candidate days=()
     [[ -d $from ]] || die "$from is not a folder: give the one that holds day_0 or day_0.gz"
@@ -105,6 +117,7 @@ main() {
     esac
     (( $# == 2 || $# == 3 )) \
         || die "wanted DATASET_DIR SPLIT_DIR [SPLIT_LINE], got $# arguments; see --help"
+    load_settings
     from=$1
     to=$(realpath -m -- "$2")
     lines=${3:-5000000}

@@ -217,13 +217,20 @@ submit_training() {    # prints the training's job id
 
 # In a batch job before training, so that it also comes after a training that is killed; where a
 # person works, after it. A requeued job has done it when it first started.
-submit_analysis() {    # submit_analysis before|after|JOB: a job's analysis as a job of its own
-    local job
-    if ! job=$(cd -- "$start" && python -m dlrm.runtime.later_analysis "$1" "$run"); then
+submit_analysis() {    # submit_analysis before|after|JOB: as a job of its own; sets `analysis_job`
+    if ! analysis_job=$(cd -- "$start" && python -m dlrm.runtime.later_analysis "$1" "$run"); then
         say "the analysis could not be submitted"
         analysis=now
     fi
-    [[ -z $job ]] || say "the analysis is job $job"
+    [[ -z $analysis_job ]] || say "the analysis is job $analysis_job"
+}
+
+cancel_analysis() {    # of a training that has left nothing
+    [[ -n ${analysis_job:-} ]] || return 0
+    if python -m dlrm.runtime.later_analysis cancel "$analysis_job"; then
+        say "there is nothing to analyse: job $analysis_job is cancelled"
+    fi
+    analysis_job=''
 }
 
 analyse() {    # two Perfetto files, the check of bytes and the report, from one reading
@@ -299,6 +306,7 @@ main() {
     train
     # Code 2 before the first step is a mistake that only the ranks could see: nothing to keep.
     if [[ -n $made ]] && ! has_trained; then
+        cancel_analysis
         python -m dlrm.runtime.new_run_folder discard "$run" "$made" || true
     fi
     if [[ -d $run/trace ]] && has_trained; then end_with_analysis; fi

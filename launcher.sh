@@ -12,6 +12,8 @@
 #                                      torchrun, export it yourself)
 #            DLRM_THREADS              threads per rank (default: the node's cores divided by its
 #                                      ranks)
+#            DLRM_START_TIMEOUT        seconds until mpiexec must have reached all nodes
+#                                      (default: 120)
 #            DLRM_GPU_ORDER=reverse    last GPU to first local rank
 #            DRY_RUN=1                 print the mpiexec line instead
 set -euo pipefail
@@ -128,6 +130,25 @@ set_slurm_variables() {
     (( NPROC <= ${slurm_cpus:-NPROC} )) || export SLURM_OVERCOMMIT=1
 }
 
+fill_line() {    # fill_line RANKS RANKS_PER_NODE CORES: sets `mpi`, the words that start them
+    read -ra mpi <<< "${MPIEXEC:-${DLRM_MPIEXEC:-mpiexec -n {N\}}}"
+    mpi=("${mpi[@]//\{N\}/$1}")
+    mpi=("${mpi[@]//\{PPN\}/$2}")
+    mpi=("${mpi[@]//\{DEPTH\}/$3}")
+}
+
+# mpich's mpiexec waits for ever for a node that it does not reach, or that does not reach it.
+check_nodes() {    # one process on each node, in time
+    local code=0 limit=${DLRM_START_TIMEOUT:-120}
+    [[ $limit =~ ^[1-9][0-9]*$ ]] || die "DLRM_START_TIMEOUT=$limit: wanted seconds"
+    fill_line "${#nodes[@]}" 1 1
+    [[ $("${mpi[0]}" --version 2> /dev/null) == *@(HYDRA|Intel)* ]] || return 0
+    timeout --foreground -k 5 "$limit" "${mpi[@]}" true < /dev/null || code=$?
+    (( code != 124 && code != 137 )) || die "${mpi[0]##*/} on $(uname -n) does not reach all" \
+        "nodes (${nodes[*]}), or they do not reach it, within $limit s:" \
+        "name the network between them by HYDRA_IFACE, or ask for other nodes"
+}
+
 # Which of these would kill the ranks on SIGTERM, instead of passing it on?
 kills_its_ranks() {    # kills_its_ranks MPIEXEC
     [[ ${1##*/} == srun || $("$1" --version 2> /dev/null) == *@("Open MPI"|OpenRTE)* ]]
@@ -146,10 +167,7 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec, or what pass
     [[ -n ${DLRM_JOB_TOKEN:-} ]] || DLRM_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
     export DLRM_JOB_TOKEN
 
-    read -ra mpi <<< "${MPIEXEC:-${DLRM_MPIEXEC:-mpiexec -n {N\}}}"
-    mpi=("${mpi[@]//\{N\}/$count}")
-    mpi=("${mpi[@]//\{PPN\}/$NPROC}")
-    mpi=("${mpi[@]//\{DEPTH\}/$depth}")
+    fill_line "$count" "$NPROC" "$depth"
     if [[ -n ${DRY_RUN:-} ]]; then
         printf '%q ' "${mpi[@]}" "$here/launcher.sh" "$@"
         echo
@@ -157,6 +175,10 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec, or what pass
     fi
     command -v "${mpi[0]}" > /dev/null \
         || die "no ${mpi[0]} on PATH: run 0_setup_env.sh, or set MPIEXEC"
+    if (( ${#nodes[@]} > 1 )); then
+        check_nodes
+        fill_line "$count" "$NPROC" "$depth"
+    fi
     if kills_its_ranks "${mpi[0]}"; then
         exec python3 "$here/scripts/pass_signals.py" "${mpi[@]}" "$here/launcher.sh" "$@"
     fi

@@ -6,6 +6,7 @@ usage: python -m dlrm.runtime.later_analysis WHEN RUN
                 ended. In an interactive job, where a person works, nothing
     after       in an interactive job, after the training: a job that starts at once. In a batch job nothing
     JOB         for a training that is in the queue: a job that starts when that job has ended
+    cancel      in the place of RUN stands the id of an analysis: it is taken out of the queue
 
 Prints the new job's id, if there is one. Its options are those of DLRM_QSUB_ANALYSIS or DLRM_SBATCH_ANALYSIS;
 else those of the training's job with one node and without its GPUs. A mistake, or a scheduler that refuses:
@@ -138,11 +139,24 @@ def _run(command: Sequence[str], environ: Mapping[str, str]) -> str:
     return done.stdout
 
 
+def cancel(job: str) -> int:
+    """Take an analysis out of the queue: its training was refused, and has left nothing."""
+    try:
+        scheduler = choose_scheduler(os.environ)
+        _run(["qdel" if scheduler == PBS else "scancel", job], os.environ)
+    except UserError as error:
+        print(f"3_train.sh: {error}", file=sys.stderr)
+        return USAGE
+    return 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1])
     parser.add_argument("when")
     parser.add_argument("run", type=Path)
     options = parser.parse_args(argv)
+    if options.when == "cancel":
+        return cancel(str(options.run))
     job, after = find_batch_job(os.environ), options.when
     if job and options.when in ("before", "after"):
         if job.unattended != (options.when == "before"):

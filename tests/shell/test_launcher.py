@@ -156,6 +156,28 @@ def test_two_real_ranks_meet() -> None:
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("reached", [True, False])
+def test_nodes_that_mpiexec_does_not_reach(tmp_path: Path, reached: bool) -> None:
+    """mpiexec's proxies are started by PBS's pbs_tmrsh; here it starts them on this machine, or hangs."""
+    (tmp_path / "nodes").write_text("n1\nn2\n")
+    rest = 'shift; exec "$@"' if reached else "exec sleep 60"
+    (tmp_path / "pbs_tmrsh").write_text(f"#!/bin/bash\n{rest}\n")
+    (tmp_path / "pbs_tmrsh").chmod(0o755)
+    begun = time.monotonic()
+    done = launch(
+        "bash", "-c", "echo rank $RANK", NPROC=1, PBS_NODEFILE=tmp_path / "nodes",
+        DLRM_START_TIMEOUT=20 if reached else 2,
+        PATH=f"{tmp_path}:{os.environ['PATH']}", MASTER_ADDR="127.0.0.1",
+    )  # fmt: skip
+    if reached:
+        assert sorted(done.stdout.split("\n")) == ["", "rank 0", "rank 1"], done.stderr
+        return
+    assert done.returncode == 2 and time.monotonic() - begun < 20
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("launcher.sh: ")]
+    assert "does not reach all nodes (n1 n2)" in line and "within 2 s" in line and "HYDRA_IFACE" in line
+
+
+@pytest.mark.mpi
 def test_a_failing_rank_ends_the_job() -> None:
     """mpich's mpiexec by itself waits for the others, which wait for the one that is gone."""
     begun = time.monotonic()

@@ -122,6 +122,18 @@ def test_choices_outlive_setups_that_were_interrupted(copy: Path) -> None:
     assert not os.path.lexists(copy / ".venv" / "lib" / "old") and not list(copy.glob(".venv.*"))
 
 
+def test_mpich_over_pbs_only_where_mpich_was_installed(copy: Path) -> None:
+    """Of the choice pypi nothing is left when the site's mpiexec is chosen."""
+    functions = (ROOT / "0_setup_env.sh").read_text().replace('\nmain "$@"\n', "\n")
+    (copy / "functions.sh").write_text(functions)
+    print_env = "source ./functions.sh; load_site; venv=$PWD/v kind=venv line=x; mkdir -p v/bin; print_env"
+    for chosen in ("touch v/bin/dlrm-rsh", "rm v/bin/dlrm-rsh"):
+        words = ["bash", "-c", f"mkdir -p v/bin; {chosen}; {print_env}"]
+        done = subprocess.run(words, cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0 and "DLRM_MPIEXEC=" in done.stdout, done.stderr
+        assert ("HYDRA_LAUNCHER_EXEC" in done.stdout) == chosen.startswith("touch")
+
+
 @pytest.fixture
 def conda(tmp_path: Path) -> dict[str, str]:
     """PATH with a stand-in for conda, which makes environments as `conda create` is asked to, or says why.

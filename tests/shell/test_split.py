@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import stat
 import subprocess
 from pathlib import Path
 
@@ -11,8 +12,10 @@ SCRIPT = Path(__file__).parents[2] / "1_split_dataset.sh"
 PARTS = 24
 
 
-def split(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(SCRIPT), *map(str, words)], capture_output=True, text=True, timeout=60)
+def split(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPT), *map(str, words)], env=os.environ | more, capture_output=True, text=True, timeout=60
+    )
 
 
 def lines(count: int) -> bytes:
@@ -86,6 +89,17 @@ def test_too_few_parts(raw: Path) -> None:
     assert "for 24 parts give SPLIT_LINE=84" in done.stdout
     done = split(raw, raw.parent / "all", 84)
     assert len(parts(raw.parent / "all")) == 24 and "only" not in done.stdout
+
+
+def test_the_umask_of_site_sh(raw: Path, tmp_path: Path) -> None:
+    (raw / "day_0").write_bytes(lines(10))
+    site = tmp_path / "site.sh"
+    site.write_text("export DLRM_UMASK=027\n")
+    out = raw.parent / "split"
+    done = split(raw, out, 5, DLRM_SITE=str(site))
+    assert done.returncode == 0, done.stderr
+    assert stat.S_IMODE(out.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o640}
 
 
 def test_which_file(raw: Path) -> None:

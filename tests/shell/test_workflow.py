@@ -283,6 +283,24 @@ def test_later_analysis_asks_pbs_for_one_node_after_the_job(toy: Path, tmp_path:
     assert done.returncode == 0 and "qsub: no jobs from jobs" in done.stdout
 
 
+def test_a_refused_training_takes_its_analysis_out_of_the_queue(toy: Path, tmp_path: Path) -> None:
+    """Of what is only seen when the ranks are started."""
+    (tmp_path / "qsub").write_text("#!/bin/bash\necho 28.pbs\n")
+    (tmp_path / "qdel").write_text('#!/bin/bash\necho "$@" >> "$OUT"\n')
+    for name in ("qsub", "qdel"):
+        (tmp_path / name).chmod(0o755)
+    runs = tmp_path / "results"
+    more: dict[str, Any] = {
+        "DATASET_DIR": toy, "RESULTS": runs, "OUT": tmp_path / "out",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "ANALYSIS": "later", "NPROC": "x", "DLRM_QSUB": "-A mine",
+        "PBS_JOBID": "17.pbs", "PBS_ENVIRONMENT": "PBS_BATCH", "PBS_O_WORKDIR": tmp_path,
+    }  # fmt: skip
+    done = run("3_train.sh", cwd=tmp_path, **more, ARGS=SMALL)
+    assert done.returncode == 2 and not list(runs.iterdir()), done.stdout + done.stderr
+    assert "the analysis is job 28.pbs" in done.stdout and "job 28.pbs is cancelled" in done.stdout
+    assert (tmp_path / "out").read_text() == "28.pbs\n"
+
+
 def test_without_a_scheduler_later_is_now(toy: Path, tmp_path: Path) -> None:
     places: dict[str, Any] = {"DATASET_DIR": toy, "RESULTS": tmp_path, "NPROC": 1, "ARGS": SMALL}
     done = run("3_train.sh", ANALYSIS="later", **places)
