@@ -148,6 +148,7 @@ def run_report(options: argparse.Namespace) -> int:
         _choose_map(options),
         parquet=options.parquet,
         selection=_make_selection(options),
+        kineto=options.kineto,
     )
     print(f"{text}\n\n{printable(page)}")
     return 0
@@ -403,6 +404,7 @@ def make_parser() -> argparse.ArgumentParser:
             made.add_argument(
                 "--parquet", action="store_true", help="also write tables/*.parquet, which keep the types"
             )
+            _add_kineto_option(made)
             _add_selection_options(made)
         if name == "whatif":
             _add_whatif_options(made)

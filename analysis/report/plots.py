@@ -92,6 +92,30 @@ def _put_in_line(seconds: Mapping[str, float]) -> list[list]:
     return parts
 
 
+def plot_gpus(table: pl.DataFrame) -> Spec | None:
+    """A bar per GPU: what it did, and while it was idle what the main thread did. table: of tables/gpu.py."""
+    colors = {"kernels": COLORS["compute"], "collectives": COLORS["communication"], "copies": COLORS["copy"]}
+    idle = {"wait": "waiting for data", "io": "I/O"}
+    colors |= {
+        f"idle: {idle.get(kind, kind)}": color
+        for kind, color in (
+            ("wait", COLORS["wait"]), ("io", COLORS["io"]), ("communication", "#9ecae1"), ("copy", "#deebf7"),
+            ("compute", "#8fd3b6"), ("other", COLORS["other"]),
+        )
+    }  # fmt: skip
+    names = ("kernels", "collectives", "copies", "idle_wait", "idle_io", "idle_communication", "idle_copy",
+             "idle_compute", "idle_other")  # fmt: skip
+    rows = []
+    for row in table.head(MAX_ROWS).iter_rows(named=True):
+        at, parts = 0.0, []
+        for label, name in zip(colors, names, strict=True):
+            if row[f"{name}_us"] > 0:
+                parts.append([label, at, row[f"{name}_us"] / 1e6])
+                at += row[f"{name}_us"] / 1e6
+        rows.append({"label": f"rank {row['rank']}, GPU {row['device']}", "parts": parts})
+    return _make_rows(rows, colors, left=130)
+
+
 def _make_rows(rows: list[dict], colors: dict, left: int = 110, gantt: bool = False) -> Spec | None:
     """Bars, each cut into parts.
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -146,12 +147,14 @@ def write_report(
     source: TraceSource | None = None,
     parquet: bool = False,
     selection: Selection = WHOLE,
+    kineto: Sequence[Path] = (),
 ) -> tuple[Path, str]:
     """All files of the report, beside the run or in the folder `output`; or only the page, as a file of that
     name. Returns the page's path and the terminal's text.
 
     parquet: whether each table is written as Parquet too, beside the CSV file. selection: the part
-    that is read; without `output` only the page is written, under a name that says which.
+    that is read; without `output` only the page is written, under a name that says which. kineto: profiles of
+    torch.profiler besides the run's own.
     """
     if output is None and not selection.is_whole:
         output = outputs.output_folder(path) / f"report{selection.name_part()}.html"
@@ -159,7 +162,7 @@ def write_report(
     if folder is not None and Path(path).exists():
         early = {PAGE: is_own_page, SUMMARY: outputs.is_own_summary, "tables/breakdown.csv": lambda _: True}
         outputs.check_folder(folder, early, REMEDY)
-    run = open_run(path, over, source, selection=selection)
+    run = open_run(path, over, source, selection=selection, kineto=kineto)
     facts = Facts(run.joined, run.config, run.metrics)
     found, things = find_all(facts), list_entries(run, facts)
     text = summary.format_text(run, facts, found)

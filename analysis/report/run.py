@@ -1,7 +1,8 @@
 """A run folder as read: the joined traces, the JSON files beside them, and notes on what is missing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ from analysis.perfetto.links import LinkedRun, name_run
 from analysis.report.page import format_number, format_size
 from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
+from analysis.tables import gpu
 from analysis.tables.calls import MAPPED
 from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import (
     JoinedTables,
+    Launch,
     Map,
+    More,
     describe_missing_ranks,
     gather_tables,
     map_on_threads,
     shorten_losses,
 )
+from analysis.tables.read import RankEvents
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
+from analysis.trace.kineto import Profile, find_profiles, read_profile
 from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import TraceSource
 from analysis.workload.fidelity import measure_requests
@@ -67,13 +73,18 @@ def open_run(
     source: TraceSource | None = None,
     with_requests: bool = False,
     selection: Selection = WHOLE,
+    kineto: Sequence[Path] = (),
 ) -> TracedRun:
     """Reads a run: its traces (`over` says where) and the JSON files beside them.
 
     with_requests: also each single read and write, for `fidelity.compare_tables`. selection: the part of the
-    run that is read.
+    run that is read. kineto: profiles of torch.profiler besides the run's own.
     """
-    folder, more = Path(path), measure_requests if with_requests else measure_rank_workload
+    folder = Path(path)
+    more = partial(
+        _measure_more, more=measure_requests if with_requests else measure_rank_workload,
+        own=find_profiles(folder), given=[read_profile(each) for each in kineto],
+    )  # fmt: skip
     run = TracedRun(folder, gather_tables(folder, over, source, more, with_requests, selection))
     run.config = records.read_config(run.home / "config.json", run.notes)
     run.plan = records.read_plan(run.home / "plan.json", run.notes)
@@ -95,6 +106,13 @@ def _cut_metrics(metrics: pl.DataFrame, time: pl.DataFrame) -> pl.DataFrame:
         return metrics
     first, last = time["ts"].min(), (time["ts"] + time["wall_us"]).max()
     return metrics.filter((pl.col("time") * 1e6).is_between(pl.lit(first), pl.lit(last)))
+
+
+def _measure_more(
+    job: Launch, events: RankEvents, more: More, own: Sequence[Path], given: Sequence[Profile]
+) -> dict[str, pl.DataFrame]:
+    """What a report has beyond the tables of all commands."""
+    return more(job, events) | {gpu.TABLE: gpu.measure_gpus(job, events, own, given)}
 
 
 def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:

@@ -16,9 +16,9 @@ from analysis.report.many_ranks import (
     make_share_heat,
     sum_nodes,
 )
-from analysis.report.page import ReportEntry
+from analysis.report.page import ReportEntry, format_seconds
 from analysis.report.run import TracedRun
-from analysis.tables import answers, device, progress
+from analysis.tables import answers, device, gpu, progress
 from analysis.tables.calls import MAPPED
 from analysis.tables.gather import JoinedTables
 from analysis.trace.classify import KINDS
@@ -48,6 +48,7 @@ def list_entries(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     return [
         *_list_times(run, facts, chosen),
         *_list_steps(run, facts, chosen),
+        *_list_gpus(run),
         *_list_predictions(run),
         *_list_io(run, chosen),
         *_list_requests(run),
@@ -167,6 +168,31 @@ def _list_steps(run: TracedRun, facts: Facts, chosen: ChosenRanks) -> list[Repor
             "Of all ranks; spans may contain each other. p50 is the middle rank's, p99 the worst "
             "rank's.", "spans",
         ),
+    ]  # fmt: skip
+
+
+def _list_gpus(run: TracedRun) -> list[ReportEntry]:
+    table = run.joined[gpu.TABLE]
+    if not len(table):  # no profile, or none of a GPU
+        return []
+    waiting, busy = (float(table[f"{name}_us"].sum()) for name in ("waiting", "busy_while_waiting"))
+    said = "Nothing waited for data then."
+    if waiting:
+        said = (
+            f"The main threads waited {format_seconds(waiting / 1e6)} for data, and for "
+            f"{1 - busy / waiting:.0%} of that their GPUs had nothing to do."
+        )
+    us = [name for name in table.columns if name.endswith("_us")]
+    shown = table.select(pl.exclude(us), *answers.to_seconds(*us))
+    return [
+        ReportEntry(
+            "GPU", "What the GPU did while waiting for data", shown, plots.plot_gpus(table),
+            f"{said} Of the steps that torch.profiler recorded (`--profile_steps`), from the begin of the "
+            "first to the end of the last: kernels, then collectives that no kernel hides, then copies; the "
+            "rest is idle, cut by what the rank's main thread did meanwhile, I/O and waiting for data first. "
+            "`waiting` is the main thread's, in file calls of its own too.",
+            "gpu",
+        )
     ]  # fmt: skip
 
 

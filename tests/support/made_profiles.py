@@ -94,7 +94,7 @@ class MadeProfile:
 
 def gpu_steps(rank: int = 0, world: int = 1, steps: range = range(3, 6), wait: int = 3_000) -> MadeProfile:
     """What a GPU does in steps of made_traces.training(wait=wait, compute=5_000): a copy while the batch
-    comes, a kernel from the forward pass on, a sum of gradients; and nothing between.
+    comes, a kernel from the forward pass on, a sum of gradients that begins before it ends; else nothing.
     """
     made = MadeProfile(rank, world, 1000 + rank)
     for step in steps:
@@ -103,5 +103,5 @@ def gpu_steps(rank: int = 0, world: int = 1, steps: range = range(3, 6), wait: i
         made.launch("Memcpy HtoD (Pinned -> Device)", ts + 100, ts + 1_000, 500, "gpu_memcpy")
         made.operator("aten::mm", ts + wait + 10, 1_000)
         made.launch("void gemm<float, 128>(Params)", ts + wait + 20, ts + wait + 200, 2_300)
-        made.launch("ncclDevKernel_AllReduce_Sum_f32", ts + wait + 600, ts + wait + 2_600, 400, stream=20)
+        made.launch("ncclDevKernel_AllReduce_Sum_f32", ts + wait + 600, ts + wait + 2_400, 400, stream=20)
     return made

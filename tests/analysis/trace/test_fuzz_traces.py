@@ -183,7 +183,8 @@ def profile_case(folder: Path, seed: int) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data if packed else text)
     try:
-        found = run_hostile("perfetto", folder / "run", *given_profile(path, own))
+        command = chance.choice(("perfetto", "report"))
+        found = run_hostile(command, folder / "run", *given_profile(path, own))
         check(found)
         assert not own or found.code == 0, found  # the rest of the run does not need it
     except AssertionError as error:
