@@ -186,7 +186,7 @@ def main() -> None:
 
         def convert_traces() -> None:
             nonlocal summary
-            summary = convert.convert_to_pftrace(folder, path)
+            summary = convert.convert_to_pftrace(folder, path, whole=True)
 
         wall, cpu = time_call(convert_traces)
         assert summary is not None and not summary.moved and not summary.unresolved

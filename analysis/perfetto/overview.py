@@ -175,28 +175,32 @@ def make_outline_block(
     strings: StringTable, pid: int, phases: pl.DataFrame, steps: pl.DataFrame
 ) -> EventBlock:
     """Phases and steps as if they had been read from a trace: whole numbers as arguments."""
-    keys = {strings.add(name): name for name in MEASURES if name != "wall_us"}
-    rows: list[tuple[int, int, int, int, list[tuple[int, int]]]] = []  # name, cat, ts, dur, arguments
-    for row in phases.iter_rows(named=True):
-        args = [(ID["epoch"], row["epoch"])] if row["epoch"] is not None else []
-        rows.append((strings.add(row["phase"]), strings.add("phase"), row["ts"], row["dur"], args))
-    for row in steps.iter_rows(named=True):
-        args = [(key, int(row[name])) for key, name in keys.items()]
-        if row["step"] is not None:
-            args.append((ID["step"], row["step"]))
-        rows.append((ID["step"], ID["train"], row["ts"], row["wall_us"], args))
-    arguments = [pair for *_, args in rows for pair in args]
-    count, total = len(rows), len(arguments)
-    ends = np.cumsum([0, *(len(args) for *_, args in rows)])
-
-    def column(place: int, kind: type = np.int64) -> np.ndarray:
-        return np.array([row[place] for row in rows], kind)
-
+    measures = [name for name in MEASURES if name != "wall_us"]
+    keys = {strings.add(name): name for name in ("epoch", *measures, "step")}
+    names = {phase: strings.add(phase) for phase in phases["phase"].unique(maintain_order=True)}
+    rows = pl.concat(
+        [
+            phases.select(
+                pl.col("phase").replace_strict(names),
+                pl.lit(strings.add("phase")).alias("cat"), "ts", "dur", pl.col("epoch").cast(pl.Int64),
+            ),
+            steps.select(
+                pl.lit(ID["step"]).alias("phase"), pl.lit(ID["train"]).alias("cat"), "ts",
+                pl.col("wall_us").alias("dur"), pl.col(*measures, "step").cast(pl.Int64),
+            ),
+        ],
+        how="diagonal_relaxed",
+    )  # fmt: skip
+    # a matrix of rows x keys: what is None in it is no argument
+    given = np.column_stack([rows[name].is_not_null() for name in keys.values()])
+    values = np.column_stack([rows[name].fill_null(0) for name in keys.values()])
+    count, total = len(rows), int(given.sum())
     return EventBlock(
-        np.zeros(1, np.uint8), np.full(count, EVENT, np.uint8), column(0, np.int32), column(1, np.int32),
-        np.full(count, pid), np.full(count, OUTLINE_TID), column(2), column(3), ends,
-        np.array([key for key, _ in arguments], np.int32), np.full(total, INT, np.uint8),
-        np.array([value for _, value in arguments], np.int64), np.zeros(total, np.int64), [],
+        np.zeros(1, np.uint8), np.full(count, EVENT, np.uint8), rows["phase"].cast(pl.Int32).to_numpy(),
+        rows["cat"].cast(pl.Int32).to_numpy(), np.full(count, pid), np.full(count, OUTLINE_TID),
+        rows["ts"].to_numpy(), rows["dur"].to_numpy(), np.concatenate([[0], np.cumsum(given.sum(axis=1))]),
+        np.broadcast_to(np.array(list(keys), np.int32), given.shape)[given], np.full(total, INT, np.uint8),
+        values[given], np.zeros(total, np.int64), [],
     )  # fmt: skip
 
 

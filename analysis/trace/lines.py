@@ -7,12 +7,15 @@ Memory is constant, whatever inflates out of the file: a line that gets longer t
 file that inflates to more than MAX_RATIO times its size is read no further, nor is one with MAX_DAMAGES.
 """
 
+import contextlib
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from isal import isal_zlib
 
 from analysis.trace.scan import MAX_LINE
 from common.errors import os_errors_as_user_errors
@@ -95,30 +98,57 @@ def _inflate(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
         loss.skipped += skipped
         if not data:
             return
-        stream, before = zlib.decompressobj(31), zlib.decompressobj(31)
-        while not stream.eof:
-            try:
+        begin, given, stream = file.tell() - len(data), 0, isal_zlib.decompressobj(31)
+        with contextlib.suppress(isal_zlib.error):
+            while data and not stream.eof:
                 piece = stream.decompress(data, BLOCK)
                 yield piece
-                made += len(piece)
-            except zlib.error:
-                damages += 1
-                good, used = _salvage_text(before, data)
-                yield good + b"\n"  # what follows the damage begins a line
-                data = data[used + 1 :] or file.read(_CHUNK)
-                loss.skipped += 1
-                loss.cut = True
-                break
-            if made > _RATIO_FROM and made > MAX_RATIO * file.tell():
-                loss.skipped += len(stream.unconsumed_tail) + _size_left(file)
-                loss.bomb = True
-                return
-            data = stream.unconsumed_tail or stream.unused_data or file.read(_CHUNK)
-            if not stream.eof:
-                if not data:
-                    loss.cut = True
+                given += len(piece)
+                if _is_bomb(made + given, file):
+                    loss.skipped += len(stream.unconsumed_tail) + _size_left(file)
+                    loss.bomb = True
                     return
-                before = stream.copy()  # should the next stretch be damaged
+                data = stream.unconsumed_tail or stream.unused_data or file.read(_CHUNK)
+        made += given
+        if not stream.eof:
+            loss.cut = True
+            damages += 1
+            file.seek(begin)
+            data = yield from _inflate_damaged(file, given, loss)
+
+
+def _inflate_damaged(file: BinaryIO, given: int, loss: ReadLoss) -> Generator[bytes, None, bytes]:
+    """A member without an end, or with a damaged stretch, after its first `given` bytes of text, as far as it
+    goes; returns what was read of the file and belongs to no member.
+
+    ISA-L inflates three times as fast as zlib, but does not say where a damage is.
+    """
+    data, made = file.read(_CHUNK), 0
+    stream, before = zlib.decompressobj(31), zlib.decompressobj(31)
+    while data:
+        try:
+            piece = stream.decompress(data, BLOCK)
+        except zlib.error:
+            good, used = _salvage_text(before, data)
+            yield good[given:] + b"\n"  # what follows the damage begins a line
+            loss.skipped += 1
+            return data[used + 1 :] or file.read(_CHUNK)
+        yield piece[given:]
+        given = max(0, given - len(piece))
+        made += len(piece)
+        if _is_bomb(made, file):
+            loss.skipped += len(stream.unconsumed_tail) + _size_left(file)
+            loss.bomb = True
+            return b""
+        data = stream.unconsumed_tail or stream.unused_data or file.read(_CHUNK)
+        if stream.eof:  # ISA-L is the stricter one
+            break
+        before = stream.copy()  # should the next stretch be damaged
+    return data
+
+
+def _is_bomb(made: int, file: BinaryIO) -> bool:
+    return made > _RATIO_FROM and made > MAX_RATIO * file.tell()
 
 
 def _to_member(data: bytes, file: BinaryIO) -> tuple[bytes, int]:
