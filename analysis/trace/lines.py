@@ -99,7 +99,7 @@ def _inflate(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
         if not data:
             return
         begin, given, stream = file.tell() - len(data), 0, isal_zlib.decompressobj(31)
-        with contextlib.suppress(isal_zlib.error):
+        with contextlib.suppress(isal_zlib.error):  # type: ignore[arg-type]  # its stub calls the class an instance
             while data and not stream.eof:
                 piece = stream.decompress(data, BLOCK)
                 yield piece
