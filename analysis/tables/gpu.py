@@ -64,17 +64,16 @@ def _measure(job: Launch, events: RankEvents, profile: Profile) -> list[list[flo
     """A row of SCHEMA for each device."""
     begin, end = (job.clock.correct_ns(times) for times in (profile.begin, profile.end))
     marks = np.array([name.startswith(STEP_NAME) for name in profile.names], np.bool_)[profile.name]
-    marks &= profile.devices < 0  # a GPU has marks of its own, which end when its last kernel does
-    within = marks if marks.any() else np.ones(len(profile), np.bool_)
+    marks &= profile.devices < 0  # a GPU has marks of its own, from its first kernel to its last one
     first, last = (time * 1000 for time in find_bounds(events))  # of a part of the run, where that was chosen
-    window = _intersect(
-        (np.array([begin[within].min()]), np.array([end[within].max()])),
-        (np.array([first]), np.array([last])),
-    )
+    window = begin.min(keepdims=True), end.max(keepdims=True)
+    if marks.any():
+        window = merge_stretches(begin[marks], end[marks])
+    window = _intersect(window, (np.array([first]), np.array([last])))
     if not len(window[0]):
         return []
     middle = (begin + end) // 2
-    marks &= (middle >= window[0][0]) & (middle < window[1][-1])
+    steps = np.unique(profile.name[marks & (middle >= window[0][0]) & (middle < window[1][-1])])
     main = _split_main_thread(events, window)
     names = np.array([name.startswith(COLLECTIVE) for name in profile.names], np.bool_)[profile.name]
     kernels, copies = profile.has_cat("kernel"), profile.has_cat(*COPY_CATS)
@@ -90,7 +89,7 @@ def _measure(job: Launch, events: RankEvents, profile: Profile) -> list[list[flo
         idle_parts = [_intersect(idle, stretches) for stretches in main]
         waiting = unite_stretches(main[KINDS.index("io")], main[KINDS.index("wait")])
         rows.append([
-            job.rank, job.launch, device, int(np.count_nonzero(marks)), _add_up(window),
+            job.rank, job.launch, device, len(steps), _add_up(window),
             *map(_add_up, parts), _add_up(idle), *map(_add_up, idle_parts),
             _add_up(waiting), _add_up(subtract_stretches(waiting, idle)),
         ])  # fmt: skip

@@ -1,7 +1,6 @@
 """torch.distributed: each collective and message as a span with its bytes, and the clocks of the hosts.
 
-The sums of gradients that DistributedDataParallel makes itself run in C++ during the backward pass: they are
-in the span compute/backward, not apart.
+Those that DistributedDataParallel makes itself run in C++: see data_parallel.
 """
 
 import functools

@@ -19,7 +19,7 @@ from dlrm.runtime import trace
 # library, once it is imported -> files of this folder whose `hook(library)` is called, in this order
 HOOKS: dict[str, tuple[str, ...]] = {
     "numpy": ("numpy_files",),
-    "torch": ("steps", "data_loaders", "collectives", "checkpoints"),
+    "torch": ("steps", "data_loaders", "collectives", "data_parallel", "checkpoints"),
     "torchrec": (),
     "torch.distributed.checkpoint": ("distributed_checkpoints",),
     "torchrec.distributed.train_pipeline.train_pipelines": ("pipelines",),

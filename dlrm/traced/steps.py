@@ -6,15 +6,17 @@ accumulated. A loop without a DataLoader has a step whenever an optimizer steps 
 fetched without gradients are an evaluation. Where torchrec's pipelines train, they count (`pipelines`).
 """
 
+import functools
 import importlib
 import os
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from dlrm.runtime import trace
 from dlrm.runtime.ranks import Ranks
-from dlrm.traced.hooks import as_span, replace
+from dlrm.traced.hooks import replace
 
 
 class Steps:
@@ -70,6 +72,7 @@ class Steps:
             return
         if training and not self._end:
             self._begin = 0
+            self.end_profile()
         elif not training:
             self._eval_end = trace.get_time()
             self._close_evaluation()
@@ -144,10 +147,25 @@ class Steps:
 
 
 steps = Steps()
+after_backward: list[Callable[[], None]] = []  # called at the end of each backward pass
 
 
 def hook(torch: ModuleType) -> None:
     optimizer = importlib.import_module("torch.optim.optimizer")
     optimizer.register_optimizer_step_pre_hook(steps.before_optimizer)
     optimizer.register_optimizer_step_post_hook(steps.after_optimizer)
-    replace(torch.autograd, "backward", as_span("compute", "backward"), torch)
+    replace(torch.autograd, "backward", _wrap_backward, torch)
+
+
+def _wrap_backward(original: Any) -> Any:
+    @functools.wraps(original)
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        if not trace.is_tracing():
+            return original(*args, **kwargs)
+        with trace.span("compute", "backward"):
+            found = original(*args, **kwargs)
+            for each in after_backward:
+                each()
+        return found
+
+    return backward

@@ -1,5 +1,7 @@
 """A plain PyTorch script on two ranks: the same results, every byte in the trace, steps and workers."""
 
+import gzip
+import json
 import shutil
 import subprocess
 import sys
@@ -43,8 +45,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both = [
         start(here, sys.executable, SCRIPT, data, here / "plain"),
         start(
-            here, *strace, sys.executable, "-m", "dlrm.traced", "--output_dir", here / "run", SCRIPT, data,
-            here / "traced",
+            here, *strace, sys.executable, "-m", "dlrm.traced", "--output_dir", here / "run",
+            "--profile_steps", "2-3", SCRIPT, data, here / "traced",
         ),
     ]  # fmt: skip
     for process in both:
@@ -98,7 +100,7 @@ def test_steps_and_what_is_in_them(here: Path) -> None:
     assert spans["compute", "optimizer"] == 2 * 2 * STEPS
     assert spans["compute", "backward"] == batches
     assert spans["eval", "evaluate"] == spans["checkpoint", "save"] == 2 * epochs
-    assert spans["communication", "all_reduce"] == 2 * epochs
+    assert spans["communication", "all_reduce"] == 2 * epochs + batches  # and of gradients
     assert spans["data", "assemble"] == batches + 2 * epochs
     steps = [e for e in events if (e["cat"], e["name"]) == ("train", "step")]
     numbers = {(e["args"]["step"], e["args"]["epoch"]) for e in steps}
@@ -106,6 +108,41 @@ def test_steps_and_what_is_in_them(here: Path) -> None:
     workers = {e["pid"] for e in events if e["name"] == "CM" and e["args"].get("value") == "worker"}
     loading = {e["pid"] for e in events if (e.get("cat"), e["name"]) == ("data", "assemble")}
     assert len(workers) == 2 * 2 * epochs and workers <= loading
+
+
+def test_gradients_that_are_summed_in_cpp(here: Path) -> None:
+    """Each has a span within its backward pass, with the bytes of all gradients."""
+    events = read_events(here / "run")
+    sums = [e for e in events if "hidden_us" in e.get("args", {})]
+    passes = [e for e in events if (e.get("cat"), e["name"]) == ("compute", "backward")]
+    assert len(sums) == len(passes)
+    weights = 4 * (16 * 8 + 8 + 8 + 1)
+    for each in sums:
+        assert each["name"] == "all_reduce" and each["args"]["bytes"] == weights
+        inside = [
+            p for p in passes
+            if p["pid"] == each["pid"] and p["ts"] <= each["ts"] - each["args"]["hidden_us"]
+            and each["ts"] + each["dur"] <= p["ts"] + p["dur"]
+        ]  # fmt: skip
+        assert len(inside) == 1 and inside[0]["args"]["step"] == each["args"]["step"]
+
+
+def test_profiled_steps(here: Path) -> None:
+    """The second step of the first epoch and the first one of the next."""
+    for rank, path in enumerate(sorted((here / "run/profile").iterdir())):
+        assert path.name.startswith(f"rank0000{rank}-steps2-3-")
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        marks = [e for e in events if str(e.get("name")).startswith("ProfilerStep#")]
+        # asking for a batch that was not there began a step, too
+        assert sorted(mark["name"] for mark in marks) == ["ProfilerStep#2", *["ProfilerStep#3"] * 2]
+        marks.sort(key=lambda mark: mark["ts"])
+        # two batches a step; the evaluation between the epochs is in none
+        passes = [e for e in events if e["ph"] == "X" and e["name"] == "DistributedDataParallel.forward"]
+        inside = [
+            sum(m["ts"] <= p["ts"] and p["ts"] + p["dur"] <= m["ts"] + m["dur"] for p in passes)
+            for m in marks
+        ]
+        assert inside == [2, 0, 2]
 
 
 def test_check_and_report(here: Path) -> None:
