@@ -187,10 +187,10 @@ def _list_gpus(run: TracedRun) -> list[ReportEntry]:
     return [
         ReportEntry(
             "GPU", "What the GPU did while waiting for data", shown, plots.plot_gpus(table),
-            f"{said} Of the steps that torch.profiler recorded (`--profile_steps`): kernels, then collectives "
-            "that no kernel hides, then copies; the rest is idle, cut by what the rank's main thread did "
-            "meanwhile, I/O and waiting for data first. `waiting` is the main thread's, in file calls of its "
-            "own too.",
+            f"{said} Of the steps that torch.profiler recorded (`--profile_steps`): kernels, then "
+            "collectives that no kernel hides, then copies; the rest is idle, cut by what the rank's main "
+            "thread did meanwhile, I/O and waiting for data first. `waiting` is the main thread's, in file "
+            "calls of its own too.",
             "gpu",
         )
     ]  # fmt: skip

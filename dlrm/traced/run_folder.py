@@ -9,14 +9,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, os_errors_as_user_errors
 from common.lock import FolderLock
-from common.owned import OutputFolder
+from common.owned import OutputFolder, remove_made_folder
 from dlrm.runtime.environment import describe_command, list_versions, mask_secrets
-from dlrm.runtime.new_run_folder import make_run, update_environment
+from dlrm.runtime.new_run_folder import FILES, make_run, update_environment
 from dlrm.runtime.ranks import Ranks
 from dlrm.traced.options import Chosen
 from dlrm.traced.script import Program
@@ -37,10 +38,29 @@ SECTIONS = {
 _NUMBER = re.compile(r"-?\d+(\.\d*)?([eE][+-]?\d+)?|-?\.\d+")
 
 
-def choose_folder(chosen: Chosen, here: Ranks) -> Path:
+@dataclass
+class OpenedFolder:
+    """The run folder of this process, and what is to be removed of it where the script refuses its words."""
+
+    path: Path
+    made: str = ""  # DEVICE:INODE, where this process has made the folder
+    lock: FolderLock | None = None  # of rank 0
+    wrote_config: bool = False  # where there was no config.json
+
+    def discard(self) -> None:
+        """Remove what this process has made of it."""
+        if self.lock is not None:
+            self.lock.release()
+        if self.made:
+            remove_made_folder(self.path, self.made, FILES)
+        elif self.wrote_config:
+            OutputFolder(self.path).remove_file("config.json")
+
+
+def choose_folder(chosen: Chosen, here: Ranks) -> OpenedFolder:
     """--output_dir, or for a single process a new folder in results/."""
     if chosen.output_dir:
-        return Path(chosen.output_dir).absolute()
+        return OpenedFolder(Path(chosen.output_dir).absolute())
     if here.world_size > 1:
         error = UserError(
             f"--output_dir: name the run folder, the same for all {here.world_size} ranks "
@@ -48,16 +68,23 @@ def choose_folder(chosen: Chosen, here: Ranks) -> Path:
         )
         error.shared = True
         raise error
-    return make_run(Path("results"), None)[0].absolute()
+    path, made = make_run(Path("results"), None)
+    return OpenedFolder(path.absolute(), made)
 
 
-def open_run_folder(folder: Path, program: Program, here: Ranks) -> None:
+def open_run_folder(opened: OpenedFolder, program: Program, here: Ranks) -> None:
     """Lock the folder until the process ends, and write config.json; UserError where it is another's."""
+    folder = opened.path
     with os_errors_as_user_errors(folder):
+        missing = not os.path.lexists(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(folder, "tracing a script into it")
+        if missing:
+            status = os.lstat(folder)
+            opened.made = f"{status.st_dev}:{status.st_ino}"
+    opened.lock = lock = FolderLock(folder, "tracing a script into it")
     lock.acquire()
     atexit.register(lock.release)
+    opened.wrote_config = not os.path.lexists(folder / "config.json")
     output = OutputFolder(folder)
     output.refuse_foreign(["config.json", "metrics.jsonl"], "move it away or name another --output_dir")
     output.write("config.json", json.dumps(make_config(folder, program, here), indent=1) + "\n")

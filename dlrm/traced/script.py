@@ -2,6 +2,7 @@
 traceback. In: what `options` found. Out: the end of the process.
 """
 
+import argparse
 import builtins
 import importlib.machinery
 import io
@@ -10,7 +11,7 @@ import runpy
 import signal
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,18 +45,31 @@ def find_program(chosen: Chosen) -> Program:
 _interrupted = False
 
 
-def run_program(program: Program) -> None:
-    """Run it to its end. Raises what ends Python with the same exit code; prints the script's traceback."""
+def run_program(program: Program, when_refused: Callable[[], None]) -> None:
+    """Run it to its end. Raises what ends Python with the same exit code; prints the script's traceback.
+
+    when_refused: called where the script's argparse does not take its words.
+    """
     global _interrupted
     try:
         _run_as_main(program)
-    except SystemExit:
+    except SystemExit as error:
+        if _is_by_argparse(error):
+            when_refused()
         raise
     except BaseException as error:
         _hide_own_frames(error)
         sys.excepthook(type(error), error, error.__traceback__)
         _interrupted = isinstance(error, KeyboardInterrupt)
         sys.exit(1)
+
+
+def _is_by_argparse(error: SystemExit) -> bool:
+    """Whether a wrong option, or --help, ends the script: its words say so and it has done nothing."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and at.tb_frame.f_code.co_filename == argparse.__file__
 
 
 def end_by_signal() -> None:

@@ -11,6 +11,8 @@ import pytest
 from support.file_calls import read_events
 from support.job_scripts import clean_environment
 
+from dlrm.traced.hooks import HOOKS
+
 SUPPORT = Path(__file__).parents[1] / "support"
 SCRIPT = """
 import atexit, sys
@@ -60,7 +62,9 @@ def test_hook_that_does_not_fit_says_so(tmp_path: Path) -> None:
     code, out, err = run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", "script.py")
     assert (code, out) == (0, "9.9\n") and "Traceback" not in err
     lines = err.splitlines()
-    assert len(lines) == 4 and all(line.startswith("dlrm.traced: torch 9.9: ") for line in lines), err
+    assert len(lines) == len(HOOKS["torch"]) and all(
+        line.startswith("dlrm.traced: torch 9.9: ") for line in lines
+    ), err
 
 
 def test_mistakes(tmp_path: Path) -> None:
@@ -71,6 +75,27 @@ def test_mistakes(tmp_path: Path) -> None:
         code, out, err = run(tmp_path, "-m", "dlrm.traced", *words)
         assert (code, out, len(err.splitlines())) == (2, "", 1) and said in err
     assert os.listdir(tmp_path) == []
+
+
+def test_wrong_option_of_the_script_leaves_nothing(tmp_path: Path) -> None:
+    """What argparse says is the script's own; of a folder that was there only what this run has put there."""
+    (tmp_path / "script.py").write_text(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--lr', type=float)\n"
+        "parser.parse_args()\nopen('ran', 'w').close()\n"
+    )
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/mine").write_text("mine")
+    there = sorted(os.listdir(tmp_path))
+    for words in (["--lr", "x"], ["--help"]):
+        plain = run(tmp_path, "script.py", *words)
+        for place in (["--output_dir", "run"], ["--output_dir", "kept"], []):
+            assert run(tmp_path, "-m", "dlrm.traced", *place, "script.py", *words) == plain
+            assert sorted(set(os.listdir(tmp_path)) - {"results"}) == there
+            left = set(os.listdir(tmp_path / "kept")) - {".dlrm-io.json", ".dlrm-io.lock"}
+            assert left == {"mine"}
+    assert not os.path.exists(tmp_path / "results") or os.listdir(tmp_path / "results") == []
+    assert run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", "script.py", "--lr", "1")[0] == 0
+    assert (tmp_path / "run/config.json").exists() and (tmp_path / "ran").exists()
 
 
 def test_pipelines_of_torchrec(tmp_path: Path) -> None:
