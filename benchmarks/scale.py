@@ -23,14 +23,25 @@ RANKS_PER_NODE = 4
 
 
 def read_template(run: Path, steps: int) -> bytes:
-    """The trace of one rank, its training cut after so many steps; what comes after the training stays."""
+    """The trace of one rank, its training cut after so many steps; what comes after it then comes earlier."""
     path = sorted((run / "trace").glob("train00000-*.pfw.gz"))[0]
-    kept, last = [], re.compile(rb'"step":(\d+)')
     with gzip.open(path, "rb") as file:
-        for line in file:
-            found = last.search(line)
-            if found is None or int(found[1]) <= steps or b'"cat":"dftracer"' in line:
-                kept.append(line)
+        events = [json.loads(line) for line in file if line.startswith(b"{")]
+    training = [each for each in events if each["cat"] == "train" and each["name"] in ("step", "epoch")]
+    cut = max(
+        each["ts"] + each["dur"] for each in training if 0 <= each["args"].get("step", -1) <= steps
+    )
+    end = max(each["ts"] + each["dur"] for each in training)
+    kept = []
+    for each in events:
+        if each["ph"] == 1:
+            if each["cat"] == "train" and each["name"] == "epoch":
+                each["dur"] = cut - each["ts"]
+            elif each["ts"] >= end:
+                each["ts"] -= end - cut
+            elif each["ts"] >= cut:
+                continue
+        kept.append(json.dumps(each, separators=(",", ":")).encode() + b"\n")
     return b"".join(kept)
 
 
@@ -85,6 +96,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a traced run, e.g. the demo's")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 2048])
     parser.add_argument("--steps", type=int, nargs="+", default=[899, 400, 100, 50], help="one for each")
+    parser.add_argument("--commands", nargs="+", default=["perfetto", "report"])
     parser.add_argument("--folder", type=Path, help="where the traces are made (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
@@ -94,6 +106,8 @@ def main() -> None:
             make_run(template, folder, ranks, options.run)
             events = template.count(b'"ph":1') * ranks
             for words in (["perfetto", folder], ["report", folder]):
+                if words[0] not in options.commands:
+                    continue
                 seconds, used, memory = measure(*words)
                 made = next(folder.glob("*.pftrace" if words[0] == "perfetto" else "report.html"))
                 row = {

@@ -234,7 +234,7 @@ const draw = {
     const hi = s.values.reduce((a, row) => Math.max(a, ...row), 1e-9), shades = Array.from({ length: SHADES + 1 }, () => []);
     const svg = canvas(fig, W, H), every = Math.ceil(14 / cell), height = cell > 4 ? cell - 0.6 : cell;
     s.rows.forEach((label, i) => {
-      if (i % every === 0) fit(node("text", { x: left - 8, y: i * cell + cell / 2 + 4, "text-anchor": "end" }, svg, label), left - 10);
+      if (i % every === 0) fit(node("text", { x: left - 8, y: Math.max(11, i * cell + cell / 2 + 4), "text-anchor": "end" }, svg, label), left - 10);
       node("rect", { x: left, y: i * cell, width: W - left - right, height, class: "cold" }, svg);
       s.values[i].forEach((v, k) => {
         if (v > 0) shades[Math.max(1, Math.round(SHADES * Math.sqrt(v / hi)))].push(`M${(left + k * w).toFixed(1)} ${(i * cell).toFixed(1)}h${(w + 0.4).toFixed(1)}v${height}h${(-w - 0.4).toFixed(1)}z`);

@@ -105,7 +105,9 @@ def _list_many_ranks(run: TracedRun, facts: Facts) -> list[ReportEntry]:
     """What stands for a row per rank where there are too many of them."""
     nodes = sum_nodes(facts)
     waiting, talking = ("wait_us", "io_us"), ("communication_us",)
-    of_row = "Sorted by node. Where a row stands for several ranks, it shows the one with most."
+    of_row = "Sorted by node."
+    if facts.breakdown.height > HEAT_ROWS:
+        of_row += " A row stands for several ranks: it shows the one with most."
     return [
         ReportEntry(
             "Time", "Where each node's time went", nodes, plots.plot_nodes(nodes),
@@ -218,7 +220,6 @@ def _list_predictions(run: TracedRun) -> list[ReportEntry]:
 
 def _list_io(run: TracedRun, chosen: ChosenRanks) -> list[ReportEntry]:
     j = run.joined
-    grouped = chosen.ranks > HEAT_ROWS
     by_rank, systems = answers.sum_volume(j, "rank"), device.list_file_systems(j)
     files, epochs = answers.sum_files(j), answers.sum_volume(j, "epoch").drop_nulls("epoch")
     by_phase = device.sum_device(j, "phase")
@@ -267,7 +268,7 @@ def _list_io(run: TracedRun, chosen: ChosenRanks) -> list[ReportEntry]:
         ReportEntry(
             "I/O", "Rank by time", None, plots_io.plot_heat(make_rate_heat(j), run.begin_us, "MB/s"),
             f"MB/s read and written. {rates}"
-            + (" Where a row stands for several ranks, it shows their mean." if grouped else ""),
+            + (" A row stands for several ranks: it shows their mean." if chosen.ranks > HEAT_ROWS else ""),
         ),
         ReportEntry(
             "I/O", "Files", files, plots.plot_files(files),

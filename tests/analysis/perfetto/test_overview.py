@@ -1,6 +1,10 @@
 """A run of more ranks than the Perfetto UI opens: all of them in outline, the interesting parts in full."""
 
 import json
+import re
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,9 @@ from support.made_traces import training
 from support.trace_processor import Trace, open_trace
 
 import analysis
+from analysis.perfetto.overview import MAX_RANKS
+
+ROOT = Path(__file__).parents[3]
 
 RANKS, STEPS, SLOW_RANK, SLOW_STEP = 70, 12, 37, 8
 
@@ -97,3 +104,30 @@ def test_finish_makes_the_same_and_whole_makes_all(run: Path, tmp_path: Path) ->
     with open_trace(tmp_path / "whole.pftrace") as trace:
         assert trace.rows("select count(*) from slice where name = 'forward'") == [(RANKS * STEPS,)]
         assert not outline_slices(trace, "slice.name")
+
+
+def test_only_launches_that_have_a_detail_are_read_again(tmp_path: Path) -> None:
+    """Of a run that was resumed; by strace: the slow steps are all in the second launch."""
+    ranks, run = MAX_RANKS + 1, tmp_path / "run"
+    for rank in range(ranks):
+        made = training(rank, ranks, 4, reads=1)
+        made.pid = 1000 + rank
+        made.write(run)
+        made = training(
+            rank, ranks, 8, reads=1,
+            wait=lambda step, rank=rank: 30_000 if rank == SLOW_RANK and step in (2, 3, 4) else 100,
+        )  # fmt: skip
+        for line in made.lines:
+            line["pid"], line["tid"] = line["pid"] + 1000, line["tid"] + 1000
+            if line["ph"] == 1:
+                line["ts"] += 600_000_000
+        made.pid += 1000
+        made.write(run)
+    log = tmp_path / "log"
+    words = ["strace", "-f", "-qq", "-e", "trace=openat", "-o", log, sys.executable, "-m", "analysis"]
+    done = subprocess.run([*words, "perfetto", run], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count("one of the slowest") == 3, done.stderr
+    opened = Counter(re.findall(r"train(\d+)-(\w+)-app", log.read_text()))
+    times = {(int(rank), int(pid, 16) // 1000): count for (rank, pid), count in opened.items()}
+    last = ranks - 1  # one of the ranks that the slow steps are shown of
+    assert times[last, 2] > times[20, 2] and times[last, 1] == times[20, 1]
