@@ -70,7 +70,9 @@ def _make_selection(options: argparse.Namespace) -> "Selection":
 def _print_conversion(summary: "ConversionSummary", printed: set[str]) -> None:
     """printed: messages that are there already; two conversions of one run share most of them."""
     size = summary.path.stat().st_size
-    messages = [f"lost: {lost}" for lost in summary.lost] + summary.clocks
+    from analysis.tables.gather import shorten_losses
+
+    messages = [f"lost: {lost}" for lost in shorten_losses(summary.lost)] + summary.clocks
     messages += [
         f"ranks left the barrier at the {when} within {apart} us, by their own clocks"
         for when, apart in summary.skew.items()

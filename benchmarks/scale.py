@@ -28,9 +28,7 @@ def read_template(run: Path, steps: int) -> bytes:
     with gzip.open(path, "rb") as file:
         events = [json.loads(line) for line in file if line.startswith(b"{")]
     training = [each for each in events if each["cat"] == "train" and each["name"] in ("step", "epoch")]
-    cut = max(
-        each["ts"] + each["dur"] for each in training if 0 <= each["args"].get("step", -1) <= steps
-    )
+    cut = max(each["ts"] + each["dur"] for each in training if 0 <= each["args"].get("step", -1) <= steps)
     end = max(each["ts"] + each["dur"] for each in training)
     kept = []
     for each in events:
@@ -41,6 +39,8 @@ def read_template(run: Path, steps: int) -> bytes:
                 each["ts"] -= end - cut
             elif each["ts"] >= cut:
                 continue
+        if each["cat"] == "dftracer" and "num_events" in each.get("args", {}):
+            each["args"]["num_events"] = sum(b'"ph":1' in line for line in kept)
         kept.append(json.dumps(each, separators=(",", ":")).encode() + b"\n")
     return b"".join(kept)
 

@@ -155,7 +155,8 @@ def _write_outline(
         known = processes[path]
         known.threads = read.threads | {OUTLINE_TID: OUTLINE}
         known.last = read.last
-        outline.tracks[path] = FileTracks(shared, known, _NoBlocks(known), Clock(), labels[path])
+        no_blocks = _NoBlocks(known, shared.strings, shared.paths)
+        outline.tracks[path] = FileTracks(shared, known, no_blocks, Clock(), labels[path])
         if read.lost:
             shared.summary.lost.append(read.lost)
     if not len(rank.phases):
@@ -255,8 +256,8 @@ class _NoBlocks:
     """Stands for the reader of a file of which only the outline is written."""
 
     process: TracedProcess
-    strings: StringTable = field(default_factory=StringTable)
-    paths: dict[int, int] = field(default_factory=dict)
+    strings: StringTable
+    paths: dict[int, int]
 
     def __iter__(self) -> Iterator[EventBlock]:
         return iter(())

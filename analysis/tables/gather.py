@@ -7,6 +7,7 @@ A run that was stopped and resumed has several launches: each rank of each launc
 
 import io
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -149,9 +150,18 @@ def _cast_categories(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def map_on_threads(function: Callable[[Launch], T], work: list[Launch]) -> Iterable[T]:
-    """Runs the function on each launch, as many at once as there are cores."""
-    with ThreadPoolExecutor(max_workers=min(len(work), os.cpu_count() or 1)) as pool:
-        yield from pool.map(function, work)
+    """Runs the function on each launch, as many at once as there are cores. No more results than that wait
+    until they are asked for.
+    """
+    cores = min(len(work), os.cpu_count() or 1)
+    with ThreadPoolExecutor(max_workers=cores) as pool:
+        waiting: deque[Future[T]] = deque()
+        for job in work:
+            if len(waiting) > cores:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(function, job))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def read_shared(source: TraceSource, work: list[Launch], more: More | None = None) -> Iterator[RankTables]:

@@ -11,6 +11,8 @@ events are no rows. What could not be read is in `TracedProcess.lost`.
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import polars as pl
 
 from analysis.trace.clocks import make_clocks
 from analysis.trace.columns import COLUMNS, make_event_frame
-from analysis.trace.lines import Opener, open_trace, read_blocks, read_tail
+from analysis.trace.lines import Opener, ReadLoss, open_trace, read_blocks, read_tail
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import (
     COUNTER,
@@ -44,7 +46,8 @@ __all__ = [
     "load_events",
     "read_processes",
 ]
-HEAD_BLOCKS = 100  # a barrier at the start that comes later than this is not looked for
+HEAD_BYTES = 1 << 20  # of text: who wrote a file is said at its beginning
+HEAD_BLOCKS = 400  # a barrier at the start that comes later than this is not looked for
 MAX_RECORDS = 200_000  # of metadata in a file: each is parsed alone
 MAX_RANKS = 1 << 20
 MAX_THREADS = 1 << 16  # whose names are kept, of a process
@@ -92,11 +95,13 @@ class TraceReader:
         strings: StringTable,
         paths: dict[int, int] | None = None,
         opened: Opener = open_trace,
+        block_bytes: int = 0,
     ) -> None:
         """strings: where texts get their numbers, shared by several files. paths: number of a file's hash ->
-        number of its path. opened: opens the file and gives its lines.
+        number of its path. opened: opens the file and gives its lines. block_bytes: of text, about; 0:
+        as usual.
         """
-        self.opened = opened
+        self.opened, self.block_bytes = opened, block_bytes
         self.process = TracedProcess(path)
         self.strings = strings
         self.records = 0
@@ -106,7 +111,7 @@ class TraceReader:
 
     def __iter__(self) -> Iterator[EventBlock]:
         process = self.process
-        for text in read_blocks(process.path, process.loss, self.opened):
+        for text in read_blocks(process.path, process.loss, self.opened, self.block_bytes):
             size = len(text)
             text += bytes(PAD)
             block = scan_block(np.frombuffer(text, np.uint8), size, self.strings)
@@ -279,34 +284,52 @@ def read_processes(run_dir: str | Path) -> list[TracedProcess]:
 
 def read_heads(run_dir: str | Path, opened: Opener = open_trace) -> list[TracedProcess]:
     """The process of each trace file, by rank, from its first events; of several hosts with both barriers."""
-    strings = StringTable()
-    found = [_read_head(path, strings, 1, opened) for path in find_trace_files(run_dir)]
-    if len({process.host for process in found}) > 1:
-        for number, process in enumerate(found):
-            if "start" not in process.barriers:
-                found[number] = process = _read_head(process.path, strings, HEAD_BLOCKS, opened)
-            read_end_marks(process, opened)
+    paths = find_trace_files(run_dir)
+    with ThreadPoolExecutor(max_workers=min(len(paths), os.cpu_count() or 1)) as pool:
+        found = list(pool.map(lambda path: _read_head(path, opened), paths))
+        if len({process.host for process in found}) > 1:
+            list(pool.map(lambda process: _read_marks(process, opened), found))
     return assign_ranks(found)
 
 
-def _read_head(path: Path, strings: StringTable, most: int, opened: Opener) -> TracedProcess:
-    """From the first blocks, up to the barrier at the start. One file is open at a time."""
-    reader = TraceReader(path, strings, opened=opened)
-    for number, _ in enumerate(reader, 1):
-        if "start" in reader.process.barriers or number == most:
-            break
+def _read_head(path: Path, opened: Opener) -> TracedProcess:
+    """From the file's first stretch."""
+    reader = TraceReader(path, StringTable(), opened=opened, block_bytes=HEAD_BYTES)
+    next(iter(reader), None)
     return reader.process
+
+
+def _read_marks(process: TracedProcess, opened: Opener) -> None:
+    """The clock's marks at the start and at the end of a file. Of what is between nothing is parsed."""
+    blocks = read_blocks(process.path, ReadLoss(), opened, HEAD_BYTES)
+    for text in islice(blocks, 0 if "start" in process.barriers else HEAD_BLOCKS):
+        _parse_marks(process, _list_mark_lines(text, b'"start"'))
+        if "start" in process.barriers:
+            break
+    read_end_marks(process, opened)
 
 
 def read_end_marks(process: TracedProcess, opened: Opener = open_trace) -> None:
     """The clock's marks at the end, from the file's last stretch alone."""
-    lines = [
-        line for line in read_tail(process.path, opened).splitlines()
-        if len(line) < MAX_CLOCK_LINE and b'"clock"' in line and b'"end"' in line
-    ]  # fmt: skip
-    text = bytearray(b"\n".join([*lines[-100:], b""]))
+    _parse_marks(process, _list_mark_lines(read_tail(process.path, opened), b'"end"')[-100:])
+
+
+def _list_mark_lines(text: bytes | bytearray, when: bytes) -> list[bytes]:
+    """The lines that may be marks of a clock at the start or the end."""
+    lines, at = [], text.find(b'"clock"')
+    while at >= 0:
+        begin, end = text.rfind(b"\n", 0, at) + 1, text.find(b"\n", at)
+        end = end if end >= 0 else len(text)
+        if end - begin < MAX_CLOCK_LINE and when in (line := bytes(text[begin:end])):
+            lines.append(line)
+        at = text.find(b'"clock"', end)
+    return lines
+
+
+def _parse_marks(process: TracedProcess, lines: Sequence[bytes]) -> None:
     if not lines:
         return
+    text = bytearray(b"\n".join([*lines, b""]))
     size, strings = len(text), StringTable()
     block = scan_block(np.frombuffer(text + bytes(PAD), np.uint8), size, strings)
     for i in np.flatnonzero(block.cat == ID["clock"]).tolist():

@@ -51,8 +51,11 @@ def open_trace(path: Path) -> BinaryIO:
     return os.fdopen(open_regular(path), "rb")
 
 
-def read_blocks(path: Path, loss: ReadLoss, opened: Opener = open_trace) -> Iterator[bytearray]:
-    """Whole lines, about BLOCK bytes at a time."""
+def read_blocks(
+    path: Path, loss: ReadLoss, opened: Opener = open_trace, least: int = 0
+) -> Iterator[bytearray]:
+    """Whole lines, about `least` bytes at a time (0: BLOCK)."""
+    least = least or BLOCK
     with opened(path) as file, os_errors_as_user_errors(path):
         pieces = _inflate(file, loss) if path.suffix == ".gz" else iter(lambda: file.read(_CHUNK), b"")
         text = bytearray()
@@ -65,7 +68,7 @@ def read_blocks(path: Path, loss: ReadLoss, opened: Opener = open_trace) -> Iter
                     continue
                 piece, skipping = piece[end:], False
             text += piece
-            if len(text) >= BLOCK:
+            if len(text) >= least:
                 end = text.rfind(b"\n") + 1
                 if len(text) - end > MAX_LINE:
                     loss.long += len(text) - end

@@ -12,6 +12,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, Protocol
@@ -54,8 +55,12 @@ class FileSource:
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = run_dir
 
-    def read_heads(self) -> list[TracedProcess]:
+    @cached_property
+    def _heads(self) -> list[TracedProcess]:
         return read_heads(self.run_dir)
+
+    def read_heads(self) -> list[TracedProcess]:
+        return [replace(process) for process in self._heads]
 
     def list_files(self) -> list[Path]:
         return find_trace_files(self.run_dir)
