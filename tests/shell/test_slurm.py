@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import plain_training
 from support.slurm import Slurm, last_step
+
+from analysis.trace.events import read_processes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "3_train.sh"
@@ -137,6 +140,27 @@ def test_a_job_script_that_trains_twice_has_two_folders(slurm: Slurm) -> None:
         for name in (job, f"{job}-2")
     ]
     assert seeds == [1, 2]
+
+
+def test_a_script_is_traced_by_srun(slurm: Slurm, tmp_path: Path) -> None:
+    """A rank on each node, without 3_train.sh: ranks, hosts and their clocks are in the trace."""
+    data, out, run = plain_training.make_data(tmp_path / "data"), tmp_path / "out", tmp_path / "run"
+    out.mkdir()
+    words = (
+        "srun", "-N2", "-n2", "--ntasks-per-node=1", ROOT / "launcher.sh", sys.executable, "-m",
+        "dlrm.traced", "--output_dir", run, plain_training.__file__, data, out,
+    )  # fmt: skip
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/bash\n{shlex.join(map(str, words))}\n")
+    job = slurm.submit("-N2", "--ntasks-per-node=1", "-o", tmp_path / "log", script)
+    assert slurm.wait(job)["ExitCode"] == "0:0", (tmp_path / "log").read_text()
+    assert sorted(path.name for path in out.glob("*.txt")) == ["losses0.txt", "losses1.txt"]
+    ranks = {
+        p.rank: (p.host, p.world_size, set(p.barriers)) for p in read_processes(run) if p.role == "train"
+    }
+    assert ranks == {rank: (f"n{rank + 1}", 2, {"start", "end"}) for rank in (0, 1)}
+    config = json.loads((run / "config.json").read_text())
+    assert (config["launch"]["world_size"], config["launch"]["nodes"]) == (2, 2)
 
 
 def test_analysis_later_is_a_job_of_one_node_with_the_same_results(slurm: Slurm, tmp_path: Path) -> None:
