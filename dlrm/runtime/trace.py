@@ -42,6 +42,7 @@ MIN_EVENTS = 3  # DFTracer deletes the file of a process that logged fewer event
 # descriptor again before the tracer has removed it from its table. So a thread that opens or closes a file
 # whose reads the trace must show holds this lock while it does.
 opening = threading.Lock()
+_flushing = threading.Lock()  # held while a buffer is on its way into the file, and while this process forks
 
 _native: Any = None  # dftracer's C++ module while tracing, else None
 _context: dict[str, tuple[int, int]] = {}  # args of every span (epoch, step), in the form that DFTracer takes
@@ -111,7 +112,9 @@ def start_tracing(
 
     native.initialize(log_file=str(folder / f"{role}{here.rank:05d}"), data_dirs=None, process_id=-1)
     if _native is None and not _identity:  # only once: a fork hook cannot be removed
-        os.register_at_fork(after_in_child=_restart_after_fork)
+        os.register_at_fork(
+            before=_flush_before_fork, after_in_parent=_flushing.release, after_in_child=_restart_after_fork
+        )
     _native, _folder = native, folder
     _set_identity(here, role)
     _record_identity(flush_ms)
@@ -215,9 +218,17 @@ def _record_identity(flush_ms: int) -> None:
     _flusher.start()
 
 
+def _flush_before_fork() -> None:
+    """What the C library has not yet written of the trace, a child would write again, into its own file."""
+    _flushing.acquire()
+    if _native is not None:
+        ctypes.CDLL(None).fflush(None)
+
+
 def _restart_after_fork() -> None:
     """In the child of a fork: DFTracer has opened a new file for it, still without the metadata."""
     global _io
+    _flushing.release()
     _io = None  # the kernel adds a child's counters to its parent's when it has ended
     if _native is not None:
         _identity["role"] = "worker"
@@ -240,9 +251,10 @@ class _Flusher(threading.Thread):
     def run(self) -> None:
         blanks = " " * PAD_BYTES
         while not self.done.wait(self.flush_ms / 1000):
-            for _ in range(BUFFER_BYTES // PAD_BYTES + 1):
-                self.native.log_metadata_event(key="flush", value=blanks)
-            self.libc.fflush(None)
+            with _flushing:
+                for _ in range(BUFFER_BYTES // PAD_BYTES + 1):
+                    self.native.log_metadata_event(key="flush", value=blanks)
+                self.libc.fflush(None)
 
     def stop(self) -> None:
         self.done.set()

@@ -136,6 +136,30 @@ trace.stop_tracing()
     assert reads["ret"].to_list() == [3000] and str(reads["file"][0]).endswith("data.bin")
 
 
+def test_fork_between_two_flushes(tmp_path: Path) -> None:
+    """What the parent's C library has not yet written was written by the child as well, into its own file."""
+    body = """
+trace.start_tracing(run, here, "train", flush_ms=600_000)
+for number in range(3000):
+    with trace.span("data", "read", number=number):
+        pass
+child = os.fork()
+with trace.span("train", "step", child=int(child == 0)):
+    pass
+if child:
+    os.waitpid(child, 0)
+else:
+    import ctypes
+    ctypes.CDLL(None).fflush(None)  # as the thread does that flushes
+trace.stop_tracing()
+os._exit(0)
+"""
+    seen = lines(traced.run(tmp_path / "run", body))
+    assert len(list((tmp_path / "run/trace").iterdir())) == 2
+    assert sum(line["name"] == "read" for line in seen) == 3000
+    assert sorted(line["args"]["child"] for line in seen if line["name"] == "step") == [0, 1]
+
+
 def test_killed_process_loses_little(tmp_path: Path) -> None:
     body = """
 trace.start_tracing(run, here, "train", flush_ms=200)
