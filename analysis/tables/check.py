@@ -4,6 +4,7 @@ The run's count is in results.json: bytes_read and bytes_written, by rank and fi
 the read and write calls moved, by the same rank (its forked workers included) and file.
 A launch that was stopped leaves no results.json: the bytes that its spans declare are compared, of data
 (data/read) and of complete files of checkpoints (checkpoint/sync).
+Beside it stands the kernel's own count of read calls, which knows no files: pipes and sockets are in it.
 What cannot be compared is named: bytes of mapped files, files that the run does not count, and those of the
 C library's streams, of which DFTracer does not record fprintf and fscanf.
 """
@@ -18,16 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from analysis.trace.arguments import READ, WRITE, count_moved_bytes, read_argument
+from analysis.trace.arguments import READ, WRITE, count_moved_bytes, read_argument, read_real_argument
+from analysis.trace.classify import KERNEL_COUNTERS
 from analysis.trace.clocks import group_launches
 from analysis.trace.columns import resolve_paths
 from analysis.trace.events import assign_ranks
-from analysis.trace.process import TracedProcess
+from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.scan import STRING, EventBlock
 from analysis.trace.source import FileSource, TraceSource
 from analysis.trace.strings import ID, StringTable, unescape_text
 from common.errors import UserError, printable
 from common.inputs import read_json_object
+from common.words import format_number
 
 DIRECTIONS = {"bytes_read": READ, "bytes_written": WRITE}
 Moved = dict[tuple[int, str], int]  # (READ, WRITE or one of these, file) -> bytes
@@ -204,8 +207,12 @@ def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[i
         strings, paths = reader.strings, reader.paths
         processes.append(reader.process)
         mine = sums[path] = {}
+        by_kernel: list[float] = []  # all its samples
         for block in reader:
             _add_block(block, strings, mine)
+            by_kernel += _list_kernel_samples(block, strings)
+        if by_kernel and reader.process.ended and not is_forked(reader.process):
+            reader.process.reads = int(max(by_kernel) - min(by_kernel)), 0
     found = []
     for job in group_launches(assign_ranks(processes)):
         by_rank: dict[int, Moved] = {}
@@ -216,8 +223,22 @@ def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[i
                 file = strings.text(int(resolve_paths(np.array([hashed]), paths, strings)[0]))
                 file = os.path.join(folders.get(process.rank, ""), file)  # as the program named it
                 seen[direction, file] = seen.get((direction, file), 0) + total
+        for process in job:
+            if process.reads:
+                calls = sum(amount for (kind, _), amount in by_rank[process.rank].items() if kind == READ)
+                process.reads = process.reads[0], calls
         found.append((job, by_rank))
     return found
+
+
+def _list_kernel_samples(block: EventBlock, strings: StringTable) -> list[float]:
+    """What the kernel had counted of the process's read calls, at each time that it was asked."""
+    counters = np.flatnonzero(block.cat == ID["counter"])
+    for name in np.unique(block.name[counters]).tolist():
+        if strings.text(name) == f"{KERNEL_COUNTERS}rchar":
+            values = read_real_argument(block, ID["value"])[counters[block.name[counters] == name]]
+            return values[np.isfinite(values)].tolist()
+    return []
 
 
 def _add_block(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], int]) -> None:
@@ -299,8 +320,10 @@ def format_check(
         )
     if len(wrong) > 50:
         lines.append(f"and {len(wrong) - 50} more files")
+    processes = list(processes)
     lines += [f"lost: {process.lost}" for process in processes if process.lost]
     lines += _format_unchecked(unchecked)
+    lines += _format_kernel_count([process.reads for process in processes if process.reads])
     if not any(row.counted or row.traced for row in rows):
         why = "the run counted no bytes"
         if not rows and any(each.direction == "mapped" for each in unchecked):
@@ -315,6 +338,17 @@ def format_check(
         verdict = "every byte is in the trace"
     lines.append(f"coverage {format_total(rows)}: {verdict}")
     return "\n".join(lines)
+
+
+def _format_kernel_count(reads: list[tuple[int, int]]) -> list[str]:
+    """A second count that no program makes, of whatever the calls read from. reads: of each rank."""
+    counted, traced = (sum(each) for each in zip(*reads, strict=True)) if reads else (0, 0)
+    if not counted:
+        return []
+    return [
+        f"the kernel counted {counted:,} bytes of read calls of {format_number(len(reads), 'rank')} while "
+        f"traced, pipes, sockets and /proc among them: {traced:,} ({traced / counted:.1%}) are in the trace"
+    ]
 
 
 def _format_unchecked(unchecked: list[UncheckedBytes]) -> list[str]:

@@ -35,6 +35,8 @@ class TracedProcess:
     last: int = 0
     ended: bool = False  # the process closed its trace
     expected: int = 0  # events that the process recorded, by its end record
+    # bytes of all read calls while it was traced, by the kernel's count, and in the trace with its workers
+    reads: tuple[int, int] | None = None  # filled by `check`
     bad_lines: int = 0
     loss: ReadLoss = field(default_factory=ReadLoss)
 

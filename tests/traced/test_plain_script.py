@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,11 @@ def test_check_and_report(here: Path) -> None:
     checked = run_command("check", here / "run")
     assert checked.code == 0 and "every byte that was compared is in the trace" in checked.out, checked
     assert f"{here}/data/weights.bin: 40,000 bytes" in checked.out
+    # a count that is neither the tracer's nor the script's: pipes of workers and /proc are in it, too
+    counted = re.search(r"the kernel counted ([\d,]+) bytes .* of 2 ranks .*: ([\d,]+) \(", checked.out)
+    assert counted, checked.out
+    kernel, traced = (int(number.replace(",", "")) for number in counted.groups())
+    assert 0.98 * kernel < traced <= kernel
     reported = run_command("report", here / "run")
     assert reported.code == 0 and "2 ranks" in reported.out, reported
     assert (here / "run" / "report.html").exists()
