@@ -35,17 +35,15 @@ def _wrap_fromfile(numpy: Any, original: Any) -> Any:
             if offset < 0 or not os.path.isfile(file):
                 return original(file, dtype, count, sep, offset)
             with open(file, "rb", buffering=0) as stream:
+                stream.seek(offset)
                 return _read_array(numpy, stream, kind, count, offset)
-        if not _is_plain_file(file) or file.tell() + offset < 0:
+        begin = file.tell() + offset if _is_plain_file(file) else -1
+        if begin < 0:
             return original(file, dtype, count, sep, offset)
-        begin = file.tell() + offset
-        # the same descriptor, because the tracer knows that one; a buffered file knows where it left it
-        with io.FileIO(file.fileno(), "rb", closefd=False) as stream:
-            before = stream.tell()
-            found = _read_array(numpy, stream, kind, count, begin)
-            stream.seek(before)
-        file.seek(begin + found.nbytes)
-        return found
+        if offset:
+            file.seek(begin)
+        # by the file itself: what it has in its buffer is not read again, and it knows where it is
+        return _read_array(numpy, file, kind, count, begin)
 
     return fromfile
 
@@ -59,13 +57,12 @@ def _is_plain_file(file: Any) -> bool:
         return False
 
 
-def _read_array(numpy: Any, stream: io.FileIO, kind: Any, count: int, begin: int) -> Any:
-    """`count` items from this place on, or all (-1), or as many as there are."""
+def _read_array(numpy: Any, stream: Any, kind: Any, count: int, begin: int) -> Any:
+    """`count` items from this place on, where the file is, or all (-1), or as many as there are."""
     there = max(0, os.fstat(stream.fileno()).st_size - begin) // kind.itemsize
     items = there if count < 0 else min(count, there)
     found = numpy.empty(items, kind)
     view, done = memoryview(found.view(numpy.uint8)) if items else memoryview(b""), 0
-    stream.seek(begin)
     name = stream.name if not isinstance(stream.name, int) else os.readlink(f"/proc/self/fd/{stream.name}")
     with trace.span("data", "read", file=os.fsdecode(name), offset=begin) as reading:
         while done < len(view):

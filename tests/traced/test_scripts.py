@@ -77,6 +77,25 @@ def test_mistakes(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_numpy_reads_open_files_as_ever(tmp_path: Path) -> None:
+    """From any place, small arrays and large ones, buffered or not: the same items, the same place."""
+    (tmp_path / "script.py").write_text(
+        "import numpy as np\n"
+        "for size in (10, 1000, 100_000):\n"
+        "    np.save('a.npy', np.arange(size)); np.arange(size).tofile('a.bin')\n"
+        "    print(np.load('a.npy').sum(), np.fromfile('a.bin', count=3, offset=8))\n"
+        "    for buffer in (0, 16, -1):\n"
+        "        with open('a.bin', 'rb', buffering=buffer) as file:\n"
+        "            for kind, count, skip in ((np.uint8, 4, 0), (np.int32, 1, 0), (np.uint8, -1, 1)):\n"
+        "                found = np.fromfile(file, kind, count, offset=skip)\n"
+        "                print(found.sum(), file.tell(), file.read(1))\n"
+    )
+    traced = run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", "script.py")
+    assert traced == run(tmp_path, "script.py") and traced[0] == 0
+    names = [event["name"] for event in read_events(tmp_path / "run")]
+    assert names.count("read") > 3 * 3 * 3
+
+
 def test_wrong_option_of_the_script_leaves_nothing(tmp_path: Path) -> None:
     """What argparse says is the script's own; of a folder that was there only what this run has put there."""
     (tmp_path / "script.py").write_text(
