@@ -9,10 +9,11 @@ from typing import Any
 import polars as pl
 
 from analysis.perfetto.links import LinkedRun, name_run
-from analysis.report.page import format_number, format_size
+from analysis.report.page import format_number, format_seconds, format_size
 from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
 from analysis.tables import gpu
+from analysis.tables.answers import list_unknown_spans
 from analysis.tables.calls import MAPPED
 from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import (
@@ -115,6 +116,23 @@ def _measure_more(
     return more(job, events) | {gpu.TABLE: gpu.measure_gpus(job, events, own, given)}
 
 
+def _describe_unknown_spans(joined: JoinedTables) -> list[str]:
+    """A sentence where there are spans that `analysis/trace/classify.py` knows nothing about, else none."""
+    unknown = list_unknown_spans(joined)
+    if not len(unknown):
+        return []
+    names = [
+        printable(f"{cat}/{name}")[:80] for cat, name in unknown.head(5).select("cat", "name").iter_rows()
+    ]
+    more = f" and {len(unknown) - 5} more names" if len(unknown) > 5 else ""
+    spans = format_number(int(unknown["count"].sum()), "span")
+    seconds = format_seconds(int(unknown["us"].sum()) / 1e6)
+    return [
+        f"Nothing is known about the names of {spans}, {seconds} in sum; "
+        f"that time counts as what is inside them, or as other: {', '.join(names)}{more}."
+    ]
+
+
 def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
     """Sentences on what is missing in the traces or must be known to read the report.
 
@@ -145,6 +163,7 @@ def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
         "calls and bytes are of all."
         for p in merged[:8]
     ]
+    shown += _describe_unknown_spans(joined)
     if reason := explain_missing_counters(joined):
         shown.append(reason)
     if joined.calls == 0:

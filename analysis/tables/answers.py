@@ -11,7 +11,7 @@ import polars as pl
 from analysis.tables.calls import MAPPED, PROGRAMS, add_latency_us
 from analysis.tables.gather import JoinedTables
 from analysis.tables.times import MEASURES
-from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS, PROGRAM_FILE
+from analysis.trace.classify import DATA_OPS, DATASET_CATS, KINDS, PROGRAM_FILE, is_understood
 
 S = 1e6
 WHOLE_PHASES = ("startup", "evaluate", "checkpoint", "preprocess", "other")
@@ -208,3 +208,13 @@ def sum_spans(j: JoinedTables) -> pl.DataFrame:
         *count_by("count", "us", "bytes"), pl.col("p50_us").median(), pl.col("p99_us", "max_us").max()
     )  # fmt: skip
     return found.sort("us", "cat", "name", descending=[True, False, False])
+
+
+def list_unknown_spans(j: JoinedTables) -> pl.DataFrame:
+    """The spans that no dialect has, by name: columns cat, name, count, us, the longest in sum first."""
+    sums = sum_spans(j).filter(pl.col("kind").is_null()).select("cat", "name", "count", "us")
+    known = [
+        is_understood(cat, name)
+        for cat, name in sums.select(pl.col("cat", "name").cast(pl.String)).iter_rows()
+    ]
+    return sums.filter(~pl.Series(known, dtype=pl.Boolean))

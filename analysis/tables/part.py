@@ -8,10 +8,11 @@ from dataclasses import replace
 import polars as pl
 
 from analysis.tables.read import RankEvents
+from analysis.trace.classify import STEP
 from analysis.trace.selection import Selection
 
 _END = pl.col("ts") + pl.col("dur")
-_IS_STEP = (pl.col("cat") == "train") & (pl.col("name") == "step")
+_IS_STEP = (pl.col("part") == STEP).fill_null(False)
 
 
 def cut_events(events: RankEvents, selection: Selection) -> RankEvents:

@@ -38,7 +38,7 @@ _NOT_THERE = -(1 << 62)  # beyond what an argument can be
 _BARE_HASH = re.compile("[0-9a-f]{16}")
 _OTHER_FILE = r'"(?:newpath|path2|new)_hash":"([^"]*)"'
 SPAN = (
-    "pid", "tid", "cat", "name", "kind", "op", "ts", "dur", "file", "bytes",
+    "pid", "tid", "cat", "name", "kind", "part", "op", "ts", "dur", "file", "bytes",
     "epoch", "step", "batch", "value", "split", "mapped",
 )  # fmt: skip
 
@@ -153,7 +153,7 @@ def _split_block(
     events = events.with_columns(pl.Series("moved", moved[rows]), pl.Series("mapped", mapped[rows]))
     meaning = classify(events).with_columns(pl.col("cat", "name").cast(pl.Categorical))
     events = events.join(
-        meaning.with_columns(pl.col("kind", "op").cast(pl.Categorical)),
+        meaning.with_columns(pl.col("kind", "part", "op").cast(pl.Categorical)),
         on=["cat", "name"], how="left", maintain_order="left",
     )  # fmt: skip
     events = clock.correct_frame(events).with_columns(
@@ -197,7 +197,7 @@ def _add_details(
 
 def _make_empty(columns: Iterable[str]) -> pl.DataFrame:
     """A table without rows that can be joined to those of `_split_block`."""
-    types = dict.fromkeys(("cat", "name", "op", "kind", "file", "split"), pl.Categorical)
+    types = dict.fromkeys(("cat", "name", "op", "kind", "part", "file", "split"), pl.Categorical)
     types |= dict.fromkeys(("pid", "tid"), pl.UInt32)
     types |= {"failed": pl.Boolean, "value": pl.Float64, "mapped": pl.Boolean}
     types |= dict.fromkeys(("args", "other"), pl.String)

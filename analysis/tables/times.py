@@ -12,7 +12,7 @@ import polars as pl
 
 from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
 from analysis.tables.read import RankEvents
-from analysis.trace.classify import KERNEL_COUNTERS, KINDS, PROGRAM_FILE, SYSTEM_FILE
+from analysis.trace.classify import EPOCH, EVALUATION, KERNEL_COUNTERS, KINDS, PROGRAM_FILE, STEP, SYSTEM_FILE
 
 MEASURES = (
     "wall_us", *(f"{kind}_us" for kind in KINDS), "other_us",
@@ -61,11 +61,18 @@ def measure_covered_time(of: Stretches, times: np.ndarray) -> np.ndarray:
     return sums[number] - np.where(number > 0, overhang, 0)
 
 
+def choose_steps(spans: pl.DataFrame) -> pl.DataFrame:
+    """The steps of the training: where there are this project's spans, only those."""
+    steps = spans.filter(pl.col("part") == STEP)
+    own = steps.filter(pl.col("cat") == "train")
+    return own if len(own) else steps
+
+
 def find_main_thread(events: RankEvents) -> tuple[int, int]:
     """pid, tid of the thread that trains: the one with the steps, else the busiest first thread."""
     spans = events.spans
     for chosen in (
-        spans.filter((pl.col("cat") == "train") & (pl.col("name") == "step")),
+        choose_steps(spans),
         spans.filter((pl.col("dur") > 0) & (pl.col("pid") == pl.col("tid"))),
         spans.filter(pl.col("dur") > 0),
         events.calls,
@@ -92,9 +99,8 @@ def cut_into_phases(events: RankEvents, main: pl.DataFrame) -> Windows:
     main: the main thread's spans.
     """
     first, last = find_bounds(events)
-    of = {
-        cat: main.filter(pl.col("cat") == cat) for cat in ("train", "eval", "checkpoint", "prep", "startup")
-    }
+    of = {cat: main.filter(pl.col("cat") == cat) for cat in ("checkpoint", "prep", "startup")}
+    evaluation = main.filter(pl.col("part") == EVALUATION)
     pieces: list[tuple[str, int | None, Stretches]] = []
     taken = find_stretches(of["checkpoint"])
     pieces.append(("checkpoint", None, taken))
@@ -104,15 +110,15 @@ def cut_into_phases(events: RankEvents, main: pl.DataFrame) -> Windows:
         pieces.append((phase, epoch, subtract_stretches(found, taken)))
         taken = unite_stretches(taken, found)
 
-    add("evaluate", None, find_stretches(of["eval"]))
-    work = of["train"].filter(pl.col("name").is_in(["epoch", "step"]))
+    add("evaluate", None, find_stretches(evaluation))
+    work = main.filter(pl.col("part").is_in([EPOCH, STEP]))
     if work["epoch"].n_unique() > MAX_EPOCHS:
         work = work.with_columns(pl.lit(None, pl.Int64).alias("epoch"))
     for (epoch,), spans in sorted(work.group_by("epoch"), key=lambda item: item[0][0] or 0):
         # a killed run has steps of an epoch but no span of the epoch itself
         ends = (spans["ts"] + spans["dur"]).to_numpy()
         add("train", epoch, (spans["ts"].to_numpy().min(keepdims=True), ends.max(keepdims=True)))
-    begun = [int(f["ts"].to_numpy().min()) for f in (of["eval"], work) if len(f)]
+    begun = [int(f["ts"].to_numpy().min()) for f in (evaluation, work) if len(f)]
     if begun or len(of["startup"]):
         until = min(begun) if begun else last
         add("startup", None, (np.array([first]), np.array([until])))
@@ -203,10 +209,10 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
     pid, tid = find_main_thread(events)
     main = (
         events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
-        .select("cat", "name", "kind", "ts", "dur", "epoch", "step", "batch").collect()
+        .select("cat", "name", "kind", "part", "ts", "dur", "epoch", "step", "batch").collect()
     )  # fmt: skip
     cuts = cut_into_phases(events, main)
-    steps = main.filter((pl.col("cat") == "train") & (pl.col("name") == "step")).sort("ts")
+    steps = choose_steps(main).sort("ts")
     begin = steps["ts"].to_numpy()
     end = begin + steps["dur"].to_numpy()
     width = cuts.bin_us

@@ -1,11 +1,13 @@
 """What an event means: its kind (io, wait, communication, copy, compute) and, for a call, its operation.
 
-Names are the trainer's own, torchrec's markers, and those that DFTracer's users give by habit. What no
-rule knows has no kind: its time counts as "other", it is never counted as work.
+The table DIALECTS says how programs name their spans: this project's trainer, torchrec's markers, DFTracer's
+AI categories, DLIO, and what people use by habit. What none of them has, has no kind: its time counts as
+"other", never as work, and the report names it.
 """
 
 import re
 from functools import lru_cache
+from typing import NamedTuple
 
 import polars as pl
 
@@ -21,33 +23,82 @@ _EXCHANGE = (
     "all_?reduce", "reduce_?scatter", "prefetch_embeddings_wait",
 )  # fmt: skip
 _MOVES = r".*(read|open|load|fetch|get_sample|write|save).*"
-_SPANS = [  # category, name, kind; the first that matches wins
-    (r"counter|clock|dftracer", r".*", None),
-    (r"data|ssd", r"wait", "wait"),
-    (r"data", r"read", "io"),
-    (r"data", r"assemble", "compute"),
-    (r"checkpoint", r"write|load|read", "io"),
-    (r"checkpoint", r"copy", "copy"),
-    (r"train", r"step", "compute"),
-    (r"train", r"report", "communication"),  # the loss is summed over the ranks
-    (r"eval", r"eval_step|auroc", "compute"),
-    (r"startup", r"process_group", "communication"),
-    (r"prep", r".*", "compute"),
-    (r"startup|train|eval|checkpoint", r".*", None),  # whole phases, not work
-    (r"torchrec", r"wait_for_batch|copy_batch_to_(gpu|device).*|.*h2d.*", "copy"),
-    (r"torchrec", r"next_batch|.*dataloader.*", None),  # the data/wait span inside is the waiting
-    (r"torchrec", f".*({'|'.join(_EXCHANGE)}).*", "communication"),
-    (r"torchrec", r".*", "compute"),
-    # traces of other programs: the categories of dftracer's own AI logging, of DLIO, of MPI-IO and HDF5
-    (r"mpiio|hdf5", r".*(read|write|open|close|sync).*", "io"),
-    (r"comm|communication|nccl|mpi", r".*", "communication"),
-    (r"device|transfer", r".*", "copy"),
-    (r"dataloader|data_loader", r"fetch.*|wait.*|next.*|yield.*", "wait"),
-    (r"reader|data|dataset|data_loader|dataloader|io|storage", _MOVES, "io"),
-    (r"compute|model|ai_framework|framework", r".*", "compute"),
-    (r".*", r"forward|backward|optimizer|compute|train_step|training_step", "compute"),
-]  # fmt: skip
-_RULES = [(re.compile(cat, re.I), re.compile(name, re.I), kind) for cat, name, kind in _SPANS]
+
+# The parts of a run that a span can be, whatever its program calls it.
+STEP, EPOCH, EVALUATION = "step", "epoch", "evaluation"
+
+
+class Meaning(NamedTuple):
+    """What the spans of one category and name are. A kind of None: they only group others."""
+
+    cat: str  # patterns of the whole text, upper or lower case
+    name: str
+    kind: str | None
+    part: str | None = None
+
+
+# Who names spans so -> what they mean. The first that matches wins, from the top of the table.
+DIALECTS: dict[str, tuple[Meaning, ...]] = {
+    "this project": (
+        Meaning(r"counter|clock|dftracer", r".*", None),
+        Meaning(r"data|ssd", r"wait", "wait"),
+        Meaning(r"data", r"read", "io"),
+        Meaning(r"data", r"assemble", "compute"),
+        Meaning(r"checkpoint", r"write|load|read", "io"),
+        Meaning(r"checkpoint", r"copy", "copy"),
+        Meaning(r"train", r"step", "compute", STEP),
+        Meaning(r"train", r"epoch", None, EPOCH),
+        Meaning(r"train", r"report", "communication"),  # the loss is summed over the ranks
+        Meaning(r"eval", r"eval_step|auroc", "compute", EVALUATION),
+        Meaning(r"eval", r".*", None, EVALUATION),
+        Meaning(r"startup", r"process_group", "communication"),
+        Meaning(r"prep", r".*", "compute"),
+    ),
+    "DFTracer's AI categories": (  # dftracer.python.ai: `x.iter` is the iterator's time, `x.block` the body's
+        Meaning(r"pipeline", r"(epoch|train)(\.block)?", None, EPOCH),
+        Meaning(r"pipeline", r"(evaluate|test)(\.block)?", None, EVALUATION),
+        Meaning(r"pipeline", r".*", None),
+        Meaning(r"dataloader", r"fetch\.block", None, STEP),
+        Meaning(r"data", r"preprocess(\..*)?", "compute"),
+        Meaning(r"data|checkpoint|other", r"[a-z]+\.io\.(open|read|write|close)(\.iter)?", "io"),
+        Meaning(r"data", r"(item|data)(\..*)?", None),
+        Meaning(r"other", r".*", None),
+    ),
+    "this project's phases": (Meaning(r"startup|train|checkpoint|ssd", r".*", None),),
+    "torchrec": (
+        Meaning(r"torchrec", r"wait_for_batch|copy_batch_to_(gpu|device).*|.*h2d.*", "copy"),
+        Meaning(r"torchrec", r"next_batch|.*dataloader.*", None),  # the data/wait span inside is the waiting
+        Meaning(r"torchrec", f".*({'|'.join(_EXCHANGE)}).*", "communication"),
+        Meaning(r"torchrec", r".*", "compute"),
+    ),
+    "DLIO until 2.0": (  # the categories are its modules, the names its functions
+        Meaning(r"dlio_benchmark", r"(.*\.)?_train", None, EPOCH),
+        Meaning(r"dlio_benchmark", r"(.*\.)?_eval", None, EVALUATION),
+        Meaning(r"dlio_benchmark|config|generator", r".*", None),
+        Meaning(r"ai_framework", r"(.*\.)?compute", "compute"),
+        Meaning(r"ai_framework", r".*", None),  # what it sets up, and marks of its profiler
+        Meaning(r"data_loader", r"(.*\.)?(__getitem__|__init__|__len__|worker_init|finalize)(\.init)?", None),
+        Meaning(r"data_loader", r".+\.read", None),  # makes the DataLoader
+        Meaning(r"reader", r"(.*\.)?preprocess", "compute"),
+        Meaning(r"reader", r"(.*\.)?(next|finalize|__init__)(\.init)?", None),
+        Meaning(r"storage", r"(.*\.)?(create|get|delete|walk)_(node|namespace)|(.*\.)?get_uri", None),
+        Meaning(r"storage", r"(.*\.)?__init__(\.init)?", None),
+    ),
+    "MPI-IO and HDF5": (Meaning(r"mpiio|hdf5", r".*(read|write|open|close|sync).*", "io"),),
+    "habits": (
+        Meaning(r"comm|communication|nccl|mpi", r".*", "communication"),
+        Meaning(r"device|transfer", r".*", "copy"),
+        Meaning(r"dataloader|data_loader", r"fetch.*|wait.*|next.*|yield.*", "wait"),
+        Meaning(r"reader|data|dataset|data_loader|dataloader|io|storage", _MOVES, "io"),
+        Meaning(r"compute|model|ai_framework|framework", r".*", "compute"),
+        Meaning(r".*", r"forward|backward|optimizer|compute|train_step|training_step", "compute"),
+    ),
+}  # fmt: skip
+_RULES = [
+    (re.compile(meaning.cat, re.I), re.compile(meaning.name, re.I), meaning)
+    for meanings in DIALECTS.values()
+    for meaning in meanings
+]
 
 _OPS = [
     # their event names one of the two files only: what is copied from, and what is sent to
@@ -93,11 +144,29 @@ def is_program_file(path: str) -> bool:
     return _NO_DATA_FILE.search(path) is not None
 
 
+@lru_cache(4096)
+def find_meaning(cat: str, name: str) -> Meaning | None:
+    """The line of the table that a span matches, or None for one that nothing is known about."""
+    return next((meaning for c, n, meaning in _RULES if c.fullmatch(cat) and n.fullmatch(name)), None)
+
+
 def find_kind(cat: str, name: str) -> str | None:
-    """The kind of a span, or None for one that only groups others."""
+    """The kind of a span, or None for one that only groups others, or that nothing is known about."""
     if cat in CALLS:
         return "io"
-    return next((kind for c, n, kind in _RULES if c.fullmatch(cat) and n.fullmatch(name)), None)
+    meaning = find_meaning(cat, name)
+    return meaning.kind if meaning else None
+
+
+def find_part(cat: str, name: str) -> str | None:
+    """The part of a run that a span is: STEP, EPOCH, EVALUATION or None."""
+    meaning = None if cat in CALLS else find_meaning(cat, name)
+    return meaning.part if meaning else None
+
+
+def is_understood(cat: str, name: str) -> bool:
+    """Whether it is a call, or a span that a dialect has."""
+    return cat in CALLS or find_meaning(cat, name) is not None
 
 
 @lru_cache(4096)
@@ -114,11 +183,12 @@ def find_span_operation(cat: str, name: str) -> str | None:
 
 
 def classify(events: pl.DataFrame) -> pl.DataFrame:
-    """cat, name -> kind, op: each distinct pair is looked at once, however many events there are."""
+    """cat, name -> kind, part, op: each distinct pair is looked at once, however many events there are."""
     pairs = events.select(pl.col("cat", "name").cast(pl.String)).unique().sort("cat", "name")
     rows = list(pairs.iter_rows())
     return pairs.with_columns(
         pl.Series("kind", [find_kind(cat, name) for cat, name in rows], pl.String),
+        pl.Series("part", [find_part(cat, name) for cat, name in rows], pl.String),
         pl.Series(
             "op", [find_operation(n) if c in CALLS else find_span_operation(c, n) for c, n in rows], pl.String
         ),

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.trace.arguments import read_argument
+from analysis.trace.classify import STEP, find_part
 from analysis.trace.clocks import Clock
 from analysis.trace.events import TraceReader
 from analysis.trace.process import TracedProcess
@@ -149,12 +150,21 @@ def find_windows(
     return tuple(windows)
 
 
+def _find_step_rows(block: EventBlock, strings: StringTable) -> np.ndarray:
+    """bool [n]: which events are steps, by any dialect."""
+    pairs, of_row = np.unique(block.cat.astype(np.int64) << 32 | block.name, return_inverse=True)
+    named = [(strings.text(int(pair) >> 32), strings.text(int(pair) & 0xFFFFFFFF)) for pair in pairs]
+    is_step = np.array([find_part(cat, name) == STEP for cat, name in named], bool)
+    return block.is_event() & is_step[of_row]
+
+
 def _find_steps(selection: Selection, process: TracedProcess, clock: Clock) -> Window | None:
     """From the beginning of the first chosen step of a process to the end of its last one."""
     low, high = selection.steps or (0, MOST)
     begin, end = 1 << 62, -1
-    for block in TraceReader(process.path, StringTable(), {}):
-        rows = block.is_event() & (block.cat == ID["train"]) & (block.name == ID["step"])
+    reader = TraceReader(process.path, StringTable(), {})
+    for block in reader:
+        rows = _find_step_rows(block, reader.strings)
         if not rows.any():
             continue
         step = read_argument(block, ID["step"], -1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis.tables import calls
-from analysis.trace.classify import find_kind, find_operation
+from analysis.trace.classify import find_kind, find_operation, find_part, is_understood
 
 
 def test_latency_buckets_are_close() -> None:
@@ -30,6 +30,18 @@ def test_latency_buckets_are_close() -> None:
         ("checkpoint", "save", None),
         ("comm", "all_reduce", "communication"),
         ("dataloader", "fetch.iter", "wait"),
+        ("dataloader", "fetch.block", None),  # the body of the loop over batches, which is no waiting
+        ("data", "item", None),
+        ("data", "preprocess", "compute"),
+        ("data", "data.io.read", "io"),
+        ("checkpoint", "checkpoint.io.write", "io"),
+        ("checkpoint", "capture", None),
+        ("compute", "step", "compute"),
+        ("pipeline", "epoch.block", None),
+        ("ai_framework", "TorchFramework.compute", "compute"),
+        ("ai_framework", "TorchFramework.trace_object", None),
+        ("data_loader", "TorchDataset.__getitem__", None),
+        ("reader", "NPZReader.open", "io"),
         ("nobody", "knows", None),
     ],
 )
@@ -44,3 +56,21 @@ def test_kinds(cat: str, name: str, kind: str | None) -> None:
 )  # fmt: skip
 def test_operations(name: str, op: str) -> None:
     assert find_operation(name) == op
+
+
+@pytest.mark.parametrize(
+    ("cat", "name", "part"),
+    [("train", "step", "step"), ("train", "epoch", "epoch"), ("eval", "evaluate", "evaluation"),
+     ("train", "report", None), ("dataloader", "fetch.block", "step"), ("dataloader", "fetch.iter", None),
+     ("pipeline", "epoch.block", "epoch"), ("pipeline", "train", "epoch"), ("pipeline", "test", "evaluation"),
+     ("compute", "step", None), ("dlio_benchmark", "DLIOBenchmark._train", "epoch"),
+     ("dlio_benchmark", "DLIOBenchmark._eval", "evaluation"), ("POSIX", "step", None)],
+)  # fmt: skip
+def test_parts(cat: str, name: str, part: str | None) -> None:
+    assert find_part(cat, name) == part
+
+
+def test_what_is_understood() -> None:
+    """A span that only groups others is known all the same."""
+    assert is_understood("pipeline", "epoch.block") and is_understood("POSIX", "read")
+    assert is_understood("checkpoint", "capture") and not is_understood("strange", "thing")

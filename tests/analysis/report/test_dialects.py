@@ -1,0 +1,102 @@
+"""Runs of other programs: the names of DFTracer's own AI logging and of DLIO as phases, steps and kinds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from support.made_traces import Made
+from support.reports import analysis as run_analysis
+
+import analysis
+from analysis.trace.classify import is_understood
+
+TRAINING = """
+import json, sys, time
+from dftracer.python import ai, dft_fn, dftracer
+
+log = dftracer.initialize_log(logfile=sys.argv[1] + "/trace/ai", data_dir=sys.argv[1], process_id=-1)
+for epoch in ai.pipeline.epoch.iter(range(1, 3), include_iter=False):
+    with ai.pipeline.train:
+        for step, _ in enumerate(ai.dataloader.fetch.iter(range(4)), 1):
+            ai.update(epoch=epoch, step=step)
+            with ai.data.item, ai.data.preprocess:
+                time.sleep(0.001)
+            with ai.compute.forward:
+                time.sleep(0.004)
+            with ai.comm.all_reduce:
+                time.sleep(0.002)
+    with ai.pipeline.evaluate:
+        time.sleep(0.003)
+    with ai.checkpoint.capture, ai.checkpoint.io.write:
+        open(sys.argv[1] + "/model", "w").write("weights")
+with dft_fn("strange", name="thing<b>"):
+    pass
+log.finalize()
+
+
+def list_names(of):
+    for child in of._children.values():
+        cat, name = str(child.profiler._cat), child.profiler._name
+        yield from ((cat, name), (cat, name + ".init"), (cat, name + ".iter"), (cat, name + ".block"))
+        yield from list_names(child)
+
+
+print(json.dumps(list(list_names(ai))))
+"""
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """A run of DFTracer's AI logging, and the (category, name) of all that it can log."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "trace").mkdir()
+    env = {**os.environ, "DFTRACER_ENABLE": "1", "DFTRACER_INC_METADATA": "1", "DFTRACER_INIT": "FUNCTION"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING, run], env=env, cwd=run, capture_output=True, text=True, check=True
+    )
+    return run, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_all_names_of_dftracer_are_understood(traced: tuple[Path, list[list[str]]]) -> None:
+    _, names = traced
+    assert len(names) > 100
+    assert [name for name in names if not is_understood(*name)] == []
+
+
+def test_steps_epochs_and_kinds_of_dftracer_names(traced: tuple[Path, list[list[str]]]) -> None:
+    run, _ = traced
+    loaded = analysis.load(run)
+    steps = loaded.steps.sort("ts")
+    assert steps.select("epoch", "step").rows() == [(e, s) for e in (1, 2) for s in (1, 2, 3, 4)]
+    out, _ = run_analysis("report", run)
+    phases = pl.read_csv(run / "tables" / "phases.csv")
+    of = {phase: phases.filter(pl.col("phase") == phase) for phase in ("train", "evaluate", "checkpoint")}
+    train = of["train"].sum()
+    assert train["compute_s"][0] >= 8 * 0.005 and train["communication_s"][0] >= 8 * 0.002
+    assert train["wait_s"][0] < 0.01  # the body of the loop over batches is no waiting
+    assert of["evaluate"]["wall_s"].sum() >= 2 * 0.003 and of["checkpoint"]["wall_s"].sum() > 0
+    assert "Nothing is known about the names of 1 span" in out and "strange/thing<b>" in out
+    assert "thing<b>" not in (run / "report.html").read_text()
+    out, _ = run_analysis("perfetto", run, "--steps", "2-3")
+    assert "steps2-3" in out
+
+
+def test_names_of_dlio(tmp_path: Path) -> None:
+    """Categories are DLIO's modules, names its functions."""
+    made = Made(None, pid=7)
+    made.span("dlio_benchmark", "DLIOBenchmark._train", 0, 9000, epoch=1)
+    made.span("data_loader", "TorchDataLoader.read", 100, 50)
+    made.span("reader", "NPZReader.open", 200, 1800)
+    made.span("ai_framework", "TorchFramework.compute", 2000, 6000)
+    made.span("dlio_benchmark", "DLIOBenchmark._eval", 9000, 1000, epoch=1)
+    made.write(tmp_path)
+    out, _ = run_analysis("report", tmp_path)
+    table = pl.read_csv(tmp_path / "tables" / "phases.csv")
+    train = table.filter(pl.col("phase") == "train")
+    assert train.select("wall_s", "compute_s", "io_s").row(0) == (0.009, 0.006, 0.0018)
+    assert table.filter(pl.col("phase") == "evaluate")["wall_s"].to_list() == [0.001]
+    assert "Nothing is known" not in out
