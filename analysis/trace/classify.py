@@ -74,6 +74,7 @@ DIALECTS: dict[str, tuple[Meaning, ...]] = {
     "DLIO until 2.0": (  # the categories are its modules, the names its functions
         Meaning(r"dlio_benchmark", r"(.*\.)?_train", None, EPOCH),
         Meaning(r"dlio_benchmark", r"(.*\.)?_eval", None, EVALUATION),
+        Meaning(r"dlio_benchmark|data_loader", r"(<module>|fetch-data|loop)\.iter", "wait"),
         Meaning(r"dlio_benchmark|config|generator", r".*", None),
         Meaning(r"ai_framework", r"(.*\.)?compute", "compute"),
         Meaning(r"ai_framework", r".*", None),  # what it sets up, and marks of its profiler

@@ -42,6 +42,7 @@ def test_latency_buckets_are_close() -> None:
         ("ai_framework", "TorchFramework.trace_object", None),
         ("data_loader", "TorchDataset.__getitem__", None),
         ("reader", "NPZReader.open", "io"),
+        ("dlio_benchmark", "loop.iter", "wait"),
         ("nobody", "knows", None),
     ],
 )
