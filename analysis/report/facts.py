@@ -116,6 +116,11 @@ class Facts:
         """Whether the run's config.json has one of these values."""
         return run_settings.flatten_options(self.config).get(path) in values
 
+    @cached_property
+    def on_one_host(self) -> bool:
+        """Then a slow rank is not slow because of its host."""
+        return len({process.host for process in self.joined.processes}) == 1
+
     @property
     def is_own_run(self) -> bool:
         """Whether remedies may name the trainer's own options."""

@@ -156,7 +156,7 @@ def plot_over_time(timeline: pl.DataFrame, curves: pl.DataFrame, gaps: Gaps = ()
     """Panels on one time axis: shares of time, MB/s, loss, samples per second, scores, caches."""
     if not len(timeline):
         return None
-    at, width = timeline["at_s"].to_list(), timeline["width_s"][0]
+    at, width = timeline["at_s"].to_list(), timeline["width_s"].max()  # only the first is shorter
     panels = [
         {"label": "share of the ranks' time", "unit": "", "kind": "stack", "height": 110, "series": [
             {"name": kind, "color": COLORS[kind], "x": at, "y": timeline[kind].to_list(), "width": width}

@@ -80,6 +80,8 @@ def find_stragglers(f: Facts) -> Finding | None:
         f"{same}."
     )
     remedy = "Look at that rank's host: its path to the storage, and who else uses it."
+    if f.on_one_host:
+        remedy = "All ranks have one host's path to the storage: look at what that rank does meanwhile."
     evidence = {
         "file": top["file"], "rank": top["slowest"], "by_time": top["by_time"], "by_bytes": top["by_bytes"],
         "ts": top["ts"], "dur_us": top["dur_us"],

@@ -157,7 +157,7 @@ def find_slow_rank(f: Facts) -> Finding | None:
         "wait for it in communication."
     )
     remedy = "Look at that host's processor and neighbours; balance the plan if it gives this rank more."
-    if len({process.host for process in f.joined.processes}) == 1:
+    if f.on_one_host:
         remedy = "All ranks share that host's cores: give each its own, or balance the plan."
     if what in ("wait", "io"):
         remedy = _advise_late_reader(
@@ -197,7 +197,8 @@ def find_io_imbalance(f: Facts) -> Finding | None:
         f"Rank {top['rank']} is {format_seconds(top['seconds'])} in I/O and waiting for data that nothing "
         f"hides, the rank with the least {format_seconds(least)}."
     )
-    remedy = "Give the ranks equal parts of the data and of the writing; look at that rank's host and files."
+    where = "files" if f.on_one_host else "host and files"
+    remedy = f"Give the ranks equal parts of the data and of the writing; look at that rank's {where}."
     waited = dict(f.ranks.select("rank", "wait_s").iter_rows())
     if waited and 2 * (waited.get(top["rank"], 0.0) - min(waited.values())) > top["seconds"] - least:
         remedy = _advise_late_reader(f, top["rank"], remedy)

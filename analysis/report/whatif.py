@@ -133,10 +133,10 @@ def describe_whatif(run: TracedRun, scenario: Scenario) -> tuple[str, dict[str, 
     ]
     cost = model.cost
     rate = f"{1 / cost.us_per_byte:.4g} MB/s" if cost.us_per_byte > 0 else "no time for bytes"
-    lines += [
-        "",
-        f"A read costs {format_seconds(cost.latency_us / 1e6)} and {rate}, fitted to the run's calls.",
-    ]
+    fitted = f"A read costs {format_seconds(cost.latency_us / 1e6)} and {rate}, fitted to the run's calls."
+    if not cost.latency_us and not cost.us_per_byte:
+        fitted = "The run read nothing while it trained."
+    lines += ["", fitted]
     lines += [f"Note: {note}" for note in notes]
     lines.append(
         "AU: accelerator utilisation as DLIO counts it, computing and exchanging / the training's time."

@@ -44,6 +44,8 @@ _NAMES = {READ: "read", WRITE: "written", MAPPED: "mapped", STREAM: "stream"}
 _PROGRAM = re.compile(
     r"/site-packages/|/python3[^/]*/|\.so(\.[0-9.]+)?$|\.pyc?$|\.nb[ci]$|^/(proc|sys|dev|etc|usr)/"
 )
+# Python's tempfile tries whether a folder can be written: 4 bytes in a file that is gone at once
+_PROBE, _PROBE_BYTES = re.compile(r"/[a-z0-9_]{8}$"), 4
 
 # the name under which common/owned.py writes a file until it is complete, and the file's own in it
 _UNFINISHED = re.compile(r"(?:\.(?!dlrm-io))?(.+)\.[0-9a-f]{16}\.partial")
@@ -126,6 +128,7 @@ def _list_unchecked(
                     file in names.get((launch, rank, direction), ())
                     or not file.startswith("/")
                     or _PROGRAM.search(file)
+                    or (kind == WRITE and amount == _PROBE_BYTES and _PROBE.search(file))
                 ):
                     continue
                 found.append(UncheckedBytes(rank, direction, file, amount))

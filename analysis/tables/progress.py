@@ -140,18 +140,22 @@ def sum_preprocessing(j: JoinedTables) -> pl.DataFrame:
 
 
 def make_timeline(j: JoinedTables) -> pl.DataFrame:
-    """Per stretch of time: share of the ranks' time by kind, and MB/s read and written, all ranks."""
+    """Per stretch of time: share of the ranks' time by kind, and MB/s read and written, all ranks.
+
+    All stretches but the first are equally long: it begins with the run.
+    """
     busy = j["busy"]
-    width = int(busy["width_us"].to_numpy().max())
+    width, first = int(busy["width_us"].to_numpy().max()), j["time"]["ts"].min()
     table = busy.group_by("bin").agg(pl.col("wall_us", *KIND_US).sum()).filter(pl.col("wall_us") > 0)
+    begin = pl.max_horizontal(pl.col("bin") * width, pl.lit(first))
     shares = [(pl.col(k) / pl.col("wall_us")).alias(k.removesuffix("_us")) for k in KIND_US]
-    table = table.select("bin", *shares)
+    table = table.select("bin", begin.alias("ts"), ((pl.col("bin") + 1) * width - begin).alias("us"), *shares)
     for op in DATA_OPS:
-        moved = j["rates"].filter(pl.col("op") == op).group_by("bin")
-        rate = moved.agg((pl.col("bytes").sum() / width).alias(f"{op}_MB_per_s"))  # B/us is MB/s
-        table = table.join(rate, on="bin", how="left")
-    at = ((pl.col("bin") * width - j["time"]["ts"].min()) / S).alias("at_s")
-    return table.fill_null(0.0).sort("bin").select(at, pl.lit(width / S).alias("width_s"), pl.exclude("bin"))
+        moved = j["rates"].filter(pl.col("op") == op).group_by("bin").agg(pl.col("bytes").sum().alias(op))
+        rate = (pl.col(op) / pl.col("us")).alias(f"{op}_MB_per_s")  # B/us is MB/s
+        table = table.join(moved, on="bin", how="left").with_columns(rate).drop(op)
+    times = (((pl.col("ts") - first) / S).alias("at_s"), (pl.col("us") / S).alias("width_s"))
+    return table.fill_null(0.0).sort("bin").select(*times, pl.exclude("bin", "ts", "us"))
 
 
 CURVES = (

@@ -86,7 +86,9 @@ class RunOptions:
         if self.exchange == "gloo":
             object.__setattr__(self, "cpu_fast_path", False)
         if self.trace and not self.output_dir:
-            raise UserError("--trace needs --output_dir: the trace is written there")
+            raise UserError(
+                "a traced run needs --output_dir, where the trace is written: give it, or --no-trace"
+            )
         if self.profile_steps is not None:
             from dlrm.runtime.step_profiler import parse_steps
 

@@ -108,6 +108,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.Capture
     made.span("data", "read", 10, 5, file="/data/day_0.npy", bytes=19_000_000, mapped=1)
     made.posix("write", 20, 5, "/run/.state.json.0123456789abcdef.partial", ret=77, count=77)
     made.posix("read", 30, 5, "/x/lib/python3.11/os.py", ret=5000, count=5000)
+    made.posix("write", 35, 5, "/tmp/5y5rb5ji", ret=4, count=4)  # what Python's tempfile tries
     made.write(tmp_path)
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"bytes_read": {"0": {"/data/day_0.npy": 128}}, "bytes_written": {}}))
