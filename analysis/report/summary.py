@@ -182,9 +182,8 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
         return chosen.list_rows(table).to_dicts()
 
     return {
+        # the first keys are those by which analysis/run_folder/outputs.py knows the file
         "run": run.name, "ranks": facts.breakdown.height, "hosts": sorted({p.host for p in j.processes}),
-        "ranks_listed": chosen.list_rows(facts.breakdown)["rank"].to_list(),
-        "slowest_ranks": list(chosen.slowest), "typical_rank": chosen.typical,
         "events": j.events, "calls": j.calls,
         "metrics": {each.key: each.value for each in headlines}
         | {"io_not_hidden_seconds": facts.mean_of_ranks("io_not_hidden_s", *TRAIN)},
@@ -195,6 +194,8 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
         "answer": find_answer(facts).as_dict(),
         "clocks": clocks,
         "launches": facts.launches.to_dicts(),
+        "ranks_listed": chosen.list_rows(facts.breakdown)["rank"].to_list(),
+        "slowest_ranks": list(chosen.slowest), "typical_rank": chosen.typical,
         "nodes": sum_nodes(facts).head(LISTED_NODES).to_dicts(),
         "breakdown_s": list_ranks(facts.breakdown),
         "phases_s": list_ranks(with_earlier_names(facts.phases)),

@@ -98,7 +98,7 @@ def test_a_report_of_some_ranks_is_a_page_of_its_own(run: Path) -> None:
     page = run / "report-ranks0,2.html"
     assert {*run.rglob("*")} - before == {page}
     text = page.read_text()
-    assert "Only a part of the ranks was read: --ranks 0,2." in text and "there is no trace of" not in text
+    assert "Only a part of the run was read: --ranks 0,2." in text and "there is no trace of" not in text
     assert "2 ranks" in done.out and "rank 1 " not in done.out
 
 
