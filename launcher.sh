@@ -137,9 +137,9 @@ fill_line() {    # fill_line RANKS RANKS_PER_NODE CORES: sets `mpi`, the words t
     mpi=("${mpi[@]//\{DEPTH\}/$3}")
 }
 
-# mpich's mpiexec waits for ever for a node that it does not reach, or that does not reach it.
+# mpich's mpiexec never gives up on a node that it does not reach, or that does not reach it.
 check_nodes() {    # one process on each node, in time
-    local code=0 limit=${DLRM_START_TIMEOUT:-120}
+    local mpi code=0 limit=${DLRM_START_TIMEOUT:-120}
     [[ $limit =~ ^[1-9][0-9]*$ ]] || die "DLRM_START_TIMEOUT=$limit: wanted seconds"
     fill_line "${#nodes[@]}" 1 1
     [[ $("${mpi[0]}" --version 2> /dev/null) == *@(HYDRA|Intel)* ]] || return 0
@@ -175,10 +175,7 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec, or what pass
     fi
     command -v "${mpi[0]}" > /dev/null \
         || die "no ${mpi[0]} on PATH: run 0_setup_env.sh, or set MPIEXEC"
-    if (( ${#nodes[@]} > 1 )); then
-        check_nodes
-        fill_line "$count" "$NPROC" "$depth"
-    fi
+    if (( ${#nodes[@]} > 1 )); then check_nodes; fi
     if kills_its_ranks "${mpi[0]}"; then
         exec python3 "$here/scripts/pass_signals.py" "${mpi[@]}" "$here/launcher.sh" "$@"
     fi

@@ -216,13 +216,18 @@ def _remove_files(folder: Path, files: re.Pattern[str], device: int) -> list[Pat
     return foreign
 
 
+def identify_folder(status: os.stat_result) -> str:
+    """DEVICE:INODE, which proves later that a folder is still the same."""
+    return f"{status.st_dev}:{status.st_ino}"
+
+
 def remove_made_folder(folder: Path, identity: str, files: re.Pattern[str]) -> list[Path]:
     """Remove a folder that the caller has just made, and those of its files that match `files`; returns what
-    is left. `identity`, "DEVICE:INODE" of the folder when it was made, proves that it is the same folder.
+    is left. `identity`: that of `identify_folder` when the folder was made.
     """
     with os_errors_as_user_errors(folder):
         status = os.lstat(folder)
-        if not stat.S_ISDIR(status.st_mode) or f"{status.st_dev}:{status.st_ino}" != identity:
+        if not stat.S_ISDIR(status.st_mode) or identify_folder(status) != identity:
             return [folder]
         left = _remove_files(folder, files, status.st_dev)
         if not left:

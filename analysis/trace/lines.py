@@ -107,9 +107,7 @@ def _inflate(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
                 piece = stream.decompress(data, BLOCK)
                 yield piece
                 given += len(piece)
-                if _is_bomb(made + given, file):
-                    loss.skipped += len(stream.unconsumed_tail) + _size_left(file)
-                    loss.bomb = True
+                if _is_bomb(made + given, stream.unconsumed_tail, file, loss):
                     return
                 data = stream.unconsumed_tail or stream.unused_data or file.read(_CHUNK)
         made += given
@@ -139,9 +137,7 @@ def _inflate_damaged(file: BinaryIO, given: int, loss: ReadLoss) -> Generator[by
         yield piece[given:]
         given = max(0, given - len(piece))
         made += len(piece)
-        if _is_bomb(made, file):
-            loss.skipped += len(stream.unconsumed_tail) + _size_left(file)
-            loss.bomb = True
+        if _is_bomb(made, stream.unconsumed_tail, file, loss):
             return b""
         data = stream.unconsumed_tail or stream.unused_data or file.read(_CHUNK)
         if stream.eof:  # ISA-L is the stricter one
@@ -150,8 +146,13 @@ def _inflate_damaged(file: BinaryIO, given: int, loss: ReadLoss) -> Generator[by
     return data
 
 
-def _is_bomb(made: int, file: BinaryIO) -> bool:
-    return made > _RATIO_FROM and made > MAX_RATIO * file.tell()
+def _is_bomb(made: int, unread: bytes, file: BinaryIO, loss: ReadLoss) -> bool:
+    """Whether the file has inflated to too much text; then the rest of it is skipped, and counted."""
+    if made <= _RATIO_FROM or made <= MAX_RATIO * file.tell():
+        return False
+    loss.skipped += len(unread) + _size_left(file)
+    loss.bomb = True
+    return True
 
 
 def _to_member(data: bytes, file: BinaryIO) -> tuple[bytes, int]:

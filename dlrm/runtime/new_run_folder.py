@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common.errors import USAGE, UserError, os_errors_as_user_errors, printable
 from common.inputs import read_bytes, read_json_object
-from common.owned import remove_made_folder, write_file
+from common.owned import identify_folder, remove_made_folder, write_file
 from dlrm.runtime.batch_job import find_batch_job
 from dlrm.runtime.environment import HEADER, describe_environment
 
@@ -173,8 +173,7 @@ def _make_folder(results: Path) -> tuple[Path, str]:
             if _is_of_this_job(run):
                 return run, ""
             continue
-        status = os.lstat(run)
-        return run, f"{status.st_dev}:{status.st_ino}"
+        return run, identify_folder(os.lstat(run))
     raise UserError(f"RESULTS={printable(results)}: has too many runs of this second; name another folder")
 
 

@@ -77,9 +77,7 @@ class StepProfiler:
             self._ended = step
 
     def end_step(self, step: int) -> None:
-        if self._mark is not None:
-            self._mark.__exit__(None, None, None)
-            self._mark = None
+        self._end_mark()
         if step >= self._last:
             self.close()
 
@@ -88,9 +86,7 @@ class StepProfiler:
         profile, self._profile = self._profile, None
         if profile is None:
             return
-        if self._mark is not None:
-            self._mark.__exit__(None, None, None)
-            self._mark = None
+        self._end_mark()
         began = time.perf_counter()
         path = self._folder / (
             f"rank{self._here.rank:05d}-steps{self._begun}-{self._ended}-{os.getpid()}.json.gz"
@@ -102,6 +98,11 @@ class StepProfiler:
         except (UserError, OSError, RuntimeError) as error:  # the training goes on
             entry.print_error(self._here, f"the profile was not written: {error}")
         self._exclude_time(time.perf_counter() - began)
+
+    def _end_mark(self) -> None:
+        if self._mark is not None:
+            self._mark.__exit__(None, None, None)
+            self._mark = None
 
     def _start(self) -> None:
         """Import and start torch's profiler: on a GPU that takes a second."""

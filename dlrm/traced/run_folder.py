@@ -15,7 +15,7 @@ from typing import Any
 
 from common.errors import UserError, os_errors_as_user_errors
 from common.lock import FolderLock
-from common.owned import OutputFolder, remove_made_folder
+from common.owned import OutputFolder, identify_folder, remove_made_folder
 from dlrm.runtime.environment import describe_command, list_versions, mask_secrets
 from dlrm.runtime.new_run_folder import FILES, make_run, update_environment
 from dlrm.runtime.ranks import Ranks
@@ -43,7 +43,7 @@ class OpenedFolder:
     """The run folder of this process, and what is to be removed of it where the script refuses its words."""
 
     path: Path
-    made: str = ""  # DEVICE:INODE, where this process has made the folder
+    made: str = ""  # the folder's identity, where this process has made the folder
     lock: FolderLock | None = None  # of rank 0
     wrote_config: bool = False  # where there was no config.json
 
@@ -79,8 +79,7 @@ def open_run_folder(opened: OpenedFolder, program: Program, here: Ranks) -> None
         missing = not os.path.lexists(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if missing:
-            status = os.lstat(folder)
-            opened.made = f"{status.st_dev}:{status.st_ino}"
+            opened.made = identify_folder(os.lstat(folder))
     opened.lock = lock = FolderLock(folder, "tracing a script into it")
     lock.acquire()
     atexit.register(lock.release)

@@ -69,6 +69,17 @@ class Browser:
         self.call("Page.enable")
         self.call("Page.navigate", url=url)
 
+    def open_report(self, page: Path) -> int:
+        """Open a report: all its figures are drawn, and nothing is wider than the window. Returns how many
+        figures it has.
+        """
+        self.open(page.as_uri())
+        self.wait_for("document.readyState === 'complete'")
+        figures = self.run("document.querySelectorAll('figure[data-spec]').length")
+        assert self.run("document.querySelectorAll('figure[data-spec] > svg').length") == figures
+        assert self.run("document.documentElement.scrollWidth <= window.innerWidth")
+        return figures
+
     def run(self, script: str) -> Any:
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 

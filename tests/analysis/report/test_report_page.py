@@ -101,12 +101,7 @@ def test_names_in_sentences_and_colours(run: Path) -> None:
 @pytest.mark.browser
 def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     with chromium(tmp_path / "profile", "1280,900") as browser:
-        browser.open((run / "report.html").as_uri())
-        browser.wait_for("document.readyState === 'complete'")
-        figures = browser.run("document.querySelectorAll('figure[data-spec]').length")
-        assert figures >= 10
-        assert browser.run("document.querySelectorAll('figure[data-spec] > svg').length") == figures
-        assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+        assert browser.open_report(run / "report.html") >= 10
         off = """[...document.querySelectorAll('svg')].flatMap(svg => { const b = svg.getBoundingClientRect();
             return [...svg.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();
             return r.left < b.left - 1 || r.right > b.right + 1; }).map(t => t.textContent) })"""

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -145,23 +145,23 @@ def run_command_case(folder: Path, seed: int) -> None:
         raise
 
 
-def run_command_cases(folder: Path, seeds: Iterable[int]) -> None:
+def run_cases(run_case: Callable[[Path, int], None], folder: Path, seeds: Iterable[int]) -> None:
     for seed in seeds:
-        run_command_case(folder / str(seed), seed)
+        run_case(folder / str(seed), seed)
         shutil.rmtree(folder / str(seed))
 
 
 def test_commands_survive_damaged_traces(tmp_path: Path) -> None:
-    run_command_cases(tmp_path, range(20))
+    run_cases(run_command_case, tmp_path, range(20))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(0, 8000, 400))
 def test_commands_survive_thousands_of_damaged_traces(tmp_path: Path, start: int) -> None:
-    run_command_cases(tmp_path, range(start, start + 400))
+    run_cases(run_command_case, tmp_path, range(start, start + 400))
 
 
-def profile_case(folder: Path, seed: int) -> None:
+def run_profile_case(folder: Path, seed: int) -> None:
     """A damaged profile of torch.profiler, given by its name or as the run's own, beside a whole trace."""
     chance = random.Random(seed)
     text = gpu_steps(wait=chance.choice((0, 3_000))).text().encode()
@@ -196,20 +196,14 @@ def given_profile(path: Path, own: bool) -> list[object]:
     return [] if own else ["--kineto", path]
 
 
-def profile_cases(folder: Path, seeds: Iterable[int]) -> None:
-    for seed in seeds:
-        profile_case(folder / str(seed), seed)
-        shutil.rmtree(folder / str(seed))
-
-
 def test_commands_survive_damaged_profiles(tmp_path: Path) -> None:
-    profile_cases(tmp_path, range(20))
+    run_cases(run_profile_case, tmp_path, range(20))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(0, 2000, 400))
 def test_commands_survive_thousands_of_damaged_profiles(tmp_path: Path, start: int) -> None:
-    profile_cases(tmp_path, range(start, start + 400))
+    run_cases(run_profile_case, tmp_path, range(start, start + 400))
 
 
 def scan_case(seed: int, folder: Path) -> None:
