@@ -8,7 +8,7 @@ import polars as pl
 
 from analysis.run_folder import run_settings
 from analysis.tables import answers, progress
-from analysis.tables.calls import MAPPED
+from analysis.tables.calls import MAPPED, SUMS, is_below
 from analysis.tables.gather import JoinedTables
 from analysis.trace.classify import PROGRAM_FILE, SYSTEM_FILE
 
@@ -17,6 +17,8 @@ TABLE_FILE = ".rows"  # the end of the name of an embedding table's file
 MATTERS = 0.01  # of the run: less time to be won is no finding
 MATTERS_HIDDEN = 0.05  # of the run: so much of a rank's time in calls is one, though all of it is hidden
 JUMPS, JUMPING = 1000, 0.5  # requests that jump to another offset, and their share in a file's
+LARGE_JUMP = 1 << 20  # bytes: moving them takes longer than the jump
+US = pl.col("us")  # what calls take
 NOT_DATA = f"{PROGRAM_FILE}|{SYSTEM_FILE}"
 
 
@@ -65,21 +67,18 @@ class Facts:
 
     @cached_property
     def requests(self) -> pl.DataFrame:
-        """Reads and writes after start-up, a row per rank, operation and file; without programs' files, and
-        without copies from mapped files, which are no requests."""
+        """Reads and writes after start-up, a row per rank, operation, file and size (`bucket`); without
+        programs' files, and without copies from mapped files, which are no requests."""
         file = pl.col("file")
         found = (
             self.after_startup("ops")
             .filter(pl.col("op").is_in(["read", "write"]) & file.is_not_null() & ~file.str.contains(NOT_DATA))
             .filter(pl.col("layer") != MAPPED)
         )
-        sums = pl.col(
-            "count", "bytes", "us", "sequential", "strided", "random", "small", "small_bytes", "small_us",
-            "misaligned", "misaligned_bytes", "misaligned_us",
+        return found.group_by("rank", "op", "file", "bucket").agg(
+            pl.col(SUMS).sum().cast(pl.Int64), pl.col("ts").sort_by("max_us", "ts").last(),
+            pl.col("max_us").max(),
         )  # fmt: skip
-        return found.group_by("rank", "op", "file").agg(
-            sums.sum().cast(pl.Int64), pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
-        )
 
     @cached_property
     def mapped_files(self) -> pl.Series:
@@ -88,11 +87,14 @@ class Facts:
 
     @cached_property
     def jumping(self) -> pl.DataFrame:
-        """Of each operation the files in which most requests jump about, and those many (JUMPS, JUMPING)."""
-        found = sum_by_file(self.requests)
-        placed = pl.col("sequential") + pl.col("strided") + pl.col("random")
-        many = (pl.col("random") >= JUMPS) & (pl.col("random") >= JUMPING * placed)
-        return found.filter(many).sort("random", "file", descending=[True, False])
+        """Rows of `requests` of the files in which many requests (JUMPS), and JUMPING of an operation's, jump
+        to another offset for less than LARGE_JUMP bytes."""
+        files = self.requests.group_by("op", "file").agg(
+            pl.col("random").filter(is_below(LARGE_JUMP)).sum().alias("jumps"),
+            (pl.col("sequential") + pl.col("strided") + pl.col("random")).sum().alias("placed"),
+        )
+        files = files.filter((pl.col("jumps") >= JUMPS) & (pl.col("jumps") >= JUMPING * pl.col("placed")))
+        return self.requests.join(files.select("op", "file"), on=["op", "file"])
 
     @cached_property
     def shared(self) -> pl.DataFrame:
@@ -191,19 +193,22 @@ class Facts:
         others = [float(by_rank.get(each, 0)) for each in self.ranks["rank"] if each != rank]
         return float(by_rank.get(rank, 0)) > times * sum(others) / max(1, len(others))
 
-    def exposed_seconds(self) -> float:
-        """Seconds of I/O and of waiting for data per rank that nothing hides, start-up left out."""
-        work = self.launched.filter(pl.col("phase") != "startup")
-        return float(((work["io_s"] + work["wait_s"]) / work["ranks"]).sum())
+    def limit_gain(self, calls: pl.DataFrame, us: pl.Expr = US, also_s: float = 0.0) -> float:
+        """Seconds that the run saves at most if these calls take `us` less: those of the rank that would save
+        most, since the others wait for it; never more than its I/O that is not hidden.
 
-    def limit_gain(self, seconds_of_all_ranks: float) -> float:
-        """Seconds that less I/O can save: a rank's share of them, at most the I/O that is not hidden."""
-        return min(seconds_of_all_ranks / self.breakdown.height, self.exposed_seconds())
+        calls: rows with `rank`, and what `us` is made of. also_s: in which it stood still besides.
+        """
+        both = _sum_seconds(calls, us).join(self.exposed_of_ranks(), on="rank", suffix="_not_hidden")
+        saved = pl.min_horizontal("seconds", pl.col("seconds_not_hidden") + also_s)
+        return max(0.0, float(both.select(saved.max()).item() or 0.0))
 
-    def matters(self, gain: float, seconds_of_all_ranks: float = 0.0) -> bool:
-        """Whether it is worth a sentence: time to be won, or much time in calls though it is hidden now."""
+    def matters(self, gain: float, calls: pl.DataFrame | None = None, us: pl.Expr = US) -> bool:
+        """Whether it is worth a sentence: time to be won; or, if `calls` are given, much of a rank's time in
+        them, though it is hidden now.
+        """
         wall = self.wall_seconds()
-        in_calls = seconds_of_all_ranks / max(1, self.breakdown.height)
+        in_calls = 0.0 if calls is None else count_most_seconds(calls, us)
         return gain > 0 and gain >= MATTERS * wall or in_calls >= max(MATTERS_HIDDEN * wall, 1e-9)
 
     def exposed_of_ranks(self) -> pl.DataFrame:
@@ -244,11 +249,14 @@ class Facts:
         return self.joined[table].filter(pl.col("phase") != "startup")
 
 
-def sum_by_file(requests: pl.DataFrame) -> pl.DataFrame:
-    """Rows of `Facts.requests`, the ranks added up; `ranks` is how many there are."""
-    sums = pl.exclude("rank", "op", "file", "ts", "max_us", "ranks").sum()
-    longest = pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
-    return requests.group_by("op", "file").agg(sums, pl.col("rank").n_unique().alias("ranks"), *longest)
+def _sum_seconds(calls: pl.DataFrame, us: pl.Expr) -> pl.DataFrame:
+    """Of each rank: columns rank, seconds."""
+    return calls.group_by("rank").agg(us.cast(pl.Float64).sum().truediv(1e6).alias("seconds"))
+
+
+def count_most_seconds(calls: pl.DataFrame, us: pl.Expr = US) -> float:
+    """Seconds that the rank with most of them spends in these calls."""
+    return float(_sum_seconds(calls, us)["seconds"].max() or 0.0)  # type: ignore[arg-type]
 
 
 def show_longest(requests: pl.DataFrame) -> dict[str, int]:

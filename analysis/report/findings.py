@@ -12,7 +12,7 @@ from analysis.report import rules_files as files
 from analysis.report import rules_requests as requests
 from analysis.report import rules_time as time
 from analysis.report import rules_training as training
-from analysis.report.facts import JUMPING, JUMPS, MATTERS, MATTERS_HIDDEN, Facts, Finding
+from analysis.report.facts import JUMPING, JUMPS, LARGE_JUMP, MATTERS, MATTERS_HIDDEN, Facts, Finding
 from analysis.report.page import format_size
 from analysis.tables.calls import BLOCK, SMALL_REQUEST
 
@@ -33,8 +33,8 @@ SMALL = (
     f"{requests.SMALL_TIME:.0%} of the time of all"
 )
 RANDOM = (
-    f"{JUMPS:,} or more requests of a file, and {JUMPING:.0%} of them, jump, less than "
-    f"{format_size(requests.LARGE_REQUEST / 8)} each"
+    f"{JUMPS:,} or more requests of a file, and {JUMPING:.0%} of its reads or writes, jump for less than "
+    f"{format_size(LARGE_JUMP)} each"
 )
 SHARED = (
     f"{files.SHARED_COUNT:,} or more requests and {files.SHARED_PART:.0%} of a file that ranks share and "
@@ -67,7 +67,8 @@ RULES: tuple[Rule, ...] = (
     Rule("checkpoint_tail", checkpoints.find_checkpoint_tail, f"of {checkpoints.LEAST_CHECKPOINTS} or more "
          f"the slowest takes {checkpoints.TAIL:.0f} times the median", "DFDiagnoser: checkpoint_tail_risk"),
     Rule("checkpoint_fragments", checkpoints.find_checkpoint_fragments, f"{checkpoints.PIECES:,} or more "
-         f"writes of less than {format_size(checkpoints.PIECE)} on average",
+         f"writes of less than {format_size(checkpoints.PIECE)} take {checkpoints.PIECES_TIME:.0%} of the "
+         "time of all",
          "DFDiagnoser: checkpoint_fragmentation"),
     Rule("small_reads", requests.find_small_reads, SMALL,
          "Drishti: P05, P15; WisIO: small_reads; DFAnalyzer: small_read_dominance"),
@@ -76,14 +77,16 @@ RULES: tuple[Rule, ...] = (
     Rule("random_access", requests.find_random_access, RANDOM, "Drishti: P11; WisIO: random_operations"),
     Rule("random_writes", requests.find_random_writes, RANDOM, "Drishti: P13; WisIO: random_operations"),
     Rule("misaligned", requests.find_misaligned, f"{requests.MISALIGNED:.0%} of the requests skip into the "
-         f"middle of a block of {BLOCK:,} bytes, which moves {requests.MISALIGNED:.0%} more", "Drishti: P08"),
+         f"middle of a block of {BLOCK:,} bytes, and {requests.MISALIGNED:.0%} of the blocks that they touch "
+         "are touched for nothing", "Drishti: P08"),
     Rule("operation_imbalance", requests.find_operation_imbalance, f"{requests.MORE_CALLS:.0%} more calls of "
-         "one kind, which move less than half of their share of the bytes",
+         "one kind, which move less than half of their share of the bytes; the middle one is smaller, too",
          "Drishti: P01 to P04; WisIO: operation_imbalance; DFAnalyzer: operation_imbalance, size_imbalance"),
     Rule("stdio", requests.find_stdio, f"more than {requests.STDIO_SHARE:.0%} of the bytes, and "
          f"{format_size(requests.STDIO_BYTES)}, by buffered calls of the C library", "Drishti: S01"),
-    Rule("slow_tail", requests.find_slow_tail, "the slowest 1% of reads take 30% of the time, 10 times the "
-         "median each", "DFAnalyzer: read_contention"),
+    Rule("slow_tail", requests.find_slow_tail, f"the {requests.SLOW_PART:.0%} of reads that are slowest for "
+         f"their size take {requests.SLOW_TIME:.0%} of the time, {requests.SLOW_TIMES} times the median of "
+         "that size each", "DFAnalyzer: read_contention"),
     Rule("shared_requests", files.find_shared_requests, f"{SHARED} are small or misaligned", "Drishti: P16, "
          "P08"),
     Rule("stragglers", files.find_stragglers, f"ranks differ by more than {files.STRAGGLES:.0%} in a shared "

@@ -3,14 +3,15 @@
 import numpy as np
 import polars as pl
 
-from analysis.report.facts import Facts, Finding, show_longest
+from analysis.report.facts import US, Facts, Finding, count_most_seconds, show_longest
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import device, progress
+from analysis.tables.calls import is_below
 
 PAUSE = 0.02  # of the run
 TAIL, LEAST_CHECKPOINTS, TAIL_PART = 2.0, 4, 0.01  # times the median; checkpoints; of the run, longer than it
 PIECE = 1 << 20  # bytes of a write
-PIECES = 1000  # writes below it
+PIECES, PIECES_TIME = 1000, 0.2  # writes below it; of the time of all writes of checkpoints
 
 
 def find_checkpoint_cost(f: Facts) -> Finding | None:
@@ -90,19 +91,20 @@ def find_checkpoint_tail(f: Facts) -> Finding | None:
 
 def find_checkpoint_fragments(f: Facts) -> Finding | None:
     """Checkpoints are written in small pieces."""
-    own = f.joined["ops"].filter((pl.col("op") == "write") & (pl.col("layer") == "calls"))
-    own = own.filter(pl.col("file").is_in(f.checkpoint_files.implode()))
+    every = f.joined["ops"].filter((pl.col("op") == "write") & (pl.col("layer") == "calls"))
+    every = every.filter(pl.col("file").is_in(f.checkpoint_files.implode()))
+    own = every.filter(is_below(PIECE))
     number, moved, spent = int(own["count"].sum()), int(own["bytes"].sum()), float(own["us"].sum()) / 1e6
-    if number < PIECES or moved / number >= PIECE:
+    if number < PIECES or spent < PIECES_TIME * float(every["us"].sum()) / 1e6:
         return None
     large = max(1, round(moved / (8 << 20)))
-    own_part = spent / max(1, f.breakdown.height) * (1 - large / number)
-    gain = min(own_part, f.longest_phase_seconds("checkpoint"))
+    saved = count_most_seconds(own, US * (1 - large / number))
+    gain = min(saved, f.longest_phase_seconds("checkpoint"))
     files = own["file"].n_unique()
     text = (
-        f"Checkpoints are written in {number:,} pieces of {format_size(moved / number)} on average, to "
-        f"{files:,} file{'s' if files > 1 else ''}; they take {format_seconds(spent)}, added up over the "
-        "ranks."
+        f"Checkpoints are written in {number:,} pieces of less than {format_size(PIECE)}, "
+        f"{format_size(moved / number)} on average, to {files:,} file{'s' if files > 1 else ''}; they take "
+        f"{format_seconds(spent)}, added up over the ranks."
     )
     remedy = "Put the tensors of a rank into one file, and write it in pieces of some MB."
     if f.is_own_run:

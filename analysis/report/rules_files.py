@@ -4,10 +4,11 @@ from typing import Any
 
 import polars as pl
 
-from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, advise_mapped_files, show_longest
+from analysis.report.facts import TABLE_FILE, TRAIN, US, Facts, Finding, advise_mapped_files, show_longest
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import answers, device
-from analysis.tables.calls import BLOCK, SMALL_REQUEST
+from analysis.tables.calls import BLOCK, SMALL_REQUEST, is_below
+from common.words import format_number
 
 SHARED_COUNT = 1000  # small or misaligned requests
 SHARED_PART = 0.1  # of the requests of a shared file
@@ -30,9 +31,11 @@ def find_shared_requests(f: Facts) -> Finding | None:
     rows = f.shared.filter(
         pl.col("file").is_in(written.implode()) & ~pl.col("file").str.ends_with(TABLE_FILE)
     )
-    longest = pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
-    sums = pl.col("count", "us", "small", "small_bytes", "small_us", "misaligned", "misaligned_us").sum()
-    files = rows.group_by("file").agg(sums, pl.col("ranks").first(), *longest)
+    is_small = is_below(SMALL_REQUEST)
+    small = pl.col("count").filter(is_small).sum().alias("small")
+    files = rows.group_by("file").agg(
+        pl.col("count", "misaligned", "us").sum(), small, pl.col("ranks").first()
+    )
     many = [
         (pl.col(name) >= SHARED_COUNT) & (pl.col(name) > SHARED_PART * pl.col("count"))
         for name in ("small", "misaligned")
@@ -40,9 +43,11 @@ def find_shared_requests(f: Facts) -> Finding | None:
     files = files.filter(many[0] | many[1]).sort("us", "file", descending=[True, False])
     if not len(files):
         return None
-    spent = float(files.select(pl.max_horizontal("small_us", "misaligned_us").sum()).item()) / 1e6
-    gain = f.limit_gain(spent)
-    if not f.matters(gain, spent):
+    own = rows.filter(pl.col("file") == files["file"][0]).filter(is_small | (pl.col("misaligned") > 0))
+    costly = pl.when(is_small).then("us").otherwise("misaligned_us")
+    spent = float(own.select(costly.sum()).item()) / 1e6
+    gain = f.limit_gain(own, costly)
+    if not f.matters(gain, own, costly):
         return None
     top = files.row(0, named=True)
     kinds = [
@@ -55,13 +60,13 @@ def find_shared_requests(f: Facts) -> Finding | None:
     ]
     text = (
         f"{top['ranks']} ranks share {top['file']} and write it: of {top['count']:,} requests "
-        f"{' and '.join(kinds)}. They take {format_seconds(spent)}, added up over the ranks: the ranks wait "
-        "for each other's locks."
+        f"{' and '.join(kinds)}. They take {format_seconds(spent)}, added up over the ranks; file systems "
+        "let ranks that write one file wait for each other's locks."
     )
     remedy = "Give each rank a file, or a stretch that begins at a block; or let one rank write for its node."
     evidence = {name: int(top[name]) for name in ("ranks", "count", "small", "misaligned")}
     evidence |= {"file": top["file"], "seconds_all_ranks": spent}
-    return Finding("shared_requests", gain, text, remedy, evidence | show_longest(files))
+    return Finding("shared_requests", gain, text, remedy, evidence | show_longest(own))
 
 
 def find_stragglers(f: Facts) -> Finding | None:
@@ -73,20 +78,23 @@ def find_stragglers(f: Facts) -> Finding | None:
     if found is None:
         return None
     top, gain = found
-    same = "the same bytes" if top["by_bytes"] < 0.01 else f"{top['by_bytes']:.0%} more bytes at most"
+    apart = f"differ by {top['by_bytes']:.0%} at most" if top["by_bytes"] >= 0.01 else "are the same"
     text = (
         f"Rank {top['slowest']} spends {format_seconds(top['most_us'] / 1e6)} in {top['file']}, which "
-        f"{top['ranks']} ranks share; the quickest of them {format_seconds(top['least_us'] / 1e6)}, for "
-        f"{same}."
+        f"{top['ranks']} ranks share, and the quickest of them {format_seconds(top['least_us'] / 1e6)}; "
+        f"their bytes {apart}"
     )
     remedy = "Look at that rank's host: its path to the storage, and who else uses it."
     if f.on_one_host:
         remedy = "All ranks have one host's path to the storage: look at what that rank does meanwhile."
+    if top["most_us"] - top["longest_us"] <= (1 + STRAGGLES) * top["others_us"]:
+        text += f". One call makes the difference, of {format_seconds(top['longest_us'] / 1e6)}"
+        remedy = "Look at what happened during that call; the link shows it."
     evidence = {
         "file": top["file"], "rank": top["slowest"], "by_time": top["by_time"], "by_bytes": top["by_bytes"],
-        "ts": top["ts"], "dur_us": top["dur_us"],
+        "ts": top["slowest_ts"], "dur_us": top["longest_us"],
     }  # fmt: skip
-    return Finding("stragglers", gain, text, remedy, evidence)
+    return Finding("stragglers", gain, f"{text}.", remedy, evidence)
 
 
 def find_file_imbalance(f: Facts) -> Finding | None:
@@ -103,7 +111,7 @@ def find_file_imbalance(f: Facts) -> Finding | None:
     remedy = "Cut the file into equal parts for the ranks, or let all of them read and write."
     evidence = {
         "file": top["file"], "rank": top["largest"], "by_bytes": top["by_bytes"],
-        "ts": top["ts"], "dur_us": top["dur_us"],
+        "ts": top["largest_ts"], "dur_us": top["dur_us"],
     }  # fmt: skip
     return Finding("file_imbalance", gain, text, remedy, evidence)
 
@@ -126,16 +134,22 @@ def compare_shared(f: Facts) -> pl.DataFrame:
     late_us: how much longer the slowest rank takes than the mean one; more_us: the same of the rank that
     moves most bytes.
     """
-    found = f.shared.group_by("op", "file").agg(
+    ranks = f.shared.group_by("op", "file", "rank").agg(
+        pl.col("us", "bytes").sum(), pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
+    )
+    found = ranks.group_by("op", "file").agg(
         pl.len().alias("ranks"),
         pl.col("us").min().alias("least_us"), pl.col("us").max().alias("most_us"),
         pl.col("bytes").min().alias("least_bytes"), pl.col("bytes").max().alias("most_bytes"),
         (pl.col("us").max() - pl.col("us").mean()).alias("late_us"),
         (pl.col("us").sort_by("bytes", "rank").last() - pl.col("us").mean()).alias("more_us"),
+        ((pl.col("us").sum() - pl.col("us").max()) / (pl.len() - 1)).alias("others_us"),
         pl.col("rank").sort_by("us", "rank").last().alias("slowest"),
         pl.col("rank").sort_by("bytes", "rank").last().alias("largest"),
-        pl.col("ts").sort_by("us", "rank").last(),
-        pl.col("max_us").sort_by("us", "rank").last().alias("dur_us"),
+        pl.col("ts").sort_by("us", "rank").last().alias("slowest_ts"),
+        pl.col("max_us").sort_by("us", "rank").last().alias("longest_us"),
+        pl.col("ts").sort_by("bytes", "rank").last().alias("largest_ts"),
+        pl.col("max_us").sort_by("bytes", "rank").last().alias("dur_us"),
     )  # fmt: skip
     return found.filter(pl.col("ranks") > 1).with_columns(
         (1 - pl.col("least_us") / pl.col("most_us").clip(1)).alias("by_time"),
@@ -156,14 +170,14 @@ def find_redundant_reads(f: Facts) -> Finding | None:
     if not len(found):
         return None
     extra, spent = int(found["extra"].sum()), float(found["extra_us"].sum()) / 1e6
-    top, gain = found.row(0, named=True), f.limit_gain(spent)
+    top, gain = found.row(0, named=True), _limit_again(f, "read", found)
     if not (found["of_rank"] > AGAIN).any() and not f.matters(gain):
         return None  # each rank reads it once; that costs nothing here
     when = " in one epoch" if top["epoch"] is not None else ""
     text = (
-        f"{top['file']} is read {top['times']:.1f} times over{when}: {format_size(top['moved'])} of "
-        f"{format_size(top['reach'])}, by {top['ranks']} rank{'s' if top['ranks'] > 1 else ''}. In all "
-        f"{format_size(extra)} are read again, in {format_seconds(spent)}, added up over the ranks."
+        f"{top['file']} is read {top['times']:.1f} times over{when}: {format_size(top['moved'])}, where once "
+        f"would be {format_size(top['once'])}, by {format_number(top['ranks'], 'rank')}. In all "
+        f"{_say_again(extra, spent, 'read')}"
     )
     remedy = "Keep what was read until it is used, and let each rank read its own part once."
     if f.is_own_dlrm and top["file"] in f.dataset_files:
@@ -178,11 +192,10 @@ def find_redundant_writes(f: Facts) -> Finding | None:
     if not len(found):
         return None
     extra, spent = int(found["extra"].sum()), float(found["extra_us"].sum()) / 1e6
-    top, gain = found.row(0, named=True), f.limit_gain(spent)
+    top, gain = found.row(0, named=True), _limit_again(f, "write", found)
     text = (
-        f"{top['file']} is written {top['times']:.1f} times over: {format_size(top['moved'])} for a file of "
-        f"{format_size(top['reach'])}. In all {format_size(extra)} are written again, in "
-        f"{format_seconds(spent)}, added up over the ranks."
+        f"{top['file']} is written {top['times']:.1f} times over: {format_size(top['moved'])}, where once "
+        f"would be {format_size(top['once'])}. In all {_say_again(extra, spent, 'written')}"
     )
     remedy = "Change the data in memory and write each place once."
     evidence = {"file": top["file"], "times": top["times"], "bytes_again": extra, "seconds_all_ranks": spent}
@@ -209,16 +222,32 @@ def _find_again(f: Facts, op: str) -> pl.DataFrame:
         found = found.with_columns(pl.col("reach") * pl.col("count").fill_null(1).clip(1))
     evaluations = f.joined["marks"].filter((pl.col("cat") == "eval") & (pl.col("name") == "evaluate"))
     passes = pl.when(pl.col("phase") == "evaluate").then(_count_most(evaluations)).otherwise(1)
-    once = pl.col("reach") * passes * f.launches.height
+    found = found.with_columns((pl.col("reach") * passes * f.launches.height).alias("once"))
     least = max(AGAIN_BYTES, int(AGAIN_PART * int(ops.filter(pl.col("op") == op)["bytes"].sum())))
     found = found.with_columns(
-        (pl.col("moved") / once).alias("times"),
-        (pl.col("most") / once).alias("of_rank"),
-        (pl.col("moved") - once).alias("extra"),
+        (pl.col("moved") / pl.col("once")).alias("times"),
+        (pl.col("most") / pl.col("once")).alias("of_rank"),
+        (pl.col("moved") - pl.col("once")).alias("extra"),
     ).filter((pl.col("times") > AGAIN) & (pl.col("extra") >= least))
     return found.with_columns(
         (pl.col("us") * pl.col("extra") / pl.col("moved")).alias("extra_us")
     ).sort("extra", "file", descending=[True, False])  # fmt: skip
+
+
+def _say_again(extra: int, spent: float, done: str) -> str:
+    """Which of the bytes came first nobody can tell from sums: their time is that of the mean byte."""
+    return (
+        f"{format_size(extra)} are {done} again: {format_seconds(spent)} at the mean rate of these files, "
+        "added up over the ranks."
+    )
+
+
+def _limit_again(f: Facts, op: str, found: pl.DataFrame) -> float:
+    """Seconds to be won by moving the bytes of `_find_again` once."""
+    keys = ["file", "phase", "epoch"]
+    again = found.select(*keys, (pl.col("extra") / pl.col("moved")).alias("again"))
+    ops = f.after_startup("ops").filter((pl.col("op") == op) & (pl.col("layer") == "calls"))
+    return f.limit_gain(ops.join(again, on=keys, nulls_equal=True), US * pl.col("again"))
 
 
 def _count_most(marks: pl.DataFrame) -> int:
@@ -245,7 +274,6 @@ def find_amplified_reads(f: Facts) -> Finding | None:
     if not len(table):
         return None
     extra = int((table["moved"] - table["asked"]).sum())
-    spent = float((table["us"] * (1 - 1 / table["times"])).sum()) / 1e6
     top = table.row(0, named=True)
     text = (
         f"{format_size(extra)} more are read than the loader asked for; {top['file']} is read "
@@ -253,7 +281,9 @@ def find_amplified_reads(f: Facts) -> Finding | None:
     )
     remedy = "Keep what was read until it is used: whole batches per read, or fewer passes."
     evidence = {"bytes": extra, "file": top["file"]} | _show_request(f, "read", top["file"])
-    return Finding("amplified", f.limit_gain(spent), text, remedy, evidence)
+    ops = f.after_startup("ops").filter((pl.col("op") == "read") & (pl.col("layer") == "calls"))
+    gain = f.limit_gain(ops.join(table.select("file", "times"), on="file"), US * (1 - 1 / pl.col("times")))
+    return Finding("amplified", gain, text, remedy, evidence)
 
 
 def find_mapped_files(f: Facts) -> Finding | None:
@@ -262,7 +292,9 @@ def find_mapped_files(f: Facts) -> Finding | None:
     if not len(reads) or f.joined.calls == 0:
         return None
     moved, spent = int(reads["bytes"].sum()), float(reads["us"].sum()) / 1e6
-    rate, gain = moved / max(spent, 1e-9) / 1e6, f.limit_gain(spent)
+    rate = moved / max(spent, 1e-9) / 1e6
+    from_memory = pl.col("bytes") * 1e6 / MAPPED_RATE  # us
+    gain = f.limit_gain(reads, (US - from_memory).clip(0))
     wall = f.mean_seconds("wall_s", *TRAIN, "preprocess")
     if rate > MAPPED_RATE / 1e6 or gain < MAPPED_PART * wall:
         return None
@@ -276,10 +308,14 @@ def find_mapped_files(f: Facts) -> Finding | None:
     return Finding("mapped", gain, text, advise_mapped_files(f), evidence)
 
 
+def _list_metadata(f: Facts) -> pl.DataFrame:
+    """Rows of table ops: calls that move no byte and are no hints."""
+    return f.after_startup("ops").filter((pl.col("layer") == "calls") & pl.col("op").is_in(METADATA_OPS))
+
+
 def _sum_metadata(f: Facts) -> pl.DataFrame:
     """Calls that move no byte and are no hints, by kind: what is no open, close, stat or seek by its name."""
-    calls = f.after_startup("ops").filter(pl.col("layer") == "calls")
-    other = calls.filter(pl.col("op").is_in(METADATA_OPS))
+    other = _list_metadata(f)
     kind = pl.when(pl.col("op") == "other").then(pl.col("name")).otherwise(pl.col("op")).alias("kind")
     longest = pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()
     sums = other.group_by(kind).agg(pl.col("us", "count").sum(), *longest)
@@ -301,7 +337,7 @@ def find_metadata_load(f: Facts) -> Finding | None:
     kinds = _sum_metadata(f)
     calls = f.after_startup("ops").filter((pl.col("layer") == "calls") & (pl.col("op") != "hint"))
     spent, whole = float(kinds["us"].sum()) / 1e6, float(calls["us"].sum()) / 1e6
-    gain = f.limit_gain(spent)
+    gain = f.limit_gain(_list_metadata(f))
     if not len(kinds) or spent < METADATA_PART * whole or not f.matters(gain):
         return None
     text = (
@@ -344,7 +380,7 @@ def find_hint_cost(f: Facts) -> Finding | None:
     calls = f.after_startup("ops").filter(pl.col("layer") == "calls")
     hints = calls.filter(pl.col("op") == "hint")
     spent, whole = float(hints["us"].sum()) / 1e6, float(calls["us"].sum()) / 1e6
-    number, gain = int(hints["count"].sum()), f.limit_gain(spent)
+    number, gain = int(hints["count"].sum()), f.limit_gain(hints)
     if not number or spent < HINTS_PART * whole or not f.matters(gain):
         return None
     name = hints.group_by("name").agg(pl.col("us").sum()).sort("us", descending=True)["name"][0]
@@ -365,14 +401,16 @@ def find_sync_cost(f: Facts) -> Finding | None:
     """The main thread or a pause waits until written data are on the device."""
     calls = f.after_startup("ops").filter((pl.col("layer") == "calls") & (pl.col("op") == "sync"))
     spent, number = float(calls["us"].sum()) / 1e6, int(calls["count"].sum())
-    not_hidden = f.exposed_seconds() + f.longest_phase_seconds("checkpoint")
-    gain = min(spent / max(1, f.breakdown.height), not_hidden)
+    gain = f.limit_gain(calls, also_s=f.longest_phase_seconds("checkpoint"))
     if not number or gain < SYNC_PART * f.wall_seconds():
         return None
+    names = (
+        calls.group_by("name").agg(pl.col("us", "count").sum()).sort("us", "name", descending=[True, False])
+    )
     top = calls.sort("us", "max_us").row(-1, named=True)
     text = (
-        f"{number:,} calls of {top['name']} wait {format_seconds(spent)} until written data are on the "
-        "device, added up over the ranks; the longest "
+        f"{number:,} calls of {' and '.join(names['name'])} wait {format_seconds(spent)} until written data "
+        "are on the device, added up over the ranks; the longest "
         f"{format_seconds(float(calls['max_us'].to_numpy().max()) / 1e6)}."
     )
     remedy = "Sync once, after the last write, or from a thread that the training does not wait for."
@@ -385,9 +423,10 @@ def find_failed_calls(f: Facts) -> Finding | None:
     bad = f.joined["ops"].filter((pl.col("failed") > 0) & pl.col("op").is_in(["read", "write"]))
     if not len(bad):
         return None
-    top = bad.sort("failed", descending=True).row(0, named=True)
-    number = int(bad["failed"].sum())
-    most = "most of them " if number > 1 else ""
+    kinds = bad.group_by("name", "file").agg(pl.col("failed").sum())
+    kinds = kinds.sort("failed", "name", "file", descending=[True, False, False])
+    top, number = kinds.row(0, named=True), int(bad["failed"].sum())
+    most = "most of all " if len(kinds) > 1 else ""
     many = f"{number:,} reads or writes" if number > 1 else "A read or write"
     text = f"{many} failed: {most}{top['name']} of {top['file'] or 'a file without a name'}."
     evidence = {"calls": number, "file": top["file"]} | show_longest(bad)

@@ -5,6 +5,7 @@ import polars as pl
 from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, advise_mapped_files, show_longest
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import progress
+from analysis.tables.calls import MAPPED, is_below
 
 WAITING = 0.05  # of the training
 PRESSURE, PRESSED_PART, PRESSED_IN_A_ROW, LEAST_RANGES = 0.2, 0.5, 4, 10
@@ -14,6 +15,7 @@ STARTUP = 0.1  # of the run
 OWN_CALLS = 0.2  # of what the main thread waits: then the sentence says how long its own file calls take
 READING = 0.1  # of the time that is waited: if reading is less, something else keeps the data back
 KIND_WORDS = {"wait": "waiting for data", "io": "I/O", "copy": "copying"}
+MOVING = 1 << 20  # bytes: a larger read takes long for its bytes, not for being a call
 LATE, LATE_PART, LEAST_STEPS = 3.0, 0.02, 20  # times the median step; of the training
 
 
@@ -29,10 +31,8 @@ def find_waiting(f: Facts) -> Finding | None:
     reads = _list_waited_reads(f)
     if len(reads):
         name = str(reads["file"][0])
-        mean = float(reads["bytes"].sum()) / max(1, int(reads["count"].sum()))
         is_mapped = name in f.mapped_files
-        what = "a copy from the mapped file" if is_mapped else "a read"
-        size_text = f"; {what} moves {format_size(mean)} on average"
+        size_text, mean, small = _describe_read_sizes(f, reads["file"], is_mapped)
         evidence |= {"file": name, "mean_read_bytes": mean}
         if _reads_little(f, stall):
             read_s = float(reads["seconds"].sum()) / max(1, f.breakdown.height)
@@ -42,7 +42,7 @@ def find_waiting(f: Facts) -> Finding | None:
             remedy = advise_mapped_files(f)
         elif name.endswith(TABLE_FILE):
             remedy = "These are tables in files: raise --cache_memory_budget_mb."
-        elif mean < 1 << 20:
+        elif small:
             remedy = f.advise_larger_reads(mean)
         elif f.is_own_dlrm and find_persistent_pressure(f):
             remedy = (
@@ -63,6 +63,25 @@ def find_waiting(f: Facts) -> Finding | None:
     steps = f.joined["steps"].filter(pl.col("wait_us") + pl.col("io_us") > 0)
     evidence |= _show_step(steps, pl.col("wait_us") + pl.col("io_us"))
     return Finding("waiting", f.limit_waiting(*TRAIN), text, remedy, evidence)
+
+
+def _describe_read_sizes(f: Facts, files: pl.Series, is_mapped: bool) -> tuple[str, float, bool]:
+    """(a clause on how large the training's reads of these files are; bytes that one moves on average;
+    whether reads below MOVING take most of the time), of copies from mapped files if these are mapped.
+    """
+    ops = f.joined["ops"].filter((pl.col("op") == "read") & pl.col("phase").is_in(TRAIN))
+    own = ops.filter(pl.col("file").is_in(files.implode()) & ((pl.col("layer") == MAPPED) == is_mapped))
+    below = own.filter(is_below(MOVING))
+    share = float(below["us"].sum()) / max(1, int(own["us"].sum()))
+    small = share >= 0.5
+    chosen = below if small and not is_mapped else own
+    mean = float(chosen["bytes"].sum()) / max(1, int(chosen["count"].sum()))
+    if is_mapped:
+        return f"; a copy from the mapped file moves {format_size(mean)} on average", mean, small
+    if small:
+        less = f"{share:.0%} of the time in its reads goes into those of less than {format_size(MOVING)}"
+        return f"; {less}, {format_size(mean)} on average", mean, True
+    return f"; a read moves {format_size(mean)} on average", mean, False
 
 
 def _list_waited_reads(f: Facts) -> pl.DataFrame:

@@ -154,7 +154,7 @@ def sum_operations(j: JoinedTables) -> pl.DataFrame:
 
 def find_percentiles(latencies: pl.DataFrame, *by: str) -> pl.DataFrame:
     """p50, p90, p99 of latencies in us, from counts per bucket: exact below 256 us, else within 1%."""
-    counts = latencies.group_by(*by, "bucket").agg(count_by("count")).sort(*by, "bucket")
+    counts = latencies.group_by(*by, "us_bucket").agg(count_by("count")).sort(*by, "us_bucket")
     counts = add_latency_us(counts).with_columns(
         pl.col("count").cum_sum().over(by).alias("upto"), pl.col("count").sum().over(by).alias("all")
     )
@@ -170,7 +170,7 @@ def count_request_sizes(j: JoinedTables, *by: str) -> pl.DataFrame:
     Copies from mapped files are none: the kernel fetches their pages as it likes.
     """
     low = pl.when(pl.col("bucket") < 0).then(0).otherwise(2 ** pl.col("bucket").cast(pl.Int64).clip(0))
-    requests = j["sizes"].filter(pl.col("layer") != MAPPED)
+    requests = j["ops"].filter(pl.col("bucket").is_not_null() & (pl.col("layer") != MAPPED))
     found = requests.group_by(*by, "op", "bucket").agg(*count_by("count", "bytes"), SECONDS)
     return found.with_columns(low.alias("bytes_from")).sort(*by, "op", "bucket")
 

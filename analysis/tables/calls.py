@@ -1,4 +1,7 @@
-"""What one rank asked of the storage: operations, sizes, latencies, order of access, rates over time.
+"""What one rank asked of the storage: operations by size, latencies, order of access, rates over time.
+
+In tables ops and latencies `bucket` is the size of the reads and writes of a row (`find_size_bucket`), null
+for other calls: what a rule says of small, large or slow requests it takes from their own rows.
 
 Rows come in three layers: "calls" are intercepted calls; "mapped" are copies from mapped files, which spans
 declare and no call shows; "spans" are other reads and writes that the application declares and no call shows.
@@ -20,7 +23,7 @@ MAPPED = "mapped"  # the layer of copies from mapped files
 _NONE, _SEQUENTIAL, _RANDOM, _STRIDED = 0, 1, 2, 3
 _OPEN, _SEEK, _DATA, _ELSE = 0, 1, 2, 3
 SMALL_REQUEST = 64 << 10  # a request below this is small
-BLOCK = 4096  # of a file system and of the page cache; a jump into the middle of one is misaligned
+BLOCK = 4096  # of a file system and of the page cache; a skip into the middle of one is misaligned
 FINE = 256  # latencies below this many us are counted one by one, above in 128 parts of each octave
 
 
@@ -41,7 +44,7 @@ def find_bucket_middle(bucket: np.ndarray) -> np.ndarray:
 def add_latency_us(latencies: pl.DataFrame) -> pl.DataFrame:
     """Adds the column `us`, the time that a latency bucket stands for."""
     return latencies.with_columns(
-        pl.Series("us", find_bucket_middle(latencies["bucket"].to_numpy()), pl.Float64)
+        pl.Series("us", find_bucket_middle(latencies["us_bucket"].to_numpy()), pl.Float64)
     )
 
 
@@ -50,12 +53,20 @@ def find_size_bucket(size: np.ndarray) -> np.ndarray:
     return np.frexp(size.astype(np.float64))[1].astype(np.int64) - 1
 
 
+def is_below(size: int) -> pl.Expr:
+    """The rows (with `bucket`) of reads and writes of less than `size` bytes, a power of two, but of some."""
+    return pl.col("bucket").is_between(0, size.bit_length() - 2)
+
+
 _NEEDED = (
-    "pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed", "order", "misaligned",
+    "pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed", "order", "touched",
 )  # fmt: skip
-_SUMS = (
-    "count", "bytes", "us", "failed", "sequential", "strided", "random", "small", "small_bytes", "small_us",
-    "misaligned", "misaligned_bytes", "misaligned_us",
+# Of the calls of a row: random_... of those that jump, misaligned_... of those that skip into the middle of a
+# block. They touch `touched` blocks, `needless` more than as many bytes from a block's begin on; needless_us
+# is their time by the share of needless blocks, call by call.
+SUMS = (
+    "count", "bytes", "us", "failed", "sequential", "strided", "random", "random_bytes", "random_us",
+    "misaligned", "misaligned_bytes", "misaligned_us", "touched", "needless", "needless_us",
 )  # fmt: skip
 
 
@@ -67,14 +78,14 @@ def select_declared_io(events: RankEvents) -> pl.DataFrame:
 def make_io_tables(
     rank: int, calls: pl.DataFrame, declared: pl.DataFrame, cuts: Windows
 ) -> dict[str, pl.DataFrame]:
-    """Tables ops, extents, claims, sizes, latencies, rates, slowest."""
-    order, misaligned, extents = follow_calls(calls)
-    calls = calls.with_columns(pl.Series("order", order, pl.UInt8), pl.Series("misaligned", misaligned))
+    """Tables ops, extents, claims, latencies, rates, slowest."""
+    order, touched, extents = follow_calls(calls)
+    calls = calls.with_columns(pl.Series("order", order, pl.UInt8), pl.Series("touched", touched))
     unseen = find_unseen(declared, calls).select(
         "mapped", "pid", "tid", "cat", "name", "op", "ts", "dur", "file",
         pl.lit(None, pl.Int64).alias("offset"),
         pl.col("bytes").alias("size"), pl.lit(False).alias("failed"), pl.lit(0, pl.UInt8).alias("order"),
-        pl.lit(False).alias("misaligned"),
+        pl.lit(0, pl.Int64).alias("touched"),
     )  # fmt: skip
     made = [_sum_layer(calls.select(_NEEDED), "calls", cuts)]
     for layer, rows in (("spans", ~pl.col("mapped")), (MAPPED, pl.col("mapped"))):
@@ -96,8 +107,8 @@ def fold_program_files(ops: pl.DataFrame, extents: pl.DataFrame) -> dict[str, pl
     files = files.filter(pl.col("early") & pl.col("file").str.contains(PROGRAM_FILE))["file"]
     is_folded = pl.col("file").is_in(files.implode()).fill_null(False)
     folded, kept = ops.filter(is_folded), ops.filter(~is_folded)
-    sums = folded.group_by("rank", "layer", "phase", "epoch", "cat", "name", "op").agg(
-        pl.lit(PROGRAMS).alias("file"), pl.col(_SUMS).sum(), pl.col("ts").sort_by("max_us").last(),
+    sums = folded.group_by("rank", "layer", "phase", "epoch", "cat", "name", "op", "bucket").agg(
+        pl.lit(PROGRAMS).alias("file"), pl.col(SUMS).sum(), pl.col("ts").sort_by("max_us").last(),
         pl.col("max_us").max(),
     )  # fmt: skip
     return {
@@ -145,7 +156,7 @@ def sum_declared(declared: pl.DataFrame) -> pl.DataFrame:
 
 
 def _sum_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.DataFrame]:
-    """Tables ops, sizes, latencies, rates and slowest of one layer.
+    """Tables ops, latencies, rates and slowest of one layer.
 
     frame: a row per operation (columns _NEEDED). cuts: the rank's phases.
     """
@@ -155,28 +166,22 @@ def _sum_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
         schema={"piece": pl.Int32, "phase": pl.String, "epoch": pl.Int64},
     )
     name = pl.lit(layer).alias("layer")
+    is_data = pl.col("op").cast(pl.String).is_in(DATA_OPS)
+    size = pl.Series("bucket", find_size_bucket(frame["size"].fill_null(0).to_numpy()), pl.Int32)
+    frame = frame.with_columns(size).with_columns(pl.when(is_data).then("bucket").alias("bucket"))
     ops = (
         _sum_operations(frame)
         .join(pieces, on="piece", how="left")
-        .group_by("phase", "epoch", "cat", "name", "op", "file")
-        .agg(pl.col(_SUMS).sum(), pl.col("ts").sort_by("max_us").last(), pl.col("max_us").max())
+        .group_by("phase", "epoch", "cat", "name", "op", "bucket", "file")
+        .agg(pl.col(SUMS).sum(), pl.col("ts").sort_by("max_us").last(), pl.col("max_us").max())
     )
-    data = frame.select("piece", "op", "ts", "dur", "size")
-    data = data.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS))
-    sizes = (
-        data.select("piece", "op", "size", "dur",
-                    pl.Series("bucket", find_size_bucket(data["size"].to_numpy()), pl.Int32))
-        .group_by("piece", "op", "bucket")
-        .agg(pl.len().alias("count"), pl.col("size").sum().alias("bytes"), pl.col("dur").sum().alias("us"))
-        .join(pieces, on="piece", how="left")
-        .group_by("phase", "op", "bucket").agg(pl.col("count", "bytes", "us").sum())
-    )  # fmt: skip
-    bucket = pl.Series("bucket", find_latency_bucket(frame["dur"].to_numpy()), pl.Int64)
+    data = frame.filter(is_data).select("op", "ts", "dur", "size")
+    us = pl.Series("us_bucket", find_latency_bucket(frame["dur"].to_numpy()), pl.Int64)
     latencies = (
-        frame.select("piece", "op", bucket)
-        .group_by("piece", "op", "bucket").agg(pl.len().alias("count"))
+        frame.select("piece", "op", "bucket", us)
+        .group_by("piece", "op", "bucket", "us_bucket").agg(pl.len().alias("count"))
         .join(pieces, on="piece", how="left")
-        .group_by("phase", "op", "bucket").agg(pl.col("count").sum())
+        .group_by("phase", "op", "bucket", "us_bucket").agg(pl.col("count").sum())
     )  # fmt: skip
     # the start-up reads thousands of modules: it has a list of its own
     first = pl.col("piece").is_in(pieces.filter(pl.col("phase") == "startup")["piece"].implode())
@@ -184,7 +189,6 @@ def _sum_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
     slowest = pl.concat(top).join(pieces, on="piece", how="left")
     return {
         "ops": ops.select(name, pl.all()),
-        "sizes": sizes.select(name, pl.all()),
         "latencies": latencies.select(name, pl.all()),
         "rates": make_rates(data, cuts).select(name, pl.all()),
         "slowest": slowest.select(
@@ -194,33 +198,36 @@ def _sum_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
 
 
 def _sum_operations(frame: pl.DataFrame) -> pl.DataFrame:
-    """Per piece, operation and file: sums, how long the longest one took, and when it began."""
-    is_data = pl.col("op").cast(pl.String).is_in(DATA_OPS)
-    is_small = is_data & (pl.col("size") > 0) & (pl.col("size") < SMALL_REQUEST)
+    """Per piece, operation, size and file: sums, how long the longest one took, and when it began."""
     # time and row in one number: its maximum is the longest one's, without a sort
     longest = (pl.col("dur").clip(0, (1 << 31) - 1) * (1 << 32) + pl.int_range(pl.len())).alias("longest")
+    needless = pl.col("touched") - (pl.col("size") + BLOCK - 1) // BLOCK
     found = (
         frame.lazy()
         .select(
-            "piece", "cat", "name", "op", "file", "size", "dur", "failed", "order", "misaligned", longest,
-            is_data.alias("data"), is_small.fill_null(False).alias("small"),
+            "piece", "cat", "name", "op", "bucket", "file", "size", "dur", "failed", "order", "touched",
+            longest, needless.alias("needless"), (pl.col("order") == _RANDOM).alias("random"),
+            (pl.col("touched") > 0).alias("misaligned"),
         )
-        .group_by("piece", "cat", "name", "op", "file")
+        .group_by("piece", "cat", "name", "op", "bucket", "file")
         .agg(
             pl.len().alias("count"),
-            pl.col("size").filter("data").sum().alias("bytes"),
+            pl.col("size").filter(pl.col("bucket").is_not_null()).sum().alias("bytes"),
             pl.col("dur").sum().alias("us"),
             pl.col("dur").max().alias("max_us"),
             pl.col("failed").sum(),
             (pl.col("order") == _SEQUENTIAL).sum().alias("sequential"),
             (pl.col("order") == _STRIDED).sum().alias("strided"),
-            (pl.col("order") == _RANDOM).sum().alias("random"),
-            pl.col("small").sum(),
-            pl.col("size").filter("small").sum().alias("small_bytes"),
-            pl.col("dur").filter("small").sum().alias("small_us"),
+            pl.col("random").sum(),
+            pl.col("size").filter("random").sum().alias("random_bytes"),
+            pl.col("dur").filter("random").sum().alias("random_us"),
             pl.col("misaligned").sum(),
             pl.col("size").filter("misaligned").sum().alias("misaligned_bytes"),
             pl.col("dur").filter("misaligned").sum().alias("misaligned_us"),
+            pl.col("touched").sum(),
+            pl.col("needless").filter("misaligned").sum(),
+            (pl.col("dur") * pl.col("needless") / pl.col("touched")).filter("misaligned").sum()
+            .round().cast(pl.Int64).alias("needless_us"),
             pl.col("longest").max(),
         )
         .collect()
@@ -247,19 +254,19 @@ def make_rates(data: pl.DataFrame, cuts: Windows) -> pl.DataFrame:
 
 def follow_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, pl.DataFrame]:
     """For each call how it follows on the last one of its thread on the file: it begins where that ended, or
-    skips forward by as much as the time before or after, or jumps. Whether it skips or jumps into the middle
-    of a BLOCK. And how far into each file the calls reached, which is all that a trace shows of a file's
-    size."""
+    skips forward by as much as the time before or after, or jumps. Of calls that skip or jump into the middle
+    of a BLOCK how many blocks they touch, 0 of all others. And how far into each file the calls reached,
+    which is all that a trace shows of a file's size."""
     group, kind, groups = _group_calls(calls)
     order, reach = np.zeros(len(calls), np.uint8), np.zeros(groups, np.int64)
-    misaligned = np.zeros(len(calls), np.bool_)
+    touched = np.zeros(len(calls), np.int64)
     offset, size = (calls[name].fill_null(-1).to_numpy() for name in ("offset", "size"))
     # of each group: position, end of the last call, how far the last skip went, and which call skipped
     position, end, skip, skipped = (np.full(groups, -1) for _ in range(4))
-    _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order, misaligned)
+    _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order, touched)
     far = calls.select("file", pl.Series("reach", reach[group], pl.Int64))
     far = far.filter(pl.col("file").is_not_null() & (pl.col("reach") > 0))
-    return order, misaligned, far.group_by("file").agg(pl.col("reach").max())
+    return order, touched, far.group_by("file").agg(pl.col("reach").max())
 
 
 def _group_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
@@ -276,8 +283,8 @@ def _group_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 @compiled
-def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order, misaligned):
-    """Fills `order` (uint8 [calls]), `misaligned` (bool [calls]) and `reach` (int64 [groups]); `follow_calls`
+def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach, order, touched):
+    """Fills `order` (uint8 [calls]), `touched` (int64 [calls]) and `reach` (int64 [groups]); `follow_calls`
     says what they mean.
 
     group, kind, offset, size: [calls]; offset and size are -1 where a call has none.
@@ -293,7 +300,8 @@ def _follow_calls(group, kind, offset, size, position, end, skip, skipped, reach
             if start >= 0:
                 order[i] = _SEQUENTIAL if end[g] < 0 or start == end[g] else _RANDOM
                 if order[i] == _RANDOM:
-                    misaligned[i] = start % BLOCK != 0
+                    if start % BLOCK != 0:
+                        touched[i] = (start + size[i] - 1) // BLOCK - start // BLOCK + 1
                     if start > end[g] and start - end[g] == skip[g]:
                         order[i] = order[skipped[g]] = _STRIDED
                     skip[g], skipped[g] = start - end[g], i

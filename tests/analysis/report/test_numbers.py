@@ -143,20 +143,27 @@ def test_steps_and_timeline_add_up(tmp_path: Path) -> None:
 
 def test_operations_by_plain_python(run: Path, joined: JoinedTables) -> None:
     expected: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
+    expected_sizes: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     for e in read_all_events(run):
         if e["cat"] in CALLS:
             op = find_operation(e["name"])
             moved = max(0, e["args"].get("ret", 0)) if op in ("read", "write") else 0
             cell = expected[e["rank"], e["name"], op, e["file"]]
             cell[0], cell[1], cell[2] = cell[0] + 1, cell[1] + moved, cell[2] + e["dur"]
+            if op == "write":
+                size = expected_sizes[moved.bit_length() - 1]
+                size[0], size[1] = size[0] + 1, size[1] + moved
     assert expected
     ops = joined["ops"].filter(pl.col("layer") == "calls")
     sums = ops.group_by("rank", "name", "op", "file").agg(pl.col("count", "bytes", "us").sum())
     assert {row[:4]: list(row[4:]) for row in sums.iter_rows()} == expected
     moved = joined["rates"].filter(pl.col("layer") == "calls")["bytes"].sum()
     assert moved == pytest.approx(sum(cell[1] for cell in expected.values()))
-    sizes = joined["sizes"].filter((pl.col("layer") == "calls") & (pl.col("op") == "write"))
-    assert sizes["bytes"].sum() == sum(cell[1] for key, cell in expected.items() if key[2] == "write")
+    assert expected_sizes
+    sizes = answers.count_request_sizes(joined).filter(pl.col("op") == "write")
+    assert {
+        row[0]: list(row[1:]) for row in sizes.select("bucket", "count", "bytes").iter_rows()
+    } == expected_sizes
 
 
 def test_steps_by_sql(run: Path, joined: JoinedTables, tmp_path: Path) -> None:

@@ -113,8 +113,9 @@ def make_shared_writes(rank: int, n: int) -> Made:
     return made.requests("pwrite64", "/shared", n, 4 * KIB, place=lambda i: (2 * i + rank) * 8 * KIB)
 
 
-def make_strides(step: int, first: int) -> Made:
-    return make_waiting().requests("pread64", "/data/x", 1100, 26_000, 150, place=lambda i: first + i * step)
+def make_strides(size: int) -> Made:
+    """Requests that skip into the middle of blocks."""
+    return make_waiting().requests("pread64", "/data/x", 1100, size, 150, place=lambda i: 128 + i * 52_000)
 
 
 # rule -> what it finds something in, and what it nearly does: a trace, or one per rank
@@ -159,7 +160,7 @@ PLANTED: dict[str, tuple[Made | list[Made], Made | list[Made]]] = {
         make_waiting().requests("pwrite64", "/out", 1100, 80_000, place=at_random(1100, 80_000)),
         make_waiting().requests("pwrite64", "/out", 990, 80_000, place=at_random(990, 80_000)),
     ),
-    "misaligned": (make_strides(52_000, 128), make_strides(13 * 4 * KIB, 0)),
+    "misaligned": (make_strides(4 * KIB), make_strides(26_000)),
     "operation_imbalance": (one_size_each(70_000), one_size_each(600_000)),
     "stdio": (
         make_waiting().requests("fread", "/data/s", 20, cat="STDIO"),
@@ -330,3 +331,140 @@ def test_no_remedy_names_an_option_that_the_program_does_not_have(tmp_path: Path
                 word.strip(".,;()") for word in finding.remedy.split() if word.strip("(").startswith("--")
             }
             assert named <= known, finding
+
+
+# --- what a mean over all calls of a file, or of a rank, would hide or invent
+
+
+def find_by_rule(run: Path, *made: Made) -> dict[str, Finding]:
+    return {finding.rule: finding for finding in find_in_runs(run, *made)}
+
+
+def test_calls_of_one_rank_cost_the_run_what_they_cost_that_rank(tmp_path: Path) -> None:
+    """The other three have nothing of it, and wait: no fourth of it is lost."""
+    made = [training(rank, 4, wait=3_000) for rank in range(4)]
+    made[2].requests("pread64", "/data/x", 1000, 4 * KIB, dur=100)
+    found = find_by_rule(tmp_path, *made)["small_reads"]
+    assert (
+        found.seconds == pytest.approx(1000 * 100e-6 * 0.999) and found.evidence["seconds_all_ranks"] == 0.1
+    )
+    made = [training(rank, 4, wait=3_000) for rank in range(4)]
+    made[2].requests("pread64", "/data/x", 1000, 4 * KIB, dur=4)  # less than 1 % of the run
+    assert "small_reads" not in find_by_rule(tmp_path / "nearly", *made)
+
+
+def test_large_reads_are_no_slow_ones(tmp_path: Path) -> None:
+    """Ten large reads take most of the time, for their bytes; late are two of the small ones."""
+
+    def make(late: int) -> Made:
+        made = training(wait=5_000, reads=0).requests("pread64", "/x", 1200, 4 * KIB, 20)
+        made.requests(
+            "pread64",
+            "/x",
+            2,
+            4 * KIB,
+            late,
+            place=lambda i: (1200 + i) * 4 * KIB,
+            begin=300_000,
+            every=80_000,
+        )
+        return made.requests("pread64", "/y", 10, 8 * MIB, 4_000, begin=20_000, every=9_000)
+
+    found = find_by_rule(tmp_path / "late", make(60_000))["slow_tail"]
+    assert found.evidence["reads"] == 2 and found.evidence["usual_us"] == 20
+    share = 120_000 / (120_000 + 1200 * 20 + 10 * 4_000)
+    assert found.evidence["share"] == pytest.approx(share, rel=0.01)
+    assert found.seconds == pytest.approx(2 * (60_000 - 20) / 1e6, rel=0.01)
+    assert "2 of 1,212 reads take 65% of the reading time: 60 ms each on average" in found.text
+    assert "slow_tail" not in find_by_rule(tmp_path / "large", make(20))
+
+
+def test_jumps_beside_large_reads_of_the_same_file(tmp_path: Path) -> None:
+    """Its mean read is larger than 1 MiB; the jumps are small, and theirs is the time to be won."""
+
+    def make(jump: int, other: int) -> Made:
+        made = make_waiting(reads=0).requests("pread64", "/x", 1100, jump, 60, place=at_random(1100, 4 * MIB))
+        return made.requests(
+            "pread64", "/x", 1000, other, 100, begin=240_000, place=lambda i: (5000 + i) * other
+        )
+
+    found = find_by_rule(tmp_path / "small", make(4 * KIB, 4 * MIB))["random_access"]
+    assert found.evidence["bytes"] == found.evidence["random"] * 4 * KIB and found.evidence["random"] > 1090
+    assert found.seconds == pytest.approx(found.evidence["random"] * 60e-6)
+    assert (
+        "4.1 KB at a time" in found.text
+        and f"{found.evidence['random'] / 2100:.0%} of the reads" in found.text
+    )
+    # the mean is below 1 MiB; those that jump are as large
+    assert "random_access" not in find_by_rule(tmp_path / "large", make(MIB, 4 * KIB))
+
+
+def test_pieces_of_a_checkpoint_beside_its_large_writes(tmp_path: Path) -> None:
+    def make(dur: int) -> Made:
+        made = training()
+        made.span("checkpoint", "save", 300_000, 150_000)
+        made.requests("write", "/run/checkpoints/a", 20, 200 * MIB, 5_000, begin=300_000, every=6_000)
+        return made.requests("write", "/run/checkpoints/b", 1000, 4 * KIB, dur, begin=300_000, every=140)
+
+    found = find_by_rule(tmp_path / "pieces", make(100))["checkpoint_fragments"]
+    assert found.seconds == pytest.approx(0.1 * 0.999) and found.evidence["bytes"] == 1000 * 4 * KIB
+    assert "1,000 pieces of less than 1.05 MB, 4.1 KB on average, to 1 file" in found.text
+    assert "checkpoint_fragments" not in find_by_rule(tmp_path / "nearly", make(20))  # 17 % of the time
+
+
+def test_one_large_write_makes_no_read_too_small(tmp_path: Path) -> None:
+    """Half of the writes are smaller than the reads; one moves all their bytes."""
+
+    def make(large: int) -> Made:
+        made = make_waiting(reads=0).requests("pread64", "/in", 1200, 70_000, 100)
+        made.requests("pread64", "/in2", 10, 8 * MIB, 900, begin=250_000, every=2_000)
+        made.requests("pwrite64", "/out", 20, 32 * KIB)
+        return made.requests("pwrite64", "/out2", large, 64 * MIB)
+
+    found = find_by_rule(tmp_path / "many", make(25))["operation_imbalance"]
+    assert "half of them move less than 131 KB, half of the writes 67.1 MB or more" in found.text
+    small = 1200 * 100e-6 + 10 * 900e-6  # all reads are smaller than those writes
+    assert found.seconds == pytest.approx(min(small, 40 * 0.003), rel=0.01)
+    assert "operation_imbalance" not in find_by_rule(tmp_path / "one", make(15))
+
+
+def test_blocks_touched_in_vain_are_counted_call_by_call(tmp_path: Path) -> None:
+    """4 KiB at a third of a block touch two; 2 KiB there touch one, and none of those in vain."""
+
+    def make(size: int) -> Made:
+        made = make_waiting(reads=0)
+        return made.requests("pread64", "/x", 1200, size, 60, place=lambda i: 1024 + i * 68 * KIB)
+
+    found = find_by_rule(tmp_path / "two", make(4 * KIB))["misaligned"]
+    number = found.evidence["requests"]
+    assert found.evidence["blocks"] == 2 * number and found.evidence["needless"] == number >= 1199
+    assert found.seconds == pytest.approx(number * 30e-6) and "50% of them only because" in found.text
+    assert "misaligned" not in find_by_rule(tmp_path / "one", make(2 * KIB))
+
+
+def test_a_rank_is_no_straggler_for_one_call(tmp_path: Path) -> None:
+    made = make_both_ranks(lambda rank: training(rank, 2, wait=3_000))
+    made[1].posix("pread64", 100_000, 40_000, "/data/day_0_sparse.npy", 5, ret=MIB, offset=0)
+    found = find_by_rule(tmp_path, *made)["stragglers"]
+    assert "One call makes the difference, of 40 ms." in found.text and "that call" in found.remedy
+    assert found.evidence["dur_us"] == 40_000
+
+
+def test_what_is_waited_for_is_said_of_the_reads_that_take_the_time(tmp_path: Path) -> None:
+    """A few large reads lift the mean above 1 MiB; nearly all the time is in small ones."""
+    made = training(wait=6_000, reads=30, read_size=16 * KIB, read_us=150)
+    made.requests(
+        "pread64", "/data/day_0_sparse.npy", 40, 128 * MIB, 500, place=lambda i: i * 128 * MIB, every=9_000
+    )
+    found = find_by_rule(tmp_path, made)["waiting"]
+    assert (
+        "90% of the time in its reads goes into those of less than 1.05 MB, 16.4 KB on average" in found.text
+    )
+    assert found.remedy == "Raise --read_chunk_mb."
+    # the same reads, but the large ones take the time
+    made = training(wait=6_000, reads=30, read_size=16 * KIB, read_us=5)
+    made.requests(
+        "pread64", "/data/day_0_sparse.npy", 40, 128 * MIB, 5_000, place=lambda i: i * 128 * MIB, every=9_000
+    )
+    found = find_by_rule(tmp_path / "large", made)["waiting"]
+    assert "a read moves" in found.text and "--read_chunk_mb" not in found.remedy
