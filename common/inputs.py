@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 MAX_JSON_BYTES = 64 << 20
@@ -35,10 +36,10 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
 
 def open_regular_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
     """The same with an OSError: to be used as `opener` of Python's open()."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = open_descriptor(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
-        os.close(descriptor)
+        close_descriptor(descriptor)
         kind = KINDS.get(stat.S_IFMT(mode), "not a file")
         raise OSError(errno.EINVAL, f"is {kind}, a file is expected", path)
     return descriptor
@@ -56,9 +57,13 @@ def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
 
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> bytes:
     """The whole content of a regular file of at most `limit` bytes."""
-    with os.fdopen(open_regular(path), "rb") as file, os_errors_as_user_errors(path):
-        # the buffer is as large as the file, not as the limit
-        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+    descriptor = open_regular(path)
+    try:
+        with os_errors_as_user_errors(path), os.fdopen(descriptor, "rb", closefd=False) as file:
+            # the buffer is as large as the file, not as the limit
+            data = file.read(min(limit, os.fstat(descriptor).st_size) + 1)
+    finally:
+        close_descriptor(descriptor)
     if len(data) > limit:
         raise UserError(f"{printable(path)}: larger than {limit:,} bytes, the limit for such a file")
     return data

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 LOCK_NAME = ".dlrm-io.lock"
@@ -69,11 +70,11 @@ class FolderLock:
     def _try_lock(self) -> None:
         """Take the lock, or raise FolderInUse. Returns without it where the lock file was just replaced."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        descriptor = os.open(self.path, flags, 0o644)
+        descriptor = open_descriptor(self.path, flags, 0o644)
         try:
             _lock_range(descriptor)
         except OSError as error:
-            os.close(descriptor)
+            close_descriptor(descriptor)
             if error.errno in HELD:
                 raise FolderInUse(self._describe_owner(_wait_for_owner(self.path))) from None
             if error.errno not in NO_LOCKS:
@@ -87,10 +88,10 @@ class FolderLock:
         except FileNotFoundError:
             same = False
         if not same:
-            os.close(descriptor)
+            close_descriptor(descriptor)
             return
         if os.fstat(descriptor).st_size and not _read_owner(self.path):
-            os.close(descriptor)
+            close_descriptor(descriptor)
             raise UserError(f"{printable(self.path)}: not a lock file of this program; move it away")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, _describe_this_process(self.purpose))
@@ -102,7 +103,7 @@ class FolderLock:
         """
         marker = self.path.with_name(self.path.name + ".held")
         fresh = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        descriptor = open_descriptor(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             os.write(descriptor, _describe_this_process(self.purpose))
             os.link(fresh, marker)
@@ -117,7 +118,7 @@ class FolderLock:
         else:
             self._marker = marker
         finally:
-            os.close(descriptor)
+            close_descriptor(descriptor)
             os.unlink(fresh)
 
     def release(self) -> None:
@@ -128,7 +129,7 @@ class FolderLock:
             self._marker = None
         if self._descriptor >= 0:
             _unlink_quietly(self.path)
-            os.close(self._descriptor)
+            close_descriptor(self._descriptor)
             self._descriptor = -1
 
     def _describe_owner(self, owner: dict[str, Any]) -> str:
@@ -166,7 +167,7 @@ def find_lock_owner(folder: Path, name: str = LOCK_NAME) -> dict[str, Any]:
         return owner
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        descriptor = os.open(folder / name, flags)
+        descriptor = open_descriptor(folder / name, flags)
     except OSError:
         return {}
     try:
@@ -175,7 +176,7 @@ def find_lock_owner(folder: Path, name: str = LOCK_NAME) -> dict[str, Any]:
     except OSError:
         return {}
     finally:
-        os.close(descriptor)
+        close_descriptor(descriptor)
     return _read_owner(folder / name) if held else {}
 
 
@@ -209,11 +210,11 @@ def _describe_this_process(purpose: str) -> bytes:
 def _read_owner(path: Path) -> dict[str, Any]:
     """The process that wrote this lock file; empty where it is not written yet, or is no lock file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             owner = json.loads(os.read(descriptor, 4096))
         finally:
-            os.close(descriptor)
+            close_descriptor(descriptor)
         return {
             "host": printable(owner["host"]), "pid": int(owner["pid"]), "user": printable(owner["user"]),
             "since": float(owner["since"]), "purpose": printable(owner["purpose"]),

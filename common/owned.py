@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import read_bytes
 
@@ -348,13 +349,13 @@ class OutputFolder:
         path = self.folder / name
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with os_errors_as_user_errors(path):
-            descriptor = os.open(path, flags, 0o666)
+            descriptor = open_descriptor(path, flags, 0o666)
             try:
                 self._changed_names.add(name)
                 self._growing[name] = os.fstat(descriptor).st_ino
                 self._write_ledger()
             except BaseException:
-                os.close(descriptor)
+                close_descriptor(descriptor)
                 raise
         return descriptor
 
@@ -543,7 +544,7 @@ def remove_dead_segments(folder: str, sizes: Iterable[int]) -> None:
         if os.path.exists(f"/proc/{name.split('-')[1]}"):
             continue
         with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = open_descriptor(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 status = os.fstat(descriptor)
                 ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
@@ -552,7 +553,7 @@ def remove_dead_segments(folder: str, sizes: Iterable[int]) -> None:
                     if os.path.samestat(os.lstat(path), status):
                         os.unlink(path)
             finally:
-                os.close(descriptor)
+                close_descriptor(descriptor)
 
 
 # --- single files
@@ -623,22 +624,22 @@ def discard_empty_folder(path: Path) -> None:
 def _write_new(path: Path, data: bytes, mode: int = 0o600, durable: bool = False) -> None:
     """Make a new file; OSError where the path exists, also as a link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, mode)
+    descriptor = open_descriptor(path, flags, mode)
     try:
         _write_all(descriptor, data)
         if durable:
             os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        close_descriptor(descriptor)
 
 
 def _append_bytes(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = open_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with os_errors_as_user_errors(path):
             _write_all(descriptor, data)
     finally:
-        os.close(descriptor)
+        close_descriptor(descriptor)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

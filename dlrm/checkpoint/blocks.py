@@ -13,8 +13,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from common.descriptors import close_descriptor, open_descriptor, opening
 from common.errors import UserError
-from dlrm.runtime.trace import opening, span
+from dlrm.runtime.trace import span
 
 SMALL_BYTES = 1 << 20  # what is added in parts below this is collected and written in one call
 BLOCK = 4 << 20  # bytes under one checksum, and of one read or write
@@ -75,8 +76,7 @@ class ChecksummedFile:
 
     def __init__(self, path: Path) -> None:
         self.name = os.path.abspath(path)
-        with opening:
-            self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self.descriptor = open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self.bytes, self.sums, self._sum = 0, [], 0
         self._small = bytearray()  # not written yet: a hundred biases and counters become one call
 
@@ -123,8 +123,7 @@ class ChecksummedFile:
         return {"bytes": self.bytes, "block": BLOCK, "crc32": self.sums}
 
     def close(self) -> None:
-        with opening:
-            os.close(self.descriptor)
+        close_descriptor(self.descriptor)
 
 
 class CorruptCheckpoint(UserError):
@@ -182,7 +181,7 @@ class _OpenFile:
     number: int | None = None  # of the block in the buffer
 
     def close(self) -> None:
-        with opening:  # see `trace.opening`
+        with opening:
             self.raw.close()
 
 

@@ -11,6 +11,7 @@ from io import FileIO
 
 import numpy as np
 
+from common.descriptors import opening
 from common.errors import os_errors_as_user_errors
 from common.inputs import open_regular_file
 from dlrm.data.npy import NpyLayout, scan_npy
@@ -23,7 +24,7 @@ from dlrm.data.stream import (
     narrow_ids,
     open_stream,
 )
-from dlrm.runtime.trace import is_tracing, opening, span
+from dlrm.runtime.trace import is_tracing, span
 
 
 class MemorySource:

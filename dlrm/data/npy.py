@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from common.descriptors import opening
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular_file
 from dlrm.data.criteo import (
@@ -84,6 +85,10 @@ class CountingFile(FileIO):
     def __init__(self, path: str, bytes_read: dict[str, int]) -> None:
         super().__init__(path, opener=open_regular_file)
         self.path, self.bytes_read = path, bytes_read
+
+    def close(self) -> None:
+        with opening:
+            super().close()
 
     def readinto(self, buffer: Any) -> int:
         got = super().readinto(buffer) or 0

@@ -9,11 +9,12 @@ from io import FileIO
 
 import numpy as np
 
+from common.descriptors import opening
 from common.errors import UserError, printable
 from common.inputs import open_regular_file
 from dlrm.data.npy import NpyLayout, scan_npy
 from dlrm.data.rows import Rows, SourceKind, SourceOptions, batch_key
-from dlrm.runtime.trace import opening, span
+from dlrm.runtime.trace import span
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class StreamedArray:
         try:
             if self._handle is None or self._handle.name != path:
                 self.close()
-                with opening:
-                    self._handle, self._position = FileIO(path, opener=open_regular_file), 0
+                self._handle, self._position = FileIO(path, opener=open_regular_file), 0
             if self._position != offset:
                 self._handle.seek(offset)
             done = 0

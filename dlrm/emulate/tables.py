@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
-from dlrm.runtime.trace import name_thread, opening, span
+from dlrm.runtime.trace import name_thread, span
 
 
 class TableCall(NamedTuple):
@@ -51,8 +52,7 @@ class TableFiles:
 
     def _make_file(self, path: Path, size: int) -> int:
         try:
-            with opening:
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            file = open_descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             os.ftruncate(file, size)
         except FileExistsError:
             raise UserError(
@@ -117,6 +117,5 @@ class TableFiles:
 
     def close(self) -> None:
         for file in self._files.values():
-            with opening:
-                os.close(file)
+            close_descriptor(file)
         self._files.clear()

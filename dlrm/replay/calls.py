@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.descriptors import opening
 from common.errors import UserError, printable
 from dlrm.replay.files import FilePlan, find_open_flags, find_stream_mode
 from dlrm.replay.paths import MappedPaths
 from dlrm.replay.plan import TracedCall
-from dlrm.runtime.trace import opening
 
 AT_FDCWD = -100
 WAIT_SECONDS = 60.0  # for a file that another rank is to make

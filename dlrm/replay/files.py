@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 from dlrm.replay.order import Thread
 from dlrm.replay.paths import MappedPaths
@@ -368,7 +369,7 @@ def _check_space(root: Path, needed: int) -> None:
 
 def _make_file(path: str, size: int, real_bytes: bool) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o644)
+    descriptor = open_descriptor(path, flags, 0o644)
     try:
         if not real_bytes:
             os.ftruncate(descriptor, size)
@@ -377,4 +378,4 @@ def _make_file(path: str, size: int, real_bytes: bool) -> None:
         while done < size:
             done += os.write(descriptor, os.urandom(min(BLOCK, size - done)))
     finally:
-        os.close(descriptor)
+        close_descriptor(descriptor)

@@ -24,6 +24,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors
 from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.device_io import IoCounters, IoRecorder, find_file_systems
@@ -38,10 +39,6 @@ PAD_BYTES = 15 << 10  # DFTracer takes no record of more than 16 KiB
 MAX_INT = (1 << 31) - 1  # DFTracer takes no larger number, and raises TypeError: bytes of a file may be more
 MIN_EVENTS = 3  # DFTracer deletes the file of a process that logged fewer events
 
-# DFTracer loses a file that is opened while another thread closes one: the kernel gives out the same
-# descriptor again before the tracer has removed it from its table. So a thread that opens or closes a file
-# whose reads the trace must show holds this lock while it does.
-opening = threading.Lock()
 _flushing = threading.Lock()  # held while a buffer is on its way into the file, and while this process forks
 
 _native: Any = None  # dftracer's C++ module while tracing, else None
@@ -55,13 +52,11 @@ _made_folders: list[Path] = []  # by this process
 
 def sync_to_disk(path: str | os.PathLike[str]) -> None:
     """fsync a file's bytes, or a folder's names."""
-    with opening:
-        handle = os.open(path, os.O_RDONLY)
+    descriptor = open_descriptor(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        with opening:
-            os.close(handle)
+        close_descriptor(descriptor)
 
 
 def is_tracing() -> bool:

@@ -5,6 +5,7 @@ import os
 import time
 from typing import Any
 
+from common.descriptors import close_descriptor
 from common.owned import OutputFolder
 from dlrm.runtime.ranks import find_ranks
 from dlrm.traced.process import VARIABLE
@@ -25,5 +26,5 @@ def log_metrics(**values: float | str) -> None:
     try:
         os.write(descriptor, line.encode())
     finally:
-        os.close(descriptor)
+        close_descriptor(descriptor)
     output.record_files([METRICS])

@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import parse_json, read_bytes
 from common.lock import FolderLock
@@ -126,7 +127,7 @@ class RunFolder:
         """Make a file that other code in this process appends to, and record it as this program's own."""
         if self._output is None:
             return None
-        os.close(self._output.open_growing(name))
+        close_descriptor(self._output.open_growing(name))
         return self._output.folder / name
 
     # --- metrics.jsonl
@@ -227,9 +228,10 @@ class RunFolder:
         data = json.dumps(values | known).encode().ljust(PROGRESS_BYTES - 1)[: PROGRESS_BYTES - 1] + b"\n"
         with contextlib.suppress(OSError):
             if self._progress < 0:
-                os.close(self._output.open_growing(PROGRESS))  # made, and recorded as this program's own
+                # made, and recorded as the program's own
+                close_descriptor(self._output.open_growing(PROGRESS))
                 flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._progress = os.open(self._output.folder / PROGRESS, flags)
+                self._progress = open_descriptor(self._output.folder / PROGRESS, flags)
             os.pwrite(self._progress, data, 0)
 
     def show_position(self, epoch: int, step: int, evaluating: bool) -> None:
@@ -312,7 +314,7 @@ class RunFolder:
         self._bar = self._board = None
         for descriptor, name in ((self._metrics, METRICS), (self._progress, PROGRESS)):
             if descriptor >= 0:
-                os.close(descriptor)
+                close_descriptor(descriptor)
                 if self._output:
                     with contextlib.suppress(UserError, OSError):  # full disk: the old list still holds
                         self._output.record_files([name])

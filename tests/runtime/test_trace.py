@@ -62,6 +62,48 @@ def test_spans_threads_and_posix_calls(tmp_path: Path) -> None:
     assert {named[r["tid"]] for r in preads} == {"prefetch train"}
 
 
+def test_no_read_is_lost_while_other_threads_open_and_close_files(tmp_path: Path) -> None:
+    """DFTracer forgets an opened file whose descriptor another thread is just closing."""
+    body = """
+from io import FileIO
+from common.descriptors import opening
+from common.inputs import open_regular_file, read_bytes
+from common.lock import FolderLock
+from common.owned import write_whole
+
+data, state = f"{run}/data.bin", Path(run, "state")
+Path(data).write_bytes(bytes(1000))
+state.mkdir()
+trace.start_tracing(run, here, "train")
+done = threading.Event()
+
+def change_state(number):
+    while not done.is_set():
+        write_whole(state / f"{number}.json", b"{}")
+        read_bytes(state / f"{number}.json")
+        with FolderLock(state, "writing", f"lock{number}"):
+            trace.sync_to_disk(state)
+
+threads = [threading.Thread(target=change_state, args=(number,)) for number in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(1000):
+    file = FileIO(data, opener=open_regular_file)
+    for _ in range(3):
+        file.read(100)
+    with opening:
+        file.close()
+done.set()
+for thread in threads:
+    thread.join()
+trace.stop_tracing()
+"""
+    records = lines(traced.run(tmp_path, "from pathlib import Path\n" + body))
+    files = {r["args"]["value"]: r["args"]["name"] for r in records if r["name"] == "FH"}
+    reads = [r for r in records if r["name"] == "read" and files[r["args"]["fhash"]].endswith("data.bin")]
+    assert len(reads) == 3000 and all(int(r["args"]["ret"]) == 100 for r in reads)
+
+
 def test_any_value_and_any_text(tmp_path: Path) -> None:
     body = r"""
 import numpy as np

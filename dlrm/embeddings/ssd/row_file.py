@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.descriptors import close_descriptor, open_descriptor, opening
 from common.errors import UserError
 from common.inputs import read_json_object
 from common.lock import try_lock
 from common.owned import write_whole
 from dlrm.embeddings.tables import BLOCK, fill_shard
-from dlrm.runtime.trace import opening, sync_to_disk
+from dlrm.runtime.trace import sync_to_disk
 
 VERSION = 1
 MERGE_GAP = 4 << 10  # bytes between two rows up to which one call reads both and what is between them
@@ -81,9 +82,8 @@ class RowFile:
         }  # fmt: skip
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with opening:  # the tracer would lose a file that another thread opens meanwhile
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                self._file = os.open(self.path, flags, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._file = open_descriptor(self.path, flags, 0o666)
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}: give another --persistent_path") from None
         try:
@@ -97,7 +97,7 @@ class RowFile:
             else:
                 self._open_file()
         except BaseException:
-            os.close(self._file)
+            close_descriptor(self._file)
             raise
 
     def _take_lock(self) -> None:
@@ -159,8 +159,7 @@ class RowFile:
             "blocks": np.packbits(self.blocks).tobytes().hex(),
         }  # fmt: skip
         try:
-            with opening:
-                write_whole(self.description_path, json.dumps(facts).encode(), durable=True)
+            write_whole(self.description_path, json.dumps(facts).encode(), durable=True)
             sync_to_disk(
                 self.description_path.parent
             )  # else a power cut could bring back a description that calls it clean

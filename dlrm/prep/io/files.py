@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular, read_json
 from common.owned import finish_file
-from dlrm.runtime.trace import opening
 
 LARGEST_JSON = 1 << 30  # bytes of a JSON file in a work folder: the plan has a few dozen per piece
 
@@ -40,12 +40,12 @@ class OffsetFile:
 
     def __init__(self, path: Path, mode: str = "r") -> None:
         self.path = path
-        with os_errors_as_user_errors(path), opening:
+        with os_errors_as_user_errors(path):
             if mode == "r":
                 self._fd = open_regular(path)
             else:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._fd = os.open(path, flags | (os.O_APPEND if mode == "a" else 0), 0o666)
+                self._fd = open_descriptor(path, flags | (os.O_APPEND if mode == "a" else 0), 0o666)
         self._raw = io.FileIO(self._fd, closefd=False) if mode == "r" else None
         self._read = self._written = self._at = 0
 
@@ -57,8 +57,7 @@ class OffsetFile:
 
     def close(self) -> None:
         if self._fd >= 0:
-            with opening:
-                os.close(self._fd)
+            close_descriptor(self._fd)
             self._fd = -1
             with _counters_lock:
                 if self._read:
