@@ -47,17 +47,17 @@ def make_event_frame(
     made: dict[str, pa.Array | pl.Series] = {}
     for name in dict.fromkeys(columns):
         if name == "rank":
-            made[name] = pa.array(np.full(int(keep.sum()), rank, np.int32))
+            made[name] = _make_numbers(np.full(int(keep.sum()), rank, np.int32))
         elif name in ("pid", "tid", "ts", "dur"):
-            made[name] = pa.array(getattr(block, name)[keep])
+            made[name] = _make_numbers(getattr(block, name)[keep])
         elif name in ("cat", "name"):
             made[name] = _make_texts(getattr(block, name)[keep].astype(np.int64), strings)
         elif name in _WHOLE:
             values = found[_PLACE[name]][keep]
-            made[name] = pa.array(values, mask=values == _NONE)
+            made[name] = _make_numbers(values, missing=values == _NONE)
         elif name == "value":
             values = found[_PLACE[name]][keep]
-            made[name] = pa.array(values.view(np.float64), mask=values == _NONE)
+            made[name] = _make_numbers(values.view(np.float64), missing=values == _NONE)
         elif name in _TEXT:
             made[name] = _make_texts(found[_PLACE[name]][keep], strings)
         elif name == "file":
@@ -81,6 +81,15 @@ def _find_files(found: np.ndarray, paths: dict[int, int], strings: StringTable) 
     return np.where(path < 0, other, path)
 
 
+def _make_numbers(values: np.ndarray, missing: np.ndarray | None = None) -> pa.Array:
+    """A column of these numbers, null where they are missing. Not by pa.array, which imports pandas first:
+    that takes longer than reading a small run.
+    """
+    valid = None if missing is None else pa.py_buffer(np.packbits(~missing, bitorder="little"))
+    data = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [valid, data])
+
+
 def _make_texts(numbers: np.ndarray, strings: StringTable) -> pl.Series:
     """Numbers of strings -> a categorical column that holds only the strings in use."""
     used = np.zeros(len(strings) + 1, np.bool_)
@@ -88,9 +97,9 @@ def _make_texts(numbers: np.ndarray, strings: StringTable) -> pl.Series:
     used[numbers[known]] = True
     new = np.cumsum(used) - 1
     texts = [strings.text(int(number)) for number in np.flatnonzero(used)]
-    codes = pa.array(np.where(known, new[np.maximum(numbers, 0)], 0).astype(np.uint32), mask=~known)
-    array = pa.DictionaryArray.from_arrays(codes, pa.array(texts, pa.large_string()))
-    series = pl.from_arrow(array)
+    codes = np.where(known, new[np.maximum(numbers, 0)], 0).astype(np.uint32)
+    dictionary = pl.Series(texts, dtype=pl.String).to_arrow()
+    series = pl.from_arrow(pa.DictionaryArray.from_arrays(_make_numbers(codes, ~known), dictionary))
     assert isinstance(series, pl.Series)
     return series.cast(pl.Categorical)
 

@@ -26,6 +26,7 @@ def run_hostile(*words: object, seconds: float = 30) -> Outcome:
 
 def _prepare() -> None:
     """Import all that a command may need, and load the compiled loops, so that no fork has to."""
+    import pyarrow.compute  # noqa: F401
     from support.made_traces import training
 
     import analysis.perfetto.chrome  # noqa: F401
