@@ -36,6 +36,7 @@
 #            RESUME       the run folder of a run to resume
 #            ANALYSIS     now (default): when training has ended, on the first node; later: by a
 #                         job of one node that starts after this one; no: by hand
+#            PROFILE_STEPS  e.g. 10-15: torch.profiler on these steps, beside the I/O in Perfetto
 #            TRACE=no     without DFTracer; DFTRACER_ENABLE=0 means the same
 #            DFTRACER_DATA_DIR  trace only I/O below these folders (default: all)
 #            DLRM_ENV_KEEP  more variables whose values go into env.txt, e.g. "MY_SETTING OTHER_*"

@@ -27,6 +27,8 @@ def list_options(spec: ModelSpec, environ: Mapping[str, str]) -> Iterator[str]:
     if wants_trace(environ):
         find_traced_folders(environ)  # raises the mistakes
         yield "--trace"
+    if steps := environ.get("PROFILE_STEPS"):
+        yield from ("--profile_steps", steps)
     yield from spec.script.always
     if not environ.get("DATASET_DIR"):
         yield from spec.script.demo

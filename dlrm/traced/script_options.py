@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.errors import USAGE, UserError, printable
 from common.inputs import read_json_object
+from dlrm.runtime.step_profiler import parse_steps
 from dlrm.runtime.tracer_variables import find_traced_folders, wants_trace
 
 OPTIONS = ("BATCH_SIZE", "EMBEDDING_DIM", "EPOCHS", "LEARNING_RATE")  # of the models of this project
@@ -31,15 +32,21 @@ MLCOMMONS_OPTIONS = {
 
 
 def make_answer(folder: str, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """UserError for a script that is not there, or a variable that would have no effect."""
+    """What is printed. UserError for a script that is not there, or a variable that would have no effect."""
     if environ.get("RESUME"):
         raise UserError("RESUME: MODEL is a script, which resumes in its own way: give its own option")
     if wants_trace(environ):
         find_traced_folders(environ)  # raises the mistakes
+    own = ["--directory", folder]
+    if steps := environ.get("PROFILE_STEPS"):
+        parse_steps(steps)
+        own += ["--profile_steps", steps]
     if environ["MODEL"] == "mlcommons":
         script = ["--title", "MLCommons DLRM", str(MLCOMMONS), *list_mlcommons_words(words, environ)]
-        return ["MLCommons DLRM", "", "", "--directory", folder, *script, *words]
-    return make_script_answer(folder, words, environ)
+        return ["MLCommons DLRM", "", "", *own, *script, *words]
+    check_script(folder, environ)
+    script = environ["MODEL"]
+    return [os.path.basename(script), "", "", *own, script, *words]
 
 
 def list_mlcommons_words(words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -61,7 +68,8 @@ def list_mlcommons_words(words: Sequence[str], environ: Mapping[str, str]) -> li
     return made
 
 
-def make_script_answer(folder: str, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+def check_script(folder: str, environ: Mapping[str, str]) -> None:
+    """UserError for a script that is not there, or a variable of this project's models."""
     script = environ["MODEL"]
     if not Path(folder, script).is_file():
         raise UserError(f"MODEL={printable(script)}: no such script in {printable(folder)}")
@@ -70,7 +78,6 @@ def make_script_answer(folder: str, words: Sequence[str], environ: Mapping[str, 
             raise UserError(
                 f"{name}: MODEL is a script, which has options of its own: give them after 3_train.sh"
             )
-    return [os.path.basename(script), "", "", "--directory", folder, script, *words]
 
 
 def main() -> int:

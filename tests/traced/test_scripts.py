@@ -134,3 +134,13 @@ def test_pipelines_of_torchrec(tmp_path: Path) -> None:
     assert [(args["step"], args["epoch"]) for args in steps] == [(n + 1, n // 6) for n in range(12)]
     assert sum((e.get("cat"), e["name"]) == ("eval", "eval_step") for e in events) == 6
     assert sum((e.get("cat"), e["name"]) == ("torchrec", "forward") for e in events) == 18
+
+
+def test_profiled_steps_by_a_variable_of_the_job_script(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    asked = ("-m", "dlrm.traced.script_options", tmp_path, "--epochs", 3)
+    code, out, _ = run(tmp_path, *asked, MODEL="train.py", PROFILE_STEPS="2-3")
+    assert code == 0
+    assert out.endswith("\0".join(["--profile_steps", "2-3", "train.py", "--epochs", "3", ""]))
+    code, _, err = run(tmp_path, *asked, MODEL="train.py", PROFILE_STEPS="3-2")
+    assert code == 2 and "first and the last step" in err and "Traceback" not in err
