@@ -5,15 +5,18 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as torch_dist
-from support.ranks import ROOT, LiveRanks, free_port, words
+from support.forked_ranks import rank_server
+from support.ranks import LiveRanks, free_port, words
 
 from common.owned import remove_dead_segments
 from dlrm.runtime.failure_notice import FailureNotice
@@ -21,54 +24,33 @@ from dlrm.runtime.peers import LocalPeers, RankProcess
 from dlrm.runtime.signed_store import TOKEN, SignedStore, job_key
 
 HOST = socket.gethostname()
-INTRUDER = """
-import json, os, sys, time
-from datetime import timedelta
-import torch.distributed as dist
 
-port, how = int(sys.argv[1]), sys.argv[2]
-store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=5), wait_for_workers=False)
-note = json.dumps({"reason": "nothing", "lost": [0, 1], "code": 0, "reporter_rank": None})
-garbage = [note, "", "0", "{" * 5000, "\\udcff".encode("utf-8", "surrogateescape"), "x" * 1000000]
-garbage.append("0" * 64 + note)
-names = ["dlrm/failure", "dlrm/processes", "dlrm/stop/0", "dlrm/stop/0/last", "dlrm/checkpoint/0/begin"]
-for rank in range(2):
-    names += [f"dlrm/{each}/{rank}" for each in ("process", "heartbeat", "finished", "left", "stop/0")]
-    names += [f"group/{rank}", f"group/host{rank}", f"group/file{rank}", f"group/opened{rank}"]
-print("there", flush=True)
-if how == "finished":
-    while True:
-        for rank in range(2):
-            store.delete_key(f"dlrm/finished/{rank}")
-            store.delete_key(f"dlrm/left/{rank}")
-for turn in range(60):
-    if how == "all":
-        names = sorted({*names, *store.list_keys()})
-    for number, name in enumerate(names):
-        if how == "delete":
-            store.delete_key(name)
-        else:
-            store.set(name, garbage[(turn + number) % len(garbage)])
-    time.sleep(0.05)
-"""
+
+@contextmanager
+def intrude(port: str, how: str) -> Iterator[None]:
+    """What `support.intruder` does, while the block runs."""
+    with tempfile.TemporaryFile("a+") as out, tempfile.TemporaryFile("a+") as err:
+        intruder = rank_server().start("support.intruder", [port, how], os.environ, out, err)
+        try:
+            yield
+        finally:
+            intruder.kill()
+            intruder.wait()
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("how", ["set", "delete", "all"])
 def test_another_program_at_the_port_makes_no_job_succeed(toy: Path, tmp_path: Path, how: str) -> None:
     port = str(free_port())
-    more = words(toy, "--timeout", 8, "--max_steps", 400, "--epochs", 60)
+    more = words(toy, "--timeout", 8, "--max_steps", 150, "--epochs", 60)
     names: dict[str, Any] = {"MASTER_PORT": port, TOKEN: "a secret"}
     with LiveRanks(tmp_path, 2, *more, **names) as ranks:
         ranks.until_step(5)
-        with subprocess.Popen(
-            [sys.executable, "-c", INTRUDER, port, how], stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as intruder:
+        with intrude(port, how):
             codes = ranks.wait(120)
-            intruder.kill()
     assert "Traceback" not in ranks.stderr, ranks.stderr
     if codes == [0, 0]:
-        assert json.loads((tmp_path / "results.json").read_text())["steps"] == 400
+        assert json.loads((tmp_path / "results.json").read_text())["steps"] == 150
     else:
         assert 0 not in codes and 0 < len(ranks.stderr.splitlines()) <= 2, (codes, ranks.stderr)
 
@@ -83,13 +65,9 @@ def test_a_finished_job_succeeds_whatever_is_deleted(toy: Path, tmp_path: Path) 
     names: dict[str, Any] = {"MASTER_PORT": port, TOKEN: "a secret"}
     with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 8, "--max_steps", 60), **names) as ranks:
         ranks.until_step(1)
-        with subprocess.Popen(
-            [sys.executable, "-c", INTRUDER, port, "finished"],
-            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        ) as intruder:  # fmt: skip
+        with intrude(port, "finished"):
             while not all(has_ended(rank.pid) for rank in ranks.processes):
                 time.sleep(0.01)  # a rank whose parent has not waited for it does not tell its exit code
-            intruder.kill()
         assert ranks.wait(10) == [0, 0], ranks.stderr
 
 
@@ -115,44 +93,19 @@ def test_a_note_never_says_success(code: int, kept: int) -> None:
     assert FailureNotice.from_json(json.dumps(asdict(FailureNotice("why", code=code))).encode()).code == kept
 
 
-FORMING = """
-import os, sys
-from dlrm.runtime import entry, gloo, session
-if os.environ["RANK"] == sys.argv[1]:
-    def create(*_):
-        print("forming", flush=True)
-        os.kill(os.getpid(), 9)
-    gloo.create_gloo = create
-def main(here):
-    with session.open_session(here, 300):
-        pass
-entry.run_entry(main)
-"""
-
-
 @pytest.mark.mpi
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_rank_that_dies_while_the_group_forms_is_named(lost: int) -> None:
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    common["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as run_entry, which is too late here
-    begun = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", FORMING, str(lost)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    output = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert ranks[lost].returncode == -signal.SIGKILL and ranks[1 - lost].returncode == 1, output
+def test_a_rank_that_dies_while_the_group_forms_is_named(tmp_path: Path, lost: int) -> None:
+    with LiveRanks(tmp_path, 2, lost, module="support.forming_ranks", output=False) as ranks:
+        codes = ranks.wait(120)  # of 300
+    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 1, ranks.stderr
     line = f"dlrm: rank {1 - lost} on {HOST}: ends because rank {lost} on {HOST} was killed by signal 9\n"
-    assert output[1 - lost] == line
-    assert time.monotonic() - begun < 120  # of 300
+    assert ranks.printed(1)[1 - lost] == line
 
 
 @pytest.mark.mpi
 def test_a_rank_without_peers_ends_with_one_line(tmp_path: Path, toy: Path) -> None:
-    with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 3), launcher="python") as ranks:
+    with LiveRanks(tmp_path, 2, *words(toy, "--timeout", 3)) as ranks:
         ranks.processes[0].kill()  # before it listens
         assert ranks.wait(90)[1] == 1
     output = ranks.stderr.splitlines()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import plain_training
+from support.analysis_command import run_command
 from support.slurm import Slurm, last_step
 
 from analysis.trace.events import read_processes
@@ -65,22 +66,36 @@ def find_rank(run: Path, rank: int) -> int:
     raise AssertionError(f"no rank {rank} of {run}")
 
 
-def test_jobs_of_every_shape_train_with_the_ranks_that_were_asked_for(slurm: Slurm) -> None:
+# Stands for a training where ranks are counted.
+SMALL_SCRIPT = """
+import os, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+with open(folder / os.environ["RANK"], "w") as file:
+    file.write(os.environ["WORLD_SIZE"])
+"""
+
+
+def test_jobs_of_every_shape_have_the_ranks_that_were_asked_for(slurm: Slurm, tmp_path: Path) -> None:
     """One rank once hung without end: its step looked like the batch script. One per node needs no word."""
+    script = tmp_path / "script.py"
+    script.write_text(SMALL_SCRIPT)
     asked = {
         ("-N1", SRUN): 1,
         ("-N2", SRUN): 2,
         ("-N2 --ntasks-per-node=2", ""): 4,
         ("-N1 -n2", SRUN): 2,
     }  # fmt: skip
-    jobs = {
-        slurm.submit(*words.split(), SCRIPT, TRACE="no", ARGS=SHORT, TEST_MPIEXEC=mpiexec): ranks
-        for (words, mpiexec), ranks in asked.items()
-    }
-    for job, ranks in jobs.items():
+    jobs = {}
+    for number, ((words, mpiexec), ranks) in enumerate(asked.items()):
+        (out := tmp_path / str(number)).mkdir()
+        more = {"TRACE": "no", "MODEL": script, "ARGS": out, "TEST_MPIEXEC": mpiexec}
+        jobs[slurm.submit(*words.split(), SCRIPT, **more)] = out, ranks
+    for job, (out, ranks) in jobs.items():
         facts = slurm.wait(job)
         assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log_of(slurm, job)
-        assert json.loads((results(slurm) / job / "results.json").read_text())["world_size"] == ranks
+        assert {path.name: path.read_text() for path in out.iterdir()} == {
+            str(rank): str(ranks) for rank in range(ranks)
+        }
 
 
 def test_unequal_nodes_and_srun_around_the_script_are_refused(slurm: Slurm) -> None:
@@ -167,7 +182,7 @@ def test_analysis_later_is_a_job_of_one_node_with_the_same_results(slurm: Slurm,
     """By sbatch alone; and by --submit, which submits both jobs."""
     more = {"ARGS": SHORT, "TEST_MPIEXEC": SRUN, "ANALYSIS": "later"}
     first = slurm.submit("-N2", SCRIPT, **more)
-    second = slurm.ask(SCRIPT, "--submit", DLRM_SBATCH="-N 2 --ntasks-per-node=1", **more)
+    second = slurm.ask(SCRIPT, "--submit", DLRM_SBATCH="-N 1", **more)
     for job in (first, second):
         assert slurm.wait(job)["ExitCode"] == "0:0", log_of(slurm, job)
         run = results(slurm) / job
@@ -178,6 +193,6 @@ def test_analysis_later_is_a_job_of_one_node_with_the_same_results(slurm: Slurm,
         names = ["summary.json", *(path.name for path in run.glob("*.pftrace"))]
         assert len(names) == 3
         copied = shutil.copytree(run, tmp_path / job, ignore=shutil.ignore_patterns(*names))
-        slurm.ask(sys.executable, "-m", "analysis", "finish", copied)
+        assert run_command("finish", copied).code == 0
         for name in names:
             assert (copied / name).read_bytes() == (run / name).read_bytes(), name

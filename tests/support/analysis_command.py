@@ -1,4 +1,7 @@
-"""`python -m analysis` by a server of its own, which has also loaded the compiled loops."""
+"""`python -m analysis` by a server of its own, which has also loaded the compiled loops.
+
+With `replay` as the first word it is the player, `python -m dlrm.replay`.
+"""
 
 import pickle
 import sys
@@ -32,6 +35,7 @@ def _prepare() -> None:
     import analysis.perfetto.chrome  # noqa: F401
     import analysis.perfetto.view  # noqa: F401
     import analysis.report.compare  # noqa: F401
+    import dlrm.replay.__main__  # noqa: F401
 
     with tempfile.TemporaryDirectory() as scratch:
         run, listed = Path(scratch) / "run", Path(scratch) / "loops"
@@ -70,6 +74,12 @@ def _run_and_list_loops(argv: list[str]) -> int:
 
 
 def _run_command(argv: list[str]) -> int:
+    if argv[0] == "replay":
+        from dlrm.replay import __main__ as player
+        from dlrm.runtime import entry
+
+        sys.argv = ["python -m analysis replay", *argv[1:]]
+        entry.run_entry(player.main)
     from analysis.__main__ import main
 
     return main(argv)

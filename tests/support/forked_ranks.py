@@ -21,7 +21,10 @@ from typing import IO, Any
 from support.command_server import import_programs, run_module
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("dlrm.train", "dlrm.bert4rec", "support.model_ranks")
+MODULES = (
+    "dlrm.train", "dlrm.bert4rec", "dlrm.bench", "dlrm.scripts.main", "dlrm.scripts.dlrm_train_eval",
+    "support.model_ranks", "support.forming_ranks",
+)  # fmt: skip
 LOADED_WITH = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # read when libraries are loaded
 
 
@@ -57,15 +60,17 @@ class ForkedRank:
 
 
 class RankServer:
-    """Ends when the tests do: its socket is then closed."""
+    """Ends when the tests do: its socket is then closed. preload: a library loaded before all others."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: str) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             subprocess.Popen(
                 [sys.executable, "-m", "support.forked_ranks", str(theirs.fileno())], cwd=ROOT,
                 stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-                env=os.environ | LOADED_WITH | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+                env=os.environ | LOADED_WITH | {
+                    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "LD_PRELOAD": preload,
+                },
             )  # fmt: skip
 
     def ask(self, request: dict[str, Any], files: Sequence[IO[str]] = ()) -> Any:
@@ -80,8 +85,8 @@ class RankServer:
 
 
 @cache
-def rank_server() -> RankServer:
-    return RankServer()
+def rank_server(preload: str = "") -> RankServer:
+    return RankServer(preload)
 
 
 def serve(requests: socket.socket) -> None:

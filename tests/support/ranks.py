@@ -17,11 +17,11 @@ from support.forked_ranks import MODULES, ForkedRank, rank_server
 
 ROOT = Path(__file__).parents[2]
 CHANGING = ("time", "seconds", "samples_per_second", "step_time", "cpu_seconds")
-TOY = ["--preset", "toy", "--report_every", 5, "--batch_size", 128, "--epochs", 2]
+TOY = ["--preset", "toy", "--report_every", 5, "--batch_size", 256, "--epochs", 2]
 
 
 def words(toy: Path, *more: object) -> list[object]:
-    """A short training on the toy dataset."""
+    """A short training on the toy dataset: 60 steps of two ranks."""
     return [*TOY, "--in_memory_binary_criteo_path", toy, *more]
 
 
@@ -98,7 +98,7 @@ class LiveRanks:
     ) -> None:  # fmt: skip
         self.folder, self.count, self.module = folder, count, module
         words = tuple(map(str, words))
-        forked = not launcher and module in MODULES and "LD_PRELOAD" not in more and "--trace" not in words
+        forked = not launcher and module in MODULES
         self.begun = time.monotonic()
         common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | more
         command = ["-m", module, *words, *(["--output_dir", str(folder)] if output else [])]
@@ -122,7 +122,8 @@ class LiveRanks:
             self.logs.append(log)
             environment = os.environ | common | names | mine | {"PATH": path}
             if forked:
-                started = rank_server().start(module, command[2:], environment, *log)
+                server = rank_server(more.get("LD_PRELOAD", ""))
+                started = server.start(module, command[2:], environment, *log)
             else:
                 started = subprocess.Popen(
                     words_, cwd=ROOT, env=environment, stdout=log[0], stderr=log[1], start_new_session=True

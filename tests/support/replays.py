@@ -1,4 +1,4 @@
-"""`python -m dlrm.replay` on made or real traces, and what it leaves."""
+"""`python -m dlrm.replay` on made or real traces, and what it leaves. A fork where that is all."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.analysis_command import run_command
 from support.file_calls import read_events
 
 ROOT = Path(__file__).parents[2]
@@ -42,12 +43,15 @@ def replay(
 ) -> Replayed:
     """prefix: the words of a command before, such as mpiexec's. variables: of the environment."""
     named = "--root" in words
+    root = Path(str(words[words.index("--root") + 1])) if named else output / "files"
+    if not prefix and not variables:
+        played = run_command("replay", run, "--output_dir", output, *words)
+        return Replayed(played.code, played.out, played.err, output, root)
     command = [*prefix, sys.executable, "-m", "dlrm.replay", run, "--output_dir", output, *words]
     done = subprocess.run(
         [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120,
         env={**os.environ, **variables},
     )  # fmt: skip
-    root = Path(str(words[words.index("--root") + 1])) if named else output / "files"
     return Replayed(done.returncode, done.stdout, done.stderr, output, root)
 
 

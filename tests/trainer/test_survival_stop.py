@@ -50,7 +50,8 @@ def has_begun_to_validate(folder: Path, before: int) -> bool:
 @pytest.mark.mpi
 def test_stopped_again_and_again_mostly_while_it_validates(toy: Path, tmp_path: Path) -> None:
     more = ["--validation_freq_within_epoch", VALIDATE_EVERY, "--report_every", 1, "--max_steps", 40]
-    more += ["--test_batch_size", 4]  # so that a validation takes long
+    more += ["--test_batch_size", 4, "--limit_val_batches", 60]  # so that a validation takes long
+    more += ["--limit_test_batches", 5]
     with LiveRanks(tmp_path / "whole", 2, *words(toy, *more)) as ranks:
         assert ranks.wait() == [0, 0], ranks.stderr
     stops = []
@@ -73,7 +74,7 @@ def test_stopped_again_and_again_mostly_while_it_validates(toy: Path, tmp_path: 
 @pytest.mark.mpi
 def test_a_clock_stops_it_too(toy: Path, tmp_path: Path) -> None:
     """--stop_before_walltime: without a signal."""
-    more = ["--epochs", 1000, "--walltime", "1:00", "--stop_before_walltime", 42]
+    more = ["--epochs", 1000, "--walltime", "1:00", "--stop_before_walltime", 50]
     with LiveRanks(tmp_path, 2, *words(toy, *more)) as ranks:
         assert ranks.wait(60) == [STOPPED, STOPPED], ranks.stderr
     assert "walltime" in ranks.stderr
