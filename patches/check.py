@@ -33,7 +33,7 @@ def stack() -> str:
 
 
 def traced_names(folder: str) -> set[str]:
-    """Names of the torchrec spans of one real pipelined training step, read back from the trace file."""
+    """Names of the spans of one real pipelined training step, read back from the trace file."""
     import torch
     from torchrec.distributed.train_pipeline import TrainPipelineBase
 
@@ -53,7 +53,7 @@ def traced_names(folder: str) -> set[str]:
     for path in Path(folder, "trace").glob("*.pfw.gz"):
         lines = gzip.decompress(path.read_bytes()).decode(errors="replace").splitlines()
         events = [json.loads(line) for line in lines if line.startswith("{")]
-        names |= {event["name"] for event in events if event.get("cat") == "torchrec"}
+        names |= {event["name"] for event in events}
     return names
 
 

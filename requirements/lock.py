@@ -25,6 +25,7 @@ from pip._vendor.packaging.utils import canonicalize_name
 HERE = Path(__file__).parent
 LOCKED = HERE / "locked"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+NOT_LOCKED = ("extra", "dfanalyzer")  # which the setup does not install
 PLATFORMS = (
     "linux_x86_64", "manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64",
     *(f"manylinux_2_{minor}_x86_64" for minor in range(5, 43)),
@@ -127,7 +128,7 @@ def write_lock(name: str, hashes: dict[str, set[str]]) -> None:
 
 
 def main() -> int:
-    every = sorted(path.stem for path in HERE.glob("*.txt") if path.stem != "extra")
+    every = sorted(path.stem for path in HERE.glob("*.txt") if path.stem not in NOT_LOCKED)
     parser = argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1])
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--check", action="store_true")

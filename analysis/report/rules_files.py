@@ -220,7 +220,7 @@ def _find_again(f: Facts, op: str) -> pl.DataFrame:
         opened = f.joined["ops"].filter(pl.col("op") == "open").group_by("file").agg(pl.col("count").sum())
         found = found.join(opened, on="file", how="left")
         found = found.with_columns(pl.col("reach") * pl.col("count").fill_null(1).clip(1))
-    evaluations = f.joined["marks"].filter((pl.col("cat") == "eval") & (pl.col("name") == "evaluate"))
+    evaluations = f.joined["marks"].filter(pl.col("name") == "evaluate")
     passes = pl.when(pl.col("phase") == "evaluate").then(_count_most(evaluations)).otherwise(1)
     found = found.with_columns((pl.col("reach") * passes * f.launches.height).alias("once"))
     least = max(AGAIN_BYTES, int(AGAIN_PART * int(ops.filter(pl.col("op") == op)["bytes"].sum())))

@@ -20,7 +20,7 @@ LATE, LATE_PART, LEAST_STEPS = 3.0, 0.02, 20  # times the median step; of the tr
 
 
 def find_waiting(f: Facts) -> Finding | None:
-    """The main thread waits for data: in data/wait, or reading itself."""
+    """The main thread waits for data: for the next batch, or reading itself."""
     wall = f.mean_seconds("wall_s", *TRAIN)
     stall = f.mean_seconds("wait_s", *TRAIN) + f.mean_seconds("io_s", *TRAIN)
     if wall <= 0 or stall < WAITING * wall:
@@ -89,11 +89,11 @@ def _list_waited_reads(f: Facts) -> pl.DataFrame:
     of the dataset.
     """
     reads = f.data_reads(*TRAIN).sort("seconds", descending=True)
-    waits = f.joined["spans"].filter((pl.col("kind") == "wait") & pl.col("cat").is_in(["data", "ssd"]))
-    by_cat = dict(waits.group_by("cat").agg(pl.col("us").sum()).iter_rows())
-    if not by_cat:
+    waits = f.joined["spans"].filter(pl.col("kind") == "wait")
+    if not len(waits):
         return reads
-    of_tables = by_cat.get("ssd", 0) > by_cat.get("data", 0)
+    for_tables = pl.col("cat") == "ssd"
+    of_tables = waits.filter(for_tables)["us"].sum() > waits.filter(~for_tables)["us"].sum()
     return reads.filter(pl.col("file").str.ends_with(TABLE_FILE) == of_tables)
 
 

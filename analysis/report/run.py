@@ -13,7 +13,7 @@ from analysis.report.page import format_number, format_seconds, format_size
 from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
 from analysis.tables import gpu
-from analysis.tables.answers import list_unknown_spans
+from analysis.tables.answers import list_unknown_spans, sum_spans
 from analysis.tables.calls import MAPPED
 from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import (
@@ -27,6 +27,7 @@ from analysis.tables.gather import (
     shorten_losses,
 )
 from analysis.tables.read import RankEvents
+from analysis.trace.classify import is_earlier_name
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.kineto import Profile, find_profiles, read_profile
 from analysis.trace.selection import WHOLE, Selection
@@ -133,6 +134,20 @@ def _describe_unknown_spans(joined: JoinedTables) -> list[str]:
     ]
 
 
+def _describe_earlier_names(joined: JoinedTables) -> list[str]:
+    """A sentence where spans have names that this project gave them earlier, else none."""
+    found = [
+        f"{cat}/{name}"
+        for cat, name in sum_spans(joined).select(pl.col("cat", "name").cast(pl.String)).iter_rows()
+        if is_earlier_name(cat, name)
+    ]
+    if not found:
+        return []
+    return [
+        f"The trace was made before December 2026: {', '.join(found)} have other names now and mean the same."
+    ]
+
+
 def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
     """Sentences on what is missing in the traces or must be known to read the report.
 
@@ -164,6 +179,8 @@ def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
         for p in merged[:8]
     ]
     shown += _describe_unknown_spans(joined)
+    if ours:
+        shown += _describe_earlier_names(joined)
     if reason := explain_missing_counters(joined):
         shown.append(reason)
     if joined.calls == 0:

@@ -27,7 +27,7 @@ TABLE = "gpu"
 SCHEMA = {
     "rank": pl.Int32, "launch": pl.Int32, "device": pl.Int64, "steps": pl.Int64,
     **{f"{name}_us": pl.Float64 for name in ("profiled", *BUSY, "idle", *(f"idle_{kind}" for kind in IDLE))},
-    "waiting_us": pl.Float64,  # the main thread, for data: in data/wait or in file calls of its own
+    "waiting_us": pl.Float64,  # the main thread, for data: for a batch, or in file calls of its own
     "busy_while_waiting_us": pl.Float64,
 }  # fmt: skip
 

@@ -12,7 +12,16 @@ import polars as pl
 
 from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
 from analysis.tables.read import RankEvents
-from analysis.trace.classify import EPOCH, EVALUATION, KERNEL_COUNTERS, KINDS, PROGRAM_FILE, STEP, SYSTEM_FILE
+from analysis.trace.classify import (
+    EPOCH,
+    EVALUATION,
+    KERNEL_COUNTERS,
+    KINDS,
+    PROGRAM_FILE,
+    STEP,
+    SYSTEM_FILE,
+    TRAINING,
+)
 
 MEASURES = (
     "wall_us", *(f"{kind}_us" for kind in KINDS), "other_us",
@@ -21,7 +30,7 @@ MEASURES = (
 BINS = 600  # stretches of the timeline, at most, of one rank
 MAX_EPOCHS = 1000  # that are kept apart
 MAX_COLLECTIVES = 200_000  # of a rank that are kept
-KEPT_CATS = ("startup", "eval", "checkpoint", "prep")
+KEPT_CATS = ("startup", "checkpoint", "prep")  # whose spans are kept one by one, and those of evaluations
 
 
 @dataclass
@@ -112,6 +121,8 @@ def cut_into_phases(events: RankEvents, main: pl.DataFrame) -> Windows:
 
     add("evaluate", None, find_stretches(evaluation))
     work = main.filter(pl.col("part").is_in([EPOCH, STEP]))
+    if not len(work):
+        work = main.filter(pl.col("part") == TRAINING)
     if work["epoch"].n_unique() > MAX_EPOCHS:
         work = work.with_columns(pl.lit(None, pl.Int64).alias("epoch"))
     for (epoch,), spans in sorted(work.group_by("epoch"), key=lambda item: item[0][0] or 0):
@@ -244,7 +255,10 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
             rank, pl.lit(width, pl.Int64).alias("width_us"), pl.all()
         ),
         "spans": sum_by_name(events.spans).select(rank, pl.all()),
-        "marks": events.spans.filter(pl.col("cat").cast(pl.String).is_in(KEPT_CATS) & of_rank).head(20_000)
+        "marks": events.spans.filter(
+            (pl.col("cat").cast(pl.String).is_in(KEPT_CATS) | (pl.col("part") == EVALUATION).fill_null(False))
+            & of_rank
+        ).head(20_000)
         .select(rank, "pid", "tid", "cat", "name", "ts", "dur", "file", "bytes", "epoch", "step", "split"),
         "curves": events.spans.filter(
             (pl.col("cat") == "counter") & ~pl.col("name").cast(pl.String).str.starts_with(KERNEL_COUNTERS)

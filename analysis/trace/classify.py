@@ -1,8 +1,8 @@
 """What an event means: its kind (io, wait, communication, copy, compute) and, for a call, its operation.
 
-The table DIALECTS says how programs name their spans: this project's trainer, torchrec's markers, DFTracer's
-AI categories, DLIO, and what people use by habit. What none of them has, has no kind: its time counts as
-"other", never as work, and the report names it.
+The table DIALECTS says how programs name their spans: this project's trainer, which has DFTracer's AI
+categories where there is one, torchrec's markers, DLIO, and what people use by habit. What none of them has,
+has no kind: its time counts as "other", never as work, and the report names it.
 """
 
 import re
@@ -24,8 +24,9 @@ _EXCHANGE = (
 )  # fmt: skip
 _MOVES = r".*(read|open|load|fetch|get_sample|write|save).*"
 
-# The parts of a run that a span can be, whatever its program calls it.
-STEP, EPOCH, EVALUATION = "step", "epoch", "evaluation"
+# The parts of a run that a span can be, whatever its program calls it. TRAINING: all epochs.
+STEP, EPOCH, TRAINING, EVALUATION = "step", "epoch", "training", "evaluation"
+PREPROCESS = ("preprocess", "assemble")  # names, of category data, of making a batch of what was read
 
 
 class Meaning(NamedTuple):
@@ -38,16 +39,21 @@ class Meaning(NamedTuple):
 
 
 # Who names spans so -> what they mean. The first that matches wins, from the top of the table.
+EARLIER = "this project until November 2026"
 DIALECTS: dict[str, tuple[Meaning, ...]] = {
+    EARLIER: (
+        Meaning(r"data", r"wait", "wait"),
+        Meaning(r"data", r"assemble", "compute"),
+        Meaning(r"train", r"epoch", None, EPOCH),
+        Meaning(r"eval", r"evaluate", None, EVALUATION),
+    ),
     "this project": (
         Meaning(r"counter|clock|dftracer", r".*", None),
-        Meaning(r"data|ssd", r"wait", "wait"),
+        Meaning(r"ssd", r"wait", "wait"),
         Meaning(r"data", r"read", "io"),
-        Meaning(r"data", r"assemble", "compute"),
         Meaning(r"checkpoint", r"write|load|read", "io"),
         Meaning(r"checkpoint", r"copy", "copy"),
         Meaning(r"train", r"step", "compute", STEP),
-        Meaning(r"train", r"epoch", None, EPOCH),
         Meaning(r"train", r"report", "communication"),  # the loss is summed over the ranks
         Meaning(r"eval", r"eval_step|auroc", "compute", EVALUATION),
         Meaning(r"eval", r".*", None, EVALUATION),
@@ -55,9 +61,10 @@ DIALECTS: dict[str, tuple[Meaning, ...]] = {
         Meaning(r"prep", r".*", "compute"),
     ),
     "DFTracer's AI categories": (  # dftracer.python.ai: `x.iter` is the iterator's time, `x.block` the body's
-        Meaning(r"pipeline", r"(epoch|train)(\.block)?", None, EPOCH),
+        Meaning(r"pipeline", r"epoch(\.block)?", None, EPOCH),
+        Meaning(r"pipeline", r"train(\.block)?", None, TRAINING),
         Meaning(r"pipeline", r"(evaluate|test)(\.block)?", None, EVALUATION),
-        Meaning(r"pipeline", r".*", None),
+        Meaning(r"pipeline|ai_root", r".*", None),
         Meaning(r"dataloader", r"fetch\.block", None, STEP),
         Meaning(r"data", r"preprocess(\..*)?", "compute"),
         Meaning(r"data|checkpoint|other", r"[a-z]+\.io\.(open|read|write|close)(\.iter)?", "io"),
@@ -67,7 +74,7 @@ DIALECTS: dict[str, tuple[Meaning, ...]] = {
     "this project's phases": (Meaning(r"startup|train|checkpoint|ssd", r".*", None),),
     "torchrec": (
         Meaning(r"torchrec", r"wait_for_batch|copy_batch_to_(gpu|device).*|.*h2d.*", "copy"),
-        Meaning(r"torchrec", r"next_batch|.*dataloader.*", None),  # the data/wait span inside is the waiting
+        Meaning(r"torchrec", r"next_batch|.*dataloader.*", None),  # the waiting is a span inside
         Meaning(r"torchrec", f".*({'|'.join(_EXCHANGE)}).*", "communication"),
         Meaning(r"torchrec", r".*", "compute"),
     ),
@@ -163,6 +170,11 @@ def find_part(cat: str, name: str) -> str | None:
     """The part of a run that a span is: STEP, EPOCH, EVALUATION or None."""
     meaning = None if cat in CALLS else find_meaning(cat, name)
     return meaning.part if meaning else None
+
+
+def is_earlier_name(cat: str, name: str) -> bool:
+    """Whether this project names such spans otherwise now."""
+    return find_meaning(cat, name) in DIALECTS[EARLIER]
 
 
 def is_understood(cat: str, name: str) -> bool:

@@ -152,7 +152,7 @@ def make_model(
     """The longest launch of a run as the model takes it; the fields of `Model` say what the arguments are."""
     if not len(workload.batches):
         raise UserError(
-            "the trace does not say what was loaded for a batch (spans data/read or data/assemble): "
+            "the trace does not say what was loaded for a batch (spans data/read or data/preprocess): "
             "what other storage would do cannot be computed"
         )
     steps = workload.steps

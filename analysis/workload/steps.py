@@ -15,7 +15,7 @@ communication has the time.
   batch           training: number of the batch trained, over all epochs; evaluation: from 0 in each
   start
   period_us       until the next step of the epoch or evaluation begins; of the last one: its own duration
-  wait_us         in data/wait: for the loading thread, whichever batch it is that is waited for
+  wait_us         in dataloader/fetch.iter: for the loading thread, whichever batch it is that is waited for
   waits           how many of these spans there are: batches taken
   peers_us        in collectives, until the slowest rank has come (one rank: 0)
   transfer_us     the rest of the collectives
@@ -31,14 +31,14 @@ communication has the time.
   load_us         until it is assembled: at least read_us + assemble_us
   read_us         in data/read spans
   call_us         file calls that read, inside those spans
-  assemble_us     in data/assemble spans
+  assemble_us     in data/preprocess spans
   bytes           that the data/read spans declare; where they declare none, that the calls moved
   requests        file calls that read; copies from mapped files, which no call shows, count as one each
 
 `pauses`, a row per rank and span of the main thread that interrupts training, whether inside a step's period
-or between two epochs: `name` ("eval/evaluate", "eval/metrics", "checkpoint/save", "checkpoint/wait",
+or between two epochs: `name` ("pipeline/evaluate", "eval/metrics", "checkpoint/save", "checkpoint/wait",
 "checkpoint/load"), split, epoch, step, start, dur_us, bytes (that the span declares, else null). eval/metrics
-is inside eval/evaluate.
+is inside pipeline/evaluate. (For names of spans of earlier traces see analysis/trace/classify.py.)
 
 `requests`, file calls that read for batches (every n-th, where a rank made more than MAX_REQUESTS): phase,
 dur_us, bytes.
@@ -55,6 +55,7 @@ from analysis.tables.gather import Launch, RankTables, plan_launches
 from analysis.tables.intervals import Stretches, unite_stretches
 from analysis.tables.read import RankEvents, read_rank
 from analysis.tables.times import find_main_thread, find_stretches, list_collectives, measure_covered_time
+from analysis.trace.classify import EVALUATION, PREPROCESS
 from analysis.trace.process import TracedProcess
 from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError, printable
@@ -62,7 +63,8 @@ from common.errors import UserError, printable
 MAX_REQUESTS = 100_000  # of a rank that are kept
 PREFIX = "workload_"  # of the tables' names among those of the report
 READER = "prefetch "  # the beginning of the name of a thread that loads batches; then its split follows
-PAUSES = {"eval": ("evaluate", "metrics"), "checkpoint": ("save", "wait", "load")}
+PAUSES = {"checkpoint": ("save", "wait", "load"), "eval": ("metrics",)}  # and evaluations
+_IS_EVALUATION = (pl.col("part") == EVALUATION).fill_null(False) & (pl.col("name") == "evaluate")
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,15 @@ def measure_steps(run_dir: str | Path, source: TraceSource | None = None) -> Wor
 def measure_rank_workload(job: Launch, events: RankEvents) -> dict[str, pl.DataFrame]:
     """The tables of one rank in one launch, by names that begin with PREFIX: input of `join_workload`."""
     pid, tid = find_main_thread(events)
-    columns = ("cat", "name", "kind", "ts", "dur", "bytes", "epoch", "step", "batch", "split")
+    columns = ("cat", "name", "kind", "part", "ts", "dur", "bytes", "epoch", "step", "batch", "split")
     main = (
         events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid)).select(columns)
-        .with_columns(pl.col("cat", "name", "kind", "split").cast(pl.String)).sort("ts").collect()
+        .with_columns(pl.col("cat", "name", "kind", "part", "split").cast(pl.String)).sort("ts").collect()
     )  # fmt: skip
-    evaluations = main.filter((pl.col("cat") == "eval") & (pl.col("name") == "evaluate"))
+    evaluations = main.filter(_IS_EVALUATION)
     calls = find_stretches(events.calls, pl.col("pid") == pid, pl.col("tid") == tid)
     checkpoints = find_stretches(main, pl.col("cat") == "checkpoint")
-    pauses = unite_stretches(checkpoints, find_stretches(main, pl.col("cat") == "eval"))
+    pauses = unite_stretches(checkpoints, find_stretches(main, pl.col("part") == EVALUATION))
     steps, collectives = [], []
     for phase, found, pause in (
         ("train", _list_train_steps(main), pauses),
@@ -269,7 +271,8 @@ def _divide_periods(
 
 def _list_pauses(main: pl.DataFrame) -> pl.DataFrame:
     chosen = pl.any_horizontal(
-        (pl.col("cat") == cat) & pl.col("name").is_in(names) for cat, names in PAUSES.items()
+        _IS_EVALUATION,
+        *((pl.col("cat") == cat) & pl.col("name").is_in(names) for cat, names in PAUSES.items()),
     )
     return main.filter(chosen).select(
         pl.concat_str("cat", "name", separator="/").alias("name"), "split", "epoch", "step",
@@ -287,9 +290,9 @@ def _measure_batches(
     """
     spans = (
         events.spans.lazy()
-        .filter((pl.col("cat") == "data") & ((pl.col("name") == "read") | (pl.col("name") == "assemble")))
+        .filter((pl.col("cat") == "data") & pl.col("name").cast(pl.String).is_in(["read", *PREPROCESS]))
         .filter(pl.col("pid") == pid)
-        .select("tid", (pl.col("name") == "assemble").alias("made"), "ts", "dur", "bytes", "epoch", "batch",
+        .select("tid", (pl.col("name") != "read").alias("made"), "ts", "dur", "bytes", "epoch", "batch",
                 "mapped")
         .sort("tid", "ts").collect()
     )  # fmt: skip

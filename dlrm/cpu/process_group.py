@@ -92,7 +92,7 @@ class ShmProcessGroup(UnevenGloo):
         if opts.reduceOp != dist.ReduceOp.SUM or not floats:
             return self.gloo.allreduce(tensors, opts)
         # DistributedDataParallel calls this inside the backward pass, which is compute but for this span
-        with trace.span("communication", "all_reduce", bytes=sum(tensor.nbytes for tensor in tensors)):
+        with trace.span("comm", "all_reduce", bytes=sum(tensor.nbytes for tensor in tensors)):
             for tensor in tensors:
                 flat = tensor.detach().contiguous().view(-1)
                 self._sum_in_place(flat)

@@ -167,7 +167,7 @@ class BatchLoader:
         self.batch_number += 1
         self.source.batch = self.batch_number
         rows, numbers = self._read_rows(step)
-        with span("data", "assemble", batch=self.batch_number):
+        with span("data", "preprocess", batch=self.batch_number):
             if self.shuffle_batches:
                 key = [self.seed, self.epoch, self.steps_before + step, self.rank]
                 order = np.random.default_rng(key).permutation(len(rows.labels))

@@ -11,9 +11,19 @@ from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm.data.arrays import ArrayCollator
+from dlrm.runtime.trace import span
 
 # of a KeyedJaggedTensor: lengths int32 [features n], offsets int32 [features n + 1]; per key: length, offset
 IndexTensors = tuple[torch.Tensor, torch.Tensor, list[int], list[int]]
+
+
+class TracedBatch(Batch):
+    """torchrec's batch; its copy to the device is a span."""
+
+    to = span("device", "transfer")(Batch.to)
+
+    def pin_memory(self) -> "TracedBatch":
+        return TracedBatch(**vars(super().pin_memory()))
 
 
 class BatchCollator(ArrayCollator):
@@ -39,7 +49,7 @@ class BatchCollator(ArrayCollator):
         """
         n = len(labels)
         lengths, offsets, length_per_key, offset_per_key = self._make_index_tensors(n, ids_per_row)
-        batch = Batch(
+        batch = TracedBatch(
             dense_features=torch.from_numpy(dense),
             sparse_features=KeyedJaggedTensor(
                 keys=self.names,

@@ -48,7 +48,7 @@ class Prefetcher:
         worker.start()
         try:
             while True:
-                with span("data", "wait", batch=self.batch_number + 1) as waiting:
+                with span("dataloader", "fetch.iter", batch=self.batch_number + 1) as waiting:
                     began = time.perf_counter()
                     batch, number, state = ready.get()
                     self.wait_seconds += time.perf_counter() - began

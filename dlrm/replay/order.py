@@ -7,7 +7,7 @@ The order that is kept, and no other is:
 - a thread begins after what the rank's main thread had finished by then, and after the threads that had
   ended by then: one checkpoint is written after the other;
 - a `checkpoint/wait` ends after the threads that had ended by then;
-- a `data/wait` ends when the thread that read or assembled the batch is done with it;
+- a wait for a batch ends when the thread that read or assembled the batch is done with it;
 - a reading thread is never more batches ahead than it was at most;
 - all ranks meet at the end of each `train/step` and of each evaluation; what they waited for each other
   before, inside of it, is no time to think.
@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from analysis.trace.classify import EVALUATION, PREPROCESS, find_kind, find_part
 
 # Kinds of nodes. CALL: a call. BEGIN, END: of a span. COPY: from a mapped file, which a span tells. PUT: a
 # batch is ready. TAKE: wait for one. ROOM: wait until so many batches are taken. START: let a thread begin.
@@ -190,7 +192,7 @@ def _find_meeting(span: Any) -> tuple[Any, ...] | None:
     """What names, on all ranks, the meeting at the end of a span; None where they do not meet."""
     if (span.cat, span.name) == ("train", "step"):
         return "step", span.args.get("epoch"), span.args.get("step"), span.args.get("batch")
-    if (span.cat, span.name) == ("eval", "evaluate"):
+    if span.name == "evaluate" and find_part(span.cat, span.name) == EVALUATION:
         return "evaluate", span.args.get("epoch"), span.args.get("step"), span.args.get("split")
     return None
 
@@ -202,7 +204,7 @@ def _match_batches(spans: dict[Thread, list[tuple[int, int, Any]]]) -> _Deliveri
         (ts + dur, ts, thread, span.args.get("batch"))
         for thread, own in spans.items()
         for ts, dur, span in own
-        if (span.cat, span.name) == ("data", "wait")
+        if span.cat != "ssd" and find_kind(span.cat, span.name) == "wait"
     ]
     oldest = {thread: 0 for thread, batches in made.items() if batches}
     found = _Deliveries({}, {}, {})
@@ -229,7 +231,7 @@ def _list_batches(thread: Thread, spans: list[tuple[int, int, Any]]) -> list[_Ba
     made: list[_Batch] = []
     for ts, dur, span in sorted(spans, key=lambda item: item[0]):
         number = span.args.get("batch")
-        if span.cat != "data" or span.name not in ("read", "assemble") or number is None:
+        if span.cat != "data" or span.name not in ("read", *PREPROCESS) or number is None:
             continue
         if not made or made[-1].batch != number:
             made.append(_Batch(thread, len(made), number, ts, ts + dur, span, span))

@@ -3,9 +3,10 @@
 The only module that imports dftracer, and only in `start_tracing`. What is in RUN/trace/*.pfw.gz:
   metadata (CM)   rank, local_rank, world_size, host, role, once per process; thread_name, once per thread;
                   file_system, JSON, once per folder; io_error, why the kernel's counters are missing
-  spans           cat is the phase (startup, data, train, eval, checkpoint, ssd, prep), communication (the
-                  sum of gradients) or torchrec (the patches); args are epoch, step, and bytes, file, batch
-                  where there are any
+  spans           cat is that of DFTracer's AI logging where it has one (ai_root, the whole process; pipeline,
+                  dataloader, data, compute, comm, device, checkpoint), else the phase (startup, train, eval,
+                  ssd, prep) or torchrec (the patches); args are epoch, step, and bytes, file, batch where
+                  there are any
   instants        duration 0; cat `clock`, name `barrier`, arg `when` (start, end): all ranks leave a barrier
   counters        cat `counter`, name of the counter, arg `value`; proc/...: the kernel's, of this process
   POSIX calls     by interception, each with its file, offset and bytes
@@ -46,6 +47,7 @@ _context: dict[str, tuple[int, int]] = {}  # args of every span (epoch, step), i
 _identity: dict[str, int | str] = {}  # the metadata that says whose file this is
 _flusher: "_Flusher | None" = None
 _io: IoRecorder | None = None
+_begin = 0  # of tracing
 _folder: Path | None = None  # of the trace files
 _made_folders: list[Path] = []  # by this process
 
@@ -76,7 +78,7 @@ def start_tracing(
     flush_ms  a killed process loses at most the events of this time
     folders   what it is for -> a folder or file, whose file system is recorded beside the run folder's
     """
-    global _native, _folder, _io
+    global _native, _folder, _io, _begin
     traced_folders = find_traced_folders(os.environ)
     folder = Path(run_dir).absolute() / "trace"
     try:
@@ -110,7 +112,7 @@ def start_tracing(
         os.register_at_fork(
             before=_flush_before_fork, after_in_parent=_flushing.release, after_in_child=_restart_after_fork
         )
-    _native, _folder = native, folder
+    _native, _folder, _begin = native, folder, native.get_time()
     _set_identity(here, role)
     _record_identity(flush_ms)
     for each in file_systems:
@@ -126,6 +128,7 @@ def stop_tracing() -> None:
     recorder, _io = _io, None
     if recorder is not None:
         recorder.stop()
+    record_span("ai_root", "ai_root", _begin, get_time())
     native, _native = _native, None
     flusher, _flusher = _flusher, None
     if flusher is not None:
@@ -222,7 +225,8 @@ def _flush_before_fork() -> None:
 
 def _restart_after_fork() -> None:
     """In the child of a fork: DFTracer has opened a new file for it, still without the metadata."""
-    global _io
+    global _io, _begin
+    _begin = 0
     _flushing.release()
     _io = None  # the kernel adds a child's counters to its parent's when it has ended
     if _native is not None:

@@ -52,7 +52,7 @@ def _as_collective(torch: Any, function: Any, counted: tuple[int, str] | None) -
         if torch.compiler.is_compiling() or not trace.is_tracing():
             return function(*args, **kwargs)
         size = {"bytes": _count_bytes(counted, args, kwargs)} if counted else {}
-        with trace.span("communication", name, **size):
+        with trace.span("comm", name, **size):
             return function(*args, **kwargs)
 
     return call

@@ -20,7 +20,7 @@ def hook(torch: ModuleType) -> None:
     fetch = torch.utils.data._utils.fetch
     for name in ("_MapDatasetFetcher", "_IterableDatasetFetcher"):
         if hasattr(fetch, name):
-            replace(getattr(fetch, name), "fetch", as_span("data", "assemble"), torch)
+            replace(getattr(fetch, name), "fetch", as_span("data", "preprocess"), torch)
     replace(torch.utils.data._utils.worker, "_worker_loop", _wrap_worker, torch)
 
 
@@ -59,7 +59,7 @@ def _wrap_next(torch: Any, original: Any) -> Any:
         training = torch.is_grad_enabled()
         steps.before_batch(training, _find_epoch(iterator, training))
         try:
-            with trace.span("data", "wait"):
+            with trace.span("dataloader", "fetch.iter"):
                 batch = original(iterator)
         except StopIteration:
             steps.after_last_batch(training)

@@ -66,6 +66,6 @@ def _record_sums() -> None:
         computed = found.get("backward_compute_time_end", 0) // 1000
         exposed = min(max(begin, computed), end)
         trace.record_span(
-            "communication", "all_reduce", exposed, end,
+            "comm", "all_reduce", exposed, end,
             bytes=found.get("total_parameter_size_bytes", 0), hidden_us=exposed - begin,
         )  # fmt: skip

@@ -6,6 +6,7 @@ accumulated. A loop without a DataLoader has a step whenever an optimizer steps 
 fetched without gradients are an evaluation. Where torchrec's pipelines train, they count (`pipelines`).
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -138,7 +139,7 @@ class Steps:
 
     def _close_evaluation(self) -> None:
         if self._eval_begin:
-            trace.record_span("eval", "evaluate", self._eval_begin, self._eval_end)
+            trace.record_span("pipeline", "evaluate", self._eval_begin, self._eval_end)
             self._idle_since = self._eval_end
         self._eval_begin = self._eval_end = 0
 
@@ -162,7 +163,8 @@ def _wrap_backward(original: Any) -> Any:
     def backward(*args: Any, **kwargs: Any) -> Any:
         if not trace.is_tracing():
             return original(*args, **kwargs)
-        with trace.span("compute", "backward"):
+        # a pipeline's stage of this name is a span already
+        with contextlib.nullcontext() if steps.in_pipeline else trace.span("compute", "backward"):
             found = original(*args, **kwargs)
             for each in after_backward:
                 each()

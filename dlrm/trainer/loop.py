@@ -155,7 +155,7 @@ def run_training(
         batches.set_epoch(progress.epoch)
         trace.set_context(epoch=progress.epoch)
         trace.sample_io()
-        with during_epoch(progress.epoch), trace.span("train", "epoch"):
+        with during_epoch(progress.epoch), trace.span("pipeline", "epoch"):
             steps_left = None if limits.max_steps is None else limits.max_steps - progress.step
             steps = train_steps(
                 pipeline, batches, progress, meter, set_next_lr, hooks, steps_left, during_step
@@ -270,7 +270,7 @@ def evaluate(
     started = time.perf_counter()
     iterator = iter(batches)
     trace.sample_io()
-    with trace.span("eval", "evaluate", split=split):
+    with trace.span("pipeline", "evaluate", split=split):
         for batch in range(len(batches)):
             before_batch()
             with trace.span("eval", "eval_step", batch=batch):

@@ -301,7 +301,10 @@ class Trainer:
         silent = session.list_silent_ranks
         during_step = self.profiler.during_step if self.profiler else nullcontext
         try:
-            with report_while_training(self.run_folder, self.progress, self.datasets, silent):
+            with (
+                report_while_training(self.run_folder, self.progress, self.datasets, silent),
+                trace.span("pipeline", "train"),
+            ):
                 target_reached = loop.run_training(
                     self.pipeline, self.datasets.train, self.progress, limits, self.set_next_lr,
                     self.validate, self.log_metrics, self.meter, self.hooks, self.log_epoch, during_step,

@@ -97,7 +97,7 @@ def test_spans_tell_file_bytes_batch_and_thread(traced: Traced, kind: str) -> No
     threads = {e["tid"] for e in events if e["name"] == "CM" and e["args"]["value"].startswith("prefetch")}
     assert {e["tid"] for e in spans} <= threads
     steps = {e["args"]["batch"] for e in events if e["name"] == "step" and e["args"]["kind"] == kind}
-    waits = {e["args"]["batch"] for e in events if e.get("cat") == "data" and e["name"] == "wait"}
+    waits = {e["args"]["batch"] for e in events if e["name"] == "fetch.iter"}
     assert steps == set(range(360 // 30 // world))
     assert steps <= waits
     assert {e["args"]["batch"] for e in spans} <= steps | {0}

@@ -146,7 +146,7 @@ def spans(folder: Path) -> list[dict]:
     # DFTracer records a long command line cut short, with whatever bytes lay behind it
     lines = b"\n".join(files).decode(errors="replace").splitlines()
     events = [json.loads(line) for line in lines if line.startswith("{")]
-    return [event for event in events if event.get("cat") == "torchrec"]
+    return [event for event in events if event.get("cat") in ("torchrec", "compute", "comm")]
 
 
 def test_a_span_closes_on_exceptions(tmp_path: Path) -> None:
@@ -213,3 +213,6 @@ def test_every_marker_of_a_training_step_is_a_span(tmp_path: Path) -> None:
     assert stages | dense | exchanges | {"dist_init:recat_values"} <= set(seen)
     assert seen["forward"] == 10  # five steps on two ranks
     assert {event["args"]["batch"] for event in events if event["name"] == "forward"} == set(range(5))
+    by_category = {cat: {e["name"] for e in events if e["cat"] == cat} for cat in ("compute", "comm")}
+    assert by_category["compute"] == {"forward", "backward", "optimizer"}
+    assert by_category["comm"] >= exchanges and "wait_sparse_data_dist" not in by_category["comm"]

@@ -108,9 +108,9 @@ def training(
         waits = wait if isinstance(wait, int) else wait(step)
         own = waits + compute
         where = {"epoch": 0, "step": step, "batch": step}
-        made.span("data", "wait", ts, waits, **where)
-        made.span("torchrec", "forward", ts + waits, compute // 2)
-        made.span("torchrec", "backward", ts + waits + compute // 2, compute // 2)
+        made.span("dataloader", "fetch.iter", ts, waits, **where)
+        made.span("compute", "forward", ts + waits, compute // 2)
+        made.span("compute", "backward", ts + waits + compute // 2, compute // 2)
         made.span("torchrec", "wait_sparse_data_dist", ts + own, max(0, longest - own))
         at = ts
         for i in range(reads):
@@ -130,5 +130,5 @@ def training(
             at += read_us + 1
         made.span("train", "step", ts, max(longest, own), **where)
         ts += max(longest, own) + 10
-    made.span("train", "epoch", 10_000, ts - 10_000, epoch=0)
+    made.span("pipeline", "epoch", 10_000, ts - 10_000, epoch=0)
     return made

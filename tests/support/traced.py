@@ -39,14 +39,14 @@ def prefetch():
         read[batch].set()
 thread = threading.Thread(target=prefetch)
 thread.start()
-with trace.span("train", "epoch"):
+with trace.span("pipeline", "epoch"):
     for step in range(3):
         trace.set_context(epoch=0, step=step)
         read[step].wait()
         with trace.span("train", "step", batch=step):
-            with trace.span("torchrec", "forward", number=step):
+            with trace.span("compute", "forward", number=step):
                 time.sleep(0.002)
-            with trace.span("torchrec", "backward"):
+            with trace.span("compute", "backward"):
                 time.sleep(0.001)
         trace.counter("loss", 0.5 / (step + 1))
 thread.join()

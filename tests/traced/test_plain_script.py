@@ -100,14 +100,14 @@ def test_steps_and_what_is_in_them(here: Path) -> None:
     assert spans["train", "step"] == 2 * STEPS
     assert spans["compute", "optimizer"] == 2 * 2 * STEPS
     assert spans["compute", "backward"] == batches
-    assert spans["eval", "evaluate"] == spans["checkpoint", "save"] == 2 * epochs
-    assert spans["communication", "all_reduce"] == 2 * epochs + batches  # and of gradients
-    assert spans["data", "assemble"] == batches + 2 * epochs
+    assert spans["pipeline", "evaluate"] == spans["checkpoint", "save"] == 2 * epochs
+    assert spans["comm", "all_reduce"] == 2 * epochs + batches  # and of gradients
+    assert spans["data", "preprocess"] == batches + 2 * epochs
     steps = [e for e in events if (e["cat"], e["name"]) == ("train", "step")]
     numbers = {(e["args"]["step"], e["args"]["epoch"]) for e in steps}
     assert numbers == {(step + 1, step // (STEPS // epochs)) for step in range(STEPS)}
     workers = {e["pid"] for e in events if e["name"] == "CM" and e["args"].get("value") == "worker"}
-    loading = {e["pid"] for e in events if (e.get("cat"), e["name"]) == ("data", "assemble")}
+    loading = {e["pid"] for e in events if (e.get("cat"), e["name"]) == ("data", "preprocess")}
     assert len(workers) == 2 * 2 * epochs and workers <= loading
 
 

@@ -133,7 +133,7 @@ def test_pipelines_of_torchrec(tmp_path: Path) -> None:
     steps = [e["args"] for e in events if (e.get("cat"), e["name"]) == ("train", "step")]
     assert [(args["step"], args["epoch"]) for args in steps] == [(n + 1, n // 6) for n in range(12)]
     assert sum((e.get("cat"), e["name"]) == ("eval", "eval_step") for e in events) == 6
-    assert sum((e.get("cat"), e["name"]) == ("torchrec", "forward") for e in events) == 18
+    assert sum((e.get("cat"), e["name"]) == ("compute", "forward") for e in events) == 18
 
 
 def test_profiled_steps_by_a_variable_of_the_job_script(tmp_path: Path) -> None:

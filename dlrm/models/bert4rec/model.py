@@ -20,6 +20,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from dlrm.runtime.trace import span
 from dlrm.trainer.mixed_precision import LossScale
 
 FEATURE, TABLE = "item", "item_embedding"
@@ -189,6 +190,7 @@ class BertBatch(Pipelineable):
     labels: torch.Tensor
     candidates: torch.Tensor | None = None
 
+    @span("device", "transfer")
     def to(self, device: torch.device, non_blocking: bool = False) -> "BertBatch":
         rest = (self.tokens, self.labels, self.candidates)
         return BertBatch(

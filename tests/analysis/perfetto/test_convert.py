@@ -90,7 +90,9 @@ def test_nesting(full: Trace) -> None:
     depths = {
         (name, depth) for name, depth in full.rows("select name, depth from slice where category != 'POSIX'")
     }
-    assert {("epoch", 0), ("step 1", 1), ("forward", 2), ("backward", 2), ("read", 0)} <= depths
+    assert {
+        ("ai_root", 0), ("epoch", 1), ("step 1", 2), ("forward", 3), ("backward", 3), ("read", 0)
+    } <= depths  # fmt: skip
     parents = full.rows(
         "select distinct p.name from slice s join slice p on s.parent_id = p.id where s.name = 'pread64'"
     )

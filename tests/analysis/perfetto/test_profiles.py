@@ -91,7 +91,7 @@ def test_operators_lie_in_their_steps(run: Path, profiled: Trace) -> None:
     lost = profiled.rows(f"""
         select op.name as name, op.ts as ts from {SLICES} op where op.category = 'cpu_op'
         and op.thread = 'main, profiled' and op.name like 'aten::%mm' and not exists (
-          select 1 from {SLICES} pass where pass.upid = op.upid and pass.category = 'torchrec'
+          select 1 from {SLICES} pass where pass.upid = op.upid and pass.category = 'compute'
           and pass.name in ('forward', 'backward')
           and op.ts >= pass.ts - {TOLERANCE_NS} and op.ts + op.dur <= pass.ts + pass.dur + {TOLERANCE_NS})
     """)

@@ -24,7 +24,7 @@ def test_latency_buckets_are_close() -> None:
         ("torchrec", "all2all_data:kjt splits", "communication"),
         ("torchrec", "copy_batch_to_gpu", "copy"),
         ("torchrec", "next_batch", None),
-        ("data", "wait", "wait"),
+        ("data", "wait", "wait"),  # until November 2026
         ("ssd", "wait", "wait"),  # for rows of tables in files, inside of
         ("ssd", "fetch", None),
         ("checkpoint", "save", None),
@@ -63,7 +63,8 @@ def test_operations(name: str, op: str) -> None:
     ("cat", "name", "part"),
     [("train", "step", "step"), ("train", "epoch", "epoch"), ("eval", "evaluate", "evaluation"),
      ("train", "report", None), ("dataloader", "fetch.block", "step"), ("dataloader", "fetch.iter", None),
-     ("pipeline", "epoch.block", "epoch"), ("pipeline", "train", "epoch"), ("pipeline", "test", "evaluation"),
+     ("pipeline", "epoch.block", "epoch"), ("pipeline", "train", "training"),
+     ("pipeline", "test", "evaluation"), ("pipeline", "evaluate", "evaluation"),
      ("compute", "step", None), ("dlio_benchmark", "DLIOBenchmark._train", "epoch"),
      ("dlio_benchmark", "DLIOBenchmark._eval", "evaluation"), ("POSIX", "step", None)],
 )  # fmt: skip

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from support.made_traces import Made
+from support.made_traces import Made, training
 from support.reports import analysis as run_analysis
 
 import analysis
 from analysis.trace.classify import is_understood
+from analysis.workload.steps import measure_steps
 
 TRAINING = """
 import json, sys, time
@@ -100,3 +101,49 @@ def test_names_of_dlio(tmp_path: Path) -> None:
     assert train.select("wall_s", "compute_s", "io_s").row(0) == (0.009, 0.006, 0.0018)
     assert table.filter(pl.col("phase") == "evaluate")["wall_s"].to_list() == [0.001]
     assert "Nothing is known" not in out
+
+
+EARLIER = {
+    ("dataloader", "fetch.iter"): ("data", "wait"), ("data", "preprocess"): ("data", "assemble"),
+    ("pipeline", "epoch"): ("train", "epoch"), ("pipeline", "evaluate"): ("eval", "evaluate"),
+    ("compute", "forward"): ("torchrec", "forward"), ("compute", "backward"): ("torchrec", "backward"),
+}  # fmt: skip
+
+
+def test_earlier_names_of_this_project(tmp_path: Path) -> None:
+    """The same tables and steps, and one sentence in the report."""
+    found = {}
+    for which in ("now", "earlier"):
+        made = training(steps=6, wait=3_000)
+        made.span("data", "preprocess", 10_900, 50, 7, epoch=0, step=1, batch=0)
+        made.span("pipeline", "evaluate", 90_000, 5_000, split="val", epoch=0, step=6)
+        made.span("eval", "eval_step", 90_100, 4_000, batch=0)
+        for line in made.lines if which == "earlier" else ():
+            line["cat"], line["name"] = EARLIER.get((line["cat"], line["name"]), (line["cat"], line["name"]))
+        run = tmp_path / which
+        made.write(run)
+        (run / "config.json").write_text('{"data": {}, "launch": {}}')
+        out, _ = run_analysis("report", run)
+        work = measure_steps(run)
+        pauses = work.pauses["name"].str.replace("eval/evaluate", "pipeline/evaluate").to_list()
+        tables = [(run / "tables" / f"{name}.csv").read_text() for name in ("phases", "steps")]
+        found[which] = tables, work.steps.rows(), work.batches.rows(), pauses
+        said = "was made before December 2026" in out
+        assert said == (which == "earlier"), out
+    assert found["now"] == found["earlier"]
+    assert found["now"][3] == ["pipeline/evaluate"]
+
+
+def test_training_around_epochs(tmp_path: Path) -> None:
+    """DFTracer's documentation has `pipeline.train` around all epochs: it is a phase only without them."""
+    for which in ("epochs", "none"):
+        made = Made(None, pid=7)
+        for epoch in range(2 if which == "epochs" else 0):
+            made.span("pipeline", "epoch.block", 1000 + 4000 * epoch, 4000, epoch=epoch)
+        made.span("pipeline", "train", 1000, 9000, epoch=1)
+        made.span("ai_root", "ai_root", 0, 10_000)
+        made.write(tmp_path / which)
+        out, _ = run_analysis("report", tmp_path / which)
+        assert "Nothing is known" not in out
+        table = pl.read_csv(tmp_path / which / "tables" / "phases.csv").filter(pl.col("phase") == "train")
+        assert table["wall_s"].to_list() == [0.008 if which == "epochs" else 0.009]

@@ -57,7 +57,7 @@ def test_time_and_short_events(traces: tuple[Path, list[Made]]) -> None:
     spans = found.joined["spans"].filter(pl.col("name") == "forward")["us"].sum()
     assert spans == sum(
         max(0, min(line["ts"] + line["dur"], high) - max(line["ts"], low))
-        for line in list_events(made, "torchrec", "forward")
+        for line in list_events(made, "compute", "forward")
     )
     found = open_run(run, selection=Selection(min_us=1_000))
     assert found.joined.calls == 0 and len(found.joined["steps"]) == len(steps)

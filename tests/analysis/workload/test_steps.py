@@ -27,7 +27,7 @@ def two_steps(rank: int, world: int, late: int) -> Made:
     made = Made(rank, world)
     made.span("startup", "imports", 0, 900)
     made.span("train", "epoch", 1_000, 1_500, epoch=0)
-    made.span("data", "wait", 1_000, 100, **STEP)
+    made.span("dataloader", "fetch.iter", 1_000, 100, **STEP)
     made.posix("write", 1_120, 30, "/run/log.txt", ret=10)
     made.span("torchrec", "all2all", 1_000 + late, 600 - late, **STEP)
     made.span("torchrec", "output_dist_wait]", 1_000 + late + 10, 20, **STEP)  # inside: counts once
@@ -69,14 +69,14 @@ def test_planted_evaluation_inside_an_epoch(tmp_path: Path) -> None:
     made = Made()
     made.span("train", "epoch", 1_000, 2_000, epoch=0)
     made.span("train", "step", 1_000, 100, **STEP)
-    made.span("eval", "evaluate", 1_200, 600, epoch=0, step=1, split="val")
+    made.span("pipeline", "evaluate", 1_200, 600, epoch=0, step=1, split="val")
     for batch, ts in enumerate((1_200, 1_400)):
         made.span("eval", "eval_step", ts, 150, epoch=0, step=1, batch=batch)
-        made.span("data", "wait", ts, 40, epoch=0, step=1, batch=batch)
+        made.span("dataloader", "fetch.iter", ts, 40, epoch=0, step=1, batch=batch)
         made.span("torchrec", "all2all", ts + 50, 60, epoch=0, step=1)
         made.posix("read", ts - 60, 20, "/data/day_0.npy", 5, ret=4_000)
         made.span("data", "read", ts - 70 if batch else ts + 1, 35, 5, bytes=4_000, eval_batch=batch)
-        made.span("data", "assemble", ts + 45, 7, 5, batch=batch)
+        made.span("data", "preprocess", ts + 45, 7, 5, batch=batch)
     made.span("eval", "metrics", 1_700, 90, epoch=0, step=1)
     made.span("train", "step", 2_000, 100, epoch=0, step=2, batch=1)
     made.write(tmp_path)
@@ -91,7 +91,7 @@ def test_planted_evaluation_inside_an_epoch(tmp_path: Path) -> None:
     assert shown == [("val", 0, 0, 200, 40, 60), ("val", 0, 1, 150, 40, 60)]
     batches = found.batches.select("phase", "split", "batch", "read_us", "call_us", "bytes", "requests")
     assert batches.rows() == [("eval", "val", 0, 35, 0, 4_000, 0), ("eval", "val", 1, 35, 20, 4_000, 1)]
-    assert found.pauses["name"].to_list() == ["eval/evaluate", "eval/metrics"]
+    assert found.pauses["name"].to_list() == ["pipeline/evaluate", "eval/metrics"]
 
 
 def test_reads_belong_to_the_batch_that_is_assembled_next(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_reads_belong_to_the_batch_that_is_assembled_next(tmp_path: Path) -> Non
         made.span("data", "read", at, 60, 5, file="/d", bytes=size, batch=0)
         made.posix("pread64", at + 5, 20, "/d", 5, ret=size)
         made.posix("pread64", at + 30, 10, "/d", 5, ret=0)  # the end of the file: nothing is moved
-    made.span("data", "assemble", 300, 40, 5, batch=0)
-    made.span("data", "assemble", 400, 30, 5, batch=1)
+    made.span("data", "preprocess", 300, 40, 5, batch=0)
+    made.span("data", "preprocess", 400, 30, 5, batch=1)
     made.posix("pread64", 500, 20, "/other", 5, ret=9)  # outside any span
     made.write(tmp_path)
     batches = measure_steps(tmp_path).batches

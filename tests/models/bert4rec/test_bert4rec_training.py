@@ -215,9 +215,10 @@ def test_the_trace_tells_the_whole_course(two_ranks: Finished) -> None:
     for rank, found in events.items():
         names = {(event.get("cat"), event.get("name")) for event in found}
         expected = {
-            ("startup", "process_group"), ("startup", "data"), ("startup", "plan"), ("data", "assemble"),
-            ("data", "wait"),
-            ("train", "epoch"), ("train", "step"), ("train", "report"), ("eval", "evaluate"),
+            ("startup", "process_group"), ("startup", "data"), ("startup", "plan"), ("data", "preprocess"),
+            ("dataloader", "fetch.iter"), ("device", "transfer"), ("ai_root", "ai_root"),
+            ("pipeline", "train"), ("pipeline", "epoch"), ("pipeline", "evaluate"), ("train", "step"),
+            ("train", "report"),
             ("eval", "eval_step"), ("checkpoint", "save"), ("checkpoint", "write"), ("clock", "barrier"),
         }  # fmt: skip
         expected |= (
