@@ -16,9 +16,8 @@ from support.analysis_command import run_command
 from support.disk import mount_small_disk
 from support.file_calls import STRACED, count_strace_calls, read_events
 from support.job_scripts import clean_environment
-from support.ranks import ROOT, python
+from support.ranks import ROOT, on_ranks, python
 
-LAUNCHER = str(ROOT / "launcher.sh")
 TRAINING = [
     "--preset", "toy", "--batch_size", 64, "--max_steps", 40, "--report_every", 10,
     "--checkpoint_every_steps", 15, "--limit_val_batches", 5, "--limit_test_batches", 5, "--trace",
@@ -27,12 +26,10 @@ TRAINING = [
 
 
 def train(run: Path, npy: Path, ranks: int, *more: object) -> Path:
-    words = [LAUNCHER, sys.executable, "-m", "dlrm.train", *TRAINING, "--in_memory_binary_criteo_path", npy]
-    done = subprocess.run(
-        [*map(str, [*words, *more]), "--output_dir", str(run)], cwd=ROOT, capture_output=True, text=True,
-        timeout=240, env=clean_environment(NPROC=ranks),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = on_ranks(
+        run, ranks, "dlrm.train", *TRAINING, "--in_memory_binary_criteo_path", npy, *more, timeout=240
+    )
+    assert done.codes == [0] * ranks, done.err
     return run
 
 
@@ -106,7 +103,7 @@ def test_compute_is_traced_scaled_or_given(trained: Path, tmp_path: Path) -> Non
     medians = {}
     for compute in ("x4", "30ms"):
         run = tmp_path / compute
-        done = emulate(run, "--from", trained, "--compute", compute, "--max_steps", 12)
+        done = emulate(run, "--from", trained, "--compute", compute, "--max_steps", 12, "--ranks", 1)
         assert done.returncode == 0, done.stderr
         medians[compute] = statistics.median(list_steps(run))
     traced = statistics.median(list_steps(trained))
@@ -119,7 +116,8 @@ def test_data_are_made_where_they_are_missing(trained: Path, toy: Path, tmp_path
     for contents in ("sparse", "real"):
         folder, run = tmp_path / contents, tmp_path / f"run-{contents}"
         words = ["--from", trained, "--compute", "1ms", "--in_memory_binary_criteo_path", folder]
-        done = emulate(run, *words, "--make_data", contents)
+        more = ["--ranks", 1, "--max_steps", 3, "--no-trace"] if contents == "sparse" else []
+        done = emulate(run, *words, "--make_data", contents, *more)
         assert done.returncode == 0, done.stderr
         assert {path.name: path.stat().st_size for path in folder.glob("*.npy")} == sizes
         on_disk = sum(path.stat().st_blocks * 512 for path in folder.glob("*.npy"))
@@ -128,15 +126,9 @@ def test_data_are_made_where_they_are_missing(trained: Path, toy: Path, tmp_path
     # twice as many rows: an epoch is twice as long
     larger = tmp_path / "larger"
     more = [
-        "--from",
-        trained,
-        "--compute",
-        "0ms",
-        "--max_steps",
-        999,
-        "--in_memory_binary_criteo_path",
-        larger,
-    ]
+        "--from", trained, "--compute", "0ms", "--max_steps", 999, "--no-trace",
+        "--in_memory_binary_criteo_path", larger,
+    ]  # fmt: skip
     done = emulate(
         tmp_path / "run-larger", *more, "--make_data", "--data_scale", 2, "--batch_size", 500, "--ranks", 1
     )
@@ -146,7 +138,8 @@ def test_data_are_made_where_they_are_missing(trained: Path, toy: Path, tmp_path
     # a file that is there stays as it is
     before = (folder / "day_0_sparse.npy").read_bytes()
     (folder / "day_1_dense.npy").unlink()
-    done = emulate(tmp_path / "again", *words, "--make_data", "real", "--ranks", 1, "--max_steps", 3)
+    short = ["--ranks", 1, "--max_steps", 3, "--no-trace"]
+    done = emulate(tmp_path / "again", *words, "--make_data", "real", *short)
     assert done.returncode == 0 and (folder / "day_0_sparse.npy").read_bytes() == before
     assert (folder / "day_1_dense.npy").stat().st_size == sizes["day_1_dense.npy"]
 
@@ -164,7 +157,7 @@ def test_tables_in_files_are_read_and_written(toy: Path, tmp_path: Path) -> None
 def test_more_ranks_than_the_run_had(trained: Path, tmp_path: Path) -> None:
     """Many ranks on few cores, each row read once: what 64 would do is in the slow tests."""
     run = tmp_path / "run"
-    done = emulate(run, "--from", trained, "--ranks", 8, "--batch_size", 16, "--compute", "5ms")
+    done = emulate(run, "--from", trained, "--ranks", 8, "--batch_size", 16, "--compute", "1ms", "--no-trace")
     assert done.returncode == 0, done.stderr
     assert "the run had 2 ranks, this one has 8" in done.stderr
     results = json.loads((run / "results.json").read_text())
@@ -242,13 +235,11 @@ def test_through_the_job_script(trained: Path, tmp_path: Path) -> None:
 
 def test_made_up_checkpoints_are_never_trained_from(trained: Path, toy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert emulate(run, "--from", trained, "--compute", "1ms").returncode == 0
-    done = python(
-        "-m", "dlrm.train", *TRAINING, "--in_memory_binary_criteo_path", toy, "--load_checkpoint_path",
-        run / "checkpoints", "--output_dir", tmp_path / "next",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "was made by the emulator" in done.stderr and done.stderr.count("\n") == 1
+    assert emulate(run, "--from", trained, "--compute", "1ms", "--ranks", 1, "--no-trace").returncode == 0
+    words = [*TRAINING, "--in_memory_binary_criteo_path", toy, "--load_checkpoint_path", run / "checkpoints"]
+    done = on_ranks(tmp_path / "next", 1, "dlrm.train", *words)
+    assert done.codes == [2]
+    assert "was made by the emulator" in done.err[0] and done.err[0].count("\n") == 1
 
 
 def test_a_trace_that_lacks_a_rank_and_ends_early(trained: Path, tmp_path: Path) -> None:

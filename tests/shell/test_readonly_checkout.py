@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from support.job_scripts import clean_environment
 
+from common.numba_cache import use_private_cache
+
 ROOT = Path(__file__).parents[2]
 SMALL = "--limit_train_batches 2 --limit_val_batches 1 --limit_test_batches 1 --report_every 1"
 # A mount namespace of its own: project and home read-only, and no data of an earlier demo.
@@ -39,7 +41,7 @@ def start(tmp_path: Path):  # noqa: ANN201
 
     def run(*words: object, **more: object) -> "subprocess.Popen[str]":
         names = {"PROJECT": ROOT, "START": tmp_path, "HOME": tmp_path / "home"} | more
-        names["NUMBA_CACHE_DIR"] = tmp_path / "numba"  # where compiled loops go is not this test's subject
+        use_private_cache()  # the real home's: where compiled loops go is not this test's subject
         return subprocess.Popen(
             ["unshare", "-m", "bash", "-c", ENTER, "bash", *map(str, words)], stdin=subprocess.DEVNULL,
             env=clean_environment(**names),
@@ -73,7 +75,7 @@ def test_runs_without_a_place_name_the_variable(start, toy: Path) -> None:  # no
 def test_two_demos_at_once_share_their_data(start, tmp_path: Path) -> None:  # noqa: ANN001
     """Started in the same second: each has a run folder, and the data are made once, beside them."""
     results = tmp_path / "results"
-    both = [start(ROOT / "3_train.sh", RESULTS=results, ARGS=SMALL, TRACE="no") for _ in range(2)]
+    both = [start(ROOT / "3_train.sh", RESULTS=results, ARGS=SMALL, TRACE="no", NPROC=1) for _ in range(2)]
     ends = [finish(process) for process in both]
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert sum("another demo is making the toy data" in out for _, out, _ in ends) <= 1

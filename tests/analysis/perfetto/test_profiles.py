@@ -2,14 +2,12 @@
 
 import gzip
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
-from support.job_scripts import clean_environment
 from support.made_profiles import BASE_NS, MadeProfile, gpu_steps
 from support.made_traces import BEGIN, training
-from support.ranks import ROOT
+from support.ranks import on_ranks
 from support.reports import analysis
 from support.trace_processor import Trace, open_trace
 
@@ -37,16 +35,12 @@ def convert(run: Path, *words: object, code: int = 0) -> tuple[Path, str]:
 def run(tmp_path_factory: pytest.TempPathFactory, npy: Path) -> Path:
     """Two ranks on CPUs, eight steps."""
     run = tmp_path_factory.mktemp("profiled") / "run"
-    words = [
-        "--preset", "toy", "--in_memory_binary_criteo_path", npy, "--batch_size", 128, "--max_steps", 8,
-        "--trace", "--output_dir", run, "--profile_steps", f"{FIRST}-{LAST}",
-    ]  # fmt: skip
-    done = subprocess.run(
-        ["./launcher.sh", "python", "-m", "dlrm.train", *map(str, words)], cwd=ROOT, text=True,
-        env=clean_environment(NPROC=2, DLRM_THREADS=1), capture_output=True, timeout=180,
+    done = on_ranks(
+        run, 2, "dlrm.train", "--preset", "toy", "--in_memory_binary_criteo_path", npy, "--batch_size", 128,
+        "--max_steps", 8, "--trace", "--profile_steps", f"{FIRST}-{LAST}", timeout=180,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "rofile" not in done.stdout + done.stderr
+    assert done.codes == [0, 0], done.err
+    assert "rofile" not in "".join([*done.out, *done.err])
     return run
 
 
