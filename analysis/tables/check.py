@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from analysis.trace.arguments import READ, WRITE, count_moved_bytes, read_argument, read_real_argument
-from analysis.trace.classify import KERNEL_COUNTERS
+from analysis.trace.classify import KERNEL_COUNTERS, is_understood
 from analysis.trace.clocks import group_launches
 from analysis.trace.columns import resolve_paths
 from analysis.trace.events import assign_ranks
@@ -211,9 +211,12 @@ def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[i
         processes.append(reader.process)
         mine = sums[path] = {}
         by_kernel: list[float] = []  # all its samples
+        unknown: dict[tuple[str, str], int] = {}
         for block in reader:
             _add_block(block, strings, mine)
+            _count_unknown_spans(block, strings, unknown)
             by_kernel += _list_kernel_samples(block, strings)
+        reader.process.unknown = unknown
         if by_kernel and reader.process.ended and not is_forked(reader.process):
             reader.process.reads = int(max(by_kernel) - min(by_kernel)), 0
     found = []
@@ -242,6 +245,16 @@ def _list_kernel_samples(block: EventBlock, strings: StringTable) -> list[float]
             values = read_real_argument(block, ID["value"])[counters[block.name[counters] == name]]
             return values[np.isfinite(values)].tolist()
     return []
+
+
+def _count_unknown_spans(block: EventBlock, strings: StringTable, counts: dict[tuple[str, str], int]) -> None:
+    """Adds those of this block to `counts`, as `TracedProcess.unknown` has them."""
+    spans = block.is_event() & (block.cat != ID["POSIX"]) & (block.cat != ID["STDIO"])
+    pairs = block.cat[spans].astype(np.int64) << 32 | block.name[spans]
+    for pair, count in zip(*(each.tolist() for each in np.unique(pairs, return_counts=True)), strict=True):
+        named = strings.text(pair >> 32), strings.text(pair & 0xFFFFFFFF)
+        if not is_understood(*named):
+            counts[named] = counts.get(named, 0) + count
 
 
 def _add_block(block: EventBlock, strings: StringTable, sums: dict[tuple[int, int], int]) -> None:
@@ -327,6 +340,7 @@ def format_check(
     lines += [f"lost: {process.lost}" for process in processes if process.lost]
     lines += _format_unchecked(unchecked)
     lines += _format_kernel_count([process.reads for process in processes if process.reads])
+    lines += _format_unknown_spans(processes)
     if not any(row.counted or row.traced for row in rows):
         why = "the run counted no bytes"
         if not rows and any(each.direction == "mapped" for each in unchecked):
@@ -352,6 +366,21 @@ def _format_kernel_count(reads: list[tuple[int, int]]) -> list[str]:
         f"the kernel counted {counted:,} bytes of read calls of {format_number(len(reads), 'rank')} while "
         f"traced, pipes, sockets and /proc among them: {traced:,} ({traced / counted:.1%}) are in the trace"
     ]
+
+
+def _format_unknown_spans(processes: Iterable[TracedProcess]) -> list[str]:
+    """A line where there are spans that no dialect has."""
+    counts: dict[tuple[str, str], int] = {}
+    for process in processes:
+        for named, count in process.unknown.items():
+            counts[named] = counts.get(named, 0) + count
+    if not counts:
+        return []
+    most = sorted(counts, key=lambda named: (-counts[named], named))
+    names = ", ".join(printable("/".join(named))[:80] for named in most[:5])
+    more = f" and {len(most) - 5} more names" if len(most) > 5 else ""
+    spans = format_number(sum(counts.values()), "span")
+    return [f"nothing is known about the names of {spans}: {names}{more}"]
 
 
 def _format_unchecked(unchecked: list[UncheckedBytes]) -> list[str]:

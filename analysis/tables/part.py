@@ -8,28 +8,27 @@ from dataclasses import replace
 import polars as pl
 
 from analysis.tables.read import RankEvents
-from analysis.trace.classify import STEP
+from analysis.tables.times import tell_steps
 from analysis.trace.selection import Selection
 
 _END = pl.col("ts") + pl.col("dur")
-_IS_STEP = (pl.col("part") == STEP).fill_null(False)
 
 
 def cut_events(events: RankEvents, selection: Selection) -> RankEvents:
     """selection: its steps and epoch are looked for on this rank; its seconds are `windows` already."""
     first, last = selection.windows[0] if selection.windows else (0, 1 << 62)
-    chosen = pl.lit(True)
+    chosen, is_step = pl.lit(True), tell_steps(events.spans)
     if selection.steps is not None:
         chosen &= pl.col("step").is_between(*selection.steps)
     if selection.epoch is not None:
         chosen &= pl.col("epoch") == selection.epoch
     if selection.steps is not None or selection.epoch is not None:
-        steps = events.spans.filter(_IS_STEP & chosen).select(pl.col("ts").min(), _END.max().alias("end"))
+        steps = events.spans.filter(is_step & chosen).select(pl.col("ts").min(), _END.max().alias("end"))
         begin, end = steps.row(0)
         if begin is None:
             return replace(events, calls=events.calls.clear(), spans=events.spans.clear())
         first, last = max(first, begin), min(last, end)
-    whole_steps = ~_IS_STEP | (chosen.fill_null(False) & (pl.col("ts") >= first) & (last >= _END))
+    whole_steps = ~is_step | (chosen.fill_null(False) & (pl.col("ts") >= first) & (last >= _END))
     long = (pl.col("dur") >= selection.min_us) | (pl.col("cat") == "counter")
     return replace(
         events,

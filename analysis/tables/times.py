@@ -17,6 +17,7 @@ from analysis.trace.classify import (
     EVALUATION,
     KERNEL_COUNTERS,
     KINDS,
+    OWN_STEPS,
     PROGRAM_FILE,
     STEP,
     SYSTEM_FILE,
@@ -70,11 +71,15 @@ def measure_covered_time(of: Stretches, times: np.ndarray) -> np.ndarray:
     return sums[number] - np.where(number > 0, overhang, 0)
 
 
+def tell_steps(spans: pl.DataFrame) -> pl.Expr:
+    """Whether a span is a step of the training: where there are this project's spans, only those."""
+    is_step = (pl.col("part") == STEP).fill_null(False)
+    is_own = is_step & (pl.col("cat") == OWN_STEPS)
+    return is_own if len(spans.filter(is_own).head(1)) else is_step
+
+
 def choose_steps(spans: pl.DataFrame) -> pl.DataFrame:
-    """The steps of the training: where there are this project's spans, only those."""
-    steps = spans.filter(pl.col("part") == STEP)
-    own = steps.filter(pl.col("cat") == "train")
-    return own if len(own) else steps
+    return spans.filter(tell_steps(spans))
 
 
 def find_main_thread(events: RankEvents) -> tuple[int, int]:

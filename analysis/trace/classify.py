@@ -26,6 +26,7 @@ _MOVES = r".*(read|open|load|fetch|get_sample|write|save).*"
 
 # The parts of a run that a span can be, whatever its program calls it. TRAINING: all epochs.
 STEP, EPOCH, TRAINING, EVALUATION = "step", "epoch", "training", "evaluation"
+OWN_STEPS = "train"  # the category of this project's steps, which count where a trace has others, too
 PREPROCESS = ("preprocess", "assemble")  # names, of category data, of making a batch of what was read
 
 
@@ -82,6 +83,8 @@ DIALECTS: dict[str, tuple[Meaning, ...]] = {
         Meaning(r"dlio_benchmark", r"(.*\.)?_train", None, EPOCH),
         Meaning(r"dlio_benchmark", r"(.*\.)?_eval", None, EVALUATION),
         Meaning(r"dlio_benchmark|data_loader", r"(<module>|fetch-data|loop)\.iter", "wait"),
+        Meaning(r"dlio_benchmark", r"(<module>|fetch-data|loop)\.yield", None, STEP),  # the loop's body
+        Meaning(r"data_loader", r"(<module>|fetch-data|loop)\.yield", None),  # what takes its batches
         Meaning(r"dlio_benchmark|config|generator", r".*", None),
         Meaning(r"ai_framework", r"(.*\.)?compute", "compute"),
         Meaning(r"ai_framework", r".*", None),  # what it sets up, and marks of its profiler

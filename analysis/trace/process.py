@@ -37,6 +37,8 @@ class TracedProcess:
     expected: int = 0  # events that the process recorded, by its end record
     # bytes of all read calls while it was traced, by the kernel's count, and in the trace with its workers
     reads: tuple[int, int] | None = None  # filled by `check`
+    # (category, name) of spans that analysis/trace/classify.py knows nothing about -> how many there are
+    unknown: dict[tuple[str, str], int] = field(default_factory=dict)  # filled by `check`
     bad_lines: int = 0
     loss: ReadLoss = field(default_factory=ReadLoss)
 

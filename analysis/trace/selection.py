@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.trace.arguments import read_argument
-from analysis.trace.classify import STEP, find_part
+from analysis.trace.classify import OWN_STEPS, STEP, find_part
 from analysis.trace.clocks import Clock
 from analysis.trace.events import TraceReader
 from analysis.trace.process import TracedProcess
@@ -150,28 +150,34 @@ def find_windows(
     return tuple(windows)
 
 
-def _find_step_rows(block: EventBlock, strings: StringTable) -> np.ndarray:
-    """bool [n]: which events are steps, by any dialect."""
+def _find_step_rows(block: EventBlock, strings: StringTable) -> tuple[np.ndarray, np.ndarray]:
+    """Which events are steps (bool [n]), by any dialect, and which of them are this project's."""
     pairs, of_row = np.unique(block.cat.astype(np.int64) << 32 | block.name, return_inverse=True)
     named = [(strings.text(int(pair) >> 32), strings.text(int(pair) & 0xFFFFFFFF)) for pair in pairs]
     is_step = np.array([find_part(cat, name) == STEP for cat, name in named], bool)
-    return block.is_event() & is_step[of_row]
+    is_own = np.array([cat == OWN_STEPS for cat, _ in named], bool)
+    steps = block.is_event() & is_step[of_row]
+    return steps, steps & is_own[of_row]
 
 
 def _find_steps(selection: Selection, process: TracedProcess, clock: Clock) -> Window | None:
     """From the beginning of the first chosen step of a process to the end of its last one."""
     low, high = selection.steps or (0, MOST)
-    begin, end = 1 << 62, -1
+    found, has_own = {False: (1 << 62, -1), True: (1 << 62, -1)}, False  # of all steps, of this project's
     reader = TraceReader(process.path, StringTable(), {})
     for block in reader:
-        rows = _find_step_rows(block, reader.strings)
-        if not rows.any():
+        steps, own = _find_step_rows(block, reader.strings)
+        if not steps.any():
             continue
+        has_own |= bool(own.any())
         step = read_argument(block, ID["step"], -1)
-        rows &= (step >= low) & (step <= high)
+        chosen = (step >= low) & (step <= high)
         if selection.epoch is not None:
-            rows &= read_argument(block, ID["epoch"], -1) == selection.epoch
-        if rows.any():
-            ts, dur = clock.correct_spans(block.ts[rows], block.dur[rows])
-            begin, end = min(begin, int(ts.min())), max(end, int((ts + dur).max()))
+            chosen &= read_argument(block, ID["epoch"], -1) == selection.epoch
+        for which, rows in ((False, steps & chosen), (True, own & chosen)):
+            if rows.any():
+                ts, dur = clock.correct_spans(block.ts[rows], block.dur[rows])
+                begin, end = found[which]
+                found[which] = min(begin, int(ts.min())), max(end, int((ts + dur).max()))
+    begin, end = found[has_own]
     return (begin, end) if end >= 0 else None

@@ -91,6 +91,9 @@ def test_names_of_dlio(tmp_path: Path) -> None:
     made = Made(None, pid=7)
     made.span("dlio_benchmark", "DLIOBenchmark._train", 0, 9000, epoch=1)
     made.span("data_loader", "TorchDataLoader.read", 100, 50)
+    made.span("dlio_benchmark", "loop.iter", 150, 1850, epoch=1, step=1)
+    made.span("data_loader", "loop.yield", 1990, 6600, step=1)
+    made.span("dlio_benchmark", "loop.yield", 2000, 6500, epoch=1, step=1)
     made.span("reader", "NPZReader.open", 200, 1800)
     made.span("ai_framework", "TorchFramework.compute", 2000, 6000)
     made.span("dlio_benchmark", "DLIOBenchmark._eval", 9000, 1000, epoch=1)
@@ -98,7 +101,9 @@ def test_names_of_dlio(tmp_path: Path) -> None:
     out, _ = run_analysis("report", tmp_path)
     table = pl.read_csv(tmp_path / "tables" / "phases.csv")
     train = table.filter(pl.col("phase") == "train")
-    assert train.select("wall_s", "compute_s", "io_s").row(0) == (0.009, 0.006, 0.0018)
+    times = train.select("wall_s", "compute_s", "io_s", "wait_s").row(0)
+    assert times == pytest.approx((0.009, 0.006, 0.0018, 0.00005))
+    assert analysis.load(tmp_path).steps.select("epoch", "step").rows() == [(1, 1)]
     assert table.filter(pl.col("phase") == "evaluate")["wall_s"].to_list() == [0.001]
     assert "Nothing is known" not in out
 

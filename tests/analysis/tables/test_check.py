@@ -206,3 +206,23 @@ def test_bad_results(run: Path) -> None:
     (run / "results.json").write_text('{"bytes_re')
     with pytest.raises(UserError, match="not JSON"):
         check.check_run(run)
+
+
+def test_unknown_spans_are_counted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from analysis.__main__ import main
+
+    assert main(["check", str(run)]) == 0
+    assert "nothing is known" not in capsys.readouterr().out
+    made = Made(2, 3)
+    for at in range(3):
+        made.span("strange", "thing\u001b[31m", at, 1)
+    made.span("compute", "forward", 10, 1)
+    for number in range(6):
+        made.span("other one", f"n{number}", 20, 1)
+    made.write(run)
+    assert main(["check", str(run)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "nothing is known" in line)
+    assert line.startswith(
+        "nothing is known about the names of 9 spans: strange/thing\\x1b[31m, other one/n0, "
+    )
+    assert line.endswith(" and 2 more names")

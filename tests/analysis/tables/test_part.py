@@ -10,7 +10,9 @@ from support.made_traces import BEGIN, Made, training
 from support.reports import a_run, analysis
 
 from analysis.report.run import open_run
-from analysis.trace.selection import Selection
+from analysis.trace.clocks import make_clocks
+from analysis.trace.events import read_processes
+from analysis.trace.selection import Selection, find_windows
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,25 @@ def test_time_and_short_events(traces: tuple[Path, list[Made]]) -> None:
     )
     found = open_run(run, selection=Selection(min_us=1_000))
     assert found.joined.calls == 0 and len(found.joined["steps"]) == len(steps)
+
+
+def test_own_steps_count_where_there_are_others(tmp_path: Path) -> None:
+    """A script of DFTracer's AI logging that is traced as well: both number steps, this project's count."""
+    made = training(steps=8)
+    own = list_events([made], "train", "step")
+    for number, line in enumerate(own):
+        # numbered otherwise, and a bit longer
+        made.span(
+            "dataloader", "fetch.block", line["ts"] - BEGIN - 5, line["dur"] + 10, epoch=0, step=number + 4
+        )
+    made.write(tmp_path)
+    asked = Selection(steps=(5, 6))
+    found = open_run(tmp_path, selection=asked).joined
+    assert found["steps"]["step"].to_list() == [5, 6]
+    assert found["time"]["wall_us"].sum() == own[6]["ts"] + own[6]["dur"] - own[5]["ts"]
+    process = read_processes(tmp_path)[0]
+    clocks = make_clocks([process])
+    assert find_windows(asked, [[process]], clocks, 0) == ((own[5]["ts"], own[6]["ts"] + own[6]["dur"]),)
 
 
 def test_on_the_command_line(traces: tuple[Path, list[Made]]) -> None:
