@@ -130,7 +130,7 @@ class LiveRanks:
                 )
             self.processes.append(started)
 
-    def until(self, true: Callable[[], Any], seconds: float = 60) -> Any:
+    def until(self, true: Callable[[], Any], seconds: float = 180) -> Any:
         given_up = time.monotonic() + seconds
         while time.monotonic() < given_up:
             if found := true():
@@ -167,7 +167,7 @@ class LiveRanks:
     def signal(self, number: signal.Signals, rank: int) -> None:
         os.kill(self.pids()[rank], number)
 
-    def wait(self, seconds: float = 60) -> list[int]:
+    def wait(self, seconds: float = 180) -> list[int]:
         given_up = time.monotonic() + seconds
         return [process.wait(max(0.1, given_up - time.monotonic())) for process in self.processes]
 
