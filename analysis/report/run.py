@@ -12,7 +12,7 @@ from analysis.perfetto.links import LinkedRun, name_run
 from analysis.report.page import format_number, format_seconds, format_size
 from analysis.run_folder import records
 from analysis.run_folder.outputs import output_folder
-from analysis.tables import gpu
+from analysis.tables import gpu, utilisation
 from analysis.tables.answers import list_unknown_spans, sum_spans
 from analysis.tables.calls import MAPPED
 from analysis.tables.device import explain_missing_counters
@@ -27,7 +27,7 @@ from analysis.tables.gather import (
     shorten_losses,
 )
 from analysis.tables.read import RankEvents
-from analysis.trace.classify import is_earlier_name
+from analysis.trace.classify import is_earlier_name, is_gpu_record
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.kineto import Profile, find_profiles, read_profile
 from analysis.trace.selection import WHOLE, Selection
@@ -45,6 +45,7 @@ class TracedRun:
     plan: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     metrics: pl.DataFrame = field(default_factory=pl.DataFrame)
+    dlio_utilisation: float | None = None  # of the accelerators, as DLIO's own summary.json says
     notes: list[str] = field(default_factory=list)
 
     @cached_property
@@ -92,6 +93,8 @@ def open_run(
     run.plan = records.read_plan(run.home / "plan.json", run.notes)
     run.results = records.read_results(run.home / "results.json", run.notes)
     run.metrics = records.read_metrics(run.home / "metrics.jsonl", run.notes)
+    if len(run.joined[utilisation.TABLE]):
+        run.dlio_utilisation = records.read_dlio_utilisation(run.home / "summary.json", run.notes)
     if not selection.is_whole:
         run.notes.append(
             f"Only a part of the run was read: {selection.describe()}. Sums and means are of that."
@@ -114,7 +117,10 @@ def _measure_more(
     job: Launch, events: RankEvents, more: More, own: Sequence[Path], given: Sequence[Profile]
 ) -> dict[str, pl.DataFrame]:
     """What a report has beyond the tables of all commands."""
-    return more(job, events) | {gpu.TABLE: gpu.measure_gpus(job, events, own, given)}
+    return more(job, events) | {
+        gpu.TABLE: gpu.measure_gpus(job, events, own, given),
+        utilisation.TABLE: utilisation.measure_utilisation(events),
+    }
 
 
 def _describe_unknown_spans(joined: JoinedTables) -> list[str]:
@@ -131,6 +137,21 @@ def _describe_unknown_spans(joined: JoinedTables) -> list[str]:
     return [
         f"Nothing is known about the names of {spans}, {seconds} in sum; "
         f"that time counts as what is inside them, or as other: {', '.join(names)}{more}."
+    ]
+
+
+def _describe_gpu_records(joined: JoinedTables) -> list[str]:
+    """A sentence where there are records that DFTracer made of GPUs, else none."""
+    sums = sum_spans(joined).group_by(pl.col("cat").cast(pl.String)).agg(pl.col("count").sum())
+    found = [(cat, count) for cat, count in sums.sort("cat").iter_rows() if is_gpu_record(cat)]
+    if not found:
+        return []
+    records = format_number(sum(count for _, count in found), "record")
+    named = ", ".join(f"{cat} {count:,}" for cat, count in found[:12])
+    more = f" and {len(found) - 12} more kinds" if len(found) > 12 else ""
+    return [
+        f"DFTracer made {records} of GPUs ({named}{more}). Perfetto and the table of spans show them; no "
+        "other number of this report counts their time."
     ]
 
 
@@ -179,6 +200,7 @@ def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
         for p in merged[:8]
     ]
     shown += _describe_unknown_spans(joined)
+    shown += _describe_gpu_records(joined)
     if ours:
         shown += _describe_earlier_names(joined)
     if reason := explain_missing_counters(joined):

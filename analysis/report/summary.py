@@ -21,6 +21,7 @@ from analysis.report.run import TracedRun
 from analysis.tables import answers, device, progress
 from analysis.tables.answers import PARTS
 from analysis.tables.gather import JoinedTables
+from analysis.tables.utilisation import TABLE, find_mean_utilisation
 from analysis.trace.clocks import list_clocks, make_clocks
 from common.words import format_number
 
@@ -86,6 +87,8 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
             Headline("wait_share", f"waiting for data, of {of}", wait, f"{wait:.1%}", -1),
             Headline("communication_share", f"communication, of {of}", comm, f"{comm:.1%}", -1),
         ]
+    if run.dlio_utilisation is not None:
+        rows += _list_dlio_headlines(run)
     if io >= LEAST_IO_SECONDS:
         hidden = 1 - not_hidden / io
         rows.append(Headline("hidden_io_share", "I/O hidden while training", hidden, f"{hidden:.1%}", 1))
@@ -111,6 +114,15 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
         rows.append(Headline(f"{op}_bytes", label, moved, format_size(moved), 0))
         rows.append(Headline(f"{op}_count", f"{op}s, all files", calls, f"{calls:,}", 0))
     return rows + _list_device_headlines(j)
+
+
+def _list_dlio_headlines(run: TracedRun) -> list[Headline]:
+    """A run of DLIO or MLPerf Storage: what its summary.json says, and the same from the trace."""
+    said, traced = run.dlio_utilisation, find_mean_utilisation(run.joined[TABLE])
+    rows = [Headline("dlio_au", "accelerator utilisation, by DLIO", said, f"{said:.1%}", 1)]
+    if traced is not None:
+        rows.append(Headline("traced_au", "accelerator utilisation, traced", traced, f"{traced:.1%}", 1))
+    return rows
 
 
 def _list_device_headlines(j: JoinedTables) -> list[Headline]:

@@ -64,6 +64,20 @@ def read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
     return summary
 
 
+def read_dlio_utilisation(path: Path, notes: list[str]) -> float | None:
+    """The training's mean accelerator utilisation in DLIO's summary.json, from 0 to 1: %, or % by epoch. None
+    where the file is another program's.
+    """
+    metric = _read_object(path, notes, paths=True).get("metric")
+    if not isinstance(metric, dict):
+        return None
+    found = metric.get("train_au_mean_percentage", metric.get("train_au_percentage"))
+    values = found if isinstance(found, list) else [found]
+    if not values or not all(is_number(value) and 0 <= value <= 1000 for value in values):
+        return None
+    return sum(values) / len(values) / 100
+
+
 def read_metrics(path: Path, notes: list[str]) -> pl.DataFrame:
     """metrics.jsonl as a table: the columns `split` are texts, all others numbers."""
     columns: dict[str, list[Any]] = {}

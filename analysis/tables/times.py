@@ -19,6 +19,7 @@ from analysis.trace.classify import (
     KINDS,
     OWN_STEPS,
     PROGRAM_FILE,
+    SETUP,
     STEP,
     SYSTEM_FILE,
     TRAINING,
@@ -113,7 +114,8 @@ def cut_into_phases(events: RankEvents, main: pl.DataFrame) -> Windows:
     main: the main thread's spans.
     """
     first, last = find_bounds(events)
-    of = {cat: main.filter(pl.col("cat") == cat) for cat in ("checkpoint", "prep", "startup")}
+    phases = main.filter((pl.col("part") != SETUP).fill_null(True))
+    of = {cat: phases.filter(pl.col("cat") == cat) for cat in ("checkpoint", "prep", "startup")}
     evaluation = main.filter(pl.col("part") == EVALUATION)
     pieces: list[tuple[str, int | None, Stretches]] = []
     taken = find_stretches(of["checkpoint"])
@@ -262,6 +264,7 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
         "spans": sum_by_name(events.spans).select(rank, pl.all()),
         "marks": events.spans.filter(
             (pl.col("cat").cast(pl.String).is_in(KEPT_CATS) | (pl.col("part") == EVALUATION).fill_null(False))
+            & (pl.col("part") != SETUP).fill_null(True)
             & of_rank
         ).head(20_000)
         .select(rank, "pid", "tid", "cat", "name", "ts", "dur", "file", "bytes", "epoch", "step", "split"),

@@ -24,8 +24,9 @@ _EXCHANGE = (
 )  # fmt: skip
 _MOVES = r".*(read|open|load|fetch|get_sample|write|save).*"
 
-# The parts of a run that a span can be, whatever its program calls it. TRAINING: all epochs.
-STEP, EPOCH, TRAINING, EVALUATION = "step", "epoch", "training", "evaluation"
+# The parts of a run that a span can be, whatever its program calls it. TRAINING: all epochs. SETUP: none of
+# them, though its category says so.
+STEP, EPOCH, TRAINING, EVALUATION, SETUP = "step", "epoch", "training", "evaluation", "setup"
 OWN_STEPS = "train"  # the category of this project's steps, which count where a trace has others, too
 PREPROCESS = ("preprocess", "assemble")  # names, of category data, of making a batch of what was read
 
@@ -40,6 +41,10 @@ class Meaning(NamedTuple):
 
 
 # Who names spans so -> what they mean. The first that matches wins, from the top of the table.
+GPU_CATS = (  # of what DFTracer records of GPUs
+    r"CUDA_[A-Z0-9_]+|(HIP|HSA|RCCL|MARKER|OMPT|ROCDECODE|ROCJPEG)_[A-Z0-9_]+|KERNEL_DISPATCH|MEMORY_COPY"
+    r"|MEMORY_ALLOCATION|SCRATCH_MEMORY|PAGE_MIGRATION"
+)
 EARLIER = "this project until November 2026"
 DIALECTS: dict[str, tuple[Meaning, ...]] = {
     EARLIER: (
@@ -72,13 +77,6 @@ DIALECTS: dict[str, tuple[Meaning, ...]] = {
         Meaning(r"data", r"(item|data)(\..*)?", None),
         Meaning(r"other", r".*", None),
     ),
-    "this project's phases": (Meaning(r"startup|train|checkpoint|ssd", r".*", None),),
-    "torchrec": (
-        Meaning(r"torchrec", r"wait_for_batch|copy_batch_to_(gpu|device).*|.*h2d.*", "copy"),
-        Meaning(r"torchrec", r"next_batch|.*dataloader.*", None),  # the waiting is a span inside
-        Meaning(r"torchrec", f".*({'|'.join(_EXCHANGE)}).*", "communication"),
-        Meaning(r"torchrec", r".*", "compute"),
-    ),
     "DLIO until 2.0": (  # the categories are its modules, the names its functions
         Meaning(r"dlio_benchmark", r"(.*\.)?_train", None, EPOCH),
         Meaning(r"dlio_benchmark", r"(.*\.)?_eval", None, EVALUATION),
@@ -94,6 +92,17 @@ DIALECTS: dict[str, tuple[Meaning, ...]] = {
         Meaning(r"reader", r"(.*\.)?(next|finalize|__init__)(\.init)?", None),
         Meaning(r"storage", r"(.*\.)?(create|get|delete|walk)_(node|namespace)|(.*\.)?get_uri", None),
         Meaning(r"storage", r"(.*\.)?__init__(\.init)?", None),
+        Meaning(r"checkpoint", r".*Checkpointing\.(__init__|get_tensor|finalize)(\.init)?", None, SETUP),
+    ),
+    "this project's phases": (Meaning(r"startup|train|checkpoint|ssd", r".*", None),),
+    "torchrec": (
+        Meaning(r"torchrec", r"wait_for_batch|copy_batch_to_(gpu|device).*|.*h2d.*", "copy"),
+        Meaning(r"torchrec", r"next_batch|.*dataloader.*", None),  # the waiting is a span inside
+        Meaning(r"torchrec", f".*({'|'.join(_EXCHANGE)}).*", "communication"),
+        Meaning(r"torchrec", r".*", "compute"),
+    ),
+    "DFTracer's GPU records": (  # CUPTI's kinds and rocprofiler's; what a GPU does is not the thread's time
+        Meaning(GPU_CATS, r".*", None),
     ),
     "MPI-IO and HDF5": (Meaning(r"mpiio|hdf5", r".*(read|write|open|close|sync).*", "io"),),
     "habits": (
@@ -173,6 +182,11 @@ def find_part(cat: str, name: str) -> str | None:
     """The part of a run that a span is: STEP, EPOCH, EVALUATION or None."""
     meaning = None if cat in CALLS else find_meaning(cat, name)
     return meaning.part if meaning else None
+
+
+def is_gpu_record(cat: str) -> bool:
+    """Whether DFTracer recorded it of a GPU or of the library that drives it."""
+    return re.fullmatch(GPU_CATS, cat) is not None
 
 
 def is_earlier_name(cat: str, name: str) -> bool:

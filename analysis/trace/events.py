@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from analysis.trace.arguments import read_argument_of
 from analysis.trace.clocks import make_clocks
 from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.lines import Opener, ReadLoss, open_trace, read_blocks, read_tail
@@ -50,6 +52,8 @@ HEAD_BYTES = 1 << 20  # of text: who wrote a file is said at its beginning
 HEAD_BLOCKS = 400  # a barrier at the start that comes later than this is not looked for
 MAX_RECORDS = 200_000  # of metadata in a file: each is parsed alone
 MAX_RANKS = 1 << 20
+MAX_LEVELS, MAX_FOLDERS = 5, 200  # of folders that are searched for traces
+MAX_SUMMED = 1000  # names of calls whose sums are counted, of a process
 MAX_THREADS = 1 << 16  # whose names are kept, of a process
 _ARGS = b'"args":{"hhash":"'
 MAX_FILE_SYSTEMS = 100  # that are kept, of a process
@@ -76,7 +80,26 @@ def _list_files(run: Path) -> list[Path]:
         found = sorted(_list_traces(folder), key=_parents_first)
         if found:
             return found
+    if below := _list_traced_folders(run):
+        raise UserError(
+            f"{shown}: no traces (*.pfw.gz) in it, but in folders of it: give one of them, e.g. "
+            f"{printable(below[0])}"
+        )
     raise UserError(f"{shown}: no traces (*.pfw.gz) in it or in its trace/ folder; was the run traced?")
+
+
+def _list_traced_folders(folder: Path) -> list[Path]:
+    """Folders of it that hold traces, as in MLPerf Storage's results; a few levels down only."""
+    found, level = [], [folder]
+    for _ in range(MAX_LEVELS):
+        with suppress(OSError):
+            level = sorted(
+                each for parent in level[:MAX_FOLDERS] for each in parent.iterdir() if each.is_dir()
+            )
+        found = [each for each in level[:MAX_FOLDERS] if _list_traces(each)]
+        if found:
+            break
+    return found
 
 
 def _list_traces(folder: Path) -> list[Path]:
@@ -122,8 +145,7 @@ class TraceReader:
             if process.pid < 0 and len(block):
                 process.pid = int(block.pid[0])
             is_event = block.ph == EVENT
-            process.sums += int(np.count_nonzero(block.ph == SUM))
-            process.counters += int(np.count_nonzero(block.ph == COUNTER))
+            self._count_sums(block)
             process.events += int(np.count_nonzero(is_event))
             if is_event.any():
                 ts = block.ts[is_event]
@@ -135,8 +157,29 @@ class TraceReader:
         if process.sums and process.sums > process.events:
             raise UserError(
                 f"{printable(process.path)}: holds sums of many calls, not the calls "
-                "(DFTRACER_ENABLE_AGGREGATION=1): record the trace without that variable"
+                f"({process.describe_sums()}; DFTRACER_ENABLE_AGGREGATION=1): record the trace without that "
+                "variable"
             )
+
+    def _count_sums(self, block: EventBlock) -> None:
+        """Sums of many calls, which earlier versions of DFTracer wrote as counters, and real counters."""
+        process = self.process
+        others = np.flatnonzero((block.ph == SUM) | (block.ph == COUNTER))
+        if not len(others):
+            return
+        calls = read_argument_of(block, others, ID["dft_cnt"])
+        is_sum = (block.ph[others] == SUM) | (calls >= 0)
+        process.counters += int(np.count_nonzero(~is_sum))
+        process.sums += int(np.count_nonzero(is_sum))
+        chosen = others[is_sum]
+        pairs, of_row = np.unique(
+            block.cat[chosen].astype(np.int64) << 32 | block.name[chosen], return_inverse=True
+        )
+        counts = np.bincount(of_row, calls[is_sum].clip(1, MAX_WHOLE), len(pairs))
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            name = f"{self.strings.text(pair >> 32)}/{self.strings.text(pair & 0xFFFFFFFF)}"
+            if name in process.summed or len(process.summed) < MAX_SUMMED:
+                process.summed[name] = process.summed.get(name, 0) + int(count)
 
     def _read_records(self, block: EventBlock) -> None:
         """Names of files all at once; other metadata, start and end, barriers: few, so one by one."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from analysis.trace.lines import ReadLoss
 from analysis.trace.scan import MAX_LINE
 from common.errors import printable
+from common.words import format_number
 
 
 @dataclass
@@ -23,6 +24,7 @@ class TracedProcess:
     pids: int = 1  # how many processes' events are in the file: more in files that were merged
     folder: str = ""  # in which it began: relative names of files count from there
     sums: int = 0  # records that hold the sums of many calls
+    summed: dict[str, int] = field(default_factory=dict)  # category/name of such calls -> how many
     counters: int = 0  # of the tracer or its service, which are not shown
     threads: dict[int, str] = field(default_factory=dict)  # tid -> name
     barriers: dict[str, int] = field(default_factory=dict)  # "start", "end" -> us on this host's clock
@@ -55,7 +57,10 @@ class TracedProcess:
         elif self.expected > self.events + self.counters and not self.sums:
             parts.append(f"{self.expected - self.events - self.counters} of {self.expected} events missing")
         if self.sums:
-            parts.append(f"{self.sums} sums of many calls (DFTRACER_ENABLE_AGGREGATION) are not shown")
+            parts.append(
+                f"{self.sums} sums of many calls (DFTRACER_ENABLE_AGGREGATION) are not shown: "
+                f"{self.describe_sums()}"
+            )
         if self.counters:
             parts.append(f"{self.counters} counters of DFTracer (ph 2) are not shown")
         if self.loss.cut:
@@ -69,6 +74,12 @@ class TracedProcess:
         if self.bad_lines:
             parts.append(f"{self.bad_lines} lines are not JSON")
         return f"{printable(self.path.name)}: " + "; ".join(parts) if parts else ""
+
+    def describe_sums(self) -> str:
+        """12 calls of POSIX/read, ...: those with most calls first."""
+        most = sorted(self.summed.items(), key=lambda item: (-item[1], item[0]))
+        shown = [f"{format_number(count, 'call')} of {printable(name)[:80]}" for name, count in most[:3]]
+        return ", ".join(shown) + (f" and {len(most) - 3} more names" if len(most) > 3 else "")
 
 
 def is_forked(process: TracedProcess) -> bool:

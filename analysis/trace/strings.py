@@ -32,6 +32,7 @@ KNOWN = (
     "whence", "flags",
     "mapped", "checkpoint", "sync", "ret_len", "str_len", "mode",
     "a", "ab", "ae", "a+", "ab+", "a+b",
+    "dft_cnt",
 )  # fmt: skip
 ID = {text: number for number, text in enumerate(KNOWN)}
 MAX_STRINGS = 200_000  # beyond this, new values are not kept: memory is bounded

@@ -152,3 +152,26 @@ def test_training_around_epochs(tmp_path: Path) -> None:
         assert "Nothing is known" not in out
         table = pl.read_csv(tmp_path / which / "tables" / "phases.csv").filter(pl.col("phase") == "train")
         assert table["wall_s"].to_list() == [0.008 if which == "epochs" else 0.009]
+
+
+def test_records_of_gpus(tmp_path: Path) -> None:
+    """As DFTracer's documentation names them: counted and named, and in no time of the main thread."""
+    made = training(steps=4)
+    for number in range(3):
+        made.span("CUDA_KERNEL", "gemm<float>", 20_000 + 100 * number, 90, 40, device_id=0, stream_id=7)
+    made.span("CUDA_MEMCPY", "MemcpyHtoD", 21_000, 50, 40, bytes=4096, copy_kind=1)
+    made.span("CUDA_RUNTIME_API", "cudaStreamSynchronize_v3020", 22_000, 900)
+    made.span("KERNEL_DISPATCH", "Cijk", 23_000, 50, 41)
+    plain = training(steps=4)
+    found = {}
+    for name, each in (("gpu", made), ("plain", plain)):
+        each.write(tmp_path / name)
+        out, _ = run_analysis("report", tmp_path / name)
+        found[name] = (tmp_path / name / "tables" / "phases.csv").read_text()
+        said = (
+            "6 records of GPUs (CUDA_KERNEL 3, CUDA_MEMCPY 1, CUDA_RUNTIME_API 1, KERNEL_DISPATCH 1)" in out
+        )
+        assert said == (name == "gpu"), out
+        assert "Nothing is known" not in out
+    assert found["gpu"] == found["plain"]
+    assert "gemm<float>" not in (tmp_path / "gpu" / "report.html").read_text()

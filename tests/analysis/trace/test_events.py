@@ -212,7 +212,31 @@ def test_sums_of_calls_are_refused(tmp_path: Path) -> None:
         events.load_events(write(tmp_path / "t.pfw.gz", sums))
     mixed = write(tmp_path / "mixed.pfw.gz", [*[make_event(ts=1000 + i) for i in range(9)], *sums])
     (process,) = events.read_processes(mixed)
-    assert process.events == 9 and "5 sums of many calls" in process.lost
+    assert process.events == 9
+    assert (
+        "5 sums of many calls (DFTRACER_ENABLE_AGGREGATION) are not shown: 45 calls of POSIX/read"
+        in process.lost
+    )
+
+
+def test_sums_of_calls_are_counted_and_named(tmp_path: Path) -> None:
+    """As DFTracer's documentation shows them; earlier versions wrote them as counters."""
+    varied = {"dft_cnt": 2, "dur_min": 379, "dur_max": 444, "dur_sum": 1232, "flags_sum": 130}
+    sums = [
+        make_event(ph=3, name="openat", cat="POSIX", args=varied),
+        make_event(ph=3, name="creat64", cat="POSIX", args={"dft_cnt": 1, "dur": 185, "mode": 2}),
+        make_event(ph="C", name="openat", cat="POSIX", args=varied),
+        make_event(ph=2, name="cpu", cat="sys", args={"user_pct": 12.5}),
+        *(make_event(ph=3, name=f"n{n}<b>", cat="C_APP", args={}) for n in range(2)),
+    ]
+    path = write(tmp_path / "t.pfw.gz", [*[make_event(ts=1000 + i) for i in range(9)], *sums])
+    (process,) = events.read_processes(path)
+    assert (process.events, process.sums, process.counters) == (9, 5, 1)
+    assert process.summed == {"POSIX/openat": 4, "POSIX/creat64": 1, "C_APP/n0<b>": 1, "C_APP/n1<b>": 1}
+    assert (
+        "4 calls of POSIX/openat, 1 call of C_APP/n0<b>, 1 call of C_APP/n1<b> and 1 more names"
+        in process.lost
+    )
 
 
 def test_forks_and_services_are_no_ranks(tmp_path: Path) -> None:
