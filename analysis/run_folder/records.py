@@ -72,7 +72,7 @@ def read_dlio_utilisation(path: Path, notes: list[str]) -> float | None:
     if not isinstance(metric, dict):
         return None
     found = metric.get("train_au_mean_percentage", metric.get("train_au_percentage"))
-    values = found if isinstance(found, list) else [found]
+    values: list[Any] = found if isinstance(found, list) else [found]
     if not values or not all(is_number(value) and 0 <= value <= 1000 for value in values):
         return None
     return sum(values) / len(values) / 100
