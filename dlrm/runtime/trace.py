@@ -128,12 +128,13 @@ def stop_tracing() -> None:
     recorder, _io = _io, None
     if recorder is not None:
         recorder.stop()
-    record_span("ai_root", "ai_root", _begin, get_time())
     native, _native = _native, None
     flusher, _flusher = _flusher, None
     if flusher is not None:
         flusher.stop()
     if native is not None:
+        if _begin:  # with nobody else left who writes
+            _log(native, "ai_root", "ai_root", _begin, native.get_time() - _begin, {})
         native.finalize()
         _context.clear()
 

@@ -82,7 +82,7 @@ def test_bad_data_ends_all_ranks(what: str, toy: Path, tmp_path: Path, train: An
     folder = tmp_path / "data"
     shutil.copytree(toy, folder)
     spoil(folder)
-    done = train(2, "--preset", "toy", "--in_memory_binary_criteo_path", folder, timeout=60)
+    done = train(2, "--preset", "toy", "--in_memory_binary_criteo_path", folder, timeout=180)
     assert done.codes == [2, 2] and done.seconds < 60, done
     output = only_line(done.err)
     for word in words:
@@ -105,7 +105,7 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize("what", OPTIONS)
 def test_bad_options_end_all_ranks(what: str, train: Any) -> None:
     words, said_words = OPTIONS[what]
-    done = train(2, *words, timeout=60)
+    done = train(2, *words, timeout=180)
     assert done.codes == [2, 2], done
     output = only_line(done.err)
     for word in said_words:
@@ -134,7 +134,7 @@ def test_bad_data_late_in_the_training_ends_all_ranks(toy: Path, tmp_path: Path,
     folder = tmp_path / "data"
     shutil.copytree(toy, folder)
     edit_array(folder / "day_1_dense.npy", put_at(2500, 4, np.nan))
-    done = train(3, "--preset", "toy", "--in_memory_binary_criteo_path", folder, timeout=60)
+    done = train(3, "--preset", "toy", "--in_memory_binary_criteo_path", folder, timeout=180)
     assert done.codes == [2, 2, 2], done
     assert "day_1_dense.npy, row 2500: nan" in only_line(done.err)
     assert sum("ends because rank" in text for text in done.err) == 1, done.err
