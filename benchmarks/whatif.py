@@ -1,11 +1,11 @@
 """Are the predictions of `python -m analysis whatif` true? Real trainings, once as they are and once changed.
 
 Each family is one run, from whose trace everything is predicted, and runs with one setting changed: the
-speed of storage (a library below DFTracer makes reads of the dataset as slow as asked), its latency, the
-queue, the chunk of a read, the number of ranks, and of emulated runs (python -m dlrm.emulate) what a
-step computes. What is compared is the training's time per step, traced. Nothing is tuned between the
-families. Last line: one JSON object. Other work on the machine changes how long computing takes between
-two runs: each line has its load.
+speed of storage (a library below DFTracer makes reads of the dataset, or calls on tables in files, as slow
+as asked), its latency, the queue, the chunk of a read, the number of ranks, and of emulated runs (python -m
+dlrm.emulate) what a step computes. What is compared is the training's time per step, traced. Nothing is
+tuned between the families. Last line: one JSON object. Other work on the machine changes how long computing
+takes between two runs: each line has its load.
 
 usage: python benchmarks/whatif.py [--steps N] [--batch_size N] [--families A,B]
 """
@@ -39,6 +39,8 @@ class Setting:
     chunk_mb: float = 0.5
     ranks: int = 1
     compute_ms: float | None = None  # of an emulated step, which waits so long; None: a real training
+    rows_ms: float | None = None  # of a call on a table in a file; None: tables are in memory
+    batch_size: int | None = None  # of a rank; None: as the command line says
 
 
 FAMILIES = {  # name -> the run that is traced, and what is changed in the others
@@ -69,6 +71,14 @@ FAMILIES = {  # name -> the run that is traced, and what is changed in the other
         ({"MB_per_s": 12}, {"MB_per_s": 3}, {"latency_ms": 20}, {"prefetch": 1}, {"compute_ms": 5},
          {"ranks": 4}),
     ),
+    "tables": (
+        Setting(MB_per_s=1000, rows_ms=2, batch_size=8),
+        ({"rows_ms": 0.5}, {"rows_ms": 1}, {"rows_ms": 4}),
+    ),
+    "emulated_tables": (
+        Setting(MB_per_s=1000, compute_ms=60, rows_ms=2, batch_size=8),
+        ({"rows_ms": 0.5}, {"rows_ms": 4}, {"compute_ms": 20}, {"compute_ms": 180}),
+    ),
 }  # fmt: skip
 
 
@@ -97,13 +107,19 @@ def run_training(
     command: list[object] = [
         "mpiexec", "-n", str(setting.ranks), "./launcher.sh", "python", "-m", "dlrm.train", "--preset", "toy",
         "--in_memory_binary_criteo_path", data, "--output_dir", output, "--trace", "--source", "stream",
-        "--batch_size", options.batch_size, "--max_steps", options.steps, "--epochs", 99,
-        "--prefetch_batches", setting.prefetch, "--read_chunk_mb", setting.chunk_mb,
+        "--batch_size", setting.batch_size or options.batch_size, "--max_steps", options.steps,
+        "--epochs", 99, "--limit_test_batches", 20, "--prefetch_batches", setting.prefetch,
+        "--read_chunk_mb", setting.chunk_mb,
     ]  # fmt: skip
+    if setting.rows_ms is not None:
+        command += ["--store_type", "cached_ssd", "--cache_memory_budget_mb", 1]
+        command += ["--persistent_path", output.parent / "rows" / output.name]
     if setting.compute_ms is not None:
-        source = output.parent / "source"  # what is emulated: only its model and data matter
+        # what is emulated: only its model, its data and the calls on its tables matter
+        source = output.parent / ("source" if setting.rows_ms is None else "source-tables")
         if not source.exists():
-            run_training(data, library, source, Setting(MB_per_s=1000, latency_ms=0), options)
+            quick = dataclasses.replace(setting, MB_per_s=1000, latency_ms=0, rows_ms=setting.rows_ms and 0.0)
+            run_training(data, library, source, dataclasses.replace(quick, compute_ms=None), options)
         communication = "barrier" if setting.ranks > 1 else "none"
         command[: command.index("--preset")] = [sys.executable, "-m", "dlrm.emulate", "--from", source]
         del command[command.index("--preset") : command.index("--preset") + 2]
@@ -114,6 +130,9 @@ def run_training(
         "SLOW_BYTES_PER_US": str(setting.MB_per_s), "LD_PRELOAD": str(library),
         "OMP_WAIT_POLICY": "passive", "DLRM_THREADS": "1",
     }  # fmt: skip
+    if setting.rows_ms is not None:
+        slow["SLOW_FOLDER"] = f"{output.parent.resolve()}/rows"
+        slow["SLOW_LATENCY_US"] = str(1e3 * setting.rows_ms)
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=os.environ | slow, capture_output=True, text=True
     )
@@ -129,6 +148,7 @@ def make_scenario(base: Setting, changed: dict[str, float]) -> Scenario:
         "prefetch": lambda value: {"prefetch": value},
         "chunk_mb": lambda value: {"read_chunk_mb": value},
         "ranks": lambda value: {"ranks": value},
+        "rows_ms": lambda value: {"storage": (base.rows_ms or 1) / value},
         "compute_ms": lambda value: {"compute": value / (base.compute_ms or 1)},
     }
     return Scenario(**{k: v for name, value in changed.items() for k, v in words[name](value).items()})

@@ -167,6 +167,11 @@ def _list_limits(t: MeasuredTraining, kept: int) -> list[str]:
         found.append(
             f"a batch of an evaluation has {t.eval_record_bytes:,} bytes; there all records have one length."
         )
+    if t.has_other_calls:
+        found.append(
+            "tables in files, and other file calls of the main thread: DLIO makes none of them; the "
+            f"{t.rows_s:.3g} s of a step that they take are in computation_time."
+        )
     if t.checkpoints:
         found.append(
             "checkpoints are written by a thread while the next steps run (they paused the training for "

@@ -19,6 +19,9 @@ from analysis.tables.gather import JoinedTables, gather_tables
 from analysis.workload.steps import Workload, join_workload, measure_rank_workload
 from common.errors import UserError, printable
 
+LEAST_ROWS = 0.005  # of a step: what other file calls take, from which on it is said
+BUSY = ("compute_us", "transfer_us", "rows_us", "io_us")  # of a step, for benchmarks that know reading alone
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -61,6 +64,12 @@ class MeasuredTraining:
     requests: pl.DataFrame  # file calls that read for training: dur_us, bytes
     calls_per_batch: float
     starts_s: float  # from the first event to the first step
+    rows_s: float  # of a step, in `compute`: file calls of the main thread, and waiting for rows of tables
+
+    @property
+    def has_other_calls(self) -> bool:
+        """Whether `rows_s` is worth a sentence."""
+        return self.rows_s >= LEAST_ROWS * self.compute.mean
 
 
 def measure_training(run: str | Path) -> MeasuredTraining:
@@ -76,6 +85,7 @@ def measure_training(run: str | Path) -> MeasuredTraining:
     ranks = train["rank"].n_unique()
     timed = train.filter(pl.col("step") > train["step"].min()) if train["step"].n_unique() > 1 else train
     busy = timed.select((pl.col("compute_us") + pl.col("transfer_us")) / 1e6).to_series()
+    rows = timed.select((pl.col("rows_us") + pl.col("io_us")) / 1e6).to_series()
     step = timed.select((pl.col("period_us") - pl.col("pause_us")) / 1e6).to_series()
     saved = saves["step"].drop_nulls().unique().sort()
     first = joined["time"]["ts"].min()
@@ -89,13 +99,14 @@ def measure_training(run: str | Path) -> MeasuredTraining:
         batch_rows=int(run_settings.to_number(run_settings.find_setting(config, "batch_size"))),
         dataset_files=_count_dataset_files(joined, config),
         prefetch=int(run_settings.to_number(run_settings.find_setting(config, "data.prefetch_batches"))),
-        compute=Spread(float(busy.mean() or 0), _find_own_deviation(timed)),  # type: ignore[arg-type]
+        compute=Spread(float((busy + rows).mean() or 0), _find_own_deviation(timed)),  # type: ignore[arg-type]
+        rows_s=float(rows.mean() or 0),  # type: ignore[arg-type]
         load=_spread(batches.select((pl.col("load_us") - pl.col("call_us")) / 1e6).to_series()),
         step=_spread(step),
         utilisation=min(1.0, float(busy.sum()) / max(1e-9, float(step.sum()))),
         eval_steps=_count_longest(evals, "evaluation") if len(evals) else 0,
         eval_record_bytes=round(eval_batches["bytes"].sum() / max(1, len(eval_batches))),
-        eval_compute=_spread(evals.select((pl.col("compute_us") + pl.col("transfer_us")) / 1e6).to_series()),
+        eval_compute=_spread(evals.select(pl.sum_horizontal(BUSY) / 1e6).to_series()),
         evaluations=evals["evaluation"].n_unique(),
         checkpoint_steps=int(saved.diff().median() or saved[0]) if len(saved) else 0,  # type: ignore[arg-type]
         checkpoint_bytes=round((saves["bytes"].sum() or 0) / max(1, len(saves))),
@@ -138,7 +149,7 @@ def _find_own_deviation(steps: pl.DataFrame) -> float:
     from its own in other steps. What slows all ranks at once is left out: a benchmark that draws for each
     rank alone and then waits for the last one would count it twice.
     """
-    busy = ((pl.col("compute_us") + pl.col("transfer_us")) / 1e6).alias("busy")
+    busy = (pl.sum_horizontal(BUSY) / 1e6).alias("busy")
     if steps["rank"].n_unique() < 2:
         return float(steps.select(busy.std(ddof=0)).item() or 0)
     inside = steps.group_by("epoch", "step").agg(busy.var())

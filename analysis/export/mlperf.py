@@ -134,11 +134,16 @@ def _describe_requests(t: MeasuredTraining) -> list[str]:
 
 
 def _list_differences(t: MeasuredTraining) -> list[str]:
+    others = (
+        f"of computation_time {t.rows_s:.3g} s are waiting for rows of tables in files and other file calls "
+        "of the main thread."
+    )
     return [
         "a row here is in several arrays (numerical, categorical, labels), and a batch is one read of each; "
         "theirs are whole records, each in a file of its own (npz), or columns of row groups (parquet).",
         "rows are read in file order here, unless the run shuffled; theirs are shuffled by file and sample.",
         "their Parquet rows have 200 columns, of which a part is read: fewer bytes than record_length_bytes.",
         "computation_time is of this run's machine, and has the exchange between the ranks in it.",
-        f"a step here waits for data or for other ranks {1 - t.utilisation:.1%} of the time.",
+        *([others] if t.has_other_calls else []),
+        f"a step here waits for data, for rows or for other ranks {1 - t.utilisation:.1%} of the time.",
     ]

@@ -8,12 +8,11 @@ import polars as pl
 
 from analysis.run_folder import run_settings
 from analysis.tables import answers, progress
-from analysis.tables.calls import MAPPED, SUMS, is_below
+from analysis.tables.calls import MAPPED, SUMS, TABLE_FILE, is_below
 from analysis.tables.gather import JoinedTables
 from analysis.trace.classify import PROGRAM_FILE, SYSTEM_FILE
 
 TRAIN = ("train", "run")  # `run`: traces without phases
-TABLE_FILE = ".rows"  # the end of the name of an embedding table's file
 MATTERS = 0.01  # of the run: less time to be won is no finding
 MATTERS_HIDDEN = 0.05  # of the run: so much of a rank's time in calls is one, though all of it is hidden
 JUMPS, JUMPING = 1000, 0.5  # requests that jump to another offset, and their share in a file's

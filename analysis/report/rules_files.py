@@ -4,10 +4,10 @@ from typing import Any
 
 import polars as pl
 
-from analysis.report.facts import TABLE_FILE, TRAIN, US, Facts, Finding, advise_mapped_files, show_longest
+from analysis.report.facts import TRAIN, US, Facts, Finding, advise_mapped_files, show_longest
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import answers, device
-from analysis.tables.calls import BLOCK, SMALL_REQUEST, is_below
+from analysis.tables.calls import BLOCK, SMALL_REQUEST, TABLE_FILE, is_below
 from common.words import format_number
 
 SHARED_COUNT = 1000  # small or misaligned requests

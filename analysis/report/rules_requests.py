@@ -11,7 +11,6 @@ import polars as pl
 from analysis.report.facts import (
     LARGE_JUMP,
     MATTERS,
-    TABLE_FILE,
     US,
     Facts,
     Finding,
@@ -19,7 +18,7 @@ from analysis.report.facts import (
     show_longest,
 )
 from analysis.report.page import format_seconds, format_size
-from analysis.tables.calls import BLOCK, MAPPED, SMALL_REQUEST, add_latency_us, is_below
+from analysis.tables.calls import BLOCK, MAPPED, SMALL_REQUEST, TABLE_FILE, add_latency_us, is_below
 
 LARGE_REQUEST = 8 << 20  # a request of this size is large enough for common file systems
 SMALL_COUNT = 1000

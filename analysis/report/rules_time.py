@@ -2,10 +2,10 @@
 
 import polars as pl
 
-from analysis.report.facts import TABLE_FILE, TRAIN, Facts, Finding, advise_mapped_files, show_longest
+from analysis.report.facts import TRAIN, Facts, Finding, advise_mapped_files, show_longest
 from analysis.report.page import format_seconds, format_size
 from analysis.tables import progress
-from analysis.tables.calls import MAPPED, is_below
+from analysis.tables.calls import MAPPED, TABLE_FILE, is_below
 
 WAITING = 0.05  # of the training
 PRESSURE, PRESSED_PART, PRESSED_IN_A_ROW, LEAST_RANGES = 0.2, 0.5, 4, 10

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from analysis.report.page import format_seconds
@@ -80,13 +81,7 @@ def list_notes(run: TracedRun, model: Model, scenario: Scenario) -> list[str]:
         )
     elif source is None:
         notes.append("It is not known whether reads came from a device or from memory.")
-    waits = run.joined["spans"].filter((pl.col("cat") == "ssd") & (pl.col("name") == "wait"))
-    if len(waits):
-        seconds = float(waits["us"].sum()) / 1e6 / max(1, run.joined["time"]["rank"].n_unique())
-        notes.append(
-            f"Tables in files are not in the model: the {format_seconds(seconds)} that a rank waits for rows "
-            "of them stay, whatever the storage."
-        )
+    notes += _describe_tables(model, scenario)
     if not model.cost.separable and scenario.latency != 1:
         notes.append(
             "All reads have about one size, so latency and bandwidth cannot be told apart: all counts as "
@@ -109,6 +104,23 @@ def list_notes(run: TracedRun, model: Model, scenario: Scenario) -> list[str]:
             "measured ones; that all of them share the storage is --storage."
         )
     return notes
+
+
+def _describe_tables(model: Model, scenario: Scenario) -> list[str]:
+    """Of a run with tables in files what its steps waited for rows, and what of that storage can change."""
+    found = [each.rows for each in model.passes if each.phase == "train" and each.rows]
+    if not found:
+        return []
+    wait, calls = (
+        np.concatenate([getattr(rows, name).mean(axis=0) for rows in found])[1:].sum() / 1e6
+        for name in ("wait", "calls")
+    )
+    text = (
+        f"Rows of tables in files: after the first step a rank waits {format_seconds(wait)} for them, and a "
+        f"thread's calls for them take {format_seconds(calls)}. The factor of storage scales these calls as "
+        "a whole; what the thread does besides stays."
+    )
+    return [text + (" --latency does not change them." if scenario.latency != 1 else "")]
 
 
 def describe_whatif(run: TracedRun, scenario: Scenario) -> tuple[str, dict[str, Any]]:

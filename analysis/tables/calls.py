@@ -22,6 +22,7 @@ PROGRAMS = "(modules and libraries)"  # stands in table ops for the files of `fo
 MAPPED = "mapped"  # the layer of copies from mapped files
 _NONE, _SEQUENTIAL, _RANDOM, _STRIDED = 0, 1, 2, 3
 _OPEN, _SEEK, _DATA, _ELSE = 0, 1, 2, 3
+TABLE_FILE = ".rows"  # the end of the name of an embedding table's file
 SMALL_REQUEST = 64 << 10  # a request below this is small
 BLOCK = 4096  # of a file system and of the page cache; a skip into the middle of one is misaligned
 FINE = 256  # latencies below this many us are counted one by one, above in 128 parts of each octave

@@ -206,16 +206,23 @@ def _compare_histograms(first: pl.Series, second: pl.Series) -> float:
 
 
 def _measure_training(work: Workload, joined: JoinedTables) -> dict[str, float]:
-    """Step time, waiting, I/O that nothing hides, and the time of training in all; seconds and shares."""
+    """Step time, waiting, I/O that nothing hides, and the time of training in all; seconds and shares.
+
+    Waiting and I/O are those of the rank with most of them (waiting: step by step): whether the others then
+    wait for data, too, or for that rank, is decided by which one happened to begin first.
+    """
     steps = work.steps.filter(pl.col("phase") == "train")
     whole = steps.group_by("rank").agg(pl.col("period_us").sum())["period_us"].mean() or 1
-    times = joined["time"].filter(pl.col("phase") == "train").select("io_not_hidden_us", "wall_us").sum()
+    times = joined["time"].filter(pl.col("phase") == "train").group_by("rank")
+    hidden = times.agg(pl.col("io_not_hidden_us").sum() / pl.col("wall_us").sum().clip(1))
+    waited = (pl.col("wait_us") + pl.col("rows_us")).max()
+    waits = steps.group_by("launch", "epoch", "step").agg(waited.alias("us"))
     return {
         "step time, median": float(steps["period_us"].median() or 0) / 1e6,  # type: ignore[arg-type]
         "step time, 95th percentile": float(steps["period_us"].quantile(0.95) or 0) / 1e6,
         "training time": float(whole) / 1e6,  # type: ignore[arg-type]
-        "waiting share": float(steps["wait_us"].sum()) / max(1.0, float(steps["period_us"].sum())),
-        "unhidden I/O, share": times["io_not_hidden_us"][0] / max(1, times["wall_us"][0]),
+        "waiting share": float(waits["us"].sum()) / max(1.0, float(whole)),  # type: ignore[arg-type]
+        "unhidden I/O, share": float(hidden["io_not_hidden_us"].max() or 0),  # type: ignore[arg-type]
     }
 
 

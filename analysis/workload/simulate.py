@@ -6,12 +6,13 @@ be), computes, and meets the other ranks. The durations are the trace's own, ste
 only what the scenario changes is scaled. A step's end is that of its last rank plus the exchange.
 
 A read of n bytes costs `latency + n / bandwidth`, both fitted to the run's calls. What a batch's calls took
-beyond that stays, or shrinks with it.
+beyond that stays, or shrinks with it. Where tables are in files, a second thread's calls bring their rows
+while the step before is computed (`analysis/workload/table_rows.py`); what is missing then is waited for.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import polars as pl
@@ -55,6 +56,21 @@ class RequestCost:
 
 
 @dataclass(frozen=True)
+class TableRows:
+    """Of each step what rows of tables in files take; float64 [ranks, steps], us."""
+
+    wait: np.ndarray  # of the step, for them
+    calls: np.ndarray  # of another thread that brings them
+    ahead: np.ndarray  # how long before they were needed it began
+    spare: np.ndarray  # how long before that it was done
+
+    def find_waits(self, scenario: Scenario) -> np.ndarray:
+        """How long each step waits for its rows."""
+        longer = self.calls / scenario.storage - self.calls - self.ahead * (scenario.compute - 1)
+        return np.maximum(0.0, self.wait - self.spare + longer)
+
+
+@dataclass(frozen=True)
 class Pass:
     """One epoch, or one evaluation: arrays of float64 [ranks, steps], us, a batch for each step."""
 
@@ -70,6 +86,7 @@ class Pass:
     jitter_us: float  # of a step: what several meetings in a step cost beyond one at its end
     ahead: int  # batches that are taken before the first step is computed
     measured_us: np.ndarray  # of each step: how long the ranks took for it, without pauses
+    rows: TableRows | None = None  # where tables are in files
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,7 @@ class Prediction:
     train_seconds: float  # without pauses and without the first step, as results.json counts
     step_ms: float
     samples_per_second: float | None  # None where nobody knows how many rows a step has
-    waiting_share: float  # of those seconds: the ranks' mean waiting for data
+    waiting_share: float  # of those seconds: the ranks' mean waiting for batches, and for rows of tables
     utilisation: float  # of the accelerator, as DLIO defines it: computing and exchanging / all of it
     seconds: float  # epochs and evaluations, with the first step and pauses
 
@@ -188,7 +205,8 @@ def _make_pass(phase: str, rows: pl.DataFrame) -> Pass:
 
     wait, compute, io, pause = take("wait_us"), take("compute_us"), take("io_us"), take("pause_us")
     transfer, period = take("transfer_us"), take("period_us")
-    last = (wait + compute + io + pause).max(axis=0).mean()
+    tables = TableRows(take("rows_us"), *(take(f"rows_{name}_us") for name in ("calls", "ahead", "spare")))
+    last = (wait + tables.wait + compute + io + pause).max(axis=0).mean()
     beyond = max(0.0, float(period.mean() - last))
     exchange = min(beyond, float(transfer.mean()))
     first = take("waits")[:, 0]
@@ -196,7 +214,7 @@ def _make_pass(phase: str, rows: pl.DataFrame) -> Pass:
     return Pass(
         phase, compute, io, pause, call, np.maximum(0, take("load_us") - call), take("bytes"),
         take("requests"), exchange, beyond - exchange, max(0, int(first.max()) - 1),
-        (period - pause).mean(axis=0),
+        (period - pause).mean(axis=0), tables if tables.wait.any() or tables.calls.any() else None,
     )  # fmt: skip
 
 
@@ -209,17 +227,18 @@ def predict(model: Model, scenario: Scenario = Scenario()) -> Prediction:  # noq
         load = _find_load_times(own, model, scenario)
         busy = own.compute * scenario.compute
         io = own.io / scenario.storage
+        rows = own.rows.find_waits(scenario) if own.rows else np.zeros_like(load)
         waits, ends = np.zeros_like(load), np.zeros(load.shape[1])
         common = own.exchange_us + own.jitter_us * scenario.compute
         depth = scenario.prefetch or model.depth
-        _simulate_pass(load, busy + io + own.pause, common, depth, own.ahead, waits, ends)
+        _simulate_pass(load, busy + io + rows + own.pause, common, depth, own.ahead, waits, ends)
         seconds += ends[-1] / 1e6
         if each.phase == "train":
             skip = 1 if not steps and load.shape[1] > 1 else 0  # the first step of the run is not timed
             paused = own.pause[:, skip:].max(axis=0).sum()
             first = ends[0] if skip else 0.0
             train += (ends[-1] - first - paused) / 1e6
-            waited += waits[:, skip:].mean(axis=0).sum() / 1e6
+            waited += (waits + rows)[:, skip:].mean(axis=0).sum() / 1e6
             timed = load.shape[1] - skip
             worked += (busy[:, skip:].mean(axis=0).sum() + timed * own.exchange_us) / 1e6
             steps += timed
@@ -306,8 +325,12 @@ def _change_ranks(own: Pass, ranks: int) -> Pass:
         places = np.concatenate([[0], 1 + order[np.arange(count - 1) % later]]) % steps
         picks.append((rank % measured, places))
     names = ("compute", "io", "pause", "call", "work", "moved", "requests")
-    changed = {name: np.stack([getattr(own, name)[rank, where] for rank, where in picks]) for name in names}
-    return replace(own, **changed)
+
+    def pick(values: np.ndarray) -> np.ndarray:
+        return np.stack([values[rank, where] for rank, where in picks])
+
+    rows = own.rows and TableRows(*(pick(getattr(own.rows, each.name)) for each in fields(own.rows)))
+    return replace(own, rows=rows, **{name: pick(getattr(own, name)) for name in names})
 
 
 @compiled

@@ -4,8 +4,8 @@ In: the traces of a run, read rank by rank as the report reads them; no scanner 
 four polars frames. All times are in microseconds (int64): `start` on the run's common clock, counted from
 1970, all others durations. Every frame has `launch` (int32, from 1; a resumed run has several) and `rank`.
 
-`steps`, a row per rank and step, in order of time. The columns from `wait_us` to `compute_us` (without the
-bytes) add up to `period_us`; where several things are open at once the first of pause, wait, I/O and
+`steps`, a row per rank and step, in order of time. The columns from `wait_us` to `compute_us` (without counts
+and bytes) add up to `period_us`; where several things are open at once the first of pause, waits, I/O and
 communication has the time.
 
   phase           "train" or "eval"
@@ -17,12 +17,14 @@ communication has the time.
   period_us       until the next step of the epoch or evaluation begins; of the last one: its own duration
   wait_us         in dataloader/fetch.iter: for the loading thread, whichever batch it is that is waited for
   waits           how many of these spans there are: batches taken
+  rows_us         in ssd/wait: until another thread has read rows of tables in files
   peers_us        in collectives, until the slowest rank has come (one rank: 0)
   transfer_us     the rest of the collectives
   exchange_bytes  that the collectives' spans declare; null where they declare none
   pause_us        evaluations and checkpoint spans of the main thread
   io_us           file calls of the main thread: tables in files, logs
   compute_us      what is left
+  rows_calls_us, rows_ahead_us, rows_spare_us    no part of the period: `analysis/workload/table_rows.py`
 
 `batches`, a row per rank and batch that a loading thread prepared:
 
@@ -36,9 +38,10 @@ communication has the time.
   requests        file calls that read; copies from mapped files, which no call shows, count as one each
 
 `pauses`, a row per rank and span of the main thread that interrupts training, whether inside a step's period
-or between two epochs: `name` ("pipeline/evaluate", "eval/metrics", "checkpoint/save", "checkpoint/wait",
-"checkpoint/load"), split, epoch, step, start, dur_us, bytes (that the span declares, else null). eval/metrics
-is inside pipeline/evaluate. (For names of spans of earlier traces see analysis/trace/classify.py.)
+or between two epochs: `name` ("pipeline/evaluate", "eval/metrics", "checkpoint/collect", "checkpoint/save",
+"checkpoint/wait", "checkpoint/load"), split, epoch, step, start, dur_us, bytes (that the span declares, else
+null). eval/metrics is inside pipeline/evaluate. (For names of spans of earlier traces see
+analysis/trace/classify.py.)
 
 `requests`, file calls that read for batches (every n-th, where a rank made more than MAX_REQUESTS): phase,
 dur_us, bytes.
@@ -58,12 +61,13 @@ from analysis.tables.times import find_main_thread, find_stretches, list_collect
 from analysis.trace.classify import EVALUATION, PREPROCESS
 from analysis.trace.process import TracedProcess
 from analysis.trace.source import FileSource, TraceSource
+from analysis.workload.table_rows import measure_row_loading
 from common.errors import UserError, printable
 
 MAX_REQUESTS = 100_000  # of a rank that are kept
 PREFIX = "workload_"  # of the tables' names among those of the report
 READER = "prefetch "  # the beginning of the name of a thread that loads batches; then its split follows
-PAUSES = {"checkpoint": ("save", "wait", "load"), "eval": ("metrics",)}  # and evaluations
+PAUSES = {"checkpoint": ("collect", "save", "wait", "load"), "eval": ("metrics",)}  # and evaluations
 _IS_EVALUATION = (pl.col("part") == EVALUATION).fill_null(False) & (pl.col("name") == "evaluate")
 
 
@@ -123,7 +127,8 @@ def measure_rank_workload(job: Launch, events: RankEvents) -> dict[str, pl.DataF
         ("train", _list_train_steps(main), pauses),
         ("eval", _list_eval_steps(main, evaluations), checkpoints),
     ):
-        steps.append(_divide_periods(found, main, calls, pause))
+        divided = _divide_periods(found, main, calls, pause)
+        steps.append(divided.with_columns(measure_row_loading(events, main, divided).get_columns()))
         # list_collectives joins by epoch and step: of an evaluation by its number and the batch
         keys = ("epoch", "step") if phase == "train" else ("evaluation", "batch")
         windows = found.select(
@@ -173,8 +178,8 @@ def join_workload(tables: dict[str, pl.DataFrame], launches: list[list[TracedPro
     return Workload(
         steps.sort("launch", "rank", "start").select(
             "launch", "rank", "phase", "split", "epoch", "step", "evaluation", "batch", "start", "period_us",
-            "wait_us", "waits", "peers_us", "transfer_us", "exchange_bytes", "pause_us", "io_us",
-            "compute_us",
+            "wait_us", "waits", "rows_us", "peers_us", "transfer_us", "exchange_bytes", "pause_us", "io_us",
+            "compute_us", "rows_calls_us", "rows_ahead_us", "rows_spare_us",
         ),
         tables[PREFIX + "batches"].sort("launch", "rank", "start"),
         tables[PREFIX + "pauses"].sort("launch", "rank", "start"),
@@ -234,12 +239,14 @@ def _divide_periods(
     """
     begin = steps["ts"].to_numpy()
     end = begin + steps["period_us"].to_numpy()
-    for_data = (pl.col("kind") == "wait") & (pl.col("cat") != "ssd")  # what tables in files cost stays
+    for_rows = (pl.col("kind") == "wait") & (pl.col("cat") == "ssd")
+    for_data = (pl.col("kind") == "wait") & (pl.col("cat") != "ssd")
     taken, covered, amounts = pause, np.zeros(len(begin), np.int64), []
     empty = (np.zeros(0, np.int64), np.zeros(0, np.int64))
     for more in (
         empty,
         find_stretches(main, for_data),
+        find_stretches(main, for_rows),
         calls,
         find_stretches(main, pl.col("kind") == "communication"),
     ):
@@ -263,8 +270,8 @@ def _divide_periods(
     return steps.select(
         "phase", "split", "epoch", "step", "evaluation", "batch", pl.col("ts").alias("start"), "period_us",
         amounts[0].alias("pause_us"), amounts[1].alias("wait_us"), waits.alias("waits"),
-        amounts[2].alias("io_us"),
-        amounts[3].alias("communication_us"), numbered["bytes"].alias("exchange_bytes"),
+        amounts[2].alias("rows_us"), amounts[3].alias("io_us"),
+        amounts[4].alias("communication_us"), numbered["bytes"].alias("exchange_bytes"),
         (pl.col("period_us") - pl.Series(covered, dtype=pl.Int64)).alias("compute_us"),
     )  # fmt: skip
 

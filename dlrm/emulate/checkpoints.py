@@ -16,6 +16,7 @@ from common.errors import UserError, os_errors_as_user_errors
 from dlrm.checkpoint.blocks import ChecksummedFile
 from dlrm.checkpoint.saver import CheckpointWriter
 from dlrm.config.options import CheckpointOptions
+from dlrm.emulate.tables import CHECKPOINT, TableFiles
 from dlrm.emulate.workload import RankWorkload
 from dlrm.runtime.trace import span
 from dlrm.trainer import loop
@@ -53,11 +54,12 @@ class EmulatedCheckpoints(CheckpointSchedule):
     """Saves when the training would. `writer`: None where nothing is saved."""
 
     def __init__(
-        self, options: CheckpointOptions, progress: loop.Progress, workload: RankWorkload, meter: loop.Meter
-    ) -> None:
+        self, options: CheckpointOptions, progress: loop.Progress, workload: RankWorkload, meter: loop.Meter,
+        tables: TableFiles | None,
+    ) -> None:  # fmt: skip
         super().__init__(options, progress)
         self.writer: CheckpointWriter | None = None
-        self.meter, self.workload = meter, workload
+        self.meter, self.workload, self.tables = meter, workload, tables
         self.saved = 0
 
     def save(self) -> None:
@@ -70,6 +72,9 @@ class EmulatedCheckpoints(CheckpointSchedule):
         made = [MadeUpFile(written[self.saved % len(written)])]
         self.writer.wait_for_save()
         self.end_if_failed(on_all_ranks=True)
+        if self.tables:
+            with span("checkpoint", "collect"):
+                self.tables.do_at_once(CHECKPOINT)
         self.writer.save(made, values, self.progress.step, described[self.saved % len(described)])
         self.saved += 1
         self.meter.exclude_time(time.perf_counter() - started)
@@ -81,7 +86,7 @@ class EmulatedCheckpoints(CheckpointSchedule):
         return "the run's trace has no checkpoint: none is written here; --from a run that saved one"
 
     def copy_pieces(self, pieces: list[MadeUpFile], _before: dict[Any, Any]) -> list[MadeUpFile]:
-        """Takes as long as copying the tensors took in the run."""
+        """Takes as long as collecting and copying the tensors took in the run."""
         if seconds := self.workload.saves:
             time.sleep(seconds[self.saved % len(seconds)])
         return pieces

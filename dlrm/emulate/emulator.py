@@ -9,7 +9,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from dlrm.emulate import dataset
 from dlrm.emulate.checkpoints import EmulatedCheckpoints, write_made_up_file
 from dlrm.emulate.options import EmulateConfig, list_unused_options, read_config
 from dlrm.emulate.pipeline import RowCounter, RowMeter, WaitingPipeline, draw_steps
-from dlrm.emulate.tables import TableCall, TableFiles
+from dlrm.emulate.tables import TableFiles, unpack_part
 from dlrm.emulate.workload import RankWorkload, measure_run
 from dlrm.models.dlrm.dataloaders import Datasets, open_datasets
 from dlrm.runtime import mpi, trace
@@ -124,22 +123,23 @@ class Emulator:
         self.meter = RowMeter(group, self.pipeline.exclude_time)
         self.metrics_seconds = itertools.cycle(workload.metrics or [0.0])
         self.eval_pipelines = {split: self.make_pipeline(split) for split in ("val", "test")}
-        self.checkpoints = EmulatedCheckpoints(options.checkpoint, self.progress, workload, self.meter)
+        self.checkpoints = EmulatedCheckpoints(
+            options.checkpoint, self.progress, workload, self.meter, self.tables
+        )
         self.checkpoints.writer = self.open_writer()
 
     def make_pipeline(self, split: str) -> WaitingPipeline:
         data, communication = self.options.data, self.options.emulate.communication
         # pooled embeddings to all ranks, and their gradients back
         exchanged = 8 * data.batch_size * len(self.datasets.sizes) * self.options.model.embedding_dim
-        steps: Iterator[tuple[float, int]] = draw_steps(self.workload, split, self.options.emulate, exchanged)
-        tables = self.tables if split == "train" else None
-        return WaitingPipeline(steps, self.group, communication != "none", tables)
+        steps = draw_steps(self.workload, split, self.options.emulate, exchanged)
+        return WaitingPipeline(split, steps, self.group, communication != "none", self.tables)
 
     def open_tables(self) -> TableFiles | None:
         """The files of this rank's tables, where the run had tables in files."""
-        calls, output_dir = self.workload.table_calls, self.options.run.output_dir
+        steps, output_dir = self.workload.table_steps, self.options.run.output_dir
         folder = self.options.plan.persistent_path or (output_dir and os.path.join(output_dir, "store"))
-        if not calls:
+        if not steps:
             return None
         if not folder:
             raise UserError("the run had tables in files: give --output_dir, or a folder: --persistent_path")
@@ -147,7 +147,7 @@ class Emulator:
         copy = self.here.rank // self.workload.ranks
         return TableFiles(
             Path(f"{folder}-{copy}" if copy else folder),
-            [[TableCall(*call) for call in step] for step in calls],
+            {split: [[*map(unpack_part, step)] for step in each] for split, each in steps.items()},
         )
 
     def open_writer(self) -> CheckpointWriter | None:
@@ -186,6 +186,10 @@ class Emulator:
             evaluate_on_epoch_end=run.evaluate_on_epoch_end,
         )
         self.checkpoints.start()
+        # The ranks begin as far apart as the run's did. Where loading is too slow they stay so, which decides
+        # who waits for data and who for another rank.
+        self.group.barrier()
+        time.sleep(self.workload.begins_after)
         with report_while_training(self.run_folder, self.progress, self.datasets, lambda _: {}):
             loop.run_training(
                 self.pipeline, self.datasets.train, self.progress, limits, lambda: 0.0, self.validate,
@@ -194,6 +198,8 @@ class Emulator:
         self.checkpoints.finish()
         if run.evaluate_on_training_end:
             self.evaluate("test")
+        if self.tables:
+            self.tables.finish()
         self.group.mark_clock("end")
         self.save_results(startup_seconds)
         self.datasets.close()

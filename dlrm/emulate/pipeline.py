@@ -7,7 +7,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlrm.emulate.options import EmulateOptions
 from dlrm.emulate.tables import TableFiles
@@ -22,13 +22,12 @@ class WaitingPipeline:
     """Takes batches when TrainPipelineSparseDist would, and waits as long as the run's steps took."""
 
     def __init__(
-        self, seconds: Iterator[tuple[float, int]], group: RankGroup, communicate: bool,
+        self, split: str, steps: Iterator["StepTime"], group: RankGroup, communicate: bool,
         tables: TableFiles | None = None,
     ) -> None:  # fmt: skip
-        """seconds: of each step (what it takes besides its batch's wait, bytes that are then exchanged).
-        communicate: end each step with a barrier, or an exchange. tables: whose calls each step makes.
-        """
-        self._seconds, self._group, self._communicate, self._tables = seconds, group, communicate, tables
+        """communicate: end each step with a barrier, or an exchange. tables: whose calls each step makes."""
+        self._split, self._steps, self._group = split, steps, group
+        self._communicate, self._tables = communicate, tables
         self._taken: deque[Any] = deque()
         self._idle_since: float | None = None  # end of the step before, if this one follows at once
         self._buffers: dict[int, tuple[bytearray, bytearray]] = {}
@@ -43,17 +42,19 @@ class WaitingPipeline:
         if not self._taken:
             raise StopIteration
         waited = time.perf_counter() - begun
-        if self._tables:
-            waited += self._tables.start_step()
-        seconds, count = next(self._seconds)
+        step = next(self._steps)
         # what this program did since the step before is part of the step, as it was in the run
         started = begun if self._idle_since is None else self._idle_since
-        with trace.span("compute", "step"):
-            self._sleep_until(started + waited + seconds)
-        if self._tables:
-            self._tables.finish_step()
+        begun = started + waited  # from here on, what is no waiting for tables is the step's own work
+        for part in self._tables.take_step(self._split) if self._tables else ():
+            assert self._tables
+            self._tables.start_part(part, begun, step.scale)
+            if part.kind != "end":
+                self._compute_until(begun + part.at * step.scale)
+                begun += self._tables.end_part(part)
+        self._compute_until(begun + step.seconds)
         if self._communicate:
-            self._communicate_with_ranks(count)
+            self._communicate_with_ranks(step.exchange_bytes)
         self._idle_since = time.perf_counter()
         labels = self._taken.popleft().labels
         return 0.0, labels, labels
@@ -63,9 +64,11 @@ class WaitingPipeline:
         if self._idle_since is not None:
             self._idle_since += seconds
 
-    def _sleep_until(self, end: float) -> None:
-        while (left := end - time.perf_counter()) > 0:
-            time.sleep(left)
+    def _compute_until(self, end: float) -> None:
+        if end > time.perf_counter():
+            with trace.span("compute", "step"):
+                while (left := end - time.perf_counter()) > 0:
+                    time.sleep(left)
 
     def _communicate_with_ranks(self, count: int) -> None:
         if not count:
@@ -80,11 +83,20 @@ class WaitingPipeline:
             self._group.exchange_bytes(*self._buffers[count])
 
 
+class StepTime(NamedTuple):
+    """What a step takes besides waiting for data and for rows of tables in files. scale: how long what took a
+    second in the run takes now."""
+
+    seconds: float
+    scale: float
+    exchange_bytes: int
+
+
 def draw_steps(
     workload: RankWorkload, split: str, options: EmulateOptions, exchange_bytes: int
-) -> Iterator[tuple[float, int]]:
-    """(seconds, bytes to exchange) of each step, without end: the run's own steps in their order, again and
-    again. `exchange_bytes`: what `--communication traced` moves where the trace does not say it.
+) -> Iterator[StepTime]:
+    """Without end: the run's own steps in their order, again and again. `exchange_bytes`: what
+    `--communication traced` moves where the trace does not say it.
     """
     steps = workload.steps.get(split) or workload.steps.get("val") or workload.steps["train"]
     transfers = workload.transfers.get(split) or [0.0] * len(steps)
@@ -92,9 +104,11 @@ def draw_steps(
     count = (workload.exchange_bytes or exchange_bytes) if exchanges else 0
     factor, fixed = options.compute_factor, options.compute_seconds
     for seconds, transfer in itertools.cycle(zip(steps, itertools.cycle(transfers), strict=False)):
+        computed = seconds - transfer
         if exchanges or options.communication == "none":
-            seconds -= transfer
-        yield (fixed if fixed is not None else seconds * (factor or 0.0)), count
+            seconds = computed
+        scale = factor or 0.0 if fixed is None else fixed / computed if computed > 0 else 0.0
+        yield StepTime(seconds * scale if fixed is None else fixed, scale, count)
 
 
 class RowMeter:

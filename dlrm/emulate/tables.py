@@ -1,54 +1,109 @@
 """The reads and writes of tables in files, as the run's trace has them, beside the steps they belong to.
 
-In: calls of each step. Out: the same calls on files of the same size; what is written has no meaning, what
-is read is thrown away. Which rows a step needs depends on the ids and on the cache, so the calls are the
-run's own: with another batch size or other data they stay as they were.
+In: the parts of each step. Out: the same calls on files of the same size, by as many threads; what is written
+has no meaning, what is read is thrown away. Which rows a step needs depends on the ids and on the cache, so
+the calls are the run's own: with another batch size or other data they stay as they were.
 """
 
+import errno
 import os
+import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
-from dlrm.runtime.trace import name_thread, span
+from dlrm.runtime.trace import get_time, name_thread, record_span, span
+
+# What is done besides steps, as one each: before the first one, with each checkpoint, after the last one.
+STARTUP, CHECKPOINT, FINISH = "startup", "checkpoint", "finish"
 
 
-class TableCall(NamedTuple):
-    """A call of the run. `thread`: 0 for the one that trains, else the number of another one."""
+class CallRun(NamedTuple):
+    """Calls of one kind on one file, one after the other."""
 
-    thread: int
-    op: str  # read, write or sync
+    op: str  # read, write, sync or hint
     file: str
-    offset: int
-    size: int
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+
+
+class Batch(NamedTuple):
+    """What another thread does. Seconds: `at` of the main thread's own time in the step, but not before the
+    thread's batch before and `pause`."""
+
+    at: float
+    pause: float
+    thread: str  # its name in the trace
+    calls: Sequence[CallRun]
+
+
+class Awaited(NamedTuple):
+    """How many calls of a thread must be done; the seconds that are waited beyond that."""
+
+    thread: str
+    count: int
+    beyond: float
+
+
+class StepPart(NamedTuple):
+    """A part of a step, and what the main thread does at its end: `calls`, a `wait` for rows, the begin
+    (`fetch`) or end (`fetched`) of looking rows up; nothing at the `end` of a step. It comes `at` so many
+    seconds of its own time in the step, of which it spends `between` its calls."""
+
+    at: float
+    kind: str
+    background: Sequence[Batch]
+    calls: Sequence[CallRun]
+    between: float
+    awaited: Awaited | None
+
+
+def unpack_part(values: Sequence[Any]) -> StepPart:
+    """From JSON."""
+    ends_at, kind, background, calls, between, awaited = values
+    batches = [
+        Batch(at, pause, thread, [CallRun(*run) for run in runs]) for at, pause, thread, runs in background
+    ]
+    runs = [CallRun(*run) for run in calls]
+    return StepPart(ends_at, kind, batches, runs, between, Awaited(*awaited) if awaited else None)
 
 
 class TableFiles:
     """The files of one rank's tables."""
 
-    def __init__(self, folder: Path, steps: Sequence[Sequence[TableCall]]) -> None:
-        """folder: made here, or empty. steps: first the calls before the first step, then those of each."""
-        self._steps, self._number = steps, 0
-        self._threads: list[threading.Thread] = []
-        self._failures: list[UserError] = []
-        calls = [call for step in steps for call in step]
-        self._noise = np.random.default_rng(0).bytes(max((call.size for call in calls), default=0))
+    def __init__(self, folder: Path, steps: Mapping[str, Sequence[Sequence[StepPart]]]) -> None:
+        """folder: made here, or empty. steps: split, STARTUP, ... -> the parts of each of its steps."""
+        self._steps = {split: iter(each) for split, each in steps.items()}
+        runs = [
+            run for each in steps.values() for parts in each for part in parts for run in _list_runs(part)
+        ]
+        self._noise = memoryview(np.random.default_rng(0).bytes(max([max(run.sizes) for run in runs] or [0])))
         sizes: dict[str, int] = {}
-        for call in calls:
-            sizes[call.file] = max(sizes.get(call.file, 0), call.offset + call.size)
+        for run in runs:
+            end = max(offset + size for offset, size in zip(run.offsets, run.sizes, strict=True))
+            sizes[run.file] = max(sizes.get(run.file, 0), end)
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: self._make_file(folder / name, size) for name, size in sizes.items()}
+        self._paths = {name: os.path.abspath(folder / name) for name in sizes}
         self.bytes_read: dict[str, int] = {}
         self.bytes_written: dict[str, int] = {}
-        self._paths = {name: os.path.abspath(folder / name) for name in sizes}
-        self._play(steps[0] if steps else ())
+        self._counting = threading.Lock()
+        self._threads: dict[str, _CallThread] = {}
+        self._looks_up_since = 0  # on the trace's clock
+        self.do_at_once(STARTUP)
+
+    def do_at_once(self, split: str) -> None:
+        """The next step of the split, without other work."""
+        for part in self.take_step(split):
+            self.start_part(part, 0.0, 0.0)
+            self.end_part(part)
 
     def _make_file(self, path: Path, size: int) -> int:
         try:
@@ -64,58 +119,129 @@ class TableFiles:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         return file
 
-    def start_step(self) -> float:
-        """Make the next step's calls: those of the training thread now, the others in the background. Returns
-        the seconds that this took.
+    def take_step(self, split: str) -> Sequence[StepPart]:
+        """The parts of the split's next step; none after the run's last one."""
+        return next(self._steps.get(split, iter(())), ())
+
+    def start_part(self, part: StepPart, begun: float, scale: float) -> None:
+        """Let the other threads begin with what they do during this part. begun: time.perf_counter() at which
+        the main thread's own time in the step was 0; scale: how long a second of it takes. What the others
+        do besides calls takes as long as it did.
         """
+        for batch in part.background:
+            if batch.thread not in self._threads:
+                self._threads[batch.thread] = _CallThread(batch.thread, self.make_calls)
+            self._threads[batch.thread].add(begun + batch.at * scale, batch.pause, batch.calls)
+
+    def end_part(self, part: StepPart) -> float:
+        """Do what the main thread does at its end. Returns the seconds that this took beyond its own time."""
         begun = time.perf_counter()
-        self._number += 1
-        if self._number < len(self._steps):
-            calls = self._steps[self._number]
-            for thread in sorted({call.thread for call in calls} - {0}):
-                mine = [call for call in calls if call.thread == thread]
-                self._threads.append(threading.Thread(target=self._play_in_thread, args=(mine,), daemon=True))
-                self._threads[-1].start()
-            self._play([call for call in calls if call.thread == 0])
-        return time.perf_counter() - begun
+        if part.kind == "fetch":
+            self._looks_up_since = get_time()
+        elif part.kind == "fetched":
+            record_span("ssd", "fetch", self._looks_up_since, get_time())
+        self.make_calls(part.calls)
+        if part.awaited:
+            self._wait_for_rows(*part.awaited)
+        return max(0.0, time.perf_counter() - begun - part.between)
 
-    def finish_step(self) -> None:
-        """Wait for the calls in the background."""
-        for thread in self._threads:
-            thread.join()
+    def _wait_for_rows(self, name: str, count: int, beyond: float) -> None:
+        thread = self._threads.get(name)
+        if beyond or (thread and not thread.has_done(count)):
+            with span("ssd", "wait"):
+                if thread:
+                    thread.wait_for(count)
+                time.sleep(beyond)
+
+    def finish(self) -> None:
+        """What follows the last step; then wait for all that the other threads have to do."""
+        self.do_at_once(FINISH)
+        for thread in self._threads.values():
+            thread.finish()
         self._threads.clear()
-        if self._failures:
-            raise self._failures[0]
 
-    def _play_in_thread(self, calls: Sequence[TableCall]) -> None:
-        name_thread("tables in files")
-        try:
-            self._play(calls)
-        except UserError as error:
-            self._failures.append(error)
-
-    def _play(self, calls: Sequence[TableCall]) -> None:
-        if not calls:
-            return
-        with span("ssd", "fetch", bytes=sum(call.size for call in calls)):
-            for call in calls:
-                file, path = self._files[call.file], self._paths[call.file]
-                with os_errors_as_user_errors(path):
-                    self._make(call, file, path)
-
-    def _make(self, call: TableCall, file: int, path: str) -> None:
-        if call.op == "read":
-            count = len(os.pread(file, call.size, call.offset))
-            self.bytes_read[path] = self.bytes_read.get(path, 0) + count
-        elif call.op == "write":
-            count = os.pwrite(file, memoryview(self._noise)[: call.size], call.offset)
-            self.bytes_written[path] = self.bytes_written.get(path, 0) + count
-            if count < call.size:  # the disk is full: the next write says so
-                os.pwrite(file, memoryview(self._noise)[count : call.size], call.offset + count)
-        else:
-            os.fsync(file)
+    def make_calls(self, runs: Sequence[CallRun]) -> None:
+        for op, name, offsets, sizes in runs:
+            file, path, noise = self._files[name], self._paths[name], self._noise
+            with os_errors_as_user_errors(path):
+                if op == "read":
+                    moved = sum([len(os.pread(file, *at)) for at in zip(sizes, offsets, strict=True)])
+                    with self._counting:
+                        self.bytes_read[path] = self.bytes_read.get(path, 0) + moved
+                elif op == "write":
+                    moved = sum(
+                        [os.pwrite(file, noise[:size], at) for size, at in zip(sizes, offsets, strict=True)]
+                    )
+                    with self._counting:
+                        self.bytes_written[path] = self.bytes_written.get(path, 0) + moved
+                    if moved < sum(sizes):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                elif op == "hint":
+                    for size, at in zip(sizes, offsets, strict=True):
+                        os.posix_fadvise(file, at, size, os.POSIX_FADV_WILLNEED)
+                else:
+                    os.fsync(file)
 
     def close(self) -> None:
         for file in self._files.values():
             close_descriptor(file)
         self._files.clear()
+
+
+class _CallThread:
+    """A thread that makes calls in the order in which they are given to it, beside the main one."""
+
+    def __init__(self, name: str, make_calls: Callable[[Sequence[CallRun]], None]) -> None:
+        self._name, self._make_calls = name, make_calls
+        self._todo: queue.SimpleQueue[tuple[float, float, Sequence[CallRun]] | None] = queue.SimpleQueue()
+        self._done = 0  # calls
+        self._failure: UserError | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def add(self, not_before: float, pause: float, calls: Sequence[CallRun]) -> None:
+        """These are next: not before that time, and not before `pause` seconds after those before them."""
+        self._todo.put((not_before, pause, calls))
+
+    def has_done(self, count: int) -> bool:
+        """So many calls; or it failed."""
+        return self._done >= count or self._failure is not None
+
+    def wait_for(self, count: int) -> None:
+        """Until so many calls are done; its failure is raised here."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.has_done(count))
+        self._raise_failure()
+
+    def finish(self) -> None:
+        self._todo.put(None)
+        self._thread.join()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure:
+            raise self._failure
+
+    def _run(self) -> None:
+        name_thread(self._name)
+        ended = 0.0
+        while item := self._todo.get():
+            not_before, pause, calls = item
+            if (left := max(not_before, ended + pause) - time.perf_counter()) > 0:
+                time.sleep(left)
+            try:
+                self._make_calls(calls)
+            except UserError as error:
+                self._failure = error
+            ended = time.perf_counter()
+            with self._changed:
+                self._done += sum(len(run.offsets) for run in calls)
+                self._changed.notify()
+            if self._failure:
+                return
+
+
+def _list_runs(part: StepPart) -> list[CallRun]:
+    """All calls of a part."""
+    return [*part.calls, *(run for batch in part.background for run in batch.calls)]

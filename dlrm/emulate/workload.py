@@ -12,9 +12,11 @@ from dlrm.emulate.apart import print_value, run_apart
 if TYPE_CHECKING:
     import polars as pl
 
+    from analysis.tables.intervals import Stretches
+    from analysis.workload.steps import Workload
+
 CHECKPOINT_FILE = r"/rank\d{5,7}\.safetensors$"
 DESCRIPTION_FILE = r"/checkpoint\.json$"
-TABLE_FILE = r"/([^/]+\.rows)$"
 
 
 @dataclass
@@ -22,15 +24,17 @@ class RankWorkload:
     """Of one rank of the run; times in seconds, in the order of the trace."""
 
     ranks: int = 1  # of the run
+    begins_after: float = 0.0  # seconds between the first rank's first read for training and this one's
     steps: dict[str, list[float]] = field(default_factory=dict)  # "train", "val", "test": of each step
     transfers: dict[str, list[float]] = field(default_factory=dict)  # the part of it that is communication
     metrics: list[float] = field(default_factory=list)  # of each evaluation: computing its metrics
-    saves: list[float] = field(default_factory=list)  # of each checkpoint: copying the tensors
+    # of each checkpoint: collecting and copying the tensors, without calls on tables in files
+    saves: list[float] = field(default_factory=list)
     # of each checkpoint: bytes of each write into this rank's file; bytes of checkpoint.json (rank 0)
     checkpoint_writes: list[list[int]] = field(default_factory=list)
     description_bytes: list[int] = field(default_factory=list)
-    # calls on tables in files before the first step and in each step, as the fields of a `TableCall`
-    table_calls: list[list[tuple[int, str, str, int, int]]] = field(default_factory=list)
+    # what steps do on tables in files: split (or "startup") -> the parts of each, as `unpack_part` takes them
+    table_steps: dict[str, list[list[Any]]] = field(default_factory=dict)
     exchange_bytes: int | None = None  # of a step's collectives, where the trace says so
 
 
@@ -46,17 +50,17 @@ def read_workload(run: Path) -> tuple[list[RankWorkload], list[str]]:
 
     from analysis.tables.gather import list_losses, plan_launches
     from analysis.tables.read import read_rank
-    from analysis.tables.times import find_main_thread
     from analysis.trace.source import FileSource
     from analysis.workload.steps import measure_steps
+    from dlrm.emulate.table_steps import find_own_calls, list_table_steps
 
     source = FileSource(run)
     found = measure_steps(run, source)
-    ranks: list[RankWorkload] = []
+    delays, ranks = _measure_delays(found), list[RankWorkload]()
     for number in sorted(found.steps["rank"].unique()):
         steps = found.steps.filter(pl.col("rank") == number)
         pauses = found.pauses.filter(pl.col("rank") == number)
-        rank = RankWorkload(ranks=found.ranks)
+        rank = RankWorkload(ranks=found.ranks, begins_after=delays.get(number, 0.0))
         for split, part in (
             ("train", steps.filter(pl.col("phase") == "train")),
             *((split, steps.filter(pl.col("split") == split)) for split in ("val", "test")),
@@ -65,7 +69,6 @@ def read_workload(run: Path) -> tuple[list[RankWorkload], list[str]]:
             rank.steps[split] = (taken.to_series() / 1e6).to_list()
             rank.transfers[split] = (part["transfer_us"] / 1e6).to_list()
         rank.metrics = (pauses.filter(pl.col("name") == "eval/metrics")["dur_us"] / 1e6).to_list()
-        rank.saves = (pauses.filter(pl.col("name") == "checkpoint/save")["dur_us"] / 1e6).to_list()
         sizes = steps["exchange_bytes"].drop_nulls()
         rank.exchange_bytes = int(sizes.median()) if len(sizes) else None  # type: ignore[arg-type]
         ranks.append(rank)
@@ -79,9 +82,37 @@ def read_workload(run: Path) -> tuple[list[RankWorkload], list[str]]:
             rank.checkpoint_writes += _list_writes(written, CHECKPOINT_FILE)
             rank.description_bytes += map(sum, _list_writes(written, DESCRIPTION_FILE))
             is_mine = (pl.col("rank") == job.rank) & (pl.col("launch") == job.launch)
-            steps = found.steps.filter(is_mine & (pl.col("phase") == "train"))
-            rank.table_calls += _list_table_calls(calls, steps["start"].sort(), find_main_thread(events)[1])
+            steps = found.steps.filter(is_mine).sort("start")
+            rank.saves += _time_saves(found.pauses.filter(is_mine), find_own_calls(events))
+            for split, parts in list_table_steps(events, steps).items():
+                rank.table_steps.setdefault(split, []).extend(parts)
     return ranks, list_losses(processes)
+
+
+def _measure_delays(found: "Workload") -> dict[int, float]:
+    """Rank -> how long after the first one it began to read for training, in the first launch that did."""
+    import polars as pl
+
+    batches = found.batches.filter(pl.col("phase") == "train")
+    batches = batches.filter(pl.col("launch") == pl.col("launch").min())
+    begins = dict(batches.group_by("rank").agg(pl.col("start").min()).iter_rows())
+    return {rank: (begin - min(begins.values())) / 1e6 for rank, begin in begins.items()}
+
+
+def _time_saves(pauses: "pl.DataFrame", calls: "Stretches") -> list[float]:
+    """Seconds that the main thread collected and copied tensors for each checkpoint, without these calls."""
+    import polars as pl
+
+    from analysis.tables.times import measure_covered_time
+
+    parts = pauses.filter(pl.col("name").is_in(["checkpoint/collect", "checkpoint/save"])).sort("start")
+    begin, end = parts["start"].to_numpy(), (parts["start"] + parts["dur_us"]).to_numpy()
+    in_calls = measure_covered_time(calls, end) - measure_covered_time(calls, begin)
+    is_save = pl.col("name") == "checkpoint/save"
+    number = is_save.cast(pl.Int64).cum_sum() - is_save.cast(pl.Int64)  # a save ends what belongs to it
+    parts = parts.with_columns((pl.col("dur_us") - pl.Series(in_calls)).alias("us"), number.alias("number"))
+    saved = parts.group_by("number", maintain_order=True).agg(pl.col("us").sum() / 1e6, is_save.any())
+    return saved.filter("name")["us"].to_list()
 
 
 def _list_writes(calls: "pl.DataFrame", pattern: str) -> list[list[int]]:
@@ -90,29 +121,6 @@ def _list_writes(calls: "pl.DataFrame", pattern: str) -> list[list[int]]:
 
     written = calls.filter(pl.col("file").str.contains(pattern)).sort("ts")
     return written.group_by("file", "tid", maintain_order=True).agg("size")["size"].to_list()
-
-
-def _list_table_calls(
-    calls: "pl.DataFrame", starts: "pl.Series", main_thread: int
-) -> list[list[tuple[int, str, str, int, int]]]:
-    """Calls on tables in files, by the step in which they began. `starts`: of the steps, in microseconds."""
-    import polars as pl
-
-    calls = calls.with_columns(pl.col("file").str.extract(TABLE_FILE)).filter(
-        pl.col("file").is_not_null() & pl.col("op").is_in(["read", "write", "sync"]) & ~pl.col("failed")
-    )
-    if not len(calls):
-        return []
-    found: list[list[tuple[int, str, str, int, int]]] = [[] for _ in range(len(starts) + 1)]
-    calls = calls.sort("ts")
-    calls = calls.with_columns(
-        starts.search_sorted(calls["ts"], side="right").alias("step"),
-        pl.when(pl.col("tid") == main_thread).then(0).otherwise(pl.col("tid")).alias("thread"),
-        pl.col("position").fill_null(0), pl.col("size").fill_null(0),
-    )  # fmt: skip
-    for step, *call in calls.select("step", "thread", "op", "file", "position", "size").iter_rows():
-        found[step].append(tuple(call))
-    return found
 
 
 if __name__ == "__main__":

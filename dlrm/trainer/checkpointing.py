@@ -14,7 +14,7 @@ import torch
 
 from dlrm.checkpoint import state
 from dlrm.checkpoint.shards import TensorPiece
-from dlrm.runtime import entry, session
+from dlrm.runtime import entry, session, trace
 from dlrm.runtime.errors import NotSaved, Stopped, UserError
 from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.stop import SAVE, STOP, CollectiveStop
@@ -164,7 +164,8 @@ class CheckpointManager(CheckpointSchedule):
         self._last_save = time.monotonic()
         started = time.perf_counter()
         trainer = self.trainer
-        pieces = state.pieces_of_rank(trainer.model, trainer.optimizer, self.here.rank)
+        with trace.span("checkpoint", "collect"):  # tables in files write their changed rows
+            pieces = state.pieces_of_rank(trainer.model, trainer.optimizer, self.here.rank)
         self.writer.save(pieces + self._list_rank_state(), self._describe_training(), trainer.progress.step)
         trainer.meter.exclude_time(time.perf_counter() - started)
 

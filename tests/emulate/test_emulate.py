@@ -1,7 +1,9 @@
 """python -m dlrm.emulate beside the training that it emulates, by the traces of both."""
 
+import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -11,12 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from support.analysis_command import run_command
 from support.disk import mount_small_disk
 from support.file_calls import STRACED, count_strace_calls, read_events
 from support.job_scripts import clean_environment
 from support.ranks import ROOT, on_ranks, python
+
+from analysis.workload.steps import measure_steps
 
 TRAINING = [
     "--preset", "toy", "--batch_size", 64, "--max_steps", 40, "--report_every", 10,
@@ -25,10 +30,9 @@ TRAINING = [
 ]  # fmt: skip
 
 
-def train(run: Path, npy: Path, ranks: int, *more: object) -> Path:
-    done = on_ranks(
-        run, ranks, "dlrm.train", *TRAINING, "--in_memory_binary_criteo_path", npy, *more, timeout=240
-    )
+def train(run: Path, npy: Path, ranks: int, *more: object, **variables: Any) -> Path:
+    words = [*TRAINING, "--in_memory_binary_criteo_path", npy, *more]
+    done = on_ranks(run, ranks, "dlrm.train", *words, timeout=240, **variables)
     assert done.codes == [0] * ranks, done.err
     return run
 
@@ -152,6 +156,57 @@ def test_tables_in_files_are_read_and_written(toy: Path, tmp_path: Path) -> None
     found = compare(original, tmp_path / "run")
     assert found["different_requests"] == 0
     assert sum(each["requests"] for each in found["files"] if each["file"].startswith("store/")) > 100
+
+
+def test_rows_are_waited_for_where_the_run_waited(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables on slow storage, in the emulation too: the calls of another thread are done while steps are
+    computed, and what is left of them is waited for.
+    """
+    if shutil.which("cc") is None:
+        pytest.skip("a C compiler makes calls slow")
+    library = tmp_path / "slow_reads.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", library, ROOT / "benchmarks/slow_reads.c", "-ldl"], check=True
+    )
+    slow = {"LD_PRELOAD": str(library), "SLOW_FOLDER": str(tmp_path / "rows")}
+    slow |= {"SLOW_LATENCY_US": "2000", "SLOW_BYTES_PER_US": "1e9"}
+    ssd = ["--store_type", "cached_ssd", "--cache_memory_budget_mb", 1, "--max_steps", 15, "--batch_size", 8]
+    ssd.append("--persistent_path")
+    original = train(tmp_path / "original", toy, 1, *ssd, tmp_path / "rows/original", **slow)
+    for name, value in slow.items():  # of the emulations
+        monkeypatch.setenv(name, value)
+    done = emulate(tmp_path / "run", "--from", original, "--persistent_path", tmp_path / "rows/run")
+    assert done.returncode == 0, done.stderr
+    found = compare(original, tmp_path / "run")
+    assert found["different_requests"] == 0
+    first, second = found["values"]["waiting share"]
+    assert first > 0.1 and second == pytest.approx(first, abs=0.1)
+    steps = measure_steps(tmp_path / "run").steps.filter(pl.col("phase") == "train")
+    assert steps["rows_us"].sum() > 0.8 * 1e6 * second * found["values"]["training time"][1]
+    # steps that compute for four times as long wait for less of the same calls
+    done = emulate(
+        tmp_path / "x4", "--from", original, "--persistent_path", tmp_path / "rows/x4", "--compute", "x4"
+    )
+    assert done.returncode == 0, done.stderr
+    assert compare(original, tmp_path / "x4")["values"]["waiting share"][1] < first - 0.05
+
+
+def test_ranks_begin_as_far_apart_as_the_runs_did(trained: Path, tmp_path: Path) -> None:
+    """The run's trace says that rank 1 was 3 s behind."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "trace", run / "trace")
+    shutil.copy(trained / "config.json", run)
+    _, second = sorted((run / "trace").iterdir())
+    lines = gzip.decompress(second.read_bytes()).decode()
+    later = re.sub(r'"ts":(\d+)', lambda found: f'"ts":{int(found[1]) + 3_000_000}', lines)
+    second.write_bytes(gzip.compress(later.encode()))
+    done = emulate(tmp_path / "copy", "--from", run, "--compute", "1ms", "--max_steps", 5)
+    assert done.returncode == 0, done.stderr
+    batches = measure_steps(tmp_path / "copy").batches.filter(pl.col("phase") == "train")
+    first, last = batches.group_by("rank").agg(pl.col("start").min()).sort("rank")["start"]
+    assert 2.5 < (last - first) / 1e6 < 10
 
 
 def test_more_ranks_than_the_run_had(trained: Path, tmp_path: Path) -> None:

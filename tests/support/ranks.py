@@ -197,10 +197,11 @@ class LiveRanks:
 
 
 def on_ranks(
-    folder: Path, count: int, module: str, *words: object, timeout: float = 120, output: bool = True
-) -> Finished:
+    folder: Path, count: int, module: str, *words: object, timeout: float = 120, output: bool = True,
+    **variables: str,
+) -> Finished:  # fmt: skip
     """Run to the end."""
-    with LiveRanks(folder, count, *words, module=module, output=output) as ranks:
+    with LiveRanks(folder, count, *words, module=module, output=output, **variables) as ranks:
         codes = ranks.wait(timeout)
         seconds = time.monotonic() - ranks.begun
         return Finished(folder, codes, ranks.printed(0), ranks.printed(1), seconds)

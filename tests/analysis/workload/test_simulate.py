@@ -13,10 +13,11 @@ from support import traced
 from support.made_traces import Made, training
 
 from analysis.workload import simulate
-from analysis.workload.simulate import Model, Pass, RequestCost, Scenario, make_model, predict
+from analysis.workload.simulate import Model, Pass, RequestCost, Scenario, TableRows, make_model, predict
 from analysis.workload.steps import measure_steps
 from common.errors import UserError
 
+NO_TIME = Scenario(storage=math.inf)
 SLOW_READS = Path(__file__).parents[3] / "benchmarks" / "slow_reads.c"
 
 
@@ -210,13 +211,84 @@ trace.stop_tracing()
 """
 
 
+# Another thread reads 3 rows of a table for the next step while one computes for 8 ms.
+ROWS = """
+from concurrent.futures import ThreadPoolExecutor
+with open(f"{run}/t_0.rows", "wb") as out:
+    out.write(bytes(1 << 20))
+trace.start_tracing(run, here, "train")
+rows = os.open(f"{run}/t_0.rows", os.O_RDWR)
+def bring():
+    for row in range(3):
+        os.pread(rows, 256, row * 4096)
+pool = ThreadPoolExecutor(1)
+next_rows = pool.submit(bring)
+with trace.span("train", "epoch"):
+    for step in range(40):
+        trace.set_context(epoch=0, step=step + 1)
+        with trace.span("data", "assemble", batch=step):
+            pass
+        with trace.span("train", "step", batch=step):
+            with trace.span("ssd", "fetch"):
+                if not next_rows.done():
+                    with trace.span("ssd", "wait"):
+                        next_rows.result()
+            next_rows = pool.submit(bring)
+            time.sleep(0.008)
+next_rows.result()
+trace.stop_tracing()
+"""
+
+
+def test_rows_that_come_later_or_earlier() -> None:
+    """Their calls take 500 us and begin 400 us before they are needed: 100 us are waited for them. Or they
+    begin 550 us before: 50 are to spare."""
+    model = a_model(1, 700)
+    full = np.full((1, 50), 1.0)
+    late = TableRows(100 * full, 500 * full, 400 * full, 0 * full)
+    early = TableRows(0 * full, 500 * full, 550 * full, 50 * full)
+    for rows, scenario, waited in (
+        (late, Scenario(), 100), (late, Scenario(storage=2), 0), (late, Scenario(storage=0.5), 600),
+        (late, Scenario(storage=1.1), 100 - 500 / 11), (late, Scenario(compute=1.1), 60), (late, NO_TIME, 0),
+        (early, Scenario(), 0), (early, Scenario(storage=0.5), 450), (early, Scenario(compute=0.5), 225),
+    ):  # fmt: skip
+        found = predict(replace(model, passes=[replace(model.passes[0], rows=rows)]), scenario)
+        step = 700 * scenario.compute + waited
+        assert found.step_ms == pytest.approx(step / 1000)
+        assert found.waiting_share == pytest.approx(waited / step, abs=0.002)
+        assert found.utilisation == pytest.approx(700 * scenario.compute / step)
+
+
+def use_slow_storage(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """For processes that are started later; SLOW_LATENCY_US and SLOW_BYTES_PER_US say how slow."""
+    library = folder / "slow_reads.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, SLOW_READS, "-ldl"], check=True)
+    patch.setenv("LD_PRELOAD", str(library))
+    patch.setenv("SLOW_FOLDER", str(folder.resolve()))
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="a C compiler makes reads slow")
+def test_a_real_run_with_tables_on_other_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a run that waits 6 ms for its rows in each step to one that has time to spare, and back."""
+    use_slow_storage(tmp_path, monkeypatch)
+    monkeypatch.setenv("SLOW_BYTES_PER_US", "1e9")
+    models = []
+    for latency in ("4800", "1200"):
+        monkeypatch.setenv("SLOW_LATENCY_US", latency)
+        models.append(make_model(measure_steps(traced.run(tmp_path / latency, ROWS)), 2))
+    slow, fast = models
+    assert predict(slow).waiting_share > 0.3 and predict(fast).waiting_share < 0.1
+    assert predict(slow).utilisation < 0.7
+    for model, scenario, other in ((slow, Scenario(storage=4), fast), (fast, Scenario(storage=0.25), slow)):
+        assert predict(model).step_ms == pytest.approx(simulate.measure(model)[1], rel=0.1)
+        assert predict(model, scenario).step_ms == pytest.approx(simulate.measure(other)[1], rel=0.25)
+    assert predict(slow, NO_TIME).waiting_share < 0.1
+
+
 @pytest.mark.skipif(not shutil.which("cc"), reason="a C compiler makes reads slow")
 def test_a_real_run_with_other_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a run that waits for slow reads to one whose storage is four times as fast, and back."""
-    library = tmp_path / "slow_reads.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, SLOW_READS, "-ldl"], check=True)
-    monkeypatch.setenv("LD_PRELOAD", str(library))
-    monkeypatch.setenv("SLOW_FOLDER", str(tmp_path.resolve()))
+    use_slow_storage(tmp_path, monkeypatch)
     monkeypatch.setenv("SLOW_LATENCY_US", "3000")
     models = []
     for rate in ("3", "12"):

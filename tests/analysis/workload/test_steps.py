@@ -10,7 +10,7 @@ from support.made_traces import BEGIN, Made
 from analysis.workload.steps import Workload, measure_steps
 from common.errors import UserError
 
-PARTS = ("wait_us", "peers_us", "transfer_us", "pause_us", "io_us", "compute_us")
+PARTS = ("wait_us", "rows_us", "peers_us", "transfer_us", "pause_us", "io_us", "compute_us")
 STEP = {"epoch": 0, "step": 1, "batch": 0}
 
 
@@ -56,6 +56,31 @@ def test_planted_steps(tmp_path: Path) -> None:
     last = found.steps.filter(pl.col("step") == 2)
     assert last.select("period_us", "compute_us").rows() == [(500, 500)] * 2
     assert found.pauses.select("name", "dur_us").rows() == [("checkpoint/save", 100)] * 2
+
+
+def test_planted_rows_of_tables_in_files(tmp_path: Path) -> None:
+    """A second thread reads during one step what the next one needs: that waits, or has time to spare."""
+    made = Made()
+    for step, (wait, dur) in enumerate(((0, 150), (0, 250), (130, 600))):
+        ts = 1_000 + step * 1_000
+        made.span("train", "step", ts, 900, epoch=0, step=step + 1, batch=step)
+        made.span("ssd", "fetch", ts + 500, 50 + wait)
+        if wait:
+            made.span("ssd", "wait", ts + 510, wait)
+        made.posix("pread64", ts + 520 + wait, 20, "/store/t_0.rows", ret=64, offset=0)  # by itself
+        made.posix("pwrite64", ts + 700, 40, "/store/t_0.rows", 9, ret=64, offset=0)
+        made.posix("pread64", ts + 800, dur, "/store/t_0.rows", 9, ret=64, offset=0)
+    made.posix("pwrite64", 2_200, 50, "/store/t_0.rows", 9, ret=64, offset=0)  # that nobody needs in step 2
+    made.posix("pread64", 3_600, 20, "/data/x", 9, ret=64, offset=0)  # no table
+    made.write(tmp_path)
+    found = measure_steps(tmp_path)
+    assert_adds_up(found)
+    columns = ("rows_us", "io_us", "rows_calls_us", "rows_ahead_us", "rows_spare_us")
+    assert found.steps.select(columns).rows() == [
+        (0, 20, 0, 0, 0),  # nothing before it
+        (0, 20, 40 + 150, 800, 1_500 - 950),  # from 700 to 950 of the step before, needed at 500 of this one
+        (130, 20, 40 + 250, 810, 0),
+    ]  # fmt: skip
 
 
 def test_a_rank_alone_waits_for_nobody(tmp_path: Path) -> None:
