@@ -34,7 +34,7 @@ ANALYSES = (
 
 
 @dataclass
-class Outcome:
+class AnalysisOutcome:
     """What one analysis gave, or why it gave nothing."""
 
     command: str
@@ -42,8 +42,8 @@ class Outcome:
     error: BaseException | None = None
 
 
-def run_analyses(run_dir: str, progress: Progress | None = None) -> list[Outcome]:
+def run_analyses(run_dir: str, progress: Progress | None = None) -> list[AnalysisOutcome]:
     reading = SharedReading(run_dir)
     sharers = [reading.add(a.command, lambda source, a=a: a.run(run_dir, source)) for a in ANALYSES]
     reading.run(progress)
-    return [Outcome(sharer.name, sharer.result, sharer.error) for sharer in sharers]
+    return [AnalysisOutcome(sharer.name, sharer.result, sharer.error) for sharer in sharers]

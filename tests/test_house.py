@@ -1,4 +1,4 @@
-"""Rules of the repository: imports go down, documents point at things that exist."""
+"""Rules of the repository: imports go down, classes have names of their own, documents are true."""
 
 import ast
 import re
@@ -129,6 +129,31 @@ def test_the_packages_talk_through_files() -> None:
     for name, target in arrows():
         top = "both" if name.startswith(("dlrm.replay.", "dlrm.emulate.")) else name.partition(".")[0]
         assert target.partition(".")[0] in allowed[top], f"{name} imports {target}"
+
+
+def test_no_two_classes_of_one_name() -> None:
+    """A reader who finds a class by its name has found the one that is meant."""
+    places: dict[str, list[str]] = {}
+    for package in PACKAGES:
+        for path in sources(package):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_readme_lists_every_folder() -> None:
+    """ "Where things are" has each folder of the packages, indented below its package, and no other."""
+    text = (ROOT / "README.md").read_text().partition("## Where things are")[2].split("```")[1]
+    listed, package = [], ""
+    for line in text.splitlines():
+        names = re.findall(r"(\w+)/", line[:26])  # what is behind that column says what they are for
+        if line.startswith("  "):
+            listed += [f"{package}/{name}" for name in names]
+        elif names:
+            package = names[-1]
+    found = [path.parent.relative_to(ROOT) for path in ROOT.glob("*/*/__init__.py")]
+    assert sorted(listed) == sorted(str(path) for path in found if path.parts[0] in PACKAGES)
 
 
 def test_every_folder_says_what_it_is_for() -> None:

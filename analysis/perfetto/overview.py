@@ -24,7 +24,7 @@ from analysis.trace.clocks import Clock
 from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.scan import EVENT, INT, EventBlock
 from analysis.trace.selection import Selection, Window
-from analysis.trace.source import BlockReader, FileSource, Progress, TraceSource
+from analysis.trace.source import EventBlockReader, FileSource, Progress, TraceSource
 from analysis.trace.strings import ID, StringTable
 
 MAX_RANKS, MAX_EVENTS = 64, 6_000_000  # that the UI's WebAssembly opens, as measured
@@ -242,7 +242,7 @@ def choose_details(outline: Outline) -> list[Detail]:
 
 
 def _write_details(
-    tracks: FileTracks, reader: BlockReader, windows: tuple[Window, ...], clock: Clock
+    tracks: FileTracks, reader: EventBlockReader, windows: tuple[Window, ...], clock: Clock
 ) -> None:
     """Write what went on in these stretches, on the tracks of the rank that are there already."""
     tracks.reader, tracks.clock = reader, clock

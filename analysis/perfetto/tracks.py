@@ -19,7 +19,7 @@ from analysis.trace.positions import FilePositions
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import INLINE, STRING, EventBlock
 from analysis.trace.selection import WHOLE, Selection
-from analysis.trace.source import BlockReader
+from analysis.trace.source import EventBlockReader
 from analysis.trace.strings import ID, MAX_NAMES, StringTable
 from common.errors import printable
 
@@ -194,7 +194,7 @@ class FileTracks:
         self,
         shared: SharedTracks,
         process: TracedProcess,
-        reader: BlockReader,
+        reader: EventBlockReader,
         clock: Clock,
         about: "TrackLabels",
     ) -> None:

@@ -20,7 +20,7 @@ from analysis.trace.events import TraceReader
 from analysis.trace.positions import FilePositions
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import MAX_BYTES, EventBlock
-from analysis.trace.source import BlockReader, TraceSource
+from analysis.trace.source import EventBlockReader, TraceSource
 from analysis.trace.strings import ID, StringTable
 
 _COLUMNS = (
@@ -137,7 +137,7 @@ def _name_in_full(
 
 
 def _split_block(
-    block: EventBlock, reader: BlockReader, clock: Clock, positions: FilePositions | None
+    block: EventBlock, reader: EventBlockReader, clock: Clock, positions: FilePositions | None
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The calls of a block (columns CALL) and its spans (columns SPAN), times corrected.
 

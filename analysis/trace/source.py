@@ -27,7 +27,7 @@ from common.inputs import open_regular
 Progress = Callable[[Path, int], None]  # a trace file, and how many of its events are new
 
 
-class BlockReader(Protocol):
+class EventBlockReader(Protocol):
     """The blocks of one trace file; `process` is complete when they have all been read."""
 
     process: TracedProcess
@@ -42,7 +42,7 @@ class TraceSource(Protocol):
 
     def list_files(self) -> list[Path]: ...
 
-    def open_reader(self, path: Path, strings: StringTable, paths: dict[int, int]) -> BlockReader:
+    def open_reader(self, path: Path, strings: StringTable, paths: dict[int, int]) -> EventBlockReader:
         """The blocks of one file. strings, paths: filled on the way, as in `TraceReader`; the reader may have
         others.
         """

@@ -21,7 +21,7 @@ from dlrm.emulate.options import EmulateConfig, list_unused_options, read_config
 from dlrm.emulate.pipeline import RowCounter, RowMeter, WaitingPipeline, draw_steps
 from dlrm.emulate.tables import TableFiles, unpack_part
 from dlrm.emulate.workload import RankWorkload, measure_run
-from dlrm.models.dlrm.dataloaders import Datasets, open_datasets
+from dlrm.models.dlrm.dataloaders import DLRMDatasets, open_datasets
 from dlrm.runtime import mpi, trace
 from dlrm.runtime.environment import describe_command, list_versions
 from dlrm.runtime.mpi import RankGroup
@@ -113,7 +113,7 @@ class Emulator:
         self.options, self.here, self.group = options, here, group
         self.run_folder, self.workload = run_folder, workload
         with group.errors_on_all_ranks(), trace.span("startup", "data"):
-            self.datasets: Datasets = open_datasets(options, here)
+            self.datasets: DLRMDatasets = open_datasets(options, here)
         self.progress = loop.Progress()
         self.results: dict[str, dict[str, Any]] = {}
         self.evaluate_seconds = 0.0

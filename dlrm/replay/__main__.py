@@ -22,7 +22,7 @@ from analysis.workload.fidelity import PLAYED_FILES, REPLAY
 from common.command_line import CommandLineParser
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.owned import OutputFolder, discard_empty_folder, discard_file
-from dlrm.replay.calls import ADVISING, KNOWN_CALLS, CallSettings, Outcome
+from dlrm.replay.calls import ADVISING, KNOWN_CALLS, CallSettings, ReplayOutcome
 from dlrm.replay.files import FilePlan, RunUse, list_uses, make_files, plan_files
 from dlrm.replay.paths import MappedPaths
 from dlrm.replay.plan import RankPlan, measure_waits, plan_rank
@@ -205,7 +205,7 @@ def _summarize(plans: list[RankPlan]) -> list[dict[str, Any]]:
             "rank": plan.rank, "threads": len(plan.threads), "calls": len(plan.calls), "reads": reads,
             "bytes_read": read, "writes": writes, "bytes_written": written, "begin_us": plan.begin,
             "seconds": (plan.end - plan.begin) / 1e6, "lost": plan.lost,
-            "meetings": [list(key) for key in plan.list_meetings()],
+            "barriers": [list(key) for key in plan.list_barriers()],
         })  # fmt: skip
     return made
 
@@ -238,12 +238,12 @@ def print_plan(
 def play(
     plans: list[RankPlan], paths: MappedPaths, files: FilePlan, options: ReplayOptions, group: mpi.RankGroup,
     output: Path,
-) -> tuple[Outcome, float]:  # fmt: skip
+) -> tuple[ReplayOutcome, float]:  # fmt: skip
     """(what the calls of this process gave, seconds). Traced."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    keys = [plan.list_meetings() for plan in plans]
-    common = find_common_meetings([key for process in group.gather_from_all(keys) for key in process])
+    keys = [plan.list_barriers() for plan in plans]
+    common = find_common_barriers([key for process in group.gather_from_all(keys) for key in process])
     begins = [plan.begin for plan in plans if plan.threads]
     begin = min(each for each in group.gather_from_all(min(begins, default=None)) if each is not None)
     settings = CallSettings(options.overwrite, ADVICE.get(options.fadvise or ""))
@@ -263,8 +263,8 @@ def play(
     return outcome, seconds
 
 
-def find_common_meetings(lists: list[list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
-    """The meetings that all ranks come to once, if all come to them in the same order; else none. Ranks
+def find_common_barriers(lists: list[list[tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
+    """The barriers that all ranks come to once, if all come to them in the same order; else none. Ranks
     without any, of a trace that has more processes than ranks, do not count.
     """
     lists = [keys for keys in lists if keys]
@@ -277,11 +277,11 @@ def find_common_meetings(lists: list[list[tuple[Any, ...]]]) -> list[tuple[Any, 
 
 
 def finish(
-    group: mpi.RankGroup, output: Path, options: ReplayOptions, paths: MappedPaths, outcome: Outcome,
+    group: mpi.RankGroup, output: Path, options: ReplayOptions, paths: MappedPaths, outcome: ReplayOutcome,
     seconds: float, summaries: list[dict[str, Any]], left_out: Counter[str],
 ) -> None:  # fmt: skip
     """Record and print what came of it. A collective."""
-    total, mapping = Outcome(), {}
+    total, mapping = ReplayOutcome(), {}
     for each, names in group.gather_from_all((outcome, paths.list_all())):
         total.merge(each)
         mapping |= names
@@ -290,7 +290,7 @@ def finish(
     folder = OutputFolder(output)
     folder.write(PLAYED_FILES, json.dumps(mapping, indent=1, sort_keys=True) + "\n")
     for each in summaries:
-        del each["meetings"]
+        del each["barriers"]
     record = {
         "run": os.path.abspath(options.run), "root": str(paths.root), "speed": options.speed or "max",
         "processes": group.here.world_size, "ranks": summaries, "seconds": seconds, "calls": total.calls,

@@ -103,7 +103,7 @@ class OpenFile:
 
 
 @dataclass
-class Outcome:
+class ReplayOutcome:
     """What a thread's calls gave, and how that differs from the trace."""
 
     calls: int = 0
@@ -113,7 +113,7 @@ class Outcome:
         default_factory=Counter
     )  # calls of which the trace does not say how they ended
 
-    def merge(self, other: "Outcome") -> None:
+    def merge(self, other: "ReplayOutcome") -> None:
         self.calls += other.calls
         self.moved += other.moved
         self.differences += other.differences
@@ -187,7 +187,7 @@ class Caller:
         self.thread, self.files, self.library = thread, files, library
         self.paths, self.plan, self.settings, self.is_stopped = paths, plan, settings, is_stopped
         self.buffer, self.pattern = buffer, pattern
-        self.outcome = Outcome()
+        self.outcome = ReplayOutcome()
         self._scratch = ctypes.addressof(_SCRATCH)
 
     def make(self, call: TracedCall) -> None:

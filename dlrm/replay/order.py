@@ -9,8 +9,8 @@ The order that is kept, and no other is:
 - a `checkpoint/wait` ends after the threads that had ended by then;
 - a wait for a batch ends when the thread that read or assembled the batch is done with it;
 - a reading thread is never more batches ahead than it was at most;
-- all ranks meet at the end of each `train/step` and of each evaluation; what they waited for each other
-  before, inside of it, is no time to think.
+- the end of each `train/step` and of each evaluation is a barrier of all ranks; what they waited for each
+  other before, inside of it, is no time to think.
 Each of these points back in the trace's time, so threads cannot wait for each other in a circle.
 """
 
@@ -23,16 +23,16 @@ from typing import Any, NamedTuple
 from analysis.trace.classify import EVALUATION, PREPROCESS, find_kind, find_part
 
 # Kinds of nodes. CALL: a call. BEGIN, END: of a span. COPY: from a mapped file, which a span tells. PUT: a
-# batch is ready. TAKE: wait for one. ROOM: wait until so many batches are taken. START: let a thread begin.
-# JOIN: wait until a thread has ended. MEET: wait for all ranks.
-CALL, BEGIN, END, COPY, PUT, TAKE, ROOM, START, JOIN, MEET = range(10)
+# batch is ready. TAKE: wait for one. LIMIT: wait until so many batches are taken. START: let a thread begin.
+# JOIN: wait until a thread has ended. BARRIER: wait for all ranks.
+CALL, BEGIN, END, COPY, PUT, TAKE, LIMIT, START, JOIN, BARRIER = range(10)
 Thread = tuple[int, int]  # pid, tid
 Timed = tuple[int, int, int, Any]  # begin, end (us), kind, payload; or begin, -duration, ...
 
 
 class Node(NamedTuple):
-    """payload: of CALL a call, of BEGIN, END and COPY a span, of PUT and ROOM a number of batches, of TAKE a
-    thread and how many batches it must have put, of START and JOIN a thread, of MEET what names the meeting.
+    """payload: of CALL a call, of BEGIN, END and COPY a span, of PUT and LIMIT a number of batches, of TAKE a
+    thread and how many batches it must have put, of START and JOIN a thread, of BARRIER the barrier's key.
     """
 
     think: int  # us
@@ -59,7 +59,7 @@ class _Deliveries:
     takes: dict[tuple[Thread, int, int], _Batch]  # (thread, begin, end) of a wait -> the batch that ended it
     puts: dict[int, _Batch]  # id of the last span of a batch that some wait took -> the batch
     # id of the first span of a batch -> how many must be taken before, and when they were
-    rooms: dict[int, tuple[int, int]]
+    limits: dict[int, tuple[int, int]]
 
 
 def order_threads(
@@ -91,15 +91,15 @@ def order_threads(
 
 
 def take_out_waits(nodes: list[Node], waits: Mapping[tuple[Any, ...], int]) -> list[Node]:
-    """The nodes without what a rank waited for others before it met them: it waits again, at the meeting.
+    """The nodes without what a rank waited for others before a barrier: it waits again, at the barrier.
 
-    waits: what names a meeting -> us that the rank waited inside the span that ends there.
+    waits: what names a barrier -> us that the rank waited inside the span that ends there.
     """
     made = list(nodes)
     for place, node in enumerate(nodes):
-        left, at = waits.get(node.payload, 0) if node.kind == MEET else 0, place
+        left, at = waits.get(node.payload, 0) if node.kind == BARRIER else 0, place
         while left > 0 and at >= 0:
-            if made[at].kind == BEGIN and _find_meeting(made[at].payload) == node.payload:
+            if made[at].kind == BEGIN and _find_barrier(made[at].payload) == node.payload:
                 break  # its time to think was before the span
             taken = min(left, made[at].think)
             made[at] = made[at]._replace(think=made[at].think - taken)
@@ -159,8 +159,8 @@ def _nest(items: list[Timed], deliveries: _Deliveries, thread: Thread) -> Iterat
             yield end, end, END, span
             if id(span) in deliveries.puts:
                 yield end, end, PUT, deliveries.puts[id(span)].number + 1
-            if (key := _find_meeting(span)) is not None:
-                yield end, end, MEET, key
+            if (key := _find_barrier(span)) is not None:
+                yield end, end, BARRIER, key
 
     for ts, negative, kind, payload in items:
         yield from close(ts)
@@ -169,10 +169,10 @@ def _nest(items: list[Timed], deliveries: _Deliveries, thread: Thread) -> Iterat
             yield ts, end, CALL, payload
             latest = max(latest, end)
             continue
-        if id(payload) in deliveries.rooms:
-            number, taken = deliveries.rooms[id(payload)]
+        if id(payload) in deliveries.limits:
+            number, taken = deliveries.limits[id(payload)]
             begin = min(ts, latest)
-            yield begin, max(begin, taken), ROOM, number
+            yield begin, max(begin, taken), LIMIT, number
         batch = deliveries.takes.get((thread, ts, end))
         if stack:
             end = min(end, stack[-1][0])
@@ -188,8 +188,8 @@ def _nest(items: list[Timed], deliveries: _Deliveries, thread: Thread) -> Iterat
     yield from close(None)
 
 
-def _find_meeting(span: Any) -> tuple[Any, ...] | None:
-    """What names, on all ranks, the meeting at the end of a span; None where they do not meet."""
+def _find_barrier(span: Any) -> tuple[Any, ...] | None:
+    """What names, on all ranks, the barrier at the end of a span; None where there is none."""
     if (span.cat, span.name) == ("train", "step"):
         return "step", span.args.get("epoch"), span.args.get("step"), span.args.get("batch")
     if span.name == "evaluate" and find_part(span.cat, span.name) == EVALUATION:
@@ -222,7 +222,7 @@ def _match_batches(spans: dict[Thread, list[tuple[int, int, Any]]]) -> _Deliveri
         if oldest[batch.thread] == len(made[batch.thread]):
             del oldest[batch.thread]
     for thread, times in taken.items():
-        found.rooms |= _find_rooms(made[thread], times)
+        found.limits |= _find_limits(made[thread], times)
     return found
 
 
@@ -240,7 +240,7 @@ def _list_batches(thread: Thread, spans: list[tuple[int, int, Any]]) -> list[_Ba
     return made
 
 
-def _find_rooms(made: list[_Batch], taken: list[int]) -> dict[int, tuple[int, int]]:
+def _find_limits(made: list[_Batch], taken: list[int]) -> dict[int, tuple[int, int]]:
     """The id of a batch's first span -> how many batches must be taken before, and when they were.
 
     made: a thread's batches. taken: when (us) each of the first of them was taken.

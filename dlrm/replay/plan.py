@@ -18,7 +18,7 @@ from analysis.tables.read import RankEvents, read_rank
 from analysis.trace.classify import is_kernel_file, is_program_file
 from analysis.workload.steps import measure_steps
 from common.errors import UserError
-from dlrm.replay.order import BEGIN, CALL, MEET, Node, Thread, order_threads, take_out_waits
+from dlrm.replay.order import BARRIER, BEGIN, CALL, Node, Thread, order_threads, take_out_waits
 
 _CALLS = (
     "pid", "tid", "ts", "dur", "name", "op", "path", "other", "position", "count", "size", "failed", "flags",
@@ -102,11 +102,11 @@ class RankPlan:
         moved = [call.moved for _, _, call in self.calls if call.op == op]
         return len(moved), sum(moved)
 
-    def list_meetings(self) -> list[tuple[Any, ...]]:
-        return [node.payload for plan in self.threads for node in plan.nodes if node.kind == MEET]
+    def list_barriers(self) -> list[tuple[Any, ...]]:
+        return [node.payload for plan in self.threads for node in plan.nodes if node.kind == BARRIER]
 
 
-Waits = dict[int, dict[tuple[Any, ...], int]]  # rank -> what names a meeting -> us
+Waits = dict[int, dict[tuple[Any, ...], int]]  # rank -> what names a barrier -> us
 
 
 def measure_waits(run: Path, launch: int) -> Waits:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.replay.calls import Caller, CallSettings, CLibrary, Outcome, ProcessFiles
+from dlrm.replay.calls import Caller, CallSettings, CLibrary, ProcessFiles, ReplayOutcome
 from dlrm.replay.files import FilePlan
-from dlrm.replay.order import BEGIN, CALL, COPY, END, JOIN, MEET, PUT, ROOM, START, TAKE, Thread
+from dlrm.replay.order import BARRIER, BEGIN, CALL, COPY, END, JOIN, LIMIT, PUT, START, TAKE, Thread
 from dlrm.replay.paths import MappedPaths
 from dlrm.replay.plan import RankPlan, ThreadPlan, TracedCall, TracedSpan
 from dlrm.runtime import mpi, trace
@@ -25,11 +25,11 @@ LOOK_SECONDS = 0.2  # between two looks of a waiting thread at whether another o
 _PATTERN_BYTES = 1 << 20
 
 
-class Stopped(Exception):
+class PlaybackStopped(Exception):
     """Another thread has failed: its error is the one to report."""
 
 
-class Progress:
+class BatchCount:
     """A count that threads wait for: batches put, batches taken."""
 
     def __init__(self, is_stopped: Callable[[], bool]) -> None:
@@ -46,23 +46,25 @@ class Progress:
         with self._changed:
             while not self._changed.wait_for(lambda: self._count >= count, LOOK_SECONDS):
                 if self._is_stopped():
-                    raise Stopped
+                    raise PlaybackStopped
 
 
-class Meeting:
-    """Where the main threads of all ranks, here and in other processes, wait for each other."""
+class RankBarrier:
+    """A barrier of the main threads of all ranks, here and in other processes."""
 
-    def __init__(self, count: int, meet_processes: Callable[[], None], keys: set[tuple[Any, ...]]) -> None:
-        """count: traced ranks of this process. keys: the meetings that every rank comes to."""
+    def __init__(
+        self, count: int, wait_for_processes: Callable[[], None], keys: set[tuple[Any, ...]]
+    ) -> None:
+        """count: traced ranks of this process. keys: of the barriers that every rank comes to."""
         self._keys = keys
-        self._barrier = threading.Barrier(max(1, count), action=meet_processes)
+        self._barrier = threading.Barrier(max(1, count), action=wait_for_processes)
 
-    def meet(self, key: tuple[Any, ...]) -> None:
+    def wait(self, key: tuple[Any, ...]) -> None:
         if key in self._keys:
             try:
                 self._barrier.wait()
             except threading.BrokenBarrierError:
-                raise Stopped from None
+                raise PlaybackStopped from None
 
     def stop(self) -> None:
         self._barrier.abort()
@@ -76,17 +78,18 @@ class Player:
 
     def __init__(
         self, plans: list[RankPlan], paths: MappedPaths, files: FilePlan, speed: float,
-        settings: CallSettings, meet_processes: Callable[[], None], keys: set[tuple[Any, ...]], begin: int,
+        settings: CallSettings, wait_for_processes: Callable[[], None], keys: set[tuple[Any, ...]],
+        begin: int,
     ) -> None:  # fmt: skip
         """begin: us on the run's clock, from which all ranks count their first time to think."""
         self.plans, self.paths, self.files = plans, paths, files
         self.speed, self.settings, self.begin = speed, settings, begin
-        self._meet_processes, self._meetings = meet_processes, len(keys)
-        attending = sum(bool(plan.list_meetings()) for plan in plans)
+        self._wait_for_processes, self._barriers = wait_for_processes, len(keys)
+        attending = sum(bool(plan.list_barriers()) for plan in plans)
         self._attends = attending > 0
-        self.meeting = Meeting(attending, meet_processes, keys)
+        self.barrier = RankBarrier(attending, wait_for_processes, keys)
         self.error: BaseException | None = None
-        self.outcome = Outcome()
+        self.outcome = ReplayOutcome()
         self._lock = threading.Lock()
         self._running: list[threading.Thread] = []
         self._library = CLibrary()
@@ -96,10 +99,10 @@ class Player:
     def is_stopped(self) -> bool:
         return self.error is not None
 
-    def play(self) -> Outcome:
+    def play(self) -> ReplayOutcome:
         """Play to the end. Raises the first error of any thread."""
         if not self._attends:  # the other processes wait for this one all the same
-            self.run_thread(self._attend_meetings, "meetings")
+            self.run_thread(self._wait_at_barriers, "barriers")
         main_threads = [RankPlayer(self, plan) for plan in self.plans if plan.threads]
         for each in main_threads:
             each.start_thread(each.plan.threads[0].thread)
@@ -115,12 +118,12 @@ class Player:
             raise self.error
         return self.outcome
 
-    def _attend_meetings(self) -> Outcome:
-        for _ in range(self._meetings):
-            self._meet_processes()
-        return Outcome()
+    def _wait_at_barriers(self) -> ReplayOutcome:
+        for _ in range(self._barriers):
+            self._wait_for_processes()
+        return ReplayOutcome()
 
-    def run_thread(self, function: Callable[[], Outcome], name: str) -> None:
+    def run_thread(self, function: Callable[[], ReplayOutcome], name: str) -> None:
         def run() -> None:
             try:
                 mpi.set_exact_sleep()
@@ -128,12 +131,12 @@ class Player:
                 outcome = function()
                 with self._lock:
                     self.outcome.merge(outcome)
-            except Stopped:
+            except PlaybackStopped:
                 pass
             except BaseException as error:  # noqa: BLE001  # raised again by `play`
                 with self._lock:
                     self.error = self.error or error
-                self.meeting.stop()
+                self.barrier.stop()
 
         thread = threading.Thread(target=run, name=name, daemon=True)
         self._running.append(thread)
@@ -151,16 +154,16 @@ class RankPlayer:
         self.player, self.plan = player, plan
         self._threads = {thread.thread: thread for thread in plan.threads}
         self._open_files = {thread.thread[0]: ProcessFiles() for thread in plan.threads}
-        self._put = {thread.thread: Progress(player.is_stopped) for thread in plan.threads}
-        self._taken = {thread.thread: Progress(player.is_stopped) for thread in plan.threads}
-        self._ended = {thread.thread: Progress(player.is_stopped) for thread in plan.threads}
+        self._put = {thread.thread: BatchCount(player.is_stopped) for thread in plan.threads}
+        self._taken = {thread.thread: BatchCount(player.is_stopped) for thread in plan.threads}
+        self._ended = {thread.thread: BatchCount(player.is_stopped) for thread in plan.threads}
 
     def start_thread(self, thread: Thread) -> None:
         plan = self._threads[thread]
         prefix = f"rank {self.plan.rank} " if len(self.player.plans) > 1 else ""
         self.player.run_thread(lambda: self._play_thread(plan), f"{prefix}{plan.name}")
 
-    def _play_thread(self, plan: ThreadPlan) -> Outcome:
+    def _play_thread(self, plan: ThreadPlan) -> ReplayOutcome:
         player = self.player
         calls = [node.payload for node in plan.nodes if node.kind == CALL]
         memory = mmap.mmap(-1, max(1, *(_find_request(call) for call in calls), 1))
@@ -191,17 +194,17 @@ class RankPlayer:
                 thread, count = payload
                 self._put[thread].wait(count)
                 self._taken[thread].reach(count)
-            elif kind == ROOM:
+            elif kind == LIMIT:
                 self._taken[plan.thread].wait(payload)
             elif kind == START:
                 self.start_thread(payload)
             elif kind == JOIN:
                 self._ended[payload].wait(1)
-            elif kind == MEET:
-                player.meeting.meet(payload)
+            elif kind == BARRIER:
+                player.barrier.wait(payload)
             pace.end()
             if player.error is not None:
-                raise Stopped
+                raise PlaybackStopped
         self._ended[plan.thread].reach(1)
         return caller.outcome
 

@@ -3,13 +3,13 @@
 from typing import Any
 
 from dlrm.replay.order import (
+    BARRIER,
     BEGIN,
     CALL,
     END,
     JOIN,
-    MEET,
+    LIMIT,
     PUT,
-    ROOM,
     START,
     TAKE,
     Node,
@@ -110,7 +110,7 @@ def test_what_happened_in_one_microsecond_waits_for_no_circle() -> None:
     )
     kinds = [node.kind for node in nodes["main"]]
     assert kinds.index(START) < kinds.index(TAKE)
-    made = [(node.kind, node.payload) for node in nodes["reader"] if node.kind in (PUT, ROOM)]
+    made = [(node.kind, node.payload) for node in nodes["reader"] if node.kind in (PUT, LIMIT)]
     assert made.index((PUT, 1)) == 0
 
 
@@ -119,8 +119,8 @@ def test_a_reader_waits_for_room() -> None:
     reads = [(begin, 50, span("data", "read", batch=n)) for n, begin in enumerate((0, 60, 1005, 2010))]
     waits = [(990 + 1000 * n, 10, span("data", "wait", batch=n)) for n in range(4)]
     nodes = order(main=waits, reader=reads)["reader"]
-    rooms = [(node.think, node.payload) for node in nodes if node.kind == ROOM]
-    assert rooms == [(0, 1), (0, 2)]  # how many must be taken before batches 2 and 3
+    limits = [(node.think, node.payload) for node in nodes if node.kind == LIMIT]
+    assert limits == [(0, 1), (0, 2)]  # how many must be taken before batches 2 and 3
     begins = [node.think for node in nodes if node.kind == BEGIN]
     assert begins == [0, 10, 5, 10]  # after the batch was taken, not after the one before was read
 
@@ -147,7 +147,7 @@ def test_ranks_meet_after_steps_and_evaluations() -> None:
             (120, 50, span("eval", "evaluate", epoch=0)),
         ]
     )["main"]
-    keys = [node.payload for node in nodes if node.kind == MEET]
+    keys = [node.payload for node in nodes if node.kind == BARRIER]
     assert keys == [("step", 0, 1, 0), ("evaluate", 0, None, None)]
 
 
@@ -155,15 +155,15 @@ def test_waiting_for_others_is_no_thinking() -> None:
     """It is taken from the end of the step, and never from what was before the step."""
     step = span("train", "step", epoch=0, step=1, batch=0)
     nodes = order(main=[(0, 10, "a"), (100, 200, step), (150, 10, "b")])["main"]
-    (key,) = [node.payload for node in nodes if node.kind == MEET]
-    assert times(nodes) == [(0, CALL), (90, BEGIN), (50, CALL), (140, END), (0, MEET)]
+    (key,) = [node.payload for node in nodes if node.kind == BARRIER]
+    assert times(nodes) == [(0, CALL), (90, BEGIN), (50, CALL), (140, END), (0, BARRIER)]
     assert times(take_out_waits(nodes, {key: 60})) == [
         (0, CALL),
         (90, BEGIN),
         (50, CALL),
         (80, END),
-        (0, MEET),
+        (0, BARRIER),
     ]
-    gone = [(0, CALL), (90, BEGIN), (0, CALL), (0, END), (0, MEET)]
+    gone = [(0, CALL), (90, BEGIN), (0, CALL), (0, END), (0, BARRIER)]
     assert times(take_out_waits(nodes, {key: 10_000})) == gone
     assert take_out_waits(nodes, {("step", 0, 2, 1): 60}) == nodes

@@ -12,7 +12,7 @@ from dlrm.data.collate import BatchCollator
 from dlrm.data.criteo import name_features
 from dlrm.embeddings import planner
 from dlrm.embeddings.tables import make_table_configs
-from dlrm.models.dlrm.dataloaders import Datasets, open_datasets
+from dlrm.models.dlrm.dataloaders import DLRMDatasets, open_datasets
 from dlrm.models.dlrm.interactions import InteractionConfig, find_interaction
 from dlrm.models.dlrm.mlp import count_layer_weights
 from dlrm.models.dlrm.model import DLRMTrain, SparseArch, build_dlrm, compile_dense
@@ -25,13 +25,13 @@ from dlrm.trainer.run_folder import RunFolder
 WEIGHT_BYTES = 8  # of memory for a weight of the dense part: itself and its gradient
 
 
-def open_batches(cfg: Config, here: Ranks) -> Datasets:
+def open_batches(cfg: Config, here: Ranks) -> DLRMDatasets:
     """This rank's batches of the three sets, as torchrec takes them."""
     make_collator = partial(BatchCollator, pin_memory=cfg.data.pin_memory)
     return open_datasets(cfg, here, make_collator, on_gpu=torch.cuda.is_available())
 
 
-def build_model(cfg: Config, datasets: Datasets, device: torch.device) -> DLRMTrain:
+def build_model(cfg: Config, datasets: DLRMDatasets, device: torch.device) -> DLRMTrain:
     """The model on this device; its tables on the meta device, with their optimizer attached."""
     module = assemble_model(
         cfg.model, datasets.numerical, datasets.sizes, device, cfg.run.seed or 0, cfg.run.compile
@@ -99,7 +99,7 @@ def count_dense_weights(model: ModelOptions, numerical: int, tables: int) -> int
 def shard_dlrm(
     cfg: Config,
     module: DLRMTrain,
-    datasets: Datasets,
+    datasets: DLRMDatasets,
     here: Ranks,
     device: torch.device,
     run_folder: RunFolder,

@@ -28,7 +28,7 @@ RANDOM_BATCHES = 10  # batches of random data per set, if there is no limit
 
 
 @dataclass
-class Datasets:
+class DLRMDatasets:
     """The three sets as this rank's batches."""
 
     numerical: int  # columns of counts
@@ -109,7 +109,7 @@ def open_datasets(
     here: Ranks,
     make_collator: Callable[..., ArrayCollator] = ArrayCollator,
     on_gpu: bool = False,
-) -> Datasets:
+) -> DLRMDatasets:
     """Open the source of each set and make this rank's loaders.
 
     make_collator  (table sizes, whether ids are folded, what makes ids multi-hot) -> what makes batches
@@ -170,7 +170,7 @@ def open_datasets(
         frequencies = IdFrequencies(sizes, cfg.run.output_dir or ".", f"{here.rank}_{distribution}")
         loaders["train"] = ObservedLoader(loaders["train"], frequencies.count_batch)
     poolings = [float(k) for k in hots] if hots else None
-    return Datasets(
+    return DLRMDatasets(
         columns.numerical, sizes, poolings, sources, **loaders, frequencies=frequencies,
         description=describe_files(layout, sizes),
     )  # fmt: skip
