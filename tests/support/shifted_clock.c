@@ -1,4 +1,5 @@
-/* Preloaded into a process: its wall clock is CLOCK_AHEAD_US ahead, and gains CLOCK_GAIN_PPM from then on. */
+/* Preloaded into the processes of a host: their wall clock is CLOCK_AHEAD_US ahead, and gains CLOCK_GAIN_PPM
+ * from CLOCK_BEGUN_NS on, so that all of them have the same one. */
 #define _GNU_SOURCE
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -16,7 +17,8 @@ static long long read_ns(void) {
         ahead = text ? atoll(text) * 1000 : 0;
         text = getenv("CLOCK_GAIN_PPM");
         ppm = text ? atoll(text) : 0;
-        begun = ns;
+        text = getenv("CLOCK_BEGUN_NS");
+        begun = text ? atoll(text) : ns;
     }
     return ns + ahead + (ns - begun) * ppm / 1000000;
 }
