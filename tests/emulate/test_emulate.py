@@ -185,12 +185,12 @@ def test_rows_are_waited_for_where_the_run_waited(
     assert first > 0.1 and second == pytest.approx(first, abs=0.1)
     steps = measure_steps(tmp_path / "run").steps.filter(pl.col("phase") == "train")
     assert steps["rows_us"].sum() > 0.8 * 1e6 * second * found["values"]["training time"][1]
-    # steps that compute for four times as long wait for less of the same calls
+    # steps that compute for ten times as long wait for less of the same calls
     done = emulate(
-        tmp_path / "x4", "--from", original, "--persistent_path", tmp_path / "rows/x4", "--compute", "x4"
+        tmp_path / "x10", "--from", original, "--persistent_path", tmp_path / "rows/x10", "--compute", "x10"
     )
     assert done.returncode == 0, done.stderr
-    assert compare(original, tmp_path / "x4")["values"]["waiting share"][1] < first - 0.05
+    assert compare(original, tmp_path / "x10")["values"]["waiting share"][1] < first - 0.05
 
 
 def test_ranks_begin_as_far_apart_as_the_runs_did(trained: Path, tmp_path: Path) -> None:
