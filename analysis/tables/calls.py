@@ -131,12 +131,11 @@ def find_unseen(declared: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
     moving = calls.select("pid", "op", "file", "ts", "size").filter(pl.col("size") > 0)
     paths = moving.select("op", pl.col("file")).unique().with_columns(pl.col("file").cast(pl.String))
     bare = paths.with_columns(pl.col("file").str.split("/").list.last())
-    named = declared.filter(pl.col("file").is_not_null()).with_columns(
-        pl.col("file").cast(pl.String).alias("path")
-    )
-    named = named.join(
-        pl.concat([paths, bare]).unique(), left_on=["op", "path"], right_on=["op", "file"], how="anti"
-    ).drop("path")
+    named = declared.filter(pl.col("file").is_not_null())
+    seen = pl.concat([paths, bare]).unique()
+    lost = named.select("op", "file").unique().with_columns(pl.col("file").cast(pl.String).alias("path"))
+    lost = lost.join(seen, left_on=["op", "path"], right_on=["op", "file"], how="anti")
+    named = named.join(lost, on=["op", "file"], how="semi") if len(lost) else named.clear()
     nameless = declared.filter(pl.col("file").is_null())
     kept.append(named)
     for (pid, op), spans in nameless.group_by("pid", "op"):
@@ -167,7 +166,7 @@ def _sum_layer(frame: pl.DataFrame, layer: str, cuts: Windows) -> dict[str, pl.D
         schema={"piece": pl.Int32, "phase": pl.String, "epoch": pl.Int64},
     )
     name = pl.lit(layer).alias("layer")
-    is_data = pl.col("op").cast(pl.String).is_in(DATA_OPS)
+    is_data = pl.col("op").is_in(DATA_OPS)
     size = pl.Series("bucket", find_size_bucket(frame["size"].fill_null(0).to_numpy()), pl.Int32)
     frame = frame.with_columns(size).with_columns(pl.when(is_data).then("bucket").alias("bucket"))
     ops = (
@@ -277,9 +276,7 @@ def _group_calls(calls: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
     group = files * max(1, len(threads)) + np.searchsorted(threads, calls["tid"].to_numpy())
     named = calls["file"].is_not_null().to_numpy()
     meaning = {"open": _OPEN, "seek": _SEEK, "read": _DATA, "write": _DATA}
-    kind = (
-        calls["op"].cast(pl.String).replace_strict(meaning, default=_ELSE, return_dtype=pl.UInt8).to_numpy()
-    )
+    kind = calls["op"].replace_strict(meaning, default=_ELSE, return_dtype=pl.UInt8).to_numpy()
     return group, np.where(named, kind, _ELSE), int(group.max()) + 1 if len(group) else 0
 
 

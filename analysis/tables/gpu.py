@@ -15,7 +15,7 @@ import polars as pl
 from analysis.tables.gather import Launch
 from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
 from analysis.tables.read import RankEvents
-from analysis.tables.times import find_bounds, find_main_thread, find_stretches
+from analysis.tables.times import find_bounds, find_stretches
 from analysis.trace.classify import KINDS
 from analysis.trace.kineto import COPY_CATS, STEP_NAME, Profile, read_profile
 from common.errors import UserError
@@ -98,7 +98,7 @@ def _measure(job: Launch, events: RankEvents, profile: Profile) -> list[list[flo
 
 def _split_main_thread(events: RankEvents, window: Stretches) -> list[Stretches]:
     """What the main thread did in the window: ns, for each of IDLE."""
-    pid, tid = find_main_thread(events)
+    pid, tid = events.main_thread
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
     kinds = [find_stretches(events.spans, here, pl.col("kind") == kind) for kind in KINDS]
     kinds[0] = unite_stretches(kinds[0], find_stretches(events.calls, here))

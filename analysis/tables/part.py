@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import polars as pl
 
-from analysis.tables.read import RankEvents
-from analysis.tables.times import tell_steps
+from analysis.tables.read import RankEvents, tell_steps
 from analysis.trace.selection import Selection
 
 _END = pl.col("ts") + pl.col("dur")

@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from analysis.trace.arguments import count_moved_bytes, read_argument
-from analysis.trace.classify import CALLS, classify
+from analysis.trace.classify import CALLS, OWN_STEPS, STEP, classify
 from analysis.trace.clocks import Clock
 from analysis.trace.columns import make_event_frame
 from analysis.trace.events import TraceReader
@@ -52,6 +53,33 @@ class RankEvents:
     calls: pl.DataFrame
     spans: pl.DataFrame
     paths: dict[str, str] = field(default_factory=dict)  # file hash -> path, for the ranks that lack it
+
+    @cached_property
+    def main_thread(self) -> tuple[int, int]:
+        """pid, tid of the thread that trains: the one with the steps, else the busiest first thread."""
+        spans = self.spans
+        for chosen in (
+            choose_steps(spans),
+            spans.filter((pl.col("dur") > 0) & (pl.col("pid") == pl.col("tid"))),
+            spans.filter(pl.col("dur") > 0),
+            self.calls,
+        ):
+            if len(chosen):
+                sums = chosen.group_by("pid", "tid").agg(pl.col("dur").sum())
+                top = sums.sort("dur", "tid", descending=True)
+                return int(top["pid"][0]), int(top["tid"][0])
+        return self.processes[0].pid, self.processes[0].pid
+
+
+def tell_steps(spans: pl.DataFrame) -> pl.Expr:
+    """Whether a span is a step of the training: where there are this project's spans, only those."""
+    is_step = (pl.col("part") == STEP).fill_null(False)
+    is_own = is_step & (pl.col("cat") == OWN_STEPS)
+    return is_own if len(spans.filter(is_own).head(1)) else is_step
+
+
+def choose_steps(spans: pl.DataFrame) -> pl.DataFrame:
+    return spans.filter(tell_steps(spans))
 
 
 def read_rank(
@@ -159,8 +187,8 @@ def _split_block(
     events = clock.correct_frame(events).with_columns(
         pl.col("tid", "pid").cast(pl.UInt32), pl.col("bytes").clip(-MAX_BYTES, MAX_BYTES)
     )
-    is_call = pl.col("cat").cast(pl.String).is_in(CALLS)
-    data = pl.col("op").cast(pl.String).is_in(["read", "write"])
+    is_call = pl.col("cat").is_in(CALLS)
+    data = pl.col("op").is_in(["read", "write"])
     size = pl.when(data).then("moved")
     size = size.when(pl.col("op") == "seek").then(pl.col("ret"))
     calls = events.filter(is_call).with_columns(

@@ -11,13 +11,12 @@ import numpy as np
 import polars as pl
 
 from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
-from analysis.tables.read import RankEvents
+from analysis.tables.read import RankEvents, choose_steps
 from analysis.trace.classify import (
     EPOCH,
     EVALUATION,
     KERNEL_COUNTERS,
     KINDS,
-    OWN_STEPS,
     PROGRAM_FILE,
     SETUP,
     STEP,
@@ -70,32 +69,6 @@ def measure_covered_time(of: Stretches, times: np.ndarray) -> np.ndarray:
     number = np.searchsorted(starts, times, side="right")
     overhang = np.maximum(0, ends[np.maximum(number - 1, 0)] - times)
     return sums[number] - np.where(number > 0, overhang, 0)
-
-
-def tell_steps(spans: pl.DataFrame) -> pl.Expr:
-    """Whether a span is a step of the training: where there are this project's spans, only those."""
-    is_step = (pl.col("part") == STEP).fill_null(False)
-    is_own = is_step & (pl.col("cat") == OWN_STEPS)
-    return is_own if len(spans.filter(is_own).head(1)) else is_step
-
-
-def choose_steps(spans: pl.DataFrame) -> pl.DataFrame:
-    return spans.filter(tell_steps(spans))
-
-
-def find_main_thread(events: RankEvents) -> tuple[int, int]:
-    """pid, tid of the thread that trains: the one with the steps, else the busiest first thread."""
-    spans = events.spans
-    for chosen in (
-        choose_steps(spans),
-        spans.filter((pl.col("dur") > 0) & (pl.col("pid") == pl.col("tid"))),
-        spans.filter(pl.col("dur") > 0),
-        events.calls,
-    ):
-        if len(chosen):
-            top = chosen.group_by("pid", "tid").agg(pl.col("dur").sum()).sort("dur", "tid", descending=True)
-            return int(top["pid"][0]), int(top["tid"][0])
-    return events.processes[0].pid, events.processes[0].pid
 
 
 def find_bounds(events: RankEvents) -> tuple[int, int]:
@@ -164,7 +137,7 @@ def measure_times(
 
     Where nothing tells the start-up from the rest, the main thread's imports are no I/O that it waits for.
     """
-    pid, tid = find_main_thread(events)
+    pid, tid = events.main_thread
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)
     if not has_startup:
         files = events.calls["file"].unique().drop_nulls()  # far fewer than calls
@@ -224,7 +197,7 @@ def list_collectives(
 
 def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
     """Tables time (per phase and epoch), steps, collectives, busy (timeline), spans, marks, curves."""
-    pid, tid = find_main_thread(events)
+    pid, tid = events.main_thread
     main = (
         events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
         .select("cat", "name", "kind", "part", "ts", "dur", "epoch", "step", "batch").collect()
@@ -263,7 +236,7 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
         ),
         "spans": sum_by_name(events.spans).select(rank, pl.all()),
         "marks": events.spans.filter(
-            (pl.col("cat").cast(pl.String).is_in(KEPT_CATS) | (pl.col("part") == EVALUATION).fill_null(False))
+            (pl.col("cat").is_in(KEPT_CATS) | (pl.col("part") == EVALUATION).fill_null(False))
             & (pl.col("part") != SETUP).fill_null(True)
             & of_rank
         ).head(20_000)
@@ -279,7 +252,7 @@ def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
 def sum_by_name(spans: pl.DataFrame) -> pl.DataFrame:
     """Every kind of span: how often, how long in sum, at the median, at the 99th percentile."""
     return (
-        spans.filter(~pl.col("cat").cast(pl.String).is_in(["counter", "clock"]))
+        spans.filter(~pl.col("cat").is_in(["counter", "clock"]))
         .group_by("cat", "name", "kind")
         .agg(
             pl.len().alias("count"),

@@ -9,7 +9,7 @@ In: a rank's events. Out: a row per epoch: rank, epoch (counted from 1), steps, 
 import polars as pl
 
 from analysis.tables.read import RankEvents
-from analysis.tables.times import find_main_thread, find_stretches, measure_covered_time
+from analysis.tables.times import find_stretches, measure_covered_time
 from analysis.trace.classify import EPOCH, EVALUATION
 
 TABLE = "utilisation"
@@ -24,13 +24,13 @@ COMPUTING = ("ai_framework", "compute")  # categories: of DLIO until 2.0, and of
 
 
 def measure_utilisation(events: RankEvents) -> pl.DataFrame:
-    pid, tid = find_main_thread(events)
+    pid, tid = events.main_thread
     main = events.spans.filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
     end = (pl.col("ts") + pl.col("dur")).alias("end")
     evaluations = find_stretches(main, pl.col("part") == EVALUATION)
     pauses = find_stretches(main, pl.col("cat") == "checkpoint")
     computes = (
-        main.filter((pl.col("kind") == "compute") & pl.col("cat").cast(pl.String).is_in(COMPUTING))
+        main.filter((pl.col("kind") == "compute") & pl.col("cat").is_in(COMPUTING))
         .sort("ts", "dur", descending=[False, True]).select("ts", "dur", end)
         # not what is inside another one
         .filter((pl.col("ts") >= pl.col("end").cum_max().shift(1)).fill_null(True))

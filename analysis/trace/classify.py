@@ -214,7 +214,7 @@ def find_span_operation(cat: str, name: str) -> str | None:
 
 def classify(events: pl.DataFrame) -> pl.DataFrame:
     """cat, name -> kind, part, op: each distinct pair is looked at once, however many events there are."""
-    pairs = events.select(pl.col("cat", "name").cast(pl.String)).unique().sort("cat", "name")
+    pairs = events.select("cat", "name").unique().cast(pl.String).sort("cat", "name")
     rows = list(pairs.iter_rows())
     return pairs.with_columns(
         pl.Series("kind", [find_kind(cat, name) for cat, name in rows], pl.String),

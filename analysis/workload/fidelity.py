@@ -100,7 +100,7 @@ def compare_with_original(original: str | Path, copy: str | Path) -> Fidelity:
 
 def measure_requests(job: Launch, events: RankEvents) -> dict[str, pl.DataFrame]:
     """The tables of one rank that a comparison needs. The events: with details."""
-    calls = events.calls.filter(pl.col("op").cast(pl.String).is_in(DATA_OPS) & ~pl.col("failed"))
+    calls = events.calls.filter(pl.col("op").is_in(DATA_OPS) & ~pl.col("failed"))
     calls = calls.with_columns(
         pl.col("op").cast(pl.String), pl.coalesce("path", pl.col("file").cast(pl.String)).alias("path")
     )

@@ -57,7 +57,7 @@ from analysis.tables.collectives import join_collectives
 from analysis.tables.gather import Launch, RankTables, plan_launches
 from analysis.tables.intervals import Stretches, unite_stretches
 from analysis.tables.read import RankEvents, read_rank
-from analysis.tables.times import find_main_thread, find_stretches, list_collectives, measure_covered_time
+from analysis.tables.times import find_stretches, list_collectives, measure_covered_time
 from analysis.trace.classify import EVALUATION, PREPROCESS
 from analysis.trace.process import TracedProcess
 from analysis.trace.source import FileSource, TraceSource
@@ -112,7 +112,7 @@ def measure_steps(run_dir: str | Path, source: TraceSource | None = None) -> Wor
 
 def measure_rank_workload(job: Launch, events: RankEvents) -> dict[str, pl.DataFrame]:
     """The tables of one rank in one launch, by names that begin with PREFIX: input of `join_workload`."""
-    pid, tid = find_main_thread(events)
+    pid, tid = events.main_thread
     columns = ("cat", "name", "kind", "part", "ts", "dur", "bytes", "epoch", "step", "batch", "split")
     main = (
         events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid)).select(columns)
@@ -297,7 +297,7 @@ def _measure_batches(
     """
     spans = (
         events.spans.lazy()
-        .filter((pl.col("cat") == "data") & pl.col("name").cast(pl.String).is_in(["read", *PREPROCESS]))
+        .filter((pl.col("cat") == "data") & pl.col("name").is_in(["read", *PREPROCESS]))
         .filter(pl.col("pid") == pid)
         .select("tid", (pl.col("name") != "read").alias("made"), "ts", "dur", "bytes", "epoch", "batch",
                 "mapped")

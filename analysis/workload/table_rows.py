@@ -18,7 +18,6 @@ import polars as pl
 
 from analysis.tables.calls import TABLE_FILE
 from analysis.tables.read import RankEvents
-from analysis.tables.times import find_main_thread
 
 TABLE_THREAD = "tables"  # the name of the trainer's thread
 COLUMNS = ("rows_calls_us", "rows_ahead_us", "rows_spare_us")
@@ -28,15 +27,14 @@ def measure_row_loading(events: RankEvents, main: pl.DataFrame, steps: pl.DataFr
     """COLUMNS, of each of the steps (with start and period_us). main: spans of the main thread, by time."""
     found = {name: np.zeros(len(steps), np.int64) for name in COLUMNS}
     spans = main.filter(pl.col("cat") == "ssd")
-    calls = list_row_calls(events)
-    if len(spans) and len(calls):
-        _fill_columns(found, spans, calls, steps)
+    if len(spans):
+        _fill_columns(found, spans, list_row_calls(events), steps)
     return pl.DataFrame(found)
 
 
 def find_table_threads(events: RankEvents) -> list[int]:
     """The threads that bring rows of tables, by their name; where none has a name, all but the main one."""
-    pid, tid = find_main_thread(events)
+    pid, tid = events.main_thread
     names = {
         t: name for process in events.processes if process.pid == pid for t, name in process.threads.items()
     }
@@ -46,7 +44,7 @@ def find_table_threads(events: RankEvents) -> list[int]:
 
 def list_row_calls(events: RankEvents) -> pl.DataFrame:
     """Their calls on tables in files, by time: ts, dur, and whether it is a read."""
-    pid, _ = find_main_thread(events)
+    pid, _ = events.main_thread
     files = events.calls["file"].unique().drop_nulls()
     tables = files.filter(files.cast(pl.String).str.ends_with(TABLE_FILE)).to_physical()
     return events.calls.filter(

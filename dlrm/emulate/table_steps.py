@@ -12,7 +12,7 @@ import polars as pl
 
 from analysis.tables.intervals import Stretches, merge_stretches, unite_stretches
 from analysis.tables.read import RankEvents
-from analysis.tables.times import find_main_thread, find_stretches, measure_covered_time
+from analysis.tables.times import find_stretches, measure_covered_time
 from analysis.trace.classify import EVALUATION
 from analysis.workload.table_rows import TABLE_THREAD, find_table_threads
 
@@ -30,7 +30,7 @@ def list_table_steps(events: RankEvents, steps: pl.DataFrame) -> dict[str, list[
 
     steps: of this rank and launch, by time.
     """
-    pid, tid = find_main_thread(events)
+    pid, tid = events.main_thread
     main = events.spans.filter((pl.col("pid") == pid) & (pl.col("tid") == tid))
     calls = _list_calls(events, pid, tid)
     if not len(calls):
@@ -114,7 +114,7 @@ def _add_own_times(
 
 def find_own_calls(events: RankEvents) -> Stretches:
     """When the main thread was in calls on its tables' files."""
-    pid, tid = find_main_thread(events)
+    pid, tid = events.main_thread
     own = _list_calls(events, pid, tid).filter(pl.col("thread") == MAIN)
     return merge_stretches(own["ts"].to_numpy(), own["end"].to_numpy())
 
