@@ -136,7 +136,8 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
         return
     with _discard_if_refused(output, group):
         if here.first:
-            make_files(root, files, options.real_bytes, options.overwrite)
+            files.kept = make_files(root, files, options.real_bytes, options.overwrite)
+    files.kept = group.broadcast_from_first(files.kept)
     outcome, seconds = play(plans, paths, files, options, group, output)
     finish(group, output, options, paths, outcome, seconds, summaries, left_out)
 

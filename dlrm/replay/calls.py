@@ -25,6 +25,8 @@ from dlrm.replay.plan import TracedCall
 AT_FDCWD = -100
 WAIT_SECONDS = 60.0  # for a file that another rank is to make
 FOLDER_SECONDS = 2.0  # for a folder that another rank is to make
+MOST_MOVED = 0x7FFFF000  # bytes that Linux moves in a read(2) or write(2) at most
+NOT_MAPPED = (0, 0, 0, 0)
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)
 _REMEDIES = {
     errno.ENOSPC: "free space there, or name another --root",
@@ -126,7 +128,8 @@ class ProcessFiles:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, list[OpenFile]] = defaultdict(list)
-        self.mapped: dict[str, tuple[int, int, int]] = {}  # path -> place in the file, bytes, address
+        # path -> place in the file, bytes, address, inode
+        self.mapped: dict[str, tuple[int, int, int, int]] = {}
         self.tried: Counter[str] = Counter()  # path -> how often it was opened, or that failed
 
     def add(self, path: str, file: OpenFile) -> None:
@@ -205,6 +208,9 @@ class Caller:
             flags &= ~os.O_EXCL
         stream = call.name.startswith("fopen")
         mode = (find_stream_mode(call) or ("r+" if flags & os.O_RDWR else "r")).encode(errors="replace")
+        if path in self.plan.kept and flags & (os.O_ACCMODE | os.O_CREAT | os.O_TRUNC):
+            self.outcome.differences["for reading only, since the file was there before"] += 1
+            flags, mode = flags & ~(os.O_ACCMODE | os.O_CREAT | os.O_TRUNC), b"r"
 
         def open_once() -> int | None:
             raw, permissions = os.fsencode(path), call.argument("mode", 0o644) | 0o600
@@ -304,7 +310,7 @@ class Caller:
                 pieces = _split_pieces(memory, wanted, call.iovcnt or 1)
                 arguments = [ctypes.addressof(pieces), len(pieces)]
             if positioned:
-                arguments.append(call.position)
+                arguments.append(call.position if call.position is not None else file.position or 0)
             moved = function(file.descriptor, *arguments)
         if moved < 0:
             self._check_error(call, path, tolerated=call.failed)
@@ -322,9 +328,11 @@ class Caller:
         asked = call.count if call.count is not None else call.moved
         if call.name.startswith("f"):
             asked *= max(1, call.item or 1)
-        if call.op == "write" or path in self.plan.changed:
-            return asked if call.failed else call.moved
-        return asked
+        if call.op == "write" and call.failed:
+            return 0  # it moved nothing in the run, and would now
+        if call.op == "write" or path in self.plan.changed and not call.failed:
+            asked = call.moved
+        return max(0, min(asked, find_largest_request(call)))
 
     def _find_file(self, call: TracedCall, path: str, stream: bool) -> OpenFile:
         """A descriptor for a call: of a file that another thread opens, once it has. A file that was open
@@ -424,20 +432,19 @@ class Caller:
         address = function(None, length, 1, 1, file.descriptor, call.position or 0)  # to read, shared
         if address in (None, ctypes.c_void_p(-1).value):
             self._check_error(call, path, tolerated=call.failed)
-        elif self.files.mapped.get(path, (0, 0, 0))[1] >= length:
+        elif self.files.mapped.get(path, NOT_MAPPED)[1] >= length:
             self.library.munmap(address, length)
         else:
-            self.files.mapped[path] = call.position or 0, length, address
+            inode = os.fstat(file.descriptor).st_ino
+            self.files.mapped[path] = call.position or 0, length, address, inode
 
     def copy_mapped(self, path: str | None, begin: int, size: int) -> None:
         """Copy what a span says that it copied from a mapped file: `size` bytes from place `begin` on."""
-        first, length, address = self.files.mapped.get(self.paths.find(path or "/"), (0, 0, 0))
+        mapped = self.paths.find(path or "/")
+        first, length, address, inode = self.files.mapped.get(mapped, NOT_MAPPED)
         begin = max(begin - first, 0)
-        if (
-            path is None
-            or begin + size > length
-            or os.stat(self.paths.find(path)).st_size < first + begin + size
-        ):
+        # memory behind a file's end must not be touched, and the name may be another file's now
+        if not 0 < size <= length - begin or not _holds(mapped, inode, first + begin + size):
             self.outcome.differences["copies from files that the trace does not map: not replayed"] += 1
             return
         for place in range(begin, begin + size, len(_SCRATCH)):
@@ -524,6 +531,24 @@ def _split_pieces(memory: int, size: int, count: int) -> Any:
     each = size // count
     lengths = [each] * (count - 1) + [size - each * (count - 1)]
     return (_Piece * count)(*((memory + each * n, length) for n, length in enumerate(lengths)))
+
+
+def _holds(path: str, inode: int, size: int) -> bool:
+    """Whether the path still is this file, of at least `size` bytes."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return False
+    return status.st_ino == inode and status.st_size >= size
+
+
+def find_largest_request(call: TracedCall) -> int:
+    """Bytes that a read or write moves at most, whatever a damaged trace says."""
+    if call.op not in ("read", "write"):
+        return 0
+    if not call.name.startswith("f"):
+        return min(max(call.moved, call.count or 0), MOST_MOVED)
+    return max(call.moved, (call.count or 0) * max(1, call.item or 1))
 
 
 ADVISING = ("posix_fadvise", "posix_fadvise64")  # known only with a `CallSettings.advice`

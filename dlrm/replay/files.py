@@ -21,6 +21,12 @@ from dlrm.replay.plan import RankPlan, TracedCall
 
 STREAM_BLOCK = 4096  # bytes that stdio reads at once
 BLOCK = 1 << 20  # bytes that are written at once into a file of real bytes
+# calls that need an open file
+ON_DESCRIPTORS = (
+    "read", "pread", "pread64", "readv", "preadv", "preadv64", "fread", "fread_unlocked",
+    "lseek", "lseek64", "fseek", "fseeko", "fseeko64", "ftell", "ftello", "rewind", "fsync", "fdatasync",
+    "fflush", "mmap", "mmap64", "fstat", "fstat64", "posix_fallocate", "posix_fallocate64",
+)  # fmt: skip
 
 
 @dataclass
@@ -112,6 +118,8 @@ def list_uses(plans: Iterable[RankPlan]) -> RunUse:
         for ts, thread, call in plan.calls:
             run.named |= {call.path} if call.other is None else {call.path, call.other}
             _add_use(run, ts, thread, call)
+            if call.name in ON_DESCRIPTORS and not call.failed and run.use(call.path).first is None:
+                run.use(call.path).found = ts  # opened before tracing began
             if call.op == "write" and not call.failed:
                 run.use(call.path).writers.add(plan.rank)
             elif call.name == "rename" and call.other is not None:
@@ -154,12 +162,19 @@ def _add_use(run: RunUse, ts: int, thread: Thread, call: TracedCall) -> None:
         target.changed = True
     elif call.name == "symlink" and call.other is not None:
         run.use(call.other).created = ts
+    elif call.name.startswith("posix_fallocate"):
+        use, length = run.use(call.path), call.argument("len", 0)
+        use.changed = True
+        use.written += length
+        use.written_end = max(use.written_end, (call.position or 0) + length)
     elif call.name in ("unlink", "remove", "rmdir", "chmod"):
         run.use(call.path).changed = True
 
 
 def _add_open(run: RunUse, ts: int, call: TracedCall) -> None:
     flags = find_open_flags(call)
+    if flags is not None and flags & os.O_TRUNC:
+        run.use(call.path).changed = True
     if flags is None or not flags & os.O_CREAT:
         if call.unused:
             return  # perhaps there was no such file
@@ -172,7 +187,6 @@ def _add_open(run: RunUse, ts: int, call: TracedCall) -> None:
             use.created = ts
     if flags is not None:
         use.is_folder |= bool(flags & os.O_DIRECTORY)
-        use.changed |= bool(flags & os.O_TRUNC)
         use.appended |= bool(flags & os.O_APPEND)
 
 
@@ -215,7 +229,8 @@ def find_open_flags(call: TracedCall) -> int | None:
 def find_stream_mode(call: TracedCall) -> str | None:
     """fopen(3)'s mode."""
     mode = call.other_arguments().get("mode")
-    return mode if isinstance(mode, str) and mode[:1] in tuple("rwa") else None
+    # without what may follow a comma: a conversion of characters, which glibc loads code for
+    return mode.partition(",")[0] if isinstance(mode, str) and mode[:1] in tuple("rwa") else None
 
 
 # --- making them
@@ -232,6 +247,7 @@ class FilePlan:
     grow: dict[str, int] = field(default_factory=dict)  # files of the run -> bytes to have at once
     named: set[str] = field(default_factory=set)  # all paths that calls name
     written: int = 0  # bytes that the run's files may need
+    kept: set[str] = field(default_factory=set)  # files that were there, which are opened for reading only
     # what is renamed once -> files of other ranks in it, or itself, and how large they must be before
     whole: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -290,9 +306,12 @@ def _list_folders_above(path: str) -> Iterator[str]:
         path = above
 
 
-def make_files(root: Path, plan: FilePlan, real_bytes: bool, overwrite: bool) -> None:
-    """Make what is missing below the root, or raise a UserError before anything is changed."""
+def make_files(root: Path, plan: FilePlan, real_bytes: bool, overwrite: bool) -> set[str]:
+    """Make what is missing below the root, or raise a UserError before anything is changed. Returns the files
+    that were there and must stay as they are.
+    """
     _check_links(root, plan)
+    kept = set() if overwrite else {path for path in plan.named if os.path.isfile(path)}
     present = {path: _find_size(path) for path in (*plan.sizes, *sorted(plan.absent))}
     for path in sorted({*plan.changed, *plan.absent}):
         if not overwrite and os.path.lexists(path):
@@ -323,6 +342,7 @@ def make_files(root: Path, plan: FilePlan, real_bytes: bool, overwrite: bool) ->
     for path, size in missing.items():
         with os_errors_as_user_errors(path):
             _make_file(path, size, real_bytes)
+    return kept
 
 
 def _check_links(root: Path, plan: FilePlan) -> None:

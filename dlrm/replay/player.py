@@ -8,12 +8,21 @@ import ctypes
 import mmap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from dlrm.replay.calls import Caller, CallSettings, CLibrary, ProcessFiles, ReplayOutcome
+from common.errors import printable
+from common.memory import refuse_too_large
+from dlrm.replay.calls import (
+    Caller,
+    CallSettings,
+    CLibrary,
+    ProcessFiles,
+    ReplayOutcome,
+    find_largest_request,
+)
 from dlrm.replay.files import FilePlan
 from dlrm.replay.order import BARRIER, BEGIN, CALL, COPY, END, JOIN, LIMIT, PUT, START, TAKE, Thread
 from dlrm.replay.paths import MappedPaths
@@ -93,8 +102,8 @@ class Player:
         self._lock = threading.Lock()
         self._running: list[threading.Thread] = []
         self._library = CLibrary()
-        writes = [call.moved for plan in plans for _, _, call in plan.calls if call.op == "write"]
-        self._pattern = _make_pattern(max(writes, default=0))
+        calls = [call for plan in plans for _, _, call in plan.calls]
+        self._pattern = _make_pattern(_find_buffer_size(each for each in calls if each.op == "write"))
 
     def is_stopped(self) -> bool:
         return self.error is not None
@@ -166,7 +175,7 @@ class RankPlayer:
     def _play_thread(self, plan: ThreadPlan) -> ReplayOutcome:
         player = self.player
         calls = [node.payload for node in plan.nodes if node.kind == CALL]
-        memory = mmap.mmap(-1, max(1, *(_find_request(call) for call in calls), 1))
+        memory = mmap.mmap(-1, _find_buffer_size(call for call in calls if call.op == "read"))
         caller = Caller(
             plan.thread[1], self._open_files[plan.thread[0]], player._library, player.paths, player.files,
             _find_address(memory), player.pattern, player.settings, player.is_stopped,
@@ -236,18 +245,20 @@ class _Pace:
         self._ended = time.perf_counter()
 
 
-def _find_request(call: TracedCall) -> int:
-    """Bytes that a read may be asked for."""
-    if call.op != "read":
-        return 0
-    items = max(1, call.item or 1) if call.name.startswith("f") else 1
-    return max(call.moved, (call.count or 0) * items)
+def _find_buffer_size(calls: Iterable[TracedCall]) -> int:
+    """Bytes of memory that the largest of these reads or writes needs, at least one."""
+    largest = max(calls, key=find_largest_request, default=None)
+    if largest is None:
+        return 1
+    size = find_largest_request(largest)
+    refuse_too_large(size, f"{largest.name} of {printable(largest.path)}", "replay other --ranks")
+    return max(1, size)
 
 
 def _make_pattern(size: int) -> mmap.mmap:
     """Memory of made-up bytes, as random as a file system that compresses can tell."""
-    memory = mmap.mmap(-1, max(1, size))
-    block = np.random.default_rng(0).bytes(min(max(1, size), _PATTERN_BYTES))
+    memory = mmap.mmap(-1, size)
+    block = np.random.default_rng(0).bytes(min(size, _PATTERN_BYTES))
     for begin in range(0, size, len(block)):
         memory[begin : begin + len(block)] = block[: size - begin]
     return memory

@@ -182,14 +182,15 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     """Its line, and no rank left waiting for it at the next step."""
     for rank in range(2):
         made = make_training(rank, 2, slow=100_000)
-        made.posix("posix_fallocate64", 300_000, 5, f"/d/out{rank}", offset=0, len=(3 << 20) * rank)
+        name = "/d" if rank else "/d/out0"  # a folder cannot be written
+        made.posix("open64", 300_000, 5, name, flags=os.O_WRONLY)
+        made.posix("fsync", 300_010, 5, name)
         made.write(tmp_path / "run")
     mpiexec = (Path(sys.executable).parent / "mpiexec", "-n", 2)
-    with mount_small_disk(tmp_path / "disk", 2) as disk:
-        done = replay(tmp_path / "run", tmp_path / "out", "--root", disk / "root", prefix=mpiexec)
+    done = replay(tmp_path / "run", tmp_path / "out", prefix=mpiexec)
     lines = [line for line in done.err.splitlines() if line.startswith("dlrm: ")]
     assert done.code == 2 and len(lines) == 1
-    assert "posix_fallocate64" in lines[0] and "No space left on device" in lines[0] and "rank 1" in lines[0]
+    assert "open64" in lines[0] and "Is a directory" in lines[0] and "rank 1" in lines[0]
 
 
 def test_of_several_launches_one_is_replayed(tmp_path: Path) -> None:
@@ -427,27 +428,57 @@ def test_nothing_that_is_there_is_removed_or_changed(tmp_path: Path, name: str, 
     assert [path.name for path in outside.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("name, more", [
+    ("posix_fallocate", {"offset": 0, "len": 1000}),
+    ("open64", {"flags": os.O_WRONLY | os.O_TRUNC}),
+    ("pwrite64", {"ret": -1, "count": 9, "offset": 0}),
+])  # fmt: skip
+def test_no_other_call_changes_what_is_there(tmp_path: Path, name: str, more: dict[str, Any]) -> None:
+    """A file that the run found, opened to write, and then did not write to."""
+    made = Made(None)
+    made.posix("open64", 0, 5, "/d/mine", flags=os.O_RDWR)
+    made.posix("pread64", 10, 5, "/d/mine", ret=4, count=4, offset=0)
+    made.posix(name, 20, 5, "/d/mine", **more)
+    made.write(tmp_path / "run")
+    mine = tmp_path / "root/d/mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    done = replay(tmp_path / "run", tmp_path / "out", "--root", tmp_path / "root")
+    assert mine.read_text() == "mine"
+    assert done.code == 0 if name == "pwrite64" else refused(done, "d/mine: exists, and the replay")
+
+
+def test_a_file_that_was_open_before_tracing_began(tmp_path: Path) -> None:
+    """It is there at once: nobody waits for it."""
+    for number, name in enumerate(("pread64", "fsync", "lseek64", "fstat")):
+        made = Made(None)
+        made.posix(name, 0, 5, "/d/a", ret=0)
+        made.write(tmp_path / f"run{number}")
+        done = replay(tmp_path / f"run{number}", tmp_path / f"out{number}")
+        assert done.code == 0 and done.at("/d/a").exists(), done.err
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """Before anything is done where the sizes say so, else where it happens."""
     big: dict[str, Any] = {"ret": 3 << 20, "count": 3 << 20, "offset": 0}
     foreseen = write_calls(
         tmp_path / "foreseen", ("open64", 0, "/d/a", CREATE), ("pwrite64", 20, "/d/a", big)
     )
-    sudden = write_calls(
-        tmp_path / "sudden", ("open64", 0, "/d/a", CREATE), ("posix_fallocate64", 20, "/d/a", {"offset": 0})
-    )
     made = Made(None)
-    made.posix("open64", 0, 5, "/d/a", **CREATE)
-    made.posix("posix_fallocate64", 20, 5, "/d/a", offset=0, len=3 << 20)
-    made.write(sudden)
-    for path in sorted((sudden / "trace").iterdir())[:-1]:
-        path.unlink()
+    for begin in (0, 100):  # a file that is renamed, and made again
+        made.posix("open64", begin, 5, "/d/a", **CREATE)
+        made.posix("pwrite64", begin + 10, 5, "/d/a", ret=3 << 19, count=3 << 19, offset=0)
+        made.posix("close", begin + 20, 5, "/d/a")
+        made.posix("rename", begin + 30, 5, "/d/a")
+        made.lines[-1]["args"]["newpath_hash"] = f"{begin:016x}aa"[2:]
+        made._meta("FH", f"/d/b{begin}", f"{begin:016x}aa"[2:])
+    sudden = made.write(tmp_path / "sudden").parents[1]
     with mount_small_disk(tmp_path / "disk", 2) as disk:
         done = replay(foreseen, tmp_path / "out1", "--root", disk / "root")
         assert refused(done, "the replay writes up to 0.00315 GB, and 0.0021 GB are free")
         done = replay(sudden, tmp_path / "out2", "--root", disk / "root")
         assert done.code == 2 and done.err.count("\n") == 1
-        assert f"posix_fallocate64 of {disk}/root/d/a: No space left on device; free space" in done.err
+        assert f"pwrite64 of {disk}/root/d/a: No space left on device; free space" in done.err
 
 
 # --- time and order
