@@ -28,8 +28,10 @@ from typing import Any
 
 from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
+from common.inputs import parse_json
 
 LOCK_NAME = ".dlrm-io.lock"
+MAX_OWNER_BYTES = 4096  # of a lock file
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # from a file system without locks
 HELD = {errno.EACCES, errno.EAGAIN}  # another process has the lock
 # struct flock: kind, whence, start, length (0: to the end), process
@@ -212,15 +214,15 @@ def _read_owner(path: Path) -> dict[str, Any]:
     try:
         descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            owner = json.loads(os.read(descriptor, 4096))
+            owner = parse_json(os.read(descriptor, MAX_OWNER_BYTES), printable(path))
         finally:
             close_descriptor(descriptor)
-        return {
-            "host": printable(owner["host"]), "pid": int(owner["pid"]), "user": printable(owner["user"]),
-            "since": float(owner["since"]), "purpose": printable(owner["purpose"]),
-            "start_time": str(owner["start_time"]),
-        }  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        texts = {name: printable(owner[name])[:200] for name in ("host", "user", "purpose", "start_time")}
+        pid, since = owner["pid"], owner["since"]
+        if type(pid) is not int or not 0 < pid < 1 << 31 or not 0 <= since < 1 << 33:
+            return {}
+        return {**texts, "pid": pid, "since": float(since)}
+    except (OSError, UserError, KeyError, TypeError):
         return {}
 
 

@@ -5,6 +5,7 @@ among others, links, read-only folders. Every option that names a place points a
 or at a link to it. What the command prints does not matter here; what is there afterwards does.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -134,6 +135,16 @@ def commands(world: World) -> list[tuple[str, str, list[Any]]]:
         "--timeout",
         20,
     ]
+    emulation = [
+        "--from", world.run, "--ranks", 1, "--max_steps", 2, "--timeout", 20, "--output_dir", place(),
+        *chance.choice((
+            ["--in_memory_binary_criteo_path", place(), "--make_data", chance.choice(("sparse", "real"))],
+            ["--checkpoint_every_steps", 1, "--keep_checkpoints", 1, "--checkpoint_dir", place()],
+            ["--store_type", "cached_ssd", "--persistent_path", place()],
+        )),
+    ]  # fmt: skip
+    replaying = [world.run, "--data_only", "--speed", "max", "--output_dir", place()]
+    replaying += chance.choice(([], ["--root", place()], ["--root", place(), "--real_bytes"]))
     return [
         ("prep run", "dlrm.prep", run_prep),
         ("prep toy", "dlrm.prep", ["toy", place(), "--days", 2, "--rows", 30]),
@@ -155,6 +166,14 @@ def commands(world: World) -> list[tuple[str, str, list[Any]]]:
         ("report", "analysis", ["report", place()]),
         ("check", "analysis", ["check", place()]),
         ("compare", "analysis", ["compare", world.run, world.run, "-o", file()]),
+        ("emulate", "dlrm.emulate", emulation),
+        ("replay", "dlrm.replay", replaying),
+        ("finish", "analysis", ["finish", place()]),
+        ("export fio", "analysis", ["export", "fio", world.run, "-o", chance.choice((place, file))()]),
+        ("export dlio", "analysis", ["export", "dlio", world.run, "-o", chance.choice((place, file))()]),
+        ("report there", "analysis", ["report", world.run, "--parquet", "-o", place()]),
+        ("list", "analysis", ["list", place()]),
+        ("watch", "analysis", ["watch", "--once", place()]),
     ]  # fmt: skip
 
 
@@ -181,10 +200,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
 def run_seed(base: Path, given: tuple[Path, Path, Path], seed: int) -> None:
     """Every command once, each on a tree of its own."""
     chance = random.Random(seed)
-    for number in range(14):
+    for number in itertools.count():
         folder = base / f"{seed}-{number}"
         world = World(folder, *given, chance)
-        name, program, words = commands(world)[number]
+        every = commands(world)
+        if number == len(every):
+            break
+        name, program, words = every[number]
         if chance.random() < 0.1:
             os.chmod(world.tree, 0o555)
         before, theirs = snapshot(folder), [snapshot(path) for path in given]

@@ -18,7 +18,7 @@ from common.inputs import open_regular
 from common.lock import find_lock_owner
 
 TAIL_BYTES = 64 << 10  # of log.txt and metrics.jsonl, which holds more than a hundred lines
-ENDED = re.compile(r"training ended with exit code (\d+)")
+ENDED = re.compile(r"training ended with exit code ([0-9]{1,3})\b")
 STOPPED = 75  # exit code of a run that saved a checkpoint because it was asked to stop
 TRAINING = ("train", "run")
 # config.json's names of what columns of the list show

@@ -67,14 +67,14 @@ def _list_calls(events: RankEvents, pid: int, tid: int) -> pl.DataFrame:
     }
     threads |= {**dict.fromkeys(find_table_threads(events), TABLE_THREAD), tid: MAIN}
     thread = pl.col("tid").cast(pl.String).replace({str(t): name for t, name in threads.items()})
+    hinted = pl.col("args").str.extract(HINT_BYTES).cast(pl.Int64, strict=False)
     op, name = pl.col("op").cast(pl.String), pl.col("file").cast(pl.String).str.extract(TABLE_FILE)
     calls = events.calls.filter((pl.col("pid") == pid) & ~pl.col("failed")).select(
         pl.lit("call").alias("kind"), pl.col("ts").alias("at"), "ts",
         (pl.col("ts") + pl.col("dur")).alias("end"),
         thread.alias("thread"),
         op.alias("op"), name.alias("file"), pl.col("position").fill_null(0).alias("offset"),
-        pl.when(op == "hint").then(pl.col("args").str.extract(HINT_BYTES).cast(pl.Int64)).otherwise("size")
-        .fill_null(0).alias("size"),
+        pl.when(op == "hint").then(hinted).otherwise("size").fill_null(0).alias("size"),
     ).drop_nulls("file")  # fmt: skip
     opened = (pl.col("op") == "hint") & (pl.col("size") == 0)  # of the whole file: the emulator gives it, too
     return calls.filter(pl.col("op").is_in(["read", "write", "sync", "hint"]) & ~opened)

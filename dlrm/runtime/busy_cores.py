@@ -24,7 +24,7 @@ def describe_busy_cores(
     load = os.getloadavg()[0] if load is None else load
     cores = len(os.sched_getaffinity(0)) if cores is None else cores
     text = environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    threads = int(text) if text.isdigit() and int(text) else cores
+    threads = int(text) if text.isdecimal() and int(text) else cores
     ranks = max(1, here.local_world_size)
     if threads < 2 or environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or load <= cores - ranks:
         return None

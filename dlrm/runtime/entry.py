@@ -57,7 +57,7 @@ def _quieten_libraries() -> None:
 def _set_threads() -> None:
     """DLRM_THREADS, as launcher.sh takes it, where a rank was started without it; torch is not loaded yet."""
     threads = os.environ.get("DLRM_THREADS", "")
-    if threads.isdigit() and int(threads):
+    if threads.isdecimal() and int(threads):
         os.environ["OMP_NUM_THREADS"] = threads
 
 

@@ -1,5 +1,6 @@
 """One writer at a time: the second learns who writes, a killed owner holds no lock, foreign files stay."""
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.lock import LOCK_NAME, FolderLock
+from common.lock import LOCK_NAME, FolderLock, find_lock_owner, try_lock
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -69,6 +70,28 @@ def test_it_is_the_same_folder_by_another_name(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("out")
     with FolderLock(tmp_path / "out", "one"), pytest.raises(UserError, match="in use"):
         FolderLock(tmp_path / "link", "two").acquire()
+
+
+OWNER = {"host": "n1", "pid": 7, "start_time": "1", "user": "u", "since": 1.7e9, "purpose": "testing"}
+
+
+@pytest.mark.parametrize("odd", [
+    {"pid": float("inf")}, {"pid": 10**300}, {"pid": -1}, {"since": 1e300}, {"since": float("nan")},
+    {"since": -1e300}, {"since": "x"}, {"user": "u" * 3000},
+])  # fmt: skip
+def test_a_held_lock_file_with_odd_values(tmp_path: Path, odd: dict[str, object]) -> None:
+    """The second writer still gets one line, which is not long, and a look at the folder works."""
+    path = tmp_path / LOCK_NAME
+    path.write_text(json.dumps(OWNER | odd))
+    holding = os.open(path, os.O_RDWR)
+    try:
+        assert try_lock(holding)
+        with pytest.raises(UserError, match="in use") as error:
+            FolderLock(tmp_path, "another").acquire()
+        assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+        assert len(str(find_lock_owner(tmp_path))) < 600
+    finally:
+        os.close(holding)
 
 
 @pytest.mark.parametrize("content", [b"mine", b"{}", b"[1]", b'{"host": 1}', b"\xff\xfe", b"[" * 5000])

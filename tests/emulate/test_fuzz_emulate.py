@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.made_traces import training
 
+from analysis.tables.read import read_rank
+from analysis.workload.steps import measure_steps
 from common.errors import UserError
 from dlrm.config.parser import parse_options
 from dlrm.emulate import dataset
 from dlrm.emulate.options import EmulateConfig, count_ranks
+from dlrm.emulate.table_steps import list_table_steps
 from dlrm.models.dlrm.options import Config
 
 VALUES: list[Any] = [
@@ -88,3 +92,15 @@ def test_dataset(seed: int, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.parent.iterdir()) == before
     size = sum(path.stat().st_size for path in folder.iterdir()) if folder.exists() else 0
     assert size < 1 << 20
+
+
+def test_a_hint_of_more_bytes_than_there_can_be(tmp_path: Path) -> None:
+    made = training(0, 1, steps=3)
+    made.span("ssd", "fetch", 10_010, 10)
+    for at, size in ((10_011, 10**30), (10_015, 4096)):
+        made.posix("posix_fadvise64", at, 1, "/s/t_cat_0.rows", offset=0, len=size)
+    made.write(tmp_path)
+    steps = measure_steps(tmp_path).steps
+    events = read_rank(0, [*(tmp_path / "trace").iterdir()], details=True)
+    parts = json.dumps(list_table_steps(events, steps))
+    assert "t_cat_0" in parts and "4096" in parts

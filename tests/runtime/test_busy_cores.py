@@ -32,6 +32,11 @@ def test_otherwise_nothing_is_said(ranks: int, load: float, cores: int, environ:
     assert describe_busy_cores(here(ranks), load, cores, environ) is None
 
 
+def test_a_number_of_threads_that_is_none() -> None:
+    text = describe_busy_cores(here(1), 5.0, 2, {"OMP_NUM_THREADS": "²"})
+    assert text and "1 rank of 2 threads" in text
+
+
 def test_the_remedy_works_without_launcher_sh() -> None:
     lines = [
         "from dlrm.runtime import entry",

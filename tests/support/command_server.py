@@ -66,13 +66,15 @@ def _programs() -> CommandServer:
 
 
 def run_program(name: str, *words: object, memory: int | None = 8 << 30, seconds: float = 120) -> Outcome:
-    """`python -m NAME WORD...` for dlrm.train, dlrm.bert4rec, dlrm.prep and analysis."""
+    """`python -m NAME WORD...` for dlrm.train, bert4rec, emulate, replay, prep and analysis."""
     return _programs().run(name, *words, memory=memory, seconds=seconds)
 
 
 def import_programs() -> None:
     import analysis.report.compare  # noqa: F401
-    import dlrm.prep.__main__  # noqa: F401
+    import dlrm.emulate.__main__
+    import dlrm.prep.__main__
+    import dlrm.replay.__main__
     import dlrm.trainer.trainer  # noqa: F401
     from dlrm.models.registry import MODULES, find_model
 
@@ -89,7 +91,8 @@ def run_module(argv: list[str]) -> int | None:
     from dlrm.runtime import entry
 
     sys.argv = [f"python -m {name}", *words]
-    entry.run_entry(importlib.import_module(name).main)
+    program = f"{name}.__main__" if name in ("dlrm.emulate", "dlrm.replay") else name
+    entry.run_entry(importlib.import_module(program).main)
     return None
 
 

@@ -12,7 +12,7 @@ from dlrm.models.dlrm.options import Config, ModelOptions, keep_model_options
 from dlrm.runtime.errors import UserError
 
 FIRST_LAYER = re.compile(r"model/.*dense_arch\.model\._mlp\.0\._linear\.weight")
-TABLE = re.compile(r"model/.*t_cat_(\d+)\.weight")
+TABLE = re.compile(r"model/.*t_cat_([0-9]{1,9})\.weight")
 SIZES = ("num_embeddings", "num_embeddings_per_feature", "max_table_size")
 
 

@@ -144,3 +144,11 @@ def test_damaged_files_leave_empty_cells(results: Path, tmp_path: Path) -> None:
         for form in ("--json", "--csv"):
             done = run_hostile("list", folder, form)
             assert done.code == 0 and not done.err and "run" in done.out
+
+
+def test_an_exit_code_that_is_none(results: Path, tmp_path: Path) -> None:
+    """Of a run without results, whose state the log tells."""
+    shutil.copytree(results / "c", tmp_path / "run")
+    (tmp_path / "run" / "log.txt").write_text("training ended with exit code " + "9" * 5000 + "\n")
+    done = run_hostile("list", tmp_path, "--json")
+    assert done.code == 0 and json.loads(done.out)[0]["state"] == "ended early", done.err

@@ -1,14 +1,23 @@
 """Testing and timing a checkpoint: its model and table sizes come from the checkpoint itself."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dlrm.models.dlrm.stored_model import read_table_sizes
+
 MODEL = """--interaction_type dcn --dcn_num_layers 2 --dcn_low_rank_dim 4 --embedding_dim 8
 --dense_arch_layer_sizes 16,8 --over_arch_layer_sizes 16,1 --max_table_size 90
 --optimizer adagrad --learning_rate 0.02"""
+
+
+def test_a_table_of_too_long_a_number_is_none() -> None:
+    names = ["model/x.t_cat_3.weight", f"model/x.t_cat_{'9' * 5000}.weight"]
+    found: Any = SimpleNamespace(tensors=[SimpleNamespace(name=name, shape=(7, 8)) for name in names])
+    assert read_table_sizes(found) == (7,)
 
 
 @pytest.fixture
