@@ -21,6 +21,7 @@ from analysis.trace.source import FileSource
 from analysis.workload.fidelity import PLAYED_FILES, REPLAY
 from common.command_line import CommandLineParser
 from common.errors import UserError, os_errors_as_user_errors, printable
+from common.lock import LOCK_NAME, FolderLock
 from common.owned import OutputFolder, discard_empty_folder, discard_file
 from dlrm.replay.calls import ADVISING, KNOWN_CALLS, CallSettings, ReplayOutcome
 from dlrm.replay.files import FilePlan, RunUse, list_uses, make_files, plan_files
@@ -174,11 +175,13 @@ def _make_output(options: ReplayOptions) -> Path:
     folder = options.output_dir
     if folder is None:
         return make_run(Path("results"), None)[0].absolute()
+    trace.check_name(folder)
     with os_errors_as_user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if os.listdir(folder):
-            raise UserError(f"--output_dir {printable(folder)}: is not empty; name a new folder")
-    write_environment(folder)
+        with FolderLock(folder, "replaying into it"):  # of two at once one finds the other's env.txt
+            if set(os.listdir(folder)) - {LOCK_NAME}:
+                raise UserError(f"--output_dir {printable(folder)}: is not empty; name a new folder")
+            write_environment(folder)
     return folder.absolute()
 
 

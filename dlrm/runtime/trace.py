@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.descriptors import close_descriptor, open_descriptor
-from common.errors import UserError, os_errors_as_user_errors
+from common.errors import UserError, os_errors_as_user_errors, printable
 from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.device_io import IoCounters, IoRecorder, find_file_systems
 from dlrm.runtime.ranks import Ranks
@@ -65,6 +65,18 @@ def is_tracing() -> bool:
     return _native is not None
 
 
+def check_name(folder: Path) -> None:
+    """UserError on all ranks where DFTracer cannot take the name of a folder for traces."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        refused = UserError(
+            f"{printable(folder)}: is not UTF-8, as the name of a trace must be; name another folder"
+        )
+        refused.shared = True
+        raise refused from None
+
+
 def start_tracing(
     run_dir: str | os.PathLike[str],
     here: Ranks,
@@ -81,6 +93,7 @@ def start_tracing(
     global _native, _folder, _io, _begin
     traced_folders = find_traced_folders(os.environ)
     folder = Path(run_dir).absolute() / "trace"
+    check_name(folder)
     try:
         with os_errors_as_user_errors(folder), contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)

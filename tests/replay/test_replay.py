@@ -23,6 +23,7 @@ from analysis.tables.gather import plan_launches
 from analysis.tables.read import read_rank
 from analysis.trace.events import read_heads
 from analysis.trace.source import FileSource
+from common.lock import FolderLock
 
 NEEDS_STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 STRACE = ["strace", "-f", "-y", "-e", f"trace={PLACED}", "-o"]
@@ -630,3 +631,10 @@ def test_a_dry_run_changes_nothing(two_ranks: Path, tmp_path: Path) -> None:
     assert done.code == 0 and not list(tmp_path.iterdir())
     assert done.out.splitlines()[1].startswith("rank 1: 2 threads, 21 calls: 6 reads of 6,000 bytes, 1 write")
     assert "files to be there: 2, 12,000 bytes, sparse where missing" in done.out
+
+
+def test_of_two_at_once_one_is_refused(two_ranks: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with FolderLock(tmp_path / "out", "another replay"):
+        done = replay(two_ranks, tmp_path / "out")
+    assert done.code == 2 and "in use since" in done.err and done.err.count("\n") == 1

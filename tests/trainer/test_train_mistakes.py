@@ -1,6 +1,7 @@
 """Bad input and bad options: one line from one rank, every rank ends with code 2, soon."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.command_server import run_program
+from support.made_traces import Made
 
 from dlrm.runtime.errors import UserError
 
@@ -53,6 +56,25 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "no files": (lambda f: [path.unlink() for path in f.glob("*")], ["run"]),
 }  # fmt: skip
+
+
+def test_a_trace_in_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    """DFTracer takes no such name; without a trace it is a name like any other."""
+    odd = os.fsdecode(os.fsencode(tmp_path / "run") + b"\xff")
+    for program, words in (
+        ("dlrm.train", ["--preset", "toy", "--source", "random", "--trace"]),
+        ("dlrm.replay", [write_run(tmp_path)]),
+    ):
+        done = run_program(program, *words, "--output_dir", odd)
+        assert done.code == 2 and done.err.count("\n") == 1 and "is not UTF-8" in done.err, done.err
+        assert not os.path.exists(odd)
+
+
+def write_run(folder: Path) -> Path:
+    made = Made(None)
+    made.posix("pread64", 0, 5, "/d/a", ret=10, count=10, offset=0)
+    made.write(folder / "made")
+    return folder / "made"
 
 
 def only_line(err: list[str]) -> str:
