@@ -16,7 +16,7 @@ from analysis.report.facts import Facts, Finding
 from analysis.report.findings import find_all
 from analysis.report.run import TracedRun, open_run
 from analysis.run_folder import records, run_settings
-from analysis.run_folder.outputs import output_folder
+from analysis.run_folder.outputs import find_output_folder
 from analysis.tables import answers, progress
 from analysis.tables.gather import plan_launches
 from analysis.tables.read import read_rank
@@ -52,17 +52,17 @@ class LoadedRun:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json: all options as resolved; empty where another program made the traces."""
-        return records.read_config(output_folder(self.path) / "config.json", self.notes)
+        return records.read_config(find_output_folder(self.path) / "config.json", self.notes)
 
     @cached_property
     def results(self) -> dict[str, Any]:
         """results.json; empty while the run is going, or if it did not reach its end."""
-        return records.read_results(output_folder(self.path) / "results.json", self.notes)
+        return records.read_results(find_output_folder(self.path) / "results.json", self.notes)
 
     @cached_property
     def settings(self) -> pl.DataFrame:
         """A row per setting, what matters most first: name, value."""
-        plan = records.read_plan(output_folder(self.path) / "plan.json", self.notes)
+        plan = records.read_plan(find_output_folder(self.path) / "plan.json", self.notes)
         found = run_settings.list_settings(self.config, plan)
         return pl.DataFrame(
             {"name": [*found], "value": [*found.values()]}, schema={"name": pl.String, "value": pl.String}
@@ -73,7 +73,7 @@ class LoadedRun:
         """metrics.jsonl: a row per report of the training (split is null) and per evaluation. The columns of
         METRICS are always there.
         """
-        found = records.read_metrics(output_folder(self.path) / "metrics.jsonl", self.notes)
+        found = records.read_metrics(find_output_folder(self.path) / "metrics.jsonl", self.notes)
         return pl.concat([pl.DataFrame(schema=METRICS), found], how="diagonal")
 
     # --- the traces, read once

@@ -110,7 +110,7 @@ def train_example(cfg: BertConfig, rows: list[Row], vocabulary: int, folder: str
     weights = {name: weight for name, weight in ours.state_dict().items() if not weight.is_meta}
     missing, unexpected = module.load_state_dict(weights, strict=False)
     assert len(missing) == 1 and not unexpected, (missing, unexpected)
-    initialize_tables(module, cfg.run.seed or 0, build.first_weights(cfg))
+    initialize_tables(module, cfg.run.seed or 0, build.choose_first_weights(cfg))
     trained = DistributedDataParallel(module)
     optimizer = torch.optim.Adam(trained.parameters(), lr=cfg.optim.lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=25, gamma=1.0)

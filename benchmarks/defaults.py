@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dlrm.data.criteo import CRITEO, DatasetMeta, array_file_name, split_last_day
+from dlrm.data.criteo import CRITEO, DatasetMeta, name_array_file, split_last_day
 
 ROOT = Path(__file__).parents[1]
 CHANCES = "chances.npy"  # the probabilities from which the test rows' labels were drawn
@@ -85,7 +85,7 @@ def make_drawn(folder: Path, days: int, rows: int, generate: Generator) -> None:
         largest = np.maximum(largest, ids.max(0))
         arrays = {"dense": dense.astype(np.float32), "sparse": ids, "labels": labels[:, None]}
         for part, array in arrays.items():
-            np.save(folder / array_file_name(day, part), array)
+            np.save(folder / name_array_file(day, part), array)
     test = split_last_day(rows)[1]
     np.save(folder / CHANCES, chance[test.start :])
     DatasetMeta([rows] * days, [int(size) + 1 for size in largest], made_by="benchmarks/defaults.py").save(
@@ -131,7 +131,7 @@ def find_best(folder: Path) -> dict[str, float]:
         return {}
     chances = np.load(folder / CHANCES)
     last = DatasetMeta.load(folder).days - 1
-    labels = np.load(folder / array_file_name(last, "labels"))[-len(chances) :, 0]
+    labels = np.load(folder / name_array_file(last, "labels"))[-len(chances) :, 0]
     log_loss = -np.mean(np.log(np.where(labels == 1, chances, 1 - chances)))
     return {"auroc": compute_auroc(chances, labels), "log_loss": float(log_loss)}
 

@@ -14,7 +14,7 @@ from common.errors import UserError
 CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def host_memory() -> int:
+def find_host_memory() -> int:
     """Bytes that all processes here share: the host's, or those of their control group where that is less."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
@@ -22,15 +22,15 @@ def host_memory() -> int:
     return limit
 
 
-def memory_limit() -> int:
+def find_memory_limit() -> int:
     """Bytes that this process can have at most: the host's, or what `ulimit -v` leaves it."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return host_memory() if soft == resource.RLIM_INFINITY else min(host_memory(), soft)
+    return find_host_memory() if soft == resource.RLIM_INFINITY else min(find_host_memory(), soft)
 
 
 def refuse_too_large(size: int, what: str, remedy: str) -> None:
     """UserError where `size` bytes for `what` (file, or option with its value) are more than there can be."""
-    limit = memory_limit()
+    limit = find_memory_limit()
     if size > limit:
         raise UserError(
             f"{what} needs {format_size(size)} of memory, this process can have {format_size(limit)}: "

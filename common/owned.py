@@ -117,7 +117,7 @@ class WorkFolders:
         """Whether a folder under any name was made by `make_folder`, and has no other files in it than this
         program's. False for a copy: it has another inode.
         """
-        if not self._published_token(final):
+        if not self._find_published_token(final):
             return False
         _, foreign = _find_files(final, "", self.files, os.lstat(final).st_dev)
         return not foreign
@@ -127,7 +127,7 @@ class WorkFolders:
         folder under the final name with some files missing. False, and nothing is changed, unless the folder
         `holds_only_own_files`.
         """
-        token = self._published_token(final)
+        token = self._find_published_token(final)
         if not token or not self.holds_only_own_files(final):
             return False
         leaving = final.with_name(f".dlrm-io-{self.name}-{token}")
@@ -137,7 +137,7 @@ class WorkFolders:
             os.rename(final, leaving)
         return not self.remove_folder(leaving)
 
-    def _published_token(self, final: Path) -> str:
+    def _find_published_token(self, final: Path) -> str:
         """The token in the mark of a folder that `make_folder` made, whatever its name is now; else ""."""
         try:
             status, mark = os.lstat(final), os.lstat(final / MARK)
@@ -269,7 +269,7 @@ class OutputFolder:
 
     def is_copy(self) -> bool:
         """Whether the ledger was copied with the folder, so that its times and inodes are another one's."""
-        return self._listed_folder not in (None, _folder_inode(self.folder))
+        return self._listed_folder not in (None, _read_folder_inode(self.folder))
 
     def list_names(self) -> list[str]:
         """All names in the ledger, whether the files still exist or not."""
@@ -282,7 +282,7 @@ class OutputFolder:
         sizes = [] if name in self._growing else [size for size, _ in self._files.get(name, [])]
         return not sizes or os.lstat(self.folder / name).st_size in sizes
 
-    def own_names(self) -> list[str]:
+    def list_own_names(self) -> list[str]:
         """The names of the files that exist and are as the program left them."""
         return [name for name in self._files if self.owns(name)]
 
@@ -456,7 +456,7 @@ class OutputFolder:
             "made_by": "dlrm-io",
             "version": VERSION,
             "note": note,
-            "folder": self._listed_folder or _folder_inode(self.folder),
+            "folder": self._listed_folder or _read_folder_inode(self.folder),
             "files": self._files,
             "growing": self._growing,
         }
@@ -475,7 +475,7 @@ def _take_fingerprint(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _folder_inode(folder: Path) -> int | None:
+def _read_folder_inode(folder: Path) -> int | None:
     try:
         return os.stat(folder).st_ino
     except OSError:

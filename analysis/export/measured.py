@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from analysis.run_folder import records, run_settings
-from analysis.run_folder.outputs import output_folder
+from analysis.run_folder.outputs import find_output_folder
 from analysis.tables.answers import list_dataset_files
 from analysis.tables.gather import JoinedTables, gather_tables
 from analysis.workload.steps import Workload, join_workload, measure_rank_workload
@@ -76,7 +76,7 @@ def measure_training(run: str | Path) -> MeasuredTraining:
     """UserError where the trace has no steps, or does not say what was read for a batch."""
     joined = gather_tables(run, more=measure_rank_workload)
     work = _choose_launch(run, join_workload(joined.tables, joined.launches))
-    config = records.read_config(output_folder(run) / "config.json", [])
+    config = records.read_config(find_output_folder(run) / "config.json", [])
     train = work.steps.filter(pl.col("phase") == "train")
     batches = work.batches.filter(pl.col("phase") == "train")
     evals = work.steps.filter(pl.col("phase") == "eval")

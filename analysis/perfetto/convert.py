@@ -154,7 +154,7 @@ def new_trace(
         with outputs.named_file(Path(path), is_own) as partial, _open_partial(partial, Path(path)) as file:
             yield Path(path), file
         return
-    folder = outputs.output_folder(run_dir)
+    folder = outputs.find_output_folder(run_dir)
     outputs.check_folder(folder, {name: is_own}, "name another file with -o")
     with (
         outputs.results_in(folder) as results,

@@ -110,12 +110,12 @@ class ProfileWriter:
         leaving, reaching = self._number_arrows(profile, chosen)
         order = chosen[np.lexsort((chosen, -end[chosen], begin[chosen], profile.track[chosen]))]
         by_track = np.split(order, np.flatnonzero(np.diff(profile.track[order])) + 1)
-        for rows in sorted(by_track, key=lambda rows: _track_order(profile.tracks[profile.track[rows[0]]])):
+        for rows in sorted(by_track, key=lambda rows: _order_tracks(profile.tracks[profile.track[rows[0]]])):
             track = profile.tracks[profile.track[rows[0]]]
             name = _name_track(track, profile, place)
             number = track.number if track.device < 0 else 0
             for lane, slices in enumerate(self._split_into_lanes(rows, begin, end)):
-                uuid = self.shared.new_uuid()
+                uuid = self.shared.make_uuid()
                 tid = self.shared.reserve_number(number or place.pid)
                 shown = f"{name} overlap {lane}" if lane else name
                 self.shared.out.write(proto.describe_thread(uuid, place.uuid, place.pid, tid, shown))
@@ -216,7 +216,7 @@ class ProfileWriter:
             )
 
 
-def _track_order(track: ProfileTrack) -> tuple[int, int]:
+def _order_tracks(track: ProfileTrack) -> tuple[int, int]:
     return track.device, track.number
 
 

@@ -323,7 +323,7 @@ def _put_flow(out, p, field, flow):
 
 
 @compiled
-def flow_id(base, k):
+def make_flow_id(base, k):
     h = (np.uint64(base) + np.uint64(k)) * np.uint64(0x9E3779B97F4A7C15)
     return h ^ (h >> np.uint64(31))
 
@@ -379,9 +379,9 @@ def encode_events(
         if offset[i] >= 0:
             p = _put_annotation(q, p, offset_key, INT, offset[i], text_p)
         if flow_count[i] < 0:
-            p = _put_flow(q, p, ARROW_OUT, flow_id(flow_base[i], -1 - flow_count[i]))
+            p = _put_flow(q, p, ARROW_OUT, make_flow_id(flow_base[i], -1 - flow_count[i]))
         for k in range(flow_count[i]):
-            p = _put_flow(q, p, ARROW_IN, flow_id(flow_base[i], k))
+            p = _put_flow(q, p, ARROW_IN, make_flow_id(flow_base[i], k))
         _put_size(q, event_at, p - event_at - 3)
         _put_size(q, packet_at, p - packet_at - 3)
     return p

@@ -145,13 +145,13 @@ class SharedTracks:
     def describe_run_counter(self, name: str, unit: str = "") -> int:
         """A counter of the run, in a group of their own. Returns its track."""
         if not self.group:
-            self.group = self.new_uuid()
+            self.group = self.make_uuid()
             self.out.write(proto.describe_group(self.group, RUN_GROUP))
-        uuid = self.new_uuid()
+        uuid = self.make_uuid()
         self.out.write(proto.describe_counter_track(uuid, self.group, name, unit))
         return uuid
 
-    def new_uuid(self) -> int:
+    def make_uuid(self) -> int:
         self.uuid += 1
         return self.uuid
 
@@ -202,7 +202,7 @@ class FileTracks:
         learns the names of threads on the way. clock: of the host. about: how the process is shown.
         """
         self.shared, self.process, self.reader, self.clock = shared, process, reader, clock
-        self.uuid, self.pid = shared.new_uuid(), about.pid
+        self.uuid, self.pid = shared.make_uuid(), about.pid
         self.tracks: dict[int, Track] = {}
         self.counters: dict[int, int] = {}
         self.kernel_group = 0  # the track above the kernel's counters, once it is there
@@ -309,7 +309,7 @@ class FileTracks:
         )
         track = self.tracks.get(tid)
         if track is None:
-            uuid = self.shared.new_uuid()
+            uuid = self.shared.make_uuid()
             track = Track(
                 uuid, self.pid if main else self.shared.reserve_number(tid), lanes=[(uuid, SliceLane())]
             )
@@ -331,7 +331,7 @@ class FileTracks:
                 self.crowded += len(slices)
                 return
             if level == len(track.lanes):
-                uuid = self.shared.new_uuid()
+                uuid = self.shared.make_uuid()
                 track.lanes.append((uuid, SliceLane()))
                 about = self.pid, self.shared.reserve_number(track.tid), f"{track.name} overlap {level}"
                 self.shared.out.write(proto.describe_thread(uuid, self.uuid, *about))
@@ -408,10 +408,10 @@ class FileTracks:
         parent = self.uuid
         if name.startswith(KERNEL_COUNTERS):
             if not self.kernel_group:
-                self.kernel_group = self.shared.new_uuid()
+                self.kernel_group = self.shared.make_uuid()
                 self.shared.out.write(proto.describe_group(self.kernel_group, KERNEL_GROUP, self.uuid))
             parent = self.kernel_group
-        uuid = self.shared.new_uuid()
+        uuid = self.shared.make_uuid()
         self.shared.out.write(proto.describe_counter_track(uuid, parent, name, ""))
         return uuid
 
@@ -440,7 +440,7 @@ def write_bandwidth(shared: SharedTracks, parent: int, bandwidth: BandwidthCount
         ts, rate = bandwidth.make_series(name)
         if len(ts):
             if parent:
-                uuid = shared.new_uuid()
+                uuid = shared.make_uuid()
                 shared.out.write(proto.describe_counter_track(uuid, parent, f"{name} MB/s by calls", "MB/s"))
             else:
                 uuid = shared.describe_run_counter(f"{name} MB/s by calls, all ranks", "MB/s")

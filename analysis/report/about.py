@@ -45,7 +45,7 @@ def describe_date(run: TracedRun, facts: Facts) -> str:
     if not PLAUSIBLE_US < run.begin_us < 4 * PLAUSIBLE_US:
         return ""
     begin = datetime.fromtimestamp(run.begin_us // 10**6, timezone.utc)
-    ran = format_seconds(facts.wall_seconds())
+    ran = format_seconds(facts.find_wall_seconds())
     jobs = facts.launches.height
     return f"{begin:%Y-%m-%d %H:%M:%S} UTC, {ran}{f' in {jobs} launches' if jobs > 1 else ''}"
 

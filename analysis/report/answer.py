@@ -38,7 +38,7 @@ class Answer:
 
 
 def find_answer(f: Facts) -> Answer:
-    wall, parts, storage = f.wall_seconds(), sum_parts(f), limit_storage(f)
+    wall, parts, storage = f.find_wall_seconds(), sum_parts(f), limit_storage(f)
     whole, saved = sum(parts.values()), min(sum(storage.values()), wall)
     share = saved / wall if wall else 0.0
     left = {name: max(0.0, seconds - storage.get(name, 0.0)) for name, seconds in parts.items()}
@@ -52,11 +52,11 @@ def find_answer(f: Facts) -> Answer:
 
 def sum_parts(f: Facts) -> dict[str, float]:
     """Seconds of a rank, on average: the phases of CUT by what the main thread did, the others whole."""
-    parts = {name: f.mean_seconds("wall_s", phase) for name, phase in WHOLE.items()}
-    parts["waiting"] = f.mean_seconds("wait_s", *CUT) + f.mean_seconds("io_s", *CUT)
-    parts["communication"] = f.mean_seconds("communication_s", *CUT)
-    parts["compute"] = f.mean_seconds("compute_s", *CUT) + f.mean_seconds("copy_s", *CUT)
-    parts["other"] = f.mean_seconds("other_s", *CUT) + f.mean_seconds("wall_s", "other")
+    parts = {name: f.average_seconds("wall_s", phase) for name, phase in WHOLE.items()}
+    parts["waiting"] = f.average_seconds("wait_s", *CUT) + f.average_seconds("io_s", *CUT)
+    parts["communication"] = f.average_seconds("communication_s", *CUT)
+    parts["compute"] = f.average_seconds("compute_s", *CUT) + f.average_seconds("copy_s", *CUT)
+    parts["other"] = f.average_seconds("other_s", *CUT) + f.average_seconds("wall_s", "other")
     return {name: parts[name] for name in LABELS}
 
 
@@ -66,10 +66,8 @@ def limit_storage(f: Facts) -> dict[str, float]:
     A checkpoint's I/O counts on any thread, unless compute or communication hides it.
     """
     stall = pl.col("io_s") + pl.col("wait_s")
-    found = {
-        name: f.longest_rank_seconds(stall, phase) for name, phase in (*WHOLE.items(), ("other", "other"))
-    }
-    found["checkpoints"] = f.longest_rank_seconds(pl.max_horizontal("io_not_hidden_s", stall), "checkpoint")
+    found = {name: f.find_longest_rank(stall, phase) for name, phase in (*WHOLE.items(), ("other", "other"))}
+    found["checkpoints"] = f.find_longest_rank(pl.max_horizontal("io_not_hidden_s", stall), "checkpoint")
     found["waiting"] = f.limit_waiting(*CUT)
     if _records_all_io(f):  # ranks also wait for a loader that computes: not for storage
         of_all_ranks = f.launched.filter(pl.col("phase").is_in(CUT))

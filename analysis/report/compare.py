@@ -12,8 +12,8 @@ from analysis.report.comparison import (
     ScalingPoint,
     Setting,
     compare_runs,
+    make_scaling_table,
     scale_over,
-    scaling_table,
 )
 from analysis.report.page import Figures, make_page, render_table, wrap_table
 from analysis.report.report import render_findings
@@ -123,7 +123,7 @@ def render_comparison(comparison: Comparison, points: Sequence[ScalingPoint] = (
         parts.append(f"<h2>By {escape(called)}</h2>")
         if spec := plots_compare.plot_scaling(points, called):
             parts.append(figures.add_figure(spec, "Mean of the runs of each value.", f"By {called}"))
-        parts.append(render_table(scaling_table(list(points), called), label=f"By {called}"))
+        parts.append(render_table(make_scaling_table(list(points), called), label=f"By {called}"))
     for fidelity in comparison.fidelities:
         parts.append(_render_fidelity(fidelity))
     parts.append("<h2>All runs on one axis</h2>")
@@ -213,7 +213,7 @@ def write_comparison(
     (the numbers, if its name ends in .json). called: a setting to draw the runs over. Returns the path of
     what was written and the terminal's text.
     """
-    home = outputs.output_folder(paths[-1])
+    home = outputs.find_output_folder(paths[-1])
     if output is None and Path(paths[-1]).exists():
         names = {PAGE: is_own_page, NUMBERS: outputs.is_own_comparison}
         outputs.check_folder(home, names, "name another file with -o")

@@ -19,7 +19,7 @@ from analysis.report.findings import find_all
 from analysis.report.page import format_seconds, format_size
 from analysis.report.run import TracedRun, open_run
 from analysis.run_folder import run_settings
-from analysis.run_folder.outputs import output_folder
+from analysis.run_folder.outputs import find_output_folder
 from analysis.tables.gather import Map
 from analysis.workload.fidelity import Fidelity, compare_tables, find_original
 from common.errors import UserError, printable
@@ -293,7 +293,7 @@ def _find_copies(paths: Sequence[str | Path]) -> list[tuple[str | Path, str | Pa
     """(original, copy): each emulated or replayed run, where its original is one of these runs, too."""
     found = []
     for copy in paths:
-        if original := find_original(output_folder(copy)):
+        if original := find_original(find_output_folder(copy)):
             same = [path for path in paths if Path(path).resolve() == Path(original).resolve()]
             found += [(path, copy) for path in same[:1]]
     return found
@@ -309,7 +309,7 @@ def _open_run(path: str | Path, over: Map, with_requests: bool) -> ComparedRun:
         compared.add(each.key, each.label, each.value, 0 if each.key.endswith("_share") else each.better)
         if each.key == "training_seconds":
             for key, label, columns in OF_TRAINING:
-                compared.add(key, label, sum(facts.mean_seconds(name, *TRAIN) for name in columns), -1)
+                compared.add(key, label, sum(facts.average_seconds(name, *TRAIN) for name in columns), -1)
     return compared
 
 
@@ -409,7 +409,7 @@ def _suggest(comparison: Comparison) -> str:
     return f"; these differ: {names}" if names else "; give runs that differ in it"
 
 
-def scaling_table(points: list[ScalingPoint], called: str) -> pl.DataFrame:
+def make_scaling_table(points: list[ScalingPoint], called: str) -> pl.DataFrame:
     """The same as a reader wants it: shares in percent."""
 
     def percent(share: float | None) -> str:

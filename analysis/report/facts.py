@@ -132,12 +132,12 @@ class Facts:
         """Whether they may name the options of DLRM's data and tables: BERT4Rec holds its data in memory."""
         return self.is_own_run and "train_batch_size" not in self.config["data"]
 
-    def longest_phase_seconds(self, phase: str) -> float:
+    def find_longest_phase(self, phase: str) -> float:
         """Of the rank that took longest, in each launch: the ranks run side by side."""
         found = self.launched.filter(pl.col("phase") == phase).group_by("launch").agg(pl.col("wall_s").max())
         return float(found["wall_s"].sum())
 
-    def wall_seconds(self) -> float:
+    def find_wall_seconds(self) -> float:
         """Seconds that the run ran: of the rank that took longest, in each launch."""
         of_rank = self.launched.group_by("launch", "rank").agg(pl.col("wall_s").sum())
         return float(of_rank.group_by("launch").agg(pl.col("wall_s").max())["wall_s"].sum())
@@ -146,16 +146,16 @@ class Facts:
         """Seconds between the launches, in which nothing ran."""
         return float(self.launches["not_running_before_s"].sum())
 
-    def mean_seconds(self, column: str, *phases: str) -> float:
+    def average_seconds(self, column: str, *phases: str) -> float:
         """Seconds per rank, on average over the ranks of each launch."""
         found = self.launched.filter(pl.col("phase").is_in(phases)) if phases else self.launched
         return float((found[column] / found["ranks"]).sum())
 
-    def mean_of_ranks(self, column: str, *phases: str) -> float:
+    def average_over_ranks(self, column: str, *phases: str) -> float:
         """Seconds of a rank on average, all launches added up."""
         return float(self.phases.filter(pl.col("phase").is_in(phases))[column].sum()) / self.breakdown.height
 
-    def longest_rank_seconds(self, amount: pl.Expr, *phases: str, more: pl.DataFrame | None = None) -> float:
+    def find_longest_rank(self, amount: pl.Expr, *phases: str, more: pl.DataFrame | None = None) -> float:
         """Of each launch the rank with most of it, added up. more: columns by launch and rank."""
         rows = self.launched.filter(pl.col("phase").is_in(phases))
         rows = rows.group_by("launch", "rank").agg(pl.col("io_s", "wait_s", "io_not_hidden_s").sum())
@@ -170,24 +170,24 @@ class Facts:
 
         Ranks wait for each other at every step, so that is what the step costs all of them.
         """
-        return self._waited_by_ranks().group_by("launch", "epoch", "step").agg(pl.col("us").max())
+        return self._sum_waits_by_rank().group_by("launch", "epoch", "step").agg(pl.col("us").max())
 
-    def _waited_by_ranks(self) -> pl.DataFrame:
+    def _sum_waits_by_rank(self) -> pl.DataFrame:
         steps = self.joined["steps"].filter(pl.col("step").is_not_null())
         us = (pl.col("wait_us") + pl.col("io_us")).alias("us")
         return steps.select("launch", "rank", "epoch", "step", us)
 
     def limit_waiting(self, *phases: str) -> float:
         """Seconds that these phases of steps would save at most if nothing was waited for data."""
-        in_steps = self._waited_by_ranks().group_by("launch", "rank").agg(pl.col("us").sum() / 1e6)
+        in_steps = self._sum_waits_by_rank().group_by("launch", "rank").agg(pl.col("us").sum() / 1e6)
         outside = (pl.col("io_s") + pl.col("wait_s") - pl.col("us").fill_null(0.0)).clip(0)
-        rest = self.longest_rank_seconds(outside, *phases, more=in_steps)
+        rest = self.find_longest_rank(outside, *phases, more=in_steps)
         return rest + float(self.waited_in_steps["us"].sum()) / 1e6
 
     def reads_longer(self, rank: int, times: float) -> bool:
         """Whether this rank's reads of the training's data take so many times as long as the others'."""
         ops = self.joined["ops"].filter((pl.col("op") == "read") & pl.col("phase").is_in(TRAIN))
-        own = ops.filter(pl.col("file").is_in(self.data_reads(*TRAIN)["file"].unique().implode()))
+        own = ops.filter(pl.col("file").is_in(self.pick_data_reads(*TRAIN)["file"].unique().implode()))
         by_rank = dict(own.group_by("rank").agg(pl.col("us").sum()).iter_rows())
         others = [float(by_rank.get(each, 0)) for each in self.ranks["rank"] if each != rank]
         return float(by_rank.get(rank, 0)) > times * sum(others) / max(1, len(others))
@@ -198,7 +198,7 @@ class Facts:
 
         calls: rows with `rank`, and what `us` is made of. also_s: in which it stood still besides.
         """
-        both = _sum_seconds(calls, us).join(self.exposed_of_ranks(), on="rank", suffix="_not_hidden")
+        both = _sum_seconds(calls, us).join(self.sum_rank_exposed(), on="rank", suffix="_not_hidden")
         saved = pl.min_horizontal("seconds", pl.col("seconds_not_hidden") + also_s)
         return max(0.0, float(both.select(saved.max()).item() or 0.0))
 
@@ -206,16 +206,16 @@ class Facts:
         """Whether it is worth a sentence: time to be won; or, if `calls` are given, much of a rank's time in
         them, though it is hidden now.
         """
-        wall = self.wall_seconds()
+        wall = self.find_wall_seconds()
         in_calls = 0.0 if calls is None else count_most_seconds(calls, us)
         return gain > 0 and gain >= MATTERS * wall or in_calls >= max(MATTERS_HIDDEN * wall, 1e-9)
 
-    def exposed_of_ranks(self) -> pl.DataFrame:
+    def sum_rank_exposed(self) -> pl.DataFrame:
         """Per rank the seconds of I/O and of waiting for data that nothing hides, start-up left out."""
         work = self.launched.filter(pl.col("phase") != "startup")
         return work.group_by("rank").agg((pl.col("io_s") + pl.col("wait_s")).sum().alias("seconds"))
 
-    def data_reads(self, *phases: str) -> pl.DataFrame:
+    def pick_data_reads(self, *phases: str) -> pl.DataFrame:
         """Rows of `reads` for the files that training reads its data from: the dataset, and tables in files.
 
         Where nothing names the dataset's files, all files but programs and what the system makes up.
@@ -231,7 +231,9 @@ class Facts:
         if not self.is_own_dlrm:
             return "Read larger pieces and hand them out from memory."
         sums = (
-            self.data_reads(*TRAIN).select(pl.col("sequential", "strided", "random").sum()).row(0, named=True)
+            self.pick_data_reads(*TRAIN)
+            .select(pl.col("sequential", "strided", "random").sum())
+            .row(0, named=True)
         )
         if sums["strided"] > sums["sequential"] + sums["random"]:
             return (

@@ -121,7 +121,7 @@ WORTH_SAYING = (
 def find_all(facts: Facts) -> list[Finding]:
     """What the rules find, most seconds first."""
     found = [finding for rule in RULES if (finding := rule.find(facts))]
-    wall = facts.wall_seconds()
+    wall = facts.find_wall_seconds()
     for finding in found:
         finding.severity = finding.severity or _judge(finding.seconds, wall)
     return sorted(found, key=lambda finding: -finding.seconds)

@@ -49,7 +49,10 @@ def plot_hidden_io(runs: Labelled) -> Spec | None:
     """I/O of a rank while it trains: behind compute, behind communication, not hidden."""
     columns = ("io_behind_compute_s", "io_behind_communication_s", "io_not_hidden_s")
     rows = [
-        (label, [(n, run.facts.mean_seconds(c, *TRAIN)) for n, c in zip(HIDDEN, columns, strict=True)])
+        (
+            label,
+            [(n, run.facts.average_seconds(c, *TRAIN)) for n, c in zip(HIDDEN, columns, strict=True)],
+        )
         for label, run in runs
     ]
     return _make_bars(rows, HIDDEN)

@@ -157,8 +157,8 @@ def write_report(
     torch.profiler besides the run's own.
     """
     if output is None and not selection.is_whole:
-        output = outputs.output_folder(path) / f"report{selection.name_part()}.html"
-    folder = outputs.output_folder(path) if output is None else output if output.is_dir() else None
+        output = outputs.find_output_folder(path) / f"report{selection.name_part()}.html"
+    folder = outputs.find_output_folder(path) if output is None else output if output.is_dir() else None
     if folder is not None and Path(path).exists():
         early = {PAGE: is_own_page, SUMMARY: outputs.is_own_summary, "tables/breakdown.csv": lambda _: True}
         outputs.check_folder(folder, early, REMEDY)

@@ -16,8 +16,8 @@ PIECES, PIECES_TIME = 1000, 0.2  # writes below it; of the time of all writes of
 
 def find_checkpoint_cost(f: Facts) -> Finding | None:
     """Training pauses while checkpoints are written or loaded."""
-    stall = f.longest_phase_seconds("checkpoint")
-    if stall < PAUSE * f.mean_seconds("wall_s"):
+    stall = f.find_longest_phase("checkpoint")
+    if stall < PAUSE * f.average_seconds("wall_s"):
         return None
     written = progress.list_checkpoints(f.joined).filter(pl.col("name") == "write")
     moved, spent = int(written["bytes"].sum()), float(written["seconds"].sum())
@@ -69,10 +69,10 @@ def find_checkpoint_tail(f: Facts) -> Finding | None:
     top = table.sort("us", "ts").row(-1, named=True)
     usual = float(np.median(table["us"].to_numpy())) / 1e6
     longest = top["us"] / 1e6
-    if longest < TAIL * usual or longest - usual < TAIL_PART * f.wall_seconds():
+    if longest < TAIL * usual or longest - usual < TAIL_PART * f.find_wall_seconds():
         return None
     late = float((table["us"] / 1e6 - usual).clip(0).sum())
-    gain = min(late, f.longest_phase_seconds("checkpoint"))
+    gain = min(late, f.find_longest_phase("checkpoint"))
     text = (
         f"The slowest of {table.height} checkpoints takes {format_seconds(longest)} from its copy to its "
         f"last byte, half of them {format_seconds(usual)} or less: one that is saved when the job's time "
@@ -99,7 +99,7 @@ def find_checkpoint_fragments(f: Facts) -> Finding | None:
         return None
     large = max(1, round(moved / (8 << 20)))
     saved = count_most_seconds(own, US * (1 - large / number))
-    gain = min(saved, f.longest_phase_seconds("checkpoint"))
+    gain = min(saved, f.find_longest_phase("checkpoint"))
     files = own["file"].n_unique()
     text = (
         f"Checkpoints are written in {number:,} pieces of less than {format_size(PIECE)}, "

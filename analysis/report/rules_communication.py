@@ -68,7 +68,7 @@ def _show_last(joined: pl.DataFrame) -> dict[str, int]:
 
 def find_waiting_for_ranks(f: Facts) -> Finding | None:
     """The ranks wait in collectives for the one that comes last."""
-    split, wall = split_communication(f), f.mean_seconds("wall_s", *TRAIN)
+    split, wall = split_communication(f), f.average_seconds("wall_s", *TRAIN)
     if split is None or wall <= 0 or split.waiting < COMMUNICATION * wall:
         return None
     rank, share = next(iter(split.last.items()))
@@ -101,7 +101,7 @@ def find_waiting_for_ranks(f: Facts) -> Finding | None:
 
 def find_transfer(f: Facts) -> Finding | None:
     """Exchanging data takes long, once all ranks are there."""
-    split, wall = split_communication(f), f.mean_seconds("wall_s", *TRAIN)
+    split, wall = split_communication(f), f.average_seconds("wall_s", *TRAIN)
     if split is None or wall <= 0 or split.transfer < COMMUNICATION * wall:
         return None
     text = (
@@ -114,7 +114,7 @@ def find_transfer(f: Facts) -> Finding | None:
         remedy = f"A larger {batch} makes fewer exchanges."
         if f.is_option("launch.device", "cpu") and f.is_option("run.cpu_fast_path", False):
             remedy = "Leave out --no-cpu_fast_path: ranks of one host then exchange through shared memory."
-    compute = f.mean_seconds("compute_s", *TRAIN)
+    compute = f.average_seconds("compute_s", *TRAIN)
     evidence = {"transfer_s": split.transfer, "waiting_s": split.waiting, "unclear_s": split.unclear,
                 "clock_error_us": split.error_us}  # fmt: skip
     gain = min(split.transfer, compute)  # at most so much can happen behind compute

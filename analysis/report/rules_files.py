@@ -124,7 +124,7 @@ def _find_worst(f: Facts, files: pl.DataFrame, lost: str, rank: str) -> tuple[di
     if not len(files):
         return None
     top = files.sort(lost, "file", descending=[True, False]).row(0, named=True)
-    gain = min(top[lost] / 1e6, _exposed_of(f, top[rank]))
+    gain = min(top[lost] / 1e6, _sum_exposed(f, top[rank]))
     return (top, gain) if f.matters(gain) else None
 
 
@@ -157,9 +157,9 @@ def compare_shared(f: Facts) -> pl.DataFrame:
     )
 
 
-def _exposed_of(f: Facts, rank: int) -> float:
+def _sum_exposed(f: Facts, rank: int) -> float:
     """Seconds of a rank's I/O and waiting that nothing hides: what less I/O on it can save."""
-    return float(f.exposed_of_ranks().filter(pl.col("rank") == rank)["seconds"].sum())
+    return float(f.sum_rank_exposed().filter(pl.col("rank") == rank)["seconds"].sum())
 
 
 def find_redundant_reads(f: Facts) -> Finding | None:
@@ -295,7 +295,7 @@ def find_mapped_files(f: Facts) -> Finding | None:
     rate = moved / max(spent, 1e-9) / 1e6
     from_memory = pl.col("bytes") * 1e6 / MAPPED_RATE  # us
     gain = f.limit_gain(reads, (US - from_memory).clip(0))
-    wall = f.mean_seconds("wall_s", *TRAIN, "preprocess")
+    wall = f.average_seconds("wall_s", *TRAIN, "preprocess")
     if rate > MAPPED_RATE / 1e6 or gain < MAPPED_PART * wall:
         return None
     slow = reads.group_by("file").agg(pl.col("us").sum()).sort("us", "file", descending=[True, False])
@@ -363,7 +363,7 @@ def find_metadata_time(f: Facts) -> Finding | None:
     own = calls.filter(pl.col("rank") == top["rank"])
     early = float(own.filter(pl.col("phase") == "startup")["us"].sum()) / 1e6
     spent = top["us"] / 1e6
-    not_hidden = early + float(f.exposed_of_ranks().filter(pl.col("rank") == top["rank"])["seconds"].sum())
+    not_hidden = early + float(f.sum_rank_exposed().filter(pl.col("rank") == top["rank"])["seconds"].sum())
     text = (
         f"Rank {top['rank']} spends {format_seconds(spent)} in {top['count']:,} opens, closes, stats, seeks "
         f"and other calls that move no byte, {format_seconds(early)} of them before its first step."
@@ -401,8 +401,8 @@ def find_sync_cost(f: Facts) -> Finding | None:
     """The main thread or a pause waits until written data are on the device."""
     calls = f.after_startup("ops").filter((pl.col("layer") == "calls") & (pl.col("op") == "sync"))
     spent, number = float(calls["us"].sum()) / 1e6, int(calls["count"].sum())
-    gain = f.limit_gain(calls, also_s=f.longest_phase_seconds("checkpoint"))
-    if not number or gain < SYNC_PART * f.wall_seconds():
+    gain = f.limit_gain(calls, also_s=f.find_longest_phase("checkpoint"))
+    if not number or gain < SYNC_PART * f.find_wall_seconds():
         return None
     names = (
         calls.group_by("name").agg(pl.col("us", "count").sum()).sort("us", "name", descending=[True, False])

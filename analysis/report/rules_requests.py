@@ -46,7 +46,7 @@ def find_small_reads(f: Facts) -> Finding | None:
         f"bytes.{_say_hidden(gain)}"
     )
     remedy = advise_tables_in_files(f) if tables else "Read larger pieces and hand them out from memory."
-    data = f.data_reads()["file"].implode()
+    data = f.pick_data_reads()["file"].implode()
     if not tables and 2 * int(small.filter(pl.col("file").is_in(data))["count"].sum()) >= calls:
         remedy = f.advise_larger_reads(moved / calls)
     evidence = {"reads": calls, "bytes": moved, "seconds_all_ranks": spent, "file": file}
@@ -303,7 +303,7 @@ def find_slow_tail(f: Facts) -> Finding | None:
     if 2 * int(jumping["random_us"].sum()) > spent:
         return None  # what is cached is quick, what is not is slow: the rule on random reads says what to do
     gain = f.limit_gain(slow, total - pl.col("usual_us") * pl.col("count"))
-    if gain < MATTERS / 2 * f.wall_seconds():
+    if gain < MATTERS / 2 * f.find_wall_seconds():
         return None
     count = round(float(slow["count"].sum()))
     usual = float(slow.select((pl.col("usual_us") * pl.col("count")).sum()).item()) / count

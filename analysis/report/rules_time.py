@@ -21,8 +21,8 @@ LATE, LATE_PART, LEAST_STEPS = 3.0, 0.02, 20  # times the median step; of the tr
 
 def find_waiting(f: Facts) -> Finding | None:
     """The main thread waits for data: for the next batch, or reading itself."""
-    wall = f.mean_seconds("wall_s", *TRAIN)
-    stall = f.mean_seconds("wait_s", *TRAIN) + f.mean_seconds("io_s", *TRAIN)
+    wall = f.average_seconds("wall_s", *TRAIN)
+    stall = f.average_seconds("wait_s", *TRAIN) + f.average_seconds("io_s", *TRAIN)
     if wall <= 0 or stall < WAITING * wall:
         return None
     evidence: dict[str, object] = {"stall_s": stall, "wall_s": wall}
@@ -52,7 +52,7 @@ def find_waiting(f: Facts) -> Finding | None:
         elif f.is_own_run:
             remedy = "Raise --prefetch_batches, stage the data on the node, or hold it in memory."
     of = "training" if len(f.joined["steps"]) else "run"
-    own = f.mean_seconds("io_s", *TRAIN)
+    own = f.average_seconds("io_s", *TRAIN)
     calls = ""
     if OWN_CALLS * stall < own < stall:
         calls = f", or file calls of the main thread ({format_seconds(own)})"
@@ -88,7 +88,7 @@ def _list_waited_reads(f: Facts) -> pl.DataFrame:
     """The reads that the training waits for, by file, those that take longest first: of tables in files, or
     of the dataset.
     """
-    reads = f.data_reads(*TRAIN).sort("seconds", descending=True)
+    reads = f.pick_data_reads(*TRAIN).sort("seconds", descending=True)
     waits = f.joined["spans"].filter(pl.col("kind") == "wait")
     if not len(waits):
         return reads
@@ -202,7 +202,7 @@ def _advise_late_reader(f: Facts, rank: int, remedy: str) -> str:
 
 def find_io_imbalance(f: Facts) -> Finding | None:
     """One rank waits for I/O much longer than another, and they wait for it."""
-    ranks = f.exposed_of_ranks().sort("seconds", "rank", descending=[True, False])
+    ranks = f.sum_rank_exposed().sort("seconds", "rank", descending=[True, False])
     if ranks.height < 2:
         return None
     top, least = ranks.row(0, named=True), float(ranks["seconds"][-1])
@@ -228,7 +228,7 @@ def find_io_imbalance(f: Facts) -> Finding | None:
 
 def find_slow_startup(f: Facts) -> Finding | None:
     """The first step comes late."""
-    table, wall = progress.list_startup(f.joined), f.mean_seconds("wall_s")
+    table, wall = progress.list_startup(f.joined), f.average_seconds("wall_s")
     if not len(table):
         return None
     jobs = f.launches.height
@@ -239,7 +239,7 @@ def find_slow_startup(f: Facts) -> Finding | None:
         return None
     part, long = parts.sort("seconds", "part", descending=[True, False]).row(0)
     calls = (
-        f"; file calls are {format_seconds(f.mean_seconds('io_s', 'startup'))} per rank"
+        f"; file calls are {format_seconds(f.average_seconds('io_s', 'startup'))} per rank"
         if f.joined.calls
         else ""
     )
@@ -251,7 +251,9 @@ def find_slow_startup(f: Facts) -> Finding | None:
         f"longest part is {name}, {format_seconds(long)}{calls}."
     )
     remedy = "It is paid once per job: run longer jobs."
-    if part == "imports" and f.mean_seconds("io_s", "startup") > 0.2 * long:  # else it is Python's own work
+    if (
+        part == "imports" and f.average_seconds("io_s", "startup") > 0.2 * long
+    ):  # else it is Python's own work
         remedy = "Put the environment on node-local storage; it is paid once per job, so run longer jobs."
     evidence = {"first_step_s": first, "part": part, "part_s": long}
     marks = f.joined["marks"].filter((pl.col("cat") == "startup") & (pl.col("name") == part))
@@ -281,7 +283,7 @@ def find_late_steps(f: Facts) -> Finding | None:
         return None
     by_step = late.group_by("launch", "epoch", "step").agg(pl.col("excess_us").max(), pl.col("why").first())
     lost = float(by_step["excess_us"].sum()) / 1e6
-    if lost < LATE_PART * f.mean_seconds("wall_s", *TRAIN):
+    if lost < LATE_PART * f.average_seconds("wall_s", *TRAIN):
         return None
     why = by_step.group_by("why").agg(pl.col("excess_us").sum()).sort("excess_us", descending=True)["why"][0]
     worst = late.row(0, named=True)

@@ -30,7 +30,7 @@ def find_no_learning(f: Facts) -> Finding | None:
     text, evidence = _find_trouble(reports)
     if not text:
         return None
-    lost = sum(f.longest_phase_seconds(phase) for phase in TRAIN)
+    lost = sum(f.find_longest_phase(phase) for phase in TRAIN)
     advice = LOWER if f.is_own_run else "Lower the learning rate."
     return Finding("no_learning", lost, text, REMEDY.format(advice), evidence)
 

@@ -11,7 +11,7 @@ import polars as pl
 from analysis.perfetto.links import LinkedRun, name_run
 from analysis.report.page import format_number, format_seconds, format_size
 from analysis.run_folder import records
-from analysis.run_folder.outputs import output_folder
+from analysis.run_folder.outputs import find_output_folder
 from analysis.tables import gpu, utilisation
 from analysis.tables.answers import list_unknown_spans, sum_spans
 from analysis.tables.calls import MAPPED
@@ -55,7 +55,7 @@ class TracedRun:
 
     @property
     def home(self) -> Path:
-        return output_folder(self.path)
+        return find_output_folder(self.path)
 
     @property
     def name(self) -> str:

@@ -64,24 +64,27 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
     """Times in seconds, shares from 0 to 1, amounts in bytes: docs/report.md lists the keys."""
     j, p = run.joined, facts.phases
     train = p.filter(pl.col("phase").is_in(["train", "run"]))
-    train_s = facts.mean_seconds("wall_s", "train", "run")
-    stall_s = facts.mean_seconds("wait_s", "train", "run") + facts.mean_seconds("io_s", "train", "run")
+    train_s = facts.average_seconds("wall_s", "train", "run")
+    stall_s = facts.average_seconds("wait_s", "train", "run") + facts.average_seconds("io_s", "train", "run")
     io, not_hidden = float(train["io_all_s"].sum()), float(train["io_not_hidden_s"].sum())
-    rows = [_make_seconds("wall_seconds", "wall time", facts.wall_seconds())]
+    rows = [_make_seconds("wall_seconds", "wall time", facts.find_wall_seconds())]
     if facts.launches.height > 1:
         rows.append(_make_seconds("pause_seconds", "not running between launches", facts.pause_seconds()))
     if speed := run.results.get("samples_per_second"):
         rows.append(Headline("samples_per_second", "samples per second", speed, f"{speed:,.0f}", 1))
     if (auroc := run.results.get("test_auroc")) is not None:
         rows.append(Headline("test_auroc", "test AUROC", auroc, f"{auroc:.5f}", 1))
-    for split, scores in _last_scores(run.results.get("evaluations") or {}):
+    for split, scores in _find_last_scores(run.results.get("evaluations") or {}):
         for name in sorted(scores):
             if name.startswith(progress.RANKINGS) and name.endswith("@10"):
                 key = f"{split}_{name.removesuffix('@10').lower()}_at_10"
                 rows.append(Headline(key, f"{split} {name}", scores[name], f"{scores[name]:.5f}", 1))
     if train_s:
         of = "training" if len(j["steps"]) else "the run"
-        wait, comm = stall_s / train_s, facts.mean_seconds("communication_s", "train", "run") / train_s
+        wait, comm = (
+            stall_s / train_s,
+            facts.average_seconds("communication_s", "train", "run") / train_s,
+        )
         rows += [
             _make_seconds("training_seconds", "training" if len(j["steps"]) else "the run", train_s),
             Headline("wait_share", f"waiting for data, of {of}", wait, f"{wait:.1%}", -1),
@@ -152,7 +155,7 @@ def group_headlines(run: TracedRun, facts: Facts) -> dict[str, list[tuple[str, s
         scored = each.key.endswith("_at_10")
         found = next((name for name, keys in GROUPS.items() if each.key in keys), "I/O")
         groups["Speed" if scored else found].append((each.label, each.text))
-    startup, wall = facts.mean_seconds("wall_s", "startup"), facts.mean_seconds("wall_s")
+    startup, wall = facts.average_seconds("wall_s", "startup"), facts.average_seconds("wall_s")
     if startup and wall:
         volume = answers.sum_volume(run.joined, "phase")
         read = volume.filter((pl.col("phase") == "startup") & (pl.col("op") == "read"))
@@ -161,14 +164,14 @@ def group_headlines(run: TracedRun, facts: Facts) -> dict[str, list[tuple[str, s
         for row in parts.sort("seconds", descending=True).head(1).iter_rows(named=True):
             groups["Start-up"].append((f"longest part: {row['part']}", format_seconds(row["seconds"])))
         groups["Start-up"] += [
-            ("file calls, of a rank", format_seconds(facts.mean_seconds("io_s", "startup"))),
+            ("file calls, of a rank", format_seconds(facts.average_seconds("io_s", "startup"))),
             ("bytes read, all ranks", format_size(int(read["bytes"].sum()))),
             ("reads, all ranks", f"{int(read['count'].sum()):,}"),
         ]
     return groups
 
 
-def _last_scores(evaluations: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+def _find_last_scores(evaluations: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """The test, or where there was none the last validation."""
     return [(split, evaluations[split]) for split in ("test", "val") if evaluations.get(split)][:1]
 
@@ -198,7 +201,7 @@ def make_summary(run: TracedRun, facts: Facts, found: list[Finding]) -> dict[str
         "run": run.name, "ranks": facts.breakdown.height, "hosts": sorted({p.host for p in j.processes}),
         "events": j.events, "calls": j.calls,
         "metrics": {each.key: each.value for each in headlines}
-        | {"io_not_hidden_seconds": facts.mean_of_ranks("io_not_hidden_s", *TRAIN)},
+        | {"io_not_hidden_seconds": facts.average_over_ranks("io_not_hidden_s", *TRAIN)},
         "headline": {EARLIER_LABELS.get(each.key, each.label): each.value for each in headlines},
         "findings": [finding.as_dict() for finding in found],
         "rules": list_rules(found),

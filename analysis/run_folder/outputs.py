@@ -167,7 +167,7 @@ def named_file(path: Path, is_own: IsOwn) -> Iterator[Path]:
 # --- files in a run folder
 
 
-def output_folder(run: str | Path) -> Path:
+def find_output_folder(run: str | Path) -> Path:
     """Where the files of a run go: its folder, or the one that a single trace is in."""
     return Path(run) if Path(run).is_dir() else Path(run).parent
 

@@ -77,7 +77,7 @@ def _list_files(run: Path) -> list[Path]:
             raise UserError(f"{shown}: DFTracer's files end in .pfw.gz or .pfw; give one, or a run folder")
         return [run]
     for folder in (run / "trace", run):
-        found = sorted(_list_traces(folder), key=_parents_first)
+        found = sorted(_list_traces(folder), key=_make_sort_key)
         if found:
             return found
     if below := _list_traced_folders(run):
@@ -390,11 +390,11 @@ def assign_ranks(found: list[TracedProcess]) -> list[TracedProcess]:
             named += 1
             process.rank = named
         of_pid[process.host, process.pid] = process.rank
-    return sorted(found, key=lambda p: (p.rank, _parents_first(p.path)))
+    return sorted(found, key=lambda p: (p.rank, _make_sort_key(p.path)))
 
 
-def _parents_first(path: Path) -> tuple[bool, str]:
-    """A forked process does not repeat the file names that its parent has written."""
+def _make_sort_key(path: Path) -> tuple[bool, str]:
+    """Parents come first: a forked process does not repeat the file names that its parent has written."""
     return "-fork." in path.name, path.name
 
 

@@ -24,13 +24,13 @@ from analysis.trace.strings import (
     bits_of,
     byte,
     compiled,
+    count_free_slots,
+    find_end_of_line,
     find_quote,
     grow_array,
     intern_text,
-    line_end,
     make_pointers,
     pointer,
-    room_left,
     unescape_text,
 )
 
@@ -367,13 +367,13 @@ def _scan_text(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
     args_room, events_room, bad_room = len(keys) - MAX_ARGS, len(ph), len(bad)
     args = pointer(keys), pointer(kinds), pointer(values), pointer(places)
     strings = make_pointers(arrays)
-    room = room_left(pool, starts, table, count)
+    room = count_free_slots(pool, starts, table, count)
     text = pointer(text)
     space = np.zeros(7, np.int64)
     row = pointer(space)
     status, known = _DONE, count[0]
     while p < size:
-        end = line_end(text, p)
+        end = find_end_of_line(text, p)
         begin = p
         if end - p > MAX_LINE:
             if wrong < bad_room:
@@ -404,7 +404,7 @@ def _scan_text(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
             wrong += 1
         if count[0] != known:  # rare: a string that is new
             known = count[0]
-            room = room_left(pool, starts, table, count)
+            room = count_free_slots(pool, starts, table, count)
         p = end + 1
     state[:] = p, i, j, wrong
     return status

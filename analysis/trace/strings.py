@@ -201,14 +201,14 @@ def _rehash(hashes, n, table):
 
 
 @compiled
-def room_left(pool, starts, table, count):
+def count_free_slots(pool, starts, table, count):
     """The length of a line whose strings are sure to fit."""
     n = count[0]
     return min(len(pool) - starts[n] - PAD, 2 * (len(starts) - n - 2), 2 * (len(table) // 2 - n))
 
 
 @compiled
-def line_end(text, p):
+def find_end_of_line(text, p):
     """The place of the newline that ends the line at p."""
     while True:
         w = word(text, p) ^ _NEWLINES

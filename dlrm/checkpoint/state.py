@@ -37,7 +37,7 @@ class FileBackedTable(Protocol):
     def fill(self, read: Callable[[tuple[int, ...], torch.Tensor], int]) -> int: ...
 
 
-def _local_pieces(name: str, value: Any) -> Iterator[TensorPiece]:
+def _list_local_pieces(name: str, value: Any) -> Iterator[TensorPiece]:
     """This rank's rectangles of a tensor; one that is not sharded is a single rectangle on every rank."""
     if isinstance(value, FileBackedTable):
         for tensor in value.copy():
@@ -50,7 +50,7 @@ def _local_pieces(name: str, value: Any) -> Iterator[TensorPiece]:
         yield TensorPiece(name, tuple(value.shape), (0,) * value.dim(), value)
 
 
-def _optimizer_values(optimizer: Any) -> Iterator[tuple[str, Any]]:
+def _list_optimizer_values(optimizer: Any) -> Iterator[tuple[str, Any]]:
     for parameter, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
             # the fused optimizers' keys are TABLE.momentum1
@@ -62,26 +62,26 @@ def _without_compile_prefix(name: str) -> str:
     return name.replace("_orig_mod.", "")  # torch.compile adds it; the weights are the same
 
 
-def named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
+def list_named_tensors(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Any]]:
     """(name, tensor) of everything that a checkpoint stores: torch.Tensor, ShardedTensor or FileBackedTable.
 
     `optimizer`: None for the weights alone.
     """
     ssd_tables = getattr(model, "ssd_tables", None)  # tables in files
-    whole: Callable[[str, Any], Any] = ssd_tables.whole_table if ssd_tables else lambda _, value: value
+    whole: Callable[[str, Any], Any] = ssd_tables.read_whole_table if ssd_tables else lambda _, value: value
     for name, value in model.state_dict().items():
         yield f"model/{_without_compile_prefix(name)}", whole(name, value)
     if optimizer is not None:
-        for name, value in _optimizer_values(optimizer):
+        for name, value in _list_optimizer_values(optimizer):
             yield name, whole(name, value)
 
 
-def pieces_of_rank(model: nn.Module, optimizer: Any, rank: int) -> list[TensorPiece]:
+def list_rank_pieces(model: nn.Module, optimizer: Any, rank: int) -> list[TensorPiece]:
     """What this rank writes: its shards; and on rank 0 the tensors that are the same on every rank."""
     return [
         piece
-        for name, value in named_tensors(model, optimizer)
-        for piece in _local_pieces(name, value)
+        for name, value in list_named_tensors(model, optimizer)
+        for piece in _list_local_pieces(name, value)
         if isinstance(value, ShardedTensor | FileBackedTable) or rank == 0
     ]
 
@@ -102,14 +102,14 @@ def restore_state(
     if optimizer is not None:
         _create_optimizer_state(optimizer, stored)
     filling = _Filling(found)
-    for name, value in named_tensors(model, optimizer):
+    for name, value in list_named_tensors(model, optimizer):
         source = _find_source(name, tuple(value.size()), stored, found)
         if source is None:  # a step counter that the fused optimizers do not have
             value.fill_(float(found.state.get("step", 0)))
         elif isinstance(value, FileBackedTable):
             filling.add_table(name, value, source)
         else:
-            for piece in _local_pieces(name, value):
+            for piece in _list_local_pieces(name, value):
                 filling.add_piece(piece, source)
     for piece in others:
         source = stored.get(piece.name, [])

@@ -38,7 +38,7 @@ def _create_shared(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     """What torch.distributed calls for the backend: a ShmProcessGroup where all ranks can share memory, else
     gloo's. `store`: torch's, with a prefix of this group.
     """
-    store.set(f"host{rank}", _shared_memory_id(size))
+    store.set(f"host{rank}", _make_shared_memory_id(size))
     group = gloo.create_gloo(store, rank, size, timeout)
     hosts = {store.get(f"host{peer}") for peer in range(size)}
     if size > 1 and len(hosts | {b""}) == 2:
@@ -48,7 +48,7 @@ def _create_shared(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     return group
 
 
-def _shared_memory_id(size: int) -> str:
+def _make_shared_memory_id(size: int) -> str:
     """A text that is the same on ranks that can share memory, and different on all others."""
     if platform.machine() != "x86_64" or not os.path.isdir(FOLDER):
         return f"none {platform.node()} {os.getpid()}"

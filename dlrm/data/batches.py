@@ -108,14 +108,14 @@ class BatchLoader:
             self._batch_order = BatchOrder(self.rows, self.seed, self.epoch, self.block_rows)
         if self.source.in_memory and self.steps:
             mine = [
-                split_rows(self.segments, *self.sampler.batch_rows(step, self.rank))
+                split_rows(self.segments, *self.sampler.find_batch_rows(step, self.rank))
                 for step in range(self.steps)
             ]
             segments = merge_ranges([segment for batch in mine for segment in batch])
             if self._batch_order is not None:
                 segments = merge_ranges(sorted(self._locate_rows(segments)))
             if self._order is not None:
-                rows = np.sort(np.concatenate([self._order.rows_at(*segment) for segment in segments]))
+                rows = np.sort(np.concatenate([self._order.take_rows_at(*segment) for segment in segments]))
                 self.source.load(find_runs(rows), scattered=True)
             else:
                 self.source.load(np.array(segments, np.int64), scattered=False)
@@ -128,7 +128,7 @@ class BatchLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in this epoch, of all ranks together, as JSON values."""
-        remaining = [] if self.steps_done - self.steps_before >= self.steps else self.remaining_segments()
+        remaining = [] if self.steps_done - self.steps_before >= self.steps else self.list_remaining()
         return {
             "epoch": self.epoch,
             "step": self.steps_done,
@@ -158,7 +158,7 @@ class BatchLoader:
         self._start_pass([(int(start), int(stop)) for start, stop in state["segments"]], int(state["step"]))
         self._loaded = True
 
-    def remaining_segments(self) -> list[Segment]:
+    def list_remaining(self) -> list[Segment]:
         """What no rank has been given yet, in the order of the epoch's sequence."""
         remaining = self.sampler.find_remaining(self.steps_done - self.steps_before)
         return merge_ranges([part for segment in remaining for part in split_rows(self.segments, *segment)])
@@ -176,12 +176,12 @@ class BatchLoader:
 
     def _read_rows(self, step: int) -> tuple[Rows, np.ndarray]:
         """The rows of a batch and their numbers in the set, int64 [n]."""
-        start, stop = self.sampler.batch_rows(step, self.rank)
+        start, stop = self.sampler.find_batch_rows(step, self.rank)
         pieces = split_rows(self.segments, start, stop)
         if self._shuffle_window is not None:
             return self._shuffle_window.read_positions(pieces)
         if self._order is not None:
-            numbers = np.concatenate([self._order.rows_at(*piece) for piece in pieces])
+            numbers = np.concatenate([self._order.take_rows_at(*piece) for piece in pieces])
             return self.source.take(numbers), numbers
         if self._batch_order is not None:
             pieces = self._locate_rows(pieces)
@@ -190,8 +190,8 @@ class BatchLoader:
             return collect_rows(self.source, pieces), numbers
         if self._batch_order is not None:
             return self.source.read(*pieces[0]), numbers
-        end = self.sampler.batch_rows(self.steps - 1, self.rank)[1]  # nothing beyond the limit is read
-        run = split_rows(self.segments, start, min(self.sampler.contiguous_end(step, self.rank), end))[0]
+        end = self.sampler.find_batch_rows(self.steps - 1, self.rank)[1]  # nothing beyond the limit is read
+        run = split_rows(self.segments, start, min(self.sampler.find_contiguous_end(step, self.rank), end))[0]
         return self.source.read(*pieces[0], run[1]), numbers
 
     def _locate_rows(self, segments: list[Segment]) -> list[Segment]:

@@ -80,11 +80,11 @@ def name_features(count: int) -> list[str]:
     return [f"cat_{number}" for number in range(count)]
 
 
-def array_file_name(day: int, part: str) -> str:
+def name_array_file(day: int, part: str) -> str:
     return f"day_{day}_{part}.npy"
 
 
-def multi_hot_file_name(day: int) -> str:
+def name_multi_hot_file(day: int) -> str:
     return f"day_{day}_sparse_multi_hot.npz"
 
 
@@ -227,7 +227,7 @@ def split_last_day(rows: int) -> tuple[range, range]:
     return range(0, half), range(half, rows)
 
 
-def rows_of_rank(rows: int, rank: int, world_size: int) -> range:
+def find_rank_rows(rows: int, rank: int, world_size: int) -> range:
     """This rank's contiguous share; the first `rows % world_size` ranks take one row more."""
     each, extra = divmod(rows, world_size)
     start = rank * each + min(rank, extra)
@@ -266,7 +266,7 @@ def refuse_without_dataset(folder: str | os.PathLike[str]) -> None:
         )
     raise UserError(
         f"{printable(root)} is not a dataset: it has no {META} and no files like "
-        f"{array_file_name(0, 'dense')}; 2_preprocess_dataset.sh (python -m dlrm.prep run) makes one"
+        f"{name_array_file(0, 'dense')}; 2_preprocess_dataset.sh (python -m dlrm.prep run) makes one"
     )
 
 

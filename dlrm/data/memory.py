@@ -15,7 +15,7 @@ from common.descriptors import opening
 from common.errors import os_errors_as_user_errors
 from common.inputs import open_regular_file
 from dlrm.data.npy import NpyLayout, scan_npy
-from dlrm.data.rows import Rows, SourceKind, batch_key
+from dlrm.data.rows import Rows, SourceKind, name_batch_argument
 from dlrm.data.stream import (
     StreamPiece,
     StreamSource,
@@ -149,7 +149,7 @@ class MappedSource:
         self.stream = StreamSource(layout, stage)
         self.rows, self.row_bytes = self.stream.rows, self.stream.row_bytes
         self.bytes_read = layout.bytes_read
-        self.batch, self.batch_key = 0, batch_key(stage)
+        self.batch, self.batch_key = 0, name_batch_argument(stage)
         self.maps = {
             name: [MappedPiece(piece, part.columns, part.buffer.dtype) for piece in part.pieces]
             for name, part in self.stream.parts.items()

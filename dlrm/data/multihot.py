@@ -16,7 +16,7 @@ import numpy as np
 
 from common.errors import UserError, printable
 from common.memory import refuse_too_large
-from dlrm.data.criteo import MOST_COLUMNS, array_file_name, multi_hot_file_name
+from dlrm.data.criteo import MOST_COLUMNS, name_array_file, name_multi_hot_file
 from dlrm.data.npy import CountingFile, NpyFile, NpyLayout, describe_array, open_array, scan_npy
 from dlrm.data.rows import SourceKind
 from dlrm.data.stream import open_stream
@@ -26,15 +26,15 @@ DRAWS = 1 << 22  # ids drawn by one call: limits memory, the ids are the same
 
 def scan_multi_hot_files(folder: str | os.PathLike[str]) -> NpyLayout:
     """A folder with dense and labels as .npy, sparse as .npz."""
-    absent = [part for part in ("dense", "labels") if not (Path(folder) / array_file_name(0, part)).exists()]
-    if absent and (Path(folder) / multi_hot_file_name(0)).exists():
+    absent = [part for part in ("dense", "labels") if not (Path(folder) / name_array_file(0, part)).exists()]
+    if absent and (Path(folder) / name_multi_hot_file(0)).exists():
         raise UserError(
-            f"{printable(folder)} has multi-hot ids but no {array_file_name(0, absent[0])}: make it with "
+            f"{printable(folder)} has multi-hot ids but no {name_array_file(0, absent[0])}: make it with "
             "python -m dlrm.prep multihot --copy_labels_and_dense, or copy the labels and counts there"
         )
     layout = scan_npy(
         folder,
-        lambda d, part: multi_hot_file_name(d) if part == "sparse" else array_file_name(d, part),
+        lambda d, part: name_multi_hot_file(d) if part == "sparse" else name_array_file(d, part),
         open_npz_or_npy,
     )
     for feature in range(layout.columns.categorical):

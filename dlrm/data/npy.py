@@ -23,9 +23,9 @@ from dlrm.data.criteo import (
     PARTS,
     Columns,
     DatasetMeta,
-    array_file_name,
     count_days,
     join_flaws,
+    name_array_file,
     refuse_without_dataset,
     split_last_day,
 )
@@ -63,10 +63,10 @@ class NpyLayout:
         return Columns(self.parts["dense"][0].columns, features or self.parts["sparse"][0].columns)
 
     def split_days(self, stage: str) -> list[tuple[int, range]]:
-        return rows_of_stage([file.rows for file in self.parts["dense"]], stage)
+        return list_stage_rows([file.rows for file in self.parts["dense"]], stage)
 
 
-def rows_of_stage(rows: list[int], stage: str) -> list[tuple[int, range]]:
+def list_stage_rows(rows: list[int], stage: str) -> list[tuple[int, range]]:
     """(day, rows of it) of a stage: all days but the last train, the last one's halves val and test."""
     last = len(rows) - 1
     held_out = rows[0] // ONE_DAY_HELD_OUT if last == 0 else rows[last]
@@ -151,7 +151,7 @@ def open_array(path: str, part: str, columns: int | None, bytes_read: dict[str, 
 
 def scan_npy(
     folder: str | os.PathLike[str],
-    name: Names = array_file_name,
+    name: Names = name_array_file,
     opener: Opener = open_array,
 ) -> NpyLayout:
     """Find the days of a folder and check every file; UserError names all that are bad.

@@ -27,9 +27,9 @@ from dlrm.data.criteo import (
     join_flaws,
     refuse_without_dataset,
 )
-from dlrm.data.npy import CountingFile, rows_of_stage
+from dlrm.data.npy import CountingFile, list_stage_rows
 from dlrm.data.parquet_footer import read_footer
-from dlrm.data.rows import STAGES, Rows, SourceKind, batch_key
+from dlrm.data.rows import STAGES, Rows, SourceKind, name_batch_argument
 from dlrm.data.shuffle import join_rows
 from dlrm.runtime.trace import span
 
@@ -69,7 +69,7 @@ class ParquetLayout:
             return [(file, range(file.rows)) for file in self.files[stage]]
         days = [sum(file.rows for file in files) for files in self.files.values()]
         found = []
-        for day, wanted in rows_of_stage(days, stage):
+        for day, wanted in list_stage_rows(days, stage):
             first = 0
             for file in self.files[str(day)]:
                 rows = range(max(wanted.start - first, 0), min(wanted.stop - first, file.rows))
@@ -235,7 +235,7 @@ class ParquetSource:
     contiguous = True  # in step order each of several ranks would read every group
 
     def __init__(self, layout: ParquetLayout, stage: str) -> None:
-        self.batch_key = batch_key(stage)
+        self.batch_key = name_batch_argument(stage)
         self.bytes_read, self.batch = layout.bytes_read, 0
         self.columns = layout.columns
         self.row_bytes = 4 * len(self.columns.names)

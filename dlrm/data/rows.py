@@ -15,7 +15,7 @@ STAGES = ("train", "val", "test")
 RANDOM_ROWS = 1 << 20
 
 
-def batch_key(stage: str) -> str:
+def name_batch_argument(stage: str) -> str:
     """The argument of a read's span that has its batch: only reads for training belong to training steps."""
     return "batch" if stage == "train" else "eval_batch"
 

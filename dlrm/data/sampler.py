@@ -10,7 +10,7 @@ ranks one row longer.
 from dataclasses import dataclass
 from functools import cached_property
 
-from dlrm.data.criteo import rows_of_rank
+from dlrm.data.criteo import find_rank_rows
 from dlrm.runtime.errors import UserError
 
 Segment = tuple[int, int]
@@ -51,9 +51,9 @@ class RowSampler:
         return min(-(-shares[0] // self.batch_size), shares[1])
 
     def _find_share(self, rank: int) -> range:
-        return rows_of_rank(self.rows, rank, self.world_size)
+        return find_rank_rows(self.rows, rank, self.world_size)
 
-    def first_row(self, step: int, rank: int) -> int:
+    def find_first_row(self, step: int, rank: int) -> int:
         """First row of a rank's batch; for step == steps, the end of its last one."""
         if self.by_rank:
             share = self._find_share(rank)
@@ -66,25 +66,25 @@ class RowSampler:
         base = min(step, self.full_steps) * self.batch_size * self.world_size
         if step < self.full_steps:
             return base + rank * self.batch_size
-        return base + rows_of_rank(self.rows - base, rank, self.world_size).start
+        return base + find_rank_rows(self.rows - base, rank, self.world_size).start
 
-    def batch_rows(self, step: int, rank: int) -> Segment:
+    def find_batch_rows(self, step: int, rank: int) -> Segment:
         """(first row, row after the last) of a rank's batch."""
-        start = self.first_row(step, rank)
+        start = self.find_first_row(step, rank)
         if self.by_rank:
-            return start, self.first_row(step + 1, rank)
+            return start, self.find_first_row(step + 1, rank)
         if step < self.full_steps:
             return start, start + self.batch_size
         base = self.full_steps * self.batch_size * self.world_size
-        return start, base + rows_of_rank(self.rows - base, rank, self.world_size).stop
+        return start, base + find_rank_rows(self.rows - base, rank, self.world_size).stop
 
-    def contiguous_end(self, step: int, rank: int) -> int:
+    def find_contiguous_end(self, step: int, rank: int) -> int:
         """The row after the last that follows this batch on the same rank without a gap."""
         if self.by_rank:
-            return self.first_row(self.steps, rank)
+            return self.find_first_row(self.steps, rank)
         if self.world_size == 1:
-            return self.batch_rows(self.steps - 1, rank)[1]
-        return self.batch_rows(step, rank)[1]
+            return self.find_batch_rows(self.steps - 1, rank)[1]
+        return self.find_batch_rows(step, rank)[1]
 
     def find_remaining(self, step: int) -> list[Segment]:
         """The rows that no rank has been given before this step."""
@@ -92,9 +92,10 @@ class RowSampler:
             return []
         if self.by_rank:
             return [
-                (self.first_row(step, rank), self._find_share(rank).stop) for rank in range(self.world_size)
+                (self.find_first_row(step, rank), self._find_share(rank).stop)
+                for rank in range(self.world_size)
             ]
-        return [(self.first_row(step, 0), self.rows)]
+        return [(self.find_first_row(step, 0), self.rows)]
 
 
 def split_rows(segments: list[Segment], start: int, stop: int) -> list[Segment]:

@@ -34,12 +34,12 @@ class ShuffledOrder:
         self.starts = np.concatenate([[0], ends[BLOCKS - 1 :: BLOCKS], ends[-1:]])  # of each window
         self.starts = np.unique(self.starts)
 
-    def rows_at(self, start: int, stop: int) -> np.ndarray:
+    def take_rows_at(self, start: int, stop: int) -> np.ndarray:
         """The rows at positions start to stop - 1. Only without windows."""
         assert self._permutation is not None
         return self._permutation[start:stop]
 
-    def window_of(self, position: int) -> int:
+    def find_window(self, position: int) -> int:
         """Number of the window that has this position."""
         return int(np.searchsorted(self.starts, position, side="right")) - 1
 
@@ -91,7 +91,7 @@ class ShuffleWindow:
         pieces, rows = [], []
         for start, stop in segments:
             while start < stop:
-                number = self.order.window_of(start)
+                number = self.order.find_window(start)
                 if number != self.number:
                     self._load(number)
                 assert self.window is not None
@@ -118,14 +118,14 @@ def collect_rows(source: RowSource, segments: list[Segment]) -> Rows:
     for start, stop in segments:
         rows = source.read(start, stop, stop)
         if collected is None:
-            collected = empty_rows(rows, total)
+            collected = allocate_rows(rows, total)
         copy_rows(rows, collected, done)
         done += stop - start
     assert collected is not None, "no segments"
     return collected
 
 
-def empty_rows(like: Rows, rows: int) -> Rows:
+def allocate_rows(like: Rows, rows: int) -> Rows:
     """Uninitialised arrays for `rows` rows, with the columns and dtypes of `like`."""
 
     def make_empty(array: np.ndarray) -> np.ndarray:
@@ -149,7 +149,7 @@ def copy_rows(rows: Rows, into: Rows, at: int) -> None:
 
 
 def join_rows(pieces: list[Rows]) -> Rows:
-    joined = empty_rows(pieces[0], sum(len(piece.dense) for piece in pieces))
+    joined = allocate_rows(pieces[0], sum(len(piece.dense) for piece in pieces))
     done = 0
     for piece in pieces:
         copy_rows(piece, joined, done)

@@ -13,7 +13,7 @@ from common.descriptors import opening
 from common.errors import UserError, printable
 from common.inputs import open_regular_file
 from dlrm.data.npy import NpyLayout, scan_npy
-from dlrm.data.rows import Rows, SourceKind, SourceOptions, batch_key
+from dlrm.data.rows import Rows, SourceKind, SourceOptions, name_batch_argument
 from dlrm.runtime.trace import span
 
 
@@ -146,7 +146,7 @@ class StreamSource:
             ]
             dtype = np.float32 if name == "dense" else np.int32
             self.parts[name] = StreamedArray(
-                name, files[0].columns, dtype, pieces, self.bytes_read, batch_key(stage)
+                name, files[0].columns, dtype, pieces, self.bytes_read, name_batch_argument(stage)
             )
         self.row_bytes = sum(part.row_bytes for part in self.parts.values())
         self.chunk_rows = max(1, int(chunk_mb * (1 << 20)) // self.row_bytes)

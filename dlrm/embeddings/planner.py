@@ -36,8 +36,8 @@ from torchrec.distributed.types import (
 
 from common.errors import UserError, printable
 from common.inputs import read_json
-from common.memory import format_size, host_memory, memory_limit
-from dlrm.embeddings.row_adam import adam_on_cpu
+from common.memory import find_host_memory, find_memory_limit, format_size
+from dlrm.embeddings.row_adam import use_row_adam_on_cpu
 from dlrm.embeddings.tables import FirstWeights, initialize_tables
 from dlrm.runtime import accelerate
 from dlrm.runtime.ranks import Ranks
@@ -57,8 +57,8 @@ RESERVED = 0.15  # share of a GPU's memory for the dense part, activations, comm
 class _RowWiseToo:
     """Adds row-wise sharding on CPUs: torchrec's modules can do it, but its planner does not offer it."""
 
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        offered = super().sharding_types(compute_device_type)  # type: ignore[misc]
+    def choose_sharding_types(self, compute_device_type: str) -> list[str]:
+        offered = super().choose_sharding_types(compute_device_type)  # type: ignore[misc]
         return offered if ShardingType.ROW_WISE.value in offered else [*offered, ShardingType.ROW_WISE.value]
 
 
@@ -157,12 +157,12 @@ def make_plan(
     table (multi-hot). memory: bytes that a rank may use for tables; None: the device's.
     Tables without a constraint are never data-parallel: those cannot be updated in the backward pass.
     """
-    tables = table_shapes(module)
+    tables = list_table_shapes(module)
     choices = [FIRST_CHOICE[device.type], MODEL_PARALLEL]
     candidates = [_make_constraints(list(tables), constraints or {}, poolings, choice) for choice in choices]
     result: list[Any] = [None]
     if ranks.first:
-        limit = memory_of_rank(device, ranks) if memory is None else memory
+        limit = find_rank_memory(device, ranks) if memory is None else memory
         for candidate in candidates:
             result = [_plan_or_reason(module, device, ranks, batch_size, candidate, limit, tables)]
             if not isinstance(result[0], str):
@@ -210,14 +210,14 @@ def _plan_or_reason(
         )
 
 
-def memory_of_rank(device: torch.device, ranks: Ranks) -> int:
+def find_rank_memory(device: torch.device, ranks: Ranks) -> int:
     """Bytes that one rank may use: its GPU's, or its share of the memory of the host or its control group."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return min(host_memory() // max(1, ranks.local_world_size), memory_limit())
+    return min(find_host_memory() // max(1, ranks.local_world_size), find_memory_limit())
 
 
-def table_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+def list_table_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Table -> (rows, width)."""
     shapes = {}
     for part in module.modules():
@@ -263,7 +263,7 @@ def shard_model(
 
     first_weights: of the tables; None: as `initialize_tables` draws them.
     """
-    with warnings.catch_warnings(), adam_on_cpu(module, device):
+    with warnings.catch_warnings(), use_row_adam_on_cpu(module, device):
         warnings.simplefilter("ignore", FutureWarning)  # torchrec uses names that torch has deprecated
         model = DistributedModelParallel(module, device=device, plan=plan, sharders=make_sharders())
     _give_each_id_a_bag(model)

@@ -151,7 +151,7 @@ class RowAdam(torch.optim.Optimizer):
 
 
 @contextlib.contextmanager
-def adam_on_cpu(module: nn.Module, device: torch.device) -> Iterator[None]:
+def use_row_adam_on_cpu(module: nn.Module, device: torch.device) -> Iterator[None]:
     """In it torchrec makes `AdamTables` where the tables' optimizer is Adam and the device a CPU."""
     wanted = (each for weights in module.parameters() for each in getattr(weights, "_optimizer_classes", []))
     if device.type != "cpu" or torch.optim.Adam not in wanted:

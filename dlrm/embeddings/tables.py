@@ -64,7 +64,7 @@ def _leave_unfilled(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def table_parameters(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor | ShardedTensor]]:
+def list_table_weights(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor | ShardedTensor]]:
     """(state name, table, weight) of every table in `module`, sharded or whole."""
     for key, weight in module.state_dict(keep_vars=False).items():
         match = WEIGHT.search(key)
@@ -91,7 +91,7 @@ def draw_truncated_normal(deviation: float) -> FirstWeights:
 @torch.no_grad()
 def initialize_tables(module: nn.Module, seed: int = 0, first_weights: FirstWeights | None = None) -> None:
     """Fill this rank's shards; by default uniform in +-sqrt(1 / rows), as in the DLRM paper."""
-    for _, table, weight in table_parameters(module):
+    for _, table, weight in list_table_weights(module):
         if isinstance(weight, ShardedTensor):
             rows, width = weight.metadata().size
             for shard in weight.local_shards():

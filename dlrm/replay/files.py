@@ -228,7 +228,7 @@ def find_open_flags(call: TracedCall) -> int | None:
 
 def find_stream_mode(call: TracedCall) -> str | None:
     """fopen(3)'s mode."""
-    mode = call.other_arguments().get("mode")
+    mode = call.list_other_arguments().get("mode")
     # without what may follow a comma: a conversion of characters, which glibc loads code for
     return mode.partition(",")[0] if isinstance(mode, str) and mode[:1] in tuple("rwa") else None
 

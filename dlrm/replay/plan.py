@@ -52,7 +52,7 @@ class TracedCall(NamedTuple):
     unused: bool  # an open after which the process does nothing with the file: perhaps it failed
     opens: int  # how often the process had opened the file before
 
-    def other_arguments(self) -> dict[str, Any]:
+    def list_other_arguments(self) -> dict[str, Any]:
         """The other arguments."""
         try:
             found = json.loads(self.args or "{}")
@@ -62,7 +62,7 @@ class TracedCall(NamedTuple):
 
     def argument(self, key: str, otherwise: int) -> int:
         """A whole number among the other arguments."""
-        value = self.other_arguments().get(key)
+        value = self.list_other_arguments().get(key)
         return value if isinstance(value, int) and 0 <= value < 1 << 62 else otherwise
 
 

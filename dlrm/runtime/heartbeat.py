@@ -36,8 +36,8 @@ from dlrm.runtime.failure_notice import (
 )
 from dlrm.runtime.peers import ENDED_WELL, LocalPeers, RankProcess
 from dlrm.runtime.ranks import Ranks
-from dlrm.runtime.rendezvous import END_SECONDS, heartbeat_key
-from dlrm.runtime.signed_store import SignedStore, job_key
+from dlrm.runtime.rendezvous import END_SECONDS, name_heartbeat
+from dlrm.runtime.signed_store import SignedStore, read_job_key
 
 BEAT_SECONDS = 1.0
 LEAVE_SECONDS = 5  # at the end rank 0 keeps the store for the others at most so long
@@ -85,7 +85,7 @@ class Heartbeat:
             self._guard = threading.Thread(target=self._guard_processes, name="guard", daemon=True)
             self._guard.start()  # before the store is asked, which may not answer any more
             try:
-                self._store = SignedStore(store.clone().store, job_key(), timeout)
+                self._store = SignedStore(store.clone().store, read_job_key(), timeout)
             except RuntimeError:
                 notice = self._explain_lost_store()
                 self._closed.set()
@@ -111,7 +111,7 @@ class Heartbeat:
             now = time.monotonic()
             notice = None
             try:
-                self._store.set(heartbeat_key(self._here.rank), str(count))
+                self._store.set(name_heartbeat(self._here.rank), str(count))
                 if now - before > 5 * BEAT_SECONDS:
                     # this process itself was stopped (Ctrl-Z, a debugger): it has missed the others'
                     # heartbeats
@@ -181,7 +181,7 @@ class Heartbeat:
                 if cause == ENDED_WELL or not ask_store or self._all_finished:
                     continue
                 with contextlib.suppress(RuntimeError):
-                    if self._store.check([_finished_key(rank)]):
+                    if self._store.check([_name_finished(rank)]):
                         continue
             return FailureNotice(describe_end(rank, cause, dict(enumerate(self._processes))))
         return None
@@ -239,7 +239,7 @@ class Heartbeat:
     def mark_finished(self) -> None:
         """The work of this rank is done; it still waits for the others."""
         if self._here.world_size > 1:
-            self._store.set(_finished_key(self._here.rank), "")
+            self._store.set(_name_finished(self._here.rank), "")
             self._finished = True
 
     def leave_store(self) -> None:
@@ -249,13 +249,13 @@ class Heartbeat:
             return
         with contextlib.suppress(RuntimeError):
             if not self._here.first:
-                self._store.set(_left_key(self._here.rank), "")
+                self._store.set(_name_left(self._here.rank), "")
                 self._closed.set()
                 return
             missing = set(range(1, self._here.world_size))
             deadline = time.monotonic() + LEAVE_SECONDS
             while missing and time.monotonic() < deadline and not self._ended.keys() >= missing:
-                missing = {rank for rank in missing if not self._store.check([_left_key(rank)])}
+                missing = {rank for rank in missing if not self._store.check([_name_left(rank)])}
                 time.sleep(0.002)
 
     def announce_failure(self, code: int = 1) -> None:
@@ -316,11 +316,11 @@ class Heartbeat:
                 self._peers.close()
 
 
-def _finished_key(rank: int) -> str:
+def _name_finished(rank: int) -> str:
     return f"dlrm/finished/{rank}"
 
 
-def _left_key(rank: int) -> str:
+def _name_left(rank: int) -> str:
     return f"dlrm/left/{rank}"
 
 
@@ -336,7 +336,7 @@ class _PeerHeartbeats:
 
     def read_all(self) -> None:
         now = time.monotonic()
-        values = self._store.multi_get([heartbeat_key(rank) for rank in self._ranks])
+        values = self._store.multi_get([name_heartbeat(rank) for rank in self._ranks])
         for rank, value in zip(self._ranks, values, strict=True):
             if value is None:  # not signed by a rank of this job: keep the time, the rank may be gone
                 self._last.setdefault(rank, (b"", now))

@@ -51,29 +51,29 @@ def choose_scheduler(environ: Mapping[str, str]) -> str:
 def make_command(scheduler: str, after: str, environ: Mapping[str, str]) -> list[str]:
     if scheduler == PBS:
         waits = ["-W", f"depend=afterany:{after}"] if after else []
-        return ["qsub", "-V", *_pbs_options(environ), *waits, str(SCRIPT)]
+        return ["qsub", "-V", *_choose_pbs_options(environ), *waits, str(SCRIPT)]
     waits = [f"--dependency=afterany:{after}"] if after else []
-    return ["sbatch", "--parsable", "--export=ALL", *_slurm_options(environ), *waits, str(SCRIPT)]
+    return ["sbatch", "--parsable", "--export=ALL", *_choose_slurm_options(environ), *waits, str(SCRIPT)]
 
 
-def _pbs_options(environ: Mapping[str, str]) -> list[str]:
+def _choose_pbs_options(environ: Mapping[str, str]) -> list[str]:
     if "DLRM_QSUB_ANALYSIS" in environ:
         return shlex.split(environ["DLRM_QSUB_ANALYSIS"])
     words = shlex.split(environ.get("DLRM_QSUB", "")) or _ask_pbs(environ.get("PBS_JOBID", ""))
     kept: list[str] = []
     select = "select=1"
-    for word, value in _pairs(words, ("-l", "-N", "-J")):
+    for word, value in _pair_options(words, ("-l", "-N", "-J")):
         if word != "-l" and value is None:
             kept.append(word)
         elif word == "-l" and value:
             if re.match(r"(select|nodes)=", value):
-                select = _one_chunk(value)
+                select = _reduce_to_one_chunk(value)
             elif not re.match(r"(place|ncpus|ngpus|mpiprocs)=", value):
                 kept += ["-l", value]
     return [*kept, "-l", select]
 
 
-def _one_chunk(resource: str) -> str:
+def _reduce_to_one_chunk(resource: str) -> str:
     """ "select=2:system=x:ngpus=4+1:y" as "select=1:system=x": one node, for one process."""
     name, _, value = resource.partition("=")
     parts = value.split("+")[0].split(":")
@@ -96,19 +96,19 @@ def _ask_pbs(job: str) -> list[str]:
         return []
 
 
-def _slurm_options(environ: Mapping[str, str]) -> list[str]:
+def _choose_slurm_options(environ: Mapping[str, str]) -> list[str]:
     if "DLRM_SBATCH_ANALYSIS" in environ:
         return shlex.split(environ["DLRM_SBATCH_ANALYSIS"])
     words = shlex.split(environ.get("DLRM_SBATCH", ""))
     for option in ("account", "partition", "qos"):
         value = environ.get(f"SLURM_JOB_{option.upper()}")
         words += [f"--{option}={value}"] if "DLRM_SBATCH" not in environ and value else []
-    kept = [word for word, value in _pairs(words, SIZES) if value is None]
+    kept = [word for word, value in _pair_options(words, SIZES) if value is None]
     # It works on all processors of its node.
     return [*kept, "--nodes=1", "--ntasks=1", "--exclusive"]
 
 
-def _pairs(words: Sequence[str], valued: Sequence[str]) -> list[tuple[str, str | None]]:
+def _pair_options(words: Sequence[str], valued: Sequence[str]) -> list[tuple[str, str | None]]:
     """(option, its value) for options in `valued`, in any spelling; (word, None) for all other words."""
     pairs: list[tuple[str, str | None]] = []
     left = list(words)

@@ -31,7 +31,7 @@ from dlrm.runtime.failure_notice import (
 )
 from dlrm.runtime.peers import LocalPeers, RankProcess
 from dlrm.runtime.ranks import Ranks
-from dlrm.runtime.signed_store import POLL_SECONDS, TOKEN, SignedStore, job_key
+from dlrm.runtime.signed_store import POLL_SECONDS, TOKEN, SignedStore, read_job_key
 
 STORE_SECONDS = 300  # how long a value may be waited for, among ranks that are alive
 READ_SECONDS = 1.0  # rank 0 keeps the store so long after a notice: the others read it first
@@ -39,7 +39,7 @@ READ_SECONDS = 1.0  # rank 0 keeps the store so long after a notice: the others 
 END_SECONDS = 3
 
 
-def heartbeat_key(rank: int) -> str:
+def name_heartbeat(rank: int) -> str:
     return f"dlrm/heartbeat/{rank}"
 
 
@@ -50,8 +50,8 @@ def rendezvous(here: Ranks, timeout: int) -> tuple[SignedStore, list[RankProcess
     """
     myself = RankProcess.of_this_process(here.host)
     if here.world_size == 1:
-        return SignedStore(dist.HashStore(), job_key(), STORE_SECONDS), [myself]
-    store = SignedStore(_open_store(here, timeout), job_key(), timeout)
+        return SignedStore(dist.HashStore(), read_job_key(), STORE_SECONDS), [myself]
+    store = SignedStore(_open_store(here, timeout), read_job_key(), timeout)
     peers = LocalPeers()
     connected = {here.rank: myself}  # by rank: those that this rank knows so far
     try:
@@ -65,7 +65,7 @@ def rendezvous(here: Ranks, timeout: int) -> tuple[SignedStore, list[RankProcess
         raise
     finally:
         peers.close()
-    return SignedStore(store.store, job_key(), STORE_SECONDS), processes
+    return SignedStore(store.store, read_job_key(), STORE_SECONDS), processes
 
 
 def _exchange_processes(
@@ -90,7 +90,7 @@ def _exchange_processes(
                 peers.add(rank, read[0])
         if here.first or 0 in connected:
             store.set(f"dlrm/process/{here.rank}", json.dumps(asdict(myself)))
-            store.set(heartbeat_key(here.rank), "0")
+            store.set(name_heartbeat(here.rank), "0")
         if here.first and len(connected) == here.world_size:
             processes = [connected[rank] for rank in range(here.world_size)]
             store.set("dlrm/processes", json.dumps([asdict(each) for each in processes]))

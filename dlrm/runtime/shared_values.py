@@ -11,7 +11,7 @@ from multiprocessing.managers import BaseManager
 from typing import Any
 
 from dlrm.runtime.mpi import RankGroup
-from dlrm.runtime.signed_store import job_key
+from dlrm.runtime.signed_store import read_job_key
 
 
 class SharedValues:
@@ -37,7 +37,7 @@ def open_shared_values(group: RankGroup) -> Any:
     values = SharedValues()
     if group.here.world_size == 1:
         return values
-    key = job_key()
+    key = read_job_key()
     multiprocessing.current_process().authkey = key
     port = 0
     if group.here.first:

@@ -19,7 +19,7 @@ DIGEST_BYTES = 32  # of SHA-256; in front of a value, as hexadecimal digits
 POLL_SECONDS = 0.01
 
 
-def job_key(environ: Mapping[str, str] = os.environ) -> bytes:
+def read_job_key(environ: Mapping[str, str] = os.environ) -> bytes:
     """The key that signs this job's values: 32 bytes.
 
     With launcher.sh's random token it keeps other programs out. Without one it is made of the port and
@@ -38,7 +38,7 @@ class SignedStore:
     """
 
     def __init__(self, store: Any, key: bytes, seconds: float) -> None:
-        """`key`: of the job, see `job_key`. `seconds`: how long a call waits for a value."""
+        """`key`: of the job, see `read_job_key`. `seconds`: how long a call waits for a value."""
         self.store, self._key, self._seconds = store, key, seconds
         store.set_timeout(timedelta(seconds=seconds))
 

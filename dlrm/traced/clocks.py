@@ -12,7 +12,7 @@ from typing import Any
 from dlrm.runtime import trace
 from dlrm.runtime.clock_offset import ROUND_TRIPS, answer_host, measure_offset
 from dlrm.runtime.ranks import Ranks, find_ranks
-from dlrm.runtime.signed_store import SignedStore, job_key
+from dlrm.runtime.signed_store import SignedStore, read_job_key
 
 SECONDS = {"start": 60, "end": 3}  # how long a rank waits for the others
 _marked: set[str] = set()
@@ -70,7 +70,7 @@ def _mark_clock(dist: Any, here: Ranks, when: str) -> None:
         base = dist.distributed_c10d._get_default_store()
         base = base.clone() if hasattr(base, "clone") else base
         store = dist.PrefixStore(f"dlrm-traced-{when}", base)
-        signed = SignedStore(store, job_key(), SECONDS[when])
+        signed = SignedStore(store, read_job_key(), SECONDS[when])
         hosts = _gather_hosts(signed, here)
         asking = [hosts.index(host) for host in dict.fromkeys(hosts) if host != hosts[0]]
         if here.first:

@@ -165,7 +165,7 @@ class CheckpointManager(CheckpointSchedule):
         started = time.perf_counter()
         trainer = self.trainer
         with trace.span("checkpoint", "collect"):  # tables in files write their changed rows
-            pieces = state.pieces_of_rank(trainer.model, trainer.optimizer, self.here.rank)
+            pieces = state.list_rank_pieces(trainer.model, trainer.optimizer, self.here.rank)
         self.writer.save(pieces + self._list_rank_state(), self._describe_training(), trainer.progress.step)
         trainer.meter.exclude_time(time.perf_counter() - started)
 
@@ -202,7 +202,7 @@ class CheckpointManager(CheckpointSchedule):
             "results": trainer.results,
             "evaluate_seconds": trainer.evaluate_seconds,
             "meter_steps": trainer.meter.steps,
-            **trainer.run_folder.metrics_position(),
+            **trainer.run_folder.find_metrics_position(),
             "world_size": self.here.world_size,
             "config": asdict(trainer.options),
             "time": time.time(),

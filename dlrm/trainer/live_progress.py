@@ -59,7 +59,7 @@ def report_while_training(
                     "silent": [[rank, *silent[rank]] for rank in sorted(silent)[:MOST_RANKS]],
                 }
             )  # fmt: skip
-            if run_folder.quiet_seconds() >= QUIET_SECONDS:
+            if run_folder.measure_quiet_seconds() >= QUIET_SECONDS:
                 run_folder.show_position(progress.epoch, progress.step, progress.validating_at is not None)
             if stop.wait(WRITE_SECONDS):
                 return

@@ -25,7 +25,7 @@ def _average_reports(reports: list[Report]) -> tuple[float, float]:
     return losses / total, sum(rows * share for _, rows, _, share in reports) / total
 
 
-def binary_entropy(share: float) -> float:
+def compute_binary_entropy(share: float) -> float:
     """The log loss of a constant that predicts this share of ones."""
     return -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)
 
@@ -78,7 +78,7 @@ class LossWatch:
             return None
         within = self._reports[1:]  # the steps after `first`
         mean_loss, share = _average_reports(within)
-        entropy = binary_entropy(share)
+        entropy = compute_binary_entropy(share)
         half = len(within) // 2
         falls = half > 0 and _average_reports(within[half:])[0] < FALLS * _average_reports(within[:half])[0]
         if mean_loss < AT_ENTROPY * entropy or falls:

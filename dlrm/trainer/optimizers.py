@@ -18,7 +18,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from dlrm.embeddings.row_adam import RowAdam
-from dlrm.embeddings.tables import WEIGHT, table_parameters
+from dlrm.embeddings.tables import WEIGHT, list_table_weights
 from dlrm.runtime.errors import UserError
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -72,7 +72,7 @@ class ShardedState(KeyedOptimizerWrapper):
         return found
 
 
-def _optimizer_arguments(
+def _choose_optimizer_arguments(
     name: str, lr: float, eps: float, betas: tuple[float, float], weight_decay: float
 ) -> dict[str, Any]:
     """The keyword arguments of optimizer `name`, a key of RULES: those of these that it uses."""
@@ -96,7 +96,7 @@ def apply_in_backward(
 
     name  a key of RULES;  eps  ignored by the optimizers that do not use it
     """
-    arguments = _optimizer_arguments(name, lr, eps, BETAS, weight_decay)
+    arguments = _choose_optimizer_arguments(name, lr, eps, BETAS, weight_decay)
     arguments.pop("betas", None)  # fbgemm has them under other names, with the same defaults
     if device.type == "cpu" and weight_decay and RULES[name].fused is torch.optim.Adam:
         raise UserError(f"--optimizer {name}: on CPUs tables have no weight decay; give --weight_decay 0")
@@ -121,7 +121,7 @@ def make_dense_optimizer(
     makes. torchrec's in-backward optimizers silently skip them, so they would never be trained. They get the
     same rule here, each kind as a part of its own.
     """
-    arguments = _optimizer_arguments(name, lr, eps, betas, weight_decay)
+    arguments = _choose_optimizer_arguments(name, lr, eps, betas, weight_decay)
     rule = RULES[name]
     others = dict(in_backward_optimizer_filter(model.named_parameters()))
     replicated = {key: value for key, value in others.items() if WEIGHT.search(key)}
@@ -133,7 +133,9 @@ def make_dense_optimizer(
             "give them another sharding, or choose adagrad"
         )
     parts: list[Any] = [model.fused_optimizer]
-    weights = {key: weight for key, _, weight in table_parameters(model) if isinstance(weight, ShardedTensor)}
+    weights = {
+        key: weight for key, _, weight in list_table_weights(model) if isinstance(weight, ShardedTensor)
+    }
     sharded = {key: value for key, value in replicated.items() if key in weights}
 
     def make_optimizer(make: Make, parameters: Any) -> torch.optim.Optimizer:

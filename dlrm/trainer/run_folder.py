@@ -132,7 +132,7 @@ class RunFolder:
 
     # --- metrics.jsonl
 
-    def metrics_position(self) -> dict[str, int | None]:
+    def find_metrics_position(self) -> dict[str, int | None]:
         """Length and checksum of metrics.jsonl now; a checkpoint stores them for `resume_metrics`."""
         if self._metrics < 0:
             return {"metrics_bytes": None, "metrics_crc32": None}
@@ -151,8 +151,8 @@ class RunFolder:
     def resume_metrics(self, step: int, size: Any = None, checksum: Any = None) -> None:
         """Training resumes after this step: cut the lines that it is going to write again.
 
-        `size`, `checksum`: what `metrics_position` returned when the checkpoint was saved, as the checkpoint
-        has them, unchecked.
+        `size`, `checksum`: what `find_metrics_position` returned when the checkpoint was saved, as the
+        checkpoint has them, unchecked.
         """
         if not self._output:
             return
@@ -212,7 +212,7 @@ class RunFolder:
         """Whether this rank prints and writes."""
         return self._first
 
-    def quiet_seconds(self) -> float:
+    def measure_quiet_seconds(self) -> float:
         """Since the last line."""
         return time.monotonic() - self._last_line
 

@@ -60,7 +60,7 @@ def write_reports(run: Path, steps: range, **known: Any) -> dict[str, Any]:
     place: dict[str, Any] = {}
     for step in steps:
         records.log_metrics(step=step, epoch=0, loss=1.0, lr=0.1, samples_per_second=1.0, step_time=1.0)
-        place = records.metrics_position()
+        place = records.find_metrics_position()
     records.close()
     return place
 

@@ -56,7 +56,7 @@ class Job:
 def checkpoint(root: Path) -> Path:
     job, model = Job(), Small()
     own = {"meter/0": job.meter.sums, "rng/cpu/0": torch.get_rng_state()}
-    pieces = state.pieces_of_rank(model, None, 0)
+    pieces = state.list_rank_pieces(model, None, 0)
     pieces += [make_whole_piece(name, value) for name, value in own.items()]
     saver = state.open_writer(root, Ranks(), torch.distributed.HashStore(), None, timeout=10)
     saver.save(pieces, STATE, 4)

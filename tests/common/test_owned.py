@@ -153,7 +153,7 @@ def test_only_own_results_are_replaced(tmp_path: Path) -> None:
         assert not OutputFolder(tmp_path).remove_file(name)
     assert (tmp_path / "a").read_text() == "edited by hand"
     assert (tmp_path / "foreign").read_text() == "mine"
-    assert OutputFolder(tmp_path).own_names() == ["sub/b"]
+    assert OutputFolder(tmp_path).list_own_names() == ["sub/b"]
     assert not list(tmp_path.rglob("*.partial"))
 
 

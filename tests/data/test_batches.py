@@ -101,7 +101,9 @@ def test_dealing_gives_every_row_once_and_no_empty_batch(by_rank: bool) -> None:
                     continue
                 sampler = RowSampler(rows, size, world, by_rank)
                 cuts = [
-                    sampler.batch_rows(step, rank) for step in range(sampler.steps) for rank in range(world)
+                    sampler.find_batch_rows(step, rank)
+                    for step in range(sampler.steps)
+                    for rank in range(world)
                 ]
                 sizes = [stop - start for start, stop in cuts]
                 assert min(sizes) >= 1
@@ -114,7 +116,7 @@ def test_dealing_gives_every_row_once_and_no_empty_batch(by_rank: bool) -> None:
                 assert dropped.steps == rows // (size * world)
                 for step in range(dropped.steps):
                     for rank in range(world):
-                        start, stop = dropped.batch_rows(step, rank)
+                        start, stop = dropped.find_batch_rows(step, rank)
                         assert stop - start == size
 
 

@@ -97,7 +97,7 @@ def read_cache(argv: list[str]) -> int:
         made = sequences.Histories(arrays["items"], arrays["starts"], facts["items"])
         if facts["items"] < 1 << 20:
             np.zeros(made.vocabulary)[arrays["negatives"].ravel()]
-        bert_dataloaders.best_reachable_scores(
+        bert_dataloaders.compute_best_scores(
             bert_dataloaders.PreparedData(made, arrays["negatives"]), (1, 10)
         )
     return 0

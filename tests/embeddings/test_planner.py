@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.ranks import on_ranks
 
-from dlrm.embeddings.planner import describe_plan, load_constraints, make_plan, memory_of_rank, plan_as_dict
+from dlrm.embeddings.planner import describe_plan, find_rank_memory, load_constraints, make_plan, plan_as_dict
 from dlrm.embeddings.tables import make_table_configs
 from dlrm.models.dlrm.model import DLRMTrain, build_dlrm
 from dlrm.runtime.errors import UserError
@@ -129,7 +129,7 @@ def test_tables_that_fit_nowhere_are_reported_with_sizes() -> None:
 
 
 def test_memory_of_a_rank_is_its_share() -> None:
-    assert memory_of_rank(CPU, Ranks(0, 0, 4, 4)) == memory_of_rank(CPU, Ranks()) // 4
+    assert find_rank_memory(CPU, Ranks(0, 0, 4, 4)) == find_rank_memory(CPU, Ranks()) // 4
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_auto_takes_files_where_memory_is_short(
     memory = train_here(*words)
     assert "tables: device_mem: tables and optimizer take 0.00998 GB, memory has" in capsys.readouterr().out
     assert not (memory.folder / "store").exists()
-    monkeypatch.setattr(placement, "memory_of_rank", lambda *_: 10_000_000)
+    monkeypatch.setattr(placement, "find_rank_memory", lambda *_: 10_000_000)
     files = train_here(*words)
     assert (
         "tables: cached_ssd: tables and optimizer take 0.00998 GB, memory has 0.01" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from dlrm.cpu import startup
 from dlrm.data.criteo import name_features
 from dlrm.embeddings import tables
-from dlrm.embeddings.tables import initialize_tables, make_table_configs, table_parameters
+from dlrm.embeddings.tables import initialize_tables, list_table_weights, make_table_configs
 from dlrm.runtime.errors import UserError
 
 
@@ -20,7 +20,7 @@ def weights(seed: int = 0, rows: int = 40_000, dtype: str = "fp32") -> dict[str,
     configs = make_table_configs([rows, rows], 32, ["cat_0", "cat_1"], dtype)
     bags = EmbeddingBagCollection(tables=configs, device=torch.device("cpu"))
     initialize_tables(bags, seed)
-    return {table: weight for _, table, weight in table_parameters(bags)}  # type: ignore[misc]
+    return {table: weight for _, table, weight in list_table_weights(bags)}  # type: ignore[misc]
 
 
 def test_configs_follow_the_features() -> None:

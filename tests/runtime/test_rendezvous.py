@@ -21,7 +21,7 @@ from support.ranks import LiveRanks, free_port, words
 from common.owned import remove_dead_segments
 from dlrm.runtime.failure_notice import FailureNotice
 from dlrm.runtime.peers import LocalPeers, RankProcess
-from dlrm.runtime.signed_store import TOKEN, SignedStore, job_key
+from dlrm.runtime.signed_store import TOKEN, SignedStore, read_job_key
 
 HOST = socket.gethostname()
 
@@ -73,7 +73,10 @@ def test_a_finished_job_succeeds_whatever_is_deleted(toy: Path, tmp_path: Path) 
 
 def test_values_of_others_are_not_seen() -> None:
     shared = torch_dist.HashStore()
-    mine, other = SignedStore(shared, job_key({TOKEN: "a"}), 1), SignedStore(shared, job_key({TOKEN: "b"}), 1)
+    mine, other = (
+        SignedStore(shared, read_job_key({TOKEN: "a"}), 1),
+        SignedStore(shared, read_job_key({TOKEN: "b"}), 1),
+    )
     other.set("key", "theirs")
     assert mine.find_value("key") is None and not mine.check(["key"])
     mine.set_first("key", "first")

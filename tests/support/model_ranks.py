@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm.cpu.pooled_embeddings import ShmPooledEmbeddingDist
 from dlrm.embeddings.planner import make_plan, plan_as_dict, shard_model
-from dlrm.embeddings.tables import make_table_configs, table_parameters
+from dlrm.embeddings.tables import list_table_weights, make_table_configs
 from dlrm.models.dlrm.model import build_dlrm
 from dlrm.runtime import accelerate, gloo
 from dlrm.runtime.ranks import Ranks
@@ -76,7 +76,7 @@ def run_task(ranks: Ranks, task: dict[str, Any]) -> dict[str, Any]:
     apply_in_backward(model.model.sparse_arch.parameters(), name, rate, device)
     plan = make_plan(model, device, ranks, task["rows"] // ranks.world_size, task["constraints"])
     sharded = shard_model(model, plan, device, seed=4)
-    first = {table: gathered(weight) for _, table, weight in table_parameters(sharded)}
+    first = {table: gathered(weight) for _, table, weight in list_table_weights(sharded)}
     optimizer = make_dense_optimizer(sharded, name, rate)
     pipeline = TrainPipelineSparseDist(sharded, optimizer, device)
     iterator = iter(batches(ranks.rank, ranks.world_size, task["rows"]))
@@ -86,7 +86,7 @@ def run_task(ranks: Ranks, task: dict[str, Any]) -> dict[str, Any]:
         loss = pipeline.progress(iterator)[0].detach().clone()
         dist.all_reduce(loss)
         losses.append(loss.item() / ranks.world_size)
-    last = {table: gathered(weight) for _, table, weight in table_parameters(sharded)}
+    last = {table: gathered(weight) for _, table, weight in list_table_weights(sharded)}
     dists = [each for part in sharded.modules() for each in getattr(part, "_output_dists", [])]
     return {
         "losses": losses,

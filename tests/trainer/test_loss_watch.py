@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlrm.runtime.errors import UserError
-from dlrm.trainer.loss_watch import LossWatch, binary_entropy
+from dlrm.trainer.loss_watch import LossWatch, compute_binary_entropy
 
 
 def watch(losses: Iterable[float], share: float | None = 0.5, total: int = 1000, first: int = 1) -> list[str]:
@@ -45,9 +45,9 @@ def test_a_resumed_training_has_no_first_value() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.03])
 def test_a_loss_at_the_entropy_is_told(share: float) -> None:
-    warnings = watch([0.7] + [binary_entropy(share) * 1.001] * 50, share)
+    warnings = watch([0.7] + [compute_binary_entropy(share) * 1.001] * 50, share)
     assert len(warnings) == 1 and "no better than the same prediction for every row" in warnings[0]
-    assert watch([0.7] + [binary_entropy(share) * 0.98] * 50, share) == []
+    assert watch([0.7] + [compute_binary_entropy(share) * 0.98] * 50, share) == []
 
 
 def test_without_labels_only_the_first_value_counts() -> None:

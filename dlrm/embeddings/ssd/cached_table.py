@@ -204,7 +204,7 @@ class CachedTable:
     def flush(self) -> None:
         """Write every changed row to the file; all stay in the cache."""
         self.wait_for_writes()
-        slots = self.cache.dirty_slots()
+        slots = self.cache.list_dirty_slots()
         slots = slots[np.argsort(self.cache.row[slots])]
         portion = max(1, MAX_CALL_BYTES // self.row_file.row_bytes)
         for begin in range(0, len(slots), portion):
@@ -286,7 +286,7 @@ class WholeTable:
         table, row_file, done = self.cached_table, self.cached_table.row_file, 0
         table.discard_cached_rows()
         for block in range(len(row_file.blocks)):
-            low, high = row_file.block_range(block)
+            low, high = row_file.find_block_range(block)
             shape = (high - low, *self.size()[1:])
             values = torch.empty(shape)
             done += read((table.table.first + low, *[0] * (len(shape) - 1)), values)

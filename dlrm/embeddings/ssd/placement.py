@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dlrm.config.options import PlanOptions
-from dlrm.embeddings.planner import memory_of_rank, table_shapes
+from dlrm.embeddings.planner import find_rank_memory, list_table_shapes
 from dlrm.embeddings.ssd.cached_table import TableShare
 from dlrm.embeddings.ssd.ssd_tables import COLUMN_WISE, STATE, SsdTables
 from dlrm.runtime.errors import UserError
@@ -106,9 +106,9 @@ def prepare_ssd_tables(
 
     given: the sharding file's constraints. say: prints on the first rank which stores were chosen, and why.
     """
-    tables = describe_tables(table_shapes(module), optimizer, poolings)
+    tables = describe_tables(list_table_shapes(module), optimizer, poolings)
     cuda = device.type == "cuda"
-    memory, host = (memory_of_rank(each, here) * here.world_size for each in (device, torch.device("cpu")))
+    memory, host = (find_rank_memory(each, here) * here.world_size for each in (device, torch.device("cpu")))
     stores, reason = choose_store_types(options.store_type, tables, given, cuda, memory, host)
     if options.store_type == MEMORY and set(stores.values()) == {MEMORY}:
         return None, {

@@ -135,7 +135,7 @@ class RowCache:
         rows = np.empty(len(ids), np.int64)
         return np.unique(rows[: _list_absent(ids, self.map, self.row, rows)])
 
-    def dirty_slots(self) -> np.ndarray:
+    def list_dirty_slots(self) -> np.ndarray:
         """Slots with rows that are newer than in the file."""
         return np.flatnonzero((self.dirty != 0) & (self.row >= 0))
 

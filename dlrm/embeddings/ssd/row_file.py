@@ -119,7 +119,7 @@ class RowFile:
         try:
             os.ftruncate(self._file, size)
         except OSError as error:
-            raise self._disk_error(error) from None
+            raise self._make_disk_error(error) from None
 
     def _open_file(self) -> None:
         try:
@@ -166,9 +166,9 @@ class RowFile:
         except UserError as error:
             raise UserError(f"{error}: free some space, or give another --persistent_path") from None
         except OSError as error:
-            raise self._disk_error(error) from None
+            raise self._make_disk_error(error) from None
 
-    def _disk_error(self, error: OSError) -> UserError:
+    def _make_disk_error(self, error: OSError) -> UserError:
         return UserError(
             f"{self.path}: {error.strerror}: free some space, or give another --persistent_path; a run with "
             "checkpoints resumes from the last one"
@@ -185,17 +185,17 @@ class RowFile:
 
         Blocks that are not in the file yet get their first values, so every row that was read can be written.
         """
-        for block in np.unique(self.block_of(ids)):
+        for block in np.unique(self.find_block(ids)):
             if not self.blocks[block]:
                 self.write_first_values(int(block))
         return self.read_stored(ids)
 
-    def block_of(self, ids: np.ndarray) -> np.ndarray:
+    def find_block(self, ids: np.ndarray) -> np.ndarray:
         return (ids + self._rows_before) // self.step
 
     def find_stored(self, ids: np.ndarray) -> np.ndarray:
         """Those of these rows that are in the file."""
-        return ids[self.blocks[self.block_of(ids)]]
+        return ids[self.blocks[self.find_block(ids)]]
 
     @property
     def rows_per_call(self) -> int:
@@ -255,7 +255,7 @@ class RowFile:
         try:
             data = b"".join([os.pread(file, size, at) for size, at in zip(sizes, places, strict=True)])
         except OSError as error:
-            raise self._disk_error(error) from None
+            raise self._make_disk_error(error) from None
         if len(data) != total:
             raise UserError(f"{self.path}: ends too early, another program cut it: resume from a checkpoint")
         with self.count_lock:
@@ -268,20 +268,20 @@ class RowFile:
             while done < len(data):
                 done += os.pwrite(self._file, data[done:], place + done)
         except OSError as error:
-            raise self._disk_error(error) from None
+            raise self._make_disk_error(error) from None
         with self.count_lock:
             self.bytes_written += done
 
     # --- whole blocks
 
-    def block_range(self, block: int) -> tuple[int, int]:
+    def find_block_range(self, block: int) -> tuple[int, int]:
         """Numbers of a block's first row and of the row after its last."""
         low = block * self.step - self._rows_before
         return max(0, low), min(low + self.step, self.rows)
 
     def split_block(self, block: int) -> Iterator[tuple[int, int]]:
         """A block as ranges of rows of at most MAX_CALL_BYTES."""
-        first, last = self.block_range(block)
+        first, last = self.find_block_range(block)
         portion = max(1, MAX_CALL_BYTES // self.row_bytes)
         for low in range(first, last, portion):
             yield low, min(low + portion, last)
@@ -300,7 +300,7 @@ class RowFile:
 
     def draw_first_values(self, block: int) -> Iterator[np.ndarray]:
         """A block's first values: drawn weights, optimizer state 0; a portion at a time."""
-        first, last = self.block_range(block)
+        first, last = self.find_block_range(block)
         # the values that a table in memory starts with; a map, because malloc would keep what is freed
         memory: Any = mmap.mmap(-1, 4 * (last - first) * self.dim)
         weights = torch.frombuffer(memory, dtype=torch.float32).view(last - first, self.dim)
@@ -329,7 +329,7 @@ class RowFile:
     def fill_block(self, block: int, columns: slice, values: np.ndarray, zero_others: bool) -> None:
         """Overwrite these columns of a block; the others become 0 with `zero_others`, else they stay."""
         self.mark_dirty()
-        first, _ = self.block_range(block)
+        first, _ = self.find_block_range(block)
         for low, high in self.split_block(block):
             rows = (
                 np.zeros((high - low, self.width), np.float32) if zero_others else self.read_range(low, high)

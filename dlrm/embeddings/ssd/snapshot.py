@@ -45,7 +45,7 @@ class TableSnapshot:
         The caller holds the row file's lock. An error is raised later, to the checkpoint that reads.
         """
         self.unchanged = False
-        ids = ids[self.blocks[self.row_file.block_of(ids)]]
+        ids = ids[self.blocks[self.row_file.find_block(ids)]]
         bits = np.left_shift(1, ids & 7).astype(np.uint8)
         new = (self._saved_bits[ids >> 3] & bits) == 0
         ids, bits = ids[new], bits[new]

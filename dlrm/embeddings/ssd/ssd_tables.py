@@ -129,13 +129,13 @@ class SsdTables:
             for sharding in getattr(part, "_embedding_shardings", []):
                 # a row-wise sharding finds a row's rank by the size of the whole table
                 if isinstance(sharding, BaseRwEmbeddingSharding):
-                    sharding._get_feature_hash_sizes = partial(self._table_rows, sharding)
+                    sharding._get_feature_hash_sizes = partial(self._find_table_rows, sharding)
             for lookup in getattr(part, "_lookups", []):  # not registered as submodules
                 for kernel in lookup.modules():
                     if isinstance(kernel, BatchedFusedEmbeddingBag):
                         self._attach_kernel(kernel)
 
-    def _table_rows(self, sharding: Any) -> list[int]:
+    def _find_table_rows(self, sharding: Any) -> list[int]:
         """Rows of the whole table behind each feature of a row-wise sharding."""
         configs = [
             config for group in sharding._grouped_embedding_configs for config in group.embedding_tables
@@ -198,7 +198,7 @@ class SsdTables:
                     values[begin:end] = table.admit_rows(values[begin:end], will_update)
         if trace.is_tracing():
             now = self.sum_counters()
-            for name, value in _hit_rates(now - self._counts_traced).items():
+            for name, value in _compute_hit_rates(now - self._counts_traced).items():
                 trace.counter(name, value)
             self._counts_traced = now
         return slots.to(ids.dtype)
@@ -242,9 +242,9 @@ class SsdTables:
         delta = torch.from_numpy(now - self._counts_reported)
         self._counts_reported = now
         dist.all_reduce(delta)
-        return _hit_rates(delta.numpy(), max(1, steps))
+        return _compute_hit_rates(delta.numpy(), max(1, steps))
 
-    def whole_table(self, name: str, value: Any) -> Any:
+    def read_whole_table(self, name: str, value: Any) -> Any:
         """What a checkpoint saves and loads under this name: the whole table instead of its cache."""
         found = ENTRY.search(name)
         if found is None or found[1] not in self.tables:
@@ -348,7 +348,7 @@ def find_other_row_files(row_file: RowFile) -> list[Path]:
     return found
 
 
-def _hit_rates(counts: np.ndarray, steps: int = 1) -> dict[str, float]:
+def _compute_hit_rates(counts: np.ndarray, steps: int = 1) -> dict[str, float]:
     values: Mapping[str, int] = dict(zip(COUNTS, counts.tolist(), strict=True))
     return {
         "cache_hit_rate": 1 - values["misses"] / max(1, values["lookups"]),

@@ -49,7 +49,7 @@ def build_bert4rec(cfg: BertConfig, vocabulary: int, device: torch.device) -> BE
     return module
 
 
-def first_weights(cfg: BertConfig) -> FirstWeights:
+def choose_first_weights(cfg: BertConfig) -> FirstWeights:
     """The distribution of the item table's first weights."""
     return draw_truncated_normal(DEVIATION) if cfg.model.output == "tied" else draw_uniform(BOUND)
 
@@ -111,7 +111,7 @@ def shard_bert4rec(
     run_folder.record_plan(
         planner.plan_as_dict(made), planner.describe_plan(made), cfg.plan.print_sharding_plan
     )
-    model = planner.shard_model(module, made, device, cfg.run.seed or 0, first_weights(cfg))
+    model = planner.shard_model(module, made, device, cfg.run.seed or 0, choose_first_weights(cfg))
     torch.manual_seed((cfg.run.seed or 0) * here.world_size + here.rank)  # dropout differs between ranks
     return model, optimizers.make_dense_optimizer(
         model, optim.optimizer, optim.lr, optim.eps, weight_decay=optim.weight_decay, all_rows=True

@@ -25,10 +25,10 @@ from dlrm.models.bert4rec.options import BertConfig, BertData
 from dlrm.models.bert4rec.sequence_reader import EvaluationSequences, SequenceRows, TrainingSequences
 from dlrm.models.bert4rec.sequences import (
     Histories,
+    compute_window_step,
     count_candidates,
     draw_negatives,
     make_histories,
-    window_step,
 )
 from dlrm.runtime import session
 from dlrm.runtime.ranks import Ranks
@@ -105,7 +105,7 @@ def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
             shuffle_set=stage == "train", by_rank=False, seed=seed,
         )  # fmt: skip
         loaders[stage] = Prefetcher(batches, data.prefetch_batches, stage)
-    found = best_reachable_scores(prepared, REACHABLE) if data.dataset_name == "markov" else {}
+    found = compute_best_scores(prepared, REACHABLE) if data.dataset_name == "markov" else {}
     return BertDatasets(prepared.data, bytes_read, **loaders, reachable=found)
 
 
@@ -117,7 +117,7 @@ def refuse_large_sequences(data: BertData, histories: Histories) -> None:
         f"--max_len {data.max_len} for {histories.users} users",
         "lower it",
     )
-    step = window_step(data.max_len, data.window_share)
+    step = compute_window_step(data.max_len, data.window_share)
     windows = data.dupe_factor * (histories.users + len(histories.items) // step)
     refuse_too_large(16 * windows, f"--dupe_factor {data.dupe_factor}", "lower it")
     for stage, rows in (("train", windows), ("val", histories.users), ("test", histories.users)):
@@ -153,7 +153,7 @@ def prepare_data(data: BertData, seed: int, here: Ranks, bytes_read: dict[str, i
     return prepared
 
 
-def best_reachable_scores(prepared: PreparedData, lengths: tuple[int, ...]) -> dict[str, float]:
+def compute_best_scores(prepared: PreparedData, lengths: tuple[int, ...]) -> dict[str, float]:
     """The best Recall@k and NDCG@k that can be expected on `markov` data: those of a predictor which knows
     each item's follower, ranks the follower of a user's last item first, and all others in random order.
     """

@@ -55,7 +55,7 @@ def find_ratings_file(name: str, path: str | None) -> Path | None:
                 f"give --dataset_name {other[0]}"
             )
     elif os.path.isdir(found):
-        found = _only_text_file(found)
+        found = _find_only_text_file(found)
     if not os.path.exists(found):
         asked = "give" if path else f"--dataset_name {name} needs"
         raise UserError(f"{printable(found)} is missing: {asked} --dataset_path {wanted}")
@@ -66,7 +66,7 @@ def find_ratings_file(name: str, path: str | None) -> Path | None:
     return found
 
 
-def _only_text_file(folder: Path) -> Path:
+def _find_only_text_file(folder: Path) -> Path:
     """The folder's only file; or among several its only .txt."""
     with os_errors_as_user_errors(folder):
         files = sorted(each for each in folder.iterdir() if each.is_file() and each.name[0] != ".")

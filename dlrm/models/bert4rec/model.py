@@ -260,7 +260,7 @@ class BERT4RecTrain(nn.Module):
         return total * (ranks / masked_items), (reported, batch.labels[:, -1].detach(), batch.labels.detach())
 
 
-def rank_of_first_item(scores: torch.Tensor) -> torch.Tensor:
+def compute_first_item_rank(scores: torch.Tensor) -> torch.Tensor:
     """Rank of the right item, the first candidate: scores [rows, candidates] -> int64 [rows], 0 is best.
 
     Of equal scores it counts as the last.
@@ -290,7 +290,7 @@ class RankingMetrics:
     def update(self, scores: torch.Tensor, labels: torch.Tensor, /) -> None:
         # no metric at a k that all candidates reach
         self.ks = tuple(k for k in self.ks if k <= LEAST or k < scores.size(1))
-        sums = sum_ranking_metrics(rank_of_first_item(scores), self.ks)
+        sums = sum_ranking_metrics(compute_first_item_rank(scores), self.ks)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def compute(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _are_frequent(values: np.ndarray, least: int) -> np.ndarray:
     return np.bincount(numbers)[numbers] >= least
 
 
-def window_step(max_len: int, share: float) -> int:
+def compute_window_step(max_len: int, share: float) -> int:
     """Items from one training sequence of a long history to the next."""
     return max(1, int(share * max_len))
 
@@ -97,7 +97,7 @@ def cut_windows(data: Histories, max_len: int, share: float = STEP) -> np.ndarra
     A history longer than `max_len` gives several sequences, each a `share` of `max_len` before the next.
     """
     begin, end = data.starts[:-1], data.starts[1:] - 2
-    step = window_step(max_len, share)
+    step = compute_window_step(max_len, share)
     more = np.maximum(0, -(-(end - begin - max_len) // step))  # besides the one at the beginning
     user = np.repeat(np.arange(data.users), more + 1)
     number = np.arange(len(user)) - np.repeat(np.cumsum(more + 1) - (more + 1), more + 1)
@@ -126,7 +126,7 @@ def mask_items(
     rows: numbers of the training sequences, int64 [n], which seed the masks. mask_share: of the chosen items.
     """
     tokens = pad_left(data, spans, max_len)
-    chance, kind, other = _random_shares(rows, max_len, seed, epoch)
+    chance, kind, other = _draw_random_shares(rows, max_len, seed, epoch)
     chosen = (chance < mask_prob) & (tokens > 0)
     labels = np.where(chosen, tokens, 0).astype(np.int32)
     random_item = 1 + (other * data.item_count).astype(np.int32)
@@ -134,7 +134,7 @@ def mask_items(
     return Examples(np.where(chosen, hidden, tokens).astype(np.int32), labels)
 
 
-def _random_shares(
+def _draw_random_shares(
     rows: np.ndarray, width: int, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Three numbers in [0, 1) for each position of each row, by hashing (splitmix64)."""
@@ -170,7 +170,7 @@ MOST_ROUNDS = 200  # of drawing for all users together
 
 def draw_negatives(data: Histories, count: int, by_popularity: bool, seed: int) -> np.ndarray:
     """int32 [users, count]: different items that the user has not rated, drawn uniformly or by popularity."""
-    seen = _seen_items(data)
+    seen = _list_seen_items(data)
     weights = np.bincount(data.items, minlength=data.vocabulary)[1:-1].astype(float)
     bounds = np.cumsum(weights if by_popularity else np.ones(data.item_count))
     generator = np.random.default_rng([seed, 1])
@@ -211,7 +211,7 @@ def _fill_with_rare_items(
     found[kept:] = 1 + np.argsort(times, kind="stable")[: len(found) - kept]
 
 
-def _seen_items(data: Histories) -> np.ndarray:
+def _list_seen_items(data: Histories) -> np.ndarray:
     """user x vocabulary + item of every rating, sorted."""
     user = np.repeat(np.arange(data.users), np.diff(data.starts))
     return np.sort(user * np.int64(data.vocabulary) + data.items)
@@ -221,7 +221,7 @@ def count_candidates(data: Histories, asked: int | None, default: int) -> int:
     """Number of items to rank with the right one: `asked`, else `default` or fewer, unrated by all users."""
     most = int(np.diff(data.starts).max())
     if data.item_count - most < (asked or default):  # else repeated ratings of an item need not be counted
-        seen = _seen_items(data)
+        seen = _list_seen_items(data)
         new = np.ones(len(seen), bool)
         new[1:] = seen[1:] != seen[:-1]
         most = int(np.bincount(seen[new] // data.vocabulary).max())

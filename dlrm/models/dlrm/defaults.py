@@ -19,8 +19,8 @@ import torch
 
 from common.errors import os_errors_as_user_errors
 from dlrm.checkpoint.folder import Checkpoint
-from dlrm.data.criteo import META, DatasetMeta, array_file_name
-from dlrm.embeddings.planner import memory_of_rank
+from dlrm.data.criteo import META, DatasetMeta, name_array_file
+from dlrm.embeddings.planner import find_rank_memory
 from dlrm.models.dlrm.options import Config
 from dlrm.models.dlrm.stored_model import read_trained_options
 from dlrm.runtime.ranks import Ranks
@@ -54,7 +54,7 @@ def choose_dlrm_options(
     cfg: Config, here: Ranks, device: torch.device, stored: Checkpoint | None
 ) -> ChosenOptions:
     """The options of this run, on the ranks that there are."""
-    return choose_options(cfg, here.world_size, memory_of_rank(device, here) * here.world_size, stored)
+    return choose_options(cfg, here.world_size, find_rank_memory(device, here) * here.world_size, stored)
 
 
 def count_training_rows(folder: str | os.PathLike[str]) -> int:
@@ -64,8 +64,8 @@ def count_training_rows(folder: str | os.PathLike[str]) -> int:
         return sum_training_days(DatasetMeta.load(root).rows)
     with os_errors_as_user_errors(root):
         names: list[str] = []
-        while (root / array_file_name(len(names), "labels")).exists():
-            names.append(array_file_name(len(names), "labels"))
+        while (root / name_array_file(len(names), "labels")).exists():
+            names.append(name_array_file(len(names), "labels"))
         if not names and (root / KAGGLE_LABELS).exists():
             names = [KAGGLE_LABELS]
         if names:
@@ -120,7 +120,7 @@ def choose_cap(sizes: Sequence[int], row_bytes: int, memory: int) -> int | None:
     return TABLE_CAPS[-1]
 
 
-def table_row_bytes(width: int, optimizer: str) -> int:
+def count_table_row_bytes(width: int, optimizer: str) -> int:
     """Memory of a table's row with its optimizer state."""
     states = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": width, "adam": 2 * width}
     return 4 * (width + states[optimizer])
@@ -211,4 +211,4 @@ def cap_tables(cfg: Config, optimizer: str, memory: int) -> int | None:
     if not os.path.lexists(folder / META):
         return None
     sizes = DatasetMeta.load(folder).table_sizes
-    return choose_cap(sizes, table_row_bytes(cfg.model.embedding_dim, optimizer), memory)
+    return choose_cap(sizes, count_table_row_bytes(cfg.model.embedding_dim, optimizer), memory)

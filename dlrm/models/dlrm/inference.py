@@ -82,11 +82,11 @@ def time_batches(
         "samples_per_second": scored * dist.get_world_size() / whole,
         "latency_ms": {"mean": whole / count * 1e3, **{f"p{p}": float(v) for p, v in percent.items()}},
         "iterations": count,
-        "mean_prediction": mean_prediction(model, pool, device),
+        "mean_prediction": compute_mean_prediction(model, pool, device),
     }
 
 
-def mean_prediction(model: Any, pool: list[Batch], device: torch.device) -> float:
+def compute_mean_prediction(model: Any, pool: list[Batch], device: torch.device) -> float:
     """Mean click probability over the batches of all ranks: shows whether the right weights were loaded."""
     logits = torch.cat([model(batch.to(device))[1][1].flatten() for batch in pool])
     mean = torch.sigmoid(logits.double()).mean()

@@ -8,7 +8,7 @@ NAMES = {"dcn": "dlrm_dcnv2"}  # interaction -> benchmark; the others were MLPer
 PRECISIONS = {"off": "fp32", "bf16": "bfloat16", "fp16": "fp16"}
 
 
-def mlperf_settings(cfg: Config, world_size: int) -> dict[str, Any]:
+def list_mlperf_settings(cfg: Config, world_size: int) -> dict[str, Any]:
     """Key -> value, in the order in which they are logged."""
     optim, run = cfg.optim, cfg.run
     batch_size = world_size * cfg.data.batch_size

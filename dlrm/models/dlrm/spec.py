@@ -14,14 +14,14 @@ torchrun, or alone for one rank. Without a dataset it trains on random data.
 def load_parts() -> ModelParts:
     from dlrm.models.dlrm.build import build_model, open_batches, shard_dlrm
     from dlrm.models.dlrm.defaults import choose_dlrm_options
-    from dlrm.models.dlrm.mlperf_settings import mlperf_settings
+    from dlrm.models.dlrm.mlperf_settings import list_mlperf_settings
     from dlrm.models.dlrm.stored_model import adopt_model
     from dlrm.models.dlrm.trainer import DLRMTrainer
     from dlrm.models.dlrm.unused_options import list_unused_options
 
     return ModelParts(
         open_batches, build_model, shard_dlrm, DLRMTrainer, list_unused_options, choose_dlrm_options,
-        adopt_model, mlperf_settings,
+        adopt_model, list_mlperf_settings,
     )  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from dlrm.models.dlrm.options import Config
 
 def list_unused_options(cfg: Config, device: str) -> list[str]:
     """One line for each group of given options without effect in this run, with the reason."""
-    return [f"{', '.join(names)}: not used, {why}" for names, why in _unused_groups(cfg, device) if names]
+    return [f"{', '.join(names)}: not used, {why}" for names, why in _list_groups(cfg, device) if names]
 
 
-def _unused_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
+def _list_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
     data, model, optim, plan, run = cfg.data, cfg.model, cfg.optim, cfg.plan, cfg.run
     files = ["dataset_name", "mmap_mode", "shuffle_batches", "shuffle_training_set", "read_chunk_mb"]
     many = data.multi_hot_sizes or data.kind == "multi_hot"
@@ -55,9 +55,9 @@ def _unused_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
         ),
     ]
     for group, names, idle, why in rules:
-        yield ([f"--{name}" for name in names if name in _changed_options(group)] if idle else []), why
+        yield ([f"--{name}" for name in names if name in _list_changed_options(group)] if idle else []), why
 
 
-def _changed_options(group: object) -> set[str]:
+def _list_changed_options(group: object) -> set[str]:
     """Names of the options that do not have their default."""
     return {each.name for each in fields(group) if getattr(group, each.name) != each.default}  # type: ignore[arg-type]

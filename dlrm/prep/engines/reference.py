@@ -62,7 +62,7 @@ def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:
         options.lenient, source.labelled, options.max_ind_range, options.empty_dense, options.columns
     )
     input_files: list[odd_lines.Row] = []
-    for number, line in enumerate(lines_of(source), 1):
+    for number, line in enumerate(read_lines(source), 1):
         try:
             if len(line) > odd_lines.LONGEST_LINE:
                 raise odd_lines.BadRow(f"a line of more than {odd_lines.LONGEST_LINE >> 20} MB")
@@ -107,7 +107,7 @@ def number_ids(ids: np.ndarray, options: PrepOptions) -> np.ndarray:
     return new[inverse]
 
 
-def lines_of(source: inputs.InputFile) -> Iterator[bytes]:
+def read_lines(source: inputs.InputFile) -> Iterator[bytes]:
     """The lines of an input file; of a line that is too long, only the beginning."""
     with os_errors_as_user_errors(source.path), os.fdopen(open_regular(source.path), "rb") as raw:
         try:

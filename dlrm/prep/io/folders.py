@@ -190,7 +190,7 @@ def publish_results(
         for name in (last, META) if re.fullmatch(others, META) else (last,):
             output.remove_file(name)
     output.publish_files(made)
-    for name in set(output.own_names()) - {*names, last}:
+    for name in set(output.list_own_names()) - {*names, last}:
         if re.fullmatch(others, name):
             output.remove_file(name)
     with os_errors_as_user_errors(folders.output_dir):

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import UserError, os_errors_as_user_errors, printable, quote_for_shell
 from common.inputs import check_regular
-from dlrm.data.criteo import META, rows_of_rank
+from dlrm.data.criteo import META, find_rank_rows
 
 KAGGLE_DAYS = 7  # facebookresearch/dlrm cuts train.txt into seven days; the last one validates and tests
 NAMES = ("day_{}", "day_{}.gz", "day_{}.txt", "day_{}.tsv", "day_{}.txt.gz", "day_{}.tsv.gz")
@@ -149,7 +149,7 @@ def plan_outputs(sources: list[InputFile], rows: list[int], steps: tuple[str, ..
     for source, count in zip(sources, rows, strict=True):
         if source.name == "train" and steps != ("parse",):
             outputs += [
-                OutputDay(f"day_{i}", len(rows_of_rank(count, i, KAGGLE_DAYS))) for i in range(KAGGLE_DAYS)
+                OutputDay(f"day_{i}", len(find_rank_rows(count, i, KAGGLE_DAYS))) for i in range(KAGGLE_DAYS)
             ]
         else:
             outputs.append(OutputDay(source.name, count))

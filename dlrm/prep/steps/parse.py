@@ -21,7 +21,7 @@ from dlrm.prep.steps.plan import PrepPlan
 from dlrm.runtime import trace
 
 
-def line_rules(options: PrepOptions, source: InputFile) -> LineRules:
+def make_line_rules(options: PrepOptions, source: InputFile) -> LineRules:
     return LineRules(options.lenient, source.labelled, options.modulus, options.empty_dense, options.columns)
 
 
@@ -36,7 +36,7 @@ def count_piece(plan: PrepPlan, number: int, progress: StepProgress) -> None:
         OffsetFile(plan.texts[piece.source]) as file,
     ):
         rows, lines = count_rows(
-            file, piece, printable(source.path), line_rules(options, source), options.skip_bad_rows
+            file, piece, printable(source.path), make_line_rules(options, source), options.skip_bad_rows
         )
     plan.save_json(path, [rows, lines])
     progress.add(rows, piece.end - piece.begin)
@@ -105,7 +105,7 @@ def parse_piece(
     ):
         file.resize(0)
         scanner = LineScanner(
-            text, printable(source.path), piece, line_rules(options, source), options.skip_bad_rows
+            text, printable(source.path), piece, make_line_rules(options, source), options.skip_bad_rows
         )
         spill = SpillFile(file, places.read, piece.rows, plan.bits, options.columns) if piece.rows else None
         for block, consumed in scanner.read_blocks():

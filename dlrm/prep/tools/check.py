@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import DatasetMeta, array_file_name
+from dlrm.data.criteo import DatasetMeta, name_array_file
 from dlrm.data.npy_header import read_npy_header
 from dlrm.prep.io.digests import compute_digests
 from dlrm.prep.io.files import OffsetFile
@@ -60,7 +60,7 @@ def check_layouts(folder: Path, meta: DatasetMeta) -> Iterator[tuple[Path, str, 
     """(file, part, problem of its header or "") for each array."""
     for day, rows in enumerate(meta.rows):
         for part, columns in meta.columns.parts.items():
-            path = folder / array_file_name(day, part)
+            path = folder / name_array_file(day, part)
             last = day == len(meta.rows) - 1
             yield path, part, check_layout(path, (rows, columns), meta, part, last)
 

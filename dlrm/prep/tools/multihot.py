@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import UserError, printable
 from common.memory import format_size
 from common.owned import finish_file
-from dlrm.data.criteo import META, DatasetMeta, array_file_name, multi_hot_file_name
+from dlrm.data.criteo import META, DatasetMeta, name_array_file, name_multi_hot_file
 from dlrm.prep.io.files import OffsetFile, os_errors_as_user_errors, view_bytes
 from dlrm.prep.io.folders import DATASET, Folders, Output, publish_results
 from dlrm.prep.io.inputs import FileStamps
@@ -65,12 +65,12 @@ class MultiHotOptions:
 
 def write_multi_hot(options: MultiHotOptions, workers: Workers) -> None:
     days = list_days(options.input_dir)
-    names = [multi_hot_file_name(day) for day in range(days)]
+    names = [name_multi_hot_file(day) for day in range(days)]
     parts = ["sparse"]
     if options.copy_labels_and_dense:
         parts = ["sparse", "dense", "labels"]
-        names += [array_file_name(day, part) for day in range(days) for part in parts[1:]]
-    paths = [options.input_dir / array_file_name(day, part) for day in range(days) for part in parts]
+        names += [name_array_file(day, part) for day in range(days) for part in parts[1:]]
+    paths = [options.input_dir / name_array_file(day, part) for day in range(days) for part in parts]
     stamps = workers.compute_on_first(lambda: FileStamps(paths))
     key = json.loads(json.dumps([LAYOUT, *map(list, options.list_parameters()), stamps.stamps]))
     with Output("multihot", options.output_dir, run_on_first=workers.run_on_first) as output:
@@ -100,16 +100,16 @@ def publish_days(
 
 def list_days(folder: Path) -> int:
     days = 0
-    while (folder / array_file_name(days, "sparse")).exists():
+    while (folder / name_array_file(days, "sparse")).exists():
         days += 1
     if not days:
-        raise UserError(f"--input_dir {printable(folder)}: no {array_file_name(0, 'sparse')} in it")
+        raise UserError(f"--input_dir {printable(folder)}: no {name_array_file(0, 'sparse')} in it")
     return days
 
 
 def read_shape(folder: Path, day: int, part: str) -> tuple[int, int]:
     """Rows and columns of an array of the input; UserError if it has not two dimensions."""
-    path = folder / array_file_name(day, part)
+    path = folder / name_array_file(day, part)
     shape = read_layout(path)[0]
     if len(shape) != 2:
         raise UserError(f"{printable(path)}: {shape}, rows and columns expected: make the dataset again")
@@ -187,16 +187,16 @@ def write_day(options: MultiHotOptions, folders: Folders, day: int) -> None:
     a day whose .npz exists is done.
     """
     source, target = (
-        options.input_dir / array_file_name(day, "sparse"),
-        folders.unfinished / multi_hot_file_name(day),
+        options.input_dir / name_array_file(day, "sparse"),
+        folders.unfinished / name_multi_hot_file(day),
     )
     if target.exists():
         return
     if options.copy_labels_and_dense:
         for part in ("labels", "dense"):
             copy_day(
-                options.input_dir / array_file_name(day, part),
-                folders.unfinished / array_file_name(day, part),
+                options.input_dir / name_array_file(day, part),
+                folders.unfinished / name_array_file(day, part),
             )
     shape, dtype, first = read_layout(source)
     columns = len(options.tables)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import CRITEO, META, PARTS, Columns, array_file_name, check_column_counts
+from dlrm.data.criteo import CRITEO, META, PARTS, Columns, check_column_counts, name_array_file
 from dlrm.prep.io import inputs, publish
 from dlrm.prep.io.blocks import (
     BLOCK_ROWS,
@@ -195,7 +195,7 @@ def number_ids_of_folder(
     input_dir: Path, output_dir: Path, threshold: int, suffix: str = "_contig_freq.npy"
 ) -> None:
     """contiguous_preproc_criteo: hashes to 2, 3, ... in order of first appearance, 1 for the rare ones."""
-    paths = [input_dir / array_file_name(day, "sparse") for day in range(list_days(input_dir, "sparse"))]
+    paths = [input_dir / name_array_file(day, "sparse") for day in range(list_days(input_dir, "sparse"))]
     stamps = inputs.FileStamps(paths)
     names = [path.name.removesuffix(".npy") + suffix for path in paths]
     with Output("contiguous", output_dir) as output:
@@ -264,8 +264,8 @@ def number_blocks(path: Path, vocabulary: Vocabulary, shift: int) -> Iterator[np
 
 def list_days(folder: Path, part: str) -> int:
     days = 0
-    while (folder / array_file_name(days, part)).exists():
+    while (folder / name_array_file(days, part)).exists():
         days += 1
     if not days:
-        raise UserError(f"{printable(folder / array_file_name(0, part))} is missing")
+        raise UserError(f"{printable(folder / name_array_file(0, part))} is missing")
     return days

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, printable
-from dlrm.data.criteo import META, PARTS, Columns, array_file_name
+from dlrm.data.criteo import META, PARTS, Columns, name_array_file
 from dlrm.prep.io import publish
 from dlrm.prep.io.blocks import TextBlock
 from dlrm.prep.io.files import OffsetFile, view_bytes
@@ -44,7 +44,7 @@ def shuffle_folder(
     columns = read_columns(folders)
     outputs = [OutputDay(f"day_{day}", count_rows_of_day(folders, day, columns)) for day in range(days)]
     shuffled = sum(output.rows for output in outputs[:-1])
-    paths = [folder / array_file_name(day, part) for day in range(days) for part, folder in folders.items()]
+    paths = [folder / name_array_file(day, part) for day in range(days) for part, folder in folders.items()]
     stamps = FileStamps(paths)
     names = [path.name for path in paths]
     refuse_overlap("--tmp_dir", tmp_dir, [(OPTIONS[part], folder) for part, folder in folders.items()])
@@ -56,7 +56,7 @@ def shuffle_folder(
     with Output("shuffle", output_dir, tmp_dir) as output:
         output_folders = output.open([], [*names, META], restart=True)
         write_days(folders, columns, outputs, shuffled, seed, output_folders)
-        publish_results(output_folders, names, array_file_name(0, "sparse"), DATASET, stamps.refuse_changed)
+        publish_results(output_folders, names, name_array_file(0, "sparse"), DATASET, stamps.refuse_changed)
         output.clear()
 
 
@@ -90,7 +90,7 @@ def write_days(
     last = len(outputs) - 1
     for part, folder in folders.items():
         copy_day(
-            folder / array_file_name(last, part), output_folders.unfinished / array_file_name(last, part)
+            folder / name_array_file(last, part), output_folders.unfinished / name_array_file(last, part)
         )
 
 
@@ -98,7 +98,7 @@ def read_columns(folders: dict[str, Path]) -> Columns:
     """The columns of the first day."""
     counts = []
     for part in ("dense", "sparse"):
-        path = folders[part] / array_file_name(0, part)
+        path = folders[part] / name_array_file(0, part)
         shape = read_layout(path)[0]
         if len(shape) != 2:
             raise UserError(f"{printable(path)}: {shape}, rows and columns expected")
@@ -110,7 +110,7 @@ def count_rows_of_day(folders: dict[str, Path], day: int, columns: Columns) -> i
     """Rows of a day; UserError if the headers of its three files are not as expected, or differ in rows."""
     paths = {}
     for part, count in columns.parts.items():
-        path = folders[part] / array_file_name(day, part)
+        path = folders[part] / name_array_file(day, part)
         shape, dtype, _ = read_layout(path)
         if len(shape) != 2 or shape[1] != count or dtype.str not in DTYPES[part]:
             raise UserError(
@@ -126,7 +126,7 @@ def read_blocks_of_day(folders: dict[str, Path], day: int) -> Iterator[TextBlock
     """A day's rows in blocks; the block is reused. Floats are kept as their bits in int32; ids keep their
     dtype.
     """
-    files = {part: OffsetFile(folder / array_file_name(day, part)) for part, folder in folders.items()}
+    files = {part: OffsetFile(folder / name_array_file(day, part)) for part, folder in folders.items()}
     layouts = {part: read_layout(file.path) for part, file in files.items()}
     arrays = {part: np.empty((BATCH, shape[1]), dtype) for part, (shape, dtype, _) in layouts.items()}
     rows = layouts["labels"][0][0]

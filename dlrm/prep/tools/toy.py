@@ -59,7 +59,7 @@ def write_days(
     if days > MOST_DAYS or not 0 <= seed < 1 << 63:
         raise UserError(f"--days {days} --seed {seed}: at most {MOST_DAYS} days, and a seed of 63 bits")
     need = int(days * rows * FIELD_BYTES * columns.total)
-    if need > (free := free_bytes(Path(out))):
+    if need > (free := count_free_bytes(Path(out))):
         raise UserError(
             f"{printable(out)}: --days {days} of --rows {rows} need {format_size(need)}, {format_size(free)} "
             "are free: give fewer"
@@ -78,7 +78,7 @@ def write_days(
         output.clear()
 
 
-def free_bytes(folder: Path) -> int:
+def count_free_bytes(folder: Path) -> int:
     """Free space on the disk of this folder, which may not exist yet."""
     above = folder.absolute()
     while not above.exists() and above != above.parent:

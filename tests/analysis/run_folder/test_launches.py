@@ -58,9 +58,9 @@ def test_the_pause_is_not_counted(resumed: Path) -> None:
     walls = dict(answers.sum_breakdown(joined).select("rank", "wall").iter_rows())
     assert walls == pytest.approx({0: (one + two) / 1e6, 1: (one + two) / 1e6, 2: two / 1e6})
     facts = Facts(joined, {})
-    assert facts.wall_seconds() == pytest.approx((one + two) / 1e6)
-    assert facts.mean_seconds("wall_s") == pytest.approx((one + two) / 1e6)
-    assert facts.mean_seconds("wait_s", "train") == pytest.approx(70 * 100e-6)
+    assert facts.find_wall_seconds() == pytest.approx((one + two) / 1e6)
+    assert facts.average_seconds("wall_s") == pytest.approx((one + two) / 1e6)
+    assert facts.average_seconds("wait_s", "train") == pytest.approx(70 * 100e-6)
     shares = pl.read_csv(write_tables(resumed) / "timeline.csv")
     inside = shares.filter((pl.col("at_s") > one / 1e6 + 2) & (pl.col("at_s") < PAUSE / 1e6 - 2))
     assert len(inside) == 0
