@@ -23,7 +23,9 @@ from analysis.trace.process import TracedProcess
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular
 
-FOLDER = "profile"  # of a run folder, in which its trainings write their profiles
+# Of a run folder, in which trainings write their profiles. Both it and STEP_NAME are in
+# dlrm/runtime/step_profiler.py, too, which writes them: dlrm/ and analysis/ share no imports.
+FOLDER = "profile"
 ENDINGS = (".json.gz", ".json")
 MAX_ELEMENTS = 1_500_000  # of traceEvents that are read: slices, ends of arrows, names
 MAX_TEXT = 2 << 30  # bytes

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import UserError, os_errors_as_user_errors, printable, quote_for_shell
 from common.inputs import read_json_object
+from common.owned import write_whole
 
 DAYS = 24
 PARTS = ("dense", "sparse", "labels")  # kinds of files: numerical columns, categorical ones, labels
@@ -115,14 +116,8 @@ class DatasetMeta:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Publish atomically: a dataset with a meta.json is complete."""
-        path = Path(folder) / META
-        partial = path.with_name(META + ".partial")
-        with open(partial, "w") as out:
-            json.dump(asdict(self), out, indent=1)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, path)
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        write_whole(Path(folder) / META, text.encode(), durable=True)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "DatasetMeta":

@@ -57,8 +57,8 @@ RESERVED = 0.15  # share of a GPU's memory for the dense part, activations, comm
 class _RowWiseToo:
     """Adds row-wise sharding on CPUs: torchrec's modules can do it, but its planner does not offer it."""
 
-    def choose_sharding_types(self, compute_device_type: str) -> list[str]:
-        offered = super().choose_sharding_types(compute_device_type)  # type: ignore[misc]
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        offered = super().sharding_types(compute_device_type)  # type: ignore[misc]
         return offered if ShardingType.ROW_WISE.value in offered else [*offered, ShardingType.ROW_WISE.value]
 
 

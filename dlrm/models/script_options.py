@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from common.errors import USAGE, UserError, printable
+from common.errors import USAGE, UserError
 from dlrm.config.parser import check_inputs, parse_options, take_model_name
 from dlrm.models.registry import find_model, name_program
+from dlrm.runtime.script_answer import answer_script
 from dlrm.runtime.tracer_variables import find_traced_folders, wants_trace
 from dlrm.trainer.spec import ModelSpec
 
@@ -76,13 +77,7 @@ def main() -> int:
     if len(sys.argv) < 3 or sys.argv[1] in HELP:
         print(__doc__)
         return 0 if HELP & set(sys.argv) else USAGE
-    try:
-        words = make_answer(sys.argv[1], sys.argv[2], sys.argv[3:], os.environ)
-    except UserError as error:
-        print(f"3_train.sh: {printable(error)}", file=sys.stderr)
-        return USAGE
-    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))
-    return 0
+    return answer_script(lambda: make_answer(sys.argv[1], sys.argv[2], sys.argv[3:], os.environ))
 
 
 if __name__ == "__main__":

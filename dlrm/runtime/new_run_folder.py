@@ -20,11 +20,12 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from common.errors import USAGE, UserError, os_errors_as_user_errors, printable
+from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import read_bytes, read_json_object
 from common.owned import identify_folder, remove_made_folder, write_file
 from dlrm.runtime.batch_job import find_batch_job
 from dlrm.runtime.environment import HEADER, describe_environment
+from dlrm.runtime.script_answer import answer_script
 
 LABEL = re.compile(r"[A-Za-z0-9._-]{1,60}")
 GPU_HEADER = "# The GPUs of the first node, written by dlrm-io."
@@ -207,17 +208,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("identity", nargs="?", default="")
     parser.add_argument("--resume", type=Path)
     options = parser.parse_args(argv)
-    try:
+
+    def run_command() -> list[str]:
         if options.command == "discard":
             remove_made_folder(options.folder, options.identity, FILES)
-        elif options.command == "name":
-            print(name_run(options.folder, options.resume), end="\0")
-        else:
-            print(*make_run(options.folder, options.resume), sep="\0", end="\0")
-    except UserError as error:
-        print(f"3_train.sh: {error}", file=sys.stderr)
-        return USAGE
-    return 0
+            return []
+        if options.command == "name":
+            return [str(name_run(options.folder, options.resume))]
+        return [str(each) for each in make_run(options.folder, options.resume)]
+
+    return answer_script(run_command)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dlrm.runtime import entry, trace
 from dlrm.runtime.ranks import Ranks
 
 MOST_STEPS = 100  # of a profile: a step has thousands of events, which are kept in memory until the last one
+# Both are in analysis/trace/kineto.py, too, which reads the profiles: dlrm/ and analysis/ share no imports.
 FOLDER = "profile"
 STEP_NAME = "ProfilerStep#"  # how torch.profiler itself calls the mark of a step
 _COPY_BYTES = 1 << 20

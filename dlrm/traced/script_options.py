@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.errors import USAGE, UserError, printable
+from common.errors import UserError, printable
 from common.inputs import read_json_object
+from dlrm.runtime.script_answer import answer_script
 from dlrm.runtime.step_profiler import parse_steps
 from dlrm.runtime.tracer_variables import find_traced_folders, wants_trace
 
@@ -81,13 +82,7 @@ def check_script(folder: str, environ: Mapping[str, str]) -> None:
 
 
 def main() -> int:
-    try:
-        words = make_answer(sys.argv[1], sys.argv[2:], os.environ)
-    except UserError as error:
-        print(f"3_train.sh: {printable(error)}", file=sys.stderr)
-        return USAGE
-    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))
-    return 0
+    return answer_script(lambda: make_answer(sys.argv[1], sys.argv[2:], os.environ))
 
 
 if __name__ == "__main__":

@@ -3,42 +3,23 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.lock_holder import hold_lock
 
 from common.errors import UserError
 from common.lock import LOCK_NAME, FolderLock, find_lock_owner, try_lock
 
 ROOT = Path(__file__).parents[2]
-HOLD = """
-import sys, time
-from common.lock import FolderLock
-with FolderLock(sys.argv[1], "testing into it"):
-    print("held", flush=True)
-    time.sleep(1000)
-"""
-
-
-def holder(folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout and process.stdout.readline() == "held\n"
-    return process
 
 
 def test_the_second_learns_who_since_when_and_where(tmp_path: Path) -> None:
-    process = holder(tmp_path)
-    try:
-        with pytest.raises(UserError) as error:
-            FolderLock(tmp_path, "another").acquire()
-    finally:
-        process.kill()
-        process.wait()
+    with hold_lock(tmp_path) as process, pytest.raises(UserError) as error:
+        FolderLock(tmp_path, "another").acquire()
     output = str(error.value)
     assert (
         f"by process {process.pid} of " in output
@@ -48,9 +29,8 @@ def test_the_second_learns_who_since_when_and_where(tmp_path: Path) -> None:
 
 
 def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
-    process = holder(tmp_path)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with hold_lock(tmp_path):
+        pass  # it is killed
     assert (tmp_path / LOCK_NAME).exists()
     with FolderLock(tmp_path, "next"):
         pass

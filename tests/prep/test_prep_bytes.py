@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.data_folder import check_same_files
-from support.ranks import python
+from support.ranks import MPIEXEC, python
 
 from dlrm.data.criteo import DatasetMeta
 from dlrm.prep.__main__ import main
@@ -152,10 +152,6 @@ def test_exact_ids_where_torchrec_rounds(tmp_path: Path) -> None:
     assert round_through_float(ids).tolist() == [[16777216, 33554436, 292775616]]
 
 
-def mpiexec() -> Path:
-    return Path(sys.executable).parent / "mpiexec"
-
-
 @pytest.fixture(scope="module")
 def one_rank(days: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield run(days, tmp_path_factory.mktemp("one"), "--frequency_threshold", "2")
@@ -164,7 +160,7 @@ def one_rank(days: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 @pytest.mark.mpi
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_same_bytes_for_any_number_of_ranks(days: Path, one_rank: Path, tmp_path: Path, ranks: int) -> None:
-    command = [mpiexec(), "-n", str(ranks), sys.executable, "-m", "dlrm.prep", "run", "--input_dir", days]
+    command = [MPIEXEC, "-n", str(ranks), sys.executable, "-m", "dlrm.prep", "run", "--input_dir", days]
     command += ["--output_dir", tmp_path / "out", "--frequency_threshold", "2", "--part_bytes", "100000"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
@@ -181,7 +177,7 @@ def test_ranks_end_together_with_one_error(days: Path, tmp_path: Path) -> None:
     source.mkdir()
     for day in (0, 1):
         (source / f"day_{day}").write_bytes((days / f"day_{2 * day}").read_bytes())
-    command = [mpiexec(), "-n", "2", sys.executable, "-m", "dlrm.prep", "run", "--input_dir", source]
+    command = [MPIEXEC, "-n", "2", sys.executable, "-m", "dlrm.prep", "run", "--input_dir", source]
     command += ["--output_dir", tmp_path / "out", "--part_bytes", "100000"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
 

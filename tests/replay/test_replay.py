@@ -16,7 +16,7 @@ from support.disk import mount_small_disk
 from support.file_calls import PLACED, list_strace_requests, read_events
 from support.hosts import start_on_hosts
 from support.made_traces import Made
-from support.ranks import Train, words
+from support.ranks import MPIEXEC, Train, words
 from support.replays import ROOT, Replayed, count_requests, replay
 
 from analysis.tables.gather import plan_launches
@@ -119,7 +119,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_ranks_are_dealt_to_processes(two_ranks: Path, tmp_path: Path, processes: int) -> None:
     """Fewer processes than ranks, as many, and more."""
-    mpiexec = (Path(sys.executable).parent / "mpiexec", "-n", processes) if processes > 1 else ()
+    mpiexec = (MPIEXEC, "-n", processes) if processes > 1 else ()
     done = replay(two_ranks, tmp_path / "out", prefix=mpiexec)
     assert done.code == 0, done.err
     assert done.count_requests() == count_requests(two_ranks)
@@ -187,7 +187,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
         made.posix("open64", 300_000, 5, name, flags=os.O_WRONLY)
         made.posix("fsync", 300_010, 5, name)
         made.write(tmp_path / "run")
-    mpiexec = (Path(sys.executable).parent / "mpiexec", "-n", 2)
+    mpiexec = (MPIEXEC, "-n", 2)
     done = replay(tmp_path / "run", tmp_path / "out", prefix=mpiexec)
     lines = [line for line in done.err.splitlines() if line.startswith("dlrm: ")]
     assert done.code == 2 and len(lines) == 1
@@ -590,7 +590,7 @@ def test_a_folder_is_renamed_once_it_is_whole(tmp_path: Path) -> None:
     first.posix("unlink", 6000, 5, "/d/whole/0", 6)
     for made in (first, other):
         made.write(tmp_path / "run")
-    mpiexec = (Path(sys.executable).parent / "mpiexec", "-n", 2)
+    mpiexec = (MPIEXEC, "-n", 2)
     done = replay(tmp_path / "run", tmp_path / "out", "--speed", "max", prefix=mpiexec)
     assert (done.code, done.err) == (0, ""), done.err
     assert sorted(path.name for path in done.at("/d").rglob("*")) == ["1", "in", "log", "whole"]

@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.file_calls import read_events
-
-MPIEXEC = Path(sys.executable).parent / "mpiexec"
+from support.ranks import MPIEXEC
 
 PROGRAM = """
 import sys, time

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ranks import LiveRanks, words
+from support.ranks import MPIEXEC, LiveRanks, words
 
 ROOT = Path(__file__).parents[2]
 SHOW = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR"'
@@ -148,7 +148,7 @@ def test_two_real_ranks_meet() -> None:
         "d.all_reduce(t); import os; os.write(1, f'{int(t)} {d.get_rank()}\\n'.encode())"
     )
     program = [str(ROOT / "launcher.sh"), sys.executable, "-c", code]
-    for command in (program, [str(Path(sys.executable).parent / "mpiexec"), "-n", "2", *program]):
+    for command in (program, [MPIEXEC, "-n", "2", *program]):
         done = subprocess.run(
             command, env=clean_environment(NPROC=2), capture_output=True, text=True, timeout=90
         )

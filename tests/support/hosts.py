@@ -2,10 +2,10 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.ranks import MPIEXEC
 
 # What mpiexec calls in the place of ssh: HOST COMMAND...
 ENTER = """#!/bin/sh
@@ -25,8 +25,7 @@ def start_on_hosts(folder: Path, hosts: list[str]) -> tuple[tuple[object, ...], 
     enter = folder / "enter_host"
     enter.write_text(ENTER)
     enter.chmod(0o755)
-    mpiexec = Path(sys.executable).parent / "mpiexec"
-    command = (mpiexec, "-hosts", ",".join(hosts), "-n", len(hosts), "-ppn", 1)
+    command = (MPIEXEC, "-hosts", ",".join(hosts), "-n", len(hosts), "-ppn", 1)
     variables = {
         "HYDRA_LAUNCHER": "rsh", "HYDRA_LAUNCHER_EXEC": str(enter), "MASTER_ADDR": "127.0.0.1",
         "DLRM_JOB_TOKEN": "x" * 32,

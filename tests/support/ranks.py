@@ -16,6 +16,7 @@ from typing import IO, Any
 from support.forked_ranks import MODULES, ForkedRank, rank_server
 
 ROOT = Path(__file__).parents[2]
+MPIEXEC = str(Path(sys.executable).parent / "mpiexec")
 CHANGING = ("time", "seconds", "samples_per_second", "step_time", "cpu_seconds")
 TOY = ["--preset", "toy", "--report_every", 5, "--batch_size", 256, "--epochs", 2]
 

@@ -4,21 +4,13 @@ import csv
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.analysis_command import run_command, run_hostile
+from support.lock_holder import hold_lock
 
 ROOT = Path(__file__).parents[3]
-HOLD = """
-import sys, time
-from common.lock import FolderLock
-with FolderLock(sys.argv[1], "training into it"):
-    print("held", flush=True)
-    time.sleep(1000)
-"""
 
 
 def make_run(folder: Path, batch: int, optimizer: str = "sgd", results: bool = True, log: str = "") -> Path:
@@ -79,14 +71,8 @@ def test_the_state_follows_the_evidence(results: Path, tmp_path: Path) -> None:
     states = {row["run"]: row["state"] for row in list_json(results)}
     assert states == {"a": "done", "b": "done", "c": "stopped", "d": "failed (1)", "e": "ended early"}
     run = make_run(tmp_path / "now", 64)
-    command = [sys.executable, "-c", HOLD, str(run)]
-    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout and holder.stdout.readline() == "held\n"
+    with hold_lock(run):
         assert [row["state"] for row in list_json(tmp_path)] == ["running"]
-    finally:
-        holder.kill()
-        holder.wait()
     assert [row["state"] for row in list_json(tmp_path)] == ["done"]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.analysis_command import run_command
+from support.lock_holder import hold_lock
 from support.ranks import ROOT, LiveRanks, metrics, words
 
 
@@ -51,33 +52,25 @@ def test_a_live_training(toy: Path, tmp_path: Path) -> None:
 
 
 def test_watching_costs_under_a_hundredth_of_a_core(tmp_path: Path) -> None:
-    """Of a run in use, at the interval that it has by itself: processor time of twenty looks."""
+    """Processor time of a look at a run in use; by itself `watch` looks every 5 seconds."""
     (tmp_path / "config.json").write_text('{"launch": {"model": "DLRM", "world_size": 64}}')
     row = {"step": 1, "epoch": 0, "loss": 0.5, "samples_per_second": 1.0, "time": time.time()}
     (tmp_path / "metrics.jsonl").write_text((json.dumps(row) + "\n") * 20_000)
-    hold = (
-        "import sys, time\nfrom common.lock import FolderLock\nwith FolderLock(sys.argv[1], 'training'):\n"
-        "    print('held', flush=True)\n    time.sleep(1000)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
     command = [sys.executable, "-m", "analysis", "watch", str(tmp_path), "--interval", "1"]
-    watcher = None
-    try:
-        assert holder.stdout and holder.stdout.readline()
+    used = []
+    with hold_lock(tmp_path):
         watcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert watcher.stdout
-        used = []
-        for line in watcher.stdout:
-            if line.startswith("running for"):
-                fields = Path(f"/proc/{watcher.pid}/stat").read_text().rpartition(")")[2].split()
-                used.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
-            if len(used) == 8:
-                break
-    finally:
-        for process in (holder, watcher):
-            if process:
-                process.kill()
-                process.wait()
+        try:
+            assert watcher.stdout
+            for line in watcher.stdout:
+                if line.startswith("running for"):
+                    fields = Path(f"/proc/{watcher.pid}/stat").read_text().rpartition(")")[2].split()
+                    used.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+                if len(used) == 8:
+                    break
+        finally:
+            watcher.kill()
+            watcher.wait()
     each = (used[-1] - used[1]) / (len(used) - 2)
     assert each < 0.05, each  # seconds, of the 5 between two looks
 
