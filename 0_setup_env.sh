@@ -339,7 +339,7 @@ find_site_mpi() {    # sets line, and mpiexec
     fi
     while [[ -z $line ]] && read -r mpiexec; do
         version=$("$mpiexec" --version 2>&1 < /dev/null || true)
-        # PBS brings an mpiexec of its own, which is no MPI and is passed over.
+        # PBS brings an mpiexec of its own, which is not an MPI and is passed over.
         case $version in
             *PALS*) line='mpiexec -n {N} --ppn {PPN} --depth {DEPTH} --cpu-bind depth' ;;
             *"Open MPI"* | *OpenRTE*)

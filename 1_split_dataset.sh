@@ -70,7 +70,7 @@ cut_into_parts() {    # writes 00, 01, ... into the folder `part`
     local codes reader=(cat)
     [[ $file != *.gz ]] || reader=(gzip -dc)
     # One line more than needed: a 25th part then shows that something was left over. Stopping early
-    # breaks the reader's pipe (141), which is no error; a damaged .gz is one.
+    # breaks the reader's pipe (141), which is not an error; a damaged .gz is one.
     set +eo pipefail
     "${reader[@]}" -- "$file" \
         | head -n $(( PARTS * lines + 1 )) \

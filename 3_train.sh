@@ -198,7 +198,7 @@ choose_analysis() {    # choose_analysis [OPTION...]: sets `analysis`: now, late
     analysis=${ANALYSIS:-now}
     [[ $analysis == @(now|later|no) ]] || die "ANALYSIS=$analysis: wanted now, later or no"
     if [[ $analysis == later && -z ${PBS_JOBID:-}${SLURM_JOB_ID:-} && ${1:-} != --submit ]]; then
-        say "ANALYSIS=later: this is no batch job, the analysis is done now"
+        say "ANALYSIS=later: this is not a batch job, the analysis is done now"
         analysis=now
     fi
 }
@@ -216,8 +216,8 @@ submit_training() {    # prints the training's job id
     [[ $analysis == later ]] || say "when the job has ended: python -m analysis finish ${run@Q}" >&2
 }
 
-# In a batch job before training, so that it also comes after a training that is killed; where a
-# person works, after it. A requeued job has done it when it first started.
+# In a batch job before training, so that it also comes after a training that is killed; in an
+# interactive job after it. A requeued job has done it when it first started.
 submit_analysis() {    # submit_analysis before|after|JOB: as a job of its own; sets `analysis_job`
     if ! analysis_job=$(cd -- "$start" && python -m dlrm.runtime.later_analysis "$1" "$run"); then
         say "the analysis could not be submitted"

@@ -287,9 +287,11 @@ def _add_selection_options(made: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=_parse_ranges, metavar="A-B", help="all that went on during them")
     group.add_argument("--epoch", type=int, metavar="E", help="all that went on during it")
     group.add_argument(
-        "--from", dest="from_seconds", type=_parse_seconds, metavar="S", help="since the run began"
+        "--from", dest="from_seconds", type=_parse_seconds, metavar="S", help="seconds after the run began"
     )
-    group.add_argument("--to", dest="to_seconds", type=_parse_seconds, metavar="S")
+    group.add_argument(
+        "--to", dest="to_seconds", type=_parse_seconds, metavar="S", help="the same, of the end"
+    )
     group.add_argument(
         "--min-us", type=_parse_count(1 << 40), default=0, metavar="N", help="leave out shorter events"
     )
@@ -314,7 +316,7 @@ def _add_whatif_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--read_chunk_mb", type=_parse_chunk, metavar="MB", help="MB of one read of a stream")
     made.add_argument(
         "--ranks", type=_parse_count(4096), metavar="N",
-        help="so many ranks, each with the batch size and the storage that one has now",
+        help="this number of ranks, each with the batch size and the storage that one has now",
     )  # fmt: skip
     made.add_argument("--json", action="store_true", help="print the numbers as JSON")
 

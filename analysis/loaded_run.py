@@ -135,7 +135,7 @@ class LoadedRun:
 
     @cached_property
     def spans(self) -> pl.DataFrame:
-        """A row per span of the program and per counter: everything in the trace that is no file call."""
+        """A row per span of the program and per counter: everything in the trace that is not a file call."""
         return self._events[1]
 
     @cached_property

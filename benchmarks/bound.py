@@ -35,7 +35,7 @@ def measure_matrix_product(device: torch.device, rows: int) -> float:
     usual = settings.fp32_precision
     for precision in (usual, "bf16") if device.type == "cpu" else (usual,):
         settings.fp32_precision = precision
-        if float((left @ right - exact).abs().max()) < 1e-3:  # else it is no fp32 product
+        if float((left @ right - exact).abs().max()) < 1e-3:  # else it is not an fp32 product
             speeds.append(2 * rows * 512 * 512 / find_shortest(lambda: left @ right, device))
     settings.fp32_precision = usual
     return max(speeds)

@@ -193,7 +193,7 @@ def main() -> None:
                 scenario = make_scenario(base, changed)
                 predicted = predict(model, scenario).step_ms
                 error = predicted / real - 1
-                # how long computing took in that run is no setting: other work on the machine decides
+                # how long computing took in that run is not a setting: other work on the machine decides
                 factor = measure_compute(changed_model) / measure_compute(model)
                 corrected = predict(model, dataclasses.replace(scenario, compute=factor)).step_ms / real - 1
                 case = {"family": family, **changed, "real_ms": real, "predicted_ms": predicted}

@@ -161,8 +161,9 @@ def try_lock(descriptor: int) -> bool:
 
 
 def find_lock_owner(folder: Path, name: str = LOCK_NAME) -> dict[str, Any]:
-    """Who holds the lock on a folder (host, pid, user, since, purpose); empty: nobody. It is not taken, and
-    nothing is written: for a look at other people's folders.
+    """Who holds the lock on a folder (host, pid, user, since, purpose); empty where it is free.
+
+    The lock is not taken and nothing is written, so that other users' folders can be looked at.
     """
     marker = folder / f"{name}.held"
     if (owner := _read_owner(marker)) and not _is_dead(owner):
@@ -210,7 +211,7 @@ def _describe_this_process(purpose: str) -> bytes:
 
 
 def _read_owner(path: Path) -> dict[str, Any]:
-    """The process that wrote this lock file; empty where it is not written yet, or is no lock file."""
+    """The process that wrote this lock file; empty where it is not written yet, or is not a lock file."""
     try:
         descriptor = open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:

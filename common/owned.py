@@ -163,7 +163,7 @@ class WorkFolders:
         return left
 
     def remove_file(self, folder: Path, name: str) -> None:
-        """Remove one file of a folder for which `is_ours` was true; a missing one is no error."""
+        """Remove one file of a folder for which `is_ours` was true; a missing one is not an error."""
         if self.files.fullmatch(name):
             with os_errors_as_user_errors(folder / name), contextlib.suppress(FileNotFoundError):
                 os.unlink(folder / name)
@@ -396,7 +396,7 @@ class OutputFolder:
 
     def record_files(self, names: Iterable[str], copied: bool = False) -> None:
         """Record files that this process has just written by other means, as they are now. `copied`: these
-        are the program's own files of a copy, which is no copy any more.
+        are the program's own files of a copy, which is not a copy any more.
         """
         if copied:
             self._listed_folder = None
@@ -610,7 +610,7 @@ def finish_file(partial: Path, path: Path) -> None:
 
 
 def discard_file(path: Path) -> None:
-    """Remove a file in a folder of the program's own; a missing one is no error."""
+    """Remove a file in a folder of the program's own; a missing one is not an error."""
     with os_errors_as_user_errors(path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 

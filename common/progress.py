@@ -16,7 +16,7 @@ from common.words import format_number
 
 
 def open_terminal_bar(label: str, unit: str, total: int | None = None, done: int = 0, **more: Any) -> Any:
-    """A tqdm bar on stderr; a disabled one where that is no terminal. `more`: other options of tqdm."""
+    """A tqdm bar on stderr; a disabled one where that is not a terminal. `more`: other options of tqdm."""
     from tqdm import tqdm
 
     size = shutil.get_terminal_size((100, 24))  # some terminals say 0 x 0: tqdm would hide the bar

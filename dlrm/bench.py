@@ -46,7 +46,7 @@ class BenchmarkOptions:
     allow_tf32: bool = option(False, "TF32 matrix products on CUDA")
     cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
     trace_dir: str | None = path_option("run folder for a DFTracer trace of this benchmark")
-    timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
+    timeout: int = option(60, "seconds without a heartbeat after which a rank counts as lost")
 
     def __post_init__(self) -> None:
         criteo.check_column_counts(self.num_numerical, self.num_categorical)

@@ -106,7 +106,7 @@ def test_picture_of_the_imports() -> None:
             real.setdefault(folder_of(known[name]), set()).add(folder_of(known[target]))
     assert set(paths.values()) == real.keys() | set().union(*real.values())
     untrue = {(name, target) for name in drawn for target in drawn[name] - real.get(name, set())}
-    assert not untrue, "arrows that are no imports"
+    assert not untrue, "arrows that are not imports"
     missing = {(name, target) for name in real for target in real[name] - reachable(drawn, name)}
     assert not missing, "imports without an arrow, or a way over several"
 
@@ -206,7 +206,7 @@ def test_anchors_in_documents(path: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text()):
         if "://" not in target:
             there = path.parent / target if target else path
-            assert anchor in anchors(there), f"{path.name}: {target}#{anchor} is no heading"
+            assert anchor in anchors(there), f"{path.name}: {target}#{anchor} is not a heading"
 
 
 HISTORY = ("CHANGELOG.md", "BENCHMARKS.md")  # they may name files of earlier versions

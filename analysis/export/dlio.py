@@ -161,7 +161,7 @@ def _list_limits(t: MeasuredTraining, kept: int) -> list[str]:
         "(--read_chunk_mb) are not there.",
         f"the start-up ({t.starts_s:.3g} s until the first step) and the slower first step are left out.",
         "communication: DLIO has a barrier after each step; the time of the exchange is in computation_time.",
-        "evaluations and checkpoints come after whole epochs, or every so many steps, not where they came.",
+        "evaluations and checkpoints come after whole epochs, or every N steps, not where they came.",
     ]
     if t.eval_steps and abs(t.eval_record_bytes - t.record_bytes) > 0.01 * t.record_bytes:
         found.append(

@@ -80,7 +80,7 @@ def write_fio_job(run: str, folder: Path, data_only: bool) -> str:
     planned = plan_launches(FileSource(run))
     last = max(job.launch for job in planned)
     if not folder.parent.is_dir():
-        raise UserError(f"-o {printable(folder)}: {printable(folder.parent)} is no folder; name another")
+        raise UserError(f"-o {printable(folder)}: {printable(folder.parent)} is not a folder; name another")
     with os_errors_as_user_errors(folder):
         folder.mkdir(exist_ok=True)
     counts, logs = _Counts(), {}

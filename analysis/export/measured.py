@@ -44,9 +44,9 @@ class MeasuredTraining:
     epochs: int
     steps: int  # of each rank in an epoch: of the longest one
     record_bytes: int  # that a rank reads for a batch, on average
-    batch_rows: int  # of a rank; 0 where nobody knows
+    batch_rows: int  # of a rank; 0: unknown
     dataset_files: int
-    prefetch: int  # batches prepared ahead; 0 where nobody knows
+    prefetch: int  # batches prepared ahead; 0: unknown
     compute: (
         Spread  # of a step: computing and exchanging, not waiting; the deviation is between ranks of a step
     )

@@ -27,10 +27,10 @@ class BandwidthCounter:
         NO_CALL), amounts in bytes.
         """
         for name in self.bytes:
-            mine = (kinds == _DIRECTIONS[name]) & (amounts > 0)
-            if mine.any():
-                starts = np.maximum(ts[mine] - self.begin, 0)
-                ends = np.maximum(ts[mine] + dur[mine] - self.begin, starts)
+            moving = (kinds == _DIRECTIONS[name]) & (amounts > 0)
+            if moving.any():
+                starts = np.maximum(ts[moving] - self.begin, 0)
+                ends = np.maximum(ts[moving] + dur[moving] - self.begin, starts)
                 most = int(ends.max())
                 open_us = (ends - starts).sum(dtype=np.float64)
                 most_windows = MAX_WINDOWS + _WINDOWS_PER_CALL * len(starts)
@@ -39,7 +39,7 @@ class BandwidthCounter:
                 windows = most // self.window + 2
                 if windows > len(self.bytes[name]):
                     self.bytes[name] = np.concatenate([self.bytes[name], np.zeros(2 * windows)])
-                spread_bytes(starts, ends, amounts[mine], self.window, self.bytes[name])
+                spread_bytes(starts, ends, amounts[moving], self.window, self.bytes[name])
 
     def _widen(self) -> None:
         """Add up pairs of windows."""

@@ -192,7 +192,7 @@ def make_outline_block(
         ],
         how="diagonal_relaxed",
     )  # fmt: skip
-    # a matrix of rows x keys: what is None in it is no argument
+    # a matrix of rows x keys: what is None in it is not an argument
     given = np.column_stack([rows[name].is_not_null() for name in keys.values()])
     values = np.column_stack([rows[name].fill_null(0) for name in keys.values()])
     count, total = len(rows), int(given.sum())

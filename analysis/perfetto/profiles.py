@@ -73,7 +73,7 @@ def find_place(profile: Profile, places: Sequence[Place], every_rank: set[int]) 
     if not len(profile):
         return "it has no events"
     if profile.without_clock:
-        return "it has no baseTimeNanoseconds, so nobody knows when it was"
+        return "it has no baseTimeNanoseconds, so its time is unknown"
     if profile.rank >= 0 and profile.rank not in every_rank:
         return f"it is of rank {profile.rank}, which the run does not have"
     found = [place for place in places if not is_forked(place.process)]

@@ -262,10 +262,10 @@ class FileTracks:
         order = np.argsort(tids, kind="stable")
         chosen, tids = chosen[order], tids[order]
         groups = np.split(chosen, np.flatnonzero(np.diff(tids)) + 1) if len(chosen) else []
-        for tid, mine in zip(np.unique(tids).tolist(), groups, strict=True):
-            is_slice = slices[mine]
+        for tid, own in zip(np.unique(tids).tolist(), groups, strict=True):
+            is_slice = slices[own]
             track = self._find_track(tid)
-            self._write_thread(block, mine[is_slice], mine[~is_slice], track, flow)
+            self._write_thread(block, own[is_slice], own[~is_slice], track, flow)
 
     def finish_file(self) -> None:
         """The counters that need the whole file, and what the file lacks."""
@@ -388,21 +388,21 @@ class FileTracks:
             return
         values = read_real_argument(block, ID["value"])
         for number in np.unique(block.name[chosen]).tolist():
-            mine = chosen[block.name[chosen] == number]
-            mine = mine[np.argsort(block.ts[mine], kind="stable")]
+            own = chosen[block.name[chosen] == number]
+            own = own[np.argsort(block.ts[own], kind="stable")]
             name = self.shared.strings.text(number)
             of_run = name in RUN_COUNTERS
             if of_run and not self.speaks_for_run:
                 continue
             if number not in self.counters and len(self.counters) == MAX_COUNTERS:
-                self.uncounted += len(mine)
+                self.uncounted += len(own)
                 continue
             if number not in self.counters:
                 self.counters[number] = (
                     self.shared.describe_run_counter(name) if of_run else self._describe_counter(name)
                 )
                 self.shared.counted.add(name)
-            write_counter(self.shared, self.counters[number], block.ts[mine], values[mine])
+            write_counter(self.shared, self.counters[number], block.ts[own], values[own])
 
     def _describe_counter(self, name: str) -> int:
         parent = self.uuid

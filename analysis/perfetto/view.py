@@ -36,7 +36,7 @@ BELOW_THE_TOKEN = rb"""<script>{
   window.fetch = (what, ...rest) => plain(below(what), ...rest);
   localStorage.setItem("dlrm-io-view", base);
 }</script>"""
-DOOR = rb"""<!doctype html><meta charset="utf-8"><title>analysis view</title>
+ADDRESS_PAGE = rb"""<!doctype html><meta charset="utf-8"><title>analysis view</title>
 <p>Open the address that <code>python -m analysis view</code> printed; then the links of a report work, too.
 <script>{
   const base = localStorage.getItem("dlrm-io-view");
@@ -46,7 +46,7 @@ DOOR = rb"""<!doctype html><meta charset="utf-8"><title>analysis view</title>
     location.replace(base + location.search + location.hash);
 }</script>
 """
-ONLY_THE_DOOR = "default-src 'none'; script-src 'unsafe-inline'; frame-ancestors 'none'"
+ADDRESS_PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; frame-ancestors 'none'"
 GZIP_MAGIC = b"\x1f\x8b"
 PACKET_TAG = b"\x0a"  # field 1 of perfetto.protos.Trace, a packet: what every native trace begins with
 SNIFFED_BYTES = 1 << 20
@@ -172,7 +172,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         elif not _names_this_host(self.headers.get_all("Host", [])):
             self._send_refusal(403)
         elif not self._strip_token():
-            self._send_refusal(403, DOOR)
+            self._send_refusal(403, ADDRESS_PAGE)
         else:
             return True
         return False
@@ -188,7 +188,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def _send_refusal(self, status: int, page: bytes = b"") -> None:
         self.close_connection = True
-        self.policy = ONLY_THE_DOOR
+        self.policy = ADDRESS_PAGE_POLICY
         self._send_answer("text/html", page, status)
 
     def do_GET(self) -> None:
@@ -202,7 +202,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             if self._is_of_another_run(asked.get("run", [""])[0]):
                 names = {"linked": asked.get("name", ["?"])[0][:80], "shown": printable(self.trace.name)}
                 page = OTHER_RUN.format(**{key: escape(name) for key, name in names.items()})
-                self.policy = ONLY_THE_DOOR
+                self.policy = ADDRESS_PAGE_POLICY
                 self._send_answer("text/html", page.encode(), 409)
                 return
             index = (self.folder / "index.html").read_bytes()
@@ -275,7 +275,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away in the middle is no error; anything else is one line."""
+        """A browser that went away in the middle is not an error; anything else is one line."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError | TimeoutError):
             print(f"analysis: view: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ def list_about(run: TracedRun, facts: Facts) -> list[tuple[str, str]]:
         ("versions", describe_versions(launch.get("versions"))),
         ("dataset", describe_dataset(run, facts)),
         ("file systems", describe_file_systems(run)),
-        ("folder", printable(run.home.resolve())),
+        ("folder", printable(run.folder.resolve())),
     ]
     return [(name, value) for name, value in known if value]
 

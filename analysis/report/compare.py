@@ -213,10 +213,10 @@ def write_comparison(
     (the numbers, if its name ends in .json). called: a setting to draw the runs over. Returns the path of
     what was written and the terminal's text.
     """
-    home = outputs.find_output_folder(paths[-1])
+    folder = outputs.find_output_folder(paths[-1])
     if output is None and Path(paths[-1]).exists():
         names = {PAGE: is_own_page, NUMBERS: outputs.is_own_comparison}
-        outputs.check_folder(home, names, "name another file with -o")
+        outputs.check_folder(folder, names, "name another file with -o")
     comparison = compare_runs(paths, over)
     points = scale_over(comparison, called) if called else []
     page = outputs.seal_page(render_comparison(comparison, points, called), "compare")
@@ -231,10 +231,10 @@ def write_comparison(
         with outputs.named_file(output, is_own) as partial, os_errors_as_user_errors(output):
             partial.write_bytes(numbers if as_json else page)
         return output, text
-    with outputs.results_in(home) as results:
+    with outputs.results_in(folder) as results:
         results.write(NUMBERS, numbers, outputs.is_own_comparison)
         results.write(PAGE, page, is_own_page)
-    return home / PAGE, text
+    return folder / PAGE, text
 
 
 def is_own_page(path: Path) -> bool:

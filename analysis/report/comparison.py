@@ -135,7 +135,7 @@ class Comparison:
     def differing(self) -> dict[str, list[str]]:
         """Settings that are not the same everywhere: name -> the value of each setting's first run."""
         firsts = [setting.runs[0] for setting in self.settings]
-        if not all(first.run.config for first in firsts):  # `describe` says that nobody knows
+        if not all(first.run.config for first in firsts):  # `describe` says that they are unknown
             return {}
         own = [
             run_settings.run_settings(first.run.config, first.run.plan)

@@ -13,7 +13,7 @@ from analysis.tables.gather import JoinedTables
 from analysis.trace.classify import PROGRAM_FILE, SYSTEM_FILE
 
 TRAIN = ("train", "run")  # `run`: traces without phases
-MATTERS = 0.01  # of the run: less time to be won is no finding
+MATTERS = 0.01  # of the run: less time to be won is not a finding
 MATTERS_HIDDEN = 0.05  # of the run: so much of a rank's time in calls is one, though all of it is hidden
 JUMPS, JUMPING = 1000, 0.5  # requests that jump to another offset, and their share in a file's
 LARGE_JUMP = 1 << 20  # bytes: moving them takes longer than the jump
@@ -67,7 +67,7 @@ class Facts:
     @cached_property
     def requests(self) -> pl.DataFrame:
         """Reads and writes after start-up, a row per rank, operation, file and size (`bucket`); without
-        programs' files, and without copies from mapped files, which are no requests."""
+        programs' files, and without copies from mapped files, which are not requests."""
         file = pl.col("file")
         found = (
             self.after_startup("ops")
@@ -185,7 +185,7 @@ class Facts:
         return rest + float(self.waited_in_steps["us"].sum()) / 1e6
 
     def reads_longer(self, rank: int, times: float) -> bool:
-        """Whether this rank's reads of the training's data take so many times as long as the others'."""
+        """Whether this rank's reads of the training's data take `times` as long as the others'."""
         ops = self.joined["ops"].filter((pl.col("op") == "read") & pl.col("phase").is_in(TRAIN))
         own = ops.filter(pl.col("file").is_in(self.pick_data_reads(*TRAIN)["file"].unique().implode()))
         by_rank = dict(own.group_by("rank").agg(pl.col("us").sum()).iter_rows())
@@ -238,7 +238,7 @@ class Facts:
         if sums["strided"] > sums["sequential"] + sums["random"]:
             return (
                 "The ranks take turns in each file, so a read is one rank's rows of one batch: raise "
-                "--batch_size, or give --shuffle_training_set: each rank then reads a stretch of its own."
+                "--batch_size, or give --shuffle_training_set: each rank then reads a range of its own."
             )
         if run_settings.to_number(self.config["data"].get("read_chunk_mb")) * 1e6 < 4 * mean_bytes:
             return "Raise --read_chunk_mb."

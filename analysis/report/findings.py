@@ -44,8 +44,8 @@ AGAIN = f"more than {files.AGAIN} times the file's size, and {format_size(files.
 PRESSED = f"more than {time.PRESSED_PART:.0%} of the ranges of steps, {time.PRESSED_IN_A_ROW} in a row"
 
 RULES: tuple[Rule, ...] = (
-    Rule("no_learning", training.find_no_learning, "the loss is no number, stays above its first value for "
-         f"{training.ABOVE_STEPS} steps, or at what a constant prediction has", "-"),
+    Rule("no_learning", training.find_no_learning, "the loss is not a number, stays above its first value "
+         f"for {training.ABOVE_STEPS} steps, or at what a constant prediction has", "-"),
     Rule("waiting", time.find_waiting, f"{time.WAITING:.0%} of the training waits for data or is I/O",
          "DFAnalyzer: fetch_pressure"),
     Rule("persistent_pressure", time.find_persistent_pressure, f"{time.PRESSURE:.0%} of the time waits for "

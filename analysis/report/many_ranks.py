@@ -16,8 +16,8 @@ from analysis.tables.answers import PARTS
 from analysis.tables.gather import JoinedTables
 from common.words import format_number
 
-MANY_RANKS = 16  # the page shows each of so many; of more it shows those that stand for all
-LISTED_RANKS = 64  # summary.json lists each of so many
+MANY_RANKS = 16  # up to this number the page shows each rank; of more it shows those that stand for all
+LISTED_RANKS = 64  # up to this number summary.json lists each rank
 LISTED_NODES = 64
 SLOWEST = 5
 HEAT_ROWS, HEAT_COLUMNS = 256, 150  # of a heat map, at most

@@ -235,7 +235,7 @@ def _find_again(f: Facts, op: str) -> pl.DataFrame:
 
 
 def _say_again(extra: int, spent: float, done: str) -> str:
-    """Which of the bytes came first nobody can tell from sums: their time is that of the mean byte."""
+    """Sums do not say which of the bytes came first: their time is that of the mean byte."""
     return (
         f"{format_size(extra)} are {done} again: {format_seconds(spent)} at the mean rate of these files, "
         "added up over the ranks."
@@ -309,12 +309,12 @@ def find_mapped_files(f: Facts) -> Finding | None:
 
 
 def _list_metadata(f: Facts) -> pl.DataFrame:
-    """Rows of table ops: calls that move no byte and are no hints."""
+    """Rows of the table ops: calls that move no byte and are not hints."""
     return f.after_startup("ops").filter((pl.col("layer") == "calls") & pl.col("op").is_in(METADATA_OPS))
 
 
 def _sum_metadata(f: Facts) -> pl.DataFrame:
-    """Calls that move no byte and are no hints, by kind: what is no open, close, stat or seek by its name."""
+    """Calls that move no byte and are not hints, by kind; all but opens, closes, stats and seeks by name."""
     other = _list_metadata(f)
     kind = pl.when(pl.col("op") == "other").then(pl.col("name")).otherwise(pl.col("op")).alias("kind")
     longest = pl.col("ts").sort_by("max_us", "ts").last(), pl.col("max_us").max()

@@ -183,8 +183,8 @@ def find_slow_rank(f: Facts) -> Finding | None:
             f, late["rank"], "Look at that host's storage and at which files this rank reads."
         )
     evidence = {"rank": late["rank"], "own_ms": late["own_ms"], "others_ms": own, "mostly": what}
-    mine = f.joined["steps"].filter(pl.col("rank") == late["rank"])
-    evidence |= _show_step(mine, pl.col("wall_us") - pl.col("communication_us"))
+    steps = f.joined["steps"].filter(pl.col("rank") == late["rank"])
+    evidence |= _show_step(steps, pl.col("wall_us") - pl.col("communication_us"))
     return Finding("slow_rank", lost, text, remedy, evidence)
 
 
@@ -222,8 +222,8 @@ def find_io_imbalance(f: Facts) -> Finding | None:
     if waited and 2 * (waited.get(top["rank"], 0.0) - min(waited.values())) > top["seconds"] - least:
         remedy = _advise_late_reader(f, top["rank"], remedy)
     evidence = {"rank": top["rank"], "most_s": top["seconds"], "least_s": least}
-    mine = f.requests.filter(pl.col("rank") == top["rank"])
-    return Finding("io_imbalance", gain, text, remedy, evidence | show_longest(mine))
+    requests = f.requests.filter(pl.col("rank") == top["rank"])
+    return Finding("io_imbalance", gain, text, remedy, evidence | show_longest(requests))
 
 
 def find_slow_startup(f: Facts) -> Finding | None:

@@ -9,7 +9,7 @@ import polars as pl
 
 from analysis.report.facts import TRAIN, Facts, Finding
 
-ABOVE_STEPS = 50  # at least so many steps, up to the last, with a loss above the first one
+ABOVE_STEPS = 50  # steps at least, up to the last, with a loss above the first one
 LEAST_STEPS = 100  # of a training that is compared with the entropy
 AT_ENTROPY = 0.995
 FALLS = 0.99

@@ -54,7 +54,8 @@ class TracedRun:
         return join_workload(self.joined.tables, self.joined.launches)
 
     @property
-    def home(self) -> Path:
+    def folder(self) -> Path:
+        """The run folder; of a single trace file the one that it is in."""
         return find_output_folder(self.path)
 
     @property
@@ -89,12 +90,12 @@ def open_run(
         own=find_profiles(folder), given=[read_profile(each) for each in kineto],
     )  # fmt: skip
     run = TracedRun(folder, gather_tables(folder, over, source, more, with_requests, selection))
-    run.config = records.read_config(run.home / "config.json", run.notes)
-    run.plan = records.read_plan(run.home / "plan.json", run.notes)
-    run.results = records.read_results(run.home / "results.json", run.notes)
-    run.metrics = records.read_metrics(run.home / "metrics.jsonl", run.notes)
+    run.config = records.read_config(run.folder / "config.json", run.notes)
+    run.plan = records.read_plan(run.folder / "plan.json", run.notes)
+    run.results = records.read_results(run.folder / "results.json", run.notes)
+    run.metrics = records.read_metrics(run.folder / "metrics.jsonl", run.notes)
     if len(run.joined[utilisation.TABLE]):
-        run.dlio_utilisation = records.read_dlio_utilisation(run.home / "summary.json", run.notes)
+        run.dlio_utilisation = records.read_dlio_utilisation(run.folder / "summary.json", run.notes)
     if not selection.is_whole:
         run.notes.append(
             f"Only a part of the run was read: {selection.describe()}. Sums and means are of that."
@@ -214,7 +215,7 @@ def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
         shown.append(
             f"{format_size(int(copied['bytes'].sum()))} of the bytes read, in "
             f"{format_number(int(copied['count'].sum()), 'read')}, were copied from mapped files, as the "
-            "application's spans declare them: page faults brought them in, which are no calls."
+            "application's spans declare them: page faults brought them in, which are not calls."
         )
     if not len(joined["steps"]) and "preprocess" not in joined["time"]["phase"]:
         shown.append("No training steps (category train, name step): everything about steps is left out.")

@@ -1,4 +1,4 @@
-"""One run while it goes: how far it is, how fast, what it waits for, and ranks without a sign of life.
+"""One run while it goes: how far it is, how fast, what it waits for, and ranks without a heartbeat.
 
 In: RUN on any node that sees its files. Out: some lines on stdout, again and again until the run has ended.
 Each look reads a few kilobytes: progress.json, the end of metrics.jsonl, the names of checkpoints.
@@ -42,7 +42,7 @@ class Look:
 
 
 def watch_run(run: Path, seconds: float, once: bool) -> int:
-    """Print what is known every so many seconds, until the run ends; with `once` a single time."""
+    """Print what is known every `interval` seconds, until the run ends; with `once` a single time."""
     if not run.is_dir():
         raise UserError(f"{printable(run)}: no such folder; give the folder of a run, e.g. results/<name>")
     if not is_run_folder(run):
@@ -162,10 +162,10 @@ def _describe_ranks(look: Look, running: bool) -> list[str]:
         return []
     age = look.at - look.progress.get("time", look.at)
     if age > STALE_SECONDS:
-        return [f"no sign of life of rank 0 for {describe_age(age)}"]
+        return [f"no heartbeat of rank 0 for {describe_age(age)}"]
     silent = look.progress["silent"]
     lines = [
-        f"no sign of life of rank {rank:.0f} on {host} for {describe_age(seconds)}"
+        f"no heartbeat of rank {rank:.0f} on {host} for {describe_age(seconds)}"
         for rank, host, seconds in silent
     ]
     more = int(look.progress.get("silent_count", 0)) - len(silent)

@@ -40,7 +40,7 @@ SAVED = 5  # bytes of checkpoint files that checkpoint/sync spans declare
 STREAM = 6  # calls on streams, not bytes
 _DECLARED = {SPANS: ("read", READ), SAVED: ("written", WRITE)}  # and the calls that they are held against
 _NAMES = {READ: "read", WRITE: "written", MAPPED: "mapped", STREAM: "stream"}
-# parts of paths of what every program loads; nobody asks whether those bytes are complete
+# parts of paths of what every program loads: those bytes are not checked
 _PROGRAM = re.compile(
     r"/site-packages/|/python3[^/]*/|\.so(\.[0-9.]+)?$|\.pyc?$|\.nb[ci]$|^/(proc|sys|dev|etc|usr)/"
 )
@@ -209,11 +209,11 @@ def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[i
         reader = source.open_reader(path, strings, paths)
         strings, paths = reader.strings, reader.paths
         processes.append(reader.process)
-        mine = sums[path] = {}
+        moved = sums[path] = {}
         by_kernel: list[float] = []  # all its samples
         unknown: dict[tuple[str, str], int] = {}
         for block in reader:
-            _add_block(block, strings, mine)
+            _add_block(block, strings, moved)
             _count_unknown_spans(block, strings, unknown)
             by_kernel += _list_kernel_samples(block, strings)
         reader.process.unknown = unknown
@@ -266,14 +266,14 @@ def _add_block(block: EventBlock, strings: StringTable, sums: dict[tuple[int, in
     declared = np.where(read_argument(block, ID["mapped"]) > 0, MAPPED, SPANS)
     streams = (block.cat == ID["STDIO"]) & block.is_event()
     synced = (block.cat == ID["checkpoint"]) & (block.name == ID["sync"])
-    for key, mine, kind, bytes_ in (
+    for key, wanted, kind, bytes_ in (
         (ID["fhash"], kinds > 0, kinds, amounts),
         (ID["fhash"], streams, np.full(len(block), STREAM), np.ones(len(block), np.int64)),
         (ID["file"], spans, declared, read_argument(block, ID["bytes"])),
         (ID["file"], synced, np.full(len(block), SAVED), read_argument(block, ID["size"])),
     ):
         owner = np.repeat(np.arange(len(block)), np.diff(block.arg_begin))
-        where = np.flatnonzero((block.arg_key == key) & mine[owner] & (block.arg_kind == STRING))
+        where = np.flatnonzero((block.arg_key == key) & wanted[owner] & (block.arg_kind == STRING))
         named = (block.arg_val[where] << 3) | kind[owner[where]]
         unique, group = np.unique(named, return_inverse=True)
         totals = _sum_groups(group, bytes_[owner[where]], len(unique))
@@ -302,7 +302,7 @@ def _list_names(file: str) -> set[str]:
 
 def _as_traced(file: str) -> list[str]:
     """How DFTracer writes a path: quotes, backslashes and what is below a space become spaces (version 4), or
-    nothing is escaped (before). What is no UTF-8 reads as the mark of that.
+    nothing is escaped (before). What is not UTF-8 reads as the mark of that.
     """
     try:
         shown = file.encode(errors="surrogateescape").decode(errors="replace")
@@ -393,21 +393,22 @@ def _format_unchecked(unchecked: list[UncheckedBytes]) -> list[str]:
     if mapped:
         lines.append(
             f"not compared: {sum(mapped.values()):,} bytes from {len(mapped)} mapped "
-            f"file{'s' if len(mapped) > 1 else ''}: the kernel reads those by page faults, which are no calls"
+            f"file{'s' if len(mapped) > 1 else ''}: the kernel reads those by page faults, which are not "
+            "calls"
         )
         lines += [f"  {printable(file)}: {amount:,} bytes" for file, amount in list(mapped.items())[:20]]
         lines += [f"  and {len(mapped) - 20} more"] if len(mapped) > 20 else []
     for direction in ("read", "written", "stream"):
-        mine = [each for each in unchecked if each.direction == direction]
-        if not mine:
+        own = [each for each in unchecked if each.direction == direction]
+        if not own:
             continue
         if direction == "stream":
             what = "what fprintf and fscanf moved, which DFTracer does not record, of files used by streams"
         else:
-            amount = sum(each.bytes for each in mine)
+            amount = sum(each.bytes for each in own)
             files = "files that the run does not count, which are in the trace"
             what = f"{amount:,} bytes {direction} of {files}"
-        names = sorted({_UNFINISHED.sub(r"\1", os.path.basename(each.file)) for each in mine})
+        names = sorted({_UNFINISHED.sub(r"\1", os.path.basename(each.file)) for each in own})
         shown = ", ".join(printable(name) for name in names[:5]) + (", ..." if len(names) > 5 else "")
         lines.append(f"not compared: {what}: {shown}")
     return lines
@@ -417,12 +418,12 @@ def _format_sums(rows: list[CheckedFile]) -> list[str]:
     """A line per rank and direction, and one for all ranks if there are several."""
     lines = []
     for rank, direction in sorted({(row.rank, row.direction) for row in rows}):
-        mine = [row for row in rows if (row.rank, row.direction) == (rank, direction)]
-        lines.append(_format_line(str(rank), direction, mine))
+        own = [row for row in rows if (row.rank, row.direction) == (rank, direction)]
+        lines.append(_format_line(str(rank), direction, own))
     for direction in ("read", "written"):
-        mine = [row for row in rows if row.direction == direction]
-        if mine and len({row.rank for row in rows}) > 1:
-            lines.append(_format_line("all", direction, mine))
+        own = [row for row in rows if row.direction == direction]
+        if own and len({row.rank for row in rows}) > 1:
+            lines.append(_format_line("all", direction, own))
     return lines
 
 
@@ -441,7 +442,7 @@ def format_share(row: CheckedFile) -> str:
 
 def _format_line(rank: str, direction: str, rows: list[CheckedFile]) -> str:
     """A line of the table. rank: its number, or "all"."""
-    # spans of rows do not count headers, so bytes that calls read beyond them are no fault of the trace
+    # spans of rows do not count headers, so bytes that calls read beyond them are not a fault of the trace
     beyond = direction == "read"
     traced = sum(min(row.counted, row.traced) if row.by_spans and beyond else row.traced for row in rows)
     whole = CheckedFile(0, direction, "", sum(row.counted for row in rows), traced)

@@ -89,7 +89,7 @@ def shorten_losses(losses: list[str], most: int = 8) -> list[str]:
 
 
 def describe_missing_ranks(processes: Iterable[TracedProcess], name: str) -> str:
-    """Which ranks of a launch, called `name`, have no trace; empty where all have, or nobody knows."""
+    """Which ranks of a launch, called `name`, have no trace; empty where all have, or it is unknown."""
     known = list(processes)
     world, there = max((p.world_size for p in known), default=-1), {p.rank for p in known}
     lacking = list(islice((rank for rank in range(world) if rank not in there), 11))

@@ -30,7 +30,7 @@ _COLUMNS = (
 )  # fmt: skip
 CALL = ("pid", "tid", "cat", "name", "op", "ts", "dur", "file", "offset", "size", "failed")
 # What a call was asked for: where it began (`offset` as the call says it, else followed from open, seek and
-# read; null where nobody knows), its arguments count, flags, whence, iovcnt and (of an item) size, its return
+# read; null: unknown), its arguments count, flags, whence, iovcnt and (of an item) size, its return
 # value, the other file of a rename or link, all arguments that have no column above, as JSON, and `path`: the
 # whole name of the file, null where the trace has none (`other` is a whole name, too).
 DETAILS = ("position", "count", "ret", "flags", "whence", "iovcnt", "item", "other", "args", "path")
@@ -206,7 +206,7 @@ def _add_details(
     strings: StringTable,
     positions: FilePositions,
 ) -> pl.DataFrame:
-    """Adds those of DETAILS that are no columns of events yet.
+    """Adds those of DETAILS that are not columns of events yet.
 
     events: the rows of the block's events. moved: bytes, of every row.
     """

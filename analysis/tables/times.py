@@ -135,7 +135,7 @@ def measure_times(
 ) -> dict[str, np.ndarray]:
     """For each measure, its amount before each time (int64, us): two of them differ by what is between.
 
-    Where nothing tells the start-up from the rest, the main thread's imports are no I/O that it waits for.
+    Where nothing tells the start-up from the rest, the main thread's imports are not I/O that it waits for.
     """
     pid, tid = events.main_thread
     here = (pl.col("pid") == pid) & (pl.col("tid") == tid)

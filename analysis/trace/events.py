@@ -5,7 +5,7 @@ the same in constant memory. Hashes are resolved, ranks are known, and different
 
 Columns: rank, pid, tid, cat, name, ts and dur (us), file, offset, count, ret, bytes, epoch, step, batch,
 value (counters), split, when, args (JSON of what is left). Metadata and DFTracer's own start and end
-events are no rows. What could not be read is in `TracedProcess.lost`.
+events are not rows. What could not be read is in `TracedProcess.lost`.
 """
 
 import os
@@ -250,7 +250,7 @@ class TraceReader:
             process.io_error = printable(str(value)[:_LABEL])
 
     def _salvage_record(self, line: bytes) -> None:
-        """A path with a quote in it makes DFTracer write a record that is no JSON."""
+        """A path with a quote in it makes DFTracer write a record that is not JSON."""
         if found := _parse_record(line):
             kind, key, value = (part.decode(errors="replace") for part in found)
             self._read_metadata(ID.get(kind, 0), 0, {"name": key, "value": value})
@@ -291,7 +291,7 @@ def _read_clock_mark(process: TracedProcess, at: int, args: dict) -> None:
 
 
 def _parse_record(line: bytes) -> tuple[bytes, bytes, bytes] | None:
-    """A metadata record that is no JSON -> its kind, name and value. Searched once from either end."""
+    """A metadata record that is not JSON -> its kind, name and value. Searched once from either end."""
     line = line.rstrip(b" \r,")
     at = line.find(_ARGS)
     if at < 0 or not line.endswith(b'"}}'):

@@ -126,7 +126,7 @@ def find_profiles(run_dir: str | Path) -> list[Path]:
 
 
 def read_profile(path: Path) -> Profile:
-    """UserError for a file that is no profile, or is damaged."""
+    """UserError for a file that is not a profile, or is damaged."""
     text, reading = _JsonText(path), _Reading(Profile(path))
     try:
         _read_object(text, reading)
@@ -195,7 +195,7 @@ class _Reading:
             self.profile.cut = True
             return
         if not isinstance(event, dict):
-            raise ValueError("an event is no object")
+            raise ValueError("an event is not an object")
         phase = event.get("ph")
         if phase == "X":
             self._add_slice(event)

@@ -36,7 +36,7 @@ Opener = Callable[[Path], BinaryIO]
 class ReadLoss:
     """What was not read of one file."""
 
-    skipped: int = 0  # bytes of the file that are no gzip or that do not inflate
+    skipped: int = 0  # bytes of the file that are not gzip or that do not inflate
     partial: int = 0  # bytes of text after the last whole line
     cut: bool = False  # the gzip stream has no end: the process was killed, or is still running
     long: int = 0  # bytes of text in lines that are longer than any event
@@ -156,7 +156,7 @@ def _is_bomb(made: int, unread: bytes, file: BinaryIO, loss: ReadLoss) -> bool:
 
 
 def _to_member(data: bytes, file: BinaryIO) -> tuple[bytes, int]:
-    """From the next gzip header on, and how many bytes were passed over; padding of zeros is no loss."""
+    """From the next gzip header on, and how many bytes were passed over; padding of zeros is not a loss."""
     skipped = 0
     while True:
         found = data.find(_MAGIC)
@@ -205,7 +205,7 @@ def read_tail(path: Path, opened: Opener = open_trace) -> bytearray:
                 made += len(piece)
                 rest = stream.unconsumed_tail
             at = data.find(_MAGIC, len(data) - len(stream.unused_data)) if stream.eof else -1
-        except zlib.error:  # these three bytes were no header
+        except zlib.error:  # these three bytes were not a header
             damages += 1
             at = data.find(_MAGIC, at + 1)
     return text

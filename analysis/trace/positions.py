@@ -32,7 +32,7 @@ class FilePositions:
         self.actions = np.empty(0, np.uint8)  # by the number of the call's name
 
     def find_offsets(self, block: EventBlock, strings: StringTable, moved: np.ndarray) -> np.ndarray:
-        """Per event (int64): where the read or write began; -1 where it says so itself, or nobody knows.
+        """Per event (int64): where the read or write began; -1 where the event says it, or it is unknown.
 
         moved: the bytes by `count_moved_bytes`. To be called while files are still named by their hashes.
         """
@@ -113,7 +113,7 @@ def _follow_positions(
         elif action == CLOSE:
             opened[file] = max(0, opened[file] - 1)
             if opened[file] == 0 or seeker[file]:
-                position[file] = _UNKNOWN  # nobody knows which of several descriptors is left
+                position[file] = _UNKNOWN  # it is unknown which of several descriptors is left
             if opened[file] <= 1:
                 seeker[file] = 0
         elif action == LOSE:

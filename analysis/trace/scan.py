@@ -36,7 +36,7 @@ from analysis.trace.strings import (
 
 INT, FLOAT, STRING, INLINE, RAW = 0, 1, 2, 3, 4  # INLINE: a string that StringTable is too full for
 EVENT, COUNTER, SUM, METADATA = 1, 2, 3, 4
-HASH_DIGITS = 16  # of a file's hash: where it has no letter it is no number all the same
+HASH_DIGITS = 16  # of a file's hash: it is never a number, even where it has no letter
 _HHASH, _VALUE = ID["hhash"], ID["value"]
 _NUMERIC = tuple(ID[key] for key in ("offset", "count", "ret", "size", "bytes", "value"))
 # Arguments that are used as whole numbers: counts, places in files, bytes, positions in the training.
@@ -53,14 +53,8 @@ MIN_TS_NS, MAX_TS_NS = 10**17, 1 << 62
 MAX_WHOLE = 1 << 57  # of an argument that is a count
 MAX_BYTES = 1 << 50  # that one call or span moves, where bytes are added up: a petabyte
 MAX_BAD = 1000  # bad lines of a block whose places are returned; all are counted
-_CHANGEABLE = (
-    "name",
-    "cat",
-    "ts",
-    "dur",
-    "arg_key",
-    "arg_val",
-)  # what the Perfetto converter works on in place
+# What the Perfetto converter changes in place
+_CHANGEABLE = ("name", "cat", "ts", "dur", "arg_key", "arg_val")
 _LEAST_LINE = 9  # bytes of an event: {"ph":1}
 _MOST = 1.7976931348623157e308
 _DONE, _MORE_ROOM = 0, 1

@@ -180,7 +180,7 @@ def unescape_text(raw: bytes) -> str:
         found = str(json.loads(f'"{text}"'))
     except ValueError:  # dftracer does not escape what a path itself contains
         return text
-    return found.encode(errors="replace").decode()  # half of a surrogate pair is no text
+    return found.encode(errors="replace").decode()  # half of a surrogate pair is not text
 
 
 def grow_array(array: np.ndarray, need: int) -> np.ndarray:

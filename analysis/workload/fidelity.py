@@ -3,7 +3,7 @@
 In: two run folders with traces. Out: `Fidelity`: per file the requests that only one of them made, and how
 far step times, waiting and bandwidth over time are apart. Compared are the files that hold the workload: the
 dataset, checkpoints, tables in files; of a replay every file that it played. What a program reads of itself,
-and the run folder's own logs, are no part of the workload.
+and the run folder's own logs, are not part of the workload.
 """
 
 import os
@@ -153,7 +153,7 @@ def _name_requests(requests: pl.DataFrame, run: Path, played: Mapping[str, str])
 
 
 def _name_files(paths: Iterable[str], folders: list[str], played: Mapping[str, str]) -> dict[str, str]:
-    """Path -> the name that a copy of the file has, too; nothing for what is no part of the workload."""
+    """Path -> the name that a copy of the file has, too; nothing for what is not part of the workload."""
     found = {}
     for path in paths:
         if played:
@@ -243,7 +243,7 @@ def _compare_rates(
 ) -> None:
     """Bandwidth over time: how far the bytes moved up to a time are apart, on average, as a share of all.
 
-    start, second_start: from which the times of each run count, so that start-up is no part of it.
+    start, second_start: from which the times of each run count, so that start-up is not part of it.
     """
     times = [
         (requests["ts"] - begin).to_numpy() for requests, begin in ((first, start), (second, second_start))

@@ -1,8 +1,8 @@
 """What a training would do with other storage: a small model of loading thread, queue, step and barrier.
 
 In: a `Workload` and a `Scenario`. Out: a `Prediction`. On every rank a thread loads one batch after the other
-and puts it into a queue that holds `prefetch` of them; the main thread takes a batch (waiting for it if need
-be), computes, and meets the other ranks. The durations are the trace's own, step by step and batch by batch;
+and puts it into a queue that holds `prefetch` of them; the main thread takes a batch, or waits for it,
+computes, and waits for the other ranks. The durations are the trace's own, step by step and batch by batch;
 only what the scenario changes is scaled. A step's end is that of its last rank plus the exchange.
 
 A read of n bytes costs `latency + n / bandwidth`, both fitted to the run's calls. What a batch's calls took
@@ -83,7 +83,7 @@ class Pass:
     moved: np.ndarray  # bytes read for the batch
     requests: np.ndarray
     exchange_us: float  # of a step, after the last rank has come; does not depend on compute
-    jitter_us: float  # of a step: what several meetings in a step cost beyond one at its end
+    jitter_us: float  # of a step: what several barriers in a step cost beyond one at its end
     ahead: int  # batches that are taken before the first step is computed
     measured_us: np.ndarray  # of each step: how long the ranks took for it, without pauses
     rows: TableRows | None = None  # where tables are in files
@@ -96,7 +96,7 @@ class Prediction:
     steps: int
     train_seconds: float  # without pauses and without the first step, as results.json counts
     step_ms: float
-    samples_per_second: float | None  # None where nobody knows how many rows a step has
+    samples_per_second: float | None  # None where the rows of a step are unknown
     waiting_share: float  # of those seconds: the ranks' mean waiting for batches, and for rows of tables
     utilisation: float  # of the accelerator, as DLIO defines it: computing and exchanging / all of it
     seconds: float  # epochs and evaluations, with the first step and pauses

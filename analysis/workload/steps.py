@@ -104,7 +104,7 @@ def measure_steps(run_dir: str | Path, source: TraceSource | None = None) -> Wor
     found = join_workload(tables, list(launches.values()))
     if not len(found.steps):
         raise UserError(
-            f"{printable(run_dir)}: the trace has no steps (category train, name step): nobody can say what "
+            f"{printable(run_dir)}: the trace has no steps (category train, name step): it is unknown what "
             "one takes; give the run folder of a traced training"
         )
     return found

@@ -71,7 +71,7 @@ class RunOptions:
     tensorboard: bool = option(False, "scalars for TensorBoard in the run folder")
     cpu_fast_path: bool = option(True, CPU_FAST_PATH_HELP)
     exchange: str = option("auto", "deprecated: gloo is --no-cpu_fast_path", ("auto", "gloo"))
-    timeout: int = option(60, "seconds without a sign of life after which a rank counts as lost")
+    timeout: int = option(60, "seconds without a heartbeat after which a rank counts as lost")
     preset: str | None = parsed_field(None)
     given_options: tuple[str, ...] = parsed_field(())  # on the command line or by the preset
 

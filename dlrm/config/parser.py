@@ -43,7 +43,7 @@ def path_option(
 
 
 def parsed_field(default: Any) -> Any:
-    """A field that is no flag: `parse_options` fills it."""
+    """A field that is not a flag: `parse_options` fills it."""
     return field(default=default, init=False)
 
 

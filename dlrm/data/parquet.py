@@ -54,7 +54,7 @@ class ParquetLayout:
     columns: Columns
     table_sizes: list[int] | None = None
     bytes_read: dict[str, int] = field(default_factory=dict)
-    shared_ids: bool = False  # OneFlow's form: ids are no rows of tables, counts come without logarithm
+    shared_ids: bool = False  # OneFlow's form: ids are not rows of tables, counts come without logarithm
     _numbering: parquet_ids.IdNumbering | None = None
 
     def number_ids(self) -> parquet_ids.IdNumbering | None:
@@ -133,7 +133,7 @@ def collect_ids(layout: ParquetLayout) -> parquet_ids.IdNumbering:
     return collector.number_ids()
 
 
-# what arrow raises for bytes that are no Parquet; its ArrowMemoryError is a MemoryError
+# what arrow raises for bytes that are not Parquet; its ArrowMemoryError is a MemoryError
 DAMAGED = (ValueError, TypeError, KeyError, OverflowError, MemoryError, pa.ArrowException)
 
 

@@ -1,4 +1,4 @@
-"""Parquet ids that are no rows of a table yet, as OneFlow's tool writes them: one range of numbers that all
+"""Parquet ids that are not rows of a table yet, as OneFlow's tool writes them: one range of numbers that all
 columns share (hash mod N + N x column), or 64-bit hashes.
 
 In: the ids of each column. Out: their rows in the column's own table, 0, 1, 2, ... by rising id, so that no
@@ -18,7 +18,7 @@ LARGEST_ROW = (1 << 31) - 1
 
 
 def have_shared_ids(ranges: Sequence[tuple[int, int] | None]) -> bool:
-    """Whether the columns' ids, from (smallest, largest) of each, are no rows of tables: some do not fit
+    """Whether the columns' ids, from (smallest, largest) of each, are not rows of tables: some do not fit
     int32, or each column's ids are above those of the column before. None: not known, then the answer is no.
     """
     known = [each for each in ranges if each is not None]

@@ -30,7 +30,7 @@ def detect_format(kind: str, folder: str | None) -> str:
 
 
 def count_ids(layout: AnyLayout) -> list[int] | None:
-    """The number of different ids in each column, where ids are no rows of tables; else None."""
+    """The number of different ids in each column, where ids are not rows of tables; else None."""
     numbering = layout.number_ids() if getattr(layout, "shared_ids", False) else None
     return numbering.table_sizes if numbering else None
 

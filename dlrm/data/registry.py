@@ -21,9 +21,8 @@ SOURCES = {
     "random": "dlrm.data.synthetic:RANDOM",
     "multi_hot": "dlrm.data.multihot:MULTI_HOT",
 }
-CHOICES = tuple(
-    name for name in SOURCES if name != "multi_hot"
-)  # --synthetic_multi_hot_criteo_path selects it
+# multi_hot is selected by --synthetic_multi_hot_criteo_path
+CHOICES = tuple(name for name in SOURCES if name != "multi_hot")
 
 
 def find_source(name: str) -> "SourceKind":

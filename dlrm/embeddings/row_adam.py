@@ -23,8 +23,8 @@ def update_rows(
 ) -> None:  # fmt: skip
     """A step of Adam on some rows, in place.
 
-    weights, mean, square: [all rows, width]; rows: int64 [n], none twice; gradients: [n, width]; step: from 1
-    on.
+    weights, mean, square: [all rows, width]; rows: int64 [n], all different; gradients: [n, width]; step: the
+    first is 1.
     """
     if not len(rows):
         return

@@ -1,4 +1,4 @@
-"""One emulated training, from resolved options to results.json: the course of `dlrm/trainer/trainer.py`.
+"""One emulated training, from resolved options to results.json, step by step as in `dlrm/trainer/trainer.py`.
 
 In: an `EmulateConfig`, this rank. Out: a run folder. Reading, prefetching, the loop, checkpoint writing and
 the run folder are the trainer's own code; a step waits as long as the run's step computed.

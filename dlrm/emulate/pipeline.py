@@ -45,7 +45,7 @@ class WaitingPipeline:
         step = next(self._steps)
         # what this program did since the step before is part of the step, as it was in the run
         started = begun if self._idle_since is None else self._idle_since
-        begun = started + waited  # from here on, what is no waiting for tables is the step's own work
+        begun = started + waited  # from here on, what is not waiting for tables is the step's own work
         for part in self._tables.take_step(self._split) if self._tables else ():
             assert self._tables
             self._tables.start_part(part, begun, step.scale)

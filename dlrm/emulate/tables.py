@@ -205,11 +205,11 @@ class _CallThread:
         self._todo.put((not_before, pause, calls))
 
     def has_done(self, count: int) -> bool:
-        """So many calls; or it failed."""
+        """Whether `count` calls are done, or the thread has failed."""
         return self._done >= count or self._failure is not None
 
     def wait_for(self, count: int) -> None:
-        """Until so many calls are done; its failure is raised here."""
+        """Wait until `count` calls are done; the thread's failure is raised here."""
         with self._changed:
             self._changed.wait_for(lambda: self.has_done(count))
         self._raise_failure()

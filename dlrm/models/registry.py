@@ -48,5 +48,5 @@ def _load_spec(module: str) -> ModelSpec:
     except (ImportError, AttributeError) as error:
         raise UserError(f"{VARIABLE}: {module} cannot be loaded: {error}") from None
     if not isinstance(spec, ModelSpec):
-        raise UserError(f"{VARIABLE}: {module}.SPEC is no ModelSpec")
+        raise UserError(f"{VARIABLE}: {module}.SPEC is not a ModelSpec")
     return spec

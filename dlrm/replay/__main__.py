@@ -43,7 +43,7 @@ class ReplayOptions:
     run: str
     root: Path | None  # default: files/ in the output folder
     output_dir: Path | None  # default: a new folder in results/ of the current folder
-    speed: float  # 0: no time to think
+    speed: float  # 0: no think time
     ranks: tuple[int, int] | None  # first and last
     launch: int | None  # default: the last one
     real_bytes: bool
@@ -109,7 +109,7 @@ def replay_run(options: ReplayOptions, group: mpi.RankGroup) -> None:
     with group.errors_on_all_ranks():
         jobs, notes = choose_jobs(options)
         known = set(KNOWN_CALLS) - set(() if options.fadvise else ADVISING)
-        # without time to think there is nothing to take out
+        # without think time there is nothing to take out
         timed = here.first and options.speed > 0
         waits = measure_waits(Path(options.run), jobs[0].launch) if timed else {}
     waits = group.broadcast_from_first(waits)

@@ -111,9 +111,8 @@ class ReplayOutcome:
     calls: int = 0
     moved: Counter[str] = field(default_factory=Counter)  # "read", "write" -> bytes
     differences: Counter[str] = field(default_factory=Counter)  # what -> calls
-    failed: Counter[str] = field(
-        default_factory=Counter
-    )  # calls of which the trace does not say how they ended
+    # calls that failed, of which the trace does not say how they ended
+    failed: Counter[str] = field(default_factory=Counter)
 
     def merge(self, other: "ReplayOutcome") -> None:
         self.calls += other.calls
@@ -518,7 +517,7 @@ class Caller:
         raise UserError(f"{call.name} of {printable(path)}: {os.strerror(code)}{remedy}")
 
 
-_SCRATCH = ctypes.create_string_buffer(4096)  # for what calls tell and nobody reads
+_SCRATCH = ctypes.create_string_buffer(4096)  # for what calls return and the replay does not read
 
 
 class _Piece(ctypes.Structure):

@@ -1,7 +1,7 @@
 """What waits for what among the threads of a rank, found in its trace.
 
 In: calls and spans of each thread with their times. Out: nodes to be played one after the other. Waiting is
-not thinking: a thread that waited for another one in the trace waits for it again, however long that takes.
+not think time: a thread that waited for another one in the trace waits for it again, however long that takes.
 
 The order that is kept, and no other is:
 - a thread begins after what the rank's main thread had finished by then, and after the threads that had
@@ -10,7 +10,7 @@ The order that is kept, and no other is:
 - a wait for a batch ends when the thread that read or assembled the batch is done with it;
 - a reading thread is never more batches ahead than it was at most;
 - the end of each `train/step` and of each evaluation is a barrier of all ranks; what they waited for each
-  other before, inside of it, is no time to think.
+  other before, inside of it, is not think time.
 Each of these points back in the trace's time, so threads cannot wait for each other in a circle.
 """
 
@@ -100,7 +100,7 @@ def take_out_waits(nodes: list[Node], waits: Mapping[tuple[Any, ...], int]) -> l
         left, at = waits.get(node.payload, 0) if node.kind == BARRIER else 0, place
         while left > 0 and at >= 0:
             if made[at].kind == BEGIN and _find_barrier(made[at].payload) == node.payload:
-                break  # its time to think was before the span
+                break  # its think time was before the span
             taken = min(left, made[at].think)
             made[at] = made[at]._replace(think=made[at].think - taken)
             left -= taken
@@ -198,7 +198,7 @@ def _find_barrier(span: Any) -> tuple[Any, ...] | None:
 
 
 def _match_batches(spans: dict[Thread, list[tuple[int, int, Any]]]) -> _Deliveries:
-    """A wait was ended by the thread whose oldest batch that nobody had taken is the one waited for."""
+    """A wait was ended by the thread whose oldest batch not yet taken is the one waited for."""
     made = {thread: _list_batches(thread, own) for thread, own in spans.items()}
     waits = [
         (ts + dur, ts, thread, span.args.get("batch"))

@@ -28,7 +28,7 @@ _SPANS = (
     "pid", "tid", "ts", "dur", "cat", "name", "file", "bytes", "offset", "epoch", "step", "batch", "split",
     "mapped",
 )  # fmt: skip
-_NOT_REPLAYED = ("counter", "clock", "dftracer")  # categories of events that are no work
+_NOT_REPLAYED = ("counter", "clock", "dftracer")  # categories of events that are not work
 _Made = dict[Thread, list[tuple[int, int, Any]]]  # begin, duration (us), TracedCall or TracedSpan
 
 

@@ -1,7 +1,7 @@
 """Plays the nodes of all threads of some traced ranks in this process, a thread for each.
 
 In: rank plans, and a `Caller` for each thread. Out: the calls, made; spans in this process's own trace; what
-the calls gave. Closed loop: time to think begins when the thread's last call has ended.
+the calls gave. Closed loop: think time begins when the thread's last call has ended.
 """
 
 import ctypes
@@ -82,7 +82,7 @@ class RankBarrier:
 class Player:
     """All traced ranks that this process plays.
 
-    speed: by what times to think are divided; 0: there are none.
+    speed: what think times are divided by; 0: there are none.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Player:
         settings: CallSettings, wait_for_processes: Callable[[], None], keys: set[tuple[Any, ...]],
         begin: int,
     ) -> None:  # fmt: skip
-        """begin: us on the run's clock, from which all ranks count their first time to think."""
+        """begin: us on the run's clock, from which all ranks count their first think time."""
         self.plans, self.paths, self.files = plans, paths, files
         self.speed, self.settings, self.begin = speed, settings, begin
         self._wait_for_processes, self._barriers = wait_for_processes, len(keys)

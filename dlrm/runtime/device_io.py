@@ -83,7 +83,7 @@ class IoCounters:
 class IoRecorder(threading.Thread):
     """Records the counters every SECONDS, and whenever `sample` is called.
 
-    counters        opened before the tracer starts, so that reading them is no event of the trace
+    counters        opened before the tracer starts, so that reading them is not an event of the trace
     record_counter  takes a counter's name and value
     record_error    takes why the counters cannot be read; called once
     """

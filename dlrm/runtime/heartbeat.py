@@ -70,7 +70,7 @@ class Heartbeat:
         self._wake_watch = threading.Event()  # the watch thread looks now, not after the next second
         self._exiting = threading.Lock()  # held by the thread that ends the process: one line, one exit code
         self._main_thread_exits = False  # it has printed, or is going to print, its own reason
-        self._finished = False  # this rank's work is done: that other ranks leave is no failure any more
+        self._finished = False  # this rank's work is done: that other ranks leave is not a failure any more
         self._all_finished = False  # the work of all ranks is done, whatever the store says
         self._group_deadline = time.monotonic() + timeout  # for the process group to form
         self._ended: dict[int, str] = {}  # ranks of this host whose process ended, and the cause or ""
@@ -113,8 +113,7 @@ class Heartbeat:
             try:
                 self._store.set(name_heartbeat(self._here.rank), str(count))
                 if now - before > 5 * BEAT_SECONDS:
-                    # this process itself was stopped (Ctrl-Z, a debugger): it has missed the others'
-                    # heartbeats
+                    # this process was stopped (Ctrl-Z, a debugger) and missed the others' heartbeats
                     heartbeats.reset_timers()
                 notice = read_notice(self._store)
                 silent = set()
@@ -159,8 +158,7 @@ class Heartbeat:
                 self._last_answer = now
             before = now
             if now - self._last_answer > self._timeout + BEAT_SECONDS:
-                # rank 0 keeps the store. Its process is there, but stands still: killing it frees the
-                # launcher
+                # rank 0 keeps the store. Its process is there, but suspended: a kill frees the launcher
                 self._main_thread_exits = False
                 self._exit_after_own_error(FailureNotice(self._describe_silence({0}), [0]))
             if now > self._group_deadline:
@@ -221,7 +219,7 @@ class Heartbeat:
     # --- what the main thread calls
 
     def list_silent(self, seconds: float) -> dict[int, tuple[str, float]]:
-        """On rank 0, of the ranks without a heartbeat for so long: host, and seconds. Asks nobody."""
+        """On rank 0, of the ranks without a heartbeat for so long: host, and seconds. It sends nothing."""
         if self._heartbeats is None:
             return {}
         silent = self._heartbeats.measure_silence()

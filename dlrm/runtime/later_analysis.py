@@ -3,10 +3,10 @@
 usage: python -m dlrm.runtime.later_analysis WHEN RUN
 
     before      in a batch job, before its training: a job that starts when this one has ended, however it
-                ended. In an interactive job, where a person works, nothing
+                ended. In an interactive job nothing
     after       in an interactive job, after the training: a job that starts at once. In a batch job nothing
     JOB         for a training that is in the queue: a job that starts when that job has ended
-    cancel      in the place of RUN stands the id of an analysis: it is taken out of the queue
+    cancel      RUN is here the id of an analysis' job: it is taken out of the queue
 
 Prints the new job's id, if there is one. Its options are those of DLRM_QSUB_ANALYSIS or DLRM_SBATCH_ANALYSIS;
 else those of the training's job with one node and without its GPUs. A mistake, or a scheduler that refuses:
@@ -165,8 +165,8 @@ def main(argv: list[str]) -> int:
     try:
         command = make_command(choose_scheduler(os.environ), after, os.environ)
         kept = {name: value for name, value in os.environ.items() if not OF_A_JOB.match(name)}
-        told = {"RUN": str(options.run.absolute()), "WORKDIR": str(SCRIPT.parents[1])}
-        print(_run(command, kept | told).strip().split(";")[0])
+        given = {"RUN": str(options.run.absolute()), "WORKDIR": str(SCRIPT.parents[1])}
+        print(_run(command, kept | given).strip().split(";")[0])
     except UserError as error:
         print(f"3_train.sh: {error}", file=sys.stderr)
         return USAGE

@@ -43,8 +43,7 @@ class Ranks:
 def find_ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
     """From the environment, of which `NAMES` lists the variables; one rank where there are none."""
     mpi_size = max(int(environ.get(name) or 0) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-    # A WORLD_SIZE smaller than MPI's is an old one from the user's shell: then RANK and the others are old
-    # too.
+    # A WORLD_SIZE smaller than MPI's is left over from the user's shell: then RANK and the others are, too.
     left_over = int(environ.get("WORLD_SIZE") or 0) < mpi_size
 
     def read_value(meaning: str, default: int) -> int:

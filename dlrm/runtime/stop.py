@@ -152,8 +152,7 @@ class CollectiveStop(threading.Thread):
         request = self._store.get(key).decode()  # another rank's may have been first
         deadline = time.monotonic() + self._timeout
         with self._changed:
-            # from here on this number is exact: the training's thread starts no batch before there is an
-            # answer
+            # from here on the number is exact: the training's thread waits for an answer before a batch
             self._paused = True
             started = self._started_batches
         while (last := self._exchange_batches(key, request, started)) is None:

@@ -146,7 +146,7 @@ def stop_tracing() -> None:
     if flusher is not None:
         flusher.stop()
     if native is not None:
-        if _begin:  # with nobody else left who writes
+        if _begin:  # when no other thread writes any more
             _log(native, "ai_root", "ai_root", _begin, native.get_time() - _begin, {})
         native.finalize()
         _context.clear()

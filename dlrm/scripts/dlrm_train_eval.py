@@ -64,7 +64,7 @@ def make_parser() -> CommandLineParser:
 
 
 def translate_options(given: argparse.Namespace, ranks: int) -> list[str]:
-    """The same as options of python -m dlrm.train, on so many ranks."""
+    """The same as options of python -m dlrm.train. ranks: among which batch sizes are divided."""
     return [str(word) for words in _translate_all(given, ranks) for word in words]
 
 

@@ -80,12 +80,12 @@ def read_flags(argv: Sequence[str]) -> Flags:
     except flags.Error as error:
         raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
     if rest:
-        raise UserError(f"{rest[0]}: is no flag (--help lists the flags)")
+        raise UserError(f"{rest[0]}: is not a flag (--help lists the flags)")
     return found
 
 
 def translate_flags(given: Flags, ranks: int) -> list[str]:
-    """The same as options of python -m dlrm.train, on so many ranks."""
+    """The same as options of python -m dlrm.train. ranks: among which batch sizes are divided."""
     return [str(word) for words in _translate_all(given, ranks) for word in words]
 
 

@@ -64,7 +64,7 @@ def note_misfit(library: ModuleType, what: str, why: str) -> None:
 
 
 def replace(owner: Any, name: str, wrap: Callable[[Any], Any], library: ModuleType) -> None:
-    """Put `wrap(original)` in the place of an attribute; one line where there is none."""
+    """Replace an attribute by `wrap(original)`; print a line where there is none."""
     original = getattr(owner, name, None)
     if original is None:
         note_misfit(library, name, "there is no such name")

@@ -1,7 +1,7 @@
 """numpy's reads and writes of whole arrays, to the byte: np.load, np.save, np.fromfile, np.memmap.
 
 numpy reads and writes through C streams on a copy of the descriptor, which DFTracer cannot follow. Here the
-same bytes go through read and write. What a map touches is no call: that it was mapped is recorded.
+same bytes go through read and write. What a map touches is not a call: that it was mapped is recorded.
 """
 
 import functools

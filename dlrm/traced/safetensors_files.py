@@ -1,6 +1,6 @@
 """safetensors: files that are saved and loaded as spans, and what is mapped by its bytes.
 
-Its library maps a file and copies tensors out of the map: those reads are page faults, which are no calls.
+Its library maps a file and copies tensors out of the map: those reads are page faults, which are not calls.
 """
 
 from types import ModuleType

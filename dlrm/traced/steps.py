@@ -100,7 +100,7 @@ class Steps:
     # --- steps
 
     def close_step(self) -> None:
-        """Something begins that is no part of the step; recorded is what an optimizer has ended."""
+        """Something begins that is not part of the step; recorded is what an optimizer has ended."""
         if self._end and self.counts_here():
             trace.record_span("train", "step", self._begin, self._end)
             self.step += 1
@@ -112,7 +112,7 @@ class Steps:
                 self._idle_since = self.begin_profile() or self._idle_since
 
     def leave(self) -> None:
-        """Something has ended that was no part of a step."""
+        """Something has ended that was not part of a step."""
         self._idle_since = trace.get_time()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A sign of life while a training goes: RUN/progress.json every 5 s, and a line where no report has come.
+"""How far a training is, while it runs: RUN/progress.json every 5 s, and a line where no report has come.
 
 In: the run folder, the Progress that the loop advances, counters of this rank. Out: what `analysis watch`
 reads. Only rank 0 has it, in a thread; a slow step or a long evaluation does not hold it up.
@@ -40,7 +40,7 @@ def report_while_training(
     """Around a training.
 
     datasets     of this rank, see `trainer.Datasets`
-    list_silent  of the ranks without a heartbeat for so many seconds, host and seconds
+    list_silent  seconds -> host and seconds of each rank without a heartbeat for that long
     """
     if not run_folder.is_first:
         yield

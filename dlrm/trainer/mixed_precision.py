@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-GROWTH_STEPS = 2000  # after so many steps without overflow the scale doubles
+GROWTH_STEPS = 2000  # steps without overflow after which the scale doubles
 GROWTH, BACKOFF = 2.0, 0.5
 MAX_SCALE, MIN_SCALE = 2.0**24, 2.0**-8
 

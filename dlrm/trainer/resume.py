@@ -283,7 +283,7 @@ class StoredRankState:
         if self._random:
             found.random = self._random.tensor
             try:
-                torch.Generator().set_state(found.random)  # refuses bytes that are no state
+                torch.Generator().set_state(found.random)  # refuses bytes that are not a state
             except RuntimeError as error:
                 raise CorruptCheckpoint(
                     f"{self.path}: rng/cpu/{self.rank}: {str(error).splitlines()[0][:100]}"

@@ -217,8 +217,8 @@ class RunFolder:
         return time.monotonic() - self._last_line
 
     def write_progress(self, values: dict[str, Any]) -> None:
-        """progress.json: these numbers, and those of `start_progress`. A disk that is full is no error here:
-        the next line of metrics.jsonl will say so.
+        """progress.json: these numbers, and those of `start_progress`. A full disk is not an error here: the
+        next line of metrics.jsonl will say so.
         """
         if self._output is None:
             return

@@ -1,4 +1,4 @@
-"""One training, from resolved options to results.json: the same course for every model.
+"""One training, from resolved options to results.json, the same way for every model.
 
 In: a ModelSpec, its options, this rank. Out: a run folder. What belongs to the model (data, architecture,
 sharding, learning rate, metrics) comes from the spec's parts; nothing here names a model.

@@ -104,7 +104,7 @@ def test_spans_tell_file_bytes_batch_and_thread(traced: Traced, kind: str) -> No
 
 
 def test_mapped_reads_tell_what_they_copied(traced: Traced) -> None:
-    """Page faults are no calls: the spans say which bytes of which file were copied for which batch."""
+    """Page faults are not calls: the spans say which bytes of which file were copied for which batch."""
     results, events, world = traced
     copied = [
         e["args"] for e in events if (e.get("cat"), e["name"]) == ("data", "read") and "mapped" in e["args"]

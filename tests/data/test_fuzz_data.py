@@ -268,7 +268,7 @@ def damage_parquet(data: bytes, chance: random.Random) -> bytes:
 
 
 def damage_text(data: bytes, chance: random.Random) -> bytes:
-    """A field that is no number of 64 bits."""
+    """A field that is not a 64-bit number."""
     words = data.split(b"\n")
     at = chance.randrange(len(words))
     bad = (b"nan", b"inf", b"1e300", b"-9223372036854775808", b"9223372036854775807", b"18446744073709551615",
@@ -295,7 +295,7 @@ def damage_bytes(name: str, data: bytes, chance: random.Random) -> bytes:
 
 
 def replace_file(path: Path, chance: random.Random) -> str:
-    """Something in its place that is no file with these bytes."""
+    """Something in its place that is not a file with these bytes."""
     kind = chance.choice(("fifo", "device", "socket", "folder", "dangling", "loop", "empty", "gone"))
     path.unlink()
     if kind == "fifo":

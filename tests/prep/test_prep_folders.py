@@ -1,4 +1,4 @@
-"""Foreign files, two writers, input that changes or is no file: one error line, and no file is lost."""
+"""Foreign files, two writers, input that changes or is not a file: one error line, and no file is lost."""
 
 import os
 import signal

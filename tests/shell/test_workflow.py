@@ -304,7 +304,7 @@ def test_a_refused_training_takes_its_analysis_out_of_the_queue(toy: Path, tmp_p
 def test_without_a_scheduler_later_is_now(toy: Path, tmp_path: Path) -> None:
     places: dict[str, Any] = {"DATASET_DIR": toy, "RESULTS": tmp_path, "NPROC": 1, "ARGS": SMALL}
     done = run("3_train.sh", ANALYSIS="later", **places)
-    assert "ANALYSIS=later: this is no batch job, the analysis is done now" in done.stdout
+    assert "ANALYSIS=later: this is not a batch job, the analysis is done now" in done.stdout
     assert done.returncode == 0 and (find_only_file(tmp_path) / "report.html").exists()
     done = run("3_train.sh", ANALYSIS="maybe", **places)
     assert done.returncode == 2 and done.stderr == "3_train.sh: ANALYSIS=maybe: wanted now, later or no\n"

@@ -75,7 +75,7 @@ def join_cut_lines(log: str) -> Iterator[str]:
 
 
 def count_strace_calls(log: str) -> FileCalls:
-    """From a log of strace -f -y -e trace=STRACED. What opendir opens is no file, and no open in a trace."""
+    """From a log of strace -f -y -e trace=STRACED. What opendir opens is not in a trace."""
     found = FileCalls(Counter(), Counter())
     for line in join_cut_lines(log):
         if "O_DIRECTORY" in line:

@@ -25,7 +25,7 @@ COUNTS = ("lookups", "misses", "evictions", "bytes_read", "bytes_written")
 
 
 def _wait_for(work: Future[Any]) -> Any:
-    """The result of what the I/O thread does. A span says how long it was waited for: that is no compute."""
+    """The result of what the I/O thread does. A span says how long it was waited for: that is not compute."""
     if work.done():
         return work.result()
     with trace.span("ssd", "wait"):

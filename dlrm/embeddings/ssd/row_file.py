@@ -160,9 +160,8 @@ class RowFile:
         }  # fmt: skip
         try:
             write_whole(self.description_path, json.dumps(facts).encode(), durable=True)
-            sync_to_disk(
-                self.description_path.parent
-            )  # else a power cut could bring back a description that calls it clean
+            # else a power cut could bring back a description that calls it clean
+            sync_to_disk(self.description_path.parent)
         except UserError as error:
             raise UserError(f"{error}: free some space, or give another --persistent_path") from None
         except OSError as error:

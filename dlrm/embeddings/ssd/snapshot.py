@@ -27,9 +27,8 @@ class TableSnapshot:
         self.blocks = row_file.blocks.copy()
         self.unchanged = True  # no row has been overwritten since
         self.error: OSError | None = None
-        self._saved_bits = np.zeros(
-            -(-row_file.rows // 8), np.uint8
-        )  # a bit for each row whose old value is saved
+        # a bit for each row whose old value is saved
+        self._saved_bits = np.zeros(-(-row_file.rows // 8), np.uint8)
         self._saved: list[
             tuple[np.ndarray, np.ndarray]
         ] = []  # (rows in ascending order, their positions in the file of old values)

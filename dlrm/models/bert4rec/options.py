@@ -58,9 +58,9 @@ class BertData:
     negative_sampling: str | None = option(
         None, "how they are drawn (default: popularity; random: uniform)", ("popularity", "uniform")
     )
-    random_user_count: int = option(10, "users of the made data (random, markov)")
-    random_item_count: int = option(30, "items of the made data")
-    random_size: int = option(300, "ratings of the made data")
+    random_user_count: int = option(10, "users of the generated data (random, markov)")
+    random_item_count: int = option(30, "items of the generated data")
+    random_size: int = option(300, "ratings of the generated data")
     train_batch_size: int = option(128, "training batch size per rank")
     val_batch_size: int = option(128, "validation batch size per rank")
     test_batch_size: int = option(128, "test batch size per rank")

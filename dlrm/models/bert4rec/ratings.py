@@ -26,7 +26,7 @@ class Ratings(NamedTuple):
 
 
 class RatingsOptions(NamedTuple):
-    """What the made data sets need to know."""
+    """How large the generated data sets are."""
 
     users: int = 10
     items: int = 30
@@ -171,5 +171,5 @@ def _refuse_beyond_int64(column: pl.Series, path: Path, number: int, header: boo
         line = int(bad.arg_max() or 0)
         raise UserError(
             f"{printable(path)}, line {line + 1 + header}: {printable(column[line])[:60]} in column {number} "
-            "is no number of 64 bits; repair the line"
+            "is not a 64-bit number; repair the line"
         )

@@ -87,7 +87,7 @@ def choose_batch(rows: int) -> int:
 
 
 def choose_rate(optimizer: str, batch: int) -> float:
-    """The learning rate of an optimizer for steps of so many rows."""
+    """The learning rate of an optimizer. batch: rows of a step, of all ranks together."""
     if optimizer == "adam":
         return ADAM_RATE
     if optimizer == "sgd":
@@ -169,7 +169,7 @@ def warn_of_rate(cfg: Config, rows: int, batch: int) -> tuple[str, ...]:
 def choose_for_rows(
     cfg: Config, given: set[str], rows: int, ranks: int, memory: int, stored: Checkpoint | None
 ) -> ChosenOptions:
-    """What was not given, chosen for so many training rows on so many ranks. `memory`, `stored`: as above."""
+    """What was not given, chosen for the training rows and the ranks. `memory`, `stored`: as above."""
     data: dict[str, Any] = {}
     if "batch_size" not in given:
         data["batch_size"] = -(-choose_batch(rows) // ranks)

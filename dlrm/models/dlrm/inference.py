@@ -32,7 +32,7 @@ class Repetitions:
 
 
 def select_sizes(option: str, sizes: Sequence[int], rows: int) -> tuple[list[int], str]:
-    """(the batch sizes that so many rows can fill, a line about those left out, or nothing).
+    """(the batch sizes that these rows can fill, a line about those left out, or nothing).
 
     option: the flag that gives the sizes, for messages.
     """

@@ -1,6 +1,6 @@
 """The model of a checkpoint: its options, from the description that the checkpoint has of its run.
 
-A test or a benchmark takes them, so that nobody repeats the options of the training.
+A test or a benchmark takes them, so that the training's options need not be repeated.
 """
 
 import re

@@ -46,7 +46,7 @@ def find_columns(source: InputFile, numerical: int | None, categorical: int | No
         rest = width - 1 - (given or 0)
         return Columns(given or 0, rest) if categorical is None else Columns(rest, categorical)
     if any(len(row) + (not source.labelled) == CRITEO.total for row in rows) or width < 3:
-        return CRITEO  # also for text that is no table: the parser says what is wrong with it
+        return CRITEO  # also for text that is not a table: the parser says what is wrong with it
     if lenient and width > CRITEO.total:
         return CRITEO
     columns = tell_apart([row[source.labelled :] for row in rows])

@@ -17,10 +17,8 @@ from dlrm.prep.io.blocks import TextBlock
 from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.kernels.intrinsics import compiled, copy_words, load32, narrow_words, store32
 
-STAGING_BYTES, MOST_STAGED = (
-    64 << 20,
-    256 << 10,
-)  # memory for records before they are written: all, per bucket
+# Memory for records before they are written: of all buckets, of one
+STAGING_BYTES, MOST_STAGED = 64 << 20, 256 << 10
 MIN_BITS, MAX_BUCKETS = 15, 4096
 MOST_BUCKET_BYTES = 16 << 20  # of records, where rows are wide
 

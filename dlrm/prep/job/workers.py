@@ -74,9 +74,7 @@ def _run_forked(processes: int, run_share: Callable[[], dict[int, Any]]) -> dict
     parent = os.getpid()
 
     def run_and_send(out: Connection) -> None:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C reaches all processes; the parent ends its forks
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches all processes; the parent ends its forks
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork ends when its parent does
         if os.getppid() == parent:
             results = run_share()

@@ -18,12 +18,8 @@ literal_intrinsic: Any = extending.intrinsic(prefer_literal=True)  # for numbers
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 
-BUILT_IN = (
-    "intrinsics",
-    "fields",
-    "counts",
-    "hex_ids",
-)  # their code is inlined where other files are compiled
+# Files whose code is inlined where others are compiled
+BUILT_IN = ("intrinsics", "fields", "counts", "hex_ids")
 STAMP = hashlib.sha256(
     b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in BUILT_IN)
 ).digest()

@@ -139,7 +139,7 @@ def test_refusals_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "fio/replay.fio").write_text("[mine]\n")
     for run, output, said in (
         ("run", "fio", "replay.fio: was not made by this program"),
-        ("run", "no/where", "is no folder; name another"),
+        ("run", "no/where", "is not a folder; name another"),
         ("silent", "other", "the traces hold no"),
     ):
         done = run_command("export", "fio", tmp_path / run, "-o", tmp_path / output)

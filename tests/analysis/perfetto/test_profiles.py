@@ -196,7 +196,7 @@ def test_profiles_from_elsewhere(tmp_path: Path) -> None:
         ("nobody", "it names no rank (distributedInfo), and its pid 77 is none of the run's"),
         ("other_rank", "it is of rank 5, which the run does not have"),
         ("late", "it was recorded 3,600 s after the rank's trace begins, and not while the run was traced"),
-        ("no_clock", "it has no baseTimeNanoseconds, so nobody knows when it was"),
+        ("no_clock", "it has no baseTimeNanoseconds, so its time is unknown"),
     ):
         assert f"analysis: {tmp_path}/{name}.json: not placed: {why}" in lines
     assert len(lines) == 4

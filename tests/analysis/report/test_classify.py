@@ -30,7 +30,7 @@ def test_latency_buckets_are_close() -> None:
         ("checkpoint", "save", None),
         ("comm", "all_reduce", "communication"),
         ("dataloader", "fetch.iter", "wait"),
-        ("dataloader", "fetch.block", None),  # the body of the loop over batches, which is no waiting
+        ("dataloader", "fetch.block", None),  # the body of the loop over batches, which is not waiting
         ("data", "item", None),
         ("data", "preprocess", "compute"),
         ("data", "data.io.read", "io"),

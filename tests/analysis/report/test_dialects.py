@@ -78,7 +78,7 @@ def test_steps_epochs_and_kinds_of_dftracer_names(traced: tuple[Path, list[list[
     of = {phase: phases.filter(pl.col("phase") == phase) for phase in ("train", "evaluate", "checkpoint")}
     train = of["train"].sum()
     assert train["compute_s"][0] >= 8 * 0.005 and train["communication_s"][0] >= 8 * 0.002
-    assert train["wait_s"][0] < 0.01  # the body of the loop over batches is no waiting
+    assert train["wait_s"][0] < 0.01  # the body of the loop over batches is not waiting
     assert of["evaluate"]["wall_s"].sum() >= 2 * 0.003 and of["checkpoint"]["wall_s"].sum() > 0
     assert "Nothing is known about the names of 1 span" in out and "strange/thing<b>" in out
     assert "thing<b>" not in (run / "report.html").read_text()

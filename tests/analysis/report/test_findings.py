@@ -123,7 +123,7 @@ def test_cold_mapped_file(tmp_path: Path) -> None:
 
 
 def test_mapped_source_of_our_own(tmp_path: Path) -> None:
-    """Its copies count though calls have read the files' headers; they are no requests, small or large."""
+    """Its copies count though calls have read the files' headers; they are not requests, small or large."""
     made = training(wait=6_000, reads=0)
     for i in range(1200):
         at = 10_100 + i * 400
@@ -291,7 +291,7 @@ def metrics(losses: list[float], share: float | None = 0.5) -> pl.DataFrame:
         ([0.7, *[0.1350] * 20], 0.03, "no more than the share of clicks"),
         ([0.7, *[0.6] * 20], 0.5, None),
         ([0.7, 0.9, 0.8, *[0.6] * 20], 0.5, None),
-        ([0.7, *[0.6931] * 20], None, None),  # labels are no clicks
+        ([0.7, *[0.6931] * 20], None, None),  # labels are not clicks
         ([0.4, 0.41], 0.5, None),
     ],
 )

@@ -247,7 +247,7 @@ def test_every_rule_is_listed_whether_it_found_something_or_not(tmp_path: Path) 
 
 
 def test_hints_are_no_metadata(tmp_path: Path) -> None:
-    """The rows of tables in files are announced to the kernel one by one; that is no opening of files."""
+    """The rows of tables in files are announced to the kernel one by one; that is not an opening of files."""
     made = make_waiting().requests("posix_fadvise64", "/store/t_0.rows", 2000, 548, 100, ret=0)
     found = {f.rule: f for f in find_in_runs(tmp_path, made)}
     assert "metadata" not in found and "--cache_memory_budget_mb" in found["hints"].remedy

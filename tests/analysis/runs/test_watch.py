@@ -37,11 +37,11 @@ def test_a_live_training(toy: Path, tmp_path: Path) -> None:
         assert re.search(r"^loss [\d.]+ [▁-█]+ [\d.]+$", text, re.M)
         assert re.search(r"^val at step \d+: auroc [\d.]+", text, re.M)
         assert re.search(r"^newest checkpoint: \d+-step-\d+, ", text, re.M)
-        assert "no sign of life" not in text
+        assert "no heartbeat" not in text
 
         ranks.signal(signal.SIGSTOP, 1)
         try:
-            wanted = rf"^no sign of life of rank 1 on {re.escape(socket.gethostname())} for \d+ s$"
+            wanted = rf"^no heartbeat of rank 1 on {re.escape(socket.gethostname())} for \d+ s$"
             ranks.until(lambda: re.search(wanted, look(tmp_path), re.M))
         finally:
             ranks.signal(signal.SIGCONT, 1)

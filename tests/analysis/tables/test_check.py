@@ -190,7 +190,7 @@ def test_killed_before_results(run: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_run_that_read_no_files(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As with random rows and no checkpoints: nothing to compare is no failure, and no 100 %."""
+    """As with random rows and no checkpoints: nothing to compare is not a failure, and no 100 %."""
     from analysis.__main__ import main
 
     (run / "results.json").write_text('{"bytes_read": {"0": {}, "1": {}}, "bytes_written": {}}')
