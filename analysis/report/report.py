@@ -110,10 +110,10 @@ def render_about(run: TracedRun, facts: Facts) -> str:
     return f"<dl class=about>{''.join(rows)}</dl>"
 
 
-def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list[ReportEntry]) -> str:
+def render_html(run: TracedRun, facts: Facts, found: list[Finding], entries: list[ReportEntry]) -> str:
     """The page: answer, findings, numbers, what was run, one section after the other, notes."""
-    things = [entry for entry in things if entry.has_something]
-    figures, sections = Figures(), list(dict.fromkeys(e.section for e in things))
+    entries = [entry for entry in entries if entry.has_something]
+    figures, sections = Figures(), list(dict.fromkeys(e.section for e in entries))
     names = ("Findings", "Numbers", "The run", *sections, "Notes")
     links = "".join(f'<a href="#{make_anchor(name)}">{escape(name)}</a>' for name in names)
     groups = summary.group_headlines(run, facts)
@@ -130,7 +130,7 @@ def render_html(run: TracedRun, facts: Facts, found: list[Finding], things: list
     ]
     for section in sections:
         body.append(f'<h2 id="{make_anchor(section)}">{escape(section)}</h2>')
-        body += [render_entry(e, figures) for e in things if e.section == section]
+        body += [render_entry(e, figures) for e in entries if e.section == section]
     notes = "".join(f"<li>{to_prose(note)}</li>" for note in run.notes) or "<li>The traces are complete.</li>"
     body.append(f'<h2 id="notes">Notes</h2><ul>{notes}</ul>')
     return make_page(f"{run.name}: I/O report", body, figures)
@@ -164,9 +164,9 @@ def write_report(
         outputs.check_folder(folder, early, REMEDY)
     run = open_run(path, over, source, selection=selection, kineto=kineto)
     facts = Facts(run.joined, run.config, run.metrics)
-    found, things = find_all(facts), list_entries(run, facts)
+    found, entries = find_all(facts), list_entries(run, facts)
     text = summary.format_text(run, facts, found)
-    made = outputs.seal_page(render_html(run, facts, found, things), "report")
+    made = outputs.seal_page(render_html(run, facts, found, entries), "report")
     if folder is None:
         assert output is not None
         with outputs.named_file(output, is_own_page) as partial, os_errors_as_user_errors(output):
@@ -175,7 +175,7 @@ def write_report(
     ours = is_own_page(folder / PAGE) or outputs.is_own_summary(folder / SUMMARY)
     numbers = json.dumps(summary.make_summary(run, facts, found), indent=1) + "\n"
     with outputs.results_in(folder, complete="tables/") as results:
-        for entry in things:
+        for entry in entries:
             if entry.name and entry.table is not None:
                 data = encode_csv(summary.with_earlier_names(entry.table))
                 header = outputs.has_header(_list_headers(data))

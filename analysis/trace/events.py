@@ -35,7 +35,7 @@ from analysis.trace.scan import (
     EventBlock,
     scan_block,
 )
-from analysis.trace.strings import ID, PAD, StringTable, compiled
+from analysis.trace.strings import BACKSLASH, ID, PAD, StringTable, compiled
 from common.errors import UserError, os_errors_as_user_errors, printable
 
 __all__ = [
@@ -273,7 +273,7 @@ def _pair_texts(rows, arg_begin, arg_key, arg_kind, arg_val, first, second, pool
                 number = arg_val[j]
                 plain = True
                 for at in range(starts[number], starts[number + 1]):
-                    plain &= pool[at] != 92
+                    plain &= pool[at] != BACKSLASH
                 if plain:
                     pairs[place, k] = number
 

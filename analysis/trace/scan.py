@@ -20,6 +20,7 @@ import numpy as np
 from analysis.trace.strings import (
     ID,
     PAD,
+    QUOTE,
     StringTable,
     bits_of,
     byte,
@@ -58,6 +59,12 @@ _CHANGEABLE = ("name", "cat", "ts", "dur", "arg_key", "arg_val")
 _LEAST_LINE = 9  # bytes of an event: {"ph":1}
 _MOST = 1.7976931348623157e308
 _DONE, _MORE_ROOM = 0, 1
+NAME, CAT, PID, TID, TS, DUR, PH, ARGS = range(8)  # what an event's keys are for; `ints` has the first six
+# Bytes of the text, by name
+BLANK, PLUS, COMMA, MINUS, POINT, ZERO, NINE, COLON = b" +,-.09:"
+OPEN_BRACKET, CLOSE_BRACKET, OPEN_BRACE, CLOSE_BRACE, NEWLINE, SMALL_E, LARGE_E = b"[]{}\neE"
+_T, _P, _C, _D, _I, _N, _A = b"tpcdina"
+_LARGE_M, _LARGE_X, _LARGE_C = b"MXC"
 
 
 @dataclass
@@ -111,8 +118,8 @@ class EventBlock:
 
 def scan_block(text: np.ndarray, size: int, strings: StringTable) -> EventBlock:
     """text[:size] is whole lines; PAD bytes of anything follow."""
-    assert len(text) >= size + PAD and text[size - 1] == 10
-    lines = int(np.count_nonzero(text[:size] == 10))
+    assert len(text) >= size + PAD and text[size - 1] == NEWLINE
+    lines = int(np.count_nonzero(text[:size] == NEWLINE))
     most = min(lines, size // _LEAST_LINE + 1)
     ints = np.empty((6, most), np.int64)
     ph = np.empty(most, np.uint8)
@@ -127,7 +134,7 @@ def scan_block(text: np.ndarray, size: int, strings: StringTable) -> EventBlock:
     bad = np.empty(min(lines, MAX_BAD), np.int64)
     state = np.zeros(4, np.int64)  # position, events, arguments, bad lines
     while _scan_text(text, size, state, ph, ints, arg_begin, args, bad, strings.arrays) == _MORE_ROOM:
-        line = int(np.argmax(text[state[0] : size] == 10)) + 1
+        line = int(np.argmax(text[state[0] : size] == NEWLINE)) + 1
         strings.make_room(min(line, MAX_LINE) + (1 << 12))
         if int(state[2]) + MAX_ARGS > len(args[0]):
             args = tuple(grow_array(a, len(a)) for a in args)
@@ -144,33 +151,33 @@ def scan_block(text: np.ndarray, size: int, strings: StringTable) -> EventBlock:
 @compiled
 def _scan_number(text, p):
     """The number at p -> place after it, kind, whole value, real value; place -1 when there is none."""
-    negative = byte(text, p) == 45
+    negative = byte(text, p) == MINUS
     if negative:
         p += 1
     begin, value, digits, scale, real = p, 0, 0, 0, False
     while True:
         c = byte(text, p)
-        if 48 <= c <= 57:
+        if ZERO <= c <= NINE:
             if digits < 18:
-                value = value * 10 + (c - 48)
+                value = value * 10 + (c - ZERO)
                 digits += value > 0
                 scale -= real
             else:
                 scale += not real
-        elif c == 46 and not real:
+        elif c == POINT and not real:
             real = True
         else:
             break
         p += 1
     if p == begin:
         return -1, INT, 0, 0.0
-    if c == 101 or c == 69:
+    if c in (SMALL_E, LARGE_E):
         p += 1
-        down = byte(text, p) == 45
-        p += down or byte(text, p) == 43
+        down = byte(text, p) == MINUS
+        p += down or byte(text, p) == PLUS
         power = 0
-        while 48 <= byte(text, p) <= 57:
-            power = min(1000, power * 10 + byte(text, p) - 48)
+        while ZERO <= byte(text, p) <= NINE:
+            power = min(1000, power * 10 + byte(text, p) - ZERO)
             p += 1
         scale += -power if down else power
         real = True
@@ -187,19 +194,19 @@ def _skip_value(text, p, end):
     depth = 0
     while p < end:
         c = byte(text, p)
-        if c == 34:
+        if c == QUOTE:
             p = find_quote(text, p + 1, end)
             if depth == 0:
                 return p + 1 if p < end else -1
-        elif c == 123 or c == 91:
+        elif c in (OPEN_BRACE, OPEN_BRACKET):
             depth += 1
             if depth > MAX_DEPTH:
                 break
-        elif c == 125 or c == 93:
+        elif c in (CLOSE_BRACE, CLOSE_BRACKET):
             if depth <= 1:
                 return p + depth
             depth -= 1
-        elif c == 44 and depth == 0:
+        elif c == COMMA and depth == 0:
             return p
         p += 1
     return -1
@@ -209,7 +216,7 @@ def _skip_value(text, p, end):
 def _scan_value(text, p, end, j, key, args, strings):
     """One argument's value into row j -> the place after it, or -1."""
     _, kinds, values, _ = args
-    if byte(text, p) == 34:
+    if byte(text, p) == QUOTE:
         a = p + 1
         q = find_quote(text, a, end)
         kinds[j], values[j] = STRING, intern_text(text, a, q - a, strings, False)
@@ -245,9 +252,9 @@ def _scan_args(text, p, end, j, last, args, strings):
     p += 1
     while p < end:
         c = byte(text, p)
-        if c == 125:
+        if c == CLOSE_BRACE:
             return p + 1, j
-        if c == 34:
+        if c == QUOTE:
             begin = p
             p = find_quote(text, begin + 1, end)
             if p >= end or j >= last:
@@ -256,7 +263,7 @@ def _scan_args(text, p, end, j, last, args, strings):
             if key < 0:
                 break
             p += 1
-            while byte(text, p) == 32 or byte(text, p) == 58:
+            while byte(text, p) == BLANK or byte(text, p) == COLON:
                 p += 1
             if key == _HHASH:  # every event carries the host's hash: the HH record holds it once
                 p = _skip_value(text, p, end)
@@ -268,7 +275,7 @@ def _scan_args(text, p, end, j, last, args, strings):
                 break
             keys[j], places[j] = key, (begin << 32) | p
             j += 1
-        elif c == 32 or c == 44:
+        elif c in (BLANK, COMMA):
             p += 1
         else:
             break
@@ -277,37 +284,40 @@ def _scan_args(text, p, end, j, last, args, strings):
 
 @compiled
 def _find_column(size, c, d):
-    """Which column a key is for, by its length and first letters: 0 name .. 5 dur, 6 ph, 7 args, -1 none."""
+    """Which column a key is for, by its length and first two letters c and d; -1: none."""
     if size == 2:
-        return 4 if c == 116 else 6 if c == 112 else -1  # ts, ph
+        return TS if c == _T else PH if c == _P else -1
     if size == 3:
-        if d == 105:
-            return 2 if c == 112 else 3  # pid, tid
-        return 1 if c == 99 else 5 if c == 100 else -1  # cat, dur
+        if d == _I:
+            return PID if c == _P else TID
+        return CAT if c == _C else DUR if c == _D else -1
     if size == 4:
-        return 0 if c == 110 else 7 if c == 97 else -1  # name, args
+        return NAME if c == _N else ARGS if c == _A else -1
     return -1
 
 
 @compiled
 def _scan_line(text, p, end, j, row, args, strings):
-    """The event that begins at p (its brace) -> the place after it (or -1), next free argument row."""
-    for place in range(7):
+    """The event that begins at p (its brace) -> the place after it (or -1), next free argument row.
+
+    row: int64 [7], filled: what the event has of NAME .. PH; names and categories as numbers of strings.
+    """
+    for place in range(ARGS):
         row[place] = 0
     last = j + MAX_ARGS
     p += 1
     while 0 <= p < end:
         c = byte(text, p)
-        if c == 125:
-            if row[4] >= MIN_TS_NS:  # such a time has a digit more than was kept, so round
-                row[4], row[5] = (row[4] + 500) // 1000, (row[5] + 500) // 1000
-            if row[4] > MAX_TS or row[5] > MAX_DUR:
+        if c == CLOSE_BRACE:
+            if row[TS] >= MIN_TS_NS:  # such a time has a digit more than was kept, so round
+                row[TS], row[DUR] = (row[TS] + 500) // 1000, (row[DUR] + 500) // 1000
+            if row[TS] > MAX_TS or row[DUR] > MAX_DUR:
                 break
             return p + 1, j
-        if c == 32 or c == 44:
+        if c in (BLANK, COMMA):
             p += 1
             continue
-        if c != 34:
+        if c != QUOTE:
             break
         a = p + 1
         p = find_quote(text, a, end)
@@ -315,16 +325,16 @@ def _scan_line(text, p, end, j, row, args, strings):
             break
         place = _find_column(p - a, byte(text, a), byte(text, a + 1))
         p += 1
-        while byte(text, p) == 32 or byte(text, p) == 58:
+        while byte(text, p) == BLANK or byte(text, p) == COLON:
             p += 1
-        quoted = byte(text, p) == 34
-        if place < 0 or (place < 2 and not quoted):  # numbers of strings are assigned here only
+        quoted = byte(text, p) == QUOTE
+        if place < 0 or (place <= CAT and not quoted):  # numbers of strings are assigned here only
             p = _skip_value(text, p, end)
-        elif place == 7:
-            if byte(text, p) != 123:
+        elif place == ARGS:
+            if byte(text, p) != OPEN_BRACE:
                 break
             p, j = _scan_args(text, p, end, j, last, args, strings)
-        elif place < 2:
+        elif place <= CAT:
             a = p + 1
             p = find_quote(text, a, end)
             found = intern_text(text, a, p - a, strings, True)
@@ -332,17 +342,19 @@ def _scan_line(text, p, end, j, row, args, strings):
                 break
             row[place] = found
             p += 1
-        elif place == 6 and quoted:  # as Chrome writes it: X, M
+        elif place == PH and quoted:  # as Chrome writes it: X, M
             c = byte(text, p + 1)
-            row[6] = METADATA if c == 77 else EVENT if c == 88 else COUNTER if c == 67 else 0
+            row[PH] = (
+                METADATA if c == _LARGE_M else EVENT if c == _LARGE_X else COUNTER if c == _LARGE_C else 0
+            )
             p = _skip_value(text, p, end)
         else:
             p, kind, whole, real = _scan_number(text, p + quoted)
             if quoted and p >= 0:  # as DFTracer 1 wrote some
-                p = p + 1 if byte(text, p) == 34 else -1
+                p = p + 1 if byte(text, p) == QUOTE else -1
             if kind == FLOAT:
                 whole = np.int64(real) if 0.0 <= real <= MAX_TS_NS else -1
-            most = 0xFFFFFFFF if place < 4 else MAX_TS_NS if place < 6 else 255
+            most = 0xFFFFFFFF if place <= TID else MAX_TS_NS if place <= DUR else 255
             if whole < 0 or whole > most:
                 break
             row[place] = whole
@@ -363,7 +375,7 @@ def _scan_text(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
     strings = make_pointers(arrays)
     room = count_free_slots(pool, starts, table, count)
     text = pointer(text)
-    space = np.zeros(7, np.int64)
+    space = np.zeros(ARGS, np.int64)
     row = pointer(space)
     status, known = _DONE, count[0]
     while p < size:
@@ -378,17 +390,22 @@ def _scan_text(text, size, state, ph, ints, arg_begin, arg_arrays, bad, arrays):
         if end - p > room or j > args_room:
             status = _MORE_ROOM
             break
-        while byte(text, p) == 32 or byte(text, p) == 91 or byte(text, p) == 44 or byte(text, p) == 93:
+        while (
+            byte(text, p) == BLANK
+            or byte(text, p) == OPEN_BRACKET
+            or byte(text, p) == COMMA
+            or byte(text, p) == CLOSE_BRACKET
+        ):
             p += 1
-        if byte(text, p) == 123:
+        if byte(text, p) == OPEN_BRACE:
             q, next_j = _scan_line(text, p, end, j, row, args, strings)
-            if q < 0 or row[6] == 0 or i >= events_room:
+            if q < 0 or row[PH] == 0 or i >= events_room:
                 if wrong < bad_room:
                     bad[wrong] = begin
                 wrong += 1
             else:
-                ph[i] = row[6]
-                for k in range(6):
+                ph[i] = row[PH]
+                for k in range(PH):
                     ints[k, i] = row[k]
                 i, j = i + 1, next_j
                 arg_begin[i] = j

@@ -40,6 +40,7 @@ MAX_STRINGS = 200_000  # beyond this, new values are not kept: memory is bounded
 MAX_NAMES = 2 * MAX_STRINGS
 MAX_POOL = 64 << 20  # bytes of all strings together
 _MAX_PROBES = 512  # places that are looked at for a string: more is text made to collide
+QUOTE, BACKSLASH = b'"\\'
 PAD = 16  # text is read eight bytes at a time: this many bytes must follow its end
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _ONES, _TOPS = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
@@ -243,8 +244,8 @@ def find_quote(text, p, end):
         w = word(text, p)
         quote, slash = w ^ _QUOTES, w ^ _SLASHES
         if (slash - _ONES) & ~slash & _TOPS:
-            while p < end and byte(text, p) != 34:
-                p += 2 if byte(text, p) == 92 else 1
+            while p < end and byte(text, p) != QUOTE:
+                p += 2 if byte(text, p) == BACKSLASH else 1
             break
         found = (quote - _ONES) & ~quote & _TOPS
         if found:

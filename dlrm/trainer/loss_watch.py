@@ -39,13 +39,13 @@ class LossWatch:
         self._fine_until = 0  # last step at which the loss was not clearly above it
         self._reports: list[Report] = []
         self._samples = 0
-        self._told = False
+        self._has_warned = False
 
     def add_report(self, report: Mapping[str, Any]) -> str | None:
         """What is wrong, the first time that something is. `report`: step, loss, samples, click_share."""
         step, loss, share = report["step"], report["loss"], report.get("click_share")
         rows, self._samples = report["samples"] - self._samples, report["samples"]
-        if self._told:
+        if self._has_warned:
             return None
         if step == 1:
             self._first = loss
@@ -59,7 +59,7 @@ class LossWatch:
             )
         elif share is not None:
             trouble = self._compare_with_entropy(step, rows, loss, share)
-        self._told = trouble is not None
+        self._has_warned = trouble is not None
         return trouble
 
     def _compare_with_entropy(self, step: int, rows: int, loss: float, share: float) -> str | None:

@@ -33,7 +33,8 @@ LOW_NIBBLES, TO_LOWER = U(0x0F0F0F0F0F0F0F0F), U(0x2020202020202020)
 FROM_0, PAST_9 = U(0x5050505050505050), U(0x4646464646464646)
 FROM_A, PAST_F = U(0x1F1F1F1F1F1F1F1F), U(0x1919191919191919)
 PAIRS, QUADS = U(0x00FF00FF00FF00FF), U(0x0000FFFF0000FFFF)
-TAB, NEWLINE, RETURN, MINUS, ZERO = 9, 10, 13, 45, 48
+TAB, NEWLINE, RETURN, MINUS, ZERO, SMALL_A, SMALL_F = b"\t\n\r-0af"
+TO_SMALL = 0x20  # this bit of a letter is set in small ones
 FAIL = -1
 
 
@@ -94,8 +95,8 @@ def parse_short_hex(at, end_byte):
             return value, at + place + 1
         if ZERO <= byte <= ZERO + 9:
             digit = byte - ZERO
-        elif 97 <= (byte | 32) <= 102:
-            digit = (byte | 32) - 87
+        elif SMALL_A <= (byte | TO_SMALL) <= SMALL_F:
+            digit = (byte | TO_SMALL) - SMALL_A + 10
         else:
             break
         value = np.uint32((value << np.uint32(4)) | np.uint32(digit))
