@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from analysis.perfetto.tracks import ConversionSummary
     from analysis.trace.selection import Selection
 
+# (name, what it calls, help) -> its parser, which takes RUN
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 FAILED = 1  # exit code: bytes are missing in the trace, or an analysis of `finish` failed
 SET_UP = ("numpy", "polars", "numba", "pyarrow", "isal", "tqdm")  # what a shell lacks without env.sh
 
@@ -305,20 +307,12 @@ def _add_kineto_option(made: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_whatif_options(made: argparse.ArgumentParser) -> None:
-    for name, help in (
-        ("storage", "bandwidth of reads, e.g. x2 or x0.25"),
-        ("latency", "what a read takes whatever its size, e.g. x0.5"),
-        ("compute", "time that a step computes, e.g. x0.1 for a processor ten times as fast"),
-    ):
-        made.add_argument(f"--{name}", type=_parse_factor, default=1.0, metavar="xF", help=help)
-    made.add_argument("--prefetch", type=_parse_count(1 << 20), metavar="N", help="batches prepared ahead")
-    made.add_argument("--read_chunk_mb", type=_parse_chunk, metavar="MB", help="MB of one read of a stream")
+def _add_dask_option(made: argparse.ArgumentParser) -> None:
     made.add_argument(
-        "--ranks", type=_parse_count(4096), metavar="N",
-        help="this number of ranks, each with the batch size and the storage that one has now",
-    )  # fmt: skip
-    made.add_argument("--json", action="store_true", help="print the numbers as JSON")
+        "--dask",
+        metavar="WHERE",
+        help="read the ranks on a Dask cluster: `local`, `pbs`, `slurm`, or host:port",
+    )
 
 
 def _add_list_command(commands: Any) -> None:
@@ -338,7 +332,7 @@ def _add_list_command(commands: Any) -> None:
     made.set_defaults(function=run_list)
 
 
-def _add_watch_command(add_command: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_watch_command(add_command: AddCommand) -> None:
     made = add_command(
         "watch", run_watch, "a run while it goes: step, time to go, speed, waiting, loss, lost ranks, queue"
     )
@@ -346,6 +340,100 @@ def _add_watch_command(add_command: Callable[..., argparse.ArgumentParser]) -> N
         "--interval", type=_parse_count(3600), default=5, metavar="S", help="seconds between two looks (5)"
     )
     made.add_argument("--once", action="store_true", help="print it a single time")
+
+
+def _add_perfetto_command(add_command: AddCommand) -> None:
+    made = add_command("perfetto", run_perfetto, "convert the traces for the Perfetto UI")
+    made.add_argument(
+        "-o", dest="output", type=Path, help="file to write (default: in RUN, named after its settings)"
+    )
+    made.add_argument("--posix", action="store_true", help="I/O calls only")
+    made.add_argument(
+        "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
+    )
+    made.add_argument(
+        "--whole", action="store_true", help="no overview of a run that is too large for the Perfetto UI"
+    )
+    _add_kineto_option(made)
+    _add_selection_options(made)
+
+
+def _add_view_command(add_command: AddCommand) -> None:
+    made = add_command("view", run_view, "show the trace in a browser, without a network")
+    made.add_argument(
+        "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
+    )
+    made.add_argument(
+        "--port", type=int, default=9001,
+        help="port on the loopback interface (default: 9001, where a report's links go); 0: any",
+    )  # fmt: skip
+
+
+def _add_report_command(add_command: AddCommand) -> None:
+    made = add_command(
+        "report", run_report, "report.html, summary.json and tables/*.csv: where the time and the bytes went"
+    )
+    made.add_argument(
+        "-o", dest="output", type=Path, metavar="WHERE",
+        help="file to write the page to, or a folder that exists, for all files (default: RUN)",
+    )  # fmt: skip
+    made.add_argument(
+        "--parquet", action="store_true", help="also write tables/*.parquet, which keep the types"
+    )
+    _add_kineto_option(made)
+    _add_selection_options(made)
+    _add_dask_option(made)
+
+
+def _add_whatif_command(add_command: AddCommand) -> None:
+    made = add_command(
+        "whatif", run_whatif, "predict the training with other storage, queue, processors or number of ranks"
+    )
+    for name, help in (
+        ("storage", "bandwidth of reads, e.g. x2 or x0.25"),
+        ("latency", "what a read takes whatever its size, e.g. x0.5"),
+        ("compute", "time that a step computes, e.g. x0.1 for a processor ten times as fast"),
+    ):
+        made.add_argument(f"--{name}", type=_parse_factor, default=1.0, metavar="xF", help=help)
+    made.add_argument("--prefetch", type=_parse_count(1 << 20), metavar="N", help="batches prepared ahead")
+    made.add_argument("--read_chunk_mb", type=_parse_chunk, metavar="MB", help="MB of one read of a stream")
+    made.add_argument(
+        "--ranks", type=_parse_count(4096), metavar="N",
+        help="this number of ranks, each with the batch size and the storage that one has now",
+    )  # fmt: skip
+    made.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    _add_dask_option(made)
+
+
+def _add_compare_command(add_command: AddCommand) -> None:
+    made = add_command(
+        "compare", run_compare, "two runs or more: what differs, by how much, and whether that is noise"
+    )
+    made.add_argument(
+        "others", metavar="ANOTHER_RUN", nargs="+",
+        help="runs to compare it with; runs of the same settings tell how large the noise is",
+    )  # fmt: skip
+    made.add_argument(
+        "--vs", metavar="SETTING", default="",
+        help="draw the runs over a setting, e.g. batch_size or ranks: how the speed scales",
+    )  # fmt: skip
+    made.add_argument(
+        "-o", dest="output", type=Path, metavar="FILE",
+        help="page to write, or FILE.json for the numbers (default: compare.html and compare.json in "
+        "the last run)",
+    )  # fmt: skip
+    _add_dask_option(made)
+
+
+def _add_export_command(commands: Any) -> None:
+    made = commands.add_parser("export", help="the run's I/O for other tools: fio, DLIO, MLPerf Storage")
+    formats = made.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for name, form in EXPORT_FORMATS.items():
+        made = formats.add_parser(name, help=form.help, description=form.help)
+        made.add_argument("run", metavar="RUN", help="run folder, or any folder of DFTracer traces")
+        made.add_argument("-o", dest="output", type=Path, required=True, metavar=form.metavar)
+        form.add_options(made)
+        made.set_defaults(function=run_export)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -362,85 +450,17 @@ def make_parser() -> argparse.ArgumentParser:
         made.set_defaults(function=run)
         return made
 
-    made = add_command("perfetto", run_perfetto, "convert the traces for the Perfetto UI")
-    made.add_argument(
-        "-o", dest="output", type=Path, help="file to write (default: in RUN, named after its settings)"
-    )
-    made.add_argument("--posix", action="store_true", help="I/O calls only")
-    made.add_argument(
-        "--format", choices=("pftrace", "json"), default="pftrace", help="json: for older tools"
-    )
-    made.add_argument(
-        "--whole", action="store_true", help="no overview of a run that is too large for the Perfetto UI"
-    )
-    _add_kineto_option(made)
-    _add_selection_options(made)
+    _add_perfetto_command(add_command)
     add_command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")
     add_command("check", run_check, "compare the bytes that the run counted with those in the trace")
-    made = add_command("view", run_view, "show the trace in a browser, without a network")
-    made.add_argument(
-        "file", metavar="FILE", nargs="?", help="which trace of the run (default: the full one)"
-    )
-    made.add_argument(
-        "--port", type=int, default=9001,
-        help="port on the loopback interface (default: 9001, where a report's links go); 0: any",
-    )  # fmt: skip
-    for name, run, help in (
-        (
-            "report",
-            run_report,
-            "report.html, summary.json and tables/*.csv: where the time and the bytes went",
-        ),
-        ("summary", run_summary, "the run in numbers, in the terminal"),
-        (
-            "whatif",
-            run_whatif,
-            "predict the training with other storage, queue, processors or number of ranks",
-        ),
-        ("compare", run_compare, "two runs or more: what differs, by how much, and whether that is noise"),
-    ):
-        made = add_command(name, run, help)
-        if name == "report":
-            made.add_argument(
-                "-o", dest="output", type=Path, metavar="WHERE",
-                help="file to write the page to, or a folder that exists, for all files (default: RUN)",
-            )  # fmt: skip
-            made.add_argument(
-                "--parquet", action="store_true", help="also write tables/*.parquet, which keep the types"
-            )
-            _add_kineto_option(made)
-            _add_selection_options(made)
-        if name == "whatif":
-            _add_whatif_options(made)
-        if name == "compare":
-            made.add_argument(
-                "others", metavar="ANOTHER_RUN", nargs="+",
-                help="runs to compare it with; runs of the same settings tell how large the noise is",
-            )  # fmt: skip
-            made.add_argument(
-                "--vs", metavar="SETTING", default="",
-                help="draw the runs over a setting, e.g. batch_size or ranks: how the speed scales",
-            )  # fmt: skip
-            made.add_argument(
-                "-o", dest="output", type=Path, metavar="FILE",
-                help="page to write, or FILE.json for the numbers (default: compare.html and compare.json in "
-                "the last run)",
-            )  # fmt: skip
-        made.add_argument(
-            "--dask",
-            metavar="WHERE",
-            help="read the ranks on a Dask cluster: `local`, `pbs`, `slurm`, or host:port",
-        )
+    _add_view_command(add_command)
+    _add_report_command(add_command)
+    _add_dask_option(add_command("summary", run_summary, "the run in numbers, in the terminal"))
+    _add_whatif_command(add_command)
+    _add_compare_command(add_command)
     _add_list_command(commands)
     _add_watch_command(add_command)
-    made = commands.add_parser("export", help="the run's I/O for other tools: fio, DLIO, MLPerf Storage")
-    formats = made.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    for name, form in EXPORT_FORMATS.items():
-        made = formats.add_parser(name, help=form.help, description=form.help)
-        made.add_argument("run", metavar="RUN", help="run folder, or any folder of DFTracer traces")
-        made.add_argument("-o", dest="output", type=Path, required=True, metavar=form.metavar)
-        form.add_options(made)
-        made.set_defaults(function=run_export)
+    _add_export_command(commands)
     commands.add_parser("replay", help="make the run's file calls again, in another folder")
     return top
 

@@ -1,6 +1,6 @@
 """A run folder as read: the joined traces, the JSON files beside them, and notes on what is missing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -176,18 +176,7 @@ def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
     ours: config.json is there. whole: all ranks were read.
     """
     shown = [f"{text}." for text in shorten_losses([p.lost for p in joined.processes if p.lost])]
-    several = len(joined.launches) > 1
-    if several:
-        shown.append(
-            f"The run was launched {len(joined.launches)} times. Each launch has its own clock and start-up; "
-            "times are added up over them, and the time between them counts as nothing."
-        )
-    world = -1
-    for number, job in enumerate(joined.launches, 1):
-        world = max((p.world_size for p in job), default=-1)
-        missing = describe_missing_ranks(job, f"Launch {number}" if several else "The run")
-        if missing and whole:
-            shown.append(f"{missing}. Sums and means are over the others.")
+    shown += _describe_launches(joined, whole)
     empty = [p.path.name for p in joined.processes if p.events == 0]
     if empty:
         shown.append(
@@ -210,23 +199,46 @@ def _list_notes(joined: JoinedTables, ours: bool, whole: bool) -> list[str]:
         shown.append(
             "No file calls were recorded: bytes and times of I/O are those that the application declares."
         )
+    shown += _describe_mapped_reads(joined)
+    if not len(joined["steps"]) and "preprocess" not in joined["time"]["phase"]:
+        shown.append("No training steps (category train, name step): everything about steps is left out.")
+    if not ours and max((p.world_size for job in joined.launches[-1:] for p in job), default=-1) < 0:
+        shown.append("These traces do not name their ranks: each process counts as one rank.")
+    return shown + _describe_clocks(joined)
+
+
+def _describe_launches(joined: JoinedTables, whole: bool) -> Iterator[str]:
+    """That the run was launched several times; and the ranks of which a trace is missing."""
+    several = len(joined.launches) > 1
+    if several:
+        yield (
+            f"The run was launched {len(joined.launches)} times. Each launch has its own clock and start-up; "
+            "times are added up over them, and the time between them counts as nothing."
+        )
+    for number, job in enumerate(joined.launches, 1):
+        missing = describe_missing_ranks(job, f"Launch {number}" if several else "The run")
+        if missing and whole:
+            yield f"{missing}. Sums and means are over the others."
+
+
+def _describe_mapped_reads(joined: JoinedTables) -> Iterator[str]:
     copied = joined["ops"].filter(pl.col("layer") == MAPPED)
     if len(copied):
-        shown.append(
+        yield (
             f"{format_size(int(copied['bytes'].sum()))} of the bytes read, in "
             f"{format_number(int(copied['count'].sum()), 'read')}, were copied from mapped files, as the "
             "application's spans declare them: page faults brought them in, which are not calls."
         )
-    if not len(joined["steps"]) and "preprocess" not in joined["time"]["phase"]:
-        shown.append("No training steps (category train, name step): everything about steps is left out.")
-    if world < 0 and not ours:
-        shown.append("These traces do not name their ranks: each process counts as one rank.")
+
+
+def _describe_clocks(joined: JoinedTables) -> list[str]:
+    """How far the clocks of several hosts were apart, and what was corrected."""
     apart = measure_clock_skew(joined.processes)
-    if apart and len({p.host for p in joined.processes}) > 1:
-        differences = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
-        moves = describe_moves(joined.processes, make_clocks(joined.processes))
-        shown.append(
-            f"The ranks' clocks were apart by {differences}, as seen when they left a barrier; times are "
-            f"on the clock of the first rank's host: {'; '.join(moves) or 'nothing to correct'}."
-        )
-    return shown
+    if not apart or len({p.host for p in joined.processes}) < 2:
+        return []
+    differences = ", ".join(f"{us / 1e3:.3g} ms at the {when}" for when, us in apart.items())
+    moves = describe_moves(joined.processes, make_clocks(joined.processes))
+    return [
+        f"The ranks' clocks were apart by {differences}, as seen when they left a barrier; times are "
+        f"on the clock of the first rank's host: {'; '.join(moves) or 'nothing to correct'}."
+    ]

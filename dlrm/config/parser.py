@@ -144,25 +144,8 @@ def _parse_options(
     presets: Mapping[str, Callable[[], Mapping[str, Any]]],
 ) -> tuple[C, bool]:
     """(the config, whether --validate_only was given)."""
-    parser = CommandLineParser(
-        prog=program, description=description, epilog=describe_presets(presets),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.other_names = getattr(kind, "other_names", {})
-    parser.add_argument("--validate_only", action="store_true", help="check the options, then exit")
-    parser.add_argument("--check_options", action="store_true", help=argparse.SUPPRESS)  # its old name
-    parser.add_argument("--relative_to", metavar="FOLDER", help=RELATIVE_TO_HELP)
-    if presets:
-        parser.add_argument(
-            "--preset", choices=list(presets), metavar="NAME",
-            help="published settings as defaults: one of the presets below",
-        )  # fmt: skip
     groups = {f.name: f.default_factory for f in fields(kind)}  # type: ignore[arg-type, misc]
-    for title, group_kind in groups.items():
-        group = parser.add_argument_group(title)
-        hints = typing.get_type_hints(group_kind)
-        for each in list_flags(group_kind):
-            _add_flag(group, each.name, hints[each.name], each.default, each.metadata)
+    parser = _make_parser(kind, groups, program, description, presets)
     from_preset: Mapping[str, Any] = {}
     if presets:
         chooser = CommandLineParser(prog=program, add_help=False)
@@ -172,17 +155,7 @@ def _parse_options(
             parser.set_defaults(**from_preset)
     if hasattr(kind, "read_defaults"):
         parser.set_defaults(**kind.read_defaults(_find_source_run(program, argv)))  # type: ignore[attr-defined]
-    found = parser.parse_args(argv)
-    values = vars(found)
-    if found.relative_to:
-        for each in itertools.chain.from_iterable(map(list_flags, groups.values())):
-            if values[each.name] is None and (find := each.metadata.get("default_path")):
-                values[each.name] = find(values)
-    parser.resolve_paths(found, found.relative_to)
-    for name, value in values.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not -LARGEST <= number <= LARGEST:
-                raise UserError(f"--{name} {number:.3g}: must be a number of 64 bits")
+    values = _read_values(parser, argv, groups)
     made = {
         title: group_kind(**{f.name: values[f.name] for f in list_flags(group_kind)})  # type: ignore[operator, misc]
         for title, group_kind in groups.items()
@@ -198,6 +171,47 @@ def _parse_options(
             if not each.init and each.name in parsed:
                 object.__setattr__(group, each.name, parsed[each.name])  # frozen for everyone else
     return kind(**made), values["validate_only"] or values["check_options"]
+
+
+def _make_parser(
+    kind: type, groups: Mapping[str, Any], program: str, description: str, presets: Mapping[str, Any]
+) -> CommandLineParser:
+    """A flag for each field of the groups (name -> dataclass), and the flags that every program has."""
+    parser = CommandLineParser(
+        prog=program, description=description, epilog=describe_presets(presets),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.other_names = getattr(kind, "other_names", {})
+    parser.add_argument("--validate_only", action="store_true", help="check the options, then exit")
+    parser.add_argument("--check_options", action="store_true", help=argparse.SUPPRESS)  # its old name
+    parser.add_argument("--relative_to", metavar="FOLDER", help=RELATIVE_TO_HELP)
+    if presets:
+        parser.add_argument(
+            "--preset", choices=list(presets), metavar="NAME",
+            help="published settings as defaults: one of the presets below",
+        )  # fmt: skip
+    for title, group_kind in groups.items():
+        group = parser.add_argument_group(title)
+        hints = typing.get_type_hints(group_kind)
+        for each in list_flags(group_kind):
+            _add_flag(group, each.name, hints[each.name], each.default, each.metadata)
+    return parser
+
+
+def _read_values(parser: CommandLineParser, argv: Sequence[str], groups: Mapping[str, Any]) -> dict[str, Any]:
+    """Name -> value of each flag; relative paths are those that --relative_to means."""
+    found = parser.parse_args(argv)
+    values = vars(found)
+    if found.relative_to:
+        for each in itertools.chain.from_iterable(map(list_flags, groups.values())):
+            if values[each.name] is None and (find := each.metadata.get("default_path")):
+                values[each.name] = find(values)
+    parser.resolve_paths(found, found.relative_to)
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -LARGEST <= number <= LARGEST:
+                raise UserError(f"--{name} {number:.3g}: must be a 64-bit number")
+    return values
 
 
 def _find_source_run(program: str, argv: Sequence[str]) -> str | None:

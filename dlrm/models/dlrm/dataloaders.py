@@ -104,6 +104,44 @@ def choose_columns(cfg: Config, layout: Any) -> tuple[criteo.Columns, list[int] 
     return found, layout.table_sizes
 
 
+def size_stage(cfg: Config, kind: str, stage: str, ranks: int) -> tuple[int | None, int, int]:
+    """(batches of a rank at most, rows of a batch, rows of the set where they are drawn at random)."""
+    limit: int | None = getattr(cfg.data, f"limit_{stage}_batches")
+    train_size = cfg.data.batch_size
+    batch_size = train_size if stage == "train" else cfg.data.test_batch_size or train_size
+    if kind == "random":
+        limit = RANDOM_BATCHES if limit is None else limit
+    rows = (limit or 1) * batch_size * ranks
+    if kind == "random" and stage == "test" and cfg.run.mode == "inference_benchmark":
+        rows = INFERENCE_POOL * max(cfg.inference.inference_benchmark_batch_sizes)
+    if rows >= 1 << 62:
+        raise UserError(f"--limit_{stage}_batches {limit}: too many rows; lower it")
+    return limit, batch_size, rows
+
+
+def make_batch_loader(
+    cfg: Config, source: RowSource, stage: str, limit: int | None, batch_size: int, here: Ranks,
+    to_batch: ArrayCollator,
+) -> BatchLoader:  # fmt: skip
+    """This rank's batches of a stage; only the training's are shuffled or cut to a part of the rows."""
+    data, training = cfg.data, stage == "train"
+    batches = BatchLoader(
+        source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,
+        drop_last=training and data.drop_last_training_batch,
+        shuffle_batches=training and data.shuffle_batches,
+        shuffle_set=training and data.shuffle_training_set,
+        shuffle_order=training and data.shuffle_batch_order,
+        rows=math.ceil(source.rows * data.dataset_subset) if training and data.dataset_subset else None,
+        seed=cfg.run.seed or 0,
+    )  # fmt: skip
+    if training and not len(batches) and limit != 0:
+        raise UserError(
+            f"{batches.rows} training rows are fewer than one batch of {batch_size} on each of "
+            f"{here.world_size} ranks: lower --batch_size, or leave out --drop_last_training_batch"
+        )
+    return batches
+
+
 def open_datasets(
     cfg: Config,
     here: Ranks,
@@ -115,7 +153,7 @@ def open_datasets(
     make_collator  (table sizes, whether ids are folded, what makes ids multi-hot) -> what makes batches
     on_gpu         whether batches are computed on a GPU: the host needs no memory for the model's layers
     """
-    data, seed = cfg.data, cfg.run.seed or 0
+    data = cfg.data
     by_name = data.source == "memory"  # asks for .npy files: then Parquet files are not looked for
     kind = data.kind if by_name else detect_format(data.kind, data.folder)
     layout = scan_dataset(kind, data.folder or "")
@@ -133,36 +171,14 @@ def open_datasets(
         hots = tuple(layout.parts[str(feature)][0].columns for feature in range(len(sizes)))
     sources, loaders = [], {}
     for stage in ("train", "val", "test"):
-        limit = getattr(data, f"limit_{stage}_batches")
-        batch_size = data.batch_size if stage == "train" else data.test_batch_size or data.batch_size
-        if kind == "random":
-            limit = RANDOM_BATCHES if limit is None else limit
-        rows = (limit or 1) * batch_size * here.world_size
-        if kind == "random" and stage == "test" and cfg.run.mode == "inference_benchmark":
-            rows = INFERENCE_POOL * max(cfg.inference.inference_benchmark_batch_sizes)
-        if rows >= 1 << 62:
-            raise UserError(f"--limit_{stage}_batches {limit}: too many rows; lower it")
+        limit, batch_size, rows = size_stage(cfg, kind, stage, here.world_size)
         source = open_source(
             kind, layout, stage,
-            read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes, seed=seed,
+            read_chunk_mb=data.read_chunk_mb, rows=rows, table_sizes=sizes, seed=cfg.run.seed or 0,
             numerical=columns.numerical,
         )  # fmt: skip
         refuse_large_batches(cfg, source, stage, batch_size, columns, hots, on_gpu)
-        training = stage == "train"
-        batches = BatchLoader(
-            source, batch_size, here.rank, here.world_size, to_batch=to_batch, limit=limit,
-            drop_last=training and data.drop_last_training_batch,
-            shuffle_batches=training and data.shuffle_batches,
-            shuffle_set=training and data.shuffle_training_set,
-            shuffle_order=training and data.shuffle_batch_order,
-            rows=math.ceil(source.rows * data.dataset_subset) if training and data.dataset_subset else None,
-            seed=seed,
-        )  # fmt: skip
-        if training and not len(batches) and limit != 0:
-            raise UserError(
-                f"{batches.rows} training rows are fewer than one batch of {batch_size} on each of "
-                f"{here.world_size} ranks: lower --batch_size, or leave out --drop_last_training_batch"
-            )
+        batches = make_batch_loader(cfg, source, stage, limit, batch_size, here, to_batch)
         sources.append(source)
         loaders[stage] = Prefetcher(batches, data.prefetch_batches, stage)
     frequencies = None
