@@ -82,18 +82,7 @@ def convert_to_pftrace(
             for process in assign_ranks(job)
         ]
         outlined = selection.is_whole and not whole and overview.is_too_large(p for p, _ in shown)
-        # its counters of the run are those of all ranks; an overview has them from metrics.jsonl
-        speakers = (
-            set()
-            if outlined
-            else {min(job, key=lambda process: (is_forked(process), process.rank)).path for job in jobs}
-        )
-        abouts = [
-            TrackLabels(shared.reserve_number(process.pid), name, order, process.path in speakers)
-            for order, (process, name) in enumerate(shown)
-        ]
-        for about in abouts:
-            shared.out.write(proto.describe_process_early(about.pid, about.name))
+        abouts = _label_processes(shared, jobs, shown, outlined)
         if outlined:
             labels = {process.path: about for (process, _), about in zip(shown, abouts, strict=True)}
             heads = {process.path: process for process, _ in shown}
@@ -112,13 +101,36 @@ def convert_to_pftrace(
             summary.notes += write_profiles(shared, run_dir, given, places, every_rank)
             _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
-        if not summary.events and not selection.is_whole:
-            raise UserError(f"{selection.describe()}: nothing is in this part of the run")
         if not summary.events:
-            which = " of POSIX calls" if posix else ""
-            raise UserError(f"{printable(run_dir)}: the traces hold no events{which}")
+            raise _explain_no_events(run_dir, posix, selection)
     summary.skew = measure_clock_skew(done)
     return summary
+
+
+def _label_processes(
+    shared: SharedTracks, jobs: list[list[TracedProcess]], shown: list[tuple[TracedProcess, str]],
+    outlined: bool,
+) -> list[TrackLabels]:  # fmt: skip
+    """The labels of each process' tracks. Their names are written first, so that they come in this order."""
+    # One rank of a launch shows the counters of the run (loss, samples per second): they are the same on all.
+    # An overview has them from metrics.jsonl.
+    with_run_counters = set()
+    if not outlined:
+        with_run_counters = {min(job, key=lambda p: (is_forked(p), p.rank)).path for job in jobs}
+    abouts = [
+        TrackLabels(shared.reserve_number(process.pid), name, order, process.path in with_run_counters)
+        for order, (process, name) in enumerate(shown)
+    ]
+    for about in abouts:
+        shared.out.write(proto.describe_process_early(about.pid, about.name))
+    return abouts
+
+
+def _explain_no_events(run_dir: str | Path, posix: bool, selection: Selection) -> UserError:
+    if not selection.is_whole:
+        return UserError(f"{selection.describe()}: nothing is in this part of the run")
+    which = " of POSIX calls" if posix else ""
+    return UserError(f"{printable(run_dir)}: the traces hold no events{which}")
 
 
 def _write_whole(

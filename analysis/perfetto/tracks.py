@@ -184,7 +184,7 @@ class TrackLabels:
     pid: int
     name: str
     order: int
-    speaks_for_run: bool  # its counters of the run are shown, those of the other ranks are the same
+    has_run_counters: bool  # its counters of the run are shown, those of the other ranks are the same
 
 
 class FileTracks:
@@ -211,7 +211,7 @@ class FileTracks:
         self.positions = FilePositions()
         self.offsets = np.empty(0, np.int64)  # of the block's events, where the calls do not say them
         self.selection = shared.selection
-        self.speaks_for_run = about.speaks_for_run
+        self.has_run_counters = about.has_run_counters
         self.bandwidth = BandwidthCounter(clock.correct_time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
         shared.out.write(proto.describe_process(self.uuid, self.pid, about.name, labels, about.order))
@@ -392,7 +392,7 @@ class FileTracks:
             own = own[np.argsort(block.ts[own], kind="stable")]
             name = self.shared.strings.text(number)
             of_run = name in RUN_COUNTERS
-            if of_run and not self.speaks_for_run:
+            if of_run and not self.has_run_counters:
                 continue
             if number not in self.counters and len(self.counters) == MAX_COUNTERS:
                 self.uncounted += len(own)

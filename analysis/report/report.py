@@ -94,7 +94,7 @@ def render_header(run: TracedRun, facts: Facts) -> str:
 
 
 def render_answer(answer: Answer, figures: Figures) -> str:
-    """The sentence that most readers come for, and the time that it speaks of as one bar."""
+    """The sentence that most readers come for, and the time that it is about as one bar."""
     bar = plots.plot_answer(answer)
     title = "Where the time of a rank went, and what storage could save at most"
     figure = figures.add_figure(bar, "", title) if bar else ""
