@@ -184,6 +184,37 @@ def test_only_trace_imports_dftracer() -> None:
             assert not any(name.split(".")[0] == "dftracer" for name in imported(path)), path
 
 
+LIBRARIES = {"torch", "torchrec", "fbgemm_gpu", "numpy", "numba", "polars"}
+CHANGES_LIBRARIES = ("dlrm/cpu/", "dlrm/embeddings/ssd/", "dlrm/traced/", "dlrm/embeddings/row_adam.py")
+
+
+def test_libraries_are_changed_in_few_places() -> None:
+    """No other file assigns to a name of a library, also not through an alias; settings of backends are meant
+    to be assigned to.
+    """
+    for path in [path for package in PACKAGES for path in sources(package)]:
+        if str(path.relative_to(ROOT)).startswith(CHANGES_LIBRARIES):
+            continue
+        tree, names = ast.parse(path.read_text()), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found = {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found = {alias.asname or alias.name: node.module for alias in node.names}
+            else:
+                continue
+            names |= {name for name, module in found.items() if module.split(".")[0] in LIBRARIES}
+        for node in ast.walk(tree):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            value = getattr(node, "value", None)
+            if isinstance(value, ast.Name) and value.id in names:
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                text = ast.unparse(node)
+                assert text.split(".")[0] not in names or ".backends." in text, f"{path}: {text} = ..."
+
+
 DOCUMENTS = [path for folder in (".", "docs", "patches") for path in sorted((ROOT / folder).glob("*.md"))]
 
 

@@ -152,7 +152,10 @@ class RowAdam(torch.optim.Optimizer):
 
 @contextlib.contextmanager
 def use_row_adam_on_cpu(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """In it torchrec makes `AdamTables` where the tables' optimizer is Adam and the device a CPU."""
+    """In the block torchrec makes `AdamTables` where the tables' optimizer is Adam and the device a CPU.
+
+    torchrec has no hook for a kernel of one's own, so the class that it would make is replaced meanwhile.
+    """
     wanted = (each for weights in module.parameters() for each in getattr(weights, "_optimizer_classes", []))
     if device.type != "cpu" or torch.optim.Adam not in wanted:
         yield
