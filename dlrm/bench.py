@@ -167,6 +167,7 @@ class BenchDataset:
 
 
 def open_dataset(cfg: BenchConfig, stored: Any) -> BenchDataset:
+    """The dataset that an option names, or random rows. stored: the checkpoint of the weights, or None."""
     from dlrm.data.readers import count_ids, detect_format, scan_dataset
     from dlrm.models.dlrm.stored_model import read_numerical
 

@@ -103,6 +103,7 @@ class ProfileWriter:
     numbers: dict[tuple[int, str], int] = field(default_factory=dict)  # kind, text -> its number
 
     def write_profile(self, profile: Profile, place: Place) -> None:
+        """Write a profile's slices and arrows below the process that `place` names, on the run's clock."""
         begin, end = (place.clock.correct_ns(times) for times in (profile.begin, profile.end))
         chosen = self._choose_slices(profile, begin, end)
         if not len(chosen):

@@ -384,6 +384,7 @@ class FileTracks:
         )
 
     def _write_counters(self, block: EventBlock, chosen: np.ndarray) -> None:
+        """Write the values of counters. chosen: numbers of their events in the block."""
         if not len(chosen):
             return
         values = read_real_argument(block, ID["value"])

@@ -57,6 +57,7 @@ def list_entries(run: TracedRun, facts: Facts) -> list[ReportEntry]:
 
 
 def _list_times(run: TracedRun, facts: Facts, chosen: ChosenRanks) -> list[ReportEntry]:
+    """The section Time. chosen: the ranks that the page shows of many."""
     j = run.joined
     timeline, curves, gaps = (
         progress.make_timeline(j),

@@ -94,6 +94,7 @@ def _check_name(name: str, runs: list[RunRecord], option: str) -> None:
 
 
 def _parse_condition(text: str, runs: list[RunRecord]) -> Callable[[RunRecord], bool]:
+    """A condition of --where, e.g. "ranks>=4". runs: all of them; one at least must have such a value."""
     found = _CONDITION.fullmatch(text)
     if not found:
         raise UserError(

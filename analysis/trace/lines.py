@@ -91,6 +91,7 @@ def read_blocks(
 
 
 def _inflate(file: BinaryIO, loss: ReadLoss) -> Iterator[bytes]:
+    """The text of all gzip members, piece by piece; what does not inflate is added to `loss`."""
     data = file.read(_CHUNK)
     made = damages = 0
     while data:

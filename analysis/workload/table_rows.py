@@ -56,6 +56,7 @@ def list_row_calls(events: RankEvents) -> pl.DataFrame:
 def _fill_columns(
     found: dict[str, np.ndarray], spans: pl.DataFrame, calls: pl.DataFrame, steps: pl.DataFrame
 ) -> None:
+    """Fill COLUMNS in `found`, int64 [steps]. spans: ssd/fetch and ssd/wait; calls: of `list_row_calls`."""
     begins = steps["start"].to_numpy()
     ends = begins + steps["period_us"].to_numpy()
     ts, dur = calls["ts"].to_numpy(), calls["dur"].to_numpy()
@@ -68,13 +69,14 @@ def _fill_columns(
         if first == last:
             continue
         low, high = np.searchsorted(wait_ts, [begin, end])
-        one = np.searchsorted(ts, fetch_end[first - 1] if first else begin)
+        first_call = np.searchsorted(ts, fetch_end[first - 1] if first else begin)
         if low < high:  # it waited
-            needed, two = wait_ts[low], np.searchsorted(ts, wait_end[high - 1])
+            needed, past_last = wait_ts[low], np.searchsorted(ts, wait_end[high - 1])
         else:
             needed, read = fetch_ts[first], np.searchsorted(ts[reads], fetch_end[last - 1])
-            two = reads[read - 1] + 1 if read else 0
-        if one < two:
-            found["rows_calls_us"][step] = sums[two] - sums[one]
-            found["rows_ahead_us"][step] = max(0, needed - ts[one])
-            found["rows_spare_us"][step] = 0 if low < high else max(0, needed - ts[two - 1] - dur[two - 1])
+            past_last = reads[read - 1] + 1 if read else 0
+        if first_call < past_last:
+            done = ts[past_last - 1] + dur[past_last - 1]
+            found["rows_calls_us"][step] = sums[past_last] - sums[first_call]
+            found["rows_ahead_us"][step] = max(0, needed - ts[first_call])
+            found["rows_spare_us"][step] = 0 if low < high else max(0, needed - done)

@@ -33,6 +33,7 @@ class LinearReluChain(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """gradient: of the output, float32 [rows, outputs of the last layer]."""
         layers = len(ctx.saved_tensors) // 2
         values, weights = ctx.saved_tensors[: layers + 1], ctx.saved_tensors[layers + 1 :]
         gradients: list[torch.Tensor] = []  # of biases and weights, from the last layer to the first

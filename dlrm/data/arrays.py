@@ -99,6 +99,7 @@ class ArrayCollator:
 
 
 def check_dense(dense: np.ndarray, locate: RowLocator) -> None:
+    """UserError for NaN or infinity in float32 [rows, columns]. locate: names a row, for the message."""
     # one pass without a temporary; the second check is for large finite values, whose sum overflows
     if not np.isfinite(np.vdot(dense, dense)):
         finite = np.isfinite(dense)

@@ -43,6 +43,7 @@ class MemorySource:
         self.arrays: Rows | None = None
 
     def load(self, runs: np.ndarray, scattered: bool = False) -> None:
+        """Read runs of rows, int64 [k, 2], unless they are in memory already; `RowSource.load` says more."""
         runs = runs[np.argsort(runs[:, 0])]
         if self.arrays is not None and self._holds_runs(runs):
             return

@@ -24,7 +24,7 @@ OLD_LARGEST, OLD_SMALLEST, LARGEST, SMALLEST = 1, 2, 5, 6
 
 
 class CompactReader:
-    """Reads a structure as {field number: value}. ValueError or IndexError for bytes that are none."""
+    """Reads a structure as {field number: value}. ValueError or IndexError for any other bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
@@ -37,6 +37,7 @@ class CompactReader:
         return found
 
     def _read_value(self, kind: int, depth: int) -> Any:
+        """The value that comes next. kind: Thrift's number of its type; depth: of nesting so far."""
         if depth > MOST_NESTING:
             raise ValueError("is nested too deeply")
         if kind in (TRUE, FALSE):

@@ -69,6 +69,7 @@ class Prefetcher:
                     worker.join(0.01)
 
     def _fill_queue(self, ready: queue.Queue[tuple[Any, int, Any]], stop: threading.Event) -> None:
+        """What the thread does: put (batch, number, the loader's state); at the end (None, number, error)."""
         name_thread(f"prefetch {self.stage}".rstrip())
         failure: BaseException | None = None
         batches = iter(self.batches)

@@ -128,6 +128,9 @@ def list_uses(plans: Iterable[RankPlan]) -> RunUse:
 
 
 def _add_use(run: RunUse, ts: int, thread: Thread, call: TracedCall) -> None:
+    """Add to `run` what a call shows of its file: whether it was there before, how large it must be, whether
+    the run made or changed it.
+    """
     if call.op == "open":
         _add_open(run, ts, call)
     elif call.op in ("read", "write", "seek", "map") and not call.failed:
@@ -172,6 +175,7 @@ def _add_use(run: RunUse, ts: int, thread: Thread, call: TracedCall) -> None:
 
 
 def _add_open(run: RunUse, ts: int, call: TracedCall) -> None:
+    """The same of an open: without O_CREAT the file was there before; with it, it may be the run's own."""
     flags = find_open_flags(call)
     if flags is not None and flags & os.O_TRUNC:
         run.use(call.path).changed = True

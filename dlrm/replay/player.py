@@ -133,6 +133,8 @@ class Player:
         return ReplayOutcome()
 
     def run_thread(self, function: Callable[[], ReplayOutcome], name: str) -> None:
+        """Start a thread that adds what `function` returns to the outcome. Its error ends all threads."""
+
         def run() -> None:
             try:
                 mpi.set_exact_sleep()

@@ -349,6 +349,7 @@ def find_other_row_files(row_file: RowFile) -> list[Path]:
 
 
 def _compute_hit_rates(counts: np.ndarray, steps: int = 1) -> dict[str, float]:
+    """What is reported of the caches. counts: int64, in the order of COUNTS, summed over `steps` steps."""
     values: Mapping[str, int] = dict(zip(COUNTS, counts.tolist(), strict=True))
     return {
         "cache_hit_rate": 1 - values["misses"] / max(1, values["lookups"]),

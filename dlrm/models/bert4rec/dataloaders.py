@@ -79,6 +79,7 @@ class BertDatasets:
 
 
 def open_datasets(cfg: BertConfig, here: Ranks) -> BertDatasets:
+    """Prepare the ratings, or read prepared ones, and make this rank's batches of the three sets."""
     data, seed = cfg.data, cfg.run.seed or 0
     bytes_read: dict[str, int] = {}
     prepared = prepare_data(data, seed, here, bytes_read)

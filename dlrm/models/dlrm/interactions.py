@@ -94,6 +94,7 @@ class PairDots(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (z,) = ctx.saved_tensors
+        # entries: the dense features and the tables. pairs: float [rows, entries, entries], G + G^T
         batch, entries, dim = z.shape
         pairs = gradient.index_select(1, ctx.order.spread).view(batch, entries, entries)
         diagonal = pairs.diagonal(dim1=1, dim2=2)

@@ -12,6 +12,7 @@ def list_unused_options(cfg: Config, device: str) -> list[str]:
 
 
 def _list_groups(cfg: Config, device: str) -> Iterator[tuple[list[str], str]]:
+    """(options that were given and have no effect, why), rule by rule."""
     data, model, optim, plan, run = cfg.data, cfg.model, cfg.optim, cfg.plan, cfg.run
     files = ["dataset_name", "mmap_mode", "shuffle_batches", "shuffle_training_set", "read_chunk_mb"]
     many = data.multi_hot_sizes or data.kind == "multi_hot"

@@ -58,21 +58,22 @@ def make_dataset(
 
 
 def read_rows(source: inputs.InputFile, options: PrepOptions) -> Table:
+    """All rows of a file, parsed line by line; UserError for a bad line, unless bad lines are skipped."""
     rules = odd_lines.LineRules(
         options.lenient, source.labelled, options.max_ind_range, options.empty_dense, options.columns
     )
-    input_files: list[odd_lines.Row] = []
+    rows: list[odd_lines.Row] = []
     for number, line in enumerate(read_lines(source), 1):
         try:
             if len(line) > odd_lines.LONGEST_LINE:
                 raise odd_lines.BadRow(f"a line of more than {odd_lines.LONGEST_LINE >> 20} MB")
-            input_files += odd_lines.read_line(line, rules)
+            rows += odd_lines.read_line(line, rules)
         except odd_lines.BadRow as error:
             if not options.skip_bad_rows:
                 raise UserError(f"{printable(source.path)}:{number}: {error}") from None
-    if not input_files:
+    if not rows:
         raise UserError(f"{printable(source.path)}: no rows in it")
-    dense, sparse, labels = zip(*input_files, strict=True)
+    dense, sparse, labels = zip(*rows, strict=True)
     counts = [count for row in dense for count in row if count != MISSING or not options.frequency_limit]
     if counts:
         options.check_counts(source.path, min(counts), max(counts))

@@ -90,6 +90,7 @@ def find_open_quote(line: str) -> bool:
 
 
 def read_fields(fields: list[str], rules: LineRules) -> Row:
+    """The row of a line that is split into fields; BadRow with the reason where it is not one."""
     expected, numerical = rules.fields, rules.columns.numerical
     if not fields:
         raise BadRow("a blank line")

@@ -35,6 +35,7 @@ def check_dataset(folder: Path) -> list[str]:
 
 
 def check_arrays(folder: Path, meta: DatasetMeta) -> Iterator[str]:
+    """What is wrong with shapes, types and values of the .npy files, a line each."""
     sizes = np.array(meta.table_sizes, np.int64)
     kept = meta.parameters.get("compat", "") == "" and "contiguous" in meta.parameters.get("steps", [])
     tested = "test_sparse.npy" in meta.md5  # Kaggle's test set has ids of its own

@@ -64,6 +64,7 @@ class MultiHotOptions:
 
 
 def write_multi_hot(options: MultiHotOptions, workers: Workers) -> None:
+    """Make the .npz files of all days, shared among the workers, and publish them together."""
     days = list_days(options.input_dir)
     names = [name_multi_hot_file(day) for day in range(days)]
     parts = ["sparse"]
