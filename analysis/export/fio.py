@@ -65,7 +65,7 @@ class _Counts:
     bytes: Counter[str] = field(default_factory=Counter)
     other: Counter[str] = field(default_factory=Counter)  # names of calls that fio does not know
     at_end: int = 0  # reads that moved nothing
-    guessed: int = 0  # requests whose offset the trace does not tell
+    guessed: int = 0  # requests whose offset the trace leaves open
     kernel: int = 0  # calls on files of /proc, /sys and /dev
     program: int = 0  # calls on files of programs and of the system, which are not wanted
     unnamed: int = 0  # calls whose file the trace does not name
@@ -212,7 +212,7 @@ def _describe_lacks(counts: _Counts) -> list[str]:
         found.append(f"reads and writes that moved no byte, left out: {counts.at_end:,}")
     if counts.guessed:
         found.append(
-            f"requests whose offset the trace does not tell, placed behind the one before: {counts.guessed:,}"
+            f"requests whose offset the trace leaves open, placed behind the one before: {counts.guessed:,}"
         )
     if counts.kernel:
         found.append(f"calls on files of /proc, /sys and /dev, left out: {counts.kernel:,}")

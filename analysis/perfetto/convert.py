@@ -82,9 +82,9 @@ def convert_to_pftrace(
             for process in assign_ranks(job)
         ]
         outlined = selection.is_whole and not whole and overview.is_too_large(p for p, _ in shown)
-        abouts = _label_processes(shared, jobs, shown, outlined)
+        track_labels = _label_processes(shared, jobs, shown, outlined)
         if outlined:
-            labels = {process.path: about for (process, _), about in zip(shown, abouts, strict=True)}
+            labels = {process.path: about for (process, _), about in zip(shown, track_labels, strict=True)}
             heads = {process.path: process for process, _ in shown}
             jobs_of_ranks = plan_launches(source)
             summary.notes, tracks = overview.write_overview(
@@ -92,11 +92,11 @@ def convert_to_pftrace(
             )
             done = [process for process, _ in shown]
         else:
-            done, tracks = _write_whole(shared, source, shown, abouts, known, progress)
+            done, tracks = _write_whole(shared, source, shown, track_labels, known, progress)
         if not posix:
             places = [
                 Place(process, known[process.path], tracks[process.path], about.pid)
-                for process, about in zip(done, abouts, strict=True)
+                for process, about in zip(done, track_labels, strict=True)
             ]
             summary.notes += write_profiles(shared, run_dir, given, places, every_rank)
             _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
@@ -117,13 +117,13 @@ def _label_processes(
     with_run_counters = set()
     if not outlined:
         with_run_counters = {min(job, key=lambda p: (is_forked(p), p.rank)).path for job in jobs}
-    abouts = [
+    track_labels = [
         TrackLabels(shared.reserve_number(process.pid), name, order, process.path in with_run_counters)
         for order, (process, name) in enumerate(shown)
     ]
-    for about in abouts:
+    for about in track_labels:
         shared.out.write(proto.describe_process_early(about.pid, about.name))
-    return abouts
+    return track_labels
 
 
 def _explain_no_events(run_dir: str | Path, posix: bool, selection: Selection) -> UserError:
@@ -135,13 +135,13 @@ def _explain_no_events(run_dir: str | Path, posix: bool, selection: Selection) -
 
 def _write_whole(
     shared: SharedTracks, source: TraceSource, shown: list[tuple[TracedProcess, str]],
-    abouts: list[TrackLabels], clocks: Mapping[Path, Clock], progress: Progress | None,
+    track_labels: list[TrackLabels], clocks: Mapping[Path, Clock], progress: Progress | None,
 ) -> tuple[list[TracedProcess], dict[Path, int]]:  # fmt: skip
     """All events of these processes (and the names of their tracks). Returns the processes as read, and the
     number of each one's track.
     """
     done, written = [], {}
-    for (process, _), about in zip(shown, abouts, strict=True):
+    for (process, _), about in zip(shown, track_labels, strict=True):
         reader = source.open_reader(process.path, shared.strings, shared.paths)
         shared.use_tables(reader.strings, reader.paths)
         tracks = FileTracks(shared, process, reader, clocks[process.path], about)

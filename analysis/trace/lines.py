@@ -131,8 +131,8 @@ def _inflate_damaged(file: BinaryIO, given: int, loss: ReadLoss) -> Generator[by
         try:
             piece = stream.decompress(data, BLOCK)
         except zlib.error:
-            good, used = _salvage_text(before, data)
-            yield good[given:] + b"\n"  # what follows the damage begins a line
+            text, used = _salvage_text(before, data)
+            yield text[given:] + b"\n"  # what follows the damage begins a line
             loss.skipped += 1
             return data[used + 1 :] or file.read(_CHUNK)
         yield piece[given:]
@@ -172,15 +172,15 @@ def _to_member(data: bytes, file: BinaryIO) -> tuple[bytes, int]:
 
 
 def _salvage_text(stream: "zlib._Decompress", data: bytes) -> tuple[bytes, int]:  # type: ignore[name-defined]
-    """Inflate up to the damage: the text, and how many bytes of data were good."""
-    good, used = bytearray(), 0
+    """Inflate up to the damage: the text, and how many bytes of data were read."""
+    text, used = bytearray(), 0
     try:
         while used < len(data):
-            good += stream.decompress(data[used : used + 1])
+            text += stream.decompress(data[used : used + 1])
             used += 1
     except zlib.error:
         pass
-    return bytes(good), used
+    return bytes(text), used
 
 
 def _size_left(file: BinaryIO) -> int:

@@ -152,8 +152,8 @@ def fit_request_cost(requests: pl.DataFrame) -> RequestCost:
     latencies = took[one] - slopes * size[one]
     latency = np.concatenate([latencies, np.zeros(len(size)), took])
     slope = np.concatenate([slopes, took / size, np.zeros(len(size))])
-    good = (latency >= 0) & (slope >= 0)
-    latency, slope = latency[good], slope[good]
+    valid = (latency >= 0) & (slope >= 0)
+    latency, slope = latency[valid], slope[valid]
     says = latency[:, None] + slope[:, None] * size
     best = int(np.argmin(np.abs(np.log(says / took)) @ weight))
     return RequestCost(float(latency[best]), float(slope[best]), True)

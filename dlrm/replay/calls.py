@@ -293,7 +293,7 @@ class Caller:
         file = self._find_file(call, path, stream)
         if call.position is None:
             self.outcome.differences[
-                "at a place that the trace does not tell: done where the file stood"
+                "at an offset that the trace leaves open: done at the file's position"
             ] += 1
         elif not positioned and file.position != call.position:
             self._seek(file, call.position)

@@ -79,7 +79,7 @@ def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
             first_line = (str(error).splitlines() or [""])[0][:200]
             raise LostRank(f"the ranks cannot connect: {type(error).__name__}: {first_line}") from None
     try:
-        with _list_rank_variables(here):
+        with _set_rank_variables(here):
             yield device
         heartbeat.mark_finished()
         dist.barrier()  # no rank leaves while another still works: the store ends with rank 0
@@ -99,7 +99,7 @@ def open_session(here: Ranks, timeout: int) -> Iterator[torch.device]:
 
 
 @contextmanager
-def _list_rank_variables(here: Ranks) -> Iterator[None]:
+def _set_rank_variables(here: Ranks) -> Iterator[None]:
     """The variables that torchrec reads its rank from, set for the block only: a process that is started
     afterwards must not take them for its own.
     """

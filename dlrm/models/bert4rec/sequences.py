@@ -183,12 +183,12 @@ def draw_negatives(data: Histories, count: int, by_popularity: bool, seed: int) 
             chance = generator.random((len(unfilled), 2 * count)) * bounds[-1]
             pool = np.concatenate([found[unfilled], 1 + np.searchsorted(bounds, chance, "right")], axis=1)
             rated = _find_members(seen, unfilled[:, None] * np.int64(data.vocabulary) + pool)
-            good = _first_of_row(pool) & ~rated & (pool > 0)
-            place = np.cumsum(good, axis=1) - 1
-            good &= place < count
-            row, column = np.nonzero(good)
+            chosen = _first_of_row(pool) & ~rated & (pool > 0)
+            place = np.cumsum(chosen, axis=1) - 1
+            chosen &= place < count
+            row, column = np.nonzero(chosen)
             found[unfilled[row], place[row, column]] = pool[row, column]
-            unfilled = unfilled[good.sum(axis=1) < count]
+            unfilled = unfilled[chosen.sum(axis=1) < count]
         for user in unfilled.tolist():
             _fill_with_rare_items(data, found[user], weights if by_popularity else None, user, generator)
     return found

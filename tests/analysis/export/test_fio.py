@@ -123,7 +123,7 @@ def test_what_fio_cannot_do_is_counted_and_named(tmp_path: Path) -> None:
     job = (tmp_path / "fio/replay.fio").read_text()
     for line in (
         "calls that fio has no action for: mkdir 1, frobnicate 1",
-        "requests whose offset the trace does not tell, placed behind the one before: 1",
+        "requests whose offset the trace leaves open, placed behind the one before: 1",
         "reads and writes that moved no byte, left out: 1",
         "calls on files of /proc, /sys and /dev, left out: 1",
     ):
