@@ -35,7 +35,7 @@ def write_mlperf_workload(run: str, output: Path) -> str:
     training = measure_training(run)
     if not training.batch_rows:
         raise UserError(
-            f"{printable(run)}: no config.json that says the batch size: what a row is cannot be told; give "
+            f"{printable(run)}: no config.json that says the batch size: rows cannot be counted; give "
             "the run folder of a training of this project"
         )
     with named_file(output, has_header([HEADER.encode()])) as partial, os_errors_as_user_errors(output):

@@ -78,7 +78,7 @@ class DataOptions:
     prefetch_batches: int = option(4, "batches that the loading thread prepares ahead")
     multi_hot_sizes: tuple[int, ...] | None = option(None, "ids per feature, made from one id on the fly")
     multi_hot_distribution_type: str | None = option(
-        None, "distribution of the made ids (uniform when not given)", ("uniform", "pareto")
+        None, "distribution of the generated ids (uniform when not given)", ("uniform", "pareto")
     )
     collect_multi_hot_freqs_stats: bool = option(False, "save how often each id was looked up")
 
