@@ -210,7 +210,7 @@ def run_seed(base: Path, given: tuple[Path, Path, Path], seed: int) -> None:
         if chance.random() < 0.1:
             os.chmod(world.tree, 0o555)
         before, theirs = snapshot(folder), [snapshot(path) for path in given]
-        found = run_program(program, *words, seconds=60)
+        found = run_program(program, *words, seconds=180)
         after = snapshot(folder)
         situation = f"seed {seed}, {name} {' '.join(map(str, words))}\n{found.err[-1500:]}"
         assert found.code >= 0, situation

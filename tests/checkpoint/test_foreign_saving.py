@@ -168,7 +168,7 @@ def start_pairs(count: int, root: Path) -> None:
         both = [fork.Process(target=_try_to_lock, args=(str(root), gate, results)) for _ in range(2)]
         for each in both:
             each.start()
-        output = sorted(results.get(timeout=60) for _ in both)
+        output = sorted(results.get(timeout=180) for _ in both)
         for each in both:
             each.join(60)
         assert output.count("held") == 1, output

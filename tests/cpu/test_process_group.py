@@ -53,7 +53,7 @@ def test_same_as_gloo(ranks: int) -> None:
 def test_a_lost_peer_is_named_in_time(task: str, message: str) -> None:
     waiting, lost = start(task, 2)
     try:
-        out, err = waiting.communicate(timeout=60)
+        out, err = waiting.communicate(timeout=180)
     finally:
         lost.send_signal(signal.SIGKILL)
         lost.communicate()
@@ -65,5 +65,5 @@ def test_a_lost_peer_is_named_in_time(task: str, message: str) -> None:
 
 def test_one_rank_needs_no_exchange() -> None:
     (process,) = start("killed", 1)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err[-3000:]

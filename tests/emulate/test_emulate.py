@@ -238,11 +238,11 @@ def test_stopped_in_the_middle(trained: Path, tmp_path: Path) -> None:
         cwd=ROOT, env=clean_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
                 time.sleep(0.05)
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=180)
         finally:
             process.kill()
     assert process.returncode == 75, said

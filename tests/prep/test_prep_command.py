@@ -71,7 +71,7 @@ def test_the_last_line_is_the_next_command(days: Path, tmp_path: Path, engine: s
     command = done.stdout.partition("; next: ")[2].rstrip("\n")
     shown = subprocess.run(
         ["bash", "-c", command.replace("./3_train.sh", "printenv DATASET_DIR")],
-        capture_output=True, text=True, timeout=10,
+        capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert shown.stdout == f"{out}\n"
 

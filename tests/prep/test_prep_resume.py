@@ -177,7 +177,7 @@ def test_interrupted(days: Path, tmp_path: Path) -> None:
     assert child.stderr
     output = child.stderr.readline() + child.stderr.readline()
     child.send_signal(signal.SIGINT)
-    output += child.communicate(timeout=30)[1]
+    output += child.communicate(timeout=180)[1]
     assert output.endswith("\ndlrm.prep: interrupted; run the same command again to resume\n")
     assert "Traceback" not in output
     assert child.returncode == 130

@@ -92,7 +92,7 @@ def below(requests: Counter[tuple[str, str, int, int]], folder: Path) -> Counter
 def test_a_replay_makes_the_requests_of_the_run(tmp_path: Path) -> None:
     """The same reads and writes of the same bytes of the same files, by strace of both."""
     run = tmp_path / "run"
-    _, errors = traced.start(run, MIXED, 0, 1, *STRACE, str(tmp_path / "first")).communicate(timeout=60)
+    _, errors = traced.start(run, MIXED, 0, 1, *STRACE, str(tmp_path / "first")).communicate(timeout=180)
     assert (run / "trace").is_dir(), errors
     shutil.rmtree(run / "in")  # nothing of the original is needed
     shutil.rmtree(run / "whole")
@@ -146,7 +146,7 @@ def test_over_two_hosts(two_ranks: Path, tmp_path: Path) -> None:
 def test_the_command_of_analysis_and_its_report(two_ranks: Path, tmp_path: Path) -> None:
     """What a replay leaves is a run folder like others: spans, steps and all."""
     words = ["-m", "analysis", "replay", two_ranks, "--output_dir", tmp_path / "out", "--ranks", "1"]
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, capture_output=True, timeout=180)
     events = read_events(tmp_path / "out")
     steps = [e["args"] for e in events if (e.get("cat"), e["name"]) == ("train", "step")]
     assert [(args["epoch"], args["step"], args["batch"]) for args in steps] == [(0, n, n) for n in range(3)]

@@ -83,7 +83,7 @@ def run_reading(folder: Path) -> tuple[dict[str, list[int]], dict[str, int]]:
         time.sleep(0.01)
     seen = read_io(process.pid)
     (folder / "go").touch()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     return read_counters(folder), seen
 

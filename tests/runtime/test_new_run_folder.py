@@ -22,14 +22,14 @@ def start_command(*words: object, **more: str) -> "subprocess.Popen[bytes]":
 
 
 def finish_command(process: "subprocess.Popen[bytes]") -> list[str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     return os.fsdecode(out).split("\0")[:-1]
 
 
 def read_refusal(*words: object, **more: str) -> str:
     process = start_command(*words, **more)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 2 and not out and err.count(b"\n") == 1, err
     return err.decode()
 

@@ -27,5 +27,5 @@ def test_a_session_leaves_no_thread_and_no_names() -> None:
         )
         for rank in range(2)
     ]  # fmt: skip
-    output = [rank.communicate(timeout=60)[1] for rank in ranks]
+    output = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], output

@@ -36,7 +36,7 @@ assert not [name for name in sys.modules if "dftracer" in name]
     process = traced.start(
         tmp_path / "run", body, 0, 1, strace, "-f", "-e", "trace=open,openat", "-o", str(log)
     )
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
     opened = log.read_text()
     assert "trace.py" in opened or "trace.cpython" in opened  # strace did look
@@ -216,7 +216,7 @@ while True:
     assert process.stdout
     output = [process.stdout.readline() for _ in range(300)]
     process.send_signal(signal.SIGKILL)
-    rest, _ = process.communicate(timeout=20)
+    rest, _ = process.communicate(timeout=180)
     last = float((output + rest.splitlines())[-1].split()[1])
     (killed,) = events.read_processes(tmp_path)
     assert "no end record" in killed.lost
@@ -242,7 +242,7 @@ while True:
     assert process.stdout and process.stdout.readline() == "ready\n"
     time.sleep(0.3)
     process.terminate()
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 7, errors
     (ended,) = events.read_processes(tmp_path)
     assert ended.ended and not ended.lost and ended.events > 50

@@ -222,7 +222,7 @@ time.sleep(50)
     assert [ranks.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     ranks.send_signal(signal.SIGTERM)
     assert ranks.stdout.read().count("saved") == 2
-    assert ranks.wait(20) == code
+    assert ranks.wait(90) == code
 
 
 @pytest.mark.mpi

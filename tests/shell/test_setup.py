@@ -54,7 +54,7 @@ def test_one_setup_at_a_time() -> None:
 def test_env_sh_can_be_sourced_twice_from_anywhere() -> None:
     show = 'source "$0" && source "$0" && python -c "import dlrm, sys; print(sys.prefix)" && echo "$PATH"'
     done = subprocess.run(
-        ["bash", "-euc", show, str(ROOT / "env.sh")], cwd="/", capture_output=True, text=True, timeout=60
+        ["bash", "-euc", show, str(ROOT / "env.sh")], cwd="/", capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stderr
     prefix, path = done.stdout.splitlines()
@@ -284,7 +284,7 @@ def test_an_environment_behind_a_link_is_made_anew_there(copy: Path, tmp_path: P
 def test_a_shell_that_has_not_read_env_sh(words: str) -> None:
     """One line that says so, not where the import failed. -S: Python without its packages."""
     command = [sys.executable, "-S", "-m", *words.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "source ./env.sh first" in done.stderr
 
@@ -292,7 +292,7 @@ def test_a_shell_that_has_not_read_env_sh(words: str) -> None:
 def test_help_of_the_tests_makes_no_environment(copy: Path) -> None:
     (copy / "tests").mkdir()
     script = shutil.copy(ROOT / "tests" / "run.sh", copy / "tests")
-    done = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=10)
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "usage: tests/run.sh" in done.stdout and not (copy / ".venv").exists()
 
 

@@ -14,7 +14,7 @@ PARTS = 24
 
 def split(*words: object, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(SCRIPT), *map(str, words)], env=os.environ | more, capture_output=True, text=True, timeout=60
+        [str(SCRIPT), *map(str, words)], env=os.environ | more, capture_output=True, text=True, timeout=180
     )
 
 

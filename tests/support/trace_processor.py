@@ -23,7 +23,7 @@ def open_trace(path: Path) -> Iterator["Trace"]:
     folders = sorted((Path(spec.origin).parent / "web_dist").glob("v[0-9]*"))
     os.environ["TP_WASM_DIR"] = str(folders[-1])
     processor = TraceProcessor(
-        trace=str(path), config=TraceProcessorConfig(bin_path=str(SHELL), load_timeout=60)
+        trace=str(path), config=TraceProcessorConfig(bin_path=str(SHELL), load_timeout=180)
     )
     try:
         yield Trace(processor)

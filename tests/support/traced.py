@@ -68,6 +68,6 @@ def start(folder: Path, body: str, rank: int = 0, world: int = 1, *prefix: str) 
 def run(folder: Path, body: str, world: int = 1) -> Path:
     """Every rank to its end; the run folder."""
     for process in [start(folder, body, rank, world) for rank in range(world)]:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=180)
         assert process.returncode == 0, errors
     return folder

@@ -29,7 +29,7 @@ def test_stopped_and_run_again_equals_never_stopped(
     with LiveRanks(tmp_path, 2, *words(toy)) as ranks:
         ranks.until_step(22)
         ranks.signal(which, rank=1)  # one rank hears it, both stop
-        assert ranks.wait(20) == [STOPPED, STOPPED], ranks.stderr
+        assert ranks.wait() == [STOPPED, STOPPED], ranks.stderr
     assert which.name in ranks.stderr and len(ranks.stderr.splitlines()) == 1
     assert metrics(tmp_path) == metrics(never_stopped)[: len(metrics(tmp_path))]
     assert not (tmp_path / "results.json").exists()
@@ -60,7 +60,7 @@ def test_stopped_again_and_again_mostly_while_it_validates(toy: Path, tmp_path: 
             before = len(metrics(ranks.folder))
             ranks.until(lambda before=before, ranks=ranks: has_begun_to_validate(ranks.folder, before))
             ranks.signal(signal.SIGTERM, turn % 2)
-            assert ranks.wait(20) == [STOPPED, STOPPED], ranks.stderr
+            assert ranks.wait() == [STOPPED, STOPPED], ranks.stderr
         newest = max((tmp_path / "often" / "checkpoints").iterdir())
         stops.append(
             json.loads((newest / "checkpoint.json").read_text())["state"]["progress"]["validating_at"]
@@ -76,7 +76,7 @@ def test_a_clock_stops_it_too(toy: Path, tmp_path: Path) -> None:
     """--stop_before_walltime: without a signal."""
     more = ["--epochs", 1000, "--walltime", "1:00", "--stop_before_walltime", 50]
     with LiveRanks(tmp_path, 2, *words(toy, *more)) as ranks:
-        assert ranks.wait(60) == [STOPPED, STOPPED], ranks.stderr
+        assert ranks.wait() == [STOPPED, STOPPED], ranks.stderr
     assert "walltime" in ranks.stderr
     assert list((tmp_path / "checkpoints").glob("0*/checkpoint.json"))
 
@@ -92,5 +92,5 @@ def test_a_signal_to_the_launcher(toy: Path, tmp_path: Path, launcher: str, code
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):  # it may have stopped already
                 os.kill(pid, signal.SIGTERM)
-        assert ranks.wait(30) == [code], ranks.stderr
+        assert ranks.wait() == [code], ranks.stderr
     assert list((tmp_path / "checkpoints").glob("0*/checkpoint.json"))

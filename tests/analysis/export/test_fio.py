@@ -28,7 +28,7 @@ def run_fio(folder: Path) -> dict[tuple[str, str], tuple[int, int]]:
     subprocess.run(["sh", "make_files.sh"], cwd=folder, check=True)
     calls = "trace=open,openat,creat,read,pread64,write,pwrite64,fsync,fdatasync"
     command = ["strace", "-f", "-y", "-e", calls, "-o", "log", "fio", "--output-format=json", "replay.fio"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     originals = json.loads((folder / "files.json").read_text())
     found = count_strace_calls((folder / "log").read_text(errors="replace")).below(folder)

@@ -208,7 +208,7 @@ def test_killed_rank(tmp_path: Path) -> None:
     body = traced.TRAINING.replace("thread.join()", "time.sleep(0.5); os.kill(os.getpid(), 9)").replace(
         'here, "train")', 'here, "train", flush_ms=100)'
     )
-    traced.start(tmp_path / "run", body).wait(timeout=60)
+    traced.start(tmp_path / "run", body).wait(timeout=180)
     summary = convert.convert_to_pftrace(tmp_path / "run")
     assert summary.path.name == "run.pftrace"  # no config.json: named after the folder
     assert len(summary.lost) == 1 and "no end record" in summary.lost[0]

@@ -55,7 +55,7 @@ def ask(server: view.Server, path: str, method: str = "GET", host: str | None = 
     lines = [f"{method} {path} HTTP/1.1"]
     if host is not None:
         lines.append(f"Host: {host or f'127.0.0.1:{port}'}")
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode())
         with connection.makefile("rb") as answer:
             head, _, body = answer.read().partition(b"\r\n\r\n")
@@ -77,7 +77,7 @@ def test_without_the_interface(run: Path) -> None:
 
 def test_serves_the_interface_and_the_trace(url: str, run: Path) -> None:
     def get(path: str) -> tuple[str, bytes]:
-        with urllib.request.urlopen(url + path, timeout=10) as answer:
+        with urllib.request.urlopen(url + path, timeout=60) as answer:
             return answer.headers["Content-Type"], answer.read()
 
     kind, page = get("/")
@@ -218,11 +218,11 @@ def test_command_says_how_to_reach_it(run: Path) -> None:
     assert "localhost" not in said  # a laptop's own name for itself
     taken = subprocess.run(
         [sys.executable, "-m", "analysis", "view", str(run), "--port", port[1]],
-        text=True, capture_output=True, cwd=traced.ROOT, timeout=60,
+        text=True, capture_output=True, cwd=traced.ROOT, timeout=180,
     )  # fmt: skip
     assert taken.returncode == 2 and f"--port {port[1]}" in taken.stderr
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 0 and not errors
 
 

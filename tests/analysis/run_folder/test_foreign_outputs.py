@@ -263,7 +263,7 @@ def test_who_reads_has_seen_enough(run: Path) -> None:
     command = f"{shlex.quote(sys.executable)} -m analysis summary {run}"
     for unbuffered in ("", "1"):
         asked = {"shell": True, "cwd": ROOT, "env": os.environ | {"PYTHONUNBUFFERED": unbuffered}}
-        done = subprocess.run(f"{command} | true", capture_output=True, text=True, timeout=60, **asked)
+        done = subprocess.run(f"{command} | true", capture_output=True, text=True, timeout=180, **asked)
         assert done.returncode == 0 and done.stderr == ""
-        done = subprocess.run(f"{command} > /dev/full", capture_output=True, text=True, timeout=60, **asked)
+        done = subprocess.run(f"{command} > /dev/full", capture_output=True, text=True, timeout=180, **asked)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
