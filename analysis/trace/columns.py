@@ -110,9 +110,9 @@ def _make_json(block: EventBlock, rest: np.ndarray, keep: np.ndarray) -> pl.Seri
     rest: which arguments those are (bool [arguments]). keep: which events get a row (bool [events]).
     """
     ends = np.zeros(len(block) + 1, np.int64)
-    _json_ends(block.arg_begin, block.arg_text, rest, keep, ends)
+    _find_json_ends(block.arg_begin, block.arg_text, rest, keep, ends)
     out = np.empty(max(1, int(ends[-1])), np.uint8)
-    _json_fill(block.text, block.arg_begin, block.arg_text, rest, keep, ends, out)
+    _fill_json(block.text, block.arg_begin, block.arg_text, rest, keep, ends, out)
     lengths = np.diff(ends)[keep]
     places = np.concatenate([[0], np.cumsum(lengths)])
     try:
@@ -143,7 +143,7 @@ def _spread_arguments(arg_begin, arg_key, arg_kind, arg_val, place, value_row, f
 
 
 @compiled
-def _json_ends(arg_begin, arg_text, rest, keep, ends):
+def _find_json_ends(arg_begin, arg_text, rest, keep, ends):
     """Where the JSON text of each event ends in the buffer (int64 [events + 1], the first is 0)."""
     for i in range(len(arg_begin) - 1):
         size = 0
@@ -154,7 +154,7 @@ def _json_ends(arg_begin, arg_text, rest, keep, ends):
 
 
 @compiled
-def _json_fill(text, arg_begin, arg_text, rest, keep, ends, out):
+def _fill_json(text, arg_begin, arg_text, rest, keep, ends, out):
     """Writes the JSON text of each event to its place in `out` (uint8)."""
     for i in range(len(arg_begin) - 1):
         if ends[i + 1] == ends[i]:

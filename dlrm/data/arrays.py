@@ -112,6 +112,7 @@ def check_dense(dense: np.ndarray, locate: RowLocator) -> None:
 
 
 def check_labels(labels: np.ndarray, locate: RowLocator) -> None:
+    """UserError for a label other than 0 and 1 in int32 [rows]. locate: names a row, for the message."""
     if labels.view(np.uint32).max() > 1:
         row = int(np.argmax(labels.view(np.uint32) > 1))
         raise UserError(f"{locate(row, 'labels')}: label {labels[row]}, expected 0 or 1: repair the row")
