@@ -42,7 +42,7 @@ def emulate(spec: ModelSpec, options: EmulateConfig, here: Ranks) -> None:
         group.mark_clock("start")
         try:
             with group.errors_on_all_ranks():
-                run_folder = RunFolder(options.run.output_dir, here.first)
+                run_folder = RunFolder(options.run.output_dir, here.first, model=spec.title)
         except UserError:
             trace.discard_tracing()  # nothing of a refused run stays in the folder
             raise

@@ -22,7 +22,7 @@ from typing import Any
 
 from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
-from common.inputs import parse_json, read_bytes
+from common.inputs import parse_json, read_bytes, read_json_object
 from common.lock import FolderLock
 from common.owned import LEDGER, OutputFolder
 from common.progress import open_terminal_bar
@@ -39,13 +39,20 @@ class RunFolder:
     """RUN/metrics.jsonl line by line, JSON files whole; without a folder only lines on stdout."""
 
     def __init__(
-        self, folder: str | None, first: bool, tensorboard: bool = False, more: Iterable[str] = ()
+        self,
+        folder: str | None,
+        first: bool,
+        tensorboard: bool = False,
+        more: Iterable[str] = (),
+        model: str = "",
     ) -> None:
-        """Lock the folder for this run; UserError where another run writes into it, or has foreign files.
+        """Lock the folder for this run; UserError where another run writes into it, where it has a run of
+        another model, or foreign files.
 
         folder  --output_dir, or None: nothing is written
         first   whether this is rank 0; the other ranks write nothing
         more    names of other files that this run is going to write there
+        model   the title of the model's spec
         """
         self.folder = Path(folder) if folder and first else None
         self._first = first
@@ -61,16 +68,17 @@ class RunFolder:
         self._output: OutputFolder | None = None
         if self.folder:
             try:
-                self._open_folder(self.folder, tensorboard, more)
+                self._open_folder(self.folder, model, tensorboard, more)
             except BaseException:
                 self.close()
                 raise
 
-    def _open_folder(self, folder: Path, tensorboard: bool, more: Iterable[str]) -> None:
+    def _open_folder(self, folder: Path, model: str, tensorboard: bool, more: Iterable[str]) -> None:
         """Lock the folder, and refuse foreign files in it. `more`: other files that this run writes."""
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.lock_folder(folder, "training into it")
+        _refuse_other_model(folder, model)
         self._output = OutputFolder(folder)
         if not os.path.lexists(folder / LEDGER) or self._output.is_copy():
             self._adopt_earlier_run(folder)
@@ -333,6 +341,22 @@ def _is_recorded(path: Path, check: Callable[[bytes], bool]) -> bool:
         return check(read_bytes(path, MAX_METRICS_BYTES))
     except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return False
+
+
+def _refuse_other_model(folder: Path, model: str) -> None:
+    """UserError where the folder has a run of another model, or an emulation is going to be where a training
+    was: its results would be replaced.
+    """
+    try:
+        launch = read_json_object(folder / "config.json", paths=True).get("launch")
+    except UserError:  # there is none, or it is not ours, which `refuse_foreign` says
+        return
+    earlier = launch.get("model") if isinstance(launch, dict) else None
+    if model and isinstance(earlier, str) and earlier != model:
+        raise UserError(
+            f"{printable(folder)}: has a run of {printable(earlier)[:100]}, whose results one of {model} "
+            "would replace; name another --output_dir"
+        )
 
 
 def _is_config(data: bytes) -> bool:

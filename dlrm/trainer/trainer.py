@@ -63,7 +63,7 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
         # run folder: locked before anything slow, so that a second run into it ends at once
         try:
             with session.errors_on_all_ranks():
-                run_folder = open_run_folder(options, here)
+                run_folder = open_run_folder(options, here, spec.title)
         except UserError:
             trace.discard_tracing()  # nothing of a refused run stays in the folder
             raise
@@ -80,12 +80,12 @@ def train(spec: ModelSpec, options: Any, here: Ranks) -> None:
             run_folder.close()
 
 
-def open_run_folder(options: Any, here: Ranks) -> RunFolder:
+def open_run_folder(options: Any, here: Ranks, model: str = "") -> RunFolder:
     """The run folder, locked for this run. UserError on rank 0 where another run has the lock, or where a
-    file in it would be overwritten that is not this program's.
+    file in it would be overwritten that is not this program's, or is of another model (its spec's title).
     """
     more = ["mlperf.log"] if options.run.mllog else []
-    return RunFolder(options.run.output_dir, here.first, options.run.tensorboard, more)
+    return RunFolder(options.run.output_dir, here.first, options.run.tensorboard, more, model)
 
 
 def choose_options(

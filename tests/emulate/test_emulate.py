@@ -297,6 +297,14 @@ def test_made_up_checkpoints_are_never_trained_from(trained: Path, toy: Path, tm
     assert "was made by the emulator" in done.err[0] and done.err[0].count("\n") == 1
 
 
+def test_a_training_is_not_replaced_by_its_emulation(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = emulate(run, "--from", run, "--max_steps", 2, "--ranks", 1, "--trace")
+    assert done.returncode == 2 and "name another --output_dir" in done.stderr, done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_trace_that_lacks_a_rank_and_ends_early(trained: Path, tmp_path: Path) -> None:
     """What is there is taken, and what is not is said."""
     run = tmp_path / "run"
