@@ -75,6 +75,22 @@ def is_run_folder(folder: Path) -> bool:
     return isinstance(config.get("launch"), dict) and isinstance(config.get("run"), dict)
 
 
+def refuse_other_model(folder: Path, model: str) -> None:
+    """UserError where the folder has a run of another model, or an emulation is going to be where a training
+    was: its results would be replaced.
+    """
+    try:
+        launch = read_json_object(folder / "config.json", paths=True).get("launch")
+    except UserError:  # there is none, or it is not ours, which `refuse_foreign` says
+        return
+    earlier = launch.get("model") if isinstance(launch, dict) else None
+    if model and isinstance(earlier, str) and earlier != model:
+        raise UserError(
+            f"{printable(folder)}: has a run of {printable(earlier)[:100]}, whose results one of {model} "
+            "would replace; name another --output_dir"
+        )
+
+
 def check_run_folder(folder: Path, variable: str) -> None:
     """UserError for a folder that is not a run of this project, or where another program's files would be
     overwritten. `variable` (e.g. RESUME) is named in the message.

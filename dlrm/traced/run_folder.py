@@ -17,7 +17,7 @@ from common.errors import UserError, os_errors_as_user_errors
 from common.lock import FolderLock
 from common.owned import OutputFolder, identify_folder, remove_made_folder
 from dlrm.runtime.environment import describe_command, list_versions, mask_secrets
-from dlrm.runtime.new_run_folder import FILES, make_run, update_environment
+from dlrm.runtime.new_run_folder import FILES, make_run, refuse_other_model, update_environment
 from dlrm.runtime.ranks import Ranks
 from dlrm.traced.options import Chosen
 from dlrm.traced.script import Program
@@ -83,6 +83,7 @@ def open_run_folder(opened: OpenedFolder, program: Program, here: Ranks) -> None
     opened.lock = lock = FolderLock(folder, "tracing a script into it")
     lock.acquire()
     atexit.register(lock.release)
+    refuse_other_model(folder, program.title)
     opened.wrote_config = not os.path.lexists(folder / "config.json")
     output = OutputFolder(folder)
     output.refuse_foreign(["config.json", "metrics.jsonl"], "move it away or name another --output_dir")

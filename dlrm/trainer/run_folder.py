@@ -22,11 +22,12 @@ from typing import Any
 
 from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
-from common.inputs import parse_json, read_bytes, read_json_object
+from common.inputs import parse_json, read_bytes
 from common.lock import FolderLock
 from common.owned import LEDGER, OutputFolder
 from common.progress import open_terminal_bar
 from dlrm.config.parser import as_json
+from dlrm.runtime.new_run_folder import refuse_other_model
 
 METRICS = "metrics.jsonl"
 MAX_METRICS_BYTES = 4 << 30
@@ -78,7 +79,7 @@ class RunFolder:
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.lock_folder(folder, "training into it")
-        _refuse_other_model(folder, model)
+        refuse_other_model(folder, model)
         self._output = OutputFolder(folder)
         if not os.path.lexists(folder / LEDGER) or self._output.is_copy():
             self._adopt_earlier_run(folder)
@@ -341,22 +342,6 @@ def _is_recorded(path: Path, check: Callable[[bytes], bool]) -> bool:
         return check(read_bytes(path, MAX_METRICS_BYTES))
     except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return False
-
-
-def _refuse_other_model(folder: Path, model: str) -> None:
-    """UserError where the folder has a run of another model, or an emulation is going to be where a training
-    was: its results would be replaced.
-    """
-    try:
-        launch = read_json_object(folder / "config.json", paths=True).get("launch")
-    except UserError:  # there is none, or it is not ours, which `refuse_foreign` says
-        return
-    earlier = launch.get("model") if isinstance(launch, dict) else None
-    if model and isinstance(earlier, str) and earlier != model:
-        raise UserError(
-            f"{printable(folder)}: has a run of {printable(earlier)[:100]}, whose results one of {model} "
-            "would replace; name another --output_dir"
-        )
 
 
 def _is_config(data: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Scripts run as Python runs them: main module, words, path, stdin, exit code, traceback; and torchrec."""
 
+import json
 import os
 import re
 import subprocess
@@ -75,6 +76,16 @@ def test_mistakes(tmp_path: Path) -> None:
         code, out, err = run(tmp_path, "-m", "dlrm.traced", *words)
         assert (code, out, len(err.splitlines())) == (2, "", 1) and said in err
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_of_another_program_is_not_replaced(tmp_path: Path) -> None:
+    config = tmp_path / "run" / "config.json"
+    for name, code in (("a.py", 0), ("a.py", 0), ("b.py", 2)):
+        (tmp_path / name).write_text("print('hi')\n")
+        found, _, err = run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", name)
+        assert found == code, err
+        assert json.loads(config.read_text())["launch"]["model"] == "a.py"
+    assert "has a run of a.py" in err and err.count("\n") == 1
 
 
 def test_numpy_reads_open_files_as_ever(tmp_path: Path) -> None:
