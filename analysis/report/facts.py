@@ -80,6 +80,16 @@ class Facts:
         )  # fmt: skip
 
     @cached_property
+    def core_waits(self) -> pl.DataFrame:
+        """rank, seconds of the training that its main thread was ready to run and had no core: those with
+        most first. Without rows where nothing counted them.
+        """
+        found = self.joined["device"].filter(pl.col("phase").is_in(TRAIN))
+        found = found.filter(pl.col("core_wait_us").is_not_null())
+        sums = found.group_by("rank").agg((pl.col("core_wait_us").sum() / 1e6).alias("seconds"))
+        return sums.sort("seconds", "rank", descending=[True, False])
+
+    @cached_property
     def mapped_files(self) -> pl.Series:
         """Files whose bytes are copied from maps of them."""
         return self.joined["ops"].filter(pl.col("layer") == MAPPED)["file"].unique()

@@ -50,6 +50,8 @@ RULES: tuple[Rule, ...] = (
          "DFAnalyzer: fetch_pressure"),
     Rule("persistent_pressure", time.find_persistent_pressure, f"{time.PRESSURE:.0%} of the time waits for "
          f"data in {PRESSED}", "DFDiagnoser: persistent_pressure"),
+    Rule("busy_cores", time.find_busy_cores, f"{time.BUSY:.0%} of the training the main thread of a rank is "
+         "ready to run and has no core", "-"),
     Rule("waiting_for_ranks", communication.find_waiting_for_ranks, f"{communication.COMMUNICATION:.0%} of "
          "the training waits in collectives for the last rank, beyond the clocks' error", "-"),
     Rule("transfer", communication.find_transfer, f"{communication.COMMUNICATION:.0%} of the training is "

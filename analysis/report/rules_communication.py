@@ -9,11 +9,12 @@ import polars as pl
 
 from analysis.report.facts import TRAIN, Facts, Finding
 from analysis.report.page import format_seconds
-from analysis.report.rules_time import find_slow_rank
+from analysis.report.rules_time import find_busy_cores, find_slow_rank
 from analysis.tables.collectives import estimate_clock_error, join_collectives
 
 COMMUNICATION = 0.05  # of the training, that is waiting for a rank, or transfer
 ALWAYS_LAST = 0.75  # of the waiting, for one rank
+CORES_FIRST = "Ranks wait for cores meanwhile: see to that first."
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def find_waiting_for_ranks(f: Facts) -> Finding | None:
                 "The ranks disturb each other or their work varies: start fewer ranks on a node (NPROC), or "
                 "try DLRM_THREADS=1."
             )
+    if find_busy_cores(f):
+        remedy = CORES_FIRST
     text = (
         f"{split.waiting / wall:.0%} of the training, {format_seconds(split.waiting)} per rank, the ranks "
         f"wait in communication for the slowest of them, most of all in {split.name}; {who}. The transfer "
@@ -104,9 +107,11 @@ def find_transfer(f: Facts) -> Finding | None:
     split, wall = split_communication(f), f.average_seconds("wall_s", *TRAIN)
     if split is None or wall <= 0 or split.transfer < COMMUNICATION * wall:
         return None
+    busy = find_busy_cores(f)
+    what = "data go from rank to rank" + (", or a rank waits for a core" if busy else "")
     text = (
         f"{split.transfer / wall:.0%} of the training, {format_seconds(split.transfer)} per rank, is "
-        f"communication after the last rank has come: data go from rank to rank{_say_unclear(split)}."
+        f"communication after the last rank has come: {what}{_say_unclear(split)}."
     )
     remedy = "Send less, or less often: larger batches, smaller types; or overlap it with compute."
     if f.is_own_run:
@@ -114,6 +119,8 @@ def find_transfer(f: Facts) -> Finding | None:
         remedy = f"A larger {batch} makes fewer exchanges."
         if f.is_option("launch.device", "cpu") and f.is_option("run.cpu_fast_path", False):
             remedy = "Leave out --no-cpu_fast_path: ranks of one host then exchange through shared memory."
+    if busy:
+        remedy = CORES_FIRST
     compute = f.average_seconds("compute_s", *TRAIN)
     evidence = {"transfer_s": split.transfer, "waiting_s": split.waiting, "unclear_s": split.unclear,
                 "clock_error_us": split.error_us}  # fmt: skip

@@ -12,6 +12,7 @@ PRESSURE, PRESSED_PART, PRESSED_IN_A_ROW, LEAST_RANGES = 0.2, 0.5, 4, 10
 SLOW_RANK = 1.25  # times the others' part of a step
 IO_UNEVEN = 0.3  # of the time in I/O of the rank with most
 STARTUP = 0.1  # of the run
+BUSY = 0.1  # of the training
 OWN_CALLS = 0.2  # of what the main thread waits: then the sentence says how long its own file calls take
 READING = 0.1  # of the time that is waited: if reading is less, something else keeps the data back
 KIND_WORDS = {"wait": "waiting for data", "io": "I/O", "copy": "copying"}
@@ -110,6 +111,25 @@ def _advise_loader(f: Facts) -> str:
             "(DLRM_THREADS, fewer ranks), or raise --prefetch_batches."
         )
     return "Decoding or assembling the data takes the time, not reading: use more loading threads."
+
+
+def find_busy_cores(f: Facts) -> Finding | None:
+    """The main thread of a rank is ready to run, and other threads have the cores."""
+    waits, wall = f.core_waits, f.average_seconds("wall_s", *TRAIN)
+    if not len(waits) or wall <= 0 or waits["seconds"][0] < BUSY * wall:
+        return None
+    rank, seconds = waits.row(0)
+    text = (
+        f"For {seconds / wall:.0%} of the training, {format_seconds(seconds)}, the main thread of rank "
+        f"{rank} is ready to run and has no core: other programs or other threads of this job have them. "
+        "Whatever it does takes longer by as much, and the other ranks wait for it."
+    )
+    remedy = "Give each rank cores of its own."
+    if f.is_own_run:
+        remedy += " Where the job is alone on its node: fewer ranks (NPROC) or threads (DLRM_THREADS)."
+    steps = f.joined["steps"].filter(pl.col("rank") == rank)
+    evidence = {"rank": rank, "core_wait_s": seconds, **_show_step(steps, pl.col("wall_us"))}
+    return Finding("busy_cores", seconds, text, remedy, evidence)
 
 
 def _show_step(steps: pl.DataFrame, by: pl.Expr) -> dict[str, object]:

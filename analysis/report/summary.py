@@ -48,7 +48,7 @@ class Headline(NamedTuple):
 GROUPS = {  # on the page; what is in no group is about I/O
     "Speed": (
         "wall_seconds", "pause_seconds", "samples_per_second", "test_auroc", "training_seconds",
-        "communication_share", "step_median_seconds", "step_p99_seconds",
+        "communication_share", "core_wait_share", "step_median_seconds", "step_p99_seconds",
     ),
     "I/O": (),
     "Start-up": ("first_step_seconds",),
@@ -90,6 +90,10 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
             Headline("wait_share", f"waiting for data, of {of}", wait, f"{wait:.1%}", -1),
             Headline("communication_share", f"communication, of {of}", comm, f"{comm:.1%}", -1),
         ]
+        if len(facts.core_waits):
+            share = facts.core_waits["seconds"][0] / train_s
+            label = f"waiting for a core, of {of}"
+            rows.append(Headline("core_wait_share", label, share, f"{share:.1%}", -1))
     if run.dlio_utilisation is not None:
         rows += _list_dlio_headlines(run)
     if io >= LEAST_IO_SECONDS:

@@ -13,6 +13,7 @@ COUNTERS = {  # in the trace -> in the table
     "cancelled_write_bytes": "cancelled_write_bytes",
     "major_faults": "major_faults",
     "minor_faults": "minor_faults",
+    "core_wait_us": "core_wait_us",
 }
 
 

@@ -1,8 +1,9 @@
 """What this process moved, by the kernel's count, and the file systems of its folders: for the trace.
 
-In: /proc/self/io, /proc/self/stat, /proc/self/mountinfo, and on Lustre `lfs getstripe`. Out: counters, which
-say how much came from a device and how much from memory (docs/traces.md lists them), and one note for each
-folder. `dlrm/runtime/trace.py` records both.
+In: /proc/self/io, /proc/self/stat, /proc/self/schedstat, /proc/self/mountinfo, and on Lustre `lfs getstripe`.
+Out: counters, which say how much came from a device and how much from memory, and how long the main thread
+waited for a core (docs/traces.md lists them); and one note for each folder. `dlrm/runtime/trace.py` records
+both.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ COUNTED = (  # in /proc/self/io; its calls are in the trace one by one
     "rchar", "wchar", "read_bytes", "write_bytes", "cancelled_write_bytes",
 )  # fmt: skip
 FAULTS = {"minor_faults": 7, "major_faults": 9}  # fields of /proc/self/stat, counted from the state
+CORE_WAIT = "core_wait_us"
 SECONDS = 5  # between two samples
 LFS_SECONDS = 5  # `lfs` asks a server, which may be down
 # Mount options that change how a file system reads, writes or caches; the others are left out.
@@ -42,6 +44,10 @@ class IoCounters:
         self.error = ""  # why /proc/self/io cannot be read
         self._io = self._open("/proc/self/io")
         self._stat = self._open("/proc/self/stat")
+        try:  # of the main thread, whichever reads it; not every kernel has it, and nothing else needs it
+            self._schedule: int | None = os.open("/proc/self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._schedule = None
 
     def _open(self, path: str) -> int | None:
         try:
@@ -71,13 +77,17 @@ class IoCounters:
                 found |= {name: int(fields[at]) for name, at in FAULTS.items()}
             except (OSError, ValueError, IndexError) as error:
                 self._fail("/proc/self/stat", error)
+        if self._schedule is not None:
+            # on a core, ready to run but on none (both in ns), how often it was on one
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                found[CORE_WAIT] = int(os.pread(self._schedule, 4096, 0).split()[1]) // 1000
         return found
 
     def close(self) -> None:
-        for handle in (self._io, self._stat):
+        for handle in (self._io, self._stat, self._schedule):
             if handle is not None:
                 os.close(handle)
-        self._io = self._stat = None
+        self._io = self._stat = self._schedule = None
 
 
 class IoRecorder(threading.Thread):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +32,17 @@ while not os.path.exists(f"{run}/go"):
 trace.stop_tracing()
 """
 )
+COMPUTING = """
+os.sched_setaffinity(0, [CORE])
+trace.start_tracing(run, here, "train")
+time.sleep(1)
+trace.sample_io()
+end = time.monotonic() + 1
+while time.monotonic() < end:
+    pass
+trace.sample_io()
+trace.stop_tracing()
+"""
 PLAIN = """{}
 lmm_stripe_count:  4
 lmm_stripe_size:   1048576
@@ -100,6 +113,24 @@ def test_a_cold_reading_comes_from_the_device_and_a_warm_one_from_memory(tmp_pat
     assert 8 * MB <= got[1] - got[0] < 8.1 * MB and 8 * MB <= got[2] - got[1] < 8.1 * MB
     assert abs(seen["rchar"] - got[2]) < 64 << 10
     assert counters["proc/minor_faults"][0] > 0 and len(counters["proc/major_faults"]) >= 4
+
+
+def test_a_thread_that_another_program_keeps_off_its_core_waits_for_it(tmp_path):
+    """Both are bound to one core and compute: the kernel gives each half of the time."""
+    core = min(os.sched_getaffinity(0))
+    loop = "import os, time\nos.sched_setaffinity(0, [int(os.environ['CORE'])])\n"
+    environment = {**os.environ, "CORE": str(core)}
+    other = subprocess.Popen([sys.executable, "-c", loop + "while True: pass"], env=environment)
+    try:
+        process = traced.start(tmp_path, COMPUTING.replace("CORE", str(core)))
+        _, errors = process.communicate(timeout=120)
+    finally:
+        other.kill()
+        other.wait()
+    assert process.returncode == 0, errors
+    idle, begun, computed, *_ = read_counters(tmp_path)["proc/core_wait_us"]
+    assert computed - begun > 300_000  # of a second; half of it, were they alone
+    assert begun - idle < (computed - begun) / 2  # a thread that sleeps needs no core
 
 
 def test_on_tmpfs_nothing_comes_from_a_device(tmp_path):

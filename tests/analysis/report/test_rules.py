@@ -113,6 +113,14 @@ def make_shared_writes(rank: int, n: int) -> Made:
     return made.requests("pwrite64", "/shared", n, 4 * KIB, place=lambda i: (2 * i + rank) * 8 * KIB)
 
 
+def make_core_waits(us: int) -> Made:
+    """The kernel says that the main thread had no core for so long while it trained."""
+    made = training()
+    for at, value in ((10_000, 5_000), (490_000, 5_000 + us)):
+        made.span("counter", "proc/core_wait_us", at, 0, value=value)
+    return made
+
+
 def make_strides(size: int) -> Made:
     """Requests that skip into the middle of blocks."""
     return make_waiting().requests("pread64", "/data/x", 1100, size, 150, place=lambda i: 128 + i * 52_000)
@@ -123,6 +131,7 @@ PLANTED: dict[str, tuple[Made | list[Made], Made | list[Made]]] = {
     "no_learning": (training(), training()),
     "waiting": (training(wait=700), training(wait=500)),
     "persistent_pressure": (make_waiting(), training(wait=lambda step: 3_000 if step < 20 else 0)),
+    "busy_cores": (make_core_waits(60_000), make_core_waits(40_000)),
     "waiting_for_ranks": (
         make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 11_500)[rank])),
         make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 6_000)[rank])),
