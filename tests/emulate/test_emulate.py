@@ -105,14 +105,14 @@ def test_reads_are_those_that_strace_sees(toy: Path, tmp_path: Path) -> None:
 
 def test_compute_is_traced_scaled_or_given(trained: Path, tmp_path: Path) -> None:
     medians = {}
-    for compute in ("x4", "30ms"):
+    for compute in ("x1", "x4", "30ms"):
         run = tmp_path / compute
         done = emulate(run, "--from", trained, "--compute", compute, "--max_steps", 12, "--ranks", 1)
         assert done.returncode == 0, done.stderr
         medians[compute] = statistics.median(list_steps(run))
-    traced = statistics.median(list_steps(trained))
     assert 29 <= medians["30ms"] < 90  # other work on the machine makes steps longer
-    assert 1.5 * traced < medians["x4"]
+    # of one rank: a step of two also has their exchange, which is long on busy cores and is not scaled
+    assert 2 * medians["x1"] < medians["x4"]
 
 
 def test_data_are_made_where_they_are_missing(trained: Path, toy: Path, tmp_path: Path) -> None:
