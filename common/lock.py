@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from common.descriptors import close_descriptor, open_descriptor
+from common.descriptors import close_descriptor, open_descriptor, opening
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import parse_json
 
@@ -196,7 +196,9 @@ def _lock_range(descriptor: int) -> None:
 def _start_time(pid: int) -> str:
     """In clock ticks since boot: tells a process from a later one with the same pid; "": no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        with opening:
+            text = Path(f"/proc/{pid}/stat").read_text()
+        return text.rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from common.descriptors import opening
+
 POLL_SECONDS = 0.25  # for processes without a pidfd
 # ioctl PIDFD_GET_INFO, _IOWR(0xFF, 11, 64 bytes): Linux 6.13, with the exit status from 6.15 on
 GET_INFO = 0xC0000000 | 64 << 16 | 0xFF << 8 | 11
@@ -61,7 +63,9 @@ class RankProcess:
 def _read_stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat after the name: state, parent, ...; empty: no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        with opening:
+            text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return text.rpartition(")")[2].split()
     except OSError:
         return []
 
@@ -73,7 +77,8 @@ def _read_start_time(pid: int) -> str:
 
 def _find_pid_namespace() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        with opening:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return ""
