@@ -135,7 +135,7 @@ def test_counters(full: Trace) -> None:
         "select up.name, count(*) from track t join track up on t.parent_id = up.id "
         "where t.id in (select id from process_counter_track where name glob 'proc/*') group by 1"
     )
-    assert of_kernel == [("kernel", 3 * 7)]
+    assert of_kernel == [("kernel", 3 * 8)]
     assert full.rows(
         "select t.name, c.value from counter c join track t on c.track_id = t.id where t.name = 'lr'"
     ) == [("lr", 0.5)]
