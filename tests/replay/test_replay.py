@@ -450,7 +450,7 @@ def test_no_other_call_changes_what_is_there(tmp_path: Path, name: str, more: di
 
 
 def test_a_file_that_was_open_before_tracing_began(tmp_path: Path) -> None:
-    """It is there at once: nobody waits for it."""
+    """The file exists at once, and no call waits for it."""
     for number, name in enumerate(("pread64", "fsync", "lseek64", "fstat")):
         made = Made(None)
         made.posix(name, 0, 5, "/d/a", ret=0)
