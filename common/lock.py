@@ -26,12 +26,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from common.descriptors import close_descriptor, open_descriptor, opening
+from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import parse_json
+from common.processes import read_start_time
 
 LOCK_NAME = ".dlrm-io.lock"
 MAX_OWNER_BYTES = 4096  # of a lock file
+TEXTS = ("host", "user", "purpose", "start_time")  # of its entries
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # from a file system without locks
 HELD = {errno.EACCES, errno.EAGAIN}  # another process has the lock
 # struct flock: kind, whence, start, length (0: to the end), process
@@ -162,6 +164,7 @@ def try_lock(descriptor: int) -> bool:
 
 def find_lock_owner(folder: Path, name: str = LOCK_NAME) -> dict[str, Any]:
     """Who holds the lock on a folder (host, pid, user, since, purpose); empty where it is free.
+    "unknown" in place of each where it is held and the lock file does not say by whom.
 
     The lock is not taken and nothing is written, so that other users' folders can be looked at.
     """
@@ -176,11 +179,14 @@ def find_lock_owner(folder: Path, name: str = LOCK_NAME) -> dict[str, Any]:
     try:
         answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _WHOLE_FILE)
         held = struct.unpack(_LOCK_FORMAT, answer)[0] != fcntl.F_UNLCK
+        since = os.fstat(descriptor).st_mtime
     except OSError:
         return {}
     finally:
         close_descriptor(descriptor)
-    return _read_owner(folder / name) if held else {}
+    if not held:
+        return {}
+    return _read_owner(folder / name) or {**dict.fromkeys((*TEXTS, "pid"), "unknown"), "since": since}
 
 
 def _lock_range(descriptor: int) -> None:
@@ -193,20 +199,10 @@ def _lock_range(descriptor: int) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kernel or file system without OFD locks
 
 
-def _start_time(pid: int) -> str:
-    """In clock ticks since boot: tells a process from a later one with the same pid; "": no such process."""
-    try:
-        with opening:
-            text = Path(f"/proc/{pid}/stat").read_text()
-        return text.rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
 def _describe_this_process(purpose: str) -> bytes:
     """The contents of a lock file."""
     return json.dumps({
-        "host": socket.gethostname(), "pid": os.getpid(), "start_time": _start_time(os.getpid()),
+        "host": socket.gethostname(), "pid": os.getpid(), "start_time": read_start_time(os.getpid()),
         "user": os.environ.get("USER") or str(os.getuid()), "since": time.time(), "purpose": purpose,
         "command": sys.argv[:1],
     }).encode()  # fmt: skip
@@ -220,7 +216,7 @@ def _read_owner(path: Path) -> dict[str, Any]:
             owner = parse_json(os.read(descriptor, MAX_OWNER_BYTES), printable(path))
         finally:
             close_descriptor(descriptor)
-        texts = {name: printable(owner[name])[:200] for name in ("host", "user", "purpose", "start_time")}
+        texts = {name: printable(owner[name])[:200] for name in TEXTS}
         pid, since = owner["pid"], owner["since"]
         if type(pid) is not int or not 0 < pid < 1 << 31 or not 0 <= since < 1 << 33:
             return {}
@@ -242,7 +238,7 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     return (
         bool(owner)
         and owner["host"] == socket.gethostname()
-        and _start_time(owner["pid"]) != owner["start_time"]
+        and read_start_time(owner["pid"]) != owner["start_time"]
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.descriptors import opening
+from common.processes import START_TIME, read_process_stat, read_start_time
 
 POLL_SECONDS = 0.25  # for processes without a pidfd
 # ioctl PIDFD_GET_INFO, _IOWR(0xFF, 11, 64 bytes): Linux 6.13, with the exit status from 6.15 on
@@ -34,7 +35,7 @@ class RankProcess:
 
     @classmethod
     def of_this_process(cls, host: str) -> "RankProcess":
-        return cls(host, os.getpid(), _read_start_time(os.getpid()), _find_pid_namespace())
+        return cls(host, os.getpid(), read_start_time(os.getpid()), _find_pid_namespace())
 
     @classmethod
     def from_json(cls, values: Any) -> "RankProcess":
@@ -55,24 +56,9 @@ class RankProcess:
 
     def kill(self) -> None:
         """SIGKILL, if it is on this host: a process that stands still would hold up the launcher."""
-        if self.is_local and _read_start_time(self.pid) == self.start_time:
+        if self.is_local and read_start_time(self.pid) == self.start_time:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
-
-
-def _read_stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name: state, parent, ...; empty: no such process."""
-    try:
-        with opening:
-            text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        return text.rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _read_start_time(pid: int) -> str:
-    found = _read_stat(pid)
-    return found[19] if len(found) > 19 else ""
 
 
 def _find_pid_namespace() -> str:
@@ -111,7 +97,7 @@ class LocalPeers:
             return
         except OSError:  # a kernel without pidfds, or no descriptor left: `wait` reads /proc
             return
-        if _read_start_time(process.pid) != process.start_time:  # it ended, and its pid is another's now
+        if read_start_time(process.pid) != process.start_time:  # it ended, and its pid is another's now
             os.close(pidfd)
             self._ended[rank] = ""
             del self._processes[rank]
@@ -138,8 +124,8 @@ class LocalPeers:
                 self._poll.unregister(descriptor)
                 os.close(descriptor)
         for rank, process in polled.items():
-            found = _read_stat(process.pid)
-            if len(found) < 20 or found[19] != process.start_time or found[0] in "ZX":
+            found = read_process_stat(process.pid)
+            if len(found) <= START_TIME or found[START_TIME] != process.start_time or found[0] in "ZX":
                 ended[rank] = _find_cause(self._processes.pop(rank), None)
         return ended
 
@@ -157,9 +143,14 @@ def _find_cause(process: RankProcess, pidfd: int | None) -> str:
     """How it ended, or "". /proc has the status as long as the process is a zombie, that is until its parent
     has waited for it; afterwards a pidfd has it, on new kernels.
     """
-    found = _read_stat(process.pid)
+    found = read_process_stat(process.pid)
     status = 0
-    if len(found) > 20 and found[19] == process.start_time and found[0] in "ZX" and found[-1].isdigit():
+    if (
+        len(found) > START_TIME
+        and found[START_TIME] == process.start_time
+        and found[0] in "ZX"
+        and found[-1].isdigit()
+    ):
         status = int(found[-1])  # 0 also where this user may not read it
     if not status and pidfd is not None:
         info = bytearray(struct.pack("Q", INFO_EXIT) + bytes(56))

@@ -131,7 +131,7 @@ PLANTED: dict[str, tuple[Made | list[Made], Made | list[Made]]] = {
     "no_learning": (training(), training()),
     "waiting": (training(wait=700), training(wait=500)),
     "persistent_pressure": (make_waiting(), training(wait=lambda step: 3_000 if step < 20 else 0)),
-    "busy_cores": (make_core_waits(60_000), make_core_waits(40_000)),
+    "busy_cores": (make_core_waits(130_000), make_core_waits(70_000)),
     "waiting_for_ranks": (
         make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 11_500)[rank])),
         make_both_ranks(lambda rank: training(rank, 2, compute=(5_000, 6_000)[rank])),

@@ -11,7 +11,8 @@ from support.fuzzing import check, mutate
 from support.made_traces import training
 from support.reports import a_run, analysis
 
-FILES = ("config.json", "results.json", "plan.json", "metrics.jsonl")
+FILES = ("config.json", "results.json", "plan.json", "metrics.jsonl", "progress.json", "replay.json")
+LIGHT = ("check", "perfetto", "list", "watch")  # the commands that need no tables
 VALUES: tuple[Any, ...] = (
     None, True, [], {}, "", "abc", "\ud800", -1, 1e999, float("nan"), 10**10, 2**63, 10**30, [[1]],
     {"a": {"b": []}},
@@ -37,7 +38,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bytes_written": {"0": {}},
     }  # fmt: skip
     plan = {"t_cat_0": {"shards": [{"offset": [0, 0], "size": [100, 16]}]}}
-    for name, value in (("config", config), ("results", results), ("plan", plan)):
+    progress = {
+        "step": 3, "total_steps": 9, "epoch": 1, "evaluating": False, "time": 1.7e9 + 60, "started": 1.7e9,
+        "steps_before": 0, "wait_seconds": 1.5, "bytes_read": 3 << 20, "silent": [[1, "n1", 40.0]],
+        "silent_count": 2,
+    }  # fmt: skip
+    made = {
+        "config": config, "results": results, "plan": plan, "progress": progress,
+        "replay": {"run": str(folder)},
+    }  # fmt: skip
+    for name, value in made.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     analysis("report", folder)
     return folder
@@ -77,10 +87,11 @@ def fuzz(run: Path, folder: Path, seed: int, cases: int, every: int) -> None:
             (folder / name).write_bytes(damage(name, good[name], chance) if name in changed else good[name])
         # the tables cost most of the time: `every` so many cases are of a command that needs them
         heavy = ("summary", "compare", "report")[number // every % 3]
-        command = ("check", "perfetto")[number % 2] if number % every else heavy
-        words = [command, folder, *([run] if command == "compare" else [])]
+        command = LIGHT[number % len(LIGHT)] if number % every else heavy
+        words = [command, *([run] if command == "compare" else []), folder]
         if command in ("perfetto", "compare", "report"):
             words += ["-o", folder / f"{command}.out"]
+        words += ["--once"] if command == "watch" else []
         found = run_hostile(*words)
         try:
             check(found)
@@ -89,7 +100,7 @@ def fuzz(run: Path, folder: Path, seed: int, cases: int, every: int) -> None:
             raise
 
 
-@pytest.mark.parametrize("command", ["check", "perfetto", "summary", "compare", "report"])
+@pytest.mark.parametrize("command", ["check", "perfetto", "list", "watch", "summary", "compare", "report"])
 def test_half_a_character_as_a_name(run: Path, tmp_path: Path, command: str) -> None:
     """JSON can hold one of a pair of surrogates, as a value and as a key; no encoding can."""
     half = "\ud800"
@@ -105,9 +116,10 @@ def test_half_a_character_as_a_name(run: Path, tmp_path: Path, command: str) -> 
             last |= {half: 0.5}
         (tmp_path / name).write_text("\n".join([*lines[:-1], json.dumps(last), ""]))
     (tmp_path / "trace").symlink_to(run / "trace")
-    more = [run] if command == "compare" else []
-    more += ["-o", tmp_path / "made.out"] if command in ("perfetto", "compare", "report") else []
-    check(run_hostile(command, tmp_path, *more))
+    folders = [run, tmp_path] if command == "compare" else [tmp_path]
+    more = ["-o", tmp_path / "made.out"] if command in ("perfetto", "compare", "report") else []
+    more += ["--once"] if command == "watch" else []
+    check(run_hostile(command, *folders, *more))
 
 
 def test_damaged_files(run: Path, tmp_path: Path) -> None:
