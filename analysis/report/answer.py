@@ -14,7 +14,7 @@ from analysis.report.page import format_seconds
 CUT = (*TRAIN, "preprocess")  # phases that are cut by what the main thread did; the others count whole
 WHOLE = {"startup": "startup", "evaluation": "evaluate", "checkpoints": "checkpoint"}
 LABELS = {
-    "startup": "start-up", "compute": "compute", "communication": "communication",
+    "startup": "start-up", "compute": "compute and copies", "communication": "communication",
     "waiting": "waiting for data", "evaluation": "evaluation", "checkpoints": "checkpoints",
     "other": "other",
 }  # fmt: skip

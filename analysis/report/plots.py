@@ -293,9 +293,9 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     low, high = np.quantile(steps["wall_us"].to_numpy(), [0.0, 0.995]).tolist()
     if high - low < 2:
         return None
-    bars = min(bars, round(high - low))
-    width = (high - low) / bars
-    edges = [low + i * width for i in range(bars + 1)]
+    width = _round_up((high - low) / bars)
+    first = int(low // width)
+    edges = [i * width for i in range(first, int(high // width) + 2)]
     values = steps["wall_us"].to_numpy()
     counts = [int(((values >= a) & (values < b)).sum()) for a, b in pairwise(edges)]
     counts[-1] += int((values >= edges[-1]).sum())
@@ -304,6 +304,12 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
         "xunit": "ms per step; the last bar holds all longer ones",
         "series": [{"name": "steps", "color": STEP, "y": counts}],
     }  # fmt: skip
+
+
+def _round_up(width: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50 and so on: what edges of bars can be read at."""
+    power = 10 ** max(0, math.floor(math.log10(width)))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
 
 
 def plot_startup(table: pl.DataFrame, chosen: ChosenRanks) -> Spec | None:

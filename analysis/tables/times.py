@@ -13,6 +13,7 @@ import polars as pl
 from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
 from analysis.tables.read import RankEvents, choose_steps
 from analysis.trace.classify import (
+    DATA_OPS,
     EPOCH,
     EVALUATION,
     KERNEL_COUNTERS,
@@ -135,6 +136,8 @@ def measure_times(
 ) -> dict[str, np.ndarray]:
     """For each measure, its amount before each time (int64, us): two of them differ by what is between.
 
+    I/O is what calls take. A span of a read or write counts where no call shows it: around its calls it also
+    holds waiting for the interpreter's lock or for a core, which are no I/O.
     Where nothing tells the start-up from the rest, the main thread's imports are not I/O that it waits for.
     """
     pid, tid = events.main_thread
@@ -143,17 +146,21 @@ def measure_times(
         files = events.calls["file"].unique().drop_nulls()  # far fewer than calls
         own = files.filter(files.cast(pl.String).str.contains(f"{PROGRAM_FILE}|{SYSTEM_FILE}")).to_physical()
         here &= ~pl.col("file").to_physical().is_in(own.implode()).fill_null(False)
-    io_all = unite_stretches(
-        find_stretches(events.calls), find_stretches(events.spans, pl.col("kind") == "io")
-    )
+    spans = find_spans_without_calls(events.spans.filter(pl.col("kind") == "io"), events.calls)
+    io_all = unite_stretches(find_stretches(events.calls), find_stretches(spans))
     all_io = measure_covered_time(io_all, times)
     sums: dict[str, np.ndarray] = {"wall_us": times - times.min()}
     none = np.zeros(0, np.int64)
     level, before, both = (none, none), np.zeros(len(times), np.int64), {}
     for kind in KINDS:
-        level = unite_stretches(level, find_stretches(main, pl.col("kind") == kind))
         if kind == "io":
-            level = unite_stretches(level, find_stretches(events.calls, here))
+            of_kind = unite_stretches(
+                find_stretches(spans, pl.col("pid") == pid, pl.col("tid") == tid),
+                find_stretches(events.calls, here),
+            )
+        else:
+            of_kind = find_stretches(main, pl.col("kind") == kind)
+        level = unite_stretches(level, of_kind)
         now = measure_covered_time(level, times)
         sums[f"{kind}_us"] = now - before
         before = now
@@ -165,6 +172,18 @@ def measure_times(
     sums["io_behind_communication_us"] = both["copy"] - both["wait"]
     sums["io_not_hidden_us"] = all_io - both["compute"] + both["wait"]
     return sums
+
+
+def find_spans_without_calls(spans: pl.DataFrame, calls: pl.DataFrame) -> pl.DataFrame:
+    """The spans in which their thread begins no call that reads or writes."""
+    moving = calls.lazy().filter(pl.col("op").is_in(DATA_OPS)).select("pid", "tid", "ts").collect()
+    kept = [spans.clear()]
+    for (pid, tid), own in spans.group_by("pid", "tid"):
+        begun = moving.filter((pl.col("pid") == pid) & (pl.col("tid") == tid))["ts"].sort().to_numpy()
+        first = np.searchsorted(begun, own["ts"].to_numpy(), side="left")
+        last = np.searchsorted(begun, (own["ts"] + own["dur"]).to_numpy(), side="right")
+        kept.append(own.filter(pl.Series(first == last)))
+    return pl.concat(kept)
 
 
 def list_collectives(

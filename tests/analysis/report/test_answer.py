@@ -28,7 +28,7 @@ def test_compute(tmp_path: Path) -> None:
     assert sum(found.parts_s.values()) == pytest.approx(found.wall_seconds)
     assert found.text == (
         "I/O is not the bottleneck: faster storage could save at most 4 ms of 490 ms (0.8%); "
-        "the largest part is compute (96%)."
+        "the largest part is compute and copies (96%)."
     )
 
 

@@ -71,9 +71,16 @@ def paint_each_us(events: list[dict[str, Any]]) -> tuple[list[str], list[int | N
     main = next(e["tid"] for e in events if e["name"] == "step")
     layers = {name: np.zeros(n, bool) for name in (*KINDS, "io_all", "eval", "checkpoint", "train")}
     epoch = np.full(n, -1)
+    calls = [e for e in events if e["cat"] == "POSIX"]
     for e in events:
         here = slice(e["ts"] - begin, e["ts"] - begin + e["dur"])
         kind = find_kind(e["cat"], e["name"])
+        if (
+            kind == "io"
+            and e not in calls
+            and any(call["tid"] == e["tid"] and e["ts"] <= call["ts"] <= e["ts"] + e["dur"] for call in calls)
+        ):
+            kind = None
         if kind == "io":
             layers["io_all"][here] = True
         if e["tid"] == main:
