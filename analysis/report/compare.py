@@ -78,7 +78,15 @@ def _name_runs(setting: Setting) -> str:
 
 
 def _format_numbers(comparison: Comparison) -> Iterator[str]:
-    """Two settings with the change beside them; of more, the numbers, then what changed against A."""
+    """Two settings with the change beside them; of more, the numbers, then what changed against A. Of one,
+    how far its runs lie apart.
+    """
+    if len(comparison.settings) == 1:
+        yield f"{'':<29}{'mean':>12}{'lowest':>12}{'highest':>12}"
+        for row in comparison.rows:
+            low, high = row.ranges[0]
+            yield f"{row.label:<29.29}{row.texts[0]:>12}{low:>12}{high:>12}"
+        return
     if len(comparison.settings) == 2:
         yield f"{'':<29}{'A':>11}{'B':>11}{'change':>14}" + ("  noise" if comparison.is_repeated else "")
         for row in comparison.rows:
@@ -188,13 +196,16 @@ def _render_settings(comparison: Comparison) -> str:
 
 
 def _render_numbers(comparison: Comparison) -> str:
-    heads = f"<th scope=col class=n>{escape(comparison.settings[0].letter)}</th>"
+    repeats = len(comparison.settings) == 1
+    names = ("mean", "lowest", "highest") if repeats else (comparison.settings[0].letter,)
+    heads = "".join(f"<th scope=col class=n>{escape(name)}</th>" for name in names)
     for setting in comparison.settings[1:]:
         heads += f"<th scope=col class=n>{escape(setting.letter)}</th><th scope=col class=n>against A</th>"
         heads += "<th scope=col class=n>noise</th>" if comparison.is_repeated else ""
     body = []
     for row in comparison.rows:
         cells = f"<td>{escape(row.label)}</td><td class=n>{escape(row.texts[0])}</td>"
+        cells += "".join(f"<td class=n>{escape(text)}</td>" for text in row.ranges[0]) if repeats else ""
         for text, change in zip(row.texts[1:], row.changes, strict=True):
             cells += f"<td class=n>{escape(text)}</td>"
             cells += f'<td class="n {change.verdict}">{escape(change.text)} {change.verdict}</td>'

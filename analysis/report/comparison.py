@@ -111,6 +111,7 @@ class Row(NamedTuple):
     means: list[float | None]
     texts: list[str]
     changes: list[Change]  # of every setting but the first
+    ranges: list[tuple[str, str]]  # of every setting: its runs' lowest and highest
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Comparison:
                 "better or worse than the other's."
             )
         elif len(self.settings) == 1:
-            first = f"{len(self.runs)} runs with the same settings: what differs is noise."
+            first = f"{len(self.runs)} runs with the same settings: how far they lie apart is the noise."
         else:
             n = len(self.differing)
             first = f"The runs differ in {n} setting{'' if n == 1 else 's'}."
@@ -189,7 +190,9 @@ class Comparison:
         means = [setting.mean(key) for setting in self.settings]
         texts = ["-" if mean is None else format_value(key, mean) for mean in means]
         changes = [self._find_change(key, self.settings[0], other) for other in self.settings[1:]]
-        return Row(key, label, means, texts, changes)
+        values = [setting.list_values(key) for setting in self.settings]
+        ranges = [(format_value(key, min(v)), format_value(key, max(v))) if v else ("-", "-") for v in values]
+        return Row(key, label, means, texts, changes, ranges)
 
     def _find_change(self, key: str, first: Setting, other: Setting) -> Change:
         """How a number's mean changed from one setting to another, and whether that is more than the

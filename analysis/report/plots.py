@@ -293,7 +293,7 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     low, high = np.quantile(steps["wall_us"].to_numpy(), [0.0, 0.995]).tolist()
     if high - low < 2:
         return None
-    width = _round_up((high - low) / bars)
+    width = round_up((high - low) / bars)
     first = int(low // width)
     edges = [i * width for i in range(first, int(high // width) + 2)]
     values = steps["wall_us"].to_numpy()
@@ -306,7 +306,7 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     }  # fmt: skip
 
 
-def _round_up(width: float) -> int:
+def round_up(width: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50 and so on: what edges of bars can be read at."""
     power = 10 ** max(0, math.floor(math.log10(width)))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)

@@ -9,7 +9,7 @@ import polars as pl
 from analysis.report.comparison import ComparedRun, Comparison, ScalingPoint
 from analysis.report.facts import TRAIN
 from analysis.report.page import Spec, format_size
-from analysis.report.plots import COLORS, CYCLE
+from analysis.report.plots import COLORS, CYCLE, round_up
 from analysis.tables import answers, progress
 from analysis.tables.answers import PARTS
 
@@ -135,7 +135,9 @@ def plot_step_times(runs: Labelled) -> Spec | None:
         return None
     low = min(float(wall.min()) for wall in walls.values())
     high = max(float(np.quantile(wall, 0.99)) for wall in walls.values())
-    edges = np.linspace(low, max(high, low + 1e-3), BINS + 1)
+    width = round_up(max(high - low, 1e-3) * 1e3 / BINS) / 1e3
+    first = int(low / width)
+    edges = width * np.arange(first, int(high / width) + 2)
     colors = {label: RUN_COLORS[i % len(RUN_COLORS)] for i, (label, _) in enumerate(runs)}
     series = []
     for label, wall in walls.items():

@@ -125,7 +125,12 @@ def test_compare_says_first_what_is_not_alike(runs: dict[str, Path], tmp_path: P
         (folder / "plan.json").write_text(json.dumps({"t_cat_0": {"shards": shards}}))
 
     one, two = a_run(tmp_path / "one"), a_run(tmp_path / "two", wait=200)
-    assert analysis("compare", one, two)[0].startswith("2 runs with the same settings: what differs is noise")
+    out, _ = analysis("compare", one, two)
+    assert out.startswith("2 runs with the same settings: how far they lie apart is the noise.")
+    assert re.search(r"^ +mean +lowest +highest$", out, re.M)
+    waited = next(line for line in out.splitlines() if line.startswith("waiting for data  "))
+    mean, low, high = (float(text) for text in re.findall(r"([\d.]+) (?:us|ms)", waited))
+    assert low < mean < high
     assert json.loads((two / "compare.json").read_text())["settings"][0]["runs"] == ["one", "two"]
     for folder, samples in ((one, 1000), (two, 4000)):  # more was done in more time
         change(folder, "results.json", samples=samples, samples_per_second=samples)
