@@ -251,7 +251,7 @@ def find_slow_startup(f: Facts) -> Finding | None:
     table, wall = progress.list_startup(f.joined), f.average_seconds("wall_s")
     if not len(table):
         return None
-    jobs = f.launches.height
+    jobs = table["launch"].n_unique()  # a launch that ended earlier has no first step
     first = _sum_slowest(table.group_by("launch", "rank").agg(pl.col("seconds").sum()))
     slowest = table.group_by("launch", "part").agg(pl.col("seconds").max())
     parts = slowest.group_by("part").agg(pl.col("seconds").sum())
