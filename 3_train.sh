@@ -61,14 +61,17 @@ find_project() {    # sets `start`, the folder of the call, and `here`, the proj
     fi
 }
 
-may_be_file() { [[ $1 == DATASET_DIR && ${MODEL:-dlrm} != dlrm && -f ${!1} ]]; }
+# Other models read a file, too; the emulator makes a dataset in a folder that is not there yet.
+may_be_no_folder() {
+    [[ $1 == DATASET_DIR && ( ${MODEL:-} == emulate || ${MODEL:-dlrm} != dlrm && -f ${!1} ) ]]
+}
 
 resolve_paths() {    # those of the variables, from the folder of the call; sets `results`, `resume`
     local name
     for name in DATASET_DIR RESUME; do
-        [[ -z ${!name:-} ]] || may_be_file "$name" || check_folder "$name"
+        [[ -z ${!name:-} ]] || may_be_no_folder "$name" || check_folder "$name"
     done
-    [[ -z ${DATASET_DIR:-} ]] || DATASET_DIR=$(realpath -- "$DATASET_DIR")
+    [[ -z ${DATASET_DIR:-} ]] || DATASET_DIR=$(realpath -m -- "$DATASET_DIR")
     results=$(realpath -m -- "${RESULTS:-$here/results}")
     resume=${RESUME:+$(realpath -- "$RESUME")}
 }

@@ -29,7 +29,7 @@ PLAYED_FILES = "replayed_files.json"  # of a replay: path -> the original's path
 REQUESTS = "copied_requests"  # the table's name
 BINS = 50  # of the bandwidth over time
 _CHECKPOINT = re.compile(r"/checkpoints/[^/]*/(rank\d+\.safetensors|checkpoint\.json)$")
-_TABLE = re.compile(r"/store/([^/]+\.(rows|json))$")
+_TABLE = re.compile(r"/store/(?:([^/]+\.rows)|\.([^/]+\.json)\.[0-9a-f]{16}\.partial)$")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Fidelity:
         count = self.different_requests
         what = f"all {requests:,} requests are the original's, to the byte"
         if count:
-            what = f"{count:,} requests differ, of {requests:,}"
+            what = f"requests that differ: {count:,}, of {requests:,}"
         name, error = self.worst
         return f"{what}; the largest error is {error:.1%}, of {name}{self.note and f' ({self.note})'}"
 
@@ -163,7 +163,7 @@ def _name_files(paths: Iterable[str], folders: list[str], played: Mapping[str, s
         elif match := _CHECKPOINT.search(path):
             found[path] = f"checkpoints/{match[1]}"
         elif match := _TABLE.search(path):
-            found[path] = f"store/{match[1]}"
+            found[path] = f"store/{match[1] or match[2]}"
     return found
 
 
@@ -208,13 +208,11 @@ def _compare_histograms(first: pl.Series, second: pl.Series) -> float:
 def _measure_training(work: Workload, joined: JoinedTables) -> dict[str, float]:
     """Step time, waiting, I/O that nothing hides, and the time of training in all; seconds and shares.
 
-    Waiting and I/O are those of the rank with most of them (waiting: step by step): whether the others then
-    wait for data, too, or for that rank, is decided by which one happened to begin first.
+    Waiting and I/O are, step by step, those of the rank with most of them: whether the others then wait for
+    data, too, or for that rank, is decided by which one happened to begin first.
     """
     steps = work.steps.filter(pl.col("phase") == "train")
     whole = steps.group_by("rank").agg(pl.col("period_us").sum())["period_us"].mean() or 1
-    times = joined["time"].filter(pl.col("phase") == "train").group_by("rank")
-    hidden = times.agg(pl.col("io_not_hidden_us").sum() / pl.col("wall_us").sum().clip(1))
     waited = (pl.col("wait_us") + pl.col("rows_us")).max()
     waits = steps.group_by("launch", "epoch", "step").agg(waited.alias("us"))
     return {
@@ -222,8 +220,20 @@ def _measure_training(work: Workload, joined: JoinedTables) -> dict[str, float]:
         "step time, 95th percentile": float(steps["period_us"].quantile(0.95) or 0) / 1e6,
         "training time": float(whole) / 1e6,  # type: ignore[arg-type]
         "waiting share": float(waits["us"].sum()) / max(1.0, float(whole)),  # type: ignore[arg-type]
-        "unhidden I/O, share": float(hidden["io_not_hidden_us"].max() or 0),  # type: ignore[arg-type]
+        "unhidden I/O, share": _measure_unhidden_io(joined),
     }
+
+
+def _measure_unhidden_io(joined: JoinedTables) -> float:
+    """The share of the training, in each step and between the steps of the rank with most of it."""
+    of_rank = joined["time"].filter(pl.col("phase") == "train").group_by("rank").agg(
+        pl.col("io_not_hidden_us", "wall_us").sum()
+    )  # fmt: skip
+    steps = joined["steps"].select("launch", "rank", "epoch", "step", pl.col("io_not_hidden_us").alias("us"))
+    in_steps = steps.group_by("launch", "epoch", "step").agg(pl.col("us").max())["us"].sum()
+    between = of_rank.join(steps.group_by("rank").agg(pl.col("us").sum()), on="rank")
+    rest = between.select((pl.col("io_not_hidden_us") - pl.col("us")).max()).item() or 0
+    return float(in_steps + max(0, rest)) / max(1.0, float(of_rank["wall_us"].mean() or 1))  # type: ignore[arg-type]
 
 
 def _add_values(found: Fidelity, first: Mapping[str, float], second: Mapping[str, float]) -> None:

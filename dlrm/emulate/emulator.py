@@ -48,7 +48,7 @@ def emulate(spec: ModelSpec, options: EmulateConfig, here: Ranks) -> None:
             raise
         try:
             try:
-                with group.errors_on_all_ranks(), trace.span("startup", "workload"):
+                with trace.span("startup", "workload"), group.errors_on_all_ranks():
                     found, losses = prepare_workload(options) if here.first else (None, [])
             except UserError:
                 trace.discard_tracing()
@@ -69,6 +69,7 @@ def prepare_workload(options: EmulateConfig) -> tuple[list[RankWorkload], list[s
     """On rank 0: make the dataset if --make_data says so; `measure_run`."""
     if options.run.mode != "train":
         raise UserError(f"--mode {options.run.mode}: the emulator does what training does; leave it out")
+    options.check_folder()
     folder, run = options.data.folder, options.emulate.run
     if options.emulate.make_data:
         if folder is None:

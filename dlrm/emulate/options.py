@@ -96,8 +96,17 @@ class EmulateConfig(Config):
     emulate: EmulateOptions = field(default_factory=EmulateOptions)
 
     def check_inputs(self) -> None:
+        self.check_folder()
         if not self.emulate.make_data:
             super().check_inputs()
+
+    def check_folder(self) -> None:
+        """UserError where the dataset's folder is neither there nor made."""
+        folder = self.data.folder
+        if folder and not self.emulate.make_data and not Path(folder).is_dir():
+            raise UserError(
+                f"{printable(folder)} is not a folder: name the dataset's, or let --make_data make one there"
+            )
 
     @classmethod
     def read_defaults(cls, source_run: str | None) -> Mapping[str, Any]:

@@ -16,11 +16,13 @@ from analysis.tables.times import find_stretches, measure_covered_time
 from analysis.trace.classify import EVALUATION
 from analysis.workload.table_rows import TABLE_THREAD, find_table_threads
 
-TABLE_FILE = r"/([^/]+\.rows)$"
+# of rows, or a description before it gets its name: its write, and what write_whole does around it, are one
+TABLE_FILE = r"/(?:([^/]+\.rows)|\.([^/]+\.json)\.[0-9a-f]{16}\.partial)$"
 HINT_BYTES = r'"len":(\d+)'  # of posix_fadvise: what it is about
 TOGETHER_US = 100  # calls of a thread with less between them are made one after the other
 MAIN, TRAIN = "", "train"
 STARTUP, CHECKPOINT, FINISH = "startup", "checkpoint", "finish"  # no steps, but as one each
+DESCRIBE = "describe"  # the writing of a table's description
 
 
 def list_table_steps(events: RankEvents, steps: pl.DataFrame) -> dict[str, list[list[Any]]]:
@@ -68,16 +70,21 @@ def _list_calls(events: RankEvents, pid: int, tid: int) -> pl.DataFrame:
     threads |= {**dict.fromkeys(find_table_threads(events), TABLE_THREAD), tid: MAIN}
     thread = pl.col("tid").cast(pl.String).replace({str(t): name for t, name in threads.items()})
     hinted = pl.col("args").str.extract(HINT_BYTES).cast(pl.Int64, strict=False)
-    op, name = pl.col("op").cast(pl.String), pl.col("file").cast(pl.String).str.extract(TABLE_FILE)
+    op, path = pl.col("op").cast(pl.String), pl.col("file").cast(pl.String)
+    rows, described = path.str.extract(TABLE_FILE, 1), path.str.extract(TABLE_FILE, 2)
     calls = events.calls.filter((pl.col("pid") == pid) & ~pl.col("failed")).select(
         pl.lit("call").alias("kind"), pl.col("ts").alias("at"), "ts",
         (pl.col("ts") + pl.col("dur")).alias("end"),
         thread.alias("thread"),
-        op.alias("op"), name.alias("file"), pl.col("position").fill_null(0).alias("offset"),
+        pl.when(rows.is_null() & (op == "write")).then(pl.lit(DESCRIBE)).otherwise(op).alias("op"),
+        pl.coalesce(rows, described).alias("file"), pl.col("position").fill_null(0).alias("offset"),
         pl.when(op == "hint").then(hinted).otherwise("size").fill_null(0).alias("size"),
     ).drop_nulls("file")  # fmt: skip
+    is_rows, stem = pl.col("file").str.ends_with(".rows"), pl.col("file").str.replace(r"\.(rows|json)$", "")
+    tables = calls.filter(is_rows).select(stem.unique()).to_series()  # other descriptions are of other things
+    calls = calls.filter(is_rows | (pl.col("op") == DESCRIBE) & stem.is_in(tables.implode()))
     opened = (pl.col("op") == "hint") & (pl.col("size") == 0)  # of the whole file: the emulator gives it, too
-    return calls.filter(pl.col("op").is_in(["read", "write", "sync", "hint"]) & ~opened)
+    return calls.filter(pl.col("op").is_in(["read", "write", "sync", "hint", DESCRIBE]) & ~opened)
 
 
 def _list_spans(main: pl.DataFrame) -> pl.DataFrame:

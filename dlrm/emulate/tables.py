@@ -18,7 +18,8 @@ import numpy as np
 
 from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
-from dlrm.runtime.trace import get_time, name_thread, record_span, span
+from common.owned import write_whole
+from dlrm.runtime.trace import get_time, name_thread, record_span, span, sync_to_disk
 
 # What is done besides steps, as one each: before the first one, with each checkpoint, after the last one.
 STARTUP, CHECKPOINT, FINISH = "startup", "checkpoint", "finish"
@@ -27,7 +28,7 @@ STARTUP, CHECKPOINT, FINISH = "startup", "checkpoint", "finish"
 class CallRun(NamedTuple):
     """Calls of one kind on one file, one after the other."""
 
-    op: str  # read, write, sync or hint
+    op: str  # read, write, sync, hint, or describe: a description is written whole, and made durable
     file: str
     offsets: Sequence[int]
     sizes: Sequence[int]
@@ -86,12 +87,14 @@ class TableFiles:
         self._noise = memoryview(np.random.default_rng(0).bytes(max([max(run.sizes) for run in runs] or [0])))
         sizes: dict[str, int] = {}
         for run in runs:
+            if run.op == "describe":
+                continue
             end = max(offset + size for offset, size in zip(run.offsets, run.sizes, strict=True))
             sizes[run.file] = max(sizes.get(run.file, 0), end)
         with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: self._make_file(folder / name, size) for name, size in sizes.items()}
-        self._paths = {name: os.path.abspath(folder / name) for name in sizes}
+        self._paths = {run.file: os.path.abspath(folder / run.file) for run in runs}
         self.bytes_read: dict[str, int] = {}
         self.bytes_written: dict[str, int] = {}
         self._counting = threading.Lock()
@@ -162,7 +165,13 @@ class TableFiles:
 
     def make_calls(self, runs: Sequence[CallRun]) -> None:
         for op, name, offsets, sizes in runs:
-            file, path, noise = self._files[name], self._paths[name], self._noise
+            path, noise = self._paths[name], self._noise
+            if op == "describe":
+                for size in sizes:
+                    write_whole(Path(path), bytes(noise[:size]), durable=True)
+                    sync_to_disk(Path(path).parent)
+                continue
+            file = self._files[name]
             with os_errors_as_user_errors(path):
                 if op == "read":
                     moved = sum([len(os.pread(file, *at)) for at in zip(sizes, offsets, strict=True)])

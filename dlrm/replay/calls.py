@@ -13,18 +13,19 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.descriptors import opening
-from common.errors import UserError, printable
+from common.descriptors import close_descriptor, open_descriptor, opening
+from common.errors import UserError, os_errors_as_user_errors, printable
 from dlrm.replay.files import FilePlan, find_open_flags, find_stream_mode
 from dlrm.replay.paths import MappedPaths
 from dlrm.replay.plan import TracedCall
 
 AT_FDCWD = -100
 WAIT_SECONDS = 60.0  # for a file that another rank is to make
-FOLDER_SECONDS = 2.0  # for a folder that another rank is to make
+UNTRACED_SECONDS = 2.0  # for a folder or file that no call of the trace makes
 MOST_MOVED = 0x7FFFF000  # bytes that Linux moves in a read(2) or write(2) at most
 NOT_MAPPED = (0, 0, 0, 0)
 _FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE)
@@ -252,14 +253,24 @@ class Caller:
         wanted, begun = os.path.dirname(path) if makes else path, time.monotonic()
         while not os.path.lexists(wanted) and not self.is_stopped():
             waited = time.monotonic() - begun
-            if makes and waited > FOLDER_SECONDS:  # made by a call that is not in the trace
+            if makes and waited > UNTRACED_SECONDS:
                 os.makedirs(wanted, exist_ok=True)
+            elif path in self.plan.remade and waited > UNTRACED_SECONDS:
+                self._make_file(path, self.plan.remade[path])
             elif waited > WAIT_SECONDS:
                 raise UserError(
                     f"{printable(path)}: is not there after {WAIT_SECONDS:.0f} s; in the run it was: made by "
                     "a call that is not in the trace, or by a rank that is not replayed (--ranks)"
                 )
             time.sleep(0.001)
+
+    def _make_file(self, path: str, size: int) -> None:
+        """A sparse one, as a program that is not traced did in the run; it may be there by now."""
+        with os_errors_as_user_errors(path), suppress(FileExistsError):
+            made = open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            os.ftruncate(made, size)
+            close_descriptor(made)
+            self.outcome.differences["made again, which no traced call did: sparse"] += 1
 
     def open_stream(self, call: TracedCall) -> None:
         """fdopen: the stream takes the descriptor over."""

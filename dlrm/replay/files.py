@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
+from common.memory import format_size
 from dlrm.replay.order import Thread
 from dlrm.replay.paths import MappedPaths
 from dlrm.replay.plan import RankPlan, TracedCall
@@ -44,6 +45,10 @@ class FileUse:
     # how large it must be for reads of what other threads write, or of what no traced call has written
     grow: int = 0
     changed: bool = False  # written, cut, removed or renamed
+    # when the run last made it, took its name away, and opened it as one that is there
+    made: int = -1
+    gone: int = -1
+    opened: int = -1
     writers: set[int] = field(default_factory=set)  # ranks
 
     @property
@@ -67,8 +72,8 @@ class FileUse:
         self.is_folder |= other.is_folder
         self.changed |= other.changed
         self.appended |= other.appended
-        self.read_end = max(self.read_end, other.read_end)
-        self.written_end = max(self.written_end, other.written_end)
+        for name in ("read_end", "written_end", "made", "gone", "opened"):
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
         self.written += other.written
         self.writers |= other.writers
 
@@ -161,10 +166,13 @@ def _add_use(run: RunUse, ts: int, thread: Thread, call: TracedCall) -> None:
         if source.first is None:
             source.found = ts
         source.changed = True
+        if call.name == "rename":
+            source.gone = ts
+        target.made = ts
         target.created = ts if target.created is None else target.created
         target.changed = True
     elif call.name == "symlink" and call.other is not None:
-        run.use(call.other).created = ts
+        run.use(call.other).created = run.use(call.other).made = ts
     elif call.name.startswith("posix_fallocate"):
         use, length = run.use(call.path), call.argument("len", 0)
         use.changed = True
@@ -172,6 +180,8 @@ def _add_use(run: RunUse, ts: int, thread: Thread, call: TracedCall) -> None:
         use.written_end = max(use.written_end, (call.position or 0) + length)
     elif call.name in ("unlink", "remove", "rmdir", "chmod"):
         run.use(call.path).changed = True
+        if call.name in ("unlink", "remove") and not call.failed:
+            run.use(call.path).gone = ts
 
 
 def _add_open(run: RunUse, ts: int, call: TracedCall) -> None:
@@ -183,10 +193,12 @@ def _add_open(run: RunUse, ts: int, call: TracedCall) -> None:
         if call.unused:
             return  # perhaps there was no such file
         use = run.use(call.path)
+        use.opened = ts if flags is not None else use.opened
         if use.first is None:
             use.found = ts
     else:
         use = run.use(call.path)
+        use.made = ts
         if use.first is None:
             use.created = ts
     if flags is not None:
@@ -249,6 +261,8 @@ class FilePlan:
     absent: set[str] = field(default_factory=set)  # files that the run makes itself
     changed: set[str] = field(default_factory=set)  # those of all that the run changes
     grow: dict[str, int] = field(default_factory=dict)  # files of the run -> bytes to have at once
+    # files that were removed, and opened again, though no traced call made them in between -> bytes
+    remade: dict[str, int] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)  # all paths that calls name
     written: int = 0  # bytes that the run's files may need
     kept: set[str] = field(default_factory=set)  # files that were there, which are opened for reading only
@@ -267,6 +281,8 @@ def plan_files(run: RunUse, paths: MappedPaths) -> FilePlan:
             found.changed.add(mapped)
         if use.first is None:
             continue
+        if use.opened > use.gone > use.made:
+            found.remade[mapped] = use.read_end
         if is_folder and use.read_end:  # files without a name (O_TMPFILE) have the folder's in the trace
             found.grow[mapped] = use.read_end
         if use.is_there_first and is_folder:
@@ -386,7 +402,7 @@ def _check_space(root: Path, needed: int) -> None:
     free = status.f_bavail * status.f_frsize
     if needed > free:
         raise UserError(
-            f"{printable(root)}: the replay writes up to {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
+            f"{printable(root)}: the replay writes up to {format_size(needed)}, and {format_size(free)} are "
             "free; free some, or name another --root"
         )
 

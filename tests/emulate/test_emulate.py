@@ -155,7 +155,9 @@ def test_tables_in_files_are_read_and_written(toy: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     found = compare(original, tmp_path / "run")
     assert found["different_requests"] == 0
-    assert sum(each["requests"] for each in found["files"] if each["file"].startswith("store/")) > 100
+    requests = {each["file"]: each["requests"] for each in found["files"]}
+    assert sum(count for file, count in requests.items() if file.startswith("store/")) > 100
+    assert requests["store/t_cat_0.json"] == 3  # new, being written, complete
 
 
 def test_rows_are_waited_for_where_the_run_waited(
@@ -276,10 +278,14 @@ print(sorted({{"torch", "torchrec", "polars", "numba", "scipy"}} & set(sys.modul
 
 
 def test_through_the_job_script(trained: Path, tmp_path: Path) -> None:
+    """Into a folder that is not there yet, as docs/without_gpus.md has it."""
     done = subprocess.run(
-        [ROOT / "3_train.sh", "--from", os.path.relpath(trained, tmp_path), "--max_steps", "10"],
+        [ROOT / "3_train.sh", "--from", os.path.relpath(trained, tmp_path), "--max_steps", "10",
+         "--make_data", "real"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env=clean_environment(MODEL="emulate", NPROC=2, RESULTS=tmp_path / "results"),
+        env=clean_environment(
+            MODEL="emulate", NPROC=2, RESULTS=tmp_path / "results", DATASET_DIR=tmp_path / "new" / "data"
+        ),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo" not in done.stdout
@@ -328,7 +334,7 @@ BAD = {
     "compute": (["--from", "{run}", "--compute", "fast"], "--compute fast: wanted traced"),
     "no computer": (["--from", "{run}", "--compute", "x0"], "--compute x0: wanted a factor from"),
     "another model": (["--from", "{bert}"], "is a run of BERT4Rec"),
-    "no data": (["--from", "{run}", "--in_memory_binary_criteo_path", "{tmp}/none"], "none"),
+    "no data": (["--from", "{run}", "--in_memory_binary_criteo_path", "{tmp}/none"], "or let --make_data"),
     "a file": (["--from", "{run}", "--make_data", "--in_memory_binary_criteo_path", "{file}"], "file"),
     "mode": (["--from", "{run}", "--mode", "test"], "--mode test"),
     "ranks": (["--from", "{run}", "--ranks", "0"], "--ranks 0"),

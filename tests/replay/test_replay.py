@@ -459,6 +459,20 @@ def test_a_file_that_was_open_before_tracing_began(tmp_path: Path) -> None:
         assert done.code == 0 and done.at("/d/a").exists(), done.err
 
 
+def test_a_file_that_an_untraced_program_made_again(tmp_path: Path) -> None:
+    """Removed, then opened as one that is there: nobody would make it in a replay, however long it waits."""
+    read = {"ret": 10, "count": 10, "offset": 0}
+    run = write_calls(
+        tmp_path / "run",
+        *(("open64", 0, "/d/a", CREATE), ("close", 20, "/d/a", {}), ("unlink", 40, "/d/a", {})),
+        *(("open64", 60, "/d/a", {"flags": 0}), ("pread64", 80, "/d/a", read), ("close", 99, "/d/a", {})),
+    )
+    done = replay(run, tmp_path / "out")
+    assert done.code == 0 and done.record["seconds"] < 30, done.err
+    assert "made again, which no traced call did: sparse: 1" in done.err
+    assert done.count_requests() == count_requests(run)
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     """Before anything is done where the sizes say so, else where it happens."""
     big: dict[str, Any] = {"ret": 3 << 20, "count": 3 << 20, "offset": 0}
@@ -476,7 +490,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     sudden = made.write(tmp_path / "sudden").parents[1]
     with mount_small_disk(tmp_path / "disk", 2) as disk:
         done = replay(foreseen, tmp_path / "out1", "--root", disk / "root")
-        assert refused(done, "the replay writes up to 0.00315 GB, and 0.0021 GB are free")
+        assert refused(done, "the replay writes up to 3 MiB, and 2 MiB are free")
         done = replay(sudden, tmp_path / "out2", "--root", disk / "root")
         assert done.code == 2 and done.err.count("\n") == 1
         assert f"pwrite64 of {disk}/root/d/a: No space left on device; free space" in done.err

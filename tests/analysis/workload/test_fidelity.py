@@ -60,6 +60,17 @@ def test_who_waits_for_whom_is_no_error(tmp_path: Path) -> None:
     assert found.errors["waiting share"] == found.errors["unhidden I/O, share"] == 0
 
 
+def test_who_waits_for_whom_may_change(tmp_path: Path) -> None:
+    """Each rank waits for its data in half of the steps, in the copy one of them in all."""
+    found = compare(
+        tmp_path,
+        [training(rank, 2, wait=lambda step, rank=rank: 6_000 * (step % 2 == rank)) for rank in range(2)],
+        [training(0, 2, wait=6_000), training(1, 2, wait=0)],
+    )
+    assert found.values["unhidden I/O, share"][0] > 0.05
+    assert found.errors["waiting share"] == found.errors["unhidden I/O, share"] == 0
+
+
 def test_each_request_that_differs_is_counted(tmp_path: Path) -> None:
     """One read is of other bytes, one more is made, one of the original's is missing."""
 
