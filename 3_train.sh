@@ -38,6 +38,7 @@
 #                         job of one node that starts after this one; no: by hand
 #            PROFILE_STEPS  e.g. 10-15: torch.profiler on these steps, beside the I/O in Perfetto
 #            TRACE=no     without DFTracer; DFTRACER_ENABLE=0 means the same
+#            NODE_COUNTERS=yes  processors, memory, disks and network of each node, beside the trace
 #            DFTRACER_DATA_DIR  trace only I/O below these folders (default: all)
 #            DLRM_ENV_KEEP  more variables whose values go into env.txt, e.g. "MY_SETTING OTHER_*"
 # Relative paths, also among the options, are relative to the folder of the call.

@@ -37,20 +37,21 @@ def _show_events_read() -> Iterator[Callable[[Path, int], None]]:
 def run_perfetto(options: argparse.Namespace) -> int:
     from analysis.perfetto import chrome, convert
 
-    if options.kineto and options.posix:
-        raise UserError("--kineto: not with --posix, which shows file calls only; leave one of them out")
+    for name in ("kineto", "node_counters"):
+        if getattr(options, name) and options.posix:
+            raise UserError(f"--{name}: not with --posix, which shows file calls only; leave one of them out")
+        if getattr(options, name) and options.format == "json":
+            raise UserError(f"--{name}: not with --format json; leave one of them out")
     selection = _make_selection(options)
     with _show_events_read() as advance:
         if options.format == "json":
             if not selection.is_whole:
                 raise UserError(f"{selection.describe()}: not with --format json; leave one of them out")
-            if options.kineto:
-                raise UserError("--kineto: not with --format json; leave one of them out")
             summary = chrome.convert_to_json(options.run, options.output, options.posix, advance)
         else:
             summary = convert.convert_to_pftrace(
                 options.run, options.output, options.posix, advance, selection=selection, whole=options.whole,
-                kineto=options.kineto,
+                kineto=options.kineto, node_counters=options.node_counters,
             )  # fmt: skip
     _print_conversion(summary, set())
     return 0
@@ -97,7 +98,7 @@ def run_check(options: argparse.Namespace) -> int:
     from analysis.tables import check
 
     rows, processes, unchecked = check.check_run(options.run)
-    print(check.format_check(rows, processes, unchecked))
+    print(check.format_check(rows, processes, unchecked, check.list_node_losses(options.run, processes)))
     return 1 if any(row.missed for row in rows) else 0
 
 
@@ -119,7 +120,8 @@ def run_finish(options: argparse.Namespace) -> int:
             failed.append(outcome.command)
         elif outcome.command == "check":
             rows, processes, unchecked = outcome.result
-            print(f"\n{check.format_check(rows, processes, unchecked)}\n")
+            nodes = check.list_node_losses(options.run, processes)
+            print(f"\n{check.format_check(rows, processes, unchecked, nodes)}\n")
             if any(row.missed for row in rows):
                 failed.append(outcome.command)
         elif outcome.command == "report":
@@ -355,6 +357,10 @@ def _add_perfetto_command(add_command: AddCommand) -> None:
         "--whole", action="store_true", help="no overview of a run that is too large for the Perfetto UI"
     )
     _add_kineto_option(made)
+    made.add_argument(
+        "--node_counters", type=Path, nargs="+", default=[], metavar="FOLDER",
+        help="what dftracer_service has recorded of nodes; that of NODE_COUNTERS=yes is found in RUN",
+    )  # fmt: skip
     _add_selection_options(made)
 
 

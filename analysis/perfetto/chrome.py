@@ -15,9 +15,12 @@ from analysis.trace.arguments import count_moved_bytes
 from analysis.trace.clocks import describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.events import TraceReader, assign_ranks, read_heads
+from analysis.trace.kineto import find_profiles
+from analysis.trace.nodes import find_node_files
 from analysis.trace.positions import FilePositions
 from analysis.trace.process import TracedProcess
 from analysis.trace.strings import StringTable
+from common.words import format_number
 
 _TOP = ("rank", "pid", "tid", "cat", "name", "ts", "dur", "args")
 
@@ -66,7 +69,20 @@ def convert_to_json(
         file.write(b"\n]}\n")
         file.flush()
     summary.skew = measure_clock_skew(done)
+    if not posix:
+        summary.notes += _list_left_out(run_dir)
     return summary
+
+
+def _list_left_out(run_dir: str | Path) -> list[str]:
+    """What only the other format shows."""
+    found = [(len(find_profiles(run_dir)), "torch.profiler profile")]
+    found += [(len(find_node_files(run_dir)), "node counter file")]
+    return [
+        f"--format json leaves out {format_number(count, what)}: --format pftrace has them"
+        for count, what in found
+        if count
+    ]
 
 
 def _make_events(rows: Iterator[dict[str, Any]], pid: int, posix: bool) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ import numpy as np
 from analysis.perfetto import overview, proto
 from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.perfetto.links import number_run
+from analysis.perfetto.nodes import write_nodes
 from analysis.perfetto.profiles import Place, write_profiles
 from analysis.perfetto.tracks import (
     ConversionSummary,
@@ -32,6 +33,7 @@ from analysis.tables.gather import plan_launches
 from analysis.trace.clocks import Clock, describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.events import assign_ranks
 from analysis.trace.kineto import read_profile
+from analysis.trace.nodes import find_node_files
 from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.selection import WHOLE, Selection, find_windows
 from analysis.trace.source import FileSource, Progress, TraceSource
@@ -48,15 +50,17 @@ _OF_EVALUATIONS = ("auroc", "log_loss", "Recall@10", "NDCG@10")
 def convert_to_pftrace(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
     progress: Progress | None = None, source: TraceSource | None = None, selection: Selection = WHOLE,
-    whole: bool = False, kineto: Sequence[Path] = (),
+    whole: bool = False, kineto: Sequence[Path] = (), node_counters: Sequence[Path] = (),
 ) -> ConversionSummary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events.
 
     selection: the part of the run that is shown; only without a source that several analyses share. whole:
     all of it, though the Perfetto UI cannot open so much; else a large run becomes an overview. kineto:
-    profiles of torch.profiler to be shown with the run's own.
+    profiles of torch.profiler to be shown with the run's own. node_counters: the same of folders that
+    dftracer_service has written.
     """
     given = [read_profile(path) for path in kineto]
+    nodes = find_node_files(run_dir, node_counters)
     source = source or FileSource(run_dir)
     processes = source.read_heads()
     summary = ConversionSummary(Path())
@@ -99,6 +103,8 @@ def convert_to_pftrace(
                 for process, about in zip(done, track_labels, strict=True)
             ]
             summary.notes += write_profiles(shared, run_dir, given, places, every_rank)
+            end = 0 if outlined else max(known[process.path].correct_time(process.last) for process in done)
+            summary.notes += write_nodes(shared, nodes, [process for process, _ in shown], known, end)
             _write_metrics(shared, Path(run_dir) / "metrics.jsonl")
         shared.out.flush()
         if not summary.events:

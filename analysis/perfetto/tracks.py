@@ -214,7 +214,8 @@ class FileTracks:
         self.has_run_counters = about.has_run_counters
         self.bandwidth = BandwidthCounter(clock.correct_time(process.first))
         labels = [] if process.role in ("", "train", "worker") else [process.role]
-        shared.out.write(proto.describe_process(self.uuid, self.pid, about.name, labels, about.order))
+        # between two of them there is room for the counters of a node
+        shared.out.write(proto.describe_process(self.uuid, self.pid, about.name, labels, 2 * about.order))
 
     def add_block(self, block: EventBlock) -> None:
         """Write the block's slices, instants and counters. The block's columns are changed."""

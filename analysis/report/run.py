@@ -30,6 +30,7 @@ from analysis.tables.read import RankEvents
 from analysis.trace.classify import is_earlier_name, is_gpu_record
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.kineto import Profile, find_profiles, read_profile
+from analysis.trace.nodes import list_losses
 from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import TraceSource
 from analysis.workload.fidelity import measure_requests
@@ -103,6 +104,10 @@ def open_run(
         if selection.has_times:
             run.metrics = _cut_metrics(run.metrics, run.joined["time"])
     run.notes += _list_notes(run.joined, bool(run.config), selection.is_whole)
+    run.notes += [
+        f"Counters of a node: {loss}."
+        for loss in list_losses(folder, {process.host for process in run.joined.processes})
+    ]
     return run
 
 

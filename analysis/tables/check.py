@@ -24,6 +24,7 @@ from analysis.trace.classify import KERNEL_COUNTERS, is_understood
 from analysis.trace.clocks import group_launches
 from analysis.trace.columns import resolve_paths
 from analysis.trace.events import assign_ranks
+from analysis.trace.nodes import list_losses
 from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.scan import STRING, EventBlock
 from analysis.trace.source import FileSource, TraceSource
@@ -311,9 +312,15 @@ def _as_traced(file: str) -> list[str]:
     return [shown, "".join(" " if c in '"\\' or c < " " else c for c in shown), unescape_text(shown.encode())]
 
 
+def list_node_losses(run_dir: str | Path, processes: Iterable[TracedProcess]) -> list[str]:
+    """What was not read or not understood of the run's counters of nodes, a sentence each."""
+    return list_losses(run_dir, {process.host for process in processes})
+
+
 def format_check(
-    rows: list[CheckedFile], processes: Iterable[TracedProcess], unchecked: list[UncheckedBytes]
-) -> str:
+    rows: list[CheckedFile], processes: Iterable[TracedProcess], unchecked: list[UncheckedBytes],
+    node_losses: Iterable[str] = (),
+) -> str:  # fmt: skip
     """A line per rank and direction, each file that is not covered to the byte, and what was not compared."""
     head = f"{'rank':>4}  {'':7}  {'files':>5}  {'counted by run':>16}  {'in the trace':>16}  coverage"
     lines = [head] if rows else []
@@ -338,6 +345,7 @@ def format_check(
         lines.append(f"and {len(wrong) - 50} more files")
     processes = list(processes)
     lines += [f"lost: {process.lost}" for process in processes if process.lost]
+    lines += [f"lost: {loss}" for loss in node_losses]
     lines += _format_unchecked(unchecked)
     lines += _format_kernel_count([process.reads for process in processes if process.reads])
     lines += _format_unknown_spans(processes)

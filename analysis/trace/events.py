@@ -23,6 +23,7 @@ from analysis.trace.arguments import read_argument_of
 from analysis.trace.clocks import make_clocks
 from analysis.trace.columns import COLUMNS, make_event_frame
 from analysis.trace.lines import Opener, ReadLoss, open_trace, read_blocks, read_tail
+from analysis.trace.nodes import is_service_file
 from analysis.trace.process import TracedProcess
 from analysis.trace.scan import (
     COUNTER,
@@ -77,9 +78,15 @@ def _list_files(run: Path) -> list[Path]:
             raise UserError(f"{shown}: DFTracer's files end in .pfw.gz or .pfw; give one, or a run folder")
         return [run]
     for folder in (run / "trace", run):
-        found = sorted(_list_traces(folder), key=_make_sort_key)
+        listed = _list_traces(folder)
+        found = sorted((path for path in listed if not is_service_file(path)), key=_make_sort_key)
         if found:
             return found
+        if listed:
+            raise UserError(
+                f"{shown}: only counters of dftracer_service are in it, no trace of a program: give the "
+                "folder of a run, and to perfetto this one by --node_counters"
+            )
     if below := _list_traced_folders(run):
         raise UserError(
             f"{shown}: no traces (*.pfw.gz) in it, but in folders of it: give one of them, e.g. "

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from common.errors import USAGE, UserError
 from dlrm.config.parser import check_inputs, parse_options, take_model_name
 from dlrm.models.registry import find_model, name_program
+from dlrm.runtime.node_counters import wants_node_counters
 from dlrm.runtime.script_answer import answer_script
 from dlrm.runtime.tracer_variables import find_traced_folders, wants_trace
 from dlrm.trainer.spec import ModelSpec
@@ -25,8 +26,10 @@ DEMO_FOLDER = "{demo_data}"  # in options: the script puts the demo's folder the
 
 def list_options(spec: ModelSpec, environ: Mapping[str, str]) -> Iterator[str]:
     """The options of a run with these variables; those of the demo where there is no DATASET_DIR."""
-    if wants_trace(environ):
-        find_traced_folders(environ)  # raises the mistakes
+    traced = wants_trace(environ)
+    wants_node_counters(environ, traced)  # raises the mistakes, as the next one does
+    if traced:
+        find_traced_folders(environ)
         yield "--trace"
     if steps := environ.get("PROFILE_STEPS"):
         yield from ("--profile_steps", steps)

@@ -33,7 +33,8 @@ JOB_START = "DLRM_JOB_START"  # from scripts/job.sh: another one each time that 
 # What a run that ended before its first step leaves in its folder.
 FILES = re.compile(
     r"(env|gpu|log)\.txt|(config|plan|dataset|results|progress)\.json|metrics\.jsonl|startup\.csv|"
-    r"trace/|trace/[^/]*\.pfw(\.gz)?|\.dlrm-io\.(lock|json)"
+    r"trace/|trace/[^/]*\.pfw(\.gz)?|\.dlrm-io\.(lock|json)|"
+    r"node_counters/|node_counters/[^/]*/|node_counters/[^/]*/(node\.json|service[^/]*|dftracer_server_[^/]*)"
 )
 
 

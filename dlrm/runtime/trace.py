@@ -29,6 +29,7 @@ from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.owned import discard_empty_folder, discard_file
 from dlrm.runtime.device_io import IoCounters, IoRecorder, find_file_systems
+from dlrm.runtime.node_counters import NodeCounters, wants_node_counters
 from dlrm.runtime.ranks import Ranks
 from dlrm.runtime.tracer_variables import PINNED, UNSET, find_traced_folders
 
@@ -47,6 +48,7 @@ _context: dict[str, tuple[int, int]] = {}  # args of every span (epoch, step), i
 _identity: dict[str, int | str] = {}  # the metadata that says whose file this is
 _flusher: "_Flusher | None" = None
 _io: IoRecorder | None = None
+_node: NodeCounters | None = None  # of the first rank of a node
 _begin = 0  # of tracing
 _folder: Path | None = None  # of the trace files
 _made_folders: list[Path] = []  # by this process
@@ -90,8 +92,9 @@ def start_tracing(
     flush_ms  a killed process loses at most the events of this time
     folders   what it is for -> a folder or file, whose file system is recorded beside the run folder's
     """
-    global _native, _folder, _io, _begin
+    global _native, _folder, _io, _node, _begin
     traced_folders = find_traced_folders(os.environ)
+    with_node = wants_node_counters(os.environ, traced=True)
     folder = Path(run_dir).absolute() / "trace"
     check_name(folder)
     try:
@@ -113,6 +116,8 @@ def start_tracing(
         DFTRACER_WRITE_BUFFER_SIZE=str(BUFFER_BYTES),
         **PINNED,
     )
+    if with_node and role == "train" and here.local_rank == 0:
+        _node = NodeCounters(Path(run_dir), here)
     counters = IoCounters()
     file_systems = []
     if here.local_rank == 0:
@@ -137,8 +142,9 @@ def start_tracing(
 
 def stop_tracing() -> None:
     """Flush and close. May be called twice, from a signal handler, or without `start_tracing`."""
-    global _native, _flusher, _io
+    global _native, _flusher, _io, _node
     recorder, _io = _io, None
+    node, _node = _node, None
     if recorder is not None:
         recorder.stop()
     native, _native = _native, None
@@ -150,11 +156,13 @@ def stop_tracing() -> None:
             _log(native, "ai_root", "ai_root", _begin, native.get_time() - _begin, {})
         native.finalize()
         _context.clear()
+    if node is not None:
+        node.stop()
 
 
 def discard_tracing() -> None:
     """Stop, and remove this process's trace file: its run was refused the folder that it is in."""
-    files = []
+    files, node = [], _node
     if _native is not None and _folder is not None:
         # DFTracer names the file by itself; it is open from the start
         for number in os.listdir("/proc/self/fd"):
@@ -165,6 +173,8 @@ def discard_tracing() -> None:
     stop_tracing()
     for path in set(files):
         discard_file(path)
+    if node is not None:
+        node.discard()
     for folder in _made_folders:
         discard_empty_folder(folder)
     _made_folders.clear()
@@ -239,8 +249,9 @@ def _flush_before_fork() -> None:
 
 def _restart_after_fork() -> None:
     """In the child of a fork: DFTracer has opened a new file for it, still without the metadata."""
-    global _io, _begin
+    global _io, _node, _begin
     _begin = 0
+    _node = None
     _flushing.release()
     _io = None  # the kernel adds a child's counters to its parent's when it has ended
     if _native is not None:

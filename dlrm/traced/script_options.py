@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.errors import UserError, printable
 from common.inputs import read_json_object
+from dlrm.runtime.node_counters import wants_node_counters
 from dlrm.runtime.script_answer import answer_script
 from dlrm.runtime.step_profiler import parse_steps
 from dlrm.runtime.tracer_variables import find_traced_folders, wants_trace
@@ -36,8 +37,10 @@ def make_answer(folder: str, words: Sequence[str], environ: Mapping[str, str]) -
     """What is printed. UserError for a script that is not there, or a variable that would have no effect."""
     if environ.get("RESUME"):
         raise UserError("RESUME: MODEL is a script, which resumes in its own way: give its own option")
-    if wants_trace(environ):
-        find_traced_folders(environ)  # raises the mistakes
+    traced = wants_trace(environ)
+    wants_node_counters(environ, traced)  # raises the mistakes, as the next one does
+    if traced:
+        find_traced_folders(environ)
     own = ["--directory", folder]
     if steps := environ.get("PROFILE_STEPS"):
         parse_steps(steps)
