@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchrec.datasets.criteo import (
     INT_FEATURE_COUNT,
     InMemoryBinaryCriteoIterDataPipe,
 )
+from torchrec.datasets.utils import Batch
 from torchrec.distributed import TrainPipelineSparseDist
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
@@ -34,13 +36,14 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tqdm import tqdm  # noqa: F401  # the reference imports it: part of its start-up
 
 IMPORTED = time.time()
 FILLERS = 2  # the reference's TRAIN_PIPELINE_STAGES - 1
 
 
-def make_loader(args: argparse.Namespace, stage: str) -> DataLoader:
+def make_loader(args: argparse.Namespace, stage: str) -> Iterable[Batch]:
     days = range(args.days - 1) if stage == "train" else [args.days - 1]
     files = [
         [str(args.data / f"day_{day}_{part}.npy") for day in days] for part in ("dense", "sparse", "labels")
@@ -49,7 +52,37 @@ def make_loader(args: argparse.Namespace, stage: str) -> DataLoader:
         stage, *files, batch_size=args.batch_size, rank=dist.get_rank(), world_size=dist.get_world_size(),
         hashes=[args.num_embeddings] * CAT_FEATURE_COUNT,
     )  # fmt: skip
-    return DataLoader(pipe, batch_size=None, collate_fn=lambda batch: batch)
+    loader = DataLoader(pipe, batch_size=None, collate_fn=lambda batch: batch)
+    return MultiHotBatches(loader, args.num_embeddings, args.multi_hot) if args.multi_hot else loader
+
+
+class MultiHotBatches:
+    """The batches of a loader with several ids per feature, made as the reference makes them: each feature's
+    by a lookup in a table of ids, and offsets that all full batches share.
+    """
+
+    def __init__(self, loader: DataLoader, rows: int, sizes: list[int]) -> None:
+        from dlrm.data.multihot import MultiHotMaker  # the same tables of ids
+
+        self.loader, self.sizes = loader, torch.tensor(sizes, dtype=torch.int32)
+        self.tables = [torch.from_numpy(table) for table in MultiHotMaker([rows] * len(sizes), sizes).tables]
+        self.offsets: dict[int, torch.Tensor] = {}  # batch size -> where each sample's ids begin
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            size = len(batch.dense_features)
+            if size not in self.offsets:
+                ends = self.sizes.repeat_interleave(size).cumsum(0)
+                self.offsets[size] = torch.cat([torch.zeros(1, dtype=ends.dtype), ends])
+            ids = batch.sparse_features.values().view(len(self.tables), size)
+            found = [
+                torch.nn.functional.embedding(column, table).flatten()
+                for column, table in zip(ids, self.tables, strict=True)
+            ]
+            features = KeyedJaggedTensor.from_offsets_sync(
+                batch.sparse_features.keys(), torch.cat(found), offsets=self.offsets[size]
+            )
+            yield Batch(batch.dense_features, features, batch.labels)
 
 
 def make_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, CombinedOptimizer]:
@@ -91,11 +124,11 @@ def make_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Com
     return model, CombinedOptimizer([model.fused_optimizer, dense])
 
 
-def with_fillers(batches: DataLoader, limit: int | None) -> Any:
+def with_fillers(batches: Iterable[Batch], limit: int | None) -> Any:
     return itertools.chain(itertools.islice(iter(batches), limit), itertools.islice(iter(batches), FILLERS))
 
 
-def train(pipeline: Any, batches: DataLoader, limit: int) -> tuple[list[Any], list[torch.Tensor]]:
+def train(pipeline: Any, batches: Iterable[Batch], limit: int) -> tuple[list[Any], list[torch.Tensor]]:
     """When each step ended by the clock and in processor time, and its loss."""
     pipeline._model.train()
     iterator, ends, losses = with_fillers(batches, limit), [], []
@@ -108,7 +141,7 @@ def train(pipeline: Any, batches: DataLoader, limit: int) -> tuple[list[Any], li
         ends.append((time.time(), time.process_time()))
 
 
-def evaluate_model(pipeline: Any, batches: DataLoader) -> dict[str, Any]:
+def evaluate_model(pipeline: Any, batches: Iterable[Batch]) -> dict[str, Any]:
     begun = time.time()
     pipeline._model.eval()
     auroc: Any = torchmetrics.AUROC(task="binary").to(pipeline._device)
@@ -142,6 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--interaction", choices=("original", "dcn"), default="original")
     parser.add_argument("--optimizer", choices=("sgd", "adagrad"), default="sgd")
     parser.add_argument("--learning_rate", type=float, required=True)
+    parser.add_argument("--multi_hot", type=lambda text: list(map(int, text.split(","))))
     parser.add_argument("--weights", choices=("ours", "own"), default="ours")
     return parser.parse_args()
 

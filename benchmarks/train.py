@@ -36,6 +36,9 @@ ROOT = Path(__file__).parents[1]
 DAYS, WARM_UP, WINDOW = 24, 10, 5
 PAUSE = 4  # seconds before a run
 DENSE, OVER = (512, 256, 64), (512, 512, 256, 1)
+MLPERF_HOTS = (
+    "3,2,1,2,6,1,1,1,1,7,3,8,1,6,9,5,1,1,1,12,100,27,10,3,1,1"  # ids per feature of MLPerf's DLRM-v2
+)
 
 
 @dataclass
@@ -133,6 +136,7 @@ def train_reference(args: argparse.Namespace, data: Path, out: Path) -> Run:
         "--dense", ",".join(map(str, DENSE)), "--over", ",".join(map(str, OVER)),
         "--interaction", args.interaction, "--optimizer", args.optimizer,
         "--learning_rate", str(args.learning_rate),
+        *(["--multi_hot", MLPERF_HOTS] if args.multi_hot else []),
     ]  # fmt: skip
     out.mkdir(parents=True)
     started, others = run_on_ranks(args.ranks, command, out / "log")
@@ -163,7 +167,8 @@ def train_ours(args: argparse.Namespace, data: Path, out: Path) -> Run:
         "--embedding_dim", str(args.embedding_dim), "--dense_arch_layer_sizes", ",".join(map(str, DENSE)),
         "--over_arch_layer_sizes", ",".join(map(str, OVER)), "--interaction_type", args.interaction,
         "--optimizer", args.optimizer, "--learning_rate", str(args.learning_rate),
-        "--evaluate_on_epoch_end", "--report_every", str(WINDOW), "--seed", "0", *args.ours.split(),
+        "--evaluate_on_epoch_end", "--report_every", str(WINDOW), "--seed", "0",
+        *(["--multi_hot_sizes", MLPERF_HOTS] if args.multi_hot else []), *args.ours.split(),
     ]  # fmt: skip
     out.mkdir(parents=True)
     started, others = run_on_ranks(args.ranks, command, out / "log")
@@ -235,6 +240,9 @@ def main() -> None:
     parser.add_argument("--embedding_dim", type=int, default=64)
     parser.add_argument("--interaction", choices=("original", "dcn"), default="original")
     parser.add_argument("--optimizer", choices=("sgd", "adagrad"), default="sgd")
+    parser.add_argument(
+        "--multi_hot", action="store_true", help="ids per feature as in MLPerf's DLRM-v2: 1 to 100"
+    )
     parser.add_argument("--learning_rate", type=float, default=0.1)
     parser.add_argument("--ours", default="", help="more options for our runs, in one string")
     parser.add_argument("--reference_path", help="MLCommons' recommendation_v2/torchrec_dlrm, run as well")
