@@ -165,6 +165,13 @@ class LiveRanks:
                     found[int(rank)] = int(entry.name)
         return [found[rank] for rank in sorted(found)]
 
+    def until_gone(self, seconds: float = 60) -> None:
+        """Wait for the end of ranks whose launcher has ended: a killed process needs a core to go."""
+        given_up = time.monotonic() + seconds
+        while left := self.pids():
+            assert time.monotonic() < given_up, f"still there: {left}"
+            time.sleep(0.05)
+
     def signal(self, number: signal.Signals, rank: int) -> None:
         os.kill(self.pids()[rank], number)
 
