@@ -15,8 +15,8 @@ import numpy as np
 from analysis.perfetto import proto
 from analysis.perfetto.tracks import FIRST_STEP_NAME, MAX_LANES, MAX_STEP_NAMES, SharedTracks
 from analysis.trace.clocks import Clock
-from analysis.trace.kineto import Profile, ProfileTrack, find_profiles, read_profile
-from analysis.trace.process import TracedProcess, is_forked
+from analysis.trace.kineto import Profile, ProfileTrack, find_process, find_profiles, read_profile
+from analysis.trace.process import TracedProcess
 from common.errors import UserError, printable
 
 MAX_SLICES = 1_000_000  # of all profiles in a trace
@@ -70,25 +70,10 @@ def write_profiles(
 
 def find_place(profile: Profile, places: Sequence[Place], every_rank: set[int]) -> Place | str | None:
     """Where a profile goes; why it goes nowhere; or None for that of a rank that is not shown."""
-    if not len(profile):
-        return "it has no events"
-    if profile.without_clock:
-        return "it has no baseTimeNanoseconds, so its time is unknown"
-    if profile.rank >= 0 and profile.rank not in every_rank:
-        return f"it is of rank {profile.rank}, which the run does not have"
-    found = [place for place in places if not is_forked(place.process)]
-    if profile.rank >= 0 or len(every_rank) > 1:
-        found = [place for place in found if profile.is_of(place.process)]
-    if not found:
-        if profile.rank >= 0:
-            return None
-        return f"it names no rank (distributedInfo), and its pid {profile.pid} is none of the run's"
-    at_its_time = [place for place in found if profile.is_at_the_time_of(place.process)]
-    if at_its_time:
-        return at_its_time[-1]
-    apart = int(profile.begin.min()) / 1e9 - min(place.process.first for place in found) / 1e6
-    when = f"{abs(apart):,.0f} s {'before' if apart < 0 else 'after'} the rank's trace begins"
-    return f"it was recorded {when}, and not while the run was traced"
+    found = find_process(profile, [place.process for place in places], every_rank)
+    if not isinstance(found, TracedProcess):
+        return found
+    return next(place for place in places if place.process is found)
 
 
 @dataclass

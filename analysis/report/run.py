@@ -86,9 +86,10 @@ def open_run(
     run that is read. kineto: profiles of torch.profiler besides the run's own.
     """
     folder = Path(path)
+    given = [read_profile(each) for each in kineto]
     more = partial(
         _measure_more, more=measure_requests if with_requests else measure_rank_workload,
-        own=find_profiles(folder), given=[read_profile(each) for each in kineto],
+        own=find_profiles(folder), given=given,
     )  # fmt: skip
     run = TracedRun(folder, gather_tables(folder, over, source, more, with_requests, selection))
     run.config = records.read_config(run.folder / "config.json", run.notes)
@@ -104,6 +105,11 @@ def open_run(
         if selection.has_times:
             run.metrics = _cut_metrics(run.metrics, run.joined["time"])
     run.notes += _list_notes(run.joined, bool(run.config), selection.is_whole)
+    if selection.is_whole:
+        absent = [(profile, gpu.explain_absence(profile, run.joined.processes)) for profile in given]
+        run.notes += [
+            f"{printable(profile.path)} is not in this report: {why}." for profile, why in absent if why
+        ]
     run.notes += [
         f"Counters of a node: {loss}."
         for loss in list_losses(folder, {process.host for process in run.joined.processes})

@@ -17,7 +17,8 @@ from analysis.tables.intervals import Stretches, merge_stretches, subtract_stret
 from analysis.tables.read import RankEvents
 from analysis.tables.times import find_bounds, find_stretches
 from analysis.trace.classify import KINDS
-from analysis.trace.kineto import COPY_CATS, STEP_NAME, Profile, read_profile
+from analysis.trace.kineto import COPY_CATS, STEP_NAME, Profile, find_process, read_profile
+from analysis.trace.process import TracedProcess
 from common.errors import UserError
 
 BUSY = ("kernels", "collectives", "copies")
@@ -58,6 +59,16 @@ def _has_gpus_of(profile: Profile, events: RankEvents) -> bool:
     if not len(profile) or profile.without_clock or not (profile.devices >= 0).any():
         return False
     return any(profile.is_of(each) and profile.is_at_the_time_of(each) for each in events.processes)
+
+
+def explain_absence(profile: Profile, processes: Sequence[TracedProcess]) -> str:
+    """Why a profile from elsewhere has no row in the table, or nothing. processes: of the run, as read."""
+    found = find_process(profile, processes, {process.rank for process in processes})
+    if isinstance(found, str):
+        return found
+    if found is not None and not profile.is_of(found):
+        return f"it names no rank (distributedInfo), and its pid {profile.pid} is not the rank's"
+    return "" if (profile.devices >= 0).any() else "it has nothing of a GPU; perfetto shows it"
 
 
 def _measure(job: Launch, events: RankEvents, profile: Profile) -> list[list[float]]:

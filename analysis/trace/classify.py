@@ -65,6 +65,7 @@ DIALECTS: dict[str, tuple[Meaning, ...]] = {
         Meaning(r"eval", r".*", None, EVALUATION),
         Meaning(r"startup", r"process_group", "communication"),
         Meaning(r"prep", r".*", "compute"),
+        Meaning(r"profile", r"start|write", None),  # torch.profiler, whose time is no training
     ),
     "DFTracer's AI categories": (  # dftracer.python.ai: `x.iter` is the iterator's time, `x.block` the body's
         Meaning(r"pipeline", r"epoch(\.block)?", None, EPOCH),

@@ -12,14 +12,14 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from analysis.trace.process import TracedProcess
+from analysis.trace.process import TracedProcess, is_forked
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular
 
@@ -123,6 +123,34 @@ def find_profiles(run_dir: str | Path) -> list[Path]:
     except OSError:
         return []
     return [folder / name for name in names if name.endswith(ENDINGS) and not name.startswith(".")]
+
+
+def find_process(
+    profile: Profile, shown: Sequence[TracedProcess], every_rank: set[int]
+) -> TracedProcess | str | None:
+    """Whose profile it is; why it is nobody's; or None where it is that of a rank that is not shown.
+
+    shown: as read to their ends. every_rank: of the run.
+    """
+    if not len(profile):
+        return "it has no events"
+    if profile.without_clock:
+        return "it has no baseTimeNanoseconds, so its time is unknown"
+    if profile.rank >= 0 and profile.rank not in every_rank:
+        return f"it is of rank {profile.rank}, which the run does not have"
+    found = [process for process in shown if not is_forked(process)]
+    if profile.rank >= 0 or len(every_rank) > 1:
+        found = [process for process in found if profile.is_of(process)]
+    if not found:
+        if profile.rank >= 0:
+            return None
+        return f"it names no rank (distributedInfo), and its pid {profile.pid} is none of the run's"
+    at_its_time = [process for process in found if profile.is_at_the_time_of(process)]
+    if at_its_time:
+        return at_its_time[-1]
+    apart = int(profile.begin.min()) / 1e9 - min(process.first for process in found) / 1e6
+    when = f"{abs(apart):,.0f} s {'before' if apart < 0 else 'after'} the rank's trace begins"
+    return f"it was recorded {when}, and not while the run was traced"
 
 
 def read_profile(path: Path) -> Profile:

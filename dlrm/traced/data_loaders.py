@@ -57,12 +57,12 @@ def _wrap_next(torch: Any, original: Any) -> Any:
         if not trace.is_tracing():
             return original(iterator)
         training = torch.is_grad_enabled()
-        steps.before_batch(training, _find_epoch(iterator, training))
+        steps.before_batch(training, _find_epoch(iterator, training), iterator)
         try:
             with trace.span("dataloader", "fetch.iter"):
                 batch = original(iterator)
         except StopIteration:
-            steps.after_last_batch(training)
+            steps.after_last_batch(training, iterator)
             raise
         steps.after_batch(training)
         return batch

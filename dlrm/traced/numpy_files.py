@@ -32,13 +32,13 @@ def _wrap_fromfile(numpy: Any, original: Any) -> Any:
         if kind is None or kind.hasobject or kind.shape or not kind.itemsize or count < -1:
             return original(file, dtype, count, sep, offset, **more)
         if isinstance(file, str | bytes | os.PathLike):
-            if offset < 0 or not os.path.isfile(file):
+            if offset < 0 or not os.path.isfile(file) or (count < 0 and offset > os.path.getsize(file)):
                 return original(file, dtype, count, sep, offset)
             with open(file, "rb", buffering=0) as stream:
                 stream.seek(offset)
                 return _read_array(numpy, stream, kind, count, offset)
         begin = file.tell() + offset if _is_plain_file(file) else -1
-        if begin < 0:
+        if begin < 0 or (count < 0 and begin > os.fstat(file.fileno()).st_size):  # numpy refuses that itself
             return original(file, dtype, count, sep, offset)
         if offset:
             file.seek(begin)
@@ -58,11 +58,14 @@ def _is_plain_file(file: Any) -> bool:
 
 
 def _read_array(numpy: Any, stream: Any, kind: Any, count: int, begin: int) -> Any:
-    """`count` items from this place on, where the file is, or all (-1), or as many as there are."""
-    there = max(0, os.fstat(stream.fileno()).st_size - begin) // kind.itemsize
-    items = there if count < 0 else min(count, there)
-    found = numpy.empty(items, kind)
-    view, done = memoryview(found.view(numpy.uint8)) if items else memoryview(b""), 0
+    """`count` items from this place on, where the file is, or all (-1), or as many as there are.
+
+    Who asks for more than there are reads to the end of the file, as numpy does, a part of an item too.
+    """
+    there = max(0, os.fstat(stream.fileno()).st_size - begin)
+    wanted = there // kind.itemsize * kind.itemsize if count < 0 else min(count * kind.itemsize, there)
+    found = numpy.empty(-(-wanted // kind.itemsize), kind)
+    view, done = memoryview(found.view(numpy.uint8))[:wanted] if wanted else memoryview(b""), 0
     name = stream.name if not isinstance(stream.name, int) else os.readlink(f"/proc/self/fd/{stream.name}")
     with trace.span("data", "read", file=os.fsdecode(name), offset=begin) as reading:
         while done < len(view):
@@ -71,7 +74,7 @@ def _read_array(numpy: Any, stream: Any, kind: Any, count: int, begin: int) -> A
                 break
             done += got
         reading.update(bytes=done)
-    return found[: done // kind.itemsize]
+    return found if done == found.nbytes else found[: done // kind.itemsize].copy()
 
 
 def _wrap_memmap(original: Any) -> Any:

@@ -1,9 +1,12 @@
-"""Steps of a plain PyTorch loop, from the batches that it fetches and the optimizers that it steps.
+"""Steps and epochs of a plain PyTorch loop, from its batches and the steps of its optimizers.
 
 A step begins when a batch is asked for and ends with the last optimizer's step before the next batch is
 asked for. So several optimizers of one iteration are one step, and so are the batches whose gradients are
 accumulated. A loop without a DataLoader has a step whenever an optimizer steps again. Batches that are
 fetched without gradients are an evaluation. Where torchrec's pipelines train, they count (`pipelines`).
+
+An epoch is one way through a loader, from its first batch until there is none left, or until the last step of
+a loop that is left early. Where several loaders are gone through at once, it is the first one's.
 """
 
 import contextlib
@@ -11,6 +14,7 @@ import functools
 import importlib
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -33,7 +37,11 @@ class Steps:
         self._fetches = False  # batches are fetched here
         self._eval_begin = self._eval_end = 0
         self._optimizer_begin = 0
+        self._last_end = 0  # of the latest step
         self.epoch = 0  # of the latest step
+        self._iterator: weakref.ref[Any] | None = None  # of the epoch that goes on
+        self._epoch_begin = self._epoch_number = 0  # of that epoch
+        self._steps_before = 0  # steps that were done when it began
         self._profiler: Any = None
 
     def profile(self, folder: str | os.PathLike[str], here: Ranks, steps: tuple[int, int]) -> None:
@@ -47,8 +55,8 @@ class Steps:
 
     # --- batches
 
-    def before_batch(self, training: bool, epoch: int) -> None:
-        """The loop asks for a batch. `training`: gradients are on."""
+    def before_batch(self, training: bool, epoch: int, iterator: Any) -> None:
+        """The loop asks for a batch. `training`: gradients are on. `epoch`: of the iterator."""
         if not self.counts_here():
             return
         now = trace.get_time()
@@ -58,6 +66,7 @@ class Steps:
             return
         self._close_evaluation()
         self._fetches = True
+        self._begin_epoch(now, epoch, iterator)
         self.epoch = epoch
         if not self._begin:
             self._begin = self.begin_profile() or now
@@ -67,10 +76,12 @@ class Steps:
         if not training and self.counts_here():
             self._eval_end = trace.get_time()
 
-    def after_last_batch(self, training: bool) -> None:
+    def after_last_batch(self, training: bool, iterator: Any) -> None:
         """There was no batch left: what was fetched since the last step was not trained on."""
         if not self.counts_here():
             return
+        if training and self._iterator is not None and self._iterator() is iterator:
+            self._close_epoch(trace.get_time())
         if training and not self._end:
             self._begin = 0
             self.end_profile()
@@ -104,7 +115,7 @@ class Steps:
         if self._end and self.counts_here():
             trace.record_span("train", "step", self._begin, self._end)
             self.step += 1
-            self._idle_since = self._end
+            self._idle_since = self._last_end = self._end
             self._begin = self._end = 0
             self._stepped.clear()
             self.end_profile()
@@ -119,6 +130,7 @@ class Steps:
         """The script has ended, or something else counts its steps."""
         self.close_step()
         self._close_evaluation()
+        self._close_epoch(self._last_end)
 
     def close_profile(self) -> None:
         """Write what was profiled, where the script has ended before the last of these steps."""
@@ -142,6 +154,20 @@ class Steps:
             trace.record_span("pipeline", "evaluate", self._eval_begin, self._eval_end)
             self._idle_since = self._eval_end
         self._eval_begin = self._eval_end = 0
+
+    def _begin_epoch(self, now: int, epoch: int, iterator: Any) -> None:
+        """Where none goes on. One whose loop was left has lost its iterator, or begins with it again."""
+        going_on = self._iterator() if self._iterator is not None else None
+        if going_on is None or (going_on is iterator and epoch != self._epoch_number):
+            self._close_epoch(self._last_end)
+            self._iterator = weakref.ref(iterator)
+            self._epoch_begin, self._epoch_number, self._steps_before = now, epoch, self.step
+
+    def _close_epoch(self, end: int) -> None:
+        """Record it, if anything was trained in it."""
+        if self._epoch_begin and self.step > self._steps_before:
+            trace.record_span("pipeline", "epoch", self._epoch_begin, end, epoch=self._epoch_number)
+        self._iterator, self._epoch_begin = None, 0
 
     def _name_step(self) -> None:
         trace.set_context(step=self.step + 1, epoch=self.epoch)

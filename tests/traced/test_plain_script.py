@@ -106,6 +106,14 @@ def test_steps_and_what_is_in_them(here: Path) -> None:
     steps = [e for e in events if (e["cat"], e["name"]) == ("train", "step")]
     numbers = {(e["args"]["step"], e["args"]["epoch"]) for e in steps}
     assert numbers == {(step + 1, step // (STEPS // epochs)) for step in range(STEPS)}
+    inside = Counter(
+        (e["pid"], e["args"]["epoch"], step["args"]["epoch"])
+        for e in events if (e.get("cat"), e["name"]) == ("pipeline", "epoch") for step in steps
+        if step["pid"] == e["pid"] and e["ts"] <= step["ts"]
+        and step["ts"] + step["dur"] <= e["ts"] + e["dur"]
+    )  # fmt: skip
+    assert len(inside) == 2 * epochs and set(inside.values()) == {STEPS // epochs}
+    assert all(epoch == of_step for _, epoch, of_step in inside)
     workers = {e["pid"] for e in events if e["name"] == "CM" and e["args"].get("value") == "worker"}
     loading = {e["pid"] for e in events if (e.get("cat"), e["name"]) == ("data", "preprocess")}
     assert len(workers) == 2 * 2 * epochs and workers <= loading

@@ -100,6 +100,15 @@ def test_numpy_reads_open_files_as_ever(tmp_path: Path) -> None:
         "            for kind, count, skip in ((np.uint8, 4, 0), (np.int32, 1, 0), (np.uint8, -1, 1)):\n"
         "                found = np.fromfile(file, kind, count, offset=skip)\n"
         "                print(found.sum(), file.tell(), file.read(1))\n"
+        "open('b.bin', 'wb').write(bytes(83))\n"
+        "for count in (-1, 3, 100):  # beyond the end, with a part of an item before it\n"
+        "    for skip in (0, 40, 80, 81, 200):\n"
+        "        for file in ('b.bin', open('b.bin', 'rb'), open('b.bin', 'rb', buffering=0)):\n"
+        "            try:\n"
+        "                found = np.fromfile(file, np.int64, count, offset=skip)\n"
+        "                print(found.nbytes, found.flags.owndata, file == 'b.bin' or file.tell())\n"
+        "            except ValueError as error:\n"
+        "                print(error)\n"
     )
     traced = run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", "script.py")
     assert traced == run(tmp_path, "script.py") and traced[0] == 0
@@ -126,6 +135,46 @@ def test_wrong_option_of_the_script_leaves_nothing(tmp_path: Path) -> None:
     assert not os.path.exists(tmp_path / "results") or os.listdir(tmp_path / "results") == []
     assert run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", "script.py", "--lr", "1")[0] == 0
     assert (tmp_path / "run/config.json").exists() and (tmp_path / "ran").exists()
+
+
+def test_epochs_of_loops_of_all_kinds(tmp_path: Path) -> None:
+    """Left early, with workers that stay, over a second loader meanwhile; only counting the data is none."""
+    (tmp_path / "script.py").write_text(
+        "import itertools, torch\n"
+        "data = torch.utils.data.TensorDataset(torch.ones(40, 1))\n"
+        "def load(workers=0):\n"
+        "    return torch.utils.data.DataLoader(\n"
+        "        data, 10, num_workers=workers, persistent_workers=bool(workers))\n"
+        "net = torch.nn.Linear(1, 1)\n"
+        "optimizer = torch.optim.SGD(net.parameters(), 0.1)\n"
+        "def train(batches):\n"
+        "    for batch in batches:\n"
+        "        net(batch[0]).sum().backward()\n"
+        "        optimizer.step()\n"
+        "first, kept, other = load(), load(1), load()\n"
+        "print(sum(len(batch[0]) for batch in first))\n"
+        "train(first)\n"
+        "train(itertools.islice(first, 3))\n"
+        "train(batch for batch, _ in zip(first, itertools.chain(other, other)))\n"
+        "with torch.no_grad():\n"
+        "    print(sum(len(batch[0]) for batch in other))\n"
+        "train(other)\n"
+        "for _ in range(2):\n"
+        "    train(itertools.islice(kept, 2))\n"
+    )
+    traced = run(tmp_path, "-m", "dlrm.traced", "--output_dir", "run", "script.py")
+    assert traced == run(tmp_path, "script.py") and traced[0] == 0
+    events = read_events(tmp_path / "run")
+    steps = [e for e in events if (e.get("cat"), e["name"]) == ("train", "step")]
+    epochs = sorted(
+        (e for e in events if (e.get("cat"), e["name"]) == ("pipeline", "epoch")), key=lambda e: e["ts"]
+    )
+    inside = [
+        sum(e["ts"] <= s["ts"] and s["ts"] + s["dur"] <= e["ts"] + e["dur"] for s in steps) for e in epochs
+    ]
+    assert inside == [4, 3, 4, 4, 2, 2] and len(steps) == sum(inside)
+    assert [e["args"]["epoch"] for e in epochs] == [1, 2, 3, 1, 0, 1]
+    assert all(one["ts"] + one["dur"] <= two["ts"] for one, two in zip(epochs, epochs[1:], strict=False))
 
 
 def test_pipelines_of_torchrec(tmp_path: Path) -> None:

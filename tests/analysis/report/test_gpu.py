@@ -71,6 +71,17 @@ def test_profiles_from_elsewhere_and_finish(tmp_path: Path) -> None:
     assert report(tmp_path / "run")[1] is None
     page, table = report(tmp_path / "run", "--kineto", file)
     assert TITLE in page and table is not None and len(table) == 1
+    mine, stranger, processor = MadeProfile(0, 1, 1000), MadeProfile(5, 8, 7), MadeProfile(None, 1, 7)
+    for number, each in enumerate((mine, stranger, processor)):
+        each.operator("aten::mm", 50_000, 5)
+        each.write(tmp_path / f"{number}.json")
+    page, table = report(tmp_path / "run", "--kineto", *(tmp_path / f"{number}.json" for number in range(3)))
+    assert TITLE not in page and table is None
+    for number, why in enumerate((
+        "it has nothing of a GPU; perfetto shows it", "it is of rank 5, which the run does not have",
+        "it names no rank (distributedInfo), and its pid 7 is not the rank",
+    )):  # fmt: skip
+        assert f"{number}.json is not in this report: {why}" in page
     _, said = analysis("report", tmp_path / "run", "--kineto", tmp_path / "missing.json", code=2)
     assert len(said.splitlines()) == 1
     (tmp_path / "run/profile").mkdir()
