@@ -37,6 +37,8 @@ from analysis.workload.fidelity import measure_requests
 from analysis.workload.steps import Workload, join_workload, measure_rank_workload
 from common.errors import printable
 
+OF_WHOLE_RUN = ("samples_per_second", "test_auroc", "evaluations")  # in results.json
+
 
 @dataclass
 class TracedRun:
@@ -104,6 +106,7 @@ def open_run(
         )
         if selection.has_times:
             run.metrics = _cut_metrics(run.metrics, run.joined["time"])
+            run.results = {name: value for name, value in run.results.items() if name not in OF_WHOLE_RUN}
     run.notes += _list_notes(run.joined, bool(run.config), selection.is_whole)
     if selection.is_whole:
         absent = [(profile, gpu.explain_absence(profile, run.joined.processes)) for profile in given]

@@ -100,12 +100,11 @@ def list_headlines(run: TracedRun, facts: Facts) -> list[Headline]:
         hidden = 1 - not_hidden / io
         rows.append(Headline("hidden_io_share", "I/O hidden while training", hidden, f"{hidden:.1%}", 1))
     if len(j["steps"]):
-        first = (
-            progress.list_startup(j).group_by("launch", "rank").agg(pl.col("seconds").sum())["seconds"].max()
-        )
+        starts = progress.list_startup(j).group_by("launch", "rank").agg(pl.col("seconds").sum())
+        if len(starts):
+            rows.append(_make_seconds("first_step_seconds", "first step ends after", starts["seconds"].max()))
         step = progress.list_steps(j)["wall_us"].cast(pl.Float64) / 1e6
         rows += [
-            _make_seconds("first_step_seconds", "first step ends after", first),
             _make_seconds("step_median_seconds", "step, median", step.median()),
             _make_seconds("step_p99_seconds", "step, 99th percentile", step.quantile(0.99)),
         ]

@@ -66,6 +66,7 @@ class JoinedTables:
     tables: dict[str, pl.DataFrame]
     events: int
     calls: int
+    has_start: bool = True  # not of a part of the run, whose first step is any step
 
     @property
     def processes(self) -> list[TracedProcess]:
@@ -216,7 +217,8 @@ def gather_tables(
     if not tables:
         raise UserError(f"{run_dir}: the traces hold no events; was the run killed before it flushed any?")
     joined = {name: _join_tables(tables.pop(name), paths) for name in list(tables)}
-    return JoinedTables(list(by_launch.values()), joined | {"programs": names}, events, calls)
+    launches, has_start = list(by_launch.values()), not selection.has_times
+    return JoinedTables(launches, joined | {"programs": names}, events, calls, has_start)
 
 
 def _pack(table: pl.DataFrame) -> bytes:

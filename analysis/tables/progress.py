@@ -65,7 +65,9 @@ def compare_ranks(j: JoinedTables) -> pl.DataFrame:
 
 
 def list_startup(j: JoinedTables) -> pl.DataFrame:
-    """From a launch's first event to the end of its first step; `between` is what no span covers."""
+    """From a launch's first event to the end of its first step; `between` is what no span covers. No rows
+    where the beginning was not read.
+    """
     about = ["launch", "rank"]
     first = j["steps"].sort("ts").group_by(about, maintain_order=True).first()
     bounds = first.select(
@@ -84,6 +86,8 @@ def list_startup(j: JoinedTables) -> pl.DataFrame:
     rows = pl.concat([parts, gaps]).join(bounds, on=about)
     at = ((pl.col("ts") - pl.col("begin")) / S).alias("at_s")
     rows = rows.select(*about, "part", at, (pl.col("dur") / S).alias("seconds"))
+    if not j.has_start:
+        return rows.clear()
     return rows.sort("launch", "rank", "at_s", nulls_last=True, maintain_order=True)
 
 

@@ -93,6 +93,9 @@ def test_on_the_command_line(traces: tuple[Path, list[Made]]) -> None:
     (dots,) = [json.loads(spec)["panels"][0] for spec in specs if "ms per step, slowest rank" in spec]
     assert sum(len(series["x"]) for series in dots["series"]) == 10
     assert not (run / "summary.json").exists()  # that is the whole run's
+    text = page.read_text()
+    assert ">step, median<" in text and ">first step ends after<" not in text
+    assert re.search("^  first step ends after ", analysis("summary", run)[0], re.M)
     for words in (("--steps", "500-600"), ("--epoch", "7"), ("--from", "3", "--to", "2")):
         _, errors = analysis("report", run, *words, code=2)
         assert words[0] in errors and errors.count("\n") == 1
