@@ -141,7 +141,7 @@ def _list_differences(t: MeasuredTraining) -> list[str]:
     return [
         "a row here is in several arrays (numerical, categorical, labels), and a batch is one read of each; "
         "theirs are whole records, each in a file of its own (npz), or columns of row groups (parquet).",
-        "rows are read in file order here, unless the run shuffled; theirs are shuffled by file and sample.",
+        "rows are read in file order here, unless shuffled; theirs are shuffled by file (npz: and sample).",
         "their Parquet rows have 200 columns, of which a part is read: fewer bytes than record_length_bytes.",
         "computation_time is of this run's machine, and has the exchange between the ranks in it.",
         *([others] if t.has_other_calls else []),

@@ -200,6 +200,8 @@ def _find_reason(name: str, path: str | None, known: set[str], data_only: bool) 
         return "calls on files of /proc, /sys and /dev"
     if data_only and is_program_file(path):
         return "calls on files of programs and of the system (--data_only)"
+    if name not in known and name.startswith("posix_fadvise"):
+        return f"{name} (the trace does not say which advice: --fadvise)"
     return "" if name in known else f"{name} (not known to the replay)"
 
 

@@ -247,7 +247,7 @@ def test_advice(tmp_path: Path) -> None:
         ("pread64", 40, "/d/a", READ),
     )
     done = replay(run, tmp_path / "out1")
-    assert "not replayed: posix_fadvise64 (not known to the replay): 1" in done.err
+    assert "not replayed: posix_fadvise64 (the trace does not say which advice: --fadvise): 1" in done.err
     done = replay(run, tmp_path / "out2", "--fadvise", "willneed")
     assert (done.code, done.err) == (0, "") and done.record["calls"] == 3
     (advised,) = [e["args"] for e in read_events(done.output) if e["name"] == "posix_fadvise64"]
