@@ -83,7 +83,7 @@ class Browser:
     def run(self, script: str) -> Any:
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
-    def wait_for(self, script: str, seconds: float = 60) -> Any:
+    def wait_for(self, script: str, seconds: float = 180) -> Any:
         """Until the script's value is true."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
