@@ -293,9 +293,7 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     low, high = np.quantile(steps["wall_us"].to_numpy(), [0.0, 0.995]).tolist()
     if high - low < 2:
         return None
-    width = round_up((high - low) / bars)
-    first = int(low // width)
-    edges = [i * width for i in range(first, int(high // width) + 2)]
+    edges = find_round_edges(low, high, bars)
     values = steps["wall_us"].to_numpy()
     counts = [int(((values >= a) & (values < b)).sum()) for a, b in pairwise(edges)]
     counts[-1] += int((values >= edges[-1]).sum())
@@ -306,10 +304,12 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
     }  # fmt: skip
 
 
-def round_up(width: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50 and so on: what edges of bars can be read at."""
-    power = 10 ** max(0, math.floor(math.log10(width)))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
+def find_round_edges(low: float, high: float, bars: int) -> list[int]:
+    """Edges of at most so many bars and one over low to high, in us: multiples of 1, 2, 5, 10, 20 and so on."""
+    wanted = max(1.0, (high - low) / bars)
+    power = 10 ** math.floor(math.log10(wanted))
+    width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= wanted)
+    return [width * i for i in range(int(low // width), int(high // width) + 2)]
 
 
 def plot_startup(table: pl.DataFrame, chosen: ChosenRanks) -> Spec | None:

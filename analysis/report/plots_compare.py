@@ -9,7 +9,7 @@ import polars as pl
 from analysis.report.comparison import ComparedRun, Comparison, ScalingPoint
 from analysis.report.facts import TRAIN
 from analysis.report.page import Spec, format_size
-from analysis.report.plots import COLORS, CYCLE, round_up
+from analysis.report.plots import COLORS, CYCLE, find_round_edges
 from analysis.tables import answers, progress
 from analysis.tables.answers import PARTS
 
@@ -129,22 +129,20 @@ def _make_panel(label: str, unit: str, series: list[dict[str, Any]], zero: bool)
 
 def plot_step_times(runs: Labelled) -> Spec | None:
     """Which share of the steps took how long, in the same classes for all runs."""
-    walls = {label: progress.list_steps(run.run.joined)["wall_us"].to_numpy() / 1e3 for label, run in runs}
+    walls = {label: progress.list_steps(run.run.joined)["wall_us"].to_numpy() for label, run in runs}
     walls = {label: wall for label, wall in walls.items() if len(wall)}
     if not walls:
         return None
     low = min(float(wall.min()) for wall in walls.values())
     high = max(float(np.quantile(wall, 0.99)) for wall in walls.values())
-    width = round_up(max(high - low, 1e-3) * 1e3 / BINS) / 1e3
-    first = int(low / width)
-    edges = width * np.arange(first, int(high / width) + 2)
+    edges = find_round_edges(low, high, BINS)
     colors = {label: RUN_COLORS[i % len(RUN_COLORS)] for i, (label, _) in enumerate(runs)}
     series = []
     for label, wall in walls.items():
         counts, _ = np.histogram(np.clip(wall, edges[0], edges[-1]), edges)
         series.append({"name": label, "color": colors[label], "y": (100 * counts / len(wall)).tolist()})
     return {
-        "type": "columns", "labels": [f"{edge:.4g}" for edge in edges[:-1]], "series": series,
+        "type": "columns", "labels": [f"{edge / 1e3:.4g}" for edge in edges[:-1]], "series": series,
         "yunit": "% of the steps", "xunit": "ms per step; the last bar holds all longer ones",
     }  # fmt: skip
 
