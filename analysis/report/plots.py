@@ -305,7 +305,7 @@ def plot_step_histogram(steps: pl.DataFrame, bars: int = 40) -> Spec | None:
 
 
 def find_round_edges(low: float, high: float, bars: int) -> list[int]:
-    """Edges of at most so many bars and one over low to high, in us: multiples of 1, 2, 5, 10, 20 and so on."""
+    """Edges of about so many bars over low to high, in us: multiples of 1, 2, 5, 10, 20 and so on."""
     wanted = max(1.0, (high - low) / bars)
     power = 10 ** math.floor(math.log10(wanted))
     width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= wanted)
