@@ -50,6 +50,8 @@ __all__ = [
     "read_processes",
 ]
 HEAD_BYTES = 1 << 20  # of text: who wrote a file is said at its beginning
+TAIL_BYTES = 64 << 10, 1 << 20  # of a file: the end's marks are looked for in so much, then in so much of it
+MARKS_APART = 16 << 10  # bytes of text: marks of one barrier are not further apart
 HEAD_BLOCKS = 400  # a barrier at the start that comes later than this is not looked for
 MAX_RECORDS = 200_000  # of metadata in a file: each is parsed alone
 MAX_RANKS = 1 << 20
@@ -361,7 +363,13 @@ def _read_marks(process: TracedProcess, opened: Opener) -> None:
 
 def read_end_marks(process: TracedProcess, opened: Opener = open_trace) -> None:
     """The clock's marks at the end, from the file's last stretch alone."""
-    _parse_marks(process, _list_mark_lines(read_tail(process.path, opened), b'"end"')[-100:])
+    lines: list[bytes] = []
+    for size in TAIL_BYTES:
+        text = read_tail(process.path, size, opened)
+        lines = _list_mark_lines(text, b'"end"')[-100:]
+        if lines and text.find(lines[0]) > MARKS_APART:  # none of them came before
+            break
+    _parse_marks(process, lines)
 
 
 def _list_mark_lines(text: bytes | bytearray, when: bytes) -> list[bytes]:

@@ -24,7 +24,6 @@ from common.inputs import open_regular
 BLOCK = 4 << 20
 _CHUNK = 64 << 10
 _MAGIC = b"\x1f\x8b\x08"
-_TAIL = 1 << 20
 # Events with their times deflate to a tenth or a twentieth; a thousandth is what zlib can do to zeros.
 MAX_RATIO = 100
 _RATIO_FROM = 64 << 20  # bytes of text: below that no file is a danger
@@ -187,12 +186,14 @@ def _size_left(file: BinaryIO) -> int:
     return max(0, os.fstat(file.fileno()).st_size - file.tell())
 
 
-def read_tail(path: Path, opened: Opener = open_trace) -> bytearray:
-    """The end of the text: what the whole gzip members in the file's last stretch hold, or the last of it."""
+def read_tail(path: Path, size: int, opened: Opener = open_trace) -> bytearray:
+    """The end of the text: what the whole gzip members in the file's last `size` bytes hold, or the last of
+    it.
+    """
     with opened(path) as file, os_errors_as_user_errors(path):
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _TAIL))
-        data = file.read(_TAIL)
+        whole = file.seek(0, 2)
+        file.seek(max(0, whole - size))
+        data = file.read(size)
     if path.suffix != ".gz":
         return bytearray(data)
     text, at = bytearray(), data.find(_MAGIC)
