@@ -51,7 +51,7 @@ def run_perfetto(options: argparse.Namespace) -> int:
         else:
             summary = convert.convert_to_pftrace(
                 options.run, options.output, options.posix, advance, selection=selection, whole=options.whole,
-                kineto=options.kineto, node_counters=options.node_counters,
+                kineto=options.kineto, node_counters=options.node_counters, over=_choose_map(options),
             )  # fmt: skip
     _print_conversion(summary, set())
     return 0
@@ -97,7 +97,7 @@ def _print_conversion(summary: "ConversionSummary", printed: set[str]) -> None:
 def run_check(options: argparse.Namespace) -> int:
     from analysis.tables import check
 
-    rows, processes, unchecked = check.check_run(options.run)
+    rows, processes, unchecked = check.check_run(options.run, over=_choose_map(options))
     print(check.format_check(rows, processes, unchecked, check.list_node_losses(options.run, processes)))
     return 1 if any(row.missed for row in rows) else 0
 
@@ -108,7 +108,7 @@ def run_finish(options: argparse.Namespace) -> int:
     from analysis.tables import check
 
     with _show_events_read() as advance:
-        outcomes = finish.run_analyses(options.run, advance)
+        outcomes = finish.run_analyses(options.run, advance, _choose_map(options))
     failed, printed = [], set[str]()
     for outcome in outcomes:
         if outcome.error is not None:
@@ -221,11 +221,11 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def _choose_map(options: argparse.Namespace):
-    """Where ranks are read: on this machine's threads, or by a Dask cluster."""
-    from analysis.tables.gather import map_on_threads
+    """Where ranks are read: on this machine's cores, or by a Dask cluster."""
+    from analysis.tables.cores import map_on_cores
 
     if options.dask is None:
-        return map_on_threads
+        return map_on_cores
     from analysis.tables import dask_cluster
 
     return dask_cluster.map_on_cluster(options.dask)
@@ -313,7 +313,8 @@ def _add_dask_option(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--dask",
         metavar="WHERE",
-        help="read the ranks on a Dask cluster: `local`, `pbs`, `slurm`, or host:port",
+        help="read the ranks of a large run on a Dask cluster: `local`, `pbs`, `slurm`, or host:port "
+        "(default: on the cores of this machine)",
     )
 
 
@@ -362,6 +363,7 @@ def _add_perfetto_command(add_command: AddCommand) -> None:
         help="what dftracer_service has recorded of nodes; that of NODE_COUNTERS=yes is found in RUN",
     )  # fmt: skip
     _add_selection_options(made)
+    _add_dask_option(made)
 
 
 def _add_view_command(add_command: AddCommand) -> None:
@@ -457,8 +459,10 @@ def make_parser() -> argparse.ArgumentParser:
         return made
 
     _add_perfetto_command(add_command)
-    add_command("finish", run_finish, "all at the end of a job: perfetto, perfetto --posix, check, report")
-    add_command("check", run_check, "compare the bytes that the run counted with those in the trace")
+    help = "all at the end of a job: perfetto, perfetto --posix, check, report"
+    _add_dask_option(add_command("finish", run_finish, help))
+    help = "compare the bytes that the run counted with those in the trace"
+    _add_dask_option(add_command("check", run_check, help))
     _add_view_command(add_command)
     _add_report_command(add_command)
     _add_dask_option(add_command("summary", run_summary, "the run in numbers, in the terminal"))

@@ -1,17 +1,26 @@
 """All analyses at the end of a job, from one reading of the traces.
 
 Both Perfetto traces, the check of bytes, and the report. One that fails does not keep the others from their
-results.
+results. A small run is read block by block in this process, for all analyses at the same time. A large one,
+of which the Perfetto traces are overviews, is read rank by rank, on all cores or on a cluster.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from analysis.perfetto import convert
+from analysis.perfetto import convert, overview
 from analysis.report import report
+from analysis.report.run import choose_measures
 from analysis.tables import check
-from analysis.trace.source import Progress, SharedReading, TraceSource
+from analysis.tables.cores import Map, map_on_threads
+from analysis.tables.gather import More, RankTables, make_rank_tables
+from analysis.tables.read import read_rank
+from analysis.tables.times import measure_rank
+from analysis.trace.launches import Launch, plan_launches
+from analysis.trace.source import FileSource, Progress, SharedReading, Sharer, Sharing, TraceSource
 
 
 @dataclass(frozen=True)
@@ -19,17 +28,29 @@ class Analysis:
     """One of the commands that `finish` runs."""
 
     command: str  # what does the same alone
-    run: Callable[[str, TraceSource], Any]
+    run: Callable[[str, TraceSource, Map], Any]
+    of_rank: Callable[["RankReading"], Any]  # what it takes of a rank that was read elsewhere
 
 
 ANALYSES = (
-    Analysis("perfetto", lambda run_dir, source: convert.convert_to_pftrace(run_dir, source=source)),
+    Analysis(
+        "perfetto",
+        lambda run_dir, source, over: convert.convert_to_pftrace(run_dir, source=source, over=over),
+        lambda rank: rank.outline,
+    ),
     Analysis(
         "perfetto --posix",
-        lambda run_dir, source: convert.convert_to_pftrace(run_dir, posix=True, source=source),
+        lambda run_dir, source, over: convert.convert_to_pftrace(
+            run_dir, posix=True, source=source, over=over
+        ),
+        lambda rank: rank.outline,
     ),
-    Analysis("check", lambda run_dir, source: check.check_run(run_dir, source)),
-    Analysis("report", lambda run_dir, source: report.write_report(run_dir, source=source)),
+    Analysis("check", check.check_run, lambda rank: rank.sums),
+    Analysis(
+        "report",
+        lambda run_dir, source, over: report.write_report(run_dir, source=source, over=over),
+        lambda rank: rank.tables,
+    ),
 )
 
 
@@ -42,8 +63,66 @@ class AnalysisOutcome:
     error: BaseException | None = None
 
 
-def run_analyses(run_dir: str, progress: Progress | None = None) -> list[AnalysisOutcome]:
+def run_analyses(
+    run_dir: str, progress: Progress | None = None, over: Map = map_on_threads
+) -> list[AnalysisOutcome]:
+    """over: where the ranks of a large run are read."""
     reading = SharedReading(run_dir)
-    sharers = [reading.add(a.command, lambda source, a=a: a.run(run_dir, source)) for a in ANALYSES]
+    if overview.is_too_large(reading.order):
+        reading.close()
+        return _analyse_by_rank(run_dir, progress, over)
+    sharers = [
+        reading.add(each.command, lambda source, each=each: each.run(run_dir, source, over))
+        for each in ANALYSES
+    ]
     reading.run(progress)
+    return _list_outcomes(sharers)
+
+
+def _list_outcomes(sharers: Iterable[Sharer]) -> list[AnalysisOutcome]:
     return [AnalysisOutcome(sharer.name, sharer.result, sharer.error) for sharer in sharers]
+
+
+def _analyse_by_rank(run_dir: str, progress: Progress | None, over: Map) -> list[AnalysisOutcome]:
+    source, sharing = FileSource(run_dir), Sharing()
+    jobs = plan_launches(source)
+    sharers = [
+        sharing.add(
+            each.command,
+            lambda ranks, each=each: each.run(run_dir, source, _take_from(ranks, each.of_rank)),
+        )
+        for each in ANALYSES
+    ]
+    ranks = over(partial(read_for_all, more=choose_measures(Path(run_dir))), jobs)
+    sharing.run(_tell_progress(ranks, progress))
+    return _list_outcomes(sharers)
+
+
+def _tell_progress(ranks: Iterable["RankReading"], progress: Progress | None) -> Iterator["RankReading"]:
+    for rank in ranks:
+        if progress:
+            progress(rank.outline.job.files[0], rank.tables.events)
+        yield rank
+
+
+def _take_from(ranks: Iterable["RankReading"], of_rank: Callable[["RankReading"], Any]) -> Map:
+    """A `Map` that reads nothing: what its function would give is a part of what was read for all."""
+    return lambda function, work: (of_rank(rank) for rank in ranks)
+
+
+@dataclass
+class RankReading:
+    """What the analyses keep of one rank in one launch, from one reading of its files."""
+
+    outline: overview.RankOutline
+    sums: check.RankSums
+    tables: RankTables
+
+
+def read_for_all(job: Launch, more: More) -> RankReading:
+    """more: measures of the rank besides those that all reports have."""
+    counts = check.RankCounts(job)
+    events = read_rank(job.rank, job.files, job.clock, through=counts.count_blocks)
+    measured = measure_rank(events)
+    outline = overview.make_outline(job, events, measured)
+    return RankReading(outline, counts.sum_files(), make_rank_tables(job, events, more, measured))

@@ -18,8 +18,8 @@ from analysis.report.run import TracedRun, open_run
 from analysis.run_folder import records, run_settings
 from analysis.run_folder.outputs import find_output_folder
 from analysis.tables import answers, progress
-from analysis.tables.gather import plan_launches
 from analysis.tables.read import read_rank
+from analysis.trace.launches import plan_launches
 from analysis.trace.source import FileSource
 from common.errors import UserError, printable
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RANKS_PER_NODE = 4
+MEMBER_BYTES = 64 << 10  # of text
 
 
 def read_template(run: Path, steps: int) -> bytes:
@@ -63,8 +64,9 @@ def make_run(template: bytes, folder: Path, ranks: int, run: Path) -> None:
         for before, after in ((b'"name":"host","value":"', b'"'), (b'"name":"', b'","value":"6')):
             text = text.replace(before + host[1] + after, before + node + after)
         path = folder / "trace" / f"train{rank:05d}-{rank:016x}-app.pfw.gz"
-        with gzip.open(path, "wb", compresslevel=1) as file:
-            file.write(text)
+        with open(path, "wb") as file:
+            for begin in range(0, len(text), MEMBER_BYTES):  # as DFTracer writes them
+                file.write(gzip.compress(text[begin : begin + MEMBER_BYTES], compresslevel=1))
 
 
 def measure(*words: object) -> tuple[float, float, float]:

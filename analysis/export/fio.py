@@ -18,9 +18,10 @@ from pathlib import Path
 import polars as pl
 
 from analysis.run_folder.outputs import has_header, results_in
-from analysis.tables.gather import Launch, plan_launches, shorten_losses
+from analysis.tables.gather import shorten_losses
 from analysis.tables.read import read_rank
 from analysis.trace.classify import is_kernel_file, is_program_file
+from analysis.trace.launches import Launch, plan_launches
 from analysis.trace.source import FileSource
 from common.errors import UserError, os_errors_as_user_errors, printable
 

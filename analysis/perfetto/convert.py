@@ -29,10 +29,11 @@ from analysis.perfetto.tracks import (
     write_counter,
 )
 from analysis.run_folder import outputs, records, run_settings
-from analysis.tables.gather import plan_launches
+from analysis.tables.cores import Map, map_on_threads
 from analysis.trace.clocks import Clock, describe_moves, group_launches, make_clocks, measure_clock_skew
 from analysis.trace.events import assign_ranks
 from analysis.trace.kineto import read_profile
+from analysis.trace.launches import plan_launches
 from analysis.trace.nodes import find_node_files
 from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.selection import WHOLE, Selection, find_windows
@@ -51,13 +52,14 @@ def convert_to_pftrace(
     run_dir: str | Path, path: str | Path | None = None, posix: bool = False,
     progress: Progress | None = None, source: TraceSource | None = None, selection: Selection = WHOLE,
     whole: bool = False, kineto: Sequence[Path] = (), node_counters: Sequence[Path] = (),
+    over: Map = map_on_threads,
 ) -> ConversionSummary:  # fmt: skip
     """Write the Perfetto trace. posix: I/O calls only. progress: is given a file and its new events.
 
     selection: the part of the run that is shown; only without a source that several analyses share. whole:
     all of it, though the Perfetto UI cannot open so much; else a large run becomes an overview. kineto:
     profiles of torch.profiler to be shown with the run's own. node_counters: the same of folders that
-    dftracer_service has written.
+    dftracer_service has written. over: where ranks are read, for an overview.
     """
     given = [read_profile(path) for path in kineto]
     nodes = find_node_files(run_dir, node_counters)
@@ -92,7 +94,7 @@ def convert_to_pftrace(
             heads = {process.path: process for process, _ in shown}
             jobs_of_ranks = plan_launches(source)
             summary.notes, tracks = overview.write_overview(
-                shared, source, run_dir, jobs_of_ranks, labels, heads, progress
+                shared, source, run_dir, jobs_of_ranks, labels, heads, progress, over
             )
             done = [process for process, _ in shown]
         else:

@@ -16,11 +16,12 @@ import numpy as np
 import polars as pl
 
 from analysis.perfetto.tracks import FileTracks, SharedTracks, TrackLabels, write_bandwidth
-from analysis.tables.gather import Launch, map_on_threads
-from analysis.tables.read import read_rank
-from analysis.tables.times import MEASURES, measure_rank
+from analysis.tables.cores import Map
+from analysis.tables.read import RankEvents, read_rank
+from analysis.tables.times import MEASURES, RankMeasures, measure_rank
 from analysis.trace.arguments import READ, WRITE
 from analysis.trace.clocks import Clock
+from analysis.trace.launches import Launch
 from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.scan import EVENT, INT, EventBlock
 from analysis.trace.selection import Selection, Window
@@ -91,16 +92,18 @@ def is_too_large(processes: Iterable[TracedProcess]) -> bool:
 def write_overview(
     shared: SharedTracks, source: TraceSource, run_dir: str | Path, jobs: list[Launch],
     labels: dict[Path, TrackLabels], processes: dict[Path, TracedProcess], progress: Progress | None,
+    over: Map,
 ) -> tuple[list[str], dict[Path, int]]:  # fmt: skip
     """Write all packets but the counters of the run. Returns sentences on what is shown, and the processes'
     tracks.
 
-    jobs: in the order in which the source gives its files. labels, processes: by trace file.
+    jobs: in the order in which the source gives its files. labels, processes: by trace file. over: where
+    ranks are read, if the source is not a reading that is shared with other analyses.
     """
     outline = Outline()
-    measured = (measure_outline(job, source) for job in jobs)
-    if isinstance(source, FileSource):  # not a reading that several analyses share: several ranks at once
-        measured = map_on_threads(measure_outline, jobs)
+    measured = (read_outline(job, source) for job in jobs)
+    if isinstance(source, FileSource):
+        measured = over(read_outline, jobs)
     for rank in measured:
         for process in rank.processes:
             if progress:
@@ -128,11 +131,16 @@ def write_overview(
     return notes, {path: tracks.uuid for path, tracks in outline.tracks.items()}
 
 
-def measure_outline(job: Launch, source: TraceSource | None = None) -> RankOutline:
+def read_outline(job: Launch, source: TraceSource | None = None) -> RankOutline:
     events = read_rank(job.rank, job.files, job.clock, source)
-    if not len(events.calls) and not len(events.spans):
+    return make_outline(job, events, measure_rank(events))
+
+
+def make_outline(job: Launch, events: RankEvents, measured: RankMeasures | None) -> RankOutline:
+    """What is kept of a rank's events; measured: what `measure_rank` says of them."""
+    if measured is None:
         return RankOutline(job, events.processes, pl.DataFrame(), pl.DataFrame(), pl.DataFrame())
-    tables, cuts = measure_rank(events)
+    tables, cuts = measured
     phases = pl.DataFrame(
         {"phase": cuts.phase, "epoch": cuts.epoch, "ts": cuts.starts, "dur": cuts.ends - cuts.starts},
         schema_overrides={"epoch": pl.Int64},

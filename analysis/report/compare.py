@@ -18,7 +18,7 @@ from analysis.report.comparison import (
 from analysis.report.page import Figures, make_page, render_table, wrap_table
 from analysis.report.report import render_findings
 from analysis.run_folder import outputs
-from analysis.tables.gather import Map, map_on_threads
+from analysis.tables.cores import Map, map_on_threads
 from analysis.workload.fidelity import Fidelity, describe_files
 from common.errors import os_errors_as_user_errors
 

@@ -27,7 +27,7 @@ from analysis.report.page import (
 from analysis.report.run import TracedRun, open_run
 from analysis.report.sections import list_entries
 from analysis.run_folder import outputs, run_settings
-from analysis.tables.gather import Map, map_on_threads
+from analysis.tables.cores import Map, map_on_threads
 from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import TraceSource
 from common.errors import os_errors_as_user_errors

@@ -15,21 +15,20 @@ from analysis.run_folder.outputs import find_output_folder
 from analysis.tables import gpu, utilisation
 from analysis.tables.answers import list_unknown_spans, sum_spans
 from analysis.tables.calls import MAPPED
+from analysis.tables.cores import Map, map_on_threads
 from analysis.tables.device import explain_missing_counters
 from analysis.tables.gather import (
     JoinedTables,
-    Launch,
-    Map,
     More,
     describe_missing_ranks,
     gather_tables,
-    map_on_threads,
     shorten_losses,
 )
 from analysis.tables.read import RankEvents
 from analysis.trace.classify import is_earlier_name, is_gpu_record
 from analysis.trace.clocks import describe_moves, make_clocks, measure_clock_skew
 from analysis.trace.kineto import Profile, find_profiles, read_profile
+from analysis.trace.launches import Launch
 from analysis.trace.nodes import list_losses
 from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import TraceSource
@@ -89,10 +88,7 @@ def open_run(
     """
     folder = Path(path)
     given = [read_profile(each) for each in kineto]
-    more = partial(
-        _measure_more, more=measure_requests if with_requests else measure_rank_workload,
-        own=find_profiles(folder), given=given,
-    )  # fmt: skip
+    more = choose_measures(folder, given, with_requests)
     run = TracedRun(folder, gather_tables(folder, over, source, more, with_requests, selection))
     run.config = records.read_config(run.folder / "config.json", run.notes)
     run.plan = records.read_plan(run.folder / "plan.json", run.notes)
@@ -118,6 +114,12 @@ def open_run(
         for loss in list_losses(folder, {process.host for process in run.joined.processes})
     ]
     return run
+
+
+def choose_measures(folder: Path, given: Sequence[Profile] = (), with_requests: bool = False) -> More:
+    """What is measured of each rank besides the tables of all runs. See `open_run`."""
+    requests_or_steps = measure_requests if with_requests else measure_rank_workload
+    return partial(_measure_more, more=requests_or_steps, own=find_profiles(folder), given=given)
 
 
 def _cut_metrics(metrics: pl.DataFrame, time: pl.DataFrame) -> pl.DataFrame:

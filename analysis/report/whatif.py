@@ -16,7 +16,7 @@ from analysis.report.page import format_seconds
 from analysis.report.run import TracedRun, open_run
 from analysis.run_folder import run_settings
 from analysis.tables import device
-from analysis.tables.gather import Map, map_on_threads
+from analysis.tables.cores import Map, map_on_threads
 from analysis.workload import simulate
 from analysis.workload.simulate import Model, Prediction, Scenario
 from common.errors import UserError, printable

@@ -11,7 +11,7 @@ C library's streams, of which DFTracer does not record fprintf and fscanf.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from analysis.tables.cores import Map, map_on_threads
 from analysis.trace.arguments import READ, WRITE, count_moved_bytes, read_argument, read_real_argument
 from analysis.trace.classify import KERNEL_COUNTERS, is_understood
-from analysis.trace.clocks import group_launches
 from analysis.trace.columns import resolve_paths
-from analysis.trace.events import assign_ranks
+from analysis.trace.events import TraceReader
+from analysis.trace.launches import Launch, plan_launches
 from analysis.trace.nodes import list_losses
 from analysis.trace.process import TracedProcess, is_forked
 from analysis.trace.scan import STRING, EventBlock
-from analysis.trace.source import FileSource, TraceSource
+from analysis.trace.source import EventBlockReader, FileSource, TraceSource
 from analysis.trace.strings import ID, StringTable, unescape_text
 from common.errors import UserError, printable
 from common.inputs import read_json_object
@@ -86,12 +87,13 @@ class UncheckedBytes:
 
 
 def check_run(
-    run_dir: str | Path, source: TraceSource | None = None
+    run_dir: str | Path, source: TraceSource | None = None, over: Map = map_on_threads
 ) -> tuple[list[CheckedFile], list[TracedProcess], list[UncheckedBytes]]:
     """One row per launch, rank, direction and file that the run names; the processes hold what was lost; and
-    what was not compared.
+    what was not compared. over: see `sum_by_launch`.
     """
-    launched, results = sum_by_launch(source or FileSource(run_dir)), Path(run_dir) / "results.json"
+    launched = sum_by_launch(source or FileSource(run_dir), over)
+    results = Path(run_dir) / "results.json"
     ended = _find_ended_launch([job for job, _ in launched])
     rows: list[CheckedFile] = []
     for number, (_, traced) in enumerate(launched):
@@ -201,41 +203,82 @@ def _read_counts(value: Any, name: str) -> dict[int, dict[str, int]]:
     return found
 
 
-def sum_by_launch(source: TraceSource) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
-    """Per launch: the traced processes, and the bytes of every file by rank."""
-    strings, paths = StringTable(), {}
-    sums: dict[Path, dict[tuple[int, int], int]] = {}
-    processes = []
-    for path in source.list_files():
-        reader = source.open_reader(path, strings, paths)
+def sum_by_launch(
+    source: TraceSource, over: Map = map_on_threads
+) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
+    """Per launch: the traced processes, and the bytes of every file by rank. over: where ranks are read, if
+    the source is not a reading that is shared with other analyses.
+    """
+    jobs = plan_launches(source)
+    sums = over(sum_rank, jobs) if isinstance(source, FileSource) else (sum_rank(job, source) for job in jobs)
+    found: dict[int, tuple[list[TracedProcess], dict[int, Moved]]] = {}
+    for job, of_rank in zip(jobs, sums, strict=True):
+        processes, by_rank = found.setdefault(job.launch, ([], {}))
+        processes += of_rank.processes
+        by_rank[job.rank] = of_rank.moved
+    return list(found.values())
+
+
+@dataclass
+class RankSums:
+    """Of one rank in one launch: its processes as read, and the bytes of every file."""
+
+    processes: list[TracedProcess]
+    moved: Moved
+
+
+def sum_rank(job: Launch, source: TraceSource | None = None) -> RankSums:
+    """Read the files of one rank. source: a reading that is shared with other analyses, else these files."""
+    strings, paths, counts = StringTable(), {}, RankCounts(job)
+    for path in job.files:
+        reader = source.open_reader(path, strings, paths) if source else TraceReader(path, strings, paths)
         strings, paths = reader.strings, reader.paths
-        processes.append(reader.process)
-        moved = sums[path] = {}
+        for _ in counts.count_blocks(reader):
+            pass
+    return counts.sum_files()
+
+
+class RankCounts:
+    """What the blocks of one rank's files say, added up while they are read, by whomever."""
+
+    def __init__(self, job: Launch) -> None:
+        self._job = job
+        self._readers: list[EventBlockReader] = []
+        self._moved: list[dict[tuple[int, int], int]] = []  # of each file
+
+    def count_blocks(self, reader: EventBlockReader) -> Iterator[EventBlock]:
+        """The blocks of the next file, counted on their way."""
+        moved: dict[tuple[int, int], int] = {}
         by_kernel: list[float] = []  # all its samples
         unknown: dict[tuple[str, str], int] = {}
+        self._readers.append(reader)
+        self._moved.append(moved)
         for block in reader:
-            _add_block(block, strings, moved)
-            _count_unknown_spans(block, strings, unknown)
-            by_kernel += _list_kernel_samples(block, strings)
+            _add_block(block, reader.strings, moved)
+            _count_unknown_spans(block, reader.strings, unknown)
+            by_kernel += _list_kernel_samples(block, reader.strings)
+            yield block
         reader.process.unknown = unknown
         if by_kernel and reader.process.ended and not is_forked(reader.process):
             reader.process.reads = int(max(by_kernel) - min(by_kernel)), 0
-    found = []
-    for job in group_launches(assign_ranks(processes)):
-        by_rank: dict[int, Moved] = {}
-        folders = {p.rank: p.folder for p in reversed(job) if p.folder}
-        for process in assign_ranks(job):
-            seen = by_rank.setdefault(process.rank, {})
-            for (hashed, direction), total in sums[process.path].items():
-                file = strings.text(int(resolve_paths(np.array([hashed]), paths, strings)[0]))
-                file = os.path.join(folders.get(process.rank, ""), file)  # as the program named it
+
+    def sum_files(self) -> RankSums:
+        """When all files have been read."""
+        processes = [reader.process for reader in self._readers]
+        folder = next((process.folder for process in processes if process.folder), "")
+        seen: Moved = {}
+        for reader, moved in zip(self._readers, self._moved, strict=True):
+            hashes = np.array([hashed for hashed, _ in moved], np.int64)
+            named = resolve_paths(hashes, reader.paths, reader.strings).tolist()
+            for number, (_, direction), total in zip(named, moved, moved.values(), strict=True):
+                file = os.path.join(folder, reader.strings.text(number))  # as the program named it
                 seen[direction, file] = seen.get((direction, file), 0) + total
-        for process in job:
+        for process in processes:
+            process.rank = self._job.rank
             if process.reads:
-                calls = sum(amount for (kind, _), amount in by_rank[process.rank].items() if kind == READ)
+                calls = sum(amount for (kind, _), amount in seen.items() if kind == READ)
                 process.reads = process.reads[0], calls
-        found.append((job, by_rank))
-    return found
+        return RankSums(processes, seen)
 
 
 def _list_kernel_samples(block: EventBlock, strings: StringTable) -> list[float]:

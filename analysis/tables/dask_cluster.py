@@ -9,18 +9,20 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
-from analysis.tables.gather import Launch, Map, RankTables
+from analysis.tables.cores import Map
+from analysis.trace.launches import Launch
 from common.errors import UserError
 
+T = TypeVar("T")
 WORKERS = 2
 MAX_JOBS = 16  # in a queue
 SCHEDULERS = {"pbs": "PBSCluster", "slurm": "SLURMCluster"}  # the classes of dask_jobqueue
 
 
 def map_on_cluster(where: str) -> Map:
-    """What gather_tables calls instead of its threads."""
+    """What is called instead of `map_on_cores`."""
     if where not in ("local", *SCHEDULERS) and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
         raise UserError(f"--dask {where}: local, pbs, slurm, or the host:port of a scheduler that runs")
     try:
@@ -28,7 +30,7 @@ def map_on_cluster(where: str) -> Map:
     except ImportError as error:
         raise UserError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
 
-    def run_on_cluster(function: Callable[[Launch], RankTables], work: list[Launch]) -> Iterator[RankTables]:
+    def run_on_cluster(function: Callable[[Launch], T], work: list[Launch], /) -> Iterator[T]:
         with ExitStack() as stack:
             cluster = _start_cluster(where, stack, len(work))
             try:
@@ -69,9 +71,7 @@ def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:
     return where
 
 
-def _gather_results(
-    client: Any, function: Callable[[Launch], RankTables], work: list[Launch]
-) -> Iterable[RankTables]:
+def _gather_results(client: Any, function: Callable[[Launch], T], work: list[Launch]) -> Iterable[T]:
     """In the order of the ranks. The largest first, so that no worker ends up alone with one."""
     large = sorted(work, key=lambda job: -sum(path.stat().st_size for path in job.files))
     futures = {(job.launch, job.rank): client.submit(function, job, pure=False) for job in large}

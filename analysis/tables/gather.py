@@ -1,50 +1,33 @@
-"""All ranks of a run -> joined tables. One rank at a time is in memory (two, on two threads).
+"""All ranks of a run -> joined tables. As many ranks are in memory as are read at one time.
 
-A run that was stopped and resumed has several launches: each rank of each launch is read by itself.
-
-`read_rank_tables` is the unit of work: it needs only the files of one rank, so a Dask cluster can run it.
+`read_rank_tables` is the unit of work: it needs only the files of one rank, so another process, or a Dask
+cluster, can run it.
 """
 
 import io
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import polars as pl
 
 from analysis.tables.calls import fold_program_files, make_io_tables, select_declared_io
+from analysis.tables.cores import Map, map_on_threads
 from analysis.tables.kernel_counters import measure_device
 from analysis.tables.part import cut_events
 from analysis.tables.read import RankEvents, read_rank
-from analysis.tables.times import measure_rank
-from analysis.trace.clocks import Clock, group_launches, make_clocks
-from analysis.trace.events import assign_ranks
+from analysis.tables.times import RankMeasures, measure_rank
+from analysis.trace.launches import Launch, plan_launches
 from analysis.trace.process import TracedProcess
-from analysis.trace.selection import WHOLE, Selection, find_windows
+from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError
 
 OF_A_LAUNCH = ("time", "steps", "collectives", "marks")  # tables whose rows hold their launch
-T = TypeVar("T")
-Map = Callable[..., Iterable["RankTables"]]
-More = Callable[["Launch", RankEvents], dict[str, pl.DataFrame]]  # further tables of one rank in one launch
-
-
-@dataclass
-class Launch:
-    """The traces of one rank in one launch, and what to do to their times."""
-
-    rank: int
-    files: list[Path]
-    clock: Clock = Clock()
-    launch: int = 1
-    part: Selection = WHOLE  # of its events
+More = Callable[[Launch, RankEvents], dict[str, pl.DataFrame]]  # further tables of one rank in one launch
 
 
 @dataclass
@@ -100,24 +83,6 @@ def describe_missing_ranks(processes: Iterable[TracedProcess], name: str) -> str
     return f"{name} had {world} ranks; there is no trace of rank {names}"
 
 
-def plan_launches(source: TraceSource, selection: Selection = WHOLE) -> list[Launch]:
-    """What is to be read: the files of each rank in each launch, with the clock that corrects their times."""
-    found = source.read_heads()
-    known, made = make_clocks(found), []
-    jobs = group_launches(found)
-    begin = min((known[p.path].correct_time(p.first) for p in found if p.first), default=0)
-    part = replace(selection, ranks=(), hosts=(), every=1)
-    part = replace(part, windows=find_windows(replace(part, steps=None, epoch=None), jobs, known, begin))
-    if not selection.is_whole:
-        jobs = group_launches(selection.choose_processes(p for job in jobs for p in assign_ranks(job)))
-    for launch, job in enumerate(jobs, 1):
-        by_rank: dict[int, list[Path]] = {}
-        for process in assign_ranks(job):
-            by_rank.setdefault(process.rank, []).append(process.path)
-        made += [Launch(rank, paths, known[paths[0]], launch, part) for rank, paths in by_rank.items()]
-    return made
-
-
 def read_rank_tables(job: Launch, more: More | None = None, details: bool = False) -> RankTables:
     events = read_rank(job.rank, job.files, job.clock, details=details)
     if not job.part.is_whole:
@@ -125,14 +90,20 @@ def read_rank_tables(job: Launch, more: More | None = None, details: bool = Fals
     return make_rank_tables(job, events, more)
 
 
-def make_rank_tables(job: Launch, events: RankEvents, more: More | None = None) -> RankTables:
-    """The tables of one rank in one launch. `events` may be freed on the way: they are most of the memory."""
+def make_rank_tables(
+    job: Launch, events: RankEvents, more: More | None = None, measured: RankMeasures | None = None
+) -> RankTables:
+    """The tables of one rank in one launch. `events` may be freed on the way: they are most of the memory.
+
+    measured: what `measure_rank` says of them, if it was called before.
+    """
     for process in events.processes:
         process.rank = job.rank
     rows = len(events.calls), len(events.spans)
     made = RankTables(events.processes, paths=events.paths, events=sum(rows), calls=rows[0])
-    if made.events:
-        made.tables, cuts = measure_rank(events)
+    measured = measured or measure_rank(events)
+    if measured:
+        made.tables, cuts = measured
         made.tables["device"] = measure_device(events, cuts)
         further = more(job, events) if more else {}
         calls, spans = events.calls, select_declared_io(events)
@@ -148,21 +119,6 @@ def make_rank_tables(job: Launch, events: RankEvents, more: More | None = None) 
 def _cast_categories(table: pl.DataFrame) -> pl.DataFrame:
     """Categories as text: they are few rows now, and text travels between machines."""
     return table.with_columns(pl.col(pl.Categorical).cast(pl.String))
-
-
-def map_on_threads(function: Callable[[Launch], T], work: list[Launch]) -> Iterable[T]:
-    """Runs the function on each launch, as many at once as there are cores. No more results than that wait
-    until they are asked for.
-    """
-    cores = min(len(work), os.cpu_count() or 1)
-    with ThreadPoolExecutor(max_workers=cores) as pool:
-        waiting: deque[Future[T]] = deque()
-        for job in work:
-            if len(waiting) > cores:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(function, job))
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def read_shared(source: TraceSource, work: list[Launch], more: More | None = None) -> Iterator[RankTables]:
@@ -187,13 +143,15 @@ def gather_tables(
     details: bool = False,
     selection: Selection = WHOLE,
 ) -> JoinedTables:
-    """source: a reading of the traces that is shared with other analyses; then `over` is not used.
+    """over: where ranks are read. source: if it is a reading that is shared with other analyses, they are
+    read there.
 
     more: makes further tables of each rank; a function of a module, which Dask can send. details: it gets
     calls with the columns DETAILS; not of a shared reading. selection: not of a shared reading, either.
     """
-    work = plan_launches(source or FileSource(run_dir), selection)
-    if source is None:
+    source = source or FileSource(run_dir)
+    work = plan_launches(source, selection)
+    if isinstance(source, FileSource):
         parts = over(partial(read_rank_tables, more=more, details=details), work)
     else:
         parts = read_shared(source, work, more)
@@ -243,6 +201,7 @@ def _join_tables(packed: list[bytes], paths: dict[str, str]) -> pl.DataFrame:
         sums = [c for c in table.columns if c not in (*keys, "bin", "width_us")]
         table = (
             table.with_columns(coarse.alias("bin"), pl.lit(width, pl.Int64).alias("width_us"))
-            .group_by(*keys, "width_us", "bin").agg(pl.col(sums).sum()).sort(*keys, "bin")
+            .group_by(*keys, "width_us", "bin", maintain_order=True).agg(pl.col(sums).sum())
+            .sort(*keys, "bin")
         )  # fmt: skip
     return table

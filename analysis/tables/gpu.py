@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from analysis.tables.gather import Launch
 from analysis.tables.intervals import Stretches, merge_stretches, subtract_stretches, unite_stretches
 from analysis.tables.read import RankEvents
 from analysis.tables.times import find_bounds, find_stretches
 from analysis.trace.classify import KINDS
 from analysis.trace.kineto import COPY_CATS, STEP_NAME, Profile, find_process, read_profile
+from analysis.trace.launches import Launch
 from analysis.trace.process import TracedProcess
 from common.errors import UserError
 

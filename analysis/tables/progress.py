@@ -150,7 +150,11 @@ def make_timeline(j: JoinedTables) -> pl.DataFrame:
     """
     busy = j["busy"]
     width, first = int(busy["width_us"].to_numpy().max()), j["time"]["ts"].min()
-    table = busy.group_by("bin").agg(pl.col("wall_us", *KIND_US).sum()).filter(pl.col("wall_us") > 0)
+    table = (
+        busy.group_by("bin", maintain_order=True)
+        .agg(pl.col("wall_us", *KIND_US).sum())
+        .filter(pl.col("wall_us") > 0)
+    )
     begin = pl.max_horizontal(pl.col("bin") * width, pl.lit(first))
     shares = [(pl.col(k) / pl.col("wall_us")).alias(k.removesuffix("_us")) for k in KIND_US]
     table = table.select("bin", begin.alias("ts"), ((pl.col("bin") + 1) * width - begin).alias("us"), *shares)

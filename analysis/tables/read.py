@@ -5,7 +5,7 @@ For those who make the calls again (replay, exports) the table of calls can also
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +54,10 @@ class RankEvents:
     spans: pl.DataFrame
     paths: dict[str, str] = field(default_factory=dict)  # file hash -> path, for the ranks that lack it
 
+    @property
+    def count(self) -> int:
+        return len(self.calls) + len(self.spans)
+
     @cached_property
     def main_thread(self) -> tuple[int, int]:
         """pid, tid of the thread that trains: the one with the steps, else the busiest first thread."""
@@ -84,12 +88,13 @@ def choose_steps(spans: pl.DataFrame) -> pl.DataFrame:
 
 def read_rank(
     rank: int, files: Iterable[Path], clock: Clock | None = None, source: TraceSource | None = None,
-    details: bool = False,
+    details: bool = False, through: Callable[[EventBlockReader], Iterable[EventBlock]] = iter,
 ) -> RankEvents:  # fmt: skip
     """Calls and spans of one rank, from all its trace files.
 
     clock: what corrects its times. source: a reading that several analyses share, else these files.
-    details: whether calls also have the columns DETAILS, and spans the column offset.
+    details: whether calls also have the columns DETAILS, and spans the column offset. through: gives the
+    blocks of a reader, after it has taken from them what else is wanted.
     """
     calls, spans, found = [], [], []
     strings, paths, clock = StringTable(), {}, clock or Clock()
@@ -99,7 +104,7 @@ def read_rank(
         strings, paths = reader.strings, reader.paths
         found.append(reader.process)
         pids: set[int] = set()
-        for block in reader:
+        for block in through(reader):
             pids |= _list_pids(block)
             one, other = _split_block(block, reader, clock, positions)
             calls.append(one)

@@ -55,6 +55,9 @@ class Windows:
         return np.clip(np.searchsorted(self.starts, ts, side="right") - 1, 0, len(self.starts) - 1)
 
 
+RankMeasures = tuple[dict[str, pl.DataFrame], Windows]  # tables of a rank, and its phases
+
+
 def find_stretches(events: pl.DataFrame, *where: pl.Expr) -> Stretches:
     """The time that the chosen events cover."""
     found = events.lazy().filter(*where).select("ts", (pl.col("ts") + pl.col("dur")).alias("end")).collect()
@@ -214,8 +217,12 @@ def list_collectives(
     return found.select("epoch", "step", "name", nth, "ts", "dur")
 
 
-def measure_rank(events: RankEvents) -> tuple[dict[str, pl.DataFrame], Windows]:
-    """Tables time (per phase and epoch), steps, collectives, busy (timeline), spans, marks, curves."""
+def measure_rank(events: RankEvents) -> RankMeasures | None:
+    """Tables time (per phase and epoch), steps, collectives, busy (timeline), spans, marks, curves; None of a
+    rank without events.
+    """
+    if not events.count:
+        return None
     pid, tid = events.main_thread
     main = (
         events.spans.lazy().filter((pl.col("pid") == pid) & (pl.col("tid") == tid))

@@ -10,7 +10,7 @@ does not depend on the others.
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -99,28 +99,38 @@ class OpenFiles:
             self.close(path)
 
 
-class SharedReading:
-    """Reads all traces of a run once, for the analyses that `add` has been called with."""
+class Sharing:
+    """Hands out items, one after the other, to several analyses, each of which runs on a thread of its own.
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self._files = OpenFiles()
-        self._heads = read_heads(run_dir, self._files.open)
-        self.order = [p for job in group_launches(self._heads) for p in assign_ranks(job)]
-        self.strings, self.paths = StringTable(), {}
-        self._sharers: list[_Sharer] = []
+    An item is handed out when all have asked for it, so they work on the same one at the same time.
+    """
 
-    def add(self, name: str, analysis: Callable[[TraceSource], Any]) -> "_Sharer":
-        """An analysis to run: it gets a source, and reads all its files in the order of `list_files`."""
-        sharer = _Sharer(self, name, analysis)
+    def __init__(self) -> None:
+        self._sharers: list[Sharer] = []
+
+    def add(self, name: str, analysis: Callable[["Sharer"], Any]) -> "Sharer":
+        """An analysis to run: it is called with a `Sharer`, and asks it for all items."""
+        sharer = Sharer(name, analysis)
         self._sharers.append(sharer)
         return sharer
 
-    def run(self, progress: Progress | None = None) -> None:
-        """Read the traces and run the analyses. Each one's result or error is in what `add` gave back."""
+    def run(self, items: Iterable[Any]) -> None:
+        """Run the analyses. Each one's result or error is in what `add` gave back; an error in making an item
+        is an error of each.
+        """
         for sharer in self._sharers:
             sharer.thread.start()
         try:
-            self._read_files(progress)
+            left = iter(items)
+            while asking := self._wait_for_sharers():
+                try:
+                    item = next(left, END)
+                except Exception as error:  # each analysis reports it
+                    item = error
+                for sharer in asking:
+                    sharer.inbox.put(item)
+                if item is END or isinstance(item, Exception):
+                    break
         except BaseException as error:
             for sharer in self._sharers:
                 sharer.inbox.put(error)
@@ -128,45 +138,24 @@ class SharedReading:
         finally:
             for sharer in self._sharers:
                 sharer.thread.join()
-            self._files.close_all()
 
-    def copy_heads(self) -> list[TracedProcess]:
-        return [replace(process) for process in self._heads]
-
-    def _read_files(self, progress: Progress | None) -> None:
-        for process in self.order:
-            reader = TraceReader(process.path, self.strings, self.paths, self._files.open)
-            reader.process.rank = process.rank
-            blocks = iter(reader)
-            while sharers := self._wait_for_sharers():
-                try:
-                    block = next(blocks, None)
-                except Exception as error:  # each analysis reports it
-                    for sharer in sharers:
-                        sharer.inbox.put(error)
-                    return
-                for sharer in sharers:
-                    sharer.inbox.put((reader.process, block))
-                if block is None:
-                    break
-                if progress:
-                    progress(process.path, len(block))
-            self._files.close(process.path)
-
-    def _wait_for_sharers(self) -> "list[_Sharer]":
-        """The analyses that have not ended, once each of them is done with the last block."""
+    def _wait_for_sharers(self) -> "list[Sharer]":
+        """The analyses that have not ended, once each of them is done with the last item."""
         for sharer in self._sharers:
             if not sharer.ended:
                 sharer.asked.acquire()
         return [sharer for sharer in self._sharers if not sharer.ended]
 
 
-class _Sharer:
-    """One of the analyses of a shared reading: its thread, its source, and how it ended."""
+END = object()  # there are no more items
 
-    def __init__(self, reading: SharedReading, name: str, analysis: Callable[[TraceSource], Any]) -> None:
-        """name: of the analysis, for messages. analysis: called with this source on a thread of its own."""
-        self.reading, self.name = reading, name
+
+class Sharer:
+    """One of the analyses of a `Sharing`: its thread, the items for it, and how it ended."""
+
+    def __init__(self, name: str, analysis: Callable[["Sharer"], Any]) -> None:
+        """name: of the analysis, for messages. analysis: called with this object on a thread of its own."""
+        self.name = name
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self.asked = threading.Semaphore(0)
         self.ended = False
@@ -184,6 +173,66 @@ class _Sharer:
             self.ended = True
             self.asked.release()
 
+    def __iter__(self) -> Iterator[Any]:
+        while (item := self.take()) is not END:
+            yield item
+
+    def take(self) -> Any:
+        """The next item, or END."""
+        self.asked.release()
+        item = self.inbox.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+class SharedReading:
+    """Reads all traces of a run once, for the analyses that `add` has been called with."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._files = OpenFiles()
+        self._heads = read_heads(run_dir, self._files.open)
+        self.order = [p for job in group_launches(self._heads) for p in assign_ranks(job)]
+        self.strings, self.paths = StringTable(), {}
+        self._sharing = Sharing()
+
+    def add(self, name: str, analysis: Callable[[TraceSource], Any]) -> Sharer:
+        """An analysis to run: it gets a source, and reads all its files in the order of `list_files`."""
+        return self._sharing.add(name, lambda sharer: analysis(_SharedSource(self, sharer)))
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Read the traces and run the analyses. Each one's result or error is in what `add` gave back."""
+        try:
+            self._sharing.run(self._read_files(progress))
+        finally:
+            self._files.close_all()
+
+    def close(self) -> None:
+        """Where nothing is read after all."""
+        self._files.close_all()
+
+    def copy_heads(self) -> list[TracedProcess]:
+        return [replace(process) for process in self._heads]
+
+    def _read_files(self, progress: Progress | None) -> Iterator[tuple[TracedProcess, EventBlock | None]]:
+        """The blocks of all files; None at the end of each."""
+        for process in self.order:
+            reader = TraceReader(process.path, self.strings, self.paths, self._files.open)
+            reader.process.rank = process.rank
+            for block in reader:
+                yield reader.process, block
+                if progress:
+                    progress(process.path, len(block))
+            yield reader.process, None
+            self._files.close(process.path)
+
+
+class _SharedSource:
+    """What one of the analyses of a `SharedReading` takes for the files."""
+
+    def __init__(self, reading: SharedReading, sharer: Sharer) -> None:
+        self.reading, self.sharer = reading, sharer
+
     def read_heads(self) -> list[TracedProcess]:
         return self.reading.copy_heads()
 
@@ -197,18 +246,14 @@ class _Sharer:
 class _SharedReader:
     """A file's blocks as one of the analyses gets them, to change as it likes."""
 
-    def __init__(self, sharer: _Sharer, path: Path) -> None:
-        self._sharer = sharer
+    def __init__(self, source: _SharedSource, path: Path) -> None:
+        self._sharer = source.sharer
         self.process = TracedProcess(path)
-        self.strings, self.paths = sharer.reading.strings, sharer.reading.paths
+        self.strings, self.paths = source.reading.strings, source.reading.paths
 
     def __iter__(self) -> Iterator[EventBlock]:
-        while True:
-            self._sharer.asked.release()
-            found = self._sharer.inbox.get()
-            if isinstance(found, BaseException):
-                raise found
-            process, block = found
+        while (item := self._sharer.take()) is not END:
+            process, block = item
             if process.path != self.process.path:
                 raise AssertionError(f"{self.process.path}: asked for out of order, after {process.path}")
             vars(self.process).update(vars(process))

@@ -18,9 +18,10 @@ import polars as pl
 
 from analysis.run_folder import records
 from analysis.run_folder.run_settings import list_dataset_paths
-from analysis.tables.gather import JoinedTables, Launch, gather_tables
+from analysis.tables.gather import JoinedTables, gather_tables
 from analysis.tables.read import RankEvents
 from analysis.trace.classify import DATA_OPS
+from analysis.trace.launches import Launch
 from analysis.workload.steps import Workload, join_workload, measure_rank_workload
 from common.inputs import read_json_object
 

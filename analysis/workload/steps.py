@@ -54,11 +54,12 @@ import numpy as np
 import polars as pl
 
 from analysis.tables.collectives import join_collectives
-from analysis.tables.gather import Launch, RankTables, plan_launches
+from analysis.tables.gather import RankTables
 from analysis.tables.intervals import Stretches, unite_stretches
 from analysis.tables.read import RankEvents, read_rank
 from analysis.tables.times import find_stretches, list_collectives, measure_covered_time
 from analysis.trace.classify import EVALUATION, PREPROCESS
+from analysis.trace.launches import Launch, plan_launches
 from analysis.trace.process import TracedProcess
 from analysis.trace.source import FileSource, TraceSource
 from analysis.workload.table_rows import measure_row_loading

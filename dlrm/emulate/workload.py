@@ -48,8 +48,9 @@ def read_workload(run: Path) -> tuple[list[RankWorkload], list[str]]:
     """Read the trace; a resumed run's launches one after the other."""
     import polars as pl
 
-    from analysis.tables.gather import list_losses, plan_launches
+    from analysis.tables.gather import list_losses
     from analysis.tables.read import read_rank
+    from analysis.trace.launches import plan_launches
     from analysis.trace.source import FileSource
     from analysis.workload.steps import measure_steps
     from dlrm.emulate.table_steps import find_own_calls, list_table_steps

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.tables.gather import Launch, describe_missing_ranks, plan_launches, shorten_losses
+from analysis.tables.gather import describe_missing_ranks, shorten_losses
+from analysis.trace.launches import Launch, plan_launches
 from analysis.trace.source import FileSource
 from analysis.workload.fidelity import PLAYED_FILES, REPLAY
 from common.command_line import CommandLineParser

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from analysis.tables.gather import Launch
 from analysis.tables.read import RankEvents, read_rank
 from analysis.trace.classify import is_kernel_file, is_program_file
+from analysis.trace.launches import Launch
 from analysis.workload.steps import measure_steps
 from common.errors import UserError
 from dlrm.replay.order import BARRIER, BEGIN, CALL, Node, Thread, order_threads, take_out_waits

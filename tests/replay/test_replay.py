@@ -19,9 +19,9 @@ from support.made_traces import Made
 from support.ranks import MPIEXEC, Train, words
 from support.replays import ROOT, Replayed, count_requests, replay
 
-from analysis.tables.gather import plan_launches
 from analysis.tables.read import read_rank
 from analysis.trace.events import read_heads
+from analysis.trace.launches import plan_launches
 from analysis.trace.source import FileSource
 from common.lock import FolderLock
 

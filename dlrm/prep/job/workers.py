@@ -3,7 +3,6 @@
 In: a function and the items to call it with. Out: the results, or one error that is the same on all ranks.
 """
 
-import ctypes
 import gc
 import io
 import multiprocessing
@@ -16,13 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from common.processes import end_with_parent
 from dlrm.runtime import trace
 from dlrm.runtime.errors import UserError
 from dlrm.runtime.ranks import Ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 # key for a lost worker's error, behind all item numbers: it is raised only if no item failed
 LOST = sys.maxsize
 
@@ -75,11 +74,10 @@ def _run_forked(processes: int, run_share: Callable[[], dict[int, Any]]) -> dict
 
     def run_and_send(out: Connection) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches all processes; the parent ends its forks
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a fork ends when its parent does
-        if os.getppid() == parent:
-            results = run_share()
-            trace.stop_tracing()  # the parent ends its forks once it has their results
-            out.send(results)
+        end_with_parent(parent)
+        results = run_share()
+        trace.stop_tracing()  # the parent ends its forks once it has their results
+        out.send(results)
 
     gc.freeze()  # a collection in a fork would write to the objects' headers and so copy the parent's pages
     fork = multiprocessing.get_context("fork")

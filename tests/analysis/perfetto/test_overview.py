@@ -7,7 +7,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from support.analysis_command import run_command
 from support.made_traces import training
 from support.trace_processor import Trace, open_trace
@@ -92,13 +94,25 @@ def test_bandwidth_is_that_of_all_calls(overview, run: Path) -> None:
     assert total == pytest.approx(moved, rel=0.01)
 
 
-def test_finish_makes_the_same_and_whole_makes_all(run: Path, tmp_path: Path) -> None:
+def test_finish_makes_the_same_and_whole_makes_all(overview, run: Path, tmp_path: Path) -> None:
+    """From one reading of each rank, what the single commands make from one each."""
     (run / "results.json").write_text(json.dumps({"bytes_read": {"0": {}}}))
+    (path,) = run.glob("*.pftrace")
+    alone = path.read_bytes()
+    checked, reported = run_command("check", run), run_command("report", run)
+    names = ["summary.json", *(f"tables/{name.name}" for name in (run / "tables").iterdir())]
+    tables = {name: (run / name).read_bytes() for name in names}
     done = run_command("finish", run)
     assert f"an overview: {RANKS} ranks" in done.err
-    (path,) = [path for path in run.glob("*.pftrace") if "posix" not in path.name]
-    with open_trace(path) as trace:
-        assert len(outline_slices(trace, "slice.name")) == RANKS * STEPS
+    assert path.read_bytes() == alone and len(list(run.glob("*.pftrace"))) == 2
+    assert checked.out.strip() in done.out and reported.out.strip() in done.out
+    assert "tables/steps.csv" in tables
+    for name in names:
+        if name == "tables/timeline.csv":  # the last digit depends on the order in which ranks are added up
+            one, other = (pl.read_csv(each) for each in (tables[name], run / name))
+            assert_frame_equal(one, other)
+        else:
+            assert (run / name).read_bytes() == tables[name], name
     done = run_command("perfetto", run, "--whole", "-o", tmp_path / "whole.pftrace")
     assert done.code == 0 and "overview" not in done.err
     with open_trace(tmp_path / "whole.pftrace") as trace:

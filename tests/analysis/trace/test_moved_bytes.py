@@ -12,10 +12,11 @@ from support.made_traces import BEGIN, Made
 
 from analysis.perfetto.bandwidth import BandwidthCounter
 from analysis.tables import answers, check
-from analysis.tables.gather import gather_tables, plan_launches
+from analysis.tables.gather import gather_tables
 from analysis.tables.read import read_rank
 from analysis.trace.arguments import READ, WRITE, count_moved_bytes
 from analysis.trace.events import TraceReader
+from analysis.trace.launches import plan_launches
 from analysis.trace.source import FileSource
 from analysis.trace.strings import StringTable
 from analysis.trace.windows import spread_bytes

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from support.made_traces import Made
 
-from analysis.tables.gather import plan_launches
 from analysis.tables.read import read_rank
+from analysis.trace.launches import plan_launches
 from analysis.trace.source import FileSource
 
 FILE = "/data/day_0"

@@ -1,0 +1,84 @@
+"""Ranks are read on all cores of this machine: a function of one rank's files, and the results in order.
+
+In: a function of a module and the ranks of a run. Out: what it returns for each, in their order; few more
+results than there are cores wait until they are asked for. `dask_cluster.py` does the same on a cluster.
+
+Threads share Python's lock, of which making tables takes a good part. Processes do not, but each takes a
+second to start, so small runs are read by threads.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Protocol, TypeVar
+
+from analysis.trace.launches import Launch
+from common.errors import UserError
+from common.memory import find_memory_limit
+from common.processes import begin_worker
+
+T = TypeVar("T")
+LARGE_RUN = 8 << 20  # bytes of compressed traces, half a million events: below that threads are faster
+MEMORY_PER_BYTE = 15  # of a rank's compressed trace, while its tables are made
+MEMORY_OF_WORKER = 300 << 20
+
+
+class Map(Protocol):
+    """Calls the function with each launch, somewhere; the results come in the order of the launches."""
+
+    def __call__(self, function: Callable[[Launch], T], work: list[Launch], /) -> Iterable[T]: ...
+
+
+def map_on_cores(function: Callable[[Launch], T], work: list[Launch], /) -> Iterable[T]:
+    """On threads or on processes, by the size of the traces. For commands only: each process imports the main
+    module of this one, which in somebody's script or notebook does more than define functions.
+    """
+    sizes = [_count_bytes(job) for job in work]
+    memory = MEMORY_OF_WORKER + MEMORY_PER_BYTE * max(sizes, default=0)
+    workers = min(len(work), count_cores(), find_memory_limit() // 2 // memory)
+    if workers < 2 or sum(sizes) < LARGE_RUN:
+        return map_on_threads(function, work)
+    return map_on_processes(function, work, workers)
+
+
+def count_cores() -> int:
+    """Those that this process may use: a job may have a part of its node."""
+    return len(os.sched_getaffinity(0))
+
+
+def _count_bytes(job: Launch) -> int:
+    return sum(path.stat().st_size for path in job.files)
+
+
+def map_on_threads(function: Callable[[Launch], T], work: list[Launch], /) -> Iterator[T]:
+    with ThreadPoolExecutor(max_workers=min(len(work), count_cores()) or 1) as pool:
+        yield from _map_in_order(pool, function, work, count_cores())
+
+
+def map_on_processes(function: Callable[[Launch], T], work: list[Launch], workers: int) -> Iterator[T]:
+    """The function, and what it returns, are pickled."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), begin_worker, initargs=(os.getpid(),))
+    try:
+        yield from _map_in_order(pool, function, work, workers)
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that read a part of the traces was killed (for memory?): "
+            "give the job more memory, or fewer cores with taskset"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _map_in_order(
+    pool: Executor, function: Callable[[Launch], T], work: list[Launch], ahead: int
+) -> Iterator[T]:
+    waiting: deque[Future[T]] = deque()
+    for job in work:
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+        waiting.append(pool.submit(function, job))
+    while waiting:
+        yield waiting.popleft().result()
