@@ -63,11 +63,12 @@ def python(*words: object, timeout: float = 120, **environment: str) -> subproce
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock tells."""
+    """The whole lines of metrics.jsonl, which may be growing, without what a clock tells."""
     try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        text = (folder / "metrics.jsonl").read_text()
     except FileNotFoundError:
         return []
+    lines = text[: text.rfind("\n") + 1].splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in CHANGING} for line in lines]
 
 

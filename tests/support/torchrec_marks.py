@@ -1,4 +1,6 @@
-"""A few steps of a sharded model under torch's profiler and DFTracer at once: prints torchrec's markers.
+"""A few steps of a sharded model under torch's profiler and DFTracer at once: torchrec's markers.
+
+Each rank writes them to RUN_DIR/markers-RANK.json: ranks' long lines would mix on one stdout.
 
 Started by tests/shell/test_patches.py on real ranks:
 launcher.sh python tests/support/torchrec_marks.py RUN_DIR
@@ -7,6 +9,7 @@ launcher.sh python tests/support/torchrec_marks.py RUN_DIR
 import json
 import os
 import sys
+from pathlib import Path
 
 from dlrm.runtime import ranks, trace
 
@@ -70,7 +73,7 @@ def main() -> None:
             pipeline.progress(batches)
     trace.stop_tracing()
     names = [event.name for event in profile.events() or () if event.name.startswith(("## ", "["))]
-    print(json.dumps({"rank": HERE.rank, "markers": names}), flush=True)
+    (Path(sys.argv[1]) / f"markers-{HERE.rank}.json").write_text(json.dumps(names))
     dist.destroy_process_group()
 
 
