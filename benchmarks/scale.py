@@ -3,12 +3,14 @@
 The traces are made from those of one real run: the file of one rank is copied for each rank, with its own
 rank, process number and host (four ranks a node), and as many steps as asked for.
 
-usage: python benchmarks/scale.py RUN [--ranks 64 256 1024 2048] [--steps 899 100 ...] [--folder DIR]
+usage: python benchmarks/scale.py RUN [--ranks 64 256 1024 2048] [--steps 899 100 ...]
+                                  [--commands perfetto report finish] [--cores 1 2] [--times 3] [--folder DIR]
 """
 
 import argparse
 import gzip
 import json
+import os
 import re
 import resource
 import shutil
@@ -21,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RANKS_PER_NODE = 4
 MEMBER_BYTES = 64 << 10  # of text
+COMMANDS = ["perfetto", "report", "finish"]
 
 
 def read_template(run: Path, steps: int) -> bytes:
@@ -69,27 +72,50 @@ def make_run(template: bytes, folder: Path, ranks: int, run: Path) -> None:
                 file.write(gzip.compress(text[begin : begin + MEMBER_BYTES], compresslevel=1))
 
 
-def measure(*words: object) -> tuple[float, float, float]:
-    """Wall seconds, processor seconds and GB of memory of a command."""
+def measure(words: list[object], cores: int) -> tuple[float, float, float]:
+    """Wall seconds, processor seconds and GB of memory of a command on so many cores."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    mine = sorted(os.sched_getaffinity(0))[:cores]
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "analysis", *map(str, words)], cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ["taskset", "-c", ",".join(map(str, mine)), sys.executable, "-m", "analysis", *map(str, words)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     peak = 0.0
-    status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        peak = max(peak, int(found[1]) / 1e6 if found else 0.0)
+        peak = max(peak, sum(map(read_memory, list_processes(process.pid))))
         time.sleep(0.05)
     seconds = time.perf_counter() - began
     assert process.stderr
-    if process.returncode:
+    # in copies of one rank the check finds requests that its launch does not explain
+    if process.returncode not in ((0, 1) if words[0] == "finish" else (0,)):
         raise SystemExit(f"{words}: exit code {process.returncode}: {process.stderr.read()}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, used, peak
+    return seconds, used, peak / 1e9
+
+
+def list_processes(pid: int) -> list[int]:
+    """A process and all below it."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return [pid]
+    return [pid, *(each for child in children for each in list_processes(int(child)))]
+
+
+def read_memory(pid: int) -> int:
+    """Bytes that a process has for itself alone, or 0 if it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return sum(int(found) << 10 for found in re.findall(r"Private_\w+:\s+(\d+) kB", text))
+
+
+def find_result(folder: Path, command: str) -> Path:
+    """The file that a command is run for."""
+    return next(folder.glob("*.pftrace" if command == "perfetto" else "report.html"))
 
 
 def main() -> None:
@@ -98,7 +124,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a traced run, e.g. the demo's")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 2048])
     parser.add_argument("--steps", type=int, nargs="+", default=[899, 400, 100, 50], help="one for each")
-    parser.add_argument("--commands", nargs="+", default=["perfetto", "report"])
+    parser.add_argument("--commands", nargs="+", default=["perfetto", "report"], choices=COMMANDS)
+    parser.add_argument(
+        "--cores", type=int, nargs="+", default=[2], help="each command with so many, in turns"
+    )
+    parser.add_argument("--times", type=int, default=1, help="how often each")
     parser.add_argument("--folder", type=Path, help="where the traces are made (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
@@ -107,21 +137,20 @@ def main() -> None:
             template = read_template(options.run, steps)
             make_run(template, folder, ranks, options.run)
             events = template.count(b'"ph":1') * ranks
-            for words in (["perfetto", folder], ["report", folder]):
-                if words[0] not in options.commands:
-                    continue
-                seconds, used, memory = measure(*words)
-                made = next(folder.glob("*.pftrace" if words[0] == "perfetto" else "report.html"))
+            turns = [(command, cores) for command in options.commands for cores in options.cores]
+            for command, cores in options.times * turns:
+                seconds, used, memory = measure([command, folder], cores)
                 row = {
                     "ranks": ranks,
                     "events": events,
-                    "command": words[0],
+                    "command": command,
+                    "cores": cores,
                     "seconds": round(seconds, 1),
                     "processor_seconds": round(used, 1),
                     "GB": round(memory, 2),
-                    "MB_written": round(made.stat().st_size / 1e6, 1),
+                    "MB_written": round(find_result(folder, command).stat().st_size / 1e6, 1),
                 }
-                if words[0] == "report":
+                if command != "perfetto":
                     row["summary_MB"] = round((folder / "summary.json").stat().st_size / 1e6, 2)
                 print(json.dumps(row), flush=True)
             shutil.rmtree(folder)
