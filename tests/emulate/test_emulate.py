@@ -174,7 +174,7 @@ def test_rows_are_waited_for_where_the_run_waited(
     )
     slow = {"LD_PRELOAD": str(library), "SLOW_FOLDER": str(tmp_path / "rows")}
     slow |= {"SLOW_LATENCY_US": "2000", "SLOW_BYTES_PER_US": "1e9"}
-    ssd = ["--store_type", "cached_ssd", "--cache_memory_budget_mb", 1, "--max_steps", 15, "--batch_size", 8]
+    ssd = ["--store_type", "cached_ssd", "--cache_memory_budget_mb", 1, "--max_steps", 9, "--batch_size", 8]
     ssd.append("--persistent_path")
     original = train(tmp_path / "original", toy, 1, *ssd, tmp_path / "rows/original", **slow)
     for name, value in slow.items():  # of the emulations

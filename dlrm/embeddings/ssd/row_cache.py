@@ -2,7 +2,7 @@
 
 In: the row numbers of a batch. Out: their slots, which rows to read into which slot, which to write first.
 The policy is TinyLFU's: a row that was admitted recently is evicted first, while its page is probably still
-in the page cache, unless it was lookup up more often than other cached rows. How often a row was lookup up
+in the page cache, unless it was looked up more often than other cached rows. How often a row was looked up
 is estimated by a count-min sketch whose counters are halved from time to time.
 """
 
