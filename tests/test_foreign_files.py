@@ -227,7 +227,7 @@ def test_every_command_leaves_foreign_files(tmp_path: Path, given: tuple[Path, P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 140))
+@pytest.mark.parametrize("seed", [1, 2, *range(100, 140)])
 def test_every_command_leaves_foreign_files_of_many_kinds(
     tmp_path: Path, given: tuple[Path, Path, Path], seed: int
 ) -> None:

@@ -188,7 +188,7 @@ def test_a_failing_rank_ends_the_job() -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("count", "rank"), [(2, 0), (3, 2)])
+@pytest.mark.parametrize(("count", "rank"), [(2, 0), pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)])
 def test_a_rank_killed_in_the_training_is_named(toy: Path, tmp_path: Path, count: int, rank: int) -> None:
     """By the other ranks, before mpiexec ends them."""
     more = words(toy, "--epochs", 1000, "--timeout", 600)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,16 @@ STRACED = (
     "open,openat,creat,read,pread64,readv,preadv,write,pwrite64,writev,pwritev,fsync,fdatasync,"
     "copy_file_range,sendfile"
 )
+
+
+def list_strace_words(folder: Path) -> list[str]:
+    """What stands before a rank's command so that strace writes its calls to FOLDER/calls.RANK; nothing where
+    strace is not installed.
+    """
+    if shutil.which("strace") is None:
+        return []
+    command = f'exec strace -f -y --seccomp-bpf -e trace={STRACED} -o "{folder}/calls.$RANK" "$@"'
+    return ["bash", "-c", command, "bash"]
 
 
 class FileCalls(NamedTuple):

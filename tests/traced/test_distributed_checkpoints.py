@@ -1,13 +1,12 @@
 """torch.distributed.checkpoint under torchrun: every byte of its files is in the trace, each save a span."""
 
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.file_calls import STRACED, count_strace_calls, count_traced_calls, read_events
+from support.file_calls import count_strace_calls, count_traced_calls, list_strace_words, read_events
 from support.job_scripts import clean_environment
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +37,7 @@ dist.destroy_process_group()
 def test_every_byte_is_in_the_trace(tmp_path: Path) -> None:
     script, out, run = tmp_path / "script.py", tmp_path / "out", tmp_path / "run"
     script.write_text(SCRIPT)
-    strace = []
-    if shutil.which("strace"):
-        command = f'exec strace -f -y --seccomp-bpf -e trace={STRACED} -o "{tmp_path}/calls.$RANK" "$@"'
-        strace = ["bash", "-c", command, "bash"]
+    strace = list_strace_words(tmp_path)
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +13,7 @@ import pytest
 import torch
 from support import plain_training
 from support.analysis_command import run_command
-from support.file_calls import STRACED, count_strace_calls, count_traced_calls, read_events
+from support.file_calls import count_strace_calls, count_traced_calls, list_strace_words, read_events
 from support.job_scripts import clean_environment
 
 ROOT = Path(__file__).parents[2]
@@ -39,14 +38,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = plain_training.make_data(here / "data")
     for name in ("plain", "traced"):
         (here / name).mkdir()
-    strace = []
-    if shutil.which("strace"):
-        command = f'exec strace -f -y --seccomp-bpf -e trace={STRACED} -o {here}/calls.$RANK "$@"'
-        strace = ["bash", "-c", command, "bash"]
     both = [
         start(here, sys.executable, SCRIPT, data, here / "plain"),
         start(
-            here, *strace, sys.executable, "-m", "dlrm.traced", "--output_dir", here / "run",
+            here, *list_strace_words(here), sys.executable, "-m", "dlrm.traced", "--output_dir", here / "run",
             "--profile_steps", "2-3", SCRIPT, data, here / "traced",
         ),
     ]  # fmt: skip

@@ -157,7 +157,10 @@ def test_many_kills_anywhere(toy: Path, validating_never_killed: Path, tmp_path:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("launcher", "rank"), [("", 0), ("mpiexec", 0), ("torchrun", 1)])
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [("", 0), pytest.param("", 1, marks=pytest.mark.slow), ("mpiexec", 0), ("torchrun", 1)],
+)
 def test_a_suspended_rank_counts_as_lost_after_the_timeout(
     toy: Path, tmp_path: Path, launcher: str, rank: int
 ) -> None:
