@@ -2,12 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.ranks import free_port
 
 from dlrm.cpu import process_group
 
@@ -16,12 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(task: str, ranks: int) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "tests/support/exchange_ranks.py"), task]
     return [

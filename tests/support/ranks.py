@@ -1,7 +1,9 @@
 """Real ranks of the program: run to their end (on_ranks), or signalled and killed meanwhile (LiveRanks)."""
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -73,9 +75,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, below those that the system may give to a connection meanwhile."""
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port = 10000 + secrets.randbelow(10000)  # below launcher.sh's
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 def same(first: Path, second: Path) -> None:
