@@ -70,7 +70,7 @@ def run_analyses(
     reading = SharedReading(run_dir)
     if overview.is_too_large(reading.order):
         reading.close()
-        return _analyse_by_rank(run_dir, progress, over)
+        return _analyse_by_rank(run_dir, FileSource(run_dir, reading.copy_heads()), progress, over)
     sharers = [
         reading.add(each.command, lambda source, each=each: each.run(run_dir, source, over))
         for each in ANALYSES
@@ -83,9 +83,10 @@ def _list_outcomes(sharers: Iterable[Sharer]) -> list[AnalysisOutcome]:
     return [AnalysisOutcome(sharer.name, sharer.result, sharer.error) for sharer in sharers]
 
 
-def _analyse_by_rank(run_dir: str, progress: Progress | None, over: Map) -> list[AnalysisOutcome]:
-    source, sharing = FileSource(run_dir), Sharing()
-    jobs = plan_launches(source)
+def _analyse_by_rank(
+    run_dir: str, source: FileSource, progress: Progress | None, over: Map
+) -> list[AnalysisOutcome]:
+    jobs, sharing = plan_launches(source), Sharing()
     sharers = [
         sharing.add(
             each.command,

@@ -10,7 +10,7 @@ does not depend on the others.
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -52,12 +52,14 @@ class TraceSource(Protocol):
 class FileSource:
     """The trace files of a run, read by the one that asks."""
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, heads: Sequence[TracedProcess] | None = None) -> None:
+        """heads: what `read_heads` gave, where the beginnings of the files have been read already."""
         self.run_dir = run_dir
+        self._known = heads
 
     @cached_property
-    def _heads(self) -> list[TracedProcess]:
-        return read_heads(self.run_dir)
+    def _heads(self) -> Sequence[TracedProcess]:
+        return read_heads(self.run_dir) if self._known is None else self._known
 
     def read_heads(self) -> list[TracedProcess]:
         return [replace(process) for process in self._heads]

@@ -196,12 +196,13 @@ def make_model(
 
 def _make_pass(phase: str, rows: pl.DataFrame) -> Pass:
     """rows: steps with their batches' loads, of one epoch or evaluation."""
-    rows = rows.sort("rank", "start")
-    by_rank = rows.partition_by("rank", maintain_order=True)
-    count = min(len(own) for own in by_rank)  # a killed rank has fewer
+    lengths = rows.group_by("rank").len()["len"].to_list()
+    count = min(lengths)  # a killed rank has fewer
+    rows = rows.sort("rank", "start").filter(pl.int_range(pl.len()).over("rank") < count)
 
     def take(name: str) -> np.ndarray:
-        return np.stack([own[name].fill_null(0).to_numpy()[:count].astype(np.float64) for own in by_rank])
+        """float64 [ranks, steps]"""
+        return rows[name].fill_null(0).cast(pl.Float64).to_numpy().reshape(len(lengths), count)
 
     wait, compute, io, pause = take("wait_us"), take("compute_us"), take("io_us"), take("pause_us")
     transfer, period = take("transfer_us"), take("period_us")
