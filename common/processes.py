@@ -9,6 +9,9 @@ from common.descriptors import opening
 
 START_TIME = 19  # its place in the fields of `read_process_stat`
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+worker_number = (
+    0  # of this process among those that share a piece of work by forking; 0: the first, their parent
+)
 
 
 def read_process_stat(pid: int) -> list[str]:

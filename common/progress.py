@@ -4,6 +4,7 @@ In: how much was done. Out: text for people; nothing on ranks that do not show i
 there is something to show.
 """
 
+import mmap
 import shutil
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from common import processes
 from common.words import format_number
 
 
@@ -93,26 +95,41 @@ def show_progress(
         bar.close()
 
 
+def _make_shared_numbers(count: int) -> memoryview:
+    """Whole numbers that forks of this process see and change."""
+    return memoryview(mmap.mmap(-1, 8 * count)).cast("q")
+
+
 class StepProgress:
-    """A bar for each step of a job, "step n of m", and a line when it is done. Threads may share it.
+    """A bar for each step of a job, "step n of m", and a line when it is done. Threads may share it, and
+    forks of this process.
 
     `show`: print anything at all; set on rank 0 only. With several ranks it shows rank 0's share, and says
     so.
     """
 
     LINE_SECONDS, BAR_SECONDS = 5.0, 0.2  # between two lines in a log, two updates on a terminal
+    MOST_WORKERS = 1024
 
     def __init__(self, steps: int, show: bool, ranks: int = 1) -> None:
         self._steps, self._show = steps, show
         self._whose = f" (rank 0 of {ranks})" if ranks > 1 else ""
         self._number = 0
-        self._lock = threading.Lock()
-        self.rows = self.bytes = 0
+        self._lock = threading.Lock()  # of the threads of one process: a fork adds to numbers of its own
+        self._rows, self._bytes = (_make_shared_numbers(self.MOST_WORKERS) for _ in range(2))
+
+    @property
+    def rows(self) -> int:
+        return sum(self._rows)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._bytes)
 
     def add(self, rows: int = 0, bytes: int = 0) -> None:
         with self._lock:
-            self.rows += rows
-            self.bytes += bytes
+            self._rows[processes.worker_number] += rows
+            self._bytes[processes.worker_number] += bytes
 
     def print_line(self, text: str) -> None:
         if self._show:
@@ -124,7 +141,8 @@ class StepProgress:
         left.
         """
         self._number += 1
-        self.rows = self.bytes = 0
+        for numbers in (self._rows, self._bytes):
+            numbers[:] = _make_shared_numbers(self.MOST_WORKERS)
         label = f"step {self._number} of {self._steps} {name}{self._whose}"
         unit, total = ("B", bytes or None) if bytes else (" rows", rows or None)
         begun, done = time.monotonic(), threading.Event()
@@ -132,8 +150,8 @@ class StepProgress:
 
             def refresh_until_done() -> None:
                 while not done.wait(self.BAR_SECONDS):
-                    with self._lock:
-                        count = self.bytes if bytes else self.rows
+                    # without the lock: this process may fork at any time
+                    count = self.bytes if bytes else self.rows
                     bar.add(count - bar.count, format_number(self.rows, "row") if bytes and self.rows else "")
                     bar.refresh_bar()
 

@@ -15,6 +15,8 @@ from dlrm.data import criteo
 from dlrm.prep.job import options as prep_options
 from dlrm.runtime import errors, ranks
 
+WORKERS_HELP = "processes that share the work; with mpiexec: threads of each rank [1]"
+
 
 def make_parser() -> tuple[CommandLineParser, dict[str, CommandLineParser]]:
     """The parser, and those of its commands by name."""
@@ -70,7 +72,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         help="like --frequency_threshold, by NVIDIA's rules: missing ids get 0, counts log(x + 3) [0: off]",
     )
     add("--random_seed", type=int, default=0, help="seed of the shuffle [0]")
-    add("--workers", type=int, default=1, help="threads in each process [1]")
+    add("--workers", type=int, default=1, help=WORKERS_HELP)
     add("--tmp_dir", type=Path, help="folder for intermediate files, shared by all ranks [OUTPUT_DIR]")
     add(
         "--compat",
@@ -150,7 +152,7 @@ def add_multihot_options(multihot: argparse.ArgumentParser) -> None:
     )
     add("--multi_hot_distribution_type", choices=("uniform", "pareto"), default="uniform", help="[uniform]")
     add("--copy_labels_and_dense", action="store_true", help="also copy labels and counts: a whole dataset")
-    add("--workers", type=parse_workers, default=1, help="threads in each process [1]")
+    add("--workers", type=parse_workers, default=1, help=WORKERS_HELP)
 
 
 def add_script_options(commands: Any) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from common.progress import StepProgress
+from dlrm.prep.io.files import OffsetFile, bytes_read
 from dlrm.prep.job.workers import run_in_processes
 from dlrm.runtime.errors import UserError
 
@@ -49,6 +51,34 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
     run_in_processes(5, lambda item: os.write(out, b"%d\n" % item), range(20_000))
     os.close(out)
     assert sorted(map(int, (tmp_path / "done").read_text().split())) == list(range(20_000))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_forks_have_done_is_known_here(workers: int, tmp_path: Path) -> None:
+    """Their progress, and the bytes of files that stay open until their last item."""
+    (data := tmp_path / "data").write_bytes(b"0123456789")
+    work_with = all_at_work(workers, ended := tmp_path / "ended")
+    ended.mkdir()
+    progress = StepProgress(1, show=False)
+    opened: list[OffsetFile] = []
+    before = bytes_read[str(data)]
+
+    def work(item: int) -> None:
+        if not opened:
+            opened.append(OffsetFile(data))
+        assert opened[0].read(item, 0) == b"0123456789"[:item]
+        progress.add(rows=item)
+
+    def at_end() -> None:
+        work_with()
+        for file in opened:
+            file.close()
+
+    with progress.step("read"):
+        run_in_processes(workers, work, range(10), at_end)
+        assert progress.rows == 45
+    assert bytes_read[str(data)] - before == 45
+    assert len(list(ended.iterdir())) == workers
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -1,4 +1,4 @@
-"""TSV to a finished dataset folder, step by step, in constant memory, on any number of threads and ranks.
+"""TSV to a finished dataset folder, step by step, in constant memory, on any number of workers and ranks.
 
 unpack     .gz input to plain text                                         -> *.text
 count      count the rows of every piece of input                          -> count_*.json
@@ -160,17 +160,16 @@ def place_rows(plan: PrepPlan, workers: Workers, sizes: np.ndarray, progress: St
     workers.run_on_first(lambda: PREPARE_RESULTS[options.format](plan))
     placer = PLACERS[options.format]()(plan, maps, progress)
     with progress.step("place", rows=plan.rows // workers.size):
-        order = interleave_ranges(plan.bucket_count, workers.size * workers.threads)
-        workers.run_each(order, placer.place_bucket)
-        placer.close()
+        order = interleave_ranges(plan.bucket_count, workers.size * workers.per_rank)
+        workers.run_each(order, placer.place_bucket, placer.close)
 
 
-def interleave_ranges(count: int, threads: int) -> list[int]:
-    """The numbers below `count`, ordered so that threads that take turns work in ranges far from each other:
+def interleave_ranges(count: int, workers: int) -> list[int]:
+    """The numbers below `count`, ordered so that workers that take turns work in ranges far from each other:
     then they mostly write to different files.
     """
-    length = -(-count // threads)
-    turns = (thread * length + turn for turn in range(length) for thread in range(threads))
+    length = -(-count // workers)
+    turns = (worker * length + turn for turn in range(length) for worker in range(workers))
     return [number for number in turns if number < count]
 
 
@@ -271,20 +270,20 @@ def load_digests(plan: PrepPlan) -> dict[str, str]:
 
 
 def write_digests(plan: PrepPlan, workers: Workers, names: list[str]) -> None:
-    """Compute the md5 of every result: one group of files per thread of each rank, largest files first."""
+    """Compute the md5 of every result: one group of files per worker of each rank, largest files first."""
     if not plan.options.md5:
         return
     done = workers.all_gather(sorted(load_digests(plan)))[0]
     numbers = [number for number, name in enumerate(names) if name not in done]
     numbers.sort(key=lambda number: -plan.folders.find_result(names[number]).stat().st_size)
-    threads = workers.size * workers.threads
-    groups = [group for group in (numbers[thread::threads] for thread in range(threads)) if group]
+    count = workers.size * workers.per_rank
+    groups = [group for group in (numbers[first::count] for first in range(count)) if group]
 
     def digest_group(group: list[int]) -> None:
         digests = publish.compute_md5(plan.folders, [names[number] for number in group])
         plan.save_json(plan.file_path("md5", group[0]), digests)
 
-    workers.run_each(groups, digest_group)
+    workers.run_each(groups, digest_group, in_threads=True)  # hashlib leaves the lock, and files are flushed
 
 
 def publish_with_meta(plan: PrepPlan, stamps: FileStamps, progress: StepProgress) -> DatasetMeta:

@@ -17,12 +17,14 @@ from common.descriptors import close_descriptor, open_descriptor
 from common.errors import UserError, os_errors_as_user_errors, printable
 from common.inputs import open_regular, read_json
 from common.owned import finish_file
+from dlrm.prep.job import workers
 
 LARGEST_JSON = 1 << 30  # bytes of a JSON file in a work folder: the plan has a few dozen per piece
 
 # absolute path -> bytes that this process read or wrote; `analysis check` compares them with the trace
 bytes_read: dict[str, int] = defaultdict(int)
 bytes_written: dict[str, int] = defaultdict(int)
+workers.counters += [bytes_read, bytes_written]
 _counters_lock = threading.Lock()
 
 

@@ -1,21 +1,16 @@
 """The trace of a preprocessing command, `--trace_dir`: what is recorded while it runs, and what it counts."""
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from common.owned import OutputFolder
 from dlrm.prep.io.files import bytes_read, bytes_written, os_errors_as_user_errors
 from dlrm.prep.job.options import BYTE_COUNTS
-from dlrm.prep.job.workers import Workers, run_in_processes
+from dlrm.prep.job.workers import Workers
 from dlrm.runtime import trace
 from dlrm.runtime.ranks import Ranks
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @contextmanager
@@ -30,27 +25,6 @@ def trace_command(trace_dir: Path | None, folders: Mapping[str, str], here: Rank
         yield
     finally:
         trace.stop_tracing()
-
-
-def run_counted_in_processes(processes: int, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Like `run_in_processes`. What the forks read and write is counted in this process too: a fork counts in
-    its own memory, which is lost with it.
-    """
-    parent = os.getpid()
-
-    def run_one(item: T) -> tuple[R, dict[str, int], dict[str, int]]:
-        if os.getpid() == parent:
-            return function(item), {}, {}
-        bytes_read.clear()
-        bytes_written.clear()
-        return function(item), dict(bytes_read), dict(bytes_written)
-
-    results = run_in_processes(processes, run_one, items)
-    for _, *counts in results:
-        for total, of_fork in zip((bytes_read, bytes_written), counts, strict=True):
-            for path, count in of_fork.items():
-                total[path] += count
-    return [result for result, *_ in results]
 
 
 def save_byte_counts(trace_dir: Path | None, workers: Workers) -> None:

@@ -39,7 +39,7 @@ NOT_IN_OUTPUT = {
 }
 
 
-MAX_WORKERS = 1024  # threads of a process
+MAX_WORKERS = 1024  # of a process
 LARGEST = 1 << 62  # compiled loops count with 64 bits
 LARGEST_MODULUS = 1 << 32  # raw ids have 32 bits
 HASHED = -1  # --mod_idx of 0 or less

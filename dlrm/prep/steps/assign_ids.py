@@ -7,7 +7,10 @@ small ones use a hash table, giant ones a bitmap over all 2^32 ids.
 """
 
 import contextlib
+import fcntl
+import os
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,7 +24,19 @@ from dlrm.runtime import trace
 PART = 1 << 16  # ids read at a time
 
 FIRST_ID, RARE, GAP = 2, 1, 0  # GAP: id of an empty field, by NVIDIA's rules
-_giant_lock = threading.Lock()  # a giant column needs one or two gigabytes: one at a time in a process
+_giant_lock = threading.Lock()
+_giant_file = os.memfd_create("dlrm-giant-column")  # forks inherit it; a lock on it ends with its process
+
+
+@contextlib.contextmanager
+def _one_giant_column() -> Iterator[None]:
+    """A giant column needs one or two gigabytes: one at a time in this process and its forks."""
+    with _giant_lock:
+        fcntl.lockf(_giant_file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(_giant_file, fcntl.LOCK_UN)
 
 
 class ColumnMaps:
@@ -76,7 +91,7 @@ def merge_column(plan: PrepPlan, sizes: np.ndarray, column: int, progress: StepP
         if plan.options.mod_idx:
             kept = keep_ids(lists, total > plan.options.bitmap_entries)
         elif total > plan.options.bitmap_entries:
-            with _giant_lock:
+            with _one_giant_column():
                 kept = merge_giant(lists, plan.options.min_count, bool(plan.options.frequency_limit))
         else:
             kept = merge_small(lists, plan.options.min_count, bool(plan.options.frequency_limit))
@@ -124,7 +139,7 @@ def keep_ids(lists: ColumnMaps, giant: bool) -> int:
     occur. `giant`: a gigabyte of bitmap counts them, else a list that is sorted.
     """
     seen: list[np.ndarray] = []
-    with _giant_lock if giant else contextlib.nullcontext():
+    with _one_giant_column() if giant else contextlib.nullcontext():
         words = np.zeros(WORDS if giant else 0, np.uint64)
         for lane, at, ids, _ in lists.read_parts():
             if giant:

@@ -219,6 +219,7 @@ class Placer:
         yield kept[piece]
 
     def close(self) -> None:
+        """The files that this process has opened."""
         for file in self._opened:
             file.close()
 

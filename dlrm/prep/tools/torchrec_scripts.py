@@ -30,8 +30,7 @@ from dlrm.prep.io.files import OffsetFile
 from dlrm.prep.io.folders import DATASET, Output, publish_results
 from dlrm.prep.io.odd_lines import LineRules
 from dlrm.prep.io.output import take_logarithm_in_place
-from dlrm.prep.io.tracing import run_counted_in_processes
-from dlrm.prep.job.workers import run_in_threads
+from dlrm.prep.job.workers import run_in_processes, run_in_threads
 from dlrm.prep.kernels.intrinsics import compiled
 from dlrm.prep.kernels.parse_line import count_ends, make_parser
 from dlrm.prep.kernels.vocabulary import Vocabulary
@@ -74,7 +73,7 @@ def parse_folder(
                 parse_file(source, folders.unfinished, threads, columns)
 
         compile_kernels(columns)
-        run_counted_in_processes(min(workers, len(found)), parse_one, found)
+        run_in_processes(min(workers, len(found)), parse_one, found)
         publish_results(folders, names, f"{found[0].name}_sparse.npy", DATASET, stamps.refuse_changed)
         output.clear()
 
