@@ -7,13 +7,13 @@ already runs. Workers need this package and the trace folder at the same paths.
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any, TypeVar
 
 from analysis.tables.cores import Map
 from analysis.trace.launches import Launch
-from common.errors import UserError
+from common.errors import UserError, printable
 
 T = TypeVar("T")
 WORKERS = 2
@@ -31,20 +31,26 @@ def map_on_cluster(where: str) -> Map:
         raise UserError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
 
     def run_on_cluster(function: Callable[[Launch], T], work: list[Launch], /) -> Iterator[T]:
+        refusals: list[str] = []
         with ExitStack() as stack:
-            cluster = _start_cluster(where, stack, len(work))
+            cluster = _start_cluster(where, stack, len(work), refusals)
             try:
                 client = stack.enter_context(distributed.Client(cluster, timeout=60))
             except (OSError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"--dask {where}: {reason}; does a scheduler listen there?") from error
-            yield from _gather_results(client, function, work)
+            for future in _submit_all(client, function, work):
+                _wait_for(future, client, where, refusals)
+                yield future.result()
 
     return run_on_cluster
 
 
-def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:
-    """A local cluster, one of a scheduler's jobs, or the address of a scheduler that runs already."""
+def _start_cluster(where: str, stack: ExitStack, jobs: int, refusals: list[str]) -> Any:
+    """A local cluster, one of a scheduler's jobs, or the address of a scheduler that runs already.
+
+    refusals: gets the scheduler's words about a job that it did not take.
+    """
     import distributed  # pyright: ignore[reportMissingImports]
 
     if where == "local":
@@ -61,7 +67,9 @@ def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:
         try:
             import dask_jobqueue  # pyright: ignore[reportMissingImports]
 
-            cluster = stack.enter_context(getattr(dask_jobqueue, SCHEDULERS[where])())
+            kind = _note_refusals(getattr(dask_jobqueue, SCHEDULERS[where]), refusals)
+            cluster = kind()
+            stack.callback(_close, cluster, refusals)
         except (ImportError, ValueError, TypeError) as error:  # no queue, cores or memory configured
             raise UserError(
                 f"--dask {where}: {error}; see jobqueue.{where} in ~/.config/dask/jobqueue.yaml"
@@ -71,8 +79,48 @@ def _start_cluster(where: str, stack: ExitStack, jobs: int) -> Any:
     return where
 
 
-def _gather_results(client: Any, function: Callable[[Launch], T], work: list[Launch]) -> Iterable[T]:
-    """In the order of the ranks. The largest first, so that no worker ends up alone with one."""
+def _note_refusals(kind: Any, refusals: list[str]) -> Any:
+    """dask_jobqueue's class of clusters, which by itself would log an error and wait for ever."""
+    for name in ("asyncio", "distributed", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    class Job(kind.job_cls):
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except Exception as error:
+                lines = str(error).strip().splitlines()
+                refusals.append(lines[-1] if lines else type(error).__name__)
+                raise
+
+    class Cluster(kind):
+        job_cls = Job
+
+    return Cluster
+
+
+def _close(cluster: Any, refusals: list[str]) -> None:
+    with suppress(AssertionError) if refusals else nullcontext():  # it expects that its jobs have run
+        cluster.close()
+
+
+def _submit_all(client: Any, function: Callable[[Launch], T], work: list[Launch]) -> list[Any]:
+    """Futures, in the order of the ranks. The largest first, so that no worker ends up alone with one."""
     large = sorted(work, key=lambda job: -sum(path.stat().st_size for path in job.files))
     futures = {(job.launch, job.rank): client.submit(function, job, pure=False) for job in large}
-    return [futures[job.launch, job.rank].result() for job in work]
+    return [futures[job.launch, job.rank] for job in work]
+
+
+def _wait_for(future: Any, client: Any, where: str, refusals: list[str]) -> None:
+    """UserError where nobody works on it, because the scheduler takes no jobs."""
+    import distributed  # pyright: ignore[reportMissingImports]
+
+    while not future.done():
+        try:
+            distributed.wait(future, timeout=1)
+        except distributed.TimeoutError:
+            if refusals and not client.scheduler_info()["workers"]:
+                raise UserError(
+                    f"--dask {where}: no job was taken: {printable(refusals[0])}; see jobqueue.{where} in "
+                    "~/.config/dask/jobqueue.yaml"
+                ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import plain_training
 from support.analysis_command import run_command
+from support.made_traces import training
 from support.slurm import Slurm, last_step
 
 from analysis.trace.events import read_processes
@@ -196,3 +197,37 @@ def test_analysis_later_is_a_job_of_one_node_with_the_same_results(slurm: Slurm,
         assert run_command("finish", copied).code == 0
         for name in names:
             assert (copied / name).read_bytes() == (run / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_named(slurm: Slurm) -> None:
+    job = slurm.submit("-N2", "--no-requeue", SCRIPT, TRACE="no", ARGS=LONG, TEST_MPIEXEC=SRUN)
+    slurm.until_step(results(slurm) / job, 7)
+    slurm.hosts["n2"].cut_power()
+    facts = slurm.wait(job)
+    slurm.start_nodes("n2")
+    assert facts["JobState"] in ("FAILED", "NODE_FAIL"), log_of(slurm, job)
+    assert "rank 0 on n1: ends because rank 1 on n2 is gone" in log_of(slurm, job)
+
+
+@pytest.mark.slow
+def test_a_report_from_jobs_of_dask(slurm: Slurm, tmp_path: Path) -> None:
+    """The same tables as from this machine's cores, by workers that Dask submits as jobs."""
+    pytest.importorskip("dask_jobqueue")
+    for rank in range(4):
+        training(rank, 4, steps=5, host=f"n{rank // 2}").write(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    assert run_command("report", tmp_path / "alone").code == 0
+    settings = {"CORES": 1, "MEMORY": "1GB", "LOG_DIRECTORY": tmp_path / "logs", "INTERFACE": "lo"}
+    more = {f"DASK_JOBQUEUE__SLURM__{name}": value for name, value in settings.items()}
+    words = ["report", tmp_path / "run", "--dask", "slurm"]
+    slurm.ask(sys.executable, "-m", "analysis", *words, PYTHONPATH=ROOT, **more)
+    assert "dask-worker" in slurm.ask("squeue", "-h", "-a", "-t", "all", "-o", "%j")
+    for path in (tmp_path / "alone/tables").iterdir():
+        if path.name != "timeline.csv":  # the last digit depends on the order in which ranks are added up
+            assert path.read_bytes() == (tmp_path / "run/tables" / path.name).read_bytes(), path.name
+    more["DASK_JOBQUEUE__SLURM__MEMORY"] = "1TB"
+    with pytest.raises(AssertionError) as refused:
+        slurm.ask(sys.executable, "-m", "analysis", *words, PYTHONPATH=ROOT, **more)
+    (line,) = str(refused.value).splitlines()[:1]
+    assert line.startswith("analysis: --dask slurm: no job was taken: ") and "not available" in line

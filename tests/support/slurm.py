@@ -18,6 +18,7 @@ PACKAGES = (
     *("munge", "libmunge2", "libhwloc15", "liblua5.1-0"),
 )
 NODES = ("n1", "n2")
+SIZE = "CPUs=8 RealMemory=8000"  # of each
 CONFIG = """\
 ClusterName=tests
 SlurmctldHost={machine}(127.0.0.1)
@@ -34,6 +35,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 KillWait=15
+ReturnToService=2
 MinJobAge=3600
 SlurmdParameters=config_overrides
 SlurmctldTimeout=30
@@ -52,7 +54,7 @@ class Slurm:
     """The daemons, and how a user talks to them. `variables`: what every job gets."""
 
     def __init__(self, folder: Path, **variables: object) -> None:
-        root = unpack_packages(PACKAGES)
+        self.root = root = unpack_packages(PACKAGES)
         libraries = libraries_of(root)
         self.folder = folder
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -65,12 +67,12 @@ class Slurm:
         (folder / "state").mkdir(parents=True)
         self._write_config(libraries)
         try:
-            self._start_daemons(root)
+            self._start_daemons()
         except BaseException:
             self.stop()
             raise
 
-    def _start_daemons(self, root: Path) -> None:
+    def _start_daemons(self) -> None:
         folder = self.folder
         self._start(
             "munged", "--foreground", "--force", f"--socket={folder}/munge.socket",
@@ -79,12 +81,21 @@ class Slurm:
             "--group-check-mtime=-1",
         )  # fmt: skip
         self._until(lambda: (folder / "munge.socket").exists())
-        self._start(root / "usr/sbin/slurmctld-wlm", "-D", "-c")
-        stepd = root / "usr/sbin/slurmstepd-wlm"
-        hosts = write_hosts(folder / "hosts", *NODES)
-        for name in NODES:
-            slurmd = [root / "usr/sbin/slurmd-wlm", "-N", name, "-d", stepd]
-            self.hosts[name] = Host(name, hosts, *slurmd, environment=self.environment)
+        self._start(self.root / "usr/sbin/slurmctld-wlm", "-D", "-c")
+        write_hosts(folder / "hosts", *NODES)
+        self.start_nodes(*NODES)
+
+    def start_nodes(self, *names: str) -> None:
+        """Nodes that have not run yet, or were lost."""
+        for name in names:
+            slurmd = [
+                self.root / "usr/sbin/slurmd-wlm",
+                "-N",
+                name,
+                "-d",
+                self.root / "usr/sbin/slurmstepd-wlm",
+            ]
+            self.hosts[name] = Host(name, self.folder / "hosts", *slurmd, environment=self.environment)
         self._until(lambda: set(self.ask("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"})
 
     def _write_config(self, libraries: Path) -> None:
@@ -94,7 +105,7 @@ class Slurm:
             machine=os.uname().nodename, port=free_port(), folder=self.folder, libraries=libraries
         )
         for name in NODES:
-            text += f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={free_port()} CPUs=8\n"
+            text += f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={free_port()} {SIZE}\n"
         (self.folder / "slurm.conf").write_text(text)
 
     def _start(self, *command: object) -> None:
