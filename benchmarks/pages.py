@@ -77,6 +77,12 @@ def count_resident_bytes(path: Path) -> int:
         return int((np.frombuffer(bytes(here), np.uint8) & 1).sum()) * PAGE
 
 
+def count_pages_read() -> int:
+    """That this process has had fetched from disks so far, by reads, by faults and by announcing them."""
+    text = Path("/proc/self/io").read_text()
+    return int(text.split("\nread_bytes: ")[1].split("\n")[0]) // PAGE
+
+
 def random_reads(path: Path, at_once: int, seconds: float = 1.0) -> float:
     """4 KiB reads per second at random places, past the page cache, by so many processes."""
     pages = path.stat().st_size // PAGE

@@ -1,9 +1,9 @@
-"""Peak memory of the preprocessing at Criteo 1TB's cardinalities, results checked.
+"""Peak memory of the ids step of the preprocessing at Criteo 1TB's cardinalities, results checked.
 
-    python benchmarks/prep_memory.py [--folder DIR] [--distinct 292775614] [--rows 8000000]
+    python benchmarks/prep_memory.py [--folder DIR] [--distinct 292775614]
 
-ids: the lists of Criteo's largest column, as 24 parts of the text would leave them, numbered by the bitmap.
-run: text whose first six id columns never repeat, through the whole pipeline.
+The lists of Criteo's largest column, as 24 parts of the text would leave them, numbered by the bitmap.
+A whole `run` is in rehearsal.py.
 
 A table to read on stderr; the last line of stdout is one JSON object with the same numbers.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-LANES, WIDE = 24, 6
+LANES = 24
 MIX = 2654435761  # odd: k -> k * MIX mod 2^32 hits every hash once
 AROUND = """
 import resource, sys, time
@@ -107,55 +107,23 @@ def check_maps(folder: str, distinct: int, least: int) -> int:
     return kept
 
 
-def make_text(folder: str, rows: int) -> None:
-    from dlrm.prep.tools import toy
-
-    known = toy.hash_ids
-    met = 0
-
-    def hash_without_repeats(ids: np.ndarray) -> np.ndarray:
-        nonlocal met
-        values = known(ids)
-        fresh = np.arange(met, met + len(ids), dtype=np.uint64) * np.uint64(MIX)
-        met += len(ids)
-        values[:, :WIDE] = fresh.astype(np.uint32)[:, None]
-        return values
-
-    toy.hash_ids = hash_without_repeats
-    toy.write_days(Path(folder), 2, rows // 2, 0)
-
-
-def run_pipeline(folder: str, out: str) -> None:
-    from dlrm.prep.__main__ import main as prep
-
-    assert prep(["run", "--input_dir", folder, "--output_dir", out, "--no_md5"]) == 0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="a folder with space for 16 bytes a distinct id")
     parser.add_argument("--distinct", type=int, default=292_775_614, help="Criteo 1TB's largest column")
-    parser.add_argument("--rows", type=int, default=8_000_000)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    results: dict[str, Any] = {"distinct": args.distinct // LANES * LANES, "rows": args.rows}
+    results: dict[str, Any] = {"distinct": args.distinct // LANES * LANES}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        if args.distinct:
-            make_lists(name, args.distinct)
-            results["entries"] = sum(
-                e - b for b, e in (find_id_range(lane, args.distinct) for lane in range(LANES))
-            )
-            for least in (0, 3):
-                results[f"ids, threshold {least}"] = run_measured("number_column", name, args.distinct, least)
-                results[f"ids, threshold {least}"]["kept"] = check_maps(name, args.distinct, least)
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        if args.rows:
-            make_text(f"{name}/tsv", args.rows)
-            results["run"] = run_measured("run_pipeline", f"{name}/tsv", f"{name}/out")
-            meta = json.loads(Path(name, "out", "meta.json").read_text())
-            results["run"]["distinct"] = sum(meta["table_sizes"]) - 2 * len(meta["table_sizes"])
+        make_lists(name, args.distinct)
+        results["entries"] = sum(
+            e - b for b, e in (find_id_range(lane, args.distinct) for lane in range(LANES))
+        )
+        for least in (0, 3):
+            results[f"ids, threshold {least}"] = run_measured("number_column", name, args.distinct, least)
+            results[f"ids, threshold {least}"]["kept"] = check_maps(name, args.distinct, least)
     for key, value in results.items():
         print(f"{key}: {value}", file=sys.stderr)
     print(json.dumps(results))

@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.process_tree import list_processes, read_memory  # noqa: E402
+
 RANKS_PER_NODE = 4
 MEMBER_BYTES = 64 << 10  # of text
 COMMANDS = ["perfetto", "report", "finish"]
@@ -93,24 +96,6 @@ def measure(words: list[object], cores: int) -> tuple[float, float, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return seconds, used, peak / 1e9
-
-
-def list_processes(pid: int) -> list[int]:
-    """A process and all below it."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has ended
-        return [pid]
-    return [pid, *(each for child in children for each in list_processes(int(child)))]
-
-
-def read_memory(pid: int) -> int:
-    """Bytes that a process has for itself alone, or 0 if it has ended."""
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    return sum(int(found) << 10 for found in re.findall(r"Private_\w+:\s+(\d+) kB", text))
 
 
 def find_result(folder: Path, command: str) -> Path:

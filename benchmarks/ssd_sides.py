@@ -22,7 +22,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from benchmarks.pages import PAGE, Bounded, Leaving, count_resident_bytes, drop_from_cache, find_pages
+from benchmarks.pages import (
+    PAGE,
+    Bounded,
+    Leaving,
+    count_pages_read,
+    count_resident_bytes,
+    drop_from_cache,
+    find_pages,
+)
 from dlrm.embeddings.ssd.cached_table import CachedTable, TableShare, share_budget
 from dlrm.embeddings.ssd.row_cache import RowCache
 from dlrm.embeddings.ssd.row_file import BUFFER_BYTES, RowFile
@@ -123,10 +131,11 @@ class Cached:
         cached._read = cached.row_file.bytes_read
         before = cached.read_counters()
         leaving, held, last = Leaving(cached.row_file._file), *np.empty((2, 0), np.int64)
+        pages_read, total = 0, 0.0
         for number, ids in enumerate(batches):
             coming = batches[number + 1 : number + 2] if cached._io_thread else []
             missing = cached.cache.find_absent(ids)
-            begun = time.perf_counter()
+            read_before, begun = count_pages_read(), time.perf_counter()
             out = self.module(torch.from_numpy(cached.admit_rows(ids, True)), torch.arange(len(ids) + 1))
             for following in coming:
                 cached.prefetch_rows(following)
@@ -136,6 +145,7 @@ class Cached:
             if cached._prefetched is not None:
                 cached._prefetched.result()  # not while the clock is stopped
             seconds = time.perf_counter() - begun
+            pages_read += count_pages_read() - read_before
             if case.limited:
                 most = max(most, count_resident_bytes(case.path)) if number % 4 == 0 else most
                 used, soon = (
@@ -151,11 +161,13 @@ class Cached:
                 held, gone = np.intersect1d(held, needed), np.setdiff1d(held, needed)
                 seconds += leaving.evict_pages(gone, needed)
             self.written_rows.clear()
+            total += seconds
             yield seconds
         counts, slots = cached.read_counters() - before, cached.cache.slots
         found |= {
             "hit_rate": 1 - counts[1] / counts[0],
             "bytes_per_step": int(counts[3] + counts[4]) // len(batches),
+            "pages_read_per_second": pages_read / total,
             "page_cache_mb": most / 1e6,
             "slots": slots,
             "slots_used": int((cached.cache.row >= 0).sum()),

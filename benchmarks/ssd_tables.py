@@ -95,7 +95,8 @@ def measure_case(options: argparse.Namespace, folder: Path, kind: str, part: flo
         f"{kind:<9} memory {part:4.0%}  hits {ours['hit_rate']:6.1%}  samples/s: cached_ssd "
         f"{ours['samples_per_second']:9,.0f} ({found['without_ahead']['samples_per_second']:9,.0f} without "
         f"looking ahead)  mmap {other['samples_per_second']:9,.0f}"
-        f"  device_mem {found['device_mem']:9,.0f}  {found['of_device_mem']:.0%} of it",
+        f"  device_mem {found['device_mem']:9,.0f}  {found['of_device_mem']:.0%} of it"
+        f"  reads of the disk per second {ours['pages_read_per_second']:9,.0f}",
         flush=True,
     )
     return found
