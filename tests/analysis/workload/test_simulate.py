@@ -267,6 +267,16 @@ def use_slow_storage(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("SLOW_FOLDER", str(folder.resolve()))
 
 
+def model_undisturbed_run(folder: Path, program: str) -> simulate.Model:
+    """Of a real run in which no step was held up by something else for longer than all steps differ."""
+    for attempt in range(5):
+        model = make_model(measure_steps(traced.run(folder / str(attempt), program)), 2)
+        steps = np.concatenate([each.measured_us.ravel() for each in model.passes if each.phase == "train"])
+        if steps[1:].mean() < 1.1 * np.median(steps[1:]):
+            return model
+    raise AssertionError("five runs in which some steps took far longer than the others")
+
+
 @pytest.mark.skipif(not shutil.which("cc"), reason="a C compiler makes reads slow")
 def test_a_real_run_with_tables_on_other_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a run that waits 6 ms for its rows in each step to one that has time to spare, and back."""
@@ -275,7 +285,7 @@ def test_a_real_run_with_tables_on_other_storage(tmp_path: Path, monkeypatch: py
     models = []
     for latency in ("4800", "1200"):
         monkeypatch.setenv("SLOW_LATENCY_US", latency)
-        models.append(make_model(measure_steps(traced.run(tmp_path / latency, ROWS)), 2))
+        models.append(model_undisturbed_run(tmp_path / latency, ROWS))
     slow, fast = models
     assert predict(slow).waiting_share > 0.3 and predict(fast).waiting_share < 0.1
     assert predict(slow).utilisation < 0.7
@@ -293,8 +303,7 @@ def test_a_real_run_with_other_storage(tmp_path: Path, monkeypatch: pytest.Monke
     models = []
     for rate in ("3", "12"):
         monkeypatch.setenv("SLOW_BYTES_PER_US", rate)
-        run = traced.run(tmp_path / rate, QUEUED)
-        models.append(make_model(measure_steps(run), 2))
+        models.append(model_undisturbed_run(tmp_path / rate, QUEUED))
     slow, fast = models
     assert slow.cost.latency_us == pytest.approx(3_200, rel=0.4)
     assert slow.cost.us_per_byte == pytest.approx(1 / 3, rel=0.3)
