@@ -160,7 +160,8 @@ class ConcatArch(Interaction):
         if list(sparse_features.keys()) == self.names:
             columns = [sparse_features.values()]
         else:
-            columns = [sparse_features.to_dict()[name] for name in self.names]
+            found = sparse_features.to_dict()
+            columns = [found[name] for name in self.names]
         return torch.cat([dense_features, *columns], dim=1)
 
 
