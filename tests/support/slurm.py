@@ -29,7 +29,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 MpiDefault=none
-PluginDir={libraries}/slurm-wlm
+PluginDir={folder}/plugins
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -65,7 +65,8 @@ class Slurm:
         self.environment["PATH"] = f"{root}/usr/bin:{root}/usr/sbin:{self.environment['PATH']}"
         self.environment["LD_LIBRARY_PATH"] = f"{libraries}:{libraries}/slurm-wlm"
         (folder / "state").mkdir(parents=True)
-        self._write_config(libraries)
+        (folder / "plugins").symlink_to(libraries / "slurm-wlm")  # a path in its file cannot have a space
+        self._write_config()
         try:
             self._start_daemons()
         except BaseException:
@@ -98,12 +99,10 @@ class Slurm:
             self.hosts[name] = Host(name, self.folder / "hosts", *slurmd, environment=self.environment)
         self._until(lambda: set(self.ask("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"})
 
-    def _write_config(self, libraries: Path) -> None:
+    def _write_config(self) -> None:
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)
-        text = CONFIG.format(
-            machine=os.uname().nodename, port=free_port(), folder=self.folder, libraries=libraries
-        )
+        text = CONFIG.format(machine=os.uname().nodename, port=free_port(), folder=self.folder)
         for name in NODES:
             text += f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={free_port()} {SIZE}\n"
         (self.folder / "slurm.conf").write_text(text)
