@@ -9,9 +9,8 @@ from common.descriptors import opening
 
 START_TIME = 19  # its place in the fields of `read_process_stat`
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-worker_number = (
-    0  # of this process among those that share a piece of work by forking; 0: the first, their parent
-)
+# of this process among those that share a piece of work by forking; 0: the first, their parent
+worker_number = 0
 
 
 def read_process_stat(pid: int) -> list[str]:

@@ -31,25 +31,25 @@ def map_on_cluster(where: str) -> Map:
         raise UserError(f"--dask {where}: pip install -r requirements/extra.txt ({error})") from error
 
     def run_on_cluster(function: Callable[[Launch], T], work: list[Launch], /) -> Iterator[T]:
-        refusals: list[str] = []
+        answers: list[str] = []
         with ExitStack() as stack:
-            cluster = _start_cluster(where, stack, len(work), refusals)
+            cluster = _start_cluster(where, stack, len(work), answers)
             try:
                 client = stack.enter_context(distributed.Client(cluster, timeout=60))
             except (OSError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"--dask {where}: {reason}; does a scheduler listen there?") from error
             for future in _submit_all(client, function, work):
-                _wait_for(future, client, where, refusals)
+                _wait_for(future, where, answers)
                 yield future.result()
 
     return run_on_cluster
 
 
-def _start_cluster(where: str, stack: ExitStack, jobs: int, refusals: list[str]) -> Any:
+def _start_cluster(where: str, stack: ExitStack, jobs: int, answers: list[str]) -> Any:
     """A local cluster, one of a scheduler's jobs, or the address of a scheduler that runs already.
 
-    refusals: gets the scheduler's words about a job that it did not take.
+    answers: gets the scheduler's words about each job that it did not take, and "" for those that it took.
     """
     import distributed  # pyright: ignore[reportMissingImports]
 
@@ -67,9 +67,9 @@ def _start_cluster(where: str, stack: ExitStack, jobs: int, refusals: list[str])
         try:
             import dask_jobqueue  # pyright: ignore[reportMissingImports]
 
-            kind = _note_refusals(getattr(dask_jobqueue, SCHEDULERS[where]), refusals)
+            kind = _note_answers(getattr(dask_jobqueue, SCHEDULERS[where]), answers)
             cluster = kind()
-            stack.callback(_close, cluster, refusals)
+            stack.callback(_close, cluster, answers)
         except (ImportError, ValueError, TypeError) as error:  # no queue, cores or memory configured
             raise UserError(
                 f"--dask {where}: {error}; see jobqueue.{where} in ~/.config/dask/jobqueue.yaml"
@@ -79,7 +79,7 @@ def _start_cluster(where: str, stack: ExitStack, jobs: int, refusals: list[str])
     return where
 
 
-def _note_refusals(kind: Any, refusals: list[str]) -> Any:
+def _note_answers(kind: Any, answers: list[str]) -> Any:
     """dask_jobqueue's class of clusters, which by itself would log an error and wait for ever."""
     for name in ("asyncio", "distributed", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -90,8 +90,9 @@ def _note_refusals(kind: Any, refusals: list[str]) -> Any:
                 await super().start()
             except Exception as error:
                 lines = str(error).strip().splitlines()
-                refusals.append(lines[-1] if lines else type(error).__name__)
+                answers.append(lines[-1] if lines else type(error).__name__)
                 raise
+            answers.append("")
 
     class Cluster(kind):
         job_cls = Job
@@ -99,8 +100,8 @@ def _note_refusals(kind: Any, refusals: list[str]) -> Any:
     return Cluster
 
 
-def _close(cluster: Any, refusals: list[str]) -> None:
-    with suppress(AssertionError) if refusals else nullcontext():  # it expects that its jobs have run
+def _close(cluster: Any, answers: list[str]) -> None:
+    with suppress(AssertionError) if any(answers) else nullcontext():  # it expects that its jobs have run
         cluster.close()
 
 
@@ -111,16 +112,16 @@ def _submit_all(client: Any, function: Callable[[Launch], T], work: list[Launch]
     return [futures[job.launch, job.rank] for job in work]
 
 
-def _wait_for(future: Any, client: Any, where: str, refusals: list[str]) -> None:
-    """UserError where nobody works on it, because the scheduler takes no jobs."""
+def _wait_for(future: Any, where: str, answers: list[str]) -> None:
+    """UserError where nobody will work on it, because the scheduler has not taken a single job."""
     import distributed  # pyright: ignore[reportMissingImports]
 
     while not future.done():
         try:
             distributed.wait(future, timeout=1)
         except distributed.TimeoutError:
-            if refusals and not client.scheduler_info()["workers"]:
+            if answers and all(answers):
                 raise UserError(
-                    f"--dask {where}: no job was taken: {printable(refusals[0])}; see jobqueue.{where} in "
+                    f"--dask {where}: no job was taken: {printable(answers[0])}; see jobqueue.{where} in "
                     "~/.config/dask/jobqueue.yaml"
                 ) from None
