@@ -80,7 +80,7 @@ def _start_cluster(where: str, stack: ExitStack, jobs: int, answers: list[str]) 
 
 
 def _note_answers(kind: Any, answers: list[str]) -> Any:
-    """dask_jobqueue's class of clusters, which by itself would log an error and wait for ever."""
+    """dask_jobqueue's class of clusters, which by itself would log an error and never end."""
     for name in ("asyncio", "distributed", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

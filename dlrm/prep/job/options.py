@@ -9,6 +9,7 @@ from typing import Any
 
 from common.errors import UserError, printable
 from common.owned import OutputFolder
+from common.progress import StepProgress
 from dlrm.data.criteo import Columns, DatasetMeta, check_column_counts
 from dlrm.prep.job.overlap import refuse_overlap, same_folder
 
@@ -39,7 +40,7 @@ NOT_IN_OUTPUT = {
 }
 
 
-MAX_WORKERS = 1024  # of a process
+MAX_WORKERS = StepProgress.MOST_WORKERS  # of a process
 LARGEST = 1 << 62  # compiled loops count with 64 bits
 LARGEST_MODULUS = 1 << 32  # raw ids have 32 bits
 HASHED = -1  # --mod_idx of 0 or less

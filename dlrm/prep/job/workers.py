@@ -2,8 +2,8 @@
 
 In: a function and the items to call it with. Out: the results, or one error that is the same on all ranks.
 
-Threads share Python's lock, which costs two of them half of what the second could do; so workers are forks. A
-process in which MPI runs does not fork: networks that write to a process's memory need not survive that.
+Threads wait for each other at Python's lock, so workers are forks. A process in which MPI runs does not fork:
+a network that writes to a process's memory need not survive that.
 """
 
 import gc
