@@ -142,11 +142,14 @@ check_nodes() {    # one process on each node, in time
     local mpi code=0 limit=${DLRM_START_TIMEOUT:-120}
     [[ $limit =~ ^[1-9][0-9]*$ ]] || die "DLRM_START_TIMEOUT=$limit: wanted seconds"
     fill_line "${#nodes[@]}" 1 1
-    [[ $("${mpi[0]}" --version 2> /dev/null) == *@(HYDRA|Intel)* ]] || return 0
     timeout --foreground -k 5 "$limit" "${mpi[@]}" true < /dev/null || code=$?
     (( code != 124 && code != 137 )) || die "${mpi[0]##*/} on $(uname -n) does not reach all" \
         "nodes (${nodes[*]}), or they do not reach it, within $limit s:" \
         "name the network between them by HYDRA_IFACE, or ask for other nodes"
+}
+
+is_hydra() {    # is_hydra MPIEXEC: mpich's mpiexec, or one made of it
+    [[ $("$1" --version 2> /dev/null) == *@(HYDRA|Intel)* ]]
 }
 
 # Which of these would kill the ranks on SIGTERM, instead of passing it on?
@@ -154,8 +157,8 @@ kills_its_ranks() {    # kills_its_ranks MPIEXEC
     [[ ${1##*/} == srun || $("$1" --version 2> /dev/null) == *@("Open MPI"|OpenRTE)* ]]
 }
 
-start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec, or what passes signals on to it
-    local count depth mpi
+start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec, or what runs it
+    local count depth mpi names run=()
     mapfile -t nodes < <(list_hosts)
     choose_nproc
     count=$(( NPROC * ${#nodes[@]} ))
@@ -175,11 +178,14 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec, or what pass
     fi
     command -v "${mpi[0]}" > /dev/null \
         || die "no ${mpi[0]} on PATH: run 0_setup_env.sh, or set MPIEXEC"
-    if (( ${#nodes[@]} > 1 )); then check_nodes; fi
     if kills_its_ranks "${mpi[0]}"; then
-        exec python3 "$here/scripts/pass_signals.py" "${mpi[@]}" "$here/launcher.sh" "$@"
+        run=(python3 "$here/scripts/run_mpiexec.py")
+    elif (( ${#nodes[@]} > 1 )) && is_hydra "${mpi[0]}"; then
+        check_nodes
+        names=$(IFS=,; echo "${nodes[*]}")
+        run=(python3 "$here/scripts/run_mpiexec.py" --nodes "$names" --nproc "$NPROC")
     fi
-    exec "${mpi[@]}" "$here/launcher.sh" "$@"
+    exec "${run[@]}" "${mpi[@]}" "$here/launcher.sh" "$@"
 }
 
 # --- inside a rank: name it, and become the command

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.ranks import MPIEXEC, LiveRanks, words
+from support.separate_hosts import start_hosts
 
 ROOT = Path(__file__).parents[2]
 SHOW = 'echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR"'
@@ -200,6 +201,32 @@ def test_a_rank_killed_in_the_training_is_named(toy: Path, tmp_path: Path, count
         ranks.until_gone()
     named = f"rank {rank} on {socket.gethostname()} was killed by signal 9"
     assert named in ranks.stderr and "Traceback" not in ranks.stderr, ranks.stderr
+
+
+@pytest.mark.mpi
+def test_a_lost_node_is_named(tmp_path: Path) -> None:
+    """mpich's mpiexec ends before a rank can tell."""
+    with start_hosts(tmp_path, "n1", "n2") as hosts:
+        pids = "\n".join(f"{host.name}) pid={host.pid} ;;" for host in hosts.values())
+        enter = 'shift; exec nsenter -t "$pid" --uts --pid --mount "$@"'
+        (tmp_path / "pbs_tmrsh").write_text(f"#!/bin/bash\ncase $1 in\n{pids}\nesac\n{enter}\n")
+        (tmp_path / "pbs_tmrsh").chmod(0o755)
+        (tmp_path / "nodes").write_text("n1\nn2\n")
+        job = subprocess.Popen(
+            [str(ROOT / "launcher.sh"), "bash", "-c", "echo $RANK on $(uname -n); sleep 60"],
+            env=clean_environment(
+                NPROC=2, PBS_NODEFILE=tmp_path / "nodes", MASTER_ADDR="127.0.0.1",
+                PATH=f"{tmp_path}:{os.environ['PATH']}",
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert job.stdout
+        lines = {job.stdout.readline() for _ in range(4)}
+        assert lines == {f"{rank} on n{1 + rank // 2}\n" for rank in range(4)}
+        hosts["n2"].cut_power()
+        _, errors = job.communicate(timeout=40)
+    (line,) = [line for line in errors.splitlines() if line.startswith("launcher.sh: ")]
+    assert job.returncode == 255 and "lost its connection to n2 (ranks 2-3)" in line
 
 
 @pytest.mark.mpi

@@ -200,14 +200,21 @@ def test_analysis_later_is_a_job_of_one_node_with_the_same_results(slurm: Slurm,
 
 
 @pytest.mark.slow
-def test_a_lost_node_is_named(slurm: Slurm) -> None:
-    job = slurm.submit("-N2", "--no-requeue", SCRIPT, TRACE="no", ARGS=LONG, TEST_MPIEXEC=SRUN)
+@pytest.mark.parametrize(
+    ("mpiexec", "says"),
+    [
+        ({"TEST_MPIEXEC": SRUN}, "rank 0 on n1: ends because rank 1 on n2 is gone"),
+        ({}, "mpiexec lost its connection to n2 (rank 1)"),
+    ],
+)
+def test_a_lost_node_is_named(slurm: Slurm, mpiexec: dict[str, str], says: str) -> None:
+    job = slurm.submit("-N2", "--no-requeue", SCRIPT, TRACE="no", ARGS=LONG, **mpiexec)
     slurm.until_step(results(slurm) / job, 7)
     slurm.hosts["n2"].cut_power()
     facts = slurm.wait(job)
     slurm.start_nodes("n2")
     assert facts["JobState"] in ("FAILED", "NODE_FAIL"), log_of(slurm, job)
-    assert "rank 0 on n1: ends because rank 1 on n2 is gone" in log_of(slurm, job)
+    assert says in log_of(slurm, job)
 
 
 @pytest.mark.slow

@@ -7,7 +7,11 @@ The network is this machine's. Needs root.
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import pytest
 
 # The first process of a host: it outlives what it starts, and its end ends everything on the host.
 FIRST = """
@@ -23,6 +27,20 @@ def write_hosts(path: Path, *names: str) -> Path:
     """An /etc/hosts in which these names are this machine."""
     path.write_text(Path("/etc/hosts").read_text() + "".join(f"127.0.0.1 {name}\n" for name in names))
     return path
+
+
+@contextmanager
+def start_hosts(folder: Path, *names: str) -> Iterator[dict[str, "Host"]]:
+    """Skips the test where this user may not make them. folder: for their /etc/hosts."""
+    if os.geteuid() or subprocess.run(["unshare", "--uts", "--pid", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make namespaces")
+    file = write_hosts(folder / "hosts", *names)
+    with ExitStack() as stack:
+        hosts = {}
+        for name in names:
+            hosts[name] = Host(name, file, environment=dict(os.environ))
+            stack.callback(hosts[name].stop)
+        yield hosts
 
 
 class Host:
