@@ -7,6 +7,7 @@ the name of the folder inside the file, which no reader looks at.
 
 import functools
 import os
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,8 @@ from dlrm.runtime import trace
 from dlrm.traced.hooks import replace
 from dlrm.traced.numpy_files import note_mapped
 from dlrm.traced.steps import steps
+
+_open_spans: list[str] = []  # the files of the checkpoints that are saved or loaded now, in all threads
 
 
 def hook(torch: ModuleType) -> None:
@@ -25,20 +28,28 @@ def hook(torch: ModuleType) -> None:
 
 
 def as_checkpoint(function: Any, direction: str) -> Any:
-    """A function that saves or loads, as a span. Its file is the first of its arguments that is a path."""
+    """A function that saves or loads, as a span. Its file is the first of its arguments that is a path.
+
+    torch.distributed.checkpoint saves tensors to memory by torch.save, and writes that: such parts of a
+    checkpoint, within its span or in a thread behind it, are no checkpoints of their own.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not trace.is_tracing():
             return function(*args, **kwargs)
         path = find_path(args, kwargs)
+        if not path and (_open_spans or threading.current_thread() is not threading.main_thread()):
+            return function(*args, **kwargs)
         steps.close_step()
+        _open_spans.append(path)
         try:
             with trace.span("checkpoint", direction, **({"file": path} if path else {})) as span:
                 found = function(*args, **kwargs)
                 if path and os.path.isfile(path):
                     span.update(bytes=os.path.getsize(path))
         finally:
+            _open_spans.pop()
             steps.leave()
         if direction == "load" and kwargs.get("mmap") and path:
             note_mapped(path, 0, os.path.getsize(path))
