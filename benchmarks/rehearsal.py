@@ -14,11 +14,8 @@ import argparse
 import json
 import os
 import re
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -28,7 +25,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.process_tree import count_disk_bytes, list_processes, read_memory  # noqa: E402
+from benchmarks.process_tree import watch_command  # noqa: E402
 
 MIX = 2654435761  # odd: k -> k * MIX mod 2^32 hits every hash once
 STEP = re.compile(r"step \d+ of \d+ (\w+).*?([0-9.]+) s done")
@@ -66,35 +63,20 @@ def write_days(folder: Path, days: int, rows: int, copies: int, unique: int) -> 
 
 
 def run_watched(words: list[object], folders: dict[str, Path]) -> dict[str, Any]:
-    """Run a command: its seconds, those of its steps, and the most memory and disk that it took.
+    """Run a command of dlrm.prep: its seconds, those of its steps, and the most memory and disk that it took.
 
     folders: name -> folder whose peak is reported.
     """
-    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dlrm.prep", *map(str, words)], cwd=ROOT, stdout=log, stderr=log
-        )
-        memory, disk = 0, dict.fromkeys(folders, 0)
-        while process.poll() is None:
-            memory = max(memory, sum(map(read_memory, list_processes(process.pid))))
-            for name, folder in folders.items():
-                disk[name] = max(disk[name], count_disk_bytes(folder))
-            time.sleep(0.2)
-        seconds = time.monotonic() - begun
-        log.seek(0)
-        text = log.read()
-    print(text, file=sys.stderr)
-    if process.returncode:
-        raise SystemExit(f"dlrm.prep {words[0]} ended with {process.returncode}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    used = watch_command([sys.executable, "-m", "dlrm.prep", *words], folders)
+    print(used.output, file=sys.stderr)
+    if used.code:
+        raise SystemExit(f"dlrm.prep {words[0]} ended with {used.code}")
     return {
-        "seconds": round(seconds, 1),
-        "processor_seconds": round(used, 1),
-        "peak_memory_GB": round(memory / 1e9, 2),
-        "peak_GB_of": {name: round(size / 1e9, 2) for name, size in disk.items()},
-        "steps": {name: float(took) for name, took in STEP.findall(text)},
+        "seconds": round(used.seconds, 1),
+        "processor_seconds": round(used.processor_seconds, 1),
+        "peak_memory_GB": round(used.memory / 1e9, 2),
+        "peak_GB_of": {name: round(size / 1e9, 2) for name, size in used.disk.items()},
+        "steps": {name: float(took) for name, took in STEP.findall(used.output)},
     }
 
 

@@ -12,17 +12,14 @@ import gzip
 import json
 import os
 import re
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.process_tree import list_processes, read_memory  # noqa: E402
+from benchmarks.process_tree import watch_command  # noqa: E402
 
 RANKS_PER_NODE = 4
 MEMBER_BYTES = 64 << 10  # of text
@@ -77,25 +74,13 @@ def make_run(template: bytes, folder: Path, ranks: int, run: Path) -> None:
 
 def measure(words: list[object], cores: int) -> tuple[float, float, float]:
     """Wall seconds, processor seconds and GB of memory of a command on so many cores."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     mine = sorted(os.sched_getaffinity(0))[:cores]
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        ["taskset", "-c", ",".join(map(str, mine)), sys.executable, "-m", "analysis", *map(str, words)],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, sum(map(read_memory, list_processes(process.pid))))
-        time.sleep(0.05)
-    seconds = time.perf_counter() - began
-    assert process.stderr
+    pinned = ["taskset", "-c", ",".join(map(str, mine)), sys.executable, "-m", "analysis", *words]
+    used = watch_command(pinned, every=0.05)
     # in copies of one rank the check finds requests that its launch does not explain
-    if process.returncode not in ((0, 1) if words[0] == "finish" else (0,)):
-        raise SystemExit(f"{words}: exit code {process.returncode}: {process.stderr.read()}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, used, peak / 1e9
+    if used.code not in ((0, 1) if words[0] == "finish" else (0,)):
+        raise SystemExit(f"{words}: exit code {used.code}: {used.output}")
+    return used.seconds, used.processor_seconds, used.memory / 1e9
 
 
 def find_result(folder: Path, command: str) -> Path:
