@@ -222,10 +222,12 @@ def run_export(options: argparse.Namespace) -> int:
 
 def _choose_map(options: argparse.Namespace):
     """Where ranks are read: on this machine's cores, or by a Dask cluster."""
-    from analysis.tables.cores import map_on_cores
+    from analysis.tables.cores import Cores
 
     if options.dask is None:
-        return map_on_cores
+        cores = Cores()
+        cores.start_early(options.run, "analysis.finish")
+        return cores
     from analysis.tables import dask_cluster
 
     return dask_cluster.map_on_cluster(options.dask)

@@ -1,12 +1,10 @@
 """Which read fed which step: arrows of the Perfetto trace."""
 
 import numpy as np
-from numba import types
-from numba.typed import Dict
 
 from analysis.trace.arguments import read_argument
 from analysis.trace.scan import EventBlock
-from analysis.trace.strings import ID, compiled
+from analysis.trace.strings import ID
 
 MAX_FLOWS = 10_000  # that end in one step
 
@@ -18,8 +16,8 @@ class ReadToStepFlows:
     """
 
     def __init__(self, seed: int) -> None:
-        self.waiting = Dict.empty(types.int64, types.int64)  # batch -> round << 20 | reads not yet taken
-        self.seed = seed
+        self._waiting: dict[int, tuple[int, int]] = {}  # batch -> its round, reads that no step has taken yet
+        self._seed = seed
 
     def find_flows(self, block: EventBlock) -> tuple[np.ndarray, np.ndarray]:
         """flow_base and flow_count for proto.encode_events, one each per event (int64)."""
@@ -29,24 +27,23 @@ class ReadToStepFlows:
         chosen = np.flatnonzero(reads | steps)
         if len(chosen):
             batch = read_argument(block, ID["batch"], -1)
-            _number_flows(chosen, reads, batch, self.waiting, self.seed, base, count)
+            chosen = chosen[batch[chosen] >= 0]
+            base[chosen], count[chosen] = self._number_flows(batch[chosen].tolist(), reads[chosen].tolist())
         return base, count
 
-
-@compiled
-def _number_flows(chosen, reads, batch, waiting, seed, base, count):
-    """Fills `base` and `count` for `find_flows`. batch: each event's batch, -1 where it has none."""
-    for i in chosen:
-        b = batch[i]
-        if b < 0:
-            continue
-        state = waiting.get(b, 0)
-        taken, pending = state >> 20, state & 0xFFFFF
-        base[i] = (np.int64(seed) << 48) ^ (b << 20) ^ (taken << 44)
-        if reads[i]:
-            if pending < MAX_FLOWS:
-                count[i] = -1 - pending
-                waiting[b] = state + 1
-        else:
-            count[i] = min(pending, MAX_FLOWS)
-            waiting[b] = (taken + 1) << 20
+    def _number_flows(self, batches: list[int], reads: list[bool]) -> tuple[np.ndarray, list[int]]:
+        """The same of events with these batches, in the order of time. reads: which are reads, not steps."""
+        waiting, rounds, count = self._waiting, [], []
+        for batch, is_read in zip(batches, reads, strict=True):
+            taken, pending = waiting.get(batch, (0, 0))
+            rounds.append(taken)
+            if not is_read:
+                count.append(min(pending, MAX_FLOWS))
+                waiting[batch] = taken + 1, 0
+            elif pending < MAX_FLOWS:
+                count.append(-1 - pending)
+                waiting[batch] = taken, pending + 1
+            else:
+                count.append(0)
+        known = np.array(batches, np.int64) << 20
+        return (np.int64(self._seed) << 48) ^ known ^ (np.array(rounds, np.int64) << 44), count

@@ -201,8 +201,9 @@ def make_outline_block(
         how="diagonal_relaxed",
     )  # fmt: skip
     # a matrix of rows x keys: what is None in it is not an argument
-    given = np.column_stack([rows[name].is_not_null() for name in keys.values()])
-    values = np.column_stack([rows[name].fill_null(0) for name in keys.values()])
+    arguments = rows.select(*keys.values())
+    given = arguments.select(pl.all().is_not_null()).to_numpy()
+    values = arguments.fill_null(0).to_numpy()
     count, total = len(rows), int(given.sum())
     return EventBlock(
         np.zeros(1, np.uint8), np.full(count, EVENT, np.uint8), rows["phase"].cast(pl.Int32).to_numpy(),

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +124,25 @@ def _list_unchecked(
     found: list[UncheckedBytes] = []
     for launch, (_, traced) in enumerate(launched, 1):
         for rank, seen in sorted(traced.items()):
-            for (kind, file), amount in sorted(seen.items(), key=lambda item: item[0][1]):
+            of_rank: list[UncheckedBytes] = []
+            for (kind, file), amount in seen.items():
                 direction = _NAMES.get(kind)
                 if direction is None or not amount:
                     continue
                 if kind != MAPPED and (
-                    file in names.get((launch, rank, direction), ())
-                    or not file.startswith("/")
-                    or _PROGRAM.search(file)
+                    _is_of_program(file)
+                    or file in names.get((launch, rank, direction), ())
                     or (kind == WRITE and amount == _PROBE_BYTES and _PROBE.search(file))
                 ):
                     continue
-                found.append(UncheckedBytes(rank, direction, file, amount))
+                of_rank.append(UncheckedBytes(rank, direction, file, amount))
+            found += sorted(of_rank, key=lambda each: each.file)
     return found
+
+
+@lru_cache(1 << 16)  # all ranks have the same ones
+def _is_of_program(file: str) -> bool:
+    return not file.startswith("/") or _PROGRAM.search(file) is not None
 
 
 def _find_ended_launch(jobs: list[list[TracedProcess]]) -> int:

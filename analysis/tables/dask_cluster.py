@@ -22,7 +22,7 @@ SCHEDULERS = {"pbs": "PBSCluster", "slurm": "SLURMCluster"}  # the classes of da
 
 
 def map_on_cluster(where: str) -> Map:
-    """What is called instead of `map_on_cores`."""
+    """What is called instead of a `Cores`."""
     if where not in ("local", *SCHEDULERS) and not re.fullmatch(r"(tcp://|tls://)?.+:\d+", where):
         raise UserError(f"--dask {where}: local, pbs, slurm, or the host:port of a scheduler that runs")
     try:

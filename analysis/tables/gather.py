@@ -26,6 +26,7 @@ from analysis.trace.selection import WHOLE, Selection
 from analysis.trace.source import FileSource, TraceSource
 from common.errors import UserError
 
+PACKED_TABLES, PACKED_BYTES = 64, 1 << 20  # that wait uncompressed
 OF_A_LAUNCH = ("time", "steps", "collectives", "marks")  # tables whose rows hold their launch
 More = Callable[[Launch, RankEvents], dict[str, pl.DataFrame]]  # further tables of one rank in one launch
 
@@ -155,8 +156,8 @@ def gather_tables(
         parts = over(partial(read_rank_tables, more=more, details=details), work)
     else:
         parts = read_shared(source, work, more)
-    tables: dict[str, list[bytes]] = {}
-    names = pl.DataFrame()  # those of programs are the same ones on each rank
+    tables: dict[str, _Packer] = {}
+    programs: set[tuple[str, str]] = set()  # category and file: the same ones on each rank
     paths: dict[str, str] = {}
     by_launch: dict[int, list[TracedProcess]] = {}
     events = calls = 0
@@ -165,33 +166,54 @@ def gather_tables(
         events, calls = events + made.events, calls + made.calls
         paths.update(made.paths)
         if made.tables:
-            names = pl.concat([names, made.tables.pop("programs")], how="diagonal").unique()
+            programs.update(made.tables.pop("programs").iter_rows())
         for name, table in made.tables.items():
-            tables.setdefault(name, []).append(_pack(table))
+            tables.setdefault(name, _Packer()).add(table)
     if not tables and not selection.is_whole:
         raise UserError(
             f"{selection.describe()}: nothing is in this part of the run; `report` lists the steps"
         )
     if not tables:
         raise UserError(f"{run_dir}: the traces hold no events; was the run killed before it flushed any?")
-    joined = {name: _join_tables(tables.pop(name), paths) for name in list(tables)}
+    joined = {name: _adapt_table(tables.pop(name).join(), paths) for name in list(tables)}
     launches, has_start = list(by_launch.values()), not selection.has_times
-    return JoinedTables(launches, joined | {"programs": names}, events, calls, has_start)
+    names = {"cat": pl.String, "file": pl.String}
+    joined["programs"] = pl.DataFrame(sorted(programs), names, orient="row")
+    return JoinedTables(launches, joined, events, calls, has_start)
 
 
-def _pack(table: pl.DataFrame) -> bytes:
-    """A tenth of the memory, as long as other ranks are read."""
-    packed = io.BytesIO()
-    table.write_ipc(packed, compression="zstd")
-    return packed.getvalue()
+class _Packer:
+    """The tables of one kind of all ranks, compressed as long as other ranks are read: a tenth of the memory.
+
+    Many at a time, because each time costs a millisecond, however small the tables are.
+    """
+
+    def __init__(self) -> None:
+        self._packed: list[bytes] = []
+        self._open: list[pl.DataFrame] = []
+        self._open_bytes = 0
+
+    def add(self, table: pl.DataFrame) -> None:
+        self._open.append(table)
+        self._open_bytes += table.estimated_size()
+        if len(self._open) == PACKED_TABLES or self._open_bytes > PACKED_BYTES:
+            packed = io.BytesIO()
+            pl.concat(self._open).write_ipc(packed, compression="zstd")
+            self._packed.append(packed.getvalue())
+            self._open, self._open_bytes = [], 0
+
+    def join(self) -> pl.DataFrame:
+        """All of them, in the order in which they were added. Nothing is left here."""
+        tables = [*(pl.read_ipc(io.BytesIO(each)) for each in self._packed), *self._open]
+        self._packed, self._open = [], []
+        return pl.concat(tables, rechunk=True)
 
 
-def _join_tables(packed: list[bytes], paths: dict[str, str]) -> pl.DataFrame:
-    """One table of all ranks. Timelines of different widths are summed into bins of the widest.
+def _adapt_table(table: pl.DataFrame, paths: dict[str, str]) -> pl.DataFrame:
+    """A joined table with the names of all files. Timelines of different widths become bins of the widest.
 
     paths: file hash -> path, for rows whose rank did not have the path.
     """
-    table = pl.concat([pl.read_ipc(io.BytesIO(each)) for each in packed], rechunk=True)
     if "file" in table.columns:  # a forked process does not write its parent's hashes again
         table = table.with_columns(pl.col("file").replace(paths))
     if "width_us" in table.columns and len(table):  # the coarsest rank's bins for all
