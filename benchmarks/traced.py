@@ -1,8 +1,8 @@
-"""What does `python -m dlrm.traced` cost a plain PyTorch loop? The same script, traced and not, by turns.
+"""What does `python -m dlrm.traced` cost a plain PyTorch loop? The same script, by it and by python alone.
 
-One process, a DataLoader with two workers that np.load files of some rows each, an MLP, SGD. Which of the two
-comes first alternates. Last line: one JSON object. On a busy machine look at the spread, and at the processor
-time, which is steadier.
+A DataLoader with two workers that np.load files of some rows each, an MLP, SGD. Both run at the same time,
+each on a core of its own with its workers, and change cores from pair to pair: a machine whose speed changes
+from one minute to the next changes both. Last line: one JSON object.
 
 usage: python benchmarks/traced.py [--pairs N] [--steps N] [--batch_size N] [--rows_per_file N] [--width N]
 """
@@ -50,31 +50,29 @@ print(json.dumps({
 """
 
 
-def run_once(folder: Path, options: argparse.Namespace, traced: bool) -> dict[str, float]:
-    environment = {**os.environ, "TRACE": "yes" if traced else "no"}
-    command = [
-        sys.executable,
-        "-m",
-        "dlrm.traced",
-        "--output_dir",
-        str(folder / "run"),
-        str(folder / "loop.py"),
-    ]
-    command += [
-        str(folder),
-        str(options.steps),
-        str(options.batch_size),
-        str(options.rows_per_file),
-        str(options.width),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def run_pair(folder: Path, options: argparse.Namespace, cores: list[int]) -> list[dict[str, float]]:
+    """What the script says of itself without and with the tracer. cores: of the one and of the other."""
+    script = [
+        folder / "loop.py", folder, options.steps, options.batch_size, options.rows_per_file, options.width,
+    ]  # fmt: skip
+    traced = ["-m", "dlrm.traced", "--output_dir", folder / "run", *script]
+    running = [
+        subprocess.Popen(
+            ["taskset", "-c", str(core), sys.executable, *map(str, words)], cwd=ROOT,
+            stdout=subprocess.PIPE, text=True,
+        )
+        for core, words in zip(cores, (script, traced), strict=True)
+    ]  # fmt: skip
+    printed = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit("a script failed: see above")
+    return [json.loads(text.splitlines()[-1]) for text in printed]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage=(__doc__ or "").split("usage: ")[1])
     for name, default in (
-        ("pairs", 5),
+        ("pairs", 8),
         ("steps", 220),
         ("batch_size", 128),
         ("rows_per_file", 128),
@@ -82,26 +80,28 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        parser.error("needs two cores: one for each of the two runs")
+    pairs = list[list[dict[str, float]]]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "loop.py").write_text(SCRIPT)
         for number in range(64):
             rows = np.random.default_rng(number).normal(size=(options.rows_per_file, 1024))
             np.save(folder / f"{number}.npy", rows.astype(np.float32))
-        for pair in range(options.pairs):
-            for traced in (False, True) if pair % 2 else (True, False):
-                found[traced].append(run_once(folder, options, traced))
-                print(
-                    json.dumps({"traced": traced, "load": os.getloadavg()[0], **found[traced][-1]}),
-                    flush=True,
-                )
-    assert len({each["loss"] for runs in found.values() for each in runs}) == 1, "tracing changed the loss"
+        for _ in range(options.pairs):
+            pairs.append(run_pair(folder, options, cores))
+            cores.reverse()
+            print(json.dumps({"load": os.getloadavg()[0], "plain_and_traced": pairs[-1]}), flush=True)
+    assert len({each["loss"] for pair in pairs for each in pair}) == 1, "tracing changed the loss"
     report: dict[str, object] = {"pairs": options.pairs}
     for key in ("step_ms", "processor_ms", "workers_ms"):
-        plain, traced_ = ([each[key] for each in found[which]] for which in (False, True))
-        costs = [100 * (b / a - 1) for a, b in zip(plain, traced_, strict=True)]
-        report[key] = [round(statistics.median(plain), 2), round(statistics.median(traced_), 2)]
+        plain, traced = ([pair[side][key] for pair in pairs] for side in (0, 1))
+        costs = [100 * (b / a - 1) for a, b in zip(plain, traced, strict=True)]
+        # of two pairs after each other each side has had each core once
+        costs = [statistics.mean(costs[at : at + 2]) for at in range(0, len(costs) - 1, 2)] or costs
+        report[key] = [round(statistics.median(plain), 2), round(statistics.median(traced), 2)]
         report[f"{key}_cost_percent"] = [
             round(value, 2) for value in (statistics.median(costs), min(costs), max(costs))
         ]
