@@ -94,7 +94,10 @@ def _analyse_by_rank(
         )
         for each in ANALYSES
     ]
-    ranks = over(partial(read_for_all, more=choose_measures(Path(run_dir))), jobs)
+    of_rank = partial(
+        read_for_all, more=choose_measures(Path(run_dir)), unlikely=check.find_unlikely_files(run_dir)
+    )
+    ranks = over(of_rank, jobs)
     sharing.run(_tell_progress(ranks, progress))
     return _list_outcomes(sharers)
 
@@ -120,10 +123,10 @@ class RankReading:
     tables: RankTables
 
 
-def read_for_all(job: Launch, more: More) -> RankReading:
-    """more: measures of the rank besides those that all reports have."""
+def read_for_all(job: Launch, more: More, unlikely: frozenset[str]) -> RankReading:
+    """more: measures of the rank besides those that all reports have. unlikely: files that `check` needs."""
     counts = check.RankCounts(job)
     events = read_rank(job.rank, job.files, job.clock, through=counts.count_blocks)
     measured = measure_rank(events)
     outline = overview.make_outline(job, events, measured)
-    return RankReading(outline, counts.sum_files(), make_rank_tables(job, events, more, measured))
+    return RankReading(outline, counts.sum_files(unlikely), make_rank_tables(job, events, more, measured))

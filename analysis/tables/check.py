@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def check_run(
     """One row per launch, rank, direction and file that the run names; the processes hold what was lost; and
     what was not compared. over: see `sum_by_launch`.
     """
-    launched = sum_by_launch(source or FileSource(run_dir), over)
+    launched = sum_by_launch(source or FileSource(run_dir), over, find_unlikely_files(run_dir))
     results = Path(run_dir) / "results.json"
     ended = _find_ended_launch([job for job, _ in launched])
     rows: list[CheckedFile] = []
@@ -210,14 +210,29 @@ def _read_counts(value: Any, name: str) -> dict[int, dict[str, int]]:
     return found
 
 
+def find_unlikely_files(run_dir: str | Path) -> frozenset[str]:
+    """Files that the run counts although they look like a program's, under all names that they may have in a
+    trace. Sums of other such files, thousands on each rank, are not kept.
+    """
+    with suppress(UserError):  # where it matters, `_by_results` says what is wrong
+        results = read_json_object(Path(run_dir) / "results.json", paths=True)
+        counts = [_read_counts(results.get(key, {}), key) for key in DIRECTIONS]
+        files = {file for each in counts for of_rank in each.values() for file in of_rank}
+        return frozenset(name for file in files for name in _list_names(file) if _is_of_program(name))
+    return frozenset()
+
+
 def sum_by_launch(
-    source: TraceSource, over: Map = map_on_threads
+    source: TraceSource, over: Map = map_on_threads, unlikely: frozenset[str] = frozenset()
 ) -> list[tuple[list[TracedProcess], dict[int, Moved]]]:
     """Per launch: the traced processes, and the bytes of every file by rank. over: where ranks are read, if
-    the source is not a reading that is shared with other analyses.
+    the source is not a reading that is shared with other analyses. unlikely: see `find_unlikely_files`.
     """
     jobs = plan_launches(source)
-    sums = over(sum_rank, jobs) if isinstance(source, FileSource) else (sum_rank(job, source) for job in jobs)
+    if isinstance(source, FileSource):
+        sums = over(partial(sum_rank, unlikely=unlikely), jobs)
+    else:
+        sums = (sum_rank(job, unlikely, source) for job in jobs)
     found: dict[int, tuple[list[TracedProcess], dict[int, Moved]]] = {}
     for job, of_rank in zip(jobs, sums, strict=True):
         processes, by_rank = found.setdefault(job.launch, ([], {}))
@@ -228,13 +243,13 @@ def sum_by_launch(
 
 @dataclass
 class RankSums:
-    """Of one rank in one launch: its processes as read, and the bytes of every file."""
+    """Of one rank in one launch: its processes as read, and the bytes of every file but the program's."""
 
     processes: list[TracedProcess]
     moved: Moved
 
 
-def sum_rank(job: Launch, source: TraceSource | None = None) -> RankSums:
+def sum_rank(job: Launch, unlikely: frozenset[str], source: TraceSource | None = None) -> RankSums:
     """Read the files of one rank. source: a reading that is shared with other analyses, else these files."""
     strings, paths, counts = StringTable(), {}, RankCounts(job)
     for path in job.files:
@@ -242,7 +257,7 @@ def sum_rank(job: Launch, source: TraceSource | None = None) -> RankSums:
         strings, paths = reader.strings, reader.paths
         for _ in counts.count_blocks(reader):
             pass
-    return counts.sum_files()
+    return counts.sum_files(unlikely)
 
 
 class RankCounts:
@@ -269,8 +284,8 @@ class RankCounts:
         if by_kernel and reader.process.ended and not is_forked(reader.process):
             reader.process.reads = int(max(by_kernel) - min(by_kernel)), 0
 
-    def sum_files(self) -> RankSums:
-        """When all files have been read."""
+    def sum_files(self, unlikely: frozenset[str]) -> RankSums:
+        """When all files have been read. unlikely: see `find_unlikely_files`."""
         processes = [reader.process for reader in self._readers]
         folder = next((process.folder for process in processes if process.folder), "")
         seen: Moved = {}
@@ -285,7 +300,13 @@ class RankCounts:
             if process.reads:
                 calls = sum(amount for (kind, _), amount in seen.items() if kind == READ)
                 process.reads = process.reads[0], calls
-        return RankSums(processes, seen)
+        declared = {name for kind, file in seen if kind in (*_DECLARED, MAPPED) for name in _list_names(file)}
+        kept = {
+            (kind, file): amount
+            for (kind, file), amount in seen.items()
+            if not _is_of_program(file) or file in declared or file in unlikely
+        }
+        return RankSums(processes, kept)
 
 
 def _list_kernel_samples(block: EventBlock, strings: StringTable) -> list[float]:

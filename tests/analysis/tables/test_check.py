@@ -127,6 +127,24 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, capsys: pytest.Capture
     assert "100.0%" not in out and "coverage unknown: the run counted no bytes" in out
 
 
+def test_a_dataset_where_programs_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What every program loads is left out, but not what the run counts, or what its spans declare."""
+    from analysis.__main__ import main
+
+    made, file = Made(), "/usr/share/python3/day_0.npy"
+    made.posix("read", 0, 5, file, ret=128, count=128)
+    made.posix("read", 10, 5, "/usr/share/python3/os.py", ret=5000, count=5000)
+    made.write(tmp_path / "counted")
+    results = tmp_path / "counted/results.json"
+    results.write_text(json.dumps({"bytes_read": {"0": {file: 128}}, "bytes_written": {}}))
+    made.span("data", "read", 20, 5, file=file, bytes=128)
+    made.write(tmp_path / "declared")
+    for run in ("counted", "declared"):
+        assert main(["check", str(tmp_path / run)]) == 0
+        out = capsys.readouterr().out
+        assert "coverage 100.0%: every byte is in the trace" in out and "5,000" not in out
+
+
 def test_a_stopped_run_of_mapped_files_is_no_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
