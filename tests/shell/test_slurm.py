@@ -85,6 +85,7 @@ def test_jobs_of_every_shape_have_the_ranks_that_were_asked_for(slurm: Slurm, tm
         ("-N2", SRUN): 2,
         ("-N2 --ntasks-per-node=2", ""): 4,
         ("-N1 -n2", SRUN): 2,
+        ("-N2 -n2", f"{SRUN} --mpi=pmi2"): 2,
     }  # fmt: skip
     jobs = {}
     for number, ((words, mpiexec), ranks) in enumerate(asked.items()):
