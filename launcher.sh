@@ -183,7 +183,9 @@ start_ranks() {    # start_ranks COMMAND [ARG...]: becomes mpiexec, or what runs
     elif (( ${#nodes[@]} > 1 )) && is_hydra "${mpi[0]}"; then
         check_nodes
         names=$(IFS=,; echo "${nodes[*]}")
-        run=(python3 "$here/scripts/run_mpiexec.py" --nodes "$names" --nproc "$NPROC")
+        run=(python3 "$here/scripts/run_mpiexec.py" --nodes "$names")
+        # A line without {PPN} leaves it to mpiexec which ranks a node has.
+        [[ ${MPIEXEC:-${DLRM_MPIEXEC:-}} != *'{PPN}'* ]] || run+=(--nproc "$NPROC")
     fi
     exec "${run[@]}" "${mpi[@]}" "$here/launcher.sh" "$@"
 }

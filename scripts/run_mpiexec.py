@@ -1,14 +1,14 @@
 """Run mpiexec or srun: pass signals on to it, and name the nodes that it has lost.
 
-usage: run_mpiexec.py [--nodes NODE,NODE... --nproc N] MPIEXEC [ARG...]
+usage: run_mpiexec.py [--nodes NODE,NODE... [--nproc N]] MPIEXEC [ARG...]
 
 Open MPI's mpiexec and srun kill the ranks when they get SIGTERM or Ctrl-C. They get SIGUSR1 instead, and pass
 it on to the ranks, which then save and end with code 75. The command has a session of its own: neither a
 terminal's Ctrl-C nor PBS's signal to the job reaches it. If this process is killed, the command gets SIGTERM.
 
---nodes: the command is mpich's, on these nodes, with N ranks on each. It gets the signals as they are. When
-its connection to a node breaks it ends at once, with code 255, and takes the ranks along before one of them
-can tell why. So each node is then asked for a sign of life.
+--nodes: the command is mpich's, on these nodes; --nproc: with so many ranks on each, in the order of the
+nodes. It gets the signals as they are. When its connection to a node breaks it ends at once, with code 255,
+and takes the ranks along before one of them can tell why. So each node is then asked for a sign of life.
 
 Exits with the command's code; standard library only.
 """
@@ -63,11 +63,15 @@ def find_silent_nodes(mpiexec: str, nodes: Sequence[str]) -> list[str]:
     return [node for node, code in zip(nodes, codes, strict=True) if code]
 
 
-def describe_loss(nodes: Sequence[str], nproc: int, silent: Sequence[str]) -> str:
+def describe_loss(nodes: Sequence[str], nproc: int | None, silent: Sequence[str]) -> str:
+    """nproc: ranks on each node; None: not known."""
     if not silent or len(silent) == len(nodes):
         return f"mpiexec lost its connection to one of the nodes {' '.join(nodes)}, or failed itself"
     lost = []
     for node in silent:
+        if nproc is None:
+            lost.append(node)
+            continue
         first = nodes.index(node) * nproc
         ranks = f"rank {first}" if nproc == 1 else f"ranks {first}-{first + nproc - 1}"
         lost.append(f"{node} ({ranks})")
@@ -79,7 +83,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--nodes", type=lambda text: text.split(","), help="of mpich's mpiexec")
-    parser.add_argument("--nproc", type=int, default=1, help="ranks on each of these nodes")
+    parser.add_argument("--nproc", type=int, help="ranks on each of these nodes, if that is known")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     if not options.command:

@@ -27,7 +27,7 @@ from common.processes import begin_worker
 
 T = TypeVar("T")
 LARGE_RUN = 8 << 20  # bytes of compressed traces, half a million events: below that threads are faster
-MANY_FILES = 64
+MANY_FILES = 64  # of fewer `finish` and `perfetto` may make a whole trace, which one process does
 MEMORY_PER_BYTE = 15  # of a rank's compressed trace, while its tables are made
 MEMORY_OF_WORKER = 300 << 20
 
